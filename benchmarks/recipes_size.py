@@ -7,8 +7,8 @@ python benchmarks/recipes_size.py --measure --shrink 16                # sides d
 Memory is that of a step with all that the GPU offers (80 GB), and what stock PyTorch would take. Hours are for 1,000
 training images (or patches) through the configuration's epochs, at best: the floor of stock PyTorch's step on an A100
 by its data sheet (2,039 GB/s, 19.5 TFLOP/s in float32), times the plan's work; reading and validation are not in it.
-With --measure a step in float32 is run on this CPU. Patches are trained on by plain PyTorch: what end2end-patch and
-siamese take is the column of stock PyTorch. The auto-encoder of cae is not planned.
+With --measure a step in float32 is run on this CPU, in half of the memory that is free. Patches are trained on by plain
+PyTorch: what end2end-patch and siamese take is the column of stock PyTorch. The auto-encoder of cae is not planned.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from gigamorph.engine.recipes.morphhr.config import Config as MorphHR
 from gigamorph.engine.recipes.morphhr.grow import grow
 from gigamorph.engine.recipes.siamese import SiameseConfig
 from gigamorph.engine.recipes.siamese.network import Embedding
+from gigamorph.engine.tiling.memory import available_bytes
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "recipes_size.json"
@@ -156,11 +157,12 @@ def size(row: Row, shrink: int, measure: bool) -> dict[str, Any]:
     }
     if measure:
         found["cpu_seconds_of_a_step"] = _measured(network, image, row.training)
-    return {**found, "provenance": provenance()}
+    return found
 
 
 def _measured(network: nn.Module, image: tuple[int, ...], training: bool) -> float:
-    net, x = accelerate(network, fallback="whole"), torch.rand(image)
+    net = accelerate(network, memory_budget=available_bytes() // 2, fallback="whole")
+    x = torch.rand(image)
     began = time.process_time()
     with torch.set_grad_enabled(training):
         out = net(x)
@@ -206,9 +208,10 @@ def main() -> None:
     if given.write:
         PAGE.write_text(page(stored))
         return
+    machine = provenance()  # before the first row is written, which is a change that is not committed
     for row in every:
         if not given.only or row.name in given.only:
-            stored[row.name] = size(row, given.shrink, given.measure)
+            stored[row.name] = {**size(row, given.shrink, given.measure), "provenance": machine}
             print(page({row.name: stored[row.name]}).splitlines()[-1], flush=True)
             if given.shrink == 1:
                 order = [each.name for each in every if each.name in stored]

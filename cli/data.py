@@ -99,11 +99,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})
     click.echo(f"{len(found.records)} images of {patients} patients, {len(found.errors)} files passed over; {out}")
-    if found.masks:
-        click.echo(
-            f"{len(found.masks)} masks are left out, by their names, the first {found.masks[0]}; to list masks, name "
-            "their own folder"
-        )
+    _tell_masks(found.masks)
     if found.pattern:
         first = known[0] if pattern else next(r for r in known if "modality" not in r.extra)
         told = ", ".join(part for part in (first.laterality, first.view) if part)
@@ -118,6 +114,13 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     click.echo(", ".join(f"{count} {name}" for name, count in views.most_common(8)))
 
 
+def _tell_masks(masks: list[Path]) -> None:
+    from ..engine.datasets.tables.images_alone import LeftOut
+
+    if masks:
+        click.echo(LeftOut(len(masks), masks[0]))
+
+
 @data.command()
 @click.argument("source", type=click.Path(exists=True))
 @click.option("--out", type=click.Path(dir_okay=False), help="All problems as csv: image, kind, what is wrong.")
@@ -130,7 +133,8 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     Found are files that cannot be read, blank ones, those that use next to nothing of their grey scale (12 bits in a
     16-bit PNG), masks that are missing or of another size, the same pixels twice (also mirrored, also in another
     format), patients or images in two splits, sides and views on which table, header and pixels disagree, and, to know,
-    implants, spot views, phantoms and the like. The exit code is 1 if there is anything to mend.
+    implants, spot views, phantoms and the like. The exit code is 1 if there is anything to mend. Masks of a
+    folder, by their names, are left out.
 
     Example: gigamorph data check table.csv --out problems.csv
     """
@@ -138,7 +142,9 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     from ..engine.predict.tables import write_csv
     from .count import Count
 
-    records = _open(source, dataset, check_files=False, labels=False).records
+    table = _open(source, dataset, check_files=False, labels=False)
+    records = table.records
+    _tell_masks(table.masks)
     with Count("images", len(records)) as count:
         problems = check_images(records, white=white, workers=workers, on_done=count.add)
     if out:

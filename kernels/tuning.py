@@ -33,14 +33,17 @@ def _device_capability(index: int) -> int:
 def capability(device: torch.device) -> int:
     """10 * major + minor of the NVIDIA GPU that kernels on `device` are compiled for, 0 of another maker's.
 
-    90 in the interpreter.
+    90 in the interpreter; 0 where no GPU is, for which a plan can be made nevertheless.
     """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         return 0 if torch.version.hip else _device_capability(index)  # AMD has numbers of its own, as (9, 4)
     if interpreting():
         return 90
-    target = triton.runtime.driver.active.get_current_target()
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # there is no driver
+        return 0
     return target.arch if target.backend == "cuda" else 0  # pyright: ignore
 
 

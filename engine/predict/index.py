@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
+from ..datasets.tables.images_alone import LeftOut
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, rows_of
 
@@ -80,7 +81,7 @@ class Index:
         check_files: bool,
         skip: Path | None = None,
     ) -> list[str]:
-        """Take the rows of all sources, in order; what there is to say of labels that are no classes.
+        """Take the rows of all sources, in order; what there is to say of labels that are no classes, and of masks.
 
         Args:
             check_files: refuse files that do not exist, before any work.
@@ -92,12 +93,14 @@ class Index:
         told: list[str] = []
         # What a table says of an image counts before what its folder does.
         for source in sorted(sources, key=is_folder):
-            unknown, again = Counter[str](), Counter[str]()
-            rows = rows_of(source, classes, unknown, skip)
+            unknown, again, left = Counter[str](), Counter[str](), LeftOut()
+            rows = rows_of(source, classes, unknown, left, skip)
             with self._together():
                 self._add(rows if len(sources) == 1 else self._new(rows, source, again))
             if again:
                 told.append(f"{again.total()} of the images of {source} are given before, and count once")
+            if left.count:
+                told.append(f"{source}: {left}")
             if unknown and classes is not None:
                 odd = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
                 told.append(

@@ -7,10 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..datasets.tables import Record
 from ..datasets.tables.folders import SUFFIXES, iter_image_files
+from ..datasets.tables.images_alone import LeftOut, images_alone
+from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search
@@ -68,12 +70,17 @@ class Work:
 
 
 def rows_of(
-    source: str | Path | Record, classes: Sequence[str] | None, unknown: Counter[str], skip: Path | None = None
+    source: str | Path | Record,
+    classes: Sequence[str] | None,
+    unknown: Counter[str],
+    left: LeftOut,
+    skip: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
 
     Args:
         classes, unknown: as in `stream_table`.
+        left: counts the masks of a folder, which are no images.
         skip: a folder whose files are no images.
 
     Raises:
@@ -84,16 +91,20 @@ def rows_of(
     elif is_dicomweb(str(source)):
         yield from _in_store(str(source))
     elif is_url(str(source)):
-        yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source)))
+        yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source), left))
     elif is_table(source):
         for cell, record in stream_table(Path(source), classes, unknown):
             yield _of_url(record, cell) if is_url(cell) else Row(record)
     elif is_folder(source):
         found = False
         below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
-        for path in iter_image_files(Path(source)):
-            if below and os.path.abspath(path).startswith(below):
-                continue
+
+        def files(tell: bool) -> Iterator[Path]:
+            for path in iter_image_files(Path(source), tell):
+                if not below or not os.path.abspath(path).startswith(below):
+                    yield path
+
+        for path in images_alone(files, Path(source), left):
             found = True
             yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
         if not found:
@@ -149,7 +160,7 @@ def _of_url(record: Record, url: str) -> Row:
     return Row(replace(record, path=Path(url), patient_id=patient), url)
 
 
-def _listed(url: str) -> Iterator[str]:
+def _listed(url: str, left: LeftOut) -> Iterator[str]:
     """The images below a folder of an fsspec file system; of an image itself alone."""
     import fsspec
 
@@ -171,8 +182,12 @@ def _listed(url: str) -> Iterator[str]:
     found = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     if not found:
         raise DataError(f"{url}: holds no images")
-    for name in found:
-        yield name + mark + rest if "://" in name else f"{protocol}://{name.lstrip('/')}{mark}{rest}"
+    images = [PurePosixPath(name.strip("/")) for name in found]
+    masks = set(masks_among(images, PurePosixPath(path.strip("/"))))
+    left.count, left.first = len(masks), min(masks, default=None)
+    for name in (name for name, image in zip(found, images, strict=True) if image not in masks):
+        place = name if protocol in ("file", "local") else name.lstrip("/")
+        yield name + mark + rest if "://" in name else f"{protocol}://{place}{mark}{rest}"
 
 
 def _printed(name: str) -> str:

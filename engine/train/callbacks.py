@@ -87,7 +87,7 @@ class Epochs(Callback):
         task, stage, state, group = module.task, module.stage, module.state, module.task.group
         pixels = task.meter.pixels
         trainer.optimizers[0].zero_grad()
-        if group.at_once > 1:  # each process has statistics of its own images; the first one's are kept
+        if group.at_once > 1:  # what a forward has left there (of BatchNorm they agree) is the first one's
             for buffer in module.net.buffers():
                 dist.broadcast(buffer, 0)
         with module.averaged():

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
+from ..parallel.process_group import ProcessGroup
 from .callbacks import Epochs
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .interrupt import Interrupt
@@ -58,8 +60,9 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
 
     The processes of ``run.group`` train together when each of them calls this: if they split each image, all of them
     compute every batch; else the batches of an optimizer step are dealt to them, whole, and the gradients are averaged,
-    so that a step is that of one process. The first of them reports and writes. BatchNorm's running statistics are
-    those of the first process, as ever in DDP. Sums over processes may be rounded otherwise in a run that was resumed.
+    so that a step is that of one process, and so are BatchNorm's running statistics; its statistics in training are
+    those of each batch, in one process as in several. The first of them reports and writes. Sums over processes may be
+    rounded otherwise in a run that was resumed.
 
     Raises:
         GigamorphError: a loss or gradient that is not finite (the last checkpoint is kept), a pattern that names no
@@ -68,11 +71,7 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
     group, last, best = run.group, run.out / "last.ckpt", run.out / "best.ckpt"
-    for stage in stages:
-        trainable_names(task.module, stage)
-        _require_deal(stage, group.at_once)
-        find_optimizer(stage.optimizer)
-        factor_of(stage, 1)
+    check_stages(stages, group, task.module)
     record = {**task.record, "settings": _settings(stages, run, group.at_once)}
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
     task.module.to(run.device)
@@ -103,6 +102,24 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
         _take(task, load_checkpoint(best), str(best))
     task.module.eval()
     return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
+
+
+def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module | None = None) -> None:
+    """Refuse stages that cannot be trained, before any work.
+
+    Args:
+        module: what they train; None leaves their patterns to `run_stages`.
+
+    Raises:
+        GigamorphError: a pattern that names no parameter of the module, batches that cannot be dealt to the processes,
+            or an optimizer or a schedule that there is not.
+    """
+    for stage in stages:
+        if module is not None:
+            trainable_names(module, stage)
+        _require_deal(stage, group.at_once)
+        find_optimizer(stage.optimizer)
+        factor_of(stage, 1)
 
 
 @dataclass(frozen=True)

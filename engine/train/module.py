@@ -19,6 +19,7 @@ from .run import Run, seed_of
 from .schedules import factor_of
 from .stages import Stage, train_mode
 from .state import State
+from .statistics import RunningStatistics
 from .task import Task
 
 make_torchvision_importable()
@@ -97,7 +98,9 @@ class StageModule(pl.LightningModule):
         self.batches = Batches(task, stage, state, run.seed)
         # Not one of this module's children, among whose parameters those of the network would be twice.
         self.__dict__["_loss"] = _averaged(task) if task.group.at_once > 1 else task.loss
+        self._statistics = RunningStatistics(task.module, task.group)
         self._gradients: dict[str, Tensor] = {}
+        self._counts = True
         self._average: dict[str, Any] | None = None
         self.average: Average | None = None
         self._steps = -(-self.batches.total // stage.accumulate)
@@ -133,9 +136,11 @@ class StageModule(pl.LightningModule):
         group, size = self.task.group, self.stage.accumulate
         step, part = divmod(batch_idx * group.at_once + group.turn, size)
         torch.manual_seed(seed_of(self.run.seed, self.state.epoch, step, part))
+        self._statistics.begin()
         with self._accumulating(batch_idx):
             loss = self._loss(batch)
-        if not group.counts(batch_idx, self.batches.total):
+        self._counts = group.counts(batch_idx, self.batches.total)
+        if not self._counts:
             return loss * 0  # a batch that this process repeats while others have their last
         value = float(loss.detach())
         self._require_finite("loss", value)
@@ -143,6 +148,9 @@ class StageModule(pl.LightningModule):
         # Lightning divides by the size of a full step; the last one of an epoch may have fewer batches.
         together = min(size, self.batches.total - step * size)
         return loss if together == size else loss * (size / together)
+
+    def on_after_backward(self) -> None:
+        self._statistics.merge(self._counts)
 
     def _accumulating(self, batch_idx: int) -> contextlib.AbstractContextManager[Any]:
         """Processes average their gradients when an optimizer step follows, not after each batch."""

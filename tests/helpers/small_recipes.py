@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from gigamorph.engine.recipes.siamese import SiameseConfig
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
-# Networks without running statistics, which are those of the first process's batches alone.
 _NET, _IMAGES = "lesionnet", {"channels": 1, "mean": (0.5,), "std": (0.25,)}
 _SPLITS = ("train", "train", "train", "train", "val", "val", "test", "test")
 
@@ -72,7 +73,7 @@ def configs(accumulate: int) -> dict[str, Any]:
                 ),
             ),
             patch=(stage,),
-            whole=(Stage("all", 1, 1e-3, **several, batch_norm="eval"),),
+            whole=(replace(stage, name="live"), replace(stage, batch_norm="eval")),
         ),
         "morphhr": MorphHRConfig(
             **_IMAGES,
@@ -105,10 +106,10 @@ def configs(accumulate: int) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> Path:
-    """A table of two breasts of each of eight patients; every second patient has a mass in the left one."""
+def write(folder: Path, splits: Sequence[str] = _SPLITS) -> Path:
+    """A table of two breasts of patients; every second one has a mass in the left one."""
     records = []
-    for number, split in enumerate(_SPLITS):
+    for number, split in enumerate(splits):
         for side in "LR":
             rng = np.random.default_rng([number, side == "L"])
             image, ill = rng.integers(20000, 30000, (48, 40), dtype=np.uint16), number % 2 == 1 and side == "L"

@@ -42,3 +42,10 @@ def test_tiles_that_were_fastest_on_an_h200(
     gpu = torch.device("cuda", 0)
     config = tuning.matmul_config(gpu, torch.bfloat16, 4096, filters, depth, True, maps, taps)
     assert (config.block_m, config.block_n, config.num_warps) == tile
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_a_plan_knows_no_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference of ResNet-50 could not be planned for a GPU on a machine without one."""
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    assert tuning.capability(torch.device("meta")) == 0 and not tuning.has_descriptors(torch.device("cpu"))

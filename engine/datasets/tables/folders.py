@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataError
-from .left_out import UNREAD, is_left_out, tell_unread
+from .left_out import UNREAD, is_left_out, made_by, tell_unread
 
 SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
 """Of files that may be images; DICOM files often have none."""
@@ -20,21 +20,25 @@ def image_files(folder: Path) -> list[Path]:
     return list(iter_image_files(folder))
 
 
-def iter_image_files(folder: Path) -> Iterator[Path]:
+def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
     """The same one by one: what is held are the names of one folder, and of those above it.
 
     A sub-folder that cannot be listed stands for its images: whoever reads it is told why. `DataError` if it is the
     folder itself.
+
+    Args:
+        tell: what is left out.
     """
     unread = Counter[str]()
-    for entry in walk(folder, set(), unread):
+    for entry in walk(folder, set(), unread, tell):
         if isinstance(entry, Path):
             yield entry
         elif entry.folder == folder:
             raise entry.error
         else:
             yield entry.folder
-    tell_unread(folder, unread)
+    if tell:
+        tell_unread(folder, unread)
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class Unlisted:
     error: DataError
 
 
-def walk(folder: Path, seen: set[str], unread: Counter[str]) -> Iterator[Path | Unlisted]:
+def walk(folder: Path, seen: set[str], unread: Counter[str], tell: bool = True) -> Iterator[Path | Unlisted]:
     """Images below a folder, without the folders whose real paths are in `seen`: links may lead in a circle.
 
-    unread: counts files of other formats, by their suffix.
+    Args:
+        unread: counts files of other formats, by their suffix.
+        tell: which folders are left out.
     """
     seen.add(os.path.realpath(folder))
     try:
@@ -61,8 +67,8 @@ def walk(folder: Path, seen: set[str], unread: Counter[str]) -> Iterator[Path | 
             continue
         directory = _is_folder(entry)
         if directory and entry.suffix.lower() != ".zarr":
-            if os.path.realpath(entry) not in seen and not is_left_out(entry):
-                yield from walk(entry, seen, unread)
+            if os.path.realpath(entry) not in seen and not (is_left_out(entry) if tell else made_by(entry)):
+                yield from walk(entry, seen, unread, tell)
         elif directory or entry.suffix.lower() in SUFFIXES:
             yield entry
         elif entry.suffix.lower() in UNREAD:

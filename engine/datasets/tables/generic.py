@@ -52,16 +52,22 @@ def read_table(
     other labels are names, numbered in sorted order. Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient
     folders each image is a patient.
 
-    labels: False reads images to predict: label and patient_id are not needed, and labels are -1.
+    labels: False reads images to predict: label and patient_id are not needed, and labels are -1; files of a folder
+    that are masks by their names are left out.
     label: a label column, ``label_NAME``, that becomes the label; images in whose row it is empty have label -1.
     classes: the class names of a trained model, so that labels get the model's numbers.
     check_files: refuse tables that name files which do not exist. skip_missing: leave out their images instead.
 
     Raises `DataError`, in one line that names the file and the place in it.
     """
-    path = Path(path)
-    if path.is_dir():
-        rows = _folder_rows(path, labels)
+    path, masks = Path(path), []
+    if path.is_dir() and not labels:
+        files = image_files(path)
+        masks = masks_among(files, path)
+        left_out = set(masks)
+        rows = [(str(file), {"image_path": str(file)}) for file in files if file not in left_out]
+    elif path.is_dir():
+        rows = _folder_rows(path)
     elif path.is_file():
         rows = _csv_rows(path, labels, label)
     else:
@@ -82,10 +88,10 @@ def read_table(
         records.append(to_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
     _refuse_duplicates(path, rows, records)
     if skip_missing:
-        return Table(skip_absent(path, records), names)
+        return Table(skip_absent(path, records), names, masks=masks)
     if check_files:
         _refuse_missing(path, records)
-    return Table(records, names)
+    return Table(records, names, masks=masks)
 
 
 def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
@@ -169,9 +175,7 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
     return list(zip(table.places, rows, strict=True))
 
 
-def _folder_rows(path: Path, labels: bool) -> list[tuple[str, dict[str, str]]]:
-    if not labels:
-        return [(str(file), {"image_path": str(file)}) for file in image_files(path)]
+def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     folders = _sub_folders(path)
     if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
         return [row for folder in folders for row in _class_rows(folder, _sub_folders(folder), folder.name)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
+from typing import TypeVar
 
+P = TypeVar("P", bound=PurePath)
 _FOLDER = re.compile(r"masks?|.*[ _-]masks|.*roi mask images.*", re.IGNORECASE)
 _NAME = re.compile(r"(.+)[_-]mask(?:_?\d+)?", re.IGNORECASE)
 
 
-def masks_among(paths: Sequence[Path], below: Path) -> list[Path]:
+def masks_among(paths: Sequence[P], below: PurePath) -> list[P]:
     """Those in a folder of masks (``masks``, ``roi_masks``, TCIA's "ROI mask images"), and those that are called after
     an image that is there too (``x_mask.png``, ``x_mask_2.png`` of ``x.dcm``); none if there is nothing else.
 
@@ -19,14 +21,16 @@ def masks_among(paths: Sequence[Path], below: Path) -> list[Path]:
         below: a folder, whose own name and those above it tell nothing.
     """
     stems = {path.stem.lower() for path in paths}
-    found = [path for path in paths if _in_folder(path, below) or _of_another(path, stems)]
+    found = [path for path in paths if in_mask_folder(path, below) or masked(path) in stems]
     return [] if len(found) == len(paths) else found
 
 
-def _in_folder(path: Path, below: Path) -> bool:
+def in_mask_folder(path: PurePath, below: PurePath) -> bool:
+    """Whether a folder between `below` and the file is one of masks."""
     return any(_FOLDER.fullmatch(name) for name in path.relative_to(below).parts[:-1])
 
 
-def _of_another(path: Path, stems: set[str]) -> bool:
+def masked(path: PurePath) -> str | None:
+    """The lower-case name, without suffix, of the image after which a mask is called; None of other names."""
     match = _NAME.fullmatch(path.stem)
-    return match is not None and match[1].lower() in stems
+    return None if match is None else match[1].lower()

@@ -114,6 +114,8 @@ class Table:
     """What the label means, where a reader of a public data set made it."""
     name: str = ""
     """Of the public data set, as in `DATA_SETS`."""
+    masks: list[Path] = field(default_factory=list)
+    """Files of a folder without labels that are left out, because they are masks by their names."""
 
 
 def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[str]) -> Path:

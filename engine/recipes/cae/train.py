@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch.nn import functional as F
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
+from ...datasets.tables.images_alone import LeftOut
 from ...errors import DataError
 from ...evaluate import Cases, odds
 from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize
 from ...models import create_model
-from ...train.loop import run_stages
+from ...train.loop import check_stages, run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
 from ...train.target import Target
@@ -66,6 +68,7 @@ class Reconstruction(Task):
 def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """A stack of auto-encoders, trained on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
+    stage = _stage(config)
     stack = Stack(
         maps[0].shape[0],
         config.code_channels,
@@ -76,7 +79,17 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         tied=config.tied,
         pool=config.pool,
     )
-    stage = Stage(
+    if config.training == "joint":
+        run_stages(Reconstruction(stack, maps, run.device), [stage], run)
+        return stack
+    for layer in range(len(config.code_channels)):
+        own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
+        run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
+    return stack
+
+
+def _stage(config: CaeConfig) -> Stage:
+    return Stage(
         "joint",
         config.epochs,
         config.lr,
@@ -86,13 +99,6 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         accumulate=config.accumulate,
         plateau=config.plateau,
     )
-    if config.training == "joint":
-        run_stages(Reconstruction(stack, maps, run.device), [stage], run)
-        return stack
-    for layer in range(len(config.code_channels)):
-        own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
-        run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
-    return stack
 
 
 @torch.no_grad()
@@ -126,9 +132,12 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
-    pool = _pool(config, records)
+    pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
-    backbone = UpTo(_network(config, len(read.classes), weights, run), config.layer)
+    network = _network(config, len(read.classes), weights, run)
+    check_stages([_stage(config)], run.group)
+    check_stages(config.finetune, run.group, network)
+    backbone = UpTo(network, config.layer)
     begin(run, "cae", config, [*records, *pool])
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
@@ -226,17 +235,25 @@ def _cases(model: Any, features: NDArray[Any], records: Sequence[Record], classe
     return replace(found, probable=False)
 
 
-def _pool(config: CaeConfig, records: Sequence[Record]) -> list[Record]:
+def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record]:
     """The images without labels, none of a patient who is measured on."""
     if config.unlabelled is None:
         return []
-    pool = read_table(config.unlabelled, labels=False).records
-    measured = {record.patient_id for record in records if record.split != "train"}
+    table = read_table(config.unlabelled, labels=False)
+    pool = table.records
+    if table.masks:
+        run.say(f"{config.unlabelled}: {LeftOut(len(table.masks), table.masks[0])}")
+    own = [record for record in records if record.split != "train"]
+    measured, images = {record.patient_id for record in own}, {os.path.realpath(record.path) for record in own}
     for record in pool:
         if record.patient_id in measured:
             raise DataError(
                 f"{config.unlabelled}: patient {record.patient_id} is in the val or test split of the labelled table; "
                 "leave that patient out"
+            )
+        if os.path.realpath(record.path) in images:  # of a folder, which names no patients
+            raise DataError(
+                f"{config.unlabelled}: {record.path} is in the val or test split of the labelled table; leave it out"
             )
     return pool
 

@@ -87,11 +87,12 @@ def fit_head(
         (torch.cat(list(val[0]), 1), val[1]),
         measure(config.metric, classes),
     )
-    run_stages(task, [_stage(protocol, config)], run.undealt())
+    run_stages(task, [make_stage(protocol, config)], run.undealt())
     return module
 
 
-def _stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
+def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
+    """Of a protocol; `transformer`: with the rate and batch for one."""
     return Stage(
         name,
         config.epochs,
@@ -118,7 +119,7 @@ def fit_networks(
     """Fine-tune extractors with a head on them; `transformer`: with the rate and batch for one."""
     torch.manual_seed(seed_of(run.seed, 1))
     module = Fused(extractors, make_head(protocol, dims, classes, config))
-    stage = _stage(protocol, config, transformer)
+    stage = make_stage(protocol, config, transformer)
     size = Size(config.resize, config.crop)
     task = Finetuning(module, images, val, size, measure(config.metric, classes), run, stage.batch_size, record)
     run_stages(task, [stage], run)

@@ -18,6 +18,7 @@ from ...datasets.tables import SPLITS, Record, read_table
 from ...evaluate import odds
 from ...evaluate.read import write_cases
 from ...images.pixels import Normalize
+from ...train.loop import check_stages
 from ...train.run import Run, seed_of
 from ...train.target import Target
 from ..card import recipe_card
@@ -31,7 +32,7 @@ from ..weights import find_weights
 from .compare import check_parts, compare_heads, folder, summarise
 from .config import DvmeConfig
 from .extractors import Fused, make_extractor
-from .protocols import fit_networks, make_head, measure
+from .protocols import fit_networks, make_head, make_stage, measure
 from .subsets import draw_subset
 
 
@@ -57,6 +58,7 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
         run.say(f"extractor {own.name}")
         find_weights(own.weights, config.mean, config.std, run)
         _extractor(config, number, run)  # refused before any work
+    check_stages([make_stage(name, config) for name in config.protocols if name.startswith("finetune")], run.group)
     begin(run, "dvme", config, records)
     embeddings = _embeddings(config, parts, run)
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}

@@ -16,6 +16,7 @@ from ...datasets.augment import Augment, augmented
 from ...datasets.dataset import ImageDataset, open_record
 from ...datasets.masks import read_inside
 from ...datasets.tables import Finding, Record
+from ...datasets.tables.generic import is_absent
 from ...errors import DataError
 from ...files import write_atomically
 from ...images.open import open_pixels
@@ -50,6 +51,24 @@ def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Rec
     return made
 
 
+def check_findings(records: Sequence[Record]) -> None:
+    """Refuse lesions of which nothing says where they are, before any image is read.
+
+    Raises:
+        DataError: a finding without mask and box, or a mask that is missing.
+    """
+    for record in records:
+        for finding in record.findings:
+            if finding.pathology and finding.mask is None and finding.box is None:
+                raise _nowhere(record)
+            if finding.pathology and finding.mask is not None and is_absent(finding.mask):
+                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; leave the finding out")
+
+
+def _nowhere(record: Record) -> DataError:
+    return DataError(f"{record.path}: a finding has neither mask nor box; give one, or leave the finding out")
+
+
 def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
     """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
 
@@ -81,7 +100,7 @@ def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarra
         mask = torch.zeros(1, 1, *source.shape[1:], dtype=torch.bool)
         mask[..., finding.box[0] : finding.box[1], finding.box[2] : finding.box[3]] = True
     else:
-        raise DataError(f"{record.path}: a finding has neither mask nor box; give one, or leave the finding out")
+        raise _nowhere(record)
     small = F.interpolate(mask.to(torch.uint8), shape, mode="nearest")
     if not small.any():  # a lesion smaller than a pixel
         small = F.adaptive_max_pool2d(mask.float(), shape)

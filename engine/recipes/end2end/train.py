@@ -22,7 +22,7 @@ from ...files import write_atomically
 from ...images.parallel import available_cpus
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
-from ...train.loop import Trained, run_stages
+from ...train.loop import Trained, check_stages, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target, batch_weights
@@ -35,7 +35,7 @@ from ..recipe import begin, finish
 from ..tta import PLAIN, averaged, mirrorings
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
-from .images import Patches, resized, sample_all, sized_images, whole_images
+from .images import Patches, check_findings, resized, sample_all, sized_images, whole_images
 from .network import PatchNet, WholeNet, convert, features, width_of
 
 Parts = dict[str, list[Record]]
@@ -108,11 +108,11 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
         raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
-    for model in config.models if config.start is None else ():
-        find_weights(model.weights, config.mean, config.std)  # refused before any work
-        features(model.backbone, config.channels, layer=model.layer)
+    for model in config.models:
+        _check(model, config, run)
     if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
         raise DataError("no training image has a lesion with a pathology; patches need the column findings")
+    check_findings(parts["train"] + parts["val"] if config.start is None else ())
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
@@ -143,6 +143,19 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     if len(members) > 1 and len(members[0]):
         write_cases(run.out / "ensemble.csv", averaged(members))
     return finish(run, metrics)
+
+
+def _check(model: Model, config: Config, run: Run) -> None:
+    """Refuse networks, weights and stages that there are not, before any work."""
+    if config.start is not None:
+        check_stages(config.transfer, run.group, _load(Path(config.start) / model.name / "model.pt", model, config))
+        return
+    find_weights(model.weights, config.mean, config.std)
+    patch = _untrained_patches(model, config)
+    check_stages(model.patch or config.patch, run.group, patch)
+    check_stages(config.whole, run.group, convert(patch, model, config.resize, config.channels))
+    if model.front:
+        check_stages(config.native, run.group)
 
 
 def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
@@ -298,9 +311,13 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 
-def _untrained(model: Model, config: Config) -> WholeNet:
+def _untrained_patches(model: Model, config: Config) -> PatchNet:
     maps = features(model.backbone, config.channels, layer=model.layer)
-    return convert(PatchNet(maps, width_of(maps, config.channels)), model, config.resize, config.channels)
+    return PatchNet(maps, width_of(maps, config.channels))
+
+
+def _untrained(model: Model, config: Config) -> WholeNet:
+    return convert(_untrained_patches(model, config), model, config.resize, config.channels)
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:

@@ -22,7 +22,7 @@ from ...evaluate.roc import delong_interval
 from ...models import create_model
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
-from ...train.loop import Trained, run_stages
+from ...train.loop import Trained, check_stages, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
@@ -96,6 +96,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     parent = Grown(create_model(config.model, len(target.names), config.channels), channels=config.channels)
     if weights is not None:
         load_pretrained(parent.network, weights)
+    _check(parent, config, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
@@ -122,6 +123,16 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         metrics[arm] = _results(data, task, child_images, trained, arm)
     last = next(arm for arm in ("morph", "scratch", "direct", "finetune") if arm in config.arms)
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
+
+
+def _check(parent: Grown, config: Config, run: Run) -> None:
+    """Refuse stages and a front that cannot be, before the parent is trained."""
+    check_stages(config.low, run.group, parent.network)
+    if "direct" in config.arms:
+        check_stages(config.direct or config.high, run.group, parent.network)
+    if {"scratch", "morph"} & set(config.arms):
+        child, _ = grow(copy.deepcopy(parent), config, run.seed)
+        check_stages(config.high, run.group, child.network)
 
 
 def _compare(data: _Data, parent: Grown, child: Grown) -> float:

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ...errors import DataError
+from ...evaluate import Cases
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
@@ -23,9 +24,26 @@ from ..tensors import Inputs, TensorTask, logits_of
 from .augment import mirrored
 from .config import SiameseConfig
 from .network import Embedding
+from .patches import SinglePatches
 
 _C = 0.01  # inverse strength of the probe's penalty: a handful of labels is to give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
+
+
+def patch_cases(patches: SinglePatches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
+    """What is said of patches (log-odds, n) beside what is true (0 or 1, n), each named by its file and its corner."""
+    pairs = [(patches.files[f], side, cell) for f, side, cell in patches.places]
+    own = [(file.pair.left, file.pair.right)[side] for file, side, _ in pairs]
+    corners = [file.boxes[side][cell][:2] for file, side, cell in pairs]
+    return Cases(
+        outputs=("finding",),
+        truth=y.double().numpy()[:, None],
+        scores=scores[:, None],
+        names=tuple(f"{r.path}#row={top:g}&column={left:g}" for r, (left, top) in zip(own, corners, strict=True)),
+        patients=tuple(r.patient_id for r in own),
+        exams=tuple(r.exam_id or "" for r in own),
+        sides=tuple(r.laterality or "" for r in own),
+    )
 
 
 class Classifier(nn.Module):

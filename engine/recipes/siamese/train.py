@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...datasets.masks import read_inside
 from ...datasets.tables import SPLITS, Record, read_table
+from ...evaluate.read import write_cases
 from ...evaluate.roc import auc
 from ...files import write_atomically
-from ...train.loop import run_stages
+from ...train.loop import check_stages, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
 from ..card import recipe_card
@@ -28,7 +29,7 @@ from .judge import Judge
 from .network import Embedding
 from .pairs import find_pairs
 from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
-from .probe import fine_tuned, probed
+from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
 
@@ -39,7 +40,8 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     Writes the patches, the checkpoints, ``encoder.pt`` (a state_dict of the backbone, for `create_model`),
     ``model_card.md``, ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif``
     (the distances over each pair of the test split, at native resolution, on the left breast's grid), ``images.csv``
-    (scores of the test split's full images) and ``metrics.json``.
+    (scores of the test split's full images), ``probe/START_SHARE/test_probe.csv`` and ``test_fine_tuned.csv`` (for
+    `gigamorph eval`) and ``metrics.json``.
 
     Raises:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
@@ -52,11 +54,6 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
     make_network(config, run, 0, weights=False)  # refused before any work
-    begin(run, "siamese", config, records)
-    files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
-    patches = PatchPairs(files["train"])
-    networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
-    task = SiameseTask(networks, patches, patches.patients, config, run.device)
     stage = Stage(
         "pairs",
         config.epochs,
@@ -65,6 +62,12 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         batch_size=config.batch_size,
         accumulate=config.accumulate,
     )
+    check_stages([stage], run.group)
+    begin(run, "siamese", config, records)
+    files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
+    patches = PatchPairs(files["train"])
+    networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
+    task = SiameseTask(networks, patches, patches.patients, config, run.device)
     run_stages(task, [stage], run)
     judges = [Judge.fit(task.distances(network)[0], config) for network in networks]
     _write_labels(run, judges, patches)
@@ -153,6 +156,8 @@ def _downstream(
                 "probe": probed(start, x.take(chosen.tolist()), y[chosen], test),
                 "fine_tuned": fine_tuned(start, x.take(chosen.tolist()), y[chosen], test, config, own),
             }
+            for key, value in scores.items():
+                write_cases(own.out / f"test_{key}.csv", patch_cases(test, test_y, value))
             found = {key: auc(test_y.numpy(), value) for key, value in scores.items()}
             rows.append({"fraction": fraction, "patches": len(chosen), "start": name, **found})
     return rows

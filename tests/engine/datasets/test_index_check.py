@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import imagecodecs
@@ -15,6 +16,8 @@ from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
+from gigamorph.engine.datasets.tables.generic import iter_image_files
+from gigamorph.engine.datasets.tables.images_alone import LeftOut, images_alone
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 
@@ -92,8 +95,17 @@ def test_masks_are_no_images(tmp_path: Path) -> None:
     found = index_folder(tmp_path)
     assert {record.path.relative_to(tmp_path).as_posix() for record in found.records} == set(IMAGES)
     assert {path.relative_to(tmp_path).as_posix() for path in found.masks} == set(MASKS)
-    alone = index_folder(tmp_path / "masks")
-    assert [record.path.name for record in alone.records] == ["a.png"] and not alone.masks
+    read, left = read_table(tmp_path, labels=False), LeftOut()
+    assert {record.path for record in read.records} == {record.path for record in found.records}
+    assert read.masks == found.masks
+    one_by_one = images_alone(partial(iter_image_files, tmp_path), tmp_path, left)
+    assert set(one_by_one) == {record.path for record in found.records} and left.count == len(MASKS)
+    for folder in ("masks", "x/roi_masks"):
+        alone = index_folder(tmp_path / folder)
+        assert len(alone.records) == 1 and not alone.masks
+        below = tmp_path / folder
+        files = list(images_alone(partial(iter_image_files, below), below, left))
+        assert len(files) == 1 and left.count == len(MASKS)
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,20 @@ def test_parquet_csv_and_folder_say_the_same(table, whole, tmp_path):
     assert [row["log_odds_1"] for row in rows(tmp_path / "f" / "predictions.csv")] == log_odds
 
 
+def test_masks_of_a_folder_are_no_images(table, tmp_path):
+    """Also of a folder elsewhere; and without an ordinary image beside them they are what is asked for."""
+    folder = tmp_path / "folder"
+    (folder / "masks").mkdir(parents=True)
+    for name in ("0.npy", "1.npy", "0_mask.npy", "masks/1.npy"):
+        shutil.copy(table.parent / "0000.npy", folder / name)
+    for number, source in enumerate((folder, f"file://{folder}")):
+        told, out = [], tmp_path / str(number)
+        predict(archives.stub, [source], out, HERE, Watch(warn=told.append))
+        assert [Path(row["image_path"]).name for row in rows(out / "predictions.csv")] == ["0.npy", "1.npy"]
+        assert len(told) == 1 and "2 masks are left out, by their names, the first" in told[0]
+    assert predict(archives.stub, [folder / "masks"], tmp_path / "masks", HERE).images == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

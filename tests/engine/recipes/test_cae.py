@@ -231,6 +231,17 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
 
 
+def test_an_unlabelled_folder_is_taken_without_its_masks(table, tmp_path):
+    for number, name in enumerate(("a.npy", "b.npy", "a_mask.npy", "masks/b.npy")):
+        (tmp_path / "pool" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "pool" / name, np.roll(np.load(table.parent / "0.npy"), number + 1))
+    said = []
+    config = replace(SMALL, unlabelled=str(tmp_path / "pool"), svm=("linear",))
+    train(table, config, Run(tmp_path / "run", say=said.append))
+    assert [text.partition(": ")[2][:22] for text in said if "masks" in text] == ["2 masks are left out, "]
+    assert len(list((tmp_path / "run" / "maps").rglob("*.npy"))) == 12 + 2
+
+
 def test_bad_input_is_told_in_one_line(table, tmp_path):
     text = table.read_text()
 
@@ -247,6 +258,10 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     pool = table.parent / "pool.csv"
     pool.write_text("image_path,patient_id\n8.npy,P8\n")
     refused("patient P8 is in the val or test split", config=replace(SMALL, unlabelled=str(pool)))
+    folder = table.parent / "pool"
+    folder.mkdir()
+    (folder / "copy.npy").symlink_to(table.parent / "8.npy")
+    refused("copy.npy is in the val or test split", config=replace(SMALL, unlabelled=str(folder)))
     assert not (tmp_path / "bad").exists()
     refused(
         "stage 'joint', epoch 1, step .*: the loss is (nan|inf)", error=GigamorphError, config=replace(SMALL, lr=1e30)

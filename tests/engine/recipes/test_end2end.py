@@ -205,7 +205,15 @@ def test_patients_of_the_curve_alternate_and_nest():
 def test_bad_tables(tmp_path):
     with pytest.raises(DataError, match="no training image has a lesion"):
         train(write(tmp_path / "a", [0, 1] * 4, findings=False), SMALL, Run(tmp_path / "ao"))
-    assert not (tmp_path / "ao").exists()  # before any image was resized
+    for name, finding, told in (
+        ("e", Finding("mass", pathology="malignant"), "neither mask nor box"),
+        ("f", Finding("mass", mask=tmp_path / "none.png", pathology="malignant"), "none.png: the mask .* is missing"),
+    ):
+        read = read_table(write(tmp_path / name, [0, 1] * 4))
+        records = [replace(record, findings=(finding,)) for record in read.records]
+        with pytest.raises(DataError, match=told):
+            train(write_table(tmp_path / name / "t.csv", records, read.classes), SMALL, Run(tmp_path / f"{name}o"))
+    assert not any((tmp_path / f"{name}o").exists() for name in "aef")  # before any image was resized
     with pytest.raises(DataError, match="split val has only images with"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
     table = write(tmp_path / "c", [0, 1] * 4)

@@ -13,6 +13,7 @@ from processes import in_processes
 
 from gigamorph.engine.datasets.tables import read_table, write_table
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.recipes import RECIPES, get_recipe
 from gigamorph.engine.recipes.dvme import ExtractorConfig
 from gigamorph.engine.recipes.end2end.config import Model
@@ -67,6 +68,32 @@ def test_devices_make_the_networks_of_one_process(name, table, tmp_path):
 def test_a_network_that_there_is_not_takes_no_folder(name, wrong, table, tmp_path):
     """It is refused before any work, and the folder is free for the command that is mended."""
     config = replace(small_recipes.configs(1)[name], **wrong)
+    with pytest.raises(GigamorphError, match="'nowhere'"):
+        get_recipe(name).train(table, config, Run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_batches_that_cannot_be_dealt_take_no_folder(name, table, tmp_path):
+    run = Run(tmp_path / "run", group=ProcessGroup(0, 2))
+    with pytest.raises(GigamorphError, match="2 images per optimizer step, 2 at a time, cannot be dealt to 2"):
+        get_recipe(name).train(table, small_recipes.configs(1)[name], run)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "wrong"),
+    [
+        ("cae", "finetune", {"trainable": ("nowhere",)}),
+        ("end2end", "whole", {"trainable": ("nowhere",)}),
+        ("end2end", "whole", {"optimizer": "nowhere"}),
+        ("morphhr", "high", {"trainable": ("nowhere",)}),
+        ("morphhr", "high", {"schedule": "nowhere"}),
+    ],
+)
+def test_a_later_stage_is_refused_before_the_first_one_begins(name, stages, wrong, table, tmp_path):
+    config = small_recipes.configs(1)[name]
+    config = replace(config, **{stages: tuple(replace(stage, **wrong) for stage in getattr(config, stages))})
     with pytest.raises(GigamorphError, match="'nowhere'"):
         get_recipe(name).train(table, config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from gigamorph.engine.train.task import Task
 
 LR = Optimizer(lr=3e-3)
 SPLIT = TrainOptions(model="training:live", epochs=2, accumulate=3, optimizer=LR, seed=5, split_image=True)
-OWN = replace(SPLIT, model="training:normed", accumulate=8, split_image=False)
+OWN = replace(SPLIT, accumulate=8, split_image=False)
 PAIRS = replace(OWN, split_image=2)
 
 
