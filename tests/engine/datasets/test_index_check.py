@@ -16,7 +16,7 @@ from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
-from gigamorph.engine.datasets.tables.generic import iter_image_files
+from gigamorph.engine.datasets.tables.folders import iter_image_files
 from gigamorph.engine.datasets.tables.images_alone import LeftOut, images_alone
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels

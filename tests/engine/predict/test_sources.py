@@ -44,3 +44,17 @@ def test_a_sub_folder_that_is_closed_is_quarantined_and_the_others_are_predicted
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
     [row] = rows(tmp_path / "out" / "quarantine.csv")
     assert row["reason"] == f"{closed}: cannot be read (Permission denied)"
+
+
+def test_what_is_left_out_of_a_folder_is_told_once(tmp_path, caplog):
+    """Masks are told apart in a look of its own at the whole folder, which says nothing of the rest."""
+    images = archives.make_archive(tmp_path / "images" / "b", 2).parent
+    (images / "table.csv").unlink()
+    run = tmp_path / "images" / "a" / "run"
+    run.mkdir(parents=True)
+    (run.parent / "x.bmp").write_bytes(b"")
+    (run / "last.ckpt").write_bytes(b"")
+    found = predict(archives.tiny, [tmp_path / "images"], tmp_path / "out", Options("m", workers=0))
+    assert found.done == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("gigamorph train wrote" in line for line in told) == 1 and sum(".bmp" in line for line in told) == 1
