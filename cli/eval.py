@@ -16,7 +16,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
-    from ..engine.evaluate import Cases
+    from ..engine.evaluate.cases import Cases
     from ..engine.evaluate.evaluate import Settings
 
 
@@ -151,10 +151,9 @@ def eval(
         raise click.UsageError("--marks needs the findings of --table")
     if modality is not None and reader is None:
         raise click.UsageError("--modality needs the readers: --reader COLUMN")
-    from ..engine.evaluate import read_cases
     from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
-    from ..engine.evaluate.read import note_of
+    from ..engine.evaluate.read import note_of, read_cases
 
     _refuse(Path(out), overwrite)
     predictions = str(_chosen(Path(predictions), levels))
@@ -262,8 +261,8 @@ def _measure(
     out: str, images: Cases, settings: Settings, notes: dict[str, Any], other: Cases | None, marks: Any
 ) -> list[str]:
     """Write the measures of classes or labels; lines for people."""
-    from ..engine.evaluate import read_marks
     from ..engine.evaluate.evaluate import evaluate
+    from ..engine.evaluate.read import read_marks
     from ..engine.evaluate.report import headline, write_report
 
     marked, without = (None, 0) if marks is None else read_marks(marks[0], marks[1], images)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets.tables import Record
-from ..evaluate import Cases
+from ..evaluate.cases import Cases
 from ..tiling.memory import format_bytes, peak_bytes
 from ..train.card import Card, write_card
 from ..train.run import Run

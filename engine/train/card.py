@@ -13,7 +13,7 @@ from typing import Any
 
 from ..datasets.tables import Record
 from ..errors import DataError
-from ..evaluate import LEVELS, Cases
+from ..evaluate.cases import LEVELS, Cases
 from ..evaluate.evaluate import Settings, evaluate
 from ..evaluate.numbers import evaluate_numbers, numbers_headline
 from ..evaluate.report import format_value, no_interval

@@ -19,7 +19,8 @@ from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
 from ...datasets.tables.images_alone import LeftOut
 from ...errors import DataError
-from ...evaluate import Cases, odds
+from ...evaluate import odds
+from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize

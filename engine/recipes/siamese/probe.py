@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ...errors import DataError
-from ...evaluate import Cases
+from ...evaluate.cases import Cases
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage

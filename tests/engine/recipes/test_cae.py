@@ -13,7 +13,7 @@ from killed import killed_at
 from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.evaluate import read_cases
+from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models import create_model
 from gigamorph.engine.recipes import default_text

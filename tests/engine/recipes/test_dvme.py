@@ -13,7 +13,7 @@ from torch import nn
 from gigamorph.engine.config import parse_config
 from gigamorph.engine.datasets.tables import Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
-from gigamorph.engine.evaluate import read_cases
+from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.recipes import default_text

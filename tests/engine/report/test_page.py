@@ -9,7 +9,7 @@ from jinja2 import UndefinedError
 
 from gigamorph.engine.bench.report import write_report as write_bench
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.evaluate import Cases
+from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate
 from gigamorph.engine.evaluate.report import write_report as write_evaluation
 from gigamorph.engine.report.page import Table, render, write_page

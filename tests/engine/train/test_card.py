@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from gigamorph.engine.datasets.tables import Record
-from gigamorph.engine.evaluate import Cases
+from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.train.card import Card, write_card
 
 
