@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...capture.trace import Op, Ref, bind
-from .base import Block, Env, Local, Maps, Refusal, Whole, rule
+from .base import Block, Env, Local, Maps, Refusal, rule
 
 _COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like view expand".split())
 _NAMES_APART = ("LOAD_DEREF", "LOAD_CLOSURE", "IMPORT_NAME", "STORE_GLOBAL", "MAKE_FUNCTION", "LOAD_NAME")
@@ -143,16 +143,6 @@ def custom(op: Op, maps: Maps) -> Local:
         return (_Recorded.apply(both, *(env[v] for v in op.inputs)),)
 
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), run)
-
-
-@rule("module_hook")
-def module_hook(op: Op, maps: Maps) -> Whole:
-    """Each output is one of the inputs, the last ones, with a node of its own."""
-    pairs = zip(reversed(op.outputs), reversed(op.inputs), strict=False)
-    found = {made: given for made, given in pairs if given in maps}
-    if any(given in maps.flat for given in found.values()):
-        raise Refusal("a backward hook of a module on a flattened map")
-    return Whole(op, {made: maps.axes[given] for made, given in found.items()})
 
 
 def _recorded(op: Op, given: Sequence[tuple[int, torch.Size, torch.dtype]]) -> _Both:
