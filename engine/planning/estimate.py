@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,6 +119,7 @@ class Estimate:
         self.known = known or Known()
         self.image = staged.program.values[staged.program.image]
         self.wanted = staged.wanted(image_grad)
+        self._kept_away: Container[int] = () if staged.place == "device" else staged.stage_maps()
         self._places = [number for number, step in enumerate(staged.steps) if isinstance(step, Stage)]
         self._stored = stored_times(staged, training, self.wanted) or [(place, 0) for place in self._places]
         self.stored_bytes = max(stored for _, stored in self._stored)
@@ -223,7 +224,7 @@ class Estimate:
             for tiled in stages:
                 entering, heaviest = halo_bytes(tiled.stage, tiled)
                 kept, strip = kept + entering, max(strip, heaviest if tiled.rows.steps > 1 else 0)
-                away = max(away, _away_bytes(self.staged, tiled) if self.staged.place != "device" else 0)
+                away = max(away, _bytes_among(self._kept_away, tiled))
             sides = tuple(tiled.tile for tiled in stages)
             tiles = stages[0].rows.steps, stages[0].cols.steps
             alone = [tiled.tiles for tiled in stages] == [1]
@@ -367,10 +368,10 @@ class Estimate:
         return replace(plan, library_bytes=plan.library_bytes + more)
 
 
-def _away_bytes(staged: StagedProgram, tiled: TiledStage) -> int:
-    """A tile's part of the maps that its stage reads and writes elsewhere than on the device."""
-    stage, stage_maps, values = tiled.stage, staged.stage_maps(), staged.program.values
-    total = sum(_nbytes(values[v].shape, values[v].dtype) for v in (*stage.sources, *stage.stored) if v in stage_maps)
+def _bytes_among(maps: Container[int], tiled: TiledStage) -> int:
+    """A tile's part of those of these maps that its stage reads and writes."""
+    stage, values = tiled.stage, tiled.stage.program.values
+    total = sum(value_bytes(values[v]) for v in (*stage.sources, *stage.stored) if v in maps)
     return total // tiled.tiles
 
 
