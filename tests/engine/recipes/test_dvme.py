@@ -1,6 +1,7 @@
 """DVME: the published head, balanced subsets; the recipe on files, killed and resumed."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -282,7 +283,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     for number, split in enumerate(("train", "val", "test")):
         for label, path in enumerate(paths[:2]):
             copy = tmp_path / f"{split}{label}{path.suffix}"
-            copy.symlink_to(path)
+            shutil.copyfile(path, copy)
             records.append(Record(copy, label, f"P{number}{label}", split))
     table = write_table(tmp_path / "real.csv", records, ["0", "1"])
     own = (ExtractorConfig("r", "timm:resnet18"), ExtractorConfig("v", "timm:vit_tiny_patch16_224", blocks=4))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -231,9 +232,9 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     own = []
     for patient, split in (("P0", "train"), ("P1", "test")):
         for path, side in zip(paths, "LR", strict=True):
-            link = tmp_path / f"{patient}{side}.dcm"
-            link.symlink_to(path)
-            own.append(Record(link, 0, patient, split, side, "CC"))
+            copy = tmp_path / f"{patient}{side}.dcm"
+            shutil.copyfile(path, copy)
+            own.append(Record(copy, 0, patient, split, side, "CC"))
     table = write_table(tmp_path / "real.csv", own, ["0"])
     config = replace(
         SMALL, mirror="table", patch=256, stride=1024, tissue=0.3, epochs=2, warm_up=1, batch_size=8, scores=False
