@@ -79,13 +79,13 @@ def constants(image: Path, rows: int, folder: Path) -> dict[str, Any]:
 def rates(found: dict[str, Any], gpus: int, compute: float, cores: int = CORES_PER_GPU) -> dict[str, float]:
     """Images a second that each part allows; the run has the least of them.
 
-    A process for each GPU computes and takes decoded images; `cores` for each GPU decode; nodes of eight GPUs fetch;
-    one process keeps the rows of all (of shards each its own).
+    A process for each GPU computes and takes decoded images; `cores` for each GPU decode and hand over; nodes of eight
+    GPUs fetch; one process keeps the rows of all (of shards each its own).
     """
     nodes = -(-gpus // NODE_GPUS)
     return {
         "compute": gpus / (compute + found["hand_over_cpu_seconds"]),
-        "decode": gpus * cores / found["decode_cpu_seconds"],
+        "decode": gpus * cores / (found["decode_cpu_seconds"] + found["hand_over_cpu_seconds"]),
         "network": nodes * NETWORK / found["image_bytes"],
         "rows": 1 / found["row_cpu_seconds"],
     }
