@@ -54,17 +54,6 @@ def run(table: Path, out: Path, address: str) -> int:
     return 0
 
 
-def actors() -> list[int]:
-    """Process ids of the actors that hold the network."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            text = path.read_bytes()
-            if text.startswith(b"ray::") and b"MapWorker" in text:
-                found.append(int(path.parent.name))
-    return found
-
-
 def strike(kind: str, cluster: Any, command: subprocess.Popen[str], drawn: random.Random) -> bool:
     """Kill one, and say whether there was one to kill."""
     if kind == "command":
@@ -75,7 +64,7 @@ def strike(kind: str, cluster: Any, command: subprocess.Popen[str], drawn: rando
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         return True
-    living = actors()
+    living = archives.ray_actors()
     if not living:
         return False
     with contextlib.suppress(ProcessLookupError):

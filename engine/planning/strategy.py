@@ -69,7 +69,7 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
         cost = program_cost(staged, training, known)
         stored, here = stored_peaks(staged, training, staged.wanted(image_grad))
         yield Strategy(name, staged, cost / unit, stored)
-        moved = moved_bytes(staged, training) if staged.stage_maps() else 0
+        moved = moved_bytes(staged, training)
         for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
             away = replace(staged, place=place)
             yield Strategy(f"{name}; {PLACES[place]}", away, (cost + flops * moved) / unit, here, stored - here)

@@ -113,19 +113,6 @@ def cluster(monkeypatch):
     found.shutdown()
 
 
-def actors() -> list[int]:
-    """Process ids of the actors that compute."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = path.read_bytes()
-        except OSError:
-            continue
-        if text.startswith(b"ray::") and b"MapWorker" in text:
-            found.append(int(path.parent.name))
-    return found
-
-
 @pytest.mark.slow
 def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_run(tmp_path, cluster):
     threads = torch.get_num_threads()
@@ -143,7 +130,7 @@ def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_r
     def kill() -> None:
         while kept() < 8:
             time.sleep(0.1)
-        os.kill(actors()[0], signal.SIGKILL)
+        os.kill(archives.ray_actors()[0], signal.SIGKILL)
         done.append(f"actor after {kept()}")
         while kept() < 24:
             time.sleep(0.1)
