@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import math
@@ -37,6 +38,9 @@ log = logging.getLogger("gigamorph")
 SAVE_EVERY = 600.0
 """Seconds between checkpoints inside an epoch."""
 
+DRAW_EVERY = 10.0
+"""Seconds between pictures of a run that goes on: a picture takes as long as many steps of small images."""
+
 
 class Epochs(Callback):
     """Scores, rows of ``log.csv`` and checkpoints of the epochs.
@@ -51,7 +55,7 @@ class Epochs(Callback):
 
     def __init__(self, interrupt: Interrupt) -> None:
         self._interrupt = interrupt
-        self._began = self._saved = time.monotonic()
+        self._began = self._saved = self._drawn = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_clock(pl_module)
@@ -100,7 +104,8 @@ class Epochs(Callback):
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)
             _log(trainer, state.rows[-1])
-            task.end_epoch(module.run.out, state.rows)
+            if time.monotonic() - self._drawn > DRAW_EVERY:
+                self._draw(module)
         told = {} if score is None else score.shown or {"score": score.value}
         values = {"loss": state.rows[-1]["train_loss"], **told}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -111,6 +116,18 @@ class Epochs(Callback):
         self._start_clock(module)
         if any(group.all(self._interrupt.asked)):
             raise InterruptedTraining
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draw(_stage_of(pl_module))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with contextlib.suppress(GigamorphError):  # what ended the run is told, not a picture that has no room
+            self._draw(_stage_of(pl_module))
+
+    def _draw(self, module: StageModule) -> None:
+        if module.task.group.leads and module.state.rows:
+            module.task.draw(module.run.out, module.state.rows)
+            self._drawn = time.monotonic()
 
     def _score(self, trainer: pl.Trainer, module: StageModule) -> Score | None:
         try:

@@ -111,7 +111,7 @@ class TargetTask(ImageTask, Generic[Found]):
         # Few images make many equal scores: the loss decides between them.
         return Score(score, -loss, {"val_loss": loss, "val_score": score, **columns}, shown)
 
-    def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         from .curves import write_curves  # with matplotlib, which a prediction does without
 
         write_curves(folder, rows)

@@ -73,8 +73,8 @@ class Task:
     def begin_epoch(self, epoch: int) -> None:
         """Work between epochs, in evaluation mode without gradients. What it leaves belongs into `state`."""
 
-    def end_epoch(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Called in the process that leads, with all rows of ``log.csv`` so far."""
+    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Pictures of all rows of ``log.csv`` so far, at times and where a run ends; in the process that leads."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the module: plain containers, numbers, texts and tensors."""

@@ -12,7 +12,7 @@ from gigamorph import accelerate, create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.outputs import outputs_of
-from gigamorph.engine.published import reference
+from gigamorph.engine.published import pickled, reference
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
 from gigamorph.engine.published.reference import Reference
 
@@ -290,18 +290,20 @@ def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here
         imported(here, "other", source="published_nets:Net?width=5", trust=True)
 
 
-def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here):
+def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here, monkeypatch):
     """As its state dict does: mean, spread, licence, the size where it is fixed; channels by its weights."""
     timm = pytest.importorskip("timm")
+    # In this process, which has imported timm; the test above is of the process of its own.
+    monkeypatch.setattr(pickled, "_open", lambda path, folder, prefix: pickled.dump(str(path), str(folder), prefix))
     torch.manual_seed(0)
     made = timm.create_model("test_efficientnet", num_classes=4).eval()
     torch.save(made, here / "module.pt")
     torch.save(made.state_dict(), here / "w.pt")
     for number, source in enumerate(("timm:test_efficientnet", "timm:test_efficientnet?in_chans=3")):
-        pickled = read_description(imported(here, f"p{number}", source, weights=str(here / "module.pt"), trust=True))
+        whole = read_description(imported(here, f"p{number}", source, weights=str(here / "module.pt"), trust=True))
         plain = read_description(imported(here, f"s{number}", source))
-        assert pickled.preprocessing == plain.preprocessing and pickled.preprocessing.channels == 3
-        assert pickled.preprocessing.mean == made.pretrained_cfg["mean"] and pickled.licence == plain.licence != ""
+        assert whole.preprocessing == plain.preprocessing and whole.preprocessing.channels == 3
+        assert whole.preprocessing.mean == made.pretrained_cfg["mean"] and whole.licence == plain.licence != ""
     grey = imported(here, "grey", "timm:test_efficientnet?in_chans=1", weights=str(here / "module.pt"), trust=True)
     assert read_description(grey).preprocessing.channels == 1
     fixed = "timm:vit_tiny_patch16_224?depth=1&embed_dim=24&num_heads=2"
