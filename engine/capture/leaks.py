@@ -13,22 +13,24 @@ from ..errors import UnsupportedError
 
 
 def let_go(weak: list[Any], refuse: bool) -> None:
-    """Make sure that no tensor without values is left: caches that hold one are emptied, others refused."""
+    """Make sure that no tensor without values is left: caches that hold one are emptied, others refused.
+
+    Each look through all objects of the process takes a tenth of a second, or a whole one. Where an error is on its way
+    (`refuse` is false) its traceback may hold some: they go with it, and what is in cycles at the next collection.
+    """
     left = [ref for ref in weak if ref() is not None]
-    if not left:
-        return
-    gc.collect()
-    left = [ref for ref in left if ref() is not None]
+    if left and refuse:
+        gc.collect()
+        left = [ref for ref in left if ref() is not None]
     if not left:
         return
     for cache in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
         if _reaches(cache, {id(ref()) for ref in left}):
             cache.cache_clear()
-    left = [ref for ref in left if ref() is not None]
-    names = sorted({_drop(ref()) for ref in left if ref() is not None})
-    if names and refuse:
+    tensors = [tensor for ref in left if (tensor := ref()) is not None]
+    if tensors and (names := _drop(tensors)) and refuse:
         raise UnsupportedError(
-            f"the forward leaves tensors in {names[0]}, where later calls would not put theirs; return them, or keep "
+            f"the forward leaves tensors in {min(names)}, where later calls would not put theirs; return them, or keep "
             "them in an attribute of a module"
         )
 
@@ -42,20 +44,21 @@ def _reaches(thing: Any, wanted: set[int], depth: int = 5) -> bool:
     )
 
 
-def _drop(tensor: Tensor | None) -> str:
-    """Take a tensor without values out of what holds it; what messages call that."""
-    found = ""
-    for holder in gc.get_referrers(tensor):
+def _drop(tensors: list[Tensor]) -> set[str]:
+    """Take tensors without values out of what holds them; what messages call that."""
+    found = set()
+    wanted = {id(tensor) for tensor in tensors}
+    for holder in gc.get_referrers(*tensors):
         if isinstance(holder, dict):
-            for key in [key for key, value in holder.items() if value is tensor]:
+            for key in [key for key, value in holder.items() if id(value) in wanted]:
                 del holder[key]
-            found = "a dict that is no attribute of a module"
-        elif isinstance(holder, list):
-            holder[:] = [item for item in holder if item is not tensor]
-            found = "a list that is no attribute of a module"
+            found.add("a dict that is no attribute of a module")
+        elif isinstance(holder, list) and holder is not tensors:
+            holder[:] = [item for item in holder if id(item) not in wanted]
+            found.add("a list that is no attribute of a module")
         elif isinstance(holder, set):
-            holder.discard(tensor)
-            found = "a set that is no attribute of a module"
+            holder.difference_update(tensors)
+            found.add("a set that is no attribute of a module")
         elif isinstance(holder, types.CellType):
-            found = "a function that it returns or keeps"
-    return found or "an object that is no attribute of a module"
+            found.add("a function that it returns or keeps")
+    return found or {"an object that is no attribute of a module"}
