@@ -88,7 +88,8 @@ def test_a_process_that_hangs_is_named_by_all_that_wait_for_it(tmp_path):
     assert found[2] == "no end"
 
 
-def test_who_was_cut_off_by_one_that_waited_too_long_names_the_same_process():
+def test_who_was_cut_off_by_one_that_waited_too_long_names_the_same_process(monkeypatch):
+    monkeypatch.setattr("gigamorph.engine.parallel.roll._MOMENT", 0.2)
     store, errors = dist.HashStore(), ("Timed out waiting 3000ms for recv", "Connection closed by peer")
     waiting = [Roll(store, rank, 3, timedelta(seconds=SECONDS), again=False) for rank in range(2)]
     for rank in range(3):
