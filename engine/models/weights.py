@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import pickle
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, GigamorphError
 
 # Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
 # tell, then those that may be of something else (the weights of classes).
@@ -23,7 +24,9 @@ _PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
 _DEPTH = 3  # of such places
 _COMPILED, _WRAPPED = "_orig_mod", "module."  # by torch.compile; by DDP and AveragedModel
 _COUNTER = "n_averaged"  # of AveragedModel, beside the names that it wraps
+_EXTRA = "_extra_state"  # what Module.get_extra_state gives, tensor or not, under the module's name
 _LISTED = 10
+INDEX = ".index.json"
 
 
 class _Inert:
@@ -49,6 +52,8 @@ class State:
         tensors: by the names of the file, after the prefix that was asked for.
         place: where in the file they stand, as in "state_dict_ema" or "model.state_dict".
         others: places of other weights that were passed over.
+        extras: names of what modules keep beside their tensors (`get_extra_state`) and is no tensor itself.
+        shards: the files with the tensors, where the file is an index of them.
         rest: what else the checkpoint holds; objects of foreign classes are inert.
     """
 
@@ -56,11 +61,14 @@ class State:
     tensors: dict[str, Tensor]
     place: str = ""
     others: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
     rest: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_state(path: str | Path, prefix: str = "") -> State:
-    """The weights in a .safetensors file, or in anything that torch.save wrote: a state dict, or a checkpoint with one.
+    """The weights in a .safetensors file, in the files that an index of Hugging Face names
+    (``model.safetensors.index.json``), or in anything that torch.save wrote: a state dict, or a checkpoint with one.
 
     Nothing in the file is executed: classes that a checkpoint names besides tensors are not imported.
 
@@ -75,6 +83,9 @@ def read_state(path: str | Path, prefix: str = "") -> State:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
+    if path.name.endswith(INDEX):
+        tensors, shards = _sharded(path)
+        return State(path, _chosen(tensors, prefix, path), shards=shards)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -88,17 +99,41 @@ def read_state(path: str | Path, prefix: str = "") -> State:
     place, prefix = _place(found, loaded, prefix, path)
     others = tuple(other for other in found if other != place and _known(other))
     rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _PLACES} if place else {}
-    return State(path, _chosen(found[place], prefix, path), place, others, rest)
+    for key in place.split(".") if place else ():
+        loaded = loaded[key]
+    extras = tuple(name for name in loaded if name not in found[place])
+    return State(path, _chosen(found[place], prefix, path), place, others, extras, rest=rest)
+
+
+def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """The weights in the files that an index of Hugging Face names, and these files."""
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        shards = tuple(index.parent / Path(name).name for name in dict.fromkeys(weight_map.values()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{index}: not a readable index of weights: {first_line(error)}") from error
+    found: dict[str, Tensor] = {}
+    for shard in shards:
+        found |= read_state(shard).tensors
+    missing = [name for name in weight_map if name not in found]
+    if missing:
+        raise DataError(f"{index}: its files do not hold {_some(missing)}; fetch them again")
+    return found, shards
 
 
 def _states(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """All state dicts in what a file holds, with their places."""
-    if is_state(loaded):
-        yield place, loaded
+    tensors = {k: v for k, v in loaded.items() if not _is_extra(k, v)} if isinstance(loaded, dict) else {}
+    if is_state(tensors):
+        yield place, tensors
     elif isinstance(loaded, dict) and depth < _DEPTH:
         for key, value in loaded.items():
             if isinstance(key, str):
                 yield from _states(value, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _is_extra(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and f".{name}".endswith(f".{_EXTRA}") and not isinstance(value, Tensor)
 
 
 def _known(place: str) -> bool:
@@ -255,16 +290,42 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         DataError: missing or other names (at most ten of each, and the nearest ones), other shapes, values that are
             not finite.
     """
-    own = network.state_dict()
+    own = own_tensors(network)
     problems = differences(own, state)
     bad = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         count = sum(int((~state[name].isfinite()).sum()) for name in bad)
         problems.append(f"{count} values are NaN or infinite, in {_some(bad)}")
     if problems:
-        raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
-    counters = {name: value for name, value in own.items() if name not in state}
+        fitting = [repr(prefix) for prefix in _prefixes(own, state)]
+        hint = f"; all names of the model are there after {_some(fitting)}: give that as --prefix" if fitting else ""
+        raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}{hint}")
+    counters = {name: value for name, value in network.state_dict().items() if name not in state}
     network.load_state_dict({**state, **counters}, strict=True)
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network.
+
+    Raises:
+        GigamorphError: a module of it keeps what is no tensor there.
+    """
+    found = {name: value for name, value in network.state_dict().items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise GigamorphError(
+                f"{type(network).__name__}: keeps a {type(value).__name__} as {name} in its state_dict, which a file "
+                "of tensors cannot hold; give a network whose get_extra_state gives a tensor or nothing"
+            )
+    return found
+
+
+def _prefixes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before all names of a network in a file that has other names too."""
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    last = f".{names[0]}" if names else "\0"
+    found = [name.removesuffix(last) for name in state if name.endswith(last)]
+    return [prefix for prefix in found if all(f"{prefix}.{name}" in state for name in names)]
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -190,6 +190,8 @@ def _read(path: Path, wishes: Wishes, say: Say) -> State:
     state = read_state(path, wishes.prefix)
     if state.others:
         say(f"{path.name}: takes the weights of {state.place}, not those of {', '.join(state.others)}")
+    if state.extras:
+        say(f"{path.name}: leaves out what is no tensor: {', '.join(state.extras)}")
     return state
 
 
