@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import GigamorphError
 from ..models import create_model
+from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.spec import Spec
-from ..models.weights import State, read_state, sha256, subtree, unwrapped
+from ..models.weights import sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..models import create_model
+from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
-from ..models.weights import State, common_prefix, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
+from ..models.weights import common_prefix, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from .reference import compute, fixed_image, forward, verified
 

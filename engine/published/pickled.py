@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
-from ..models.weights import State, own_tensors, read_state
+from ..models.checkpoints import State, read_state
+from ..models.weights import own_tensors
 from .reference import LIMIT32, difference
 
 _DEPTH = 3  # of containers in which modules are looked for
@@ -101,11 +103,14 @@ def dump(path: str, folder: str, prefix: str) -> None:
     from safetensors.torch import load_file, save_file
 
     sys.path.insert(0, str(Path.cwd()))
-    network = _chosen(torch.load(path, map_location="cpu", weights_only=False), prefix).float().eval()
+    with warnings.catch_warnings():  # of TorchScript, which torch.load gives to torch.jit.load
+        warnings.simplefilter("ignore")
+        loaded = torch.load(path, map_location="cpu", weights_only=False)
+    network = _chosen(loaded, prefix).float().eval()
     if not (Path(folder) / _IMAGE).is_file():
         state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
         save_file(state, Path(folder) / _STATE)
-        (Path(folder) / _KIND).write_text(json.dumps(f"{type(network).__module__}.{type(network).__qualname__}"))
+        (Path(folder) / _KIND).write_text(json.dumps(_kind(network)))
         return
     image = load_file(Path(folder) / _IMAGE)["image"]
     with torch.no_grad():
@@ -145,11 +150,17 @@ def _modules(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str
             yield from _modules(value, f"{place}.{key}" if place else str(key), depth + 1)
 
 
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"TorchScript module {module.original_name}"
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _part(module: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        return None
+    part: Any = module
+    for one in name.split(".") if name else ():  # get_submodule is not there in TorchScript
+        part = getattr(part, one, None)
+    return part if isinstance(part, nn.Module) else None
 
 
 _CHILD = (

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import DataError, GigamorphError
+from ..models.checkpoints import INDEX
 from ..models.compat import make_torchvision_importable
 from ..models.folder import Description, Preprocessing
 from ..models.outputs import Outputs
 from ..models.spec import Spec
-from ..models.weights import INDEX
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _SHARDED = tuple(name + INDEX for name in _NAMES[:2])

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.models.weights import load_exactly, read_state, renamed, subtree, unwrapped
+from gigamorph.engine.models.checkpoints import read_state
+from gigamorph.engine.models.weights import load_exactly, renamed, subtree, unwrapped
 
 
 def network():
@@ -160,6 +161,10 @@ def test_files_that_hold_no_weights(tmp_path):
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(DataError, match=f"{re.escape(name)}: not a readable"):
             read_state(tmp_path / name)
+    for name in ("pointer.safetensors", "pointer.bin"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(DataError, match=f"{re.escape(name)}: is Git LFS's pointer to the weights, not the weights"):
+            read_state(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(DataError, match="holds no state_dict"):
         read_state(tmp_path / "list.pt")
@@ -200,6 +205,17 @@ def test_weights_in_half_precision_and_without_counters_load(tmp_path):
     found = network()
     load_exactly(found, read_state(tmp_path / "w.safetensors").tensors, tmp_path)
     assert found.conv.weight.dtype == torch.float32 and torch.equal(found.conv.weight, state["conv.weight"].float())
+
+
+def test_floats_of_8_bits_load_and_numbers_among_tensors_are_passed_over(tmp_path):
+    state = {n: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for n, v in network().state_dict().items()}
+    torch.save({**state, "epoch": 3, "arch": "mine"}, tmp_path / "w.pt")
+    read, found = read_state(tmp_path / "w.pt"), network()
+    load_exactly(found, read.tensors, tmp_path)
+    assert read.extras == ("epoch", "arch") and torch.equal(found.conv.weight, state["conv.weight"].float())
+    state["conv.weight"] = torch.full((4, 1, 3, 3), torch.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(DataError, match=r"36 values are NaN or infinite, in conv\.weight$"):
+        load_exactly(found, state, tmp_path)
 
 
 def test_a_sub_tree_and_renamed_weights():

@@ -46,7 +46,7 @@ def test_outputs_channels_and_prefix_follow_from_the_weights(here):
     assert description.outputs.heads[0].activation == "sigmoid" and description.key_map == (("net.model.", ""),)
     assert said == ["w.pt: all names begin with net.model., which the network's do not"]
     torch.save({"state_dict": {**state, "loss.weight": torch.zeros(1)}}, here / "w.pt")
-    with pytest.raises(DataError, match=r"conv.weight \(nearest: net.model.conv.weight\)"):
+    with pytest.raises(DataError, match=r"are there after 'net.model', beside others \(loss.weight\)"):
         imported(here, "other")
     assert read_description(imported(here, "third", prefix="net.model")).source["prefix"] == "net.model"
 

@@ -1,14 +1,18 @@
 """Pickled modules: opened only if trusted, in a process of their own, for the one that is meant."""
 
+import sys
+
 import pytest
 import torch
 from published_networks import imported, network
+from safetensors.torch import load_file
 from torch import nn
 
 from gigamorph import create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.published.importing import Wishes, import_network
+from gigamorph.engine.published.pickled import dump
 from gigamorph.engine.published.reference import Reference
 
 
@@ -17,12 +21,16 @@ def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here
     torch.save(made, here / "w.pt")
     with pytest.raises(DataError, match="--trust"):
         imported(here)
-    said = []
-    folder = imported(here, trust=True, quiet=said)
-    assert said == ["w.pt: a pickled published_nets.Net, opened in a process of its own"]
-    image = Reference.read(folder).image
-    with torch.no_grad():
-        assert torch.equal(create_model(str(folder)).eval()(image), made(image))
+    torch.jit.script(made).save(here / "script.pt")
+    with pytest.raises(DataError, match=r"script.pt: holds a TorchScript module, .* --trust"):
+        imported(here, weights=str(here / "script.pt"))
+    for name, kind in (("w", "published_nets.Net"), ("script", "TorchScript module Net")):
+        said = []
+        folder = imported(here, name, weights=str(here / f"{name}.pt"), trust=True, quiet=said)
+        assert said == [f"{name}.pt: a pickled {kind}, opened in a process of its own"]
+        image = Reference.read(folder).image
+        with torch.no_grad():
+            assert torch.equal(create_model(str(folder)).eval()(image), made(image))
     with pytest.raises(GigamorphError, match=r"missing in the file|of other shape"):
         imported(here, "other", source="published_nets:Net?width=5", trust=True)
 
@@ -60,18 +68,17 @@ def test_a_part_of_a_pickled_module_is_taken_by_its_prefix(here):
         assert torch.equal(create_model(str(folder)).eval()(image), network()(image))
 
 
-def test_of_several_modules_one_is_named(here):
+def test_of_several_modules_one_is_named(here, monkeypatch):
     """Loss functions have no weights and are none of them; a part of the one is named after its place."""
-    made, other = network(), network(seed=1)
-    torch.save({"loss": nn.MSELoss(), "model": made, "ema": [nn.Sequential(other)]}, here / "w.pt")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    made, other, path = network(), network(seed=1), str(here / "w.pt")
+    torch.save({"loss": nn.MSELoss(), "model": made, "ema": [nn.Sequential(other)]}, path)
     for wrong, message in (
         ("", r"it holds several: model \(Net\), ema.0 \(Sequential\); name the one .* as in --prefix model$"),
         ("ema.0.net", r"its Sequential has no part 'net'; it has 0$"),
     ):
-        with pytest.raises(DataError, match=message):
-            imported(here, trust=True, prefix=wrong)
-    image = torch.rand(1, 1, 60, 50)
-    for name, prefix, wanted in (("a", "model", made), ("b", "ema.0.0.", other)):
-        again = create_model(str(imported(here, name, trust=True, prefix=prefix))).eval()
-        with torch.no_grad():
-            assert torch.equal(again(image), wanted(image))
+        with pytest.raises(SystemExit, match=message):
+            dump(path, str(here), wrong)
+    for prefix, wanted in (("model", made), ("ema.0.0", other)):
+        dump(path, str(here), prefix)
+        assert torch.equal(load_file(here / "state.safetensors")["conv.weight"], wanted.conv.weight)
