@@ -18,7 +18,7 @@ from ..models.folder import WEIGHTS, Description, Preprocessing, write_descripti
 from ..models.outputs import Activation, Head, Outputs
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
-from ..models.weights import common_prefix, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
+from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from .reference import compute, fixed_image, forward, verified
 
@@ -85,6 +85,8 @@ def import_state(
     reference = compute(network, image, str(spec))
     outputs = _outputs(wishes, known, reference.logits32.shape[1], taken)
     checked = verified(network, reference, str(spec))
+    if wanted.size is None and wishes.size is not None:
+        _tell_fixed(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
     _write_weights(network, folder)
     reference.write(folder)
     source = {
@@ -109,6 +111,16 @@ def import_state(
     write_description(folder, description)
     create_model(str(folder))  # what cannot be opened again is not written
     return description
+
+
+def _tell_fixed(network: nn.Module, twice: Tensor, spec: Spec, say: Say) -> None:
+    try:
+        forward(network, twice, str(spec))
+    except GigamorphError as error:
+        say(
+            f"{spec.name}: does not take images of every size, as {twice.shape[2]} x {twice.shape[3]} "
+            f"({first_line(error.__cause__ or error)}); --resize HxW makes predict bring them to one that it takes"
+        )
 
 
 def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: Say) -> dict[str, int]:

@@ -119,6 +119,21 @@ def test_a_network_whose_logits_by_tiles_are_others_is_refused(here, monkeypatch
     assert sorted(p.name for p in here.iterdir() if p.name != "__pycache__") == ["published_nets.py", "w.pt"]
 
 
+@pytest.mark.parametrize("cast", ["y.float()", "y.to(torch.float32)", "y.to(dtype=torch.float32)"])
+def test_a_network_that_casts_to_float32_is_compared_in_float64_without_that(here, cast):
+    """EfficientViT's attention and CLIP's norms round in float64 too, by tiles in another order."""
+    (here / "casting_nets.py").write_text(
+        "import torch\nimport published_nets\n"
+        "class Casting(published_nets.Net):\n"
+        "    def forward(self, x):\n"
+        "        y = self.norm(self.conv(x)).relu()\n"
+        f"        return self.fc({cast}.mean((2, 3)).to(x.dtype) * 9)\n"
+    )
+    torch.save(network().state_dict(), here / "w.pt")
+    found = read_description(imported(here, source="casting_nets:Casting")).reference
+    assert found["float64 difference"] <= 1e-12 and "to float64" in found["casts"]
+
+
 def test_bad_input_is_one_line_and_writes_nothing(here):
     state = network().state_dict()
     torch.save(state, here / "w.pt")

@@ -56,7 +56,12 @@ def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here):
     assert read_description(here / "vit").reference["image"] == [1, 3, 224, 224]
     small = f"{fixed}&img_size=64"
     torch.save(create_model(small, 2, 3).state_dict(), here / "w.pt")
-    import_network(small, here / "small", Wishes(str(here / "w.pt"), preprocessing={"size": (64, 64)}), str)
+    said, wishes = [], Wishes(str(here / "w.pt"), size=(64, 64))
+    import_network(small, here / "untold", wishes, said.append)
+    assert "does not take images of every size, as 128 x 128 (AssertionError: Input height (128)" in said[0]
+    assert "; --resize HxW makes" in said[0] and len(said) == 1
+    import_network(small, here / "small", Wishes(str(here / "w.pt"), preprocessing={"size": (64, 64)}), said.append)
+    assert len(said) == 1
     assert read_description(here / "small").reference["image"] == [1, 3, 64, 64]
 
 
