@@ -17,7 +17,7 @@ from .weights import first_line, forms, some, subtree, unwrapped
 
 # Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
 # tell, then those that may be of something else (the weights of classes).
-_AVERAGED = ("state_dict_ema", "model_ema", "params_ema")
+_AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema", "ema_state_dict")
 _USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
 _PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
 _DEPTH = 3  # of such places

@@ -18,7 +18,7 @@ from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
-from .own_code import imported, working_directory_on_path
+from .own_code import imported, nothing_fetched, working_directory_on_path
 from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .resnet_v1 import resnet50_v1
@@ -107,7 +107,8 @@ def _of_folder(folder: Path) -> nn.Module:
         )
     spec = Spec.parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
-    model = _build(spec, columns, description.preprocessing.channels, folder)
+    with nothing_fetched():
+        model = _build(spec, columns, description.preprocessing.channels, folder)
     path = check_weights(folder, description)
     load_exactly(model, read_state(path).tensors, path)
     set_outputs(model, description.outputs)
@@ -152,7 +153,7 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
             taken = {}
         if folder is not None:
             _refuse_other_functions(spec, factory, taken, folder)
-        wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        wanted: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
         if _of_torchvision(factory) and "weights_backbone" in taken:
             wanted["weights_backbone"] = None  # which it would fetch
         # torchvision's functions hand further keywords on to networks that know the one and not the other.
@@ -162,6 +163,8 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
             model = factory(**{**{key: value for key, value in wanted.items() if key in taken}, **spec.arguments})
         except Exception as error:
             contract = f"; {_CONTRACT}" if isinstance(error, TypeError) else ""
+            if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+                contract = "; it asks for pretrained weights, and an import fetches nothing: build it without them"
             raise GigamorphError(f"model {text!r} cannot be built: {first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
         raise GigamorphError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")

@@ -8,7 +8,9 @@ import pickle
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import DataError, GigamorphError
 
@@ -101,7 +103,8 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
             f"{path}: all names of the model are there after {' and after '.join(map(repr, fitting))}, beside others "
             f"({some(rest)}); take them with --prefix {fitting[0]}"
         )
-    bad = {name: _not_finite(value) for name, value in state.items() if value.is_floating_point()}
+    dense = {name: value for name, value in state.items() if _dense(value)}
+    bad = {name: _not_finite(value) for name, value in dense.items() if value.is_floating_point()}
     bad = {name: count for name, count in bad.items() if count}
     if bad:
         problems.append(f"{sum(bad.values())} values are NaN or infinite, in {some(bad)}")
@@ -120,10 +123,15 @@ def own_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of a network.
 
     Raises:
-        GigamorphError: a module of it keeps what is no tensor there.
+        GigamorphError: a module of it keeps what is no tensor there, or has no shape yet.
     """
     found = {name: value for name, value in network.state_dict().items() if value is not None}
     for name, value in found.items():
+        if is_lazy(value):
+            raise GigamorphError(
+                f"{type(network).__name__}: {name} has no shape before its first forward (a lazy module); give a "
+                "factory that calls the network once before it returns it"
+            )
         if not isinstance(value, Tensor):
             raise GigamorphError(
                 f"{type(network).__name__}: keeps a {type(value).__name__} as {name} in its state_dict, which a file "
@@ -149,6 +157,11 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
         for name, value in state.items()
         if name in own and own[name].shape != value.shape
     ]
+    kinds = [
+        f"{name} is {_kind(value)}, the model has {_kind(own[name])}"
+        for name, value in state.items()
+        if name in own and own[name].is_floating_point() and not (value.is_floating_point() and _dense(value))
+    ]
     found = []
     if missing:
         found.append(f"{_count(missing)} of the model missing in the file: {some(_beside(missing, extra))}")
@@ -156,7 +169,17 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
         found.append(f"{_count(extra)} of the file not in the model: {some(_beside(extra, missing))}")
     if shapes:
         found.append(f"{len(shapes)} of other shape: {some(shapes)}")
+    if kinds:
+        found.append(f"{len(kinds)} of another kind, which would lose what they say: {some(kinds)}")
     return found
+
+
+def _dense(value: Tensor) -> bool:
+    return value.layout is torch.strided
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.") + ("" if _dense(value) else f" ({value.layout})")
 
 
 def _count(names: Sequence[str]) -> str:

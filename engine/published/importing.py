@@ -19,6 +19,7 @@ from ..errors import GigamorphError
 from ..models import create_model
 from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
+from ..models.own_code import nothing_fetched
 from ..models.spec import Spec
 from ..models.weights import sha256, subtree, unwrapped
 from ..train.checkpoint import versions
@@ -30,6 +31,7 @@ from .reference import Reference
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
 
+@nothing_fetched()
 def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = print) -> list[Path]:
     """Write the folder of a network.
 

@@ -71,7 +71,7 @@ def fold(op: Op, maps: Maps) -> Local:
         before, after, left = _outer(cols, *block.cols)
         x = F.pad(env[value].unflatten(2, (end - start, last - first)), [before, after, above, below])
         size = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, x.shape[2:], dilation, kernel, strict=True)]
-        y = F.fold(x.flatten(2), size, kernel, dilation, 0, stride)
+        y = F.fold(x.flatten(2), tuple(size), kernel, dilation, 0, stride)
         height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
         return (y[:, :, top : top + height, left : left + width],)
 

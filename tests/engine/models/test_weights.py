@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gigamorph.engine.errors import DataError
+from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.checkpoints import read_state
 from gigamorph.engine.models.weights import load_exactly, renamed, subtree, unwrapped
 
@@ -53,6 +53,7 @@ def test_weights_are_found_in_nested_checkpoints(tmp_path):
         "checkpoint": {"checkpoint": state, "epoch": 3},
         "weights": {"weights": state},
         "params_ema": {"params": other, "params_ema": state},
+        "ema": {"net": other, "ema": state},
         "params": {"params": state},
         "module": {"module": state, "optimizer": optimizer, "ds_version": "0.9"},
         "state_dict": {"weights": {"malignant": torch.ones(1)}, "state_dict": state},
@@ -61,7 +62,12 @@ def test_weights_are_found_in_nested_checkpoints(tmp_path):
         torch.save(stored, path)
         found = read_state(path)
         assert found.place == place and torch.equal(found.tensors["conv.weight"], state["conv.weight"])
-        others = {"params_ema": "params", "state_dict.model_ema": "state_dict.model", "state_dict": "weights"}
+        others = {
+            "params_ema": "params",
+            "ema": "net",
+            "state_dict.model_ema": "state_dict.model",
+            "state_dict": "weights",
+        }
         assert found.others == ((others[place],) if place in others else ())
 
 
@@ -216,6 +222,19 @@ def test_floats_of_8_bits_load_and_numbers_among_tensors_are_passed_over(tmp_pat
     state["conv.weight"] = torch.full((4, 1, 3, 3), torch.nan).to(torch.float8_e4m3fn)
     with pytest.raises(DataError, match=r"36 values are NaN or infinite, in conv\.weight$"):
         load_exactly(found, state, tmp_path)
+
+
+def test_numbers_of_another_kind_are_refused():
+    """They would lose their imaginary part, or the scale that integers had."""
+    state = network().state_dict()
+    state |= {"conv.weight": state["conv.weight"].to(torch.complex64), "conv.bias": state["conv.bias"].to(torch.int8)}
+    state["head.bias"] = state["head.bias"].to_sparse()
+    with pytest.raises(DataError) as caught:
+        load_exactly(network(), state, Path("w.pt"))
+    assert "3 of another kind, which would lose what they say: conv.weight is complex64, the" in str(caught.value)
+    assert "conv.bias is int8, the model has float32, head.bias is float32 (torch.sparse_coo)" in str(caught.value)
+    with pytest.raises(GigamorphError, match=r"Sequential: 0.weight has no shape before its first forward"):
+        load_exactly(nn.Sequential(nn.LazyConv2d(4, 3)), state, Path("w.pt"))
 
 
 def test_a_sub_tree_and_renamed_weights():

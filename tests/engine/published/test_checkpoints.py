@@ -1,6 +1,7 @@
 """Checkpoints in the forms in which others publish them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -131,3 +132,17 @@ def test_channels_of_a_network_that_begins_with_a_depthwise_convolution(here):
         torch.save(create_model(f"depthwise_nets:{source}", 2, channels).state_dict(), here / "w.pt")
         found = read_description(imported(here, name, f"depthwise_nets:{source}"))
         assert found.preprocessing.channels == channels
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    ["torch.hub.load_state_dict_from_url('https://x.invalid/none.pth')", "huggingface_hub.hf_hub_download('x/y', 'z')"],
+)
+def test_a_network_that_would_fetch_its_own_weights_fetches_nothing(here, monkeypatch, fetch):
+    monkeypatch.delitem(sys.modules, "fetching_nets", raising=False)
+    (here / "fetching_nets.py").write_text(f"import huggingface_hub, torch\ndef net(num_classes=2):\n    {fetch}\n")
+    torch.save(network().state_dict(), here / "w.pt")
+    with pytest.raises(
+        GigamorphError, match=r"'fetching_nets:net' cannot be built: .*(nothing is downloaded|fetches nothing)"
+    ):
+        imported(here, source="fetching_nets:net")
