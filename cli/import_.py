@@ -151,4 +151,6 @@ def _show(folder: Any) -> None:
     click.echo(f"  gives {', '.join(found.outputs.names) or f'{found.outputs.columns} features'}")
     click.echo(f"  takes {taken.channels} channels{size}, mean {list(taken.mean)}, std {list(taken.std)}")
     far = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
-    click.echo(f"  logits by tiles differ from ordinary PyTorch's by {far}; licence {found.licence or 'not stated'}")
+    casts = "; it casts to float32 itself, in the second comparison to float64" if "casts" in found.reference else ""
+    licence = found.licence or "not stated"
+    click.echo(f"  logits by tiles differ from ordinary PyTorch's by {far}{casts}; licence {licence}")

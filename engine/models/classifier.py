@@ -29,7 +29,7 @@ def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device
         first = (str(error).strip().splitlines() or [""])[0]
         raise GigamorphError(
             f"model {name!r} cannot take an image of {_sides(shape[1:])} (channels, height, width): "
-            f"{type(error).__name__}: {first}{_other_channels(model, shape[1])}"
+            f"{type(error).__name__}: {first}{_remedy(model, shape[1])}"
         ) from error
 
 
@@ -59,8 +59,8 @@ def _sides(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def _other_channels(model: nn.Module, channels: int) -> str:
+def _remedy(model: nn.Module, channels: int) -> str:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.in_channels == channels:
-        return ""
+        return "; if that is its size: gigamorph import --resize HxW makes a folder that brings images to one it takes"
     return f"; its first convolution takes {first.in_channels} channels, give it images of as many (--channels)"

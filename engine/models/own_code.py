@@ -7,7 +7,10 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from ..errors import GigamorphError
 from .weights import first_line
@@ -23,6 +26,25 @@ def working_directory_on_path() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(added)
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """torch.hub and Hugging Face give what is in their caches: code that asks for pretrained weights fetches none."""
+    try:
+        import huggingface_hub.constants as hub
+    except ImportError:  # it comes with timm, and without it nobody asks it for anything
+        hub = SimpleNamespace(HF_HUB_OFFLINE=True)
+    fetch, offline = torch.hub.download_url_to_file, hub.HF_HUB_OFFLINE
+    torch.hub.download_url_to_file, hub.HF_HUB_OFFLINE = _refuse_to_fetch, True
+    try:
+        yield
+    finally:
+        torch.hub.download_url_to_file, hub.HF_HUB_OFFLINE = fetch, offline
+
+
+def _refuse_to_fetch(url: str, *_: Any, **__: Any) -> None:
+    raise GigamorphError(f"it would fetch {url}, and nothing is downloaded here; build it without pretrained weights")
 
 
 def imported(what: str, module_name: str, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -12,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
+from .checkpoints import read_state
 from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
-from .own_code import imported, working_directory_on_path
+from .own_code import imported, nothing_fetched, working_directory_on_path
 from .pretrained import TIMM, pretrained_state
 from .resnet import resnet18, resnet34, resnet50
 from .resnet_v1 import resnet50_v1
 from .results import Columns
 from .spec import Spec
 from .unet import UNet
-from .weights import common_prefix, first_line, load_exactly, read_state, subtree, unwrapped
+from .weights import common_prefix, first_line, load_exactly, subtree, unwrapped
 
 log = logging.getLogger("gigamorph")
 
@@ -70,6 +72,11 @@ def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None =
 
 
 def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
+    if spec.kind in ("hf-hub", "hf_hub"):
+        raise GigamorphError(
+            f"model {str(spec)!r} would be downloaded; fetch it yourself (hf download {spec.name} --local-dir FOLDER) "
+            "and give the folder to gigamorph import"
+        )
     if spec.kind == "timm":
         return _timm(spec, num_classes, in_channels)
     if spec.kind:
@@ -77,6 +84,8 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
         hint = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
+        if spec.name.startswith("timm/"):
+            hint = f"; timm's is timm:{spec.name.removeprefix('timm/')}"
         raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{hint}")
     make = MODELS[spec.name]
     for name, value in spec.arguments.items():
@@ -98,7 +107,8 @@ def _of_folder(folder: Path) -> nn.Module:
         )
     spec = Spec.parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
-    model = _build(spec, columns, description.preprocessing.channels, folder)
+    with nothing_fetched():
+        model = _build(spec, columns, description.preprocessing.channels, folder)
     path = check_weights(folder, description)
     load_exactly(model, read_state(path).tensors, path)
     set_outputs(model, description.outputs)
@@ -122,7 +132,10 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     try:
         return timm.create_model(spec.name, **given)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise GigamorphError(f"timm cannot build {str(spec).removeprefix('timm:')!r}: {first_line(error)}") from error
+        near = [] if timm.is_model(spec.name) else difflib.get_close_matches(spec.name, timm.list_models(), 3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        name = str(spec).removeprefix("timm:")
+        raise GigamorphError(f"timm cannot build {name!r}: {first_line(error)}{hint}") from error
 
 
 def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
@@ -140,7 +153,9 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
             taken = {}
         if folder is not None:
             _refuse_other_functions(spec, factory, taken, folder)
-        wanted = {"num_classes": num_classes, "in_channels": in_channels}
+        wanted: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+        if _of_torchvision(factory) and "weights_backbone" in taken:
+            wanted["weights_backbone"] = None  # which it would fetch
         # torchvision's functions hand further keywords on to networks that know the one and not the other.
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
             taken = {**taken, "num_classes": None}
@@ -148,6 +163,8 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
             model = factory(**{**{key: value for key, value in wanted.items() if key in taken}, **spec.arguments})
         except Exception as error:
             contract = f"; {_CONTRACT}" if isinstance(error, TypeError) else ""
+            if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+                contract = "; it asks for pretrained weights, and an import fetches nothing: build it without them"
             raise GigamorphError(f"model {text!r} cannot be built: {first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
         raise GigamorphError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")
@@ -157,12 +174,15 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
 def _refuse_other_functions(spec: Spec, factory: Callable[..., Any], taken: Mapping[str, Any], folder: Path) -> None:
     """A folder may come from anybody: of what is installed it must not call what does not make networks."""
     network = isinstance(factory, type) and issubclass(factory, nn.Module)
-    of_torchvision = str(getattr(factory, "__module__", "")).startswith("torchvision.models")
-    if not (network or of_torchvision or "num_classes" in taken):
+    if not (network or _of_torchvision(factory) or "num_classes" in taken):
         raise GigamorphError(
             f"{folder}: names {spec.kind}:{spec.name} as what builds its network, which is no class of a "
             "torch.nn.Module and no function that takes num_classes; it is not called"
         )
+
+
+def _of_torchvision(factory: Callable[..., Any]) -> bool:
+    return str(getattr(factory, "__module__", "")).startswith("torchvision.models")
 
 
 _CONTRACT = (

@@ -1,146 +1,22 @@
-"""State dicts in files of others: found in a checkpoint, renamed, and fitted to a network; no code in them is run."""
+"""State dicts of others: without the names of wrappers, renamed, and fitted to a network."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import pickle
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..errors import DataError
+from ..errors import DataError, GigamorphError
 
-# Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
-# tell, then those that may be of something else (the weights of classes).
-_AVERAGED = ("state_dict_ema", "model_ema", "params_ema")
-_USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
-_PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
-_DEPTH = 3  # of such places
 _COMPILED, _WRAPPED = "_orig_mod", "module."  # by torch.compile; by DDP and AveragedModel
 _COUNTER = "n_averaged"  # of AveragedModel, beside the names that it wraps
 _LISTED = 10
-
-
-class _Inert:
-    """Stands for an object of a class that is not imported: it takes whatever it is given and does nothing."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __setitem__(self, *_: object) -> None: ...
-
-    def append(self, _: object) -> None: ...
-
-    def extend(self, _: object) -> None: ...
-
-
-@dataclass(frozen=True)
-class State:
-    """The weights of a file.
-
-    Attributes:
-        tensors: by the names of the file, after the prefix that was asked for.
-        place: where in the file they stand, as in "state_dict_ema" or "model.state_dict".
-        others: places of other weights that were passed over.
-        rest: what else the checkpoint holds; objects of foreign classes are inert.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    place: str = ""
-    others: tuple[str, ...] = ()
-    rest: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read_state(path: str | Path, prefix: str = "") -> State:
-    """The weights in a .safetensors file, or in anything that torch.save wrote: a state dict, or a checkpoint with one.
-
-    Nothing in the file is executed: classes that a checkpoint names besides tensors are not imported.
-
-    Args:
-        prefix: take the sub-tree of names that begin so (`subtree`), with or without the wrappers of DDP and
-            torch.compile; or the weights of this place in the file, or a sub-tree of them, as in "generator.encoder".
-
-    Raises:
-        DataError: the file is missing or damaged, holds no state dict, or a whole pickled module; it holds several and
-            the prefix names none; no name begins with the prefix.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            state = State(path, load_file(path))
-        except Exception as error:  # the library's own error class, and those of the system
-            raise DataError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-        return replace(state, tensors=_chosen(state.tensors, prefix, path))
-    loaded = load_inert(path)
-    found = dict(_states(loaded))
-    place, prefix = _place(found, loaded, prefix, path)
-    others = tuple(other for other in found if other != place and _known(other))
-    rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _PLACES} if place else {}
-    return State(path, _chosen(found[place], prefix, path), place, others, rest)
-
-
-def _states(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All state dicts in what a file holds, with their places."""
-    if is_state(loaded):
-        yield place, loaded
-    elif isinstance(loaded, dict) and depth < _DEPTH:
-        for key, value in loaded.items():
-            if isinstance(key, str):
-                yield from _states(value, f"{place}.{key}" if place else key, depth + 1)
-
-
-def _known(place: str) -> bool:
-    return all(part in _PLACES for part in place.split("."))
-
-
-def _place(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, path: Path) -> tuple[str, str]:
-    """Which of the state dicts in a file is meant, and what of the prefix is left to choose in it.
-
-    It is the one in the place that is preferred, unless the prefix names another one.
-
-    Raises:
-        DataError: there is none, or several.
-    """
-    known = [place for place in found if not place or _known(place)]
-    for names in (_AVERAGED, _USUAL):
-        known = [place for place in known if any(part in names for part in place.split("."))] or known
-    named = [place for place in found if place and f"{prefix}.".startswith(f"{place}.")]
-    if len(known) == 1 and (not named or _form_with(found[known[0]], prefix)):
-        return known[0], prefix
-    if named:
-        return named[0], prefix.removeprefix(named[0]).removeprefix(".")
-    held = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    inert = [key for key, value in held if isinstance(value, _Inert)]
-    if inert and (not found or any(key in _PLACES for key in inert)):
-        raise DataError(_untrusted(path))
-    if not found:
-        raise DataError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
-    places = known or list(found)
-    raise DataError(
-        f"{path}: holds weights in {_some(places)}; name the place of those that are meant, as in --prefix {places[0]}"
-    )
-
-
-def _chosen(state: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    return subtree(_form_with(state, prefix) or unwrapped(state), prefix, path) if prefix else state
-
-
-def _form_with(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
-    """The weights with as many wrappers as leave names that begin with a prefix."""
-    begin = prefix.removesuffix(".") + "."
-    return next((form for form in _forms(state) if any(name.startswith(begin) for name in form)), None)
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str, Tensor]:
@@ -152,12 +28,12 @@ def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str
         own: the names of the network; if no wrapper more or less gives one of them, or they are not known, none is
             left.
     """
-    forms = list(_forms(state))
-    fitting = [sum(name in own for name in form) for form in forms]
-    return forms[fitting.index(max(fitting))] if any(fitting) else forms[-1]
+    found = list(forms(state))
+    fitting = [sum(name in own for name in form) for form in found]
+    return found[fitting.index(max(fitting))] if any(fitting) else found[-1]
 
 
-def _forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The weights as they are, then without one wrapper after the other."""
     form = dict(state)
     yield form
@@ -168,43 +44,6 @@ def _forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     while (names := [name for name in form if name != _COUNTER]) and all(n.startswith(_WRAPPED) for n in names):
         form = {name.removeprefix(_WRAPPED): form[name] for name in names}
         yield form
-
-
-def is_state(found: Any) -> bool:
-    """Whether it is a dictionary from names to tensors."""
-    return (
-        isinstance(found, dict)
-        and bool(found)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
-    )
-
-
-def load_inert(path: Path) -> Any:
-    """What torch.save wrote; objects of classes besides torch's are inert stand-ins, and no code of theirs is run."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such weights file")
-    stand_ins: list[Callable | tuple[Callable, str]] = []
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK":
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise DataError(_untrusted(path)) from error
-        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
-    except Exception as error:  # zip and torch have their own errors for a damaged file
-        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
-
-
-def _untrusted(path: Path) -> str:
-    return (
-        f"{path}: holds a pickled module or other objects, and to open it runs the code in it; if you trust where it "
-        "comes from, give --trust where its own code is installed, or save its state_dict()"
-    )
 
 
 def subtree(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
@@ -218,7 +57,7 @@ def subtree(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, T
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not found:
         first = dict.fromkeys(name.split(".")[0] + "." for name in state if "." in name)
-        raise DataError(f"{path}: no weight begins with {prefix!r}; they begin with {_some(first)}")
+        raise DataError(f"{path}: no weight begins with {prefix!r}; they begin with {some(first)}")
     return found
 
 
@@ -255,16 +94,58 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         DataError: missing or other names (at most ten of each, and the nearest ones), other shapes, values that are
             not finite.
     """
-    own = network.state_dict()
+    own = own_tensors(network)
     problems = differences(own, state)
-    bad = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    fitting = _prefixes(own, state) if problems else []
+    if fitting:
+        rest = [name for name in state if not name.startswith(f"{fitting[0]}.")]
+        raise DataError(
+            f"{path}: all names of the model are there after {' and after '.join(map(repr, fitting))}, beside others "
+            f"({some(rest)}); take them with --prefix {fitting[0]}"
+        )
+    dense = {name: value for name, value in state.items() if _dense(value)}
+    bad = {name: _not_finite(value) for name, value in dense.items() if value.is_floating_point()}
+    bad = {name: count for name, count in bad.items() if count}
     if bad:
-        count = sum(int((~state[name].isfinite()).sum()) for name in bad)
-        problems.append(f"{count} values are NaN or infinite, in {_some(bad)}")
+        problems.append(f"{sum(bad.values())} values are NaN or infinite, in {some(bad)}")
     if problems:
         raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
-    counters = {name: value for name, value in own.items() if name not in state}
+    counters = {name: value for name, value in network.state_dict().items() if name not in state}
     network.load_state_dict({**state, **counters}, strict=True)
+
+
+def _not_finite(value: Tensor) -> int:
+    small = value.element_size() == 1  # floats of 8 bits, which have no such function
+    return int((~(value.float() if small else value).isfinite()).sum())
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network.
+
+    Raises:
+        GigamorphError: a module of it keeps what is no tensor there, or has no shape yet.
+    """
+    found = {name: value for name, value in network.state_dict().items() if value is not None}
+    for name, value in found.items():
+        if is_lazy(value):
+            raise GigamorphError(
+                f"{type(network).__name__}: {name} has no shape before its first forward (a lazy module); give a "
+                "factory that calls the network once before it returns it"
+            )
+        if not isinstance(value, Tensor):
+            raise GigamorphError(
+                f"{type(network).__name__}: keeps a {type(value).__name__} as {name} in its state_dict, which a file "
+                "of tensors cannot hold; give a network whose get_extra_state gives a tensor or nothing"
+            )
+    return found
+
+
+def _prefixes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before all names of a network in a file that has other names too."""
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    last = f".{names[0]}" if names else "\0"
+    found = [name.removesuffix(last) for name in state if name.endswith(last)]
+    return [prefix for prefix in found if all(f"{prefix}.{name}" in state for name in names)]
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -276,14 +157,29 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
         for name, value in state.items()
         if name in own and own[name].shape != value.shape
     ]
+    kinds = [
+        f"{name} is {_kind(value)}, the model has {_kind(own[name])}"
+        for name, value in state.items()
+        if name in own and own[name].is_floating_point() and not (value.is_floating_point() and _dense(value))
+    ]
     found = []
     if missing:
-        found.append(f"{_count(missing)} of the model missing in the file: {_some(_beside(missing, extra))}")
+        found.append(f"{_count(missing)} of the model missing in the file: {some(_beside(missing, extra))}")
     if extra:
-        found.append(f"{_count(extra)} of the file not in the model: {_some(_beside(extra, missing))}")
+        found.append(f"{_count(extra)} of the file not in the model: {some(_beside(extra, missing))}")
     if shapes:
-        found.append(f"{len(shapes)} of other shape: {_some(shapes)}")
+        found.append(f"{len(shapes)} of other shape: {some(shapes)}")
+    if kinds:
+        found.append(f"{len(kinds)} of another kind, which would lose what they say: {some(kinds)}")
     return found
+
+
+def _dense(value: Tensor) -> bool:
+    return value.layout is torch.strided
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.") + ("" if _dense(value) else f" ({value.layout})")
 
 
 def _count(names: Sequence[str]) -> str:
@@ -300,7 +196,7 @@ def _beside(names: Sequence[str], others: Sequence[str]) -> list[str]:
     return [*listed, *names[_LISTED:]]
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     every = list(names)
     more = f" and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
     return ", ".join(every[:_LISTED]) + more

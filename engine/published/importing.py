@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..errors import GigamorphError
 from ..models import create_model
+from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
+from ..models.own_code import nothing_fetched
 from ..models.spec import Spec
-from ..models.weights import State, read_state, sha256, subtree, unwrapped
+from ..models.weights import sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from . import pickled
 from .layouts import parts_of
@@ -29,6 +31,7 @@ from .reference import Reference
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
 
+@nothing_fetched()
 def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = print) -> list[Path]:
     """Write the folder of a network.
 
@@ -190,6 +193,8 @@ def _read(path: Path, wishes: Wishes, say: Say) -> State:
     state = read_state(path, wishes.prefix)
     if state.others:
         say(f"{path.name}: takes the weights of {state.place}, not those of {', '.join(state.others)}")
+    if state.extras:
+        say(f"{path.name}: leaves out what is no tensor: {', '.join(state.extras)}")
     return state
 
 

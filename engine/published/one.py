@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..models import create_model
+from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
-from ..models.weights import State, common_prefix, load_exactly, renamed, sha256, subtree, unwrapped
+from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
 from .reference import compute, fixed_image, forward, verified
 
@@ -83,6 +85,8 @@ def import_state(
     reference = compute(network, image, str(spec))
     outputs = _outputs(wishes, known, reference.logits32.shape[1], taken)
     checked = verified(network, reference, str(spec))
+    if wanted.size is None and wishes.size is not None:
+        _tell_fixed(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
     _write_weights(network, folder)
     reference.write(folder)
     source = {
@@ -92,6 +96,7 @@ def import_state(
         "prefix": wishes.prefix,
         "weights_sha256": sha256(folder / WEIGHTS),
     }
+    source |= {"shards_sha256": {shard.name: sha256(shard) for shard in state.shards}} if state.shards else {}
     source |= {"converted": converted} if converted else {}
     description = Description(
         model=str(_alone(spec, channels, asked, outputs)),
@@ -106,6 +111,16 @@ def import_state(
     write_description(folder, description)
     create_model(str(folder))  # what cannot be opened again is not written
     return description
+
+
+def _tell_fixed(network: nn.Module, twice: Tensor, spec: Spec, say: Say) -> None:
+    try:
+        forward(network, twice, str(spec))
+    except GigamorphError as error:
+        say(
+            f"{spec.name}: does not take images of every size, as {twice.shape[2]} x {twice.shape[3]} "
+            f"({first_line(error.__cause__ or error)}); --resize HxW makes predict bring them to one that it takes"
+        )
 
 
 def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: Say) -> dict[str, int]:
@@ -164,7 +179,7 @@ def _built(
     are others.
     """
     prefix, columns = "", None if known is None else known.columns if known.predicts else 0
-    own = create_model(str(spec), 2 if columns is None else columns, channels).state_dict()
+    own = own_tensors(create_model(str(spec), 2 if columns is None else columns, channels))
     tensors = unwrapped(tensors, own)
     if columns is None:
         prefix = common_prefix(own, tensors)
@@ -181,11 +196,26 @@ def _built(
 def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
     """Channels of images that weights are for, 1 or 3; None if they do not tell.
 
-    They are those of the convolution that follows the number of channels; where none does, of the first one.
+    They are those with which the network has the shapes in the file. Where its arguments keep it from having them, they
+    are those of the convolution that follows the number of channels; where none does, of the first one.
     """
-    own, other = (create_model(str(replace(spec, results=())), 2, channels).state_dict() for channels in (1, 3))
+    plain, made = str(replace(spec, results=())), {}
+    for channels in (1, 3):
+        with contextlib.suppress(GigamorphError):  # a first convolution in groups of 3 takes no grey images
+            made[channels] = own_tensors(create_model(plain, 2, channels))
+    if len(made) < 2:
+        return next(iter(made), None)
+    own, other = made.values()
     tensors = unwrapped(tensors, own)
     prefix = common_prefix(own, tensors)
+    theirs = {name: tensors[prefix + name].shape for name in own if prefix + name in tensors}
+    fitting = [
+        channels
+        for channels, one in made.items()
+        if all(one[name].shape == shape for name, shape in theirs.items() if own[name].shape != other[name].shape)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
     convs = [name for name, value in own.items() if value.ndim == 4 and prefix + name in tensors]
     convs.sort(key=lambda name: own[name].shape == other[name].shape)  # stable: otherwise in the network's order
     first = tensors[prefix + convs[0]].shape if convs else ()
@@ -200,7 +230,7 @@ def _load(
     Returns:
         Names of the tensors that were converted.
     """
-    own = network.state_dict()
+    own = own_tensors(network)
     convertible = [
         name
         for name, value in tensors.items()
@@ -270,5 +300,5 @@ def _head(name: str, text: str) -> Head:
 def _write_weights(network: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+    state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(state, path), "weights")

@@ -9,16 +9,21 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
-from ..models.weights import State, read_state
+from ..models.checkpoints import State, read_state
+from ..models.weights import own_tensors
 from .reference import LIMIT32, difference
 
+_DEPTH = 3  # of containers in which modules are looked for
 _STATE, _KIND, _IMAGE, _LOGITS = "state.safetensors", "kind.json", "image.safetensors", "logits.safetensors"
 
 
@@ -45,10 +50,11 @@ def extract(path: Path, prefix: str = "") -> Extracted:
     """Open a pickled module in a process of its own, for its weights.
 
     Args:
-        prefix: of the sub-module that is taken.
+        prefix: of the sub-module that is taken; or the place of the module, in a file that holds several.
 
     Raises:
-        DataError: it cannot be opened, its code is not installed, or it has no such sub-module.
+        DataError: it cannot be opened, its code is not installed, it holds several modules and the prefix names none of
+            them, or there is no such sub-module.
     """
     from safetensors.torch import load_file
 
@@ -77,7 +83,9 @@ def _open(path: Path, folder: Path, prefix: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise DataError(f"{path}: the pickled module cannot be used: {said}; run this where its code is installed")
+        missing = said.startswith(("ModuleNotFoundError", "ImportError", "AttributeError"))
+        remedy = "; run this where its code is installed" if missing else ""
+        raise DataError(f"{path}: the pickled module cannot be used: {said}{remedy}")
 
 
 def same_logits(found: Extracted, wanted: Tensor, given: Tensor, name: str) -> None:
@@ -95,18 +103,14 @@ def dump(path: str, folder: str, prefix: str) -> None:
     from safetensors.torch import load_file, save_file
 
     sys.path.insert(0, str(Path.cwd()))
-    loaded = torch.load(path, map_location="cpu", weights_only=False)
-    if isinstance(loaded, dict):
-        loaded = next((v for v in loaded.values() if isinstance(v, nn.Module)), loaded)
-    if not isinstance(loaded, nn.Module):
-        raise SystemExit(f"it holds a {type(loaded).__name__}, not a torch.nn.Module")
-    if isinstance(loaded, nn.DataParallel):
-        loaded = loaded.module
-    network = loaded.get_submodule(prefix).float().eval()
+    with warnings.catch_warnings():  # of TorchScript, which torch.load gives to torch.jit.load
+        warnings.simplefilter("ignore")
+        loaded = torch.load(path, map_location="cpu", weights_only=False)
+    network = _chosen(loaded, prefix).float().eval()
     if not (Path(folder) / _IMAGE).is_file():
-        state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+        state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
         save_file(state, Path(folder) / _STATE)
-        (Path(folder) / _KIND).write_text(json.dumps(f"{type(network).__module__}.{type(network).__qualname__}"))
+        (Path(folder) / _KIND).write_text(json.dumps(_kind(network)))
         return
     image = load_file(Path(folder) / _IMAGE)["image"]
     with torch.no_grad():
@@ -114,6 +118,49 @@ def dump(path: str, folder: str, prefix: str) -> None:
     if not isinstance(found, Tensor):
         raise SystemExit(f"it gives a {type(found).__name__} for an image, not a tensor")
     save_file({"logits": found.contiguous()}, Path(folder) / _LOGITS)
+
+
+def _chosen(loaded: Any, prefix: str) -> nn.Module:
+    """The module in what a file holds, or what the prefix names: a place in the file, a part of the module there."""
+    found = dict(_modules(loaded))
+    found = {place: module for place, module in found.items() if module.state_dict()} or found  # no loss functions
+    if not found:
+        raise SystemExit(f"it holds a {type(loaded).__name__}, not a torch.nn.Module")
+    named = [place for place in found if place and f"{prefix}.".startswith(f"{place}.")]
+    if len(found) > 1 and not named:
+        listed = ", ".join(f"{place} ({type(module).__name__})" for place, module in found.items())
+        raise SystemExit(f"it holds several: {listed}; name the one that is meant, as in --prefix {next(iter(found))}")
+    place = next(iter(found))
+    if named and (len(found) > 1 or _part(found[place], prefix) is None):
+        place, prefix = named[0], prefix.removeprefix(named[0]).removeprefix(".")
+    whole = found[place]
+    part = _part(whole, prefix)
+    if part is None:
+        parts = ", ".join(name for name, _ in whole.named_children())
+        raise SystemExit(f"its {type(whole).__name__} has no part {prefix!r}; it has {parts}")
+    return part
+
+
+def _modules(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """All modules in dictionaries and lists, with their places."""
+    if isinstance(loaded, nn.Module):
+        yield place, loaded.module if isinstance(loaded, nn.DataParallel) else loaded
+    elif isinstance(loaded, dict | list | tuple) and depth < _DEPTH:
+        for key, value in loaded.items() if isinstance(loaded, dict) else enumerate(loaded):
+            yield from _modules(value, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"TorchScript module {module.original_name}"
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _part(module: nn.Module, name: str) -> nn.Module | None:
+    part: Any = module
+    for one in name.split(".") if name else ():  # get_submodule is not there in TorchScript
+        part = getattr(part, one, None)
+    return part if isinstance(part, nn.Module) else None
 
 
 _CHILD = (

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import DataError, GigamorphError
+from ..models.checkpoints import INDEX
 from ..models.compat import make_torchvision_importable
 from ..models.folder import Description, Preprocessing
 from ..models.outputs import Outputs
 from ..models.spec import Spec
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+_SHARDED = tuple(name + INDEX for name in _NAMES[:2])
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def weights_in(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
+    found = next((path / name for name in (*_NAMES, *_SHARDED) if (path / name).is_file()), None)
     if found is None:
         raise DataError(f"{path}: has none of {', '.join(_NAMES)}; name the weights file itself")
     return found

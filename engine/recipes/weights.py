@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
+from ..models.checkpoints import is_state, load_inert
 from ..models.folder import is_folder
 from ..models.registry import load_weights
-from ..models.weights import is_state, load_inert, sha256
+from ..models.weights import sha256
 from ..train.run import Run
 from .keras_names import keras_state
 from .published_weights import PUBLISHED, Published, keras_weights

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..models.checkpoints import read_state
 from ..models.folder import WEIGHTS, is_folder, read_description
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
-from ..models.weights import read_state
 from .target import Target
 
 log = logging.getLogger("gigamorph")

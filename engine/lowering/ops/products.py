@@ -17,6 +17,7 @@ from ...capture.trace import Op
 from ..geometry import Cells
 from .attention import asks_all, take_whole
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
+from .global_queries import once_for_each_image
 from .pointwise import only_maps
 from .promote import promoted, spread_strip
 
@@ -52,6 +53,11 @@ def _product(
         whole = asks_all(maps, left, right, first, second, ranks)
         if whole is not None:
             own, nodes = take_whole(op, maps, (whole,))
+        elif (max(first) <= -3) != (max(second) <= -3):
+            own, nodes = once_for_each_image(op, maps, *((left, right) if max(second) <= -3 else (right, left)))
+        else:
+            own, nodes = op, []
+        if own is not op:
             made = matmul(own, maps)
             return [*nodes, *(made if isinstance(made, list) else [made])]
     found = [axes for axes in (first, second) if axes is not None]

@@ -144,11 +144,13 @@ def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Seque
     ahead = math.prod(before[:axis]) * own.ahead
     behind = math.prod(before[axis + 1 :]) * own.behind
     places = range(len(after) - 2, -1, -1)  # from behind: in front are images, of which there may be one
+    kept = before[: axis + 1] == after[: axis + 1]  # an axis of one row is no images and one row
     position = next(
         (
             i
             for i in places
-            if tuple(after[i : i + 2]) == (own.height, own.width)
+            if not (kept and i < axis)
+            and tuple(after[i : i + 2]) == (own.height, own.width)
             and (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)
         ),
         None,

@@ -1,4 +1,4 @@
-"""Rules of ops whose inputs spread over several outputs: transposed convolution and pixel shuffle."""
+"""Rules of ops whose inputs spread over several outputs: transposed convolution, `F.fold` and pixel shuffle."""
 
 from __future__ import annotations
 
@@ -48,6 +48,30 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
         if above or below or before or after:
             x = F.pad(x, [before, after, above, below])
         y = F.conv_transpose2d(x, env[weight], bind(bias, env), stride, 0, 0, groups, dilation)
+        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        return (y[:, :, top : top + height, left : left + width],)
+
+    return Local(op, {value: (rows, cols)}, ((2, 3),), run)
+
+
+@rule("fold")
+def fold(op: Op, maps: Maps) -> Local:
+    """Columns of a flattened map become windows of a map, added where they overlap: what `F.unfold` takes apart."""
+    given = arguments(op, "input output_size kernel_size dilation padding stride", dilation=1, padding=0, stride=1)
+    value, out = given["input"].value, pair(given["output_size"])
+    kernel, dilation, padding, stride = (pair(given[n]) for n in ("kernel_size", "dilation", "padding", "stride"))
+    grid = tuple((out[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
+    if maps.axes[value] != (2, 2) or maps.merged(value) or maps.size(value) != grid:
+        raise Refusal("'fold' of columns that are not the positions of the image in their order")
+    rows, cols = (TransposedWindow(grid[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        (start, end), (first, last) = rows.span(*block.rows), cols.span(*block.cols)
+        above, below, top = _outer(rows, *block.rows)
+        before, after, left = _outer(cols, *block.cols)
+        x = F.pad(env[value].unflatten(2, (end - start, last - first)), [before, after, above, below])
+        size = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, x.shape[2:], dilation, kernel, strict=True)]
+        y = F.fold(x.flatten(2), tuple(size), kernel, dilation, 0, stride)
         height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
         return (y[:, :, top : top + height, left : left + width],)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import GigamorphError
-from ...models.weights import State
+from ...models.checkpoints import State
 from . import gmic, mammo_clip, mammoscreen, rsna_2023
 from .layout import Part
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
+from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Head, Outputs
-from ...models.weights import State
 from .layout import Part
 
 _PERCENT = {"1": 0.02, "2": 0.03, "3": 0.03, "4": 0.05, "5": 0.1}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import GigamorphError
+from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
-from ...models.weights import State
 from ...train.network import outputs_of_record
 
 

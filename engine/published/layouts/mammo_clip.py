@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
-from ...models.weights import State
 from .layout import Part
 
 # Width, depth, nominal side of images.

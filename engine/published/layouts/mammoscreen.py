@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 
+from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Head, Outputs
-from ...models.weights import State
 from .layout import Part
 
 _SIZES = ((2048, 1024), (1920, 1280), (1536, 1536))

@@ -8,9 +8,9 @@ standard deviation. As timm does, averaged weights (state_dict_ema) are preferre
 
 from __future__ import annotations
 
+from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
-from ...models.weights import State
 from .layout import Part
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -70,8 +70,28 @@ def test_bias_that_is_looked_up(form):
     assert shapes and (1, 2, H * W, H * W) not in shapes  # keys are copied into order; the bias would be there twice
 
 
+def test_one_image_of_one_row():
+    """Positions that are cut into heads are no images and rows (CSATv2's last stage)."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 15, (15, 2)), TokenHeads(4), nn.Conv2d(4, 4, 1)).double()
+    assert_exact(net, image(1), tile=(15, 8))
+
+
 def test_positions_in_another_order():
     assert_exact(network(nn.ConstantPad2d((0, 0, 1, 0), 0.0), Parted(4)), image(), tile=(6, 7))
+
+
+class TokenHeads(nn.Module):
+    """Queries, keys and values of each token are cut into heads at once, as timm's Attention does."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).reshape(n, h * w, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return y.transpose(1, 2).reshape(n, h * w, c).transpose(1, 2).reshape(n, c, h, w)
 
 
 class Fixed(nn.Module):

@@ -191,3 +191,17 @@ def test_weights_for_colour_see_the_same_in_grey_images(tmp_path, caplog):
     assert "its channels are summed for grey images" in caplog.text
     with torch.no_grad():
         assert torch.allclose(one(grey), colour(grey.expand(1, 3, 40, 40)), atol=1e-5)
+
+
+def test_what_others_call_a_network_is_told(monkeypatch):
+    """And a part that torchvision would fetch by default is left as it is made."""
+    pytest.importorskip("timm")
+    for spec, message in (
+        ("timm:resnt18", r"cannot build 'resnt18': .*; nearest: resnet18, "),
+        ("timm/resnet18", r"; timm's is timm:resnet18$"),
+        ("hf-hub:timm/resnet18", r"hf download timm/resnet18 --local-dir FOLDER\) and give the folder to"),
+    ):
+        with pytest.raises(GigamorphError, match=message):
+            create_model(spec)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
+    assert create_model("torchvision.models.segmentation:lraspp_mobilenet_v3_large", 2) is not None

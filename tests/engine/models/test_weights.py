@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gigamorph.engine.errors import DataError
-from gigamorph.engine.models.weights import load_exactly, read_state, renamed, subtree, unwrapped
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models.checkpoints import read_state
+from gigamorph.engine.models.weights import load_exactly, renamed, subtree, unwrapped
 
 
 def network():
@@ -52,6 +53,7 @@ def test_weights_are_found_in_nested_checkpoints(tmp_path):
         "checkpoint": {"checkpoint": state, "epoch": 3},
         "weights": {"weights": state},
         "params_ema": {"params": other, "params_ema": state},
+        "ema": {"net": other, "ema": state},
         "params": {"params": state},
         "module": {"module": state, "optimizer": optimizer, "ds_version": "0.9"},
         "state_dict": {"weights": {"malignant": torch.ones(1)}, "state_dict": state},
@@ -60,7 +62,12 @@ def test_weights_are_found_in_nested_checkpoints(tmp_path):
         torch.save(stored, path)
         found = read_state(path)
         assert found.place == place and torch.equal(found.tensors["conv.weight"], state["conv.weight"])
-        others = {"params_ema": "params", "state_dict.model_ema": "state_dict.model", "state_dict": "weights"}
+        others = {
+            "params_ema": "params",
+            "ema": "net",
+            "state_dict.model_ema": "state_dict.model",
+            "state_dict": "weights",
+        }
         assert found.others == ((others[place],) if place in others else ())
 
 
@@ -160,6 +167,10 @@ def test_files_that_hold_no_weights(tmp_path):
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(DataError, match=f"{re.escape(name)}: not a readable"):
             read_state(tmp_path / name)
+    for name in ("pointer.safetensors", "pointer.bin"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(DataError, match=f"{re.escape(name)}: is Git LFS's pointer to the weights, not the weights"):
+            read_state(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(DataError, match="holds no state_dict"):
         read_state(tmp_path / "list.pt")
@@ -200,6 +211,30 @@ def test_weights_in_half_precision_and_without_counters_load(tmp_path):
     found = network()
     load_exactly(found, read_state(tmp_path / "w.safetensors").tensors, tmp_path)
     assert found.conv.weight.dtype == torch.float32 and torch.equal(found.conv.weight, state["conv.weight"].float())
+
+
+def test_floats_of_8_bits_load_and_numbers_among_tensors_are_passed_over(tmp_path):
+    state = {n: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for n, v in network().state_dict().items()}
+    torch.save({**state, "epoch": 3, "arch": "mine"}, tmp_path / "w.pt")
+    read, found = read_state(tmp_path / "w.pt"), network()
+    load_exactly(found, read.tensors, tmp_path)
+    assert read.extras == ("epoch", "arch") and torch.equal(found.conv.weight, state["conv.weight"].float())
+    state["conv.weight"] = torch.full((4, 1, 3, 3), torch.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(DataError, match=r"36 values are NaN or infinite, in conv\.weight$"):
+        load_exactly(found, state, tmp_path)
+
+
+def test_numbers_of_another_kind_are_refused():
+    """They would lose their imaginary part, or the scale that integers had."""
+    state = network().state_dict()
+    state |= {"conv.weight": state["conv.weight"].to(torch.complex64), "conv.bias": state["conv.bias"].to(torch.int8)}
+    state["head.bias"] = state["head.bias"].to_sparse()
+    with pytest.raises(DataError) as caught:
+        load_exactly(network(), state, Path("w.pt"))
+    assert "3 of another kind, which would lose what they say: conv.weight is complex64, the" in str(caught.value)
+    assert "conv.bias is int8, the model has float32, head.bias is float32 (torch.sparse_coo)" in str(caught.value)
+    with pytest.raises(GigamorphError, match=r"Sequential: 0.weight has no shape before its first forward"):
+        load_exactly(nn.Sequential(nn.LazyConv2d(4, 3)), state, Path("w.pt"))
 
 
 def test_a_sub_tree_and_renamed_weights():

@@ -17,8 +17,8 @@ from gigamorph import accelerate, create_model, open_pixels
 from gigamorph.cli.main import cli
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.models import load_weights
+from gigamorph.engine.models.checkpoints import State, read_state
 from gigamorph.engine.models.folder import read_description
-from gigamorph.engine.models.weights import State, read_state
 from gigamorph.engine.published.images import PreparedSource
 from gigamorph.engine.published.importing import Wishes, import_network
 from gigamorph.engine.published.layouts import mammo_clip, parts_of

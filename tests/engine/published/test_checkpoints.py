@@ -1,0 +1,148 @@
+"""Checkpoints in the forms in which others publish them."""
+
+import json
+import sys
+
+import pytest
+import torch
+from published_networks import imported, network
+from safetensors.torch import save_file
+
+from gigamorph import create_model
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models.folder import read_description
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+def test_a_child_called_module_is_no_wrapper(here, wrapper):
+    (here / "wrapping_nets.py").write_text(
+        "import published_nets\nfrom torch import nn\n"
+        "class Outer(nn.Module):\n"
+        "    def __init__(self, num_classes=2, in_channels=1):\n"
+        "        super().__init__()\n"
+        "        self.module = published_nets.Net(num_classes, in_channels)\n"
+        "    def forward(self, x):\n"
+        "        return self.module(x)\n"
+    )
+    made = create_model("wrapping_nets:Outer", 3).eval()
+    state = {wrapper + name: value for name, value in made.state_dict().items()}
+    torch.save(state, here / "w.pt")
+    image = torch.rand(1, 1, 60, 50)
+    for name, source, prefix in (("a", "wrapping_nets:Outer", ""), ("b", "published_nets:Net", "module")):
+        again = create_model(str(imported(here, name, source, prefix=prefix))).eval()
+        with torch.no_grad():
+            assert torch.equal(again(image), made(image))
+
+
+def test_averaged_weights_are_taken_and_told(here):
+    made = network()
+    average = torch.optim.swa_utils.AveragedModel(network(seed=1))
+    torch.save({"model": made.state_dict(), "model_ema": average.state_dict()}, here / "w.pt")
+    said = []
+    folder = imported(here, quiet=said)
+    assert said == ["w.pt: takes the weights of model_ema, not those of model"]
+    assert read_description(folder).source["place"] == "model_ema"
+    plain = imported(here, "plain", prefix="model")
+    image = torch.rand(1, 1, 60, 50)
+    with torch.no_grad():
+        assert torch.equal(create_model(str(folder)).eval()(image), network(seed=1)(image))
+        assert torch.equal(create_model(str(plain)).eval()(image), made(image))
+
+
+def test_files_of_an_index_are_one_and_each_is_hashed(here):
+    made = network()
+    state, hub = made.state_dict(), here / "hub"
+    names = [name for name in state if not name.endswith("num_batches_tracked")]
+    hub.mkdir()
+    files = {name: f"model-0000{1 + (name > 'f')}-of-00002.safetensors" for name in names}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, hub / file)
+    index = hub / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    image = torch.rand(1, 1, 60, 50)
+    for name, weights in (("a", hub), ("b", index)):
+        folder = imported(here, name, weights=str(weights))
+        with torch.no_grad():
+            assert torch.equal(create_model(str(folder)).eval()(image), made(image))
+        assert sorted(read_description(folder).source["shards_sha256"]) == sorted(set(files.values()))
+    index.write_text(json.dumps({"weight_map": {**files, "gone.weight": files["fc.weight"]}}))
+    with pytest.raises(DataError, match=r"index.json: its files do not hold gone.weight; fetch them again"):
+        imported(here, "c", weights=str(hub))
+    (hub / files["fc.weight"]).unlink()
+    with pytest.raises(DataError, match=r"model-0000.-of-00002.safetensors: no such weights file"):
+        imported(here, "c", weights=str(hub))
+    index.write_text("{}")
+    with pytest.raises(DataError, match=r"index.json: not a readable index of weights: KeyError: 'weight_map'"):
+        imported(here, "c", weights=str(hub))
+
+
+def test_what_is_no_tensor_in_a_state_dict_is_left_out_or_refused(here):
+    """A module's get_extra_state may give anything; a network that keeps such a thing is not its tensors alone."""
+    (here / "extra_nets.py").write_text(
+        "import published_nets\n"
+        "class Extra(published_nets.Net):\n"
+        "    calls = None\n"
+        "    def get_extra_state(self):\n"
+        "        return self.calls\n"
+        "    def set_extra_state(self, state):\n"
+        "        self.calls = state\n"
+        "class Counting(Extra):\n"
+        "    calls = {'calls': 3}\n"
+    )
+    made = network()
+    torch.save(
+        {"state_dict": {**made.state_dict(), "_extra_state": {"calls": 3}, "fc._extra_state": None}}, here / "w.pt"
+    )
+    said, image = [], torch.rand(1, 1, 60, 50)
+    for name, source in (("a", "published_nets:Net"), ("b", "extra_nets:Extra")):
+        again = create_model(str(imported(here, name, source, quiet=said))).eval()
+        with torch.no_grad():
+            assert torch.equal(again(image), made(image))
+    assert said == ["w.pt: leaves out what is no tensor: _extra_state, fc._extra_state"] * 2
+    with pytest.raises(GigamorphError, match=r"^Counting: keeps a dict as _extra_state in .* get_extra"):
+        imported(here, "c", "extra_nets:Counting")
+
+
+def test_a_prefix_that_would_fit_is_named(here):
+    state = {f"model.net.{name}": value for name, value in network().state_dict().items()}
+    torch.save({**state, "loss.weight": torch.zeros(3)}, here / "w.pt")
+    with pytest.raises(
+        DataError, match=r"after 'model.net', beside others \(loss.weight\); take .* --prefix model.net$"
+    ):
+        imported(here)
+    assert read_description(imported(here, prefix="model.net")).key_map == ()
+
+
+def test_channels_of_a_network_that_begins_with_a_depthwise_convolution(here):
+    (here / "depthwise_nets.py").write_text(
+        "import published_nets\nfrom torch import nn\n"
+        "class First(nn.Module):\n"
+        "    def __init__(self, num_classes=2, in_channels=1):\n"
+        "        super().__init__()\n"
+        "        self.first = nn.Conv2d(in_channels, in_channels, 3, groups=in_channels)\n"
+        "        self.second, self.fc = nn.Conv2d(in_channels, 4, 1), nn.Linear(4, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.second(self.first(x)).mean((2, 3)))\n"
+        "class Grouped(First):\n"
+        "    def __init__(self, num_classes=2, in_channels=1):\n"
+        "        super().__init__(num_classes, in_channels)\n"
+        "        self.first = nn.Conv2d(in_channels, 3, 3, groups=3)\n"
+    )
+    for name, source, channels in (("a", "First", 3), ("b", "First", 1), ("c", "Grouped", 3)):
+        torch.save(create_model(f"depthwise_nets:{source}", 2, channels).state_dict(), here / "w.pt")
+        found = read_description(imported(here, name, f"depthwise_nets:{source}"))
+        assert found.preprocessing.channels == channels
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    ["torch.hub.load_state_dict_from_url('https://x.invalid/none.pth')", "huggingface_hub.hf_hub_download('x/y', 'z')"],
+)
+def test_a_network_that_would_fetch_its_own_weights_fetches_nothing(here, monkeypatch, fetch):
+    monkeypatch.delitem(sys.modules, "fetching_nets", raising=False)
+    (here / "fetching_nets.py").write_text(f"import huggingface_hub, torch\ndef net(num_classes=2):\n    {fetch}\n")
+    torch.save(network().state_dict(), here / "w.pt")
+    with pytest.raises(
+        GigamorphError, match=r"'fetching_nets:net' cannot be built: .*(nothing is downloaded|fetches nothing)"
+    ):
+        imported(here, source="fetching_nets:net")
