@@ -15,7 +15,7 @@ from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
 from .folders import Unlisted, image_files, walk
-from .left_out import is_left_out, tell_unread
+from .left_out import CONVERTED, is_left_out, made_by, tell_unread
 from .mask_names import masks_among
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
@@ -184,6 +184,8 @@ def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 def _sub_folders(path: Path) -> list[Path]:
     there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if there and all(made_by(folder) == CONVERTED for folder in there):  # each class was converted alone
+        return there
     return [folder for folder in there if not is_left_out(folder)]
 
 

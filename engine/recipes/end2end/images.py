@@ -64,8 +64,8 @@ def check_findings(records: Sequence[Record]) -> None:
             for top, bottom, left, right in boxes:
                 if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
                     raise DataError(
-                        f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is outside "
-                        f"the image of {height} x {width} pixels; correct it, or leave the finding out"
+                        f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
+                        f"outside the image of {height} x {width} pixels; correct it, or leave the finding out"
                     )
         for finding in record.findings:
             if finding.pathology and finding.mask is None and finding.box is None:

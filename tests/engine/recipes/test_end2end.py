@@ -211,7 +211,7 @@ def test_bad_tables(tmp_path):
         (
             "g",
             Finding("mass", (10, 30, 50, 70), pathology="malignant"),
-            r"columns 50 to 70\) is outside .* 60 x 50 pixels",
+            "50 to 70. is outside .* 60 x 50 pixels",
         ),
     ):
         read = read_table(write(tmp_path / name, [0, 1] * 4))
