@@ -94,6 +94,17 @@ def read_table(
     return Table(records, names, masks=masks)
 
 
+def labels_of(path: Path, table: Table) -> list[str]:
+    """The label of each image of a table that was read, also without labels; empty where it is not known.
+
+    Args:
+        path: where it was read: a csv file, of which this is the column label as it stands there, or a folder.
+    """
+    if path.is_file():
+        return [whole(row.get("label", "")) for _, row in _csv_rows(path, False, None)]
+    return [table.classes[record.label] if record.label >= 0 else "" for record in table.records]
+
+
 def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
     """Records whose file exists; `DataError` if none does."""
     missing = set(missing_files(records))
