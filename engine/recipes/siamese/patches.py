@@ -110,7 +110,7 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
                 # All channels of an image are its grey values.
                 grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
                 found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
-        boxes = np.array([_original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
+        boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
         _save(path, lambda file: np.save(file, found))
         _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
     with np.load(places, allow_pickle=False) as stored:
@@ -125,7 +125,7 @@ def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
     write_atomically(path, save, "patches")
 
 
-def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
+def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
     """(n, 4) left, top, right, bottom of the cells in their file."""
     top, x = cells[:, 0].astype(np.float64), cells[:, 1].astype(np.float64)
     return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
