@@ -146,9 +146,10 @@ class PatchPairs(Sequence[NDArray[Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         number, place = self.where(index)
-        if self._open is None or self._open[0] != number:
-            self._open = number, self.files[number].open()
-        return self.files[number].normalised(self._open[1][place])
+        opened = self._open  # another thread may read as well
+        if opened is None or opened[0] != number:
+            self._open = opened = number, self.files[number].open()
+        return self.files[number].normalised(opened[1][place])
 
     def where(self, index: int) -> tuple[int, int]:
         """Which file a patch is in, and its place there."""

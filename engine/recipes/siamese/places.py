@@ -14,6 +14,8 @@ from ...evaluate.roc import auc
 from .pairs import Pair
 
 Array = NDArray[np.float64]
+Place = dict[str, float]
+"""What `localised` finds of a pair."""
 
 
 def middles(record: Record) -> list[tuple[float, float]]:
@@ -41,7 +43,7 @@ def holds(boxes: Array, places: Sequence[tuple[float, float]]) -> NDArray[np.boo
     return found
 
 
-def localised(pair: Pair, boxes: Sequence[Array], distances: Array) -> dict[str, float] | None:
+def localised(pair: Pair, boxes: Sequence[Array], distances: Array) -> Place | None:
     """How well the distances of a pair's patches tell where its findings are; None without one in a patch, or in all.
 
     Args:
@@ -59,11 +61,11 @@ def localised(pair: Pair, boxes: Sequence[Array], distances: Array) -> dict[str,
     return {
         "hit": float(there[distances == distances.max()].mean()),
         "by_chance": float(there.mean()),
-        "auc": auc(there.astype(np.int64), distances),
+        "auc": auc(there.astype(np.int64), distances) or 0.0,
     }
 
 
-def localisation(found: Sequence[dict[str, float] | None]) -> Any:
+def localisation(found: Sequence[Place | None]) -> Any:
     """The means over the pairs of which there is something to say, with their number; a text if there is none."""
     known = [one for one in found if one is not None]
     if not known:
