@@ -145,11 +145,26 @@ class PatchPairs(Sequence[NDArray[Any]]):
         return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        number, place = self.where(index)
+        return self.take([index])[0]
+
+    def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Some of them, (n, 2, C, h, w): of each file at once, so that little of it is Python's work."""
+        wanted = [self.where(index) for index in indices]
+        pixels: NDArray[np.uint16] | None = None
+        for number in dict.fromkeys(number for number, _ in wanted):
+            own = [n for n, (file, _) in enumerate(wanted) if file == number]
+            found = self._opened(number)[[wanted[n][1] for n in own]]
+            if pixels is None:
+                pixels = np.empty((len(wanted), *found.shape[1:]), np.uint16)
+            pixels[own] = found
+        assert pixels is not None
+        return self.files[0].normalised(pixels)
+
+    def _opened(self, number: int) -> NDArray[Any]:
         opened = self._open  # another thread may read as well
         if opened is None or opened[0] != number:
             self._open = opened = number, self.files[number].open()
-        return self.files[number].normalised(opened[1][place])
+        return opened[1]
 
     def where(self, index: int) -> tuple[int, int]:
         """Which file a patch is in, and its place there."""
@@ -160,6 +175,13 @@ class PatchPairs(Sequence[NDArray[Any]]):
     def patients(self) -> list[str]:
         """Of every patch."""
         return [file.pair.left.patient_id for file in self.files for _ in file.cells]
+
+
+def stacked(pairs: Sequence[Any] | Tensor, indices: Sequence[int]) -> Tensor:
+    """Some of the pairs of patches, (n, 2, C, h, w)."""
+    if isinstance(pairs, PatchPairs):
+        return torch.from_numpy(pairs.take(indices))
+    return torch.stack([torch.as_tensor(pairs[index]) for index in indices])
 
 
 class SinglePatches:

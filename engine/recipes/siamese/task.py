@@ -17,6 +17,7 @@ from .config import SiameseConfig
 from .judge import Judge
 from .mixture import Mixture
 from .network import Embedding, distance, soft_contrastive
+from .patches import stacked
 
 _BATCH = 128
 _COLLAPSED = 1e-3  # of the embeddings' standard deviation, which is 1 / sqrt(dim) for evenly spread ones
@@ -117,8 +118,7 @@ class SiameseTask(Task):
         return list(self.module)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     def _pairs(self, indices: Sequence[int]) -> Tensor:
-        found = [self.pairs[index] for index in indices]
-        return torch.stack([torch.as_tensor(each) for each in found])
+        return stacked(self.pairs, indices)
 
     def _others(self, batch: Sequence[int]) -> Tensor:
         """Places (m, 2) in the batch of two different patients, one pair for each place that has a partner."""
