@@ -230,7 +230,7 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     if not found:
         raise DataError(f"{path}: no image has a label; fill the column in")
     odd = [label for label in sorted(found) if label.lower() == "nan"]
-    if all(is_number(label) for label in found):
+    if all(is_number(_pointed(label)) for label in found):
         odd += [label for label in sorted(found) if not label.isdecimal()]
     if odd:
         raise DataError(
@@ -255,10 +255,17 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
 _NAMED = 12  # classes that a message names
 
 
+def _pointed(label: str) -> str:
+    """A number with a comma as its decimal sign, as 1,0, with a point; other labels as they are."""
+    before, comma, after = label.partition(",")
+    return f"{before}.{after}" if comma and before.lstrip("-").isdecimal() and after.isdecimal() else label
+
+
 def whole(label: str) -> str:
-    """A whole number without its point, as tables write it that had empty cells: 1 of 1.0."""
-    number = float(label) if is_number(label) else math.nan
-    return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in label else label
+    """A whole number without its point, or comma, as tables write it that had empty cells: 1 of 1.0."""
+    pointed = _pointed(label)
+    number = float(pointed) if is_number(pointed) else math.nan
+    return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in pointed else label
 
 
 def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
