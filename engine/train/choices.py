@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import DataError
+from ..models.folder import is_folder
+from ..models.own_code import imported, working_directory_on_path
+from ..models.pretrained import TIMM
 from ..models.registry import create_model
+from ..models.spec import Spec
 from ..morph.files import recipe_of
 from .loggers import require_callbacks, require_loggers
 from .optimizers import make_optimizer
@@ -21,7 +26,7 @@ from .stages import require_deal, trainable_names
 def check_choices(
     options: TrainOptions, channels: int, loggers: Sequence[str], callbacks: Sequence[str], at_once: int = 1
 ) -> None:
-    """Look for optimizers, schedules, parts of the network, loggers and callbacks.
+    """Look for the network, its weights, optimizers, schedules, parts of the network, loggers and callbacks.
 
     Parts of the network are looked for where they are named (`freeze`, rates of their own); those of a grown one, which
     has other parts than the network that it began as, when it is built to be trained.
@@ -39,11 +44,24 @@ def check_choices(
         require_deal(stage, at_once)
         factor_of(stage, 1)
         make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=()))
-    if any(stage.frozen or stage.rates for stage in stages) and not _grown(options.weights):
-        model = _without_values(options.model, channels)
-        for stage in stages:
-            trainable_names(model, stage)
-            make_optimizer(model, stage)
+    _require_weights(options.weights)
+    named = any(stage.frozen or stage.rates for stage in stages)
+    if _grown(options.weights):
+        return
+    spec = None if is_folder(options.model) else Spec.parse(options.model)
+    if not named and spec is not None and spec.kind not in ("", "timm"):  # the user's code may take long: called once
+        with working_directory_on_path():
+            imported(f"model {options.model!r}", spec.kind, spec.name)
+        return
+    model = _without_values(options.model, channels)
+    for stage in stages if named else ():
+        trainable_names(model, stage)
+        make_optimizer(model, stage)
+
+
+def _require_weights(weights: str | None) -> None:
+    if weights is not None and not weights.startswith(TIMM) and not Path(weights).exists():
+        raise DataError(f"{weights}: no such weights file")
 
 
 def _without_values(name: str, channels: int) -> nn.Module:

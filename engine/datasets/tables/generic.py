@@ -195,7 +195,7 @@ def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 def _sub_folders(path: Path) -> list[Path]:
     there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if there and all(made_by(folder) == CONVERTED for folder in there):  # each class was converted alone
+    if len(there) > 1 and all(made_by(folder) == CONVERTED for folder in there):  # each class was converted alone
         return there
     return [folder for folder in there if not is_left_out(folder)]
 

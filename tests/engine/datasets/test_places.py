@@ -340,6 +340,11 @@ def test_converted_images_are_left_out_beside_those_that_they_were_made_of(tmp_p
         (tmp_path / name / "run.json").write_text('{"checkpoint": "", "kind": "data convert"}')
     assert read_table(tmp_path).classes == ["benign", "malign"]  # each was converted alone
     assert len(index_folder(tmp_path, workers=1).records) == 2 and not caplog.text
+    shutil.copytree(tmp_path / "benign", tmp_path / "flat" / "converted")
+    save(tmp_path / "flat" / "4.png", 4)
+    with pytest.raises(DataError, match="flat: holds no images in a sub-folder per class"):
+        read_table(tmp_path / "flat")
+    shutil.rmtree(tmp_path / "flat")
     save(tmp_path / "other" / "3.png", 3)
     assert [record.path.name for record in read_table(tmp_path).records] == ["3.png"]
     caplog.clear()

@@ -120,6 +120,19 @@ def test_parts_of_a_grown_network_are_looked_for_in_it():
     fit(make_data(), replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), "run")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"model": "resnet19"}, "model 'resnet19' is unknown; take one of"),
+        ({"model": "no_such_module:net"}, "there is no module 'no_such_module'"),
+        ({"weights": "none.pt"}, "none.pt: no such weights file"),
+    ],
+)
+def test_a_network_that_is_not_there_is_told_before_any_image_is_read(wrong, told):
+    with pytest.raises(GigamorphError, match=told):
+        check_choices(replace(OPTIONS, **wrong), 1, (), ())
+
+
 def test_the_parts_of_a_network_are_looked_for_without_its_memory():
     names = [name for name, p in _without_values("resnet18", 1).named_parameters() if p.is_meta]
     assert names == [name for name, _ in create_model("resnet18", in_channels=1).named_parameters()]
