@@ -132,21 +132,23 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 
     Found are files that cannot be read, blank ones, those that use next to nothing of their grey scale (12 bits in a
     16-bit PNG), masks that are missing or of another size, the same pixels twice (also mirrored, also in another
-    format), patients or images in two splits, sides and views on which table, header and pixels disagree, and, to know,
-    implants, spot views, phantoms and the like. The exit code is 1 if there is anything to mend. Masks of a
-    folder, by their names, are left out.
+    format), patients or images in two splits, sides and views on which table, header and pixels disagree, kinds of
+    files (DICOM, PNG) that tell the label or reach unlike grey values, and, to know, implants, spot views, phantoms and
+    the like. The exit code is 1 if there is anything to mend. Masks of a folder, by their names, are left out.
 
     Example: gigamorph data check table.csv --out problems.csv
     """
     from ..engine.datasets.check import KINDS, check_images
+    from ..engine.datasets.tables.generic import labels_of
     from ..engine.predict.tables import write_csv
     from .count import Count
 
     table = _open(source, dataset, check_files=False, labels=False)
     records = table.records
     _tell_masks(table.masks)
+    labels = labels_of(Path(source), table)
     with Count("images", len(records)) as count:
-        problems = check_images(records, white=white, workers=workers, on_done=count.add)
+        problems = check_images(records, labels=labels, white=white, workers=workers, on_done=count.add)
     if out:
         write_csv(Path(out), ["image_path", "kind", "problem"], ((p.path, p.kind, p.message) for p in problems))
     serious = [problem for problem in problems if problem.kind != "flag"]

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 _MANY = 100
 """Images whose rate is told."""
-_SPLITS = {
-    "test": "test",
-    "val": "val (chose the epoch)",
-    "train": "train (learnt from these, so this measures nothing)",
-    "": "split not known (may hold images of the training)",
-}
 
 
 @click.command()
@@ -123,7 +117,7 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
     if found.computed >= _MANY:
         rate = found.computed / max(found.seconds, 1e-9)
         click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
-    for split, note in _SPLITS.items():
+    for split, note in runner.SPLITS.items():
         measured = found.scores.get(split, {})
         if any(measured.get(name) is not None for name in ("auc_image", "mae_image")):
             click.echo(f"{note}: {scores_line(measured)}")

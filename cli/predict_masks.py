@@ -28,5 +28,6 @@ def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: ru
     runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
-    for split, measured in sorted(found.scores.items()):
-        click.echo(f"{split or 'split not known'}: {scores_line(measured)}")
+    for split, note in runner.SPLITS.items():
+        if split in found.scores:
+            click.echo(f"{note}: {scores_line(found.scores[split])}")

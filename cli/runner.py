@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from ..engine.predict.predictor import Opener
     from ..engine.train.progress import Progress
 
+SPLITS = {
+    "test": "test",
+    "val": "val (chose the epoch)",
+    "train": "train (learnt from these, so this measures nothing)",
+    "": "split not known (may hold images of the training)",
+}
+"""What is told of the scores of a split, in this order."""
+
 
 def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
     if value is None:

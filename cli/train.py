@@ -284,7 +284,7 @@ def _train(
     group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None
-    check_choices(chosen, config.data.channels, config.log, config.callbacks)
+    check_choices(chosen, config.data.channels, config.log, config.callbacks, group.at_once)
     images = training_data(table, **config.data_arguments(), fold=fold, warn=warn)
     watch = Watch(loggers=config.log, callbacks=config.callbacks)
     if not group.leads:
@@ -351,7 +351,7 @@ def _train_folds(
 
 
 def scores_line(found: dict[str, float | int | None]) -> str:
-    """The measures of a split, per image and per breast, or of its masks, for people."""
+    """The measures of a split, per image, per breast where some have several images, or of its masks, for people."""
     from ..engine.train.metrics import SHOWN
 
     if "dice" in found:
@@ -359,6 +359,8 @@ def scores_line(found: dict[str, float | int | None]) -> str:
         return f"Dice of {', '.join(list(told)[2:])} ({found['images']} images)"
     parts = []
     for level, plural in (("image", "images"), ("breast", "breasts"), ("exam", "exams")):
+        if level == "breast" and found.get("breasts") == found.get("images"):
+            continue  # they are the images, as where no side is known
         for name in (own for own in found if own.endswith(f"_{level}")):
             value = found[name]
             shown = SHOWN[name.replace(level, "image")]

@@ -16,8 +16,10 @@ from ..images.levels import White, brighter_half
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
-from .grey import odd_range
+from .dataset import ImageDataset
+from .grey import odd_range, unlike_kinds
 from .index import is_dicom
+from .kinds import kinds_told
 from .splits import leaks
 from .tables.schema import Record
 
@@ -31,6 +33,7 @@ KINDS = {
     "patient": "one patient under two names, so that no split by patient holds",
     "laterality": "table, header and pixels disagree on the side of the breast",
     "view": "table and header disagree on the view",
+    "written": "kinds of files by which a network can tell labels, or images, apart",
     "flag": "not a standard view for presentation: to know, not to mend",
 }
 _ROWS = 256
@@ -70,6 +73,7 @@ class _Facts:
 def check_images(
     records: Sequence[Record],
     *,
+    labels: Sequence[str] = (),
     white: White | None = None,
     workers: int | None = None,
     on_done: Callable[[], object] | None = None,
@@ -77,6 +81,7 @@ def check_images(
     """Decode every image, in parallel, and compare all with each other and with the table; in the table's order.
 
     Nothing stops at the first bad file. Held in memory are 32 bytes and a header per image.
+    labels: of each image, empty where it is not known, besides those of `Record.labels`.
     white: the white level of images of which the table does not say, as in `open_pixels`.
     on_done: called after each image.
     """
@@ -99,6 +104,10 @@ def check_images(
     problems += _duplicates(good)
     problems += _leaks(records, good)
     problems += _disagreements(good)
+    problems += [Problem(records[0].path, "written", text) for text in _written(records, labels)]
+    if not any(problem.kind == "grey" for problem in problems):  # which tells files apart, too
+        unlike = unlike_kinds(ImageDataset([r for r, f in good if not f.blank], channels=1, white=white))
+        problems += [Problem(good[0][0].path, "written", text) for text in unlike]
     problems += [Problem(r.path, "flag", ", ".join(f.info.flags)) for r, f in good if f.info and f.info.flags]
     order = {record.path: number for number, record in enumerate(records)}
     return sorted(problems, key=lambda problem: (order[problem.path], list(KINDS).index(problem.kind)))
@@ -228,6 +237,16 @@ def _renamed(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
                 text = f"{text}; they are in {first.split} and {record.split}"
             problems.append(Problem(record.path, "leak" if record.split != first.split else "patient", text))
     return problems
+
+
+def _written(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
+    """What the kinds of files tell of labels, of all images together."""
+    told = [kinds_told((r.path, label) for r, label in zip(records, labels, strict=False) if label)]
+    for name in dict.fromkeys(name for record in records for name in record.labels):
+        known = [(r.path, f"{r.labels[name]:g}") for r in records if name in r.labels]
+        text = kinds_told(known) if {value for _, value in known} == {"0", "1"} else ""
+        told.append(text and f"label_{name}: {text}")
+    return list(filter(None, told))
 
 
 def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from ..errors import DataError
 from ..images.levels import DARK, WHITES, highest, sample_rows
 from ..images.pixels import ImageSource
 from .dataset import ImageDataset
+from .kinds import kind_of_file
 from .tables import Record
 
 _LOOKED_AT = 4
@@ -53,17 +53,17 @@ def grey_warnings(images: ImageDataset, option: str = "--white {white}, or ") ->
         number = next(n for n, (source, _, most) in enumerate(ranges) if odd_range(source, most))
         more = f" (and {len(odd) - 1} more of {len(ranges)} that were looked at)" if len(odd) > 1 else ""
         found.append(f"{ranges[number][0].name}{more}: {odd[0]}")
-    found += _unlike({kind: some for kind, some in by_kind.items() if some})
+    found += _unlike(by_kind)
     if ranges and images.normalize is not None:
         least, most = min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
         found += _misfits(images.normalize.mean, images.normalize.std, least, most)
     return found
 
 
-def kind_of_file(path: Path) -> str:
-    """What a file is by its name: DICOM, PNG, ..."""
-    suffix = path.suffix.lower().removeprefix(".")
-    return {"dcm": "DICOM", "dicom": "DICOM", "": "DICOM", "jpeg": "JPG", "tif": "TIFF"}.get(suffix, suffix.upper())
+def unlike_kinds(images: ImageDataset) -> list[str]:
+    """Whether the kinds of files reach unlike grey values, by a look at a few of each; nothing of a single kind."""
+    kinds = _kinds(images.records)
+    return _unlike({kind: _looked_at(images, numbers) for kind, numbers in kinds.items()}) if len(kinds) > 1 else []
 
 
 def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
@@ -81,7 +81,7 @@ def _looked_at(images: ImageDataset, numbers: Sequence[int]) -> list[tuple[Image
 
 def _unlike(by_kind: Mapping[str, Sequence[tuple[ImageSource, float, float]]]) -> list[str]:
     """Whether the kinds of files, each on its own scale from black to white, use unlike shares of it."""
-    reach = {kind: float(np.median([most for _, _, most in some])) for kind, some in by_kind.items()}
+    reach = {kind: float(np.median([most for _, _, most in some])) for kind, some in by_kind.items() if some}
     if len(reach) < 2 or max(reach.values()) <= _UNLIKE * min(reach.values()):
         return []
     told = ", ".join(f"{value:.2g} in {kind}" for kind, value in reach.items())

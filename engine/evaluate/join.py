@@ -41,7 +41,9 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
         found = groups.get(_key(row, keys, Path()))
         if found is None:
             who = row["image_path"] if images else ", ".join(f"{name} {row[name]!r}" for name in keys)
-            raise DataError(f"{rows.path}, {place}: {who} is not in {table}; give the table it was predicted from")
+            remedy = elsewhere(row["image_path"]) if images else ""
+            remedy = remedy or "give the table it was predicted from"
+            raise DataError(f"{rows.path}, {place}: {who} is not in {table}; {remedy}")
         for name in joined:
             value = found[-1][name] if images else "+".join(sorted({one[name] for one in found} - {""}))
             if not row.get(name) or (images and name in KEYS and value):
@@ -52,6 +54,13 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
 def place_of(image: str, folder: Path) -> str:
     """The path of an image that a table in a folder names."""
     return os.path.abspath(folder / image)
+
+
+def elsewhere(image: str) -> str:
+    """The remedy where a path of predictions names nothing here; empty where it does."""
+    if os.path.isabs(image) or os.path.lexists(image):
+        return ""
+    return "nor is there such a file: paths are as gigamorph predict was given them, so go to the folder where it ran"
 
 
 def _keys_of(rows: Rows) -> tuple[str, ...]:

@@ -150,6 +150,12 @@ def read_description(folder: str | Path) -> Description:
         run = Path(folder) / "best.ckpt"
         if run.is_file():
             raise DataError(f"{folder}: is the folder of a run; name its checkpoint, {run}") from error
+        fold = Path(folder) / "fold1" / "best.ckpt"
+        if fold.is_file():
+            raise DataError(
+                f"{folder}: holds the runs of a cross-validation; name the checkpoint of one, {fold}, or make an "
+                f"ensemble: gigamorph import {fold} --out one, likewise two, and gigamorph import one two --out all"
+            ) from error
         raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; import it again") from error

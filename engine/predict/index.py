@@ -38,7 +38,7 @@ create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
 create table stored (key text primary key) without rowid;
-create table places (place text primary key) without rowid;
+create table places (place text primary key, source integer, label integer) without rowid;
 create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
@@ -92,11 +92,13 @@ class Index:
         """
         told: list[str] = []
         # What a table says of an image counts before what its folder does.
-        for source in sorted(sources, key=is_folder):
+        for number, source in enumerate(sorted(sources, key=is_folder)):
             unknown, again, left = Counter[str](), Counter[str](), LeftOut()
             rows = rows_of(source, classes, unknown, left, skip)
             with self._together():
-                self._add(rows if len(sources) == 1 else self._new(rows, source, again))
+                self._add(
+                    rows if isinstance(source, Record) or len(sources) == 1 else self._new(rows, number, source, again)
+                )
             if again:
                 told.append(f"{again.total()} of the images of {source} are given before, and count once")
             if left.count:
@@ -289,16 +291,24 @@ class Index:
         told = ((self._key(row), pickle.dumps(row, 5), row.pixels) for row in rows)
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
 
-    def _new(self, rows: Iterable[Row], source: str | Path | Record, again: Counter[str]) -> Iterator[Row]:
-        """Of a folder the rows whose image no source before has; all of those that somebody named."""
-        own = not is_folder(source)
+    def _new(self, rows: Iterable[Row], number: int, source: str | Path, again: Counter[str]) -> Iterator[Row]:
+        """The rows whose image no source before has; of a folder each image once.
+
+        Raises:
+            DataError: if a source before has the image with another label.
+        """
         for row in rows:
-            place = row.url or os.path.realpath(row.record.path)
-            new = self._base.execute("insert or ignore into places values (?)", (place,)).rowcount
-            if new or own:
+            place, label = row.url or f"{os.path.realpath(row.record.path)}\0{row.record.frame}", row.record.label
+            added = self._base.execute("insert or ignore into places values (?, ?, ?)", (place, number, label)).rowcount
+            first, before = self._one("select source, label from places where place = ?", place)
+            if added or (first == number and not is_folder(source)):
                 yield row
-            else:
-                again["images"] += 1
+                continue
+            again["images"] += 1
+            if label != before and min(label, before) >= 0:
+                raise DataError(
+                    f"{source}: {row.name} has label {label}, but {before} where it was given before; keep one of them"
+                )
 
     def _check_files(self) -> None:
         missing: list[Path] = []

@@ -144,7 +144,8 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
             one = import_state(
                 Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen, say, part.outputs
             )
-            made.append(replace(one, source={**one.source, "layout": name, "prefix": asked + part.prefix}))
+            source = {**one.source, "layout": name, "prefix": asked + part.prefix}
+            made.append(replace(one, source=source | ({"training": part.training} if part.training else {})))
             write_description(target, made[-1])
         if len(parts) > 1:
             _write_ensemble(folder, [part.name for part in parts], made)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..accelerate import Accelerated, accelerate
-from ..datasets.tables import Record
+from ..datasets.tables import SPLITS, Record
 from ..errors import GigamorphError
 from ..models import create_model
 from ..models.folder import Description, read_description
 from ..train.data import Images
+from ..train.splits import with_splits
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
 
-Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images]]
+Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 
 
 def open_published(folder: str | Path, *, memory_budget: int | None, device: str) -> Opened:
     """The network of a folder in a budget and on a device, the names of its outputs, and what opens images for it.
+
+    And how many images the trainings of `gigamorph train` had, of which it is known; the images' records say which
+    split of them they were in.
 
     Raises:
         DataError: if the folder is damaged.
@@ -34,10 +40,26 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
     plain = description.flips == ((False, False),)
     if plain and not description.members:
         net = Published(_accelerated(folder, memory_budget, device), str(folder))
-        return net, description.outputs.names, lambda records: PublishedImages(records, wanted, wanted)
+        own = [description.source.get("training", {})]
+        return net, description.outputs.names, lambda r: PublishedImages(_learnt(r, own), wanted, wanted), _count(own)
     members = _members(folder, description, memory_budget, device)
     ensemble = Ensemble(members, description)
-    return ensemble, description.outputs.names, lambda records: PublishedImages(records, None, wanted)
+    folders = [folder / name for name in description.members] or [folder]
+    all_ = [read_description(path).source.get("training", {}) for path in folders]
+    return ensemble, description.outputs.names, lambda r: PublishedImages(_learnt(r, all_), None, wanted), _count(all_)
+
+
+def _learnt(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Records with the split that they had in the trainings: train if any of the networks has learnt from an image."""
+    each = [with_splits(records, training) for training in trainings]
+    of_image = ([record.split for record in records] for records in zip(*each, strict=True))
+    splits = (next((name for name in SPLITS if name in own), None) for own in of_image)
+    return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
+
+
+def _count(trainings: Sequence[Mapping[str, Any]]) -> int:
+    """Images of the largest of the trainings."""
+    return max(sum(training.get("split", {}).get(name, 0) for name in SPLITS) for training in trainings)
 
 
 def _members(folder: Path, description: Description, memory_budget: int | None, device: str) -> list[Member]:

@@ -26,6 +26,7 @@ def recipe_card(
     predictions: Mapping[str, Cases] | None = None,
     output: str | None = None,
     measured: Sequence[str] = (),
+    pictures: Sequence[str] = (),
 ) -> Path:
     """Write ``model_card.md`` into the run's folder; returns its path.
 
@@ -36,6 +37,7 @@ def recipe_card(
         records: the images of each split.
         classes: names of the labels, in order; of several labels any.
         predictions: of the images of "val" and "test".
+        pictures: as `draw_evidence` tells them.
         output, measured: what a network says that predicts no images, and lines of how well.
     """
     settings = {key: _told(key, value) for key, value in asdict(config).items()}
@@ -55,6 +57,7 @@ def recipe_card(
         classes=classes,
         predictions=predictions or {},
         measured=measured,
+        pictures=[f"- {line}" for line in pictures],
     )
     return write_card(run.out / "model_card.md", card)
 

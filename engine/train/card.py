@@ -36,6 +36,7 @@ class Card:
         predictions: of the splits that were predicted ("val", "test"), images with their scores.
         resamples: of the intervals' bootstrap.
         measured: lines of the results, of a network that predicts no images.
+        pictures: lines on what the network goes by.
         labelled: classes are labels of images.
     """
 
@@ -47,6 +48,7 @@ class Card:
     predictions: Mapping[str, Cases] = field(default_factory=dict)
     resamples: int = 2000
     measured: Sequence[str] = ()
+    pictures: Sequence[str] = ()
     labelled: bool = True
 
 
@@ -74,6 +76,7 @@ def _lines(card: Card) -> list[str]:
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
         *_section("Results", measured or _results(found, card.resamples)),
+        *(_section("What it goes by", card.pictures) if card.pictures else ()),
         *_section("Intended use and limits", _limits(card, found)),
         *_section("Versions", _facts(versions())),
     ]

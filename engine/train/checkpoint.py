@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch has many errors for a damaged file
         if _is_cut_off(path):
             raise DataError(f"{path}: is cut off, as by a full disk or a copy that stopped; copy it again") from error
-        raise DataError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
+        told = first_line(error) if isinstance(error, OSError | RuntimeError | UnpicklingError) else "no file of torch"
+        raise DataError(f"{path}: not a readable checkpoint: {told}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
     return checkpoint

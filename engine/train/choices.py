@@ -9,36 +9,69 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import DataError
+from ..models.folder import is_folder
+from ..models.own_code import imported, working_directory_on_path
+from ..models.pretrained import TIMM
 from ..models.registry import create_model
+from ..models.spec import Spec
 from ..morph.files import recipe_of
 from .loggers import require_callbacks, require_loggers
 from .optimizers import make_optimizer
 from .options import TrainOptions
 from .schedules import factor_of
-from .stages import trainable_names
+from .stages import require_deal, trainable_names
 
 
-def check_choices(options: TrainOptions, channels: int, loggers: Sequence[str], callbacks: Sequence[str]) -> None:
-    """Look for optimizers, schedules, parts of the network, loggers and callbacks.
+def check_choices(
+    options: TrainOptions, channels: int, loggers: Sequence[str], callbacks: Sequence[str], at_once: int = 1
+) -> None:
+    """Look for the network, its weights, optimizers, schedules, parts of the network, loggers and callbacks.
 
-    The network is built where parts of it are named (`freeze`, rates of their own); those of a grown one, which has
-    other parts than the network that it began as, are looked for when it is built to be trained.
+    Parts of the network are looked for where they are named (`freeze`, rates of their own); those of a grown one, which
+    has other parts than the network that it began as, when it is built to be trained.
+
+    Args:
+        at_once: images that are computed at a time, by processes.
 
     Raises:
-        GigamorphError: one that is not there, or does not take its options.
+        GigamorphError: one that is not there, or does not take its options; steps that cannot be dealt to processes.
     """
     require_loggers(loggers)
     require_callbacks(callbacks)
     stages = options.made_stages(validated=True)
     for stage in stages:
+        require_deal(stage, at_once)
         factor_of(stage, 1)
         make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=()))
-    if any(stage.frozen or stage.rates for stage in stages) and not _grown(options.weights):
-        with torch.random.fork_rng(devices=[]):
-            model = create_model(options.model, in_channels=channels)
-        for stage in stages:
-            trainable_names(model, stage)
-            make_optimizer(model, stage)
+    _require_weights(options.weights)
+    named = any(stage.frozen or stage.rates for stage in stages)
+    if _grown(options.weights):
+        return
+    spec = None if is_folder(options.model) else Spec.parse(options.model)
+    if not named and spec is not None and spec.kind not in ("", "timm"):  # the user's code may take long: called once
+        with working_directory_on_path():
+            imported(f"model {options.model!r}", spec.kind, spec.name)
+        return
+    model = _without_values(options.model, channels)
+    for stage in stages if named else ():
+        trainable_names(model, stage)
+        make_optimizer(model, stage)
+
+
+def _require_weights(weights: str | None) -> None:
+    if weights is not None and not weights.startswith(TIMM) and not Path(weights).exists():
+        raise DataError(f"{weights}: no such weights file")
+
+
+def _without_values(name: str, channels: int) -> nn.Module:
+    """The network without memory for its parameters, where its code asks for no values while it is built."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return create_model(name, in_channels=channels)
+        except Exception:
+            return create_model(name, in_channels=channels)
 
 
 def _grown(weights: str | None) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..datasets.grey import kind_of_file
+from ..datasets.kinds import kinds_told
 from ..datasets.tables import Record
 from ..errors import DataError
 from .target import Kind, Target
@@ -49,7 +48,7 @@ def _of_classes(target: Target, train: Sequence[Record], val: Sequence[Record], 
         name = target.names[learnt.pop()]
         raise DataError(f"{table}: all {len(train)} training {samples} have label {name}; training needs another class")
     told = [f"no training {samples[:-1]} has label {name}" for n, name in enumerate(target.names) if n not in learnt]
-    told += _kinds_told(target, train)
+    told += filter(None, [kinds_told((record.path, target.names[record.label]) for record in train)])
     if len(seen) == 1:
         name = target.names[seen.pop()]
         told.append(
@@ -57,17 +56,6 @@ def _of_classes(target: Target, train: Sequence[Record], val: Sequence[Record], 
             "the best epoch"
         )
     return told
-
-
-def _kinds_told(target: Target, train: Sequence[Record]) -> list[str]:
-    """Whether the kind of a file tells its label: then a network may learn to tell how images were written."""
-    labels_of: dict[str, set[int]] = defaultdict(set)
-    for record in train:
-        labels_of[kind_of_file(record.path)].add(record.label)
-    if len(labels_of) < 2 or any(len(labels) > 1 for labels in labels_of.values()):
-        return []
-    told = ", ".join(f"{kind} have label {target.names[min(labels)]}" for kind, labels in labels_of.items())
-    return [f"the kind of a file tells its label (all {told}): the network may learn how images were written"]
 
 
 def _of_labels(target: Target, train: Sequence[Record], table: Path) -> list[str]:

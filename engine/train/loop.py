@@ -27,7 +27,7 @@ from .optimizers import find_optimizer
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of
-from .stages import Stage, freeze, restored, trainable_names
+from .stages import Stage, freeze, require_deal, restored, trainable_names
 from .state import State
 from .task import Task
 
@@ -117,7 +117,7 @@ def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module
     for stage in stages:
         if module is not None:
             trainable_names(module, stage)
-        _require_deal(stage, group.at_once)
+        require_deal(stage, group.at_once)
         find_optimizer(stage.optimizer)
         factor_of(stage, 1)
 
@@ -166,15 +166,6 @@ def _fit(
         )
         module = StageModule(task, stage, state, run, record)
         trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
-
-
-def _require_deal(stage: Stage, processes: int) -> None:
-    if stage.accumulate % processes:
-        size = f", {stage.batch_size} at a time," if stage.batch_size > 1 else ""
-        raise GigamorphError(
-            f"stage '{stage.name}': {stage.accumulate * stage.batch_size} images per optimizer step{size} cannot be "
-            f"dealt to {processes} processes; make accumulate a multiple, or let them share each image"
-        )
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:

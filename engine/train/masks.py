@@ -20,6 +20,7 @@ from ..errors import BudgetError
 from ..files import write_atomically
 from .image_task import TargetTask
 from .mask_target import MaskLoss, MaskTarget, dice, dice_scores
+from .options import Loss
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Segmentation(TargetTask[Overlap]):
     target: MaskTarget
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
-        return torch.stack([self._computed(item)[0] for item in batch]).mean()
+        return torch.stack([self._computed(item, self.settings)[0] for item in batch]).mean()
 
-    def _computed(self, item: dict[str, Any], counted: bool = False) -> tuple[Tensor, ...]:
+    def _computed(self, item: dict[str, Any], settings: Loss, counted: bool = False) -> tuple[Tensor, ...]:
         """What `MaskLoss` says of an image.
 
         Raises:
@@ -55,7 +56,7 @@ class Segmentation(TargetTask[Overlap]):
         image = item["image"]
         self.meter.image(image.shape[-2] * image.shape[-1])
         mask = self.target.seen(item["record"], image)
-        criterion = MaskLoss(len(self.target.names), self.settings, self.weights, counted)
+        criterion = MaskLoss(len(self.target.names), settings, self.weights, counted)
         try:
             rows, columns = map_shape(self.net, image)[-2:]
             return dense_loss(self.net, image, Batched(mask_on_grid(mask, (rows, columns))), criterion)
@@ -63,7 +64,7 @@ class Segmentation(TargetTask[Overlap]):
             raise BudgetError(f"{item['record'].path}: {error}") from error
 
     def find(self, item: dict[str, Any]) -> Overlap:
-        loss, counts = self._computed(item, counted=True)
+        loss, counts = self._computed(item, Loss(), counted=True)  # of validation: weighted, else plain
         return Overlap(item["record"], float(loss), counts.cpu().numpy())
 
     def loss_of(self, found: Overlap) -> float:

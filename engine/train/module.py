@@ -59,19 +59,26 @@ class Batches:
         batches = range(state.batch, self.total)
         done = min(state.batch * size, len(order))
         self._task.meter.start(self._stage.name, len(order), state.within, self._stage.epochs, done, training=True)
-        own = iter([order[number * size : (number + 1) * size] for number in self._task.group.share(batches)])
-        coming = self._announced(examples, next(own, None))
+        own = iter(self._task.group.share(batches))
+
+        def announced() -> list[Any] | None:
+            """A batch of which the task knows while it computes the one before."""
+            number = next(own, None)
+            if number is None:
+                return None
+            batch = [examples[i] for i in order[number * size : (number + 1) * size]]
+            self._task.ahead(batch, seed_of_batch(self._seed, state.epoch, number, self._stage))
+            return batch
+
+        coming = announced()
         while (batch := coming) is not None:
-            coming = self._announced(examples, next(own, None))
+            coming = announced()
             yield batch
 
-    def _announced(self, examples: Sequence[Any], numbers: list[int] | None) -> list[Any] | None:
-        """A batch of which the task knows while it computes the one before."""
-        if numbers is None:
-            return None
-        batch = [examples[i] for i in numbers]
-        self._task.ahead(batch)
-        return batch
+
+def seed_of_batch(seed: int, epoch: int, number: int, stage: Stage) -> int:
+    """Of the random numbers of a batch: of the run's seed, the epoch, the optimizer step and the place in it."""
+    return seed_of(seed, epoch, *divmod(number, stage.accumulate))
 
 
 class StageModule(pl.LightningModule):
@@ -134,8 +141,8 @@ class StageModule(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         group, size = self.task.group, self.stage.accumulate
-        step, part = divmod(batch_idx * group.at_once + group.turn, size)
-        torch.manual_seed(seed_of(self.run.seed, self.state.epoch, step, part))
+        number = batch_idx * group.at_once + group.turn
+        torch.manual_seed(seed_of_batch(self.run.seed, self.state.epoch, number, self.stage))
         self._statistics.begin()
         with self._accumulating(batch_idx):
             loss = self._loss(batch)
@@ -146,7 +153,7 @@ class StageModule(pl.LightningModule):
         self._require_finite("loss", value)
         self.state.losses.append(value)
         # Lightning divides by the size of a full step; the last one of an epoch may have fewer batches.
-        together = min(size, self.batches.total - step * size)
+        together = min(size, self.batches.total - number // size * size)
         return loss if together == size else loss * (size / together)
 
     def on_after_backward(self) -> None:

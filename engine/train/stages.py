@@ -94,6 +94,20 @@ def matching(names: list[str], pattern: str, stage: Stage) -> list[str]:
     return hits
 
 
+def require_deal(stage: Stage, processes: int) -> None:
+    """Refuse a stage whose batches of an optimizer step cannot be dealt to so many processes.
+
+    Raises:
+        GigamorphError: accumulate is no multiple of them.
+    """
+    if stage.accumulate % processes:
+        size = f", {stage.batch_size} at a time," if stage.batch_size > 1 else ""
+        raise GigamorphError(
+            f"stage '{stage.name}': {stage.accumulate * stage.batch_size} images per optimizer step{size} cannot be "
+            f"dealt to {processes} processes; make accumulate a multiple, or let them share each image"
+        )
+
+
 def _prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

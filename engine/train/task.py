@@ -59,8 +59,12 @@ class Task:
         """The numbers of an epoch's examples, (count,), in the order in which they are taken."""
         return generator.permutation(count)
 
-    def ahead(self, batch: Sequence[Any]) -> None:
-        """A batch of which `loss` will be asked after the one in work: it may be read while that is computed."""
+    def ahead(self, batch: Sequence[Any], seed: int) -> None:
+        """A batch of which `loss` will be asked after the one in work: it may be read while that is computed.
+
+        Args:
+            seed: with which PyTorch's random numbers will begin then.
+        """
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         """The mean loss of a batch, a scalar."""

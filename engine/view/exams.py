@@ -16,6 +16,7 @@ from ..datasets.tables.cells import Rows, read_rows
 from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
+from ..evaluate.join import elsewhere
 from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
@@ -159,7 +160,8 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
     if known and not any(view.record.path.absolute() in known for views in exams.values() for view in views):
-        raise DataError(f"{table}: names none of the images of {path}; give the table that was predicted from")
+        remedy = elsewhere(rows.rows[0]["image_path"]) or "give the table that was predicted from"
+        raise DataError(f"{table}: names none of the images of {path}; {remedy}")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,18 @@ class Site:
         """Write the page and what it shows, without tiles and evidence; returns the page's path.
 
         Raises:
-            GigamorphError: the folder holds other files than a viewer's. DataError: an image cannot be opened.
+            GigamorphError: the folder holds other files than a viewer's, or cannot be written.
+            DataError: an image cannot be opened.
         """
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
         if there and "data.js" not in there:
             raise GigamorphError(f"{out}: holds other files; name another --out")
         for name in ("tiles", "masks", "evidence"):
             shutil.rmtree(out / name, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in PAGE.iterdir():
-            shutil.copyfile(path, out / path.name)
+        with _written(out):
+            out.mkdir(parents=True, exist_ok=True)
+            for path in PAGE.iterdir():
+                shutil.copyfile(path, out / path.name)
         text = "const DATA = " + json.dumps(self._data()) + ";\n"
         write_atomically(out / "data.js", lambda path: path.write_text(text, encoding="utf-8"), "page")
         return out / "index.html"
@@ -59,12 +62,13 @@ class Site:
     def write_all(self, out: Path, done: Callable[[int], object]) -> None:
         """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image."""
         for number, view in enumerate(self.views):
-            _write_tiles(out / "tiles" / str(number), self.tiles_of(number))
-            for which in view.masks.files if view.masks is not None else ():
-                _write_tiles(out / "masks" / str(number) / which, self.tiles_of(number, which))
-            if self._evidence is not None:
-                (out / "evidence").mkdir(exist_ok=True)
-                (out / "evidence" / f"{number}.js").write_text(self.evidence(number))
+            with _written(out):
+                _write_tiles(out / "tiles" / str(number), self.tiles_of(number))
+                for which in view.masks.files if view.masks is not None else ():
+                    _write_tiles(out / "masks" / str(number) / which, self.tiles_of(number, which))
+                if self._evidence is not None:
+                    (out / "evidence").mkdir(exist_ok=True)
+                    (out / "evidence" / f"{number}.js").write_text(self.evidence(number))
             done(number)
 
     def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
@@ -142,3 +146,13 @@ def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:
         for row in range(rows):
             for column in range(columns):
                 (folder / str(level) / f"{column}_{row}.png").write_bytes(tiles.tile(level, column, row))
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """While files are written into a folder: what the disk refuses is an error of one line."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{out}: cannot be written ({error.strerror or error}); name another --out, or free some space"
+        raise GigamorphError(told) from error

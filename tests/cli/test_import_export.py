@@ -120,6 +120,28 @@ def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path,
     capsys.readouterr()
 
 
+def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path, phantoms, capsys):
+    """Each image that is not of the test split was one of training in one of two folds, whatever the table says."""
+    command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4, "--folds", 2]
+    assert run(*command, "--out", tmp_path / "folds") == 0
+    capsys.readouterr()
+    assert run("predict", tmp_path / "folds", phantoms, "--out", tmp_path / "none") == 2
+    assert "holds the runs of a cross-validation; name the checkpoint of one" in capsys.readouterr().err
+    for n in (1, 2):
+        checkpoint = tmp_path / "folds" / f"fold{n}" / "best.ckpt"
+        assert run("import", checkpoint, "--size", "72x64", "--out", tmp_path / f"{n}") == 0
+    assert run("import", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "both") == 0
+    given = [row["split"] for row in rows(phantoms)]
+    assert set(given) == {"train", "val", "test"}
+    splits = {}
+    for name in ("1", "both"):
+        assert run("predict", tmp_path / name, phantoms, "--out", tmp_path / f"out{name}") == 0
+        splits[name] = [row["split"] for row in rows(tmp_path / f"out{name}" / "predictions.csv")]
+    assert splits["both"] == ["test" if split == "test" else "train" for split in given]
+    assert [split == "test" for split in splits["1"]] == [split == "test" for split in given]
+    assert {"train", "val"} < set(splits["1"])
+
+
 def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, phantoms, monkeypatch, capsys):
     """The grown weights are a file beside a recipe: channels, mean, std and what builds the parent are the folder's."""
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ import yaml
 from commands import rows, run
 
 from gigamorph import load
+from gigamorph.cli.train import scores_line
 from gigamorph.cli.train import train as command
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.train.checkpoint import load_checkpoint
@@ -359,3 +360,10 @@ def test_classes_in_their_order_go_through_all_commands(phantoms, tmp_path, caps
     assert run("eval", out / "predictions.csv", "--split", "all", "--out", tmp_path / "eval") == 0
     assert run("explain", run_of / "best.ckpt", table.parent / found[0]["image_path"], "--out", tmp_path / "maps") == 0
     assert list((tmp_path / "maps").glob("*.png"))
+
+
+def test_breasts_are_told_where_they_are_not_the_images():
+    """Where no side is known each image stands for itself, and there are no breasts to speak of."""
+    found = {"images": 4, "auc_image": 0.5, "breasts": 4, "auc_breast": 0.5}
+    assert scores_line(found) == "AUC per image 0.5000 (4 images)"
+    assert scores_line(found | {"breasts": 2}) == "AUC per image 0.5000 (4 images), AUC per breast 0.5000 (2 breasts)"

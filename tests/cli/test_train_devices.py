@@ -131,7 +131,9 @@ def test_what_cannot_be(phantoms, tmp_path, capsys):
     command = ["train", phantoms, *FAST, "--out", tmp_path / "run"]
     assert run(*command, "--split-image") == 2
     assert "between how many with --devices" in capsys.readouterr().err
-    assert run(*command, "--accumulate", "3", "--devices", "2") == 2
+    unread = phantoms.with_name("unread.csv")  # is told before any image is looked for
+    unread.write_text("image_path,label,patient_id\nnone.png,0,p\n")
+    assert run("train", unread, *command[2:], "--accumulate", "3", "--devices", "2") == 2
     error = capsys.readouterr().err
     assert "3 images per optimizer step cannot be dealt to 2 processes" in error and error.count("\n") == 1
 

@@ -59,6 +59,13 @@ def test_evidence_is_of_the_network_that_predicted(predicted, tmp_path, capsys):
     assert "another network" in capsys.readouterr().err and not (tmp_path / "page").exists()
 
 
+def test_a_page_that_cannot_be_written_is_one_line(predicted, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run("view", predicted / "predictions", "--static", "--out", tmp_path / "file" / "page") == 2
+    error = capsys.readouterr().err
+    assert "page: cannot be written (Not a directory); name another --out" in error and error.count("\n") == 1
+
+
 def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     text = (static / "data.js").read_text()
     assert "PHANTOM" not in text and '"P0' not in text and "Exam 1" in text

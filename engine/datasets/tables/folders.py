@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataError
-from .left_out import UNREAD, is_left_out, made_by, tell_unread
+from .left_out import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made, tell_unread
 
 SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
 """Of files that may be images; DICOM files often have none."""
@@ -24,14 +24,15 @@ def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
     """The same one by one: what is held are the names of one folder, and of those above it.
 
     A sub-folder that cannot be listed stands for its images: whoever reads it is told why. `DataError` if it is the
-    folder itself.
+    folder itself. What `gigamorph data convert` wrote is left out beside other images, of which it may be.
 
     Args:
         tell: what is left out.
     """
-    unread = Counter[str]()
-    for entry in walk(folder, set(), unread, tell):
+    unread, converted, others = Counter[str](), list[Path](), False
+    for entry in walk(folder, set(), unread, tell, converted):
         if isinstance(entry, Path):
+            others = True
             yield entry
         elif entry.folder == folder:
             raise entry.error
@@ -39,6 +40,11 @@ def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
             yield entry.folder
     if tell:
         tell_unread(folder, unread)
+    for made in converted:
+        if not others:
+            yield from iter_image_files(made, tell)
+        elif tell:
+            tell_made(made, CONVERTED)
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,15 @@ class Unlisted:
     error: DataError
 
 
-def walk(folder: Path, seen: set[str], unread: Counter[str], tell: bool = True) -> Iterator[Path | Unlisted]:
+def walk(
+    folder: Path, seen: set[str], unread: Counter[str], tell: bool = True, converted: list[Path] | None = None
+) -> Iterator[Path | Unlisted]:
     """Images below a folder, without the folders whose real paths are in `seen`: links may lead in a circle.
 
     Args:
         unread: counts files of other formats, by their suffix.
         tell: which folders are left out.
+        converted: gets the folders of `gigamorph data convert`; without it they are left out as others are.
     """
     seen.add(os.path.realpath(folder))
     try:
@@ -62,13 +71,18 @@ def walk(folder: Path, seen: set[str], unread: Counter[str], tell: bool = True) 
     except OSError as error:
         yield Unlisted(folder, DataError(f"{folder}: cannot be listed ({error.strerror or error})"))
         return
+    books = BOOKS if made_by(folder) == CONVERTED else ()
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name in books:
             continue
         directory = _is_folder(entry)
         if directory and entry.suffix.lower() != ".zarr":
-            if os.path.realpath(entry) not in seen and not (is_left_out(entry) if tell else made_by(entry)):
-                yield from walk(entry, seen, unread, tell)
+            if os.path.realpath(entry) in seen:
+                continue
+            if converted is not None and made_by(entry) == CONVERTED:
+                converted.append(entry)
+            elif not (is_left_out(entry) if tell else made_by(entry)):
+                yield from walk(entry, seen, unread, tell, converted)
         elif directory or entry.suffix.lower() in SUFFIXES:
             yield entry
         elif entry.suffix.lower() in UNREAD:

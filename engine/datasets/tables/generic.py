@@ -15,7 +15,7 @@ from ...images.levels import White, parse_white
 from . import values
 from .cells import is_number, read_rows
 from .folders import Unlisted, image_files, walk
-from .left_out import is_left_out, tell_unread
+from .left_out import CONVERTED, is_left_out, made_by, tell_unread
 from .mask_names import masks_among
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
@@ -92,6 +92,17 @@ def read_table(
     if check_files:
         _refuse_missing(path, records)
     return Table(records, names, masks=masks)
+
+
+def labels_of(path: Path, table: Table) -> list[str]:
+    """The label of each image of a table that was read, also without labels; empty where it is not known.
+
+    Args:
+        path: where it was read: a csv file, of which this is the column label as it stands there, or a folder.
+    """
+    if path.is_file():
+        return [whole(row.get("label", "")) for _, row in _csv_rows(path, False, None)]
+    return [table.classes[record.label] if record.label >= 0 else "" for record in table.records]
 
 
 def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
@@ -184,6 +195,8 @@ def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 def _sub_folders(path: Path) -> list[Path]:
     there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(there) > 1 and all(made_by(folder) == CONVERTED for folder in there):  # each class was converted alone
+        return there
     return [folder for folder in there if not is_left_out(folder)]
 
 
@@ -217,7 +230,7 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     if not found:
         raise DataError(f"{path}: no image has a label; fill the column in")
     odd = [label for label in sorted(found) if label.lower() == "nan"]
-    if all(is_number(label) for label in found):
+    if all(is_number(_pointed(label)) for label in found):
         odd += [label for label in sorted(found) if not label.isdecimal()]
     if odd:
         raise DataError(
@@ -242,10 +255,17 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
 _NAMED = 12  # classes that a message names
 
 
+def _pointed(label: str) -> str:
+    """A number with a comma as its decimal sign, as 1,0, with a point; other labels as they are."""
+    before, comma, after = label.partition(",")
+    return f"{before}.{after}" if comma and before.lstrip("-").isdecimal() and after.isdecimal() else label
+
+
 def whole(label: str) -> str:
-    """A whole number without its point, as tables write it that had empty cells: 1 of 1.0."""
-    number = float(label) if is_number(label) else math.nan
-    return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in label else label
+    """A whole number without its point, or comma, as tables write it that had empty cells: 1 of 1.0."""
+    pointed = _pointed(label)
+    number = float(pointed) if is_number(pointed) else math.nan
+    return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in pointed else label
 
 
 def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record:

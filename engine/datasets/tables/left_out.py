@@ -16,7 +16,10 @@ _MADE_BY = {
 """Files that tell it, all of one of the groups."""
 UNREAD = {".bmp", ".gif", ".webp", ".jp2", ".jxl", ".nii", ".nrrd", ".mha", ".mhd", ".heic"}
 """Of files that are images, too."""
-_MAPS = ("predict", "explain")  # data convert, which leaves the same note, makes images
+CONVERTED = "data convert"
+_NOTED = ("predict", "explain", CONVERTED)
+BOOKS = ("parts", "quarantine")
+"""Of folders with such a note: what is done."""
 
 
 def tell_unread(folder: Path, found: Counter[str]) -> None:
@@ -30,8 +33,14 @@ def is_left_out(folder: Path) -> bool:
     """Whether a folder inside one of images holds results, which is told."""
     command = made_by(folder)
     if command:
-        log.warning("%s: left out, because it holds what gigamorph %s wrote", folder, command)
+        tell_made(folder, command)
     return bool(command)
+
+
+def tell_made(folder: Path, command: str) -> None:
+    """Say whose results a folder holds, which is left out therefore."""
+    named = f"; {folder / 'table.csv'} names its images" if command == CONVERTED else ""
+    log.warning("%s: left out, because it holds what gigamorph %s wrote%s", folder, command, named)
 
 
 def made_by(folder: Path) -> str:
@@ -44,4 +53,4 @@ def made_by(folder: Path) -> str:
     except (OSError, ValueError):
         return ""
     kind = note.get("kind", "predict") if isinstance(note, dict) and "checkpoint" in note else ""
-    return kind if kind in _MAPS else ""
+    return kind if kind in _NOTED else ""

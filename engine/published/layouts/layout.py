@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ...errors import GigamorphError
 from ...models.checkpoints import State
@@ -24,6 +26,7 @@ class Part:
         ignored: beginnings of names, after the prefix, that are of no use to it.
         licence: as its authors state it.
         size: of an image to check it by.
+        training: by which `gigamorph.engine.train.splits.with_splits` knows the images of the training.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Part:
     ignored: tuple[str, ...] = ()
     licence: str = ""
     size: tuple[int, int] = (256, 192)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def trained(state: State) -> Part | None:
@@ -62,4 +66,9 @@ def trained(state: State) -> Part | None:
             record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
         ),
         prefix="net.",
+        training={
+            "split": record["split"],
+            "options": {"seed": record["options"]["seed"]},
+            **{name: record[name] for name in ("classes", "target") if name in record},
+        },
     )

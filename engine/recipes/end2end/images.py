@@ -55,9 +55,18 @@ def check_findings(records: Sequence[Record]) -> None:
     """Refuse lesions of which nothing says where they are, before any image is read.
 
     Raises:
-        DataError: a finding without mask and box, or a mask that is missing.
+        DataError: a finding without mask and box, a mask that is missing, or a box outside its image.
     """
     for record in records:
+        boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
+        if boxes:
+            height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
+            for top, bottom, left, right in boxes:
+                if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
+                    raise DataError(
+                        f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
+                        f"outside the image of {height} x {width} pixels; correct it, or leave the finding out"
+                    )
         for finding in record.findings:
             if finding.pathology and finding.mask is None and finding.box is None:
                 raise _nowhere(record)

@@ -57,7 +57,7 @@ class PatchTask(Task):
         self._coming.clear()  # of an epoch that was interrupted
         return range(len(self.train))
 
-    def ahead(self, batch: Sequence[int]) -> None:
+    def ahead(self, batch: Sequence[int], seed: int) -> None:
         self._coming[tuple(batch)] = [self.readers.submit(self.train.__getitem__, number) for number in batch]
 
     def loss(self, batch: Sequence[int]) -> Tensor:

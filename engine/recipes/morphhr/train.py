@@ -28,6 +28,7 @@ from ...train.stages import Stage
 from ...train.target import Target
 from ..card import recipe_card
 from ..classify import ClassifierTask, auc_of, classifier_record, read_target
+from ..evidence import draw_evidence
 from ..recipe import begin, finish
 from ..tta import PLAIN, mirrorings
 from ..weights import find_weights, load_pretrained
@@ -164,6 +165,9 @@ def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, f
         cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
         write_cases(data.run.out / folder / "test.csv", cases)
         found |= _scores(cases)
+        found["evidence"] = draw_evidence(
+            task.net, images(data.parts["test"], data.config), data.target, data.run.part(folder)
+        )
         if found["auc"] is None:
             data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
     else:
@@ -176,6 +180,7 @@ def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, f
         records=data.parts,
         classes=data.target.names,
         predictions=predictions,
+        pictures=found.get("evidence", ()),
     )
     return found
 

@@ -29,7 +29,8 @@ from .config import SiameseConfig
 from .judge import Judge
 from .network import AsymmetryMap, Embedding, distance
 from .pairs import Pair, StackedSource
-from .patches import cells_of, sources_of
+from .patches import cells_of, original_boxes, sources_of
+from .places import localised
 
 SCORES = ("largest_soft_label", "upper_soft_label", "largest_distance", "upper_distance")
 _UPPER = 0.95  # the quantile
@@ -54,7 +55,8 @@ def label_pairs(
         sources = sources_of(pairs[number], config) if wanted or config.scores else None
         if sources is not None and wanted:
             _write_map(networks[0], sources, run, path)
-        found.append(_scores(sources, networks, judges, config, run.device) if sources and config.scores else {})
+        own = _scores(pairs[number], sources, networks, judges, config, run.device) if sources and config.scores else {}
+        found.append(own)
     return group.in_order(found)
 
 
@@ -67,17 +69,20 @@ def _write_map(network: Embedding, sources: tuple[PixelSource, PixelSource], run
 
 @torch.no_grad()
 def _scores(
+    pair: Pair,
     sources: tuple[PixelSource, PixelSource],
     networks: Sequence[Embedding],
     judges: Sequence[Judge],
     config: SiameseConfig,
     device: str,
 ) -> dict[str, Any]:
-    """Of patches half a patch apart, as the map's cells are; None where both breasts share none."""
+    """Of patches half a patch apart, as the map's cells are; None where both breasts share none. And ``places``: how
+    well they tell where findings are, see `localised`."""
     side = config.patch
-    cells = cells_of(*sources, replace(config, stride=max(1, side // 2))).tolist()
+    grid = cells_of(*sources, replace(config, stride=max(1, side // 2)))
+    cells = grid.tolist()
     if not cells:
-        return {"patches": 0, **dict.fromkeys(SCORES)}
+        return {"patches": 0, **dict.fromkeys(SCORES), "places": None}
     distances: list[list[np.ndarray[Any, Any]]] = [[] for _ in networks]
     for first in range(0, len(cells), _BATCH):
         places = cells[first : first + _BATCH]
@@ -88,7 +93,9 @@ def _scores(
     d = [np.concatenate(own) for own in distances]
     labels = np.mean([judge.labels(own) for judge, own in zip(judges, d, strict=True)], 0)
     values = [value for of in (labels, np.mean(d, 0)) for value in (of.max(), np.quantile(of, _UPPER))]
-    return {"patches": len(cells), **dict(zip(SCORES, map(float, values), strict=True))}
+    boxes = [original_boxes(source, grid, side) for source in sources]
+    places = localised(pair, boxes, np.mean(d, 0))
+    return {"patches": len(cells), **dict(zip(SCORES, map(float, values), strict=True)), "places": places}
 
 
 def classes_of(table: Path) -> dict[Key, int]:
@@ -121,7 +128,7 @@ def write_images(
                     "laterality": record.laterality,
                     "view": record.view,
                     "pair": number,
-                    **own,
+                    **{name: own[name] for name in ("patches", *SCORES)},
                     "finding": int(bool(record.findings)) if findings else None,
                     "label": classes.get(_key(record)),
                 }

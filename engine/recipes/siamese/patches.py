@@ -110,7 +110,7 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
                 # All channels of an image are its grey values.
                 grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
                 found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
-        boxes = np.array([_original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
+        boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
         _save(path, lambda file: np.save(file, found))
         _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
     with np.load(places, allow_pickle=False) as stored:
@@ -125,7 +125,7 @@ def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
     write_atomically(path, save, "patches")
 
 
-def _original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
+def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
     """(n, 4) left, top, right, bottom of the cells in their file."""
     top, x = cells[:, 0].astype(np.float64), cells[:, 1].astype(np.float64)
     return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
@@ -145,10 +145,26 @@ class PatchPairs(Sequence[NDArray[Any]]):
         return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        number, place = self.where(index)
-        if self._open is None or self._open[0] != number:
-            self._open = number, self.files[number].open()
-        return self.files[number].normalised(self._open[1][place])
+        return self.take([index])[0]
+
+    def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Some of them, (n, 2, C, h, w): of each file at once, so that little of it is Python's work."""
+        wanted = [self.where(index) for index in indices]
+        pixels: NDArray[np.uint16] | None = None
+        for number in dict.fromkeys(number for number, _ in wanted):
+            own = [n for n, (file, _) in enumerate(wanted) if file == number]
+            found = self._opened(number)[[wanted[n][1] for n in own]]
+            if pixels is None:
+                pixels = np.empty((len(wanted), *found.shape[1:]), np.uint16)
+            pixels[own] = found
+        assert pixels is not None
+        return self.files[0].normalised(pixels)
+
+    def _opened(self, number: int) -> NDArray[Any]:
+        opened = self._open  # another thread may read as well
+        if opened is None or opened[0] != number:
+            self._open = opened = number, self.files[number].open()
+        return opened[1]
 
     def where(self, index: int) -> tuple[int, int]:
         """Which file a patch is in, and its place there."""
@@ -159,6 +175,13 @@ class PatchPairs(Sequence[NDArray[Any]]):
     def patients(self) -> list[str]:
         """Of every patch."""
         return [file.pair.left.patient_id for file in self.files for _ in file.cells]
+
+
+def stacked(pairs: Sequence[Any] | Tensor, indices: Sequence[int]) -> Tensor:
+    """Some of the pairs of patches, (n, 2, C, h, w)."""
+    if isinstance(pairs, PatchPairs):
+        return torch.from_numpy(pairs.take(indices))
+    return torch.stack([torch.as_tensor(pairs[index]) for index in indices])
 
 
 class SinglePatches:

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ...errors import GigamorphError
 from ...train.task import Task
+from .ahead import Ahead
 from .augment import jittered, mirrored
 from .config import SiameseConfig
 from .judge import Judge
 from .mixture import Mixture
 from .network import Embedding, distance, soft_contrastive
+from .patches import stacked
 
 _BATCH = 128
 _COLLAPSED = 1e-3  # of the embeddings' standard deviation, which is 1 / sqrt(dim) for evenly spread ones
@@ -48,9 +50,13 @@ class SiameseTask(Task):
         """What each network learns from."""
         self.history: list[list[dict[str, float]]] = []
         """For each epoch and network: what `SiameseTask.begin_epoch` found."""
+        self._ahead = Ahead(self._pairs, self._vary, device)
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.pairs))
+
+    def ahead(self, batch: Sequence[int], seed: int) -> None:
+        self._ahead.announce(batch, seed)
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch < self.config.warm_up:
@@ -78,15 +84,15 @@ class SiameseTask(Task):
     def distances(self, network: Embedding) -> tuple[np.ndarray, float]:
         """Distances (n,) of all pairs, and the standard deviation of the embeddings, averaged over their values."""
         found, embedded = [], []
-        for first in range(0, len(self.pairs), _BATCH):
-            x = self._pairs(range(first, min(first + _BATCH, len(self.pairs))))
+        count = len(self.pairs)
+        for x in self._ahead.plain(range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)):
             e = network(x.flatten(0, 1)).unflatten(0, (-1, 2))
             found.append(distance(e[:, 0], e[:, 1]).double().cpu())
             embedded.append(e[:, 0].cpu())
         return torch.cat(found).numpy(), float(torch.cat(embedded).std(0).mean())
 
     def loss(self, batch: Sequence[int]) -> Tensor:
-        x = self._vary(self._pairs(batch))
+        x = self._ahead.varied(batch)
         others = self._others(batch)
         per_network, total = [], torch.zeros((), device=x.device)
         for network, labels in zip(self._networks(), self.labels, strict=True):
@@ -112,8 +118,7 @@ class SiameseTask(Task):
         return list(self.module)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     def _pairs(self, indices: Sequence[int]) -> Tensor:
-        found = [self.pairs[index] for index in indices]
-        return torch.stack([torch.as_tensor(each) for each in found]).to(self.device)
+        return stacked(self.pairs, indices)
 
     def _others(self, batch: Sequence[int]) -> Tensor:
         """Places (m, 2) in the batch of two different patients, one pair for each place that has a partner."""
@@ -122,9 +127,9 @@ class SiameseTask(Task):
         both = np.stack([order, np.roll(order, 1)], 1)
         return torch.from_numpy(both[patients[both[:, 0]] != patients[both[:, 1]]])
 
-    def _vary(self, x: Tensor) -> Tensor:
+    def _vary(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """One mirroring for both patches of a pair; contrast, brightness and noise for each patch on its own."""
-        return jittered(mirrored(x), self.config.jitter, self.config.noise)
+        return jittered(mirrored(x, generator), self.config.jitter, self.config.noise, generator)
 
 
 def _told(mixture: Mixture) -> dict[str, float]:

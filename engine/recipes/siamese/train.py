@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...datasets.masks import read_inside
-from ...datasets.tables import SPLITS, Record, read_table
+from ...datasets.tables import SPLITS, read_table
 from ...evaluate.read import write_cases
 from ...evaluate.roc import auc
 from ...files import write_atomically
@@ -29,6 +28,7 @@ from .judge import Judge
 from .network import Embedding
 from .pairs import find_pairs
 from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
+from .places import holds, localisation, localisation_told, middles
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -84,6 +84,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     if config.scores:
         findings = any(record.findings for record in records)
         metrics["images"] = write_images(pairs["test"], scores, classes_of(table), findings, run)
+        metrics["localisation"] = localisation([one["places"] for one in scores])
     recipe_card(
         run,
         "siamese",
@@ -91,7 +92,11 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         parameters=sum(p.numel() for p in networks[0].parameters()),
         records={name: [record for record in records if record.split == name] for name in SPLITS},
         output=f"maps of {config.layer}, their projection, and distances of pairs of patches",
-        measured=[*_told(metrics["probe"]), *_told_images(metrics.get("images", "not asked for"))],
+        measured=[
+            *_told(metrics["probe"]),
+            *_told_images(metrics.get("images", "not asked for")),
+            localisation_told(metrics.get("localisation", "not asked for")),
+        ],
     )
     return finish(run, metrics)
 
@@ -177,26 +182,5 @@ def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
     """Single patches of both breasts, and whether the middle of a finding is in them."""
     patches = SinglePatches(files)
     sides = [(middles(file.pair.left), middles(file.pair.right)) for file in files]
-    labels = [_has_finding(files[f].boxes[side][cell], sides[f][side]) for f, side, cell in patches.places]
-    return patches, torch.tensor(labels, dtype=torch.int64)
-
-
-def middles(record: Record) -> list[tuple[float, float]]:
-    """Row and column of the middle of each finding: of its box, else of what its outline or its mask fills."""
-    found = []
-    for finding in record.findings:
-        if finding.box is not None:
-            found.append(((finding.box[0] + finding.box[1]) / 2, (finding.box[2] + finding.box[3]) / 2))
-        elif finding.outline:
-            rows, columns = zip(*finding.outline, strict=True)
-            found.append(((min(rows) + max(rows)) / 2, (min(columns) + max(columns)) / 2))
-        elif finding.mask is not None:
-            rows, columns = np.nonzero(read_inside(finding.mask))
-            if len(rows):
-                found.append(((rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2))
-    return found
-
-
-def _has_finding(box: np.ndarray, places: Sequence[tuple[float, float]]) -> int:
-    left, top, right, bottom = box
-    return int(any(top <= y < bottom and left <= x < right for y, x in places))
+    there = [[holds(file.boxes[side], own[side]) for side in range(2)] for file, own in zip(files, sides, strict=True)]
+    return patches, torch.tensor([int(there[f][side][cell]) for f, side, cell in patches.places])

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import GigamorphError
 from ...train.task import Task
+from .ahead import Ahead
 from .augment import cropped, jittered, mirrored
 from .config import SiameseConfig
 
@@ -42,9 +43,13 @@ class TwoViews(Task):
 
     def __init__(self, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str) -> None:
         self.pairs, self.config, self.device = pairs, config, device
+        self._ahead = Ahead(self._read, self._vary, device)
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(2 * len(self.pairs))
+
+    def ahead(self, batch: Sequence[int], seed: int) -> None:
+        self._ahead.announce(batch, seed)
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch:
@@ -66,10 +71,15 @@ class TwoViews(Task):
 
     def views(self, batch: Sequence[int]) -> Tensor:
         """(2 n, C, h, w): one random view of each patch, then another of each."""
-        x = self.patches(batch).repeat(2, 1, 1, 1)
-        return jittered(mirrored(cropped(x, self.config.crop)), self.config.jitter, self.config.noise)
+        return self._ahead.varied(batch)
+
+    def _vary(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        x = mirrored(cropped(x.repeat(2, 1, 1, 1), self.config.crop, generator), generator)
+        return jittered(x, self.config.jitter, self.config.noise, generator)
 
     def patches(self, indices: Sequence[int]) -> Tensor:
         """(n, C, h, w): left and right ones of the pairs in turn."""
-        found = [torch.as_tensor(self.pairs[index // 2][index % 2]) for index in indices]
-        return torch.stack(found).to(self.device)
+        return self._read(indices).to(self.device)
+
+    def _read(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([torch.as_tensor(self.pairs[index // 2][index % 2]) for index in indices])

@@ -330,8 +330,27 @@ def test_results_among_the_images_are_no_images_of_a_class(tmp_path, caplog):
     assert f"{tmp_path / 'found'}: left out, because it holds what gigamorph predict wrote" in caplog.text
     assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["1.png", "2.png"]
     assert len(index_folder(tmp_path / "run", workers=1).records) == 1  # who names it means it
-    (tmp_path / "found" / "run.json").write_text('{"checkpoint": "", "kind": "data convert"}')
-    assert read_table(tmp_path).classes == ["benign", "found", "malign"]
+
+
+def test_converted_images_are_left_out_beside_those_that_they_were_made_of(tmp_path, caplog):
+    """They are the same images once more, mostly of the same patients, and would fall into other splits."""
+    for name in ("benign", "malign"):
+        save(tmp_path / name / "images" / "1.png", 1)
+        save(tmp_path / name / "parts" / "no image.png", 2)
+        (tmp_path / name / "run.json").write_text('{"checkpoint": "", "kind": "data convert"}')
+    assert read_table(tmp_path).classes == ["benign", "malign"]  # each was converted alone
+    assert len(index_folder(tmp_path, workers=1).records) == 2 and not caplog.text
+    shutil.copytree(tmp_path / "benign", tmp_path / "flat" / "converted")
+    save(tmp_path / "flat" / "4.png", 4)
+    with pytest.raises(DataError, match="flat: holds no images in a sub-folder per class"):
+        read_table(tmp_path / "flat")
+    shutil.rmtree(tmp_path / "flat")
+    save(tmp_path / "other" / "3.png", 3)
+    assert [record.path.name for record in read_table(tmp_path).records] == ["3.png"]
+    caplog.clear()
+    assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["3.png"]
+    told = f"{tmp_path / 'benign'}: left out, because it holds what gigamorph data convert wrote"
+    assert f"{told}; {tmp_path / 'benign' / 'table.csv'} names its images" in caplog.text
 
 
 def test_an_image_under_two_names_is_there_once(tmp_path):

@@ -343,3 +343,14 @@ def test_zarr_folders_are_one_image(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [record.path.name for record in read_table(tmp_path).records] == ["a.zarr", "b.jpg"]
+
+
+def test_labels_with_a_decimal_comma_are_numbers(tmp_path):
+    """They went on as names of classes, a score's every value as one of its own."""
+    for number in range(2):
+        (tmp_path / f"{number}.png").touch()
+    (tmp_path / "t.csv").write_text("image_path;label;patient_id\n0.png;0,0;p\n1.png;1,0;q\n")
+    assert read_table(tmp_path / "t.csv").classes == ["0", "1"]
+    (tmp_path / "t.csv").write_text("image_path;label;patient_id\n0.png;0,2;p\n1.png;0,73;q\n")
+    with pytest.raises(DataError, match=r"label 0,2 is no class; .* make classes of a score by a threshold"):
+        read_table(tmp_path / "t.csv")

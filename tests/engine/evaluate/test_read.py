@@ -60,6 +60,11 @@ def test_the_table_gives_labels_and_columns(predictions, tmp_path):
     write(tmp_path / "t.csv", "image_path,label\na.png,1\nb.png,0\n")
     with pytest.raises(DataError, match=r"line 4: .*c\.png is not in .*t\.csv"):
         read_cases(predictions, table=table)
+    predictions.write_text(predictions.read_text().replace(f"{tmp_path}/", "images/"))
+    with pytest.raises(
+        DataError, match=r"images/a\.png is not in .*; nor is there such a file: .* folder where it ran"
+    ):
+        read_cases(predictions, table=table)
 
 
 def test_splits(predictions, tmp_path):

@@ -9,6 +9,7 @@ import archives
 import pytest
 from commands import rows
 
+from gigamorph.engine.errors import DataError
 from gigamorph.engine.predict.run import Options, Watch, predict
 
 HERE = Options("m", workers=0)
@@ -26,6 +27,24 @@ def test_an_image_of_a_table_and_of_its_folder_counts_once_as_the_table_says(tab
     predict(archives.tiny, [table.parent, table], tmp_path / "out", HERE, Watch(warn=said.append))
     assert rows(tmp_path / "out" / "predictions.csv") == rows(tmp_path / "whole" / "predictions.csv")
     assert said == [f"12 of the images of {table.parent} are given before, and count once"]
+
+
+def test_an_image_of_two_tables_counts_once_and_has_one_label(table, tmp_path):
+    said = []
+    first, *others = table.read_text().splitlines()
+    (table.parent / "more.csv").write_text("\n".join([first, *others[:3], others[0]]) + "\n")
+    try:
+        tables = [table, table.parent / "more.csv"]
+        predict(archives.tiny, tables, tmp_path / "out", HERE, Watch(warn=said.append))
+        assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
+        assert said == [f"4 of the images of {tables[1]} are given before, and count once"]
+        wrong = others[0].split(",")
+        wrong[first.split(",").index("label")] = str(1 - int(wrong[first.split(",").index("label")]))
+        tables[1].write_text("\n".join([first, ",".join(wrong)]) + "\n")
+        with pytest.raises(DataError, match=r"more.csv: .* has label \d, but \d where it was given before; keep one"):
+            predict(archives.tiny, tables, tmp_path / "none", HERE)
+    finally:
+        (table.parent / "more.csv").unlink()
 
 
 def test_a_sub_folder_that_is_closed_is_quarantined_and_the_others_are_predicted(table, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def networks(tmp_path_factory):
 
 
 def opened(folder, name):
-    net, _, images = open_published(folder / name, memory_budget=None, device="cpu")
+    net, _, images, _ = open_published(folder / name, memory_budget=None, device="cpu")
     return net.eval(), images([Record(folder / "image.png", -1, "p")])[0]["image"]
 
 

@@ -208,12 +208,17 @@ def test_bad_tables(tmp_path):
     for name, finding, told in (
         ("e", Finding("mass", pathology="malignant"), "neither mask nor box"),
         ("f", Finding("mass", mask=tmp_path / "none.png", pathology="malignant"), "none.png: the mask .* is missing"),
+        (
+            "g",
+            Finding("mass", (10, 30, 50, 70), pathology="malignant"),
+            "50 to 70. is outside .* 60 x 50 pixels",
+        ),
     ):
         read = read_table(write(tmp_path / name, [0, 1] * 4))
         records = [replace(record, findings=(finding,)) for record in read.records]
         with pytest.raises(DataError, match=told):
             train(write_table(tmp_path / name / "t.csv", records, read.classes), SMALL, Run(tmp_path / f"{name}o"))
-    assert not any((tmp_path / f"{name}o").exists() for name in "aef")  # before any image was resized
+    assert not any((tmp_path / f"{name}o").exists() for name in "aefg")  # before any image was resized
     with pytest.raises(DataError, match="split val has only images with"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
     table = write(tmp_path / "c", [0, 1] * 4)

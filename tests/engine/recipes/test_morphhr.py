@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from gigamorph.engine.morph.files import Grown, open_network
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
 from gigamorph.engine.recipes.classify import ClassifierTask, read_target
+from gigamorph.engine.recipes.evidence import chosen
 from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.recipes.morphhr.images import WholeCells
@@ -30,6 +33,7 @@ from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, ph
 from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
+from gigamorph.engine.train.explanation import explain_class
 from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze
@@ -198,6 +202,30 @@ def test_ablation_of_one_command(whole):
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     child = open_network("lesionnet", out / "morph" / "model.safetensors", 2, 1)
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
+
+
+def test_every_network_is_shown_on_the_same_images(whole, table):
+    """Over the files as stored; as `gigamorph explain` draws them, of the last class."""
+    out, metrics = whole
+    records = [record for record in read_table(table).records if record.split == "test"]
+    shown = [record for record in records if record.label == 1]
+    assert chosen(records, Target(("no", "yes"))) == [(records.index(record), 1) for record in shown] and shown
+    for name, arm in (("finetune", "parent"), ("morph", "morph")):
+        net, _, images = open_classifier(out / arm / "best.ckpt", memory_budget=None, device="cpu")
+        assert len(metrics[name]["evidence"]) == len(shown)
+        for line, record in zip(metrics[name]["evidence"], shown, strict=True):
+            file, told = line.split(": ", 1)
+            found, logits, _ = explain_class(net.eval(), images([record])[0]["image"], 1)
+            assert told == f"yes: probability {logits.softmax(0)[1]:.3f}, log-odds {found.log_odds:+.2f}"
+            assert imagecodecs.imread(str(out / arm / file)).shape == (*np.load(record.path).shape, 3)
+            assert f"- {line}" in (out / arm / "model_card.md").read_text()
+
+
+def test_labels_are_shown_where_they_are_there():
+    records = [Record(Path(f"{n}.png"), -1, f"p{n}", labels={"a": n % 2, "b": float(n == 2)}) for n in range(6)]
+    assert chosen(records, Target(("a", "b"), "labels"), 3) == [(1, 0), (3, 0), (5, 0)]
+    assert chosen(records[::2], Target(("a", "b"), "labels")) == [(1, 1)]
+    assert chosen(records[:1], Target(("a", "b"), "labels")) == []
 
 
 @pytest.mark.parametrize("arm", ["parent", "direct", "morph"])

@@ -23,10 +23,10 @@ from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.recipes.siamese.patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
+from gigamorph.engine.recipes.siamese.places import middles
 from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
-from gigamorph.engine.recipes.siamese.train import middles
 from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(

@@ -21,6 +21,7 @@ from gigamorph.engine.recipes.siamese.mixture import Mixture
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.pairs import Pair, find_pairs
 from gigamorph.engine.recipes.siamese.patches import PatchPairs, write_patches
+from gigamorph.engine.recipes.siamese.places import localisation, localised
 from gigamorph.engine.train.run import Run
 
 CONFIG = replace(small_recipes.configs(1)["siamese"], maps=False, patch=16, stride=16)
@@ -93,6 +94,24 @@ def test_pairs_with_a_bright_mass_are_told_from_others_and_sides_are_not(table, 
     )
     truth, values = ([float(row[name]) for row in rows] for name in ("finding", "upper_distance"))
     assert areas[1]["upper_distance"] == auc(np.array(truth), np.array(values))
+    places = [row["places"] for row in scores]
+    assert [bool(one) for one in places] == [bool(p.left.findings or p.right.findings) for p in pairs]
+    told = localisation(places)
+    assert told["pairs"] == 4 and told["hit"] == 1 and told["auc"] > 0.9 > 0.5 > told["by_chance"]
+
+
+def test_places_of_findings_are_told_by_the_patches_that_hold_their_middle(tmp_path):
+    finding = Finding("mass", box=(10, 14, 4, 8))  # its middle is at row 12, column 6
+    left, right = (Record(tmp_path / f"{side}.npy", -1, "p", "test", side, "CC") for side in "LR")
+    pair = Pair(left, replace(right, findings=(finding,)))
+    boxes = np.array([[0, 0, 6, 20], [6, 0, 20, 12], [6, 12, 20, 20], [0, 12, 9, 20]], np.float64)
+    elsewhere = boxes + 100
+    assert localised(pair, (boxes, elsewhere), np.arange(4.0)) is None
+    found = localised(pair, (elsewhere, boxes), np.array([0.5, 1.0, 2.0, 0.2]))
+    assert found == {"hit": 1.0, "by_chance": 0.5, "auc": 0.5}
+    found = localised(pair, (elsewhere, boxes), np.array([2.0, 0.0, 2.0, 1.0]))
+    assert found == {"hit": 0.5, "by_chance": 0.5, "auc": 0.625}
+    assert localisation([None]) == "no pair of the test split has a finding in some of its patches"
 
 
 def test_the_recipe_labels_full_images(table, tmp_path):
@@ -107,9 +126,13 @@ def test_the_recipe_labels_full_images(table, tmp_path):
         "- Full images of the test split by the pairs: 2 pairs, 1 with a finding: AUC"
         in (tmp_path / "run" / "model_card.md").read_text()
     )
+    assert found["localisation"]["pairs"] == 1
+    assert (
+        "- Places of findings by the distances, means over 1 pairs" in (tmp_path / "run" / "model_card.md").read_text()
+    )
     without = train(table, replace(CONFIG, scores=False), Run(tmp_path / "without", seed=1))
     assert "images" not in without and not (tmp_path / "without" / "images.csv").exists()
-    assert {**without, "images": found["images"]} == found
+    assert {**without, **{name: found[name] for name in ("images", "localisation")}} == found
 
 
 def test_what_is_not_known_is_not_measured(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from training import make_data
 
 from gigamorph.engine.errors import DataError, GigamorphError, MorphError
+from gigamorph.engine.models.registry import create_model
 from gigamorph.engine.morph.deepen import deepen
 from gigamorph.engine.morph.files import Grown, add_morph, open_network, save_network
 from gigamorph.engine.morph.head import grow_head
@@ -17,7 +18,7 @@ from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.origin import Origin, create_grown
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.choices import check_choices
+from gigamorph.engine.train.choices import _without_values, check_choices
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
 from gigamorph.engine.train.options import Optimizer, TrainOptions
@@ -117,3 +118,21 @@ def test_parts_of_a_grown_network_are_looked_for_in_it():
     with pytest.raises(GigamorphError, match="names no parameter"):
         check_choices(replace(OPTIONS, freeze=(new,)), 1, (), ())
     fit(make_data(), replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), "run")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"model": "resnet19"}, "model 'resnet19' is unknown; take one of"),
+        ({"model": "no_such_module:net"}, "there is no module 'no_such_module'"),
+        ({"weights": "none.pt"}, "none.pt: no such weights file"),
+    ],
+)
+def test_a_network_that_is_not_there_is_told_before_any_image_is_read(wrong, told):
+    with pytest.raises(GigamorphError, match=told):
+        check_choices(replace(OPTIONS, **wrong), 1, (), ())
+
+
+def test_the_parts_of_a_network_are_looked_for_without_its_memory():
+    names = [name for name, p in _without_values("resnet18", 1).named_parameters() if p.is_meta]
+    assert names == [name for name, _ in create_model("resnet18", in_channels=1).named_parameters()]

@@ -3,8 +3,10 @@
 import imagecodecs
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from image_files import write_dicom
 
+from gigamorph.cli.data import data
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.grey import grey_warnings
 from gigamorph.engine.datasets.tables import read_table
@@ -50,6 +52,11 @@ def test_a_kind_of_file_that_tells_the_label_is_told(mixed):
     said = []
     training_data(mixed(1), warn=said.append)
     assert any("all PNG have label 0, DICOM have label 1): the network may learn how" in text for text in said)
+    problems = CliRunner().invoke(data, ["check", str(mixed(1)), "--workers", "1"])
+    assert problems.exit_code == 1
+    assert "written     " in problems.output and "(all PNG have label 0, DICOM have label 1)" in problems.output
+    problems = CliRunner().invoke(data, ["check", str(mixed(0, white_of_png=80)), "--workers", "1"])
+    assert "written" in problems.output and "reach unlike grey values (0.31 in PNG" in problems.output
     said.clear()
     training_data(mixed(0), warn=said.append)
     assert not any("kind of a file" in text for text in said)
