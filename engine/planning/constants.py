@@ -6,9 +6,10 @@ SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, 
 PREFERRED = {"cpu": 512, "cuda": 4096}
 # The same for stages of a few layers on the CPU, as the square root of a strip's pixels; and a strip's rows at least.
 PREFERRED_STRIP, LEAST_ROWS = 384, 16
-# Values of the widest map for a pixel of the image below which larger tiles gain speed on the CPU where the graphs of
-# all are kept (ResNet-18 has 16 and gains none; lesionnet has 2 and takes 0.9 of the time with strips of a million
-# pixels); and how many times as many pixels a tile may have then.
+# Values of the widest map for a pixel of the image below which maps are narrow (lesionnet has 2, ResNet-18 16). On the
+# CPU strips gain speed then (lesionnet takes 0.8 of the time of squares in training, half of it in inference; ResNet-18
+# gains nothing), and larger ones where the graphs of all are kept (0.9 of the time with a million pixels): how many
+# times as many pixels a tile may have then.
 WIDE_VALUES, MOST_NARROWER = 16, 4
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and copies of the weights in
 # its own memory order.

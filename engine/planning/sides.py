@@ -12,15 +12,17 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
     """Tiles worth trying, largest first.
 
     Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
-    where these are not too low: a strip lies in one piece in a stored map.
+    where these are not too low: a strip lies in one piece in a stored map. So does one stage of narrow maps, whose tiles
+    take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone.
     """
     if tile is not None:
         return [tile]
     height, width = staged.maps.size(staged.program.image)
     kind = staged.program.values[staged.program.image].device.type
     preferred = constants.PREFERRED.get(kind, 1024)
-    stripes = len(staged.stages) > 1 and kind == "cpu"
-    if stripes:
+    several = len(staged.stages) > 1
+    stripes = kind == "cpu" and (several or _density(staged.stages[0]) < constants.WIDE_VALUES)
+    if stripes and several:
         preferred = constants.PREFERRED_STRIP
     longest = max(height, width)
     sides = [side for side in constants.SIDES if side <= preferred and side < longest]
