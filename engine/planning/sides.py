@@ -12,8 +12,8 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
     """Tiles worth trying, largest first.
 
     Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
-    where these are not too low: a strip lies in one piece in a stored map. So does one stage of narrow maps, whose tiles
-    take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone.
+    where these are not too low: a strip lies in one piece in a stored map. So does one stage of narrow maps, whose
+    tiles take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone.
     """
     if tile is not None:
         return [tile]
