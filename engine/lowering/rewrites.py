@@ -56,13 +56,13 @@ def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
     Args:
         carried: values of which rows or columns are handed to later tiles.
     """
-    readers = readers_of(stage)
-    read = {r.value for r in stage.reductions if r.kind != "moments"} | set(readers) | with_halo
-    return {
-        local.op.outputs[0]: local.unvalued
-        for local in stage.locals
-        if local.unvalued is not None and local.op.outputs[0] in stage.stored and local.op.outputs[0] not in read
-    }
+    stored = set(stage.stored)
+    runs = {local.op.outputs[0]: local.unvalued for local in stage.locals if local.op.outputs[0] in stored}
+    if not any(runs.values()):
+        return {}
+    read = {r.value for r in stage.reductions if r.kind != "moments"} | with_halo
+    read.update(v for local in stage.locals for v in local.reads)
+    return {value: run for value, run in runs.items() if run is not None and value not in read}
 
 
 def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:

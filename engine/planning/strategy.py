@@ -67,14 +67,16 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
 
     def weigh(name: str, staged: StagedProgram) -> Iterator[Strategy]:
         cost = program_cost(staged, training, known)
-        stored, here = stored_peaks(staged, training, staged.wanted(image_grad))
+        stored, here = stored_peaks(staged, training, wanted)
         yield Strategy(name, staged, cost / unit, stored)
         moved = moved_bytes(staged, training)
         for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
             away = replace(staged, place=place)
             yield Strategy(f"{name}; {PLACES[place]}", away, (cost + flops * moved) / unit, here, stored - here)
 
-    yield from weigh("all maps that are read again", split(maps, nodes, crossing(maps, nodes)))
+    everything = split(maps, nodes, crossing(maps, nodes))
+    wanted = everything.wanted(image_grad)  # of all choices: they have the same ops
+    yield from weigh("all maps that are read again", everything)
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
 

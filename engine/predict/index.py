@@ -23,7 +23,7 @@ from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
 from ..datasets.tables.images_alone import LeftOut
 from ..errors import DataError, GigamorphError
-from .rows import Row, Work, is_folder, rows_of
+from .rows import Row, Work, is_folder, is_table, rows_of
 
 _TABLES = """
 create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
@@ -292,16 +292,17 @@ class Index:
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
 
     def _new(self, rows: Iterable[Row], number: int, source: str | Path, again: Counter[str]) -> Iterator[Row]:
-        """The rows whose image no source before has; of a folder each image once.
+        """The rows whose image no source before has; of a folder each image once. An image that is named stays.
 
         Raises:
             DataError: if a source before has the image with another label.
         """
+        named = not is_folder(source) and not is_table(source)
         for row in rows:
             place, label = row.url or f"{os.path.realpath(row.record.path)}\0{row.record.frame}", row.record.label
             added = self._base.execute("insert or ignore into places values (?, ?, ?)", (place, number, label)).rowcount
             first, before = self._one("select source, label from places where place = ?", place)
-            if added or (first == number and not is_folder(source)):
+            if added or named or (first == number and not is_folder(source)):
                 yield row
                 continue
             again["images"] += 1
