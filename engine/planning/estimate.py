@@ -201,6 +201,7 @@ class Estimate:
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
             library_bytes=0,
+            heap_bytes=0,
             sides=cut.sides,
             record_bytes=self.records,
             budget=budget,
@@ -239,8 +240,10 @@ class Estimate:
         peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
         counted = max(peaks, key=lambda one: one.peak, default=TilePeak(plan.tile, 1, 0, 0, 0))
         activations = max(0, counted.peak - counted.fixed)
-        library = self._library(stages, counted.peak) + int(constants.HEAP_SHARE * activations) * self.on_cpu
-        plan = replace(plan, tile_bytes=counted.peak, library_bytes=library)
+        heap = int(constants.HEAP_SHARE * activations) * self.on_cpu
+        plan = replace(
+            plan, tile_bytes=counted.peak, library_bytes=self._library(stages, counted.peak), heap_bytes=heap
+        )
         if self.staged.place == "device" and buffers.executor(self.image.device):
             retained = self._retain(plan, stages, weights, counted, room, exact)
             tiles = stages[0].tiles
@@ -365,7 +368,7 @@ class Estimate:
         else:
             most, share = constants.LOOSE_UNDER * plan.budget, constants.LOOSE_SHARE_INFERENCE
         more = max(0, int(min((share - constants.HEAP_SHARE) * activations, most - plan.peak_bytes)))
-        return replace(plan, library_bytes=plan.library_bytes + more)
+        return replace(plan, heap_bytes=plan.heap_bytes + more)
 
 
 def _bytes_among(maps: Container[int], tiled: TiledStage) -> int:

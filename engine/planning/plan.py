@@ -35,8 +35,9 @@ class Plan:
         retained_bytes: what graphs of retained tiles add to the peak.
         retained_tiles: how many tiles each stage retains, its last ones; empty if none.
         stored_bytes: maps that exist whole, their gradients, and the ops after them.
-        library_bytes: compiled kernels and the heap's slack on the CPU; on a GPU workspaces, and what trials of kernels
-            take.
+        library_bytes: compiled kernels and copies of weights on the CPU; on a GPU workspaces, and what trials of
+            kernels take.
+        heap_bytes: freed blocks that the C library's heap keeps, on the CPU.
         sides: the tile of each stage, in pixels of its largest source.
         record_bytes: what recording and planning leave in the process, on the CPU.
         maps: where maps that stages alone read are stored: "device", "host" or "disk".
@@ -63,6 +64,7 @@ class Plan:
     retained_bytes: int
     stored_bytes: int
     library_bytes: int
+    heap_bytes: int
     sides: tuple[tuple[int, int], ...]
     retained_tiles: tuple[int, ...] = ()
     record_bytes: int = 0
@@ -86,6 +88,7 @@ class Plan:
             + self.retained_bytes
             + self.stored_bytes
             + self.library_bytes
+            + self.heap_bytes
             + self.replay_bytes
             + self.record_bytes
         )
@@ -138,7 +141,9 @@ class Plan:
         if self.away_bytes:
             lines.append(("whole maps", f"{format_bytes(self.away_bytes)} {PLACES[self.maps]}"))
         if self.library_bytes:
-            lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels, heap or workspaces)"))
+            lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels or workspaces)"))
+        if self.heap_bytes:
+            lines.append(("heap", f"{format_bytes(self.heap_bytes)} (freed blocks that the C library keeps)"))
         if self.record_bytes:
             lines.append(("records", f"{format_bytes(self.record_bytes)} (of the network, for this plan)"))
         if len(self.sides) > 1:

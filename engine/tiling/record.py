@@ -19,6 +19,7 @@ from .tile import Autograd, Halos, Returned, Tile
 
 Read = Callable[[int, Rect], Tensor]
 Publish = Callable[[Tile, int, Tensor], Tensor | None]
+Grad = Callable[["Recorded", Consumers], Tensor | None]  # told of whom: what a tile holds must not hold the tile
 WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows of sources, with their places
 
 
@@ -153,7 +154,7 @@ class Recorded:
     ):
         self.scan, self.keep, self.stored, self.alone = scan, keep, stored or {}, alone
         self.roots: list[GradientEdge] = []  # not the tensors, whose values nobody may need any more
-        self.grads: list[Callable[[Consumers], Tensor | None]] = []
+        self.grads: list[Grad] = []
 
         sources, holder = kept.sources, weakref.ref(kept)  # weak: it holds this graph, whose nodes lead here
 
@@ -193,20 +194,22 @@ class Recorded:
                 add = partial(tile.add_handed_back, value, sloped)
                 block = result = HandOn.apply(tile.anchor, block, add, gather is not None)  # pyright: ignore
             else:
-                self._add(block, partial(_handed_back_alone, tile, value, block.detach(), sloped))
+                alone = partial(_handed_back_alone, tile=tile, value=value, block=block.detach(), sloped=sloped)
+                self._add(block, alone)
         taken = consumers.get(value, ())
         whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
         if whole:
             moments = any(taken[number].accumulator is not None for number in whole)
-            self._add(block, partial(self._block_grad, value, whole, block.detach() if moments else None))
+            asked = block.detach() if moments else None
+            self._add(block, partial(Recorded._block_grad, value=value, numbers=whole, block=asked))
         for number, consumer in enumerate(taken):
             if not consumer.of_block:
                 assert consumer.accumulator is not None
                 root = consumer.accumulator.partial(block, tile.tiled.block(value, tile.i, tile.j))
-                self._add(root, partial(self._partial_grad, value, number, root.detach()))
+                self._add(root, partial(Recorded._partial_grad, value=value, number=number, root=root.detach()))
         return result
 
-    def _add(self, root: Tensor, grad: Callable[[Consumers], Tensor | None]) -> None:
+    def _add(self, root: Tensor, grad: Grad) -> None:
         self.roots.append(get_gradient_edge(root))
         self.grads.append(grad)
 
@@ -214,7 +217,7 @@ class Recorded:
         """Where the tile's block lies in the map; None where what belongs to the block is there alone."""
         return None if self.alone else self.tile.tiled.block(value, self.tile.i, self.tile.j)
 
-    def _partial_grad(self, value: int, number: int, root: Tensor, consumers: Consumers) -> Tensor | None:
+    def _partial_grad(self, consumers: Consumers, value: int, number: int, root: Tensor) -> Tensor | None:
         """The gradient of the tile's share of a sum or maximum."""
         consumer = consumers[value][number]
         grad = consumer.grads[0]
@@ -226,7 +229,7 @@ class Recorded:
             grad = grad * consumer.shares[self.tile.i, self.tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def _block_grad(self, value: int, numbers: list[int], block: Tensor | None, consumers: Consumers) -> Tensor | None:
+    def _block_grad(self, consumers: Consumers, value: int, numbers: list[int], block: Tensor | None) -> Tensor | None:
         """The gradient of a block of which moments are taken (they ask for the block), or that is stored, or both."""
         total: Tensor | None = None
         taken = [consumers[value][number] for number in numbers]
@@ -255,7 +258,7 @@ class Recorded:
         """Add the tile's gradients to the sums and to the halos' gradients; those of sources are returned."""
         tile = self.tile
         tile.returned = returned
-        pairs = [(root, grad(consumers)) for root, grad in zip(self.roots, self.grads, strict=True)]
+        pairs = [(root, grad(self, consumers)) for root, grad in zip(self.roots, self.grads, strict=True)]
         pairs = [(root, grad) for root, grad in pairs if grad is not None]
         self.roots.clear()
         self.grads.clear()
@@ -275,7 +278,9 @@ class Recorded:
         return [(place, grad) for (place, _), grad in zip(windows, result, strict=False) if grad is not None]
 
 
-def _handed_back_alone(tile: Tile, value: int, block: Tensor, sloped: Tensor | None, _consumers: Consumers) -> Tensor:
+def _handed_back_alone(
+    _recorded: Recorded, _consumers: Consumers, tile: Tile, value: int, block: Tensor, sloped: Tensor | None
+) -> Tensor:
     """The gradient of a block that nothing in its own tile reads."""
     grad = torch.zeros_like(block)
     tile.add_handed_back(value, sloped, grad)
