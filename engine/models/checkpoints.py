@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .numpy_weights import STAND_INS, Array, as_tensors
 from .weights import first_line, forms, some, subtree, unwrapped
 
 # Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
@@ -158,7 +159,7 @@ def _place(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, pat
     if named:
         return named[0], prefix.removeprefix(named[0]).removeprefix(".")
     held = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    inert = [key for key, value in held if isinstance(value, _Inert)]
+    inert = [key for key, value in held if isinstance(value, _Inert | Array)]
     if inert and (not found or any(key in _PLACES for key in inert)):
         raise DataError(_untrusted(path))
     if not found:
@@ -189,18 +190,22 @@ def is_state(found: Any) -> bool:
 
 
 def load_inert(path: Path) -> Any:
-    """What torch.save wrote; objects of classes besides torch's are inert stand-ins, and no code of theirs is run."""
+    """What torch.save wrote, NumPy's arrays as tensors and its numbers as Python's; no code in it is run.
+
+    Objects of classes besides torch's and NumPy's are inert stand-ins.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
-    stand_ins: list[Callable | tuple[Callable, str]] = []
+    stand_ins: list[Callable | tuple[Callable, str]] = [(theirs, name) for name, theirs in STAND_INS.items()]
     try:
         with path.open("rb") as file:
             start = file.read(2)
         if start == b"PK":
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
+            foreign = [name for name in names if name not in STAND_INS]
+            stand_ins += [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return as_tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         _refuse_pointer(path)
         if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):

@@ -136,6 +136,8 @@ def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: S
         return {}
     found = tensors_in(result)
     rows = {name: value for name, value in found.items() if is_row(value) and len(value) == 1}
+    if not spec.results:
+        _refuse_without_row(spec, found, rows)
     heads = [name for name, _ in wishes.heads]
     names = list(spec.results) or (heads if heads and set(heads) <= set(rows) else list(rows))
     unknown = [name for name in names if name not in rows]
@@ -148,6 +150,21 @@ def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: S
     rest = {name: value for name, value in found.items() if name not in names}
     say(f"{spec.name}: takes {', '.join(names)}" + (f" of its outputs, not {told(rest)}" if rest else ""))
     return {name: rows[name].numel() for name in names}
+
+
+def _refuse_without_row(spec: Spec, found: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+    """Say what is there for a network of boxes, of which an image may have one, as a row, or of maps alone."""
+    gives = f"model {str(spec)!r} gives no row of numbers for an image, but "
+    if any(name.split(".")[-1] == "boxes" for name in found):
+        raise GigamorphError(
+            f"{gives}boxes: {told(found)}; an import holds no detector: accelerate(its backbone) in Python computes "
+            "the maps that its heads take"
+        )
+    if not rows and any(value.ndim == 4 for value in found.values()):
+        raise GigamorphError(
+            f"{gives}maps: {told(found)}; in Python write_map writes them and dense_loss trains on them; gigamorph "
+            "train --task masks --init FILE takes a network of a single map"
+        )
 
 
 def _alone(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:

@@ -26,6 +26,11 @@ class Maps(Net):
     def forward(self, x):
         return self.conv(x), x.mean()
 
+class Boxes(Net):
+    # a detector that found one thing
+    def forward(self, x):
+        return [{"boxes": x.mean((1, 2, 3))[:, None].expand(1, 4), "scores": x.mean((1, 2, 3))}]
+
 class Heads(Net):
     # num_classes is of the head that is not the last one
     def __init__(self, num_classes=2, in_channels=1):

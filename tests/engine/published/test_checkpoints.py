@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from published_networks import imported, network
@@ -10,7 +11,9 @@ from safetensors.torch import save_file
 
 from gigamorph import create_model
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.models.checkpoints import read_state
 from gigamorph.engine.models.folder import read_description
+from gigamorph.engine.models.registry import load_weights
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
@@ -146,3 +149,77 @@ def test_a_network_that_would_fetch_its_own_weights_fetches_nothing(here, monkey
         GigamorphError, match=r"'fetching_nets:net' cannot be built: .*(nothing is downloaded|fetches nothing)"
     ):
         imported(here, source="fetching_nets:net")
+
+
+def arrays_of(network, order="<"):
+    """Its weights as NumPy has them: of either byte order, in either order of axes, with a scalar among them."""
+    arrays = {name: value.numpy() for name, value in network.state_dict().items()}
+    swapped = {name: np.asfortranarray(value.astype(value.dtype.newbyteorder(order))) for name, value in arrays.items()}
+    return {**swapped, "norm.num_batches_tracked": np.int64(3)}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_arrays_of_numpy_are_weights(here, zipped, order):
+    made = network()
+    beside = {"epoch": np.int64(7), "best": np.float32(0.9), "name": np.str_("fold"), "done": np.bool_(True)}
+    saved = {"state_dict": arrays_of(made, order), **beside, "history": [np.float64(0.25), np.arange(3)]}
+    torch.save(saved, here / "w.pt", _use_new_zipfile_serialization=zipped)
+    image = torch.rand(1, 1, 60, 50)
+    again = create_model(str(imported(here))).eval()
+    start = create_model("published_nets:Net", 3).eval()
+    load_weights(start, here / "w.pt")
+    with torch.no_grad():
+        assert torch.equal(again(image), made(image))
+        assert torch.equal(start(image), made(image))
+    rest = read_state(here / "w.pt").rest
+    assert {name: rest[name] for name in beside} == {"epoch": 7, "best": np.float32(0.9), "name": "fold", "done": True}
+    assert rest["history"][0] == 0.25 and rest["history"][1].tolist() == [0, 1, 2]
+
+
+def test_numbers_of_numpy_stand_beside_tensors(here):
+    made = network()
+    torch.save({**made.state_dict(), "epoch.best": np.float64(0.5)}, here / "w.pt")
+    said = []
+    imported(here, quiet=said)
+    assert said == ["w.pt: leaves out what is no tensor: epoch.best"]
+
+
+class Runs:
+    """An object whose unpickling would leave a file."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+def test_arrays_of_objects_stay_refused(here):
+    state = {**network().state_dict(), "fc.bias": np.array([1, None, Runs()], object)}
+    torch.save(state, here / "w.pt")
+    torch.save({"model": np.array([Runs()], object)}, here / "model.pt")
+    for name in ("w.pt", "model.pt"):
+        with pytest.raises(DataError, match=rf"{name}: holds a pickled module or other objects, and to open it runs"):
+            read_state(here / name)
+    torch.save({"state_dict": network().state_dict(), "names": np.array(["a", None], object)}, here / "beside.pt")
+    assert read_state(here / "beside.pt").place == "state_dict"
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (9,), np.dtype("f8"), False, b"short"),  # more than the bytes hold
+        (1, (-1,), np.dtype("f8"), False, b""),
+        (1, ("a",), np.dtype("f8"), False, b""),
+        (1, (1,), np.dtype("O"), False, b"\0" * 8),  # an address
+    ],
+)
+def test_damaged_arrays_are_refused(here, state):
+    class Damaged:
+        def __reduce__(self):
+            from numpy._core.multiarray import _reconstruct
+
+            return _reconstruct, (np.ndarray, (0,), b"b"), state
+
+    torch.save({"fc.weight": Damaged()}, here / "w.pt")
+    with pytest.raises(DataError, match=r"w.pt: (not a readable weights file|holds a pickled module or other objects)"):
+        read_state(here / "w.pt")

@@ -143,7 +143,10 @@ def test_bad_input_is_one_line_and_writes_nothing(here):
         "none.pt: no such weights file": {"weights": str(here / "none.pt")},
         "cannot take an image of 1 x 2 x 2": {"size": (2, 2)},
         "name its weights, --weights FILE": {"weights": None},
-        "gives no row of numbers for an image, but 0 (1 x 4 x 35 x 33), 1 ()": {"source": "published_nets:Maps"},
+        "gives no row of numbers for an image, but maps: 0 (1 x 4 x 35 x 33), 1 (); in Python write_map writes them "
+        "and dense_loss trains on them; gigamorph train --task masks": {"source": "published_nets:Maps"},
+        "gives no row of numbers for an image, but boxes: 0.boxes (1 x 4), 0.scores (1); an import holds no detector: "
+        "accelerate(its backbone)": {"source": "published_nets:Boxes"},
         "gives no row of numbers '1' for an image": {"source": "published_nets:Pair#1"},
         "after # come the names": {"source": "published_nets:Pair#"},
         "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
