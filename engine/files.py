@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,13 @@ from .errors import GigamorphError
 # It can only be read by setting it, which is not for threads: once, at the start.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or name a folder on another file system",
+}
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], what: str = "file") -> None:
@@ -32,14 +40,27 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         write(temporary)
         os.chmod(temporary, 0o666 & ~_UMASK)  # temporary files are private, what the user asked for is not
         os.replace(temporary, path)
-    # torch's zip writer turns ENOSPC into a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+    except Exception as error:
+        number = _system_error(error)
+        if number is None and not isinstance(error, OSError | RuntimeError):
+            raise  # not of a file
+        reason = os.strerror(number) if number else str(error).splitlines()[0]
         kept = "; the former one is kept" if path.exists() else ""
-        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "name a folder that can be written"
+        unknown = None if isinstance(error, OSError) else errno.ENOSPC  # torch's zip writer does not say it
+        remedy = _REMEDIES.get(number or unknown, "name a folder that can be written")
         raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; {remedy}") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The system's number of an error, also where a library's own error hides it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust's libraries (safetensors) write it
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GigamorphError
+from ..files import write_atomically
 from ..models import create_model
 from ..models.compat import make_torchvision_importable
-from ..models.folder import Description, Preprocessing, is_folder, read_description
+from ..models.folder import WEIGHTS, Description, Preprocessing, is_folder, read_description
 from ..models.spec import Spec
 from ..models.weights import first_line, sha256
 from ..train.checkpoint import load_checkpoint, versions
@@ -98,8 +99,9 @@ def export_hub(source: Source, out: str | Path) -> float:
         from safetensors.torch import save_file
 
         state = {name: value.detach().clone().contiguous() for name, value in source.network.state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(_hub_config(source, spec, timm), indent=1) + "\n")
+        write_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}), "weights")
+        config = json.dumps(_hub_config(source, spec, timm), indent=1) + "\n"
+        write_atomically(folder / "config.json", lambda path: path.write_text(config), "configuration")
         try:
             again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except Exception as error:  # timm's own: whatever it raises is the answer
@@ -173,7 +175,7 @@ def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = 
     program.model.metadata_props["gigamorph"] = json.dumps(source.description.to_json())
     with new_folder(out.with_name(f".{out.name}.folder"), keep=False) as folder:
         path = folder / out.name
-        program.save(str(path))
+        write_atomically(path, lambda temporary: program.save(str(temporary)), "network")
         onnx.checker.check_model(str(path))
         far = 0.0
         for image, given in zip(images, _by_onnx_runtime(path, images, name, size is None), strict=True):

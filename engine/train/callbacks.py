@@ -23,7 +23,7 @@ from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
 from .interrupt import Interrupt, InterruptedTraining
 from .loggers import log_row
-from .module import StageModule, remedy
+from .module import StageModule, remedy, where_it_goes_on
 from .run import seed_of
 from .stages import train_mode
 from .task import Score
@@ -157,7 +157,10 @@ class Epochs(Callback):
         return {**row, "peak_bytes": max(group.all(peak_bytes(module.device)))}
 
     def _save(self, trainer: pl.Trainer, module: StageModule, name: str) -> None:
-        trainer.save_checkpoint(module.run.out / name, weights_only=name == "best.ckpt")
+        try:
+            trainer.save_checkpoint(module.run.out / name, weights_only=name == "best.ckpt")
+        except GigamorphError as error:
+            raise GigamorphError(f"{error}; {where_it_goes_on(module.run)}") from error
         module.task.group.wait()
         self._saved = time.monotonic()
 

@@ -30,7 +30,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if self._leads:
-            write_atomically(path, lambda temporary: torch.save(checkpoint, temporary), "checkpoint")
+            save_torch(checkpoint, path, "checkpoint")
+
+
+def save_torch(content: object, path: str | Path, what: str) -> None:
+    """torch.save to a file that is whole or absent, as `write_atomically`.
+
+    Through a file of Python: where torch opens the file itself, the system's reason for a failure is lost.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+
+    write_atomically(path, write, what)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -224,6 +224,14 @@ def remedy(run: Run) -> str:
     return f"{kept}train anew with a lower lr, or look at the images and labels"
 
 
+def where_it_goes_on(run: Run) -> str:
+    """What of a run that ends is kept, and how it goes on."""
+    last = run.out / "last.ckpt"
+    if not last.exists():
+        return "no checkpoint was written before, begin the run anew"
+    return f"{last} is whole, and --resume (resume=True in Python) goes on from it"
+
+
 class _Loss(nn.Module):
     """A task's loss as a module, which DistributedDataParallel takes."""
 

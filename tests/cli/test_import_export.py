@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import rows, run
+from full_disk import run_within
 from PIL import Image
 from torch import nn
 
@@ -264,3 +265,21 @@ def test_the_views_of_an_exam_are_explained_together(tmp_path, phantoms, capsys)
     assert float(exam["adds"]) == pytest.approx(float(marks[0]["score"]) * slope, rel=1e-4)
     assert (exam["row"], exam["column"]) == (marks[0]["row"], marks[0]["column"])
     capsys.readouterr()
+
+
+def test_full_disk_leaves_nothing_of_an_import_or_export(tmp_path):
+    torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
+    torch.save(create_model("resnet18", 2, 1).state_dict(), tmp_path / "r.pt")
+    import_network("resnet18", tmp_path / "net", Wishes(str(tmp_path / "r.pt"), size=(72, 64)), str)
+    for number, command in enumerate(
+        (
+            ["import", "lesionnet", "--weights", tmp_path / "w.pt", "--size", "72x64"],
+            ["export", tmp_path / "net", "--to", "huggingface"],
+            ["export", tmp_path / "net", "--to", "onnx"],
+        )
+    ):
+        before = set(tmp_path.iterdir())
+        done = run_within(20_000, *command, "--out", tmp_path / f"out{number}")
+        assert done.returncode == 2, done.stderr
+        assert "cannot be written: File too large; raise the limit" in done.stderr and done.stderr.count("\n") == 1
+        assert set(tmp_path.iterdir()) == before

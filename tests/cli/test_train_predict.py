@@ -17,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import rows, run
+from full_disk import run_within
 
 from gigamorph import GigamorphError, load
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
+from gigamorph.engine.train.checkpoint import load_checkpoint
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
@@ -302,16 +304,30 @@ def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, ca
     assert "best.ckpt" in error and "No space left on device" in error and error.count("\n") == 1
 
 
-def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
-    """A real full disk: the file system refuses writes beyond a limit on the size of a file."""
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
-        "from gigamorph.cli.main import main; main()"
+def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phantoms, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    before = (out / "last.ckpt").read_bytes()
+    more = ["train", phantoms, "--out", out, *FAST, "--epochs", 2, "--resume"]
+    done = run_within(20_000, *more, "--quiet")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; the former one is kept; "
+        r"raise the limit .*; \S+/run/last\.ckpt is whole, and --resume .* goes on from it\n",
+        done.stderr,
     )
+    assert (out / "last.ckpt").read_bytes() == before
+    assert not list(out.glob(".*"))
+    assert run(*more) == 0
+    assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
+    new = run_within(20_000, "train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet")
+    assert "no checkpoint was written before, begin the run anew" in new.stderr and new.stderr.count("\n") == 1
+
+
+def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["predict", trained / "best.ckpt", phantoms, "--out", out]
-    done = subprocess.run([str(c) for c in [sys.executable, "-c", code, *command]], capture_output=True, text=True)
+    done = run_within(2000, *command)
     assert done.returncode == 2, done.stderr
     assert "cannot be written: File too large" in done.stderr and done.stderr.count("\n") == 1
     before = [row for some in read_parts(out / "parts") for row in some]

@@ -18,10 +18,10 @@ from ...datasets.tables import SPLITS, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
-from ...files import write_atomically
 from ...images.parallel import available_cpus
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
+from ...train.checkpoint import save_torch
 from ...train.loop import Trained, check_stages, run_stages
 from ...train.run import Run
 from ...train.stages import Stage
@@ -134,7 +134,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         own = run.part(model.name)
         task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
-        write_atomically(own.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
+        save_torch(net.state_dict(), own.out / "model.pt", "network")
         metrics[model.name], cases = _results(task, images, parts, config, own, trained)
         members.append(cases)
         if model.front:
@@ -291,7 +291,7 @@ def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: 
                 metrics[model.name] = {"before": _results(task, images, parts, config, part, None)[0]["auc"]}
             run.say(f"{model.name}: transfer with {count} patients ({len(own['train'])} images)")
             trained = run_stages(task, config.transfer, part)
-            write_atomically(part.out / "model.pt", lambda p, net=net: torch.save(net.state_dict(), p), "network")
+            save_torch(net.state_dict(), part.out / "model.pt", "network")
             found, cases = _results(task, images, parts, config, part, trained)
             row[f"auc_{model.name}"] = found["auc"]
             members.append(cases)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ...files import write_atomically
 from ...models import create_model
+from ...train.checkpoint import save_torch
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
@@ -99,4 +99,4 @@ def self_supervised(
 def write_encoder(embedding: Embedding, folder: Path) -> None:
     """``encoder.pt``: a state_dict of the backbone, for `create_model`."""
     state = embedding.maps.network.state_dict()
-    write_atomically(folder / "encoder.pt", lambda path: torch.save(state, path), "encoder")
+    save_torch(state, folder / "encoder.pt", "encoder")
