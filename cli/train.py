@@ -209,13 +209,13 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
         begin_recipe(*_required(data, given["out"]), given, tell)
         return
     config = _configured(ctx, given, tell)
+    device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
 
         click.echo(to_toml(config), nl=False)
         return
     table, out = _required(data, given["out"])
-    device = options.usable_device(config.device)
     count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
         _refuse_folds(out)

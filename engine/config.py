@@ -198,6 +198,8 @@ def _any_of(wanted: Sequence[Any], value: Any, source: str, key: str) -> Any:
     for each in wanted[:-1]:
         with contextlib.suppress(GigamorphError):
             return _value(each, value, source, key)
+    if len(wanted) > 1 and all(each in (bool, int, float, str) for each in wanted) and type(value) not in wanted:
+        raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {' or '.join(map(_name, wanted))}")
     return _value(wanted[-1], value, source, key)
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from ..config import from_plain
 from ..datasets.augment import Augment
 from ..errors import GigamorphError
+from ..images.grayscale import check_voi
 from ..images.levels import parse_white
 from ..images.pixels import Normalize
 from ..models.folder import is_folder, read_description
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
 from ..models.views import Views
-from ..tiling.memory import parse_bytes
 from .inputs import Labels
 from .options import Loss, TrainOptions, require
 
@@ -60,8 +60,7 @@ class TrainConfig(TrainOptions):
     init: str | None = None
     """Where weights come from: a file, a folder of gigamorph import (which says model and preprocessing), or
     timm:NAME, whose pretrained weights timm fetches."""
-    memory_budget: int | str | None = None  # type: ignore[assignment]  # as in 8GiB, for people
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = None
     devices_per_image: int | None = None
     """As many of the devices share each image, in the place of all (``split_image``)."""
@@ -78,6 +77,9 @@ class TrainConfig(TrainOptions):
             raise GigamorphError("data.mean and data.std are taken of the images together; make both auto")
         super().__post_init__()
         require("data.downsample", self.data.downsample, 1)
+        require("data.folds", self.data.folds, 2)
+        check_voi(self.data.voi)
+        self.data_arguments()
         self._require_use()
         for name in ("devices", "devices_per_image", "timeout"):
             require(name, getattr(self, name), 1)
@@ -104,14 +106,8 @@ class TrainConfig(TrainOptions):
         return self.devices_per_image or self.split_image
 
     def options(self) -> TrainOptions:
-        """What `fit` takes.
-
-        Raises:
-            GigamorphError: a memory budget that is none.
-        """
+        """What `fit` takes."""
         values = {own.name: getattr(self, own.name) for own in fields(TrainOptions)}
-        if isinstance(self.memory_budget, str):
-            values["memory_budget"] = parse_bytes(self.memory_budget)
         values["split_image"] = self.split
         return TrainOptions(**values)
 

@@ -117,7 +117,7 @@ def fit(
         for line in proposal(net, data, options):
             watch.say(line)
     task = _task(net, data, options, record)
-    own = (out, options.seed, options.device, options.memory_budget, resume, options.precision, report)
+    own = (out, options.seed, options.device, options.budget, resume, options.precision, report)
     run = Run(*own, log=watch.loggers, callbacks=watch.callbacks, begun=watch.begun, group=group)
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
     metrics, found = _measure(task, data, record, trained, time.monotonic() - started)
@@ -221,7 +221,7 @@ def _card(
     found: dict[str, list[Any]],
 ) -> Card:
     masks = isinstance(data.target, MaskTarget)
-    budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
+    budget = "what is free" if options.budget is None else format_bytes(options.budget)
     return Card(
         title=f"{options.model} for {' and '.join(data.classes)}",
         model={

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..errors import GigamorphError
+from ..tiling.memory import parse_bytes
 from .stages import Stage
 
 
@@ -123,9 +124,9 @@ class TrainOptions:
 
     model: str = "resnet18"
     weights: str | None = None
-    memory_budget: int | None = None
-    """Bytes; None lets the engine take what is free."""
-    batch_norm: str | None = None
+    memory_budget: int | str | None = None
+    """Bytes, or a text as "8GiB"; None lets the engine take what is free."""
+    batch_norm: Literal["frozen"] | None = None
     epochs: int = 20
     accumulate: int = 8
     """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
@@ -153,6 +154,13 @@ class TrainOptions:
             require(name, getattr(self, name), 1)
         require("average", self.average, 0, 1)
         require("seed", self.seed, 0, 2**32)  # scikit-learn, which draws folds, takes no other
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+
+    @property
+    def budget(self) -> int | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     def made_stages(self, validated: bool) -> list[Stage]:
         """The stages as the training loop takes them.

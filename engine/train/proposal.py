@@ -45,7 +45,7 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
     planned = net
     if isinstance(data.target, MaskTarget):  # the map is never whole in a step, as it would be in a call
         with_loss = WithLoss(net._network, len(data.target.names), options.loss)
-        planned = accelerate(with_loss, options.memory_budget, batch_norm=options.batch_norm)
+        planned = accelerate(with_loss, options.budget, batch_norm=options.batch_norm)
     planned.train()
     started = time.monotonic()
     try:
@@ -54,7 +54,7 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}") from error
     quick = time.monotonic() - started < _PATIENCE
-    budget = "what is free" if options.memory_budget is None else format_bytes(options.memory_budget)
+    budget = "what is free" if options.budget is None else format_bytes(options.budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
     yield (

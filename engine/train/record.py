@@ -25,7 +25,7 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
     parts = {name: images.records for name, images in data.parts.items()}
     return {
         "format": 1,
-        "options": asdict(options),
+        "options": {**asdict(options), "memory_budget": options.budget},
         "images_at_once": group.at_once,
         "classes": list(data.classes),
         "target": data.target.to_plain(),

@@ -123,6 +123,17 @@ def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, monkeypatch, opt
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
+@pytest.mark.parametrize(
+    "setting", ["device=gpu", "device=cuda", "memory_budget=12x", "data.augment=foo=1", "data.folds=1"]
+)
+def test_print_config_refuses_what_a_run_would(capsys, setting):
+    if setting == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run("train", "--print-config", "-o", setting) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and told.out == ""
+
+
 def test_mean_and_std_of_the_training_images(phantoms, tmp_path, capsys):
     data = training_data(phantoms, normalize="auto")
     normalize = data.preprocessing["normalize"]

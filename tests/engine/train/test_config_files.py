@@ -54,6 +54,20 @@ def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
             "loss.class_weights is of classes and labels; numbers have none",
         ),
         ("data = {task = 'labels', labels = ['a', 'b', 'a']}", "data.labels names 'a' twice; name each once"),
+        ("memory_budget = '12x'", "memory size '12x' is not understood; write it like 4GiB, 800MiB or 6GB"),
+        ("memory_budget = 0", "memory size 0 must be positive"),
+        ("memory_budget = true", "key 'memory_budget' is True, not a whole number or a text"),
+        ("device = 'gpu'", "key 'device' is 'gpu'; take one of auto, cpu, cuda"),
+        ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; take one of frozen"),
+        ("data.folds = -2", "data.folds is -2; it is 2 or more"),
+        ("data.voi = 'bright'", "voi='bright' is not 'auto', 'none', 'minmax', 'window:I' or 'lut:I'"),
+        ("data.white = 'abc'", "white level 'abc' is neither auto nor a positive number; 12 bits have 4095"),
+        (
+            "data.augment = 'foo=1'",
+            "augmentation foo=1: unknown; there are flip, rotate, scale, shear, translate, elastic, gamma, contrast, "
+            "brightness, noise",
+        ),
+        ("data.std = 0", "mean [0.0] and std [0.0] normalise nothing; std is above 0, both are finite"),
         ("data.classes = ['no', 'yes', 'no']", "data.classes names 'no' twice; name each once"),
     ],
 )

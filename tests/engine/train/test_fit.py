@@ -241,6 +241,16 @@ def test_full_disk_keeps_the_former_checkpoint(data, whole, tmp_path, monkeypatc
     assert_same_run(whole, tmp_path / "run")
 
 
+def test_a_memory_budget_as_a_text(data, tmp_path):
+    """As `accelerate` takes it; the checkpoint and the model card have it too."""
+    fit(data, replace(OPTIONS, epochs=1, memory_budget="96MiB"), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "best.ckpt")["gigamorph"]["options"]["memory_budget"] == 96 * 2**20
+    assert "96.0 MiB" in (tmp_path / "run" / "model_card.md").read_text()
+    for wrong in ("12x", 0, True):
+        with pytest.raises(GigamorphError, match="memory size"):
+            replace(OPTIONS, memory_budget=wrong)
+
+
 def test_class_weights_act_at_batch_size_one():
     target, one = Target(("a", "b")), np.array([[0.0, 1.0]])
     weights = target.weights([Record(Path("i"), label, "p") for label in (0, 0, 0, 1)])
