@@ -22,7 +22,13 @@ from pydicom import dcmread
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 from pydicom.pixels import pixel_array
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
 from ..errors import DataError
 from . import codecs
@@ -94,12 +100,15 @@ def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase
         if stream is not file:
             ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         missing = [key for key in ("Rows", "Columns", "BitsAllocated", "BitsStored") if ds.get(key) is None]
+        index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
     except DataError:
         raise
     except Exception as error:  # a damaged header shows in errors of every kind
         raise DataError(
             f"{path}: damaged or truncated DICOM header ({one_line(error)}); fetch the file again"
         ) from error
+    if missing and index:
+        raise DataError(f"{path}: is a DICOMDIR, the index of a medium, no image; name the folder of its images")
     if missing:
         raise DataError(f"{path}: has no {missing[0]} in its header: no image, or truncated; fetch the file again")
     return ds, stream

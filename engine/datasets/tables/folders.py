@@ -13,6 +13,8 @@ from .left_out import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made,
 
 SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
 """Of files that may be images; DICOM files often have none."""
+_INDEX = "DICOMDIR"
+"""The index of a DICOM medium, beside whose images it lies; the standard wants this name (PS3.10 8.6)."""
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -73,7 +75,7 @@ def walk(
         return
     books = BOOKS if made_by(folder) == CONVERTED else ()
     for entry in entries:
-        if entry.name.startswith(".") or entry.name in books:
+        if entry.name.startswith(".") or entry.name in books or entry.name.upper() == _INDEX:
             continue
         directory = _is_folder(entry)
         if directory and entry.suffix.lower() != ".zarr":

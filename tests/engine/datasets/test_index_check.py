@@ -10,16 +10,36 @@ import imagecodecs
 import lookalikes
 import numpy as np
 import pytest
+from image_files import picture, write_dicom
+from pydicom import dcmread
+from pydicom.fileset import FileSet
+from pydicom.uid import generate_uid
 
 from gigamorph.engine.datasets.check import KINDS, Problem, check_images
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
-from gigamorph.engine.datasets.tables.folders import iter_image_files
+from gigamorph.engine.datasets.tables.folders import image_files, iter_image_files
 from gigamorph.engine.datasets.tables.images_alone import LeftOut, images_alone
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
+
+
+def test_the_index_of_a_medium_is_no_image(tmp_path: Path) -> None:
+    """Every CD of images has a DICOMDIR beside them."""
+    made = write_dicom(tmp_path / "image.dcm", picture(12))
+    one = dcmread(made)
+    one.PatientID, one.StudyID, one.StudyDate, one.StudyTime = "p", "1", "20200101", "1200"
+    one.PatientName, one.SeriesNumber, one.InstanceNumber = "n", 1, 1
+    one.StudyInstanceUID, one.SeriesInstanceUID = generate_uid(), generate_uid()
+    medium = FileSet()
+    medium.add(one)
+    medium.write(tmp_path / "medium")
+    (file,) = image_files(tmp_path / "medium")
+    assert file.name == "IM000000" and open_pixels(file).shape == (1, 37, 53)
+    with pytest.raises(DataError, match=r"DICOMDIR: is a DICOMDIR, the index of a medium, no image; name the folder"):
+        open_pixels(tmp_path / "medium" / "DICOMDIR")
 
 
 def test_index(tmp_path: Path) -> None:
