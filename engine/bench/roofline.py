@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..models.classifier import taking_images
 from .meter import time_call
 from .ordinary import autocast, first_tensor, loss_of
 from .results import Task
@@ -105,7 +106,11 @@ class _Count(TorchDispatchMode):
 
 
 def count(network: nn.Module, task: Task) -> Work:
-    """Count a step of stock PyTorch on fake tensors: nothing is computed."""
+    """Count a step of stock PyTorch on fake tensors: nothing is computed.
+
+    Raises:
+        GigamorphError: the network does not take such an image.
+    """
     fake = FakeTensorMode()
     state = {**dict(network.named_buffers()), **dict(network.named_parameters())}
     twins: dict[str, Tensor] = {name: fake.from_tensor(t, static_shapes=True) for name, t in state.items()}
@@ -115,7 +120,7 @@ def count(network: nn.Module, task: Task) -> Work:
         image = torch.empty(task.image, dtype=dtype, device=lies)
         leaves = [t for t in twins.values() if t.requires_grad]
         with _Count() as counter:
-            with autocast(replace(task, device=lies.type)):
+            with autocast(replace(task, device=lies.type)), taking_images(network, task.model, task.image):
                 output = first_tensor(torch.func.functional_call(network, twins, (image,)))
             if task.training:
                 torch.autograd.grad(loss_of(output), leaves, allow_unused=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -21,8 +24,15 @@ def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device
         UnsupportedError: if it cannot be recorded.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    try:
+    with taking_images(model, name, shape):
         return capture(model, shape, dtype, device)
+
+
+@contextlib.contextmanager
+def taking_images(model: nn.Module, name: str, shape: tuple[int, int, int, int]) -> Iterator[None]:
+    """What a network raises of images (N, C, H, W) inside becomes a `GigamorphError` of one line."""
+    try:
+        yield
     except GigamorphError:
         raise
     except Exception as error:  # the network's own: whatever it raises is the answer

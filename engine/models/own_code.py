@@ -61,6 +61,11 @@ def imported(what: str, module_name: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
             raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error
+        if module_name.endswith(".py"):
+            raise GigamorphError(
+                f"{what} cannot be imported: {module_name!r} is a file; name its module, "
+                f"{module_name.removesuffix('.py').replace('/', '.')}:{name}"
+            ) from error
         raise GigamorphError(
             f"{what} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
             "path; run this in the folder that holds it, or put that folder into PYTHONPATH"

@@ -39,8 +39,8 @@ def parse_bytes(size: int | float | str) -> int:
         size = float(match[1]) * _UNITS[match[2]]
     if isinstance(size, bool) or not isinstance(size, numbers.Real) or not math.isfinite(size):
         raise GigamorphError(f"memory size {size!r} is not understood; give bytes, or write it like 4GiB")
-    if size <= 0:
-        raise GigamorphError(f"memory size {size} must be positive")
+    if size < 1:
+        raise GigamorphError(f"memory size {size} must be positive, a byte or more")
     return int(size)
 
 

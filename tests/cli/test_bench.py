@@ -110,6 +110,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert run("step", "--size", "100") == 2 and "height x width" in capsys.readouterr().err
 
 
+def test_a_network_that_does_not_take_the_images_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colour_nets.py").write_text(
+        "from torch import nn\n"
+        "def colour(num_classes=2):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))\n"
+    )
+    assert run("step", "--model", "colour_nets:colour", "--size", "64x48", "--peer", "stock") == 2
+    error = capsys.readouterr().err
+    assert "its first convolution takes 3 channels, give it images of as many (--channels)" in error
+    assert error.startswith("error: model 'colour_nets:colour' cannot take an image of 1 x ") and error.count("\n") == 1
+
+
 def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_path, capsys):
     from gigamorph.engine.bench import rows, scripts
     from gigamorph.engine.bench.results import NOT_RUN, DeclaredRow, MorphRow

@@ -58,6 +58,18 @@ def test_unknown_model_names_the_choices():
         create_model("resnet19")
 
 
+def test_a_file_for_a_module_is_told(tmp_path, monkeypatch):
+    (tmp_path / "my_file_nets.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("my_file_nets", "my_file_nets.py"):
+        with pytest.raises(
+            GigamorphError, match=r"of my_file_nets.py name the function or class too, as in my_file_nets:"
+        ):
+            create_model(spec)
+    with pytest.raises(GigamorphError, match=r"'my_file_nets.py' is a file; name its module, my_file_nets:tiny$"):
+        create_model("my_file_nets.py:tiny")
+
+
 def test_factory_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(
         "import torch\n"

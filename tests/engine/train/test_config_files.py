@@ -55,7 +55,7 @@ def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
         ),
         ("data = {task = 'labels', labels = ['a', 'b', 'a']}", "data.labels names 'a' twice; name each once"),
         ("memory_budget = '12x'", "memory size '12x' is not understood; write it like 4GiB, 800MiB or 6GB"),
-        ("memory_budget = 0", "memory size 0 must be positive"),
+        ("memory_budget = 0", "memory size 0 must be positive, a byte or more"),
         ("memory_budget = true", "key 'memory_budget' is True, not a whole number or a text"),
         ("device = 'gpu'", "key 'device' is 'gpu'; take one of auto, cpu, cuda"),
         ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; take one of frozen"),
