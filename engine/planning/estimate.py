@@ -353,18 +353,20 @@ class Estimate:
         return gpu_libraries(stages, self.training)
 
     def _loosen(self, plan: Plan, activations: int) -> Plan:
-        """Let the heap take what it takes without a budget; under one, what makes it fast, if that is left.
+        """Let the heap take what it takes without a budget; under one, as much of that as is left.
 
-        In training tiles that are retained save more with the rest. Inference has nothing else to do with it, but
-        for a part that is left to what no plan counts.
+        What it may not keep goes back to the system after most tiles, and new pages for it cost more than graphs of
+        tiles save that could be retained instead. Inference has nothing else to do with the rest, but for a part that
+        is left to what no plan counts.
         """
         if not self.on_cpu:
             return plan
         few = plan.tiles[0] * plan.tiles[1] <= constants.LOOSE_FEW_TILES
+        share = constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE
         if plan.budget is None:
-            most, share = math.inf, constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE
+            most = math.inf
         elif self.training:
-            most, share = plan.budget, constants.FREE_HEAP_SHARE
+            most = plan.budget
         else:
             most, share = constants.LOOSE_UNDER * plan.budget, constants.LOOSE_SHARE_INFERENCE
         more = max(0, int(min((share - constants.HEAP_SHARE) * activations, most - plan.peak_bytes)))

@@ -89,6 +89,7 @@ class MemoryLimit:
         self.bytes = self._base + limit
         self.dropped = 0
         self._alone = False
+        self._before = 0  # bytes of this process at the last call of `keep`
         self._worth = 0  # bytes of this process from which on the heap may have something to give back
         self._kept: list[weakref.ref[Kept]] = []  # weak: their graphs have hooks that lead here
 
@@ -102,14 +103,20 @@ class MemoryLimit:
         self.strict = self.strict or strict
 
     def keep(self) -> None:
-        """Give back what nothing uses if the process holds more than it should before the next piece of work."""
+        """Give back what nothing uses if the process holds more than it should before the next piece of work.
+
+        The heap serves a piece from what the last one has freed, once it has grown as large as pieces need: it gives
+        back where the next piece would not fit if it made the process grow as the last one did.
+        """
         used = used_bytes()
         over = used + int(_NEW_SHARE * self.work) - self.bytes
         self.near = used + int((1 + _NEW_SHARE) * self.work) > self.bytes
         if over > 0:
             self.page_pool.shrink(self.page_pool.bytes - over)
-            if self.strict and used_bytes() + int(_NEW_SHARE * self.work) > self.bytes:
+            grows = min(int(_NEW_SHARE * self.work), max(0, used - self._before))
+            if self.strict and used_bytes() + grows > self.bytes:
                 return_free_pages()
+        self._before = used_bytes()
 
     def watch(self) -> None:
         """Between two ops: keep the heap from growing near the limit, and see that it is not exceeded."""

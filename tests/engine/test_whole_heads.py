@@ -127,6 +127,7 @@ class Rows(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("way", range(3))
 def test_norms_of_rows(way, training):
+    torch.manual_seed(0)  # the gradient of a bias before a live norm is zero but for rounding
     assert_exact(Around(Rows(way)).double().train(training), image(), tile=(5, 4))
 
 

@@ -15,6 +15,7 @@ from exactness import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import accelerate
 
@@ -117,3 +118,33 @@ def test_one_tensor_as_several_arguments() -> None:
             y.square().sum().backward()
             found.append({"y": y.detach(), "x": leaves[0].grad, "z": leaves[1].grad, "w": one.conv.weight.grad})
         assert max(errors(*found).values()) < 1e-12
+
+
+class _Outputs(TorchDispatchMode):
+    """Notes the outputs of convolutions, and the gradients that ReLUs get beside their outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.maps.append(result)
+        if func is torch.ops.aten.threshold_backward.default:
+            self.maps += args[:2]
+        return result
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_of_grey_images_lie_as_those_of_coloured_ones(channels: int) -> None:
+    """A convolution of one channel has no order of its own; its ReLU took six times as long where it was another."""
+    first, second = nn.Conv2d(channels, 8, 3, 2), nn.Conv2d(8, 8, 3)
+    stock = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveMaxPool2d(1))
+    net, seen = accelerate(stock, tile=(150, 341)), _Outputs()
+    x = torch.randn(1, channels, 300, 341)  # in strips, whose pixels are the image as it lies
+    net(x).sum().backward()
+    with seen:
+        net(x).sum().backward()
+    assert len(seen.maps) > 10
+    assert all(t.stride(1) == 1 for t in seen.maps if t.shape[1] > 1 and t.numel())
