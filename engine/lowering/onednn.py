@@ -138,7 +138,7 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
 
 def _pack(chain: ConvChain, weight: Tensor) -> Tensor:
     """The weight in oneDNN's order; as it is where that shall not compute."""
-    if type(weight) is not Tensor or weight.numel() == 0 or not allowed():
+    if type(weight) is not Tensor or weight.is_meta or weight.numel() == 0 or not allowed():
         return weight[:, :, None, None] if chain.channels_last else weight
     weight = weight[:, :, None, None] if chain.channels_last else weight
     return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], chain.stride, chain.dilation, chain.groups)

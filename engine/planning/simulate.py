@@ -95,7 +95,7 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     autocast = Autocast.current(values[stage.image].device)
     casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
     with torch.autograd.set_detect_anomaly(False):  # it would look at values
-        if values[stage.image].device.type == "cpu" and not (casts or stage.packings):
+        if values[stage.image].device.type == "cpu" and not casts:
             with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta():
                 return _tile_peak(stage, tiled, training, wanted, autocast)
         with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own

@@ -47,7 +47,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool) -> None:
+def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     staged = lower(capture(NETWORKS[name](), (1, 3, 160, 160), torch.float32, "cpu"))
     prepare(staged, training)
     wanted = staged.trainable() if training else set()
@@ -57,6 +57,8 @@ def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool) -> None
             stack.enter_context(simulate._on(None, values))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             fake = simulate._tile_peak(stage, tiled, training, wanted, Autocast.current(torch.device("cpu")))
+        if name != "casts":  # which alone needs tensors that know their device
+            monkeypatch.setattr(simulate, "FakeTensorMode", None)
         counted = simulate.tile_peak(stage, tiled, training, wanted)
         assert counted == pytest.approx(fake, rel=0.01)
         assert counted[0] > 0 and {value.device.type for value in values} == {"cpu"}
