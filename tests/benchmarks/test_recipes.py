@@ -59,7 +59,9 @@ def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
         ran.append(seed)
         if len(ran) == 4:
             raise KeyboardInterrupt
-        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": 0.9 + 1e-4 * seed}
+        morph = 0.9 + 1e-4 * seed
+        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": morph}
+        row["deepened"] = morph
         where = {"commit": "c" * 40, "uncommitted_changes": len(ran) == 2}
         return {"rows": [row], "seconds": 1.0, "cpu_seconds": 1.0, "provenance": where}
 
