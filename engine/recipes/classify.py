@@ -65,7 +65,7 @@ def read_target(
         # The data set's table has one column more, which says whether there is any finding.
         every = FINDINGS if set(FINDINGS) <= set(there) else tuple(there)
         target = Target(tuple(labels) or every, "labels")
-    records = split_records(read.records, config, run)
+    records = split_records(read.records, config, run, table=table)
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
     require_both(parts, target)
     return parts, target
@@ -83,12 +83,11 @@ def require_both(parts: dict[str, list[Record]], target: Target) -> None:
 
 
 def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> dict[str, Any]:
-    """What a checkpoint says of a recipe's classifier, for `open_classifier`; nothing of a network of labels."""
-    if target.kind == "labels":
-        return {}
+    """What a checkpoint says of a recipe's classifier, for `open_classifier`."""
+    labels = {"target": target.to_plain()} if target.kind == "labels" else {}
     # A checkpoint is passed on: it names no files and tells nothing of patients.
     plain = to_plain(config, omit=("weights", "start", "patients"))
-    return {"recipe": recipe, "classes": list(target.names), "config": plain, **more}
+    return {"recipe": recipe, "classes": list(target.names), "config": plain, **labels, **more}
 
 
 class ClassifierTask(ImageTask):

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..errors import DataError
+from ..models.outputs import set_outputs
 from ..predict.predictor import Classifier
 from ..published.ensemble import Published
 from ..published.open import open_published
@@ -58,5 +59,7 @@ def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) 
         raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
     network, opened = restore(record)
     network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
-    net = Published(accelerate(network.to(device), memory_budget, fallback="whole"), str(path))
-    return Classifier(net, record["classes"], opened)  # type: ignore[arg-type]
+    net, outputs = accelerate(network.to(device), memory_budget, fallback="whole"), target_of(record).outputs
+    if outputs is not None:
+        set_outputs(net, outputs)
+    return Classifier(Published(net, str(path)), record["classes"], opened)  # type: ignore[arg-type]

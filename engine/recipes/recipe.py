@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..datasets.tables import Record
+from ..datasets.tables import Finding, Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..train.checkpoint import versions
@@ -63,6 +63,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
     """
     path = run.out / "recipe.json"
     split = [["/".join(r.path.parts[-2:]), r.patient_id, r.label, r.split] for r in records]
+    truth = [[r.laterality, r.view, r.exam_id, r.labels, [_told(f) for f in r.findings]] for r in records]
     note = {
         "recipe": name,
         "seed": run.seed,
@@ -70,6 +71,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         "config": json.loads(json.dumps(asdict(config))),
         # It is passed on: it tells whether the data are the same, not who is in them.
         "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
+        "truth_sha256": hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest(),
     }
     if not run.resume:
         if path.exists():
@@ -86,12 +88,20 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         raise GigamorphError(f"{path}: cannot be read ({error}); name another folder") from error
     if stored.get("split_sha256") != note["split_sha256"]:
         raise DataError(f"{path}: belongs to other data or another split; resume with the table it was begun with")
+    if stored.get("truth_sha256", note["truth_sha256"]) != note["truth_sha256"]:  # older runs do not say
+        told = "was begun with other labels, findings, sides, views or exams of the same images"
+        raise DataError(f"{path}: {told}; resume with the table it was begun with")
     for key in ("recipe", "seed", "precision"):
         if stored.get(key) != note[key]:
             raise GigamorphError(f"{path}: was begun with {key} {stored.get(key)!r}, not {note[key]!r}; give the same")
     for key, value in note["config"].items():
         if stored["config"].get(key) != value:
             raise GigamorphError(f"{path}: was begun with another {key} in its configuration; resume with the same")
+
+
+def _told(finding: Finding) -> list[Any]:
+    mask = finding.mask and finding.mask.name
+    return [finding.kind, finding.pathology, finding.birads, finding.box, finding.outline, mask]
 
 
 def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:

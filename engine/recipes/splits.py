@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 from ..datasets.splits import assign_splits, fill_validation
 from ..datasets.tables import Record
+from ..errors import DataError
 from ..train.run import Run
 
 SplitOf = Literal["table", "drawn"]
@@ -25,13 +27,16 @@ class Splitting(Protocol):
         ...
 
 
-def split_records(records: Sequence[Record], config: Splitting, run: Run, *, validation: bool = True) -> list[Record]:
+def split_records(
+    records: Sequence[Record], config: Splitting, run: Run, *, table: str | Path = "", validation: bool = True
+) -> list[Record]:
     """Records with train, val or test each, no patient in two of them.
 
     An official split runs as it is; where it has no val, patients of train become val, in the proportion that
     `fractions` have.
 
     Args:
+        table: that errors name.
         validation: whether the recipe chooses anything by val; if not, all of an official train is trained on.
 
     Raises:
@@ -39,7 +44,10 @@ def split_records(records: Sequence[Record], config: Splitting, run: Run, *, val
     """
     if config.split == "drawn":
         records = [replace(record, split=None) for record in records]
-    found = assign_splits(records, fractions=config.fractions, seed=run.seed)
+    try:
+        found = assign_splits(records, fractions=config.fractions, seed=run.seed)
+    except DataError as error:
+        raise DataError(f"{table}: {error}") from error
     if all(record.split != "test" for record in found):
         run.say("there are no images in the split test, so nothing is measured")
     if not validation:

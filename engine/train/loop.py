@@ -23,7 +23,7 @@ from .checkpoint import AtomicCheckpointIO, load_checkpoint
 from .interrupt import Interrupt
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
-from .optimizers import find_optimizer
+from .optimizers import find_optimizer, make_optimizer
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of
@@ -108,7 +108,7 @@ def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module
     """Refuse stages that cannot be trained, before any work.
 
     Args:
-        module: what they train; None leaves their patterns to `run_stages`.
+        module: what they train; None leaves their patterns and the optimizer's options to `run_stages`.
 
     Raises:
         GigamorphError: a pattern that names no parameter of the module, batches that cannot be dealt to the processes,
@@ -117,6 +117,7 @@ def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module
     for stage in stages:
         if module is not None:
             trainable_names(module, stage)
+            make_optimizer(module, stage)
         require_deal(stage, group.at_once)
         find_optimizer(stage.optimizer)
         factor_of(stage, 1)

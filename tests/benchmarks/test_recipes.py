@@ -59,26 +59,28 @@ def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
         ran.append(seed)
         if len(ran) == 4:
             raise KeyboardInterrupt
-        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": 0.9 + 1e-4 * seed}
-        return {"rows": [row], "seconds": 1.0, "cpu_seconds": 1.0, "provenance": {"commit": "c" * 40}}
+        morph = 0.9 + 1e-4 * seed
+        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": morph}
+        row["deepened"] = morph
+        where = {"commit": "c" * 40, "uncommitted_changes": len(ran) == 2}
+        return {"rows": [row], "seconds": 1.0, "cpu_seconds": 1.0, "provenance": where}
 
     monkeypatch.setattr(recipes, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         recipes.main()
     recipes.main()
-    assert ran == [0, 1, 2, 20, 20, *range(21, 27)]
+    assert ran == [0, 1, 2, 20, 1, 20, *range(21, 27)]  # 1 was of a state that was not committed
     found = json.loads((tmp_path / "recipes.json").read_text())["morphhr"]
     assert len(found["seeds"]) == 10 and found["holds"] is True and "20 *" in (tmp_path / "page.md").read_text()
     recipes.main()
-    assert len(ran) == 11
+    assert len(ran) == 12
     monkeypatch.setattr(recipes, "task_of", lambda name: "another")
     recipes.main()
-    assert len(ran) == 21
+    assert len(ran) == 22
 
 
 def test_committed_page_is_up_to_date():
-    if not recipes.JSON.exists():
-        pytest.skip("nothing measured yet")
-    assert recipes.PAGE.read_text() == recipes.page(json.loads(recipes.JSON.read_text()))
+    found = json.loads(recipes.JSON.read_text())
+    assert recipes.PAGE.read_text() == recipes.page(found)
     for name in RECIPES:
         assert (Path(recipes.PAGE).parent / f"{name}.md").exists()

@@ -129,7 +129,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, training images of one class only, or images that cannot be read.
     """
     read = read_table(table)
-    records = split_records(read.records, config, run, validation=False)
+    records = split_records(read.records, config, run, table=table, validation=False)
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
         raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")

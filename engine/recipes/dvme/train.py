@@ -49,7 +49,7 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
             that do not fit, or images that cannot be read.
     """
     read = read_table(table)
-    records = split_records(read.records, config, run)
+    records = split_records(read.records, config, run, table=table)
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
     labels = {name: [r.label for r in own] for name, own in parts.items()}
     classes = len(read.classes)

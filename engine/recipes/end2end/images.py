@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ...datasets.augment import Augment, augmented
 from ...datasets.dataset import ImageDataset, open_record
-from ...datasets.masks import read_inside
+from ...datasets.masks import open_inside, read_inside
 from ...datasets.tables import Finding, Record
 from ...datasets.tables.generic import is_absent
 from ...errors import DataError
@@ -26,6 +26,7 @@ from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample
 
 _FULL = 65535
+_SKEWED = 0.03  # by which the sides of a mask may be scaled unlike
 
 
 def opened(record: Record, config: Config) -> PixelSource:
@@ -55,7 +56,8 @@ def check_findings(records: Sequence[Record]) -> None:
     """Refuse lesions of which nothing says where they are, before any image is read.
 
     Raises:
-        DataError: a finding without mask and box, a mask that is missing, or a box outside its image.
+        DataError: a finding without mask and box, a mask that is missing or of another shape, or a box outside its
+            image.
     """
     for record in records:
         boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
@@ -72,6 +74,19 @@ def check_findings(records: Sequence[Record]) -> None:
                 raise _nowhere(record)
             if finding.pathology and finding.mask is not None and is_absent(finding.mask):
                 raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; leave the finding out")
+            if finding.pathology and finding.mask is not None:
+                _check_shape(finding.mask, record)
+
+
+def _check_shape(path: Path, record: Record) -> None:
+    """Refuse a mask that is no picture of its whole image; those of CBIS-DDSM differ by a few rows."""
+    image, mask = open_pixels(record.path, flip=False, frame=record.frame).shape[1:], open_inside(path)[0].shape[1:]
+    down, across = (own / whole for own, whole in zip(mask, image, strict=True))
+    if max(down, across) > (1 + _SKEWED) * min(down, across):
+        raise DataError(
+            f"{path}: is {mask[0]} x {mask[1]}, its image {image[0]} x {image[1]}, so that it is no mask of all of it; "
+            "correct the mask, or leave the finding out"
+        )
 
 
 def _nowhere(record: Record) -> DataError:

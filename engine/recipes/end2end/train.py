@@ -153,9 +153,11 @@ def _check(model: Model, config: Config, run: Run) -> None:
     find_weights(model.weights, config.mean, config.std)
     patch = _untrained_patches(model, config)
     check_stages(model.patch or config.patch, run.group, patch)
-    check_stages(config.whole, run.group, convert(patch, model, config.resize, config.channels))
+    whole = convert(patch, model, config.resize, config.channels)
+    check_stages(config.whole, run.group, whole)
     if model.front:
-        check_stages(config.native, run.group)
+        child, _ = _front(Grown(whole.eval(), channels=config.channels), model, config, run.seed)
+        check_stages(config.native, run.group, child.network)
 
 
 def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:

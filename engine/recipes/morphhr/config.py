@@ -39,7 +39,10 @@ class Config:
     widen: float | None = None
     """Every channel space of the child that can grow becomes this many times as wide."""
     deepen: tuple[str, ...] = ()
-    """Modules of the parent after which the child has one more 3x3 convolution with a P-activation."""
+    """Modules of the parent that get one more 3x3 convolution with a P-activation in the child."""
+    deepen_by: Literal["identity", "netmorph"] = "identity"
+    """"identity": the new convolution is the identity after the module; "netmorph": the module, a convolution, is split
+    into two dense ones which together are what it was."""
     arms: tuple[Arm, ...] = ("morph",)
     """Which networks are trained on: "finetune" ends with the parent, "direct" trains the parent itself on at full
     resolution, "scratch" has a new front and stem, "morph" has the morphed front. All four are the ablation."""

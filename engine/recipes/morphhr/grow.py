@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...morph.activation import PAct, insert_activation
+from ...morph.decompose import decompose
 from ...morph.deepen import insert_identity
 from ...morph.files import Grown, add_morph
 from ...morph.front import FrontStep, front
@@ -30,7 +31,14 @@ def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tu
     """
     reports: list[Report] = []
     example = parent.example()
-    for path in config.deepen:
+    for path in config.deepen if config.deepen_by == "netmorph" else ():
+        kernel = getattr(parent.network.get_submodule(path), "kernel_size", 1)
+        child, report = decompose(
+            parent.network, example, path, (kernel, 3), method="stable", act=config.act, seed=seed_of(seed)
+        )
+        reports.append(report)
+        parent = add_morph(parent, child, report)
+    for path in config.deepen if config.deepen_by == "identity" else ():
         child, report = insert_identity(parent.network, example, path)
         reports.append(report)
         parent = add_morph(parent, child, report)

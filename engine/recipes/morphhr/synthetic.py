@@ -91,7 +91,8 @@ def rows(run: Run) -> list[dict[str, Any]]:
     table = write_images(run.out / "data", run.seed)
     config = replace(CONFIG, weights=str(_first_training(run)))
     metrics = train(table, config, run.part("run"))
-    parent = metrics["finetune"]
+    deeper = replace(config, arms=("morph",), deepen=("stem",), deepen_by="netmorph")
+    parent, deepened = metrics["finetune"], train(table, deeper, run.part("deeper"))["morph"]
     return [
         {
             "seed": run.seed,
@@ -99,6 +100,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
             "direct": metrics["direct"]["auc"],
             "new_front": metrics["scratch"]["auc"],
             "morph": metrics["morph"]["auc"],
+            "deepened": deepened["auc"],
             "epochs_direct": _epochs_to(0.8, metrics["direct"]["val_auc"]),
             "epochs_new_front": _epochs_to(0.8, metrics["scratch"]["val_auc"]),
             "epochs_morph": _epochs_to(0.8, metrics["morph"]["val_auc"]),
@@ -148,13 +150,13 @@ def _epochs_to(wanted: float, scores: Sequence[float]) -> int | None:
 
 SYNTHETIC = Synthetic(
     "A label that only full resolution shows is learnt by the morphed child better than with a new front, while the "
-    "parent stays at chance. (AUC on 160 test images. The parent itself, trained on at full resolution, is measured "
-    "beside.)",
+    "parent stays at chance. (AUC on 160 test images. The parent itself, trained on at full resolution, and the "
+    "child whose stem is deepened as by NetMorph are measured beside.)",
     Rule(
         effects=(Effect("morph", "new_front"),),
         floors=(("morph", 0.75),),
         chance=("parent",),
-        beside=(Effect("morph", "direct"),),
+        beside=(Effect("morph", "direct"), Effect("deepened", "morph")),
     ),
     rows,
 )

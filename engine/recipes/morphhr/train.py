@@ -130,7 +130,12 @@ def _check(parent: Grown, config: Config, run: Run) -> None:
     """Refuse stages and a front that cannot be, before the parent is trained."""
     check_stages(config.low, run.group, parent.network)
     if "direct" in config.arms:
-        check_stages(config.direct or config.high, run.group, parent.network)
+        try:
+            check_stages(config.direct or config.high, run.group, parent.network)
+        except GigamorphError as error:
+            if config.direct:
+                raise
+            raise GigamorphError(f"{error}; for the arm direct, the parent itself, write stages [[direct]]") from error
     if {"scratch", "morph"} & set(config.arms):
         child, _ = grow(copy.deepcopy(parent), config, run.seed)
         check_stages(config.high, run.group, child.network)

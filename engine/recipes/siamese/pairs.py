@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,25 +32,33 @@ class Pair:
         return " ".join(part for part in parts if part)
 
 
-def find_pairs(records: Sequence[Record], *, skip_unpaired: bool = False) -> list[Pair]:
+def find_pairs(
+    records: Sequence[Record], *, skip_unpaired: bool = False, say: Callable[[str], object] = lambda text: None
+) -> list[Pair]:
     """The pairs of a table in their order.
 
     Args:
-        skip_unpaired: omit images without a counterpart.
+        skip_unpaired: omit images without a counterpart, and of several of one side and view all but the first.
+        say: told of how many.
 
     Raises:
-        DataError: an image without side or view; two images of one side and view of an exam; or, unless they are to be
-            omitted, an image without its contralateral view.
+        DataError: an image without side or view; or, unless they are to be omitted, two images of one side and view of
+            an exam, or an image without its contralateral view.
     """
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
+    further: list[Record] = []
     for record in records:
         if record.laterality not in ("L", "R") or not record.view:
             raise DataError(f"{record.path}: the table gives no laterality (L, R) or no view; pairs need both")
         sides = found.setdefault((record.patient_id, record.exam_id or "", record.view), {})
+        if record.laterality in sides and skip_unpaired:
+            further.append(record)
+            continue
         if record.laterality in sides:
             raise DataError(
                 f"patient {record.patient_id} has two images {record.laterality} {record.view} of one exam: "
-                f"{sides[record.laterality].path} and {record.path}; give them different exam_id, or leave one out"
+                f"{sides[record.laterality].path} and {record.path}; give them different exam_id, or leave "
+                "all but the first out with skip_unpaired = true"
             )
         sides[record.laterality] = record
     alone = [next(iter(sides.values())) for sides in found.values() if len(sides) < 2]
@@ -61,6 +69,10 @@ def find_pairs(records: Sequence[Record], *, skip_unpaired: bool = False) -> lis
             f"{first.path}: patient {first.patient_id} has no contralateral view {lacking} {first.view}{more}; add it, "
             "or leave such images out with skip_unpaired = true"
         )
+    left_out = [*further, *alone]
+    if left_out:
+        what = "which have no contralateral view or are further ones of theirs"
+        say(f"{len(left_out)} images are left out, {what}: {left_out[0].path}")
     pairs = [Pair(sides["L"], sides["R"]) for sides in found.values() if len(sides) == 2]
     if not pairs:
         raise DataError("the table holds no pair of contralateral views")

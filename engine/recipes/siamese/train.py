@@ -47,9 +47,9 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
     """
     read = read_table(table, labels=False)
-    records = split_records(read.records, config, run, validation=False)
+    records = split_records(read.records, config, run, table=table, validation=False)
     pairs = {name: [] for name in SPLITS}
-    for pair in find_pairs(records, skip_unpaired=config.skip_unpaired):
+    for pair in find_pairs(records, skip_unpaired=config.skip_unpaired, say=run.say):
         pairs[str(pair.left.split)].append(pair)
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)

@@ -33,6 +33,9 @@ def test_a_claim_needs_its_interval_its_wins_its_floor_and_room_above():
     few = GOOD - np.array([0.2] * 7 + [-0.001] * 3)
     holds, lines = verdict(RULE, rows(a=GOOD, b=few))
     assert lines["a - b"]["low"] > 0 and lines["a - b"]["wins"] == 7 and not holds
+    # What rounding may turn is no win.
+    holds, lines = verdict(RULE, rows(a=GOOD, b=GOOD - np.array([0.2] * 7 + [0.004] * 3)))
+    assert lines["a - b"]["low"] > 0 and lines["a - b"]["wins"] == 7 and not holds
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

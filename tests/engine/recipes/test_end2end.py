@@ -176,6 +176,9 @@ def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
     child, _ = _front(Grown(parent), model, config, 0)
     x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12
+    with pytest.raises(GigamorphError, match="'nowhere' names no parameter"):
+        train(table, replace(config, native=(replace(native[0], trainable=("nowhere",)),)), Run(tmp_path / "bad"))
+    assert not (tmp_path / "bad").exists()
     with pytest.raises(GigamorphError, match="front is 2 or more, with blocks on images of one size"):
         replace(config, resize=())
 
@@ -203,6 +206,7 @@ def test_patients_of_the_curve_alternate_and_nest():
 
 
 def test_bad_tables(tmp_path):
+    np.save(tmp_path / "crop.npy", np.full((20, 30), 255, np.uint8))
     with pytest.raises(DataError, match="no training image has a lesion"):
         train(write(tmp_path / "a", [0, 1] * 4, findings=False), SMALL, Run(tmp_path / "ao"))
     for name, finding, told in (
@@ -213,12 +217,13 @@ def test_bad_tables(tmp_path):
             Finding("mass", (10, 30, 50, 70), pathology="malignant"),
             "50 to 70. is outside .* 60 x 50 pixels",
         ),
+        ("h", Finding("mass", mask=tmp_path / "crop.npy", pathology="malignant"), "crop.npy: is 20 x 30, its image 60"),
     ):
         read = read_table(write(tmp_path / name, [0, 1] * 4))
         records = [replace(record, findings=(finding,)) for record in read.records]
         with pytest.raises(DataError, match=told):
             train(write_table(tmp_path / name / "t.csv", records, read.classes), SMALL, Run(tmp_path / f"{name}o"))
-    assert not any((tmp_path / f"{name}o").exists() for name in "aefg")  # before any image was resized
+    assert not any((tmp_path / f"{name}o").exists() for name in "aefgh")  # before any image was resized
     with pytest.raises(DataError, match="split val has only images with"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
     table = write(tmp_path / "c", [0, 1] * 4)

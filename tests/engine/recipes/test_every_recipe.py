@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import small_recipes
@@ -11,12 +12,13 @@ import torch
 from exactness import errors
 from processes import in_processes
 
-from gigamorph.engine.datasets.tables import read_table, write_table
-from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
+from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.recipes import RECIPES, get_recipe
 from gigamorph.engine.recipes.dvme import ExtractorConfig
 from gigamorph.engine.recipes.end2end.config import Model
+from gigamorph.engine.recipes.recipe import begin
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.run import Run
 
@@ -89,6 +91,8 @@ def test_batches_that_cannot_be_dealt_take_no_folder(name, table, tmp_path):
         ("end2end", "whole", {"optimizer": "nowhere"}),
         ("morphhr", "high", {"trainable": ("nowhere",)}),
         ("morphhr", "high", {"schedule": "nowhere"}),
+        ("morphhr", "high", {"rates": (("nowhere", 1e-3),)}),
+        ("cae", "finetune", {"undecayed": ("nowhere",)}),
     ],
 )
 def test_a_later_stage_is_refused_before_the_first_one_begins(name, stages, wrong, table, tmp_path):
@@ -97,6 +101,18 @@ def test_a_later_stage_is_refused_before_the_first_one_begins(name, stages, wron
     with pytest.raises(GigamorphError, match="'nowhere'"):
         get_recipe(name).train(table, config, Run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_with_another_truth_of_the_same_images(tmp_path):
+    finding = Finding("mass", box=(1, 5, 2, 6), pathology="benign")
+    record = Record(Path("a.png"), 0, "p", "train", "L", "CC", findings=(finding,), labels={"a": 1.0})
+    config = small_recipes.configs(1)["morphhr"]
+    begin(Run(tmp_path), "morphhr", config, [record])
+    begin(Run(tmp_path, resume=True), "morphhr", config, [record])
+    moved = replace(finding, box=(2, 6, 2, 6))
+    for other in ({"findings": (moved,)}, {"findings": ()}, {"labels": {"a": 0.0}}, {"laterality": "R"}):
+        with pytest.raises(DataError, match="begun with other labels, findings, sides"):
+            begin(Run(tmp_path, resume=True), "morphhr", config, [replace(record, **other)])
 
 
 @pytest.mark.parametrize("name", ["cae", "end2end", "morphhr"])

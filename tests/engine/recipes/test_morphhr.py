@@ -111,6 +111,20 @@ def test_widen_and_deepen_with_p_activations_keep_the_function():
     assert all(m.a.grad is not None and m.a.grad.abs().sum() > 0 for m in learnt)
 
 
+@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("resnet18", "conv1")])
+def test_deepening_as_by_netmorph_keeps_the_function_and_is_dense(model, stem):
+    torch.manual_seed(0)
+    parent = create_model(model, 2, 1).double().eval()
+    config = Config(model=model, channels=1, factor=2, filters=4, deepen=(stem,), deepen_by="netmorph")
+    child, reports = grow(Grown(parent), config, seed=1)
+    x = torch.randn(1, 1, 96, 128, dtype=torch.float64)
+    assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-10
+    assert [r.transform for r in reports] == ["decompose", "front"]
+    deeper = child.network.get_submodule(stem)
+    assert [type(m) for m in deeper.children()][-2:] == [PAct, nn.Conv2d]
+    assert (deeper[-1].weight != 0).double().mean() > 0.9
+
+
 def test_a_child_is_explained_on_its_file_as_stored():
     """Mirrored and cut to whole cells for the network, not for those who read its maps."""
     image = np.random.default_rng(0).random((33, 22), np.float32)

@@ -1,7 +1,9 @@
 """From the files of a data set as they are downloaded to metrics.json, by two commands, with the official split."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import imagecodecs
 import lookalikes
@@ -20,6 +22,11 @@ def run(*args):
     with pytest.raises(SystemExit) as exit_:
         main([str(arg) for arg in args])
     assert exit_.value.code == 0
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return {Path(row["image_path"]).name: row for row in csv.DictReader(file)}
 
 
 def trained(folder, tree, dataset, recipe, config, *convert):
@@ -55,6 +62,7 @@ def test_chestxray14_with_morphhr(tmp_path):
         factor = 2
         filters = 4
         augment = "flip=left-right"
+        flips = false
         [[low]]
         name = "low"
         epochs = 1
@@ -73,6 +81,16 @@ def test_chestxray14_with_morphhr(tmp_path):
     assert "| test | image | mean |" in card and "weights: random, nothing was trained before" in card
     header = (out / "morph" / "test.csv").read_text().splitlines()
     assert len(header) == 1 + 6 and "label_Hernia" in header[0] and "label_finding" not in header[0]
+    # Its checkpoint predicts and explains as it was measured.
+    checkpoint, predicted = out / "morph" / "best.ckpt", tmp_path / "predicted"
+    run("predict", checkpoint, tmp_path / "table" / "table.csv", "--out", predicted)
+    mine, own = (read_rows(file) for file in (predicted / "predictions.csv", out / "morph" / "test.csv"))
+    for name, row in own.items():
+        for finding in FINDINGS:
+            assert float(mine[name][f"log_odds_{finding}"]) == pytest.approx(
+                float(row[f"log_odds_{finding}"]), abs=1e-4
+            )
+    run("explain", checkpoint, tree / "images_001" / "images" / names[0], "--format", "png", "--out", tmp_path / "why")
 
 
 def test_cbis_ddsm_with_end2end(tmp_path):

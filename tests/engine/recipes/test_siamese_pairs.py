@@ -77,8 +77,13 @@ def test_pairs_are_of_one_exam_and_view():
     assert len(find_pairs(alone, skip_unpaired=True)) == 1
     with pytest.raises(DataError, match="no pair"):
         find_pairs(alone[2:], skip_unpaired=True)
-    with pytest.raises(DataError, match="two images L CC"):
-        find_pairs(records(("a", "L", "CC"), ("a", "L", "CC")))
+    twice = [*records(("a", "L", "CC")), Record("again.npy", 0, "a", "train", "L", "CC"), *records(("a", "R", "CC"))]
+    with pytest.raises(DataError, match=r"two images L CC.*skip_unpaired = true"):
+        find_pairs(twice)
+    said = []
+    [pair] = find_pairs([*twice, *alone[2:]], skip_unpaired=True, say=said.append)[:1]
+    assert (pair.left.path, pair.right.path) == ("aLCC.npy", "aRCC.npy")
+    assert said == ["3 images are left out, which have no contralateral view or are further ones of theirs: again.npy"]
     with pytest.raises(DataError, match="no laterality"):
         find_pairs([Record("x.npy", 0, "a", "train", None, "CC")])
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.errors import DataError
 from gigamorph.engine.recipes import RECIPES, get_recipe
 from gigamorph.engine.recipes.dvme import DvmeConfig
 from gigamorph.engine.recipes.end2end.config import Config
@@ -30,6 +31,9 @@ def test_val_is_drawn_from_train_by_patient_and_test_stays(tmp_path):
     found = split_records(official(), Config(), Run(tmp_path, say=said.append))
     assert patients(found) == {"test": 50, "train": 180, "val": 20}
     assert said == ["the table has no split val: 20 patients of train are val"]
+    with pytest.raises(DataError, match=r"^t.csv: patient p0 is in train and test; put"):
+        mixed = [*official(), Record("other.png", 0, "p0", "train")]
+        split_records(mixed, Config(), Run(tmp_path), table="t.csv")
     assert [r.split for r in found if r.split == "test"] == ["test"] * 100 and found[0].split == "test"
     assert found == split_records(official(), Config(), Run(tmp_path))
     assert patients(split_records(official(), DvmeConfig(), Run(tmp_path)))["val"] == 36  # 15 of 85
