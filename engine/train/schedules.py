@@ -73,6 +73,8 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
         and not key.startswith("_")
     }
     name = stage.schedule.lower()
+    if name == "reducelronplateau":
+        raise GigamorphError(f"schedule {stage.schedule!r}: schedule.plateau = EPOCHS divides the rate by ten so")
     if name not in there:
         raise GigamorphError(
             f"schedule {stage.schedule!r} is unknown; take one of constant, cosine, linear, "
@@ -127,7 +129,7 @@ def _tried(
 
     try:
         begin()
-    except (AssertionError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever its class raises for values that it cannot take
         told = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
         raise GigamorphError(f"schedule {stage.schedule!r} cannot be made with {told}: {error}") from error
     return begin
