@@ -11,6 +11,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from . import options
+from .elsewhere import TrainCommand
 from .starting import Teller, count_processes, goes_on, start
 from .train_recipe import begin_recipe, refuse_others
 
@@ -57,7 +58,7 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     return seconds
 
 
-@click.command()
+@click.command(cls=TrainCommand)
 @click.argument("data", type=click.Path(exists=True), required=False)
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
 @click.option("--config", type=click.Path(), help="Options from a TOML or YAML file; of --recipe, the recipe's own.")

@@ -155,7 +155,8 @@ def _build(cls: Any, values: dict[str, Any], source: str, place: str) -> Any:
     known = [own.name for own in fields(cls) if own.init]
     for key in values:
         if key not in known:
-            raise GigamorphError(f"{source}: key '{place}{key}' is unknown; there are {', '.join(known)}")
+            meant = "" if place else "".join(f"; {one} is one" for one in _deeper(cls, key))
+            raise GigamorphError(f"{source}: key '{place}{key}' is unknown{meant}; there are {', '.join(known)}")
     for own in fields(cls):
         if own.name not in values and own.default is MISSING and own.default_factory is MISSING:
             raise GigamorphError(f"{source}: key '{place}{own.name}' is missing")
@@ -164,6 +165,12 @@ def _build(cls: Any, values: dict[str, Any], source: str, place: str) -> Any:
         return cls(**made)
     except GigamorphError as error:
         raise GigamorphError(f"{source}: {error}") from error
+
+
+def _deeper(cls: Any, key: str) -> list[str]:
+    """Keys of the tables in a configuration that have this name."""
+    tables = {name: own for name, own in get_type_hints(cls).items() if is_dataclass(own)}
+    return [f"{name}.{key}" for name, own in tables.items() if key in {one.name for one in fields(own)}]
 
 
 def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
@@ -191,7 +198,7 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
         return float(value)
     if wanted in (bool, int, float, str) and type(value) is wanted:
         return value
-    raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {_name(wanted)}")
+    raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {_name(wanted, key)}")
 
 
 def _any_of(wanted: Sequence[Any], value: Any, source: str, key: str) -> Any:
@@ -203,11 +210,13 @@ def _any_of(wanted: Sequence[Any], value: Any, source: str, key: str) -> Any:
     return _value(wanted[-1], value, source, key)
 
 
-def _name(wanted: Any) -> str:
+def _name(wanted: Any, key: str = "") -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     if get_origin(wanted) is tuple:
         inner = get_args(wanted)
         if inner[-1] is Ellipsis:
             return f"a list, each of it {_name(inner[0])}"
         return f"a list of {len(inner)}: {', '.join(_name(t) for t in inner)}"
+    if is_dataclass(wanted) and key:
+        return f"a table; {key}.{fields(wanted)[0].name} is a key of it"
     return names.get(wanted, "a table")

@@ -20,6 +20,8 @@ from .tiling.memory import parse_bytes
 from .train.classify import prediction
 from .train.data import Images
 
+Image = str | Path | PixelSource
+
 
 @dataclass(frozen=True)
 class _Network:
@@ -29,19 +31,22 @@ class _Network:
     classes: tuple[str, ...]
     _open: Callable[[Sequence[Record]], Images] = field(repr=False)
 
-    def open(self, path: str | Path) -> PixelSource:
+    def open(self, path: Image) -> PixelSource:
         """An image file prepared as in training: grey values, mirrored, scaled, normalised.
+
+        A pixel source is taken as it is.
 
         Raises:
             DataError: if it cannot be read.
         """
         return self._item(path)["image"]
 
-    def _item(self, path: str | Path) -> dict[str, Any]:
+    def _item(self, path: Image) -> dict[str, Any]:
+        if isinstance(path, PixelSource):
+            return {"image": path, "record": Record(Path(path.name), -1, path.name, patient_known=False)}
         if not isinstance(path, (str, Path)):
-            raise GigamorphError(
-                f"an image is the path of its file, not {type(path).__name__}; net takes pixel sources"
-            )
+            kind = type(path).__name__
+            raise GigamorphError(f"an image is the path of its file, or a pixel source (open_pixels), not {kind}")
         return self._open([Record(Path(path), -1, Path(path).name, patient_known=False)])[0]
 
 
@@ -54,13 +59,13 @@ class Trained(_Network):
         classes: names of the outputs.
     """
 
-    def predict(self, images: str | Path | Sequence[str | Path]) -> Tensor:
+    def predict(self, images: Image | Sequence[Image]) -> Tensor:
         """Probabilities, (N, classes) float64 on the CPU: those that `gigamorph predict` writes, without calibration.
 
         Of a network of numbers it is these.
 
         Args:
-            images: image files, computed one by one.
+            images: image files, or pixel sources that are prepared as `open` does it; computed one by one.
 
         Raises:
             DataError: if a file cannot be read. BudgetError: if no tile of it fits.
@@ -71,14 +76,14 @@ class Trained(_Network):
             for row, path in zip(found, paths, strict=True):
                 item = self._item(path)
                 one = prediction(item, self.net(item["image"])[0], outputs_of(self.net))
-                row.copy_(torch.tensor(one.log_odds if one.numbers else one.probabilities))
+                row.copy_(torch.tensor(one.log_odds if one.numbers else one.probabilities, dtype=torch.float64))
         return found
 
-    def predict_exam(self, views: Sequence[str | Path]) -> Tensor:
+    def predict_exam(self, views: Image | Sequence[Image]) -> Tensor:
         """Probabilities (classes,) of an exam of several views, by a network that was trained on such (``--views``).
 
         Args:
-            views: image files.
+            views: image files, or pixel sources.
 
         Raises:
             GigamorphError: if it was trained on single images. DataError, BudgetError: as `predict`.
@@ -86,8 +91,11 @@ class Trained(_Network):
         outputs = outputs_of(self.net)
         if outputs is None or outputs.views is None:
             raise GigamorphError("this network was trained on single images; take predict, and combine them yourself")
+        paths = _listed(views)
+        if not paths:
+            raise GigamorphError("an exam has one view at least")
         with torch.no_grad():
-            rows = torch.cat([self.net(self._item(path)["image"]) for path in views]).double().cpu()
+            rows = torch.cat([self.net(self._item(path)["image"]) for path in paths]).double().cpu()
         log_odds = outputs.log_odds(outputs.together(rows))[0]
         return log_odds if outputs.numbers else torch.sigmoid(log_odds)
 
@@ -102,13 +110,13 @@ class TrainedMasks(_Network):
         classes: their names, the background's first.
     """
 
-    def predict(self, images: str | Path | Sequence[str | Path]) -> list[Tensor]:
+    def predict(self, images: Image | Sequence[Image]) -> list[Tensor]:
         """The mask of each image, uint8 (rows, columns) on the CPU, in the size and orientation of its file.
 
         The number of a class in each pixel, as `gigamorph predict` writes it.
 
         Args:
-            images: image files, computed one by one.
+            images: image files, or pixel sources that are prepared as `open` does it; computed one by one.
 
         Raises:
             DataError: if a file cannot be read. BudgetError: if no tile of it fits.
@@ -129,6 +137,10 @@ def load(
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images and gives no masks.
     """
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise GigamorphError(f"device {device!r} is none of torch's; take cpu or cuda") from error
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if gives_masks(path):
@@ -140,5 +152,5 @@ def load(
     return Trained(net, tuple(classes), opened)
 
 
-def _listed(images: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    return [images] if isinstance(images, (str, Path)) else list(images)
+def _listed(images: Image | Sequence[Image]) -> list[Image]:
+    return [images] if isinstance(images, (str, Path, PixelSource)) else list(images)

@@ -1,6 +1,7 @@
 """What is installed is what is here, the door leads to it, and imports go down from folder to folder."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,44 @@ def test_a_checkout_is_whole(tmp_path: Path):
     code = "import gigamorph; print(gigamorph.DataError.__module__, gigamorph.engine.errors.__file__)"
     told = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True).stdout
     assert told.split() == ["gigamorph.engine.errors", str(tmp_path / "engine" / "errors.py")]
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_and_loads(tmp_path: Path):
+    """Installed from its wheel, outside of the checkout: data, a training, `load`, and a page of the viewer."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("gigamorph", *FOLDERS):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
+    subprocess.run(build, check=True, cwd=tmp_path, capture_output=True)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    code = """
+from pathlib import Path
+import gigamorph
+from gigamorph.cli.main import _run
+from gigamorph.engine.datasets.phantom import write_phantoms
+
+table = write_phantoms("study", patients=6, height=128, width=96)
+options = "--model lesionnet --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out run"
+assert _run(["train", str(table), *options.split()]) == 0
+assert _run(["predict", "run/best.ckpt", str(table), "--out", "predicted"]) == 0
+assert _run(["eval", "predicted", "--split", "all", "--resamples", "5", "--out", "measured"]) == 0
+assert _run(["view", "predicted", "--static", "--no-browser", "--out", "page"]) == 0
+assert _run(["recipe", "list"]) == 0
+trained = gigamorph.load("run/best.ckpt", memory_budget="64MiB")
+found = trained.predict(sorted(Path("study/images").iterdir())[:1])
+assert trained.classes == ("0", "1") and abs(found.sum() - 1) < 1e-9
+print(gigamorph.__file__)
+"""
+    (tmp_path / "work").mkdir()
+    where = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, check=False, cwd=tmp_path / "work", env=where, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == str(tmp_path / "site" / "gigamorph" / "__init__.py")
 
 
 def test_one_version():

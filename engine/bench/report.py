@@ -368,12 +368,18 @@ def _runs(runs: Sequence[Results]) -> Section:
                 "command": run.what,
                 "machine": machine + (f", load {made['load']}" if "load" in made else ""),
                 "versions": ", ".join(f"{name} {made[name]}" for name in packages if made.get(name)),
-                "ceilings": ", ".join(f"{name} {value:.3g}" for name, value in run.ceilings.items()),
+                "ceilings": ", ".join(_ceiling(name, value) for name, value in run.ceilings.items()),
                 "commit": str(made.get("commit") or "")[:12] + ", with changes" * bool(made.get("uncommitted_changes")),
                 "date": str(made.get("date", ""))[:10],
             }
         )
     return Section("Runs: machine and versions of each number", Table.of(cells))
+
+
+def _ceiling(name: str, value: float) -> str:
+    """ "gb_per_s" and "tflop_per_s fp32" as people write them."""
+    rate, _, dtype = name.partition(" ")
+    return f"{value:.3g} {rate.replace('gb', 'GB').replace('tflop', 'TFLOP').replace('_per_', '/')} {dtype}".rstrip()
 
 
 def _number(value: float | None, form: str) -> str:

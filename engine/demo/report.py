@@ -92,7 +92,7 @@ def _costs(stock: StepCost, tiled: StepCost) -> Table:
 def _memory_figure(stock: StepCost, tiled: StepCost) -> Figure:
     figure, axes = panel(9.2, 3.6, "One training step of one image: memory above what the process held before")
     mib = 2**20
-    end = max(cost.curve[-1][0] if cost.curve else 0.0 for cost in (stock, tiled))
+    end = 1.03 * max(cost.curve[-1][0] if cost.curve else 0.0 for cost in (stock, tiled))
     for name, cost, color in (("stock PyTorch", stock, "tab:red"), ("gigamorph", tiled, "tab:blue")):
         if cost.curve:
             seconds, used = zip(*cost.curve, strict=True)

@@ -137,6 +137,23 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / DESCRIPTION).is_file()
 
 
+def require_no_run(folder: str | Path) -> None:
+    """Refuse the folder that `gigamorph train` wrote where a network is asked for.
+
+    Raises:
+        DataError: it is one; with what to name.
+    """
+    run = Path(folder) / "best.ckpt"
+    if run.is_file():
+        raise DataError(f"{folder}: is the folder of a run; name its checkpoint, {run}")
+    fold = Path(folder) / "fold1" / "best.ckpt"
+    if fold.is_file():
+        raise DataError(
+            f"{folder}: holds the runs of a cross-validation; name the checkpoint of one, {fold}, or make an "
+            f"ensemble: gigamorph import {fold} --out one, likewise two, and gigamorph import one two --out all"
+        )
+
+
 def read_description(folder: str | Path) -> Description:
     """What the folder of a network says.
 
@@ -147,15 +164,7 @@ def read_description(folder: str | Path) -> Description:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
-        run = Path(folder) / "best.ckpt"
-        if run.is_file():
-            raise DataError(f"{folder}: is the folder of a run; name its checkpoint, {run}") from error
-        fold = Path(folder) / "fold1" / "best.ckpt"
-        if fold.is_file():
-            raise DataError(
-                f"{folder}: holds the runs of a cross-validation; name the checkpoint of one, {fold}, or make an "
-                f"ensemble: gigamorph import {fold} --out one, likewise two, and gigamorph import one two --out all"
-            ) from error
+        require_no_run(folder)
         raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; import it again") from error

@@ -13,7 +13,7 @@ import torch
 from ..errors import DataError, GigamorphError
 from ..models.checkpoints import INDEX
 from ..models.compat import make_torchvision_importable
-from ..models.folder import Description, Preprocessing
+from ..models.folder import Description, Preprocessing, require_no_run
 from ..models.outputs import Outputs
 from ..models.spec import Spec
 
@@ -43,6 +43,7 @@ def weights_in(path: Path) -> Path:
         return path
     found = next((path / name for name in (*_NAMES, *_SHARDED) if (path / name).is_file()), None)
     if found is None:
+        require_no_run(path)
         raise DataError(f"{path}: has none of {', '.join(_NAMES)}; name the weights file itself")
     return found
 

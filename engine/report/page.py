@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..files import write_atomically
 
-_NUMBER = re.compile(r"[+\-−]?\.?\d")
+_NUMBER = re.compile(r"[+\-−]?\.?\d(?![\da-f]{11})")  # a commit is no number
 
 
 @dataclass(frozen=True)

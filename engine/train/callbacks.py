@@ -22,7 +22,7 @@ from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
 from .interrupt import Interrupt, InterruptedTraining
-from .loggers import log_row
+from .loggers import log_row, numbers_of
 from .module import StageModule, remedy, where_it_goes_on
 from .run import seed_of
 from .stages import train_mode
@@ -101,6 +101,7 @@ class Epochs(Callback):
             if state.end_epoch(stage, row, kept):
                 self._save(trainer, module, "best.ckpt")
         self._save(trainer, module, "last.ckpt")
+        pl_module.log_dict(numbers_of(row), logger=False)  # for callbacks of users (trainer.callback_metrics)
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)
             _log(trainer, state.rows[-1])

@@ -147,9 +147,13 @@ def logged(loggers: Sequence[Logger], settings: Mapping[str, Any], rows: Sequenc
 
 def log_row(logger: Logger, row: Mapping[str, Any]) -> None:
     """The numbers of an epoch's row in ``log.csv``."""
-    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
-    logger.log_metrics(numbers, step=row["epoch"])
+    logger.log_metrics(numbers_of(row), step=row["epoch"])
     logger.save()
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """What of an epoch's row in ``log.csv`` is a number, by name."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 
 def make_callbacks(names: Sequence[str]) -> list[Callback]:

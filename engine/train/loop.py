@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
+from ..models.weights import first_line
 from ..parallel.process_group import ProcessGroup
 from .callbacks import Epochs
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
@@ -34,6 +35,7 @@ from .task import Task
 make_torchvision_importable()
 
 import lightning.pytorch as pl  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -166,7 +168,10 @@ def _fit(
             use_distributed_sampler=False,
         )
         module = StageModule(task, stage, state, run, record)
-        trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
+        try:
+            trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
+        except MisconfigurationException as error:  # of callbacks, as one that logs where there is no logger
+            raise GigamorphError(f"{first_line(error)} (callbacks that log need one: --log csv)") from error
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:

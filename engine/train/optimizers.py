@@ -46,7 +46,7 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         raise GigamorphError(f"optimizer {stage.optimizer!r} has no weight decay; set weight_decay to 0")
     try:
         return make(groups, lr=stage.lr, **options)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever its class raises for values that it cannot take
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise GigamorphError(
             f"optimizer {stage.optimizer!r} cannot be made{' with ' * bool(told)}{told}: {error}"

@@ -73,6 +73,8 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
         and not key.startswith("_")
     }
     name = stage.schedule.lower()
+    if name == "reducelronplateau":
+        raise GigamorphError(f"schedule {stage.schedule!r}: schedule.plateau = EPOCHS divides the rate by ten so")
     if name not in there:
         raise GigamorphError(
             f"schedule {stage.schedule!r} is unknown; take one of constant, cosine, linear, "
@@ -81,6 +83,9 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     every = 1 if name in _PER_STEP else max(steps_of_epoch, 1)
     taken = inspect.signature(there[name]).parameters
     count = stage.epochs * max(steps_of_epoch, 1) // every
+    own = stage.schedule_options.get("total_steps")
+    if isinstance(own, int) and own < count:
+        raise GigamorphError(f"schedule {stage.schedule!r}: total_steps is {own}, the run has {count}; leave it out")
     counted = {key: count for key in ("T_max", "total_steps", "total_iters") if key in taken}
     relative = {"max_lr": 1.0} if name == "onecyclelr" else {}
     still = {"cycle_momentum": False} if "cycle_momentum" in taken else {}
@@ -127,7 +132,7 @@ def _tried(
 
     try:
         begin()
-    except (AssertionError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever its class raises for values that it cannot take
         told = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
         raise GigamorphError(f"schedule {stage.schedule!r} cannot be made with {told}: {error}") from error
     return begin

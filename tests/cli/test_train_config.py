@@ -95,10 +95,21 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
     [
         (["-o", "optimizer.lrr=1"], "key 'optimizer.lrr' is unknown; there are name, lr"),
         (["-o", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast', not a number"),
+        (["-o", "lr=1"], "key 'lr' is unknown; optimizer.lr is one; there are model, weights"),
+        (["-o", "optimizer=sgd"], "key 'optimizer' is 'sgd', not a table; optimizer.name is a key of it"),
+        (["--batch_size", "8"], "No such option '--batch_size': images go one by one, --accumulate N takes N per"),
+        (["--model-ema"], "No such option '--model-ema': -o average=0.999 sets it"),
+        (["--dropout", "1"], "No such option '--dropout'. Did you mean '--out'? (gigamorph train --help)"),
+        (["-o", "optimizer.options.betas=[0.9]"], "optimizer 'adamw' cannot be made with betas=(0.9,): tuple index"),
         (["-o", "optimizer.lr"], "is no setting; write KEY=VALUE"),
         (["-o", "model.depth=2", "--model", "x"], "'model' is a value, no table"),
         (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
         (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
+        (
+            ["-o", "schedule.name=OneCycleLR", "-o", "schedule.options.total_steps=2", "-o", "epochs=3"],
+            "schedule 'OneCycleLR': total_steps is 2, the run has 3; leave it out",
+        ),
+        (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau': schedule.plateau = EPOCHS divides the rate"),
         (["-o", "loss.focal=-1"], "loss.focal is -1"),
         (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each of the stages has its own; leave it out"),
         (["--epochs", "20", "--config", "stages.toml"], "--epochs: each of the stages has its own; set stages in"),
@@ -190,6 +201,8 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     (tmp_path / "cv" / "config.toml").unlink()
     assert run("train", table, "--out", tmp_path / "cv", "--resume") == 2
     assert "holds the runs of a cross-validation" in capsys.readouterr().err
+    assert run("import", tmp_path / "cv", "--out", tmp_path / "ensemble") == 2
+    assert "make an ensemble: gigamorph import" in capsys.readouterr().err
     evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]
     assert run(*evaluated, "--out", tmp_path / "measured") == 0
 
@@ -320,6 +333,22 @@ def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
     )
     assert run("train", phantoms, *FAST, "--callback", "looking:Look", "--out", "run") == 0
     assert (tmp_path / "seen").read_text() == "1"
+
+
+def test_lightnings_own_callbacks_see_the_scores(phantoms, tmp_path, monkeypatch, capsys):
+    """What stands in log.csv can be monitored; what cannot be used is one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stopping.py").write_text(
+        "from lightning.pytorch.callbacks import EarlyStopping\n"
+        "def early():\n"
+        "    return EarlyStopping('train_loss', stopping_threshold=1e9, patience=9)\n"
+    )
+    callbacks = ["--callback", "stopping:early", "--callback", "lightning.pytorch.callbacks:LearningRateMonitor"]
+    assert run("train", phantoms, *FAST, "--epochs", "3", *callbacks, "--log", "csv", "--out", "run") == 0
+    assert len(rows("run/log.csv")) == 1
+    assert run("train", phantoms, *FAST, *callbacks[2:], "--out", "other") == 2
+    error = capsys.readouterr().err
+    assert "no logger" in error and "--log csv" in error and error.count("\n") == 1
 
 
 def test_every_key_is_said_what_it_is():

@@ -71,12 +71,17 @@ def test_load_gives_in_python_what_predict_writes(trained, phantoms, tmp_path):
     found = opened.predict(paths)
     assert opened.classes == ("0", "1") and found.dtype == torch.float64
     assert found[:, 1].tolist() == pytest.approx([float(row["p_1"]) for row in images], rel=1e-5)
+    log_odds = torch.tensor([float(row["log_odds_1"]) for row in images], dtype=torch.float64)
+    assert torch.allclose(found[:, 1], log_odds.sigmoid(), rtol=1e-12, atol=0)
     assert opened.predict(paths[3]).tolist() == found[3:4].tolist()
+    assert opened.predict([opened.open(paths[3]), paths[3]]).tolist() == found[3:4].tolist() * 2
     with torch.no_grad():
         logits = opened.net(opened.open(paths[3]))
     assert torch.allclose(logits.double().softmax(-1), found[3:4])
     with pytest.raises(GigamorphError, match="path of its file"):
         opened.predict([torch.zeros(1, 8, 8)])
+    with pytest.raises(GigamorphError, match="device 'gpu' is none of torch's; take cpu or cuda"):
+        load(trained / "best.ckpt", device="gpu")
 
 
 def test_predictions_say_their_split_and_are_measured_by_split(trained, phantoms, tmp_path, capsys):

@@ -100,6 +100,8 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
         page.wait(PAINTED)
         page.wait(LOADED)
         assert page.run("return document.getElementById('position').textContent") == "1 / 3"
+        told = page.run("return document.querySelector('.told').textContent")
+        assert re.search(r"p\(1\) = 0\.\d{3}, label [01]", told)
         if folder := os.environ.get("GIGAMORPH_SCREENSHOTS"):
             page.screenshot(Path(folder) / "view.png")
         # Every image is seen whole, with its chest wall in the middle of the page.
@@ -133,6 +135,11 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
         )
         boxes = page.run("return document.querySelectorAll('.box').length")
         assert boxes == sum(len(s["boxes"]) for s in page.run("return state.shown.map(s => s.view)"))
+        # Of two images of one side and view both are seen.
+        page.run("const {views} = DATA.exams[state.order[state.at]]; views.unshift({...views[0]}); show()")
+        where = "const {x, y} = cell.getBoundingClientRect(); return `${x} ${y}`;"
+        places = page.run(f"return [...document.querySelectorAll('.view')].map(cell => {{ {where} }})")
+        assert len(places) == len(set(places)) == 5
         assert page.errors() == []
 
 

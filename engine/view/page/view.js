@@ -56,7 +56,8 @@ function toldPredictions(view) {
     const wrong = truth !== undefined && !view.numbers && Math.abs(value - truth) > 0.5;
     const number = view.numbers ? value.toPrecision(4) : value.toFixed(3);
     const known = truth === undefined ? "" : `, label ${truth}`;
-    lines.push(`<div class="${wrong ? "wrong" : ""}">${escaped(name)}: ${number}${known}</div>`);
+    const what = view.numbers ? name : `p(${name})`;
+    lines.push(`<div class="${wrong ? "wrong" : ""}">${escaped(what)} = ${number}${known}</div>`);
   }
   return lines;
 }
@@ -80,21 +81,33 @@ function show() {
   const hung = sides.has("R") && sides.has("L");
   const columns = hung ? 2 : Math.ceil(Math.sqrt(exam.views.length));
   root.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
-  const rows = hung ? [...new Set(exam.views.map((view) => view.view))] : [];
+  const rows = hung ? hangingRows(exam.views) : [];
   // All cells first: a viewer opens at the size that its cell has then.
-  const cells = exam.views.map((view) => {
+  const cells = exam.views.map((view, i) => {
     const cell = document.createElement("div");
     cell.className = "view";
     cell.innerHTML = `<div class="image"></div><div class="told${hung && view.side === "L" ? " right" : ""}">${told(view)}</div>`;
     if (hung) {
       cell.style.gridColumn = view.side === "L" ? 2 : 1;
-      cell.style.gridRow = rows.indexOf(view.view) + 1;
+      cell.style.gridRow = rows[i];
     }
     root.append(cell);
     return cell;
   });
   state.shown = exam.views.map((view, i) => ({ view, viewer: opened(cells[i].querySelector(".image"), view), masks: {} }));
   apply();
+}
+
+// The row of each view, in their order: of several images of one side and view each has its own.
+function hangingRows(views) {
+  const seen = {};
+  const places = views.map((view) => {
+    const here = `${view.view} ${view.side === "L"}`;
+    seen[here] = (seen[here] || 0) + 1;
+    return `${view.view} ${seen[here]}`;
+  });
+  const rows = [...new Set(places)];
+  return places.map((place) => rows.indexOf(place) + 1);
 }
 
 // Tiles of an image or of a mask over it, which has the same scales.

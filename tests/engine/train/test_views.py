@@ -135,6 +135,10 @@ def test_a_run_from_table_to_tables(
         together = trained.predict_exam(own[patient])
         assert float(torch.logit(together)[1]) == pytest.approx(float(z), rel=1e-5, abs=1e-6)
     assert trained.predict(own[exams.patients[0]]).shape == (2, 2)
+    alone = own[exams.patients[0]][0]
+    assert trained.predict_exam(alone).equal(trained.predict_exam([alone]))
+    with pytest.raises(GigamorphError, match="one view at least"):
+        trained.predict_exam([])
     logits = torch.cat([trained.net(trained.open(path)) for path in own[exams.patients[0]]]).double().detach()
     if views == "attention":
         shares = torch.softmax(logits[:, 2], 0)
