@@ -37,6 +37,7 @@ from ..tiling.stored_maps import Gradients
 from .branches import Supposed
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
+from .saved_elsewhere import SavedElsewhere
 from .stage_function import OwnNode, StageFunction, Way
 
 
@@ -83,6 +84,7 @@ class Forward:
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
         self.supposed = Supposed(program, device)
+        self.saved = SavedElsewhere(prepared.brought, prepared.staged.place)
         self._apart: dict[int, Tensor] = {}
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
@@ -116,12 +118,14 @@ class Forward:
         if isinstance(step, Stage):
             self.stage(number, again and any(number == part.stop - 1 for part in staged.segments))
         else:
-            run_vector_op(staged, step, self.env, self.device)
+            with self.saved.saving(step.inputs):
+                run_vector_op(staged, step, self.env, self.device)
+            self.saved.add(self.env, step.outputs)
 
     def let_go(self, number: int) -> None:
         """Forget the values that no step after one reads."""
         for value in self.prepared.last_use.get(number, ()):
-            self.env.pop(value, None)
+            self.saved.forget(value, self.env.pop(value, None))
 
     def stage(self, number: int, deferred: bool = False) -> None:
         """Run the stage at a place among the steps; see `Scan.deferred`."""
@@ -129,7 +133,7 @@ class Forward:
         how = Way(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
-            results = StageFunction.apply(scan, how, places, *tensors.values(), *vectors)
+            results = StageFunction.apply(scan, how, self.saved, places, *tensors.values(), *vectors)
             self.take_over(scan.tiled.stage.results, results)  # pyright: ignore[reportArgumentType]
         else:
             captured = None if how.whole is None else how.whole.forward(scan, vectors)

@@ -15,6 +15,7 @@ from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
+from ..planning.between import brought
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
@@ -126,6 +127,11 @@ class Prepared:
     def stage_maps(self) -> dict[int, int]:
         """The stored maps that nothing but stages reads, and how many stages do; none of an image that is split."""
         return self.staged.stage_maps() if self.shard is None else {}
+
+    @cached_property
+    def brought(self) -> frozenset[int]:
+        """What autograd keeps elsewhere between the passes, and a stage's backward brings to the device."""
+        return frozenset() if self.staged.place == "device" or self.shard is not None else brought(self.staged)
 
     @cached_property
     def stage_number(self) -> dict[int, int]:

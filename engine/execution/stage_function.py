@@ -19,6 +19,7 @@ from ..tiling.forward import ForwardPass
 from ..tiling.scan import Scan
 from ..tiling.spatial import SpatialShard
 from ..tiling.stored_maps import add_reader
+from .saved_elsewhere import Elsewhere, SavedElsewhere
 
 
 class Way(NamedTuple):
@@ -37,12 +38,13 @@ class StageFunction(torch.autograd.Function):
         ctx: Any,
         scan: Scan,
         how: Way,
+        saved: SavedElsewhere,
         sources: dict[int, int],
         *tensors: Tensor,
     ):
         """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
         ctx.how, ctx.sources, ctx.turn = how, sources, turns.current()
-        wants = ctx.needs_input_grad[3:]
+        wants = ctx.needs_input_grad[4:]
         wanted = [v for v, place in sources.items() if wants[place]]
         for v in wanted:
             add_reader(tensors[sources[v]], 1)
@@ -63,7 +65,9 @@ class StageFunction(torch.autograd.Function):
         )
         reread = [t for v, t in zip(tiled.stage.results, results, strict=True) if v in tiled.reread]
         ctx.count = len(tensors)
-        ctx.save_for_backward(*tensors, *reread)
+        packed = {n: saved.pack(vector) for n, vector in enumerate(vectors, count)}
+        ctx.elsewhere = {n: one for n, one in packed.items() if isinstance(one, Elsewhere)}
+        ctx.save_for_backward(*(None if n in ctx.elsewhere else t for n, t in enumerate(tensors)), *reread)
         # Stored maps and vectors autograd keeps between the passes, and lets them go when it can.
         ctx.scan, ctx.kept = scan.without_maps(), kept
         if kept is not None and not kept.recorded:
@@ -74,9 +78,12 @@ class StageFunction(torch.autograd.Function):
     @once
     def backward(ctx: Any, *grads: Tensor | None):
         saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
-        tensors, reread = saved[: ctx.count], saved[ctx.count :]
-        wants = ctx.needs_input_grad[3:]
+        tensors, reread = list(saved[: ctx.count]), saved[ctx.count :]
+        wants = ctx.needs_input_grad[4:]
         count, last = len(ctx.sources), not keeps_graph()
+        for place, one in ctx.elsewhere.items():
+            tensors[place] = one.bring()
+        ctx.elsewhere = {} if last else ctx.elsewhere
         scan: Scan = ctx.scan.with_maps({v: tensors[place] for v, place in ctx.sources.items()})
         stage = scan.tiled.stage
         stored = dict(zip((v for v in stage.results if v in scan.tiled.reread), reread, strict=True))
@@ -116,7 +123,7 @@ class StageFunction(torch.autograd.Function):
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)
             results.append(total if total is None else _with_strides_of(vector, total))
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 class OwnNode(torch.autograd.Function):

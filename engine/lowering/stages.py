@@ -96,6 +96,12 @@ class Stage:
         return frozenset(self.vectors) - kept
 
     @cached_property
+    def kernels(self) -> frozenset[int]:
+        """The vectors that convolutions read, which are given in the memory order of maps."""
+        convs = (local.op for local in self.locals if "conv" in local.op.name or local.op.name == "fused_stem")
+        return frozenset(v for op in convs for v in op.inputs if len(self.program.values[v].shape) == 4)
+
+    @cached_property
     def reach(self) -> dict[int, frozenset[int]]:
         """The sources and vectors that each result's gradient reaches, if there is one."""
         values = self.program.values

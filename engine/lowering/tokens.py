@@ -24,15 +24,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..capture.trace import Op, Ref, bind
 from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
+from .ops.contract import labels
 from .ops.names import ELEMENTWISE
 from .ops.reshape import place_of
 
 _PER_POSITION = frozenset(
     [*ELEMENTWISE, "linear", "layer_norm", "rms_norm", "softmax", "log_softmax", "normalize", "dropout"]
 )
-_RESHAPES = frozenset({"reshape", "view"})
-_MOVES = frozenset({"permute", "transpose", "swapaxes", "unbind", "chunk", "unsqueeze", "squeeze"})
-_PRODUCTS = frozenset({"matmul", "__matmul__"})
+_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
+_MOVES = frozenset(
+    "permute transpose swapaxes swapdims movedim moveaxis mT mH unbind chunk split select unsqueeze squeeze".split()
+)
+_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm"})
 _LIKE = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
 
 
@@ -135,6 +138,8 @@ class Tokens:
             joined = self.together(right) if right in self.joined else []
             made = self._both(op, (left,))
             return None if made is None else [*joined, *made]
+        if op.name == "einsum":
+            return self._einsum(op)
         if op.name in _RESHAPES:
             return self._reshaped(op, values[0])
         if op.name in _MOVES or op.name == "__getitem__":
@@ -196,6 +201,26 @@ class Tokens:
         rows, before = self._cut(cut, self.joined[query].count)
         made = self._both(op, (query,), rows, {key, value} - {query})
         return None if made is None else [*joined, *before, *made]
+
+    def _einsum(self, op: Op) -> list[Op] | None:
+        """Queries times keys, weights times values: one operand by parts, the other whole."""
+        operands = op.args[1] if isinstance(op.args[1], (list, tuple)) else op.args[1:]
+        values = [ref.value for ref in operands]
+        terms, output = labels(op.args[0], [len(self.maps.shape(v)) for v in values])
+        if len(values) != 2 or values[0] == values[1]:
+            return None
+        places = {
+            output.index(label): side
+            for side, value in enumerate(values)
+            if value in self.joined and (label := terms[side][self.joined[value].axis]) in output
+            if label not in terms[1 - side]
+        }
+        if not places:
+            return None
+        side = places[min(places)]  # a softmax goes along the other's positions, which come last
+        joined = self.together(values[1 - side])
+        made = self._both(op, (values[side],))
+        return None if made is None else [*joined, *made]
 
     def _cut(self, cut: dict[int, int], count: int) -> tuple[dict[int, tuple[int, int]], list[Op]]:
         """Vectors with an index for each token and position, in two along an axis."""

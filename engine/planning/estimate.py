@@ -29,8 +29,9 @@ from ..lowering.stages import Stage, StagedProgram
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import Schedules, TiledStage
 from . import constants
+from .between import value_bytes
 from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
-from .lifetimes import made_whole, stored_times, value_bytes
+from .lifetimes import made_whole, stored_times
 from .plan import Plan
 from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
@@ -140,9 +141,7 @@ class Estimate:
             own = {v: _nbytes(values[v].shape, cast_dtype(stage, v, values[v].dtype, autocast)) for v in stage.vectors}
             vectors.update(own)
             alone = {packing.weight for packing in stage.packings}  # see `Scan.prepare`
-            kernels = (
-                own[v] for v in own if len(values[v].shape) == 4 and max(values[v].shape[2:]) > 1 and v not in alone
-            )
+            kernels = (own[v] for v in stage.kernels - alone if v in own and max(values[v].shape[2:]) > 1)
             packed = sum(own[packing.weight] for packing in stage.packings)
             copies, self.stage_bytes = max(copies, sum(kernels) + packed), max(self.stage_bytes, sum(own.values()))
         counted = made_whole(staged) if self.stored_bytes else frozenset[int]()

@@ -12,8 +12,8 @@ from ..errors import BudgetError, NoRoomError
 from ..lowering.ops import Local, Maps, Node
 from ..tiling.memory import format_bytes
 from . import constants
+from .between import value_bytes
 from .libraries import convolutions, least_cpu_libraries
-from .lifetimes import value_bytes
 from .request import Request
 
 

@@ -14,26 +14,9 @@ from ..capture.trace import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram
+from .between import COPIES, LOOKS, brought, takes, value_bytes
 
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
-
-
-def value_bytes(value: Value) -> int:
-    """Bytes of a tensor of this shape and dtype."""
-    return math.prod(value.shape) * value.dtype.itemsize
-
-
-def _reads(step: Op | VectorOp | Stage) -> Sequence[int]:
-    """What a step takes whole: maps and vectors."""
-    if isinstance(step, Stage):
-        return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
-    return step.inputs
-
-
-# What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what
-# these take but the places that they are told.
-_LOOKS = frozenset("view unflatten permute transpose unsqueeze squeeze expand".split())
-_COPIES = _LOOKS - {"expand"} | {"__getitem__", "index_select", "gather", "reshape", "flatten", "contiguous"}
 
 
 def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]:
@@ -43,11 +26,11 @@ def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]
     # A part of a tensor that is told by numbers keeps all of it.
     copies = (
         isinstance(step, Op)
-        and step.name in _COPIES
+        and step.name in COPIES
         and not step.mutated
         and (step.name != "__getitem__" or len(step.inputs) > 1)
     )
-    yield from (v for v in _reads(step) if not copies or not values[v].takes_grad)
+    yield from (v for v in takes(step) if not copies or not values[v].takes_grad)
 
 
 def made_whole(staged: StagedProgram) -> frozenset[int]:
@@ -69,7 +52,7 @@ class _Lifetimes:
         state = set(staged.program.state())
         for number, step in enumerate(steps):
             outputs = step.stored if isinstance(step, Stage) else step.outputs
-            if isinstance(step, Op) and step.name in _LOOKS and state.issuperset(step.inputs):
+            if isinstance(step, Op) and step.name in LOOKS and state.issuperset(step.inputs):
                 state.update(outputs)  # the memory of a parameter or buffer
                 outputs = ()
             if isinstance(step, Stage):
@@ -77,7 +60,7 @@ class _Lifetimes:
             if isinstance(step, VectorOp):
                 outputs = [v for v in outputs if v in staged.maps]
             made.update((v, number) for v in outputs)
-            for v in _reads(step):
+            for v in takes(step):
                 last[v] = max(last.get(v, 0), number)
                 readers.setdefault(v, []).append(number)
         split = any(stage.offsets for stage in staged.stages)
@@ -115,12 +98,16 @@ class _Lifetimes:
         self.grown = self.held & of_each(lambda v: v in wanted, bool)
         self.first_read, self.unvalued = of_each(first_read, np.float64), of_each(unvalued.__contains__, bool)
         self.by_rows = self.movable & row_by_row
+        self.brought = of_each(brought(staged).__contains__, bool)
         self.is_stage = [isinstance(step, Stage) for step in steps]
 
     def elsewhere(self) -> _Lifetimes:
-        """The same where maps that stages alone read are kept elsewhere: they count nothing."""
+        """The same where maps that stages alone read are kept elsewhere: they count nothing.
+
+        What is made whole for a stage is here while that is computed, and in its backward.
+        """
         found = copy.copy(self)
-        found.size = np.where(self.movable, 0, self.size)
+        found.size, found.held = np.where(self.movable, 0, self.size), self.held & ~self.brought
         return found
 
     def _bytes(self, there: np.ndarray) -> np.ndarray:

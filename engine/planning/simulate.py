@@ -33,7 +33,7 @@ from ..tiling.record import Kept, Recorded, consumers_of, run_tile
 from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
-from .lifetimes import value_bytes
+from .between import value_bytes
 
 
 class _Meter(TorchDispatchMode):

@@ -24,7 +24,8 @@ from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
-from .lifetimes import stored_peaks, value_bytes
+from .between import brought, value_bytes
+from .lifetimes import stored_peaks
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _makes(step: Op | VectorOp | Stage) -> Sequence[int]:
 
 
 def moved_bytes(staged: StagedProgram, training: bool) -> int:
-    """Bytes of the maps that stages alone read which a step writes and reads, if they are kept elsewhere."""
+    """Bytes of what a step writes and reads elsewhere, if maps that stages alone read are kept there."""
     values, stage_maps = staged.program.values, staged.stage_maps()
     inside = {n for part in staged.segments for n in part}
     total = 0
@@ -234,4 +235,4 @@ def moved_bytes(staged: StagedProgram, training: bool) -> int:
             total += (read + written) * (1 + (training and number in inside))
             if training:  # sources and gradients; a gradient of a source is added to
                 total += 3 * read + written
-    return total
+    return total + (2 * sum(value_bytes(values[v]) for v in brought(staged)) if training else 0)

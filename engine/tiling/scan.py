@@ -257,7 +257,8 @@ class Scan:
         packed = {packing.weight for packing in packings}
         for value, vector in zip(stage.vectors, vectors, strict=True):
             vector = vector.detach()
-            maps = vector.dim() == 4 and vector.device.type == self.device.type and value not in packed
+            kernel = value in stage.kernels and value not in packed
+            maps = kernel and vector.device.type == self.device.type
             dtype = cast_dtype(stage, value, vector.dtype, self.autocast)
             if dtype != vector.dtype:
                 form = self.memory_format if maps else torch.preserve_format

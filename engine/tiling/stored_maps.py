@@ -21,7 +21,7 @@ from ..lowering.ops import Axes
 from .halos import empty, memory_order, unpermute
 from .page_pool import PagePool, Pages
 
-_LEAST = 1 << 20  # bytes; smaller maps are left to the C library
+LEAST_BYTES = 1 << 20  # bytes; smaller maps are left to the C library
 _PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
 
 
@@ -64,7 +64,7 @@ def _new_map(
     if place == "host" and torch.cuda.is_available():
         dense = torch.empty([shape[d] for d in order], dtype=pattern.dtype, pin_memory=True)
         return unpermute(dense.zero_() if zero else dense, order)
-    if here != "cpu" or size < _LEAST or isinstance(pattern, FakeTensor):
+    if here != "cpu" or size < LEAST_BYTES or isinstance(pattern, FakeTensor):
         made = empty(pattern if place == "device" else pattern.new_empty(0, device="cpu"), shape, order)
         return made.zero_() if zero else made
     if place == "disk":

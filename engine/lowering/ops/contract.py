@@ -31,11 +31,11 @@ def einsum(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     values = [ref.value for ref in operands]
-    terms, output = _labels(equation, [len(maps.shape(v)) for v in values])
+    terms, output = labels(equation, [len(maps.shape(v)) for v in values])
     return contraction(op, maps, values, terms, output)
 
 
-def _labels(equation: str, ranks: Sequence[int]) -> tuple[list[Term], Term]:
+def labels(equation: str, ranks: Sequence[int]) -> tuple[list[Term], Term]:
     """The labels of the operands and of the result; those of an ellipsis are numbers, counted from after."""
     left, arrow, right = equation.replace(" ", "").replace("...", ".").partition("->")
     terms: list[Term] = []

@@ -35,6 +35,16 @@ class Block(nn.Module):
         q, k, v = qkv.unbind(0)
         if self.form == "matmul":
             y = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        elif self.form == "einsum":
+            y = torch.einsum("bhid,...hjd->bhij", q, k).softmax(dim=-1)
+            y = torch.einsum("bhij, bhjd -> bhid", [y, v])
+        elif self.form == "other names":
+            q, k, v = (t.swapdims(1, 2).flatten(2) for t in (q, k, v))
+            q, k, v = (t.unflatten(2, (HEADS, -1)).movedim(2, 1) for t in (q, k, v))
+            y = (q @ k.mT).softmax(dim=-1) @ v
+        elif self.form == "bmm":
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            y = torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v).unflatten(0, (n, HEADS))
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         y = self.out(y.transpose(1, 2).reshape(n, count, -1))
@@ -88,7 +98,10 @@ def image(n: int = 2) -> Tensor:
     return torch.randn(n, 2, H, W, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("form", ["sdpa", "matmul", "biased"])
+FORMS = ["sdpa", "matmul", "biased", "einsum", "other names", "bmm"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_class_token_with_an_embedding_of_all(form):
     assert_exact(network(form), image(), tile=(6, 8))
 
@@ -155,9 +168,10 @@ def test_what_goes_across_both_is_put_together(way):
     assert_exact(Across(way).double(), image(), tile=(6, 8))
 
 
-def test_only_keys_and_values_are_ever_whole():
+@pytest.mark.parametrize("form", FORMS)
+def test_only_keys_and_values_are_ever_whole(form):
     """A perceptron's hidden layer, queries and scores are maps; of each attention K and V are taken whole."""
-    _, nodes = sort(capture(network(), (1, 2, H, W), torch.float64, torch.device("cpu")))
+    _, nodes = sort(capture(network(form), (1, 2, H, W), torch.float64, torch.device("cpu")))
     vectors = [node.op for node in nodes if isinstance(node, Whole)]
     assert len([op for op in vectors if op.name == "cat"]) == 4  # K and V of two blocks
     assert sum(isinstance(node, Local) for node in nodes) > 20

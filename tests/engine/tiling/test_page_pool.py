@@ -109,7 +109,7 @@ class Live(nn.Module):
 
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr(maps_module, "_LEAST", 1)
+    monkeypatch.setattr(maps_module, "LEAST_BYTES", 1)
     return randomize(Live().double()).train()
 
 

@@ -63,7 +63,7 @@ def on_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return away[:1] or every[:1]
 
     monkeypatch.setattr(PLAN, "strategies", choose)
-    monkeypatch.setattr(maps_module, "_LEAST", 1)
+    monkeypatch.setattr(maps_module, "LEAST_BYTES", 1)
     return taken
 
 

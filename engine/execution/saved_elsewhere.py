@@ -1,0 +1,105 @@
+"""What autograd saves of keys and values lies elsewhere between the passes, where the plan keeps maps there.
+
+A stage has the keys and values that all its queries ask on the device, and so has its backward. In between they lie
+where stored maps do: each tensor is written there once, whoever saves it, and brought back by whoever needs it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from ..tiling.stored_maps import let_files_go, new_map
+
+
+class _Kept:
+    """The memory of one tensor, written elsewhere when somebody first saves the tensor."""
+
+    def __init__(self, place: str):
+        self.place = place
+        self.values: set[int] = set()  # that lie in it
+        self._away: Tensor | None = None
+        self._here: TensorWeakRef | None = None
+
+    def write(self, memory: Tensor) -> None:
+        if self._away is None:
+            self._away = new_map(memory, None, self.place).copy_(memory)
+            let_files_go([self._away])
+
+    def bring(self, device: torch.device) -> Tensor:
+        """The memory on the device; once for all that have it there at a time."""
+        assert self._away is not None
+        here = None if self._here is None else self._here()
+        if here is None:
+            here = self._away.to(device, non_blocking=True)
+            self._here = TensorWeakRef(here)
+        return here
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A saved tensor that lies elsewhere."""
+
+    kept: _Kept
+    device: torch.device
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+    def bring(self) -> Tensor:
+        return self.kept.bring(self.device).as_strided(self.shape, self.strides, self.offset)
+
+
+class SavedElsewhere:
+    """The tensors of one forward that are saved elsewhere.
+
+    Args:
+        values: the values that are; none of them is changed in place.
+        place: "host" or "disk".
+    """
+
+    def __init__(self, values: Collection[int], place: str):
+        self.values, self.place = values, place
+        self._kept: dict[int, _Kept] = {}  # by the address of the memory, while it is there
+
+    def add(self, env: Mapping[int, Tensor], made: Collection[int]) -> None:
+        """Know the tensors that a step has made."""
+        for value in made:
+            if value in self.values:
+                self._kept.setdefault(_address(env[value]), _Kept(self.place)).values.add(value)
+
+    def forget(self, value: int, tensor: Tensor | None) -> None:
+        """A tensor goes: its address may become another's."""
+        kept = None if tensor is None or value not in self.values else self._kept.get(_address(tensor))
+        if kept is not None and tensor is not None:
+            kept.values.discard(value)
+            if not kept.values:
+                del self._kept[_address(tensor)]
+
+    def pack(self, tensor: Tensor) -> Tensor | Elsewhere:
+        """What is to be kept of a tensor."""
+        kept = self._kept.get(_address(tensor)) if self._kept else None
+        if kept is None:
+            return tensor
+        memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        kept.write(memory)
+        return Elsewhere(kept, tensor.device, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    def saving(self, read: Collection[int]) -> contextlib.AbstractContextManager[None]:
+        """While a call runs that reads these values: what autograd saves for it goes elsewhere."""
+        if not self._kept or not any(value in self.values for value in read):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
+
+
+def _unpack(saved: Tensor | Elsewhere) -> Tensor:
+    return saved.bring() if isinstance(saved, Elsewhere) else saved
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
