@@ -11,7 +11,7 @@ from .memory import new_blocks_on_own_pages, return_free_pages, used_bytes
 from .page_pool import PagePool
 
 _NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
-_OP_SHARE = 0.25  # of a piece of work, what one op may add
+_OP_SHARE = 0.25  # of a piece of work, what the gradient of one op may add
 _WORTH_SHARE = 0.1  # of a piece of work, what the heap should have gained before it gives back once more
 _FIRST, _EVERY = 3, 32  # steps before which the heap gives back, to see what else there is
 _GROWN_SHARE = 0.02  # of a limit, what may come into being between two steps before that is looked at again
@@ -118,11 +118,15 @@ class MemoryLimit:
                 return_free_pages()
         self._before = used_bytes()
 
-    def watch(self) -> None:
-        """Between two ops: keep the heap from growing near the limit, and see that it is not exceeded."""
+    def watch(self, new: int | None = None) -> None:
+        """Before an op: keep the heap from growing near the limit, and see that it is not exceeded.
+
+        Args:
+            new: bytes that the op makes at most; None where that is not known, as of an op's gradient.
+        """
         if not self.strict:
             return
-        used, room = used_bytes(), self.bytes - int(_OP_SHARE * self.work)
+        used, room = used_bytes(), self.bytes - (int(_OP_SHARE * self.work) if new is None else new)
         if self._alone != (used > room):
             self._alone = used > room
             new_blocks_on_own_pages(self._alone)

@@ -79,6 +79,8 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
     for local in tiled.stage.locals:
         outputs = local.op.outputs
         if tiled.computes(outputs[0], tile.i, tile.j) and (only is None or any(v in only for v in outputs)):
+            if watch is not None:
+                watch(tiled.new_bytes(local, tile.i, tile.j))
             blocks = tile.run(local)
             if local.gathers is not None and reads_left[local.gathers.value] > 1:
                 tile.blocks[local.gathers.value] = blocks[-1]
@@ -86,8 +88,6 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
                 replaced = publish(tile, value, block)
                 if reads_left.get(value):
                     tile.blocks[value] = block if replaced is None else replaced
-            if watch is not None:
-                watch()
         for value in local.reads:
             reads_left[value] -= 1
             if not reads_left[value]:
@@ -118,11 +118,11 @@ def has_grad(consumer: Consumer) -> bool:
 class _Watch:
     """A hook of a gradient that has a look at the memory; it must not hold the graph that it hangs on."""
 
-    def __init__(self, watch: Callable[[], None]):
+    def __init__(self, watch: Callable[[int | None], None]):
         self.watch = watch
 
     def __call__(self, _grad: Tensor) -> None:
-        self.watch()
+        self.watch(None)
 
 
 class Recorded:

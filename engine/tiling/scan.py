@@ -188,8 +188,8 @@ class Scan:
         return None if self.memory_limit is None else self.memory_limit.page_pool
 
     @property
-    def watch(self) -> Callable[[], None] | None:
-        """What is to be called after every op, if anything is."""
+    def watch(self) -> Callable[[int | None], None] | None:
+        """What is to be called before every op with the bytes that it makes, if anything is."""
         limit = self.memory_limit
         return limit.watch if limit is not None and limit.strict else None
 

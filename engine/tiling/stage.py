@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Hashable
 
 from ..lowering.geometry import Access, AxisSchedule, Window, same, schedule_axis
@@ -130,6 +131,20 @@ class TiledStage:
         top, bottom = self.rows.blocks[value][i]
         left, right = self.cols.blocks[value][j]
         return top < bottom and left < right
+
+    def new_bytes(self, local: Local, i: int, j: int) -> int:
+        """Bytes that an op of tile (i, j) makes at most: its outputs, and windows that are more than a block."""
+        rects = [(v, self.block(v, i, j)) for v in local.op.outputs if v not in self.in_place]
+        for value in local.reads:
+            rect = self.reads(local, value, i, j)
+            if value in self.stage.sources or rect != self.block(value, i, j):
+                rects.append((value, rect))
+        return sum(area(rect) * self._position_bytes(v) for v, rect in rects)
+
+    def _position_bytes(self, value: int) -> int:
+        """Bytes of one position of a map."""
+        info = self.stage.program.values[value]
+        return math.prod(info.shape) * info.dtype.itemsize // max(1, math.prod(self.stage.maps.size(value)))
 
     def hands_on(self, value: int, i: int, j: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of tile (i, j)'s block that later tiles need: (side, rectangle of it, rectangle of the halo)."""

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from gigamorph import accelerate
+from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.tiling import memory_limit as module
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.page_pool import PagePool, Pages
+from gigamorph.engine.tiling.tile import Tile
 
 
 class Graphs:
@@ -81,6 +83,40 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
         assert alone == [True, False, True]
         assert machine.trimmed == [1000, 1176, 1190]  # not again until the heap has got something to give back
     assert alone == [True, False, True, False]
+
+
+def test_before_an_op_there_is_room_for_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    machine.trimmed.clear()
+    with limit.watched():
+        for machine.used, new in ((1190, 10), (1000, 200), (1001, 200), (900, 250)):
+            limit.watch(new)
+    assert machine.trimmed == [1001]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_tells_what_each_op_makes(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its outputs at least, and its window where that is put together; nothing of what is written in place."""
+    told: list[int | None] = []
+    made: list[int] = []
+    run = Tile.run
+
+    def measured(tile: Tile, local: Local) -> tuple[torch.Tensor, ...]:
+        result = run(tile, local)
+        if not result[0].is_meta and local.op.outputs[0] not in tile.tiled.in_place:  # the plan's have no values
+            made.append(sum(t.nbytes for t in result))
+            assert told[-1] is not None and told[-1] >= made[-1]
+        return result
+
+    monkeypatch.setattr(Tile, "run", measured)
+    monkeypatch.setattr(MemoryLimit, "watch", lambda self, new=None: told.append(new))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 5), nn.MaxPool2d(2))
+    with torch.set_grad_enabled(training):
+        result = accelerate(net, memory_budget="64MiB", tile=16)(torch.randn(1, 1, 50, 50)).sum()
+    if training:
+        result.backward()
+    assert len(made) > 50 and any(new is not None and new > most for new, most in zip(told, made, strict=False))
 
 
 def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
