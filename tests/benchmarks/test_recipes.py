@@ -84,3 +84,15 @@ def test_committed_page_is_up_to_date():
     assert recipes.PAGE.read_text() == recipes.page(found)
     for name in RECIPES:
         assert (Path(recipes.PAGE).parent / f"{name}.md").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_claims_are_of_ten_seeds_of_the_present_task_at_committed_states(name):
+    """Seven of them held out; with a floor, and with headroom."""
+    own = json.loads(recipes.JSON.read_text())[name]
+    assert own["task"] == recipes.task_of(name) and recipes.judged(name, own) == own
+    assert list(own["seeds"]) == [str(seed) for seed in (*recipes.SEEN, *recipes.HELD_OUT)]
+    assert len(recipes.HELD_OUT) >= 7 and all(recipes.is_recorded(seed) for seed in own["seeds"].values())
+    assert recipes.get_recipe(name).synthetic.rule.floors
+    headroom = own["judged"][-1]
+    assert headroom["what"].startswith("best mean below 0.98") and headroom["holds"] is True

@@ -72,7 +72,7 @@ def find_pairs(
     left_out = [*further, *alone]
     if left_out:
         what = "which have no contralateral view or are further ones of theirs"
-        say(f"{len(left_out)} images are left out, {what}: {left_out[0].path}")
+        say(f"left out are {len(left_out)} of {len(records)} images, {what}: {left_out[0].path}")
     pairs = [Pair(sides["L"], sides["R"]) for sides in found.values() if len(sides) == 2]
     if not pairs:
         raise DataError("the table holds no pair of contralateral views")

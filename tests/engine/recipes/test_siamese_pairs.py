@@ -83,7 +83,9 @@ def test_pairs_are_of_one_exam_and_view():
     said = []
     [pair] = find_pairs([*twice, *alone[2:]], skip_unpaired=True, say=said.append)[:1]
     assert (pair.left.path, pair.right.path) == ("aLCC.npy", "aRCC.npy")
-    assert said == ["3 images are left out, which have no contralateral view or are further ones of theirs: again.npy"]
+    assert said == [
+        "left out are 3 of 5 images, which have no contralateral view or are further ones of theirs: again.npy"
+    ]
     with pytest.raises(DataError, match="no laterality"):
         find_pairs([Record("x.npy", 0, "a", "train", None, "CC")])
 
