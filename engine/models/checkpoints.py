@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,7 +205,8 @@ def load_inert(path: Path) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             foreign = [name for name in names if name not in STAND_INS]
             stand_ins += [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what that hinders is refused below
             return as_tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         _refuse_pointer(path)

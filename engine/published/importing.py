@@ -56,6 +56,8 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
                 import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
             return [Path(out)]
         return _import_layout(weights_in(path), out, wishes, say)
+    if not {":", "?"} & {*source} and (path.suffix or len(path.parts) > 1):
+        raise GigamorphError(f"{source}: no such file or folder")
     spec = Spec.parse(source)
     if wishes.layout is not None:
         raise GigamorphError(f"--layout is of a checkpoint file; {source!r} is no file that is here")
@@ -168,8 +170,10 @@ def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> i
     said = (wishes.preprocessing or {}).get("channels")
     for name in ("in_chans", "in_channels"):
         said = spec.arguments.get(name, said)
+        if said is not None and not isinstance(said, int):
+            raise GigamorphError(f"{str(spec)!r}: {name} is {said!r}, not a number of channels")
     if said is not None:
-        return int(said)
+        return said
     return channels_in(spec, tensors) or 1
 
 

@@ -1,7 +1,9 @@
 """Checkpoints in the forms in which others publish them."""
 
 import json
+import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -223,3 +225,18 @@ def test_damaged_arrays_are_refused(here, state):
     torch.save({"fc.weight": Damaged()}, here / "w.pt")
     with pytest.raises(DataError, match=r"w.pt: (not a readable weights file|holds a pickled module or other objects)"):
         read_state(here / "w.pt")
+
+
+class _Runs:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_a_pickle_of_another_protocol_is_refused_in_one_line(tmp_path, capsys):
+    """PyTorch warns of what it then refuses."""
+    (tmp_path / "module.pkl").write_bytes(pickle.dumps({"state_dict": {}, "other": _Runs()}, protocol=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="holds a pickled module or other objects"):
+            read_state(tmp_path / "module.pkl")
+    assert "it ran" not in capsys.readouterr().out

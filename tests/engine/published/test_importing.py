@@ -151,6 +151,8 @@ def test_bad_input_is_one_line_and_writes_nothing(here):
         "after # come the names": {"source": "published_nets:Pair#"},
         "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
         "2 names (a, b) do not fit 3 outputs": {"classes": ("a", "b")},
+        "downloads/gone.safetensors: no such file or folder": {"source": "downloads/gone.safetensors", "weights": None},
+        "in_channels is 'two', not a number of channels": {"source": "published_nets:Net?in_channels=two"},
     }
     for message, wishes in cases.items():
         with pytest.raises(GigamorphError) as caught:
