@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.ops import Whole
-from gigamorph.engine.lowering.ops.contract import _labels
+from gigamorph.engine.lowering.ops.contract import labels
 from gigamorph.engine.lowering.sorting import sort
 
 
@@ -143,7 +143,7 @@ def ramps_product(x: Tensor) -> Tensor:
     ],
 )
 def test_labels(equation, ranks, expected):
-    assert _labels(equation, ranks) == expected
+    assert labels(equation, ranks) == expected
 
 
 class OfEachPlace(nn.Module):

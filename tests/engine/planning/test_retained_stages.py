@@ -61,7 +61,7 @@ def test_graphs_that_have_to_go_are_made_again(monkeypatch: pytest.MonkeyPatch) 
     """Every watch finds the limit exceeded: graphs go one after the other, and the gradients stay those of stock."""
     dropped: list[int] = []
 
-    def watch(self: MemoryLimit) -> None:
+    def watch(self: MemoryLimit, new: int | None = None) -> None:
         dropped.append(self._drop())
 
     monkeypatch.setattr(MemoryLimit, "watch", watch)
