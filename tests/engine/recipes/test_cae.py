@@ -20,7 +20,7 @@ from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.cae import CaeConfig, train
 from gigamorph.engine.recipes.cae.autoencoder import MODES, ConvAutoEncoder, Stack
 from gigamorph.engine.recipes.cae.svm import fit_svm, measure_svm
-from gigamorph.engine.recipes.cae.train import Reconstruction
+from gigamorph.engine.recipes.cae.train import Reconstruction, fit_stack
 from gigamorph.engine.recipes.features import UpTo
 from gigamorph.engine.train.run import Run
 
@@ -212,6 +212,23 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, tr
         assert auc(cases.truth[:, 0], cases.scores[:, 0]) == whole[f"cae_{kernel}"]["test"]["auc"]
     stored = np.load(tmp_path / "whole" / "features.npz")
     assert stored["features"].shape == (12, 64 * 8 * 6) and list(stored["splits"][-4:]) == ["test"] * 4
+
+
+def test_the_epoch_of_the_smallest_training_error_is_kept(tmp_path, monkeypatch):
+    """The second of three, whose error is made the smallest; not the last."""
+    honest, weights = Reconstruction.loss, []
+
+    def loss(self, batch):
+        weights.append([p.detach().clone() for p in self.module.parameters()])
+        return honest(self, batch) * (3.0, 1.0, 2.0)[len(weights) - 1]
+
+    monkeypatch.setattr(Reconstruction, "loss", loss)
+    maps = np.random.default_rng(0).random((8, 3, 6, 6)).astype(np.float32)
+    config = replace(SMALL, epochs=3, batch_size=8, lr=1e-2)
+    stack = fit_stack(maps, config, Run(tmp_path))
+    kept, third = list(stack.parameters()), weights[2]  # what the third epoch begins with is what the second left
+    assert len(weights) == 3 and all(torch.equal(a, b) for a, b in zip(kept, third, strict=True))
+    assert not all(torch.equal(a, _stack(tmp_path)[f"net.{n}"]) for n, a in stack.state_dict().items())
 
 
 def test_native_resolution_with_a_pyramid(table, tmp_path):
