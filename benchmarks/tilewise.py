@@ -6,7 +6,7 @@
 
 Each runs in a process of its own: memory is the highest resident set of a step over what was there before it.
 
-    python benchmarks/tilewise.py [--tiles 10 20] [--batch 8]
+    python benchmarks/tilewise.py [--tiles 10 20] [--batch 8] [--json benchmarks/results/tilewise_cpu.json]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph import tilewise
+from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.models.compat import make_torchvision_importable
 
 SIZE = 224
@@ -77,19 +78,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiles", type=int, nargs=2, default=(10, 20), help="rows and columns of tiles")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--way", choices=WAYS, help="this one alone, in this process")
     options = parser.parse_args()
     if options.way:
         print(json.dumps(one(options.way, options.tiles[0], options.tiles[1], options.batch)))
         return 0
+    rows = {}
     for way in WAYS:
         command = [sys.executable, str(Path(__file__)), "--way", way, "--batch", str(options.batch), "--tiles"]
         done = subprocess.run([*command, *map(str, options.tiles)], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{way:10} failed: {done.stderr.strip().splitlines()[-1:]}")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = rows[way] = json.loads(done.stdout.splitlines()[-1])
         print(f"{way:10}", "  ".join(f"{name} {value:10.4g}" for name, value in found.items()), flush=True)
+    if options.json:
+        what = {"what": "benchmarks/tilewise.py", "tiles": options.tiles, "batch": options.batch, "ways": rows}
+        options.json.write_text(json.dumps(what | {"provenance": provenance()}, indent=1) + "\n")
     return 0
 
 
