@@ -31,18 +31,17 @@ def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tu
     """
     reports: list[Report] = []
     example = parent.example()
-    for path in config.deepen if config.deepen_by == "netmorph" else ():
-        kernel = getattr(parent.network.get_submodule(path), "kernel_size", 1)
-        child, report = decompose(
-            parent.network, example, path, (kernel, 3), method="stable", act=config.act, seed=seed_of(seed)
-        )
-        reports.append(report)
-        parent = add_morph(parent, child, report)
-    for path in config.deepen if config.deepen_by == "identity" else ():
-        child, report = insert_identity(parent.network, example, path)
-        reports.append(report)
-        parent = add_morph(parent, child, report)
-        child, report = insert_activation(parent.network, example, f"{path}.1", config.act)
+    for path in config.deepen:
+        if config.deepen_by == "netmorph":
+            kernel = getattr(parent.network.get_submodule(path), "kernel_size", 1)
+            child, report = decompose(
+                parent.network, example, path, (kernel, 3), method="stable", act=config.act, seed=seed_of(seed)
+            )
+        else:
+            child, report = insert_identity(parent.network, example, path)
+            reports.append(report)
+            parent = add_morph(parent, child, report)
+            child, report = insert_activation(parent.network, example, f"{path}.1", config.act)
         reports.append(report)
         parent = add_morph(parent, child, report)
     child, report = front(
