@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import kernels
+from ..engine.tiling.arena import missing
 from ..engine.tiling.memory import available_bytes, format_bytes
 from ..engine.versions import versions
 from ..kernels.choice import failures
@@ -44,6 +45,8 @@ class Machine:
     """What Triton lacks to compile kernels; None if nothing, or without a GPU."""
     failed_kernels: tuple[str, ...] = ()
     """What failed on this GPU before, with its cause."""
+    arena_lacks: str | None = None
+    """Why steps on the CPU cannot allocate in an arena; None if they do."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def probe() -> Machine:
         memory=available_bytes(),
         shm=shm,
         kernels_lack=lacks,
+        arena_lacks=missing(),
         failed_kernels=tuple(f"{op}: {cause}" for op, causes in failed.items() for cause in causes.values()),
     )
 
@@ -108,6 +112,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ),
         ("CPU", f"{machine.cores} cores usable, torch uses {machine.threads} threads"),
         ("memory", f"{format_bytes(machine.memory)} available"),
+        ("CPU steps", "allocate in an arena" if machine.arena_lacks is None else "allocate in the C library's heap"),
         ("GPU", "; ".join(machine.gpus) or "none that torch can use"),
         ("driver", machine.driver or "no nvidia-smi"),
     ]
@@ -189,6 +194,13 @@ def _of_host(machine: Machine) -> Iterator[Problem]:
             "warning",
             f"torch uses {machine.threads} threads on {machine.cores} usable cores, which slows every step",
             f"export OMP_NUM_THREADS={machine.cores}",
+        )
+    if machine.arena_lacks is not None:
+        what, _, fix = machine.arena_lacks.partition("; ")
+        yield Problem(
+            "warning",
+            f"steps on the CPU cannot allocate in an arena and take up to 1.5 times as long under a budget: {what}",
+            fix or "apt install g++, or conda install -c conda-forge gxx",
         )
     if machine.shm is not None and machine.shm < 2**30:
         yield Problem(

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from .cache import cache_folder
+
 Times = dict[str, list[float]]  # candidate -> milliseconds of each round
 
 # A measurement serves all work that is up to this many times larger or smaller.
@@ -150,7 +152,6 @@ def measurement_file(gpu: str) -> Path:
     """Where the times of a GPU are kept."""
     import triton  # here, because whoever only asks for the mode (a CPU run) need not load it
 
-    base = os.environ.get("GIGAMORPH_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parts = [
         gpu,
         f"torch{torch.__version__}",
@@ -158,7 +159,7 @@ def measurement_file(gpu: str) -> Path:
         f"cudnn{torch.backends.cudnn.version()}",
         f"gigamorph{_source_version()}",
     ]
-    return Path(base) / "gigamorph" / "kernels" / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".jsonl")
+    return cache_folder() / "kernels" / (re.sub(r"[^\w.+-]+", "-", "_".join(parts)) + ".jsonl")
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Shared by all tests: Triton's interpreter, threads, the operator that torchvision may lack, and the real data."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def named_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The rates of this machine for `gigamorph plan`, which measures them; tests/engine/bench does so for itself."""
     monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
     return RATES
+
+
+@pytest.fixture
+def no_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on the CPU allocate in the C library's heap, as they do where no compiler is."""
+    reason = functools.cache(lambda: "a test leaves it out")
+    monkeypatch.setattr("gigamorph.engine.tiling.arena._found", reason)
 
 
 @pytest.fixture(scope="session")

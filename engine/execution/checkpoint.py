@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..module import turns
 from ..module.once import once
+from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
 from .prepared import Segment
@@ -70,7 +71,7 @@ class Checkpointed(torch.autograd.Function):
         inner = _inner_forwards(ctx.outer, ctx.inputs, ctx.images, tensors)
         device = inner[0].device
         gpus = [device] if device.type == "cuda" else []
-        with torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
+        with in_arena(device), torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
             set_random_state(ctx.random_state[0], device)
             with as_they_were(ctx.generators, ctx.random_state[1]):
                 for number in ctx.segments[0].steps:
@@ -86,7 +87,8 @@ class Checkpointed(torch.autograd.Function):
             return None, None, None, *[None] * len(tensors)
         ends, end_grads = zip(*pairs, strict=True)
         del pairs
-        results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
+        with in_arena(device):
+            results = iter(torch.autograd.grad(ends, wanted, end_grads, allow_unused=True))
         for tensor in wanted if last else ():
             add_reader(tensor, -1)
         return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)

@@ -27,6 +27,8 @@ from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning import constants
+from ..tiling.arena import arena
+from ..tiling.arena_limit import ArenaLimit
 from ..tiling.forward import ForwardPass
 from ..tiling.halos import unpermute
 from ..tiling.memory import available_bytes
@@ -106,7 +108,8 @@ class Forward:
             shared = every or together is not None
             limit = ((shared and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
-                self.memory_limit = MemoryLimit(limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
+                given, found = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict), arena()
+                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, found)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

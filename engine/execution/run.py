@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tiling.arena import in_arena
 from .checkpoint import Checkpointed
 from .forward import Forward, step_together
 from .image_batch import ImageTensor
@@ -50,7 +51,9 @@ def run(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> 
     prepared = forwards[0].prepared
     shard = prepared.shard
     number, end = first, len(prepared.staged.steps) if end is None else end
-    with contextlib.nullcontext() if shard is None else shard.same_random_numbers(forwards[0].device):
+    device = forwards[0].device
+    same = contextlib.nullcontext() if shard is None else shard.same_random_numbers(device)
+    with same, in_arena(device):
         while number < end:
             segment = prepared.segments.get(number)
             if segment is not None and torch.is_grad_enabled():

@@ -14,6 +14,7 @@ from ..lowering.folding import Folded
 from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
+from ..tiling.arena import in_arena
 from ..tiling.backward import BackwardPass, Replay
 from ..tiling.forward import ForwardPass
 from ..tiling.scan import Scan
@@ -77,6 +78,11 @@ class StageFunction(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None):
+        with in_arena(ctx.scan.device):
+            return StageFunction._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, *grads: Tensor | None):
         saved = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         tensors, reread = list(saved[: ctx.count]), saved[ctx.count :]
         wants = ctx.needs_input_grad[4:]

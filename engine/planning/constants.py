@@ -23,9 +23,11 @@ CHANNEL_BLOCK = 16
 # The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget
 # is ours to say (`memory_limit.py`), as a share of a tile's activations: at least; and of what retained tiles hold.
 HEAP_SHARE, HELD_SHARE = 0.1, 0.05
-# Without a budget it takes so much (fitted to ResNet-18 and -50, benchmarks/results/memory_cpu.json). A training step
-# under a budget lets it have that before graphs of tiles are retained: EfficientNet-B0 takes 0.85 of the time then,
-# ResNet-18 0.85 to 1, others are as fast.
+# Of the arena, free pages between its blocks (`tiling/arena.py`), as a share of a tile's activations.
+SPARE_SHARE = 0.1
+# Without a budget the heap takes so much (fitted to ResNet-18 and -50, benchmarks/results/memory_cpu.json). A training
+# step under a budget lets it have that before graphs of tiles are retained: EfficientNet-B0 takes 0.85 of the time
+# then, ResNet-18 0.85 to 1, others are as fast.
 LOOSE_SHARE, LOOSE_SHARE_FEW_TILES, LOOSE_FEW_TILES = 2.5, 1.1, 8
 # In inference under a budget: what the heap keeps where it is not held to less, with which a forward takes half the
 # time or less than with 0.5 (MobileNetV3, RegNetY, EfficientNet-B0, ResNet-18, lesionnet; 4 and 7 differ by noise); but

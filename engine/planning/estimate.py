@@ -26,6 +26,7 @@ from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import buffer_bytes
 from ..cuda_graphs.whole import MOST_TILES
 from ..lowering.stages import Stage, StagedProgram
+from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import Schedules, TiledStage
 from . import constants
@@ -239,7 +240,8 @@ class Estimate:
         peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
         counted = max(peaks, key=lambda one: one.peak, default=TilePeak(plan.tile, 1, 0, 0, 0))
         activations = max(0, counted.peak - counted.fixed)
-        heap = int(constants.HEAP_SHARE * activations) * self.on_cpu
+        share = constants.HEAP_SHARE if self.in_heap else constants.SPARE_SHARE
+        heap = int(share * activations) * self.on_cpu
         plan = replace(
             plan, tile_bytes=counted.peak, library_bytes=self._library(stages, counted.peak), heap_bytes=heap
         )
@@ -261,6 +263,11 @@ class Estimate:
     def on_cpu(self) -> bool:
         """Whether libraries and the heap share the budget with the tiles."""
         return self.image.device.type == "cpu"
+
+    @property
+    def in_heap(self) -> bool:
+        """Whether the blocks of tiles come from the C library's heap."""
+        return self.on_cpu and arena() is None
 
     def _tile_peak(self, tiled: TiledStage, blocks: int, exact: bool) -> TilePeak:
         """`tile_peak`, once for stages of several choices that do the same."""
@@ -358,7 +365,7 @@ class Estimate:
         tiles save that could be retained instead. Inference has nothing else to do with the rest, but for a part that
         is left to what no plan counts.
         """
-        if not self.on_cpu:
+        if not self.in_heap:
             return plan
         few = plan.tiles[0] * plan.tiles[1] <= constants.LOOSE_FEW_TILES
         share = constants.LOOSE_SHARE_FEW_TILES if few else constants.LOOSE_SHARE

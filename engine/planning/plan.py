@@ -37,7 +37,7 @@ class Plan:
         stored_bytes: maps that exist whole, their gradients, and the ops after them.
         library_bytes: compiled kernels and copies of weights on the CPU; on a GPU workspaces, and what trials of
             kernels take.
-        heap_bytes: freed blocks that the C library's heap keeps, on the CPU.
+        heap_bytes: freed blocks that the process keeps, on the CPU.
         sides: the tile of each stage, in pixels of its largest source.
         record_bytes: what recording and planning leave in the process, on the CPU.
         maps: where maps that stages alone read are stored: "device", "host" or "disk".
@@ -143,7 +143,7 @@ class Plan:
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels or workspaces)"))
         if self.heap_bytes:
-            lines.append(("heap", f"{format_bytes(self.heap_bytes)} (freed blocks that the C library keeps)"))
+            lines.append(("heap", f"{format_bytes(self.heap_bytes)} (freed blocks that the process keeps)"))
         if self.record_bytes:
             lines.append(("records", f"{format_bytes(self.record_bytes)} (of the network, for this plan)"))
         if len(self.sides) > 1:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..errors import GigamorphError
+from .arena import loaded
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -62,6 +63,14 @@ def _status(field: str) -> int:
 
 
 def return_free_pages() -> None:
+    """Give what the arena and the C library's heap hold and nothing uses back to the system."""
+    found = loaded()
+    if found is not None:
+        found.trim()
+    trim_heap()
+
+
+def trim_heap() -> None:
     """Give what the C library's heap holds and nothing uses back to the system, where that is possible."""
     trim = _glibc("malloc_trim")
     if trim is not None:

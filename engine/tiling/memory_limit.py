@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from .memory import new_blocks_on_own_pages, return_free_pages, used_bytes
+from .memory import new_blocks_on_own_pages, trim_heap, used_bytes
 from .page_pool import PagePool
 
 _NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
@@ -42,14 +42,14 @@ class Besides:
         Args:
             limit: of the step.
             held: what it holds already.
-            spare: bytes of pages of maps that are gone.
+            spare: bytes of pages that wait for what needs them.
             left: bytes of the limit that libraries keep from one step to the next, as far as they hold them yet.
         """
         if held != self.held:
             self.held, self.steps = held, 0
         grown = used_bytes() - self.after > _GROWN_SHARE * limit
         if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
-            return_free_pages()
+            trim_heap()
             self.bytes = used_bytes() - spare - held
         self.bytes = min(self.bytes, used_bytes() - spare - held)  # less, if something else has gone
         self.first = self.bytes if self.steps == 0 else min(self.first, self.bytes)
@@ -84,7 +84,7 @@ class MemoryLimit:
 
     def __init__(self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool):
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
-        spare = page_pool.bytes
+        spare = self._spare()
         self._base = _besides.before(limit, held, spare, left) if strict else used_bytes() - spare - held
         self.bytes = self._base + limit
         self.dropped = 0
@@ -92,6 +92,10 @@ class MemoryLimit:
         self._before = 0  # bytes of this process at the last call of `keep`
         self._worth = 0  # bytes of this process from which on the heap may have something to give back
         self._kept: list[weakref.ref[Kept]] = []  # weak: their graphs have hooks that lead here
+
+    def _spare(self) -> int:
+        """Bytes that this process holds and nobody uses, as far as that is known."""
+        return self.page_pool.bytes
 
     def share(self, limit: int, work: int, strict: bool) -> None:
         """Hold a further forward to the same memory, whose backward comes together with those before it.
@@ -115,7 +119,7 @@ class MemoryLimit:
             self.page_pool.shrink(self.page_pool.bytes - over)
             grows = min(int(_NEW_SHARE * self.work), max(0, used - self._before))
             if self.strict and used_bytes() + grows > self.bytes:
-                return_free_pages()
+                trim_heap()
         self._before = used_bytes()
 
     def watch(self, new: int | None = None) -> None:
@@ -132,10 +136,10 @@ class MemoryLimit:
             new_blocks_on_own_pages(self._alone)
         if used > max(room, self._worth):
             self.page_pool.shrink(self.page_pool.bytes - (used - room))
-            return_free_pages()
+            trim_heap()
             used = used_bytes()
             while used > self.bytes and self._drop():
-                return_free_pages()
+                trim_heap()
                 used = used_bytes()
             self._worth = used + int(_WORTH_SHARE * self.work)
 

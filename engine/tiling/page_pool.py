@@ -13,6 +13,7 @@ import sys
 import tempfile
 import weakref
 
+from .arena import loaded
 from .halos import disk_errors
 
 _GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
@@ -64,10 +65,14 @@ class Pages(mmap.mmap):
 
 
 class PagePool:
-    """Pages in memory of maps that are gone, kept for the next ones until the room is needed."""
+    """Pages in memory of maps that are gone, kept for the next ones until the room is needed.
+
+    It is a network's: when that is gone, the free pages of the arena go, too.
+    """
 
     def __init__(self) -> None:
         self.pages: list[Pages] = []
+        weakref.finalize(self, _trim_arena).atexit = False
 
     @property
     def bytes(self) -> int:
@@ -95,3 +100,9 @@ class PagePool:
         """Give back pages, those that wait longest first, until no more than `size` bytes are left."""
         while self.pages and self.bytes > size:
             self.pages.pop(0)
+
+
+def _trim_arena() -> None:
+    found = loaded()
+    if found is not None:
+        found.trim()

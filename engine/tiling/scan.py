@@ -27,6 +27,7 @@ from ... import kernels
 from ..images.batches import StoredBatch
 from ..lowering.stages import Stage
 from ..module import turns
+from .arena import in_arena
 from .halos import Rect, area, copy_all, cut, memory_order
 from .memory_limit import MemoryLimit
 from .page_pool import PagePool
@@ -195,8 +196,9 @@ class Scan:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass, in which memory is watched."""
-        with contextlib.nullcontext() if self.memory_limit is None else self.memory_limit.watched():
+        """A pass: blocks come from the arena, and memory is watched."""
+        watched = contextlib.nullcontext() if self.memory_limit is None else self.memory_limit.watched()
+        with in_arena(self.device), watched:
             yield
 
     def without_maps(self) -> Scan:

@@ -65,6 +65,13 @@ def test_healthy_machines_have_no_problem():
         ),
         (replace(HEALTHY, threads=1), "warning", "1 thread of 8 cores", "OMP_NUM_THREADS"),
         (replace(HEALTHY, threads=64), "warning", "64 threads on 8 usable cores", "OMP_NUM_THREADS=8"),
+        (replace(HEALTHY, arena_lacks="no C++ compiler; install g++ or set CXX"), "warning", "no C++ compiler", "g++"),
+        (
+            replace(HEALTHY, arena_lacks="g++ cannot build it: x"),
+            "warning",
+            "under a budget: g++ cannot",
+            "apt install",
+        ),
         (replace(HEALTHY, shm=2**26), "warning", "/dev/shm has 64.0 MiB", "--shm-size"),
         (without(HEALTHY, "lightning"), "error", "lightning is missing", ">=2.6.6"),
         (replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.6.3"}), "error", "malware", ">=2.6.6"),

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from gigamorph import accelerate, plan
 from gigamorph.engine.planning.simulate import _Meter
 from gigamorph.engine.tiling import memory_limit
+from gigamorph.engine.tiling.arena import arena
+from gigamorph.engine.tiling.arena_limit import ArenaLimit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.record import Recorded
 
@@ -64,11 +66,13 @@ def test_graphs_that_have_to_go_are_made_again(monkeypatch: pytest.MonkeyPatch) 
     def watch(self: MemoryLimit, new: int | None = None) -> None:
         dropped.append(self._drop())
 
-    monkeypatch.setattr(MemoryLimit, "watch", watch)
+    for kind in (MemoryLimit, ArenaLimit):
+        monkeypatch.setattr(kind, "watch", watch)
     assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
     assert sum(dropped) > 5
 
 
+@pytest.mark.usefixtures("no_arena")
 def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks on pages of their own from the first op on, the heap trimmed all the time; then it is as it was."""
     alone: list[bool] = []
@@ -78,6 +82,23 @@ def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory_limit, "_OP_SHARE", 2**40)
     assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
     assert alone and alone[0] and not alone[-1]
+
+
+def test_an_arena_without_room_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op finds the limit exceeded: free pages go back at each, and all graphs."""
+    if arena() is None:
+        pytest.skip("no arena")
+    began: list[ArenaLimit] = []
+    init = ArenaLimit.__init__
+
+    def late(self: ArenaLimit, *args: Any) -> None:
+        init(self, *args)
+        self.bytes -= 2**34
+        began.append(self)
+
+    monkeypatch.setattr(ArenaLimit, "__init__", late)
+    assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
+    assert any(limit.dropped for limit in began)
 
 
 @pytest.mark.parametrize("tile", [16, (16, 80)])

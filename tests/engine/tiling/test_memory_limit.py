@@ -9,6 +9,7 @@ from torch import nn
 from gigamorph import accelerate
 from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.tiling import memory_limit as module
+from gigamorph.engine.tiling.arena_limit import ArenaLimit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
 from gigamorph.engine.tiling.page_pool import PagePool, Pages
 from gigamorph.engine.tiling.tile import Tile
@@ -27,7 +28,7 @@ class Machine:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.used, self.trimmed = 1000, []
         patch.setattr(module, "used_bytes", lambda: self.used)
-        patch.setattr(module, "return_free_pages", lambda: self.trimmed.append(self.used))
+        patch.setattr(module, "trim_heap", lambda: self.trimmed.append(self.used))
         patch.setattr(module, "_besides", module.Besides())
 
 
@@ -110,7 +111,8 @@ def test_a_pass_tells_what_each_op_makes(training: bool, monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(Tile, "run", measured)
-    monkeypatch.setattr(MemoryLimit, "watch", lambda self, new=None: told.append(new))
+    for kind in (MemoryLimit, ArenaLimit):
+        monkeypatch.setattr(kind, "watch", lambda self, new=None: told.append(new))
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 5), nn.MaxPool2d(2))
     with torch.set_grad_enabled(training):
         result = accelerate(net, memory_budget="64MiB", tile=16)(torch.randn(1, 1, 50, 50)).sum()
@@ -127,22 +129,23 @@ def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPa
     limit.may_drop(first)
     limit.may_drop(second)
     in_use = lambda: 1100 + 30 * (len(first.recorded) + len(second.recorded))  # noqa: E731
-    monkeypatch.setattr(module, "return_free_pages", lambda: setattr(machine, "used", in_use()))
+    monkeypatch.setattr(module, "trim_heap", lambda: setattr(machine, "used", in_use()))
     machine.used = 1300
     limit.watch()
     assert not first.recorded and list(second.recorded) == [(0, 0), (0, 1), (0, 2)]
     assert limit.dropped == 3 and machine.used == 1190
     limit.must_keep(second)
     machine.used = 1300
-    monkeypatch.setattr(module, "return_free_pages", lambda: None)
+    monkeypatch.setattr(module, "trim_heap", lambda: None)
     limit.watch()
     assert len(second.recorded) == 3
 
 
+@pytest.mark.usefixtures("no_arena")
 def test_a_tile_that_was_asked_for_without_a_budget_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is predicted that could be kept to; giving the heap back after each op takes most of a step's time."""
     given_back = []
-    monkeypatch.setattr(module, "return_free_pages", lambda: given_back.append(1))
+    monkeypatch.setattr(module, "trim_heap", lambda: given_back.append(1))
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
     accelerate(net, tile=16)(torch.randn(1, 1, 50, 50)).sum().backward()
     assert given_back == []
@@ -178,7 +181,7 @@ def test_the_heap_stays_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             trimmed.append(number)
             machine.used = live
 
-        monkeypatch.setattr(module, "return_free_pages", give_back)
+        monkeypatch.setattr(module, "trim_heap", give_back)
         limit = MemoryLimit(500, 310 if number == 20 else 300, 0, work=100, page_pool=PagePool(), strict=True)
         with limit.watched():
             machine.used = live + 50  # what is freed, and stays in the heap

@@ -1,0 +1,239 @@
+// An arena of whole pages for the blocks that steps of accelerated networks allocate on the CPU.
+//
+//   allocate(n):  of all free runs the one in which n bytes need the fewest pages that the process does not hold yet;
+//                 of those the smallest. Beyond the limit, free pages elsewhere are given back first.
+//   free(p):      the run joins its free neighbours; its pages stay with the process.
+//
+// The C library's heap does not put an aligned block into a hole of its own size (glibc's memalign asks for more and
+// cuts), so that a step which frees and allocates the same sizes over and over holds up to twice what is in use. Here
+// the block fits, and the bytes in use, held, and at most in use are known at every moment.
+//
+// Threads use it between `arena_enter` and `arena_leave`; all else, and small blocks, stay with PyTorch's own allocator.
+
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kLeast = 64 << 10;  // smaller blocks are as well off in the heap
+
+thread_local int inside = 0;
+
+class Arena {
+ public:
+  bool reserve(size_t bytes) {
+    void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) return false;
+    madvise(start, bytes, MADV_DONTDUMP);
+    madvise(start, bytes, MADV_NOHUGEPAGE);  // of those the process would hold more than is counted
+    start_ = static_cast<char*>(start);
+    pages_ = bytes / kPage;
+    held_bits_.assign((pages_ + 63) / 64, 0);
+    free_[0] = pages_;
+    return true;
+  }
+
+  bool owns(const void* p) const {
+    return p >= start_ && p < start_ + pages_ * kPage;
+  }
+
+  // Null where no run is long enough.
+  void* allocate(size_t bytes) {
+    const size_t pages = (bytes + kPage - 1) / kPage;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto best = free_.end();
+    size_t fewest = SIZE_MAX;
+    for (auto run = free_.begin(); run != free_.end(); ++run) {
+      if (run->second < pages) continue;
+      const size_t fresh = pages - held_among(run->first, pages);
+      if (fresh < fewest || (fresh == fewest && run->second < best->second)) {
+        best = run;
+        fewest = fresh;
+      }
+    }
+    if (best == free_.end()) return nullptr;
+    const size_t first = best->first, length = best->second;
+    free_.erase(best);
+    if (length > pages) free_[first + pages] = length - pages;
+    if (held_ + fewest > limit_) give_back(held_ + fewest - limit_);
+    hold(first, pages);
+    used_[first] = pages;
+    in_use_ += pages;
+    most_in_use_ = std::max(most_in_use_, in_use_);
+    return start_ + first * kPage;
+  }
+
+  void free(void* p) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto block = used_.find((static_cast<char*>(p) - start_) / kPage);
+    const size_t first = block->first;
+    size_t pages = block->second;
+    used_.erase(block);
+    in_use_ -= pages;
+    auto after = free_.lower_bound(first);
+    if (after != free_.end() && after->first == first + pages) {
+      pages += after->second;
+      after = free_.erase(after);
+    }
+    if (after != free_.begin()) {
+      const auto before = std::prev(after);
+      if (before->first + before->second == first) {
+        before->second += pages;
+        return;
+      }
+    }
+    free_.emplace_hint(after, first, pages);
+  }
+
+  // Lets the process hold this many bytes more than it does, or has it hold that many less as far as they are free.
+  void room(int64_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const int64_t pages = static_cast<int64_t>(held_) + bytes / static_cast<int64_t>(kPage);
+    limit_ = static_cast<size_t>(std::max<int64_t>(0, pages));
+    if (held_ > limit_) give_back(held_ - limit_);
+  }
+
+  void no_limit() {
+    std::lock_guard<std::mutex> lock(mutex);
+    limit_ = SIZE_MAX;
+  }
+
+  void trim() {
+    std::lock_guard<std::mutex> lock(mutex);
+    give_back(held_ - in_use_);
+  }
+
+  void counts(size_t* out) {
+    std::lock_guard<std::mutex> lock(mutex);
+    out[0] = in_use_ * kPage;
+    out[1] = held_ * kPage;
+    out[2] = most_in_use_ * kPage;
+  }
+
+  void reset_most() {
+    std::lock_guard<std::mutex> lock(mutex);
+    most_in_use_ = in_use_;
+  }
+
+  std::mutex mutex;
+
+ private:
+  // Calls f with the number of each word that has bits of these pages, and the mask of those.
+  template <typename F>
+  static void words(size_t first, size_t pages, F f) {
+    for (size_t page = first, end = first + pages; page < end;) {
+      const size_t bit = page % 64, count = std::min(64 - bit, end - page);
+      f(page / 64, (count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1) << bit);
+      page += count;
+    }
+  }
+
+  size_t held_among(size_t first, size_t pages) const {
+    const size_t end = std::min(first + pages, highest_);  // beyond it nothing was ever held
+    size_t held = 0;
+    if (first < end) {
+      words(first, end - first, [&](size_t w, uint64_t mask) { held += __builtin_popcountll(held_bits_[w] & mask); });
+    }
+    return held;
+  }
+
+  void hold(size_t first, size_t pages) {
+    held_ += pages - held_among(first, pages);
+    words(first, pages, [&](size_t w, uint64_t mask) { held_bits_[w] |= mask; });
+    highest_ = std::max(highest_, first + pages);
+  }
+
+  // Gives back this many free pages, those of the highest addresses first.
+  void give_back(size_t pages) {
+    for (auto run = free_.rbegin(); run != free_.rend() && pages > 0; ++run) {
+      size_t first = run->first;
+      const size_t end = std::min(first + run->second, highest_);
+      if (first >= end) continue;
+      const size_t held = held_among(first, end - first);
+      if (held == end - first && held > pages) first = end - pages;  // a part of it will do
+      const size_t gone = std::min(held, end - first);
+      if (gone == 0) continue;
+      madvise(start_ + first * kPage, (end - first) * kPage, MADV_DONTNEED);
+      words(first, end - first, [&](size_t w, uint64_t mask) { held_bits_[w] &= ~mask; });
+      held_ -= gone;
+      pages -= std::min(pages, gone);
+    }
+  }
+
+  char* start_ = nullptr;
+  size_t pages_ = 0, highest_ = 0;
+  size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, limit_ = SIZE_MAX;  // pages
+  std::vector<uint64_t> held_bits_;
+  std::map<size_t, size_t> free_;  // runs of pages, by the first of them
+  std::unordered_map<size_t, size_t> used_;
+};
+
+Arena& arena() {
+  static auto* one = new Arena;  // never destroyed: its blocks may outlive whatever would destroy it
+  return *one;
+}
+
+c10::Allocator* before = nullptr;  // PyTorch's own
+
+void let_go(void* p) {
+  if (!arena().owns(p)) {
+    before->raw_deleter()(p);
+    return;
+  }
+  c10::profiledCPUMemoryReporter().Delete(p);
+  arena().free(p);
+}
+
+struct Allocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* p = inside > 0 && bytes >= kLeast ? arena().allocate(bytes) : nullptr;
+    if (p == nullptr) return before->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(p, bytes);
+    return {p, p, &let_go, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  bool is_simple_data_ptr(const c10::DataPtr& data) const override {
+    return data.get() == data.get_context();
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override {
+    return &let_go;  // oneDNN's scratch comes and goes this way
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Whether the arena, of so many addresses, is there from now on.
+bool arena_install(size_t bytes) {
+  if (before != nullptr) return true;
+  c10::Allocator* now = c10::GetCPUAllocator();
+  if (now->raw_deleter() == nullptr || !arena().reserve(bytes)) return false;
+  before = now;
+  pthread_atfork([] { arena().mutex.lock(); }, [] { arena().mutex.unlock(); }, [] { arena().mutex.unlock(); });
+  c10::SetCPUAllocator(new Allocator, 255);
+  return c10::GetCPUAllocator() != before;
+}
+
+void arena_enter() { ++inside; }
+void arena_leave() { --inside; }
+void arena_room(int64_t bytes) { arena().room(bytes); }
+void arena_no_limit() { arena().no_limit(); }
+void arena_trim() { arena().trim(); }
+void arena_counts(size_t* out) { arena().counts(out); }
+void arena_reset_most() { arena().reset_most(); }
+}
