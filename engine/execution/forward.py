@@ -98,17 +98,18 @@ class Forward:
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":
-            held = sum(t.nbytes for v, t in self.env.items() if values[v].name is not None)
+            held = sum({values[v].name: t.nbytes for v, t in self.env.items() if values[v].name is not None}.values())
             # The plan of a single stage without a budget has room for what the heap keeps. Of a tile that was asked for
             # without a budget nothing is predicted that could be kept to.
             strict = plan.budget is not None or (len(self.prepared.stages) > 1 and plan.tile_bytes > 0)
-            # What is predicted is kept to; where every graph is kept, the heap may have the rest of the budget. The
-            # records are there already.
+            found = arena()
+            # What the heap keeps is kept to what is predicted; where every graph is kept it may have the rest of the
+            # budget, and the arena always. The records are there already.
             every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)
-            shared = every or together is not None
-            limit = ((shared and plan.budget) or plan.peak_bytes) - plan.record_bytes
+            whole = every or together is not None or found is not None
+            limit = ((whole and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
-                given, found = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict), arena()
+                given = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
                 self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, found)
             else:
                 together.share(limit, plan.tile_bytes, strict)

@@ -207,3 +207,15 @@ def test_what_libraries_keep_of_a_step_stays_within_the_limit_of_the_next(monkey
         limits.append(MemoryLimit(2000, held=300, left=80, work=100, page_pool=PagePool(), strict=True))
         module._besides.after = machine.used - 60
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2920, 2600, 2620]
+
+
+@pytest.mark.usefixtures("no_arena")
+def test_a_weight_that_is_read_folded_and_as_it_is_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    init = MemoryLimit.__init__
+    monkeypatch.setattr(MemoryLimit, "__init__", lambda self, *given: (held.append(given[1]), init(self, *given))[1])
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    with torch.no_grad():
+        accelerate(net, memory_budget="64MiB", tile=16)(torch.randn(1, 16, 50, 50))
+    state = [t for name, t in net.state_dict().items() if "num_batches" not in name]
+    assert held == [sum(t.nbytes for t in state)]
