@@ -104,13 +104,14 @@ class Forward:
             strict = plan.budget is not None or (len(self.prepared.stages) > 1 and plan.tile_bytes > 0)
             found = arena()
             # What the heap keeps is kept to what is predicted; where every graph is kept it may have the rest of the
-            # budget, and the arena always. The records are there already.
+            # budget. The arena may have it where it must. The records are there already.
             every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)
             whole = every or together is not None or found is not None
             limit = ((whole and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
                 given = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
-                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, found)
+                predicted = plan.peak_bytes - plan.record_bytes
+                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, predicted, found)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

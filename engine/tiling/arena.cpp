@@ -64,7 +64,7 @@ class Arena {
     const size_t first = best->first, length = best->second;
     free_.erase(best);
     if (length > pages) free_[first + pages] = length - pages;
-    if (held_ + fewest > limit_) give_back(held_ + fewest - limit_);
+    if (held_ + fewest > limit_) returned_ += give_back(held_ + fewest - limit_);
     hold(first, pages);
     used_[first] = pages;
     in_use_ += pages;
@@ -78,7 +78,7 @@ class Arena {
     const size_t first = block->first;
     size_t pages = block->second;
     used_.erase(block);
-    in_use_ -= pages;
+    in_use_ -= held_among(first, pages);
     auto after = free_.lower_bound(first);
     if (after != free_.end() && after->first == first + pages) {
       pages += after->second;
@@ -94,12 +94,22 @@ class Arena {
     free_.emplace_hint(after, first, pages);
   }
 
+  // Gives back the pages that lie wholly within these bytes of a block, which nobody will read again.
+  void discard(void* p, size_t bytes) {
+    if (!owns(p)) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    const size_t from = static_cast<char*>(p) - start_;
+    const size_t first = (from + kPage - 1) / kPage, end = (from + bytes) / kPage;
+    if (first >= end) return;
+    in_use_ -= drop(first, end);
+  }
+
   // Lets the process hold this many bytes more than it does, or has it hold that many less as far as they are free.
   void room(int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
     const int64_t pages = static_cast<int64_t>(held_) + bytes / static_cast<int64_t>(kPage);
     limit_ = static_cast<size_t>(std::max<int64_t>(0, pages));
-    if (held_ > limit_) give_back(held_ - limit_);
+    if (held_ > limit_) returned_ += give_back(held_ - limit_);
   }
 
   void no_limit() {
@@ -117,6 +127,7 @@ class Arena {
     out[0] = in_use_ * kPage;
     out[1] = held_ * kPage;
     out[2] = most_in_use_ * kPage;
+    out[3] = returned_ * kPage;
   }
 
   void reset_most() {
@@ -152,26 +163,32 @@ class Arena {
     highest_ = std::max(highest_, first + pages);
   }
 
-  // Gives back this many free pages, those of the highest addresses first.
-  void give_back(size_t pages) {
+  // Gives back this many free pages, those of the highest addresses first; how many there were.
+  size_t give_back(size_t pages) {
+    const size_t before = held_;
     for (auto run = free_.rbegin(); run != free_.rend() && pages > 0; ++run) {
       size_t first = run->first;
       const size_t end = std::min(first + run->second, highest_);
       if (first >= end) continue;
       const size_t held = held_among(first, end - first);
       if (held == end - first && held > pages) first = end - pages;  // a part of it will do
-      const size_t gone = std::min(held, end - first);
-      if (gone == 0) continue;
-      madvise(start_ + first * kPage, (end - first) * kPage, MADV_DONTNEED);
-      words(first, end - first, [&](size_t w, uint64_t mask) { held_bits_[w] &= ~mask; });
-      held_ -= gone;
-      pages -= std::min(pages, gone);
+      if (held > 0) pages -= std::min(pages, drop(first, end));
     }
+    return before - held_;
+  }
+
+  // How many pages from `first` up to `end` the process held until now.
+  size_t drop(size_t first, size_t end) {
+    const size_t gone = held_among(first, end - first);
+    madvise(start_ + first * kPage, (end - first) * kPage, MADV_DONTNEED);
+    words(first, end - first, [&](size_t w, uint64_t mask) { held_bits_[w] &= ~mask; });
+    held_ -= gone;
+    return gone;
   }
 
   char* start_ = nullptr;
   size_t pages_ = 0, highest_ = 0;
-  size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, limit_ = SIZE_MAX;  // pages
+  size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, returned_ = 0, limit_ = SIZE_MAX;  // pages
   std::vector<uint64_t> held_bits_;
   std::map<size_t, size_t> free_;  // runs of pages, by the first of them
   std::unordered_map<size_t, size_t> used_;
@@ -233,6 +250,7 @@ void arena_enter() { ++inside; }
 void arena_leave() { --inside; }
 void arena_room(int64_t bytes) { arena().room(bytes); }
 void arena_no_limit() { arena().no_limit(); }
+void arena_discard(void* p, size_t bytes) { arena().discard(p, bytes); }
 void arena_trim() { arena().trim(); }
 void arena_counts(size_t* out) { arena().counts(out); }
 void arena_reset_most() { arena().reset_most(); }

@@ -39,14 +39,16 @@ class Counts(NamedTuple):
     """Bytes of the arena.
 
     Attributes:
-        in_use: of blocks.
+        in_use: of blocks, but for pages of them that were discarded.
         held: of pages that this process has.
-        most: of blocks, at most since `reset_most`.
+        most: of `in_use`, at most since `reset_most`.
+        returned: of free pages that went back because of a limit, ever.
     """
 
     in_use: int
     held: int
     most: int
+    returned: int
 
     @property
     def spare(self) -> int:
@@ -69,12 +71,13 @@ class Arena:
         self._lib = lib = ctypes.PyDLL(str(library))  # its functions take less time than giving up the interpreter
         lib.arena_install.argtypes, lib.arena_install.restype = [ctypes.c_size_t], ctypes.c_bool
         lib.arena_room.argtypes = [ctypes.c_int64]
-        self._counted = (ctypes.c_size_t * 3)()
+        lib.arena_discard.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._counted = (ctypes.c_size_t * 4)()
         if not lib.arena_install(addresses):
             raise OSError("this process does not get the addresses, or has another allocator")
         self.enter, self.leave = lib.arena_enter, lib.arena_leave
         self.no_limit, self.trim, self.reset_most = lib.arena_no_limit, lib.arena_trim, lib.arena_reset_most
-        self.room = lib.arena_room
+        self.room, self.discard = lib.arena_room, lib.arena_discard
 
     def counts(self) -> Counts:
         """What it holds now."""

@@ -3,6 +3,8 @@
 What the C library's heap gets back would stay with the process, in pieces. Pages of their own go back to the system
 when a map dies, or row by row before. But new ones cost time (the system clears them, one after the other), for a
 network with live statistics a tenth of the step and more; so while there is room, pages of dead maps wait for the next.
+
+Where there is an arena, maps in memory are blocks of it: its free pages serve whatever comes next.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import sys
 import tempfile
 import weakref
 
-from .arena import loaded
+import torch
+from torch import Tensor
+
+from .arena import Arena, arena, in_arena, loaded
 from .halos import disk_errors
 
 _GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
@@ -64,6 +69,23 @@ class Pages(mmap.mmap):
             self.whole = False
 
 
+class ArenaPages:
+    """The memory of one map, a block of the arena; see `Pages`."""
+
+    on_disk, clear = False, False
+
+    def __init__(self, block: Tensor, owner: Arena):
+        self.readers = 0
+        self._start, self._size, self._owner = block.data_ptr(), block.nbytes, owner
+
+    def __len__(self) -> int:
+        return self._size
+
+    def let_go(self, start: int, stop: int) -> None:
+        """Give back the pages that lie wholly between two bytes."""
+        self._owner.discard(self._start + start, stop - start)
+
+
 class PagePool:
     """Pages in memory of maps that are gone, kept for the next ones until the room is needed.
 
@@ -79,8 +101,11 @@ class PagePool:
         """How much memory they take."""
         return sum(map(len, self.pages))
 
-    def take(self, size: int) -> tuple[Pages, memoryview]:
+    def take(self, size: int) -> tuple[Pages | ArenaPages, memoryview]:
         """Pages, and of them this many bytes; when nobody uses those any more the pages come back."""
+        found = arena()
+        if found is not None:
+            return _of_arena(size, found)
         fitting = [p for p in self.pages if size <= len(p) <= _LARGEST_SHARE * size]
         pages = min(fitting, key=len, default=None)
         if pages is None:
@@ -100,6 +125,18 @@ class PagePool:
         """Give back pages, those that wait longest first, until no more than `size` bytes are left."""
         while self.pages and self.bytes > size:
             self.pages.pop(0)
+
+
+def _of_arena(size: int, owner: Arena) -> tuple[ArenaPages, memoryview]:
+    with in_arena(torch.device("cpu")):
+        block = torch.empty(size, dtype=torch.uint8)
+    pages, view = ArenaPages(block, owner), memoryview(block.numpy().data)
+    weakref.finalize(view, _gone, pages).atexit = False  # until then they are there
+    return pages, view
+
+
+def _gone(_pages: ArenaPages) -> None:
+    """The last use of these pages has ended; their block goes with it."""
 
 
 def _trim_arena() -> None:

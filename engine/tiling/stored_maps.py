@@ -19,13 +19,13 @@ from torch.utils.weak import TensorWeakRef
 
 from ..lowering.ops import Axes
 from .halos import empty, memory_order, unpermute
-from .page_pool import PagePool, Pages
+from .page_pool import ArenaPages, PagePool, Pages
 
 LEAST_BYTES = 1 << 20  # bytes; smaller maps are left to the C library
-_PAGES: WeakValueDictionary[int, Pages] = WeakValueDictionary()  # by their address
+_PAGES: WeakValueDictionary[int, Pages | ArenaPages] = WeakValueDictionary()  # by their address
 
 
-def pages_of(tensor: Tensor) -> Pages | None:
+def pages_of(tensor: Tensor) -> Pages | ArenaPages | None:
     """The pages that a map lives on, if it has some of its own."""
     return _PAGES.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 

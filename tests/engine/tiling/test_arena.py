@@ -19,6 +19,7 @@ from gigamorph import accelerate
 from gigamorph.engine.tiling import arena as module
 from gigamorph.engine.tiling.arena import Arena, arena, in_arena
 from gigamorph.engine.tiling.memory import return_free_pages, used_bytes
+from gigamorph.engine.tiling.stored_maps import let_rows_go, new_map
 
 CPU = torch.device("cpu")
 LEAST = 64 << 10  # bytes of a block that the arena takes
@@ -98,6 +99,20 @@ def test_what_is_trimmed_is_not_this_process_s_any_more(there: Arena) -> None:
     assert there.counts().spare == 0 and used_bytes() < used - (60 << 20)
     there.reset_most()
     assert there.counts().most == there.counts().in_use
+
+
+def test_rows_of_a_map_go_back_before_it_is_gone(there: Arena) -> None:
+    before = there.counts()
+    made = new_map(torch.empty(0), [1, 64, 1 << 14], order=(0, 1, 2))  # 4 MiB, rows of 64 KiB
+    made.fill_(1)
+    assert there.counts().in_use == there.counts().held == before.in_use + (4 << 20)
+    let_rows_go(made, (1, 2), 32)
+    assert there.counts().in_use == there.counts().held == before.in_use + (2 << 20)
+    assert int(made.sum()) == 32 << 14  # what is left of it, and zeros
+    del made
+    assert there.counts().in_use == before.in_use and there.counts().spare == 2 << 20
+    again = new_map(torch.empty(0), [1, 64, 1 << 14], zero=True, order=(0, 1, 2))
+    assert int(again.sum()) == 0 and there.counts().held == before.in_use + (4 << 20)
 
 
 def test_other_threads_and_small_blocks_stay_with_pytorch(there: Arena) -> None:

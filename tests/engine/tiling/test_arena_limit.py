@@ -1,4 +1,4 @@
-"""The limit of a step whose blocks come from the arena: free pages go first, then those of maps, then graphs."""
+"""The limit of a step whose blocks come from the arena: free pages go first, then graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gigamorph.engine.tiling import arena_limit as module
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.arena import Counts
 from gigamorph.engine.tiling.arena_limit import ArenaLimit
-from gigamorph.engine.tiling.page_pool import PagePool, Pages
+from gigamorph.engine.tiling.page_pool import PagePool
 
 
 class Process:
@@ -16,6 +16,7 @@ class Process:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.besides, self.in_use, self.spare, self.rooms, self.trims = 1000, 0, 0, list[int](), 0
+        self.returned = 7000
         for one in (module, memory_limit):
             patch.setattr(one, "used_bytes", lambda: self.besides + self.in_use + self.spare)
             patch.setattr(one, "trim_heap", self.trim)
@@ -24,14 +25,14 @@ class Process:
     def trim(self) -> None:
         self.trims += 1
 
-    def limit(self, limit: int = 500, page_pool: PagePool | None = None) -> ArenaLimit:
-        made = ArenaLimit(limit, 300, 0, work=100, page_pool=page_pool or PagePool(), strict=True, arena=self)  # pyright: ignore[reportArgumentType]
+    def limit(self, predicted: int = 500) -> ArenaLimit:
+        made = ArenaLimit(500, 300, 0, 100, PagePool(), True, predicted, self)  # pyright: ignore[reportArgumentType]
         self.rooms.clear()
         self.trims = 0
         return made
 
     def counts(self) -> Counts:
-        return Counts(self.in_use, self.in_use + self.spare, 0)
+        return Counts(self.in_use, self.in_use + self.spare, 0, self.returned)
 
     def room(self, bytes: int) -> None:
         self.rooms.append(bytes)
@@ -70,28 +71,52 @@ def test_free_pages_are_no_use_and_go_back_where_they_exceed(monkeypatch: pytest
     process.in_use = 101
     limit.watch(40)
     assert process.trims == 0 and process.rooms[2:] == [-11]
-    with limit.watched():
-        pass
-    assert process.rooms[-1] == 2**60
 
 
-def test_pages_of_maps_that_are_gone_go_before_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of the graphs no more than must: those that are needed last."""
-    process, page_pool = Process(monkeypatch), PagePool()
-    limit = process.limit(page_pool=page_pool)
-    page_pool.pages = [Pages.make(50, on_disk=False), Pages.make(20, on_disk=False)]
+def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more of them than must, those that are needed last; the heap is trimmed before, once in a pass."""
+    process = Process(monkeypatch)
+    limit = process.limit()
     graphs = Graphs(process, 30)
     limit.may_drop(graphs)
     process.in_use = 201  # the graphs among it
     limit.watch()
-    assert page_pool.bytes == 20 and process.trims == 1 and list(graphs.recorded) == [(0, 1), (0, 2)]
+    assert process.trims == 1 and list(graphs.recorded) == [(0, 1), (0, 2)]
     assert process.in_use == 171 and process.rooms == [-1]
     limit.watch(59)  # what an op will make counts before it is made
-    assert page_pool.bytes == 0 and process.trims == 1 and list(graphs.recorded) == [(0, 2)]
+    assert process.trims == 1 and list(graphs.recorded) == [(0, 2)]
     limit.must_keep(graphs)
     process.in_use = 900
     limit.watch()
     assert len(graphs.recorded) == 1 and limit.dropped == 2
+
+
+def test_there_is_room_for_the_gradients_that_come_after_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch)
+    limit = process.limit()
+    process.in_use, process.spare = 20, 100
+    with limit.watched():
+        pass
+    limit.must_keep(Graphs(process, 0))
+    with limit.watched():
+        pass
+    assert process.rooms == [80, 2**60, -220, 2**60] and process.spare == 0  # the step holds 300 bytes of weights
+
+
+def test_what_is_predicted_is_kept_to_until_it_proves_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch)
+    limit = process.limit(predicted=480)
+    process.in_use, process.spare = 100, 20
+    limit.watch(10)
+    process.returned += 120
+    limit.watch(10)
+    assert process.rooms == [60, 60]
+    process.returned += 1  # as much as there is
+    limit.watch(10)
+    limit.keep()
+    process.returned += 121
+    limit.watch(10)
+    assert process.rooms == [60, 60, 80, 80, 80]  # 24 more, were there so many
 
 
 def test_a_limit_that_is_not_strict_leaves_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:

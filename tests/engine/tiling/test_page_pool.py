@@ -23,6 +23,7 @@ from gigamorph.engine.tiling.page_pool import PagePool
 from gigamorph.engine.tiling.stored_maps import let_rows_go, new_map
 
 MIB = 1 << 20
+pytestmark = pytest.mark.usefixtures("no_arena")  # with an arena its blocks serve; see test_arena.py
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages do not go back")
 
 
