@@ -144,7 +144,9 @@ class Estimate:
             alone = {packing.weight for packing in stage.packings}  # see `Scan.prepare`
             kernels = (own[v] for v in stage.kernels - alone if v in own and max(values[v].shape[2:]) > 1)
             packed = sum(own[packing.weight] for packing in stage.packings)
-            copies, self.stage_bytes = max(copies, sum(kernels) + packed), max(self.stage_bytes, sum(own.values()))
+            copies = max(copies, sum(kernels) + packed)
+            read = {v for local in stage.locals if "conv" in local.op.name for v in local.op.inputs}
+            self.stage_bytes = max(self.stage_bytes, sum(own[v] for v in read & own.keys()))
         counted = made_whole(staged) if self.stored_bytes else frozenset[int]()
         named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
         made = sum(value_bytes(values[v]) for v in vectors if values[v].name is None and v not in counted)

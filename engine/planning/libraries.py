@@ -18,7 +18,7 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
     """oneDNN's compiled kernels, copies of weights in its memory order, and its scratch.
 
     Args:
-        stage_bytes: of the vectors of the stage that has most.
+        stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
     """
     compiled = 3 * _tuples_of_shapes(stages) if training else len(_kernels_of_inference(stages))
     scratch = max(map(_grouped_scratch, stages)) if training else 0

@@ -34,6 +34,7 @@ from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
 from .between import value_bytes
+from .meta_attention import AttentionOfTheCPU
 
 
 class _Meter(TorchDispatchMode):
@@ -96,7 +97,7 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
     with torch.autograd.set_detect_anomaly(False):  # it would look at values
         if values[stage.image].device.type == "cpu" and not casts:
-            with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta():
+            with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta(), AttentionOfTheCPU():
                 return _tile_peak(stage, tiled, training, wanted, autocast)
         with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
             return _tile_peak(stage, tiled, training, wanted, autocast)

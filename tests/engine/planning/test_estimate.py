@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from gigamorph import plan
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import constants
@@ -29,3 +30,20 @@ def test_scratch_of_a_gpu_is_counted():
     assert scratch <= constants.GPU_LIBRARIES + 1.2 * heaviest + sums, "not of the whole map"
     inference = Estimate(staged, training=False, image_grad=False)._library(tiles, 1)
     assert inference < constants.GPU_LIBRARIES
+
+
+def test_linear_layers_and_keys_are_not_copied_as_kernels_are() -> None:
+    """Of a transformer libraries copy the weights of its stem alone, however wide its layers and keys are."""
+    blocks = nn.TransformerEncoderLayer(64, 2, 256, batch_first=True, dropout=0.0)
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blocks = nn.Conv2d(1, 64, 8, 8), blocks
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(self.stem(x).flatten(2).mT).mean(1)
+
+    made = plan(Transformer(), (512, 512), tile=64)
+    kernels = 3 * constants.KERNEL_BYTES
+    assert made.library_bytes - kernels <= constants.WEIGHT_COPIES * 4 * 65 * 64  # of the stem's weights and biases
