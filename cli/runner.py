@@ -78,6 +78,7 @@ _OF_A_MODEL = (
         show_default=True,
         help="GPUs, or processes on the CPU, to work on.",
     ),
+    options.flips("Average over the mirrored image too: its probabilities, or numbers. Repeatable."),
     click.option("--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."),
     click.option(
         "--engine",
@@ -142,7 +143,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--address is a Ray cluster's; add --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # before a folder is made or images are looked for
-        names = ("resume", "retry_failed", "shard", "devices", "device", "workers", "store")
+        names = ("resume", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")
         chosen = {
             "model": digest_of(checkpoint),
             "checkpoint": Path(checkpoint).name,
@@ -151,7 +152,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             "address": address,
             **{name: given.pop(name) for name in names},
         }
-        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
+        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
     for option in reversed(_OF_A_MODEL):

@@ -115,11 +115,10 @@ class _Explain(Job):
 
     def described(self) -> dict[str, Any]:
         options = self._options
-        return {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
+        given = {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
+        return {**given, "flip": list(options.flips)}
 
     def differs(self, name: str, before: Any) -> str:
-        if name == "format":
-            before = " --format ".join(before)
         return super().differs(name, before or "the default")
 
     def open(self, options: RunOptions) -> None:

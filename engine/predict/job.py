@@ -89,6 +89,10 @@ class Job:
         if isinstance(before, bool):
             state = "with" if before else "without"
             return f"was begun {state} {option}; go on {state} it, or name another --out"
+        if isinstance(before, list):
+            before = f" {option} ".join(before)
+            if not before:
+                return f"was begun without {option}; go on without it, or name another --out"
         return f"was begun with {option} {before}; go on with that, or name another --out"
 
     def open(self, options: RunOptions) -> None:
@@ -167,5 +171,6 @@ class PredictJob(Job):
 
     def write_note(self, out: Path, **more: Any) -> None:
         """Beside the table: which network its predictions are of."""
-        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **more}
+        flips = {"flip": list(self._options.flips)} if self._options.flips else {}
+        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **flips, **more}
         write_atomically(out / "predictions.json", lambda path: path.write_text(json.dumps(note) + "\n"), "note")

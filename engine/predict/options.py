@@ -28,6 +28,7 @@ class RunOptions:
         workers: processes that read ahead, for each device; None takes some.
         engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
         address: of that; None takes RAY_ADDRESS, or starts one on this machine.
+        flips: mirror images that the opened network averages over, by name; the folder keeps them.
         store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
     """
 
@@ -42,6 +43,7 @@ class RunOptions:
     workers: int | None = None
     engine: Literal["embedded", "ray"] = "embedded"
     address: str | None = None
+    flips: tuple[str, ...] = ()
     store: str = ""
 
     @property
