@@ -67,6 +67,7 @@ shard: Any = click.option(
 )
 _OF_A_MODEL = (
     resume,
+    click.option("--overwrite", is_flag=True, help="Begin anew in a folder that a run of this command has filled."),
     click.option("--skip-bad", is_flag=True, help="Put images that are damaged or missing in quarantine.csv."),
     max_failures,
     retry_failed,
@@ -143,7 +144,9 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--address is a Ray cluster's; add --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # before a folder is made or images are looked for
-        names = ("resume", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")
+        if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
+            raise click.UsageError("--overwrite removes a run and all its shards; leave out --resume and --shard")
+        names = ("resume", "overwrite", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")
         chosen = {
             "model": digest_of(checkpoint),
             "checkpoint": Path(checkpoint).name,

@@ -61,7 +61,9 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 @click.command(cls=TrainCommand)
 @click.argument("data", type=click.Path(exists=True), required=False)
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
-@click.option("--config", type=click.Path(), help="Options from a TOML or YAML file; of --recipe, the recipe's own.")
+@click.option(
+    "--config", type=click.Path(), help="Options from a TOML, YAML or JSON file; of --recipe, the recipe's own."
+)
 @click.option(
     "-o",
     "settings",

@@ -68,6 +68,7 @@ class Job:
         made: what a folder of it holds, for messages.
         product: a table at the end that nothing else may have written; empty if any may be replaced.
         schema: of the results; has key, model, image_path and pixels.
+        files: in the run's folder besides the parts, as patterns; of an image, with ``{name}`` for what `named` says.
         named: the column with the name of an image's files; empty where none are written.
         classes: as in `stream_table`; known once the job is open.
     """
@@ -76,6 +77,7 @@ class Job:
     made: ClassVar[str]
     product: str = ""
     schema: ClassVar[pa.Schema]
+    files: tuple[str, ...] = ()
     named: str = ""
     classes: Sequence[str] | None = None
 
@@ -151,6 +153,7 @@ class PredictJob(Job):
     """
 
     kind, made, product = "predict", "predictions", "predictions.csv"
+    files = ("predictions.csv", "predictions.json", "breasts.csv", "exams.csv", "heatmaps", "masks")
 
     _network: Any
 

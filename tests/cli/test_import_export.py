@@ -167,6 +167,32 @@ def test_flips_average_over_mirror_images_and_belong_to_the_run(tmp_path, phanto
     assert "was begun with --flip left-right --flip up-down; go on with that" in capsys.readouterr().err
 
 
+def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(tmp_path, phantoms, capsys):
+    images = sorted((phantoms.parent / "images").iterdir())[:2]
+    first, second = make(tmp_path / "a", 2) and tmp_path / "a", make(tmp_path / "b", 2, 1) and tmp_path / "b"
+    for command, options in (("predict", ["--heatmaps"]), ("explain", ["--format", "png", "--format", "tif"])):
+        out = tmp_path / command
+        assert run(command, first, *images, *options, "--out", out) == 0
+        (out / "notes.txt").write_text("mine")
+        capsys.readouterr()
+        for given in ([first], [second]):
+            assert run(command, *given, images[0], "--out", out) == 2
+            error = capsys.readouterr().err
+            assert error.endswith("name another --out, or give --overwrite\n") and error.count("\n") == 1
+        other = "explain" if command == "predict" else "predict"
+        assert run(other, second, images[0], "--out", out, "--overwrite") == 2
+        assert f"is of gigamorph {command}; name another --out" in capsys.readouterr().err
+        assert run(command, second, images[0], "--out", out, "--overwrite", "--resume") == 2
+        assert run(command, second, images[0], "--out", out, "--overwrite") == 0
+        assert run(command, second, images[0], "--out", tmp_path / f"{command}-new") == 0
+        left, new = (
+            {p.relative_to(root) for root in [at] for p in root.rglob("*")} for at in (out, tmp_path / f"{command}-new")
+        )
+        assert left == new | {Path("notes.txt")}
+    assert len(rows(tmp_path / "predict" / "predictions.csv")) == 1
+    capsys.readouterr()
+
+
 def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path, phantoms, capsys):
     """Each image that is not of the test split was one of training in one of two folds, whatever the table says."""
     command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4, "--folds", 2]
