@@ -15,6 +15,7 @@ import rich_click as click
 
 from . import options
 from .progress import ProgressView
+from .stopped import Stopped
 
 if TYPE_CHECKING:
     from ..engine.predict.options import Summary, Watch
@@ -188,9 +189,9 @@ def watching(as_json: bool, device: str, look: Callable[..., object] | None = No
         with ProgressView(device=device) as view:
             meter = Meter(view)
             yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
-        raise
+        raise Stopped from error
 
 
 def tell_end(found: Summary) -> None:
