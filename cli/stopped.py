@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import rich_click as click
+from click.exceptions import Exit
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,4 +17,4 @@ class Commands(click.RichGroup):
         try:
             return super().invoke(ctx)
         except Stopped:
-            raise click.exceptions.Exit(130) from None
+            raise Exit(130) from None
