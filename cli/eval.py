@@ -284,7 +284,9 @@ def _keep_calibration(out: str, images: Cases, note: dict[str, Any]) -> list[str
     if images.kind != "binary" or images.level != sample or "sha256" not in note or "calibrated_on" in note:
         return []
     try:
-        write_calibration(out, images, json.loads((Path(out) / "metrics.json").read_text()), note["sha256"])
+        write_calibration(
+            out, images, json.loads((Path(out) / "metrics.json").read_text()), note["sha256"], note.get("flip", ())
+        )
     except DataError as error:
         return [f"no calibration.json: {error}"]
     return []
@@ -332,6 +334,8 @@ def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
 
     note = note_of(predictions)
     model = f"{note['checkpoint']}, SHA-256 {note['sha256']}" if {"checkpoint", "sha256"} <= note.keys() else None
+    if model is not None and note.get("flip"):
+        model += f", mean over mirrored images ({', '.join(note['flip'])})"
     return {
         "predictions": predictions.name,
         "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),

@@ -9,8 +9,6 @@ import rich_click as click
 
 from . import options
 
-_FLIPS = {"left-right": (True, False), "up-down": (False, True), "both": (True, True)}
-
 
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
     return None if value is None else options.parse_size(ctx, param, value)
@@ -83,13 +81,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option("--licence", default="", help="Of the weights, to be kept with them.")
 @click.option("--size", metavar="HxW", callback=_parse_size, help="Of the image that the import is checked by.")
 @click.option("--trust", is_flag=True, help="Open a pickled module, which runs the code in it, in its own process.")
-@click.option(
-    "--flip",
-    "flips",
-    multiple=True,
-    type=click.Choice(list(_FLIPS)),
-    help="Average over the mirrored image too. Repeatable; SOURCES are folders then.",
-)
+@options.flips("Average over the mirrored image too. Repeatable; SOURCES are folders then.")
 def import_(
     sources: tuple[str, ...],
     out: str,
@@ -118,6 +110,7 @@ def import_(
     Example: gigamorph import "timm:tf_efficientnetv2_s?in_chans=1&global_pool=max" --weights model.safetensors
     --out net
     """
+    from ..engine.datasets.views import FLIPS
     from ..engine.errors import GigamorphError
     from ..engine.models.folder import Preprocessing, is_folder
     from ..engine.published.importing import Wishes, import_ensemble, import_network
@@ -126,7 +119,7 @@ def import_(
         for source in sources:
             if not is_folder(source):
                 raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
-        path = import_ensemble(sources, out, [_FLIPS[flip] for flip in flips])
+        path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
         click.echo(f"{path}: mean of {len(sources)} networks, {1 + len(flips)} views of each image")
         return
     known = {field.name for field in fields(Preprocessing)}

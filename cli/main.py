@@ -12,6 +12,7 @@ import rich_click as click
 from click import exceptions
 
 from ..engine.versions import OWN
+from .stopped import Commands
 
 _COMMANDS = {
     "bench": "Measure how large, how fast, in how much memory; against stock PyTorch and its remedies.",
@@ -43,7 +44,7 @@ class LazyCommand(click.RichCommand):
         return command.make_context(info_name, args, parent=parent, **extra)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(OWN)
 def cli() -> None:
     """Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.

@@ -86,11 +86,15 @@ def predict(
     if gives_masks(run.checkpoint):
         if heatmaps or calibrated_by is not None:
             raise click.UsageError("--heatmaps and --calibration are of classes of images; this checkpoint is of masks")
+        if run.options["flips"]:
+            raise click.UsageError("--flip averages probabilities of images; masks are not averaged, leave it out")
         predict_masks(images, Path(out), identifiers, run)
         return
     calibration = None
     if calibrated_by is not None:
-        calibration = read_calibration(calibrated_by, run.opener(device="cpu").classes, run.options["model"])
+        calibration = read_calibration(
+            calibrated_by, run.opener(device="cpu").classes, run.options["model"], run.options["flips"]
+        )
     chosen = Options(heatmaps=heatmaps, identifiers=identifiers, calibration=calibration, **run.options)
     with runner.watching(run.as_json, chosen.device, _grey) as watch:
         found = predicted(run.opener, images, out, chosen, watch)

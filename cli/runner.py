@@ -15,6 +15,7 @@ import rich_click as click
 
 from . import options
 from .progress import ProgressView
+from .stopped import Stopped
 
 if TYPE_CHECKING:
     from ..engine.predict.options import Summary, Watch
@@ -67,6 +68,7 @@ shard: Any = click.option(
 )
 _OF_A_MODEL = (
     resume,
+    click.option("--overwrite", is_flag=True, help="Begin anew in a folder that a run of this command has filled."),
     click.option("--skip-bad", is_flag=True, help="Put images that are damaged or missing in quarantine.csv."),
     max_failures,
     retry_failed,
@@ -78,6 +80,7 @@ _OF_A_MODEL = (
         show_default=True,
         help="GPUs, or processes on the CPU, to work on.",
     ),
+    options.flips("Average over the mirrored image too: its probabilities, or numbers. Repeatable."),
     click.option("--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."),
     click.option(
         "--engine",
@@ -142,7 +145,9 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--address is a Ray cluster's; add --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # before a folder is made or images are looked for
-        names = ("resume", "retry_failed", "shard", "devices", "device", "workers", "store")
+        if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
+            raise click.UsageError("--overwrite removes a run and all its shards; leave out --resume and --shard")
+        names = ("resume", "overwrite", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")
         chosen = {
             "model": digest_of(checkpoint),
             "checkpoint": Path(checkpoint).name,
@@ -151,7 +156,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             "address": address,
             **{name: given.pop(name) for name in names},
         }
-        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget)
+        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
     for option in reversed(_OF_A_MODEL):
@@ -184,9 +189,9 @@ def watching(as_json: bool, device: str, look: Callable[..., object] | None = No
         with ProgressView(device=device) as view:
             meter = Meter(view)
             yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
-        raise
+        raise Stopped from error
 
 
 def tell_end(found: Summary) -> None:

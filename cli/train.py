@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from . import options
 from .elsewhere import TrainCommand
 from .starting import Teller, count_processes, goes_on, start
+from .stopped import Stopped
 from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 @click.command(cls=TrainCommand)
 @click.argument("data", type=click.Path(exists=True), required=False)
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
-@click.option("--config", type=click.Path(), help="Options from a TOML or YAML file; of --recipe, the recipe's own.")
+@click.option(
+    "--config", type=click.Path(), help="Options from a TOML, YAML or JSON file; of --recipe, the recipe's own."
+)
 @click.option(
     "-o",
     "settings",
@@ -309,10 +312,11 @@ def _train(
         with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
             watch = replace(watch, say=tell.say, begun=begun)
             found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
-    except KeyboardInterrupt:
-        if (out / "last.ckpt").exists():
-            click.echo(f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        if not (out / "last.ckpt").exists():
+            raise
+        click.echo(f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}", err=True)
+        raise Stopped from error
     if fold is not None and found.overlaps:
         write_overlaps(out / "val.csv", found.overlaps["val"], images.classes)
     elif fold is not None:

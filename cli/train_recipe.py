@@ -11,6 +11,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from .starting import Teller, count_processes, goes_on, start
+from .stopped import Stopped
 
 _OF_RECIPES = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
@@ -57,9 +58,9 @@ def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split:
     try:
         with ProgressView(device=run.device, quiet=tell.quiet) as view:
             metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo(f"stopped; the same command with --resume goes on from what is in {run.out}", err=True)
-        raise
+        raise Stopped from error
     if tell.quiet:
         return
     show_rows([{"measure": key, "value": value} for key, value in _plain(metrics) if not key.startswith("versions.")])

@@ -64,10 +64,11 @@ def view(
     from ..engine.view.site import Site
 
     exams = read_exams(source, table=table, split=split)[:most]
-    predicted_by = note_of(table_in(Path(source))).get("sha256")
+    note = note_of(table_in(Path(source)))
+    predicted_by, flips = note.get("sha256"), note.get("flip", ())
     if evidence is not None and predicted_by not in (None, digest_of(evidence)):
         raise DataError(f"{evidence}: is another network than that whose predictions {source} has; name that")
-    maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device)
+    maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device, flips=flips)
     site = Site(exams, maps, identifiers=identifiers)
     folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
     page = site.write_page(folder)

@@ -1,11 +1,12 @@
-"""Configurations: TOML or YAML files, single values as ``key=value``, and the frozen dataclasses that they fill."""
+"""Configurations: TOML, YAML or JSON files, single values as ``key=value``, the frozen dataclasses that they fill."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,7 +31,7 @@ def load_config(path: str | Path, cls: type[T]) -> T:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """What stands in a file: YAML if its name ends in ``.yaml`` or ``.yml``, else TOML.
+    """What stands in a file: YAML if its name ends in ``.yaml`` or ``.yml``, JSON in ``.json``, else TOML.
 
     Raises:
         GigamorphError: it is missing or cannot be parsed.
@@ -39,8 +40,9 @@ def read_values(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise GigamorphError(f"{path}: cannot be read ({error}); name a TOML or YAML file") from error
-    return _parsed_yaml(text, str(path)) if path.suffix in (".yaml", ".yml") else _parsed(text, str(path))
+        raise GigamorphError(f"{path}: cannot be read ({error}); name a TOML, YAML or JSON file") from error
+    parse = _PARSERS.get(path.suffix.lower(), _parsed)
+    return parse(text, str(path))
 
 
 def parse_config(text: str, cls: type[T], source: str) -> T:
@@ -65,6 +67,23 @@ def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise GigamorphError(f"{source}: holds no table of keys and values")
     return _as_toml(found)
+
+
+def _parsed_json(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GigamorphError(f"{source}: is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise GigamorphError(f"{source}: holds no table of keys and values")
+    return _as_toml(found)
+
+
+_PARSERS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    ".yaml": _parsed_yaml,
+    ".yml": _parsed_yaml,
+    ".json": _parsed_json,
+}
 
 
 def _as_toml(value: Any) -> Any:

@@ -125,7 +125,11 @@ class TrainedMasks(_Network):
 
 
 def load(
-    path: str | Path, *, memory_budget: int | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    memory_budget: int | str | None = None,
+    device: torch.device | str | None = None,
+    flips: Sequence[str] = (),
 ) -> Trained | TrainedMasks:
     """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
 
@@ -133,6 +137,8 @@ def load(
         path: checkpoint or folder.
         memory_budget: bytes for one image (``"4GiB"``), as in `accelerate`.
         device: where it is computed; None takes the GPU, or the CPU if there is none.
+        flips: of "left-right", "up-down" and "both": probabilities are averaged over these mirror images too, as by
+            `gigamorph predict --flip`.
 
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images and gives no masks.
@@ -143,11 +149,14 @@ def load(
         raise GigamorphError(f"device {device!r} is none of torch's; take cpu or cuda") from error
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
+    flips = [flips] if isinstance(flips, str) else flips
     if gives_masks(path):
+        if flips:
+            raise GigamorphError(f"{path}: is a network of masks, which are not averaged over mirror images")
         segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
         segmenter.net.eval()
         return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
-    net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen)
+    net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen, flips=flips)
     net.eval()
     return Trained(net, tuple(classes), opened)
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, cat
 from torch.nn.functional import avg_pool2d
 
-from ..errors import DataError
+from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
 from ..images.derived import DerivedSource
 from ..images.pixels import Normalize, PixelSource, check_region
+
+FLIPS = {"left-right": (True, False), "up-down": (False, True), "both": (True, True)}
+"""(left-right, up-down) of the mirror images that predictions may be averaged over."""
+
+
+def mirrorings(names: Iterable[str]) -> tuple[tuple[bool, bool], ...]:
+    """The image as it is, and the mirror images of these names of `FLIPS`.
+
+    Raises:
+        GigamorphError: a name is none.
+    """
+    names = dict.fromkeys(names)
+    unknown = next((name for name in names if name not in FLIPS), None)
+    if unknown is not None:
+        raise GigamorphError(f"flip {unknown!r} is none of {', '.join(FLIPS)}")
+    return ((False, False), *(FLIPS[name] for name in names))
+
 
 # Input values that one step of averaging reads at most: 16 MiB of float32.
 _STEP = 2**22

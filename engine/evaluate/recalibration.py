@@ -7,7 +7,7 @@ Of two classes: log-odds z become a + b z, with Cox's intercept a and slope b of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Calibration:
         threshold: log-odds before the calibration, from which on an image is called.
         images: how many it was measured on, of which split of a training.
         sha256: of the checkpoint that predicted them.
+        flips: mirror images over which it averaged.
     """
 
     output: str
@@ -37,13 +38,16 @@ class Calibration:
     images: int
     split: str | None
     sha256: str
+    flips: tuple[str, ...] = ()
 
     def __call__(self, log_odds: float) -> float:
         """Calibrated log-odds of the second class."""
         return self.intercept + self.slope * log_odds
 
 
-def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str) -> Path:
+def write_calibration(
+    out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str, flips: Sequence[str] = ()
+) -> Path:
     """Write the calibration of evaluated samples into a folder.
 
     There is one of log-odds of two classes that rank better than chance and do not part the classes. The threshold is
@@ -52,7 +56,7 @@ def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], 
     Args:
         images: what the network takes as one sample: images, or exams of several views.
         found: of `evaluate`, with the split that was evaluated.
-        sha256: of the checkpoint.
+        sha256, flips: of the checkpoint, and over which mirror images it averaged.
 
     Raises:
         DataError: there is none; why.
@@ -74,24 +78,28 @@ def write_calibration(out: str | Path, images: Cases, found: Mapping[str, Any], 
         raise DataError("the log-odds part the two classes, to which no slope can be fitted; more images may")
     if fitted[0] <= 0:
         raise DataError(f"the log-odds rank worse than chance (slope {fitted[0]:.3g})")
-    one = Calibration(name, *fitted, float(threshold), len(known), found.get("split"), sha256)
+    one = Calibration(name, *fitted, float(threshold), len(known), found.get("split"), sha256, tuple(flips))
     path = Path(out) / _FILE
     write_atomically(path, lambda p: p.write_text(json.dumps(asdict(one), indent=1) + "\n"), "calibration")
     return path
 
 
-def read_calibration(path: str | Path, classes: list[str], sha256: str) -> Calibration:
+def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: Sequence[str] = ()) -> Calibration:
     """The calibration in a file, for a checkpoint and its classes.
 
     Raises:
-        DataError: if it cannot be read, or belongs to another checkpoint.
+        DataError: if it cannot be read, or belongs to another checkpoint or other mirror images.
     """
     try:
-        found = Calibration(**json.loads(Path(path).read_text()))
+        stored = json.loads(Path(path).read_text())
+        found = Calibration(**{**stored, "flips": tuple(stored.get("flips", ()))})
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is no {_FILE} of gigamorph eval") from error
     if found.sha256 != sha256 or classes[1:] != [found.output]:
         raise DataError(f"{path}: was measured on predictions of another checkpoint; evaluate those of this one")
+    if found.flips != tuple(flips):
+        how = " and ".join(f"--flip {name}" for name in found.flips) or "no --flip"
+        raise DataError(f"{path}: was measured on predictions with {how}; predict as they were, or evaluate others")
     return found

@@ -44,6 +44,7 @@ Method = Literal["activation", "gradient"]
 Format = Literal["png", "tif", "seg", "binary-seg"]
 SEGMENTATIONS = {"seg": ".seg.dcm", "binary-seg": ".binary.seg.dcm"}
 """What names of files of these formats end with."""
+_SEG_ENDS = tuple(SEGMENTATIONS.values())
 METHODS = {"activation": explain_class, "gradient": explain_gradient}
 
 _MARK = pa.struct([(name, pa.float64()) for name in ("row", "column", "score")])
@@ -105,6 +106,7 @@ def explain(
 
 class _Explain(Job):
     kind, made, schema, named = "explain", "explanations", EXPLAINED, "name"
+    files = ("marks.csv", "exams.csv", *(f"{{name}}{end}" for end in (".png", ".tif", ".map.tif", *_SEG_ENDS)))
 
     _classifier: Classifier
     _out: Path
@@ -115,11 +117,10 @@ class _Explain(Job):
 
     def described(self) -> dict[str, Any]:
         options = self._options
-        return {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
+        given = {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
+        return {**given, "flip": list(options.flips)}
 
     def differs(self, name: str, before: Any) -> str:
-        if name == "format":
-            before = " --format ".join(before)
         return super().differs(name, before or "the default")
 
     def open(self, options: RunOptions) -> None:

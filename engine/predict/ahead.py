@@ -128,7 +128,12 @@ class Ahead:
     def _submit(self, some: list[Work]) -> Future[list[Opened]]:
         if self._pool is None:
             self._pool = self._new_pool(self._workers)
-        return self._pool.submit(_in_worker, some)
+        try:
+            return self._pool.submit(_in_worker, some)
+        except BrokenProcessPool as error:  # a worker has crashed just now; those before this one are told as well
+            crashed: Future[list[Opened]] = Future()
+            crashed.set_exception(error)
+            return crashed
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         # What a forked process needs to open images need not be sent to it.

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..files import write_atomically
 from .job import Job
 from .lock import cannot_write, held, hold
 from .options import RunOptions
+from .parts import read_parts
 
 
 class RunFolder:
@@ -61,28 +63,67 @@ class RunFolder:
             ours: this process holds the shard.
         """
         job, options, out = self._job, self._options, self.path
+        self._refuse_others(ours)
+        found = self._refuse_foreign()
+        if found is None or options.overwrite:
+            return
+        if found["model"] != options.model:
+            raise GigamorphError(
+                f"{out}: holds results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
+                f"name another --out{self._or_overwrite}"
+            )
+        if not options.resume and (options.shard[1] == 1 or self._begun(self.shard)):
+            raise GigamorphError(
+                f"{out}: already holds {job.made}; go on with --resume, or name another --out{self._or_overwrite}"
+            )
+        for name, value in job.described().items():
+            if found.get(name) != value:
+                raise GigamorphError(f"{out}: {job.differs(name, found.get(name))}")
+
+    @property
+    def _or_overwrite(self) -> str:
+        return ", or give --overwrite" if self._job.files else ""
+
+    def _refuse_others(self, ours: bool) -> None:
+        """Refuse a folder that another process writes to."""
+        options, out = self._options, self.path
         for lock in self._locks():
             mine = lock.parent.name == self.shard
             clash = mine or lock.parent.name.partition("-of-")[2] != str(options.shard[1])
             if clash and not (mine and ours) and (holder := held(lock)):
                 raise GigamorphError(f"{out}: {holder} writes to it; wait for it, or name another --out")
+
+    def _refuse_foreign(self) -> dict[str, Any] | None:
+        """What `run.json` says of the run that the folder holds, if any; refuse what is of another command."""
+        job, out = self._job, self.path
         found = _read_description(out / "run.json")
         if found is None or not self._begun("*-of-*"):
             if found is None and job.product and (out / job.product).exists():
                 raise GigamorphError(f"{out / job.product}: already exists; name another --out")
-            return
+            return None
         if found["kind"] != job.kind:
             raise GigamorphError(f"{out}: is of gigamorph {found['kind']}; name another --out")
-        if found["model"] != options.model:
-            raise GigamorphError(
-                f"{out}: holds results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
-                "name another --out"
-            )
-        if not options.resume and (options.shard[1] == 1 or self._begun(self.shard)):
-            raise GigamorphError(f"{out}: already holds {job.made}; go on with --resume, or name another --out")
-        for name, value in job.described().items():
-            if found.get(name) != value:
-                raise GigamorphError(f"{out}: {job.differs(name, found.get(name))}")
+        return found
+
+    def clear(self) -> None:
+        """Take a run of this kind away, with all that it wrote; nothing else that lies in the folder.
+
+        Raises:
+            GigamorphError: as `refuse`, or what cannot be removed.
+        """
+        self.refuse(ours=False)
+        job, out = self._job, self.path
+        try:
+            of_images = [pattern for pattern in job.files if "{name}" in pattern]
+            for rows in read_parts(self.parts, [job.named]) if of_images else ():
+                for name in (pattern.format(name=row[job.named]) for row in rows for pattern in of_images):
+                    (out / name).unlink(missing_ok=True)
+            own = [name for name in job.files if name not in of_images]
+            for name in (*own, "quarantine.csv", "stored", "quarantine", "parts", "run.json"):
+                path = out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(out, error, "name another --out") from error
 
     def join(self, rows: int, table: str, warn: Callable[[str], object]) -> None:
         """Say in the folder what the run is, or see that it is the same.
@@ -134,7 +175,7 @@ class RunFolder:
 
 def _read_description(path: Path) -> dict[str, Any] | None:
     try:
-        found = {"kind": "predict", **json.loads(path.read_text(encoding="utf-8"))}
+        found = {"kind": "predict", "flip": [], **json.loads(path.read_text(encoding="utf-8"))}
         return found | {name: found[name] for name in ("model", "checkpoint", "rows", "table")}
     except FileNotFoundError:
         return None

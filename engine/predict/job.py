@@ -68,6 +68,7 @@ class Job:
         made: what a folder of it holds, for messages.
         product: a table at the end that nothing else may have written; empty if any may be replaced.
         schema: of the results; has key, model, image_path and pixels.
+        files: in the run's folder besides the parts, as patterns; of an image, with ``{name}`` for what `named` says.
         named: the column with the name of an image's files; empty where none are written.
         classes: as in `stream_table`; known once the job is open.
     """
@@ -76,6 +77,7 @@ class Job:
     made: ClassVar[str]
     product: str = ""
     schema: ClassVar[pa.Schema]
+    files: tuple[str, ...] = ()
     named: str = ""
     classes: Sequence[str] | None = None
 
@@ -89,6 +91,10 @@ class Job:
         if isinstance(before, bool):
             state = "with" if before else "without"
             return f"was begun {state} {option}; go on {state} it, or name another --out"
+        if isinstance(before, list):
+            before = f" {option} ".join(before)
+            if not before:
+                return f"was begun without {option}; go on without it, or name another --out"
         return f"was begun with {option} {before}; go on with that, or name another --out"
 
     def open(self, options: RunOptions) -> None:
@@ -147,6 +153,7 @@ class PredictJob(Job):
     """
 
     kind, made, product = "predict", "predictions", "predictions.csv"
+    files = ("predictions.csv", "predictions.json", "breasts.csv", "exams.csv", "heatmaps", "masks")
 
     _network: Any
 
@@ -167,5 +174,6 @@ class PredictJob(Job):
 
     def write_note(self, out: Path, **more: Any) -> None:
         """Beside the table: which network its predictions are of."""
-        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **more}
+        flips = {"flip": list(self._options.flips)} if self._options.flips else {}
+        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **flips, **more}
         write_atomically(out / "predictions.json", lambda path: path.write_text(json.dumps(note) + "\n"), "note")

@@ -20,6 +20,7 @@ class RunOptions:
         model: SHA-256 of the checkpoint, or what else stands for what is done; results are of image and model.
         checkpoint: its name, for messages.
         resume: go on in a folder that holds results of this model.
+        overwrite: begin anew in a folder that holds a run of the same kind, whatever its model; it is removed.
         retry_failed: try images of the quarantine again.
         max_failures: share of the images that may fail; None ends the run at the first, and keeps none of them.
         shard: (i, n): the i-th of n parts of the images, from 1.
@@ -28,12 +29,14 @@ class RunOptions:
         workers: processes that read ahead, for each device; None takes some.
         engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
         address: of that; None takes RAY_ADDRESS, or starts one on this machine.
+        flips: mirror images that the opened network averages over, by name; the folder keeps them.
         store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
     """
 
     model: str
     checkpoint: str = ""
     resume: bool = False
+    overwrite: bool = False
     retry_failed: bool = False
     max_failures: float | None = None
     shard: tuple[int, int] = (1, 1)
@@ -42,6 +45,7 @@ class RunOptions:
     workers: int | None = None
     engine: Literal["embedded", "ray"] = "embedded"
     address: str | None = None
+    flips: tuple[str, ...] = ()
     store: str = ""
 
     @property

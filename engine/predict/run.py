@@ -80,6 +80,7 @@ class _Predict(PredictJob):
         return {
             "heatmaps": options.heatmaps,
             "identifiers": options.identifiers,
+            "flip": list(options.flips),
             "drawn": hashlib.sha256(drawn.encode()).hexdigest() if drawn else "",
         }
 

@@ -66,6 +66,8 @@ def run(
         for text in index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path):
             watch.warn(text)
         job.look(index, watch)
+        if options.overwrite:
+            folder.clear()
         with folder.held():
             return _Runner(job, folder, options, watch, index)()
 

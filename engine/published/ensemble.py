@@ -16,7 +16,7 @@ from ..errors import DataError, GigamorphError
 from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, to_original
 from ..models.classifier import record
-from ..models.folder import Description, Preprocessing
+from ..models.folder import Preprocessing
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..train.explanation import Explained, Explanation, SelfExplaining, class_of, explain_class, gradient
 from .images import PreparedSource
@@ -62,23 +62,34 @@ class Published:
 
 @dataclass(frozen=True)
 class Member:
-    """A network of an ensemble: what it takes, and what it gives."""
+    """A network of an ensemble: what it takes, and what it gives.
 
-    net: Published
-    preprocessing: Preprocessing
+    Attributes:
+        preprocessing: None takes images as they are.
+    """
+
+    net: Any
+    preprocessing: Preprocessing | None
     outputs: Outputs
+
+    def seen(self, source: PixelSource) -> PixelSource:
+        return source if self.preprocessing is None else PreparedSource(source, self.preprocessing)
 
 
 class Ensemble(SelfExplaining):
     """Several networks, and mirror images, as one network: log-odds of the mean of their probabilities.
 
-    A call takes an image of grey values (or a list of one) and gives log-odds (1, names).
+    A call takes an image, of grey values where members prepare it, or a list of one, and gives log-odds (1, names).
+
+    Args:
+        outputs: what the members' log-odds are of.
+        flips: (left-right, up-down) of the images that each member sees; the image as it is among them.
     """
 
-    def __init__(self, members: Sequence[Member], description: Description) -> None:
-        self.members, self.flips = list(members), description.flips
-        self._numbers = description.outputs.numbers
-        set_outputs(self, replace(description.outputs, averaged=True))
+    def __init__(self, members: Sequence[Member], outputs: Outputs, flips: Sequence[tuple[bool, bool]]) -> None:
+        self.members, self.flips = list(members), flips
+        self._numbers = outputs.numbers
+        set_outputs(self, replace(outputs, averaged=True))
         self._on_tile: Any = None
 
     @property
@@ -110,10 +121,15 @@ class Ensemble(SelfExplaining):
         return self._explained(source, which, lambda net, seen, number: explain_class(net, seen, number)[0])
 
     def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
-        """The gradient of the mean's log-odds by the image's grey values, of which members have their own sizes."""
+        """The gradient of the mean's log-odds by the image's grey values, of which members have their own sizes.
 
-        def by_grey(net: Any, seen: PreparedSource, number: int) -> Explanation:
+        Of images that members take as they are it is that by these.
+        """
+
+        def by_grey(net: Any, seen: PixelSource, number: int) -> Explanation:
             found = gradient(net, seen, number)[0].cpu()
+            if not isinstance(seen, PreparedSource):
+                return Explanation(seen, found, Affine())
             _, std = seen.normalize.per_channel(seen.shape[0])
             scaled = found / torch.tensor(std, dtype=found.dtype)[:, None, None]
             return Explanation(seen, scaled, Affine())
@@ -134,15 +150,15 @@ class Ensemble(SelfExplaining):
         log_odds = float(mean[0, number])
         return _merged(maps, slopes.tolist(), len(self.members), log_odds), mean[0], number
 
-    def _views(self, source: PixelSource) -> Iterator[tuple[Member, PreparedSource]]:
+    def _views(self, source: PixelSource) -> Iterator[tuple[Member, PixelSource]]:
         """Each member with each image that it sees; images as they are come first."""
         for left_right, up_down in sorted(self.flips):
             mirrored = MirroredSource(source, left_right=left_right, up_down=up_down)
             for member in self.members:
-                yield member, PreparedSource(mirrored if left_right or up_down else source, member.preprocessing)
+                yield member, member.seen(mirrored if left_right or up_down else source)
 
     @staticmethod
-    def _log_odds(member: Member, seen: PreparedSource) -> Tensor:
+    def _log_odds(member: Member, seen: PixelSource) -> Tensor:
         return member.outputs.log_odds(member.net(seen).double())
 
 

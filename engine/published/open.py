@@ -9,6 +9,7 @@ from typing import Any
 
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
+from ..datasets.views import FLIPS, mirrorings
 from ..errors import GigamorphError
 from ..models import create_model
 from ..models.folder import Description, read_description
@@ -20,15 +21,19 @@ from .images import PublishedImages
 Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 
 
-def open_published(folder: str | Path, *, memory_budget: int | None, device: str) -> Opened:
+def open_published(folder: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()) -> Opened:
     """The network of a folder in a budget and on a device, the names of its outputs, and what opens images for it.
 
     And how many images the trainings of `gigamorph train` had, of which it is known; the images' records say which
     split of them they were in.
 
+    Args:
+        flips: of `FLIPS`; predictions are averaged over these mirror images too.
+
     Raises:
         DataError: if the folder is damaged.
-        GigamorphError: its network cannot be built, or gives features and no predictions.
+        GigamorphError: its network cannot be built, gives features and no predictions, or averages over mirror images
+            already.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -38,12 +43,16 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
         )
     wanted = description.preprocessing
     plain = description.flips == ((False, False),)
-    if plain and not description.members:
+    if flips and not plain:
+        already = ", ".join(name for name, pair in FLIPS.items() if pair in description.flips)
+        raise GigamorphError(f"{folder}: is averaged over mirrored images already ({already}); leave --flip out")
+    seen = mirrorings(flips) if flips else description.flips
+    if len(seen) == 1 and not description.members:
         net = Published(_accelerated(folder, memory_budget, device), str(folder))
         own = [description.source.get("training", {})]
         return net, description.outputs.names, lambda r: PublishedImages(_learnt(r, own), wanted, wanted), _count(own)
     members = _members(folder, description, memory_budget, device)
-    ensemble = Ensemble(members, description)
+    ensemble = Ensemble(members, description.outputs, seen)
     folders = [folder / name for name in description.members] or [folder]
     all_ = [read_description(path).source.get("training", {}) for path in folders]
     return ensemble, description.outputs.names, lambda r: PublishedImages(_learnt(r, all_), None, wanted), _count(all_)

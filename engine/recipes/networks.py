@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
-from ..errors import DataError
-from ..models.outputs import set_outputs
+from ..datasets.views import mirrorings
+from ..errors import DataError, GigamorphError
+from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..predict.predictor import Classifier
-from ..published.ensemble import Published
+from ..published.ensemble import Ensemble, Member, Published
 from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
@@ -21,7 +23,7 @@ from . import get_recipe
 
 
 def open_classifier(
-    path: str | Path, *, memory_budget: int | None, device: str
+    path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
 ) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
     """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
 
@@ -29,17 +31,38 @@ def open_classifier(
 
     The images' records say which split of the training they were in, where that is known.
 
+    Args:
+        flips: of `gigamorph.engine.datasets.views.FLIPS`; predictions are averaged over these mirror images too.
+
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images.
+        GigamorphError: predictions of it cannot be averaged over mirror images.
     """
-    found = open_predictor(path, memory_budget=memory_budget, device=device)
+    found = open_predictor(path, memory_budget=memory_budget, device=device, flips=flips)
     return found.net, found.classes, found.open_images
 
 
-def open_predictor(path: str | Path, *, memory_budget: int | None, device: str) -> Classifier:
+def open_predictor(
+    path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
+) -> Classifier:
     """The same for `gigamorph.engine.predict`."""
     if Path(path).is_dir():
-        return Classifier(*open_published(path, memory_budget=memory_budget, device=device))  # type: ignore[arg-type]
+        return Classifier(*open_published(path, memory_budget=memory_budget, device=device, flips=flips))  # type: ignore[arg-type]
+    found = _of_checkpoint(path, memory_budget, device)
+    return _mirrored(found, flips, path) if flips else found
+
+
+def _mirrored(found: Classifier, flips: Sequence[str], path: str | Path) -> Classifier:
+    """The same, averaged over mirror images."""
+    own = outputs_of(found.net)
+    if own is not None and own.views is not None:
+        raise GigamorphError(f"{path}: combines the views of an exam by what it gives of each; leave --flip out")
+    outputs = own or Outputs.of("softmax", len(found.classes), tuple(found.classes))
+    net = Ensemble([Member(found.net, None, outputs)], outputs, mirrorings(flips))
+    return replace(found, net=net)  # type: ignore[arg-type]
+
+
+def _of_checkpoint(path: str | Path, memory_budget: int | None, device: str) -> Classifier:
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" in record:

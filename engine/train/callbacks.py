@@ -31,7 +31,7 @@ from .task import Score
 make_torchvision_importable()
 
 import lightning.pytorch as pl  # noqa: E402
-from lightning.pytorch.callbacks import Callback  # noqa: E402
+from lightning.pytorch.callbacks import Callback, Checkpoint  # noqa: E402
 
 log = logging.getLogger("gigamorph")
 
@@ -45,9 +45,9 @@ DRAW_EVERY = 10.0
 class Epochs(Callback):
     """Scores, rows of ``log.csv`` and checkpoints of the epochs.
 
-    ``last.ckpt`` is written after each epoch, at times inside it, and at Ctrl-C; ``best.ckpt`` whenever the score is
-    the best so far, before ``last.ckpt``: a kill between the two repeats the epoch and writes the same best state
-    again. Lightning's own `ModelCheckpoint` knows no place inside an epoch.
+    ``last.ckpt`` is written after each epoch (`EndOfEpoch`), at times inside it, and at Ctrl-C; ``best.ckpt`` whenever
+    the score is the best so far, before ``last.ckpt``: a kill between the two repeats the epoch and writes the same
+    best state again. Lightning's own `ModelCheckpoint` knows no place inside an epoch.
 
     A Ctrl-C lets the batch under way (or the scoring) finish, writes ``last.ckpt`` and raises `InterruptedTraining`.
     All processes of a group stop at the same place, at a Ctrl-C to any of them.
@@ -56,6 +56,7 @@ class Epochs(Callback):
     def __init__(self, interrupt: Interrupt) -> None:
         self._interrupt = interrupt
         self._began = self._saved = self._drawn = time.monotonic()
+        self.at_end = EndOfEpoch(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_clock(pl_module)
@@ -100,7 +101,6 @@ class Epochs(Callback):
             kept = Score(-row["train_loss"]) if score is None and task.best_by_loss else score
             if state.end_epoch(stage, row, kept):
                 self._save(trainer, module, "best.ckpt")
-        self._save(trainer, module, "last.ckpt")
         pl_module.log_dict(numbers_of(row), logger=False)  # for callbacks of users (trainer.callback_metrics)
         if group.leads:
             write_log(module.run.out / "log.csv", state.rows)
@@ -111,9 +111,16 @@ class Epochs(Callback):
         values = {"loss": state.rows[-1]["train_loss"], **told}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         task.meter.note(f"{stage.name} {state.within}/{stage.epochs}  {shown}")
-        trainer.should_stop = state.is_over(stage)
+        trainer.should_stop |= state.is_over(stage)
+
+    def keep_epoch(self, trainer: pl.Trainer, module: StageModule) -> None:
+        """Write ``last.ckpt`` at the end of an epoch, and stop where somebody asks for it."""
+        stage, state, group = module.stage, module.state, module.task.group
+        trainer.should_stop = any(group.all(trainer.should_stop))
+        state.stopped = trainer.should_stop and not state.is_over(stage)
+        self._save(trainer, module, "last.ckpt")
         if trainer.should_stop and state.within < stage.epochs:
-            task.meter.note(f"{stage.name}: {state.ending(stage)}")
+            module.task.meter.note(f"{stage.name}: {state.ending(stage)}")
         self._start_clock(module)
         if any(group.all(self._interrupt.asked)):
             raise InterruptedTraining
@@ -164,6 +171,19 @@ class Epochs(Callback):
             raise GigamorphError(f"{error}; {where_it_goes_on(module.run)}") from error
         module.task.group.wait()
         self._saved = time.monotonic()
+
+
+class EndOfEpoch(Checkpoint):
+    """Keeps an epoch when all other callbacks have seen its end, with what they then know and decide.
+
+    Lightning calls `Checkpoint`s last.
+    """
+
+    def __init__(self, epochs: Epochs) -> None:
+        self._epochs = epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epochs.keep_epoch(trainer, _stage_of(pl_module))
 
 
 def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

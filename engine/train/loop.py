@@ -150,6 +150,7 @@ def _fit(
         # Lightning advises on workers, loggers and folders; none of it concerns sources that are read by tiles.
         warnings.filterwarnings("ignore", module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        epochs = Epochs(interrupt)
         trainer = pl.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
             # Lightning sees one process of its own everywhere; what several have in common is the group's.
@@ -157,13 +158,12 @@ def _fit(
             max_epochs=stage.epochs,
             accumulate_grad_batches=stage.accumulate // task.group.at_once,
             precision=PRECISIONS[run.precision],  # type: ignore[arg-type]
-            callbacks=[Epochs(interrupt), *watchers.callbacks],
+            callbacks=[epochs, *watchers.callbacks, epochs.at_end],
             plugins=[AtomicCheckpointIO(task.group.leads)],
             default_root_dir=run.out,
             logger=watchers.loggers or False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )

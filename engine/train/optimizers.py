@@ -13,8 +13,12 @@ from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
 from .stages import Stage, matching
 
-# LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients alone.
-_UNFIT = {"lbfgs", "sparseadam"}
+_UNFIT = {
+    "lbfgs": "evaluates the loss several times a step",
+    "muon": "takes matrices alone, no kernels and biases; timm:muon flattens kernels and gives biases to AdamW",
+    "sparseadam": "takes sparse gradients alone",
+}
+"""Optimizers of `torch.optim` that serve nobody here, and why."""
 
 
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
@@ -69,6 +73,8 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
             names = ", ".join(map(str, list_optimizers()))
             raise GigamorphError(f"optimizer {name!r} is unknown; timm has {names}")
         return get_optimizer_class(name.removeprefix("timm:"), bind_defaults=True)
+    if name.lower() in _UNFIT:
+        raise GigamorphError(f"optimizer {name!r} cannot train a network here: it {_UNFIT[name.lower()]}")
     there = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     if name.lower() not in there:
         names = ", ".join(sorted(there))

@@ -34,14 +34,20 @@ class State:
     stage_best: float = -math.inf
     stale: int = 0
     """Epochs of the stage without a better value."""
+    stopped: bool = False
+    """A callback of the user's has ended the stage."""
 
     def is_over(self, stage: Stage) -> bool:
-        return self.within >= stage.epochs or (stage.patience is not None and self.stale >= stage.patience)
+        return (
+            self.within >= stage.epochs or self.stopped or (stage.patience is not None and self.stale >= stage.patience)
+        )
 
     def ending(self, stage: Stage) -> str:
         """Why a stage is over, for people; empty where it is not."""
         if self.within >= stage.epochs:
             return f"complete after epoch {stage.epochs}"
+        if self.stopped:
+            return f"stopped by a callback after epoch {self.within} of {stage.epochs}"
         if self.is_over(stage):
             return f"stopped early after epoch {self.within} of {stage.epochs}: no better score in {self.stale} epochs"
         return ""
@@ -63,7 +69,7 @@ class State:
 
     def next_stage(self) -> None:
         self.stage, self.within = self.stage + 1, 0
-        self.decay, self.stage_best, self.stale = 1.0, -math.inf, 0
+        self.decay, self.stage_best, self.stale, self.stopped = 1.0, -math.inf, 0, False
 
     def stored(self, losses: list[float]) -> dict[str, Any]:
         """For a checkpoint; the losses are those of all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,14 @@ class Evidence:
 
     Args:
         checkpoint: of gigamorph train, or a folder of gigamorph import.
+        flips: mirror images over which its predictions are averaged.
     """
 
-    def __init__(self, checkpoint: str | Path, *, memory_budget: int | None, device: str) -> None:
-        self._net, _, self._open = open_classifier(checkpoint, memory_budget=memory_budget, device=device)
+    def __init__(
+        self, checkpoint: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
+    ) -> None:
+        opened = open_classifier(checkpoint, memory_budget=memory_budget, device=device, flips=flips)
+        self._net, _, self._open = opened
         self._net.eval()
         self._lock = threading.Lock()
 

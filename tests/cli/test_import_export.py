@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from commands import rows, run
 from full_disk import run_within
 from PIL import Image
 from torch import nn
 
-from gigamorph import create_model
+from gigamorph import create_model, load
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.explain.write import METHODS
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.models.registry import load_weights
@@ -118,6 +120,76 @@ def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path,
     with torch.no_grad():
         logits = exported.network(seen(image))[0]
     assert float(one["log_odds_1"]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_flips_average_over_mirror_images_and_belong_to_the_run(tmp_path, phantoms, capsys, kind):
+    """The same of a checkpoint and of a folder, in every command and in Python, as an import with the same flips."""
+    paths = [str(path) for path in sorted((phantoms.parent / "images").iterdir())[:2]]
+    if kind == "folder":
+        make(tmp_path / "net", 2)
+        model = tmp_path / "net"
+    else:
+        command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4]
+        assert run(*command, "--out", tmp_path / "run") == 0
+        model = tmp_path / "run" / "best.ckpt"
+    plain = load(model)
+    sources = [plain.open(path) for path in paths]
+    images = [source.read(0, source.shape[1], 0, source.shape[2])[None] for source in sources]
+    with torch.no_grad():
+        each = [torch.cat([plain.net(x), plain.net(x.flip(3)), plain.net(x.flip(2))]) for x in images]
+    wanted = torch.stack([logits.double().softmax(1).mean(0) for logits in each])
+    flips = ["--flip", "up-down", "--flip", "left-right"]
+    out = tmp_path / "out"
+    assert run("predict", model, *paths, *flips, "--out", out) == 0
+    found = [[float(row[f"p_{name}"]) for name in plain.classes] for row in rows(out / "predictions.csv")]
+    torch.testing.assert_close(torch.tensor(found).double(), wanted, atol=1e-6, rtol=0)
+    assert (wanted - torch.stack([logits[0].double().softmax(0) for logits in each])).abs().max() > 1e-5
+    averaged = load(model, flips=["left-right", "up-down"])
+    torch.testing.assert_close(averaged.predict(paths), wanted, atol=1e-6, rtol=0)
+    # The run's own record, and who goes by it.
+    assert json.loads((out / "predictions.json").read_text())["flip"] == ["left-right", "up-down"]
+    assert json.loads((out / "run.json").read_text())["flip"] == ["left-right", "up-down"]
+    assert run("predict", model, *paths, *flips, "--out", out, "--resume") == 0
+    capsys.readouterr()
+    assert run("predict", model, *paths, "--flip", "both", "--out", out, "--resume") == 2
+    assert "was begun with --flip left-right --flip up-down; go on with that" in capsys.readouterr().err
+    # A map of what is predicted.
+    for method in ("activation", "gradient"):
+        where = tmp_path / method
+        assert run("explain", model, paths[0], *flips, "--method", method, "--format", "tif", "--out", where) == 0
+        one, _, _ = METHODS[method](averaged.net, averaged.open(paths[0]), None)
+        height, width = one.size
+        np.testing.assert_allclose(tifffile.imread(next(where.glob("*.map.tif"))), one.read(0, height, 0, width))
+    capsys.readouterr()
+    assert run("explain", model, paths[0], "--format", "tif", "--out", where, "--resume", "--method", "gradient") == 2
+    assert "was begun with --flip left-right --flip up-down; go on with that" in capsys.readouterr().err
+
+
+def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(tmp_path, phantoms, capsys):
+    images = sorted((phantoms.parent / "images").iterdir())[:2]
+    first, second = make(tmp_path / "a", 2) and tmp_path / "a", make(tmp_path / "b", 2, 1) and tmp_path / "b"
+    for command, options in (("predict", ["--heatmaps"]), ("explain", ["--format", "png", "--format", "tif"])):
+        out = tmp_path / command
+        assert run(command, first, *images, *options, "--out", out) == 0
+        (out / "notes.txt").write_text("mine")
+        capsys.readouterr()
+        for given in ([first], [second]):
+            assert run(command, *given, images[0], "--out", out) == 2
+            error = capsys.readouterr().err
+            assert error.endswith("name another --out, or give --overwrite\n") and error.count("\n") == 1
+        other = "explain" if command == "predict" else "predict"
+        assert run(other, second, images[0], "--out", out, "--overwrite") == 2
+        assert f"is of gigamorph {command}; name another --out" in capsys.readouterr().err
+        assert run(command, second, images[0], "--out", out, "--overwrite", "--resume") == 2
+        assert run(command, second, images[0], "--out", out, "--overwrite") == 0
+        assert run(command, second, images[0], "--out", tmp_path / f"{command}-new") == 0
+        left, new = (
+            {p.relative_to(root) for root in [at] for p in root.rglob("*")} for at in (out, tmp_path / f"{command}-new")
+        )
+        assert left == new | {Path("notes.txt")}
+    assert len(rows(tmp_path / "predict" / "predictions.csv")) == 1
     capsys.readouterr()
 
 

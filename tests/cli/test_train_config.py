@@ -335,6 +335,24 @@ def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
     assert (tmp_path / "seen").read_text() == "1"
 
 
+def test_what_a_callback_knows_and_decides_outlives_the_run(phantoms, tmp_path, monkeypatch, capsys):
+    """Resumed, it stops where it would have stopped; a run that it has stopped is finished."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patient.py").write_text(
+        "from lightning.pytorch.callbacks import EarlyStopping\n"
+        "def patient():\n"
+        "    return EarlyStopping('train_loss', min_delta=1e9, patience=2)\n"
+    )
+    command = ["train", phantoms, *FAST, "--callback", "patient:patient", "--out", "run"]
+    assert run(*command, "--epochs", "2") == 0 and run(*command, "--epochs", "6", "--resume") == 0
+    assert "train: stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
+    log = (tmp_path / "run" / "log.csv").read_text()
+    assert log.count("\n") == 4  # the first epoch is the best, and two are waited for
+    assert run(*command, "--epochs", "6", "--resume") == 0
+    assert "train: nothing is left to do, stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
+    assert (tmp_path / "run" / "log.csv").read_text() == log
+
+
 def test_lightnings_own_callbacks_see_the_scores(phantoms, tmp_path, monkeypatch, capsys):
     """What stands in log.csv can be monitored; what cannot be used is one line."""
     monkeypatch.chdir(tmp_path)

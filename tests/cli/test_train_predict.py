@@ -128,6 +128,10 @@ def test_a_calibration_is_applied_to_probabilities_calls_and_pictures(trained, p
     assert run(*command, "--out", tmp_path / "other") == 2
     error = capsys.readouterr().err
     assert "measured on predictions of another checkpoint" in error and error.count("\n") == 1
+    (tmp_path / "calibration.json").write_text(json.dumps(stored | {"flips": ["both"]}))
+    assert run(*command, "--out", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "measured on predictions with --flip both; predict as they were" in error and error.count("\n") == 1
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
@@ -356,7 +360,8 @@ def test_ctrl_c_keeps_the_results_before(trained, phantoms, tmp_path, monkeypatc
         # Each row is made durable by itself, else with a slow disk all 16 become so together.
         patched.setattr("gigamorph.engine.predict.parts._SHARE", 1e9)
         assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    told = capsys.readouterr().err.strip("\n")
+    assert told == "stopped; what is done is kept, and the same command with --resume goes on"
     computed = len(rows(tmp_path / "out" / "predictions.csv"))
     assert computed == 3
     assert len(rows(tmp_path / "out" / "breasts.csv")) == (computed + 1) // 2

@@ -273,6 +273,30 @@ def test_a_decoder_that_crashes_costs_its_image_only(table, tmp_path):
         predict(crashing, [table.parent / "0006.npy"], tmp_path / "strict", replace(HERE, workers=1))
 
 
+class LateCrash(ImageDataset):
+    """Image 0000 crashes its decoder; the next is asked for when that has been seen."""
+
+    def __getitem__(self, index):
+        if self.records[index].path.stem == "0000":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_decoder_that_has_crashed_before_the_next_image_is_asked_for(table, tmp_path):
+    def work():
+        for number, path in enumerate(sorted(table.parent.glob("000[0-2].npy"))):
+            if number == 1:  # until the executor knows
+                deadline = time.monotonic() + 20
+                while not ahead._pool._broken and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            yield Work(path.name, Row(Record(path, -1, path.name)))
+
+    open_one = lambda record, work: {**LateCrash([record], channels=1)[0], "record": record}  # noqa: E731
+    with Ahead(open_one, workers=1, depth=2, staging=tmp_path) as ahead:
+        found = list(ahead(work()))
+    assert [opened.error is None for opened in found] == [False, True, True]
+
+
 # ---- tables and places
 
 

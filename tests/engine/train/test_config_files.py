@@ -23,6 +23,16 @@ def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
     assert config.optimizer.options == {"betas": [0.9]}
 
 
+def test_a_json_file_means_what_toml_means(tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text('{\t"stages": [{"epochs": 1, "lr": 1e-2, "name": null}],\n\t"timeout": 1500}')
+    assert load_config(path, TrainConfig) == TrainConfig(stages=(StageOptions(1, lr=0.01),), timeout=1500.0)
+    for text, message in (("{", "my.json: is no JSON: "), ("[]", "my.json: holds no table of keys and values")):
+        path.write_text(text)
+        with pytest.raises(GigamorphError, match=message):
+            load_config(path, TrainConfig)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

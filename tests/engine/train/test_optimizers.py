@@ -33,6 +33,7 @@ def net():
         ("sgd", {"nesterov": False}, torch.optim.SGD),
         ("timm:lion", {}, None),
         ("timm:lamb", {}, None),
+        ("timm:muon", {}, None),
     ],
 )
 def test_optimizers_by_name_decay_weights_alone(name, options, expected):
@@ -50,7 +51,8 @@ def test_optimizers_by_name_decay_weights_alone(name, options, expected):
     ("change", "message"),
     [
         ({"optimizer": "adamwx"}, "'adamwx' is unknown; take one of adadelta"),
-        ({"optimizer": "lbfgs"}, "'lbfgs' is unknown"),
+        ({"optimizer": "lbfgs"}, "'lbfgs' cannot train a network here: it evaluates the loss several times"),
+        ({"optimizer": "Muon"}, "'Muon' cannot train a network here: it takes matrices alone.*; timm:muon flattens"),
         ({"optimizer": "timm:nothing"}, "'timm:nothing' is unknown; timm has"),
         ({"optimizer": "rprop"}, "'rprop' has no weight decay"),
         ({"optimizer_options": {"beta": 1}}, "cannot be made with beta=1: .*unexpected keyword"),
@@ -65,6 +67,7 @@ def test_every_optimizer_of_torch_that_is_named_can_be_found():
     with pytest.raises(GigamorphError) as caught:
         find_optimizer("?")
     names = str(caught.value).partition("take one of ")[2].partition(", or timm")[0].split(", ")
+    assert "muon" not in names
     assert len(names) > 8 and all(find_optimizer(name).__name__.lower() == name for name in names)
 
 
