@@ -11,10 +11,11 @@ PREFERRED_STRIP, LEAST_ROWS = 384, 16
 # gains nothing), and larger ones where the graphs of all are kept (0.9 of the time with a million pixels): how many
 # times as many pixels a tile may have then.
 WIDE_VALUES, MOST_NARROWER = 16, 4
-# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them, and copies of the weights in
-# its own memory order.
-KERNEL_BYTES, MOST_KERNELS = 90_000, 1024
-WEIGHT_COPIES, MOST_WEIGHT_COPIES = 2, 78_000_000
+# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them (55 to 90 kB each on six
+# networks), and copies of the weights in its own memory order.
+KERNEL_BYTES, MOST_KERNELS, MOST_WEIGHT_COPIES = 90_000, 1024, 78_000_000
+# Pages of libraries that a process first reads in a training step, and in inference (lesionnet, whose step is small).
+CODE_BYTES = {True: 5_000_000, False: 3_000_000}
 # Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured
 # on MobileNetV3, RegNetY and EfficientNet with 700 to 1100 values and 1 to 43 choices).
 VALUE_BYTES, CHOICE_BYTES = 10_000, 800

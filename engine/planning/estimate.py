@@ -145,11 +145,16 @@ class Estimate:
             kernels = (own[v] for v in stage.kernels - alone if v in own and max(values[v].shape[2:]) > 1)
             packed = sum(own[packing.weight] for packing in stage.packings)
             copies = max(copies, sum(kernels) + packed)
-            read = {v for local in stage.locals if "conv" in local.op.name for v in local.op.inputs}
+            read = {v for local in stage.locals if "conv" in local.op.name for v in local.op.inputs} - alone
             self.stage_bytes = max(self.stage_bytes, sum(own[v] for v in read & own.keys()))
         counted = made_whole(staged) if self.stored_bytes else frozenset[int]()
-        named = {v.name: _nbytes(v.shape, v.dtype) for v in values if v.name is not None}
-        made = sum(value_bytes(values[v]) for v in vectors if values[v].name is None and v not in counted)
+        # Folded weights have the names of the weights. In inference they go with their stage.
+        folds = [{v for op in stage.prelude for v in op.outputs} for stage in staged.stages]
+        folded = frozenset[int]().union(*folds)
+        named = {v.name: value_bytes(v) for n, v in enumerate(values) if v.name is not None and n not in folded}
+        made = sum(value_bytes(values[v]) for v in vectors if values[v].name is None and v not in counted | folded)
+        of_stages = [sum(value_bytes(values[v]) for v in own - counted) for own in folds]
+        made += sum(of_stages) if self.training else max(of_stages, default=0)
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies
         if self.training:

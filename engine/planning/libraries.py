@@ -15,36 +15,24 @@ from .simulate import halo_shape
 
 
 def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool) -> int:
-    """oneDNN's compiled kernels, copies of weights in its memory order, and its scratch.
+    """Code that a first step reads, oneDNN's compiled kernels, copies of weights in its memory order, and its scratch.
 
     Args:
         stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
     """
-    compiled = 3 * _tuples_of_shapes(stages) if training else len(_kernels_of_inference(stages))
+    compiled = len(_convolutions_that_differ(stages)) * (3 if training else 1)  # forward, dgrad, wgrad
     scratch = max(map(_grouped_scratch, stages)) if training else 0
-    return _kernel_bytes(compiled) + _weight_copies(stage_bytes, training) + scratch
+    return constants.CODE_BYTES[training] + _kernel_bytes(compiled) + _weight_copies(stage_bytes) + scratch
 
 
 def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
     """What `cpu_libraries` is at least, whatever the tiles are."""
     weights = [_weight_shape(local, values) for local in convolutions(nodes)]
-    return _kernel_bytes(3 * len(weights) if training else len(set(weights))) + _weight_copies(stage_bytes, training)
+    compiled = _kernel_bytes(3 * len(set(weights)) if training else len(set(weights)))
+    return constants.CODE_BYTES[training] + compiled + _weight_copies(stage_bytes)
 
 
-def _tuples_of_shapes(stages: Sequence[TiledStage]) -> int:
-    """Convolutions, each as often as tiles of its stage differ: what the constants of training were fitted with."""
-    count = 0
-    for tiled in stages:
-        outputs = [local.op.outputs[0] for local in convolutions(tiled.stage.locals)]
-        shapes = 1
-        for axis in (tiled.rows, tiled.cols):
-            blocks = ([axis.block(v, step) for v in outputs] for step in range(axis.steps))
-            shapes *= len({tuple(hi - lo for lo, hi in block) for block in blocks})
-        count += len(outputs) * shapes
-    return count
-
-
-def _kernels_of_inference(stages: Sequence[TiledStage]) -> set[Any]:
+def _convolutions_that_differ(stages: Sequence[TiledStage]) -> set[Any]:
     """The convolutions that differ: those of equal shapes share a kernel, in all stages."""
     found: set[Any] = set()
     for tiled in stages:
@@ -79,9 +67,9 @@ def _kernel_bytes(compiled: int) -> int:
     return min(constants.MOST_KERNELS, compiled) * constants.KERNEL_BYTES
 
 
-def _weight_copies(stage_bytes: int, training: bool) -> int:
-    """Weights in the order of the kernels, and made for the gradients."""
-    return min(stage_bytes * (constants.WEIGHT_COPIES if training else 1), constants.MOST_WEIGHT_COPIES)
+def _weight_copies(stage_bytes: int) -> int:
+    """Weights in the order of the kernels."""
+    return min(stage_bytes, constants.MOST_WEIGHT_COPIES)
 
 
 def _grouped_scratch(tiled: TiledStage) -> int:

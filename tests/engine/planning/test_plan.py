@@ -156,7 +156,7 @@ def test_too_small_a_budget_is_refused_before_any_work():
     with pytest.raises(BudgetError, match=r"needs at least .* the budget is 200 KiB"):
         accelerate(net, memory_budget="200KiB")(torch.zeros(1, 1, 2000, 2000, dtype=torch.float64))
     with pytest.raises(BudgetError, match="tile of 512 x 512 does not fit"):
-        plan(net, (1, 4096, 4096), "4MiB", tile=512, dtype=torch.float64)
+        plan(net, (1, 4096, 4096), "8MiB", tile=512, dtype=torch.float64)
 
 
 def test_halos_move_to_disk_when_memory_is_short():
@@ -193,7 +193,7 @@ def test_a_refused_budget_is_told_what_is_enough() -> None:
     layers = [(nn.Conv2d(1 if n == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for n in range(4)]
     net = nn.Sequential(*(m for layer in layers for m in layer), nn.AdaptiveAvgPool2d(1)).train()
     with pytest.raises(BudgetError) as refused:
-        plan(net, (512, 512), "4MiB")
+        plan(net, (512, 512), "8MiB")
     least = re.search(r"needs at least ([0-9.]+ [KM]iB)", str(refused.value))
     assert least is not None
     enough = int(1.01 * parse_bytes(least[1].replace(" ", "")))  # the text has three digits
