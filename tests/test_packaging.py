@@ -75,6 +75,7 @@ def test_a_wheel_trains_and_loads(tmp_path: Path):
     subprocess.run(build, check=True, cwd=tmp_path, capture_output=True)
     (wheel,) = (tmp_path / "dist").iterdir()
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    assert (tmp_path / "site" / "gigamorph" / "engine" / "tiling" / "arena.cpp").exists()  # or the heap would serve
     code = """
 from pathlib import Path
 import gigamorph

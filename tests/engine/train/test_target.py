@@ -92,9 +92,8 @@ def test_numbers_are_no_probabilities_where_networks_are_averaged():
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gigamorph.engine.published.ensemble.PreparedSource", lambda source, wanted: source)
-        described = SimpleNamespace(flips=((False, False),), outputs=outputs)
         patch.setattr("gigamorph.engine.published.ensemble.MirroredSource", lambda source, **mirrored: source)
-        found = Ensemble(members, described)("image")
+        found = Ensemble(members, outputs, [(False, False)])("image")
     assert found.tolist() == [[50.0]]
 
 
