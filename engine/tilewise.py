@@ -74,6 +74,8 @@ class Tilewise(nn.Module):
         n, channels, height, width = image.shape
         rows, cols = tiles.grid(height, width)
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise GigamorphError(f"the mask is a {type(mask).__name__}; give a tensor, as torch.as_tensor makes it")
             if tuple(mask.shape) not in ((rows, cols), (n, rows, cols)):
                 raise GigamorphError(
                     f"the mask has shape {tuple(mask.shape)}; tiles of this image are a grid ({n}, {rows}, {cols})"

@@ -155,14 +155,18 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
 
 
 def _wanted(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> tuple[Preprocessing, Wishes]:
-    """What a network takes as its source says; and the wishes, with licence and fixed size where those say none."""
+    """What a network takes as its source says; and the wishes, with licence and fixed size where those say none.
+
+    The licence is known of the weights that timm has fetched; a file may hold anybody's.
+    """
     channels = _channels_of(spec, tensors, wishes)
     if spec.kind != "timm":
         return Preprocessing(channels), wishes
     wanted, licence, fixed = timm_preprocessing(spec, channels)
     if fixed is not None:  # or that of the network as its arguments have it, to which images are brought
         fixed = (wishes.preprocessing or {}).get("size") or fixed
-    return wanted, replace(wishes, licence=wishes.licence or licence, size=wishes.size or fixed)
+    known = licence if wishes.weights == "cache" else ""
+    return wanted, replace(wishes, licence=wishes.licence or known, size=wishes.size or fixed)
 
 
 def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> int:

@@ -85,7 +85,7 @@ def hub_folder(path: Path) -> HubFolder | None:
 
 
 def timm_preprocessing(spec: Spec, channels: int) -> tuple[Preprocessing, str, tuple[int, int] | None]:
-    """What timm says of a pretrained model: mean and standard deviation, licence, and the size where it is fixed."""
+    """What timm says of a pretrained model: mean and standard deviation, its licence, the size where it is fixed."""
     about = pretrained_config(spec)
     size = about.get("input_size")
     fixed = (int(size[1]), int(size[2])) if size and about.get("fixed_input_size") else None

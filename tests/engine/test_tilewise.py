@@ -170,6 +170,24 @@ def test_pixel_sources():
     assert (inside.outputs[0] - expected.outputs[0]).abs().max() <= LIMIT
 
 
+@pytest.mark.parametrize("tile", [None, 24], ids=["by itself", "inside"])
+def test_images_of_bytes(tile):
+    """For a module that takes them: its tiles are what the image is."""
+
+    class OfBytes(Encoder):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.uint8
+            return super().forward(x.double() / 255)
+
+    torch.manual_seed(0)
+    ours = nn.Sequential(tilewise(OfBytes(), SIZE, batch_size=5), Gated()).double()
+    plain = copy.deepcopy(nn.Sequential(Ordinary(ours[0].module, SIZE), ours[1]))
+    pixels = torch.randint(0, 256, (2, 2, 53, 70), dtype=torch.uint8)
+    net = ours if tile is None else accelerate(ours, tile=tile)
+    expected, got = (step(each, pixels, image_gradient=False) for each in (plain, net))
+    assert worst(expected, got) <= LIMIT
+
+
 def test_random_numbers_are_those_of_ordinary_batches():
     ours, plain = both(Gated(), batch_size=5, dropout=0.4)
     ours.train(), plain.train()
@@ -302,6 +320,7 @@ def test_no_function_of_one_tile_is_refused(module, reason, fast):
         (lambda: tilewise(torch.relu, SIZE), "takes a module"),
         (lambda: tilewise(Encoder(), 99)(image().float()), "53 x 70 pixels is smaller than one tile of 99 x 99"),
         (lambda: tilewise(Encoder(), SIZE)(image().float(), torch.ones(3, 3)), r"grid \(2, 3, 4\)"),
+        (lambda: tilewise(Encoder(), SIZE)(image().float(), [[1] * 4] * 3), "the mask is a list; give a tensor"),
         (
             lambda: tilewise(Encoder(), SIZE, background=9.0, skipped=torch.ones(3))(image().float()),
             "skipped has 3 values, an embedding of this module has 12",

@@ -83,7 +83,7 @@ def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype)
     before = {name: buffer._version for name, buffer in module.named_buffers() if not buffer.is_inference()}
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _as_it_was(module):
-        two = torch.rand((2, channels, *tiles.size), device=device, dtype=dtype)
+        two = _two(tiles, channels, device, dtype)
         states = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)
         both = module(two)
         if not isinstance(both, Tensor) or both.dim() != 2 or both.shape[0] != 2:
@@ -108,6 +108,14 @@ def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype)
                     "of its own?); put it in evaluation mode (.eval())"
                 )
     return both.shape[1], both.dtype
+
+
+def _two(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Two tiles of the image's dtype that differ."""
+    shape = (2, channels, *tiles.size)
+    if dtype.is_floating_point:
+        return torch.rand(shape, device=device, dtype=dtype)
+    return torch.randint(2 if dtype == torch.bool else 128, shape, device=device).to(dtype)
 
 
 @contextlib.contextmanager

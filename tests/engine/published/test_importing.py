@@ -237,6 +237,7 @@ def test_weights_in_caches_are_found_and_never_fetched(here, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
     folder = imported(here, source="timm:test_resnet", weights="cache")
     assert read_description(folder).outputs.columns == config.num_classes
+    assert read_description(folder).licence == config.license != ""
 
 
 def test_channels_are_those_of_the_sub_tree_that_is_taken(here):
