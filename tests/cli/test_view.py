@@ -93,7 +93,8 @@ let n = 0; for (let i = 3; i < p.length; i += 4) n += p[i] > 0; return n"""
 # Every image is seen whole, with its chest wall in the middle of the page where there is room beside it.
 WHOLE = (
     "return state.shown.every(({viewer, view}) => { "
-    "const b = viewer.viewport.getBounds(), h = view.height / view.width; return b.y <= 1e-6 && b.y + b.height >= h - 1e-6 && b.width >= 1 - 1e-6 && "
+    "const b = viewer.viewport.getBounds(), h = view.height / view.width; return b.y <= 1e-6 && "
+    "b.y + b.height >= h - 1e-6 && b.width >= 1 - 1e-6 && "
     "Math.abs(view.side === 'R' ? b.x + b.width - 1 : b.x) < 1e-6; })"
 )
 LOADED = "return state.shown.every(s => s.viewer.world.getItemAt(0)?.getFullyLoaded())"
