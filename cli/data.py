@@ -309,6 +309,20 @@ def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[st
         click.echo(f"split: {meaning['split']}")
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
+    _tell_leaks(records)
+
+
+def _tell_leaks(records: list[Record]) -> None:
+    """Official lists of some data sets share patients; a training refuses them, but a table keeps what they say."""
+    from ..engine.datasets.splits import leaks
+
+    if found := leaks(records):
+        first, splits = next(iter(found.items()))
+        click.echo(
+            f"warning: {len(found)} patient{'s are' if len(found) > 1 else ' is'} in two splits, as {first} in "
+            f"{' and '.join(splits)}; train refuses that: put all images of a patient in one split",
+            err=True,
+        )
 
 
 def _convert_images(

@@ -313,9 +313,12 @@ def _train(
             watch = replace(watch, say=tell.say, begun=begun)
             found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
     except KeyboardInterrupt as error:
-        if not (out / "last.ckpt").exists():
-            raise
-        click.echo(f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}", err=True)
+        if (out / "last.ckpt").exists():
+            told = f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}"
+        else:  # of folds those before have theirs
+            again = "begins anew" if fold is None else "with --resume begins this fold anew"
+            told = f"stopped before the first checkpoint; the same command {again}"
+        click.echo(told, err=True)
         raise Stopped from error
     if fold is not None and found.overlaps:
         write_overlaps(out / "val.csv", found.overlaps["val"], images.classes)

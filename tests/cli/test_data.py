@@ -129,6 +129,18 @@ def test_convert_a_public_data_set(tmp_path, capsys):
     assert stored["images"] == {"of class 0": 2, "of class 1": 1, "without label": 1}
 
 
+def test_convert_tells_of_patients_in_two_official_lists(tmp_path, capsys):
+    lookalikes.chestxray14(tmp_path / "in")
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "in" / "train_val_list.txt").write_text("00000001_000.png\n")
+    (tmp_path / "in" / "test_list.txt").write_text("00000001_001.png\n00000002_000.png\n")
+    assert run("convert", tmp_path / "in", "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    assert told.startswith("warning: 1 patient is in two splits, as 1 in train and test; train refuses that")
+    assert told.count("\n") == 1
+
+
 def test_convert_says_what_it_cannot(tmp_path, capsys):
     lookalikes.rsna(tmp_path / "in")
     assert run("convert", tmp_path / "in", "--out", tmp_path / "a", "--label", "invasive") == 0

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+import time
 import tomllib
 from pathlib import Path
 
@@ -333,6 +336,62 @@ def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
     )
     assert run("train", phantoms, *FAST, "--callback", "looking:Look", "--out", "run") == 0
     assert (tmp_path / "seen").read_text() == "1"
+
+
+def test_ctrl_c_before_the_first_checkpoint_is_one_line(phantoms, tmp_path, monkeypatch, capsys):
+    def press(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+    # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for place, told in (
+            ("fit.run_stages", "stopped before the first checkpoint; the same command begins anew"),
+            ("inputs.training_data", "stopped by Ctrl-C"),
+        ):
+            with monkeypatch.context() as patched:
+                patched.setattr(f"gigamorph.engine.train.{place}", press)
+                assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 130
+            assert capsys.readouterr().err == f"{told}\n"
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 0
+
+
+def test_a_timer_stops_in_the_middle_of_an_epoch(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clock.py").write_text(
+        "from lightning.pytorch.callbacks import Timer\n"
+        "class Clock(Timer):\n"
+        "    batches = 0\n"
+        "    def __init__(self):\n"
+        "        super().__init__({'seconds': 3})\n"
+        "    def on_train_batch_end(self, *args, **kwargs):\n"
+        "        self.batches += 1\n"
+        "        super().on_train_batch_end(*args, **kwargs)\n"
+        "        print('batch', self.batches)\n"
+        "    def time_elapsed(self, stage='train'):\n"
+        "        return self.batches // 2\n"  # the sixth batch is the second one of four in the second epoch
+    )
+    command = ["train", phantoms, *FAST, "--accumulate", "1", "--epochs", "3", "--callback", "clock:Clock"]
+    assert run(*command, "--out", "run") == 0
+    told = capsys.readouterr().out
+    assert "stopped by a callback after epoch 2 of 3" in told and told.count("batch ") == 6
+    assert len(rows(tmp_path / "run" / "log.csv")) == 2
+
+
+def test_lightnings_checkpoints_lie_in_the_run_and_predict(phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept.py").write_text(
+        "from lightning.pytorch.callbacks import ModelCheckpoint\n"
+        "def every():\n"
+        "    return ModelCheckpoint(monitor='val_loss', save_top_k=-1)\n"
+    )
+    assert run("train", phantoms, *FAST, "--epochs", "2", "--callback", "kept:every", "--out", "run") == 0
+    found = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in found] == ["epoch=1-step=1.ckpt", "epoch=2-step=2.ckpt"]  # as in log.csv
+    assert run("predict", found[0], phantoms, "--out", "predictions") == 0
 
 
 def test_what_a_callback_knows_and_decides_outlives_the_run(phantoms, tmp_path, monkeypatch, capsys):

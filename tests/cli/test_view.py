@@ -90,6 +90,13 @@ def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
 PAINTED = "return state.shown.length > 0 && state.shown.every(s => s.viewer.world.getItemCount() && s.canvas)"
 VISIBLE = """const c = state.shown[0].canvas, p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
 let n = 0; for (let i = 3; i < p.length; i += 4) n += p[i] > 0; return n"""
+# Every image is seen whole, with its chest wall in the middle of the page where there is room beside it.
+WHOLE = (
+    "return state.shown.every(({viewer, view}) => { "
+    "const b = viewer.viewport.getBounds(), h = view.height / view.width; return b.y <= 1e-6 && "
+    "b.y + b.height >= h - 1e-6 && b.width >= 1 - 1e-6 && "
+    "Math.abs(view.side === 'R' ? b.x + b.width - 1 : b.x) < 1e-6; })"
+)
 LOADED = "return state.shown.every(s => s.viewer.world.getItemAt(0)?.getFullyLoaded())"
 
 
@@ -104,12 +111,17 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
         assert re.search(r"p\(1\) = 0\.\d{3}, label [01]", told)
         if folder := os.environ.get("GIGAMORPH_SCREENSHOTS"):
             page.screenshot(Path(folder) / "view.png")
-        # Every image is seen whole, with its chest wall in the middle of the page.
-        assert page.run(
-            "return state.shown.every(({viewer, view}) => { const b = viewer.viewport.getBounds(), h = view.height / "
-            "view.width; return b.y <= 1e-6 && b.y + b.height >= h - 1e-6 && "
-            "Math.abs(view.side === 'R' ? b.x + b.width - 1 : b.x) < 1e-6; })"
-        )
+        assert page.run(WHOLE)
+        # It stays so where the window becomes a phone's; what was zoomed in keeps its place.
+        page.run("state.shown[0].viewer.viewport.zoomTo(5, null, true)")
+        page.resize(390, 844)
+        page.wait("return state.shown.every(s => s.viewer.viewport.getContainerSize().x < 200)")
+        page.wait(WHOLE.replace("state.shown", "state.shown.slice(1)"))
+        assert page.run("return state.shown[0].viewer.viewport.getZoom()") > 2
+        page.press("0")
+        assert page.run(WHOLE)
+        page.resize(1200, 900)
+        page.wait(WHOLE)
         before = page.run(VISIBLE)
         page.run("threshold.value = 90; threshold.dispatchEvent(new Event('input'))")
         assert page.run(VISIBLE) < before

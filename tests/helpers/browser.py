@@ -57,6 +57,12 @@ class Browser:
             time.sleep(0.1)
         return found
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page other sides, also those of a phone, which no window has."""
+        sides = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        given = {"cmd": "Emulation.setDeviceMetricsOverride", "params": sides}
+        self._ask("POST", f"{self._session}/goog/cdp/execute", given)
+
     def press(self, key: str) -> None:
         """A key of the keyboard; WebDriver's codes for those that are no letters."""
         codes = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012"}

@@ -158,6 +158,11 @@ function opened(element, view) {
     }
     apply();
   });
+  // OpenSeadragon scales what is seen by the pane's diagonal, which cuts images where the pane becomes narrower: those
+  // that are seen whole stay so. It does that after this event.
+  viewer.addHandler("resize", () => {
+    if (viewer.hung === place(viewer)) queueMicrotask(() => hang(viewer, view));
+  });
   return viewer;
 }
 
@@ -165,9 +170,17 @@ function opened(element, view) {
 function hang(viewer, view) {
   viewer.viewport.goHome(true);
   const bounds = viewer.viewport.getBounds(), size = viewer.world.getItemAt(0).getBounds();
-  if (!view.side || bounds.width <= size.width) return;
-  const x = view.side === "R" ? size.width - bounds.width : 0;
-  viewer.viewport.fitBounds(new OpenSeadragon.Rect(x, bounds.y, bounds.width, bounds.height), true);
+  if (view.side && bounds.width > size.width) {
+    const x = view.side === "R" ? size.width - bounds.width : 0;
+    viewer.viewport.fitBounds(new OpenSeadragon.Rect(x, bounds.y, bounds.width, bounds.height), true);
+  }
+  viewer.hung = place(viewer);
+}
+
+// Where a viewer looks, whatever the sides of its pane.
+function place({ viewport }) {
+  const { x, y } = viewport.getCenter();
+  return `${x} ${y} ${viewport.getZoom()}`;
 }
 
 function ask(number) {
