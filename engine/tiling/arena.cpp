@@ -8,7 +8,7 @@
 // cuts), so that a step which frees and allocates the same sizes over and over holds up to twice what is in use. Here
 // the block fits, and the bytes in use, held, and at most in use are known at every moment.
 //
-// Threads use it between `arena_enter` and `arena_leave`; all else, and small blocks, stay with PyTorch's own allocator.
+// Threads use it between `arena_enter` and `arena_leave`; all else, and small blocks, stay with PyTorch's allocator.
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -16,10 +16,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <unordered_map>
-#include <vector>
 
 namespace {
 
@@ -33,11 +33,13 @@ class Arena {
   bool reserve(size_t bytes) {
     void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return false;
+    const size_t words = (bytes / kPage + 63) / 64;
+    held_bits_ = static_cast<uint64_t*>(calloc(words, sizeof(uint64_t)));  // pages of it come as they are written
+    if (held_bits_ == nullptr) return false;
     madvise(start, bytes, MADV_DONTDUMP);
     madvise(start, bytes, MADV_NOHUGEPAGE);  // of those the process would hold more than is counted
     start_ = static_cast<char*>(start);
     pages_ = bytes / kPage;
-    held_bits_.assign((pages_ + 63) / 64, 0);
     free_[0] = pages_;
     return true;
   }
@@ -189,7 +191,7 @@ class Arena {
   char* start_ = nullptr;
   size_t pages_ = 0, highest_ = 0;
   size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, returned_ = 0, limit_ = SIZE_MAX;  // pages
-  std::vector<uint64_t> held_bits_;
+  uint64_t* held_bits_ = nullptr;  // a bit for each page that the process holds
   std::map<size_t, size_t> free_;  // runs of pages, by the first of them
   std::unordered_map<size_t, size_t> used_;
 };
