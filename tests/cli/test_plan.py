@@ -72,14 +72,14 @@ def test_a_terminal_gets_bars_on_one_scale():
     from gigamorph.cli.table import show_plan
 
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
-    made = plan(net, (1, 512, 512), "2MiB", tile=64)
+    made = plan(net, (1, 1024, 1024), "12MiB", tile=64)
     console = Console(file=StringIO(), force_terminal=True, width=100, highlight=False)
     show_plan(made, "net", console)
     lines = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()).splitlines()
     bars = {line.split("  ")[0]: line.count("█") for line in lines}
     assert max(bars.values()) == next(n for name, n in bars.items() if name.startswith("stock PyTorch")) == 32
-    assert bars["budget (kept)"] == round(32 * 2**21 / made.stock_bytes)
-    assert lines[0] == "a training step of net on 512 x 512 pixels (0.3 Mpx)"
+    assert bars["budget (kept)"] == round(32 * 12 * 2**20 / made.stock_bytes)
+    assert lines[0] == "a training step of net on 1024 x 1024 pixels (1.0 Mpx)"
 
 
 def test_five_budgets_and_their_least_times(table, named_rates, capsys):

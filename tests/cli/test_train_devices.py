@@ -81,7 +81,7 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
     output, error = child.communicate(timeout=120)
     assert child.returncode == 130, error
     said = error.split("\n")
-    assert "--resume goes on from" in said[0] and [line for line in said[1:] if line] == ["interrupted"]
+    assert "--resume goes on from" in said[0] and [line for line in said[1:] if line] == ["stopped by Ctrl-C"]
     assert output.count("in 2 processes") == 1
     assert not (tmp_path / "split" / "metrics.json").exists()
     end = time.monotonic() + 30
