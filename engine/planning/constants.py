@@ -23,9 +23,8 @@ VALUE_BYTES, CHOICE_BYTES = 10_000, 800
 CHANNEL_BLOCK = 16
 # The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget
 # is ours to say (`memory_limit.py`), as a share of a tile's activations: at least; and of what retained tiles hold.
+# The arena has as many free pages between its blocks.
 HEAP_SHARE, HELD_SHARE = 0.1, 0.05
-# Of the arena, free pages between its blocks (`tiling/arena.py`), as a share of a tile's activations.
-SPARE_SHARE = 0.1
 # Without a budget the heap takes so much (fitted to ResNet-18 and -50, benchmarks/results/memory_cpu.json). A training
 # step under a budget lets it have that before graphs of tiles are retained: EfficientNet-B0 takes 0.85 of the time
 # then, ResNet-18 0.85 to 1, others are as fast.

@@ -247,8 +247,7 @@ class Estimate:
         peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
         counted = max(peaks, key=lambda one: one.peak, default=TilePeak(plan.tile, 1, 0, 0, 0))
         activations = max(0, counted.peak - counted.fixed)
-        share = constants.HEAP_SHARE if self.in_heap else constants.SPARE_SHARE
-        heap = int(share * activations) * self.on_cpu
+        heap = int(constants.HEAP_SHARE * activations) * self.on_cpu
         plan = replace(
             plan, tile_bytes=counted.peak, library_bytes=self._library(stages, counted.peak), heap_bytes=heap
         )
