@@ -138,9 +138,14 @@ def used_bytes(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) + _held_by_graphs(_index(device))
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """This process's resident set; where it is not Linux, the largest that it was. Read before every op of a step."""
     if sys.platform == "linux":
         return int(os.pread(_statm(), 128, 0).split()[1]) * mmap.PAGESIZE
-    return peak_bytes(device)
+    return peak_bytes("cpu")
 
 
 _SHARED_POOL = (0, 0)  # of all that no graph has to itself

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from .memory import new_blocks_on_own_pages, trim_heap, used_bytes
+from .memory import new_blocks_on_own_pages, resident_bytes, trim_heap
 from .page_pool import PagePool
 
 _NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
@@ -47,11 +47,11 @@ class Besides:
         """
         if held != self.held:
             self.held, self.steps = held, 0
-        grown = used_bytes() - self.after > _GROWN_SHARE * limit
+        grown = resident_bytes() - self.after > _GROWN_SHARE * limit
         if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
             trim_heap()
-            self.bytes = used_bytes() - spare - held
-        self.bytes = min(self.bytes, used_bytes() - spare - held)  # less, if something else has gone
+            self.bytes = resident_bytes() - spare - held
+        self.bytes = min(self.bytes, resident_bytes() - spare - held)  # less, if something else has gone
         self.first = self.bytes if self.steps == 0 else min(self.first, self.bytes)
         self.steps += 1
         return max(self.first, self.bytes - left)
@@ -85,7 +85,7 @@ class MemoryLimit:
     def __init__(self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool):
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
         spare = self._spare()
-        self._base = _besides.before(limit, held, spare, left) if strict else used_bytes() - spare - held
+        self._base = _besides.before(limit, held, spare, left) if strict else resident_bytes() - spare - held
         self.bytes = self._base + limit
         self.dropped = 0
         self._alone = False
@@ -112,15 +112,15 @@ class MemoryLimit:
         The heap serves a piece from what the last one has freed, once it has grown as large as pieces need: it gives
         back where the next piece would not fit if it made the process grow as the last one did.
         """
-        used = used_bytes()
+        used = resident_bytes()
         over = used + int(_NEW_SHARE * self.work) - self.bytes
         self.near = used + int((1 + _NEW_SHARE) * self.work) > self.bytes
         if over > 0:
             self.page_pool.shrink(self.page_pool.bytes - over)
             grows = min(int(_NEW_SHARE * self.work), max(0, used - self._before))
-            if self.strict and used_bytes() + grows > self.bytes:
+            if self.strict and resident_bytes() + grows > self.bytes:
                 trim_heap()
-        self._before = used_bytes()
+        self._before = resident_bytes()
 
     def watch(self, new: int | None = None) -> None:
         """Before an op: keep the heap from growing near the limit, and see that it is not exceeded.
@@ -130,17 +130,17 @@ class MemoryLimit:
         """
         if not self.strict:
             return
-        used, room = used_bytes(), self.bytes - (int(_OP_SHARE * self.work) if new is None else new)
+        used, room = resident_bytes(), self.bytes - (int(_OP_SHARE * self.work) if new is None else new)
         if self._alone != (used > room):
             self._alone = used > room
             new_blocks_on_own_pages(self._alone)
         if used > max(room, self._worth):
             self.page_pool.shrink(self.page_pool.bytes - (used - room))
             trim_heap()
-            used = used_bytes()
+            used = resident_bytes()
             while used > self.bytes and self._drop():
                 trim_heap()
-                used = used_bytes()
+                used = resident_bytes()
             self._worth = used + int(_WORTH_SHARE * self.work)
 
     def _drop(self) -> bool:
@@ -169,4 +169,4 @@ class MemoryLimit:
             if self._alone:
                 self._alone = False
                 new_blocks_on_own_pages(False)
-            self._worth, _besides.after = 0, used_bytes()
+            self._worth, _besides.after = 0, resident_bytes()

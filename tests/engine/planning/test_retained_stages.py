@@ -78,7 +78,7 @@ def test_a_process_near_its_limit_stays_exact(monkeypatch: pytest.MonkeyPatch) -
     alone: list[bool] = []
     make = memory_limit.new_blocks_on_own_pages
     monkeypatch.setattr(memory_limit, "new_blocks_on_own_pages", lambda on: (alone.append(on), make(on)))
-    monkeypatch.setattr(memory_limit, "used_bytes", lambda: 2**50 + len(alone))
+    monkeypatch.setattr(memory_limit, "resident_bytes", lambda: 2**50 + len(alone))
     monkeypatch.setattr(memory_limit, "_OP_SHARE", 2**40)
     assert_exact(network(), IMAGE, tile=16, memory_budget="2GiB")
     assert alone and alone[0] and not alone[-1]

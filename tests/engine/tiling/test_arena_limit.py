@@ -7,7 +7,7 @@ import pytest
 from gigamorph.engine.tiling import arena_limit as module
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.arena import Counts
-from gigamorph.engine.tiling.arena_limit import ArenaLimit
+from gigamorph.engine.tiling.arena_limit import ArenaLimit, Predicted
 from gigamorph.engine.tiling.page_pool import PagePool
 
 
@@ -18,15 +18,16 @@ class Process:
         self.besides, self.in_use, self.spare, self.rooms, self.trims = 1000, 0, 0, list[int](), 0
         self.returned = 7000
         for one in (module, memory_limit):
-            patch.setattr(one, "used_bytes", lambda: self.besides + self.in_use + self.spare)
+            patch.setattr(one, "resident_bytes", lambda: self.besides + self.in_use + self.spare)
             patch.setattr(one, "trim_heap", self.trim)
         patch.setattr(memory_limit, "_besides", memory_limit.Besides())
 
     def trim(self) -> None:
         self.trims += 1
 
-    def limit(self, predicted: int = 500) -> ArenaLimit:
-        made = ArenaLimit(500, 300, 0, 100, PagePool(), True, predicted, self)  # pyright: ignore[reportArgumentType]
+    def limit(self, predicted: Predicted | None = None) -> ArenaLimit:
+        given = predicted or Predicted(500)
+        made = ArenaLimit(500, 300, 0, 100, PagePool(), True, given, self)  # pyright: ignore[reportArgumentType]
         self.rooms.clear()
         self.trims = 0
         return made
@@ -104,26 +105,18 @@ def test_there_is_room_for_the_gradients_that_come_after_a_backward(monkeypatch:
 
 
 def test_what_is_predicted_is_kept_to_until_it_proves_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = Process(monkeypatch)
-    limit = process.limit(predicted=480)
+    process, predicted = Process(monkeypatch), Predicted(480)
+    limit = process.limit(predicted)
     process.in_use, process.spare = 100, 20
     limit.watch(10)
-    process.returned += 120
+    process.returned += 30
     limit.watch(10)
     assert process.rooms == [60, 60]
-    process.returned += 1  # as much as there is
-    limit.watch(10)
-    limit.keep()
-    process.returned += 121
-    limit.watch(10)
-    assert process.rooms == [60, 60, 80, 80, 80]  # 24 more, were there so many
-
-
-def test_a_limit_that_is_not_strict_leaves_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = Process(monkeypatch)
-    limit = process.limit()
-    limit.strict = False
-    process.in_use = 5000
-    limit.keep()
-    limit.watch(100)
-    assert process.rooms == [] and process.trims == 0 and limit.near
+    process.in_use, process.spare = 0, 0
+    later = process.limit(predicted)  # of the network's next step
+    process.in_use, process.spare = 100, 20
+    process.returned += 1  # of pages held a quarter, together
+    later.watch(10)
+    later.keep()
+    assert process.rooms == [80, 80], "24 more, were there so many"
+    assert predicted.bytes == 504

@@ -27,7 +27,7 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.used, self.trimmed = 1000, []
-        patch.setattr(module, "used_bytes", lambda: self.used)
+        patch.setattr(module, "resident_bytes", lambda: self.used)
         patch.setattr(module, "trim_heap", lambda: self.trimmed.append(self.used))
         patch.setattr(module, "_besides", module.Besides())
 
