@@ -7,6 +7,7 @@ without a graph and once more, batch by batch, in the backward: exact gradients 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ from torch.overrides import has_torch_function_unary
 from .errors import GigamorphError
 from .images.batches import PixelBatch, as_batch
 from .images.pixels import PixelSource
-from .lowering.ops.tiles import Background, Tiles, embed, embed_tiles, named_state, probe, refuse_live_statistics
+from .lowering.ops.tiles import (
+    Background,
+    Settings,
+    Tiles,
+    embed,
+    embed_tiles,
+    named_state,
+    probe,
+    refuse_live_statistics,
+)
 
 
 class Tilewise(nn.Module):
@@ -60,13 +70,15 @@ class Tilewise(nn.Module):
 
         Args:
             x: (N, C, H, W), or a pixel source, or a list of those of one size.
-            mask: (N, h, w) or (h, w), true for tiles that are computed; the others are skipped.
+            mask: (N, h, w) or (h, w), true (not 0) for tiles that are computed; the others are skipped.
 
         Raises:
             UnsupportedError: for a module whose output is no function of one tile (live statistics).
-            GigamorphError: for an image smaller than a tile, or a mask of another shape.
+            GigamorphError: for an image smaller than a tile, one that the module does not take, or a mask of another
+                shape or with NaN.
+            ChangedError: in the backward, for an image or module that was changed in place after the forward.
         """
-        tiles = Tiles(self.module, self.size, self.stride, self.batch_size, self.background)
+        tiles = Tiles(self.module, Settings.of(self.module), self.size, self.stride, self.batch_size, self.background)
         refuse_live_statistics(self.module)
         image = x if isinstance(x, Tensor) else as_batch(x)
         if len(image.shape) != 4:
@@ -80,7 +92,7 @@ class Tilewise(nn.Module):
                 raise GigamorphError(
                     f"the mask has shape {tuple(mask.shape)}; tiles of this image are a grid ({n}, {rows}, {cols})"
                 )
-            mask = mask.bool().expand(n, rows, cols)
+            mask = mask.detach().expand(n, rows, cols)
         if isinstance(image, Tensor) and (has_torch_function_unary(image) or is_fake(image)):
             whole = None if mask is None else mask.unsqueeze(1)
             return embed_tiles(image, whole, self.skipped, tiles, *(t for _, t in named_state(self.module)))
@@ -94,7 +106,8 @@ class Tilewise(nn.Module):
         """What `probe` finds, looked at once for each state that it may depend on."""
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         modes = tuple(module.training for module in self.module.modules())
-        key = id(self.module), channels, device, dtype, autocast, modes
+        shapes = tuple((tensor.shape, tensor.dtype) for _, tensor in named_state(self.module))
+        key = id(self.module), channels, device, dtype, autocast, modes, shapes
         if self._probed is None or self._probed[0] != key:
             self._probed = key, probe(tiles, channels, device, dtype)
         return self._probed[1]
@@ -131,19 +144,20 @@ def tilewise(
         raise GigamorphError(f"tilewise takes a module, not {type(module).__name__}")
     sides = _sides("size", size)
     steps = sides if stride is None else _sides("stride", stride)
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise GigamorphError(f"batch_size={batch_size!r}: give the number of tiles at once, at least 1")
-    if background is not None and not callable(background) and not isinstance(background, (int, float)):
+    a_number = isinstance(background, (int, float)) and not isinstance(background, bool) and background == background
+    if background is not None and not callable(background) and not a_number:
         raise GigamorphError(f"background={background!r}: give a number, or a function of tiles")
     if isinstance(skipped, (int, float)):
         skipped = torch.tensor([float(skipped)])
     if skipped is not None and (not isinstance(skipped, Tensor) or skipped.dim() != 1):
         raise GigamorphError("skipped must be a number or a tensor (D,)")
-    return Tilewise(module, sides, steps, batch_size, background, skipped)
+    return Tilewise(module, sides, steps, int(batch_size), background, skipped)
 
 
 def _sides(name: str, value: Any) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sides) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sides):
+    sides = (value, value) if isinstance(value, Integral) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(sides) != 2 or any(not isinstance(n, Integral) or isinstance(n, bool) or n < 1 for n in sides):
         raise GigamorphError(f"{name}={value!r}: give a number of pixels, or (height, width)")
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])

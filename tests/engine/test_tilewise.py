@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import GigamorphError, UnsupportedError, accelerate, open_pixels, tilewise
+from gigamorph.engine.errors import ChangedError
 
 SIZE, WIDTH = 16, 12
 
@@ -212,6 +213,81 @@ def test_both_passes_of_a_scan_see_the_same_numbers():
     assert (weight * weight.grad).sum().item() == pytest.approx(loss.item(), rel=1e-12)
 
 
+# -- changes of the module and the image ------------------------------------------------------------------------------
+
+
+def halved(encoder: nn.Module) -> None:
+    encoder.mlp.register_forward_hook(lambda module, inputs, output: output / 2)
+
+
+def of_another_width(encoder: nn.Module) -> None:
+    encoder.norms[2] = nn.Linear(WIDTH, 7).double()
+
+
+CHANGES_BETWEEN_STEPS: dict[str, Callable[[nn.Module], object]] = {
+    "frozen": lambda encoder: encoder.qkv.requires_grad_(False),
+    "another parameter": lambda encoder: setattr(encoder.out, "weight", nn.Parameter(encoder.out.weight * 2)),
+    "an attribute": lambda encoder: setattr(encoder.norms[0], "eps", 0.3),
+    "a hook": halved,
+    "another width": of_another_width,
+}
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+@pytest.mark.parametrize("change", CHANGES_BETWEEN_STEPS)
+def test_changes_between_steps_are_honoured(change, fast):
+    ours, plain = both(Mean(), batch_size=3)
+    network = accelerate(ours, tile=24) if fast else ours
+    step(network, image())
+    for each in (ours, plain):
+        torch.manual_seed(1)
+        CHANGES_BETWEEN_STEPS[change](each[0].module)
+    assert worst(step(plain, image()), step(network, image())) <= LIMIT
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+def test_the_backward_computes_what_the_forward_did(fast):
+    """Modes and numbers of PyTorch's modules that have changed meanwhile: with the weights times their gradient."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(2 * SIZE**2, 4, bias=False))
+    ours = nn.Sequential(tilewise(encoder, SIZE, batch_size=2), Mean()).double().train()
+    loss = (accelerate(ours, tile=24) if fast else ours)(image()).sum()
+    encoder.eval()
+    encoder[1].p = 0.9
+    loss.backward()
+    assert encoder[2].weight.grad is not None
+    assert (encoder[2].weight * encoder[2].weight.grad).sum().item() == pytest.approx(loss.item(), rel=1e-12)
+    assert not encoder[1].training
+    assert encoder[1].p == 0.9
+
+
+def test_parameters_of_a_functional_call():
+    ours, plain = both(Mean(), batch_size=3)
+    others = {name: (p.detach() * 1.1).requires_grad_() for name, p in ours.named_parameters()}
+    result = torch.func.functional_call(ours, others, (image(),)).square().sum()
+    got = torch.autograd.grad(result, list(others.values()))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.1)
+    wanted = torch.autograd.grad(plain(image()).square().sum(), list(plain.parameters()))
+    assert max(errors(named(wanted), named(got)).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+@pytest.mark.parametrize("what", ["weights", "image", "hooks"])
+def test_changes_before_the_backward_are_told(what, fast):
+    ours, _ = both(Mean(), batch_size=3)
+    x = image()
+    result = (accelerate(ours, tile=24) if fast else ours)(x).sum()
+    with torch.no_grad():
+        if what == "hooks":
+            halved(ours[0].module)
+        else:
+            (x if what == "image" else ours[0].module.qkv.weight).mul_(2)
+    with pytest.raises(ChangedError, match="after the forward"):
+        result.backward()
+
+
 # -- tiles that are skipped -------------------------------------------------------------------------------------------
 
 
@@ -290,6 +366,11 @@ class Centred(nn.Module):
         return (y - y.mean(0)) / (y.var(0, correction=0) + 1e-5).sqrt()
 
 
+class Whole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).long()
+
+
 @pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
 @pytest.mark.parametrize(
     ("module", "reason"),
@@ -301,12 +382,36 @@ class Centred(nn.Module):
         (Counting(), "buffer 'count'"),
         (Centred(), "depends on the other tiles"),
         (nn.Conv2d(2, 4, 3), r"not one vector \(2, D\)"),
+        (Whole(), "makes torch.int64 of tiles; let it give floating-point"),
     ],
-    ids=["BatchNorm", "a counter", "a norm of its own", "a map"],
+    ids=["BatchNorm", "a counter", "a norm of its own", "a map", "integers"],
 )
 def test_no_function_of_one_tile_is_refused(module, reason, fast):
     net = nn.Sequential(tilewise(module, SIZE), Mean()).double().train()
     with pytest.raises(UnsupportedError, match=f"(?s)tilewise: .*{reason}"):
+        (accelerate(net) if fast else net)(image())
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+@pytest.mark.parametrize(
+    ("size", "given", "reason"),
+    [
+        (SIZE, image().float()[:, :1], r" \(2, 1, 16, 16\) .*first convolution takes 2 channels"),
+        (SIZE, image(), r".*its parameters are torch.float32: convert the image, image.to\(torch.float32\)"),
+        (20, image().float(), ".*RuntimeError: .*; give it tiles that it takes by itself: another size"),
+    ],
+    ids=["channels", "dtype", "size"],
+)
+def test_tiles_that_the_module_does_not_take(size, given, reason, fast):
+    net = nn.Sequential(tilewise(Encoder(), size), Mean())
+    with pytest.raises(GigamorphError, match=f"^tilewise: the module fails on 2 tiles{reason}"):
+        (accelerate(net) if fast else net)(given)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+def test_masks_that_are_not_numbers(fast):
+    net = Masked(both(Mean(), batch_size=3)[0], torch.tensor([[1, 0, 1, float("nan")]] * 3))
+    with pytest.raises(GigamorphError, match="mask of tilewise has NaN"):
         (accelerate(net) if fast else net)(image())
 
 
@@ -317,6 +422,7 @@ def test_no_function_of_one_tile_is_refused(module, reason, fast):
         (lambda: tilewise(Encoder(), SIZE, (4, -1)), "stride="),
         (lambda: tilewise(Encoder(), SIZE, batch_size=0), "batch_size=0"),
         (lambda: tilewise(Encoder(), SIZE, background="black"), "background='black'"),
+        (lambda: tilewise(Encoder(), SIZE, background=float("nan")), "background=nan"),
         (lambda: tilewise(torch.relu, SIZE), "takes a module"),
         (lambda: tilewise(Encoder(), 99)(image().float()), "53 x 70 pixels is smaller than one tile of 99 x 99"),
         (lambda: tilewise(Encoder(), SIZE)(image().float(), torch.ones(3, 3)), r"grid \(2, 3, 4\)"),

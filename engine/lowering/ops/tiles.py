@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from ...capture.trace import Op
-from ...errors import GigamorphError, UnsupportedError
+from ...errors import ChangedError, GigamorphError, UnsupportedError
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
 from .promote import promoted
@@ -33,10 +33,67 @@ Background = float | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Which modules and hooks there were, which were training, and the numbers that PyTorch's own had (eps, p).
+
+    Other modules' attributes are left alone: a forward may count in them.
+    """
+
+    were: tuple[tuple[nn.Module, tuple[tuple[str, Any], ...]], ...]
+    parts: tuple[Any, ...]
+
+    @staticmethod
+    def of(module: nn.Module) -> Settings:
+        """Those of now."""
+        return Settings(tuple((child, _settings(child)) for child in module.modules()), _parts(module))
+
+    @contextlib.contextmanager
+    def put_back(self) -> Iterator[None]:
+        """The settings that were, as long as this lasts.
+
+        Raises:
+            ChangedError: where modules or hooks are others.
+        """
+        if _parts(self.were[0][0]) != self.parts:
+            raise _changed("modules or hooks")
+        now = [(child, settings) for child, were in self.were if (settings := _settings(child)) != were]
+        for child, were in self.were if now else ():
+            child.__dict__.update(were)
+        try:
+            yield
+        finally:
+            for child, settings in now:
+                child.__dict__.update(settings)
+
+
+def _parts(module: nn.Module) -> tuple[Any, ...]:
+    """Modules and their hooks."""
+    found: list[Any] = []
+    for child in module.modules():
+        hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
+        found += [child, *(hook for kind in hooks for hook in kind.values())]
+    return tuple(found)
+
+
+def _changed(what: str) -> ChangedError:
+    return ChangedError(
+        f"tilewise: {what} of the module were changed after the forward, and the backward computes tiles with them "
+        "again; change them after the backward"
+    )
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    if not type(module).__module__.startswith("torch.nn."):
+        return (("training", module.training),)
+    return tuple((name, value) for name, value in module.__dict__.items() if type(value) in (bool, int, float))
+
+
+@dataclass(frozen=True)
 class Tiles:
     """How an image is cut into tiles, and what they go through; see `tilewise`."""
 
     module: nn.Module
+    settings: Settings
     size: tuple[int, int]
     stride: tuple[int, int]
     batch: int
@@ -85,13 +142,13 @@ def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _as_it_was(module):
         two = _two(tiles, channels, device, dtype)
         states = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)
-        both = module(two)
-        if not isinstance(both, Tensor) or both.dim() != 2 or both.shape[0] != 2:
-            what = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
-            raise UnsupportedError(
-                f"tilewise: the module makes {what} of 2 tiles, not one vector (2, D); pool or select inside of it "
-                "(timm: num_classes=0)"
-            )
+        try:
+            both = module(two)
+        except (GigamorphError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise GigamorphError(_fails(module, two, error)) from error
+        _need_vectors(both, 2)
         after = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)
         drawn = any(not torch.equal(a, b) for a, b in zip(states, after, strict=True))
         changed = next((n for n, b in module.named_buffers() if before.get(n, b._version) != b._version), None)
@@ -108,6 +165,34 @@ def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype)
                     "of its own?); put it in evaluation mode (.eval())"
                 )
     return both.shape[1], both.dtype
+
+
+def _need_vectors(made: Any, count: int) -> None:
+    """One vector of numbers for each tile."""
+    if not isinstance(made, Tensor) or made.dim() != 2 or made.shape[0] != count:
+        what = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise UnsupportedError(
+            f"tilewise: the module makes {what} of {count} tiles, not one vector ({count}, D); pool or select inside "
+            "of it (timm: num_classes=0)"
+        )
+    if not (made.is_floating_point() or made.is_complex()):
+        raise UnsupportedError(f"tilewise: the module makes {made.dtype} of tiles; let it give floating-point numbers")
+
+
+def _fails(module: nn.Module, two: Tensor, error: Exception) -> str:
+    """What the module said of two tiles, and what would help."""
+    said = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".")
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), two.dtype)
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    remedy = "give it tiles that it takes by itself: another size, or images of its channels and dtype"
+    if own != two.dtype:
+        remedy = f"its parameters are {own}: convert the image, image.to({own})"
+    if first is not None and first.in_channels != two.shape[1]:
+        remedy = f"its first convolution takes {first.in_channels} channels: give such images, or another module"
+    return (
+        f"tilewise: the module fails on 2 tiles {tuple(two.shape)} of {two.dtype} "
+        f"({type(error).__name__}: {said}); {remedy}"
+    )
 
 
 def _two(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -179,7 +264,11 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
         given = dict(zip(names, (env[t.value] for t in state), strict=True))
         keep = None if mask is None else env[mask.value][:, 0]
         base = None if skipped is None else env[skipped.value]
-        call = lambda batch: functional_call(tiles.module, given, (batch,))  # noqa: E731
+
+        def call(batch: Tensor) -> Tensor:
+            with tiles.settings.put_back():  # also where the backward computes a tile again
+                return functional_call(tiles.module, given, (batch,))
+
         return (embed(env[value], keep, base, tiles, call, (shape[1], dtype)),)
 
     training = any(module.training for module in tiles.module.modules())
@@ -195,6 +284,35 @@ def _windows(size_in: int, size_out: int, size: int, stride: int) -> Gather:
 def named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers, each once."""
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+# -- the module of the second computation is that of the first ---------------------------------------------------------
+
+
+class _State:
+    """What a module computes with, as it is now: the second computation is of this, or is refused."""
+
+    def __init__(self, tiles: Tiles):
+        self._module, self._settings = tiles.module, tiles.settings
+        self._tensors = dict(named_state(tiles.module))
+        self._versions = self._now()
+
+    def call_again(self, batch: Tensor) -> Tensor:
+        """The module with the tensors and settings that it had."""
+        if self._now() != self._versions:
+            raise _changed("weights or buffers")
+        with self._settings.put_back():
+            if all(self._tensors.get(name) is tensor for name, tensor in named_state(self._module)):
+                return self._module(batch)
+            return functional_call(self._module, self._tensors, (batch,))  # others are there now, as after a swap
+
+    def _now(self) -> list[int]:
+        return [_version(tensor) for tensor in self._tensors.values()]
+
+
+def _version(x: Any) -> int:
+    """How often a tensor was written to, as far as it counts."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 # -- computing --------------------------------------------------------------------------------------------------------
@@ -225,15 +343,17 @@ def embed(
     leaf = isinstance(x, Tensor) and x.requires_grad
     made: list[Tensor] = []
     places: list[Place] = []
+    state = _State(tiles) if call is tiles.module and torch.is_grad_enabled() and not fake else None
     for batch in _batches(x, keep, tiles, (n, rows, cols), convert):
         places.extend(batch.places)
         if not torch.is_grad_enabled() or len(batch.places) == n * rows * cols:  # the graph of one batch may stay
             made.append(call(batch()))
-        elif leaf:  # a tile's gradient goes to the image once
-            made.append(checkpoint(call, batch(), use_reentrant=False, preserve_rng_state=not fake))
-        else:
-            again = lambda batch: call(batch())  # noqa: E731
-            made.append(checkpoint(again, batch, use_reentrant=False, preserve_rng_state=not fake))
+        else:  # a leaf's tiles are read once: their gradients go to the image once
+            tiles_read = batch() if leaf else batch
+            made.append(checkpoint(_Through(call, state), tiles_read, use_reentrant=False, preserve_rng_state=not fake))
+        _need_vectors(made[-1], len(batch.places))
+    if made:
+        length, dtype = made[0].shape[1], made[0].dtype
     base = torch.zeros(1, dtype=dtype) if skipped is None else skipped.to(dtype)
     if base.shape[0] not in (1, length):
         raise GigamorphError(f"skipped has {base.shape[0]} values, an embedding of this module has {length}")
@@ -241,8 +361,28 @@ def embed(
     grid = base.expand(n * rows * cols, length)
     if made:
         index = torch.tensor([(image * rows + i) * cols + j for image, i, j in places], device=grid.device)
-        grid = grid.index_copy(0, index, torch.cat(made).to(dtype))
+        grid = grid.index_copy(0, index, torch.cat(made))
     return grid.reshape(n, rows, cols, length).permute(0, 3, 1, 2)
+
+
+class _Through:
+    """A batch through the module; when it is computed again, through the module as it was."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor], state: _State | None):
+        self.call, self.state, self.computed = call, state, False
+
+    def __call__(self, batch: _Batch | Tensor) -> Tensor:
+        tiles = batch() if isinstance(batch, _Batch) else batch
+        again, self.computed = self.computed, True
+        return self.state.call_again(tiles) if again and self.state is not None else self.call(tiles)
+
+
+def _truth(keep: Tensor) -> Tensor:
+    if keep.isnan().any():
+        raise GigamorphError(
+            "the mask of tilewise has NaN; give true for tiles that are computed, and false for others"
+        )
+    return keep.bool().cpu()
 
 
 class _Batch:
@@ -260,10 +400,17 @@ def _batches(
     x: Any, keep: Tensor | None, tiles: Tiles, counts: tuple[int, int, int], convert: Callable[[Tensor], Tensor]
 ) -> Iterator[_Batch]:
     """The tiles that are to be computed, in raster order, `tiles.batch` at a time."""
-    wanted = None if keep is None or is_fake(keep) else keep.cpu()
+    wanted = None if keep is None or is_fake(keep) else _truth(keep)
     looks = tiles.background is not None and not (isinstance(x, Tensor) and is_fake(x))
 
+    version = _version(x)
+
     def read(places: Sequence[Place]) -> Tensor:
+        if _version(x) != version:
+            raise ChangedError(
+                "tilewise: the image was written to after the forward, and the backward reads its tiles again; change "
+                "it after the backward, or give a copy"
+            )
         found: dict[tuple[int, int], Tensor] = {}
         parts = []
         for image, i, j in places:
