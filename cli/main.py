@@ -6,13 +6,14 @@ import importlib
 import keyword
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import rich_click as click
 from click import exceptions
 
 from ..engine.versions import OWN
-from .stopped import Commands
+from .stopped import Commands, noted
 
 _COMMANDS = {
     "bench": "Measure how large, how fast, in how much memory; against stock PyTorch and its remedies.",
@@ -66,7 +67,8 @@ def main(args: list[str] | None = None) -> None:
     # the many short operations of a step by tiles 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = _run(args)
+        with noted() as pressed:
+            code = _run(args, pressed)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
@@ -74,11 +76,13 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(args: list[str] | None) -> int:
-    """The exit code."""
+def _run(args: list[str] | None, pressed: Callable[[], bool]) -> int:
+    """The exit code. What fails after a Ctrl-C, which is ``pressed`` then, has been stopped by it."""
     try:
         code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _stopped()
     except click.ClickException as error:
         if isinstance(error, _HELP):
             error.show()
@@ -87,16 +91,22 @@ def _run(args: list[str] | None) -> int:
         told = " ".join(error.format_message().split()).removesuffix(".")
         print(f"error: {told}{f' ({of} --help)' if of else ''}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
+        if pressed():
+            return _stopped()
         from ..engine.errors import GigamorphError
 
         if not isinstance(error, GigamorphError):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def _stopped() -> int:
+    print("stopped by Ctrl-C", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

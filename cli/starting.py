@@ -10,6 +10,8 @@ from typing import Any
 
 import rich_click as click
 
+from .stopped import Stopped
+
 _OF_A_PROCESS = 300 * 2**20  # what a process holds that has imported PyTorch and Lightning
 
 
@@ -60,17 +62,28 @@ def count_processes(devices: int | None, split_image: bool | int, per_image: int
     return there
 
 
-def start(function: Callable[..., None], count: int, device: str, timeout: float, *args: Any) -> None:
-    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones."""
+def start(
+    function: Callable[..., None], count: int, device: str, timeout: float, stopped: Callable[[], str], *args: Any
+) -> None:
+    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones.
+
+    Args:
+        stopped: what a Ctrl-C says, a line of the first process or of that which has started them.
+    """
     from ..engine.parallel import launch
 
-    if launch.launched():
-        with launch.process_group(device, timeout=timeout):
+    try:
+        if launch.launched():
+            with launch.process_group(device, timeout=timeout):
+                function(*args)
+        elif count > 1:
+            launch.launch(function, count, device, *args, timeout=timeout)
+        else:
             function(*args)
-    elif count > 1:
-        launch.launch(function, count, device, *args, timeout=timeout)
-    else:
-        function(*args)
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(stopped(), err=True)
+        raise Stopped from error
 
 
 def goes_on(out: Path) -> bool:

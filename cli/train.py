@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,12 @@ from click.core import ParameterSource
 from . import options
 from .elsewhere import TrainCommand
 from .starting import Teller, count_processes, goes_on, start
-from .stopped import Stopped
 from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
 
-SAVED = "config.toml"
+SAVED, QUARANTINE = "config.toml", "quarantine.csv"
 
 # Where in a configuration the options of the command line stand, if not by their own name at its top.
 _KEYS = {
@@ -223,7 +223,8 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
         _refuse_folds(out)
-        start(_train, count, device, config.timeout, table, config, out, given["resume"], tell)
+        stopped = partial(_stopped, out)
+        start(_train, count, device, config.timeout, stopped, table, config, out, given["resume"], tell)
     else:
         _train_folds(table, config, out, given["resume"], tell, count, device)
 
@@ -275,6 +276,7 @@ def _train(
     from ..engine.errors import GigamorphError
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
+    from ..engine.predict.tables import write_csv
     from ..engine.train.choices import check_choices
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
@@ -307,19 +309,13 @@ def _train(
         text = to_toml(config)
         for folder in (out,) if fold is None else (out, out.parent):  # so that all folds go on from their folder's name
             write_atomically(folder / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
+        if images.left_out:
+            bad = [(str(path), reason) for path, reason in images.left_out.items()]
+            write_csv(out / QUARANTINE, ["image_path", "reason"], bad)
 
-    try:
-        with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
-            watch = replace(watch, say=tell.say, begun=begun)
-            found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
-    except KeyboardInterrupt as error:
-        if (out / "last.ckpt").exists():
-            told = f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}"
-        else:  # of folds those before have theirs
-            again = "begins anew" if fold is None else "with --resume begins this fold anew"
-            told = f"stopped before the first checkpoint; the same command {again}"
-        click.echo(told, err=True)
-        raise Stopped from error
+    with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
+        watch = replace(watch, say=tell.say, begun=begun)
+        found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
     if fold is not None and found.overlaps:
         write_overlaps(out / "val.csv", found.overlaps["val"], images.classes)
     elif fold is not None:
@@ -328,7 +324,17 @@ def _train(
         if part in found.metrics:
             tell.say(f"{part}: {scores_line(found.metrics[part])}")
     written = "best.ckpt, model_card.md, metrics.json, log.csv, curves.png, config.toml"
+    if images.left_out:
+        written += f", {QUARANTINE} ({len(images.left_out)} images left out)"
     tell.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
+
+
+def _stopped(out: Path, of_folds: bool = False) -> str:
+    """How a run goes on after a Ctrl-C."""
+    if (out / "last.ckpt").exists():
+        return f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}"
+    again = "with --resume begins this fold anew" if of_folds else "begins anew"  # the folds before have theirs
+    return f"stopped before the first checkpoint; the same command {again}"
 
 
 def _refuse_folds(out: Path) -> None:
@@ -353,7 +359,8 @@ def _train_folds(
         if begun and not resume:
             raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
         tell.say(f"fold {number} of {folds}")
-        start(_train, count, device, config.timeout, table, config, folder, begun, tell, (number, folds))
+        stopped = partial(_stopped, folder, of_folds=True)
+        start(_train, count, device, config.timeout, stopped, table, config, folder, begun, tell, (number, folds))
     for line in summarise(out, folds):
         tell.say(line)
 

@@ -11,7 +11,6 @@ import rich_click as click
 from click.core import ParameterSource
 
 from .starting import Teller, count_processes, goes_on, start
-from .stopped import Stopped
 
 _OF_RECIPES = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
@@ -40,7 +39,8 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], tell: Teller) -> N
     # What a Run is made of, which cannot be sent to another process itself.
     own = {"out": out, **{name: given[name] for name in ("seed", "device", "memory_budget", "resume", "precision")}}
     args = given["recipe"], settings, data, own, given["devices_per_image"] or given["split_image"], tell
-    start(_train_recipe, count, given["device"], given["timeout"], *args)
+    told = f"stopped; the same command with --resume goes on from what is in {out}"
+    start(_train_recipe, count, given["device"], given["timeout"], lambda: told, *args)
 
 
 def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, tell: Teller) -> None:
@@ -55,12 +55,8 @@ def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split:
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return
-    try:
-        with ProgressView(device=run.device, quiet=tell.quiet) as view:
-            metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
-    except KeyboardInterrupt as error:
-        click.echo(f"stopped; the same command with --resume goes on from what is in {run.out}", err=True)
-        raise Stopped from error
+    with ProgressView(device=run.device, quiet=tell.quiet) as view:
+        metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
     if tell.quiet:
         return
     show_rows([{"measure": key, "value": value} for key, value in _plain(metrics) if not key.startswith("versions.")])

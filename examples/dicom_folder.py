@@ -4,21 +4,28 @@ Here the folder is made of phantoms; put your own in its place. Of labels a csv 
 """
 
 import csv
-import sys
 from pathlib import Path
 
-from gigamorph.cli.main import cli
+import click
+
+from gigamorph.cli import main as command
 from gigamorph.engine.datasets.phantom import write_phantoms
 
 
 def gigamorph(*words: object) -> None:
     """The command of that name, in this process."""
     print("$ gigamorph", *words)
-    cli.main([str(word) for word in words], prog_name="gigamorph", standalone_mode=False)
+    try:
+        command.main([str(word) for word in words])
+    except SystemExit as ended:
+        if ended.code:  # it has said why
+            raise
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
-    table = write_phantoms(folder / "dicom", patients=8, height=256, width=192, seed=1)
+    table = write_phantoms(folder / "dicom", patients=12, height=256, width=192, seed=1)
     with table.open(newline="") as file:
         labels = {Path(row["image_path"]).name: row["label"] for row in csv.DictReader(file)}
 
@@ -32,8 +39,9 @@ def main(folder: Path) -> None:
         writer.writerows(rows)
 
     run, predictions = folder / "run", folder / "predictions"
-    settings = ["--model", "lesionnet", "--memory-budget", "64MiB", "--mean", "auto", "--std", "auto", "--epochs", 2]
-    gigamorph("train", folder / "table.csv", *settings, "--out", run)
+    settings = ["--model", "lesionnet", "--memory-budget", "64MiB", "--mean", "auto", "--std", "auto"]
+    steps = ["--epochs", 3, "--accumulate", 4, "--lr", 5e-3]
+    gigamorph("train", folder / "table.csv", *settings, *steps, "--out", run)
     gigamorph("predict", run / "best.ckpt", folder / "table.csv", "--out", predictions)
     measured = ["--split", "all", "--resamples", 100, "--out", folder / "evaluation"]
     gigamorph("eval", predictions / "predictions.csv", "--table", folder / "table.csv", *measured)
@@ -41,4 +49,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

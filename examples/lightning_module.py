@@ -1,9 +1,9 @@
 """The same training with Lightning: an accelerated network is an ordinary module."""
 
 import csv
-import sys
 from pathlib import Path
 
+import click
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ class Mammograms(pl.LightningModule):
         images, labels = batch
         loss = cross_entropy(self.net(images), labels.to(self.device))
         self.losses.append(loss.item())
+        self.log("loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
@@ -41,6 +42,8 @@ def collate(items):
     return list(images), torch.tensor(labels)
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> list[float]:
     table = write_phantoms(folder, patients=4, height=256, width=192, seed=1)
     grey = Normalize(mean=(0.3,), std=(0.1,))
@@ -49,17 +52,12 @@ def main(folder: Path) -> list[float]:
     items = [(open_pixels(table.parent / row["image_path"], normalize=grey), int(row["label"])) for row in rows]
     torch.manual_seed(0)
     module = Mammograms()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, **quiet)
+    trainer = pl.Trainer(max_epochs=3, accelerator="cpu", devices=1, logger=False, default_root_dir=folder)
     trainer.fit(module, DataLoader(items, batch_size=2, collate_fn=collate))
-    print(f"loss {module.losses[0]:.4f} at first, {module.losses[-1]:.4f} at last")
+    first, last = (sum(part) / 4 for part in (module.losses[:4], module.losses[-4:]))
+    print(f"loss of the first epoch {first:.4f}, of the last {last:.4f}")
     return module.losses
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -4,9 +4,6 @@ The forward is recorded as it is. What has a rule is a window, an op per pixel, 
 ops have none is refused with its name, and `accelerate(..., fallback="whole")` takes it on whole maps.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
@@ -28,7 +25,7 @@ class EdgeGate(nn.Module):
         return x * torch.sigmoid(self.scale * edges - brightness)
 
 
-def main(folder: Path) -> float:
+def main() -> float:
     torch.manual_seed(0)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)]
     network = nn.Sequential(nn.Conv2d(1, 8, 3, 2), EdgeGate(8), nn.SiLU(), nn.Conv2d(8, 8, 3), *head).double()
@@ -44,4 +41,4 @@ def main(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,9 +1,9 @@
 """A training loop in plain PyTorch: the network is accelerated, all else stays as it is."""
 
 import csv
-import sys
 from pathlib import Path
 
+import click
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,6 +11,8 @@ from gigamorph import Normalize, accelerate, create_model, open_pixels
 from gigamorph.engine.datasets.phantom import write_phantoms
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path, epochs: int = 2) -> list[float]:
     table = write_phantoms(folder, patients=4, height=256, width=192, seed=1)
     with table.open(newline="") as file:
@@ -33,8 +35,9 @@ def main(folder: Path, epochs: int = 2) -> list[float]:
             losses.append(loss.item())
         print(f"epoch {epoch + 1}: loss {sum(losses[-len(images) :]) / len(images):.4f}")
     torch.save(net.state_dict(), folder / "weights.pt")  # the keys of the network itself
+    print(f"weights: {folder / 'weights.pt'}")
     return losses
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -8,10 +8,10 @@ Each replica is a process with a network of its own; `num_replicas`, `num_gpus` 
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
+import click
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -41,6 +41,8 @@ class Mammograms:
         return dict(zip(self.trained.classes, found, strict=True))
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> list[dict[str, float]]:
     """A network trained on phantoms, and what the deployment says of two of them; without HTTP, in this process."""
     table = write_phantoms(folder / "dicom", patients=6, height=160, width=128, seed=1)
@@ -57,4 +59,4 @@ def main(folder: Path) -> list[dict[str, float]]:
 if "CHECKPOINT" in os.environ:  # as `serve run` wants it
     app = Mammograms.bind(os.environ["CHECKPOINT"])
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

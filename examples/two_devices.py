@@ -1,8 +1,8 @@
 """One image shared by two processes, a band of rows each: on two GPUs, or on the CPU where there are not two."""
 
-import sys
 from pathlib import Path
 
+import click
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -23,9 +23,12 @@ def step(folder: str, split: bool, device: str) -> None:
         torch.save(gradient, Path(folder) / f"{'two' if split else 'one'}.pt")
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    print(f"a step by one process on {device}, then by two")
     step(str(folder), False, device)
     launch(step, 2, device, str(folder), True, device)
     one, two = (torch.load(folder / f"{name}.pt") for name in ("one", "two"))
@@ -35,4 +38,4 @@ def main(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

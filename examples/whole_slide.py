@@ -1,8 +1,8 @@
 """A slide in a tiled TIFF: a segmentation network trains on it and writes its map, and nothing is ever whole."""
 
-import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import tifffile
 import torch
@@ -21,6 +21,8 @@ def make_slide(folder: Path, height: int, width: int) -> tuple[Path, Path]:
     return folder / "slide.tif", folder / "mask.npy"
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path, height: int = 900, width: int = 700, steps: int = 8) -> list[float]:
     folder.mkdir(parents=True, exist_ok=True)
     slide, mask = make_slide(folder, height, width)
@@ -37,10 +39,11 @@ def main(folder: Path, height: int = 900, width: int = 700, steps: int = 8) -> l
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        print(f"step {len(losses)} of {steps}: loss {loss.item():.4f}")
     write_map(net, [image], str(folder / "logits.npy"))
-    print(f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; {folder / 'logits.npy'}")
+    print(f"the map of logits: {folder / 'logits.npy'}")
     return losses
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

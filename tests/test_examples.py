@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import gigamorph
 
@@ -19,7 +20,8 @@ def example(name):
     """The main function of an example; importable by processes that it starts."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
-    return importlib.import_module(name).main
+    main = importlib.import_module(name).main
+    return getattr(main, "callback", main)
 
 
 def test_every_example_is_run_here_and_told_of():
@@ -27,6 +29,17 @@ def test_every_example_is_run_here_and_told_of():
     text = Path(__file__).read_text()
     assert all(f'example("{name}")' in text for name in names)
     assert all(f"`{name}.py`" in (FOLDER / "README.md").read_text() for name in names)
+
+
+def test_a_folder_that_is_missing_or_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    named = {path.stem for path in FOLDER.glob("*.py")} - {"own_layer", "ray_serve"}
+    for name in named:
+        example(name)
+        main = sys.modules[name].main
+        for args, told in ((), "Missing argument 'FOLDER'"), ([str(tmp_path / "file")], "is a file"):
+            found = CliRunner().invoke(main, args)
+            assert found.exit_code == 2 and told in found.output
 
 
 def test_a_dicom_folder_from_index_to_report(tmp_path, capsys):
@@ -39,11 +52,11 @@ def test_a_dicom_folder_from_index_to_report(tmp_path, capsys):
 def test_plain_loop_and_lightning_learn_from_the_same_first_loss(tmp_path):
     losses = example("plain_loop")(tmp_path / "plain")
     assert np.mean(losses[8:]) < np.mean(losses[:8])
-    assert len(example("lightning_module")(tmp_path / "lightning")) == 4
+    assert len(example("lightning_module")(tmp_path / "lightning")) == 12
 
 
 def test_growing_midway_goes_on_from_the_same_loss(tmp_path):
-    before, after = example("grow_midway")(tmp_path)
+    before, after = example("grow_midway")(tmp_path / "new" / "grown")
     assert after == pytest.approx(before, rel=1e-5)
 
 
@@ -53,8 +66,8 @@ def test_a_slide_trains_and_writes_its_map(tmp_path):
     assert np.load(tmp_path / "logits.npy", mmap_mode="r").shape == (1, 1, 900, 700)
 
 
-def test_own_layers_are_exact(tmp_path):
-    assert example("own_layer")(tmp_path) < 1e-10
+def test_own_layers_are_exact():
+    assert example("own_layer")() < 1e-10
 
 
 def test_ray_serve_answers_what_load_predicts(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
-from ..images.levels import White, brighter_half
+from ..images.levels import White, brighter_half, require_numbers
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
@@ -162,9 +162,9 @@ def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]
     columns = np.zeros(width)
     least, most = np.inf, -np.inf
     for top in range(0, height, _ROWS):
-        strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
-        if not np.isfinite(strip).all():
-            raise DataError("holds pixels that are no numbers (NaN or infinite); save it without them")
+        pixels = source.read(top, min(top + _ROWS, height), 0, width)
+        require_numbers(pixels)
+        strip = pixels.numpy()
         plain.update(np.ascontiguousarray(strip).data)
         mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
         columns += strip.sum((0, 1), dtype=np.float64)

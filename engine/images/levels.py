@@ -68,6 +68,16 @@ def sample_rows(height: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + _ROWS, (number + 1) * height // count)
 
 
+def require_numbers(strip: Tensor, where: str = "") -> None:
+    """Refuse pixels that are NaN or infinite, which files of floating point may hold.
+
+    Raises:
+        DataError: that begins with ``where``.
+    """
+    if not strip.isfinite().all():
+        raise DataError(f"{where}holds pixels that are no numbers (NaN or infinite); save it without them")
+
+
 def brighter_half(columns: np.ndarray) -> Literal["left", "right"] | None:
     """The half that holds more above the darkest column, if it is clear.
 

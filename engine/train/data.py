@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..datasets.tables import Record
@@ -25,7 +27,8 @@ class Data:
 
     ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees, and
     how training images are varied. `fit` tells training images that have a ``set_epoch`` which epoch it is. ``target``
-    is what is learnt; one of the classes, unless it says otherwise.
+    is what is learnt; one of the classes, unless it says otherwise. ``left_out`` has the images that could not be read,
+    and why.
     """
 
     train: Images
@@ -35,6 +38,7 @@ class Data:
     channels: int
     preprocessing: dict[str, Any]
     target: Target = field(default=Target(()))
+    left_out: Mapping[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.target.names:

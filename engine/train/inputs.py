@@ -75,7 +75,8 @@ def training_data(
     Raises:
         DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
     """
-    read, target = _read(table, labels or Labels(), not skip_bad, warn)
+    bad: dict[Path, str] = {}
+    read, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
     preprocessing: dict[str, Any] = {
         "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
         "voi": voi,
@@ -85,7 +86,7 @@ def training_data(
         **({} if white is None else {"white": white}),
     }
     if skip_bad:
-        read = _without_bad(images(read, channels, preprocessing), warn)
+        read = _without_bad(images(read, channels, preprocessing), warn, bad)
     try:
         records = _split(read, fold, seed)
     except DataError as error:
@@ -110,7 +111,8 @@ def training_data(
     told = labels_told(target, samples_of(train), samples_of(val), Path(table))
     for text in [*told, *_strange(records, parts[0])]:
         warn(text)
-    return Data(train, val, test, target.names, channels, preprocessing, target.measured_on(samples_of(train)))
+    measured = target.measured_on(samples_of(train))
+    return Data(train, val, test, target.names, channels, preprocessing, measured, bad)
 
 
 def _samples(part: ImageDataset, target: Target) -> ImageDataset | ExamDataset:
@@ -144,9 +146,12 @@ def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:
 
 
 def _read(
-    table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object]
+    table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object], bad: dict[Path, str]
 ) -> tuple[list[Record], Target]:
     """The records that say something of the target, and the target.
+
+    Args:
+        bad: gets the images whose masks cannot be used, and why.
 
     Raises:
         DataError: what is wrong with the table.
@@ -154,7 +159,7 @@ def _read(
     if labels.kind == "masks":
         if labels.views is not None:
             raise DataError("--views makes one sample of several images; masks are of single images")
-        return read_masks(table, labels.classes, check_files=check_files, warn=warn)
+        return read_masks(table, labels.classes, check_files=check_files, warn=warn, bad=bad)
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
         if not labels.classes:
@@ -180,13 +185,14 @@ def _read(
     return records, target
 
 
-def _without_bad(images: ImageDataset, warn: Callable[[str], object]) -> list[Record]:
-    bad = unreadable(images)
-    for text in bad.values():
+def _without_bad(images: ImageDataset, warn: Callable[[str], object], bad: dict[Path, str]) -> list[Record]:
+    found = unreadable(images)
+    for number, text in found.items():
         warn(f"left out: {text}")
-    if len(bad) == len(images):
+        bad[images.records[number].path] = text
+    if len(found) == len(images):
         raise DataError(f"none of the {len(images)} images can be read")
-    return [record for number, record in enumerate(images.records) if number not in bad]
+    return [record for number, record in enumerate(images.records) if number not in found]
 
 
 def images(

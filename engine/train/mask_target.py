@@ -97,13 +97,19 @@ class MaskTarget(Target):
 
 
 def read_masks(
-    table: str | Path, names: Sequence[str], *, check_files: bool, warn: Callable[[str], object]
+    table: str | Path,
+    names: Sequence[str],
+    *,
+    check_files: bool,
+    warn: Callable[[str], object],
+    bad: dict[Path, str],
 ) -> tuple[list[Record], MaskTarget]:
     """The images of a table that have masks, all of which are read once, and the classes in them; others are left out.
 
     Args:
         names: of the classes, the background's first; none takes numbers, as many as the masks have.
         check_files: refuse what cannot be used; otherwise it is left out, and told.
+        bad: gets the images that are left out, and why.
 
     Raises:
         DataError: what is wrong with the table, or a mask that is missing, of another size, or of other classes.
@@ -123,6 +129,7 @@ def read_masks(
                 if check_files:
                     raise found
                 warn(f"left out: {found}")
+                bad[record.path] = str(found)
                 continue
             path = masks_of(record)[0]
             counts[path] = found if path not in counts else counts[path] + found

@@ -10,7 +10,7 @@ import numpy as np
 from ..datasets.dataset import ImageDataset
 from ..datasets.tables import Record
 from ..errors import DataError
-from ..images.levels import sample_rows
+from ..images.levels import require_numbers, sample_rows
 from ..images.parallel import run_parallel
 from ..images.pixels import Normalize
 
@@ -25,7 +25,7 @@ def normalize_of(images: ImageDataset, count: int = LOOKED_AT) -> Normalize:
     fingerprint of a data set, on all pixels that the network sees.
 
     Raises:
-        DataError: if none of them can be read, or all pixels are equal.
+        DataError: if none of them can be read, or all pixels are equal; of pixels that are no numbers.
     """
     chosen = sorted({round(number) for number in np.linspace(0, len(images) - 1, count)}) if len(images) else []
     means, squares, error = [], [], None
@@ -37,6 +37,8 @@ def normalize_of(images: ImageDataset, count: int = LOOKED_AT) -> Normalize:
         except DataError as found:  # whoever uses it names it
             error = found
             continue
+        for strip in strips:
+            require_numbers(strip, f"{images.records[number].path}: ")
         pixels = sum(strip.shape[1] * strip.shape[2] for strip in strips)
         means.append(sum(strip.sum((1, 2)) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
         squares.append(sum((strip**2).sum((1, 2)) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
@@ -61,7 +63,8 @@ class _ReadThrough:
         try:
             source = self.images.opened(record, None)
             for top in range(0, source.shape[1], _ROWS):
-                source.read(top, min(top + _ROWS, source.shape[1]), 0, source.shape[2])
+                strip = source.read(top, min(top + _ROWS, source.shape[1]), 0, source.shape[2])
+                require_numbers(strip, f"{record.path}: ")
         except DataError as error:
             return str(error)
         return ""

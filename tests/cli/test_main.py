@@ -2,8 +2,10 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from commands import run
@@ -52,6 +54,26 @@ def test_what_an_option_cannot_be_is_one_line(args, told, capsys):
     assert run(*args) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and told in said and said.count("\n") == 1
+
+
+def test_what_fails_of_a_swallowed_ctrl_c_is_stopped_by_it(monkeypatch, capsys):
+    """As numpy does that is imported just then: it goes on, and what it has not got is missed later."""
+
+    def swallowing(*args, **kwargs):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        raise AttributeError("module 'numpy._core' has no attribute '_multiarray_umath'")
+
+    monkeypatch.setattr(cli, "main", swallowing)
+    # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("doctor") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
 def test_ctrl_c_is_130_and_faults_of_ours_keep_their_trace(monkeypatch, capsys):

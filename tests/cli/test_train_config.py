@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import time
 import tomllib
@@ -170,12 +171,23 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
     (tmp_path / "cut.dcm").write_bytes((phantoms.parent / "images" / "PHANTOM0000_R_CC.dcm").read_bytes()[:3000])
     lines[1] = lines[1].replace("images/PHANTOM0000_R_CC.dcm", "cut.dcm")
     lines[2] = lines[2].replace("images/PHANTOM0000_R_MLO.dcm", "absent.dcm")
+    np.save(tmp_path / "nan.npy", np.where(np.eye(160, 128) > 0, np.nan, 0.5).astype(np.float32))
+    lines[3] = re.sub("images/[^,]*", "nan.npy", lines[3])
     table.write_text("\n".join(lines) + "\n")
     assert run("train", table, *FAST, "--out", tmp_path / "none") == 2
+    lines[1], lines[2] = phantoms.read_text().splitlines()[1:3]
+    (tmp_path / "nan.csv").write_text("\n".join(lines) + "\n")
     capsys.readouterr()
+    assert run("train", tmp_path / "nan.csv", *FAST, "--std", "auto", "--mean", "auto", "--out", tmp_path / "none") == 2
+    assert "nan.npy: holds pixels that are no numbers" in capsys.readouterr().err
     assert run("train", table, *FAST, "--skip-bad", "--out", tmp_path / "run") == 0
     told = capsys.readouterr()
-    assert told.err.count("warning: left out: ") == 2 and "cut.dcm" in told.err and "absent.dcm" in told.err
+    named = [line.split(": ") for line in told.err.splitlines() if "left out: " in line]
+    assert [Path(path).name for _, _, path, *_ in named] == ["cut.dcm", "absent.dcm", "nan.npy"]
+    found = rows(tmp_path / "run" / "quarantine.csv")
+    assert [Path(row["image_path"]).name for row in found] == ["cut.dcm", "absent.dcm", "nan.npy"]
+    assert "nan.npy: holds pixels that are no numbers" in found[2]["reason"]
+    assert "quarantine.csv (3 images left out)" in told.out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == 1
 
 
@@ -346,14 +358,12 @@ def test_ctrl_c_before_the_first_checkpoint_is_one_line(phantoms, tmp_path, monk
     # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        for place, told in (
-            ("fit.run_stages", "stopped before the first checkpoint; the same command begins anew"),
-            ("inputs.training_data", "stopped by Ctrl-C"),
-        ):
+        for place in ("fit.run_stages", "inputs.training_data"):
             with monkeypatch.context() as patched:
                 patched.setattr(f"gigamorph.engine.train.{place}", press)
                 assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 130
-            assert capsys.readouterr().err == f"{told}\n"
+            told = "stopped before the first checkpoint; the same command begins anew\n"
+            assert capsys.readouterr().err == told
     finally:
         signal.signal(signal.SIGINT, former)
     assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 0
