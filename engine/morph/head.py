@@ -34,8 +34,8 @@ def grow_head(
         kind: "independent" (each its own sigmoid or regression): the old outputs stay, the new ones begin at zero.
             "softmax": the old probabilities stay; the new ones are zero by a bias of -10^4 and get no gradient until
             that bias is raised. The terms of the softmax stay bit for bit, and their sum has zeros added, which PyTorch
-            orders anew where a CPU's vector holds as many classes (8 with AVX2, 16 with AVX-512): then the last bit may
-            differ. To begin with live classes, use `split_class`.
+            orders anew from as many classes on as a CPU's vector holds (8 with AVX2): then the last bit may differ. To
+            begin with live classes, use `split_class`.
         inplace: change `model` itself after the check.
 
     Raises:

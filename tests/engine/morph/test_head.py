@@ -66,7 +66,10 @@ def test_terms_of_a_softmax_stay_bit_for_bit(case: Any, new: int) -> None:
         terms = (have - have.amax(1, keepdim=True)).exp()
         assert torch.equal(terms[:, : classes + 1], (want - want.amax(1, keepdim=True)).exp())
         assert not terms[:, classes + 1 :].any(), "the sum has zeros added"
-        torch.testing.assert_close(have.softmax(1)[:, : classes + 1], want.softmax(1), rtol=2**-21, atol=0)
+        old, grown = want.softmax(1), have.softmax(1)[:, : classes + 1]
+        if have.shape[1] < 8:  # of which no vector of the CPU is full: the sums have one order
+            assert torch.equal(grown, old)
+        torch.testing.assert_close(grown, old, rtol=2**-21, atol=0)
     assert not have.softmax(1)[:, classes + 1 :].any()
     assert report.difference.float32 < 1e-6
 

@@ -120,3 +120,13 @@ def test_what_is_predicted_is_kept_to_until_it_proves_too_little(monkeypatch: py
     later.keep()
     assert process.rooms == [80, 80], "24 more, were there so many"
     assert predicted.bytes == 504
+
+
+def test_a_limit_that_is_not_strict_leaves_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch)
+    limit = process.limit()
+    limit.strict = False
+    process.in_use = 5000
+    limit.keep()
+    limit.watch(100)
+    assert process.rooms == [] and process.trims == 0 and limit.near
