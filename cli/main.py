@@ -67,8 +67,7 @@ def main(args: list[str] | None = None) -> None:
     # the many short operations of a step by tiles 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with noted() as pressed:
-            code = _run(args, pressed)
+        code = _run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
@@ -76,8 +75,14 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(args: list[str] | None, pressed: Callable[[], bool]) -> int:
-    """The exit code. What fails after a Ctrl-C, which is ``pressed`` then, has been stopped by it."""
+def _run(args: list[str] | None) -> int:
+    """The exit code."""
+    with noted() as pressed:
+        return _code(args, pressed)
+
+
+def _code(args: list[str] | None, pressed: Callable[[], bool]) -> int:
+    """The same. What fails after a Ctrl-C, which is ``pressed`` then, has been stopped by it."""
     try:
         code = cli.main(args, prog_name="gigamorph", standalone_mode=False)
         return code if isinstance(code, int) else 0
