@@ -26,9 +26,9 @@ NETWORKS = {
 }
 
 
-def network(name: str, seed: int = 0) -> nn.Module:
+def network(name: str, seed: int = 0, classes: int = 5) -> nn.Module:
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"num_classes": 5, **NETWORKS[name]}
+    options: dict[str, Any] = {"num_classes": classes, **NETWORKS[name]}
     if name == "vgg11_bn":  # without its classifier, which alone holds 120 million weights
         model = timm.create_model(name, pretrained=False, **options).features
         model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
@@ -91,10 +91,11 @@ def autocast(model: nn.Module, image: Tensor) -> Step:
 )
 def test_error_no_larger_than_stock(name, run, live, seeds):
     """The median ratio over a few seeds is what counts: in a single run a value that is zero but for rounding may come
-    out on the other side of a ReLU, here or in stock PyTorch, which makes the ratio anything from 0.002 to 2,000."""
+    out on the other side of a ReLU, here or in stock PyTorch, which makes the ratio anything from 0.002 to 2,000. And
+    over many outputs: of five of them in bfloat16 the ratio is 0.15 to 2 by chance, of 512 it is 0.8 to 1.2."""
     ratios: list[tuple[float, float]] = []
     for seed in range(seeds):
-        model = network(name, seed).train(live)
+        model = network(name, seed, classes=512).train(live)
         image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(seed))
         truth = step(copy.deepcopy(model).double(), image.double())
         stock = distance(truth, run(copy.deepcopy(model), image))

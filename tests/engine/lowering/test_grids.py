@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from gigamorph.engine.lowering.geometry import Cells
 from gigamorph.engine.lowering.stages import Stage, lower
 
 
-def network(name: str) -> nn.Module:
-    torch.manual_seed(0)
+def network(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return Around(MODULES[name]())
 
 
@@ -122,15 +123,22 @@ def test_nothing_grows_but_rows_and_columns(name):
 
 @pytest.mark.parametrize("name", ["coordinate attention", "pyramid"])
 def test_float32(name):
-    """No further from float64 than a few times what stock is."""
-    net, x = network(name), image(3, 2, 19, 14)
-    truth = step(net.double(), x)
-    stock = step(net.float(), x.float())
-    tiled = step(accelerate(net, tile=8), x.float())
-    for key, expected in truth.gradients.items():
-        scale = max(expected.norm(), 1e-3 * max(g.norm() for g in truth.gradients.values()))
-        errors = [(found.gradients[key] - expected).norm() / scale for found in (stock, tiled)]
-        assert errors[1] <= max(4 * errors[0], 1e-6), (key, errors)
+    """No further from float64 than stock is; over a few images, for what rounds how in one of them is chance."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(5):
+        net, x = network(name, seed), image(3, 2, 19, 14, seed=seed)
+        truth = step(net.double(), x)
+        stock = step(net.float(), x.float())
+        tiled = step(accelerate(net, tile=8), x.float())
+        for key, expected in truth.gradients.items():
+            scale = max(expected.norm(), 1e-3 * max(g.norm() for g in truth.gradients.values()))
+            of_each = [float((found.gradients[key] - expected).norm() / scale) for found in (stock, tiled)]
+            errors.setdefault(key, []).append((of_each[0], of_each[1]))
+    medians = {
+        key: tuple(statistics.median(of_one) for of_one in zip(*each, strict=True)) for key, each in errors.items()
+    }
+    assert all(tiled <= max(4 * stock, 1e-6) for stock, tiled in medians.values()), medians
+    assert statistics.geometric_mean(tiled / stock for stock, tiled in medians.values()) <= 1.25, medians
 
 
 @pytest.mark.parametrize("size", [1, 5, 6, 7, 30])
