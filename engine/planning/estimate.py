@@ -1,10 +1,10 @@
 """How many bytes a step takes with a given tile.
 
     peak of a training step = parameters, their gradients, and the stage's copies and sums of them
-                            + halos kept between the passes + gradients of two strips' halos
-                            + one tile, computed and differentiated
-                            + retained tiles + maps that must exist whole, and what runs after them
-
+                            + halos kept between the passes
+                            + at the moment where that is most: gradients of two strips' halos
+                              + one tile, computed and differentiated
+                              + retained tiles + maps that must exist whole, and what runs after them
                             + what libraries take besides
 
 The tile's share is counted on tensors without values (`simulate.py`), the rest is arithmetic on the schedules; only the
@@ -13,10 +13,9 @@ last term is fitted to measurements (benchmarks/memory.py).
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from ..cuda_graphs.whole import MOST_TILES
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype
-from ..tiling.stage import Schedules, TiledStage
+from ..tiling.stage import TiledStage
 from . import constants
+from .at_once import AtOnce
 from .between import value_bytes
 from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .lifetimes import made_whole, stored_times
@@ -37,47 +37,11 @@ from .plan import Plan
 from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
 from .strategy import stage_cost
+from .tile_peaks import Known, TilePeak
 
 
 def _nbytes(shape: Any, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class TilePeak:
-    """What a run of a tile on tensors without values has counted.
-
-    Attributes:
-        tile: its side.
-        blocks: bytes of all blocks that it computes.
-        peak, held: see `tile_peak`.
-        fixed: bytes of the peak that do not depend on the tile: its gradients of the vectors.
-    """
-
-    tile: tuple[int, int]
-    blocks: int
-    peak: int
-    held: int
-    fixed: int
-
-    def scaled(self, tile: tuple[int, int], blocks: int) -> TilePeak:
-        """What a tile of other blocks would take: activations grow as the blocks do."""
-        share = blocks / max(1, self.blocks)
-        grown = self.fixed + int(share * max(0, self.peak - self.fixed))
-        return TilePeak(tile, blocks, grown, int(share * self.held), self.fixed)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What was found for other choices of stored maps of a program: they have most of their stages in common.
-
-    Attributes:
-        peaks: by stage, the exact ones.
-        schedules: see `TiledStage`.
-    """
-
-    peaks: dict[Any, list[TilePeak]] = field(default_factory=dict)
-    schedules: Schedules = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,16 +53,16 @@ class _Cut:
         tiles: (rows, columns) of the first stage's.
         alone: whether one tile is all there is.
         halo_bytes: of all halos of all stages.
-        strip_bytes: of the halos that enter the heaviest strip.
-        away_bytes: a tile's part of the maps that its stage reads and writes elsewhere, at most.
+        strip_bytes: of the halos that enter each stage's heaviest strip.
+        away_bytes: a tile's part of the maps that its stage reads and writes elsewhere, for each stage.
     """
 
     sides: tuple[tuple[int, int], ...]
     tiles: tuple[int, int]
     alone: bool
     halo_bytes: int
-    strip_bytes: int
-    away_bytes: int
+    strip_bytes: tuple[int, ...]
+    away_bytes: tuple[int, ...]
 
 
 class Estimate:
@@ -123,8 +87,8 @@ class Estimate:
         self.wanted = staged.wanted(image_grad)
         self._kept_away: Container[int] = () if staged.place == "device" else staged.stage_maps()
         self._places = [number for number, step in enumerate(staged.steps) if isinstance(step, Stage)]
-        self._stored = stored_times(staged, training, self.wanted) or [(place, 0) for place in self._places]
-        self.stored_bytes = max(stored for _, stored in self._stored)
+        self._at_once = AtOnce(stored_times(staged, training, self.wanted), self._places)
+        self.stored_bytes = self._at_once.stored
         self._count_vectors()
         if image_grad:
             self.stored_bytes += _nbytes(self.image.shape, self.image.dtype)
@@ -190,7 +154,9 @@ class Estimate:
         """
         cut = self._cut(tile)
         # In pass 2 two strips' gradients are in work, and one strip's halos where they are not on the device.
-        strips = cut.strip_bytes * ((2 if halos == "device" else 3) if self.training else 2)
+        times = (2 if halos == "device" else 3) if self.training else 2
+        pairs = zip(cut.strip_bytes, cut.away_bytes, strict=True)
+        strips = [times * strip + constants.AWAY_TILES * away for strip, away in pairs]
         # The graph of an only tile is what pass 2 would make again at once.
         alone = self.training and budget is None and cut.alone
         plan = Plan(
@@ -203,7 +169,7 @@ class Estimate:
             retained_tiles=(1,) if alone else (),
             parameter_bytes=self.parameter_bytes,
             halo_bytes=cut.halo_bytes if self.training else 0,
-            strip_bytes=strips + constants.AWAY_TILES * cut.away_bytes,
+            strip_bytes=max(strips),
             tile_bytes=0,
             retained_bytes=0,
             stored_bytes=self.stored_bytes,
@@ -212,10 +178,11 @@ class Estimate:
             sides=cut.sides,
             record_bytes=self.records,
             budget=budget,
+            apart_bytes=self._at_once.apart(strips, max(strips)),
         )
         if not count_tile:
             return plan
-        return self._with_tile(plan, limit, budget if room is None else room, exact)
+        return self._with_tile(plan, strips, limit, budget if room is None else room, exact)
 
     def _tiled(self, tile: tuple[int, int]) -> list[TiledStage]:
         """The stages cut into tiles, for a tile of the image; the latest ones are kept."""
@@ -228,31 +195,39 @@ class Estimate:
     def _cut(self, tile: tuple[int, int]) -> _Cut:
         if tile not in self._cuts:
             stages = self._tiled(tile)
-            kept, strip, away = 0, 0, 0
+            kept, strips = 0, list[int]()
             for tiled in stages:
                 entering, heaviest = halo_bytes(tiled.stage, tiled)
-                kept, strip = kept + entering, max(strip, heaviest if tiled.rows.steps > 1 else 0)
-                away = max(away, _bytes_among(self._kept_away, tiled))
+                kept += entering
+                strips.append(heaviest if tiled.rows.steps > 1 else 0)
+            away = tuple(_bytes_among(self._kept_away, tiled) for tiled in stages)
             sides = tuple(tiled.tile for tiled in stages)
             tiles = stages[0].rows.steps, stages[0].cols.steps
             alone = [tiled.tiles for tiled in stages] == [1]
-            self._cuts[tile] = _Cut(sides, tiles, alone, kept, strip, away)
+            self._cuts[tile] = _Cut(sides, tiles, alone, kept, tuple(strips), away)
         return self._cuts[tile]
 
-    def _with_tile(self, plan: Plan, limit: int, room: int | None, exact: bool) -> Plan:
-        """A plan with the bytes of its heaviest tile, of libraries, and of graphs of tiles that are kept."""
+    def _with_tile(self, plan: Plan, strips: Sequence[int], limit: int, room: int | None, exact: bool) -> Plan:
+        """A plan with the bytes of its heaviest tile, of libraries, and of graphs of tiles that are kept.
+
+        Args:
+            strips: bytes of the strips in work, of each stage.
+        """
         stages = self._tiled(plan.tile)
         weights = [tile_weights(tiled) for tiled in stages]
-        heaviest = sorted(range(len(stages)), key=lambda n: weights[n].max())[-constants.COUNTED :]
-        peaks = [self._tile_peak(stages[n], int(weights[n].max()), exact) for n in heaviest]
-        counted = max(peaks, key=lambda one: one.peak, default=TilePeak(plan.tile, 1, 0, 0, 0))
+        peaks = self._tile_peaks(stages, [int(own.max()) for own in weights], strips, exact)
+        counted = max(peaks, key=lambda one: one.peak)
+        works = [strip + own.peak for strip, own in zip(strips, peaks, strict=True)]
         activations = max(0, counted.peak - counted.fixed)
-        heap = int(constants.HEAP_SHARE * activations) * self.on_cpu
         plan = replace(
-            plan, tile_bytes=counted.peak, library_bytes=self._library(stages, counted.peak), heap_bytes=heap
+            plan,
+            tile_bytes=counted.peak,
+            library_bytes=self._library(stages, counted.peak),
+            heap_bytes=int(constants.HEAP_SHARE * activations) * self.on_cpu,
+            apart_bytes=self._at_once.apart(works, plan.strip_bytes + counted.peak),
         )
         if self.staged.place == "device" and buffers.executor(self.image.device):
-            retained = self._retain(plan, stages, weights, counted, room, exact)
+            retained = self._retain(plan, stages, weights, peaks, strips, room, exact)
             tiles = stages[0].tiles
             if tiles <= retained.retained and (tiles == 1 or (tiles <= MOST_TILES and plan.budget is None)):
                 return retained  # all of it is captured as it stands, or there is nothing to replay
@@ -263,7 +238,23 @@ class Estimate:
             # Tiles that keep their graph are computed op by op, which took an H200 over four times as long as replaying
             # them twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
             return replayed if replayed.peak_bytes <= limit else retained
-        return self._retain(self._loosen(plan, activations), stages, weights, counted, room, exact)
+        return self._retain(self._loosen(plan, activations), stages, weights, peaks, strips, room, exact)
+
+    def _tile_peaks(
+        self, stages: Sequence[TiledStage], weights: Sequence[int], strips: Sequence[int], exact: bool
+    ) -> list[TilePeak]:
+        """Each stage's heaviest tile: counted for the heaviest and those that make the peak, else by their blocks.
+
+        Args:
+            weights: bytes of the blocks of each stage's heaviest tile.
+        """
+        heaviest = max(range(len(stages)), key=weights.__getitem__)
+        first = self._tile_peak(stages[heaviest], weights[heaviest], exact)
+        peaks = [first.scaled(tiled.tile, own) for tiled, own in zip(stages, weights, strict=True)]
+        at = [sum((self._at_once.beside[n], strips[n], own.peak)) for n, own in enumerate(peaks)]
+        for n in {heaviest, *sorted(range(len(stages)), key=at.__getitem__)[-constants.COUNTED :]}:
+            peaks[n] = self._tile_peak(stages[n], weights[n], exact)
+        return peaks
 
     @property
     def on_cpu(self) -> bool:
@@ -296,7 +287,8 @@ class Estimate:
         plan: Plan,
         stages: Sequence[TiledStage],
         weights: Sequence[np.ndarray],
-        counted: TilePeak,
+        peaks: Sequence[TilePeak],
+        strips: Sequence[int],
         room: int | None,
         exact: bool,
     ) -> Plan:
@@ -304,39 +296,23 @@ class Estimate:
 
         Of several stages, those come first that recompute most for a byte.
         """
-        if room is None or not counted.held or plan.peak_bytes > room:
+        if room is None or not max(one.held for one in peaks) or plan.peak_bytes > room:
             return plan
-        left = room - plan.peak_bytes
-        numbers, graphs, works = [0] * len(stages), [0] * len(stages), [plan.tile_bytes] * len(stages)
+        works = [strip + own.peak for strip, own in zip(strips, peaks, strict=True)]
+        left, alone = room - plan.peak_bytes, self._at_once.most(works)
+        numbers, graphs = [0] * len(stages), [0] * len(stages)
         for n in self._retainable(stages, weights):
-            own = counted if len(stages) == 1 else self._tile_peak(stages[n], int(weights[n].max()), exact)
+            own = peaks[0] if len(stages) == 1 else self._tile_peak(stages[n], int(weights[n].max()), exact)
             held = (self._held_share(stages[n], own) * np.cumsum(weights[n].flat[::-1])).astype(int)
-            works[n] = own.peak - int(held[0])  # the first graph that is differentiated is the tile in work itself
-            numbers[n] = int(np.searchsorted(held, left - self._added(plan, graphs, works, self._places[n]), "right"))
-            graphs[n], works[n] = (int(held[numbers[n] - 1]), works[n]) if numbers[n] else (0, plan.tile_bytes)
+            before, works[n] = works[n], strips[n] + own.peak
+            works[n] -= int(held[0])  # the first graph that is differentiated is the tile in work itself
+            added = self._at_once.most(works, graphs, n) - alone
+            numbers[n] = int(np.searchsorted(held, left - added, "right"))
+            graphs[n], works[n] = (int(held[numbers[n] - 1]), works[n]) if numbers[n] else (0, before)
             if numbers[n] < stages[n].tiles:
                 break
-        added = max(0, self._added(plan, graphs, works))
+        added = max(0, self._at_once.most(works, graphs) - alone)
         return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=added)
-
-    def _added(self, plan: Plan, graphs: Sequence[int], works: Sequence[int], since: int = 0) -> int:
-        """What graphs of tiles add to a plan's peak, which has whole maps and the heaviest tile in work.
-
-        Most whole maps get their gradient when the graphs of later stages are gone already, and the heaviest tile is
-        often one of the first stage.
-
-        Args:
-            graphs: bytes of the tiles' graphs, by stage.
-            works: what a tile in work takes besides, by stage; in the calls between stages nothing is.
-            since: a place among the steps; what is added from there on, which may be less than nothing.
-        """
-        there = {place: sum(graphs[: n + 1]) + works[n] for n, place in enumerate(self._places)}
-        peak = max(
-            stored + there.get(now, sum(graphs[: bisect.bisect(self._places, now)]))
-            for now, stored in self._stored
-            if now >= since
-        )
-        return peak - max(stored for _, stored in self._stored) - plan.tile_bytes
 
     def _held_share(self, tiled: TiledStage, counted: TilePeak) -> float:
         """Bytes that a retained tile holds for a byte of its blocks."""

@@ -19,13 +19,14 @@ from ..tiling.memory import format_bytes
 from ..tiling.spatial import SpatialShard
 from ..tiling.spatial_program import split_network
 from . import constants
-from .estimate import Estimate, Known
+from .estimate import Estimate
 from .least import least_bytes, refuse_hopeless
 from .lifetimes import stored_peak
 from .plan import Choice, Plan
 from .request import Request
 from .sides import sides_for_narrow_maps, sides_worth_trying
 from .strategy import Strategy, strategies
+from .tile_peaks import Known
 
 
 class _Options:
