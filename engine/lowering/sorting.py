@@ -52,20 +52,22 @@ def live_ops(program: Program) -> list[Op]:
 def _without_empty(op: Op, program: Program) -> Op:
     """A `cat` without its empty parts, as `x[:, :0]`: networks without a class token join none to their positions.
 
-    Those stay that have a say in the dtype, or on which the gradients of some parameters hang, which are then zero.
+    Of one part it is a copy. Parts stay that have a say in the dtype, or on which gradients of parameters hang: zeros.
     """
     if op.name not in ("cat", "concat", "concatenate"):
         return op
     called = arguments(op, "tensors dim", dim=0)
     tensors = called["tensors"]
     parts = [ref.value for ref in tensors if program.values[ref.value].shape.numel()]
-    if len(parts) in (0, len(tensors)):
+    if not parts or len(parts) == len(tensors) > 1:
         return op
     alone = {v for v in ancestors(program, op.inputs) - ancestors(program, parts) if program.values[v].trainable}
     kept = [ref for ref in tensors if ref.value in parts or alone & ancestors(program, [ref.value])]
     inputs = tuple(dict.fromkeys(ref.value for ref in kept))
     if reduce(torch.promote_types, (program.values[v].dtype for v in inputs)) != program.values[op.outputs[0]].dtype:
         return op
+    if len(kept) == 1:  # no rule would see that its positions stay where they are
+        return replace(op, func=torch.clone, name="clone", args=(kept[0],), kwargs={}, inputs=inputs)
     return replace(op, args=(kept, called["dim"]), kwargs={}, inputs=inputs)
 
 

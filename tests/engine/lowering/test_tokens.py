@@ -198,16 +198,21 @@ class Empty(nn.Module):
                 x = torch.cat([x[:, :0], token, x], 1)
             case "a vector":
                 x = torch.cat([x.new_zeros(0), x], 1)
+            case "one":
+                x = torch.cat([x], 1)
         return self.head(self.block(x).mean(1))
 
 
-@pytest.mark.parametrize("way", ["positions", "a token", "both", "a vector"])
+@pytest.mark.parametrize("way", ["positions", "a token", "both", "a vector", "one"])
 def test_empty_parts_are_left_out(way):
     torch.manual_seed(0)
     net = Empty(way).double()
     assert_exact(net, image(), tile=(6, 8))
     accelerate(net, tile=(6, 8))(image()).sum().backward()
-    assert (net.token.grad is None) == (way in ("positions", "a vector"))
+    assert (net.token.grad is None) == (way in ("positions", "a vector", "one"))
+    _, nodes = sort(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
+    joined = [node for node in nodes if isinstance(node, Whole) and node.op.name == "cat"]
+    assert bool(joined) == (way in ("a token", "both"))  # keys and values; positions alone stay a map
 
 
 class Table(nn.Module):
