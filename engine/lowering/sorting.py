@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ..capture.program import given
+from ..capture.program import ancestors, given
 from ..capture.trace import Op, Program, place
 from ..errors import UnsupportedError
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
+from .ops.base import arguments
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
 from .ops.rising import rise
@@ -42,9 +44,31 @@ def live_ops(program: Program) -> list[Op]:
     live: list[Op] = []
     for op in reversed(program.ops):
         if wanted & set(op.outputs):
-            wanted.update(op.inputs)
-            live.append(op)
+            live.append(_without_empty(op, program))
+            wanted.update(live[-1].inputs)
     return live[::-1]
+
+
+def _without_empty(op: Op, program: Program) -> Op:
+    """A `cat` without its empty parts, as `x[:, :0]`: networks without a class token join none to their positions.
+
+    Of one part it is a copy. Parts stay that have a say in the dtype, or on which gradients of parameters hang: zeros.
+    """
+    if op.name not in ("cat", "concat", "concatenate"):
+        return op
+    called = arguments(op, "tensors dim", dim=0)
+    tensors = called["tensors"]
+    parts = [ref.value for ref in tensors if program.values[ref.value].shape.numel()]
+    if not parts or len(parts) == len(tensors) > 1:
+        return op
+    alone = {v for v in ancestors(program, op.inputs) - ancestors(program, parts) if program.values[v].trainable}
+    kept = [ref for ref in tensors if ref.value in parts or alone & ancestors(program, [ref.value])]
+    inputs = tuple(dict.fromkeys(ref.value for ref in kept))
+    if reduce(torch.promote_types, (program.values[v].dtype for v in inputs)) != program.values[op.outputs[0]].dtype:
+        return op
+    if len(kept) == 1:  # no rule would see that its positions stay where they are
+        return replace(op, func=torch.clone, name="clone", args=(kept[0],), kwargs={}, inputs=inputs)
+    return replace(op, args=(kept, called["dim"]), kwargs={}, inputs=inputs)
 
 
 def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:

@@ -72,5 +72,8 @@ def _sides(shape: tuple[int, ...]) -> str:
 def _remedy(model: nn.Module, channels: int) -> str:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.in_channels == channels:
-        return "; if that is its size: gigamorph import --resize HxW makes a folder that brings images to one it takes"
+        return (
+            "; if that is its size: gigamorph import --resize HxW makes a folder for predict; training keeps every "
+            "pixel (timm's ViTs take any size with ?dynamic_img_size=true&dynamic_img_pad=true)"
+        )
     return f"; its first convolution takes {first.in_channels} channels, give it images of as many (--channels)"

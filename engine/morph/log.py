@@ -105,4 +105,5 @@ class Entry:
     constants: list[Any] = field(default_factory=list)  # outputs that are no tensors
     plain: bool = False  # one output, of the operands' broadcast shape
     in_place: int | None = None  # which of the tensors among the arguments is the result
+    changed: bool = False  # that tensor; `x.float()` gives x itself and leaves it as it is
     records: list[Record] = field(default_factory=list)

@@ -220,12 +220,14 @@ class Tracer(Primitives, TorchFunctionMode):
         labels = [self.weight(t) if i == weight else self.need(t) for i, t in enumerate(tensors)]
         result = None
         if self.real:
+            versions = [t._version for t in tensors]
             result = self.call(func, args, kwargs)
             flat, entry.structure = tree_flatten(result)
             entry.outputs = [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in flat]
             entry.constants = [None if isinstance(t, Tensor) else t for t in flat]
             entry.plain = len(flat) == 1 and _shape(flat[0]) == _broadcast(labels)
             entry.in_place = next((i for i, t in enumerate(tensors) if len(flat) == 1 and flat[0] is t), None)
+            entry.changed = entry.in_place is not None and flat[0]._version != versions[entry.in_place]
         shapes = [o[0] for o in entry.outputs if o is not None]
         made = output_labels(self, Call(name, args, kwargs, tensors, labels, shapes, entry.plain))
         return self._finish(entry, result, tensors, made)
@@ -236,7 +238,7 @@ class Tracer(Primitives, TorchFunctionMode):
             made = iter(labels)
             if entry.in_place is not None:
                 target = tensors[entry.in_place]
-                if target._version is not None:
+                if entry.changed:
                     target.zero_()  # tells the other views that it has changed
                 result = target
             else:

@@ -91,9 +91,10 @@ class Ahead:
     def __enter__(self) -> Ahead:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            # Python waits at its end for what is being decoded in any case, and trips over a pool that ends just then.
+            self._pool.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
 
     def __call__(self, work: Iterable[Work], more: Callable[[], bool] = lambda: True) -> Iterator[Opened]:
         """Work, opened.

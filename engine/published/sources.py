@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,17 @@ def hub_folder(path: Path) -> HubFolder | None:
         spec=Spec("timm", found["architecture"], arguments),
         preprocessing=_preprocessing(about, arguments["in_chans"]),
         classes=tuple(about.get("label_names") or found.get("label_names") or ()),
-        licence=str(about.get("license") or ""),
+        licence=_licence(path) or str(found.get("license") or about.get("license") or ""),
     )
+
+
+def _licence(folder: Path) -> str:
+    """What the model card says; `config.json` has that of the weights which these were fine-tuned from."""
+    card = folder / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    said = head and re.search(r"^license:[ \t]*(\S.*?)\s*$", head[1], re.MULTILINE)
+    return said[1].strip("\"'") if said else ""
 
 
 def timm_preprocessing(spec: Spec, channels: int) -> tuple[Preprocessing, str, tuple[int, int] | None]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from gigamorph import create_model, load
+from gigamorph.cli.import_ import _listed
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.datasets.phantom import write_phantoms
@@ -304,6 +305,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "gives no, yes" in said and "takes 1 channels, every pixel, mean [0.5]" in said
     assert "licence not stated" in said
+    assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2
     assert "is none of timm's; write it with --to onnx" in capsys.readouterr().err
     assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2

@@ -8,6 +8,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gigamorph import accelerate
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.ops.base import Local, Whole
 from gigamorph.engine.lowering.sorting import sort
@@ -175,6 +176,43 @@ def test_only_keys_and_values_are_ever_whole(form):
     vectors = [node.op for node in nodes if isinstance(node, Whole)]
     assert len([op for op in vectors if op.name == "cat"]) == 4  # K and V of two blocks
     assert sum(isinstance(node, Local) for node in nodes) > 20
+
+
+class Empty(nn.Module):
+    """Nothing is joined to the positions, as timm's networks do where they have no class token."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.patches, self.head = way, nn.Conv2d(2, WIDTH, 2, 2), nn.Linear(WIDTH, 3)
+        self.token, self.block = nn.Parameter(torch.randn(1, 1, WIDTH)), Block(POSITIONS, "sdpa")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        token = self.token.expand(len(x), -1, -1)
+        match self.way:
+            case "positions":
+                x = torch.cat([x[:, :0], x, x[:, POSITIONS:]], 1)
+            case "a token":  # its gradient is zero, not None
+                x = torch.cat([token[:, :0], x], 1)
+            case "both":
+                x = torch.cat([x[:, :0], token, x], 1)
+            case "a vector":
+                x = torch.cat([x.new_zeros(0), x], 1)
+            case "one":
+                x = torch.cat([x], 1)
+        return self.head(self.block(x).mean(1))
+
+
+@pytest.mark.parametrize("way", ["positions", "a token", "both", "a vector", "one"])
+def test_empty_parts_are_left_out(way):
+    torch.manual_seed(0)
+    net = Empty(way).double()
+    assert_exact(net, image(), tile=(6, 8))
+    accelerate(net, tile=(6, 8))(image()).sum().backward()
+    assert (net.token.grad is None) == (way in ("positions", "a vector", "one"))
+    _, nodes = sort(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
+    joined = [node for node in nodes if isinstance(node, Whole) and node.op.name == "cat"]
+    assert bool(joined) == (way in ("a token", "both"))  # keys and values; positions alone stay a map
 
 
 class Table(nn.Module):

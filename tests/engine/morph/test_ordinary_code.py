@@ -68,6 +68,7 @@ FORWARDS: dict[str, Middle] = {
     "a constant made here": lambda n, x: body(n, torch.cat([x[:, :2], torch.zeros(len(x), 1, 8, 8)], 1)),
     "an array": lambda n, x: body(n, x * torch.tensor(torch.ones(3, 1, 1).numpy())),
     "in place": lambda n, x: body(n, x.sub_(0.5).div_(0.2)),
+    "a cast that is none": lambda n, x: torch.cat([(y := body(n, x))[:, :, :1], y[:, :, 1:].float()], 2),
     "a logarithm": lambda n, x: body(n, torch.log(x)),
 }
 

@@ -548,6 +548,8 @@ def test_a_crowd_of_quick_images_goes_to_a_worker_together(table, tmp_path):
     work = [Work(str(n), Row(Record(table.parent / f"{n % 12:04d}.npy", -1, "p"))) for n in range(200)]
     with Ahead(images, 1, 3, tmp_path) as ahead:
         found = list(ahead(work))
+    # Python's end is no moment at which a pool may still be ending: "Bad file descriptor".
+    assert not [thread for thread in threading.enumerate() if "Executor" in type(thread).__name__]
     assert [one.work.key for one in found] == [str(n) for n in range(200)] and not any(one.error for one in found)
     for one in found[:12]:
         expected = np.load(one.work.row.record.path)[None]

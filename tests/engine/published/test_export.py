@@ -57,11 +57,13 @@ def test_a_hugging_face_folder_of_others_is_read(tmp_path):
     """As timm's own repositories have it: no description of ours."""
     network = timm.create_model("test_convnext", num_classes=3, in_chans=3)
     timm.models.save_for_hf(network, tmp_path / "theirs", model_config={"label_names": ["a", "b", "c"]})
+    (tmp_path / "theirs" / "README.md").write_text("---\ntags:\n- timm\nlicense: 'mit'\n---\nlicense: none\n")
     import_network(str(tmp_path / "theirs"), tmp_path / "net", Wishes(size=(96, 64)), str)
     found = read_description(tmp_path / "net")
     assert found.model.startswith("timm:test_convnext?") and found.preprocessing.channels == 3
     assert found.preprocessing.mean == tuple(network.pretrained_cfg["mean"])
     assert found.outputs.names == ["a", "b", "c"]
+    assert found.licence == "mit"  # config.json has that of timm's own weights, apache-2.0
 
 
 def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):
