@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from .least import least_bytes, refuse_hopeless
 from .lifetimes import stored_peak
 from .plan import Choice, Plan
 from .request import Request
-from .sides import sides_for_narrow_maps, sides_worth_trying
+from .sides import sides_worth_trying
 from .strategy import Strategy, strategies
 from .tile_peaks import Known
 
@@ -225,12 +224,6 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     sides = sides_worth_trying(staged, request.tile)
     if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
-    if request.tile is None and estimate.training:
-        for side in sides_for_narrow_maps(staged):
-            place = request.halo_places(device)[0]
-            plan = estimate.plan(side, place, request.budget, limit=limit, room=request.room(device))
-            if plan.peak_bytes <= limit and plan.retained == math.prod(plan.tiles):
-                return plan
     for place in request.halo_places(device):
         for side in sides:
             plan = estimate.plan(side, place, request.budget, count_tile=False)

@@ -13,7 +13,8 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
 
     Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
     where these are not too low: a strip lies in one piece in a stored map. So does one stage of narrow maps, whose
-    tiles take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone.
+    tiles take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone. It gains by
+    larger ones as well.
     """
     if tile is not None:
         return [tile]
@@ -21,7 +22,8 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
     kind = staged.program.values[staged.program.image].device.type
     preferred = constants.PREFERRED.get(kind, 1024)
     several = len(staged.stages) > 1
-    stripes = kind == "cpu" and (several or _density(staged.stages[0]) < constants.WIDE_VALUES)
+    narrower = 0.0 if kind != "cpu" or several else constants.WIDE_VALUES / _density(staged.stages[0])
+    stripes = kind == "cpu" and (several or narrower > 1)
     if stripes and several:
         preferred = constants.PREFERRED_STRIP
     longest = max(height, width)
@@ -30,24 +32,10 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
         sides.insert(0, longest)
     tiles = [(min(side, height), min(side, width)) for side in sides]
     if stripes:
-        tiles = [_strip(h * w, height, width) or (h, w) for h, w in tiles]
+        pixels = [int(preferred**2 * times) for times in constants.LARGER_STRIPS if times <= narrower]
+        larger = [strip for strip in (_strip(n, height, width) for n in pixels) if strip is not None]
+        tiles = larger + [_strip(h * w, height, width) or (h, w) for h, w in tiles]
     return list(dict.fromkeys(tiles)) or [(height, width)]
-
-
-def sides_for_narrow_maps(staged: StagedProgram) -> list[tuple[int, int]]:
-    """Larger tiles than those worth trying, for a stage of the whole network on the CPU whose graphs are all kept.
-
-    Of maps with few values a pixel, what an op computes of a tile is little beside what it takes to begin it. They are
-    strips of whole rows, for the same reason; there are none for other maps.
-    """
-    image = staged.maps.program.image
-    height, width = staged.maps.size(image)
-    if len(staged.stages) > 1 or staged.program.values[image].device.type != "cpu":
-        return []
-    narrower = constants.WIDE_VALUES / max(1.0, _density(staged.stages[0]))
-    pixels = int(constants.PREFERRED["cpu"] ** 2 * min(narrower, constants.MOST_NARROWER))
-    strip = _strip(pixels, height, width)
-    return [strip] if narrower > 1 and strip is not None else []
 
 
 def _strip(pixels: int, height: int, width: int) -> tuple[int, int] | None:
