@@ -26,6 +26,7 @@ class Teller:
         self._warned: set[str] = set()
         if quiet:
             os.environ.setdefault("WANDB_SILENT", "true")  # it prints a summary of each run otherwise
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # and this that it makes a database
         if verbose:
             from rich.logging import RichHandler
 
