@@ -121,7 +121,9 @@ class TargetTask(ImageTask, Generic[Found]):
             for index in range(self.group.turn, len(images), self.group.at_once):
                 item = images[index]
                 found.append(self.find(item))
-                if not math.isfinite(self.loss_of(found[-1])) and (told := self.blame([item])):
+                with np.errstate(invalid="ignore"):
+                    known = math.isfinite(self.loss_of(found[-1]))
+                if not known and (told := self.blame([item])):
                     raise DataError(told)
                 self.look([item])
                 self.meter.image_done()
