@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ class Teller:
         if quiet and verbose:
             raise click.UsageError("--quiet and --verbose exclude each other")
         self.quiet = quiet
+        self._warned: set[str] = set()
         if quiet:
             os.environ.setdefault("WANDB_SILENT", "true")  # it prints a summary of each run otherwise
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # and this that it makes a database
         if verbose:
             from rich.logging import RichHandler
 
@@ -37,8 +40,10 @@ class Teller:
             click.echo(text)
 
     def warn(self, text: str) -> None:
-        """Print a line that people must see."""
-        click.echo(f"warning: {text}", err=True)
+        """Print a line that people must see, once: the folds of a cross-validation find the same."""
+        if text not in self._warned:
+            self._warned.add(text)
+            click.echo(f"warning: {text}", err=True)
 
 
 def count_processes(devices: int | None, split_image: bool | int, per_image: int | None) -> int:
@@ -72,7 +77,7 @@ def start(
     """
     from ..engine.parallel import launch
 
-    try:
+    with stopping(stopped):
         if launch.launched():
             with launch.process_group(device, timeout=timeout):
                 function(*args)
@@ -80,10 +85,22 @@ def start(
             launch.launch(function, count, device, *args, timeout=timeout)
         else:
             function(*args)
+
+
+@contextlib.contextmanager
+def stopping(stopped: Callable[[], str]) -> Iterator[None]:
+    """Inside, a Ctrl-C says this line, in the first process or in that which has started others."""
+    try:
+        yield
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", "0") == "0":
+        if leads():
             click.echo(stopped(), err=True)
         raise Stopped from error
+
+
+def leads() -> bool:
+    """Whether this process is the first of those that a launcher has started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def goes_on(out: Path) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 import rich_click as click
 from click.exceptions import Exit
+
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 class Stopped(KeyboardInterrupt):
@@ -18,16 +22,30 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Whether a Ctrl-C has come inside. Libraries that are imported just then swallow it, and fail later."""
+    """Whether a Ctrl-C has come inside.
+
+    One that comes while a library is imported is put off until it is: libraries swallow it just then, and fail later or
+    not at all, and PyTorch's compiled part ends the process. A second one is not put off.
+    """
     pressed = False
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        pressed = True
-        signal.default_int_handler(number, frame)
+        first, pressed = not pressed, True
+        if first and _libraries(frame) > before and sys.getprofile() is None:
+            sys.setprofile(imported)
+        else:
+            sys.setprofile(None)
+            signal.default_int_handler(number, frame)
+
+    def imported(frame: FrameType, event: str, arg: object) -> None:
+        if event == "return" and frame.f_code.co_name == "<module>" and _libraries(frame.f_back) <= before:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
 
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     own = plain and threading.current_thread() is threading.main_thread()
+    before = _libraries(sys._getframe())
     if own:
         signal.signal(signal.SIGINT, note)
     try:
@@ -35,6 +53,16 @@ def noted() -> Iterator[Callable[[], bool]]:
     finally:
         if own:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _libraries(frame: FrameType | None) -> int:
+    """How many modules that are not ours are being imported, one by the other."""
+    count = 0
+    while frame is not None:
+        code = frame.f_code
+        count += code.co_name == "<module>" and not code.co_filename.startswith(_OURS)
+        frame = frame.f_back
+    return count
 
 
 class Commands(click.RichGroup):

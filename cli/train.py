@@ -13,11 +13,12 @@ from click.core import ParameterSource
 
 from . import options
 from .elsewhere import TrainCommand
-from .starting import Teller, count_processes, goes_on, start
+from .starting import Teller, count_processes, goes_on, leads, start, stopping
 from .train_recipe import begin_recipe, refuse_others
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
+    from ..engine.train.inputs import Chosen
 
 SAVED, QUARANTINE = "config.toml", "quarantine.csv"
 
@@ -269,7 +270,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _train(
-    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, fold: tuple[int, int] | None = None
+    table: str,
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    tell: Teller,
+    fold: tuple[int, int] | None = None,
+    read: Chosen | None = None,
 ) -> None:
     """Train in this process, alone or as one of several, of which the first reports."""
     from ..engine.config import to_toml
@@ -291,8 +298,8 @@ def _train(
     chosen = replace(config.options(), device=options.usable_device(config.device))
     warn = tell.warn if group.leads else lambda text: None
     check_choices(chosen, config.data.channels, config.log, config.callbacks, group.at_once)
-    images = training_data(table, **config.data_arguments(), fold=fold, warn=warn)
-    watch = Watch(loggers=config.log, callbacks=config.callbacks)
+    images = training_data(table, **config.data_arguments(), fold=fold, chosen=read, warn=warn)
+    watch = Watch(warn=tell.warn, loggers=config.log, callbacks=config.callbacks)
     if not group.leads:
         fit(images, chosen, out, resume=resume, watch=watch)
         return
@@ -353,6 +360,7 @@ def _train_folds(
 
     folds = config.data.folds
     assert folds is not None
+    read: Chosen | None = None
     for number in range(1, folds + 1):
         folder = out / f"fold{number}"
         begun = (folder / "last.ckpt").exists()
@@ -360,9 +368,23 @@ def _train_folds(
             raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
         tell.say(f"fold {number} of {folds}")
         stopped = partial(_stopped, folder, of_folds=True)
-        start(_train, count, device, config.timeout, stopped, table, config, folder, begun, tell, (number, folds))
+        if read is None:
+            with stopping(stopped):
+                read = _read_for_folds(table, config, device, count, tell)
+        start(_train, count, device, config.timeout, stopped, table, config, folder, begun, tell, (number, folds), read)
     for line in summarise(out, folds):
         tell.say(line)
+
+
+def _read_for_folds(table: str, config: TrainConfig, device: str, count: int, tell: Teller) -> Chosen:
+    """What all folds take: read once, and told once."""
+    from ..engine.train.choices import check_choices
+    from ..engine.train.inputs import choose_images
+
+    at_once = 1 if config.split is True else count // max(1, config.split)
+    chosen = replace(config.options(), device=options.usable_device(device))
+    check_choices(chosen, config.data.channels, config.log, config.callbacks, at_once)
+    return choose_images(table, **config.data_arguments(), warn=tell.warn if leads() else lambda text: None)
 
 
 def scores_line(found: dict[str, float | int | None]) -> str:

@@ -9,6 +9,7 @@ import rich_click as click
 
 from . import options
 from .count import Count
+from .stopped import Stopped
 
 
 @click.command()
@@ -74,8 +75,20 @@ def view(
     page = site.write_page(folder)
     told = f"{len(exams)} exams, {len(site.views)} images"
     if static:
-        with Count("images", len(site.views)) as count:
-            site.write_all(folder, lambda number: count.add())
+        written = 0
+
+        def done(number: int) -> None:
+            nonlocal written
+            written += 1
+            count.add()
+
+        try:
+            with Count("images", len(site.views)) as count:
+                site.write_all(folder, done)
+        except KeyboardInterrupt as error:
+            shown = f"{page} shows {written} of {len(site.views)} images" if written else "no image is written"
+            click.echo(f"stopped; {shown}, and the same command begins anew", err=True)
+            raise Stopped from error
         click.echo(f"{told}; {page}")
         return
     server = make_server(site, folder, port)

@@ -72,6 +72,11 @@ class ProcessGroup:
         """Which of the images that are computed at a time is this process's."""
         return 0 if self.split is True else self.rank // self.together
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process is the first of those that share its image."""
+        return self.leads if self.split is True else self.rank % self.together == 0
+
     def share(self, order: Sequence[int]) -> list[int]:
         """This process's images of an order: one in `at_once`.
 

@@ -15,10 +15,10 @@ from ..datasets.tables import Record
 from ..errors import BudgetError
 from ..evaluate import odds
 from ..images.derived import header_of
-from ..images.pixels import PixelSource
 from ..models.outputs import Outputs
 from .image_task import TargetTask
 from .metrics import Prediction, scores
+from .pixels import sources_of
 
 
 class Classification(TargetTask[Prediction]):
@@ -30,6 +30,7 @@ class Classification(TargetTask[Prediction]):
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
         self.meter.image(sum(map(pixels_of, batch)))
         logits = logits_of_items(self.module, batch, self.target.outputs)
+        self.look(batch)
         truth = self.target.truth([item["record"] for item in batch])
         return self.target.losses(logits, truth, self.settings, self.weights).mean()
 
@@ -63,23 +64,19 @@ def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Ou
     Raises:
         BudgetError: naming the first image's file.
     """
-    sources = [source for item in items for source in _sources(item)]
+    sources = [source for item in items for source in sources_of(item)]
     try:
         rows = net(sources[0] if len(sources) == 1 else sources)
     except BudgetError as error:  # the larger images of a set may not fit
         raise BudgetError(f"{items[0]['record'].path}: {error}") from error
     if outputs is None or outputs.views is None:
         return rows
-    return torch.cat([outputs.together(part) for part in rows.split([len(_sources(item)) for item in items])])
+    return torch.cat([outputs.together(part) for part in rows.split([len(sources_of(item)) for item in items])])
 
 
 def pixels_of(item: Mapping[str, Any]) -> int:
     """How many pixels an item has, of all its views."""
-    return sum(source.shape[-2] * source.shape[-1] for source in _sources(item))
-
-
-def _sources(item: Mapping[str, Any]) -> Sequence[PixelSource]:
-    return item.get("views") or [item["image"]]
+    return sum(source.shape[-2] * source.shape[-1] for source in sources_of(item))
 
 
 def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:

@@ -56,11 +56,13 @@ class Watch:
 
     Attributes:
         say: called with a few lines before the run: what it will take.
+        warn: called with what people should know of an image, as that all its pixels are equal.
         begun: called when all has been checked, before the first step.
         loggers, callbacks: by name, of Lightning; see `loggers`.
     """
 
     say: Callable[[str], object] | None = None
+    warn: Callable[[str], object] = log.warning
     begun: Callable[[], object] = lambda: None
     loggers: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
@@ -116,7 +118,7 @@ def fit(
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)
-    task = _task(net, data, options, record)
+    task = _task(net, data, options, record, watch.warn)
     own = (out, options.seed, options.device, options.budget, resume, options.precision, report)
     run = Run(*own, log=watch.loggers, callbacks=watch.callbacks, begun=watch.begun, group=group)
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
@@ -154,7 +156,9 @@ def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path
     return record | ({"grown": origin.record()} if origin else {})
 
 
-def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any]) -> Classification | Segmentation:
+def _task(
+    net: Accelerated, data: Data, options: TrainOptions, record: dict[str, Any], warn: Callable[[str], object]
+) -> Classification | Segmentation:
     target, records = data.target, samples_of(data.train)
     made: Any = Segmentation if isinstance(target, MaskTarget) else Classification
     return made(
@@ -166,6 +170,7 @@ def _task(net: Accelerated, data: Data, options: TrainOptions, record: dict[str,
         options.loss,
         weights=target.weights(records) if options.loss.class_weights else None,
         drawn=target.rarity(records) if options.sampling == "balanced" else None,
+        warn=warn,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,13 +13,18 @@ import torch
 from torch import nn
 
 from ..accelerate import Accelerated
+from ..errors import DataError
+from ..images.derived import stored_source
+from ..images.pixels import PixelSource
 from .data import Images, tell_epoch
 from .metrics import COUNTS, SHOWN, SMALLER
 from .options import Loss
+from .pixels import is_blank, read_through, sources_of
 from .target import Target
 from .task import Score, Task
 
 Found = TypeVar("Found")
+log = logging.getLogger("gigamorph")
 
 
 class ImageTask(Task):
@@ -42,6 +48,15 @@ class ImageTask(Task):
         tell_epoch(self.images, epoch)
         return self.images
 
+    def blame(self, batch: Sequence[Any]) -> str:
+        for item in batch:
+            for source in sources_of(item):
+                try:
+                    read_through(source, _file_of(source, item))
+                except DataError as error:
+                    return str(error)
+        return ""
+
 
 class TargetTask(ImageTask, Generic[Found]):
     """What `gigamorph train` learns of a table; derived classes have the loss, and what is ``Found`` of an image.
@@ -52,6 +67,7 @@ class TargetTask(ImageTask, Generic[Found]):
         settings: of the loss.
         weights: of the classes in the loss, see `Target.weights`.
         drawn: (train,) probabilities by which an epoch's images are drawn; None takes each once.
+        warn: called with what people should know of an image.
     """
 
     def __init__(
@@ -65,12 +81,24 @@ class TargetTask(ImageTask, Generic[Found]):
         *,
         weights: tuple[float, ...] | None = None,
         drawn: np.ndarray | None = None,
+        warn: Callable[[str], object] = log.warning,
     ) -> None:
         super().__init__(net, net, train, val, record)
+        self.warn, self._seen = warn, set[str]()
         self.target, self.settings, self.weights, self.drawn = target, settings, weights, drawn
 
     def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
         return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
+
+    def look(self, batch: Sequence[dict[str, Any]]) -> None:
+        """Tell of images all of whose pixels are equal, each once, when they have just been read anyway."""
+        for item in batch if self.group.speaks else ():
+            for source in sources_of(item):
+                name = _file_of(source, item)
+                if name not in self._seen:
+                    self._seen.add(name)
+                    if is_blank(source):
+                        self.warn(f"{name}: all its pixels are equal; a network learns nothing from it")
 
     def find(self, item: dict[str, Any]) -> Found:
         """What the network says of an image, in evaluation mode without gradients."""
@@ -91,7 +119,13 @@ class TargetTask(ImageTask, Generic[Found]):
         found = []
         with torch.no_grad():
             for index in range(self.group.turn, len(images), self.group.at_once):
-                found.append(self.find(images[index]))
+                item = images[index]
+                found.append(self.find(item))
+                with np.errstate(invalid="ignore"):
+                    known = math.isfinite(self.loss_of(found[-1]))
+                if not known and (told := self.blame([item])):
+                    raise DataError(told)
+                self.look([item])
                 self.meter.image_done()
         return self.group.in_order(found)
 
@@ -115,3 +149,9 @@ class TargetTask(ImageTask, Generic[Found]):
         from .curves import write_curves  # with matplotlib, which a prediction does without
 
         write_curves(folder, rows)
+
+
+def _file_of(source: PixelSource, item: Mapping[str, Any]) -> str:
+    """What messages call an image; of an exam the view's own file."""
+    stored = stored_source(source) if "views" in item else None
+    return str(item["record"].path if stored is None else stored.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,53 @@ class Labels:
     views: Views | None = None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What of a table is learnt from: its images, what is learnt of them, and those that were left out, with why."""
+
+    records: list[Record]
+    target: Target
+    left_out: Mapping[Path, str]
+
+
+def choose_images(
+    table: str | Path,
+    *,
+    labels: Labels | None = None,
+    channels: int = 1,
+    voi: str = "auto",
+    for_processing: bool = False,
+    white: White | None = None,
+    skip_bad: bool = False,
+    warn: Callable[[str], object] = warnings.warn,
+    **others: Any,
+) -> Chosen:
+    """Read a table, and with ``skip_bad`` all its images, as `training_data` does: once, where several runs take it.
+
+    Args:
+        others: what else `training_data` takes, and is no matter here.
+
+    Raises:
+        DataError: what is wrong with the table.
+    """
+    bad: dict[Path, str] = {}
+    records, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
+    if skip_bad:
+        records = _without_bad(images(records, channels, _prepared(None, voi, 1, for_processing, white)), warn, bad)
+    return Chosen(records, target, bad)
+
+
+def _prepared(normalize: Any, voi: str, downsample: int, for_processing: bool, white: White | None) -> dict[str, Any]:
+    return {
+        "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
+        "voi": voi,
+        "flip": "auto",
+        "downsample": downsample,
+        **({"for_processing": True} if for_processing else {}),
+        **({} if white is None else {"white": white}),
+    }
+
+
 def training_data(
     table: str | Path,
     *,
@@ -59,6 +106,7 @@ def training_data(
     augment: Augment | None = None,
     skip_bad: bool = False,
     fold: tuple[int, int] | None = None,
+    chosen: Chosen | None = None,
     seed: int = 0,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Data:
@@ -71,22 +119,16 @@ def training_data(
         normalize: "auto" takes mean and standard deviation of a sample of the training images, see `survey`.
         skip_bad: read all images first, and leave out those that cannot be.
         fold: (k, n): the k-th of n runs of a cross-validation, from 1; see `folds.draw_folds`.
+        chosen: what `choose_images` has found in the table; None looks now.
 
     Raises:
         DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
     """
-    bad: dict[Path, str] = {}
-    read, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
-    preprocessing: dict[str, Any] = {
-        "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
-        "voi": voi,
-        "flip": "auto",
-        "downsample": downsample,
-        **({"for_processing": True} if for_processing else {}),
-        **({} if white is None else {"white": white}),
-    }
-    if skip_bad:
-        read = _without_bad(images(read, channels, preprocessing), warn, bad)
+    if chosen is None:
+        how: dict[str, Any] = {"voi": voi, "for_processing": for_processing, "white": white}
+        chosen = choose_images(table, labels=labels, channels=channels, skip_bad=skip_bad, warn=warn, **how)
+    read, target = chosen.records, chosen.target
+    preprocessing = _prepared(normalize, voi, downsample, for_processing, white)
     try:
         records = _split(read, fold, seed)
     except DataError as error:
@@ -112,7 +154,7 @@ def training_data(
     for text in [*told, *_strange(records, parts[0])]:
         warn(text)
     measured = target.measured_on(samples_of(train))
-    return Data(train, val, test, target.names, channels, preprocessing, measured, bad)
+    return Data(train, val, test, target.names, channels, preprocessing, measured, chosen.left_out)
 
 
 def _samples(part: ImageDataset, target: Target) -> ImageDataset | ExamDataset:

@@ -30,10 +30,20 @@ def _wandb(out: Path) -> Logger:
     return of_lightning.WandbLogger(save_dir=out, name=out.name, project=project)
 
 
+_DATABASES: set[str] = set()
+"""Of runs of this process."""
+
+
 def _mlflow(out: Path) -> Logger:
-    """Of the server in MLFLOW_TRACKING_URI, else in a database of the run's folder: MLflow ended its plain files."""
+    """Of the server in MLFLOW_TRACKING_URI, else in a database of the run's folder: MLflow ended its plain files.
+
+    MLflow writes the address that it is given into that variable, where the next fold finds it.
+    """
     server, own = os.environ.get("MLFLOW_TRACKING_URI"), out.absolute()
+    if server in _DATABASES:
+        server = None
     out.mkdir(parents=True, exist_ok=True)
+    _DATABASES.add(f"sqlite:///{own}/mlflow.db")
     return of_lightning.MLFlowLogger(
         experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", "gigamorph"),
         run_name=out.name,
@@ -128,7 +138,7 @@ def logged(loggers: Sequence[Logger], settings: Mapping[str, Any], rows: Sequenc
     """
     for logger in loggers:
         try:
-            logger.log_hyperparams(dict(settings))
+            logger.log_hyperparams(_plain(settings))
             for row in () if isinstance(logger, of_lightning.TensorBoardLogger) else rows:
                 log_row(logger, row)
         except Exception as error:  # the library's own
@@ -143,6 +153,13 @@ def logged(loggers: Sequence[Logger], settings: Mapping[str, Any], rows: Sequenc
                     logger.experiment.finish()
                 except Exception as error:  # the library's own; what was trained is there
                     log.warning("wandb: %s", first_line(error))
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of tuples, which YAML files have under a name that only Python's own reader knows."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def log_row(logger: Logger, row: Mapping[str, Any]) -> None:

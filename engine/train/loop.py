@@ -79,9 +79,10 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     task.module.to(run.device)
     if run.precision == "fp16" and not run.device.startswith("cuda"):
         task.meter.note("fp16 is a GPU's; bf16 is taken on the CPU")  # by Lightning
-    state, goes_on = State(), run.resume and last.exists()
+    state, goes_on, stored = State(), run.resume and last.exists(), dict[str, Any]()
     if goes_on:
-        state = _resumed(task, load_checkpoint(last), record, str(last))
+        stored = load_checkpoint(last)
+        state = _resumed(task, stored, record, str(last))
     elif last.exists():
         raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
     group.wait()  # all have seen the folder as it was
@@ -98,6 +99,7 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
                     _fit(task, stage, state, run, record, goes_on, interrupt, watchers)
                 elif goes_on:
                     task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
+                    _give_back(watchers.callbacks, stored)  # else Lightning does, where the stage goes on
                 state.next_stage()
                 goes_on = False
     if state.best_epoch != state.epoch or stages[-1].average is not None:
@@ -195,6 +197,13 @@ def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: s
 def _extends(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> bool:
     """Whether stages are those that there were before, but for more epochs of the last one."""
     return [*before[:-1], {**before[-1], "epochs": max(before[-1]["epochs"], now[-1]["epochs"])}] == now
+
+
+def _give_back(callbacks: Sequence[pl.Callback], stored: dict[str, Any]) -> None:
+    """Callbacks go through all stages: what they knew at the end of one, they know at the start of the next."""
+    for callback in callbacks:
+        if (state := stored.get("callbacks", {}).get(callback.state_key)) is not None:
+            callback.load_state_dict(state)
 
 
 def _take(task: Task, stored: dict[str, Any], path: str) -> None:

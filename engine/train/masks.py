@@ -45,7 +45,9 @@ class Segmentation(TargetTask[Overlap]):
     target: MaskTarget
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
-        return torch.stack([self._computed(item, self.settings)[0] for item in batch]).mean()
+        losses = [self._computed(item, self.settings)[0] for item in batch]
+        self.look(batch)
+        return torch.stack(losses).mean()
 
     def _computed(self, item: dict[str, Any], settings: Loss, counted: bool = False) -> tuple[Tensor, ...]:
         """What `MaskLoss` says of an image.

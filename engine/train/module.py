@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import GigamorphError
+from ..errors import DataError, GigamorphError
 from ..models.compat import make_torchvision_importable
 from .averaging import Average
 from .optimizers import make_optimizer
@@ -150,7 +150,7 @@ class StageModule(pl.LightningModule):
         if not self._counts:
             return loss * 0  # a batch that this process repeats while others have their last
         value = float(loss.detach())
-        self._require_finite("loss", value)
+        self._require_finite("loss", value, batch)
         self.state.losses.append(value)
         # Lightning divides by the size of a full step; the last one of an epoch may have fewer batches.
         together = min(size, self.batches.total - number // size * size)
@@ -191,8 +191,10 @@ class StageModule(pl.LightningModule):
         """Number of the optimizer step in the epoch."""
         return self.state.batch // self.stage.accumulate
 
-    def _require_finite(self, what: str, value: float) -> None:
+    def _require_finite(self, what: str, value: float, batch: Sequence[Any] = ()) -> None:
         if not math.isfinite(value):
+            if told := self.task.blame(batch):
+                raise DataError(told)
             place = f"stage '{self.stage.name}', epoch {self.state.within + 1}, step {self._step + 1}"
             raise GigamorphError(f"{place}: the {what} is {value}; {remedy(self.run)}")
 

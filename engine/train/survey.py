@@ -13,9 +13,9 @@ from ..errors import DataError
 from ..images.levels import require_numbers, sample_rows
 from ..images.parallel import run_parallel
 from ..images.pixels import Normalize
+from .pixels import read_through
 
 LOOKED_AT = 32
-_ROWS = 256
 
 
 def normalize_of(images: ImageDataset, count: int = LOOKED_AT) -> Normalize:
@@ -61,10 +61,7 @@ class _ReadThrough:
 
     def __call__(self, record: Record) -> str:
         try:
-            source = self.images.opened(record, None)
-            for top in range(0, source.shape[1], _ROWS):
-                strip = source.read(top, min(top + _ROWS, source.shape[1]), 0, source.shape[2])
-                require_numbers(strip, f"{record.path}: ")
+            read_through(self.images.opened(record, None), str(record.path))
         except DataError as error:
             return str(error)
         return ""

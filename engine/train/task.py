@@ -70,6 +70,10 @@ class Task:
         """The mean loss of a batch, a scalar."""
         raise NotImplementedError
 
+    def blame(self, batch: Sequence[Any]) -> str:
+        """What of a batch is to blame for a loss that is no number, with its name; empty where nothing is known."""
+        return ""
+
     def score(self) -> Score | float | None:
         """On validation data, in evaluation mode without gradients; larger is better. None where there are none."""
         return None

@@ -1,4 +1,6 @@
+import builtins
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -11,6 +13,7 @@ import pytest
 from commands import run
 
 import gigamorph
+from gigamorph.cli import entry
 from gigamorph.cli.main import _COMMANDS, cli, main
 from gigamorph.engine.train.checkpoint import versions
 
@@ -56,23 +59,60 @@ def test_what_an_option_cannot_be_is_one_line(args, told, capsys):
     assert said.startswith("error: ") and told in said and said.count("\n") == 1
 
 
-def test_what_fails_of_a_swallowed_ctrl_c_is_stopped_by_it(monkeypatch, capsys):
-    """As numpy does that is imported just then: it goes on, and what it has not got is missed later."""
-
-    def swallowing(*args, **kwargs):
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(30)
-        raise AttributeError("module 'numpy._core' has no attribute '_multiarray_umath'")
-
-    monkeypatch.setattr(cli, "main", swallowing)
-    # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
+@pytest.fixture
+def ctrl_c():
+    """A shell that runs tests in the background has switched Ctrl-C off for all that they start."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert run("doctor") == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, former)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, former)
+
+
+def _swallow():
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+    raise AttributeError("module 'numpy._core' has no attribute '_multiarray_umath'")
+
+
+def test_what_fails_of_a_swallowed_ctrl_c_is_stopped_by_it(ctrl_c, monkeypatch, capsys):
+    """As where a destructor swallows it: the command goes on, and misses later what it has not got."""
+    monkeypatch.setattr(cli, "main", lambda *args, **kwargs: _swallow())
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_waits_for_an_import_once(presses, ctrl_c, tmp_path, monkeypatch, capsys):
+    """PyTorch's compiled part ends the process where it is told just then, and matplotlib goes on."""
+    inner = f"import os, signal\nfor _ in range({presses}): os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / f"pressed{presses}_inner.py").write_text(inner)
+    outer = f"import builtins, pressed{presses}_inner\nbuiltins.ended = {presses}\n"
+    (tmp_path / f"pressed{presses}.py").write_text(outer)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(builtins, "ended", 0, raising=False)
+
+    def importing(*args, **kwargs):
+        importlib.import_module(f"pressed{presses}")
+        time.sleep(30)
+
+    monkeypatch.setattr(cli, "main", importing)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+    assert vars(builtins)["ended"] == (presses == 1) and sys.getprofile() is None
+
+
+def test_ctrl_c_while_the_command_line_is_imported(monkeypatch, capsys):
+    class Pressed:
+        def find_spec(self, name, *where):
+            if name == "gigamorph.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "gigamorph.cli.main")
+    monkeypatch.delattr(gigamorph.cli, "main")
+    monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
+    with pytest.raises(SystemExit, match="130"):
+        entry.main()
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 

@@ -173,22 +173,33 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
     lines[2] = lines[2].replace("images/PHANTOM0000_R_MLO.dcm", "absent.dcm")
     np.save(tmp_path / "nan.npy", np.where(np.eye(160, 128) > 0, np.nan, 0.5).astype(np.float32))
     lines[3] = re.sub("images/[^,]*", "nan.npy", lines[3])
-    table.write_text("\n".join(lines) + "\n")
+    np.save(tmp_path / "flat.npy", np.full((160, 128), 0.5, np.float32))
+    lines[4] = re.sub("images/[^,]*", "flat.npy", lines[4])
+    table.write_text("\n".join(line.replace(",test,", ",train,") for line in lines) + "\n")
     assert run("train", table, *FAST, "--out", tmp_path / "none") == 2
     lines[1], lines[2] = phantoms.read_text().splitlines()[1:3]
     (tmp_path / "nan.csv").write_text("\n".join(lines) + "\n")
     capsys.readouterr()
-    assert run("train", tmp_path / "nan.csv", *FAST, "--std", "auto", "--mean", "auto", "--out", tmp_path / "none") == 2
-    assert "nan.npy: holds pixels that are no numbers" in capsys.readouterr().err
-    assert run("train", table, *FAST, "--skip-bad", "--out", tmp_path / "run") == 0
+    for count, (part, scale) in enumerate((("train", "auto"), ("train", "0.5"), ("val", "0.5"), ("test", "0.5"))):
+        cells = [next(csv.reader([line])) for line in lines[1:]]
+        named = [[row[0], row[1], row[2], part if number in (2, 3) else "train"] for number, row in enumerate(cells)]
+        written = [["image_path", "label", "patient_id", "split"], *named]
+        (tmp_path / "nan.csv").write_text("\n".join(map(",".join, written)) + "\n")
+        out = tmp_path / f"none{count}"
+        assert run("train", tmp_path / "nan.csv", *FAST, "--std", scale, "--mean", scale, "--out", out) == 2
+        assert "nan.npy: holds pixels that are no numbers" in capsys.readouterr().err
+    assert run("train", table, *FAST, "--skip-bad", "--folds", "2", "--out", tmp_path / "run") == 0
     told = capsys.readouterr()
     named = [line.split(": ") for line in told.err.splitlines() if "left out: " in line]
-    assert [Path(path).name for _, _, path, *_ in named] == ["cut.dcm", "absent.dcm", "nan.npy"]
-    found = rows(tmp_path / "run" / "quarantine.csv")
-    assert [Path(row["image_path"]).name for row in found] == ["cut.dcm", "absent.dcm", "nan.npy"]
-    assert "nan.npy: holds pixels that are no numbers" in found[2]["reason"]
-    assert "quarantine.csv (3 images left out)" in told.out
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best_epoch"] == 1
+    assert [Path(path).name for _, _, path, *_ in named] == ["cut.dcm", "absent.dcm", "nan.npy"]  # for all folds
+    [flat] = [line for line in told.err.splitlines() if "pixels are equal" in line]
+    assert flat.startswith("warning: ") and "flat.npy: all its pixels are equal" in flat
+    for fold in ("fold1", "fold2"):
+        found = rows(tmp_path / "run" / fold / "quarantine.csv")
+        assert [Path(row["image_path"]).name for row in found] == ["cut.dcm", "absent.dcm", "nan.npy"]
+        assert "nan.npy: holds pixels that are no numbers" in found[2]["reason"]
+    assert told.out.count("quarantine.csv (3 images left out)") == 2
+    assert json.loads((tmp_path / "run" / "fold1" / "metrics.json").read_text())["best_epoch"] == 1
 
 
 def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):

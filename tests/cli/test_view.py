@@ -182,6 +182,19 @@ def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
         server.server_close()
 
 
+def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_path, monkeypatch, capsys):
+    def pressed(site, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return tiles(site, number)
+
+    tiles = Site.tiles_of
+    monkeypatch.setattr(Site, "tiles_of", pressed)
+    assert run("view", predicted / "predictions", "--static", "--out", tmp_path) == 130
+    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command begins anew"
+    assert capsys.readouterr().err.splitlines()[-1] == told
+
+
 def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
     """A process of its own, as at a shell: it says where the page is, and ends with nothing but that said."""
     # A shell that runs tests in the background has switched Ctrl-C off for all that they start.

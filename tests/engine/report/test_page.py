@@ -2,6 +2,7 @@
 
 import json
 
+import browser
 import numpy as np
 import pytest
 from bench_results import everything
@@ -65,6 +66,13 @@ def test_what_predictions_and_tables_say_is_text(tmp_path):
         columns={BAD: (BAD,) * 40},
     )
     found = evaluate(cases, Settings(by=(BAD,), resamples=5))
-    text = write_evaluation(tmp_path, cases, found | {"predictions": BAD, "date": "2026-11-21"}).read_text()
+    noted = found | {"predictions": BAD, "date": "2026-11-21", "predictions_sha256": "0123456789abcdef" * 4}
+    page = write_evaluation(tmp_path, cases, noted)
+    text = page.read_text()
     assert "<img src=x" not in text and text.count(ESCAPED) > 8 and "2026-11-21" in text
     assert json.loads((tmp_path / "metrics.json").read_text())["outputs"] == [BAD]
+    if browser.there():
+        with browser.browser() as window:
+            window.resize(390, 800)  # a phone: only tables may be wider than it
+            window.open(page.as_uri())
+            assert window.run("return document.documentElement.scrollWidth") <= 390 and window.errors() == []

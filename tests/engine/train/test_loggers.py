@@ -3,12 +3,15 @@
 import csv
 import logging
 import sys
+import time
 
 import pytest
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from squares import Squares
 
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.train.loggers import logged
 from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
@@ -30,6 +33,14 @@ def test_csv_has_the_epochs_of_before_when_a_run_goes_on(tmp_path):
     assert "precision: fp32" in (tmp_path / "csv" / "hparams.yaml").read_text()
 
 
+def test_settings_are_yaml_for_every_reader(tmp_path):
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    with logged([logger], {"loss": {"of": (1, (2,))}, "freeze": ()}, [{"epoch": 1}]):
+        pass
+    text = (tmp_path / "csv" / "hparams.yaml").read_text()
+    assert yaml.safe_load(text) == {"loss": {"of": [1, [2]]}, "freeze": []}
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,8 +60,8 @@ def test_mlflow(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for epochs in (1, 2):
-        run_stages(Squares(), stages(epochs), Run(tmp_path / "run", resume=True, log=("mlflow",)))
+    for name, epochs in (("fold1", 1), ("run", 1), ("run", 2)):  # MLflow would put all into the first one's
+        run_stages(Squares(), stages(epochs), Run(tmp_path / name, resume=True, log=("mlflow",)))
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
     experiment = client.get_experiment_by_name("gigamorph")
     last, first = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
@@ -68,7 +79,10 @@ def test_wandb_begins_a_run_for_each_of_ours(tmp_path, monkeypatch):
         run_stages(Squares(), stages(1), Run(tmp_path / name, log=("wandb",)))
         assert wandb.run is None
         [file] = (tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")
-        assert b"train_loss" in file.read_bytes()
+        until = time.monotonic() + 30
+        while b"train_loss" not in file.read_bytes():  # a process of its own writes it
+            assert time.monotonic() < until
+            time.sleep(0.1)
 
 
 class Refusing(CSVLogger):

@@ -123,6 +123,35 @@ def test_ctrl_c_finishes_the_step_and_saves_it(whole, tmp_path):
     assert resumed.calls == 15 and resumed.began == [1, 2, 3, 4]  # the epoch under way was not begun again
 
 
+def test_what_a_callback_knows_goes_from_stage_to_stage_when_a_run_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "counting.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Count(Callback):\n"
+        "    count = 0\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        self.count += 1\n"
+        "    def on_train_epoch_end(self, trainer, module):\n"
+        f"        if (trainer.max_epochs, trainer.current_epoch) == ({STAGES[0].epochs}, {STAGES[0].epochs - 1}):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "    def state_dict(self):\n"
+        "        return {'count': self.count}\n"
+        "    def load_state_dict(self, state):\n"
+        "        self.count = state['count']\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stages = (STAGES[0], replace(STAGES[1], epochs=STAGES[0].epochs + 1))
+    run = Run(tmp_path, seed=4, callbacks=("counting:Count",))
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(Squares(), stages, run)
+    stored = load_checkpoint(tmp_path / "last.ckpt")
+    before = stored["callbacks"]["Count"]["count"]
+    assert stored["gigamorph"]["state"]["within"] == STAGES[0].epochs and before > 0
+    again = Squares()
+    run_stages(again, stages, replace(run, resume=True))
+    assert load_checkpoint(tmp_path / "last.ckpt")["callbacks"]["Count"]["count"] == before + again.calls
+
+
 def test_complete_run_is_not_trained_again(whole, tmp_path):
     again = Squares(fail_at=1)
     trained = run_stages(again, STAGES, Run(whole[0], seed=4, resume=True))
