@@ -32,9 +32,11 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
         sides.insert(0, longest)
     tiles = [(min(side, height), min(side, width)) for side in sides]
     if stripes:
-        pixels = [int(preferred**2 * times) for times in constants.LARGER_STRIPS if times <= narrower]
-        larger = [strip for strip in (_strip(n, height, width) for n in pixels) if strip is not None]
-        tiles = larger + [_strip(h * w, height, width) or (h, w) for h, w in tiles]
+        tiles = [_strip(h * w, height, width) or (h, w) for h, w in tiles]
+    for times in sorted(times for times in constants.LARGER_TILES if times <= narrower):
+        side = rounded(preferred * math.sqrt(times))
+        square = (min(side, height), min(side, width))  # has less of a halo than a low strip
+        tiles[:0] = [_strip(side * side, height, width) or square, square]
     return list(dict.fromkeys(tiles)) or [(height, width)]
 
 
