@@ -9,8 +9,8 @@ PREFERRED_STRIP, LEAST_ROWS = 384, 16
 # Values of the widest map for a pixel of the image below which maps are narrow (lesionnet has 2, ResNet-18 16). On the
 # CPU strips gain speed then (lesionnet takes 0.8 of the time of squares in training, half of it in inference; ResNet-18
 # gains nothing), and larger ones more, though fewer of their graphs fit the budget: how many times as many pixels they
-# may have, at most as many times as maps are narrower (a step of lesionnet on 2048 x 1664 pixels in 96 MiB takes 0.50 s
-# with strips of 128 rows, 0.39 of 256, 0.35 of 384; its forward without a budget 1.1, 0.65 and 0.57 s, 0.48 of 608).
+# may have, at most as many times as maps are narrower (a step of lesionnet on 2048 x 1664 pixels in 96 MiB takes 0.42 s
+# with strips of 128 rows, 0.28 of 608, stock's 0.31; its forward without a budget 0.089, 0.071 and 0.103 s).
 WIDE_VALUES, LARGER_TILES = 16, (4, 3, 2, 1.5)
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them (55 to 90 kB each on six
 # networks), and copies of the weights in its own memory order.
