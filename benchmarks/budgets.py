@@ -5,7 +5,8 @@
 
 Each row is three steps of one network in a process of its own, under a share of what stock PyTorch takes there:
 resident memory at most above what was there before the first step, parameters included, beside what `plan()` has said
-before. It goes on where its file ends: a row that is there is not measured again. Times are those of a machine that may
+before. The steps add to their gradients, as training in several steps does: those of the step before are there then,
+and a budget has to hold with them. It goes on where its file ends: a row that is there is not measured again. Times are those of a machine that may
 do other work: the least of the steps, by the clock and by the processors' seconds.
 """
 
@@ -76,7 +77,7 @@ def tasks(networks: list[str], sides: int) -> Iterator[tuple[str, Task]]:
         for norms in NORMS[: 1 if name in NO_BATCH_NORM else None]:
             for training in (True, False):
                 if training or norms == "frozen":  # norms of a prediction are in evaluation mode
-                    yield name, Task(NETWORKS[name], (1, 3, sides, sides), training, norms)
+                    yield name, Task(NETWORKS[name], (1, 3, sides, sides), training, norms, accumulate=True)
 
 
 def measured(task: Task, peer: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
             return first_tensor(head(streaming(image)))
 
     def train(image: Tensor) -> Tensor:
-        network.zero_grad(set_to_none=True)
+        if not task.accumulate:
+            network.zero_grad(set_to_none=True)
         with autocast(task):
             middle = streaming(image).requires_grad_()
             output = first_tensor(head(middle))

@@ -29,7 +29,8 @@ def ordinary(net: nn.Module, task: Task) -> Prepared:
     """A step in one forward and one backward."""
 
     def train(image: Tensor) -> Tensor:
-        net.zero_grad(set_to_none=True)
+        if not task.accumulate:
+            net.zero_grad(set_to_none=True)
         with autocast(task):
             output = first_tensor(net(image))
         loss_of(output).backward()

@@ -39,6 +39,7 @@ class Task:
         batch_norm: "frozen" (evaluation mode) or "live".
         precision: "fp32", "fp64", or "bf16" (autocast over float32 parameters).
         device: "cpu" or "cuda".
+        accumulate: a step adds to the gradients of the one before, which are there while it runs.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Task:
     batch_norm: str = "frozen"
     precision: str = "fp32"
     device: str = "cpu"
+    accumulate: bool = False
 
     @property
     def megapixels(self) -> float:

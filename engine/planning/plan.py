@@ -28,7 +28,8 @@ class Plan:
         training: whether the step has a backward.
         halos: where the halos are kept: "device", "host" or "disk".
         retained: tiles whose graph is kept from pass 1, so that they are not recomputed.
-        parameter_bytes: parameters, gradients, and the stage's copies and sums of them.
+        parameter_bytes: parameters, the stage's copies of them, and gradients: those that a step adds to, for where it
+            adds to none its own are not all there at the peak yet.
         halo_bytes: halos kept between the passes, wherever they are.
         strip_bytes: halos of the strips in work and their gradients, on the device.
         tile_bytes: peak of one tile.
