@@ -247,7 +247,7 @@ class Values:
 
     def reached(self, tensor: Tensor) -> frozenset[int]:
         """The parameters and constants that PyTorch's graph of a tensor comes to."""
-        left, seen, found = [tensor.grad_fn], {None}, set[int]()
+        left, seen, found = [tensor.grad_fn], set[Any]([None]), set[int]()
         while left:
             node = left.pop()
             if node not in seen:
