@@ -6,8 +6,8 @@
 Each row is three steps of one network in a process of its own, under a share of what stock PyTorch takes there:
 resident memory at most above what was there before the first step, parameters included, beside what `plan()` has said
 before. The steps add to their gradients, as training in several steps does: those of the step before are there then,
-and a budget has to hold with them. It goes on where its file ends: a row that is there is not measured again. Times are those of a machine that may
-do other work: the least of the steps, by the clock and by the processors' seconds.
+and a budget has to hold with them. It goes on where its file ends: a row that is there is not measured again. Times are
+those of a machine that may do other work: the least of the steps, by the clock and by the processors' seconds.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ class Program:
         stands_in: by the number of a value that is handed out in another form than it is computed in, the one that is.
         apart: values that are handed out, but that what goes on with them does not read.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
+        reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
     """
 
     image: int
@@ -110,6 +111,7 @@ class Program:
     guard: Any = None
     stands_in: dict[int, int] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
+    reached: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""

@@ -270,7 +270,10 @@ class _Recording:
                 raise UnsupportedError(
                     f"the model sets an attribute '{own[0]}' of a tensor that it is given, returns or keeps; return it"
                 )
-            return Ref(values.present(values.twin(tensor)))
+            twin = values.twin(tensor)
+            number = values.present(twin)
+            program.reached[number] = values.reached(twin)
+            return Ref(number)
 
         for tensor in given:
             leaf(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..capture.program import ancestors, given
-from ..capture.trace import Op, Program, place
+from ..capture.trace import Op, Program, Ref, place
 from ..errors import UnsupportedError
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
@@ -18,6 +18,7 @@ from .ops.base import arguments
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
 from .ops.rising import rise
+from .ops.unread import with_zeros
 from .relative import Relative
 from .tokens import NotApart, Tokens
 
@@ -94,7 +95,11 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
     for apart in (True, False):
         for rising in (True, False):
             try:
-                return _sort(program, fallback, rising, apart)
+                maps, nodes = _sort(program, fallback, rising, apart)
+                unread = _unread(program, nodes)
+                if unread:
+                    maps, nodes = _sort(program, fallback, rising, apart, unread)
+                return maps, _without_copies(program, _live_nodes(maps, unflatten(maps, nodes)))
             except NotApart:
                 break
             except UnsupportedError as error:
@@ -103,18 +108,21 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
     raise refusal
 
 
-def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> tuple[Maps, list[Node | Op]]:
+def _sort(
+    program: Program, fallback: str | None, rising: bool, apart: bool, unread: Mapping[int, Sequence[int]] | None = None
+) -> tuple[Maps, list[Node | Op]]:
     """`sort`.
 
     Args:
         rising: whether vectors that are spread over the image become maps, made block by block.
         apart: whether tokens that are joined to positions are computed apart.
+        unread: see `_unread`.
     """
     program.stands_in, program.apart = {}, set()
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
     tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
-    ops = live_ops(program)
+    ops = [own for op in live_ops(program) for own in _with_zeros(op, maps, unread or {})]
     relative = Relative(ops, maps)
     watched = {v for v in program.handed_out() if program.grad and program.values[v].takes_grad}
     for op in ops:
@@ -135,7 +143,38 @@ def _sort(program: Program, fallback: str | None, rising: bool, apart: bool) -> 
                 f"{hook.where} has a hook on a tensor that is computed in another form (tokens, a vector that is "
                 "spread over the image); register it on a map (N, C, H, W), or on a vector"
             )
-    return maps, _without_copies(program, _live_nodes(maps, unflatten(maps, sorting.nodes)))
+    return maps, sorting.nodes
+
+
+def _unread(program: Program, nodes: Sequence[Node | Op]) -> dict[int, list[int]]:
+    """Of what is handed out, the parameters that its gradient comes to in PyTorch, and in these nodes does not.
+
+    Rules that do without a value do without all that it is made of.
+    """
+    makers = {v: node for node in nodes for v in makes(node)}
+    found: dict[int, list[int]] = {}
+    for value, wanted in program.reached.items():
+        left, seen = [value] if wanted else [], set[int]()
+        while left:
+            number = left.pop()
+            if number not in seen and program.values[number].takes_grad:
+                seen.add(number)
+                left += _inputs(makers[number]) if number in makers else ()
+        if not wanted <= seen:
+            found[value] = sorted(wanted - seen)
+    return found
+
+
+def _with_zeros(op: Op, maps: Maps, unread: Mapping[int, Sequence[int]]) -> list[Op]:
+    """An op, and for those of its outputs whose gradient comes to parameters that nothing reads, what gives these
+    zeros; that has the output's name."""
+    names = {v: maps.new_value(like=v) for v in op.outputs if v in unread}
+    made = [replace(op, outputs=tuple(names.get(v, v) for v in op.outputs))] if names else [op]
+    for value, own in names.items():
+        inputs = (own, *unread[value])
+        given = tuple(map(Ref, inputs))
+        made.append(Op(with_zeros, "with_zeros", given, {}, inputs, (value,), (), op.module, line=op.line))
+    return made
 
 
 def _without_copies(program: Program, nodes: list[Node | Op]) -> list[Node | Op]:

@@ -43,14 +43,32 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While this process alone writes to the shard.
+        """While this process alone writes to the shard. An error before there is any result leaves nothing behind.
 
         Raises:
             GigamorphError: naming the process that does, or what else is in the folder.
         """
+        made, said = not self.path.exists(), (self.path / "run.json").exists()
         with hold(self.parts / self.shard / "_lock", self.path):
             self.refuse(ours=True)
-            yield
+            try:
+                yield
+            except BaseException:
+                if not said and self._options.shard[1] == 1 and not self.begun():  # another shard may just begin
+                    with contextlib.suppress(OSError):
+                        self._empty(made)
+                raise
+
+    def _empty(self, made: bool) -> None:
+        """Take away what this process has put here, and the folder if it has made it."""
+        for path in (self.path / "run.json", self.parts / "_patients.key", self.parts / "_finish"):
+            path.unlink(missing_ok=True)
+        for kept in (self.parts, self.quarantine):
+            shutil.rmtree(kept / self.shard, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it was there, with something else in it
+                kept.rmdir()
+        if made:
+            self.path.rmdir()
 
     def finishing(self) -> contextlib.AbstractContextManager[None]:
         """While this process alone writes the tables of all shards; waits for others."""
@@ -97,7 +115,7 @@ class RunFolder:
         """What `run.json` says of the run that the folder holds, if any; refuse what is of another command."""
         job, out = self._job, self.path
         found = _read_description(out / "run.json")
-        if found is None or not self._begun("*-of-*"):
+        if found is None or not self.begun():
             if found is None and job.product and (out / job.product).exists():
                 raise GigamorphError(f"{out / job.product}: already exists; name another --out")
             return None
@@ -147,7 +165,7 @@ class RunFolder:
         if not path.exists():
             with contextlib.suppress(FileExistsError):
                 _write_once(path, text.encode())
-        elif not others and not self._begun("*-of-*"):  # of a run that came to nothing
+        elif not others and not self.begun():  # of a run that came to nothing
             write_atomically(path, lambda p: p.write_text(text), "note")
         found = _read_description(path)
         if found is not None and (found["rows"], found["table"]) != (rows, table):
@@ -163,6 +181,10 @@ class RunFolder:
         with contextlib.suppress(FileExistsError):
             _write_once(path, secrets.token_bytes(32), 0o600)
         return path.read_bytes()
+
+    def begun(self) -> bool:
+        """Whether there is any result or failure."""
+        return self._begun("*-of-*")
 
     def _begun(self, shards: str) -> bool:
         """Whether there is any result or failure of these shards."""

@@ -102,7 +102,7 @@ class _Runner:
         except BaseException:
             # The first error is the one to show: on a full disk this may fail as well.
             with contextlib.suppress(GigamorphError, OSError, sqlite3.Error):
-                if index.rows <= _PROMPT and options.shard[1] == 1:
+                if index.rows <= _PROMPT and options.shard[1] == 1 and folder.begun():
                     self._tables()
             raise
         self._finish()

@@ -116,6 +116,7 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
         assert run("explain", checkpoint, *arguments, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+        assert not (tmp_path / "out").exists()  # nothing was done, and nothing is left of it
     both = [tmp_path / "a.npy", path, "--format", "seg", "--skip-bad", "--out", tmp_path / "skip"]
     assert run("explain", checkpoint, *both) == 0
     assert "1 images explained, 1 skipped" in capsys.readouterr().out

@@ -85,16 +85,15 @@ def distance(truth: Step, got: Step) -> tuple[float, float]:
 
 
 def errors(expected: dict[str, Tensor | None], got: dict[str, Tensor | None]) -> dict[str, float]:
-    """Relative error of every tensor of a group; a missing gradient counts as zero."""
+    """Relative error of every tensor of a group; one that is missing is missing in both."""
     assert expected.keys() == got.keys()
     largest = max((t.double().norm().item() for t in expected.values() if t is not None), default=0.0)
     result = {}
     for name, want in expected.items():
         have = got[name]
-        if want is None:
-            want = torch.zeros_like(have) if have is not None else torch.zeros(())
-        if have is None:
-            have = torch.zeros_like(want)
+        assert (want is None) == (have is None), f"{name}: {have} instead of {want}"
+        if want is None or have is None:
+            want = have = torch.zeros(())
         assert have.shape == want.shape, f"{name}: shape {tuple(have.shape)} instead of {tuple(want.shape)}"
         assert have.dtype == want.dtype, f"{name}: {have.dtype} instead of {want.dtype}"
         assert torch.equal(have.isnan(), want.isnan()), f"{name}: other elements are NaN"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from exactness import assert_exact
@@ -213,6 +216,52 @@ def test_empty_parts_are_left_out(way):
     _, nodes = sort(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
     joined = [node for node in nodes if isinstance(node, Whole) and node.op.name == "cat"]
     assert bool(joined) == (way in ("a token", "both"))  # keys and values; positions alone stay a map
+
+
+class CutOff(nn.Module):
+    """A parameter that the output does not depend on, though PyTorch's graph of the output comes to it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.patches, self.norm = way, nn.Conv2d(2, WIDTH, 2, 2), nn.BatchNorm2d(WIDTH)
+        self.block, self.head = Block(POSITIONS, "sdpa"), nn.Linear(WIDTH, 3)
+        self.token, self.late = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm(self.patches(x)).flatten(2).transpose(1, 2)
+        with torch.no_grad() if self.way == "without gradients" else nullcontext():
+            token = self.token.expand(len(x), -1, -1)
+        joined = torch.cat([token.type_as(self.late) if self.way == "dtype" else token, x], 1)
+        match self.way:
+            case "at once" | "without gradients" | "dtype":  # `late` gives its dtype alone: None
+                return self.head(self.block(joined[:, 1:]).mean(1))
+            case "after a layer":
+                return self.head(F.gelu(self.head(joined)[:, 1:] @ self.head.weight).mean(1))
+            case "the positions":
+                joined = self.block(joined)
+                return self.head(torch.cat([joined[:, :1], joined[:, 1:] * self.late], 1)[:, 0])
+            case "positions are the output":
+                return joined[:, 1:] * 2
+            case "a map is the output":
+                return self.block(joined[:, 1:]).transpose(1, 2).unflatten(2, (H // 2, W // 2))
+            case "one output of two":
+                return self.head(x.mean(1)), self.head(joined[:, 1:].mean(1)).exp()
+
+
+@pytest.mark.parametrize(
+    "way",
+    "at once/after a layer/the positions/positions are the output/a map is the output/one output of two/"
+    "without gradients/dtype".split("/"),
+)
+def test_what_is_cut_off_before_anything_reads_it_has_a_gradient_of_zeros(way):
+    """Not None, which an optimizer with weight decay or momentum leaves alone."""
+    torch.manual_seed(0)
+    net = CutOff(way).double()
+    for training in (True, False):
+        assert_exact(net.train(training), image(), tile=(6, 8))
+    if way == "one output of two":
+        accelerate(net, tile=(6, 8))(image())[0].sum().backward()
+        assert net.token.grad is None
 
 
 class Table(nn.Module):

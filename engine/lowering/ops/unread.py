@@ -1,0 +1,40 @@
+"""A result whose gradient comes to parameters that nothing has read: a token that is joined and cut off again.
+
+To those PyTorch gives zeros, not None, and an optimizer makes a difference: zeros decay a weight and its momentum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...capture.trace import Op
+from .base import Block, Env, Local, Maps, rule
+
+
+class _WithZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *unread: Tensor) -> Tensor:
+        ctx.unread = [t.detach() for t in unread]  # not saved: none of their values is needed, so they may change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], *map(torch.zeros_like, ctx.unread)
+
+
+def with_zeros(x: Tensor, *unread: Tensor) -> Tensor:
+    """The same tensor; its gradient gives zeros to those that it does not depend on."""
+    return _WithZeros.apply(x, *unread)  # pyright: ignore[reportReturnType]
+
+
+@rule("with_zeros")
+def of_a_map(op: Op, maps: Maps) -> Local:
+    value, *unread = op.inputs
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (with_zeros(env[value], *(env[v] for v in unread)),)
+
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), run)
