@@ -235,3 +235,10 @@ def test_checkpointing_a_vgg_keeps_its_function():
     _, run = PEERS["checkpoint"].prepare(net, TASK, {})
     assert torch.equal(run(image), expected)
     assert layers[0].weight.grad is not None and layers[3].weight.grad is not None
+
+
+def test_the_exactness_of_a_network_of_one_size_is_looked_at_on_that_size():
+    model = "timm:vit_tiny_patch16_224?img_size=64&depth=1&embed_dim=24&num_heads=2&num_classes=2"
+    rows = bench_step.exactness(Task(model, (1, 1, 64, 64), training=False))
+    assert {row.peer: row.status for row in rows} == {"stock": OK, "gigamorph": OK}
+    assert all(row.task.image == (1, 1, 64, 64) and row.task.precision == "fp64" for row in rows)
