@@ -121,10 +121,14 @@ class StageFunction(torch.autograd.Function):
         empty = any(0 in stage.maps.shape(v) for local in stage.locals for v in local.op.outputs)
         untouched = set[int]() if empty or ctx.how.shard is not None else made - touched - scan.maps.readers.keys()
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
+        # PyTorch's graph may lead to it all the same: of a map that is cut off wholly, whose gradient is zeros.
+        led = frozenset[int]().union(*stage.program.reached.values())
+        for v in untouched & led & ctx.sources.keys():
+            results[ctx.sources[v]] = torch.zeros_like(tensors[ctx.sources[v]])
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
             total = sums.pop(value, None) if wanted_here else None
-            if total is None and empty and wanted_here:
+            if total is None and wanted_here and (empty or value in led):
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)

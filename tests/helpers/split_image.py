@@ -59,7 +59,7 @@ class Unet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down, self.mid = nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)
+        self.down, self.mid = nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1, bias=False)
         self.norm, self.out = nn.BatchNorm2d(6), nn.Conv2d(12, 2, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,11 @@ def numbers(found):
     return {"": found} if isinstance(found, int | float) else {}
 
 
+def norm(tensors):
+    """Of all of them together."""
+    return sum(float(t.double().square().sum()) for t in tensors) ** 0.5
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_devices_make_the_networks_of_one_process(name, table, tmp_path):
     alone = small_recipes.run_recipe(name, table, tmp_path / "alone", 2)
@@ -50,7 +55,11 @@ def test_devices_make_the_networks_of_one_process(name, table, tmp_path):
     processes = set()
     for path in checkpoints:
         stored = [load_checkpoint(tmp_path / folder / path) for folder in ("alone", "two")]
-        assert max(errors(*(own["state_dict"] for own in stored)).values()) < 1e-5, path
+        one, other = (own["state_dict"] for own in stored)
+        # Adam's steps are as large where a gradient is hardly more than its rounding in float32, which shows in weights
+        # that have begun as zeros.
+        assert max(errors(one, other).values()) < 1e-4, path
+        assert norm(one[n] - other[n] for n in one) < 1e-6 * norm(one.values()), path
         processes.add(stored[1]["gigamorph"]["settings"]["processes"])
     assert 2 in processes  # batches were dealt
     files = [sorted(p.relative_to(tmp_path / f) for p in (tmp_path / f).rglob("*.*")) for f in ("alone", "two")]
