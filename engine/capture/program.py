@@ -92,7 +92,7 @@ class Program:
         stands_in: by the number of a value that is handed out in another form than it is computed in, the one that is.
         apart: values that are handed out, but that what goes on with them does not read.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
-        reached: of what is handed out, the inputs, parameters and constants that a gradient comes to, even with zeros.
+        reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
     """
 
     image: int

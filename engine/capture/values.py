@@ -246,7 +246,7 @@ class Values:
         )
 
     def reached(self, tensor: Tensor) -> frozenset[int]:
-        """The image, other inputs, parameters and constants that PyTorch's graph of a tensor comes to."""
+        """The parameters and constants that PyTorch's graph of a tensor comes to."""
         left, seen, found = [tensor.grad_fn], set[Any]([None]), set[int]()
         while left:
             node = left.pop()
@@ -254,7 +254,7 @@ class Values:
                 seen.add(node)
                 found.add(self.first.get(id(getattr(node, "variable", None)), -1))
                 left += [following for following, _ in node.next_functions]  # pyright: ignore[reportOptionalMemberAccess]
-        return frozenset(found - {-1})
+        return frozenset(v for v in found if v >= 0 and self.program.values[v].trainable)
 
     def state(self) -> Iterator[tuple[int, Tensor]]:
         """The values that stand for real tensors."""

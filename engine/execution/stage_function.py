@@ -11,6 +11,8 @@ from torch.autograd.function import BackwardCFunction
 from ..cuda_graphs.whole import WholePasses
 from ..errors import GigamorphError
 from ..lowering.folding import Folded
+from ..lowering.geometry import Access
+from ..lowering.ops import Local
 from ..lowering.stages import Stage
 from ..module import turns
 from ..module.once import once
@@ -117,18 +119,16 @@ class StageFunction(torch.autograd.Function):
         if ctx.how.shard is not None:
             _sum_over_shards(ctx.how.shard, stage, {v: t for v, t in vectors.items() if asked[v]}, sums, source_grads)
         # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
-        # But nothing is run for a map without elements, whose gradients are zeros.
-        empty = any(0 in stage.maps.shape(v) for local in stage.locals for v in local.op.outputs)
+        # But nothing is run for a map of which nothing is read, whose gradients are zeros.
+        empty = any(
+            0 in stage.maps.shape(v) or _reads_nothing(local) for local in stage.locals for v in local.op.outputs
+        )
         untouched = set[int]() if empty or ctx.how.shard is not None else made - touched - scan.maps.readers.keys()
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
-        # PyTorch's graph may lead to it all the same: of a map that is cut off wholly, whose gradient is zeros.
-        led = frozenset[int]().union(*stage.program.reached.values())
-        for v in untouched & led & ctx.sources.keys():
-            results[ctx.sources[v]] = torch.zeros_like(tensors[ctx.sources[v]])
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
             total = sums.pop(value, None) if wanted_here else None
-            if total is None and wanted_here and (empty or value in led):
+            if total is None and empty and wanted_here:
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)
@@ -150,6 +150,16 @@ class OwnNode(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+def _reads_nothing(local: Local) -> bool:
+    """Whether an op reads nothing of a map: all of it is cut off (`F.pad` by less than nothing)."""
+
+    def nothing(access: Access) -> bool:
+        lo, hi = access.span(0, access.size_out)
+        return hi <= lo
+
+    return any(nothing(access) for pair in local.reads.values() for access in pair)
 
 
 def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:

@@ -153,8 +153,7 @@ def _unread(program: Program, nodes: Sequence[Node | Op]) -> dict[int, list[int]
     """
     makers = {v: node for node in nodes for v in makes(node)}
     found: dict[int, list[int]] = {}
-    for value, reached in program.reached.items():
-        wanted = {v for v in reached if program.values[v].trainable}
+    for value, wanted in program.reached.items():
         left, seen = [value] if wanted else [], set[int]()
         while left:
             number = left.pop()
