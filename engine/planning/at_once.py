@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 
@@ -33,9 +34,10 @@ class AtOnce:
             graphs: bytes of its tiles' graphs.
             since: a stage, from which on.
         """
-        there = {place: sum(graphs[: n + 1]) + works[n] for n, place in enumerate(self._places)}
+        kept = [0, *itertools.accumulate(graphs or [0] * len(works))]
+        there = {place: kept[n + 1] + works[n] for n, place in enumerate(self._places)}
         return max(
-            held + there.get(now, sum(graphs[: bisect.bisect(self._places, now)]))
+            held + there.get(now, kept[bisect.bisect(self._places, now)])
             for now, held in self._stored
             if now >= self._places[since]
         )

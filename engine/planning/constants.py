@@ -45,7 +45,7 @@ NEARLY = 1.15
 SMALL_TILES = 3
 # Of maps elsewhere, the parts that are here at a time: a tile's own, the next one's, and gradients of one of them.
 AWAY_TILES = 3
-# Stages whose tile is counted: the heaviest ones by their blocks.
+# Stages whose tile is counted besides that of the heaviest blocks: those that have most there, whole maps included.
 COUNTED = 2
 # Graph buffers of a tile lie in chunks, and those at the end of the image are larger than in the middle.
 ARENA_SHARE = 2
