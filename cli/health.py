@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import kernels
-from ..engine.tiling.arena import missing
+from ..engine.tiling import arena
 from ..engine.tiling.memory import available_bytes, format_bytes
 from ..engine.versions import versions
+from ..kernels import winograd
 from ..kernels.choice import failures
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
@@ -47,6 +48,8 @@ class Machine:
     """What failed on this GPU before, with its cause."""
     arena_lacks: str | None = None
     """Why steps on the CPU cannot allocate in an arena; None if they do."""
+    winograd_lacks: str | None = None
+    """Why convolutions of 3 x 3 on the CPU are not computed by Winograd's filtering; None if they are."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def probe() -> Machine:
         memory=available_bytes(),
         shm=shm,
         kernels_lack=lacks,
-        arena_lacks=missing(),
+        arena_lacks=arena.missing(),
+        winograd_lacks=winograd.missing(),
         failed_kernels=tuple(f"{op}: {cause}" for op, causes in failed.items() for cause in causes.values()),
     )
 
@@ -113,6 +117,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ("CPU", f"{machine.cores} cores usable, torch uses {machine.threads} threads"),
         ("memory", f"{format_bytes(machine.memory)} available"),
         ("CPU steps", "allocate in an arena" if machine.arena_lacks is None else "allocate in the C library's heap"),
+        ("CPU 3 x 3", f"oneDNN: {machine.winograd_lacks}" if machine.winograd_lacks else "Winograd's filtering"),
         ("GPU", "; ".join(machine.gpus) or "none that torch can use"),
         ("driver", machine.driver or "no nvidia-smi"),
     ]

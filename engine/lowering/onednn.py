@@ -1,4 +1,7 @@
-"""Convolutions on the CPU in one call of oneDNN: bias, residual sum and activation with it, weights packed once a pass.
+"""Convolutions on the CPU in one call: bias, residual sum and activation with it, weights packed once a pass.
+
+Those of 3 x 3 with stride 1 are computed by Winograd's filtering (kernels/winograd.py) where that gains, others by
+oneDNN.
 
 PyTorch's CPU build carries `torch.ops.mkldnn._convolution_pointwise`, which `torch.compile` uses. It takes weights in
 the blocked order of oneDNN's kernels; an ordinary convolution brings them there in every call, that is in every tile.
@@ -12,6 +15,7 @@ stock's. Where oneDNN does not fuse, or is switched off, the same op is computed
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels import winograd
 from ...kernels.choice import current_mode
 from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, put_in_place
 from .ops import Block, Env, Local
@@ -66,20 +71,44 @@ def fuse_on_cpu(stage: Stage) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """A chain on one block: how it is computed, and the padding that is left to oneDNN."""
+    """A chain on one block.
+
+    Attributes:
+        pad, margin: as in `Block`.
+    """
 
     chain: ConvChain
-    padding: tuple[int, int]
+    pad: tuple[int, int, int, int]
+    margin: tuple[int, int]
 
     @property
     def place(self) -> tuple[Any, ...]:
-        return self.padding, self.chain.stride, self.chain.dilation, self.chain.groups
+        return split_padding(self.pad)[0], self.chain.stride, self.chain.dilation, self.chain.groups
 
     def run(self, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, in memory of its own."""
+        if _for_winograd(packed) and x.numel():
+            filters, act = weight.shape[0], self.chain.act
+            y = winograd.conv3x3(x, packed, filters, bias, residual, act == "relu", self.pad, self.margin)
+            if y is not None:
+                return y if act == "relu" else self._with_room(y, _activate(y, act))
+        uneven = split_padding(self.pad)[1]
+        y = self._by_onednn(F.pad(x, uneven) if any(uneven) else x, weight, packed, bias, residual)
+        if self.margin == (0, 0):
+            return y
+        n, channels, height, width = y.shape
+        return self._with_room(winograd.empty_with_room(y, (n, channels, height, width), self.margin), y)
+
+    def _with_room(self, place: Tensor, y: Tensor) -> Tensor:
+        """The output where there is room for halos."""
+        return y if y is place or self.margin == (0, 0) else place.copy_(y)
+
+    def _by_onednn(
+        self, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
         act = self.chain.act
         if not packed.is_mkldnn or x.numel() == 0:
-            y = F.conv2d(x, weight, bias, self.chain.stride, self.padding, self.chain.dilation, self.chain.groups)
+            y = F.conv2d(x, weight, bias, self.place[1], *self.place[:1], *self.place[2:])
             return _activate(y if residual is None else y.add_(residual), act)
         ops, x = torch.ops.mkldnn, _channels_last(x)
         if residual is not None:
@@ -109,8 +138,11 @@ def _channels_last(x: Tensor) -> Tensor:
 def _replace(stage: Stage, chain: ConvChain) -> None:
     first, weight = chain.members[0], stage.program.values[chain.weight]
     packed = stage.maps.new_value(like=chain.weight)
+    plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
+    pixels = math.prod(stage.maps.size(chain.y))
+    gains = plain and winograd.pays(tuple(weight.shape), pixels) and winograd.available()
     if weight.shape[1] > 1 or chain.groups > 1 or weight.shape[0] >= _LEAST_FILTERS:
-        stage.packings.append(Packing(chain.weight, packed, functools.partial(_pack, chain)))
+        stage.packings.append(Packing(chain.weight, packed, functools.partial(_pack, chain, gains)))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x, weight = env[chain.x], env[chain.weight]
@@ -119,10 +151,7 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
         if chain.channels_last:
             x, weight = x.permute(0, 3, 1, 2), weight[:, :, None, None]
             residual = None if residual is None else residual.permute(0, 3, 1, 2)
-        even, uneven = split_padding(block.pad)
-        x = F.pad(x, uneven) if any(uneven) else x
-        given = x, weight, env.get(packed, weight), bias, residual
-        y = _Call(chain, even).run(*given)
+        y = _Call(chain, block.pad, block.margin).run(x, weight, env.get(packed, weight), bias, residual)
         return (y.permute(0, 2, 3, 1) if chain.channels_last else y,)
 
     local = Local(
@@ -130,15 +159,29 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
         chain.reads(stage),
         chain.members[-1].axes,
         run,
-        fill=first.fill,
+        fill=None if gains else first.fill,  # it adds its own padding
+        leaves_room=gains,
         spares=first.spares,
     )
     put_in_place(stage, chain, local)
 
 
-def _pack(chain: ConvChain, weight: Tensor) -> Tensor:
-    """The weight in oneDNN's order; as it is where that shall not compute."""
-    if type(weight) is not Tensor or weight.is_meta or weight.numel() == 0 or not allowed():
-        return weight[:, :, None, None] if chain.channels_last else weight
+def _for_winograd(packed: Tensor) -> bool:
+    """Whether packed weights are those of `winograd.pack`."""
+    return packed.dim() == 1
+
+
+def _pack(chain: ConvChain, gains: bool, weight: Tensor) -> Tensor:
+    """The weight as it computes; as it is where nothing takes it packed.
+
+    Args:
+        gains: whether Winograd's filtering is to take it.
+    """
     weight = weight[:, :, None, None] if chain.channels_last else weight
+    if type(weight) is not Tensor or weight.numel() == 0 or not allowed():
+        return weight
+    if gains:
+        return winograd.pack(weight)
+    if weight.is_meta:
+        return weight
     return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], chain.stride, chain.dilation, chain.groups)

@@ -4,6 +4,8 @@
 
 `fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
+`winograd_in_training` (winograd.py): convolutions of 3 x 3 by fewer products on the CPU.
+
 `in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
 """
 
@@ -21,6 +23,7 @@ from .onednn import fuse_on_cpu
 from .ops import Block, Env
 from .ops.base import Run
 from .stages import Stage, StagedProgram, private_maps, readers_of
+from .winograd import winograd_in_training
 
 _MAKES_A_NEW_TENSOR = frozenset(
     {"conv2d", "packed_conv2d", "batch_norm", "add", "linear", "live_batch_norm", "scale_shift"}
@@ -46,8 +49,8 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
             from .fused import fuse  # needs Triton
 
             fuse(stage, training, image_grad)
-        elif stage.program.values[stage.image].device.type == "cpu" and not training:
-            fuse_on_cpu(stage)
+        elif stage.program.values[stage.image].device.type == "cpu":
+            (winograd_in_training if training else fuse_on_cpu)(stage)
 
 
 def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:

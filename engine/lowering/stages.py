@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..capture.trace import Op, Program
@@ -35,11 +36,17 @@ class Packing:
         weight: the vector that it is made of.
         packed: the value number that it is given to ops by.
         make: makes it.
+        besides: whether ops read the weight itself, too: its gradient has its memory order, that of maps.
     """
 
     weight: int
     packed: int
     make: Callable[[Tensor], Tensor]
+    besides: bool = False
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Bytes of what it makes of a weight."""
+        return self.make(torch.empty(shape, dtype=dtype, device="meta")).nbytes
 
 
 _CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"})

@@ -103,11 +103,12 @@ class Estimate:
         vectors: dict[int, int] = {}
         copies = self.stage_bytes = 0
         for stage in staged.stages:
-            own = {v: _nbytes(values[v].shape, cast_dtype(stage, v, values[v].dtype, autocast)) for v in stage.vectors}
+            dtypes = {v: cast_dtype(stage, v, values[v].dtype, autocast) for v in stage.vectors}
+            own = {v: _nbytes(values[v].shape, dtype) for v, dtype in dtypes.items()}
             vectors.update(own)
-            alone = {packing.weight for packing in stage.packings}  # see `Scan.prepare`
+            alone = {one.weight for one in stage.packings if not one.besides}  # see `Scan.prepare`
             kernels = (own[v] for v in stage.kernels - alone if v in own and max(values[v].shape[2:]) > 1)
-            packed = sum(own[packing.weight] for packing in stage.packings)
+            packed = sum(one.nbytes(values[one.weight].shape, dtypes[one.weight]) for one in stage.packings)
             copies = max(copies, sum(kernels) + packed)
             read = {v for local in stage.locals if "conv" in local.op.name for v in local.op.inputs} - alone
             self.stage_bytes = max(self.stage_bytes, sum(own[v] for v in read & own.keys()))

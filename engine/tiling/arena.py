@@ -11,28 +11,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import mmap
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ...kernels.cache import cache_folder
+from ...kernels.cpp import built
 
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_COMPILERS = ("c++", "g++", "clang++")
 _PAGE = 4096  # bytes, as in the source
-_PATIENCE = 120  # seconds for the compiler, which takes one or two
 
 
 class Counts(NamedTuple):
@@ -132,28 +127,7 @@ def in_arena(device: torch.device) -> Iterator[None]:
 
 
 def _built() -> Path:
-    """The library for this source and this PyTorch: from the cache, or built.
-
-    Raises:
-        OSError: if there is no compiler, it fails, or the cache cannot be written.
-    """
     folder = Path(torch.__file__).parent
     abi = int(torch.compiled_with_cxx11_abi())
-    digest = hashlib.sha256(_SOURCE.read_bytes() + f"{torch.__version__} {abi}".encode()).hexdigest()[:16]
-    target = cache_folder() / "arena" / f"arena-{digest}.so"
-    if target.exists():
-        return target
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
-    if compiler is None:
-        raise OSError("no C++ compiler; install g++ or set CXX")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as own:
-        made = Path(own) / target.name
-        options = ["-std=c++20", "-O2", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
-        paths = ["-I", str(folder / "include"), "-L", str(folder / "lib"), "-lc10"]
-        command = [compiler, *options, str(_SOURCE), *paths, "-o", str(made)]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
-        if ran.returncode:
-            raise OSError(f"{compiler} cannot build it: {' '.join(ran.stderr.split())[:300]}")
-        made.replace(target)
-    return target
+    compiling = ["-O2", f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-I", str(folder / "include")]
+    return built(_SOURCE, compiling, ["-L", str(folder / "lib"), "-lc10"])

@@ -199,7 +199,7 @@ def test_without_onednn_the_same_is_computed(monkeypatch):
     make = onednn._pack
     monkeypatch.setattr(onednn, "_pack", lambda *a: packed.append(make(*a)) or packed[-1])
     found = {"packed": results(accelerate(net, tile=16), image)}
-    assert all(w.is_mkldnn for w in packed)
+    assert all(w.is_mkldnn or w.is_meta for w in packed)  # of a plan
     packed.clear()
     with torch.backends.mkldnn.flags(enabled=False):
         found["off"] = results(accelerate(net, tile=16), image)

@@ -20,6 +20,7 @@ from gigamorph.engine.tiling import arena as module
 from gigamorph.engine.tiling.arena import Arena, arena, in_arena
 from gigamorph.engine.tiling.memory import return_free_pages, used_bytes
 from gigamorph.engine.tiling.stored_maps import let_rows_go, new_map
+from gigamorph.kernels import cpp
 
 CPU = torch.device("cpu")
 LEAST = 64 << 10  # bytes of a block that the arena takes
@@ -185,7 +186,7 @@ def test_without_a_compiler_steps_give_the_same(
 ) -> None:
     """And say why to whoever asks."""
     monkeypatch.setenv("GIGAMORPH_CACHE", str(tmp_path))
-    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    monkeypatch.setattr(cpp.shutil, "which", lambda _: None)
     monkeypatch.setattr(module, "_found", functools.cache(module._found.__wrapped__))
     assert arena() is None
     assert module.missing() == "no C++ compiler; install g++ or set CXX"

@@ -1,0 +1,118 @@
+"""Convolutions of 3 x 3 in training on the CPU, by Winograd's filtering (kernels/winograd.py) where that gains.
+
+    y = conv(x, w) + b        dx = conv(dy, w turned round, channels and filters exchanged)
+
+The gradients of weights are PyTorch's. In inference onednn.py calls the same kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ...kernels import winograd
+from .onednn import allowed
+from .ops import Block, Env, Local
+from .ops.base import Run, arguments
+from .ops.window import split_padding
+from .stages import Packing, Stage, vector_inputs
+
+_ONE = (1, 1)
+
+
+def winograd_in_training(stage: Stage) -> None:
+    """Give the convolutions of a stage that gain by it to the kernel, if it is there."""
+    for local in stage.locals:
+        if local.op.name == "conv2d" and _gains(stage, local):
+            _replace(stage, local)
+    stage.vectors = vector_inputs(stage)
+
+
+def _gains(stage: Stage, local: Local) -> bool:
+    given = arguments(local.op, "input weight bias stride padding dilation groups", stride=1, dilation=1, groups=1)
+    values, output = stage.program.values, local.op.outputs[0]
+    plain = all(given[name] in (1, _ONE, [1, 1]) for name in ("stride", "dilation", "groups"))
+    if not plain or values[output].dtype != torch.float32 or stage.maps.axes[given["input"].value] != (2, 3):
+        return False
+    shape = tuple(values[given["weight"].value].shape)
+    return winograd.pays(shape, math.prod(stage.maps.size(output))) and winograd.available()
+
+
+def _replace(stage: Stage, local: Local) -> None:
+    given = arguments(local.op, "input weight bias", bias=None)
+    value, weight = given["input"].value, given["weight"].value
+    bias = None if given["bias"] is None else given["bias"].value
+    packed, turned = (stage.maps.new_value(like=weight) for _ in range(2))
+    for number, make in ((packed, winograd.pack), (turned, winograd.pack_for_input)):
+        stage.packings.append(Packing(weight, number, functools.partial(_pack, make), besides=True))
+
+    def run(own: Run, valued: bool, env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value]
+        if packed not in env or env[packed].dim() != 1 or x.numel() == 0:
+            return own(env, block)
+        given = x, env[weight], None if bias is None else env[bias], env[packed], env[turned]
+        return (_Convolution.apply(*given, block.pad, valued),)  # pyright: ignore
+
+    assert local.unvalued is not None
+    local.run, local.unvalued = (
+        functools.partial(run, own, valued) for own, valued in ((local.run, True), (local.unvalued, False))
+    )
+
+
+def _pack(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """The weight as the kernel takes it; as it is where it shall not compute."""
+    usable = type(weight) is Tensor and weight.dtype == torch.float32 and weight.numel() and allowed()
+    return make(weight) if usable else weight
+
+
+class _Convolution(torch.autograd.Function):
+    """`F.conv2d(F.pad(x, pad), weight, bias)`; unvalued, a tensor of its shape that only its backward is wanted of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        packed: Tensor,
+        turned: Tensor,
+        pad: winograd.Padding,
+        valued: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, turned)
+        ctx.pad, ctx.bias_sizes = pad, None if bias is None else list(bias.shape)
+        top, bottom, left, right = pad
+        if not valued:
+            shape = x.shape[0], weight.shape[0], x.shape[2] + top + bottom - 2, x.shape[3] + left + right - 2
+            return x.new_empty(()).expand(shape)
+        y = winograd.conv3x3(x, packed, weight.shape[0], bias, pad=pad)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias) if y is None else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, turned = ctx.saved_tensors
+        dy = grads[0].contiguous(memory_format=torch.channels_last)
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        top, bottom, left, right = ctx.pad
+        dx = None
+        if of_x:  # the padding has a gradient that nobody wants: its rows are not computed
+            dx = winograd.conv3x3(dy, turned, x.shape[1], pad=(2 - top, 2 - bottom, 2 - left, 2 - right))
+        by_stock = [of_x and dx is None, of_weight, of_bias]
+        if any(by_stock):
+            even, uneven = split_padding(ctx.pad)
+            padded = F.pad(x, uneven) if any(uneven) else x
+            place = _ONE, even, _ONE, False, (0, 0), 1
+            found, dw, db = torch.ops.aten.convolution_backward(dy, padded, weight, ctx.bias_sizes, *place, by_stock)
+            if found is not None:
+                before = left - even[1], top - even[0]
+                dx = found[:, :, before[1] : before[1] + x.shape[2], before[0] : before[0] + x.shape[3]]
+            return dx, dw, db, None, None, None, None
+        return dx, None, None, None, None, None, None
