@@ -142,7 +142,8 @@ def _show(folder: Any) -> None:
     size = f", {taken.size[0]} x {taken.size[1]} ({taken.fit})" if taken.size else ", every pixel"
     click.echo(f"{folder}: {found.model}")
     click.echo(f"  gives {_listed(found.outputs.names) or f'{found.outputs.columns} features'}")
-    click.echo(f"  takes {taken.channels} channels{size}, mean {list(taken.mean)}, std {list(taken.std)}")
+    channels = f"{taken.channels} channel{'s' * (taken.channels > 1)}"
+    click.echo(f"  takes {channels}{size}, mean {list(taken.mean)}, std {list(taken.std)}")
     far = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
     casts = "; it casts to float32 itself, in the second comparison to float64" if "casts" in found.reference else ""
     licence = found.licence or "not stated"

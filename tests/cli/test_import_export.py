@@ -303,7 +303,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     command = ["import", "resnet18?width=4", "--weights", tmp_path / "w.pt", "--classes", "no,yes", "--mean", "0.5"]
     assert run(*command, "--size", "96x64", "--out", tmp_path / "net") == 0
     said = capsys.readouterr().out
-    assert "gives no, yes" in said and "takes 1 channels, every pixel, mean [0.5]" in said
+    assert "gives no, yes" in said and "takes 1 channel, every pixel, mean [0.5]" in said
     assert "licence not stated" in said
     assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2
