@@ -120,7 +120,8 @@ def import_(
             if not is_folder(source):
                 raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
         path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
-        click.echo(f"{path}: mean of {len(sources)} networks, {1 + len(flips)} views of each image")
+        networks = f"{len(sources)} network{'s' * (len(sources) > 1)}"
+        click.echo(f"{path}: mean of {networks}, {1 + len(flips)} view{'s' * bool(flips)} of each image")
         return
     known = {field.name for field in fields(Preprocessing)}
     wanted = {key: value for key, value in given.items() if key in known and value is not None}

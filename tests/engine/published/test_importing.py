@@ -351,6 +351,12 @@ def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
         create_model(str(both))
     with pytest.raises(GigamorphError, match="predicts 0, 1, 2, not 0, 1 as"):
         import_ensemble([here / "b", here / "c"], here / "other", [])
+    torch.save(network(classes=2).state_dict(), here / "w.pt")
+    imported(here, "labels", activation="sigmoid")
+    with pytest.raises(
+        GigamorphError, match="predicts labels any of which may hold, not classes of which one holds as"
+    ):
+        import_ensemble([here / "b", here / "labels"], here / "other", [])
     with pytest.raises(GigamorphError, match="is an ensemble already"):
         import_ensemble([both, here / "b"], here / "other", [])
     assert not (here / "other").exists()
