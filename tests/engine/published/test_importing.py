@@ -354,7 +354,7 @@ def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
     torch.save(network(classes=2).state_dict(), here / "w.pt")
     imported(here, "labels", activation="sigmoid")
     with pytest.raises(
-        GigamorphError, match="predicts labels any of which may hold, not classes of which one holds as"
+        GigamorphError, match="labels any of which may hold, not classes of which one holds as"
     ):
         import_ensemble([here / "b", here / "labels"], here / "other", [])
     with pytest.raises(GigamorphError, match="is an ensemble already"):
