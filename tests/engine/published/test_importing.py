@@ -353,9 +353,7 @@ def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
         import_ensemble([here / "b", here / "c"], here / "other", [])
     torch.save(network(classes=2).state_dict(), here / "w.pt")
     imported(here, "labels", activation="sigmoid")
-    with pytest.raises(
-        GigamorphError, match="labels any of which may hold, not classes of which one holds as"
-    ):
+    with pytest.raises(GigamorphError, match="labels any of which may hold, not classes of which one holds as"):
         import_ensemble([here / "b", here / "labels"], here / "other", [])
     with pytest.raises(GigamorphError, match="is an ensemble already"):
         import_ensemble([both, here / "b"], here / "other", [])
