@@ -120,7 +120,8 @@ def import_(
             if not is_folder(source):
                 raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
         path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
-        click.echo(f"{path}: mean of {len(sources)} networks, {1 + len(flips)} views of each image")
+        networks = f"{len(sources)} network{'s' * (len(sources) > 1)}"
+        click.echo(f"{path}: mean of {networks}, {1 + len(flips)} view{'s' * bool(flips)} of each image")
         return
     known = {field.name for field in fields(Preprocessing)}
     wanted = {key: value for key, value in given.items() if key in known and value is not None}
@@ -142,7 +143,8 @@ def _show(folder: Any) -> None:
     size = f", {taken.size[0]} x {taken.size[1]} ({taken.fit})" if taken.size else ", every pixel"
     click.echo(f"{folder}: {found.model}")
     click.echo(f"  gives {_listed(found.outputs.names) or f'{found.outputs.columns} features'}")
-    click.echo(f"  takes {taken.channels} channels{size}, mean {list(taken.mean)}, std {list(taken.std)}")
+    channels = f"{taken.channels} channel{'s' * (taken.channels > 1)}"
+    click.echo(f"  takes {channels}{size}, mean {list(taken.mean)}, std {list(taken.std)}")
     far = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
     casts = "; it casts to float32 itself, in the second comparison to float64" if "casts" in found.reference else ""
     licence = found.licence or "not stated"

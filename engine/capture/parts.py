@@ -1,4 +1,4 @@
-"""Functions of torch.nn.functional that do not show a recording all that they do, made to."""
+"""Functions of torch that do not show a recording all that they do, made to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -17,8 +19,23 @@ def _of_parts(func: Any) -> Callable[..., Any]:
     return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
 
 
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A product, its factor and a sum, as attention in tiles is made of; what beta leaves out is not read."""
+    found = torch.bmm(batch1, batch2)
+    if alpha != 1:
+        found = found * alpha
+    if beta == 0:
+        return found
+    base = input if input.dtype == found.dtype else input.to(found.dtype)  # by autocast
+    return found + (base if beta == 1 else base * beta)
+
+
 # Written in Python of functions that are known.
-OF_PARTS = {F.multi_head_attention_forward: _of_parts(F.multi_head_attention_forward)}
+OF_PARTS = {
+    F.multi_head_attention_forward: _of_parts(F.multi_head_attention_forward),
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
+}
 
 
 def with_weight(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
         kwargs = kwargs or {}
-        if func in OF_PARTS:
+        if func in OF_PARTS and "out" not in kwargs:
             with self:
                 return OF_PARTS[func](*args, **kwargs)
         return self.call(func, args, with_weight(kwargs) if func is F.l1_loss else kwargs)

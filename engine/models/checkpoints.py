@@ -19,7 +19,7 @@ from .weights import first_line, forms, some, subtree, unwrapped
 
 # Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
 # tell, then those that may be of something else (the weights of classes).
-_AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema", "ema_state_dict")
+_AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema", "ema_state_dict", "ema_model", "shadow")
 _USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
 _PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
 _DEPTH = 3  # of such places
@@ -96,7 +96,10 @@ def read_state(path: str | Path, prefix: str = "") -> State:
     loaded = load_inert(path)
     found = dict(_states(loaded))
     place, prefix = _place(found, loaded, prefix, path)
-    others = tuple(other for other in found if other != place and _known(other))
+    twins = {*unwrapped(found[place])}
+    others = tuple(
+        other for other in found if other != place and (_known(other) or twins <= {*unwrapped(found[other])})
+    )
     rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _PLACES} if place else {}
     for key in place.split(".") if place else ():
         loaded = loaded[key]

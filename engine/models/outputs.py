@@ -44,13 +44,14 @@ class Head:
             raise GigamorphError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         fits = len(self.classes) == self.columns + (self.activation == "ordinal")
         fits = fits or (self.binary and len(self.classes) == 2)
+        place = f"head {self.name!r}: " if self.name else ""
         if self.activation != "features" and not fits:
             raise GigamorphError(
-                f"head {self.name!r}: {len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.columns} "
+                f"{place}{len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.columns} "
                 f"outputs of a {self.activation}"
             )
         if self.activation == "softmax" and self.columns < 2:
-            raise GigamorphError(f"head {self.name!r}: a softmax of a single output is always 1; take sigmoid")
+            raise GigamorphError(f"{place}a softmax of a single output is always 1; take sigmoid")
 
     @property
     def binary(self) -> bool:

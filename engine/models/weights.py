@@ -107,7 +107,8 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
     bad = {name: _not_finite(value) for name, value in dense.items() if value.is_floating_point()}
     bad = {name: count for name, count in bad.items() if count}
     if bad:
-        problems.append(f"{sum(bad.values())} values are NaN or infinite, in {some(bad)}")
+        count = sum(bad.values())
+        problems.append(f"{count} value{'s are' if count > 1 else ' is'} NaN or infinite, in {some(bad)}")
     if problems:
         raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
     counters = {name: value for name, value in network.state_dict().items() if name not in state}

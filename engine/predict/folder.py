@@ -117,7 +117,9 @@ class RunFolder:
         found = _read_description(out / "run.json")
         if found is None or not self.begun():
             if found is None and job.product and (out / job.product).exists():
-                raise GigamorphError(f"{out / job.product}: already exists; name another --out")
+                raise GigamorphError(
+                    f"{out / job.product}: already exists, and no run.json says of which run; name another --out"
+                )
             return None
         if found["kind"] != job.kind:
             raise GigamorphError(f"{out}: is of gigamorph {found['kind']}; name another --out")

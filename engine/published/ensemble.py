@@ -44,14 +44,16 @@ class Published:
         return self._told(image, lambda: self.net.evidence_map(image, score))
 
     def _told(self, image: Any, compute: Callable[[], Any]) -> Any:
+        one = image[0] if isinstance(image, list) else image
+        name = str(getattr(one, "name", "image"))
         try:
             return compute()
+        except DataError as error:  # it may have been found where the image has no name, as in an encoder of tiles
+            raise error if name in str(error) else DataError(f"{name}: {error}") from error
         except GigamorphError:
             raise
         except Exception:  # the network's own: whatever it raises is the answer
-            one = image[0] if isinstance(image, list) else image
             shape = tuple(one.shape)[-3:]
-            name = getattr(one, "name", "image")
             try:
                 with torch.no_grad():
                     record(self.net._network, self.network_name, (1, *shape), "cpu")

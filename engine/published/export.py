@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import GigamorphError
 from ..files import write_atomically
-from ..models import create_model
 from ..models.compat import make_torchvision_importable
 from ..models.folder import WEIGHTS, Description, Preprocessing, is_folder, read_description
 from ..models.spec import Spec
@@ -22,7 +21,7 @@ from ..models.weights import first_line, sha256
 from ..train.checkpoint import load_checkpoint, versions
 from ..train.network import outputs_of_record, restore_network
 from .importing import new_folder
-from .reference import LIMIT32, difference, fixed_image, forward, ordinary
+from .reference import LIMIT32, difference, fixed_image, forward, open_checked, ordinary
 
 _SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # ours, which timm calls the same
 
@@ -47,13 +46,13 @@ def open_source(path: str | Path) -> Source:
     """The network in a folder of `gigamorph import` or a checkpoint of `gigamorph train`.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or gives other logits than when it was imported.
         GigamorphError: it is an ensemble, or a recipe's.
     """
     path = Path(path)
     if is_folder(path) or path.is_dir():
         description = read_description(path)
-        return Source(path, create_model(str(path)).float().eval(), description)
+        return Source(path, open_checked(path).float(), description)
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" not in record:

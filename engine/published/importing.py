@@ -96,6 +96,10 @@ def import_ensemble(folders: Sequence[str | Path], out: str | Path, flips: Seque
                 f"{folder}: predicts {', '.join(one.outputs.names)}, not {', '.join(found[0].outputs.names)} as "
                 f"{folders[0]}"
             )
+        if one.outputs.exclusive != found[0].outputs.exclusive:
+            one_holds, any_may = "classes of which one holds", "labels any of which may hold"
+            own, other = (one_holds, any_may) if one.outputs.exclusive else (any_may, one_holds)
+            raise GigamorphError(f"{folder}: predicts {own}, not {other} as {folders[0]}")
         mine, first = one.preprocessing, found[0].preprocessing
         if (mine.channels, mine.voi) != (first.channels, first.voi):
             raise GigamorphError(f"{folder}: takes other channels or another grey scale than {folders[0]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..train.checkpoint import versions
+from .endings import endings
 from .reference import compute, fixed_image, forward, verified
 
 SIZE = (320, 256)
@@ -83,7 +84,9 @@ def import_state(
         spec = replace(spec, results=tuple(taken))
         network.register_forward_hook(Columns(spec.results))
     reference = compute(network, image, str(spec))
-    outputs = _outputs(wishes, known, reference.logits32.shape[1], taken)
+    ends = [""] * max(1, len(taken)) if known is not None else endings(network, image, len(taken))
+    outputs = _outputs(wishes, known, reference.logits32.shape[1], taken, ends)
+    _tell_endings(outputs, ends, spec, say)
     checked = verified(network, reference, str(spec))
     if wanted.size is None and wishes.size is not None:
         _tell_fixed(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
@@ -269,11 +272,23 @@ def _load(
     return [name]
 
 
-def _outputs(wishes: Wishes, known: Outputs | None, columns: int, taken: Mapping[str, int]) -> Outputs:
-    """What the user, the layout or the number of columns says of the outputs.
+def _tell_endings(outputs: Outputs, ends: Sequence[str], spec: Spec, say: Say) -> None:
+    again = {head.activation for head in outputs.heads} & {"softmax", "sigmoid"}
+    for end in dict.fromkeys(filter(None, ends)):
+        so = "its numbers are probabilities"
+        if again:
+            so += f", of which a {' and a '.join(sorted(again))} is taken as asked; --activation probability takes none"
+        say(f"{spec.name}: ends in a {end}; {so}")
+
+
+def _outputs(
+    wishes: Wishes, known: Outputs | None, columns: int, taken: Mapping[str, int], ends: Sequence[str]
+) -> Outputs:
+    """What the user, the layout, the network's last op or the number of columns says of the outputs.
 
     Args:
         taken: columns of each tensor that is taken, if there are several; each is a head by default.
+        ends: of each of them, or of the one output, what has made probabilities of it already.
 
     Raises:
         GigamorphError: names that do not fit the columns.
@@ -290,22 +305,26 @@ def _outputs(wishes: Wishes, known: Outputs | None, columns: int, taken: Mapping
                 f"the network has {len(taken)} outputs ({', '.join(taken)}) of {columns} numbers, --classes names "
                 f"{len(names)}; name them one by one, as in --head {next(iter(taken))}=softmax:A,B"
             )
-        heads = zip(names, taken.values(), strict=True)
-        outputs = Outputs(tuple(_default_head(name, count, wishes.activation) for name, count in heads))
+        heads = zip(names, taken.values(), ends, strict=True)
+        outputs = Outputs(
+            tuple(_default_head(n, count, wishes.activation or _usual(count, end)) for n, count, end in heads)
+        )
     else:
-        outputs = Outputs.of(wishes.activation or _usual(columns), columns, wishes.classes)
+        outputs = Outputs.of(wishes.activation or _usual(columns, ends[0]), columns, wishes.classes)
     if outputs.columns != columns:
         raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
     return outputs
 
 
-def _usual(columns: int) -> Activation:
+def _usual(columns: int, end: str) -> Activation:
+    if end:
+        return "probability"
     return "softmax" if columns > 1 else "sigmoid"
 
 
-def _default_head(name: str, columns: int, activation: Activation | None) -> Head:
+def _default_head(name: str, columns: int, activation: Activation) -> Head:
     classes = tuple(str(i) for i in range(columns)) if columns > 1 else (name,)
-    return Head(classes, activation or _usual(columns), columns, name)
+    return Head(classes, activation, columns, name)
 
 
 def _head(name: str, text: str) -> Head:

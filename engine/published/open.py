@@ -11,12 +11,12 @@ from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..datasets.views import FLIPS, mirrorings
 from ..errors import GigamorphError
-from ..models import create_model
 from ..models.folder import Description, read_description
 from ..train.data import Images
 from ..train.splits import with_splits
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
+from .reference import open_checked
 
 Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 
@@ -31,7 +31,7 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
         flips: of `FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
-        DataError: if the folder is damaged.
+        DataError: if the folder is damaged, or its network gives other logits than when it was imported.
         GigamorphError: its network cannot be built, gives features and no predictions, or averages over mirror images
             already.
     """
@@ -81,4 +81,4 @@ def _members(folder: Path, description: Description, memory_budget: int | None, 
 
 
 def _accelerated(folder: Path, memory_budget: int | None, device: str) -> Accelerated:
-    return accelerate(create_model(str(folder)).to(device), memory_budget, fallback="whole").eval()
+    return accelerate(open_checked(folder).to(device), memory_budget, fallback="whole").eval()

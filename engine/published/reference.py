@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
-from ..errors import GigamorphError
+from ..errors import DataError, GigamorphError
 from ..files import write_atomically
-from ..models.folder import REFERENCE, Preprocessing
+from ..models import create_model
+from ..models.folder import REFERENCE, Preprocessing, read_description
 from ..models.weights import first_line
+from ..train.checkpoint import versions
 
 LIMIT32 = 1e-5
 """Largest difference in float32, of the largest logit or 1."""
@@ -55,8 +57,13 @@ class Reference:
     def read(cls, folder: Path) -> Reference:
         from safetensors.torch import load_file
 
-        found = load_file(folder / REFERENCE)
-        return cls(found["image"], found["logits_float32"], found["logits_float64"])
+        try:
+            found = load_file(folder / REFERENCE)
+            return cls(found["image"], found["logits_float32"], found["logits_float64"])
+        except Exception as error:  # the library's own error class, and those of the system
+            raise DataError(
+                f"{folder / REFERENCE}: cannot be read ({first_line(error)}); import the network again"
+            ) from error
 
 
 def compute(network: nn.Module, image: Tensor, name: str) -> Reference:
@@ -120,12 +127,46 @@ def verified(network: nn.Module, reference: Reference, name: str) -> Mapping[str
                     far = difference(_by_tiles(twin, image, tile), exact)
                     found["casts"] = "to float32 in the network, to float64 in the comparison in float64"
         if not far <= limit:
+            again = difference(ordinary(twin, image, name), wanted)
+            if not again <= limit:
+                raise GigamorphError(
+                    f"model {name!r} gives other logits at every call of ordinary PyTorch, by {again:.1e}; switch off "
+                    "what is random in it, as a dropout that does not heed eval()"
+                )
             raise GigamorphError(
                 f"model {name!r}: its logits of a fixed image, computed by tiles, differ by {far:.1e} in {kind} from "
                 f"ordinary PyTorch's, more than {limit:.0e}; nothing was written"
             )
         found[f"{kind} difference"] = far
     return found
+
+
+def open_checked(folder: Path) -> nn.Module:
+    """The network of a folder in evaluation mode, once it has given the logits that it had when it was imported.
+
+    Weights are the same by their hash; the code around them may have changed since, one's own or a package's.
+
+    Raises:
+        DataError: it gives others.
+    """
+    network, reference = create_model(str(folder)).eval(), Reference.read(folder)
+    with torch.no_grad():
+        far = difference(ordinary(network, reference.image, str(folder)), reference.logits32)
+        if not far <= LIMIT32:  # another machine may round otherwise, in float32 alone
+            exact = ordinary(copy.deepcopy(network).double(), reference.image.double(), str(folder))
+            far = difference(exact, reference.logits64)
+    if not far <= LIMIT32:
+        raise DataError(
+            f"{folder}: gives other logits than when it was imported (by {far:.0e}), so the code that "
+            f"builds it has changed{_other_versions(read_description(folder).versions)}; import it again"
+        )
+    return network
+
+
+def _other_versions(then: Mapping[str, str]) -> str:
+    now = versions()
+    found = [f"{name} {was} then, {now[name]} now" for name, was in then.items() if now.get(name, was) != was]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _by_tiles(network: nn.Module, image: Tensor, tile: tuple[int, int]) -> Tensor:

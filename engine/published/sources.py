@@ -17,9 +17,12 @@ from ..models.compat import make_torchvision_importable
 from ..models.folder import Description, Preprocessing, require_no_run
 from ..models.outputs import Outputs
 from ..models.spec import Spec
+from ..models.weights import first_line
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _SHARDED = tuple(name + INDEX for name in _NAMES[:2])
+# ImageNet's, which timm takes where a config.json names none.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,15 @@ def hub_folder(path: Path) -> HubFolder | None:
         raise DataError(f"{config}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
         return None
-    about = found.get("pretrained_cfg") or {}
+    try:
+        return _described(path, found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{config}: is not as timm writes it: {first_line(error)}") from error
+
+
+def _described(path: Path, found: Mapping[str, Any]) -> HubFolder:
+    """As timm reads it: older files have all that is in ``pretrained_cfg`` beside the architecture."""
+    about = {"mean": _MEAN, "std": _STD, **(found.get("pretrained_cfg", found) or {})}
     arguments = dict(found.get("model_args") or {})
     if found.get("global_pool"):
         arguments.setdefault("global_pool", found["global_pool"])
@@ -76,11 +87,12 @@ def hub_folder(path: Path) -> HubFolder | None:
         ours = Description.from_json(found["gigamorph"])
         spec = Spec("timm", found["architecture"], arguments)
         return HubFolder(weights_in(path), spec, ours.preprocessing, (), ours.licence, ours.outputs)
+    labels = found.get("label_names") or about.get("label_names") or found.get("labels") or ()
     return HubFolder(
         weights=weights_in(path),
         spec=Spec("timm", found["architecture"], arguments),
         preprocessing=_preprocessing(about, arguments["in_chans"]),
-        classes=tuple(about.get("label_names") or found.get("label_names") or ()),
+        classes=tuple(str(name) for name in (labels.values() if isinstance(labels, dict) else labels)),
         licence=_licence(path) or str(found.get("license") or about.get("license") or ""),
     )
 

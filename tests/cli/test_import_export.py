@@ -285,6 +285,10 @@ def test_an_image_that_is_too_small_is_named_and_can_be_skipped(tmp_path, capsys
         "def net(num_classes, in_channels=1):\n"
         "    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
         "    return nn.Sequential(nn.Conv2d(in_channels, 4, 33, 8), nn.ReLU(), pool, nn.Linear(4, num_classes))\n"
+        "def tiles(num_classes, in_channels=1):\n"
+        "    from gigamorph import tilewise\n"
+        "    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "    return nn.Sequential(tilewise(net(4, in_channels), 40), pool, nn.Linear(4, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
     torch.save(create_model("small_nets:net").state_dict(), tmp_path / "w.pt")
@@ -296,6 +300,12 @@ def test_an_image_that_is_too_small_is_named_and_can_be_skipped(tmp_path, capsys
     assert error.startswith("error: small.png: model 'net' cannot take an image of 1 x 20 x 50")
     assert run("predict", "net", "small.png", "large.png", "--skip-bad", "--out", "other") == 0
     assert [row["image_path"] for row in rows(tmp_path / "other" / "predictions.csv")] == ["large.png"]
+    torch.save(create_model("small_nets:tiles").state_dict(), tmp_path / "w.pt")
+    assert run("import", "small_nets:tiles", "--weights", "w.pt", "--size", "80x72", "--out", "tiles") == 0
+    assert run("predict", "tiles", "small.png", "large.png", "--skip-bad", "--out", "more") == 0
+    assert [row["image_path"] for row in rows(tmp_path / "more" / "predictions.csv")] == ["large.png"]
+    (skipped,) = rows(tmp_path / "more" / "quarantine.csv")
+    assert skipped["reason"].startswith("small.png: an image of 20 x 50 pixels is smaller than one tile of 40 x 40")
 
 
 def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys):
@@ -303,7 +313,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     command = ["import", "resnet18?width=4", "--weights", tmp_path / "w.pt", "--classes", "no,yes", "--mean", "0.5"]
     assert run(*command, "--size", "96x64", "--out", tmp_path / "net") == 0
     said = capsys.readouterr().out
-    assert "gives no, yes" in said and "takes 1 channels, every pixel, mean [0.5]" in said
+    assert "gives no, yes" in said and "takes 1 channel, every pixel, mean [0.5]" in said
     assert "licence not stated" in said
     assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2

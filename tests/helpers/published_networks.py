@@ -31,6 +31,22 @@ class Boxes(Net):
     def forward(self, x):
         return [{"boxes": x.mean((1, 2, 3))[:, None].expand(1, 4), "scores": x.mean((1, 2, 3))}]
 
+class Sure(Net):
+    # its outputs are probabilities already, as its last step takes them
+    def __init__(self, num_classes=2, in_channels=1, last="softmax"):
+        super().__init__(num_classes, in_channels)
+        self.last = last
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.last == "heads":
+            return {"a": y.softmax(1), "b": y[:, 0], "c": y.sigmoid()[:, 1:2].squeeze(1)}
+        return y.sigmoid() if self.last == "sigmoid" else y.softmax(1).flatten(1)
+
+class Random(Net):
+    def forward(self, x):
+        return super().forward(x) * torch.rand(())
+
 class Heads(Net):
     # num_classes is of the head that is not the last one
     def __init__(self, num_classes=2, in_channels=1):

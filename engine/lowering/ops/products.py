@@ -1,4 +1,4 @@
-"""Rules of matrix products: matmul, @, bmm, baddbmm, linear.
+"""Rules of matrix products: matmul, @, bmm, linear.
 
 (N, HW, C) @ (C, D)                 per pixel: a matrix for all positions, or one for each
 (N, C, HW) @ (N, HW, D)             a sum over the positions: Gram and covariance matrices, attention pooling
@@ -196,40 +196,3 @@ def _over_one_axis(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     local = Local(own, {v: maps.pointwise(v) for v in (value, weights)}, (axes,), run)
     rows, cols = (Cells(n, 1 if axis == dim else n) for axis, n in zip(axes, size, strict=True))
     return [*nodes, local, Reduction(op, made, "sum", 1, (dim,), False, grid=(rows, cols))]
-
-
-@rule("baddbmm")
-def baddbmm(op: Op, maps: Maps) -> list[Node]:
-    """beta * input + alpha * (a @ b), where the input is no map."""
-    given = arguments(op, "input batch1 batch2 beta alpha", beta=1, alpha=1)
-    base, left, right = (given[name].value for name in ("input", "batch1", "batch2"))
-    if base in maps:
-        raise Refusal("'baddbmm' adds to a map; use torch.bmm and a sum")
-    output = op.outputs[0]
-    product = maps.new_value(like=output)
-    made = _product(
-        Op(
-            torch.bmm,
-            "bmm",
-            (given["batch1"], given["batch2"]),
-            {},
-            (left, right),
-            (product,),
-            (),
-            op.module,
-            line=op.line,
-        ),
-        maps,
-        left,
-        right,
-        _behind(maps, left),
-        _behind(maps, right),
-    )
-    nodes = made if isinstance(made, list) else [made]
-    if not isinstance(nodes[-1], Reduction):
-        raise Refusal("'baddbmm' of each position with a matrix; use torch.bmm and a sum")
-
-    def add(env: Env) -> tuple[Tensor, ...]:
-        return (given["beta"] * env[base] + given["alpha"] * env[product],)
-
-    return [*nodes, VectorOp(add, (base, product), (output,))]

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from ...capture.trace import Op
-from ...errors import ChangedError, GigamorphError, UnsupportedError
+from ...errors import ChangedError, DataError, GigamorphError, UnsupportedError
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
 from .promote import promoted
@@ -102,7 +102,7 @@ class Tiles:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles."""
         if height < self.size[0] or width < self.size[1]:
-            raise GigamorphError(
+            raise DataError(
                 f"an image of {height} x {width} pixels is smaller than one tile of {self.size[0]} x {self.size[1]}; "
                 "pad it, or give tilewise a smaller size"
             )

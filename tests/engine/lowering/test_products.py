@@ -132,9 +132,24 @@ def all_with_all(x: Tensor) -> Tensor:
     return (x.flatten(2) @ weights).view_as(x)
 
 
-def test_all_with_all():
+def all_with_all_into(x: Tensor) -> Tensor:
+    """As Diffusers writes it: with a factor, into a tensor that beta leaves out, which may hold anything."""
+    tokens = x.flatten(2).transpose(1, 2)
+    nothing = torch.full((len(x), positions(x), positions(x)), torch.nan, dtype=x.dtype)
+    weights = torch.baddbmm(nothing, tokens, tokens.transpose(1, 2), beta=0, alpha=0.5).softmax(-1)
+    return (weights @ tokens).transpose(1, 2).view_as(x)
+
+
+def all_with_all_and_biases(x: Tensor) -> Tensor:
+    tokens, m = x.flatten(2).transpose(1, 2), positions(x)
+    weights = ramp(m * m, x, 1, m, m).baddbmm(tokens, tokens.transpose(1, 2), beta=0.5).softmax(-1)
+    return torch.bmm(weights, tokens).transpose(1, 2).view_as(x)
+
+
+@pytest.mark.parametrize("function", [all_with_all, all_with_all_into, all_with_all_and_biases])
+def test_all_with_all(function):
     """A row of weights for each position, and what they give to all positions is a sum over the tiles."""
-    assert_exact(Around(all_with_all).double(), image(), tile=(5, 4))
+    assert_exact(Around(function).double(), image(), tile=(5, 4))
 
 
 class Mixer(nn.Module):

@@ -39,14 +39,23 @@ def test_a_child_called_module_is_no_wrapper(here, wrapper):
             assert torch.equal(again(image), made(image))
 
 
-def test_averaged_weights_are_taken_and_told(here):
+@pytest.mark.parametrize("place", ["model_ema", "ema.shadow"])
+def test_averaged_weights_are_taken_and_told(here, place):
     made = network()
     average = torch.optim.swa_utils.AveragedModel(network(seed=1))
-    torch.save({"model": made.state_dict(), "model_ema": average.state_dict()}, here / "w.pt")
+    first, _, second = place.partition(".")
+    averaged = {"decay": 0.99, second: average.state_dict()} if second else average.state_dict()
+    torch.save({"model": made.state_dict(), first: averaged}, here / "w.pt")
     said = []
     folder = imported(here, quiet=said)
-    assert said == ["w.pt: takes the weights of model_ema, not those of model"]
-    assert read_description(folder).source["place"] == "model_ema"
+    assert said == [f"w.pt: takes the weights of {place}, not those of model"]
+    assert read_description(folder).source["place"] == place
+    torch.save(
+        {"model": made.state_dict(), "smooth": average.state_dict(), "loss": {"a": torch.ones(1)}}, here / "w.pt"
+    )
+    imported(here, "unknown", quiet=said)
+    assert said[1:] == ["w.pt: takes the weights of model, not those of smooth"]
+    torch.save({"model": made.state_dict(), first: averaged}, here / "w.pt")
     plain = imported(here, "plain", prefix="model")
     image = torch.rand(1, 1, 60, 50)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gigamorph import create_model
-from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import Description, Preprocessing, read_description
 from gigamorph.engine.models.outputs import Outputs
 from gigamorph.engine.published.export import Source, export_hub, export_onnx, open_source
@@ -64,6 +64,29 @@ def test_a_hugging_face_folder_of_others_is_read(tmp_path):
     assert found.preprocessing.mean == tuple(network.pretrained_cfg["mean"])
     assert found.outputs.names == ["a", "b", "c"]
     assert found.licence == "mit"  # config.json has that of timm's own weights, apache-2.0
+    # As timm wrote it once, and what it takes where nothing is said.
+    path = tmp_path / "theirs" / "config.json"
+    new = json.loads(path.read_text())
+    about = {**new["pretrained_cfg"], "mean": [0.4, 0.5, 0.6]}
+    cases = (
+        ({"architecture": "test_convnext", "labels": ["x", "y", "z"], **about}, (0.4, 0.5, 0.6), ["x", "y", "z"]),
+        (
+            {"architecture": "test_convnext", "label_names": {"0": "x", "1": "y", "2": "z"}},
+            (0.485, 0.456, 0.406),
+            ["x", "y", "z"],
+        ),
+        ({**new, "label_names": ["x", "y", "z"]}, tuple(network.pretrained_cfg["mean"]), ["x", "y", "z"]),
+    )
+    for number, (config, mean, names) in enumerate(cases):
+        path.write_text(json.dumps(config))
+        import_network(str(path.parent), tmp_path / f"net{number}", Wishes(size=(96, 64)), str)
+        found = read_description(tmp_path / f"net{number}")
+        assert (found.preprocessing.mean, found.outputs.names) == (mean, names)
+    for part in ({"pretrained_cfg": [1]}, {"model_args": "x"}, {"pretrained_cfg": {"mean": "0.5"}}):
+        path.write_text(json.dumps({**new, **part}))
+        with pytest.raises(DataError, match=r"config.json: is not as timm writes it: \w+Error: .*") as caught:
+            import_network(str(path.parent), tmp_path / "none", Wishes(size=(96, 64)), str)
+        assert "\n" not in str(caught.value)
 
 
 def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):

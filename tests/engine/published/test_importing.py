@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.outputs import outputs_of
 from gigamorph.engine.published import reference
+from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
+from gigamorph.engine.published.open import open_published
 from gigamorph.engine.published.reference import Reference
 
 
@@ -95,6 +98,37 @@ def test_tensors_in_containers_are_heads_side_by_side(here, two_heads):
     assert list(again.state_dict()) == list(two_heads.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("last", "classes", "activations"),
+    [("softmax", 3, ["probability"]), ("sigmoid", 1, ["probability"]), ("heads", 2, ["probability", "sigmoid"] * 2)],
+)
+def test_outputs_that_are_probabilities_already_are_taken_as_such(here, last, classes, activations):
+    """A second softmax of them would give other probabilities; that it was asked for is told."""
+    made = network(classes=classes)
+    torch.save(made.state_dict(), here / "w.pt")
+    source, said = f"published_nets:Sure?last={last}", []
+    folder = imported(here, source=source, quiet=said)
+    description, again = read_description(folder), create_model(str(folder)).eval()
+    assert [head.activation for head in description.outputs.heads] == activations[: 3 if last == "heads" else 1]
+    assert any("ends in a " in line and "probabilities" in line for line in said)
+    image = torch.randn(1, 1, 60, 50)
+    with torch.no_grad():
+        logits, found = made(image), description.outputs.log_odds(again(image)).sigmoid()
+    if last == "heads":
+        wanted = torch.cat([logits.softmax(1), logits[:, :1].sigmoid(), logits[:, 1:].sigmoid()], 1)
+    else:
+        p = logits.sigmoid() if last == "sigmoid" else logits.softmax(1)
+        wanted = torch.cat([1 - p, p], 1) if last == "sigmoid" else p
+    torch.testing.assert_close(found, wanted)
+    if last == "softmax":
+        said.clear()
+        imported(here, "asked", source=source, activation="softmax", quiet=said)
+        assert said == [
+            "Sure: ends in a softmax; its numbers are probabilities, of which a softmax is taken as asked; "
+            "--activation probability takes none"
+        ]
+
+
 def test_one_of_several_outputs_is_named(here, two_heads):
     """After #, or by the heads' names; the spec builds it wherever a network is named, without a folder too."""
     density = read_description(imported(here, source="published_nets:Heads#heads.0", classes=tuple("ABCD")))
@@ -148,6 +182,7 @@ def test_bad_input_is_one_line_and_writes_nothing(here):
         "gives no row of numbers for an image, but boxes: 0.boxes (1 x 4), 0.scores (1); an import holds no detector: "
         "accelerate(its backbone)": {"source": "published_nets:Boxes"},
         "gives no row of numbers '1' for an image": {"source": "published_nets:Pair#1"},
+        "gives other logits at every call of ordinary PyTorch, by ": {"source": "published_nets:Random"},
         "after # come the names": {"source": "published_nets:Pair#"},
         "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
         "2 names (a, b) do not fit 3 outputs": {"classes": ("a", "b")},
@@ -183,6 +218,29 @@ def test_a_folder_that_was_changed_is_refused(here):
     (folder / "model.json").write_text('{"format": 1}')
     with pytest.raises(DataError, match="is damaged"):
         create_model(str(folder))
+
+
+def test_code_that_has_changed_since_the_import_is_refused(here, monkeypatch):
+    """Its weights still fit, and what it gives are other numbers."""
+    torch.save(network().state_dict(), here / "w.pt")
+    folder = imported(here)
+    import_ensemble([folder, folder], here / "both", [])
+    text = (folder / "model.json").read_text().replace('"torch": "', '"torch": "0.')
+    (folder / "model.json").write_text(text)
+    openers = (lambda: open_published(folder, memory_budget=None, device="cpu"), lambda: open_source(folder))
+    for opened in openers:
+        opened()  # another version that gives the same is none of its business
+    forward = sys.modules["published_nets"].Net.forward
+    monkeypatch.setattr(sys.modules["published_nets"].Net, "forward", lambda self, x: forward(self, x) + 1e-4)
+    for opened in (*openers, lambda: open_published(here / "both", memory_budget=None, device="cpu")):
+        with pytest.raises(DataError, match=r"1e-04\), so the code that builds it has changed") as caught:
+            opened()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"\(torch 0\.\S+ then, \S+ now\); import it again"):
+        openers[0]()
+    (folder / "reference.safetensors").unlink()
+    with pytest.raises(DataError, match=r"reference.safetensors: cannot be read .*; import the network again"):
+        openers[0]()
 
 
 def test_a_folder_calls_nothing_that_makes_no_network(here):
@@ -293,6 +351,10 @@ def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
         create_model(str(both))
     with pytest.raises(GigamorphError, match="predicts 0, 1, 2, not 0, 1 as"):
         import_ensemble([here / "b", here / "c"], here / "other", [])
+    torch.save(network(classes=2).state_dict(), here / "w.pt")
+    imported(here, "labels", activation="sigmoid")
+    with pytest.raises(GigamorphError, match="labels any of which may hold, not classes of which one holds as"):
+        import_ensemble([here / "b", here / "labels"], here / "other", [])
     with pytest.raises(GigamorphError, match="is an ensemble already"):
         import_ensemble([both, here / "b"], here / "other", [])
     assert not (here / "other").exists()
