@@ -110,7 +110,7 @@ def import_(
     Example: gigamorph import "timm:tf_efficientnetv2_s?in_chans=1&global_pool=max" --weights model.safetensors
     --out net
     """
-    from ..engine.datasets.views import FLIPS
+    from ..engine.datasets.flips import FLIPS
     from ..engine.errors import GigamorphError
     from ..engine.models.folder import Preprocessing, is_folder
     from ..engine.published.importing import Wishes, import_ensemble, import_network
