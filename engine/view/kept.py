@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from ... import __version__
 from ..files import write_atomically
+from ..versions import OWN
 
 
 def note_of(settings: object, files: Iterable[Path]) -> str | None:
@@ -16,7 +16,7 @@ def note_of(settings: object, files: Iterable[Path]) -> str | None:
 
     A hash alone, for pages name nobody. None where a file is not on this machine: then nothing is known.
     """
-    told = [__version__, repr(settings)]
+    told = [OWN, repr(settings)]
     try:
         for path in files:
             inside = sorted(path.rglob("*")) if path.is_dir() else []
