@@ -112,13 +112,17 @@ def import_(
     """
     from ..engine.datasets.flips import FLIPS
     from ..engine.errors import GigamorphError
-    from ..engine.models.folder import Preprocessing, is_folder
+    from ..engine.models.folder import Preprocessing, is_folder, require_no_run
     from ..engine.published.importing import Wishes, import_ensemble, import_network
 
     if flips or len(sources) > 1:
         for source in sources:
             if not is_folder(source):
-                raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
+                require_no_run(source)
+                raise GigamorphError(
+                    f"{source}: is no folder of gigamorph import, of which ensembles and --flip are; make one of it "
+                    f"first: gigamorph import {source} --out FOLDER"
+                )
         path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
         click.echo(f"{path}: mean of {len(sources)} networks, {1 + len(flips)} views of each image")
         return
