@@ -110,15 +110,19 @@ def import_(
     Example: gigamorph import "timm:tf_efficientnetv2_s?in_chans=1&global_pool=max" --weights model.safetensors
     --out net
     """
-    from ..engine.datasets.views import FLIPS
+    from ..engine.datasets.flips import FLIPS
     from ..engine.errors import GigamorphError
-    from ..engine.models.folder import Preprocessing, is_folder
+    from ..engine.models.folder import Preprocessing, is_folder, require_no_run
     from ..engine.published.importing import Wishes, import_ensemble, import_network
 
     if flips or len(sources) > 1:
         for source in sources:
             if not is_folder(source):
-                raise GigamorphError(f"{source}: is no folder of gigamorph import; of several, or with --flip, each is")
+                require_no_run(source)
+                raise GigamorphError(
+                    f"{source}: is no folder of gigamorph import, of which ensembles and --flip are; make one of it "
+                    f"first: gigamorph import {source} --out FOLDER"
+                )
         path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
         networks = f"{len(sources)} network{'s' * (len(sources) > 1)}"
         click.echo(f"{path}: mean of {networks}, {1 + len(flips)} view{'s' * bool(flips)} of each image")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.datasets.flips import FLIPS
+
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
 
@@ -47,17 +49,14 @@ def usable_device(value: str) -> str:
     return ("cuda" if usable else "cpu") if value == "auto" else value
 
 
-_FLIPS = ("left-right", "up-down", "both")
-
-
 def flips(told: str) -> Any:
     """``--flip``, of mirror images to average over; the command takes them as `flips`, each once, in one order."""
     return click.option(
         "--flip",
         "flips",
         multiple=True,
-        type=click.Choice(_FLIPS),
-        callback=lambda ctx, param, given: tuple(name for name in _FLIPS if name in given),
+        type=click.Choice(list(FLIPS)),
+        callback=lambda ctx, param, given: tuple(name for name in FLIPS if name in given),
         help=told,
     )
 

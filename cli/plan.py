@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -145,6 +145,7 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
 def _plain(made: Plan) -> dict[str, Any]:
     """A plan's numbers by name, with those that follow from them."""
     kept = {own.name: getattr(made, own.name) for own in fields(made) if own.name not in ("choices", "choice")}
+    kept["at_peak"] = made.at_peak and asdict(made.at_peak)
     return {**kept, "peak_bytes": made.peak_bytes, "work": made.work, "fits": made.fits}
 
 

@@ -20,7 +20,7 @@ _BAR = 32
 
 
 def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
-    """Print a plan; the bars compare its parts, its sum, the budget and stock PyTorch on one scale."""
+    """Print a plan; the bars compare what is there at its peak, that, the budget and stock PyTorch on one scale."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         click.echo(str(plan))
@@ -47,6 +47,7 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
+    console.print("at the moment of the peak:")
     for group in (parts, sums):
         for name, size, style in group:
             bar = "█" * max(1, round(_BAR * size / largest)) if size else ""
@@ -138,14 +139,21 @@ def show_choices(choices: Sequence[Choice], console: Console | None = None) -> N
 
 
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:
+    """What is there at the peak, which is its sum but for what is not on the device."""
     where = {"device": "halos", "host": "halos, in host memory", "disk": "halos, on disk"}[plan.halos]
     resident = "" if plan.halos == "device" else "dim"
-    parts = [("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, "")]
-    if plan.halo_bytes:
-        parts.append((where, plan.halo_bytes, resident))
-    parts += [("strips in work", plan.strip_bytes, ""), ("one tile", plan.tile_bytes, "")]
-    if plan.retained_bytes:
-        parts.append(("retained tiles", plan.retained_bytes, ""))
-    if plan.stored_bytes:
-        parts.append(("whole maps", plan.stored_bytes, ""))
-    return parts
+    assert plan.at_peak is not None
+    at = plan.at_peak
+    parts = [
+        ("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, ""),
+        (where, plan.halo_bytes, resident),
+        ("strips in work", at.strips, ""),
+        ("one tile", at.tile, ""),
+        ("retained tiles", at.graphs, ""),
+        ("whole maps", at.maps, ""),
+        ("replayed tiles", plan.replay_bytes, ""),
+        ("libraries", plan.library_bytes, ""),
+        ("heap", plan.heap_bytes, ""),
+        ("records", plan.record_bytes, ""),
+    ]
+    return [part for part in parts if part[1]]

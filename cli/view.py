@@ -18,7 +18,11 @@ from .stopped import Stopped
     "--table", type=click.Path(exists=True, dir_okay=False), help="The csv that was predicted from: findings, masks."
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder of the page; by default SOURCE/view.")
-@click.option("--static", is_flag=True, help="Write all tiles, so that the page works from its files, and end.")
+@click.option(
+    "--static",
+    is_flag=True,
+    help="Write all tiles that are not there yet, so that the page works from its files, and end.",
+)
 @click.option(
     "--evidence",
     metavar="CHECKPOINT",
@@ -84,12 +88,12 @@ def view(
 
         try:
             with Count("images", len(site.views)) as count:
-                site.write_all(folder, done)
+                there = site.write_all(folder, done)
         except KeyboardInterrupt as error:
             shown = f"{page} shows {written} of {len(site.views)} images" if written else "no image is written"
-            click.echo(f"stopped; {shown}, and the same command begins anew", err=True)
+            click.echo(f"stopped; {shown}, and the same command goes on", err=True)
             raise Stopped from error
-        click.echo(f"{told}; {page}")
+        click.echo(f"{told}{f', {there} of them there already' if there else ''}; {page}")
         return
     server = make_server(site, folder, port)
     address = f"http://127.0.0.1:{server.server_address[1]}/"

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -221,16 +221,32 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _any_of(wanted: Sequence[Any], value: Any, source: str, key: str) -> Any:
-    for each in wanted[:-1]:
+    for each in wanted if len(wanted) > 1 else ():
         with contextlib.suppress(GigamorphError):
             return _value(each, value, source, key)
-    if len(wanted) > 1 and all(each in (bool, int, float, str) for each in wanted) and type(value) not in wanted:
-        raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {' or '.join(map(_name, wanted))}")
-    return _value(wanted[-1], value, source, key)
+    alike = [each for each in wanted if _is_alike(each, value)]  # says what is wrong inside of it
+    if not alike and len(wanted) > 1:
+        raise GigamorphError(f"{source}: key '{key}' is {value!r}, not {_or(map(_name, wanted))}")
+    return _value((alike or wanted)[-1], value, source, key)
+
+
+def _or(names: Iterable[str]) -> str:
+    *others, last = sorted(names, key=lambda name: name.startswith("a list"))
+    return f"{', '.join(others)} or {last}"
+
+
+def _is_alike(wanted: Any, value: Any) -> bool:
+    """Whether a value is a list or table, as is wanted."""
+    origin = get_origin(wanted)
+    return (isinstance(value, list) and origin is tuple) or (
+        isinstance(value, dict) and (is_dataclass(wanted) or origin is dict)
+    )
 
 
 def _name(wanted: Any, key: str = "") -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if get_origin(wanted) is Literal:
+        return " or ".join(map(repr, get_args(wanted)))
     if get_origin(wanted) is tuple:
         inner = get_args(wanted)
         if inner[-1] is Ellipsis:

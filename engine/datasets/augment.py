@@ -17,11 +17,10 @@ from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource
 from .counter_random import key_of, uniform
 from .elastic import Elastic
+from .flips import FLIPS
 from .intensity import Intensity, IntensitySource
 from .sampling import SampledSource
 from .views import MirroredSource
-
-_FLIPS = {"both": (True, True), "left-right": (True, False), "up-down": (False, True)}
 
 
 def _limit(most: float) -> Any:
@@ -59,7 +58,7 @@ class Augment:
     """The largest standard deviation, in the same units."""
 
     def __post_init__(self) -> None:
-        if self.flip not in ("", *_FLIPS):
+        if self.flip not in ("", *FLIPS):
             raise DataError(f"augmentation flip={self.flip}: write flip, flip=left-right or flip=up-down")
         for name, most in _LIMITS.items():
             value = getattr(self, name)
@@ -120,7 +119,7 @@ def augmented(source: PixelSource, augment: Augment, *, seed: int, epoch: int, i
     Grey values are those before normalisation, 0 black to 1 white. What lies beyond the image is black.
     """
     draw = _Draw(seed, epoch, index)
-    mirrored = [draw.one() < 0.5 and allowed for allowed in _FLIPS.get(augment.flip, (False, False))]
+    mirrored = [draw.one() < 0.5 and allowed for allowed in FLIPS.get(augment.flip, (False, False))]
     if any(mirrored):
         source = MirroredSource(source, left_right=mirrored[0], up_down=mirrored[1])
     move, told = _move(augment, draw, source.shape)

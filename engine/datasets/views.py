@@ -11,9 +11,7 @@ from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
 from ..images.derived import DerivedSource
 from ..images.pixels import Normalize, PixelSource, check_region
-
-FLIPS = {"left-right": (True, False), "up-down": (False, True), "both": (True, True)}
-"""(left-right, up-down) of the mirror images that predictions may be averaged over."""
+from .flips import FLIPS
 
 
 def mirrorings(names: Iterable[str]) -> tuple[tuple[bool, bool], ...]:

@@ -5,6 +5,24 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is there at one moment of a step, in bytes.
+
+    Attributes:
+        maps: whole maps and their gradients.
+        graphs: of retained tiles.
+        work: what the stage at work has besides.
+        stage: its number; None in the calls between stages.
+    """
+
+    maps: int
+    graphs: int
+    work: int
+    stage: int | None
 
 
 class AtOnce:
@@ -34,10 +52,21 @@ class AtOnce:
             graphs: bytes of its tiles' graphs.
             since: a stage, from which on.
         """
+        return self._peak(works, graphs, since)[0]
+
+    def moment(self, works: Sequence[int], graphs: Sequence[int] = ()) -> Moment:
+        """When that is."""
+        total, maps, now = self._peak(works, graphs, 0)
+        stage = self._places.index(now) if now in self._places else None
+        work = 0 if stage is None else works[stage]
+        return Moment(maps, total - maps - work, work, stage)
+
+    def _peak(self, works: Sequence[int], graphs: Sequence[int], since: int) -> tuple[int, int, int]:
+        """The most bytes, those of whole maps among them, and the place among the steps."""
         kept = [0, *itertools.accumulate(graphs or [0] * len(works))]
         there = {place: kept[n + 1] + works[n] for n, place in enumerate(self._places)}
         return max(
-            held + there.get(now, kept[bisect.bisect(self._places, now)])
+            (held + there.get(now, kept[bisect.bisect(self._places, now)]), held, now)
             for now, held in self._stored
             if now >= self._places[since]
         )

@@ -33,7 +33,7 @@ from .at_once import AtOnce
 from .between import value_bytes
 from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .lifetimes import made_whole, stored_times
-from .plan import Plan
+from .plan import AtPeak, Plan
 from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
 from .strategy import stage_cost
@@ -180,6 +180,7 @@ class Estimate:
             record_bytes=self.records,
             budget=budget,
             apart_bytes=self._at_once.apart(strips, max(strips)),
+            at_peak=self._at_peak(strips, strips),
         )
         if not count_tile:
             return plan
@@ -226,6 +227,7 @@ class Estimate:
             library_bytes=self._library(stages, counted.peak),
             heap_bytes=int(constants.HEAP_SHARE * activations) * self.on_cpu,
             apart_bytes=self._at_once.apart(works, plan.strip_bytes + counted.peak),
+            at_peak=self._at_peak(works, strips),
         )
         if self.staged.place == "device" and buffers.executor(self.image.device):
             retained = self._retain(plan, stages, weights, peaks, strips, room, exact)
@@ -313,7 +315,17 @@ class Estimate:
             if numbers[n] < stages[n].tiles:
                 break
         added = max(0, self._at_once.most(works, graphs) - alone)
-        return replace(plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=added)
+        at_peak = self._at_peak(works, strips, graphs) if added else plan.at_peak
+        return replace(
+            plan, retained=sum(numbers), retained_tiles=tuple(numbers), retained_bytes=added, at_peak=at_peak
+        )
+
+    def _at_peak(self, works: Sequence[int], strips: Sequence[int], graphs: Sequence[int] = ()) -> AtPeak:
+        """What is there when most is, of which `works` are the strips and the tile."""
+        moment = self._at_once.moment(works, graphs)
+        strip = 0 if moment.stage is None else strips[moment.stage]
+        throughout = self.stored_bytes - self._at_once.stored
+        return AtPeak(throughout + moment.maps, strip, moment.work - strip, moment.graphs)
 
     def _held_share(self, tiled: TiledStage, counted: TilePeak) -> float:
         """Bytes that a retained tile holds for a byte of its blocks."""

@@ -18,6 +18,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class AtPeak:
+    """Bytes at the moment of the peak: of whole maps, of the strips and the tile in work, of graphs of tiles."""
+
+    maps: int
+    strips: int
+    tile: int
+    graphs: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one step of an image size will be computed, and what it takes. All sizes in bytes.
 
@@ -49,6 +59,7 @@ class Plan:
         replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
         apart_bytes: what of the most whole maps, strips and tile of all stages is never there at once; the peak
             is without it.
+        at_peak: what of maps, strips, tile and graphs is there when most is; None of one of several images.
         budget: the budget, or None.
         stock_bytes: the tensors of the same step in stock PyTorch, or None where it was not asked for. What its
             libraries take besides is not counted: on the CPU ResNet-18's step takes 1.3 times as much, lesionnet's 2.4.
@@ -77,6 +88,7 @@ class Plan:
     choice: int = 0
     replay_bytes: int = 0
     apart_bytes: int = 0
+    at_peak: AtPeak | None = None
     budget: int | None = None
     stock_bytes: int | None = None
 

@@ -122,6 +122,7 @@ def _choose_together(
                 replay_bytes=0,  # what one image has captured would have to be let go for the next one
                 retained=0,  # the graphs of all images would be there at the same time
                 retained_bytes=0,
+                at_peak=None,
                 retained_tiles=(),
             )
         else:

@@ -91,7 +91,9 @@ class _Predict(PredictJob):
 
     def open(self, options: RunOptions) -> None:
         super().open(options)
-        self.classes = self._network.classes
+        outputs = outputs_of(self._network.net)
+        exclusive = outputs is None or outputs.exclusive  # labels and numbers have columns of their own
+        self.classes = self._network.classes if exclusive else None
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         options = self._options

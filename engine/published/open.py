@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..accelerate import Accelerated, accelerate
+from ..datasets.flips import FLIPS
 from ..datasets.tables import SPLITS, Record
-from ..datasets.views import FLIPS, mirrorings
+from ..datasets.views import mirrorings
 from ..errors import GigamorphError
 from ..models.folder import Description, read_description
 from ..train.data import Images

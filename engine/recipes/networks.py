@@ -32,7 +32,7 @@ def open_classifier(
     The images' records say which split of the training they were in, where that is known.
 
     Args:
-        flips: of `gigamorph.engine.datasets.views.FLIPS`; predictions are averaged over these mirror images too.
+        flips: of `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
         DataError: if it is no checkpoint, or what was trained classifies no whole images.

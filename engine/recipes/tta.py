@@ -10,20 +10,20 @@ import numpy as np
 import torch
 
 from ..datasets.augment import Augment
+from ..datasets.flips import FLIPS
 from ..datasets.views import MirroredSource
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
 from ..train.data import Images
 
 PLAIN = ((False, False),)
-FLIPS = ((False, False), (True, False), (False, True), (True, True))
-"""(left-right, up-down): the image, its two mirror images, and both at once."""
-_DRAWN = {"": PLAIN, "left-right": FLIPS[:2], "up-down": FLIPS[::2], "both": FLIPS}
 
 
 def mirrorings(augment: str) -> tuple[tuple[bool, bool], ...]:
-    """Those of `FLIPS` that an augmentation draws in training: no others are fit to be averaged over."""
-    return _DRAWN[Augment.parse(augment).flip]
+    """The image, and of its mirror images those that an augmentation draws in training: no others are fit to be
+    averaged over."""
+    left_right, up_down = FLIPS.get(Augment.parse(augment).flip, (False, False))
+    return *PLAIN, *((across, down) for across, down in FLIPS.values() if across <= left_right and down <= up_down)
 
 
 def predict(

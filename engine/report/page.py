@@ -38,7 +38,7 @@ class Table:
             cells = [str(row[number]) for row in self.rows if str(row[number])]
             longest = max(map(len, cells), default=0)
             words = "words wide" if longest > 40 else "words broad" if longest > 14 else "words"
-            numeric = number > 0 and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) > len(cells)
+            numeric = number > 0 and cells and 2 * sum(bool(_NUMBER.match(cell)) for cell in cells) >= len(cells)
             styles.append("number" if numeric else words)
         return styles
 

@@ -217,11 +217,12 @@ def _read(
     records = target.known(read.records)
     if len(records) < len(read.records):
         warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label, and are left out")
+    others = "" if labels.names else "; --label NAME names those to learn"
     for record in records:
         for name in target.names:
             value = record.labels.get(name, 0)
             if labels.kind == "labels" and value not in (0, 1):
-                raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty")
+                raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty{others}")
             if math.isinf(value):
                 raise DataError(f"{table}: label_{name} of {record.path.name} is {value}; leave it empty if not known")
     return records, target

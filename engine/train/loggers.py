@@ -78,6 +78,21 @@ def require_loggers(names: Sequence[str]) -> None:
             raise GigamorphError(f"log {name!r} is unknown; take {', '.join(_MADE)}, or module:name of your own")
         elif name in _LIBRARIES and not any(map(importlib.util.find_spec, _LIBRARIES[name])):
             raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}")
+        elif name == "wandb":
+            _require_account()
+
+
+def _require_account() -> None:
+    """That Weights & Biases will take a run; of its older versions that is found when the run begins."""
+    wandb = importlib.import_module("wandb")
+    if wandb.setup().settings.mode != "online" or "prompt" not in inspect.signature(wandb.login).parameters:
+        return
+    try:
+        told = "" if wandb.login(prompt=False) else "no account is configured"
+    except Exception as error:  # the library's own: a server that does not answer
+        told = first_line(error)
+    if told:
+        raise GigamorphError(f"log 'wandb' cannot be begun: {told}; run wandb login, or set WANDB_MODE=offline")
 
 
 def require_callbacks(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from ..images.pixels import PixelSource
+from ..models.folder import digest_of
 from ..recipes.networks import open_classifier
 from ..train.explanation import Explanation, explain_class
 from .exams import View, stored_place
@@ -33,6 +34,8 @@ class Evidence:
         self._net, _, self._open = opened
         self._net.eval()
         self._lock = threading.Lock()
+        self.made_by = (digest_of(checkpoint), tuple(flips))
+        """Of what the maps are made, besides the images."""
 
     def of(self, view: View, shown: PixelSource) -> NDArray[np.uint8]:
         """(height, width), at most 256 on a side: 255 where all of the probability rests, see `Explanation.relative`.

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,22 @@ from ..files import write_atomically
 from ..report.figure import class_colour
 from .evidence import Evidence
 from .exams import Exam, View
+from .kept import is_current, mark, note_of, remove
 from .masks import MaskTiles
 from .pyramid import TILE, Pyramid, png
 
 PAGE = Path(__file__).parent / "page"
 _KEPT = 36
 """Images and masks whose overview stays in memory."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the folder that is written ahead: where, of what, and how."""
+
+    path: Path
+    note: str | None
+    write: Callable[[], object]
 
 
 class Site:
@@ -42,6 +53,8 @@ class Site:
     def write_page(self, out: Path) -> Path:
         """Write the page and what it shows, without tiles and evidence; returns the page's path.
 
+        Of tiles and evidence that are there, those of other images or of files that have changed are removed.
+
         Raises:
             GigamorphError: the folder holds other files than a viewer's, or cannot be written.
             DataError: an image cannot be opened.
@@ -49,9 +62,13 @@ class Site:
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
         if there and "data.js" not in there:
             raise GigamorphError(f"{out}: holds other files; name another --out")
-        for name in ("tiles", "masks", "evidence"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
+        current = {part.path for part in parts if is_current(part.path, part.note)}
         with _written(out):
+            for pattern in ("tiles/*", "masks/*/*", "evidence/*.js"):
+                for path in sorted(out.glob(pattern)):
+                    if path.suffix != ".made" and path not in current:
+                        remove(path)
             out.mkdir(parents=True, exist_ok=True)
             for path in PAGE.iterdir():
                 shutil.copyfile(path, out / path.name)
@@ -59,17 +76,42 @@ class Site:
         write_atomically(out / "data.js", lambda path: path.write_text(text, encoding="utf-8"), "page")
         return out / "index.html"
 
-    def write_all(self, out: Path, done: Callable[[int], object]) -> None:
-        """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image."""
-        for number, view in enumerate(self.views):
+    def write_all(self, out: Path, done: Callable[[int], object]) -> int:
+        """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image.
+
+        What is there already, of the same files, stays. Returns how many images were all there.
+        """
+        there = 0
+        for number in range(len(self.views)):
+            missing = [part for part in self._parts(out, number) if not is_current(part.path, part.note)]
+            there += not missing
             with _written(out):
-                _write_tiles(out / "tiles" / str(number), self.tiles_of(number))
-                for which in view.masks.files if view.masks is not None else ():
-                    _write_tiles(out / "masks" / str(number) / which, self.tiles_of(number, which))
-                if self._evidence is not None:
-                    (out / "evidence").mkdir(exist_ok=True)
-                    (out / "evidence" / f"{number}.js").write_text(self.evidence(number))
+                for part in missing:
+                    remove(part.path)
+                    part.path.parent.mkdir(parents=True, exist_ok=True)
+                    part.write()
+                    mark(part.path, part.note)
             done(number)
+        return there
+
+    def _parts(self, out: Path, number: int) -> Iterator[_Part]:
+        """An image's tiles, those of its masks, and its map."""
+        view = self.views[number]
+        own = view.record
+        shown = (own.frame, own.white, own.laterality, own.chest_wall, TILE)
+
+        def tiles(path: Path, which: str = "", classes: object = None, files: Sequence[Path] = ()) -> _Part:
+            note = note_of((shown, which, classes), (own.path, *files))
+            return _Part(path, note, lambda: _write_tiles(path, self.tiles_of(number, which)))
+
+        yield tiles(out / "tiles" / str(number))
+        if view.masks is not None:
+            for which, files in view.masks.files.items():
+                yield tiles(out / "masks" / str(number) / which, which, view.masks.classes, files)
+        if self._evidence is not None:
+            path = out / "evidence" / f"{number}.js"
+            note = note_of((shown, self._evidence.made_by), (own.path,))
+            yield _Part(path, note, lambda: path.write_text(self.evidence(number)))
 
     def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
         """Of an image, or of its "predicted" mask or its "reference"; the last ones that were asked for are kept.

@@ -82,6 +82,23 @@ def test_a_terminal_gets_bars_on_one_scale():
     assert lines[0] == "a training step of net on 1024 x 1024 pixels (1.0 Mpx)"
 
 
+def test_bars_are_of_one_moment():
+    """The most whole maps, strips and tile are of different stages; what is shown adds up to the peak."""
+    from gigamorph import create_model, plan
+    from gigamorph.cli.table import show_plan
+
+    made = plan(create_model("resnet18", num_classes=2, in_channels=1), (1, 1024, 768), "300MiB")
+    assert made.apart_bytes and made.retained and made.halos == "device"
+    console = Console(file=StringIO(), force_terminal=True, width=100, highlight=False)
+    show_plan(made, "net", console)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())
+    parts, sums = shown.split("at the moment of the peak:\n")[1].split("predicted peak")
+    sizes = re.findall(r" ([\d.]+) ([KMG])iB ", parts)
+    total = sum(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit] for number, unit in sizes)
+    assert "whole maps" in parts and "libraries" in parts
+    assert total == pytest.approx(made.peak_bytes, rel=5e-3) and sums.lstrip().startswith("298 MiB")
+
+
 def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     """Shares of stock's memory; the time is the floor of stock's step, times the work of the plan."""
     import torch

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,34 @@ def static(predicted):
     given = ["--table", predicted / "phantoms" / "phantoms.csv", "--evidence", predicted / "run" / "best.ckpt"]
     assert run("view", predicted / "predictions", *given, "--static", "--no-browser", "--out", predicted / "page") == 0
     return predicted / "page"
+
+
+def test_what_is_there_and_current_is_not_written_again(predicted, static, tmp_path, monkeypatch, capsys):
+    """Tiles by their images' files, evidence by its network too; what is no longer shown goes."""
+    page, made = shutil.copytree(static, tmp_path / "page"), []
+    tiles, evidence = Site.tiles_of, Site.evidence
+    monkeypatch.setattr(Site, "tiles_of", lambda site, number, which="": made.append(number) or tiles(site, number))
+    monkeypatch.setattr(Site, "evidence", lambda site, number: made.append(str(number)) or evidence(site, number))
+
+    def view(*more):
+        made.clear()
+        given = ["--table", predicted / "phantoms" / "phantoms.csv", "--evidence", predicted / "run" / "best.ckpt"]
+        assert run("view", predicted / "predictions", *given, "--static", "--no-browser", "--out", page, *more) == 0
+        return capsys.readouterr().out
+
+    first = (page / "tiles" / "5" / "0" / "0_0.png").read_bytes()
+    assert "12 images, 12 of them there already; " in view() and not made
+    (page / "tiles" / "5.made").unlink()  # as where it was stopped
+    (page / "tiles" / "5" / "0" / "0_0.png").write_bytes(b"half")
+    assert "12 images, 11 of them there already; " in view() and made == [5]
+    assert (page / "tiles" / "5" / "0" / "0_0.png").read_bytes() == first
+    image = read_exams(predicted / "predictions")[1].views[1].record.path
+    os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
+    assert "11 of them there already; " in view() and made == [5, "5"]
+    assert "4 images, 4 of them there already; " in view("--most", "1") and not made
+    assert sorted(path.name for path in (page / "tiles").iterdir()) == [
+        f"{n}{e}" for n in range(4) for e in ("", ".made")
+    ]
 
 
 def test_evidence_is_of_the_network_that_predicted(predicted, tmp_path, capsys):
@@ -183,15 +212,15 @@ def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
 
 
 def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_path, monkeypatch, capsys):
-    def pressed(site, number):
+    def pressed(site, number, which):
         if number == 2:
             raise KeyboardInterrupt
-        return tiles(site, number)
+        return tiles(site, number, which)
 
     tiles = Site.tiles_of
     monkeypatch.setattr(Site, "tiles_of", pressed)
     assert run("view", predicted / "predictions", "--static", "--out", tmp_path) == 130
-    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command begins anew"
+    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command goes on"
     assert capsys.readouterr().err.splitlines()[-1] == told
 
 

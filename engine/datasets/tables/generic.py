@@ -16,7 +16,7 @@ from . import values
 from .cells import is_number, read_rows
 from .folders import Unlisted, image_files, walk
 from .left_out import CONVERTED, is_left_out, made_by, tell_unread
-from .mask_names import masks_among
+from .mask_names import masks_among, names_masks
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 SPLIT_NAMES = {
@@ -203,6 +203,11 @@ def _sub_folders(path: Path) -> list[Path]:
 def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
     for folder in folders:
+        if len(folders) > 1 and names_masks(folder.name):
+            raise DataError(
+                f"{folder}: holds masks by its name, and would be a class; rename or move it, or make a table of the "
+                "images: gigamorph data index"
+            )
         # A link to another class does not make its images this one's.
         files, unread = [], Counter[str]()
         for entry in walk(folder, {os.path.realpath(other) for other in (path, *folders)}, unread):

@@ -27,7 +27,12 @@ def masks_among(paths: Sequence[P], below: PurePath) -> list[P]:
 
 def in_mask_folder(path: PurePath, below: PurePath) -> bool:
     """Whether a folder between `below` and the file is one of masks."""
-    return any(_FOLDER.fullmatch(name) for name in path.relative_to(below).parts[:-1])
+    return any(map(names_masks, path.relative_to(below).parts[:-1]))
+
+
+def names_masks(name: str) -> bool:
+    """Whether a folder of this name is one of masks."""
+    return _FOLDER.fullmatch(name) is not None
 
 
 def masked(path: PurePath) -> str | None:

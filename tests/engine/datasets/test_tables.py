@@ -193,6 +193,16 @@ def test_folder_per_class(tmp_path: Path) -> None:
         read_table(tmp_path / "malign" / "empty")
 
 
+@pytest.mark.parametrize("name", ["masks", "ROI_masks"])
+def test_a_folder_of_masks_is_no_class(tmp_path: Path, name: str) -> None:
+    for folder in ("images", name):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").touch()
+    with pytest.raises(DataError, match=rf"{name}: holds masks by its name, .*gigamorph data index"):
+        read_table(tmp_path)
+    assert [record.path.parent.name for record in read_table(tmp_path, labels=False).records] == ["images"]
+
+
 def test_masks_beside_the_images_of_a_class_are_refused(tmp_path: Path) -> None:
     """BUSI has them so; nothing is to be learnt from them as from images."""
     for name in ("benign/benign (1).png", "benign/benign (1)_mask.png", "no_mask/a_mask.png"):

@@ -32,7 +32,7 @@ from gigamorph.engine.recipes.morphhr.images import WholeCells
 from gigamorph.engine.recipes.morphhr.synthetic import FACTOR, HEIGHT, WIDTH, phantom
 from gigamorph.engine.recipes.morphhr.train import train
 from gigamorph.engine.recipes.networks import open_classifier
-from gigamorph.engine.recipes.tta import FLIPS, PLAIN, mirrorings
+from gigamorph.engine.recipes.tta import PLAIN, mirrorings
 from gigamorph.engine.train.explanation import explain_class
 from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
@@ -191,7 +191,9 @@ def test_labels_of_chestxray14(tmp_path):
 
 def test_only_mirrorings_of_the_augmentation_are_averaged_over():
     assert mirrorings("flip=left-right,rotate=5") == ((False, False), (True, False))
-    assert mirrorings("") == PLAIN and mirrorings("rotate=5,flip") == FLIPS
+    every = (*PLAIN, (True, False), (False, True), (True, True))
+    assert mirrorings("") == PLAIN and mirrorings("rotate=5,flip") == every
+    assert mirrorings("flip=up-down") == every[::2] and mirrorings("flip=left-right") == every[:2]
 
 
 def test_slopes_of_p_activations_do_not_decay():

@@ -7,7 +7,7 @@ import torch
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.models import create_model
-from gigamorph.engine.recipes.tta import FLIPS, averaged, predict
+from gigamorph.engine.recipes.tta import averaged, mirrorings, predict
 
 
 def test_mirrored_predictions_do_not_depend_on_mirroring():
@@ -26,7 +26,9 @@ def test_mirrored_predictions_do_not_depend_on_mirroring():
             return {"image": open_pixels(self.x)}
 
     call = lambda sources: net(torch.stack([s.read(0, 48, 0, 64) for s in sources]))  # noqa: E731
-    found = [predict(call, One(x), [0], FLIPS) for x in (image, image.flip(2), image.flip(1), image.flip(1, 2))]
+    found = [
+        predict(call, One(x), [0], mirrorings("flip")) for x in (image, image.flip(2), image.flip(1), image.flip(1, 2))
+    ]
     assert max(np.abs(f - found[0]).max() for f in found) < 1e-5
     with torch.no_grad():
         views = torch.stack([image, image.flip(2), image.flip(1), image.flip(1, 2)])

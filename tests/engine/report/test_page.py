@@ -25,6 +25,7 @@ def test_a_table_omits_empty_columns_and_tells_words_from_numbers():
     assert table.head == ["peer", "time", "remark"] and table.rows[2] == ["7", "never", ""]
     assert table.styles == ["words", "number", "words"]
     assert Table(["", "a"], [["x" * 20, "y" * 50]]).styles == ["words broad", "words wide"]
+    assert Table(["", "a"], [["x", "0.5"], ["y", "above all scores"]]).styles == ["words", "number"]
     commits = Table(["", "commit"], [["1", "9528d9e984a3"], ["2", "270409fa7f07, with changes"]])
     assert commits.styles == ["words", "words broad"]
     assert Table.of([]).rows == []

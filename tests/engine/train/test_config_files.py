@@ -67,6 +67,8 @@ def test_a_json_file_means_what_toml_means(tmp_path):
         ("memory_budget = '12x'", "memory size '12x' is not understood; write it like 4GiB, 800MiB or 6GB"),
         ("memory_budget = 0", "memory size 0 must be positive, a byte or more"),
         ("memory_budget = true", "key 'memory_budget' is True, not a whole number or a text"),
+        ("data.mean = 'autoo'", "key 'data.mean' is 'autoo', not a number, 'auto' or a list, each of it a number"),
+        ("data.mean = [0.1, 'x']", "key 'data.mean[1]' is 'x', not a number"),
         ("device = 'gpu'", "key 'device' is 'gpu'; take one of auto, cpu, cuda"),
         ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; take one of frozen"),
         ("data.folds = -2", "data.folds is -2; it is 2 or more"),

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from squares import Squares
 
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.train.loggers import logged
+from gigamorph.engine.train.loggers import logged, require_loggers
 from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
@@ -70,6 +70,18 @@ def test_mlflow(tmp_path, monkeypatch):
     assert len(client.get_metric_history(first.info.run_id, "train_loss")) == 2
     assert last.info.run_name == "run" and last.data.params["precision"] == "fp32" and last.info.status == "FINISHED"
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_wandb_without_an_account_is_refused_before_any_work(tmp_path, monkeypatch):
+    code = "def setup(): return type('', (), {'settings': type('', (), {'mode': MODE})})"
+    (tmp_path / "wandb.py").write_text(f"MODE = 'online'\n{code}\ndef login(prompt=True): return False\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(GigamorphError, match="no account is configured; run wandb login, or set WANDB_MODE=offline"):
+        require_loggers(["wandb"])
+    sys.modules["wandb"].MODE = "offline"
+    require_loggers(["wandb"])
+    del sys.modules["wandb"]
 
 
 def test_wandb_begins_a_run_for_each_of_ours(tmp_path, monkeypatch):
