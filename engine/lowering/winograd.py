@@ -61,6 +61,7 @@ def _replace(stage: Stage, local: Local) -> None:
         return (_Convolution.apply(*given, block.pad, valued),)  # pyright: ignore
 
     assert local.unvalued is not None
+    local.fill = None  # it adds its own padding
     local.run, local.unvalued = (
         functools.partial(run, own, valued) for own, valued in ((local.run, True), (local.unvalued, False))
     )

@@ -117,14 +117,16 @@ class Tile:
                 self.source_windows[value, rect] = self.pixels(value, rect)
             return self.source_windows[value, rect], pad
         block = tiled.block(value, self.i, self.j)
-        if rect == block and value in self.blocks:  # without a halo, as most reads are
+        # An op would copy the window for uneven padding, and keep the block besides; put together, the block lies in it.
+        uneven = fill is not None and (pad[0] != pad[1] or pad[2] != pad[3])
+        if rect == block and value in self.blocks and not uneven:  # without a halo, as most reads are
             return self.blocks[value], pad
         if not area(rect):  # the outputs of this tile lie wholly in the padding
             info, shape = tiled.stage.program.values[value], list(tiled.stage.maps.shape(value))
             shape[tiled.axes(value)[0]], shape[tiled.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
             return torch.empty(shape, dtype=info.dtype, device=info.device), pad
         above, left, inside = split(rect, block)
-        if area(inside) == area(rect):
+        if area(inside) == area(rect) and not uneven:
             tensor = self.blocks[value]
             if inside != block:
                 part = tiled.axes(value), shift(inside, block[0], block[2])
