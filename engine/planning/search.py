@@ -192,7 +192,7 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
     device, (height, width) = staged.program.values[image].device, staged.maps.size(image)
     place, least = request.halo_places(device)[-1], None
     for estimate in estimates:
-        sides = sides_worth_trying(estimate.staged, tile)
+        sides = sides_worth_trying(estimate.staged, tile, request.training)
         if least is not None and estimate.floor() >= least.peak_bytes:
             continue
         found = min((estimate.plan(side, place, None, count_tile=False) for side in sides), key=lambda p: p.peak_bytes)
@@ -221,7 +221,7 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     limit, counted = request.limit(device), request.count_tile or request.tile is None
     if estimate.floor(counted) > limit:
         return None
-    sides = sides_worth_trying(staged, request.tile)
+    sides = sides_worth_trying(staged, request.tile, request.training)
     if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     for place in request.halo_places(device):

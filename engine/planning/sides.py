@@ -8,7 +8,7 @@ from ..lowering.stages import Stage, StagedProgram
 from . import constants
 
 
-def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> list[tuple[int, int]]:
+def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None, training: bool) -> list[tuple[int, int]]:
     """Tiles worth trying, largest first.
 
     Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
@@ -26,6 +26,8 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None) -> l
     stripes = kind == "cpu" and (several or narrower > 1)
     if stripes and several:
         preferred = constants.PREFERRED_STRIP
+    elif kind == "cpu" and not stripes and not training:
+        preferred = constants.PREFERRED_IN_INFERENCE
     longest = max(height, width)
     sides = [side for side in constants.SIDES if side <= preferred and side < longest]
     if longest <= preferred:

@@ -83,7 +83,7 @@ def test_no_plan_holds_less_than_what_is_refused_at_once(drawn: Drawn, training:
     for strategy in strategies(maps, nodes, training, False):
         prepare(strategy.staged, training)
         estimate = Estimate(strategy.staged, training, False, records=records)
-        for side in sides_worth_trying(strategy.staged, None):
+        for side in sides_worth_trying(strategy.staged, None, training):
             for place in ("device", "disk"):
                 bare = estimate.plan(side, place, 1, count_tile=False).peak_bytes
                 whole = estimate.plan(side, place, 1, exact=False).peak_bytes
@@ -135,13 +135,13 @@ def test_a_choice_that_stores_less_and_needs_more_hides_no_plan() -> None:
     needs = []
     for number in range(1, len(options.options)):
         estimate = options._estimate(number)
-        sides = sides_worth_trying(estimate.staged, None)[: constants.COARSE]
+        sides = sides_worth_trying(estimate.staged, None, False)[: constants.COARSE]
         needs.append(min(estimate.plan(side, "disk", 1).peak_bytes for side in sides))
     assert needs[-1] > min(needs), "the last choice stores least"
     options.request = replace(request, budget=int(1.1 * min(needs)))
     found = options.slower()
     assert found is not None
-    assert found.tile in sides_worth_trying(options.options[found.choice][0], None)[: constants.COARSE]
+    assert found.tile in sides_worth_trying(options.options[found.choice][0], None, False)[: constants.COARSE]
 
 
 def test_records_are_those_of_the_network() -> None:
