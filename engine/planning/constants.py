@@ -2,9 +2,9 @@
 
 # Sides that are tried, largest first: powers of two and their halves in between.
 SIDES = sorted({2**n for n in range(5, 15)} | {3 * 2**n for n in range(4, 13)}, reverse=True)
-# Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU. A prediction of one
-# stage on the CPU keeps no graph, and gains by larger ones, in which weights are read less often: of stock's time
-# ResNet-18 takes 0.40 with 1024 and 0.51 with 512, ResNet-50 0.46 and 0.88 (2048 x 2048, two threads, CPU seconds).
+# Larger tiles than these gain no speed: a core's cache on the CPU, the width of the machine on a GPU. A prediction of
+# one stage on the CPU keeps no graph, and gains by larger ones, in which weights are read less often: of stock's time
+# ResNet-18 takes 0.40 with 1024 and 0.53 with 512, ResNet-50 0.46 and 0.88 (2048 x 2048, two threads, CPU seconds).
 PREFERRED, PREFERRED_IN_INFERENCE = {"cpu": 512, "cuda": 4096}, 1024
 # The same for stages of a few layers on the CPU, as the square root of a strip's pixels; and a strip's rows at least.
 PREFERRED_STRIP, LEAST_ROWS = 384, 16

@@ -117,7 +117,7 @@ class Tile:
                 self.source_windows[value, rect] = self.pixels(value, rect)
             return self.source_windows[value, rect], pad
         block = tiled.block(value, self.i, self.j)
-        # An op would copy the window for uneven padding, and keep the block besides; put together, the block lies in it.
+        # An op would copy it for uneven padding, and keep the block besides; put together, the block lies in it.
         uneven = fill is not None and (pad[0] != pad[1] or pad[2] != pad[3])
         if rect == block and value in self.blocks and not uneven:  # without a halo, as most reads are
             return self.blocks[value], pad

@@ -97,7 +97,9 @@ def test_bars_are_of_one_moment():
     sizes = re.findall(r" ([\d.]+) ([KMG])iB ", parts)
     total = sum(float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit] for number, unit in sizes)
     assert "whole maps" in parts and "libraries" in parts
-    assert total == pytest.approx(made.peak_bytes, rel=5e-3) and sums.split()[:2] == format_bytes(made.peak_bytes).split()
+    assert (
+        total == pytest.approx(made.peak_bytes, rel=5e-3) and sums.split()[:2] == format_bytes(made.peak_bytes).split()
+    )
 
 
 def test_five_budgets_and_their_least_times(table, named_rates, capsys):
