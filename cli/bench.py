@@ -209,6 +209,7 @@ def limit(
     Each size is tried in a process of its own. gigamorph is given 0.9 of the budget to plan with.
 
     Example: gigamorph bench limit --model resnet18 --memory-budget 1GiB --peer stock --peer gigamorph
+    --json limits.json
     """
     from ..engine.bench.limit import Search, find
     from ..engine.bench.peers import TRAINING

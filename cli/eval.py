@@ -193,7 +193,7 @@ def eval(
         notes = {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
         compared = None if other is None else read(other)
         lines = _measure(out, images, settings, notes, compared, None if marks is None else (marks, str(table)))
-        if split == "train":
+        if split == "train" and images.kind == "binary":
             lines.append("no calibration.json: a network is surer of the images that it was trained with; take others")
         else:
             lines += _keep_calibration(out, images, note_of(Path(predictions)))

@@ -50,6 +50,8 @@ def explain(
     A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image. With
     --store the SEGs go to a DICOMweb store at the end.
 
+    CHECKPOINT is one of gigamorph train, its folder of --folds, or a folder of gigamorph import.
+
     Example: gigamorph explain run/best.ckpt exam1.dcm --format png --format seg --out explained
     """
     from ..engine.explain import Options

@@ -49,7 +49,8 @@ def predict(
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
 
-    Or with a folder of gigamorph import, an ensemble among them.
+    Or with a folder of gigamorph import, an ensemble among them; or with the folder of gigamorph train --folds, as the
+    mean of its networks.
 
     A recipe's checkpoints serve as well where they hold a classifier of whole images: those of
     morphhr and end2end, and the fine-tuned networks of dvme.
@@ -77,6 +78,8 @@ def predict(
     likeliest class in each pixel; predictions.csv has the share of each class, and Dice where the table names masks.
 
     Example: gigamorph predict run/best.ckpt archive.parquet --max-failures 1% --devices 4 --out predictions --resume
+
+    Of all folds: gigamorph predict run table.csv --out predictions
     """
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.predict.masks import gives_masks

@@ -138,6 +138,8 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         from ..engine.models.folder import digest_of
+        from ..engine.models.folds import fold_checkpoints
+        from ..engine.published.folds import look_at_folds
         from ..engine.recipes.networks import open_predictor
         from ..engine.train.checkpoint import load_checkpoint
 
@@ -145,6 +147,10 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--address is a Ray cluster's; add --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # before a folder is made or images are looked for
+        elif fold_checkpoints(checkpoint):
+            told = look_at_folds(checkpoint)
+            if not as_json:
+                click.echo(told)
         if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
             raise click.UsageError("--overwrite removes a run and all its shards; leave out --resume and --shard")
         names = ("resume", "overwrite", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")

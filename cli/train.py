@@ -128,7 +128,12 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     help="Average so many pixels in both directions: a baseline of lower resolution.",
 )
 @click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out those that cannot be read.")
-@click.option("--folds", type=click.IntRange(2), metavar="N", help="Cross-validation by patient: N runs, in fold1 ...")
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Cross-validation by patient: N runs, in fold1 ...; predict takes OUT as their mean.",
+)
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Learning rate.")
 @click.option(
@@ -217,7 +222,9 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
+        from ..engine.train.choices import check_steps
 
+        check_steps(config.options())
         click.echo(to_toml(config), nl=False)
         return
     table, out = _required(data, given["out"])
@@ -314,6 +321,8 @@ def _train(
 
     def begun() -> None:
         text = to_toml(config)
+        if fold is not None:
+            (out / "metrics.json").unlink(missing_ok=True)  # of fewer epochs: the fold is not finished any more
         for folder in (out,) if fold is None else (out, out.parent):  # so that all folds go on from their folder's name
             write_atomically(folder / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
         if images.left_out:

@@ -133,6 +133,8 @@ def load(
 ) -> Trained | TrainedMasks:
     """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
 
+    Or the folder of `gigamorph train --folds`, as the mean of its networks.
+
     Args:
         path: checkpoint or folder.
         memory_budget: bytes for one image (``"4GiB"``), as in `accelerate`.

@@ -7,6 +7,7 @@ folders inside its own. Nothing in a folder is executed, except that the factory
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..images.pixels import Normalize
+from .folds import fold_checkpoints
 from .outputs import Outputs
 from .weights import sha256
 
@@ -149,8 +151,8 @@ def require_no_run(folder: str | Path) -> None:
     fold = Path(folder) / "fold1" / "best.ckpt"
     if fold.is_file():
         raise DataError(
-            f"{folder}: holds the runs of a cross-validation; name the checkpoint of one, {fold}, or make an "
-            f"ensemble: gigamorph import {fold} --out one, likewise two, and gigamorph import one two --out all"
+            f"{folder}: holds the runs of a cross-validation, whose mean predict and explain take by its config.toml; "
+            f"here name the checkpoint of one, {fold}"
         )
 
 
@@ -200,11 +202,15 @@ def check_weights(folder: str | Path, description: Description) -> Path:
 def digest_of(path: str | Path) -> str:
     """SHA-256 of a checkpoint, or of the description of a folder, which has those of all its weights.
 
+    Of a folder of folds that of the checkpoints' own, one after the other.
+
     Raises:
-        DataError: as `read_description`.
+        DataError: as `read_description` and `fold_checkpoints`.
     """
     path = Path(path)
     if not path.is_dir():
         return sha256(path)
+    if folds := fold_checkpoints(path):
+        return hashlib.sha256("".join(map(sha256, folds)).encode()).hexdigest()
     read_description(path)
     return sha256(path / DESCRIPTION)

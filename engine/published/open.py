@@ -51,15 +51,15 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
     if len(seen) == 1 and not description.members:
         net = Published(_accelerated(folder, memory_budget, device), str(folder))
         own = [description.source.get("training", {})]
-        return net, description.outputs.names, lambda r: PublishedImages(_learnt(r, own), wanted, wanted), _count(own)
+        return net, description.outputs.names, lambda r: PublishedImages(learnt(r, own), wanted, wanted), count_of(own)
     members = _members(folder, description, memory_budget, device)
     ensemble = Ensemble(members, description.outputs, seen)
     folders = [folder / name for name in description.members] or [folder]
     all_ = [read_description(path).source.get("training", {}) for path in folders]
-    return ensemble, description.outputs.names, lambda r: PublishedImages(_learnt(r, all_), None, wanted), _count(all_)
+    return ensemble, description.outputs.names, lambda r: PublishedImages(learnt(r, all_), None, wanted), count_of(all_)
 
 
-def _learnt(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
+def learnt(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
     """Records with the split that they had in the trainings: train if any of the networks has learnt from an image."""
     each = [with_splits(records, training) for training in trainings]
     of_image = ([record.split for record in records] for records in zip(*each, strict=True))
@@ -67,7 +67,7 @@ def _learnt(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -
     return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
 
 
-def _count(trainings: Sequence[Mapping[str, Any]]) -> int:
+def count_of(trainings: Sequence[Mapping[str, Any]]) -> int:
     """Images of the largest of the trainings."""
     return max(sum(training.get("split", {}).get(name, 0) for name in SPLITS) for training in trainings)
 

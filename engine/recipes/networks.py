@@ -10,9 +10,11 @@ from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
 from ..errors import DataError, GigamorphError
+from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..predict.predictor import Classifier
 from ..published.ensemble import Ensemble, Member, Published
+from ..published.folds import open_folds
 from ..published.open import open_published
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
@@ -27,7 +29,8 @@ def open_classifier(
 ) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
     """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
 
-    Of a folder of `gigamorph import` likewise, or the ensemble in it.
+    Of a folder of `gigamorph import` likewise, or the ensemble in it; of one of `gigamorph train --folds` the
+    mean of its networks.
 
     The images' records say which split of the training they were in, where that is known.
 
@@ -47,6 +50,8 @@ def open_predictor(
 ) -> Classifier:
     """The same for `gigamorph.engine.predict`."""
     if Path(path).is_dir():
+        if fold_checkpoints(path):
+            return open_folds(path, memory_budget=memory_budget, device=device, flips=flips)
         return Classifier(*open_published(path, memory_budget=memory_budget, device=device, flips=flips))  # type: ignore[arg-type]
     found = _of_checkpoint(path, memory_budget, device)
     return _mirrored(found, flips, path) if flips else found

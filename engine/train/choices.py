@@ -39,11 +39,10 @@ def check_choices(
     """
     require_loggers(loggers)
     require_callbacks(callbacks)
+    check_steps(options)
     stages = options.made_stages(validated=True)
     for stage in stages:
         require_deal(stage, at_once)
-        factor_of(stage, 1)
-        make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=()))
     _require_weights(options.weights)
     named = any(stage.frozen or stage.rates for stage in stages)
     if _grown(options.weights):
@@ -57,6 +56,17 @@ def check_choices(
     for stage in stages if named else ():
         trainable_names(model, stage)
         make_optimizer(model, stage)
+
+
+def check_steps(options: TrainOptions) -> None:
+    """Look for the optimizers and schedules alone, without a network.
+
+    Raises:
+        GigamorphError: one that is not there, or does not take its options.
+    """
+    for stage in options.made_stages(validated=True):
+        factor_of(stage, 1)
+        make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=()))
 
 
 def _require_weights(weights: str | None) -> None:

@@ -197,21 +197,39 @@ def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(t
 def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path, phantoms, capsys):
     """Each image that is not of the test split was one of training in one of two folds, whatever the table says."""
     command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4, "--folds", 2]
-    assert run(*command, "--out", tmp_path / "folds") == 0
+    assert run(*command, "--mean", "auto", "--std", "auto", "--out", tmp_path / "folds") == 0
     capsys.readouterr()
-    assert run("predict", tmp_path / "folds", phantoms, "--out", tmp_path / "none") == 2
-    assert "holds the runs of a cross-validation; name the checkpoint of one" in capsys.readouterr().err
     for n in (1, 2):
         checkpoint = tmp_path / "folds" / f"fold{n}" / "best.ckpt"
         assert run("import", checkpoint, "--size", "72x64", "--out", tmp_path / f"{n}") == 0
     assert run("import", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "both") == 0
     given = [row["split"] for row in rows(phantoms)]
+    given_images = [phantoms.parent / row["image_path"] for row in rows(phantoms)]
     assert set(given) == {"train", "val", "test"}
     splits = {}
-    for name in ("1", "both"):
+    found = {}
+    for name in ("1", "both", "folds"):
+        capsys.readouterr()
         assert run("predict", tmp_path / name, phantoms, "--out", tmp_path / f"out{name}") == 0
-        splits[name] = [row["split"] for row in rows(tmp_path / f"out{name}" / "predictions.csv")]
-    assert splits["both"] == ["test" if split == "test" else "train" for split in given]
+        found[name] = rows(tmp_path / f"out{name}" / "predictions.csv")
+        splits[name] = [row["split"] for row in found[name]]
+    assert splits["both"] == splits["folds"] == ["test" if split == "test" else "train" for split in given]
+    # The folder of the folds is that ensemble, without any import.
+    assert "folds: the mean of 2 networks, each with mean and std of its own" in capsys.readouterr().out
+    for own, other in zip(found["folds"], found["both"], strict=True):
+        assert float(own["log_odds_1"]) == pytest.approx(float(other["log_odds_1"]), rel=1e-12)
+    image = given_images[0]
+    log_odds = torch.tensor(float(found["folds"][0]["log_odds_1"]), dtype=torch.float64)
+    opened = load(tmp_path / "folds", device="cpu")
+    assert opened.predict(image)[0, 1].item() == pytest.approx(torch.sigmoid(log_odds).item(), rel=1e-12)
+    for name in ("both", "folds"):
+        assert run("explain", tmp_path / name, image, "--out", tmp_path / f"map{name}", "--format", "tif") == 0
+    assert rows(tmp_path / "mapfolds" / "marks.csv") == rows(tmp_path / "mapboth" / "marks.csv")
+    assert run("export", tmp_path / "folds", "--to", "onnx", "--out", tmp_path / "net.onnx") == 2
+    assert "holds the runs of a cross-validation" in capsys.readouterr().err
+    (tmp_path / "folds" / "fold2" / "metrics.json").unlink()
+    assert run("predict", tmp_path / "folds", image, "--out", tmp_path / "none") == 2
+    assert "fold 2 of 2 is not finished" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert [split == "test" for split in splits["1"]] == [split == "test" for split in given]
     assert {"train", "val"} < set(splits["1"])
 

@@ -228,7 +228,7 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     assert run("train", table, "--out", tmp_path / "cv", "--resume") == 2
     assert "holds the runs of a cross-validation" in capsys.readouterr().err
     assert run("import", tmp_path / "cv", "--out", tmp_path / "ensemble") == 2
-    assert "make an ensemble: gigamorph import" in capsys.readouterr().err
+    assert "here name the checkpoint of one" in capsys.readouterr().err
     evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]
     assert run(*evaluated, "--out", tmp_path / "measured") == 0
 
@@ -253,6 +253,8 @@ def test_names_are_looked_up_before_images_are_read(tmp_path, capsys):
     ):
         assert run("train", tmp_path / "t.csv", *FAST, "--skip-bad", *options, "--out", tmp_path / "run") == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        if message.startswith(("optimizer", "schedule")):
+            assert run("train", "--print-config", *options) == 2 and message in capsys.readouterr().err
 
 
 def test_classes_that_are_absent_are_told(phantoms, tmp_path, capsys):

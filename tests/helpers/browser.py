@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 _FLAGS = (
@@ -49,13 +48,13 @@ class Browser:
         """What a script returns."""
         return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": []})
 
-    def wait(self, script: str, seconds: float = 30) -> Any:
-        """Until a script returns something true."""
-        until = time.monotonic() + seconds
-        while not (found := self.run(script)):
-            assert time.monotonic() < until, f"never true: {script}; {self.errors()}"
+    def wait(self, script: str, looks: int = 300) -> Any:
+        """Until a script returns something true; by looks at the page, which get slower as the page does."""
+        for _ in range(looks):
+            if found := self.run(script):
+                return found
             time.sleep(0.1)
-        return found
+        raise AssertionError(f"never true: {script}; {self.errors()}")
 
     def resize(self, width: int, height: int) -> None:
         """Give the page other sides, also those of a phone, which no window has."""
@@ -84,16 +83,14 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A window that is closed at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # It takes a free port itself and says when it listens there: a port that is looked for here may be another worker's
+    # by then, and how long it takes to begin is the machine's affair.
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    driver = subprocess.Popen(["chromedriver", "--port=0"], **streams)
     try:
-        for _ in range(300):
-            with contextlib.suppress(URLError):
-                urlopen(f"http://127.0.0.1:{port}/status", timeout=5)
-                break
-            time.sleep(0.1)
+        said = (re.search(r"started successfully on port (\d+)", line) for line in driver.stdout or ())
+        port = next((found[1] for found in said if found), "")
+        assert port, f"chromedriver ended with {driver.wait()}"
         window = Browser(f"http://127.0.0.1:{port}")
         try:
             yield window
