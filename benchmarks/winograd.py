@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.bench.machine import provenance
+from gigamorph.engine.bench.meter import time_call
 from gigamorph.engine.models import create_model
 from gigamorph.kernels import winograd
 
@@ -36,9 +36,7 @@ def least(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[f
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            clock, cpu = time.perf_counter(), time.process_time()
-            call()
-            found[name].append((time.perf_counter() - clock, time.process_time() - cpu))
+            found[name].append(time_call(call))
     return {name: (min(c for c, _ in times), min(c for _, c in times)) for name, times in found.items()}
 
 

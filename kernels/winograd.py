@@ -70,29 +70,32 @@ def _found() -> _Library | str:
     threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))  # another pool would be in their way
     linking = [str(threads[0])] if threads else ["-fopenmp"]
     try:
-        library = _Library(built(Path(__file__).with_suffix(".cpp"), ["-O3", "-fopenmp", *options], linking))
+        return _Library(built(Path(__file__).with_suffix(".cpp"), ["-O3", "-fopenmp", *options], linking))
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("convolutions are oneDNN's alone: %s", error)
         return str(error)
-    return library if _right(library) else "it does not compute what it should"
 
 
-def _right(library: _Library) -> bool:
+@functools.cache
+def _right() -> bool:
+    """Whether the library computes what it should, on this processor."""
     x, weight = (torch.linspace(-1, 1, n).mul(50).sin() for n in (32 * 35, 48 * 32 * 9))
     x, weight = x.reshape(1, 5, 7, 32).permute(0, 3, 1, 2), weight.reshape(48, 32, 3, 3)
-    y = _conv3x3(library, x, _pack(library, weight), 48, None, None, False, (1, 1, 1, 1))
+    y = conv3x3(x, pack(weight), 48)
     return y is not None and torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-4)
 
 
 def available() -> bool:
     """Whether it is there; it is built when that is asked first, in a second or two."""
-    return not isinstance(_found(), str)
+    return missing() is None
 
 
 def missing() -> str | None:
     """Why it is not there; None where it is."""
     found = _found()
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return None if _right() else "it does not compute what it should"
 
 
 def pays(weight: tuple[int, ...], pixels: int) -> bool:
@@ -113,12 +116,12 @@ def pack(weight: Tensor) -> Tensor:
     Args:
         weight: (filters, channels, 3, 3), float32, in any memory order.
     """
-    return _pack(_library(), weight)
+    return _pack(weight)
 
 
 def pack_for_input(weight: Tensor) -> Tensor:
     """The same for the gradient of the input: a convolution with filters and channels exchanged, and turned round."""
-    return _pack(_library(), weight, turned=True)
+    return _pack(weight, turned=True)
 
 
 def conv3x3(
@@ -145,44 +148,7 @@ def conv3x3(
     Returns:
         None where an output is not finite before its activation.
     """
-    return _conv3x3(_library(), x, packed, filters, bias, residual, relu, pad, margin)
-
-
-def _library() -> _Library:
-    library = _found()
-    if isinstance(library, str):
-        raise RuntimeError(f"there is no Winograd convolution here: {library}")
-    return library
-
-
-def _pack(library: _Library, weight: Tensor, turned: bool = False) -> Tensor:
-    filters, channels = weight.shape[:2]
-    by_filter, by_channel, by_row, by_column = weight.stride()
-    start = 0 if weight.is_meta else weight.data_ptr()
-    if turned:
-        start += 2 * (by_row + by_column) * weight.itemsize
-        filters, channels, by_filter, by_channel = channels, filters, by_channel, by_filter
-        by_row, by_column = -by_row, -by_column
-    packed = weight.new_empty(library.packed_floats(channels, filters))
-    if weight.is_meta:
-        return packed
-    strides = by_filter, by_channel, by_row, by_column
-    library.pack(start, filters, channels, *strides, packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
-def _conv3x3(
-    library: _Library,
-    x: Tensor,
-    packed: Tensor,
-    filters: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    pad: Padding,
-    margin: tuple[int, int] = (0, 0),
-) -> Tensor | None:
-    x = _in_rows(x)
+    library, x = _library(), _in_rows(x)
     residual = None if residual is None else _in_rows(residual)
     n, channels, height, width = x.shape
     top, bottom, left, right = pad
@@ -200,6 +166,30 @@ def _conv3x3(
     read = x.data_ptr(), _Map.of(x), top, left, packed.data_ptr(), bias_at, residual_at, like
     written = int(relu), y.data_ptr(), place, zeros.data_ptr(), scratch.data_ptr(), threads
     return y if library.conv3x3(*read, *written) else None
+
+
+def _library() -> _Library:
+    library = _found()
+    if isinstance(library, str):
+        raise RuntimeError(f"there is no Winograd convolution here: {library}")
+    return library
+
+
+def _pack(weight: Tensor, turned: bool = False) -> Tensor:
+    library = _library()
+    filters, channels = weight.shape[:2]
+    by_filter, by_channel, by_row, by_column = weight.stride()
+    start = 0 if weight.is_meta else weight.data_ptr()
+    if turned:
+        start += 2 * (by_row + by_column) * weight.itemsize
+        filters, channels, by_filter, by_channel = channels, filters, by_channel, by_filter
+        by_row, by_column = -by_row, -by_column
+    packed = weight.new_empty(library.packed_floats(channels, filters))
+    if weight.is_meta:
+        return packed
+    strides = by_filter, by_channel, by_row, by_column
+    library.pack(start, filters, channels, *strides, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def empty_with_room(like: Tensor, shape: tuple[int, int, int, int], margin: tuple[int, int]) -> Tensor:

@@ -60,6 +60,14 @@ def allowed() -> bool:
     return enabled and precision in ("none", "ieee") and current_mode() != "stock"
 
 
+def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
+    """Whether Winograd's filtering takes less time for a convolution, and is there."""
+    plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
+    weight, output = stage.program.values[chain.weight], chain.members[0].op.outputs[0]
+    pixels = math.prod(stage.maps.size(output))
+    return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.available()
+
+
 def fuse_on_cpu(stage: Stage) -> None:
     """Give convolutions in float32 with the sums and activations after them to oneDNN, if it is there."""
     if not runs():
@@ -87,7 +95,7 @@ class _Call:
 
     def run(self, x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The output, in memory of its own."""
-        if _for_winograd(packed) and x.numel():
+        if for_winograd(packed) and x.numel():
             filters, act = weight.shape[0], self.chain.act
             y = winograd.conv3x3(x, packed, filters, bias, residual, act == "relu", self.pad, self.margin)
             if y is not None:
@@ -108,7 +116,8 @@ class _Call:
     ) -> Tensor:
         act = self.chain.act
         if not packed.is_mkldnn or x.numel() == 0:
-            y = F.conv2d(x, weight, bias, self.place[1], *self.place[:1], *self.place[2:])
+            padding, stride, dilation, groups = self.place
+            y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
             return _activate(y if residual is None else y.add_(residual), act)
         ops, x = torch.ops.mkldnn, _channels_last(x)
         if residual is not None:
@@ -138,9 +147,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def _replace(stage: Stage, chain: ConvChain) -> None:
     first, weight = chain.members[0], stage.program.values[chain.weight]
     packed = stage.maps.new_value(like=chain.weight)
-    plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
-    pixels = math.prod(stage.maps.size(chain.y))
-    gains = plain and winograd.pays(tuple(weight.shape), pixels) and winograd.available()
+    gains = gains_by_winograd(stage, chain)
     if weight.shape[1] > 1 or chain.groups > 1 or weight.shape[0] >= _LEAST_FILTERS:
         stage.packings.append(Packing(chain.weight, packed, functools.partial(_pack, chain, gains)))
 
@@ -166,7 +173,7 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
     put_in_place(stage, chain, local)
 
 
-def _for_winograd(packed: Tensor) -> bool:
+def for_winograd(packed: Tensor) -> bool:
     """Whether packed weights are those of `winograd.pack`."""
     return packed.dim() == 1
 

@@ -8,7 +8,6 @@ The gradients of weights are PyTorch's. In inference onednn.py calls the same ke
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...kernels import winograd
-from .onednn import allowed
+from .conv_chains import ConvChain
+from .onednn import allowed, for_winograd, gains_by_winograd
 from .ops import Block, Env, Local
-from .ops.base import Run, arguments
+from .ops.base import Run
 from .ops.window import split_padding
 from .stages import Packing, Stage, vector_inputs
 
@@ -30,32 +30,22 @@ _ONE = (1, 1)
 def winograd_in_training(stage: Stage) -> None:
     """Give the convolutions of a stage that gain by it to the kernel, if it is there."""
     for local in stage.locals:
-        if local.op.name == "conv2d" and _gains(stage, local):
-            _replace(stage, local)
+        if local.op.name == "conv2d" and stage.program.values[local.op.outputs[0]].dtype == torch.float32:
+            chain = ConvChain.of(local)
+            if gains_by_winograd(stage, chain):
+                _replace(stage, local, chain)
     stage.vectors = vector_inputs(stage)
 
 
-def _gains(stage: Stage, local: Local) -> bool:
-    given = arguments(local.op, "input weight bias stride padding dilation groups", stride=1, dilation=1, groups=1)
-    values, output = stage.program.values, local.op.outputs[0]
-    plain = all(given[name] in (1, _ONE, [1, 1]) for name in ("stride", "dilation", "groups"))
-    if not plain or values[output].dtype != torch.float32 or stage.maps.axes[given["input"].value] != (2, 3):
-        return False
-    shape = tuple(values[given["weight"].value].shape)
-    return winograd.pays(shape, math.prod(stage.maps.size(output))) and winograd.available()
-
-
-def _replace(stage: Stage, local: Local) -> None:
-    given = arguments(local.op, "input weight bias", bias=None)
-    value, weight = given["input"].value, given["weight"].value
-    bias = None if given["bias"] is None else given["bias"].value
+def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
+    value, weight, bias = chain.x, chain.weight, chain.bias
     packed, turned = (stage.maps.new_value(like=weight) for _ in range(2))
     for number, make in ((packed, winograd.pack), (turned, winograd.pack_for_input)):
         stage.packings.append(Packing(weight, number, functools.partial(_pack, make), besides=True))
 
     def run(own: Run, valued: bool, env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
-        if packed not in env or env[packed].dim() != 1 or x.numel() == 0:
+        if not for_winograd(env[packed]) or x.numel() == 0:
             return own(env, block)
         given = x, env[weight], None if bias is None else env[bias], env[packed], env[turned]
         return (_Convolution.apply(*given, block.pad, valued),)  # pyright: ignore
@@ -103,7 +93,7 @@ class _Convolution(torch.autograd.Function):
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         top, bottom, left, right = ctx.pad
-        dx = None
+        dx = dw = db = None
         if of_x:  # the padding has a gradient that nobody wants: its rows are not computed
             dx = winograd.conv3x3(dy, turned, x.shape[1], pad=(2 - top, 2 - bottom, 2 - left, 2 - right))
         by_stock = [of_x and dx is None, of_weight, of_bias]
@@ -113,7 +103,5 @@ class _Convolution(torch.autograd.Function):
             place = _ONE, even, _ONE, False, (0, 0), 1
             found, dw, db = torch.ops.aten.convolution_backward(dy, padded, weight, ctx.bias_sizes, *place, by_stock)
             if found is not None:
-                before = left - even[1], top - even[0]
-                dx = found[:, :, before[1] : before[1] + x.shape[2], before[0] : before[0] + x.shape[3]]
-            return dx, dw, db, None, None, None, None
-        return dx, None, None, None, None, None, None
+                dx = found.narrow(2, top - even[0], x.shape[2]).narrow(3, left - even[1], x.shape[3])
+        return dx, dw, db, None, None, None, None
