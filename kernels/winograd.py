@@ -150,6 +150,7 @@ def conv3x3(
     """
     library, x = _library(), _in_rows(x)
     residual = None if residual is None else _in_rows(residual)
+    bias = None if bias is None else bias.contiguous()
     n, channels, height, width = x.shape
     top, bottom, left, right = pad
     shape = n, filters, height + top + bottom - 2, width + left + right - 2
