@@ -10,7 +10,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..cuda_graphs.whole import WholePasses
 from ..errors import GigamorphError
-from ..lowering.folding import Folded
+from ..lowering.folding import Folded, Scaled
 from ..lowering.geometry import Access
 from ..lowering.ops import Local
 from ..lowering.stages import Stage
@@ -192,10 +192,11 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
         if leaf is not None and _is_watched(leaf):
             raise _unreached(f"{what} has a hook")
         if isinstance(node, BackwardCFunction):
-            if type(node)._forward_cls is Folded:  # pyright: ignore[reportAttributeAccessIssue]
-                edges += Folded.inputs_of(node, output)
-            elif not type(node)._forward_cls.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore
-                raise _unreached(f"{what} is made by {type(node)._forward_cls.__name__}")  # pyright: ignore
+            maker: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
+            if maker in (Folded, Scaled):
+                edges += maker.inputs_of(node, output)
+            elif not maker.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore[reportOptionalMemberAccess]
+                raise _unreached(f"{what} is made by {maker.__name__}")
             continue  # a stage sees to its own inputs
         if _is_used_up(node):
             raise _unreached(f"{what} was made before an earlier backward")

@@ -27,6 +27,8 @@ from .ops import Env, Local, VectorOp
 from .ops.base import arguments
 from .stages import Stage, private_maps, readers_of, vector_inputs
 
+_AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -57,7 +59,45 @@ class Fold:
         offset = offset * scale
         if self.beta is not None:
             offset = offset + env[self.beta].to(wide)
-        return (w.to(wide) * scale.reshape(-1, 1, 1, 1)).to(w.dtype), offset.to(w.dtype)
+        return Scaled.apply(w, scale), offset.to(w.dtype)  # pyright: ignore[reportReturnType]
+
+
+class Scaled(torch.autograd.Function):
+    """`w * s`, a factor for each filter.
+
+    A step ends with its gradients, one convolution after the other, where all that is in work has gone but the pages of
+    it have not: they take no memory besides themselves, and lie as autograd keeps them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(w, scale)
+        ctx.set_materialize_grads(False)
+        return (w.to(scale.dtype) * scale.reshape(-1, 1, 1, 1)).to(w.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
+        if grad is None:
+            return None, None
+        w, scale = ctx.saved_tensors
+        of_w, of_scale = ctx.needs_input_grad
+        dw = torch.empty_like(w) if of_w else None
+        slope = torch.empty_like(scale) if of_scale else None
+        filters = max(1, _AT_A_TIME // max(1, w[0].nbytes)) if len(w) else 1
+        for n in range(0, len(w), filters):
+            here = slice(n, n + filters)
+            rows = torch.empty_like(w[here], dtype=scale.dtype).copy_(grad[here])
+            if slope is not None:
+                slope[here] = (rows * w[here]).sum((1, 2, 3))
+            if dw is not None:
+                dw[here] = rows.mul_(scale[here].reshape(-1, 1, 1, 1))
+        return dw, slope
+
+    @staticmethod
+    def inputs_of(node: Any, _output: int) -> list[Any]:
+        """The edges of this function's node that the gradient of its output goes on along."""
+        return list(node.next_functions)
 
 
 def fold_batch_norm(stage: Stage) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gigamorph import GigamorphError, accelerate, kernels
 from gigamorph.engine.lowering.folding import Fold, Folded, fold_together
 from gigamorph.engine.lowering.ops import VectorOp
+from gigamorph.engine.tiling.arena import arena, in_arena
 from gigamorph.kernels import choice
 
 
@@ -26,6 +27,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)
     with choice.override("stock"):
         yield
+
+
+@pytest.fixture(params=["together", "one by one"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """The path of a GPU, and that of the CPU."""
+    if request.param == "together":
+        request.getfixturevalue("on_gpu")
 
 
 class Count(TorchDispatchMode):
@@ -131,6 +139,24 @@ def test_gradients_and_weights_have_memory_of_their_own_that_lies_as_theirs_does
         assert grad.untyped_storage().nbytes() == grad.nbytes
 
 
+@pytest.mark.skipif(arena() is None, reason="needs the arena, which counts")
+def test_gradients_take_no_memory_but_their_own() -> None:
+    """At the end of a step each would come on top of the pages that the step has left."""
+    ops, env = problem([(512, 256, 3)] * 2, (False, True, True), [0, 4, 10, 14], torch.float32)
+    held = arena()
+    assert held is not None
+    losses = [(op.run(env)[0] * torch.ones(()).expand(512, 256, 3, 3)).sum() for op in ops]
+    weight = env[0].nbytes
+    with in_arena(torch.device("cpu")):
+        before = held.counts().in_use
+        for number, loss in enumerate(losses, 1):
+            held.reset_most()
+            loss.backward()
+            incoming = weight  # the gradient of the folded weight
+            assert held.counts().most - before <= number * weight + incoming + (3 << 20)
+    assert held.counts().in_use - before <= 2 * weight + (1 << 20)
+
+
 class TwoHeads(nn.Module):
     """Of two outputs a loss may reach one."""
 
@@ -149,7 +175,7 @@ def test_networks_on_a_gpu(on_gpu: None) -> None:
     assert_exact(randomize(TwoHeads()).double().eval(), torch.randn(2, 1, 45, 38, dtype=torch.float64), tile=16)
 
 
-def test_what_a_loss_does_not_reach_has_no_gradient(on_gpu: None) -> None:
+def test_what_a_loss_does_not_reach_has_no_gradient(either_way: None) -> None:
     """As in stock PyTorch; a hook there is refused by name, and one on a layer that the loss reaches is not."""
     net = accelerate(randomize(TwoHeads()).double().eval(), tile=16)
     x = torch.randn(1, 1, 40, 33, dtype=torch.float64)
