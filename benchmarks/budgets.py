@@ -125,7 +125,7 @@ class Results:
     def row(self, key: str, make: Any) -> dict[str, Any]:
         """The row of this name, made if it is not there."""
         if key not in self.rows:
-            self.rows[key] = {"row": key, **make()}
+            self.rows[key] = {"row": key, **make(), "commit": provenance()["commit"]}
             print(line(self.rows[key]), flush=True)
             if self.path is not None:
                 what = {"what": "benchmarks/budgets.py", "provenance": provenance(), "rows": [*self.rows.values()]}

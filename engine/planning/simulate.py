@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -121,6 +122,26 @@ def _on(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
             value.device = own
 
 
+# Ops whose outputs are channels-last on the CPU where one of these arguments is; on meta tensors they never are, and a
+# copy would be counted that the next op does not make.
+_IN_ORDER_OF = {
+    "convolution": (0, 1),  # input, weight
+    "convolution_backward": (1, 2),
+    "channel_shuffle": (0,),
+    "pixel_shuffle": (0,),
+    "pixel_unshuffle": (0,),
+    "reflection_pad2d": (0,),
+    "reflection_pad2d_backward": (1,),
+    "replication_pad2d": (0,),
+    "replication_pad2d_backward": (1,),
+    "roll": (0,),
+}
+
+
+def _lies_channels_last(tensor: Tensor) -> bool:
+    return suggest_memory_format(tensor) == torch.channels_last
+
+
 class _OnMeta(TorchDispatchMode):
     """Every op on meta tensors: others that it takes (weights that rules hold) and makes are turned into such."""
 
@@ -131,7 +152,17 @@ class _OnMeta(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         elif not given and any(argument.name == "device" for argument in func._schema.arguments):
             kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        places = _IN_ORDER_OF.get(func.overloadpacket.__name__, ())
+        if any(_lies_channels_last(args[place]) for place in places):
+            return tree_map_only(Tensor, _channels_last, result)
+        return result
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.as_strided(tensor.shape, torch.empty_like(tensor, memory_format=torch.channels_last).stride())
 
 
 def _tile_peak(

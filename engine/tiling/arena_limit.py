@@ -11,7 +11,7 @@ from .memory import resident_bytes, trim_heap
 from .memory_limit import Kept, MemoryLimit
 from .page_pool import PagePool
 
-_STEP_SHARE = 0.05  # of what is predicted, by which that is raised at a time
+_STEP_SHARE, _MOST_SHARE = 0.05, 0.1  # of what is predicted, by which that is raised at a time, and at most
 _LITTLE_SHARE = 0.25  # of what the arena holds: after so much was given back, and got again, it was too little
 
 
@@ -20,18 +20,26 @@ class Predicted:
     """What a network's steps should do with, from one step to the next.
 
     Attributes:
-        bytes: of a limit; as the plan says at first, and more where that has proved too little.
-        returned: bytes that steps have given back since it was raised.
+        planned: bytes of a limit, as the plan says.
+        more: bytes besides, where those have proved too little.
+        returned: bytes that steps have given back since there were more.
     """
 
-    bytes: int
+    planned: int
+    more: int = 0
     returned: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of a limit, so many."""
+        return self.planned + self.more
 
     def gave_back(self, returned: int, held: int) -> None:
         """So many bytes more went back, of an arena that holds so many."""
         self.returned += returned
         if self.returned > _LITTLE_SHARE * held:
-            self.bytes, self.returned = self.bytes + int(_STEP_SHARE * self.bytes), 0
+            most = int(_MOST_SHARE * self.planned)
+            self.more, self.returned = min(most, self.more + int(_STEP_SHARE * self.planned)), 0
 
 
 class ArenaLimit(MemoryLimit):
@@ -39,8 +47,9 @@ class ArenaLimit(MemoryLimit):
 
     It is held to what the plan predicts, in which few pages are free. Pages that go back have to be got again, at ten
     times what it takes to write them: where steps give back much, that was too little, and they may have a little more
-    of the limit. What is in use is known without giving anything back; where that is beyond the limit, the heap is
-    trimmed, and graphs that are kept for the backward go.
+    of the limit; a tenth at most, so that what is held is about what was predicted. What is in use is known without
+    giving anything back; where that is beyond the limit, the heap is trimmed, and graphs that are kept for the backward
+    go.
 
     Args:
         limit, held, left, work, page_pool, strict: as of any limit.

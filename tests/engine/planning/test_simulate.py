@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from gigamorph import plan
 from gigamorph.engine.capture.trace import capture
@@ -62,6 +64,40 @@ def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool, monkeyp
         counted = simulate.tile_peak(stage, tiled, training, wanted)
         assert counted == pytest.approx(fake, rel=0.01)
         assert counted[0] > 0 and {value.device.type for value in values} == {"cpu"}
+
+
+CHANNELS_LAST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "conv": lambda x, w: F.conv2d(x, w),
+    "conv of one filter": lambda x, w: F.conv2d(x, w[:1]),
+    "strided conv": lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+    "pointwise conv": lambda x, w: F.conv2d(x, w[:, :, :1, :1]),
+    "depthwise conv": lambda x, w: F.conv2d(x, w[:16, :1], groups=16),
+    "transposed conv": lambda x, w: F.conv_transpose2d(x, w.transpose(0, 1).contiguous(), stride=2),
+    "channel shuffle": lambda x, _: F.channel_shuffle(x, 4),
+    "pixel shuffle": lambda x, _: F.pixel_shuffle(x, 2),
+    "pixel unshuffle": lambda x, _: F.pixel_unshuffle(x, 2),
+    "reflect": lambda x, _: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "replicate": lambda x, _: F.pad(x, (1, 1, 1, 1), mode="replicate"),
+    "roll": lambda x, _: x.roll((1, 2), (2, 3)),
+    "cat": lambda x, w: torch.cat([x, F.conv2d(x, w, padding=1)], 1),
+    "bilinear": lambda x, _: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "pool": lambda x, _: F.max_pool2d(x, 3, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS_LAST)
+def test_maps_lie_on_meta_tensors_as_they_do_on_the_cpu(name: str) -> None:
+    """Else copies are counted that nobody makes: of a U-Net in inference a third of a tile."""
+
+    def strides(device: str) -> list[tuple[int, ...]]:
+        x = torch.rand(1, 16, 12, 12, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = CHANNELS_LAST[name](x, torch.rand(24, 16, 3, 3, device=device))
+        grad = torch.rand(y.shape, device=device).contiguous(memory_format=torch.channels_last)
+        return [y.stride(), torch.autograd.grad(y, x, grad)[0].stride()]
+
+    with simulate._OnMeta():
+        found = strides("meta")
+    assert found == strides("cpu")
 
 
 def test_a_schedule_is_made_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
