@@ -115,6 +115,8 @@ def fit(
         log.warning("there are no validation images: the last epoch is kept")
         if options.patience is not None:
             log.warning("patience has no effect: there are no validation images, and all epochs are trained")
+        if options.schedule.plateau is not None:
+            log.warning("schedule.plateau has no effect: there are no validation images to wait for")
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)
