@@ -33,7 +33,7 @@ from .network import build_network
 from .options import TrainOptions
 from .progress import Report
 from .proposal import proposal
-from .record import make_record, require_same
+from .record import make_record, require_same, scale_told
 from .run import Run
 
 log = logging.getLogger("gigamorph")
@@ -123,6 +123,8 @@ def fit(
             log.warning("patience has no effect: there are no validation images, and all epochs are trained")
         if options.schedule.plateau is not None:
             log.warning("schedule.plateau has no effect: there are no validation images to wait for")
+    if not resume and options.weights and (told := scale_told(options.weights, data.preprocessing)):
+        watch.warn(told)
     log.debug("kernels: %s", _kernels(options.device))
     if watch.say is not None:
         for line in proposal(net, data, options):
