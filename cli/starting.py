@@ -22,12 +22,16 @@ class Teller:
     def __init__(self, quiet: bool, verbose: bool) -> None:
         if quiet and verbose:
             raise click.UsageError("--quiet and --verbose exclude each other")
-        self.quiet = quiet
+        self.quiet, self.verbose = quiet, verbose
         self._warned: set[str] = set()
         if quiet:
             os.environ.setdefault("WANDB_SILENT", "true")  # it prints a summary of each run otherwise
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # and this that it makes a database
-        if verbose:
+        self.listen()
+
+    def listen(self) -> None:
+        """With --verbose, print what is done as well, in this process."""
+        if self.verbose:
             from rich.logging import RichHandler
 
             log = logging.getLogger("gigamorph")

@@ -188,7 +188,7 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 )
 @click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
-@click.option("--verbose", is_flag=True, help="Print what is done as well: models, plans, kernels.")
+@click.option("--verbose", is_flag=True, help="Print the plan, the kernels and what learns at which rates as well.")
 @click.pass_context
 def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     """Train a classifier on images of any size, with the gradients that the whole image gives.
@@ -310,6 +310,7 @@ def _train(
     if not group.leads:
         fit(images, chosen, out, resume=resume, watch=watch)
         return
+    tell.listen()
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
     several = "" if group.size == 1 else f" in {group.size} processes"
     kind = "classes" if config.data.task in ("classes", "ordinal") else config.data.task

@@ -55,6 +55,7 @@ def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split:
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return
+    tell.listen()
     with ProgressView(device=run.device, quiet=tell.quiet) as view:
         metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
     if tell.quiet:

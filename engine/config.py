@@ -59,9 +59,11 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         raise GigamorphError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
+    except _Twice as error:
+        raise GigamorphError(f"{source}: {error}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -69,11 +71,33 @@ def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
     return _as_toml(found)
 
 
+class _Twice(GigamorphError):
+    """A key that a table has twice, of which YAML and JSON would take the last."""
+
+
+class _Yaml(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        _require_once([str(key.value) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _require_once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _require_once(keys: Sequence[str]) -> None:
+    if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+        raise _Twice(f"key '{twice[0]}' is there twice")
+
+
 def _parsed_json(text: str, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_table)
     except json.JSONDecodeError as error:
         raise GigamorphError(f"{source}: is no JSON: {error}") from error
+    except _Twice as error:
+        raise GigamorphError(f"{source}: {error}") from error
     if not isinstance(found, dict):
         raise GigamorphError(f"{source}: holds no table of keys and values")
     return _as_toml(found)
@@ -87,9 +111,9 @@ _PARSERS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 
 
 def _as_toml(value: Any) -> Any:
-    """YAML's null is TOML's omitted key; 1e-3, which YAML takes for a text, is a number."""
+    """1e-3, which YAML takes for a text, is a number; what a null is, see `_build`."""
     if isinstance(value, dict):
-        return {str(key): _as_toml(own) for key, own in value.items() if own is not None}
+        return {str(key): _as_toml(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_as_toml(own) for own in value]
     return _number_or_text(value) if isinstance(value, str) else value
@@ -122,10 +146,19 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     """
     *tables, last = key.split(".")
     for i, table in enumerate(tables):
-        values = values.setdefault(table, {})
+        if values.get(table) is None:
+            values[table] = {}
+        values = values[table]
         if not isinstance(values, dict):
             raise GigamorphError(f"key '{key}': '{'.'.join(tables[: i + 1])}' is a value, no table")
     values[last] = value
+
+
+def without_nulls(value: Any) -> Any:
+    """The same, but for keys whose value is a null of YAML or JSON."""
+    if isinstance(value, dict):
+        return {key: without_nulls(own) for key, own in value.items() if own is not None}
+    return [without_nulls(own) for own in value] if isinstance(value, list) else value
 
 
 def to_plain(config: Any, omit: Sequence[str] = ()) -> dict[str, Any]:
@@ -177,8 +210,13 @@ def _build(cls: Any, values: dict[str, Any], source: str, place: str) -> Any:
             meant = "" if place else "".join(f"; {one} is one" for one in _deeper(cls, key))
             raise GigamorphError(f"{source}: key '{place}{key}' is unknown{meant}; there are {', '.join(known)}")
     for own in fields(cls):
-        if own.name not in values and own.default is MISSING and own.default_factory is MISSING:
+        default = own.default if own.default_factory is MISSING else own.default_factory()
+        if values.get(own.name) is None and default is MISSING:
             raise GigamorphError(f"{source}: key '{place}{own.name}' is missing")
+        # A null of YAML or JSON is TOML's omitted key; of one whose default is something it could mean nothing else.
+        if own.name in values and values[own.name] is None and default and not is_dataclass(default):
+            raise GigamorphError(f"{source}: key '{place}{own.name}' is null; leave it out for {default}")
+    values = {key: value for key, value in values.items() if value is not None}
     made = {key: _value(types[key], value, source, place + key) for key, value in values.items()}
     try:
         return cls(**made)
@@ -210,7 +248,8 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
             return tuple(_value(t, v, source, f"{key}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         inner = get_args(wanted)[1]
-        return {str(k): v if inner is Any else _value(inner, v, source, f"{key}.{k}") for k, v in value.items()}
+        given = without_nulls(value)
+        return {str(k): v if inner is Any else _value(inner, v, source, f"{key}.{k}") for k, v in given.items()}
     if is_dataclass(wanted) and isinstance(value, dict):
         return _build(wanted, value, source, f"{key}.")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -36,6 +36,7 @@ NOT_RUN = {
     r"^gigamorph view (?!.*--static)": "serves until Ctrl-C; tests/cli/test_view.py asks it",
     r"study/graded|(area|masses|masks|exams)/": "half a minute each; tests/cli has them",
     r"--out (exams|masks|masses|logged)": "half a minute each; tests/cli has them",
+    r"--config (my\.yaml|stages\.toml)|settings": "half a minute each; tests/cli has them",
     r"^gigamorph train table\.csv": "trains for twenty epochs; the README's own training runs",
 }
 GPU = "needs a GPU"

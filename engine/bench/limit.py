@@ -2,7 +2,7 @@
 
 Each size is tried in a process of its own, whose peak tells whether it kept to the cap; on the CPU it gives freed
 memory back at once, so that the peak is what is needed, not what the C library keeps. The search begins at what `plan`
-predicts, so that it takes few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps its carries in
+predicts, so that it takes few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps its halos in
 memory on the CPU: with those on disk an image may be larger still, and takes hours.
 """
 
@@ -73,7 +73,7 @@ def predicted_side(network: nn.Module, task: Task, peer: str, search: Search) ->
     def fits(side: int) -> bool:
         budget = int(search.share * search.cap) if peer == "gigamorph" else None
         try:
-            made = planned(network, _sized(task, side), budget, halos=_carries(task))
+            made = planned(network, _sized(task, side), budget, halos=_halos(task))
         except BudgetError:
             return False
         return peer == "gigamorph" or (made.stock_bytes or 0) <= search.cap
@@ -126,7 +126,7 @@ def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     task = _sized(row.task, side)
     options = Options(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
     for chosen in settings(row.peer, task, network, options):
-        row.settings = {**chosen, "carries": _carries(task)} if row.peer == "gigamorph" else chosen
+        row.settings = {**chosen, "halos": _halos(task)} if row.peer == "gigamorph" else chosen
         answer = measure_alone(
             task, row.peer, row.settings, search.steps, cap=search.cap, longest=search.longest, lean=True
         )
@@ -139,7 +139,7 @@ def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     return Try(side, status, peak, min(answer["seconds"]))
 
 
-def _carries(task: Task) -> str:
+def _halos(task: Task) -> str:
     return "device" if task.device == "cpu" else "auto"
 
 

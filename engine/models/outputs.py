@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import GigamorphError
 from .views import Views, pool
@@ -82,11 +83,14 @@ class Outputs:
         averaged: what is given are log-odds (N, names) already, as of an ensemble.
         views: how several views of an exam are one; "attention" is by one column more, the last. None for networks
             of single images.
+        members: of an ensemble of networks of exams: the outputs of each, whose columns stand side by side, for views
+            are combined network by network before their probabilities are averaged.
     """
 
     heads: tuple[Head, ...]
     averaged: bool = False
     views: Views | None = None
+    members: tuple[Outputs, ...] = ()
 
     @classmethod
     def of(cls, activation: Activation, columns: int, classes: tuple[str, ...] = ()) -> Outputs:
@@ -136,12 +140,19 @@ class Outputs:
         """(N, columns) or (N, width) of the network -> (N, names), differentiable."""
         if self.averaged:
             return values
+        if self.members:
+            own = values.tensor_split(len(self.members), 1)
+            each = torch.stack([one.log_odds(part) for one, part in zip(self.members, own, strict=True)])
+            return each.mean(0) if self.numbers else mean_log_odds(each)
         parts = torch.split(values[:, : self.columns], [head.columns for head in self.heads], 1)
         return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
 
     def together(self, rows: Tensor) -> Tensor:
         """What the network gives of an exam's views (views, width) as that of the exam, (1, columns); see `views`."""
         assert self.views is not None
+        if self.members:
+            own = rows.tensor_split(len(self.members), 1)
+            return torch.cat([one.together(part) for one, part in zip(self.members, own, strict=True)], 1)
         return pool(rows, self.views, exclusive=self.heads[0].activation == "softmax")
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -175,9 +186,14 @@ class Outputs:
         )
 
 
+def mean_log_odds(log_odds: Tensor) -> Tensor:
+    """Log-odds (...) of the mean of the probabilities along the first axis, without rounding them to 0 or 1."""
+    return torch.logsumexp(F.logsigmoid(log_odds), 0) - torch.logsumexp(F.logsigmoid(-log_odds), 0)
+
+
 def _of_steps(steps: Tensor) -> Tensor:
     """Log-odds (N, K) of ordered classes from logits (N, K - 1) of going on above each class but the last."""
-    on, end = torch.nn.functional.logsigmoid(steps), torch.nn.functional.logsigmoid(-steps)
+    on, end = F.logsigmoid(steps), F.logsigmoid(-steps)
     reached = torch.cat([torch.zeros_like(on[:, :1]), on.cumsum(1)], 1)  # log of the probability of class k or above
     own = torch.cat([reached[:, :-1] + end, reached[:, -1:]], 1)
     others = [torch.logsumexp(torch.cat([own[:, :k], own[:, k + 1 :]], 1), 1) for k in range(own.shape[1])]

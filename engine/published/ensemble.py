@@ -17,7 +17,7 @@ from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, to_original
 from ..models.classifier import record
 from ..models.folder import Preprocessing
-from ..models.outputs import Outputs, outputs_of, set_outputs
+from ..models.outputs import Outputs, mean_log_odds, outputs_of, set_outputs
 from ..train.explanation import Explained, Explanation, SelfExplaining, class_of, explain_class, gradient
 from .images import PreparedSource
 
@@ -81,7 +81,8 @@ class Member:
 class Ensemble(SelfExplaining):
     """Several networks, and mirror images, as one network: log-odds of the mean of their probabilities.
 
-    A call takes an image, of grey values where members prepare it, or a list of one, and gives log-odds (1, names).
+    A call takes an image, of grey values where members prepare it, or a list of one, and gives log-odds (1, names). Of
+    networks of exams it gives what each says of the image, side by side, for `Outputs.together` of an exam's views.
 
     Args:
         outputs: what the members' log-odds are of.
@@ -90,8 +91,10 @@ class Ensemble(SelfExplaining):
 
     def __init__(self, members: Sequence[Member], outputs: Outputs, flips: Sequence[tuple[bool, bool]]) -> None:
         self.members, self.flips = list(members), flips
-        self._numbers = outputs.numbers
-        set_outputs(self, replace(outputs, averaged=True))
+        self._numbers, self._side_by_side = outputs.numbers, outputs.views is not None
+        each = tuple(member.outputs for member in self.members) * len(flips)
+        own = replace(outputs, members=each) if self._side_by_side else replace(outputs, averaged=True)
+        set_outputs(self, own)
         self._on_tile: Any = None
 
     @property
@@ -112,7 +115,10 @@ class Ensemble(SelfExplaining):
 
     def __call__(self, image: Any) -> Tensor:
         source = image[0] if isinstance(image, list) else image
-        return self._mean(torch.stack([self._log_odds(member, seen) for member, seen in self._views(source)]))
+        found = [(member, member.net(seen).double()) for member, seen in self._views(source)]
+        if self._side_by_side:
+            return torch.cat([rows for _, rows in found], 1)
+        return self._mean(torch.stack([member.outputs.log_odds(rows) for member, rows in found]))
 
     def _mean(self, each: Tensor) -> Tensor:
         """Of numbers their mean, of others the log-odds of the mean of their probabilities."""
@@ -142,15 +148,17 @@ class Ensemble(SelfExplaining):
     def _explained(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Explained:
         views = list(self._views(source))
         with torch.no_grad():
-            each = torch.stack([self._log_odds(member, seen) for member, seen in views]).cpu()
+            rows = [member.net(seen).double() for member, seen in views]
+        each = torch.stack([member.outputs.log_odds(own).cpu() for (member, _), own in zip(views, rows, strict=True)])
         mean = self._mean(each)
-        number = class_of(mean, which, outputs_of(self))
+        given = torch.cat(rows, 1).cpu() if self._side_by_side else mean
+        number = class_of(given, which, outputs_of(self))
         log_slopes = _log_slope(each[:, 0, number]) - _log_slope(mean[0, number])
         slopes = (torch.zeros_like(log_slopes) if self._numbers else log_slopes).exp() / len(views)
         maps = [explain(member.net, seen, number) for member, seen in views]
         # The first len(self.members) are of images that are not mirrored.
         log_odds = float(mean[0, number])
-        return _merged(maps, slopes.tolist(), len(self.members), log_odds), mean[0], number
+        return _merged(maps, slopes.tolist(), len(self.members), log_odds), given[0], number
 
     def _views(self, source: PixelSource) -> Iterator[tuple[Member, PixelSource]]:
         """Each member with each image that it sees; images as they are come first."""
@@ -158,15 +166,6 @@ class Ensemble(SelfExplaining):
             mirrored = MirroredSource(source, left_right=left_right, up_down=up_down)
             for member in self.members:
                 yield member, member.seen(mirrored if left_right or up_down else source)
-
-    @staticmethod
-    def _log_odds(member: Member, seen: PixelSource) -> Tensor:
-        return member.outputs.log_odds(member.net(seen).double())
-
-
-def mean_log_odds(log_odds: Tensor) -> Tensor:
-    """Log-odds (...) of the mean of the probabilities along the first axis, without rounding them to 0 or 1."""
-    return torch.logsumexp(F.logsigmoid(log_odds), 0) - torch.logsumexp(F.logsigmoid(-log_odds), 0)
 
 
 def _log_slope(log_odds: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, fl
         flips: of `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
-        DataError: a fold is not finished; their classes or their images differ; they are of masks or of exams.
+        DataError: a fold is not finished; their classes or their images differ; they are of masks.
     """
     members: list[Member] = []
     records: list[Mapping[str, Any]] = []
@@ -75,22 +75,20 @@ def _preprocessing(record: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(record["channels"], tuple(scale["mean"]), tuple(scale["std"]))
 
 
+def _learnt(record: Mapping[str, Any]) -> str:
+    target = target_of(record)
+    of_exams = f" of exams ({target.views} of their views)" if target.views else ""
+    return f"{target.kind} {', '.join(record['classes'])}{of_exams}"
+
+
 def _require_alike(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """That the last of the records, which is a checkpoint's, can be averaged with the first."""
     first, own = records[0], records[-1]
     one = "; name the checkpoint of one fold"
-    kind, views = target_of(own).kind, target_of(own).views
-    if kind == "masks":
+    if target_of(own).kind == "masks":
         raise DataError(f"{path}: is a network of masks, which are not averaged over folds{one}")
-    if views is not None:
-        raise DataError(
-            f"{path}: combines the views of an exam by what it gives of each, which is not averaged over folds{one}"
-        )
-    if (kind, own["classes"]) != (target_of(first).kind, first["classes"]):
-        raise DataError(
-            f"{path}: learnt {kind} {', '.join(own['classes'])}, fold 1 {target_of(first).kind} "
-            f"{', '.join(first['classes'])}; they are not averaged{one}"
-        )
+    if _learnt(own) != _learnt(first):
+        raise DataError(f"{path}: learnt {_learnt(own)}, fold 1 {_learnt(first)}; they are not averaged{one}")
     taken, wanted = ({**record["preprocessing"], "channels": record["channels"]} for record in (own, first))
     differs = [name for name in wanted if name != "normalize" and taken.get(name) != wanted[name]]
     if differs:

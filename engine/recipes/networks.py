@@ -9,7 +9,7 @@ from pathlib import Path
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
-from ..errors import DataError, GigamorphError
+from ..errors import DataError
 from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..predict.predictor import Classifier
@@ -54,15 +54,12 @@ def open_predictor(
             return open_folds(path, memory_budget=memory_budget, device=device, flips=flips)
         return Classifier(*open_published(path, memory_budget=memory_budget, device=device, flips=flips))  # type: ignore[arg-type]
     found = _of_checkpoint(path, memory_budget, device)
-    return _mirrored(found, flips, path) if flips else found
+    return _mirrored(found, flips) if flips else found
 
 
-def _mirrored(found: Classifier, flips: Sequence[str], path: str | Path) -> Classifier:
+def _mirrored(found: Classifier, flips: Sequence[str]) -> Classifier:
     """The same, averaged over mirror images."""
-    own = outputs_of(found.net)
-    if own is not None and own.views is not None:
-        raise GigamorphError(f"{path}: combines the views of an exam by what it gives of each; leave --flip out")
-    outputs = own or Outputs.of("softmax", len(found.classes), tuple(found.classes))
+    outputs = outputs_of(found.net) or Outputs.of("softmax", len(found.classes), tuple(found.classes))
     net = Ensemble([Member(found.net, None, outputs)], outputs, mirrorings(flips))
     return replace(found, net=net)  # type: ignore[arg-type]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import from_plain
+from ..config import from_plain, without_nulls
 from ..datasets.augment import Augment
 from ..errors import GigamorphError
 from ..images.grayscale import check_voi
@@ -18,7 +18,7 @@ from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
 from ..models.views import Views
 from .inputs import Labels
-from .options import Loss, TrainOptions, require
+from .options import Loss, Optimizer, TrainOptions, require
 
 Numbers = float | tuple[float, ...]
 
@@ -95,6 +95,15 @@ class TrainConfig(TrainOptions):
             if getattr(self.loss, name) != getattr(Loss(), name):
                 whose = "classes and labels; numbers have none" if of_numbers else "--task numbers; leave it out"
                 raise GigamorphError(f"loss.{name} is of {whose}")
+        optimizer = self.optimizer.name
+        if self.optimizer.momentum != Optimizer.momentum and optimizer.lower() != "sgd":
+            raise GigamorphError(
+                f"optimizer.momentum is of sgd; of {optimizer} it is in optimizer.options, if it has one"
+            )
+        for name, tasks in (("labels", ("labels", "numbers")), ("classes", ("classes", "ordinal", "masks"))):
+            if getattr(self.data, name) and self.data.task not in tasks:
+                whose = f"{', '.join(tasks[:-1])} and {tasks[-1]}"
+                raise GigamorphError(f"data.{name} is of --task {whose}; leave it out, or set data.task")
         for name in ("labels", "classes"):
             given = getattr(self.data, name)
             if twice := [one for number, one in enumerate(given) if one in given[:number]]:
@@ -149,7 +158,7 @@ def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], ob
         GigamorphError: a key or value that does not fit.
     """
     config = from_plain(dict(values), TrainConfig, source)
-    init = config.init
+    values, init = without_nulls(values), config.init
     if init is None:
         if not is_folder(config.model):
             return config

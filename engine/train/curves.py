@@ -54,17 +54,16 @@ def _dice(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
-    """ROC curves of two-class predictions, each named beside it; only labelled predictions count."""
+    """ROC curves of two-class predictions, named above them; only labelled predictions count."""
     figure, axes = panel(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for number, (name, predictions) in enumerate(curves.items()):
+    for name, predictions in curves.items():
         labelled = [p for p in predictions if p.label is not None]
         labels = np.array([p.label for p in labelled])
         false, true, _ = roc_curve(labels, np.array([p.log_odds[1] for p in labelled]))
-        [line] = axes.plot(false, true, linewidth=2, clip_on=False)
-        # Below the curve and to the right of it there is always room.
-        at = 0.04 + 0.44 * number
-        axes.text(at + 0.04, np.interp(at, false, true) - 0.05, name, color=line.get_color(), va="top")
+        axes.plot(false, true, linewidth=2, clip_on=False, label=name)
     axes.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    # Above the axes: a curve at chance runs along the diagonal, and a name beside it would lie over that.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, labelcolor="linecolor")
     return figure

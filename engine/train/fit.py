@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ... import kernels
+from ...kernels import winograd
 from ..accelerate import Accelerated
 from ..errors import DataError
 from ..models.classifier import check_classifier
@@ -31,10 +33,12 @@ from .network import build_network
 from .options import TrainOptions
 from .progress import Report
 from .proposal import proposal
-from .record import make_record, require_same
+from .record import make_record, require_same, scale_told
 from .run import Run
 
 log = logging.getLogger("gigamorph")
+
+_BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,17 @@ def fit(
     record = _begun(make_record(data, options, group), data, options, last if resume else None)
     started = time.monotonic()
     net = _network(record, data, options, None if resume else options.weights, group)
+    if options.batch_norm == "frozen" and not any(isinstance(m, _BATCH_NORM) for m in net.modules()):
+        log.warning("batch_norm has no effect: %s has no BatchNorm", options.model)
     if not len(data.val):
         log.warning("there are no validation images: the last epoch is kept")
         if options.patience is not None:
             log.warning("patience has no effect: there are no validation images, and all epochs are trained")
+        if options.schedule.plateau is not None:
+            log.warning("schedule.plateau has no effect: there are no validation images to wait for")
+    if not resume and options.weights and (told := scale_told(options.weights, data.preprocessing)):
+        watch.warn(told)
+    log.debug("kernels: %s", _kernels(options.device))
     if watch.say is not None:
         for line in proposal(net, data, options):
             watch.say(line)
@@ -140,6 +151,15 @@ def _network(
     check = check_segmenter if isinstance(data.target, MaskTarget) else check_classifier
     check(net._network, options.model, shape, data.target.width, options.device)
     return net
+
+
+def _kernels(device: str) -> str:
+    """Whose convolutions a run takes."""
+    if device.startswith("cuda"):
+        lacks = kernels.missing()
+        return "Triton's where they are faster" if lacks is None else f"PyTorch's ({lacks})"
+    lacks = winograd.missing()
+    return "Winograd's filtering for 3 x 3, else oneDNN's" if lacks is None else f"oneDNN's ({lacks})"
 
 
 def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -25,6 +26,8 @@ from .task import Task
 make_torchvision_importable()
 
 import lightning.pytorch as pl  # noqa: E402
+
+log = logging.getLogger("gigamorph")
 
 
 class Batches:
@@ -124,7 +127,10 @@ class StageModule(pl.LightningModule):
         return batch  # pixel sources are read, and uploaded, tile by tile
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.net, self.stage)
+        made = make_optimizer(self.net, self.stage)
+        if self.task.group.leads:
+            log.debug(_learning(self.net, self.stage, made))
+        return made
 
     def on_train_start(self) -> None:
         train_mode(self.net, self.stage)
@@ -216,6 +222,20 @@ class StageModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._gradients = checkpoint["gigamorph"]["gradients"]
         self._average = checkpoint["gigamorph"].get("average")
+
+
+def _learning(net: nn.Module, stage: Stage, optimizer: torch.optim.Optimizer) -> str:
+    """What of a network a stage trains, and at which rates, for people."""
+    every = list(net.parameters())
+    learning = [p for p in every if p.requires_grad]
+    groups = (
+        f"{len(group['params'])} at {group['lr']:g} with weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    )
+    return (
+        f"stage {stage.name}: {len(learning)} of {len(every)} parameters learn ({sum(p.numel() for p in learning):,} "
+        f"numbers) by {type(optimizer).__name__}: {', '.join(groups)}"
+    )
 
 
 def remedy(run: Run) -> str:

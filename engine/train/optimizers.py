@@ -41,6 +41,9 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
             groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     make = find_optimizer(stage.optimizer)
+    if own := {"lr", "weight_decay"} & stage.optimizer_options.keys():  # groups have theirs, which would count
+        name = sorted(own)[0]
+        raise GigamorphError(f"{name} is no option of the optimizer {stage.optimizer!r}; set optimizer.{name}")
     # Files have lists where PyTorch has pairs, as betas.
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.optimizer_options.items()}
     if stage.optimizer.lower() == "sgd":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from ..tiling.memory import available_bytes, format_bytes
 from .data import Data
 from .mask_target import MaskTarget, WithLoss
 from .options import TrainOptions
+
+log = logging.getLogger("gigamorph")
 
 _LOOKED_AT = 16
 _PATIENCE = 1.0
@@ -54,6 +57,7 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}") from error
     quick = time.monotonic() - started < _PATIENCE
+    log.debug("plan of the largest image\n%s", plan)
     budget = "what is free" if options.budget is None else format_bytes(options.budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, GigamorphError
+from ..models.checkpoints import read_state
 from ..parallel.process_group import ProcessGroup
 from .checkpoint import versions
 from .data import Data
@@ -39,6 +40,29 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
         },
         "versions": versions(),
     }
+
+
+def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | None:
+    """A line where a checkpoint's network has learnt on another scale of grey values than it gets now; else None.
+
+    Scales count as another where a value would be moved by half a standard deviation, or spread half as much again:
+    those that two sets of images measure (``--mean auto``) are always a little apart.
+    """
+    path = Path(weights)
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    record = read_state(path).rest.get("gigamorph")
+    before = record.get("preprocessing", {}).get("normalize") if isinstance(record, dict) else None
+    now = preprocessing["normalize"]
+    if before is None or len(before["mean"]) != len(now["mean"]):
+        return None
+    means, stds = (np.array([scale[name] for scale in (before, now)], float) for name in ("mean", "std"))
+    if (abs(means[0] - means[1]) <= stds[0] / 2).all() and (abs(np.log(stds[0] / stds[1])) <= np.log(1.5)).all():
+        return None
+    return (
+        f"{path}: has learnt on grey values of mean {before['mean']} and std {before['std']}, and gets them by mean "
+        f"{now['mean']} and std {now['std']}; give its own with --mean and --std"
+    )
 
 
 def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:

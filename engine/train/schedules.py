@@ -27,7 +27,8 @@ def factor_of(stage: Stage, steps_of_epoch: int) -> Factor:
     "constant"; "cosine" and "linear", which fall to zero over the steps after the warm-up; a class of
     `torch.optim.lr_scheduler`, stepped after each epoch (OneCycleLR and CyclicLR after each step); or ``timm:NAME``.
     Counts that PyTorch's classes need (T_max, total_steps, total_iters) are those of the stage where they are not
-    given. The warm-up is linear; it precedes our own, and is a factor of the others.
+    given; rates (eta_min, max_lr, base_lr, timm's min_lr) are rates, and those of parts that have another go in
+    proportion. The warm-up is linear; it precedes our own, and is a factor of the others.
 
     Raises:
         GigamorphError: the schedule is unknown, or does not take these options.
@@ -87,14 +88,14 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     if isinstance(own, int) and own < count:
         raise GigamorphError(f"schedule {stage.schedule!r}: total_steps is {own}, the run has {count}; leave it out")
     counted = {key: count for key in ("T_max", "total_steps", "total_iters") if key in taken}
-    relative = {"max_lr": 1.0} if name == "onecyclelr" else {}
+    rate = {"max_lr": _rate(stage)} if name == "onecyclelr" else {}
     still = {"cycle_momentum": False} if "cycle_momentum" in taken else {}
 
     def make(optimizer: torch.optim.Optimizer) -> Any:
-        return there[name](optimizer, **{**counted, **relative, **still, **stage.schedule_options})
+        return there[name](optimizer, **{**counted, **rate, **still, **stage.schedule_options})
 
     replayed = _Replayed(_tried(stage, make))
-    return lambda step: replayed(step // every)
+    return lambda step: replayed(step // every) / _rate(stage)
 
 
 def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
@@ -116,7 +117,7 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
 
     def factor(step: int) -> float:
         scheduler.step_update(step)
-        return float(optimizer.param_groups[0]["lr"])
+        return float(optimizer.param_groups[0]["lr"]) / _rate(stage)
 
     return factor
 
@@ -124,10 +125,10 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
 def _tried(
     stage: Stage, make: Callable[[torch.optim.Optimizer], Any]
 ) -> Callable[[], tuple[torch.optim.Optimizer, Any]]:
-    """Makes a schedule of an optimizer whose rate is 1: what becomes of the rate is the factor."""
+    """Makes a schedule of an optimizer that has the stage's rate: what becomes of it, by that, is the factor."""
 
     def begin() -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_rate(stage))
         return optimizer, make(optimizer)
 
     try:
@@ -138,8 +139,12 @@ def _tried(
     return begin
 
 
+def _rate(stage: Stage) -> float:
+    return stage.lr or 1.0  # of a rate of 0 no factor makes another
+
+
 class _Replayed:
-    """The factor of a schedule that goes on step by step; asked for an earlier one it begins anew."""
+    """The rate of a schedule that goes on step by step; asked for an earlier one it begins anew."""
 
     def __init__(self, begin: Callable[[], tuple[torch.optim.Optimizer, Any]]) -> None:
         self._begin = begin

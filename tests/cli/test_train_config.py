@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import signal
@@ -136,6 +137,17 @@ def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, monkeypatch, opt
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in told and "Traceback" not in told
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_verbose_says_plan_kernels_and_what_learns_at_which_rates(phantoms, tmp_path, capsys, monkeypatch):
+    log = logging.getLogger("gigamorph")
+    monkeypatch.setattr(log, "handlers", log.handlers)
+    monkeypatch.setattr(log, "level", log.level)
+    given = [*FAST, "--freeze", "stem", "--lr-of", "fc=0.02", "--verbose", "--out", tmp_path / "run"]
+    assert run("train", phantoms, *given) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "plan of the largest image" in told and "one tile" in told and "kernels: " in told
+    assert re.search(r"stage train: \d+ of \d+ parameters learn .* by AdamW: .* at 0.001 .* at 0.02 with", told)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The search finds the border, whatever lies behind it, in few tries."""
 
+import inspect
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gigamorph import BudgetError
+from gigamorph import BudgetError, accelerate
 from gigamorph.engine.bench import limit
 from gigamorph.engine.bench.child import measure_alone
 from gigamorph.engine.bench.limit import Search, find
@@ -94,7 +96,8 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
     assert (found.side, found.status, found.peak_bytes, found.seconds) == (96, status, peak, 1.0)
     assert given["lean"] and given["longest"] == 7.0 and given["cap"] == 1000 and given["image"] == (1, 1, 96, 96)
     assert given["steps"] == 2
-    assert given["settings"] == {"memory_budget": 900, "tile": None, "carries": "device"}
+    assert given["settings"] == {"memory_budget": 900, "tile": None, "halos": "device"}
+    inspect.signature(accelerate).bind(nn.Identity(), **given["settings"])  # which takes no others
 
 
 def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():

@@ -44,3 +44,20 @@ def test_names_that_do_not_fit_are_refused():
         Outputs.of("softmax", 1, ("a",))
     with pytest.raises(GigamorphError, match="'tanh' is none of softmax, sigmoid"):
         Outputs.of("tanh", 1, ("a",))
+
+
+def test_networks_of_exams_side_by_side_are_averaged_after_their_views_are_combined():
+    """Of numbers each with the mean and spread of its own training images."""
+    rows = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # views, 2 x (2 + 1)
+    classes = Outputs.of("softmax", 2, ("a", "b"))
+    one = Outputs(classes.heads, views="attention")
+    two = Outputs(classes.heads, views="attention", members=(one, one))
+    each = [one.log_odds(one.together(part)).sigmoid() for part in (rows[:, :3], rows[:, 3:])]
+    assert torch.sigmoid(two.log_odds(two.together(rows))).allclose((each[0] + each[1]) / 2, atol=1e-15)
+    alone = [one.log_odds(part).sigmoid() for part in (rows[:, :3], rows[:, 3:])]
+    assert torch.sigmoid(two.log_odds(rows)).allclose((alone[0] + alone[1]) / 2, atol=1e-15)
+    heads = [Head(("x",), "number", 1, center=(c,), spread=(s,)) for c, s in ((10.0, 2.0), (30.0, 5.0))]
+    numbers = [Outputs((head,), views="mean") for head in heads]
+    both = Outputs((heads[0],), views="mean", members=tuple(numbers))
+    values = torch.tensor([[1.0, 0.0], [3.0, 2.0]], dtype=torch.float64)
+    assert both.log_odds(both.together(values)).item() == ((10 + 2 * 2) + (30 + 5 * 1)) / 2

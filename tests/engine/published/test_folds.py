@@ -33,7 +33,11 @@ def write(folder, *changes, target=None):
         (None, {"classes": ["a", "c"]}, "fold2/best.ckpt: learnt classes a, c, fold 1 classes a, b"),
         (None, {"channels": 3}, "takes images with another channels than fold 1"),
         (MaskTarget(("a", "b")), {}, "fold1/best.ckpt: is a network of masks"),
-        (Target(("a", "b"), "classes", views="mean"), {}, "fold1/best.ckpt: combines the views of an exam"),
+        (
+            None,
+            {"target": Target(("a", "b"), "classes", views="mean").to_plain()},
+            r"fold2/best.ckpt: learnt classes a, b of exams \(mean of their views\), fold 1 classes a, b; they",
+        ),
         (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "learnt ordinal a, b, fold 1 classes a, b"),
     ],
 )

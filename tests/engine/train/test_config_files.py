@@ -34,6 +34,23 @@ def test_a_json_file_means_what_toml_means(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "optimizer:\n  clip: null\n", "key 'optimizer.clip' is null; leave it out for 1.0"),
+        ("a.json", '{"epochs": null}', "key 'epochs' is null; leave it out for 20"),
+        ("a.yaml", "epochs: 3\nseed: 1\nepochs: 4\n", "key 'epochs' is there twice"),
+        ("a.yaml", "optimizer: {lr: 1e-3, lr: 1e-2}", "key 'lr' is there twice"),
+        ("a.json", '{"optimizer": {"lr": 1, "lr": 2}}', "key 'lr' is there twice"),
+    ],
+)
+def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(GigamorphError) as told:
+        load_config(tmp_path / name, TrainConfig)
+    assert str(told.value) == f"{tmp_path / name}: {message}"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("patience = 0", "patience is 0; it is 1 or more"),
@@ -64,6 +81,15 @@ def test_a_json_file_means_what_toml_means(tmp_path):
             "loss.class_weights is of classes and labels; numbers have none",
         ),
         ("data = {task = 'labels', labels = ['a', 'b', 'a']}", "data.labels names 'a' twice; name each once"),
+        ("data.labels = ['a']", "data.labels is of --task labels and numbers; leave it out, or set data.task"),
+        (
+            "data = {task = 'numbers', classes = ['a']}",
+            "data.classes is of --task classes, ordinal and masks; leave it out, or set data.task",
+        ),
+        (
+            "optimizer = {name = 'rmsprop', momentum = 0.5}",
+            "optimizer.momentum is of sgd; of rmsprop it is in optimizer.options, if it has one",
+        ),
         ("memory_budget = '12x'", "memory size '12x' is not understood; write it like 4GiB, 800MiB or 6GB"),
         ("memory_budget = 0", "memory size 0 must be positive, a byte or more"),
         ("memory_budget = true", "key 'memory_budget' is True, not a whole number or a text"),

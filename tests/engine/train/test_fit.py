@@ -18,7 +18,7 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import Watch, fit
 from gigamorph.engine.train.network import restore_network
-from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
+from gigamorph.engine.train.options import Loss, Optimizer, Schedule, TrainOptions
 from gigamorph.engine.train.target import Target
 
 
@@ -201,10 +201,11 @@ def test_mixed_precision_trains(data, tmp_path, precision):
 
 
 def test_runs_without_validation_images(data, tmp_path, caplog):
-    options = replace(OPTIONS, epochs=2, patience=1)
+    options = replace(OPTIONS, epochs=2, patience=1, schedule=Schedule(plateau=1), batch_norm="frozen")
     metrics = fit(replace(data, val=Images([]), test=Images([])), options, tmp_path / "run").metrics
     assert "val" not in metrics and metrics["best_epoch"] == 2
-    assert "patience has no effect" in caplog.text
+    for name in ("patience", "schedule.plateau", "batch_norm"):
+        assert f"{name} has no effect" in caplog.text
 
 
 def test_validation_of_one_class_falls_back_on_the_loss(data, tmp_path):

@@ -56,6 +56,8 @@ def test_optimizers_by_name_decay_weights_alone(name, options, expected):
         ({"optimizer": "timm:nothing"}, "'timm:nothing' is unknown; timm has"),
         ({"optimizer": "rprop"}, "'rprop' has no weight decay"),
         ({"optimizer_options": {"beta": 1}}, "cannot be made with beta=1: .*unexpected keyword"),
+        ({"optimizer_options": {"weight_decay": 1}}, "weight_decay is no option of the opt.*; set optimizer.weight"),
+        ({"optimizer_options": {"lr": 1}}, "lr is no option of the optimizer.*; set optimizer.lr"),
     ],
 )
 def test_optimizers_that_cannot_be(change, message):
@@ -82,11 +84,11 @@ def test_rates_by_depth():
 
 
 def stepped(make, steps, every):
-    """What PyTorch itself makes of a rate of 1."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    """What PyTorch itself makes of the stage's rate, as a share of it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=STAGE.lr)
     scheduler, found = make(optimizer), []
     for step in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"] / STAGE.lr)
         optimizer.step()
         if (step + 1) % every == 0:
             scheduler.step()
@@ -104,7 +106,16 @@ S = torch.optim.lr_scheduler
         ("ExponentialLR", {"gamma": 0.5}, lambda o: S.ExponentialLR(o, 0.5), 3),
         ("CosineAnnealingLR", {}, lambda o: S.CosineAnnealingLR(o, 4), 3),
         ("PolynomialLR", {"power": 2}, lambda o: S.PolynomialLR(o, 4, 2), 3),
-        ("OneCycleLR", {}, lambda o: S.OneCycleLR(o, 1.0, 12, cycle_momentum=False), 1),
+        ("OneCycleLR", {}, lambda o: S.OneCycleLR(o, 0.1, 12, cycle_momentum=False), 1),
+        # Rates among the options are rates, as in PyTorch, and no shares of the stage's.
+        ("CosineAnnealingLR", {"eta_min": 0.01}, lambda o: S.CosineAnnealingLR(o, 4, 0.01), 3),
+        ("OneCycleLR", {"max_lr": 0.3}, lambda o: S.OneCycleLR(o, 0.3, 12, cycle_momentum=False), 1),
+        (
+            "CyclicLR",
+            {"base_lr": 0.02, "max_lr": 0.2, "step_size_up": 2},
+            lambda o: S.CyclicLR(o, 0.02, 0.2, 2, cycle_momentum=False),
+            1,
+        ),
     ],
 )
 def test_schedules_of_torch_are_torchs_in_any_order_of_asking(name, options, make, every):
@@ -123,6 +134,8 @@ def test_own_schedules_and_timms_and_their_warm_up():
     assert cosine(0) == 0.5 and cosine(11) == pytest.approx(0.5)
     timm = factor_of(replace(STAGE, schedule="timm:cosine", warmup=0.1), 5)
     assert timm(0) == 0.5 and timm(10) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    floor = factor_of(replace(STAGE, schedule="timm:cosine", schedule_options={"min_lr": 0.01}, warmup=0.0), 5)
+    assert floor(19) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 19 / 20)))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gigamorph import accelerate, load
 from gigamorph.engine.datasets.exams import ExamDataset
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.datasets.views import MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.models.views import VIEWS, Views
@@ -168,6 +170,58 @@ def test_a_run_from_table_to_tables(
     capsys.readouterr()
     assert commands.run("export", checkpoint, "--to", "onnx", "--out", tmp_path / "hub") == 2
     assert "trained on exams of several views" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folds(table: Path) -> Path:
+    """A cross-validation of exams."""
+    unsplit = table.with_name("unsplit.csv")
+    found = [{key: value for key, value in row.items() if key != "split"} for row in rows(table)]
+    with unsplit.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    out = table.parent / "folds"
+    given = [*FAST, "--views", "attention", "--folds", "2", "--epochs", "1", "--quiet", "--out", out]
+    assert commands.run("train", unsplit, *given) == 0
+    return out
+
+
+@pytest.mark.parametrize("flips", [[], ["left-right"]])
+def test_folds_of_exams_predict_the_mean_of_their_probabilities_of_an_exam(
+    flips: list[str], folds: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [part for flip in flips for part in ("--flip", flip)]
+    assert commands.run("predict", folds, table, *given, "--heatmaps", "--out", tmp_path / "p") == 0
+    assert "the mean of 2 networks" in capsys.readouterr().out
+    exams = rows(tmp_path / "p" / "exams.csv")
+    own = [table.parent / row["image_path"] for row in rows(table) if row["patient_id"] == exams[0]["patient_id"]]
+    every = [load(folds / fold / "best.ckpt") for fold in ("fold1", "fold2")]
+    seen = [[one.open(path) for path in own] for one in every]
+    with torch.no_grad():
+        each = [_attended(one.net, images) for one, images in zip(every, seen, strict=True)]
+        for _ in flips:
+            mirrored = [[MirroredSource(image, left_right=True, up_down=False) for image in part] for part in seen]
+            each += [_attended(one.net, images) for one, images in zip(every, mirrored, strict=True)]
+            one = load(folds / "fold1" / "best.ckpt", flips=flips)  # of a single network as well
+            assert one.predict_exam(own).allclose((each[0] + each[2]) / 2, atol=1e-6)
+    wanted = torch.stack(each).mean(0)
+    odds = torch.tensor([float(exams[0][f"log_odds_{name}"]) for name in "01"], dtype=torch.float64)
+    assert (torch.sigmoid(odds) - wanted).abs().max() < 1e-6
+    assert load(folds, flips=flips).predict_exam(own).allclose(torch.sigmoid(odds), atol=1e-6)
+    # Of an image alone it is the mean of what they say of that.
+    alone = torch.stack([one.predict(own[0])[0] for one in every]).mean(0)
+    if not flips:
+        assert float(rows(tmp_path / "p" / "predictions.csv")[0]["p_1"]) == pytest.approx(float(alone[1]), abs=1e-5)
+    assert len(list((tmp_path / "p" / "heatmaps").iterdir())) == len(rows(table))
+    assert commands.run("eval", tmp_path / "p", "--split", "all", "--resamples", "20", "--out", tmp_path / "e") == 0
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["levels"].keys() == {"exam"}
+
+
+def _attended(net: Any, images: Sequence[Any]) -> torch.Tensor:
+    """Probabilities of an exam of two classes by attention over its views, by hand."""
+    found = torch.cat([net(image) for image in images]).double()
+    return torch.softmax((torch.softmax(found[:, 2:], 0) * found[:, :2]).sum(0), 0)
 
 
 def test_what_was_trained_on_images_knows_no_exams(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""What a run says of the checkpoint that it begins from."""
+
+import pytest
+import torch
+
+from gigamorph.engine.train.record import scale_told
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "another"),
+    [
+        ([0.16], [0.15], False),
+        ([0.1], [0.2], False),
+        ([0.0], [1.0], True),
+        ([0.3], [0.16], True),
+        ([0.1] * 3, [1.0], False),
+    ],
+)
+def test_another_grey_scale_than_that_of_the_weights_is_told(tmp_path, mean, std, another):
+    """Not one that is measured on other images, nor one of colours."""
+    path = tmp_path / "best.ckpt"
+    record = {"preprocessing": {"normalize": {"mean": [0.157], "std": [0.163]}}}
+    torch.save({"state_dict": {"net.w": torch.zeros(1)}, "gigamorph": record}, path)
+    told = scale_told(path, {"normalize": {"mean": mean, "std": std}})
+    assert (told is not None) == another
+    if told is not None:
+        assert "has learnt on grey values of mean [0.157] and std [0.163]" in told
+    assert scale_told("timm:resnet18", {"normalize": {"mean": mean, "std": std}}) is None
