@@ -16,12 +16,13 @@ from ..models import create_model
 from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
+from ..models.reference import forward
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
-from ..train.checkpoint import versions
+from ..versions import versions_of_results
 from .endings import endings
-from .reference import compute, fixed_image, forward, verified
+from .reference import compute, fixed_image, verified
 
 SIZE = (320, 256)
 Say = Callable[[str], object]
@@ -109,7 +110,7 @@ def import_state(
         key_map=key_map,
         licence=wishes.licence,
         reference=checked,
-        versions=versions(),
+        versions=versions_of_results(),
     )
     write_description(folder, description)
     create_model(str(folder))  # what cannot be opened again is not written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +13,6 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
-from ..versions import versions as versions_of
 
 make_torchvision_importable()
 
@@ -71,9 +69,3 @@ def _is_cut_off(path: Path) -> bool:
     """Whether a zip archive, as torch writes it, lacks its directory, which stands at its end."""
     with path.open("rb") as file:
         return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the result of a run depends on."""
-    packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
-    return {"python": platform.python_version(), **versions_of(*packages)}

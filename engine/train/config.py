@@ -16,6 +16,7 @@ from ..images.pixels import Normalize
 from ..models.folder import is_folder, read_description
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
+from ..models.registry import open_checked
 from ..models.views import Views
 from .inputs import Labels
 from .options import Loss, TrainOptions, require
@@ -187,6 +188,7 @@ def _of_folder(values: Mapping[str, Any], folder: str, warn: Callable[[str], obj
     found = read_description(folder)
     if found.members:
         raise GigamorphError(f"{folder}: is an ensemble; fine-tune one of its members, as {folder}/{found.members[0]}")
+    open_checked(folder)  # said before any image is read
     own, said = found.preprocessing, dict(values.get("data", {}))
     if not own.streams and not {"mean", "std"} <= said.keys():
         size = f"{own.size[0]} x {own.size[1]} pixels" if own.size else ""

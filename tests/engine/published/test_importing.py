@@ -14,11 +14,13 @@ from gigamorph import accelerate, create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.outputs import outputs_of
+from gigamorph.engine.models.reference import Reference
+from gigamorph.engine.morph.files import open_network, save_network
 from gigamorph.engine.published import reference
 from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
 from gigamorph.engine.published.open import open_published
-from gigamorph.engine.published.reference import Reference
+from gigamorph.engine.train.config import make_config
 
 
 def test_a_folder_builds_the_network_again_with_its_logits(here):
@@ -220,14 +222,32 @@ def test_a_folder_that_was_changed_is_refused(here):
         create_model(str(folder))
 
 
+def test_a_factory_of_a_network_in_float64_makes_one_in_float32(here):
+    torch.save(network().state_dict(), here / "w.pt")
+    folder = imported(here, source="published_nets:Double")
+    net, *_ = open_published(folder, memory_budget=None, device="cpu")
+    image = Reference.read(folder).image
+    with torch.no_grad():
+        torch.testing.assert_close(net(image), Reference.read(folder).logits32, rtol=0, atol=1e-5)
+
+
 def test_code_that_has_changed_since_the_import_is_refused(here, monkeypatch):
     """Its weights still fit, and what it gives are other numbers."""
     torch.save(network().state_dict(), here / "w.pt")
-    folder = imported(here)
+    folder, grown = imported(here), here / "grown.safetensors"
+    save_network(grown, open_network(str(folder), None))
     import_ensemble([folder, folder], here / "both", [])
     text = (folder / "model.json").read_text().replace('"torch": "', '"torch": "0.')
     (folder / "model.json").write_text(text)
-    openers = (lambda: open_published(folder, memory_budget=None, device="cpu"), lambda: open_source(folder))
+    openers = (
+        lambda: open_published(folder, memory_budget=None, device="cpu"),
+        lambda: open_source(folder),
+        lambda: open_network(str(folder), None),  # gigamorph morph
+        lambda: make_config({"init": str(folder)}, "options", print),  # gigamorph train
+        lambda: make_config({"model": str(folder)}, "options", print),
+        lambda: make_config({"model": str(folder), "init": str(grown)}, "options", print),
+        lambda: create_model("published_nets:Net", 3, 1, folder),
+    )
     for opened in openers:
         opened()  # another version that gives the same is none of its business
     forward = sys.modules["published_nets"].Net.forward
