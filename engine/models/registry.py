@@ -66,7 +66,7 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
 
 
 def open_checked(folder: str | Path) -> nn.Module:
-    """The network of a folder in float32 and evaluation mode, once it has given the logits that it had when it was imported.
+    """The network of a folder, in float32 and evaluation mode, once it has given the logits of when it was imported.
 
     Nothing random that is drawn later depends on whether it was asked for.
 

@@ -292,11 +292,11 @@ def _outputs(
         ends: of each of them, or of the one output, what has made probabilities of it already.
 
     Raises:
-        GigamorphError: names that do not fit the columns.
+        GigamorphError: names that do not fit the columns, or are those of other outputs of the network.
     """
     if wishes.heads:
-        heads = tuple(_head(name, text) for name, text in wishes.heads)
-        outputs = Outputs(heads)
+        outputs = Outputs(tuple(_head(name, text) for name, text in wishes.heads))
+        _require_own(outputs.heads, taken)
     elif wishes.activation is None and not wishes.classes and known is not None:
         outputs = known
     elif len(taken) > 1:
@@ -310,11 +310,31 @@ def _outputs(
         outputs = Outputs(
             tuple(_default_head(n, count, wishes.activation or _usual(count, end)) for n, count, end in heads)
         )
+        _require_own(outputs.heads, taken)
     else:
         outputs = Outputs.of(wishes.activation or _usual(columns, ends[0]), columns, wishes.classes)
     if outputs.columns != columns:
         raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
     return outputs
+
+
+def _require_own(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
+    """Refuse heads that would stand for numbers of other outputs than the network's own names say.
+
+    Raises:
+        GigamorphError: one has the name of an output that is elsewhere, or takes numbers of two outputs.
+    """
+    owners = [name for name, count in taken.items() for _ in range(count)]
+    start = 0
+    for head in heads:
+        own = list(dict.fromkeys(owners[start : start + head.columns]))
+        if len(own) > 1 or (own and head.name in taken and own != [head.name]):
+            order = ", ".join(f"{name} ({count})" for name, count in taken.items())
+            raise GigamorphError(
+                f"head {head.name!r} would take the numbers of {' and '.join(own)}: the network's outputs are {order}; "
+                "call all heads as it does, or name them in this order"
+            )
+        start += head.columns
 
 
 def _usual(columns: int, end: str) -> Activation:

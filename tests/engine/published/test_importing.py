@@ -21,6 +21,8 @@ from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
 from gigamorph.engine.published.open import open_published
 from gigamorph.engine.train.config import make_config
+from gigamorph.engine.train.head_rows import start_from
+from gigamorph.engine.train.target import Target
 
 
 def test_a_folder_builds_the_network_again_with_its_logits(here):
@@ -220,6 +222,39 @@ def test_a_folder_that_was_changed_is_refused(here):
     (folder / "model.json").write_text('{"format": 1}')
     with pytest.raises(DataError, match="is damaged"):
         create_model(str(folder))
+
+
+def test_a_network_of_probabilities_is_not_trained_as_if_they_were_logits(here):
+    torch.save(network(classes=2).state_dict(), here / "w.pt")
+    folder = imported(here, source="published_nets:Sure")
+    message = f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory"
+    with pytest.raises(DataError, match=message):
+        make_config({"init": str(folder)}, "options", print)
+    with pytest.raises(DataError, match=message):
+        start_from(create_model("published_nets:Sure"), folder, Target(("0", "1")))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (
+            {"heads": (("density", "softmax:A,B"), ("malignant", "sigmoid"))},
+            "'density' would take the numbers of cancer and",
+        ),
+        (
+            {"heads": (("malignant", "sigmoid"), ("cancer", "softmax:A,B"))},
+            r"'cancer' would .* of density: the network",
+        ),
+        (
+            {"classes": ("density", "cancer")},
+            r"are cancer \(1\), density \(1\); call all heads as it does, or name them",
+        ),
+    ],
+)
+def test_heads_that_would_take_the_numbers_of_another_output_are_refused(here, wishes, message):
+    torch.save(network(classes=3 if "heads" in wishes else 2).state_dict(), here / "w.pt")
+    with pytest.raises(GigamorphError, match=message):
+        imported(here, source="published_nets:Named", **wishes)
 
 
 def test_a_factory_of_a_network_in_float64_makes_one_in_float32(here):

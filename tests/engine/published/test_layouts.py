@@ -214,7 +214,7 @@ def mammoscreen_formula(state, x):
     backbone = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     network.load_state_dict(backbone)
     features = F.adaptive_avg_pool2d(network(x), 1).flatten(1)
-    logits = F.linear(features, state["linear.weight"], state["linear.bias"])[0]
+    logits = F.linear(features, state["linear.weight"], state["linear.bias"])[0].double()  # 1 - p is not rounded away
     density = logits[1:].softmax(0)
     return {"cancer": logits[0], **{f"density_{n}": density[i].logit() for i, n in enumerate("ABCD")}}
 
