@@ -257,6 +257,22 @@ def test_heads_that_would_take_the_numbers_of_another_output_are_refused(here, w
         imported(here, source="published_nets:Named", **wishes)
 
 
+def test_what_a_file_says_of_a_tied_tensor_or_of_whole_numbers_is_not_lost(here):
+    state = create_model("published_nets:Tied").state_dict()
+    torch.save({name: value for name, value in state.items() if name != "again.weight"}, here / "w.pt")
+    loaded = create_model(str(imported(here, source="published_nets:Tied")))
+    assert torch.equal(loaded.again.weight, state["fc.weight"])
+    for name, value, message in (
+        ("again.weight", state["fc.weight"] + 1, "fc.weight and again.weight are one tensor of the model, and differ"),
+        ("order", state["order"] + 0.5, "1 of another kind, .*order is float32, the model has int64"),
+    ):
+        torch.save({**state, name: value}, here / "w.pt")
+        with pytest.raises(DataError, match=message):
+            imported(here, name, source="published_nets:Tied")
+    torch.save({**state, "order": state["order"].half()}, here / "w.pt")
+    imported(here, "half", source="published_nets:Tied")
+
+
 def test_a_factory_of_a_network_in_float64_makes_one_in_float32(here):
     torch.save(network().state_dict(), here / "w.pt")
     folder = imported(here, source="published_nets:Double")
