@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         told = first_line(error) if isinstance(error, OSError | RuntimeError | UnpicklingError) else "no file of torch"
         raise DataError(f"{path}: not a readable checkpoint: {told}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
-        raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
+        raise DataError(f"{path}: not written by gigamorph train; gigamorph train --init starts from weights")
     return checkpoint
 
 
