@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,3 +19,9 @@ def versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = OWN if name == "gigamorph" else version(name)
     return found
+
+
+def versions_of_results() -> dict[str, str]:
+    """Python's, and those of the packages that the result of a run depends on."""
+    packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
+    return {"python": platform.python_version(), **versions(*packages)}

@@ -17,9 +17,9 @@ from ..evaluate.report import format_value, no_interval
 from ..report.figure import panel, png
 from ..report.page import Table, write_page
 from ..tiling.memory import format_bytes
-from ..train.checkpoint import versions
 from ..train.curves import roc_figure
 from ..train.metrics import Prediction, as_cases
+from ..versions import versions_of_results
 from .run import BUDGET, FACTOR, HEIGHT, WIDTH, DemoResult
 from .step import StepCost
 
@@ -68,7 +68,7 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
             ("all of it", f"{result.seconds:.0f} s"),
             ("seed", result.seed),
         ],
-        versions=versions().items(),
+        versions=versions_of_results().items(),
     )
 
 

@@ -134,6 +134,19 @@ class Description:
         )
 
 
+def require_logits(folder: str | Path, description: Description) -> None:
+    """Refuse to train a network that gives probabilities: losses would take them for logits.
+
+    Raises:
+        DataError: it does; with what to import instead.
+    """
+    if any(head.activation == "probability" for head in description.outputs.heads):
+        raise DataError(
+            f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory "
+            "without its last softmax or sigmoid"
+        )
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether a text is the path of a network's folder."""
     return (Path(path) / DESCRIPTION).is_file()

@@ -20,6 +20,7 @@ from .lesionnet import LesionNet
 from .outputs import set_outputs
 from .own_code import imported, nothing_fetched, working_directory_on_path
 from .pretrained import TIMM, pretrained_state
+from .reference import require_stored_logits
 from .resnet import resnet18, resnet34, resnet50
 from .resnet_v1 import resnet50_v1
 from .results import Columns
@@ -62,6 +63,21 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def open_checked(folder: str | Path) -> nn.Module:
+    """The network of a folder, in float32 and evaluation mode, once it has given the logits of when it was imported.
+
+    Nothing random that is drawn later depends on whether it was asked for.
+
+    Raises:
+        DataError: it gives others, as its code has changed; or the folder is damaged.
+        GigamorphError: it cannot be built, or is an ensemble.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = create_model(str(folder)).float().eval()  # its factory may make others
+        require_stored_logits(network, Path(folder))
+    return network
 
 
 def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
@@ -208,7 +224,8 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         The names of the skipped tensors.
 
     Raises:
-        DataError: if the file cannot be read, or does not fit the network.
+        DataError: if the file cannot be read, or does not fit the network; or the code of a folder's own network has
+            changed since its import, see `open_checked`.
     """
     own = model.state_dict()
     head = head_prefix(own)
@@ -256,7 +273,7 @@ def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) ->
 def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:
     """The weights of a folder, with the last layer that a network of other outputs starts with."""
     description = read_description(folder)
-    state = read_state(check_weights(folder, description)).tensors
+    state = open_checked(folder).state_dict()
     new = [name for name in own if name.startswith(head) and name not in state]
     if new and not description.outputs.predicts:
         state |= {name: own[name] for name in new}

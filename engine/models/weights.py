@@ -87,15 +87,21 @@ def renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> di
 def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Load all weights of a network, and refuse what does not fit it name by name.
 
-    BatchNorm's counters may be missing: older files lack them and no result depends on them. Weights of another
-    floating dtype are converted to the network's.
+    BatchNorm's counters may be missing: older files lack them and no result depends on them. So may all names but one
+    of a tensor that the network has under several. Weights of another floating dtype are converted to the network's.
 
     Raises:
         DataError: missing or other names (at most ten of each, and the nearest ones), other shapes, values that are
-            not finite.
+            not finite, or differ where the network has one tensor under several names.
     """
     own = own_tensors(network)
+    tied = [[name for name in names if name in state] for names in _tied(own)]
+    apart = [n for n in tied if any(not _same(state[n[0]], state[name]) for name in n[1:])]
+    state = {**state, **_untold(own, state)}
     problems = differences(own, state)
+    if apart:
+        each = " and ".join(apart[0])
+        problems.append(f"{each} are one tensor of the model, and differ in the file")
     fitting = _prefixes(own, state) if problems else []
     if fitting:
         rest = [name for name in state if not name.startswith(f"{fitting[0]}.")]
@@ -113,6 +119,30 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
     counters = {name: value for name, value in network.state_dict().items() if name not in state}
     network.load_state_dict({**state, **counters}, strict=True)
+
+
+def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names under which a network has the same tensor, where there are several."""
+    found: dict[tuple, list[str]] = {}
+    for name, value in own.items():
+        place = value.untyped_storage().data_ptr() if _dense(value) else 0  # 0: in no memory, as on the device meta
+        if place:
+            found.setdefault((place, value.storage_offset(), value.shape, value.stride()), []).append(name)
+    return [names for names in found.values() if len(names) > 1]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = one.shape == other.shape and _dense(one) and _dense(other)
+    return alike and torch.equal(one, other.to(one.dtype))
+
+
+def _untold(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file leaves out, as safetensors does, since it has the same tensor under another name of the network."""
+    found = {}
+    for names in _tied(own):
+        told = [name for name in names if name in state]
+        found |= {name: state[told[0]] for name in names if told and name not in state}
+    return found
 
 
 def _not_finite(value: Tensor) -> int:
@@ -161,7 +191,7 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
     kinds = [
         f"{name} is {_kind(value)}, the model has {_kind(own[name])}"
         for name, value in state.items()
-        if name in own and own[name].is_floating_point() and not (value.is_floating_point() and _dense(value))
+        if name in own and _loses(value, own[name])
     ]
     found = []
     if missing:
@@ -173,6 +203,14 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
     if kinds:
         found.append(f"{len(kinds)} of another kind, which would lose what they say: {some(kinds)}")
     return found
+
+
+def _loses(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor says what one of the network's kind cannot hold, or may."""
+    if own.is_floating_point():
+        return not (value.is_floating_point() and _dense(value))
+    whole = value.isfinite() & (value == value.trunc()) if value.is_floating_point() else None
+    return whole is not None and not bool(whole.all())
 
 
 def _dense(value: Tensor) -> bool:

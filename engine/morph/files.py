@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from ..models import create_model
 from ..models.folder import is_folder, read_description
+from ..models.registry import open_checked
 from .copying import cast, duplicate
 from .front import FrontStep
 from .front_layers import downsampler
@@ -74,10 +75,12 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
         channels: image channels that it began with.
 
     Raises:
-        GigamorphError: no such network, or the file is missing, damaged or another network's; the message names it.
+        GigamorphError: no such network, or a folder's whose code has changed since its import; or the file is missing,
+            damaged or another network's; the message names it.
     """
     if is_folder(spec):
         channels = read_description(spec).preprocessing.channels
+        open_checked(spec)  # what grows from it keeps a function that was proved
     if weights is None:
         return Grown(create_model(spec, classes, channels), channels=channels)
     path = _weights_path(Path(weights))

@@ -16,12 +16,15 @@ from ..errors import GigamorphError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..models.folder import WEIGHTS, Description, Preprocessing, is_folder, read_description
+from ..models.reference import LIMIT32, difference, forward, ordinary
+from ..models.registry import open_checked
 from ..models.spec import Spec
 from ..models.weights import first_line, sha256
-from ..train.checkpoint import load_checkpoint, versions
+from ..train.checkpoint import load_checkpoint
 from ..train.network import outputs_of_record, restore_network
+from ..versions import versions_of_results
 from .importing import new_folder
-from .reference import LIMIT32, difference, fixed_image, forward, open_checked, ordinary
+from .reference import fixed_image
 
 _SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # ours, which timm calls the same
 
@@ -69,7 +72,7 @@ def open_source(path: str | Path) -> Source:
             record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
         ),
         source={"file": path.name, "sha256": sha256(path)},
-        versions=versions(),
+        versions=versions_of_results(),
     )
     return Source(path, net._network.float().eval(), description, "grown" in record)
 

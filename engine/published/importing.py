@@ -20,14 +20,14 @@ from ..models import create_model
 from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.own_code import nothing_fetched
+from ..models.reference import Reference
 from ..models.spec import Spec
 from ..models.weights import sha256, subtree, unwrapped
-from ..train.checkpoint import versions
+from ..versions import versions_of_results
 from . import pickled
 from .layouts import parts_of
 from .layouts.layout import trained
 from .one import Say, Wishes, channels_in, import_state
-from .reference import Reference
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
 
@@ -124,7 +124,7 @@ def _write_ensemble(
         preprocessing=replace(first.preprocessing, mean=(0.0,), std=(1.0,), per_image=None, size=None),
         source=source,
         licence=licence,
-        versions=versions(),
+        versions=versions_of_results(),
         members=tuple(names),
         flips=((False, False), *flips),
     )

@@ -16,12 +16,13 @@ from ..models import create_model
 from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
+from ..models.reference import forward
 from ..models.results import Columns, is_row, tensors_in, told
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
-from ..train.checkpoint import versions
+from ..versions import versions_of_results
 from .endings import endings
-from .reference import compute, fixed_image, forward, verified
+from .reference import compute, fixed_image, verified
 
 SIZE = (320, 256)
 Say = Callable[[str], object]
@@ -109,7 +110,7 @@ def import_state(
         key_map=key_map,
         licence=wishes.licence,
         reference=checked,
-        versions=versions(),
+        versions=versions_of_results(),
     )
     write_description(folder, description)
     create_model(str(folder))  # what cannot be opened again is not written
@@ -291,11 +292,11 @@ def _outputs(
         ends: of each of them, or of the one output, what has made probabilities of it already.
 
     Raises:
-        GigamorphError: names that do not fit the columns.
+        GigamorphError: names that do not fit the columns, or are those of other outputs of the network.
     """
     if wishes.heads:
-        heads = tuple(_head(name, text) for name, text in wishes.heads)
-        outputs = Outputs(heads)
+        outputs = Outputs(tuple(_head(name, text) for name, text in wishes.heads))
+        _require_own(outputs.heads, taken)
     elif wishes.activation is None and not wishes.classes and known is not None:
         outputs = known
     elif len(taken) > 1:
@@ -309,11 +310,31 @@ def _outputs(
         outputs = Outputs(
             tuple(_default_head(n, count, wishes.activation or _usual(count, end)) for n, count, end in heads)
         )
+        _require_own(outputs.heads, taken)
     else:
         outputs = Outputs.of(wishes.activation or _usual(columns, ends[0]), columns, wishes.classes)
     if outputs.columns != columns:
         raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
     return outputs
+
+
+def _require_own(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
+    """Refuse heads that would stand for numbers of other outputs than the network's own names say.
+
+    Raises:
+        GigamorphError: one has the name of an output that is elsewhere, or takes numbers of two outputs.
+    """
+    owners = [name for name, count in taken.items() for _ in range(count)]
+    start = 0
+    for head in heads:
+        own = list(dict.fromkeys(owners[start : start + head.columns]))
+        if len(own) > 1 or (own and head.name in taken and own != [head.name]):
+            order = ", ".join(f"{name} ({count})" for name, count in taken.items())
+            raise GigamorphError(
+                f"head {head.name!r} would take the numbers of {' and '.join(own)}: the network's outputs are {order}; "
+                "call all heads as it does, or name them in this order"
+            )
+        start += head.columns
 
 
 def _usual(columns: int, end: str) -> Activation:

@@ -13,11 +13,11 @@ from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
 from ..errors import GigamorphError
 from ..models.folder import Description, read_description
+from ..models.registry import open_checked
 from ..train.data import Images
 from ..train.splits import with_splits
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
-from .reference import open_checked
 
 Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
 from ..models.checkpoints import State, read_state
+from ..models.reference import LIMIT32, difference
 from ..models.weights import own_tensors
-from .reference import LIMIT32, difference
 
 _DEPTH = 3  # of containers in which modules are looked for
 _STATE, _KIND, _IMAGE, _LOGITS = "state.safetensors", "kind.json", "image.safetensors", "logits.safetensors"

@@ -15,9 +15,9 @@ from torch import nn
 from ..datasets.tables import Finding, Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
-from ..train.checkpoint import versions
 from ..train.data import Images
 from ..train.run import Run
+from ..versions import versions_of_results
 from .claims import Synthetic, judge
 
 
@@ -77,7 +77,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         if path.exists():
             raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
         run.group.wait()  # all have seen the folder as it was
-        text = json.dumps({**note, "versions": versions()}, indent=1) + "\n"
+        text = json.dumps({**note, "versions": versions_of_results()}, indent=1) + "\n"
         write_atomically(path, lambda p: p.write_text(text), "run's record")
         return
     try:
@@ -106,7 +106,7 @@ def _told(finding: Finding) -> list[Any]:
 
 def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write ``metrics.json`` and return what is in it."""
-    metrics = {**metrics, "seed": run.seed, "versions": versions()}
+    metrics = {**metrics, "seed": run.seed, "versions": versions_of_results()}
     text = json.dumps(metrics, indent=1) + "\n"
     write_atomically(run.out / "metrics.json", lambda p: p.write_text(text), "metrics")
     return metrics
@@ -128,6 +128,6 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
         rows += task.rows(replace(run.part(f"seed_{seed}"), seed=seed))
     holds, judged = judge(task.rule, rows)
     claim = Claim(task.claim, str(task.rule), rows, judged, holds, time.monotonic() - began)
-    text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions()}, indent=1) + "\n"
+    text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, indent=1) + "\n"
     write_atomically(path, lambda p: p.write_text(text), "claim")
     return claim

@@ -18,7 +18,7 @@ from ..evaluate.evaluate import Settings, evaluate
 from ..evaluate.numbers import evaluate_numbers, numbers_headline
 from ..evaluate.report import format_value, no_interval
 from ..files import write_atomically
-from .checkpoint import versions
+from ..versions import versions_of_results
 
 _COUNTED = ("view", "laterality", "density", "manufacturer")
 
@@ -78,7 +78,7 @@ def _lines(card: Card) -> list[str]:
         *_section("Results", measured or _results(found, card.resamples)),
         *(_section("What it goes by", card.pictures) if card.pictures else ()),
         *_section("Intended use and limits", _limits(card, found)),
-        *_section("Versions", _facts(versions())),
+        *_section("Versions", _facts(versions_of_results())),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +13,6 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
-from ..versions import versions as versions_of
 
 make_torchvision_importable()
 
@@ -63,7 +61,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         told = first_line(error) if isinstance(error, OSError | RuntimeError | UnpicklingError) else "no file of torch"
         raise DataError(f"{path}: not a readable checkpoint: {told}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
-        raise DataError(f"{path}: not written by gigamorph train; to start from weights take --weights")
+        raise DataError(f"{path}: not written by gigamorph train; gigamorph train --init starts from weights")
     return checkpoint
 
 
@@ -71,9 +69,3 @@ def _is_cut_off(path: Path) -> bool:
     """Whether a zip archive, as torch writes it, lacks its directory, which stands at its end."""
     with path.open("rb") as file:
         return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the result of a run depends on."""
-    packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
-    return {"python": platform.python_version(), **versions_of(*packages)}

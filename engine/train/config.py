@@ -13,9 +13,10 @@ from ..errors import GigamorphError
 from ..images.grayscale import check_voi
 from ..images.levels import parse_white
 from ..images.pixels import Normalize
-from ..models.folder import is_folder, read_description
+from ..models.folder import is_folder, read_description, require_logits
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
+from ..models.registry import open_checked
 from ..models.views import Views
 from .inputs import Labels
 from .options import Loss, Optimizer, TrainOptions, require
@@ -196,6 +197,8 @@ def _of_folder(values: Mapping[str, Any], folder: str, warn: Callable[[str], obj
     found = read_description(folder)
     if found.members:
         raise GigamorphError(f"{folder}: is an ensemble; fine-tune one of its members, as {folder}/{found.members[0]}")
+    require_logits(folder, found)
+    open_checked(folder)  # said before any image is read
     own, said = found.preprocessing, dict(values.get("data", {}))
     if not own.streams and not {"mean", "std"} <= said.keys():
         size = f"{own.size[0]} x {own.size[1]} pixels" if own.size else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..models.checkpoints import read_state
-from ..models.folder import WEIGHTS, is_folder, read_description
+from ..models.folder import WEIGHTS, is_folder, read_description, require_logits
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
 from .target import Target
@@ -27,8 +27,11 @@ def start_from(model: nn.Module, weights: str | Path, target: Target) -> None:
     that they do not know has a new row. Where they know none of the classes, the rows stay in their order.
 
     Raises:
-        DataError: the weights do not fit, or tell the same classes apart in another order of theirs.
+        DataError: the weights do not fit, or tell the same classes apart in another order of theirs; or a folder's
+            network gives probabilities.
     """
+    if is_folder(weights):
+        require_logits(weights, read_description(weights))
     head = head_prefix(model.state_dict())
     new = {name: value.clone() for name, value in _rows(model, head, target.width)}
     if load_weights(model, weights):

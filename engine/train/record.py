@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DataError, GigamorphError
 from ..models.checkpoints import read_state
 from ..parallel.process_group import ProcessGroup
-from .checkpoint import versions
+from ..versions import versions_of_results
 from .data import Data
 from .options import TrainOptions
 from .splits import hash_of, hash_of_truth
@@ -38,7 +38,7 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
             "truth_sha256": hash_of_truth(parts, data.target),
             **{name: len(records) for name, records in parts.items()},
         },
-        "versions": versions(),
+        "versions": versions_of_results(),
     }
 
 

@@ -15,7 +15,7 @@ from commands import run
 import gigamorph
 from gigamorph.cli import entry
 from gigamorph.cli.main import _COMMANDS, cli, main
-from gigamorph.engine.train.checkpoint import versions
+from gigamorph.engine.versions import versions_of_results
 
 
 @pytest.mark.parametrize("command", sorted(_COMMANDS))
@@ -186,4 +186,4 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch, tmp_pat
     (tmp_path / "predictions.csv").write_text(table)
     assert run("eval", tmp_path / "predictions.csv", "--resamples", "20", "--out", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["versions"]["gigamorph"] == gigamorph.__version__
-    assert versions()["gigamorph"] == gigamorph.__version__
+    assert versions_of_results()["gigamorph"] == gigamorph.__version__

@@ -43,6 +43,28 @@ class Sure(Net):
             return {"a": y.softmax(1), "b": y[:, 0], "c": y.sigmoid()[:, 1:2].squeeze(1)}
         return y.sigmoid() if self.last == "sigmoid" else y.softmax(1).flatten(1)
 
+class Double(Net):
+    def __init__(self, num_classes=2, in_channels=1):
+        super().__init__(num_classes, in_channels)
+        self.double()
+
+class Named(Net):
+    # two outputs of names of their own
+    def forward(self, x):
+        y = super().forward(x)
+        return {"cancer": y[:, :1], "density": y[:, 1:]}
+
+class Tied(Net):
+    # one tensor under two names, and a buffer of whole numbers
+    def __init__(self, num_classes=2, in_channels=1):
+        super().__init__(num_classes, in_channels)
+        self.again = nn.Linear(4, num_classes)
+        self.again.weight = self.fc.weight
+        self.register_buffer("order", torch.arange(4))
+
+    def forward(self, x):
+        return self.again(self.norm(self.conv(x))[:, self.order].relu().mean((2, 3)))
+
 class Random(Net):
     def forward(self, x):
         return super().forward(x) * torch.rand(())

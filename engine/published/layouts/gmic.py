@@ -76,11 +76,14 @@ class GlobalNetwork(nn.Module):
 
     Args:
         percent_t: their share, 0 to 1.
+        logits: give the log-odds of these probabilities, which losses take.
     """
 
-    def __init__(self, num_classes: int = 2, in_channels: int = 1, percent_t: float = 0.02) -> None:
+    def __init__(
+        self, num_classes: int = 2, in_channels: int = 1, percent_t: float = 0.02, logits: bool = False
+    ) -> None:
         super().__init__()
-        self.percent_t = percent_t
+        self.percent_t, self.logits = percent_t, logits
         self.ds_net = _ResNet22(in_channels)
         self.left_postprocess_net = _Saliency(num_classes)
 
@@ -88,7 +91,8 @@ class GlobalNetwork(nn.Module):
         maps = self.left_postprocess_net(self.ds_net(x)).flatten(2)
         # At least one: GMIC's own images have 46 x 30 places, smaller ones may have so few that none would be left.
         count = max(1, round(maps.shape[2] * self.percent_t))
-        return maps.topk(count, 2)[0].mean(2)
+        probabilities = maps.topk(count, 2)[0].mean(2)
+        return torch.logit(probabilities) if self.logits else probabilities
 
 
 def recognises(state: State) -> bool:
@@ -113,8 +117,8 @@ def parts(state: State) -> list[Part]:
     return [
         Part(
             name="gmic-global",
-            model=f"{__name__}:GlobalNetwork?percent_t={percent}",
-            outputs=Outputs((Head(("benign", "malignant"), "probability", 2),)),
+            model=f"{__name__}:GlobalNetwork?percent_t={percent}&logits=true",
+            outputs=Outputs((Head(("benign", "malignant"), "sigmoid", 2),)),
             preprocessing=Preprocessing(1, per_image="standard", size=(2944, 1920), fit="pad"),
             ignored=("dn_resnet.", "mil_attn_", "classifier_linear.", "fusion_network."),
             licence="AGPL-3.0",

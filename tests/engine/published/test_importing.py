@@ -14,11 +14,15 @@ from gigamorph import accelerate, create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.outputs import outputs_of
+from gigamorph.engine.models.reference import Reference
+from gigamorph.engine.morph.files import open_network, save_network
 from gigamorph.engine.published import reference
 from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
 from gigamorph.engine.published.open import open_published
-from gigamorph.engine.published.reference import Reference
+from gigamorph.engine.train.config import make_config
+from gigamorph.engine.train.head_rows import start_from
+from gigamorph.engine.train.target import Target
 
 
 def test_a_folder_builds_the_network_again_with_its_logits(here):
@@ -220,14 +224,81 @@ def test_a_folder_that_was_changed_is_refused(here):
         create_model(str(folder))
 
 
+def test_a_network_of_probabilities_is_not_trained_as_if_they_were_logits(here):
+    torch.save(network(classes=2).state_dict(), here / "w.pt")
+    folder = imported(here, source="published_nets:Sure")
+    message = f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory"
+    with pytest.raises(DataError, match=message):
+        make_config({"init": str(folder)}, "options", print)
+    with pytest.raises(DataError, match=message):
+        start_from(create_model("published_nets:Sure"), folder, Target(("0", "1")))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (
+            {"heads": (("density", "softmax:A,B"), ("malignant", "sigmoid"))},
+            "'density' would take the numbers of cancer and",
+        ),
+        (
+            {"heads": (("malignant", "sigmoid"), ("cancer", "softmax:A,B"))},
+            r"'cancer' would .* of density: the network",
+        ),
+        (
+            {"classes": ("density", "cancer")},
+            r"are cancer \(1\), density \(1\); call all heads as it does, or name them",
+        ),
+    ],
+)
+def test_heads_that_would_take_the_numbers_of_another_output_are_refused(here, wishes, message):
+    torch.save(network(classes=3 if "heads" in wishes else 2).state_dict(), here / "w.pt")
+    with pytest.raises(GigamorphError, match=message):
+        imported(here, source="published_nets:Named", **wishes)
+
+
+def test_what_a_file_says_of_a_tied_tensor_or_of_whole_numbers_is_not_lost(here):
+    state = create_model("published_nets:Tied").state_dict()
+    torch.save({name: value for name, value in state.items() if name != "again.weight"}, here / "w.pt")
+    loaded = create_model(str(imported(here, source="published_nets:Tied")))
+    assert torch.equal(loaded.again.weight, state["fc.weight"])
+    for name, value, message in (
+        ("again.weight", state["fc.weight"] + 1, "fc.weight and again.weight are one tensor of the model, and differ"),
+        ("order", state["order"] + 0.5, "1 of another kind, .*order is float32, the model has int64"),
+    ):
+        torch.save({**state, name: value}, here / "w.pt")
+        with pytest.raises(DataError, match=message):
+            imported(here, name, source="published_nets:Tied")
+    torch.save({**state, "order": state["order"].half()}, here / "w.pt")
+    imported(here, "half", source="published_nets:Tied")
+
+
+def test_a_factory_of_a_network_in_float64_makes_one_in_float32(here):
+    torch.save(network().state_dict(), here / "w.pt")
+    folder = imported(here, source="published_nets:Double")
+    net, *_ = open_published(folder, memory_budget=None, device="cpu")
+    image = Reference.read(folder).image
+    with torch.no_grad():
+        torch.testing.assert_close(net(image), Reference.read(folder).logits32, rtol=0, atol=1e-5)
+
+
 def test_code_that_has_changed_since_the_import_is_refused(here, monkeypatch):
     """Its weights still fit, and what it gives are other numbers."""
     torch.save(network().state_dict(), here / "w.pt")
-    folder = imported(here)
+    folder, grown = imported(here), here / "grown.safetensors"
+    save_network(grown, open_network(str(folder), None))
     import_ensemble([folder, folder], here / "both", [])
     text = (folder / "model.json").read_text().replace('"torch": "', '"torch": "0.')
     (folder / "model.json").write_text(text)
-    openers = (lambda: open_published(folder, memory_budget=None, device="cpu"), lambda: open_source(folder))
+    openers = (
+        lambda: open_published(folder, memory_budget=None, device="cpu"),
+        lambda: open_source(folder),
+        lambda: open_network(str(folder), None),  # gigamorph morph
+        lambda: make_config({"init": str(folder)}, "options", print),  # gigamorph train
+        lambda: make_config({"model": str(folder)}, "options", print),
+        lambda: make_config({"model": str(folder), "init": str(grown)}, "options", print),
+        lambda: create_model("published_nets:Net", 3, 1, folder),
+    )
     for opened in openers:
         opened()  # another version that gives the same is none of its business
     forward = sys.modules["published_nets"].Net.forward

@@ -149,7 +149,7 @@ def rsna_checkpoint(path):
     torch.save({"state_dict": old, "state_dict_ema": state, "arch": "convnext_small", "args": args}, path)
 
 
-# What ordinary PyTorch makes of a checkpoint and an image: probabilities by the names of the outputs.
+# What ordinary PyTorch makes of a checkpoint and an image: log-odds by the names of the outputs.
 
 
 def gmic_formula(state, x):
@@ -168,7 +168,7 @@ def gmic_formula(state, x):
     x = F.relu(norm(x, "ds_net.final_bn"))
     maps = F.conv2d(x, state["left_postprocess_net.gn_conv_last.weight"]).sigmoid().flatten(2)
     top = maps.topk(max(1, round(maps.shape[2] * 0.05)), dim=2)[0].mean(2)
-    return {"benign": top[0, 0], "malignant": top[0, 1]}
+    return {"benign": top[0, 0].logit(), "malignant": top[0, 1].logit()}
 
 
 def tower_formula(state, x, side=260):
@@ -204,8 +204,8 @@ def tower_formula(state, x, side=260):
 
 def mammo_clip_formula(state, x):
     head = "classifier.classification_head."
-    s = F.linear(tower_formula(state, x), state[head + "weight"], state[head + "bias"])[0, 0].sigmoid()
-    return {"0": 1 - s, "1": s}
+    s = F.linear(tower_formula(state, x), state[head + "weight"], state[head + "bias"])[0, 0]
+    return {"0": -s, "1": s}
 
 
 def mammoscreen_formula(state, x):
@@ -214,16 +214,16 @@ def mammoscreen_formula(state, x):
     backbone = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     network.load_state_dict(backbone)
     features = F.adaptive_avg_pool2d(network(x), 1).flatten(1)
-    logits = F.linear(features, state["linear.weight"], state["linear.bias"])[0]
+    logits = F.linear(features, state["linear.weight"], state["linear.bias"])[0].double()  # 1 - p is not rounded away
     density = logits[1:].softmax(0)
-    return {"cancer": logits[0].sigmoid(), **{f"density_{n}": density[i] for i, n in enumerate("ABCD")}}
+    return {"cancer": logits[0], **{f"density_{n}": density[i].logit() for i, n in enumerate("ABCD")}}
 
 
 def rsna_formula(state, x):
     network = timm.create_model("convnext_small", num_classes=1, in_chans=3, global_pool="max").to(x.dtype).eval()
     network.load_state_dict(state)
-    s = network(x)[0, 0].sigmoid()
-    return {"0": 1 - s, "1": s}
+    s = network(x)[0, 0]
+    return {"0": -s, "1": s}
 
 
 LAYOUTS = {
@@ -250,6 +250,27 @@ def predicted(folder):
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
+def by_tiles(folder, path):
+    """Log-odds of a folder's single network in float64, computed tile by tile."""
+    network, outputs = create_model(str(folder)).double().eval(), read_description(folder).outputs
+    with torch.no_grad():
+        logits = accelerate(network, tile=64)(prepared(folder, path, torch.float64))
+    return dict(zip(outputs.names, outputs.log_odds(logits)[0], strict=True))
+
+
+def assert_same_log_odds(given, wanted, limit):
+    """Whether they differ by no more than a share of the largest, or of 1, as an import asks for."""
+    assert list(given) == list(wanted)
+    largest = max(1.0, *(abs(float(value)) for value in wanted.values()))
+    for name, log_odds in given.items():
+        assert abs(float(log_odds) - float(wanted[name])) <= limit * largest, name
+
+
+def mean_of(each):
+    """Log-odds of the mean of the probabilities."""
+    return {name: (sum(one[name].sigmoid() for one in each) / len(each)).logit() for name in each[0]}
+
+
 def converted(state, dtype):
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
 
@@ -257,7 +278,7 @@ def converted(state, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_is_imported_and_predicts_the_real_mammogram(layout, tmp_path, real_data):
-    """Through the commands in float32 to 1e-5; the accelerated network in float64 to 1e-12."""
+    """Log-odds: through the commands in float32 to 1e-5, the network by tiles in float64 to 1e-12."""
     name, write, formula, published = LAYOUTS[layout]
     write(tmp_path / name)
     image = real_data / "dicom" / "mg_ge_jpeg_lossless.dcm"
@@ -269,13 +290,10 @@ def test_a_layout_is_imported_and_predicts_the_real_mammogram(layout, tmp_path, 
     command("predict", folder, image, "--memory-budget", "2GiB", "--out", tmp_path / "out")
     state = read_state(tmp_path / name).tensors
     with torch.no_grad():
+        assert_same_log_odds(predicted(tmp_path / "out"), formula(state, prepared(folder, image, torch.float32)), 1e-5)
         wanted = formula(converted(state, torch.float64), prepared(folder, image, torch.float64))
-        for key, log_odds in predicted(tmp_path / "out").items():
-            assert abs(float(log_odds.sigmoid() - wanted[key])) < 1e-5, key
-        network = create_model(str(folder)).double().eval()
-        pixels = prepared(folder, image, torch.float64)
-        given = accelerate(network, tile=64)(pixels)
-        torch.testing.assert_close(given, network(pixels), rtol=1e-12, atol=1e-12)
+        assert_same_log_odds(predicted(tmp_path / "out"), wanted, 1e-5)
+        assert_same_log_odds(by_tiles(folder, image), wanted, 1e-12)
 
 
 def test_mammoscreens_three_networks_have_sizes_of_their_own():
@@ -295,16 +313,20 @@ def test_mammoscreen_is_an_ensemble_of_its_networks(tmp_path, real_data):
     image = real_data / "dicom" / "mg_ge_jpeg_lossless.dcm"
     command("predict", folder, image, "--memory-budget", "2GiB", "--out", tmp_path / "out")
     state = read_state(tmp_path / "model.safetensors").tensors
-    found = []
+    plain, exact, tiled = [], [], []
     for number in numbers:
         own = {n.removeprefix(f"net{number}."): v for n, v in state.items() if n.startswith(f"net{number}.")}
+        part = folder / f"net{number}"
         with torch.no_grad():
-            pixels = prepared(folder / f"net{number}", image, torch.float64)
-            found.append(mammoscreen_formula(converted(own, torch.float64), pixels))
+            plain.append(mammoscreen_formula(own, prepared(part, image, torch.float32)))
+            exact.append(mammoscreen_formula(converted(own, torch.float64), prepared(part, image, torch.float64)))
+        tiled.append(by_tiles(part, image))
+        assert_same_log_odds(tiled[-1], exact[-1], 1e-12)
     given = predicted(tmp_path / "out")
     assert list(given) == ["cancer", "density_A", "density_B", "density_C", "density_D"]
-    for name, log_odds in given.items():
-        assert abs(float(log_odds.sigmoid() - sum(one[name] for one in found) / 2)) < 1e-5, name
+    assert_same_log_odds(given, mean_of(plain), 1e-5)
+    assert_same_log_odds(given, mean_of(exact), 1e-5)
+    assert_same_log_odds(mean_of(tiled), mean_of(exact), 1e-12)
 
 
 def test_the_tower_is_timms_efficientnet_where_their_padding_agrees(tmp_path):

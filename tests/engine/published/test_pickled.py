@@ -11,10 +11,10 @@ from torch import nn
 from gigamorph import create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import read_description
+from gigamorph.engine.models.reference import Reference
 from gigamorph.engine.published import pickled
 from gigamorph.engine.published.importing import Wishes, import_network
 from gigamorph.engine.published.pickled import dump
-from gigamorph.engine.published.reference import Reference
 
 
 @pytest.fixture

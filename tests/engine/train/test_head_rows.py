@@ -1,5 +1,6 @@
 """Fine-tuning a network of the same classes in another order: each row of the last layer goes to its class."""
 
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -11,6 +12,7 @@ from gigamorph.engine.errors import DataError
 from gigamorph.engine.models import create_model
 from gigamorph.engine.models.folder import Description, Preprocessing, write_description
 from gigamorph.engine.models.outputs import Outputs
+from gigamorph.engine.models.reference import Reference
 from gigamorph.engine.models.weights import sha256
 from gigamorph.engine.train.head_rows import start_from
 from gigamorph.engine.train.target import Target
@@ -90,6 +92,9 @@ def test_a_folder_of_an_import_says_its_classes_too(tmp_path):
     described = Description("training:normed", Outputs.of("softmax", 3, ("c", "a", "b")), Preprocessing())
     digest = {"weights_sha256": sha256(tmp_path / "model.safetensors")}
     write_description(tmp_path, replace(described, source=digest))
+    image, rounded = torch.rand(1, 1, 64, 64), copy.deepcopy(given).float().eval()
+    with torch.no_grad():
+        Reference(image, rounded(image), given.eval()(image.double())).write(tmp_path)
     assert json.loads((tmp_path / "model.json").read_text())["outputs"][0]["classes"] == ["c", "a", "b"]
     for weights in (tmp_path, tmp_path / "model.safetensors"):
         own = network(3)
