@@ -110,8 +110,8 @@ class Forward:
             limit = ((whole and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
                 given = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
-                own = self.prepared.predicted
-                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, own, found)
+                predicted = plan.peak_bytes - plan.record_bytes
+                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, predicted, found)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

@@ -17,7 +17,6 @@ from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.between import brought
 from ..planning.plan import Plan
-from ..tiling.arena_limit import Predicted
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard
@@ -98,11 +97,6 @@ class Prepared:
     def last_use(self) -> dict[int, list[int]]:
         """For each step, the values that are read there for the last time."""
         return _last_uses(self.staged)
-
-    @cached_property
-    def predicted(self) -> Predicted:
-        """What steps on the CPU should do with, whose records are there already."""
-        return Predicted(self.plan.peak_bytes - self.plan.record_bytes)
 
     @cached_property
     def handed_out(self) -> frozenset[int]:

@@ -66,7 +66,7 @@ class Arena {
     const size_t first = best->first, length = best->second;
     free_.erase(best);
     if (length > pages) free_[first + pages] = length - pages;
-    if (held_ + fewest > limit_) returned_ += give_back(held_ + fewest - limit_);
+    if (held_ + fewest > limit_) give_back(held_ + fewest - limit_);
     hold(first, pages);
     used_[first] = pages;
     in_use_ += pages;
@@ -111,7 +111,7 @@ class Arena {
     std::lock_guard<std::mutex> lock(mutex);
     const int64_t pages = static_cast<int64_t>(held_) + bytes / static_cast<int64_t>(kPage);
     limit_ = static_cast<size_t>(std::max<int64_t>(0, pages));
-    if (held_ > limit_) returned_ += give_back(held_ - limit_);
+    if (held_ > limit_) give_back(held_ - limit_);
   }
 
   void no_limit() {
@@ -129,7 +129,6 @@ class Arena {
     out[0] = in_use_ * kPage;
     out[1] = held_ * kPage;
     out[2] = most_in_use_ * kPage;
-    out[3] = returned_ * kPage;
   }
 
   void reset_most() {
@@ -165,9 +164,8 @@ class Arena {
     highest_ = std::max(highest_, first + pages);
   }
 
-  // Gives back this many free pages, those of the highest addresses first; how many there were.
-  size_t give_back(size_t pages) {
-    const size_t before = held_;
+  // Gives back this many free pages, those of the highest addresses first.
+  void give_back(size_t pages) {
     for (auto run = free_.rbegin(); run != free_.rend() && pages > 0; ++run) {
       size_t first = run->first;
       const size_t end = std::min(first + run->second, highest_);
@@ -176,7 +174,6 @@ class Arena {
       if (held == end - first && held > pages) first = end - pages;  // a part of it will do
       if (held > 0) pages -= std::min(pages, drop(first, end));
     }
-    return before - held_;
   }
 
   // How many pages from `first` up to `end` the process held until now.
@@ -190,7 +187,7 @@ class Arena {
 
   char* start_ = nullptr;
   size_t pages_ = 0, highest_ = 0;
-  size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, returned_ = 0, limit_ = SIZE_MAX;  // pages
+  size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, limit_ = SIZE_MAX;  // pages
   uint64_t* held_bits_ = nullptr;  // a bit for each page that the process holds
   std::map<size_t, size_t> free_;  // runs of pages, by the first of them
   std::unordered_map<size_t, size_t> used_;

@@ -37,13 +37,11 @@ class Counts(NamedTuple):
         in_use: of blocks, but for pages of them that were discarded.
         held: of pages that this process has.
         most: of `in_use`, at most since `reset_most`.
-        returned: of free pages that went back because of a limit, ever.
     """
 
     in_use: int
     held: int
     most: int
-    returned: int
 
     @property
     def spare(self) -> int:
@@ -67,7 +65,7 @@ class Arena:
         lib.arena_install.argtypes, lib.arena_install.restype = [ctypes.c_size_t], ctypes.c_bool
         lib.arena_room.argtypes = [ctypes.c_int64]
         lib.arena_discard.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._counted = (ctypes.c_size_t * 4)()
+        self._counted = (ctypes.c_size_t * 3)()
         if not lib.arena_install(addresses):
             raise OSError("this process does not get the addresses, or has another allocator")
         self.enter, self.leave = lib.arena_enter, lib.arena_leave
