@@ -53,8 +53,8 @@ def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | N
         return None
     record = read_state(path).rest.get("gigamorph")
     before = record.get("preprocessing", {}).get("normalize") if isinstance(record, dict) else None
-    now = preprocessing["normalize"]
-    if before is None or len(before["mean"]) != len(now["mean"]):
+    now = preprocessing.get("normalize")
+    if before is None or now is None or len(before["mean"]) != len(now["mean"]):
         return None
     means, stds = (np.array([scale[name] for scale in (before, now)], float) for name in ("mean", "std"))
     if (abs(means[0] - means[1]) <= stds[0] / 2).all() and (abs(np.log(stds[0] / stds[1])) <= np.log(1.5)).all():
