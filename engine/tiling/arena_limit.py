@@ -44,6 +44,7 @@ class ArenaLimit(MemoryLimit):
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
         self._gradients, self._after = held, 0  # bytes that come when a pass has ended, outside of the arena
         self._trimmed = False
+        self._heed(resident_bytes())
 
     def _spare(self) -> int:
         return self.arena.counts().spare
@@ -82,16 +83,16 @@ class ArenaLimit(MemoryLimit):
         Args:
             used: bytes of this process now, free pages among them.
         """
-        if not self.strict:
-            return
-        self.arena.room(self.bytes - self._beyond - used - after)
+        if self.strict:
+            self.arena.room(self.bytes - self._beyond - used - after)
+        else:
+            self.arena.no_limit()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
+        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes."""
         self._trimmed = False
-        try:
-            with super().watched():
-                yield
-                self._heed(resident_bytes(), self._after)
-        finally:
-            self.arena.no_limit()
+        self._heed(resident_bytes())
+        with super().watched():
+            yield
+            self._heed(resident_bytes(), self._after)
