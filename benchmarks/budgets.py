@@ -179,8 +179,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     side = max((row["side"] for row in under), default=SIDE)
     lines = [
         f"{len(ran)} rows at {side} x {side} pixels ran, {len(under) - len(ran)} budgets were refused. Predicted over "
-        f"measured lies within 10 % in {near} of them. {len(over)} exceed their budget by more than 5 %; the worst "
-        f"takes {worst:.2f} of it.",
+        f"measured lies within 10 % in {near} of them. Budgets exceeded by more than 5 %: {len(over)}; the worst row "
+        f"takes {worst:.2f} of its own.",
         "",
         "| network, norms | mode | budget MB (share) | predicted | measured | predicted / measured | measured / budget "
         "| time / stock (CPU) |",
