@@ -95,9 +95,10 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
             not finite, or differ where the network has one tensor under several names.
     """
     own = own_tensors(network)
-    tied = [[name for name in names if name in state] for names in _tied(own)]
-    apart = [n for n in tied if any(not _same(state[n[0]], state[name]) for name in n[1:])]
-    state = {**state, **_untold(own, state)}
+    tied = _tied(own)
+    told = [[name for name in names if name in state] for names in tied]
+    apart = [n for n in told if any(not _same(state[n[0]], state[name]) for name in n[1:])]
+    state = {**state, **_untold(tied, state)}
     problems = differences(own, state)
     if apart:
         each = " and ".join(apart[0])
@@ -136,10 +137,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return alike and torch.equal(one, other.to(one.dtype))
 
 
-def _untold(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _untold(tied: Sequence[Sequence[str]], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a file leaves out, as safetensors does, since it has the same tensor under another name of the network."""
     found = {}
-    for names in _tied(own):
+    for names in tied:
         told = [name for name in names if name in state]
         found |= {name: state[told[0]] for name in names if told and name not in state}
     return found
