@@ -3,7 +3,8 @@
     y = act(conv(x, w) * scale + b + residual)
 
 A GPU's kernels (fused/) and oneDNN (onednn.py) compute such a chain in one go. A linear layer on the channels of a
-channels-last map is a convolution with a filter of one pixel; the scale of a layer goes into weight and bias.
+channels-last map is a convolution with a filter of one pixel; the scale of a layer goes into weight and bias. What has
+packed weights needs no scaled ones: `leave_unscaled`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..capture.trace import Op, Ref
+from ..capture.trace import Op, Ref, Value
+from .folding import Fold
 from .geometry import Access, Window
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments
@@ -29,6 +31,7 @@ class ConvChain:
 
     Attributes:
         act: the activation.
+        factors: vectors of a factor for each filter that the weight is still to be multiplied by, one after the other.
         channels_last: whether x, y and residual have shape (N, H, W, C) and the weight (K, C): a linear layer.
         y: the output.
         members: the ops, the convolution first.
@@ -43,6 +46,7 @@ class ConvChain:
     groups: int
     channels_last: bool = False
     act: str = "none"
+    factors: tuple[int, ...] = ()
     y: int = -1
     members: list[Local] = field(default_factory=list)
 
@@ -158,20 +162,55 @@ def _channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) 
     )
 
 
+@dataclass(frozen=True)
+class LayerScale:
+    """The numbers of a convolution's vectors and of the scale after it; called, the scaled weight, and bias if any."""
+
+    weight: int
+    bias: int | None
+    scale: int
+
+    def factors(self, env: Env) -> tuple[Tensor, ...]:
+        """A factor for each filter, and the scaled bias if there is one."""
+        scale = env[self.scale].reshape(-1)
+        return (scale,) if self.bias is None else (scale, env[self.bias] * scale)
+
+    def __call__(self, env: Env) -> tuple[Tensor, ...]:
+        scale, *bias = self.factors(env)
+        return scaled(env[self.weight], scale), *bias
+
+
+def scaled(weight: Tensor, factors: Tensor) -> Tensor:
+    """A weight with a factor for each filter."""
+    return weight * factors.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
     """Multiply weight and bias by a layer scale, once per step and by ordinary autograd."""
+    values, run = stage.program.values, LayerScale(spec.weight, spec.bias, scale)
+    given = [v for v in (spec.weight, spec.bias) if v is not None]
+    made = tuple(range(len(values), len(values) + len(given)))
+    values.extend(values[v] for v in given)
+    stage.prelude.append(VectorOp(run, (*given, scale), made))
+    spec.weight, spec.bias = made[0], None if spec.bias is None else made[1]
+
+
+def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
+    """Give a chain the network's own weight, and the factors of norms and layer scales beside it.
+
+    Who packs weights multiplies them then, one after the other; the scaled ones are never there together.
+    """
     values = stage.program.values
-    weight, bias = spec.weight, spec.bias
-    made = range(len(values), len(values) + (1 if bias is None else 2))
-    values.extend(values[v] for v in (weight, bias) if v is not None)
-
-    def fold(env: Env) -> tuple[Tensor, ...]:
-        s, w = env[scale].reshape(-1), env[weight]
-        scaled = w * s.reshape(-1, *[1] * (w.dim() - 1))
-        return (scaled,) if bias is None else (scaled, env[bias] * s)
-
-    stage.prelude.append(VectorOp(fold, tuple(v for v in (weight, bias, scale) if v is not None), tuple(made)))
-    spec.weight, spec.bias = made[0], None if bias is None else made[1]
+    while (op := next((op for op in stage.prelude if chain.weight in op.outputs), None)) is not None:
+        run = op.run
+        if not isinstance(run, Fold | LayerScale):
+            return
+        weight = values[run.weight]
+        factors = len(values)
+        values.append(Value(weight.shape[:1], torch.promote_types(weight.dtype, torch.float32), weight.device))
+        inputs = tuple(v for v in op.inputs if v != run.weight)
+        stage.prelude[stage.prelude.index(op)] = VectorOp(run.factors, inputs, (factors, *op.outputs[1:]))
+        chain.weight, chain.factors = run.weight, (factors, *chain.factors)
 
 
 def other_summand(stage: Stage, local: Local, value: int) -> int | None:
@@ -195,7 +234,8 @@ def activation_of(op: Op) -> str | None:
 
 def fused_op(chain: ConvChain, name: str) -> Op:
     """The call that stands for a chain."""
-    inputs = [chain.x, chain.weight, *(v for v in (chain.bias, chain.residual) if v is not None)]
+    vectors = chain.weight, *chain.factors, chain.bias
+    inputs = [v for v in (chain.x, *vectors, chain.residual) if v is not None]
     first, last = chain.members[0], chain.members[-1]
     return replace(first.op, name=name, args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
 

@@ -32,7 +32,7 @@ _AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
 
 @dataclass(frozen=True)
 class Fold:
-    """The numbers of a convolution's and a norm's vectors; called, the folded weight and bias."""
+    """The numbers of the vectors of a convolution and a norm, the weight's dtype; called, folded weight and bias."""
 
     weight: int
     bias: int | None
@@ -41,15 +41,16 @@ class Fold:
     gamma: int | None
     beta: int | None
     eps: float
+    dtype: torch.dtype
 
     @property
     def inputs(self) -> tuple[int, ...]:
         every = (self.weight, self.bias, self.mean, self.var, self.gamma, self.beta)
         return tuple(v for v in every if v is not None)
 
-    def __call__(self, env: Env) -> tuple[Tensor, Tensor]:
-        w = env[self.weight]
-        wide = torch.promote_types(w.dtype, torch.float32)
+    def factors(self, env: Env) -> tuple[Tensor, Tensor]:
+        """A factor for each filter, and the folded bias."""
+        wide = torch.promote_types(self.dtype, torch.float32)
         scale = torch.rsqrt(env[self.var].to(wide) + self.eps)
         if self.gamma is not None:
             scale = scale * env[self.gamma].to(wide)
@@ -59,7 +60,11 @@ class Fold:
         offset = offset * scale
         if self.beta is not None:
             offset = offset + env[self.beta].to(wide)
-        return Scaled.apply(w, scale), offset.to(w.dtype)  # pyright: ignore[reportReturnType]
+        return scale, offset.to(self.dtype)
+
+    def __call__(self, env: Env) -> tuple[Tensor, Tensor]:
+        scale, offset = self.factors(env)
+        return Scaled.apply(env[self.weight], scale), offset  # pyright: ignore[reportReturnType]
 
 
 class Scaled(torch.autograd.Function):
@@ -128,7 +133,7 @@ def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None
 
     weight, mean, var = own["weight"].value, given["running_mean"].value, given["running_var"].value
     norms = number(given["weight"]), number(given["bias"]), given["eps"]
-    fold = Fold(weight, number(own["bias"]), mean, var, *norms)
+    fold = Fold(weight, number(own["bias"]), mean, var, *norms, values[weight].dtype)
     folded_weight, folded_bias = len(values), len(values) + 1
     values.append(values[weight])
     values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))

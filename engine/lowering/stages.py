@@ -35,13 +35,15 @@ class Packing:
     Attributes:
         weight: the vector that it is made of.
         packed: the value number that it is given to ops by.
-        make: makes it.
+        make: makes it of the weight, and of the factors if there are any.
+        factors: vectors of a factor for each filter.
         besides: whether ops read the weight itself, too: its gradient has its memory order, that of maps.
     """
 
     weight: int
     packed: int
-    make: Callable[[Tensor], Tensor]
+    make: Callable[..., Tensor]
+    factors: tuple[int, ...] = ()
     besides: bool = False
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -270,7 +270,8 @@ class Scan:
                 vector = self._in_order_of_maps(vector)
             prepared[value] = vector
         copy_all(casts)
-        prepared.update((packing.packed, packing.make(prepared[packing.weight])) for packing in packings)
+        for packing in packings:
+            prepared[packing.packed] = packing.make(*(prepared[v] for v in (packing.weight, *packing.factors)))
         for value in leaves:
             prepared[value].requires_grad_()
         return prepared

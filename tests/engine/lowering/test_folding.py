@@ -61,7 +61,7 @@ def problem(
         for place in range(1, 6):
             env[first + place] = (torch.rand(filters, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
         bias, gamma, beta = (first + n if has else None for n, has in zip((1, 4, 5), there, strict=True))
-        fold = Fold(first, bias, first + 2, first + 3, gamma, beta, 1e-5)
+        fold = Fold(first, bias, first + 2, first + 3, gamma, beta, 1e-5, dtype)
         ops.append(VectorOp(fold, fold.inputs, (first + 8, first + 9)))
     for value in wanted:
         env[value].requires_grad_()

@@ -222,3 +222,47 @@ def test_packed_weights_are_counted():
     prepare(staged, False)
     # They take the place of copies in the memory order of the maps.
     assert Estimate(staged, False, False).parameter_bytes == before + 4 * 32 * 16
+
+
+class Scaled(nn.Module):
+    """A norm, then a layer scale, behind convolutions of which Winograd's filtering takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32), nn.BatchNorm2d(32)])
+        self.gamma = nn.Parameter(torch.rand(1, 32, 1, 1) + 0.5)
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x):
+        x = F.relu(self.norms[0](self.first(x)))
+        return (self.norms[1](self.last(x)) * self.gamma).amax((2, 3))
+
+
+@pytest.mark.parametrize("way", ["packed", "off", "infinity"])
+def test_norms_and_layer_scales_are_multiplied_in_as_weights_are_packed(way):
+    """No scaled weight is there besides: neither while tiles are computed, nor in what the plan counts."""
+    from gigamorph.engine.planning.estimate import Estimate
+
+    torch.manual_seed(0)
+    net, image = Scaled().eval(), torch.randn(1, 1, 50, 60)
+    if way == "infinity":
+        image[..., 20, 30] = torch.inf
+    stage = stage_of(net)
+    assert [local.op.name for local in stage.locals] == ["packed_conv2d"] * 2
+    values = stage.program.values
+    made = [values[v].shape for op in stage.prelude for v in op.outputs]
+    assert made == [(32,)] * len(made)
+    assert {values[v].name for v in stage.vectors if len(values[v].shape) == 4} == {"first.weight", "last.weight"}
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=way != "off"):
+        found, exact = accelerate(net, tile=48)(image), net.double()(image.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+    staged = lower(capture(net.float(), (1, 1, 50, 60), torch.float32, "cpu"))
+    prepare(staged, False)
+    own = sum(t.nbytes for t in net.state_dict().values())
+    values, packings = staged.program.values, staged.stages[0].packings
+    packed = sum(p.nbytes(values[p.weight].shape, torch.float32) for p in packings)
+    assert Estimate(staged, False, False).parameter_bytes <= own + packed + 8 * 32 * 4
