@@ -98,7 +98,10 @@ class Forward:
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":
-            held = sum({values[v].name: t.nbytes for v, t in self.env.items() if values[v].name is not None}.values())
+            named = {values[v].name: t for v, t in self.env.items() if values[v].name is not None}
+            held = sum(t.nbytes for t in named.values())
+            there = [t.grad for t in named.values() if t.is_leaf and t.grad is not None]
+            gradients = sum(grad.nbytes for grad in there)
             # The plan of a single stage without a budget has room for what the heap keeps. Of a tile that was asked for
             # without a budget nothing is predicted that could be kept to.
             strict = plan.budget is not None or (len(self.prepared.stages) > 1 and plan.tile_bytes > 0)
@@ -111,7 +114,10 @@ class Forward:
             if together is None:
                 given = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
                 predicted = plan.peak_bytes - plan.record_bytes
-                self.memory_limit = MemoryLimit(*given) if found is None else ArenaLimit(*given, predicted, found)
+                if found is None:
+                    self.memory_limit = MemoryLimit(*given, gradients)
+                else:
+                    self.memory_limit = ArenaLimit(*given, predicted, found, gradients)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

@@ -214,7 +214,7 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     """The plan of a choice of stored maps; None if no tile fits.
 
     Args:
-        coarse: where there are several stages, try only the largest tiles (or only the others), for small ones cost
+        coarse: where there are other choices, try only the largest tiles (or only the others), for small ones cost
             more time than another choice of stored maps.
     """
     staged, device = estimate.staged, estimate.image.device
@@ -222,7 +222,8 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     if estimate.floor(counted) > limit:
         return None
     sides = sides_worth_trying(staged, request.tile, request.training)
-    if len(staged.stages) > 1 and len(sides) > constants.COARSE and coarse is not None:
+    others = len(staged.stages) > 1 or (not request.training and any(stage.packings for stage in staged.stages))
+    if others and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     for place in request.halo_places(device):
         for side in sides:

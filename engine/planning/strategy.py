@@ -26,6 +26,7 @@ from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels
 from . import constants
 from .between import brought, value_bytes
 from .lifetimes import stored_peaks
+from .packed_parts import cuts_by_weights, packed_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Strategy:
         cost: of a step, in units of arithmetic of stock PyTorch's forward, moved bytes included.
         stored_bytes: the most bytes of stored maps and their gradients on the device at any time of a step.
         away_bytes: the same where else they are kept.
+        packed_bytes: of the weights that a stage packs (`lowering/onednn.py`), where those are most.
     """
 
     name: str
@@ -45,16 +47,25 @@ class Strategy:
     cost: float
     stored_bytes: int
     away_bytes: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """What it takes besides tiles and the network, as far as choices differ in that."""
+        return self.stored_bytes + self.packed_bytes
 
 
 def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
-    """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory."""
+    """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory.
+
+    A network of one stage has others than that where weights are packed: those of a part of it at a time.
+    """
     every = every_strategy(maps, nodes, training, image_grad)
     least = next(every)
     yield least
-    if len(least.staged.stages) > 1:
-        for strategy in sorted(every, key=lambda s: (s.cost, s.stored_bytes)):
-            if strategy.stored_bytes < least.stored_bytes:
+    if len(least.staged.stages) > 1 or least.packed_bytes:
+        for strategy in sorted(every, key=lambda s: (s.cost, s.bytes)):
+            if strategy.bytes < least.bytes:
                 least = strategy
                 yield strategy
 
@@ -66,20 +77,27 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
 
     kind = maps.program.values[maps.program.image].device.type
 
-    def weigh(name: str, staged: StagedProgram) -> Iterator[Strategy]:
-        cost = program_cost(staged, training, known)
+    def weigh(name: str, staged: StagedProgram, more: float = 0) -> Iterator[Strategy]:
+        cost = program_cost(staged, training, known) + more
         stored, here = stored_peaks(staged, training, wanted)
-        yield Strategy(name, staged, cost / unit, stored)
+        packed = 0 if training or kind != "cpu" else max(map(packed_bytes, staged.stages), default=0)
+        yield Strategy(name, staged, cost / unit, stored, packed_bytes=packed)
         moved = moved_bytes(staged, training)
         for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
             away = replace(staged, place=place)
-            yield Strategy(f"{name}; {PLACES[place]}", away, (cost + flops * moved) / unit, here, stored - here)
+            cost_there = (cost + flops * moved) / unit
+            yield Strategy(f"{name}; {PLACES[place]}", away, cost_there, here, stored - here, packed)
 
     everything = split(maps, nodes, crossing(maps, nodes))
     wanted = everything.wanted(image_grad)  # of all choices: they have the same ops
     yield from weigh("all maps that are read again", everything)
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
+    if not training and kind == "cpu" and len(everything.stages) == 1:
+        for cuts in cuts_by_weights(maps, nodes, _through(maps, nodes)):
+            staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
+            name = f"{len(cuts) + 1} parts, whose weights are packed one after the other"
+            yield from weigh(name, staged, constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training))
 
 
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
@@ -128,28 +146,32 @@ def _named_after(until: int, count: int, grouped: int, training: bool) -> str:
 
 
 def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
-    """Maps that everything after them goes through, at most one of each level, in program order.
+    """Maps that everything after them goes through, at most one of each level, in program order; none of the first.
 
     A map whose statistics are taken is not one: what normalises it is a better place.
     """
+    level = levels(maps, nodes)
+    return list({level[v]: v for v in _through(maps, nodes) if level[v] > 0}.values())
+
+
+def _through(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+    """Maps that everything after them goes through and no statistics are taken of, in program order."""
     order = [node for node in nodes if isinstance(node, Local)]
     reduced = {node.value for node in nodes if isinstance(node, Reduction)}
     last: dict[int, int] = {}
     for place, node in enumerate(order):
         last.update(dict.fromkeys(node.reads, place))
     last.update((v, len(order)) for v in maps.program.results())
-    level, there = levels(maps, nodes), handed_out(maps)  # those are stored in any case
+    there = handed_out(maps)  # those are stored in any case
     live: set[int] = {maps.program.image}
-    found: dict[int, int] = {}
+    found: list[int] = []
     for place, node in enumerate(order):
         live |= set(node.op.outputs)
         live = {v for v in live if last.get(v, -1) > place}
         through = {v for v in live if v not in there or v in node.op.outputs}
         if len(through) == 1 and not through & reduced:
-            (value,) = through
-            if value in node.op.outputs and level[value] > 0:
-                found[level[value]] = value
-    return list(found.values())
+            found += [v for v in through if v in node.op.outputs]
+    return found
 
 
 def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:

@@ -23,7 +23,7 @@ class ArenaLimit(MemoryLimit):
     go.
 
     Args:
-        limit, held, left, work, page_pool, strict: as of any limit.
+        limit, held, left, work, page_pool, strict, gradients: as of any limit.
         predicted: bytes of the limit that the network's steps should do with.
         arena: of this process.
     """
@@ -38,9 +38,10 @@ class ArenaLimit(MemoryLimit):
         strict: bool,
         predicted: int,
         arena: Arena,
+        gradients: int = 0,
     ):
         self.arena = arena
-        super().__init__(limit, held, left, work, page_pool, strict)
+        super().__init__(limit, held, left, work, page_pool, strict, gradients)
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
         self._gradients, self._after = held, 0  # bytes that come when a pass has ended, outside of the arena
         self._trimmed = False

@@ -36,22 +36,23 @@ class Besides:
     def __init__(self) -> None:
         self.bytes = self.first = self.held = self.after = self.steps = 0
 
-    def before(self, limit: int, held: int, spare: int, left: int) -> int:
+    def before(self, limit: int, held: int, gradients: int, spare: int, left: int) -> int:
         """These bytes, at the beginning of a step.
 
         Args:
             limit: of the step.
-            held: what it holds already.
+            held: what it holds already, at the beginning of each.
+            gradients: those of steps before, which it adds to: they come and go.
             spare: bytes of pages that wait for what needs them.
             left: bytes of the limit that libraries keep from one step to the next, as far as they hold them yet.
         """
         if held != self.held:
             self.held, self.steps = held, 0
-        grown = resident_bytes() - self.after > _GROWN_SHARE * limit
+        grown = resident_bytes() - gradients - self.after > _GROWN_SHARE * limit
         if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
             trim_heap()
-            self.bytes = resident_bytes() - spare - held
-        self.bytes = min(self.bytes, resident_bytes() - spare - held)  # less, if something else has gone
+            self.bytes = resident_bytes() - spare - held - gradients
+        self.bytes = min(self.bytes, resident_bytes() - spare - held - gradients)  # less, if something else has gone
         self.first = self.bytes if self.steps == 0 else min(self.first, self.bytes)
         self.steps += 1
         return max(self.first, self.bytes - left)
@@ -76,16 +77,22 @@ class MemoryLimit:
         work: bytes that are allocated at a time between two calls of `keep`.
         page_pool: pages of maps that are gone.
         strict: whether the heap gives back what it has; else only the spare pages go.
+        gradients: bytes of the limit that gradients of steps before take.
 
     Attributes:
         near: whether there was no room for more than one further piece of work at the last call of `keep`.
         dropped: how many graphs had to go.
     """
 
-    def __init__(self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool):
+    def __init__(
+        self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool, gradients: int = 0
+    ):
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
         spare = self._spare()
-        self._base = _besides.before(limit, held, spare, left) if strict else resident_bytes() - spare - held
+        if strict:
+            self._base = _besides.before(limit, held, gradients, spare, left)
+        else:
+            self._base = resident_bytes() - spare - held - gradients
         self.bytes = self._base + limit
         self.dropped = 0
         self._alone = False

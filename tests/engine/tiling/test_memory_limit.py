@@ -219,3 +219,27 @@ def test_a_weight_that_is_read_folded_and_as_it_is_is_held_once(monkeypatch: pyt
         accelerate(net, memory_budget="64MiB", tile=16)(torch.randn(1, 16, 50, 50))
     state = [t for name, t in net.state_dict().items() if "num_batches" not in name]
     assert held == [sum(t.nbytes for t in state)]
+
+
+def test_gradients_of_steps_before_are_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that add to gradients, and the ones between that have none, have the same room."""
+    machine = Machine(monkeypatch)
+    ends = []
+    for gradients in (0, 60, 60, 60, 0, 60):
+        machine.used = 1000 + gradients
+        limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True, gradients=gradients)
+        ends.append(limit.bytes)
+        module._besides.after = machine.used
+    assert ends == [1200] * 6
+    assert len(machine.trimmed) == 3  # gradients that come and go are no reason to look again
+
+
+def test_a_step_tells_its_limit_of_gradients_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(module.Besides, "before", lambda self, limit, held, gradients, *_: told.append(gradients) or 0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1))
+    fast = accelerate(net, memory_budget="200MiB")
+    for _ in range(2):
+        fast(torch.rand(1, 1, 64, 64)).sum().backward()
+    own = sum(p.nbytes for p in net.parameters())
+    assert told == [0, own]
