@@ -7,11 +7,18 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..capture.trace import Value
+from ..lowering.geometry import Window
 from ..lowering.ops import Local
+from ..lowering.stages import Packing
 from ..tiling.stage import TiledStage
 from . import constants
+from .between import value_bytes
 from .simulate import halo_shape
+
+_LARGE_BATCH = 16  # from which on PyTorch gives oneDNN all convolutions
 
 
 def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool) -> int:
@@ -20,24 +27,62 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
     Args:
         stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
     """
-    compiled = len(_convolutions_that_differ(stages)) * (3 if training else 1)  # forward, dgrad, wgrad
+    compiled = sum(_convolutions_that_differ(stages, training).values())
+    compiled += len(_packings_that_differ(stages)) * (not training)
     scratch = max(map(_grouped_scratch, stages)) if training else 0
     return constants.CODE_BYTES[training] + _kernel_bytes(compiled) + _weight_copies(stage_bytes) + scratch
 
 
 def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
     """What `cpu_libraries` is at least, whatever the tiles are."""
-    weights = [_weight_shape(local, values) for local in convolutions(nodes)]
-    compiled = _kernel_bytes(3 * len(set(weights)) if training else len(set(weights)))
-    return constants.CODE_BYTES[training] + compiled + _weight_copies(stage_bytes)
+    weights = {_weight_shape(local, values) for local in convolutions(nodes) if compiles(local, values, training)}
+    compiled = sum(_kernels(shape[2:] == (3, 3), training) for shape in weights)
+    return constants.CODE_BYTES[training] + _kernel_bytes(compiled) + _weight_copies(stage_bytes)
 
 
-def _convolutions_that_differ(stages: Sequence[TiledStage]) -> set[Any]:
-    """The convolutions that differ: those of equal shapes share a kernel, in all stages."""
-    found: set[Any] = set()
+def _kernels(winograd: bool, training: bool) -> int:
+    """How many of forward, dgrad and wgrad of a convolution oneDNN compiles.
+
+    Args:
+        winograd: whether the first two are computed by Winograd's filtering.
+    """
+    return (1 if training else 0) if winograd else (3 if training else 1)
+
+
+def compiles(local: Local, values: Sequence[Value], training: bool) -> bool:
+    """Whether oneDNN computes a convolution on the CPU.
+
+    In training PyTorch computes those of one pixel by a matrix product itself, where one thread does it.
+    """
+    if not training or torch.get_num_threads() > 1:
+        return True
+    source = next(iter(local.reads))
+    windows = [access for access in local.reads[source] if isinstance(access, Window)]
+    pixel = all(w.kernel == w.stride == 1 for w in windows)
+    return not pixel or values[source].shape[0] >= _LARGE_BATCH
+
+
+def _packings_that_differ(stages: Sequence[TiledStage]) -> set[Any]:
+    """The shapes of weights that oneDNN brings into its order, which takes a kernel, too."""
+    values = (tiled.stage.program.values for tiled in stages)
+    found = ((v[one.weight], one) for v, tiled in zip(values, stages, strict=True) for one in tiled.stage.packings)
+    return {tuple(weight.shape) for weight, one in found if not _is_transformed(one, weight)}
+
+
+def _is_transformed(packing: Packing, weight: Value) -> bool:
+    """Whether it is that of Winograd's filtering."""
+    return packing.nbytes(weight.shape, weight.dtype) != value_bytes(weight)
+
+
+def _convolutions_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
+    """The convolutions that differ, and of how many kernels: those of equal shapes share them, in all stages."""
+    found: dict[Any, int] = {}
     for tiled in stages:
         maps, values = tiled.stage.maps, tiled.stage.program.values
+        transformed = {one.weight for one in tiled.stage.packings if _is_transformed(one, values[one.weight])}
         for local in convolutions(tiled.stage.locals):
+            if not compiles(local, values, training):
+                continue
             source, output = next(iter(local.reads)), local.op.outputs[0]
             steps = [-(-a // max(1, b)) for a, b in zip(maps.size(source), maps.size(output), strict=True)]
             form = _weight_shape(local, values), maps.shape(source)[1], len(local.op.inputs), *steps
@@ -45,7 +90,8 @@ def _convolutions_that_differ(stages: Sequence[TiledStage]) -> set[Any]:
                 {hi - lo for lo, hi in (axis.block(output, step) for step in range(axis.steps))}
                 for axis in (tiled.rows, tiled.cols)
             )
-            found.update((form, height, width) for height in rows for width in cols)
+            kernels = _kernels(not transformed.isdisjoint(local.op.inputs), training)
+            found.update(((form, height, width), kernels) for height in rows for width in cols)
     return found
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gigamorph import BudgetError, accelerate, plan
 from gigamorph.engine.capture.trace import Program, capture
 from gigamorph.engine.execution.prepared import Prepared
+from gigamorph.engine.lowering import onednn
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.lowering.stages import Stage, lower
@@ -169,3 +170,19 @@ def test_folded_weights_go_after_their_stage() -> None:
     for number, step in enumerate(staged.steps):
         if isinstance(step, Stage) and step.prelude:
             assert {v for op in step.prelude for v in op.outputs} <= set(prepared.last_use[number])
+
+
+def test_kernels_are_counted_that_the_libraries_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread computes convolutions of a pixel without oneDNN in training; in inference weights are packed."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1), nn.AdaptiveAvgPool2d(1)).eval()
+
+    def kernels(batch: int, training: bool, threads: int) -> int:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        staged = lower(capture(net, (batch, 1, 64, 64), torch.float32, "cpu"))
+        prepare(staged, training)
+        tiled = [TiledStage(stage, (64, 64)) for stage in staged.stages]
+        return (cpu_libraries(tiled, 0, training) - constants.CODE_BYTES[training]) // constants.KERNEL_BYTES
+
+    assert kernels(1, True, 2) == kernels(16, True, 1) == 9
+    assert kernels(1, True, 1) == 3
+    assert kernels(1, False, 1) == 3 + 2 * onednn.runs()  # of one channel and 8 filters is not packed
