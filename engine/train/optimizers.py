@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ _UNFIT = {
     "sparseadam": "takes sparse gradients alone",
 }
 """Optimizers of `torch.optim` that serve nobody here, and why."""
+_NEAREST = 5  # names of timm's hundred that an error tells
 
 
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
@@ -72,10 +74,12 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
             from timm.optim import get_optimizer_class, list_optimizers
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
             raise GigamorphError(f"optimizer {name!r} needs timm, which cannot be imported: {error}") from error
-        if name.removeprefix("timm:") not in list_optimizers():
-            names = ", ".join(map(str, list_optimizers()))
-            raise GigamorphError(f"optimizer {name!r} is unknown; timm has {names}")
-        return get_optimizer_class(name.removeprefix("timm:"), bind_defaults=True)
+        names = [str(known) for known in list_optimizers()]
+        if (own := name.removeprefix("timm:")) not in names:
+            near = difflib.get_close_matches(own, names, _NEAREST)
+            hint = f"its nearest are {', '.join(near)}" if near else "timm.optim.list_optimizers() names all"
+            raise GigamorphError(f"optimizer {name!r} is unknown; timm has {len(names)}, {hint}")
+        return get_optimizer_class(own, bind_defaults=True)
     if name.lower() in _UNFIT:
         raise GigamorphError(f"optimizer {name!r} cannot train a network here: it {_UNFIT[name.lower()]}")
     there = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
