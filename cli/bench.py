@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,7 @@ def limit(
         results.limits.append(row)
         _show_limit(row)
         _keep(results, path)
+    _end(results.limits)
 
 
 @bench.command()
@@ -312,6 +314,7 @@ def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
         for task in own:
             results.steps += measure(task, chosen, results.ceilings, _show_step)
             _keep(results, path)
+    _end(results.steps)
 
 
 def _begin(device: str) -> Results:
@@ -333,6 +336,14 @@ def _begin(device: str) -> Results:
 def _keep(results: Results, path: Path | None) -> None:
     if path is not None:
         results.write(path)
+
+
+def _end(rows: Iterable[StepRow | LimitRow]) -> None:
+    """Tell who reads no lines that something was wrong or failed; to run out of memory is a result."""
+    from ..engine.bench.results import FAILED, WRONG
+
+    if any(row.status in (FAILED, WRONG) for row in rows):
+        raise SystemExit(1)
 
 
 def _known(peers: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:

@@ -95,6 +95,24 @@ def test_limit_prints_what_was_found(monkeypatch, tmp_path, capsys):
     assert "largest 64 x 64, plan() says 96" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("status", "code"), [(OK, 0), ("out of memory", 0), ("not run", 0), ("wrong", 1), ("failed", 1)]
+)
+def test_the_exit_code_says_whether_something_failed(monkeypatch, tmp_path, status, code):
+    """All others are measured and kept first."""
+
+    def measure(task, *_):
+        return [StepRow(task, "stock", status=status), StepRow(task, "gigamorph")]
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(limit, "find", lambda task, peer, search, say: LimitRow(task, peer, search.cap, status=status))
+    path = tmp_path / "kept.json"
+    sizes = ("--size", "64x64", "--size", "96x96")
+    assert run("step", *sizes, "--peer", "stock", "--json", str(path)) == code
+    assert len(read(path).steps) == 4
+    assert run("limit", "--memory-budget", "2GiB", "--peer", "stock", "--json", str(path)) == code
+
+
 def test_report_names_the_page(tmp_path, capsys):
     everything().write(tmp_path / "a.json")
     assert run("report", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")) == 0
