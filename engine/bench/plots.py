@@ -36,7 +36,12 @@ def colour(peer: str) -> str:
 
 
 def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
-    """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross."""
+    """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross.
+
+    Of one size a bar for each peer.
+    """
+    if _of_one_size(rows):
+        return _one_size(rows, title, lambda row: (row.peak_bytes or 0) / 1e9, "GB", "peak memory of a step in GB")
     figure, axes = panel(8.2, 4.8, title)
     caps = {row.cap_bytes for row in rows if row.cap_bytes}
     cap = max(caps) / 1e9 if caps else None
@@ -69,7 +74,9 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 
 def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
-    """Megapixels per second against the image's pixels."""
+    """Megapixels per second against the image's pixels; of one size a bar for each peer."""
+    if _of_one_size(rows):
+        return _one_size(rows, title, lambda row: row.mpx_per_s or 0, "Mpx/s", "megapixels per second")
     figure, axes = panel(8.2, 4.8, title)
     ends = []
     for peer, line in _by_peer(rows):
@@ -85,6 +92,26 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
         ends.append((x[-1], y[-1], text, colour(peer)))
     axes.set_ylim(0, 1.15 * max((row.mpx_per_s or 0) for row in rows))
     _finish(axes, rows, ends, "megapixels per second")
+    return figure
+
+
+def _of_one_size(rows: Sequence[StepRow]) -> bool:
+    return len({row.task.megapixels for row in rows if row.status != NOT_RUN}) == 1
+
+
+def _one_size(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], float], unit: str, what: str) -> Figure:
+    """A bar for each peer, the longest on top; who ran out of memory has none and is told."""
+    run = sorted((row for row in rows if row.status in (OK, WRONG, OUT_OF_MEMORY)), key=value)
+    bars = [
+        (row.peer, 0.0, "out of memory")
+        if row.status == OUT_OF_MEMORY
+        else (row.peer, value(row), f"{value(row):.2g} {unit}")
+        for row in run
+    ]
+    image = run[0].task.image
+    figure, axes = _bars(bars, f"{title}, {image[2]} × {image[3]} pixels")
+    axes.set_xlim(0, 1.3 * max(length for _, length, _ in bars) or 1)
+    axes.set_xlabel(what)
     return figure
 
 

@@ -204,3 +204,22 @@ def test_nothing_to_show_is_an_error(tmp_path):
     Results("nothing", {}).write(tmp_path / "empty.json")
     with pytest.raises(GigamorphError, match="no rows"):
         write_report([tmp_path / "empty.json"], tmp_path / "out")
+
+
+def test_of_one_size_there_is_a_bar_for_each_peer():
+    task = Task("resnet18", (1, 1, 512, 384))
+    rows = [
+        StepRow(task, "stock", seconds=[2.0], peak_bytes=4 * 10**9),
+        StepRow(task, "compile", status="out of memory"),
+        StepRow(task, "checkpoint", status="not run"),
+        StepRow(task, "gigamorph", seconds=[1.0], peak_bytes=10**9),
+    ]
+    for make, lengths, unit in (
+        (plots.memory_figure, [0, 1, 4], "GB"),
+        (plots.throughput_figure, [0, 0.1, 0.2], "Mpx/s"),
+    ):
+        (axes,) = make(rows, "title").axes
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx(lengths, abs=0.01)
+        assert any("512 × 384 pixels" in text for text in (axes.get_title(), axes.get_title("left")))
+        texts = [text.get_text().strip() for text in axes.texts]
+        assert texts[0] == "out of memory" and all(text.endswith(unit) for text in texts[1:])
