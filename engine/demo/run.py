@@ -20,7 +20,7 @@ from ..train.inputs import training_data
 from ..train.metrics import Prediction, auc_of
 from ..train.options import Optimizer, TrainOptions
 from ..train.progress import Report
-from .step import StepCost, measure_step
+from .step import StepCost, measure_steps
 
 HEIGHT, WIDTH = 2048, 1664
 PATIENTS = {"train": 20, "val": 4, "test": 32}
@@ -81,10 +81,9 @@ def run_demo(
     native = training_data(table, normalize=_GREY, seed=seed)
     low = training_data(table, normalize=_GREY, downsample=FACTOR, seed=seed)
 
-    say("measuring one training step of stock PyTorch and of gigamorph, each in a process of its own")
+    say("measuring one training step of stock PyTorch and of gigamorph, by turns, each in a process of its own")
     image = native.train.records[0].path
-    stock = measure_step(image, _MODEL, budget=None, device=device)
-    tiled = measure_step(image, _MODEL, budget=BUDGET, device=device)
+    stock, tiled = measure_steps(image, _MODEL, (None, BUDGET), device=device)
 
     options = TrainOptions(
         model=_MODEL,

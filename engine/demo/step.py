@@ -1,8 +1,10 @@
-"""Memory and time of one training step on an image file, stock PyTorch's or ours, in a process of its own."""
+"""Memory and time of one training step on an image file, stock PyTorch's and ours, each in a process of its own."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..models import create_model
 
-_STEPS = 12  # the first ones of a process give the heap's pages back to see what there is besides
+_TURNS, _STEPS = 4, 4  # the first steps of a process give the heap's pages back to see what there is besides
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class StepCost:
     """What one training step took. Bytes are above what the process held before: network, libraries, image file.
 
     Attributes:
-        seconds: the fastest of `_STEPS` steps.
+        seconds: the fastest of `_TURNS` times `_STEPS` steps.
         curve: seconds since the step began, and bytes then.
     """
 
@@ -37,39 +39,56 @@ class StepCost:
     loss: float
 
 
-def measure_step(
-    image: str | Path, model: str, *, classes: int = 2, budget: int | None, device: str = "cpu"
-) -> StepCost:
-    """Train one step on an image file in a fresh process: with ``budget`` by tiles, without as stock PyTorch does.
+def measure_steps(
+    image: str | Path, model: str, budgets: Sequence[int | None], *, classes: int = 2, device: str = "cpu"
+) -> list[StepCost]:
+    """What a training step on an image file takes: by tiles within a budget, without one as stock PyTorch does it.
+
+    Each has a fresh process, and they take turns, so that what else the machine does is no one's time alone.
 
     Raises:
-        GigamorphError: if the process fails, with its last line.
+        GigamorphError: if a process fails, with its last line.
     """
-    with Process(__name__) as process:
-        found = process.ask("measure", image=str(image), model=model, classes=classes, budget=budget, device=device)
-    if found["status"] != OK:
-        raise GigamorphError(f"measuring a step on {image} failed: {found['reason']}")
-    return StepCost(found["peak_bytes"], found["seconds"], [(t, b) for t, b in found["curve"]], found["loss"])
+    with ExitStack() as processes:
+        each = [processes.enter_context(Process(__name__)) for _ in budgets]
+
+        def ask(process: Process, do: str, **what: Any) -> dict[str, Any]:
+            found = process.ask(do, **what)
+            if found["status"] != OK:
+                raise GigamorphError(f"measuring a step on {image} failed: {found['reason']}")
+            return found
+
+        given = {"image": str(image), "model": model, "classes": classes, "device": device}
+        first = [ask(process, "begin", budget=budget, **given) for process, budget in zip(each, budgets, strict=True)]
+        costs = [StepCost(f["peak_bytes"], f["seconds"], [(t, b) for t, b in f["curve"]], f["loss"]) for f in first]
+        for _ in range(_TURNS):
+            seconds = [ask(process, "turn")["seconds"] for process in each]
+            costs = [replace(c, seconds=min(c.seconds, s)) for c, s in zip(costs, seconds, strict=True)]
+    return costs
 
 
 class Server:
-    """What the process does."""
+    """What a process does."""
 
-    def measure(self, image: str, model: str, classes: int, budget: int | None, device: str) -> dict[str, Any]:
+    def begin(self, image: str, model: str, classes: int, budget: int | None, device: str) -> dict[str, Any]:
+        """The first step."""
         torch.manual_seed(0)
-        stock = create_model(model, classes, 1).to(device)
-        source = open_pixels(image)
-        net = stock if budget is None else accelerate(stock, memory_budget=budget)
+        self.device, self.stock = device, budget is None
+        network = create_model(model, classes, 1).to(device)
+        self.source = open_pixels(image)
+        self.net = network if budget is None else accelerate(network, memory_budget=budget)
         # The first use of each operation loads libraries; a small image does that without the memory of a large one.
-        _step(net, open_pixels(torch.zeros(1, 96, 96)), budget is None, device)
+        _step(self.net, open_pixels(torch.zeros(1, 96, 96)), self.stock, device)
         losses = []
+        cost = measure(lambda: losses.append(self._step()), device, curve=True)
+        return asdict(StepCost(cost.added_bytes, cost.seconds[0], cost.curve, losses[0]))
 
-        def step() -> None:
-            losses.append(_step(net, source, budget is None, device))
+    def turn(self) -> dict[str, Any]:
+        """Some more."""
+        return {"seconds": min(measure(self._step, self.device, times=_STEPS).seconds)}
 
-        first = measure(step, device, curve=True)
-        later = measure(step, device, times=_STEPS)
-        return asdict(StepCost(first.added_bytes, min(later.seconds), first.curve, losses[0]))
+    def _step(self) -> float:
+        return _step(self.net, self.source, self.stock, self.device)
 
 
 def _step(net: nn.Module, source: PixelSource, stock: bool, device: str) -> float:
