@@ -37,6 +37,7 @@ NOT_RUN = {
     r"study/graded|(area|masses|masks|exams)/": "half a minute each; tests/cli has them",
     r"--out (exams|masks|masses|logged)": "half a minute each; tests/cli has them",
     r"--config (my\.yaml|stages\.toml)|settings": "half a minute each; tests/cli has them",
+    r"--out other$": "shows an error; tests/engine/train/test_optimizers.py and tests/cli have it",
     r"^gigamorph train table\.csv": "trains for twenty epochs; the README's own training runs",
 }
 GPU = "needs a GPU"
@@ -61,7 +62,10 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """The Python blocks, and the commands of indented and of shell blocks, in order; comments after them dropped."""
+    """The Python blocks, and the commands of indented and of shell blocks, in order.
+
+    Comments after commands are dropped, and other programs that read what they print.
+    """
     lines = (ROOT / page).read_text().splitlines()
     number = 0
     while number < len(lines):
@@ -80,7 +84,7 @@ def blocks(page: str) -> Iterator[Block]:
         for command in "\n".join(inside).replace("\\\n", " ").split("\n"):
             found = _COMMAND.fullmatch(command.removeprefix(prefix)) if command.startswith(prefix) else None
             if found:
-                yield Block(page, first + 1, False, found[3].split("  #")[0].strip())
+                yield Block(page, first + 1, False, re.split("  #| [|] ", found[3])[0].strip())
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
