@@ -29,7 +29,7 @@ class StepCost:
     """What one training step took. Bytes are above what the process held before: network, libraries, image file.
 
     Attributes:
-        seconds: the fastest of `_TURNS` times `_STEPS` steps.
+        seconds: the fastest of all its steps.
         curve: seconds since the step began, and bytes then.
     """
 
