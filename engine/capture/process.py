@@ -111,6 +111,12 @@ def recording(unseen: Unseen, asking: Iterable[dict[str, Any]] = ()) -> Iterator
             changes.undo()
 
 
+def _unbound(owner: type, name: str) -> Callable[..., Any]:
+    """A class method written in C, as `Function.apply` is from PyTorch 2.14 on, with its class as an argument."""
+    method = vars(owner)[name]
+    return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
+
+
 def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     """Hand the calls that a function mode does not see to `unseen`, in the thread that records."""
 
@@ -133,7 +139,7 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
         return call
 
     def function_apply(original: Any) -> Any:
-        plain = original.__func__
+        plain = getattr(original, "__func__", None) or _unbound(torch.autograd.Function, "apply")
 
         def call(cls: type, *args: Any, **kwargs: Any) -> Any:
             return unseen.custom_function(plain, cls, args, kwargs) if here() else plain(cls, *args, **kwargs)
@@ -157,11 +163,11 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
     changes.put(nn.modules.module, "BackwardHook", hook)
     norm = nn.modules.batchnorm._BatchNorm
     changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
-    changes.put(
-        torch.utils.checkpoint,
-        "_checkpoint_without_reentrant_generator",
-        replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs)),
-    )
+    checkpointed = replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs))
+    for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"):
+        if hasattr(torch.utils.checkpoint, name):  # the first is what runs from PyTorch 2.14 on
+            changes.put(torch.utils.checkpoint, name, checkpointed)
+            break
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         changes.put(nn.modules.module, name, replaced_hooks)
     for owner, name in _SEEDING:

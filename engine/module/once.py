@@ -35,7 +35,7 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
         )
     modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
     traced = any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
-    if traced or torch._C._get_tracing_state() is not None or _symbolic_trace._is_fx_tracing_flag:
+    if traced or torch._C._get_tracing_state() is not None or _fx_traces():
         raise UnsupportedError(
             "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, "
             "torch.fx, ONNX, fake tensors); give the network itself, whose parameters it shares"
@@ -49,6 +49,12 @@ def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
     # One level at most can be entered; outside of it there are no tangents.
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):
         raise UnsupportedError(f"forward-mode differentiation (dual tensors) does not go through tiles; {_REMEDY}")
+
+
+def _fx_traces() -> bool:
+    """Whether `torch.fx` traces; its flag is each thread's own from PyTorch 2.14 on."""
+    flag: bool | None = getattr(_symbolic_trace, "_is_fx_tracing_flag", None)
+    return _symbolic_trace._get_is_fx_tracing() if flag is None else flag  # pyright: ignore
 
 
 def refuse_checkpoint() -> None:
