@@ -23,6 +23,7 @@ _COLOURS = {
     "gigamorph": "#1f618d",
 }
 _OTHERS = "#2e86c1"
+_DRAWN = (OK, WRONG, OUT_OF_MEMORY)
 _LINE = 0.052  # height of a line of text, as a share of the axes
 
 
@@ -96,12 +97,12 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 
 def _of_one_size(rows: Sequence[StepRow]) -> bool:
-    return len({row.task.megapixels for row in rows if row.status != NOT_RUN}) == 1
+    return len({row.task.image for row in rows if row.status in _DRAWN}) == 1
 
 
 def _one_size(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], float], unit: str, what: str) -> Figure:
     """A bar for each peer, the longest on top; who ran out of memory has none and is told."""
-    run = sorted((row for row in rows if row.status in (OK, WRONG, OUT_OF_MEMORY)), key=value)
+    run = sorted((row for row in rows if row.status in _DRAWN), key=value)
     bars = [
         (row.peer, 0.0, "out of memory")
         if row.status == OUT_OF_MEMORY
