@@ -31,7 +31,15 @@ from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map, dense
 from .tuning import Config, matmul_config, register_limit
-from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
+from .windows import (
+    ConvGeometry,
+    as_one_row,
+    can_describe_product,
+    column_phases,
+    describe,
+    is_dense,
+    without_steps,
+)
 
 # Activations whose value and slope need neither exp nor erf.
 CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
@@ -106,17 +114,19 @@ def launch(
     if not y.numel():
         none = y.new_zeros(filters, dtype=sum_dtype(y.dtype))
         return (none, none.clone()) if moments else None
+    x, geometry = without_steps(x, geometry, (r, s))
     maps = (x, y, residual, z, mask)
     matrix = _matrix(weight)
     scale, shift = dense(scale, shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
-        run = pixels
+        lines, run = 1, pixels
     config = matmul_config(
         x.device,
         x.dtype,
-        run if described else pixels,
+        # Rows that a stride passes over are in no box.
+        *((lines if geometry.stride_h == 1 else 1, run) if described else (1, pixels)),
         filters // geometry.groups,
         depth,
         described,
@@ -172,13 +182,14 @@ class _Work(NamedTuple):
 def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
     config, geometry, x = work.config, work.geometry, work.x
     images, filters, lines, run = work.y.shape
-    box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
+    rows, cols = config.rows, config.block_m // config.rows
+    box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n // config.parts]
     box_w = [config.block_n, config.block_k] if work.turn is None else [config.block_k, config.block_n]
     even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
     x_desc = describe(even, box_x, operand=True)
-    segments = triton.cdiv(run, config.block_m)
-    sums = work.sums(images * lines * segments)
-    conv2d_descriptor_kernel[(images * lines * segments * triton.cdiv(filters, config.block_n),)](
+    down, across = triton.cdiv(lines, rows), triton.cdiv(run, cols)
+    sums = work.sums(images * down * across)
+    conv2d_descriptor_kernel[(images * down * across * triton.cdiv(filters, config.block_n),)](
         x_desc,
         x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
         describe(work.matrix, box_w, operand=True),
@@ -189,7 +200,8 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         lines,
         run,
         filters,
-        segments,
+        down,
+        across,
         geometry.top,
         geometry.dilation_h,
         shift_even,
@@ -197,7 +209,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w, work.turn),
         **work.options,
     )
-    return None if sums is None else merge_parts(sums, config.block_m, run)
+    return None if sums is None else merge_parts(sums, (rows, cols), (lines, run))
 
 
 def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
@@ -229,7 +241,7 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         *geometry.dilation,
         **work.options,
     )
-    return None if sums is None else merge_parts(sums, config.block_m, pixels)
+    return None if sums is None else merge_parts(sums, (1, config.block_m), (1, pixels))
 
 
 def conv2d_forward_reference(

@@ -3,10 +3,11 @@
 The left operand is loaded and multiplied as it is: computed in registers (a slope applied to it, say), Triton would let
 the next turn of the loop overwrite it under products still in flight (triton-lang/triton#9433, sm_90).
 
-Two kernels. The descriptor form (sm_90) takes a segment of one row of pixels per tile: a filter tap is a shift of its
-coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic and
-no 32-bit overflow. A stride of two reads the even and the odd columns as two windows. The pointer form does everything
-else: groups, channels that are not a multiple of 16 bytes, other strides, older chips.
+Two kernels. The descriptor form (sm_90) takes a box of rows and columns of pixels per tile: a filter tap is a shift of
+its coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic
+and no 32-bit overflow. A stride of two reads the even and the odd columns as two windows, and boxes are of one row
+then. The pointer form does everything else: groups, channels that are not a multiple of 16 bytes, other strides, older
+chips.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from .tuning import Config
 
 
 class Product(NamedTuple):
-    """Known when compiled: the filter; pixels, filters and channels of a tile; how products are computed."""
+    """Known when compiled: the filter; a tile's pixels, filters and channels, rows of pixels; how products are made."""
 
     R: int
     S: int
     BM: int
     BN: int
     BK: int
+    ROWS: int
+    PARTS: int
     PRECISION: str
     ACC: tl.dtype
 
     @classmethod
     def of(cls, kernel: tuple[int, int], config: Config, dtype: torch.dtype) -> Product:
-        blocks = config.block_m, config.block_n, config.block_k
+        blocks = config.block_m, config.block_n, config.block_k, config.rows, config.parts
         return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
 
 
@@ -103,7 +106,10 @@ def _gemm_columns(
         else:
             T: tl.constexpr = STEPS.TURN
             w = w_desc.load([c0, ((T.ROW - r * T.ROW_STEP) * T.WIDTH + T.COL - s * T.COL_STEP) * T.COUT + k0])
-        acc = tl.dot(a, w, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+        if P.ROWS == 1:
+            acc = tl.dot(a, w, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+        else:
+            acc = tl.dot(w.T, a.T, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
     return acc
 
 
@@ -123,17 +129,51 @@ def gemm(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """conv(x, w) of BM pixels from column j0 and WIDTH filters from k0; row of tap 0, column shift of each phase."""
+    """conv(x, w) of a box of pixels from column j0, WIDTH filters from k0; row of tap 0, column shift of each phase."""
     BM: tl.constexpr = P.BM
-    acc = tl.zeros((BM, WIDTH), P.ACC)
+    acc = tl.zeros((BM, WIDTH) if P.ROWS == 1 else (WIDTH, BM), P.ACC)
     acc = _gemm_columns(acc, x_desc, w_desc, n, row, j0 + shift_even, k0, dil_h, 0, STEPS, P)
     if STEPS.STRIDE_W == 2 and P.S > 1:
         acc = _gemm_columns(acc, x_odd_desc, w_desc, n, row, j0 + shift_odd, k0, dil_h, 1, STEPS, P)
-    return acc
+    return acc if P.ROWS == 1 else acc.T
+
+
+@triton.jit
+def _finish(
+    acc, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+):
+    """What follows the products of a box's pixels [BM, filters], from filter k0 on."""
+    residual_desc, mask_desc, y_desc, z_desc = maps
+    scale_ptr, shift_ptr, mean_ptr, m2_ptr = vectors
+    COLS: tl.constexpr = P.BM // P.ROWS
+    BM: tl.constexpr = P.BM
+    WIDTH: tl.constexpr = P.BN // P.PARTS
+    k = k0 + tl.arange(0, WIDTH)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
+    if residual_desc is not None:
+        acc += residual_desc.load([n, i, j0, k0]).reshape(BM, WIDTH).to(P.ACC)
+    if z_desc is not None:
+        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, P.ROWS, COLS, WIDTH))
+    y = activate(acc, ACT)
+    if mask_desc is not None:
+        y *= slope(mask_desc.load([n, i, j0, k0]).reshape(BM, WIDTH).to(P.ACC), MASK)
+    y = y.to(y_desc.dtype)
+    y_desc.store([n, i, j0, k0], y.reshape(1, P.ROWS, COLS, WIDTH))
+    if mean_ptr is not None:
+        m = tl.arange(0, BM)
+        inside = (i + m // COLS < OH) & (j0 + m % COLS < OW)
+        count = tl.minimum(P.ROWS, OH - i) * tl.minimum(COLS, OW - j0)
+        mean, m2 = tile_moments(y.to(P.ACC), inside, count, P.ACC)
+        at = segment.to(tl.int64) * COUT + k
+        tl.store(mean_ptr + at, mean, mask=k < COUT)
+        tl.store(m2_ptr + at, m2, mask=k < COUT)
 
 
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
-@triton.jit(do_not_specialize=["OH", "OW", "segments", "top", "shift_even", "shift_odd"])
+@triton.jit(do_not_specialize=["OH", "OW", "lines", "segments", "top", "shift_even", "shift_odd"])
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
@@ -149,7 +189,8 @@ def conv2d_descriptor_kernel(
     OH,
     OW,
     COUT,
-    segments,  # of a row
+    lines,  # boxes one above the other
+    segments,  # boxes side by side
     top,
     dil_h,
     shift_even,
@@ -159,37 +200,28 @@ def conv2d_descriptor_kernel(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """y of BM pixels of one row and BN filters."""
+    """y of a box of ROWS x BM / ROWS pixels and BN filters."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, P.BN)
     k0 = (pid % blocks) * P.BN  # channels first: tiles that read the same pixels run together and share them in L2
     segment = pid // blocks
-    j0 = (segment % segments) * P.BM
+    COLS: tl.constexpr = P.BM // P.ROWS
+    j0 = (segment % segments) * COLS
     line = segment // segments
-    n = line // OH
-    i = line % OH
+    n = line // lines
+    i = (line % lines) * P.ROWS
     row = i * STEPS.STRIDE_H - top
     acc = gemm(x_desc, x_odd_desc, w_desc, n, row, j0, shift_even, shift_odd, k0, dil_h, P.BN, STEPS, P)
-
-    k = k0 + tl.arange(0, P.BN)
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
-    if shift_ptr is not None:
-        acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
-    if residual_desc is not None:
-        acc += residual_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC)
-    if z_desc is not None:
-        z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, 1, P.BM, P.BN))
-    y = activate(acc, ACT)
-    if mask_desc is not None:
-        y *= slope(mask_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC), MASK)
-    y = y.to(y_desc.dtype)
-    y_desc.store([n, i, j0, k0], y.reshape(1, 1, P.BM, P.BN))
-    if mean_ptr is not None:
-        mean, m2 = tile_moments(y.to(P.ACC), j0 + tl.arange(0, P.BM) < OW, tl.minimum(P.BM, OW - j0), P.ACC)
-        at = segment.to(tl.int64) * COUT + k
-        tl.store(mean_ptr + at, mean, mask=k < COUT)
-        tl.store(m2_ptr + at, m2, mask=k < COUT)
+    maps = (residual_desc, mask_desc, y_desc, z_desc)
+    vectors = (scale_ptr, shift_ptr, mean_ptr, m2_ptr)
+    if P.PARTS == 1:
+        _finish(acc, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
+    else:  # one half after the other: both at a time, what is read of maps would not fit in registers beside them
+        half: tl.constexpr = P.BN // 2
+        BM: tl.constexpr = P.BM
+        first, second = acc.reshape(BM, 2, half).permute(0, 2, 1).split()
+        _finish(first, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
+        _finish(second, n, i, j0, k0 + half, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])

@@ -29,7 +29,15 @@ from .conv2d_wgrad_kernels import add_splits_kernel, wgrad_descriptor_kernel, wg
 from .dtypes import sum_dtype
 from .stream import as_map
 from .tuning import Config, programs_at_once, register_limit, split_count, splits_blocks, wgrad_config
-from .windows import ConvGeometry, as_one_row, can_describe_product, column_phases, describe, is_dense
+from .windows import (
+    ConvGeometry,
+    as_one_row,
+    can_describe_product,
+    column_phases,
+    describe,
+    is_dense,
+    without_steps,
+)
 
 
 def launch(
@@ -58,6 +66,7 @@ def launch(
     _check_buffers(dw, dshift, x)
     if not dy.numel() or not (x.numel() or dshift is not None):
         return
+    x, geometry = without_steps(x, geometry, (r, s))
     # A program of the descriptor form holds the accumulators of all taps of a row.
     described = s <= 12 and can_describe_product(x, geometry, dy, gate)
     maps = (x, dy, gate)

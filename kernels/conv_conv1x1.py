@@ -3,7 +3,7 @@
     y = act(conv(h, w2) + shift2 + residual),   h = mid_act(conv(x, w1) + shift1)
 
 w1 is (M, C, R, S) with stride 1 or 2, w2 is (K, M, 1, 1); frozen normalisation is folded into weights and shifts. The
-map h is never in memory: a program holds all M channels of a row segment of it, rounds them to the maps' dtype, as a
+map h is never in memory: a program holds all M channels of a box of its pixels, rounds them to the maps' dtype, as a
 stored map would be, and multiplies them by w2, one block of output channels after another. Next to two kernels this
 saves one write and one read of h.
 
@@ -31,7 +31,7 @@ from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
 
 
-@triton.jit(do_not_specialize=["OH", "segments", "top", "shift_even", "shift_odd"])
+@triton.jit(do_not_specialize=["lines", "segments", "top", "shift_even", "shift_odd"])
 def _conv_conv1x1_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
@@ -41,9 +41,9 @@ def _conv_conv1x1_kernel(
     y_desc,  # [N, OH, OW, COUT] window
     shift1_ptr,  # [M]
     shift2_ptr,  # [COUT]
-    OH,
     COUT,
-    segments,  # of a row
+    lines,  # boxes one above the other
+    segments,  # boxes side by side
     top,
     shift_even,
     shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
@@ -53,12 +53,13 @@ def _conv_conv1x1_kernel(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """All filters of y at BM pixels of one row, by way of all M channels of h."""
+    """All filters of y at a box of ROWS x BM / ROWS pixels, by way of all M channels of h."""
+    COLS: tl.constexpr = P.BM // P.ROWS
     pid = tl.program_id(0)
-    j0 = (pid % segments) * P.BM
+    j0 = (pid % segments) * COLS
     line = pid // segments
-    n = line // OH
-    i = line % OH
+    n = line // lines
+    i = (line % lines) * P.ROWS
 
     row = i * STEPS.STRIDE_H - top
     acc = gemm(x_desc, x_odd_desc, w1_desc, n, row, j0, shift_even, shift_odd, 0, 1, M, STEPS, P)
@@ -71,7 +72,7 @@ def _conv_conv1x1_kernel(
         z += tl.load(shift2_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
         if residual_desc is not None:
             z += residual_desc.load([n, i, j0, k0]).reshape(P.BM, P.BN).to(P.ACC)
-        y_desc.store([n, i, j0, k0], activate(z, ACT).to(y_desc.dtype).reshape(1, 1, P.BM, P.BN))
+        y_desc.store([n, i, j0, k0], activate(z, ACT).to(y_desc.dtype).reshape(1, P.ROWS, COLS, P.BN))
 
 
 def conv_conv1x1_fits(
@@ -125,12 +126,14 @@ def conv_conv1x1_launch(
             f"conv_conv1x1: cannot take {depth} -> {mid} -> {filters}, stride {geometry.stride}, {x.dtype} on "
             f"{x.device} as laid out; run the two convolutions apart"
         )
-    config = conv_conv1x1_config(x, ow, mid, filters, residual is not None)
+    # Rows that a stride passes over are in no box.
+    config = conv_conv1x1_config(x, oh if geometry.stride_h == 1 else 1, ow, mid, filters, residual is not None)
     even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
-    box_x, box_y = [1, 1, config.block_m, config.block_k], [1, 1, config.block_m, config.block_n]
-    segments = triton.cdiv(ow, config.block_m)
+    rows, cols = config.rows, config.block_m // config.rows
+    box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n]
+    down, across = triton.cdiv(oh, rows), triton.cdiv(ow, cols)
     shift1, shift2 = dense(shift1, shift2)
-    _conv_conv1x1_kernel[(n * oh * segments,)](
+    _conv_conv1x1_kernel[(n * down * across,)](
         describe(even, box_x, operand=True),
         describe(odd, box_x, operand=True),
         describe(_matrix(weight1), [mid, config.block_k], operand=True),
@@ -139,9 +142,9 @@ def conv_conv1x1_launch(
         describe(y, box_y),
         shift1,
         shift2,
-        oh,
         filters,
-        segments,
+        down,
+        across,
         geometry.top,
         shift_even,
         shift_odd,

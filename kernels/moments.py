@@ -69,16 +69,19 @@ def _moments_kernel(
     tl.store(m2_ptr + at, m2, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["parts", "segments", "length", "run"])
+@triton.jit(do_not_specialize=["parts", "down", "across", "rows", "cols", "lines", "run"])
 def _merge_kernel(
     part_mean_ptr,  # [parts, C]
     part_m2_ptr,  # [parts, C]
     mean_ptr,  # [C]
     m2_ptr,  # [C]
     parts,
-    segments,  # parts of every row of `run` pixels, all of `length` pixels but the last
-    length,
-    run,
+    down,
+    across,  # of every image, so many parts one above the other and side by side
+    rows,
+    cols,  # of a part; those at the end have the rest
+    lines,
+    run,  # of an image
     C,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -91,7 +94,8 @@ def _merge_kernel(
     m2 = tl.zeros((BM, BC), ACC)
     for first in range(0, parts, BM):
         part = first + tl.arange(0, BM)
-        n = tl.where(part < parts, tl.minimum(length, run - part % segments * length), 0).to(ACC)
+        high = tl.minimum(rows, lines - part // across % down * rows)
+        n = tl.where(part < parts, high * tl.minimum(cols, run - part % across * cols), 0).to(ACC)
         at = part.to(tl.int64)[:, None] * C + c[None, :]
         keep = (part < parts)[:, None] & (c < C)[None, :]
         delta = tl.load(part_mean_ptr + at, mask=keep, other=0.0) - mean
@@ -150,16 +154,16 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     s = Stream("moments", MOST_BLOCK_CHANNELS, x)
     parts = torch.empty(2, s.grid[0], x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
     _moments_kernel[s.grid](*s.maps, *parts, s.share, TILE=s.tile, num_warps=s.num_warps)
-    return merge_parts(parts, s.length, s.share.pixels)
+    return merge_parts(parts, (1, s.length), (1, s.share.pixels))
 
 
-def merge_parts(parts: Tensor, length: int, run: int) -> tuple[Tensor, Tensor]:
+def merge_parts(parts: Tensor, box: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Mean and m2 of all parts of a map together, always in the same order.
 
     Args:
-        parts: (2, parts, C), means and m2 of parts that lie row after row.
-        length: pixels of a part; the last one of a row has the rest.
-        run: pixels of a row.
+        parts: (2, parts, C), means and m2 of parts that lie row after row, image after image.
+        box: rows and columns of a part; those at the end of an image have the rest.
+        size: rows and columns of an image.
     """
     _, count, channels = parts.shape
     mean, m2 = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
@@ -169,9 +173,10 @@ def merge_parts(parts: Tensor, length: int, run: int) -> tuple[Tensor, Tensor]:
         mean,
         m2,
         count,
-        triton.cdiv(run, length),
-        length,
-        run,
+        triton.cdiv(size[0], box[0]),
+        triton.cdiv(size[1], box[1]),
+        *box,
+        *size,
         channels,
         BM=rows,
         BC=block,

@@ -144,7 +144,7 @@ def launch(
     )
     if parts is None:
         return y.new_empty(0, dtype=sum_dtype(y.dtype)), y.new_empty(0, dtype=sum_dtype(y.dtype))
-    return merge_parts(parts, config.block_m, pixels)
+    return merge_parts(parts, (1, config.block_m), (1, pixels))
 
 
 @torch.library.custom_op("gigamorph::normalized_conv1x1", mutates_args=())

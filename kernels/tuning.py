@@ -70,6 +70,7 @@ class Config:
         form: "descriptor" (row segments through tensor descriptors) or "pointer".
         block_m, block_n, block_k: pixels, output channels and input channels of a tile.
         num_warps, num_stages: as Triton takes them.
+        rows: rows of the map that the pixels of a tile lie in, side by side in each (descriptors).
     """
 
     form: str
@@ -78,6 +79,12 @@ class Config:
     block_k: int
     num_warps: int = 4
     num_stages: int = 3
+    rows: int = 1
+
+    @property
+    def parts(self) -> int:
+        """In how many parts, of filters, a tile of several rows is finished behind its products."""
+        return 2 if self.rows > 1 and self.block_n > 64 else 1
 
 
 _forced: list[Config] = []
@@ -102,10 +109,24 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
+def box_rows(pixels: int, lines: int, filters: int) -> int:
+    """Rows of a tile of so many pixels and filters, a power of two, in a map of so many lines.
+
+    A tile is as square as it gets: of a map of 133 x 133 pixels 8 x 16 waste 14 %, 1 x 128 half. And it is so for maps
+    of all sizes, so that a new size compiles nothing. A window of several pixels reads fewer of them besides. Filters
+    are the rows of such a product, of which Hopper's tensor cores take 64 at a time: a tile of fewer is of one row.
+    """
+    if filters < 64 and not interpreting():
+        return 1
+    square = 1 << (pixels.bit_length() - 1) // 2
+    return min(square, triton.next_power_of_2(lines))
+
+
 def matmul_config(
     device: torch.device,
     dtype: torch.dtype,
-    pixels: int,
+    lines: int,
+    run: int,
     channels_out: int,
     depth: int,
     described: bool,
@@ -122,7 +143,7 @@ def matmul_config(
     Nothing here may spill: `benchmarks/compile_gate.py` compiles what real networks get.
 
     Args:
-        pixels: longest run of output pixels that a tile may take (the row for descriptors, all of them for pointers).
+        lines, run: output pixels that a tile may take some of: lines of `run` pixels.
         channels_out: output channels (of a group).
         depth: input channels (of a group).
         described: whether descriptors can address every operand.
@@ -132,28 +153,29 @@ def matmul_config(
     """
     config = forced_config()
     if config is not None:
-        return config if described else replace(config, form="pointer")
+        if not described:
+            return replace(config, form="pointer", rows=1)
+        return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
     if interpreting():  # few large programs: a call costs more than its elements
-        return Config(
-            "descriptor" if described else "pointer",
-            power_of_two(pixels, 16, 256 if described else 1024),
-            power_of_two(channels_out, 16, 128),
-            power_of_two(depth, 16, 64),
-        )
+        block_m = power_of_two(lines * run, 16, 256 if described else 1024)
+        blocks = block_m, power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
+        rows = box_rows(block_m, lines, blocks[1]) if described else 1
+        return Config("descriptor" if described else "pointer", *blocks, rows=rows)
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if not described:
-        return _pointer_config(device, itemsize, pixels, channels_out, depth, epilogue_maps)
+        return _pointer_config(device, itemsize, lines * run, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and not costly and epilogue_maps <= 2
-    block_m, block_n = power_of_two(pixels, 64, 128), power_of_two(channels_out, 16, 256 if wide else 128)
+    block_n = power_of_two(channels_out, 16, 256 if wide else 128)
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
+    block_m = power_of_two(lines * run if block_n >= 64 else run, 64, 128)
     slim = half and not costly and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
-    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages)
+    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, box_rows(block_m, lines, block_n))
 
 
 def _pointer_config(
@@ -178,7 +200,7 @@ def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters
     block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
     """
     if interpreting() or forced_config() is not None:
-        return matmul_config(device, dtype, pixels, filters, channels, described=False)
+        return matmul_config(device, dtype, 1, pixels, filters, channels, described=False)
     return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
 
 
@@ -192,27 +214,32 @@ def linear_columns(filters: int, rows: int, block_n: int) -> int:
     return triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * block_n
 
 
-def conv_conv1x1_config(x: Tensor, run: int, channels_mid: int, channels_out: int, residual: bool) -> Config:
+def conv_conv1x1_config(
+    x: Tensor, lines: int, run: int, channels_mid: int, channels_out: int, residual: bool
+) -> Config:
     """The map in the middle takes block_m x M accumulators and half as many registers again; the rest is for block_n.
 
     Args:
         x: the input, (N, C, H, W).
-        run: output pixels of a row.
+        lines, run: output pixels that a tile may take some of: lines of `run` pixels.
     """
     config = forced_config()
     if config is not None:
-        return config
+        return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
     depth, itemsize = x.shape[1], x.dtype.itemsize
     if interpreting():  # few large programs: a call costs more than its elements
-        blocks = power_of_two(run, 16, 256), power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
-        return Config("descriptor", *blocks)
+        blocks = power_of_two(lines * run, 16, 256), power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
+        return Config("descriptor", *blocks, rows=box_rows(blocks[0], lines, channels_mid))
     block_m = 64 if itemsize > 2 or channels_mid > 128 else 128
     block_n = power_of_two(channels_out, 16, 64 if itemsize <= 2 else 32)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     stage = (block_m + channels_mid) * block_k * itemsize
     tail = (channels_mid * block_n + block_m * (channels_mid + block_n * (3 if residual else 1))) * itemsize
     num_stages = max(2, min(4, (shared_limit(x.device) - tail - 2048) // stage))
-    return Config("descriptor", block_m, block_n, block_k, 8 if block_m * channels_mid > 64 * 64 else 4, num_stages)
+    num_warps = 8 if block_m * channels_mid > 64 * 64 else 4
+    return Config(
+        "descriptor", block_m, block_n, block_k, num_warps, num_stages, box_rows(block_m, lines, channels_mid)
+    )
 
 
 def most_mid_channels(dtype: torch.dtype) -> int:
@@ -257,6 +284,9 @@ def wgrad_config(
     if itemsize == 8 or (itemsize == 4 and dot_precision(dtype) == "ieee"):  # products without tensor cores
         return Config(form, power_of_two(filters, 16, 32), power_of_two(depth, 16, 32 if taps == 1 else 16), 16, 4, 3)
     block_k = power_of_two(run, 16, 128 // itemsize)
+    if described and block_k > 16:  # half of it where that leaves out a sixth of what a row is rounded up to
+        short, long = (triton.cdiv(run, k) * k for k in (block_k // 2, block_k))
+        block_k = block_k // 2 if 6 * short <= 5 * long else block_k
     if described:  # rows are input channels, 64 at least; accumulators take at most 96 registers of a thread
         block_n = power_of_two(depth, 64, 128 if taps == 1 else 64)
         block_m = power_of_two(filters, 16, min(128, 1 << (384 // taps).bit_length() - 1))

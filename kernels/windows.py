@@ -129,7 +129,7 @@ def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDesc
 
     Args:
         x: (N, C, H, W) map, or an (R, C) matrix.
-        box: the block that one load or store moves, (1, 1, pixels, channels) or (rows, columns).
+        box: the block that one load or store moves, (1, rows, columns, channels) or (rows, columns).
         operand: whether it is multiplied as it is: float32 is rounded where products are in TF32.
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
@@ -164,6 +164,15 @@ def column_phases(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, in
     odd = 1 - even
     # Kernels add (s - 1)/2 for odd taps: (2j - left + s - odd)/2 = j + (s - 1)/2 + (1 - left - odd)/2.
     return x[..., even::2], x[..., odd::2], -(left + even) // 2, (1 - left - odd) // 2
+
+
+def without_steps(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) -> tuple[Tensor, ConvGeometry]:
+    """What a filter of one row, or of one column, reads of a map: with a stride every so many rows or columns."""
+    if kernel[0] == 1 and geometry.top == 0:
+        x, geometry = x[:, :, :: geometry.stride_h], geometry._replace(stride_h=1)
+    if kernel[1] == 1 and geometry.left == 0:
+        x, geometry = x[..., :: geometry.stride_w], geometry._replace(stride_w=1)
+    return x, geometry
 
 
 def can_describe_product(x: Tensor, geometry: ConvGeometry, *others: Tensor | None) -> bool:

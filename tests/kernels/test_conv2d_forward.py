@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
 from torch import Tensor
 
 from gigamorph.kernels import precision, tuning, windows
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
+from gigamorph.kernels.moments import moments_reference
 from gigamorph.kernels.tuning import Config, forced
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
@@ -236,6 +237,43 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
     guard.check()
     oracle = conv2d_forward_reference(x, weight, None, None, None, geometry, "relu")[0]
     assert_close("y", y, oracle)
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])
+@given(
+    rows=st.sampled_from([1, 2, 4, 8, 32]),
+    block_n=st.sampled_from([16, 128]),  # the latter is finished in two parts
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 2),
+    dilation=st.sampled_from([1, 3]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    channels=st.tuples(st.integers(1, 3), st.sampled_from([1, 9, 17])),
+    seed=st.integers(0, 99),
+)
+def test_boxes(rows, block_n, kernel, stride, dilation, size, padding, channels, seed) -> None:
+    """Tiles of several rows: every operand of the epilogue, and the moments of what is written."""
+    c, k = (8 * n for n in channels)
+    oh, ow = (output_size(size[d], kernel[d], stride, dilation, *padding[2 * d : 2 * d + 2]) for d in range(2))
+    if oh < 1 or ow < 1:
+        return
+    g = torch.Generator().manual_seed(seed)
+    x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, c, *kernel, torch.float64, g)
+    residual, mask = random_map(2, k, oh, ow, torch.float64, g), random_map(2, k, oh, ow, torch.float64, g)
+    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    guard = Guarded()
+    y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
+    geometry = ConvGeometry.of((stride, stride), padding, (dilation, dilation))
+    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
+    with forced(Config("descriptor", 32, block_n, 16, rows=rows)):
+        found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
+    guard.check()
+    oracle = conv2d_forward_reference(x, weight, scale, shift, residual, geometry, "silu", mask, "relu6")
+    for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
+        assert_close(name, ours, wanted)
+    assert found is not None
+    for name, ours, wanted in zip(("mean", "m2"), found, moments_reference(oracle[0]), strict=True):
+        assert_close(name, ours, wanted)
 
 
 def test_planted_errors_are_caught() -> None:

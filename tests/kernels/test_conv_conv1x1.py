@@ -83,10 +83,11 @@ def test_other_activations_and_no_residual(act):
     m=st.sampled_from([16, 32]),
     k=st.sampled_from([8, 24, 40]),
     residual=st.booleans(),
+    rows=st.sampled_from([1, 2, 8]),
 )
-def test_random_sizes(stride, padding, h, w, c, m, k, residual):
+def test_random_sizes(stride, padding, h, w, c, m, k, residual, rows):
     inputs = problem(torch.float64, stride, padding, (h, w), (c, m, k), residual)
-    check(inputs, stride, padding, config=Config("descriptor", 32, 32, 16))
+    check(inputs, stride, padding, config=Config("descriptor", 32, 32, 16, rows=rows))
 
 
 def test_windows_of_larger_buffers():

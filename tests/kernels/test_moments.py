@@ -128,6 +128,7 @@ def test_backward_is_the_gradient_of_the_moments(mode):
     ("channels", "filters", "kernel", "stride", "groups", "size", "config"),
     [
         (24, 24, 3, 1, 1, (5, 35), Config("descriptor", 16, 16, 16)),  # ragged ends of rows
+        (24, 24, 3, 1, 1, (7, 11), Config("descriptor", 16, 16, 16, rows=4)),  # ragged ends of boxes
         (24, 40, 1, 1, 1, (9, 30), Config("descriptor", 32, 16, 16)),  # all pixels as one row
         (8, 16, 3, 2, 1, (9, 40), Config("descriptor", 16, 16, 16)),
         (12, 8, 3, 1, 4, (7, 9), Config("pointer", 16, 16, 16)),
@@ -226,9 +227,9 @@ class TestPlantedErrors:
     def test_tiles_merged_with_wrong_counts(self, monkeypatch, fault):
         merge = dense.merge_parts
         wrong = (
-            (lambda p, share, run: merge(p, share, -(-run // share) * share))
+            (lambda p, box, size: merge(p, box, tuple(-(-n // b) * b for n, b in zip(size, box, strict=True))))
             if fault.startswith("last")
-            else (lambda p, share, run: merge(p, share // 2, run // 2))
+            else (lambda p, box, size: merge(p, (box[0], box[1] // 2), (size[0], size[1] // 2)))
         )
         monkeypatch.setattr(dense, "merge_parts", wrong)
         with pytest.raises(AssertionError):

@@ -112,7 +112,7 @@ class TestPlantedErrors:
             test_values(torch.float32, *CASES[0], False)
 
     def test_pixels_past_the_end_counted(self, monkeypatch):
-        monkeypatch.setattr(module, "merge_parts", lambda p, share, run: right(p, share, run + 1))
+        monkeypatch.setattr(module, "merge_parts", lambda p, box, size: right(p, box, (1, size[1] + 1)))
         from gigamorph.kernels.moments import merge_parts as right
 
         with pytest.raises(AssertionError, match="m"):

@@ -40,7 +40,7 @@ def test_tiles_that_were_fastest_on_an_h200(
     monkeypatch.setattr(tuning, "interpreting", lambda: False)
     monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
     gpu = torch.device("cuda", 0)
-    config = tuning.matmul_config(gpu, torch.bfloat16, 4096, filters, depth, True, maps, taps)
+    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 4096, filters, depth, True, maps, taps)
     assert (config.block_m, config.block_n, config.num_warps) == tile
 
 
