@@ -16,6 +16,11 @@ hypothesis.settings.load_profile("fixed")
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+# Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is imported, for the whole process, and
+# torchvision imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A CUDA build of torchvision on a CPU build of torch lacks this operator and cannot be imported (nor timm or
 # lightning after it). Defining it makes the import succeed; nothing here calls it.
 try:
@@ -26,10 +31,6 @@ except RuntimeError:
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 except ImportError:
     pass
-
-# Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is imported, for the whole process.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
