@@ -230,18 +230,18 @@ class Crop(torch.autograd.Function):
 class HandOn(torch.autograd.Function):
     """The block unchanged; in the backward, `add` puts the gradients that later tiles have handed back on top.
 
-    `alone`: the one op that reads the block gives its gradient to nobody else.
+    `own`: the one op that reads the block gives its gradient to nobody else.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None], alone: bool = False):
-        ctx.add, ctx.alone = add, alone
+    def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None], own: bool = False):
+        ctx.add, ctx.own = add, own
         return block.narrow(0, 0, block.shape[0])  # not view_as: that forgets the memory order of a batch of one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         # A copy: autograd may have given the same tensor to another branch.
-        grad = grads[0] if ctx.alone else grads[0].clone()
+        grad = grads[0] if ctx.own else grads[0].clone()
         ctx.add(grad)
         return None, grad, None, None
 

@@ -45,6 +45,7 @@ class TiledStage:
         self.reread = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
         self.readers = readers_of(stage)
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
+        self.anew = {v for v, locals in self.readers.items() if len(locals) == 1 and v in locals[0].anew}
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
         self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by output and value, then by step
 

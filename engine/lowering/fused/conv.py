@@ -197,5 +197,6 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
     linear = spec.act == "none" and spec.residual is None
     unvalued = partial(run, valued=False) if linear else None
     op, axes = fused_op(spec, "fused_conv2d"), spec.members[-1].axes
-    made = Local(op, spec.reads(stage), axes, run, leaves_room=True, unvalued=unvalued, spares=True)
+    anew = frozenset([spec.x]) - {spec.residual}
+    made = Local(op, spec.reads(stage), axes, run, leaves_room=True, unvalued=unvalued, spares=True, anew=anew)
     put_in_place(stage, spec, made)

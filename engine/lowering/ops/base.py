@@ -71,6 +71,7 @@ class Local:
     that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
     `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
     With `gathers`, `run` gives the map of that once more after its outputs: what later ops of a tile read hangs on it.
+    `anew` are the maps whose gradient is new memory, which the op gives to nobody else.
     `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
     is then read as it is, where a part of it would cost its gradient a copy.
     """
@@ -87,6 +88,7 @@ class Local:
     unvalued: Run | None = None
     gathers: Gather | None = None
     spares: bool = False
+    anew: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ def conv2d(op: Op, maps: Maps) -> Local:
         return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
-    return Local(op, {value: windows}, ((2, 3),), run, fill=0.0, unvalued=unvalued, spares=True)
+    options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "anew": frozenset([value])}
+    return Local(op, {value: windows}, ((2, 3),), run, **options)
 
 
 class UnvaluedConv(torch.autograd.Function):
