@@ -166,7 +166,9 @@ def backward(layer: Layer, which: str) -> Case:
         act = "none" if gate is None else "relu"
         if which == "dgrad":
             size = [layer.side] * 2
-            return forced_ours(lambda: conv2d_dgrad(dy, weight, scale, gate, act, None, None, "none", size, place))
+            return forced_ours(
+                lambda: conv2d_dgrad(dy, weight, scale, gate, act, None, (0, 0), None, "none", size, place)
+            )
         return forced_ours(lambda: conv2d_wgrad_(dw, None, x, dy, gate, act, place))
 
     def fused() -> Any:

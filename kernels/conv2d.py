@@ -26,7 +26,7 @@ from .conv2d_stock import backward_stock, forward_stock, scaled, split_padding
 from .dtypes import sum_dtype
 from .moments import moments_of_each
 from .pointwise import act_grad
-from .windows import ConvGeometry, empty_map, nhwc
+from .windows import ConvGeometry, empty_map, nhwc, placed
 
 
 def conv2d(
@@ -184,12 +184,16 @@ def conv2d_dgrad(
     gate: Tensor | None,
     gate_act: str,
     addend: Tensor | None,
+    addend_at: Sequence[int],
     mask: Tensor | None,
     mask_act: str,
     size: Sequence[int],
     geometry: Sequence[int],
 ) -> Tensor:
-    """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`."""
+    """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`.
+
+    The addend begins at row and column `addend_at` of dx; around it nothing is added.
+    """
     dy, gate, addend, mask = (None if t is None else nhwc(t) for t in (dy, gate, addend, mask))
     assert dy is not None
     given = ConvGeometry(*geometry)
@@ -197,9 +201,12 @@ def conv2d_dgrad(
 
     def ours() -> Tensor:
         dx = empty_map(dy.shape[0], channels, size[0], size[1], dy)
-        rest = {"gate": gate, "gate_act": gate_act, "addend": addend, "mask": mask, "mask_act": mask_act}
-        run = depthwise.dgrad if given.is_depthwise(weight) else dense_dgrad.dgrad
-        run(dy, scaled(weight, scale), dx, given, **rest)
+        rest = {"gate": gate, "gate_act": gate_act, "mask": mask, "mask_act": mask_act}
+        if given.is_depthwise(weight):
+            whole = None if addend is None else placed(addend, addend_at, size)
+            depthwise.dgrad(dy, scaled(weight, scale), dx, given, addend=whole, **rest)
+        else:
+            dense_dgrad.dgrad(dy, scaled(weight, scale), dx, given, addend=addend, addend_at=addend_at, **rest)
         return dx
 
     def stock() -> Tensor:
@@ -210,7 +217,8 @@ def conv2d_dgrad(
         dx = backward_stock(dz, x, scaled(weight, scale), given, [True, False, False])[0]
         dx = nhwc(dx[:, :, uneven[2] : uneven[2] + size[0], uneven[0] : uneven[0] + size[1]])
         if addend is not None:
-            dx = dx + addend
+            (top, left), (height, width) = addend_at, addend.shape[2:]
+            dx[:, :, top : top + height, left : left + width] += addend
         return dx if mask is None else dx * slope_reference(mask, mask_act)
 
     settings = (*weight.shape, *given.form, gate_act, mask_act, addend is None)
@@ -218,7 +226,7 @@ def conv2d_dgrad(
 
 
 @conv2d_dgrad.register_fake
-def _(dy, weight, scale, gate, gate_act, addend, mask, mask_act, size, geometry):
+def _(dy, weight, scale, gate, gate_act, addend, addend_at, mask, mask_act, size, geometry):
     return empty_map(dy.shape[0], weight.shape[1] * ConvGeometry(*geometry).groups, size[0], size[1], dy)
 
 
@@ -288,6 +296,7 @@ def conv2d_backward(
     dw: Tensor | None = None,
     dshift: Tensor | None = None,
     addend: Tensor | None = None,
+    addend_at: Sequence[int] = (0, 0),
     input_act: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and of the residual, those that are wanted; dw and dshift are added to, where they are given.
@@ -296,7 +305,7 @@ def conv2d_backward(
         gate: what shows the slope of `act`: the output, or what it was applied to. None: dy has that slope already.
         dw: of `weight * scale`.
         dshift: only beside dw.
-        addend: what the gradient of x is added to.
+        addend: what the gradient of x is added to, from row and column `addend_at` of x on.
         input_act: activation whose slope, shown by x, the gradient of x takes.
     """
     if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
@@ -306,7 +315,7 @@ def conv2d_backward(
     dx = None
     if wants_x:
         mask = None if input_act == "none" else x
-        dx = conv2d_dgrad(dy, weight, scale, gate, act, addend, mask, input_act, x.shape[2:], geometry)
+        dx = conv2d_dgrad(dy, weight, scale, gate, act, addend, addend_at, mask, input_act, x.shape[2:], geometry)
     if dw is not None:
         conv2d_wgrad_(dw, dshift, x, dy, gate, act, geometry)
     return dx, dy if wants_residual else None

@@ -10,8 +10,8 @@ exchanged. With a larger stride each phase of the input grid (every stride-th ro
 with the taps that reach it; the phases are written in place, as windows of dx.
 
 `gate` is the output of the convolution's own activation (or what the activation was applied to), `addend` the
-gradient that comes from another branch, and `mask` the input x where an activation whose slope x shows made it: dx is
-then the gradient before that activation, and whoever made x need not mask it again.
+gradient that comes from another branch, of all of x or of a part of it, and `mask` the input x where an activation
+whose slope x shows made it: dx is then the gradient before that activation, and whoever made x need not mask it again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .activations import slope_reference
 from .conv2d_forward import launch
 from .pointwise import launch_act_grad
-from .windows import ConvGeometry, empty_map
+from .windows import ConvGeometry, empty_map, placed
 
 
 class Phase(NamedTuple):
@@ -65,6 +65,7 @@ def dgrad(
     gate: Tensor | None = None,
     gate_act: str = "none",
     addend: Tensor | None = None,
+    addend_at: Sequence[int] = (0, 0),
     mask: Tensor | None = None,
     mask_act: str = "none",
 ) -> None:
@@ -75,7 +76,8 @@ def dgrad(
         weight: (K, C / groups, R, S).
         geometry: of the forward.
         gate: window of dy's size; `gate_act` the activation whose slope it shows.
-        addend, mask: windows of dx's size; `mask_act` the activation whose slope `mask` shows.
+        addend: a window of dx's size, or of a part of dx that begins at row and column `addend_at`.
+        mask: a window of dx's size; `mask_act` the activation whose slope it shows.
     """
     _, _, r, s = weight.shape
     if gate is not None:  # one pass; read tile by tile beside dy, both would be loaded once per tap
@@ -87,10 +89,18 @@ def dgrad(
     if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
         if addend is None:
             dx.zero_()
-        elif mask is None:
-            dx.copy_(addend)
         else:
-            launch_act_grad(addend, mask, mask_act, dx)
+            addend = placed(addend, addend_at, dx.shape[2:])
+            if mask is None:
+                dx.copy_(addend)
+            else:
+                launch_act_grad(addend, mask, mask_act, dx)
+    starts = (0, 0)  # of the addend in dx
+    if addend is not None and addend.shape != dx.shape:
+        if geometry.stride == (1, 1):
+            starts = addend_at
+        else:
+            addend = placed(addend, addend_at, dx.shape[2:])
     for row in rows:
         for col in cols:
             if not row.taps or not col.taps:
@@ -110,6 +120,7 @@ def dgrad(
                 ),
                 "none",
                 residual=window(addend),
+                residual_at=starts,
                 mask=window(mask),
                 mask_act=mask_act,
                 taps=(row.taps, col.taps),
@@ -125,6 +136,7 @@ def conv2d_dgrad_reference(
     gate: Tensor | None = None,
     gate_act: str = "none",
     addend: Tensor | None = None,
+    addend_at: Sequence[int] = (0, 0),
     mask: Tensor | None = None,
     mask_act: str = "none",
 ) -> Tensor:
@@ -136,5 +148,5 @@ def conv2d_dgrad_reference(
         place = geometry.stride, 0, geometry.dilation, geometry.groups
         (dx,) = torch.autograd.grad(F.conv2d(geometry.padded(x), weight, None, *place), x, dy)
     if addend is not None:
-        dx = dx + addend
+        dx = dx + placed(addend, addend_at, size)
     return dx if mask is None else dx * slope_reference(mask, mask_act)

@@ -38,6 +38,7 @@ from .windows import (
     column_phases,
     describe,
     is_dense,
+    placed,
     without_steps,
 )
 
@@ -87,6 +88,7 @@ def launch(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_at: Sequence[int] = (0, 0),
     z: Tensor | None = None,
     mask: Tensor | None = None,
     mask_act: str = "none",
@@ -103,7 +105,8 @@ def launch(
         weight: (K, C / groups, R, S) in channels-last memory.
         y: (N, K, OH, OW) window to be written.
         scale, shift: (K,).
-        residual, z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
+        z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
+        residual: a window of y's size, or of a part of y that begins at row and column `residual_at`.
         taps: w is `weight`, that of another convolution, turned: see `turned`.
     """
     if taps is not None and (x.dtype.itemsize != 2 or geometry.groups > 1):  # tensor cores take others one way round
@@ -119,7 +122,8 @@ def launch(
     matrix = _matrix(weight)
     scale, shift = dense(scale, shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
-    if described and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
+    whole = residual is None or residual.shape == y.shape
+    if described and whole and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
         x, y, residual, z, mask = (None if t is None else as_one_row(t) for t in maps)  # pyright: ignore
         lines, run = 1, pixels
     config = matmul_config(
@@ -149,8 +153,11 @@ def launch(
     if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
         # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
         options |= register_limit(x.device, 128 if residual is not None else None)
+    if residual is not None and config.form == "pointer":
+        residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
-    work = _Work(x, matrix, residual, mask, y, z, scale, shift, depth, turn, geometry, config, moments, options)
+    maps = residual, tuple(residual_at), mask, y, z
+    work = _Work(x, matrix, *maps, scale, shift, depth, turn, geometry, config, moments, options)
     return run_form(work)
 
 
@@ -160,6 +167,7 @@ class _Work(NamedTuple):
     x: Tensor
     matrix: Tensor  # filters [K, taps x channels], or what they are turned out of
     residual: Tensor | None
+    residual_at: tuple[int, ...]
     mask: Tensor | None
     y: Tensor
     z: Tensor | None
@@ -206,6 +214,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         geometry.dilation_h,
         shift_even,
         shift_odd,
+        *work.residual_at,
         STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w, work.turn),
         **work.options,
     )

@@ -140,10 +140,11 @@ def gemm(
 
 @triton.jit
 def _finish(
-    acc, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+    acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):
     """What follows the products of a box's pixels [BM, filters], from filter k0 on."""
     residual_desc, mask_desc, y_desc, z_desc = maps
+    top, left = at
     scale_ptr, shift_ptr, mean_ptr, m2_ptr = vectors
     COLS: tl.constexpr = P.BM // P.ROWS
     BM: tl.constexpr = P.BM
@@ -154,7 +155,7 @@ def _finish(
     if shift_ptr is not None:
         acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
     if residual_desc is not None:
-        acc += residual_desc.load([n, i, j0, k0]).reshape(BM, WIDTH).to(P.ACC)
+        acc += residual_desc.load([n, i - top, j0 - left, k0]).reshape(BM, WIDTH).to(P.ACC)
     if z_desc is not None:
         z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, P.ROWS, COLS, WIDTH))
     y = activate(acc, ACT)
@@ -173,12 +174,15 @@ def _finish(
 
 
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
-@triton.jit(do_not_specialize=["OH", "OW", "lines", "segments", "top", "shift_even", "shift_odd"])
+_PLACES = ["OH", "OW", "lines", "segments", "top", "shift_even", "shift_odd", "residual_top", "residual_left"]
+
+
+@triton.jit(do_not_specialize=_PLACES)
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
     w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
-    residual_desc,  # [N, OH, OW, COUT] window or None
+    residual_desc,  # [N, rows, columns, COUT] window or None
     mask_desc,  # [N, OH, OW, COUT] window or None
     y_desc,  # [N, OH, OW, COUT] window
     z_desc,  # [N, OH, OW, COUT] window or None
@@ -195,6 +199,8 @@ def conv2d_descriptor_kernel(
     dil_h,
     shift_even,
     shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    residual_top,
+    residual_left,  # where in y the residual begins; around it are zeros
     ACT: tl.constexpr,
     MASK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -214,14 +220,15 @@ def conv2d_descriptor_kernel(
     acc = gemm(x_desc, x_odd_desc, w_desc, n, row, j0, shift_even, shift_odd, k0, dil_h, P.BN, STEPS, P)
     maps = (residual_desc, mask_desc, y_desc, z_desc)
     vectors = (scale_ptr, shift_ptr, mean_ptr, m2_ptr)
+    at = (residual_top, residual_left)
     if P.PARTS == 1:
-        _finish(acc, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
+        _finish(acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
     else:  # one half after the other: both at a time, what is read of maps would not fit in registers beside them
         half: tl.constexpr = P.BN // 2
         BM: tl.constexpr = P.BM
         first, second = acc.reshape(BM, 2, half).permute(0, 2, 1).split()
-        _finish(first, n, i, j0, k0, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
-        _finish(second, n, i, j0, k0 + half, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
+        _finish(first, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
+        _finish(second, n, i, j0, k0 + half, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])

@@ -101,6 +101,15 @@ def empty_map(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     return torch.empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
 
 
+def placed(part: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A map of (rows, columns) with `part` from row and column `at` on and zeros around it; `part` if that is all."""
+    if tuple(part.shape[2:]) == tuple(size):
+        return part
+    whole = empty_map(part.shape[0], part.shape[1], size[0], size[1], like=part).zero_()
+    whole[:, :, at[0] : at[0] + part.shape[2], at[1] : at[1] + part.shape[3]] = part
+    return whole
+
+
 def output_size(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
     """Length of a window op's output along one axis."""
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1

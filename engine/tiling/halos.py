@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GigamorphError
-from ..lowering.ops import Axes
+from ..lowering.ops.base import Axes, Rect
 from .memory import format_bytes
 
-Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
+Give = Callable[[tuple[Rect, Tensor]], None]
 
 
 def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
@@ -131,7 +131,8 @@ class Layout:
 
     `parts` pairs a rectangle of the window with the tensor that fills it and the rectangle there; the block's part has
     no tensor. `pad` is (top, bottom, left, right), filled with `fill`. `in_margin` says that the block has room in
-    memory for the rows above and the columns to the left: they are copied there, and the window is a view.
+    memory for the rows above and the columns to the left: they are copied there, and the window is a view. `give`
+    takes the gradient of the block's part with its rectangle in the block, where one op gathers those (`Block.parts`).
     """
 
     axes: Axes
@@ -142,6 +143,7 @@ class Layout:
     parts: list[tuple[Rect, Tensor, Rect]]
     block: tuple[Rect, Rect] | None
     in_margin: bool = False
+    give: Give | None = None
 
     def compose(self, block: Tensor | None) -> Tensor:
         """The window: one new tensor, or a view of the block and its margin."""
@@ -210,21 +212,27 @@ class Compose(torch.autograd.Function):
         target, source = layout.block
         part = cut(inner, layout.axes, target)
         if part.shape != ctx.block_shape:
+            if layout.give is not None:
+                layout.give((source, part))
+                return None, None, None, None
             part = put_back(part, layout.axes, source, *(ctx.block_shape[axis] for axis in layout.axes))
         return None, part, None, None
 
 
 class Crop(torch.autograd.Function):
-    """A part of a block; autograd's own slicing would return its gradient in another memory order."""
+    """A part of a block; autograd's own slicing would return its gradient in another memory order. `give` as above."""
 
     @staticmethod
-    def forward(ctx: Any, block: Tensor, axes: Axes, rect: Rect):
-        ctx.where = axes, rect, block.shape[axes[0]], block.shape[axes[1]]
+    def forward(ctx: Any, block: Tensor, axes: Axes, rect: Rect, give: Give | None = None):
+        ctx.where, ctx.give = (axes, rect, block.shape[axes[0]], block.shape[axes[1]]), give
         return cut(block, axes, rect)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        return put_back(grads[0], *ctx.where), None, None
+        if ctx.give is not None:
+            ctx.give((ctx.where[1], grads[0]))
+            return None, None, None, None
+        return put_back(grads[0], *ctx.where), None, None, None
 
 
 class HandOn(torch.autograd.Function):

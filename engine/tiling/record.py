@@ -187,17 +187,16 @@ class Recorded:
         if self.scan.watch is not None:
             block.register_hook(_Watch(self.scan.watch))  # just before its op is differentiated
         result = None
-        taken = consumers.get(value, ())
         if value in tile.tiled.with_halo and tile.hands_on(value):
             gather = tile.tiled.gathered.get(value)
             sloped = None if gather is None or gather.slope is None else block.detach()
             if value in through:
                 add = partial(tile.add_handed_back, value, sloped)
-                own = gather is not None or (value in tile.tiled.anew and not taken)
-                block = result = HandOn.apply(tile.anchor, block, add, own)  # pyright: ignore
+                block = result = HandOn.apply(tile.anchor, block, add, value in tile.tiled.anew)  # pyright: ignore
             else:
                 alone = partial(_handed_back_alone, tile=tile, value=value, block=block.detach(), sloped=sloped)
                 self._add(block, alone)
+        taken = consumers.get(value, ())
         whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
         if whole:
             moments = any(taken[number].accumulator is not None for number in whole)

@@ -8,7 +8,7 @@ from collections.abc import Container, Hashable
 from ..lowering.geometry import Access, AxisSchedule, Window, same, schedule_axis
 from ..lowering.ops import Local
 from ..lowering.rewrites import in_place_runs, unvalued_runs
-from ..lowering.stages import Stage, readers_of
+from ..lowering.stages import Stage, private_maps, readers_of
 from .halos import Rect, area, shift
 
 Schedules = dict[Hashable, AxisSchedule]
@@ -45,7 +45,7 @@ class TiledStage:
         self.reread = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
         self.readers = readers_of(stage)
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
-        self.anew = {v for v, locals in self.readers.items() if len(locals) == 1 and v in locals[0].anew}
+        self.anew = self._anew()
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
         self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by output and value, then by step
 
@@ -62,6 +62,16 @@ class TiledStage:
         if key not in self._schedules:
             self._schedules[key] = schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
         return self._schedules[key]
+
+    def _anew(self) -> set[int]:
+        """Maps whose gradients in a tile are memory of their own, which nobody else has."""
+        found, private = set(self.gathered), private_maps(self.stage)
+        for local in reversed(self.stage.locals):
+            passes = found.issuperset(local.op.outputs)
+            for value in private.intersection(local.reads):
+                if len(self.readers[value]) == 1 and (value in local.anew or (passes and value in local.passed)):
+                    found.add(value)
+        return found
 
     def _is_apportioned(self, source: int) -> bool:
         """Whether each tile reads its own block of a source and nothing else of it."""

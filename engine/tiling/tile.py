@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lowering.ops import Block, Local, SumOf
-from .halos import Compose, Crop, Layout, Rect, area, cut, shift, split
+from .halos import Compose, Crop, Give, Layout, Rect, area, cut, shift, split
 from .saved import SavedTensors
 from .stage import TiledStage
 
@@ -104,6 +104,7 @@ class Tile:
         self.source_windows: dict[tuple[int, Rect], Tensor] = {}
         self.shares: dict[int, tuple[Tensor, ...]] = {}
         self.returned: Returned | None = None
+        self._parts: dict[int, list[tuple[Rect, Tensor]]] = {}  # of gathered maps: gradients of parts of their blocks
         self._hands_on: dict[int, list[tuple[str, Rect, Rect]]] = {}
         self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
 
@@ -130,7 +131,8 @@ class Tile:
             tensor = self.blocks[value]
             if inside != block:
                 part = tiled.axes(value), shift(inside, block[0], block[2])
-                tensor = Crop.apply(tensor, *part) if tensor.requires_grad else cut(tensor, *part)
+                give = self._give(value)
+                tensor = Crop.apply(tensor, *part, give) if tensor.requires_grad else cut(tensor, *part)
             return tensor, pad
         axes = tiled.axes(value)
         parts: list[tuple[Rect, Tensor, Rect]] = []
@@ -150,9 +152,8 @@ class Tile:
         tensor = self.blocks[value] if own else None
         room = self._margins.get(value, (0, 0)) if own and fill is None else (0, 0)
         in_margin = room[0] >= block[0] - rect[0] and room[1] >= block[2] - rect[2] and value in self._margins
-        layout = Layout(
-            axes, rect[1] - rect[0], rect[3] - rect[2], padding, fill or 0.0, parts, own, bool(own) and in_margin
-        )
+        size = rect[1] - rect[0], rect[3] - rect[2]
+        layout = Layout(axes, *size, padding, fill or 0.0, parts, own, bool(own) and in_margin, self._give(value))
         if value not in self.needs:
             return layout.compose(tensor), missing
         window: Tensor = Compose.apply(self.anchor, tensor, layout, sinks)  # pyright: ignore
@@ -160,6 +161,10 @@ class Tile:
             place = shift(inside, rect[0] - padding[0], rect[2] - padding[2])
             self.saved.lies_in(tensor, axes, shift(inside, block[0], block[2]), window, place)
         return window, missing
+
+    def _give(self, value: int) -> Give | None:
+        """Where the gradient of a part of a block goes: to the op that gathers them, once that has run."""
+        return self._parts[value].append if value in self._parts else None
 
     def _add_to_halo(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
         assert self.returned is not None
@@ -185,7 +190,12 @@ class Tile:
         if self.second_pass:
             run = self.tiled.unvalued.get(output, run)
         shares = self.shares if output in self.tiled.moments and not self.second_pass else None
-        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares))
+        gathers = local.gathers is not None and self.saved is not None
+        parts = [] if gathers else None
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts))
+        if parts is not None:
+            assert local.gathers is not None
+            self._parts[local.gathers.value] = parts
         if margin != (0, 0):
             self._margins[output] = margin
         for value in windows:

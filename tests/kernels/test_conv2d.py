@@ -88,7 +88,9 @@ def test_registered_as_pytorch_wants_ops(mode: str) -> None:
         torch.library.opcheck(torch.ops.gigamorph.conv2d.default, (*operands, place, "silu", True))
         # Without gradients: these are the parts that the differentiable op, or an engine, is made of.
         torch.library.opcheck(conv2d_forward, (x, weight, None, shift, residual, place, "silu", True, [0, 0]))
-        torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, x, "relu", [5, 5], place))
+        torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, [0, 0], x, "relu", [5, 5], place))
+        part = x[:, :, 1:4].contiguous(memory_format=torch.channels_last)
+        torch.library.opcheck(conv2d_dgrad, (residual, weight, None, y, "relu", part, [1, 0], x, "relu", [5, 5], place))
         torch.library.opcheck(conv2d_wgrad_, (*sums, x, residual, y, "relu", place))
 
 

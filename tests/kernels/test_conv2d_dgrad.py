@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import Guarded, assert_close, assert_order_free, random_map
 from torch import Tensor
@@ -131,6 +131,32 @@ def test_gates_that_are_read_from_z(act: str) -> None:
     case = Case(3, stride=2, padding=(1, 1, 1, 1))
     o = operands(case, torch.float64)
     assert_close("dx", run(case, o, act), reference(case, o, act))
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])
+@given(
+    case=st.sampled_from(CASES),
+    rows=st.tuples(st.integers(0, 12), st.integers(1, 13)),
+    cols=st.tuples(st.integers(0, 16), st.integers(1, 17)),
+    act=st.sampled_from(["none", "relu"]),
+)
+def test_addend_of_a_part(case: Case, rows: tuple[int, int], cols: tuple[int, int], act: str) -> None:
+    """It begins anywhere in x and ends anywhere; around it nothing is added."""
+    o, at = operands(case, torch.float64), (rows[0], cols[0])
+    part = o.addend[:, :, rows[0] : rows[0] + rows[1], cols[0] : cols[0] + cols[1]].contiguous(
+        memory_format=torch.channels_last
+    )
+    guard = Guarded()
+    dx = guard.empty(2, 16, *SIZE, dtype=torch.float64)
+    inputs = {"mask": None if act == "none" else o.mask, "mask_act": act}
+    dgrad(guard(o.dy), guard(o.weight), dx, place(case), addend=guard(part), addend_at=at, **inputs)
+    guard.check()
+    whole = torch.zeros_like(o.addend)
+    whole[:, :, rows[0] : rows[0] + rows[1], cols[0] : cols[0] + cols[1]] = part
+    oracle = conv2d_dgrad_reference(o.dy, o.weight, SIZE, place(case), addend=whole, **inputs)
+    assert_close("dx", dx, oracle)
+    again = conv2d_dgrad_reference(o.dy, o.weight, SIZE, place(case), addend=part, addend_at=at, **inputs)
+    assert torch.equal(again, oracle)
 
 
 def test_bare() -> None:

@@ -28,9 +28,10 @@ from ....kernels.activations import MASKS
 from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.dtypes import sum_dtype
 from ....kernels.pointwise import act_grad
-from ....kernels.windows import ConvGeometry
+from ....kernels.windows import ConvGeometry, placed
 from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, put_in_place
 from ..ops import Block, Env, Local
+from ..ops.base import Rect
 from ..stages import Stage, vector_inputs
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -71,7 +72,7 @@ class FusedConv(torch.autograd.Function):
     ):
         needs = any(ctx.needs_input_grad)
         geometry = spec.geometry(block.pad)
-        ctx.spec, ctx.geometry, ctx.sum_of = spec, geometry, block.sum_of
+        ctx.spec, ctx.geometry, ctx.sum_of, ctx.parts = spec, geometry, block.sum_of, block.parts
         if not valued:
             size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
             ctx.save_for_backward(x, weight, None)
@@ -106,8 +107,10 @@ class FusedConv(torch.autograd.Function):
         x, weight, gate = ctx.saved_tensors
         spec = ctx.spec
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        others, at = _gathered(others, ctx.parts, x)
         if dy is None:
             assert others is not None
+            others = placed(others, at, x.shape[2:])
             # Not the same tensor, which another branch may have.
             dx = others.clone() if spec.input_act == "none" else act_grad(others, x, spec.input_act)
             return dx, None, None, None, None, None, None
@@ -124,9 +127,27 @@ class FusedConv(torch.autograd.Function):
             dw=dw,
             dshift=dbias,
             addend=others,
+            addend_at=at,
             input_act=spec.input_act,
         )
         return dx, None, None, dresidual, None, None, None
+
+
+def _gathered(
+    others: Tensor | None, parts: list[tuple[Rect, Tensor]] | None, x: Tensor
+) -> tuple[Tensor | None, tuple[int, int]]:
+    """The sum of the gradients that others give of x, or of a part of x that begins at a row and column."""
+    if not parts:
+        return others, (0, 0)
+    (top, _, left, _), given = parts.pop()
+    if others is None and not parts:
+        return given, (top, left)
+    total = placed(given, (top, left), x.shape[2:])
+    total = total.clone() if total is given else total  # which another branch may have
+    for (top, bottom, left, right), part in parts:
+        total[:, :, top:bottom, left:right] += part
+    parts.clear()
+    return (total if others is None else total.add_(others)), (0, 0)
 
 
 def weight_sums(
@@ -197,6 +218,8 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
     linear = spec.act == "none" and spec.residual is None
     unvalued = partial(run, valued=False) if linear else None
     op, axes = fused_op(spec, "fused_conv2d"), spec.members[-1].axes
-    anew = frozenset([spec.x]) - {spec.residual}
-    made = Local(op, spec.reads(stage), axes, run, leaves_room=True, unvalued=unvalued, spares=True, anew=anew)
+    options = {"leaves_room": True, "unvalued": unvalued, "spares": True}
+    if spec.residual != spec.x:
+        options |= {"anew": frozenset([spec.x]), "passed": frozenset([spec.residual]) - {None}}
+    made = Local(op, spec.reads(stage), axes, run, **options)
     put_in_place(stage, spec, made)

@@ -24,7 +24,8 @@ from .pool import PoolSpec
 def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
     """Let the readers of a fused convolution's output apply its slope wherever all of them can."""
     readers, private = readers_of(stage), private_maps(stage)
-    gathered = {v for v, spec in convs.items() if v in private and _gather(stage, spec, readers.get(v, []), convs)}
+    made = [value for local in stage.locals for value in local.op.outputs if value in private]
+    gathered = {value for value in made if _gather(stage, value, readers.get(value, []), convs)}
     for output, spec in convs.items():
         if spec.act not in MASKS or output not in private or output in gathered:
             continue
@@ -46,9 +47,8 @@ def _masker(
     return pools.get(local.op.outputs[0])
 
 
-def _gather(stage: Stage, maker: ConvSpec, readers: list[Local], convs: dict[int, ConvSpec]) -> bool:
+def _gather(stage: Stage, value: int, readers: list[Local], convs: dict[int, ConvSpec]) -> bool:
     """Let one reader of a map take the gradients of all, if there are several and one can; it becomes the first."""
-    value = maker.y
     able = [local for local in readers if _can_gather(stage, convs.get(local.op.outputs[0]), value)]
     if len(readers) < 2 or not able:
         return False
@@ -57,9 +57,9 @@ def _gather(stage: Stage, maker: ConvSpec, readers: list[Local], convs: dict[int
         others = [local for local in stage.locals if local is not first]
         place = next(n for n, local in enumerate(others) if local is before)
         stage.locals = [*others[:place], first, *others[place:]]
-    spec = convs[first.op.outputs[0]]
+    spec, maker = convs[first.op.outputs[0]], convs.get(value)
     slope = None
-    if maker.act in MASKS:
+    if maker is not None and maker.act in MASKS:
         maker.masked, spec.input_act = True, maker.act
         slope = partial(slope_reference, act=maker.act)
     spec.gathers, first.gathers = True, Gather(value, slope)

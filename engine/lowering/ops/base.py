@@ -30,6 +30,7 @@ from .names import ASSIGNMENTS, COMPARISONS
 
 Axes = tuple[int, int]  # positions of the image's height and width among a map's dimensions
 Span = tuple[int, int]
+Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
 
 
 class Refusal(Exception):
@@ -46,6 +47,8 @@ class Block:
     the room (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its
     output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that
     an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
+    `parts`, for an op that gathers, takes gradients of parts of the gathered map in the backward, with their rectangles
+    in the block: whoever reads a part gives it there, where autograd would want one of the whole block.
     """
 
     rows: Span
@@ -54,6 +57,7 @@ class Block:
     sum_of: SumOf | None = None
     margin: tuple[int, int] = (0, 0)
     shares: dict[int, tuple[Tensor, ...]] | None = None
+    parts: list[tuple[Rect, Tensor]] | None = None
 
 
 SumOf = Callable[[int, torch.dtype], Tensor]
@@ -71,7 +75,8 @@ class Local:
     that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
     `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
     With `gathers`, `run` gives the map of that once more after its outputs: what later ops of a tile read hangs on it.
-    `anew` are the maps whose gradient is new memory, which the op gives to nobody else.
+    `anew` are the maps whose gradient is new memory, which the op gives to nobody else; `passed` those whose gradient
+    may be its output's own, which it has no more use for then.
     `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
     is then read as it is, where a part of it would cost its gradient a copy.
     """
@@ -89,6 +94,7 @@ class Local:
     gathers: Gather | None = None
     spares: bool = False
     anew: frozenset[int] = frozenset()
+    passed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

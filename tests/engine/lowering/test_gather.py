@@ -84,11 +84,11 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("order")
 def test_ends_of_blocks_are_gathered() -> None:
-    """Of the five blocks' outputs four are read by several; without a slope of their own sums are gathered too."""
-    for act, sloped in ((nn.ReLU, True), (nn.SiLU, False)):
+    """Of the five blocks' outputs four are read by several, as is the pooled map; those without a slope as well."""
+    for act, sloped in ((nn.ReLU, 4), (nn.SiLU, 0)):
         gathers = [local.gathers for local in stage_of(build(act)).locals if local.gathers is not None]
-        assert len(gathers) == 4
-        assert all((gather.slope is not None) == sloped for gather in gathers)
+        assert len(gathers) == 5
+        assert sum(gather.slope is not None for gather in gathers) == sloped
 
 
 @pytest.mark.usefixtures("order")
@@ -120,6 +120,55 @@ def test_of_any_size_and_loss(
         grads.append({name: p.grad for name, p in net.named_parameters()})
     assert [g is None for g in grads[0].values()] == [g is None for g in grads[1].values()]
     assert max(errors(*grads).values()) <= 1e-11
+
+
+class Ladder(nn.Module):
+    """A map that sums read again, each further behind, and convolutions with windows."""
+
+    def __init__(self, sums: int, windows: int, stride: int):
+        super().__init__()
+        self.stem, self.pixel = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.steps = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(sums))
+        self.sides = nn.ModuleList(nn.Conv2d(4, 2, 1 + 2 * n, stride) for n in range(windows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        z, found = self.pixel(y), []
+        for convolution in self.steps:
+            z = convolution(z)
+            found.append(F.silu(z + y).mean((2, 3)))
+        return torch.cat([*found, *(F.silu(side(y)).mean((2, 3)) for side in self.sides)], 1)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    sums=st.integers(1, 3),
+    windows=st.integers(0, 2),
+    stride=st.integers(1, 2),
+    size=st.tuples(st.integers(12, 40), st.integers(12, 40)),
+    tile=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+)
+def test_gradients_of_parts(sums: int, windows: int, stride: int, size: tuple[int, int], tile: tuple[int, int]) -> None:
+    """Readers of a part of a block give the gradient of that part, some of them, and others one of the whole."""
+    torch.manual_seed(sums)
+    model = Ladder(sums, windows, stride).double()
+    assert any(local.gathers for local in stage_of(model).locals)
+    assert_exact(model, image(*size), tile=tile)
+
+
+def test_a_part_is_added_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel: of two rows and columns more there are zeros in no memory."""
+    given: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    dgrad = conv2d.conv2d_dgrad
+
+    def noted(*args):
+        if args[5] is not None:
+            given.append((tuple(args[5].shape[2:]), tuple(args[9])))
+        return dgrad(*args)
+
+    monkeypatch.setattr(conv2d, "conv2d_dgrad", noted)
+    step(accelerate(Ladder(1, 0, 1).double(), tile=20), image(40, 40), image_gradient=False)
+    assert any(part != whole for part, whole in given)
 
 
 def test_slopes_take_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
