@@ -19,6 +19,7 @@ in one tile. The last line holds the worst figures.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -41,6 +42,7 @@ from compile_only import MI300, compile_only, read_code  # noqa: E402
 from compile_verdict import faults  # noqa: E402
 from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -264,13 +266,15 @@ def main() -> int:
     chosen = [scene for scene in scenes(options.quick) if options.network in str(scene)]
     began = time.perf_counter()
     rows: list[Row] = []
+    show = functools.partial(track, console=Console(stderr=True))
     with ProcessPoolExecutor(options.jobs) as pool:
         for chip in [options.chip] if options.chip else CHIPS:
-            recorded = zip(map(str, chosen), pool.map(record, chosen, itertools.repeat(chip)), strict=True)
-            found = wanted(recorded, chip, options.quick)
+            steps = show(pool.map(record, chosen, itertools.repeat(chip)), f"sm_{chip} steps", len(chosen))
+            found = wanted(zip(map(str, chosen), steps, strict=True), chip, options.quick)
             calls = [(s, call) for s, call in found if not only or call.name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
-            rows += itertools.chain.from_iterable(pool.map(_compile, itertools.repeat(chip), chunks))
+            compiled = pool.map(_compile, itertools.repeat(chip), chunks)
+            rows += itertools.chain.from_iterable(show(compiled, f"sm_{chip} kernels", len(chunks)))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table([row for row in rows if row.faults or not options.faults]))
     console.print(summary(rows, time.perf_counter() - began), soft_wrap=True)
