@@ -129,7 +129,7 @@ def _store_row(y, spots, at_image, w, at, i, j, k, z, spot, FORM: tl.constexpr):
         tl.store(spots.ptr + pixels[:, None] + k[None, :], spot.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=["lines", "strips", "segments"])
+@triton.jit(do_not_specialize=["at", "lines", "strips", "segments"])
 def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
@@ -178,7 +178,7 @@ def _stem_forward_kernel(
             _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
 
 
-@triton.jit(do_not_specialize=["tiles", "share", "segments"])
+@triton.jit(do_not_specialize=["at", "tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
     dy,  # map [N, K, PH, PW]
