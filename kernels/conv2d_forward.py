@@ -33,9 +33,9 @@ from .stream import as_map, dense
 from .tuning import Config, matmul_config, register_limit
 from .windows import (
     ConvGeometry,
+    Phases,
     as_one_row,
     can_describe_product,
-    column_phases,
     describe,
     is_dense,
     placed,
@@ -129,8 +129,7 @@ def launch(
     config = matmul_config(
         x.device,
         x.dtype,
-        # Rows that a stride passes over are in no box.
-        *((lines if geometry.stride_h == 1 else 1, run) if described else (1, pixels)),
+        *((lines, run) if described else (1, pixels)),
         filters // geometry.groups,
         depth,
         described,
@@ -193,13 +192,11 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
     rows, cols = config.rows, config.block_m // config.rows
     box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n // config.parts]
     box_w = [config.block_n, config.block_k] if work.turn is None else [config.block_k, config.block_n]
-    even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
-    x_desc = describe(even, box_x, operand=True)
+    phases = Phases.of(x, geometry)
     down, across = triton.cdiv(lines, rows), triton.cdiv(run, cols)
     sums = work.sums(images * down * across)
     conv2d_descriptor_kernel[(images * down * across * triton.cdiv(filters, config.block_n),)](
-        x_desc,
-        x_desc if geometry.stride_w == 1 else describe(odd, box_x, operand=True),
+        *phases.describe(box_x),
         describe(work.matrix, box_w, operand=True),
         *(None if t is None else describe(t, box_y) for t in (work.residual, work.mask, work.y, work.z)),
         work.scale,
@@ -210,10 +207,8 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         filters,
         down,
         across,
-        geometry.top,
         geometry.dilation_h,
-        shift_even,
-        shift_odd,
+        *phases.shifts,
         *work.residual_at,
         STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w, work.turn),
         **work.options,

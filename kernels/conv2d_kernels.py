@@ -5,9 +5,8 @@ the next turn of the loop overwrite it under products still in flight (triton-la
 
 Two kernels. The descriptor form (sm_90) takes a box of rows and columns of pixels per tile: a filter tap is a shift of
 its coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic
-and no 32-bit overflow. A stride of two reads the even and the odd columns as two windows, and boxes are of one row
-then. The pointer form does everything else: groups, channels that are not a multiple of 16 bytes, other strides, older
-chips.
+and no 32-bit overflow. A stride of two reads even and odd rows and columns as four windows. The pointer form does
+everything else: groups, channels that are not a multiple of 16 bytes, other strides, older chips.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Steps(NamedTuple):
 
 
 @triton.jit
-def _gemm_columns(
+def _gemm_phase(
     acc,
     x_desc,
     w_desc,
@@ -87,20 +86,23 @@ def _gemm_columns(
     col,
     k0,
     dil_h,
-    FIRST: tl.constexpr,
+    FIRST_R: tl.constexpr,
+    FIRST_S: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """acc += the taps s = FIRST, FIRST + stride, ... of all filter rows; tap 0 lies at `row`, `col`."""
+    """acc += the taps r = FIRST_R, FIRST_R + stride, ... and s likewise; tap 0 of the phase lies at `row`, `col`."""
     KC: tl.constexpr = (STEPS.CIN + P.BK - 1) // P.BK
-    TAPS: tl.constexpr = (P.S - FIRST + STEPS.STRIDE_W - 1) // STEPS.STRIDE_W
+    ROWS: tl.constexpr = (P.R - FIRST_R + STEPS.STRIDE_H - 1) // STEPS.STRIDE_H
+    TAPS: tl.constexpr = (P.S - FIRST_S + STEPS.STRIDE_W - 1) // STEPS.STRIDE_W
     # One flat loop, so that loads run ahead across taps; a loop per tap would drain the pipeline at each of them.
-    for t in range(P.R * TAPS * KC):
+    for t in range(ROWS * TAPS * KC):
         c0 = (t % KC) * P.BK
-        s = FIRST + (t // KC) % TAPS * STEPS.STRIDE_W
-        r = t // KC // TAPS
-        col_in = col + (s * STEPS.DIL_W - FIRST) // STEPS.STRIDE_W
-        a = x_desc.load([n, row + r * dil_h, col_in, c0]).reshape(P.BM, P.BK)
+        s = FIRST_S + (t // KC) % TAPS * STEPS.STRIDE_W
+        r = FIRST_R + t // KC // TAPS * STEPS.STRIDE_H
+        row_in = row + (r * dil_h - FIRST_R) // STEPS.STRIDE_H
+        col_in = col + (s * STEPS.DIL_W - FIRST_S) // STEPS.STRIDE_W
+        a = x_desc.load([n, row_in, col_in, c0]).reshape(P.BM, P.BK)
         if STEPS.TURN is None:
             w = w_desc.load([k0, (r * P.S + s) * STEPS.CIN + c0]).T
         else:
@@ -108,33 +110,36 @@ def _gemm_columns(
             w = w_desc.load([c0, ((T.ROW - r * T.ROW_STEP) * T.WIDTH + T.COL - s * T.COL_STEP) * T.COUT + k0])
         if P.ROWS == 1:
             acc = tl.dot(a, w, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
-        else:
+        else:  # a reshaped left operand would pass through registers
             acc = tl.dot(w.T, a.T, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
     return acc
 
 
 @triton.jit
 def gemm(
-    x_desc,  # [N, H, W, C] window; with a stride of two its even columns
-    x_odd_desc,  # the odd columns
+    x,  # [N, H, W, C] windows: see `Phases`
     w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
     n,
-    row,
-    j0,
-    shift_even,
-    shift_odd,
+    i,
+    j,
+    shifts,
     k0,
     dil_h,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """conv(x, w) of a box of pixels from column j0, WIDTH filters from k0; row of tap 0, column shift of each phase."""
+    """conv(x, w) of a box of pixels from row i and column j on, and WIDTH filters from k0 on."""
     BM: tl.constexpr = P.BM
+    ODD_W: tl.constexpr = STEPS.STRIDE_W == 2 and P.S > 1
     acc = tl.zeros((BM, WIDTH) if P.ROWS == 1 else (WIDTH, BM), P.ACC)
-    acc = _gemm_columns(acc, x_desc, w_desc, n, row, j0 + shift_even, k0, dil_h, 0, STEPS, P)
-    if STEPS.STRIDE_W == 2 and P.S > 1:
-        acc = _gemm_columns(acc, x_odd_desc, w_desc, n, row, j0 + shift_odd, k0, dil_h, 1, STEPS, P)
+    acc = _gemm_phase(acc, x[0], w_desc, n, i + shifts[0], j + shifts[2], k0, dil_h, 0, 0, STEPS, P)
+    if ODD_W:
+        acc = _gemm_phase(acc, x[1], w_desc, n, i + shifts[0], j + shifts[3], k0, dil_h, 0, 1, STEPS, P)
+    if STEPS.STRIDE_H == 2 and P.R > 1:
+        acc = _gemm_phase(acc, x[2], w_desc, n, i + shifts[1], j + shifts[2], k0, dil_h, 1, 0, STEPS, P)
+        if ODD_W:
+            acc = _gemm_phase(acc, x[3], w_desc, n, i + shifts[1], j + shifts[3], k0, dil_h, 1, 1, STEPS, P)
     return acc if P.ROWS == 1 else acc.T
 
 
@@ -174,13 +179,26 @@ def _finish(
 
 
 # Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
-_PLACES = ["OH", "OW", "lines", "segments", "top", "shift_even", "shift_odd", "residual_top", "residual_left"]
+_PLACES = [
+    "OH",
+    "OW",
+    "lines",
+    "segments",
+    "row_even",
+    "row_odd",
+    "col_even",
+    "col_odd",
+    "residual_top",
+    "residual_left",
+]
 
 
 @triton.jit(do_not_specialize=_PLACES)
 def conv2d_descriptor_kernel(
-    x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
-    x_odd_desc,  # the odd columns
+    x_desc,  # [N, H, W, CIN] window
+    x01_desc,
+    x10_desc,
+    x11_desc,  # with a stride of two x_desc is of even rows and columns, these of odd columns, odd rows and both
     w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
     residual_desc,  # [N, rows, columns, COUT] window or None
     mask_desc,  # [N, OH, OW, COUT] window or None
@@ -195,10 +213,11 @@ def conv2d_descriptor_kernel(
     COUT,
     lines,  # boxes one above the other
     segments,  # boxes side by side
-    top,
     dil_h,
-    shift_even,
-    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    row_even,
+    row_odd,
+    col_even,
+    col_odd,  # where the phases' first taps lie, as seen from an output
     residual_top,
     residual_left,  # where in y the residual begins; around it are zeros
     ACT: tl.constexpr,
@@ -216,8 +235,8 @@ def conv2d_descriptor_kernel(
     line = segment // segments
     n = line // lines
     i = (line % lines) * P.ROWS
-    row = i * STEPS.STRIDE_H - top
-    acc = gemm(x_desc, x_odd_desc, w_desc, n, row, j0, shift_even, shift_odd, k0, dil_h, P.BN, STEPS, P)
+    x = (x_desc, x01_desc, x10_desc, x11_desc)
+    acc = gemm(x, w_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), k0, dil_h, P.BN, STEPS, P)
     maps = (residual_desc, mask_desc, y_desc, z_desc)
     vectors = (scale_ptr, shift_ptr, mean_ptr, m2_ptr)
     at = (residual_top, residual_left)

@@ -33,9 +33,9 @@ from .windows import (
     ConvGeometry,
     as_one_row,
     can_describe_product,
-    column_phases,
     describe,
     is_dense,
+    phases_along,
     without_steps,
 )
 
@@ -187,7 +187,7 @@ class _Work(NamedTuple):
 def _by_descriptors(work: _Work) -> None:
     dw, dshift, x, dy, gate, geometry, config, cut, depth, options = work
     box_x, box_dy = [1, 1, config.block_k, config.block_n], [1, 1, config.block_k, config.block_m]
-    even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
+    even, odd, shift_even, shift_odd = phases_along(x, 3, geometry.stride_w, geometry.left)
     wgrad_descriptor_kernel[(cut.tiles * cut.splits,)](
         describe(even, box_x, operand=True),
         describe(odd, box_x, operand=True),

@@ -28,13 +28,15 @@ from .activations import activate, activate_reference
 from .conv2d_kernels import Product, Steps, gemm
 from .stream import dense
 from .tuning import conv_conv1x1_config, most_mid_channels
-from .windows import ConvGeometry, can_describe, can_describe_product, column_phases, describe, empty_map
+from .windows import ConvGeometry, Phases, can_describe, can_describe_product, describe, empty_map
 
 
-@triton.jit(do_not_specialize=["lines", "segments", "top", "shift_even", "shift_odd"])
+@triton.jit(do_not_specialize=["lines", "segments", "row_even", "row_odd", "col_even", "col_odd"])
 def _conv_conv1x1_kernel(
-    x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
-    x_odd_desc,  # the odd columns
+    x_desc,  # [N, H, W, CIN] window
+    x01_desc,
+    x10_desc,
+    x11_desc,  # with a stride of two x_desc is of even rows and columns, these of odd columns, odd rows and both
     w1_desc,  # [M, R*S*CIN]
     w2_desc,  # [COUT, M]
     residual_desc,  # [N, OH, OW, COUT] window or None
@@ -44,9 +46,10 @@ def _conv_conv1x1_kernel(
     COUT,
     lines,  # boxes one above the other
     segments,  # boxes side by side
-    top,
-    shift_even,
-    shift_odd,  # row of tap 0 is i*stride - top; column shifts of the two column phases
+    row_even,
+    row_odd,
+    col_even,
+    col_odd,  # where the phases' first taps lie, as seen from an output
     M: tl.constexpr,
     MID_ACT: tl.constexpr,
     ACT: tl.constexpr,
@@ -61,8 +64,8 @@ def _conv_conv1x1_kernel(
     n = line // lines
     i = (line % lines) * P.ROWS
 
-    row = i * STEPS.STRIDE_H - top
-    acc = gemm(x_desc, x_odd_desc, w1_desc, n, row, j0, shift_even, shift_odd, 0, 1, M, STEPS, P)
+    x = (x_desc, x01_desc, x10_desc, x11_desc)
+    acc = gemm(x, w1_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), 0, 1, M, STEPS, P)
     acc += tl.load(shift1_ptr + tl.arange(0, M)).to(P.ACC)[None, :]
     h = activate(acc, MID_ACT).to(x_desc.dtype)  # [BM, M]
 
@@ -126,16 +129,14 @@ def conv_conv1x1_launch(
             f"conv_conv1x1: cannot take {depth} -> {mid} -> {filters}, stride {geometry.stride}, {x.dtype} on "
             f"{x.device} as laid out; run the two convolutions apart"
         )
-    # Rows that a stride passes over are in no box.
-    config = conv_conv1x1_config(x, oh if geometry.stride_h == 1 else 1, ow, mid, filters, residual is not None)
-    even, odd, shift_even, shift_odd = column_phases(x, geometry.stride_w, geometry.left)
+    config = conv_conv1x1_config(x, oh, ow, mid, filters, residual is not None)
+    phases = Phases.of(x, geometry)
     rows, cols = config.rows, config.block_m // config.rows
     box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n]
     down, across = triton.cdiv(oh, rows), triton.cdiv(ow, cols)
     shift1, shift2 = dense(shift1, shift2)
     _conv_conv1x1_kernel[(n * down * across,)](
-        describe(even, box_x, operand=True),
-        describe(odd, box_x, operand=True),
+        *phases.describe(box_x),
         describe(_matrix(weight1), [mid, config.block_k], operand=True),
         describe(weight2.reshape(filters, mid), [config.block_n, mid], operand=True),
         None if residual is None else describe(residual, box_y),
@@ -145,9 +146,7 @@ def conv_conv1x1_launch(
         filters,
         down,
         across,
-        geometry.top,
-        shift_even,
-        shift_odd,
+        *phases.shifts,
         M=mid,
         MID_ACT=mid_act,
         ACT=act,

@@ -161,18 +161,48 @@ def as_one_row(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
 
 
-def column_phases(x: Tensor, stride: int, left: int) -> tuple[Tensor, Tensor, int, int]:
-    """The columns that even and odd taps read, and the coordinate shift of each.
+def phases_along(x: Tensor, dim: int, stride: int, before: int) -> tuple[Tensor, Tensor, int, int]:
+    """The rows or columns that even and odd taps read, and the coordinate shift of each.
 
-    With a stride of two, column 2j - left + s has the parity of left for even s. The phase that begins at column e
-    holds it at (2j - left + s - e) / 2 = j + s/2 - (left + e)/2.
+    With a stride of two, column 2j - before + s has the parity of `before` for even s. The phase that begins at column
+    e holds it at (2j - before + s - e) / 2 = j + s/2 - (before + e)/2.
     """
     if stride == 1:
-        return x, x, -left, 0
-    even = left % 2
+        return x, x, -before, 0
+    even = before % 2
     odd = 1 - even
-    # Kernels add (s - 1)/2 for odd taps: (2j - left + s - odd)/2 = j + (s - 1)/2 + (1 - left - odd)/2.
-    return x[..., even::2], x[..., odd::2], -(left + even) // 2, (1 - left - odd) // 2
+    every = [slice(None)] * dim
+    # Kernels add (s - 1)/2 for odd taps: (2j - before + s - odd)/2 = j + (s - 1)/2 + (1 - before - odd)/2.
+    windows = x[(*every, slice(even, None, 2))], x[(*every, slice(odd, None, 2))]
+    return *windows, -(before + even) // 2, (1 - before - odd) // 2
+
+
+class Phases(NamedTuple):
+    """A map as the taps of a convolution with strides of one or two read it.
+
+    Attributes:
+        windows: of even rows and columns, odd columns, odd rows, and odd rows and columns; the map itself for a stride
+            of one, where no others are read.
+        shifts: where the first taps of even rows, odd rows, even and odd columns lie, as seen from an output.
+    """
+
+    windows: tuple[Tensor, Tensor, Tensor, Tensor]
+    shifts: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, geometry: ConvGeometry) -> Phases:
+        *rows, row_even, row_odd = phases_along(x, 2, geometry.stride_h, geometry.top)
+        found, shifts = [], (0, 0)
+        for window in rows:
+            *cols, col_even, col_odd = phases_along(window, 3, geometry.stride_w, geometry.left)
+            found += cols
+            shifts = col_even, col_odd
+        return cls(tuple(found), (row_even, row_odd, *shifts))
+
+    def describe(self, box: Sequence[int]) -> list[TensorDescriptor]:
+        """Descriptors of operands, one for each different window."""
+        made = {id(window): describe(window, box, operand=True) for window in self.windows}
+        return [made[id(window)] for window in self.windows]
 
 
 def without_steps(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) -> tuple[Tensor, ConvGeometry]:
@@ -185,11 +215,11 @@ def without_steps(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) -> t
 
 
 def can_describe_product(x: Tensor, geometry: ConvGeometry, *others: Tensor | None) -> bool:
-    """Whether descriptors can address the operands of a convolution as a matrix product, x by its column phases."""
-    columns = (x,) if geometry.stride_w == 1 else (x[..., 0::2], x[..., 1::2])
+    """Whether descriptors can address the operands of a convolution as a matrix product, x by its phases."""
+    along = zip(geometry.stride, geometry.dilation, x.shape[2:], strict=True)
     return (
         has_descriptors(x.device)
         and geometry.groups == 1
-        and (geometry.stride_w == 1 or (geometry.stride_w == 2 and geometry.dilation_w % 2 == 1 and x.shape[3] > 1))
-        and can_describe(x, *columns, *others)
+        and all(stride == 1 or (stride == 2 and dilation % 2 == 1 and size > 1) for stride, dilation, size in along)
+        and can_describe(x, *Phases.of(x, geometry).windows, *others)
     )
