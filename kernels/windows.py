@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -127,7 +128,7 @@ def can_describe(*tensors: Tensor | None) -> bool:
             or strides[last] != 1
             or shape[last] * itemsize < 16
             or any(strides[d] * itemsize % 16 for d in range(len(shape)) if d != last and shape[d] > 1)
-            or (tensor.device.type != "meta" and tensor.data_ptr() % 16)
+            or (tensor.device.type != "meta" and not is_fake(tensor) and tensor.data_ptr() % 16)
         ):
             return False
     return True

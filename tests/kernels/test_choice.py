@@ -93,6 +93,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: self.name)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)  # a CUDA build looks for a GPU first
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
         monkeypatch.setattr(choice, "elapsed", lambda run: run())
@@ -488,6 +489,7 @@ import contextlib, sys, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_name = lambda index=None: "Fake"
+torch.backends.cudnn.version = lambda: 91900
 torch.cuda.is_current_stream_capturing = lambda: False
 torch.cuda.device = lambda index: contextlib.nullcontext()
 from gigamorph import kernels
