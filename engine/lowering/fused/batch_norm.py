@@ -1,4 +1,4 @@
-"""BatchNorm with live statistics, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
+"""BatchNorm, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
 
     y = act(xhat * weight + bias + residual),   xhat = (x - mean) * rstd
     y = conv1x1(act(xhat * weight + bias))
@@ -13,6 +13,8 @@ A tile gives two gradients per channel, of `factor` and `offset`, whose values a
 ordinary autograd finds all four in what these are made of, where c(.) is a constant of the same value:
 
     factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
+
+Frozen statistics are constants anyway: a norm that no convolution has taken in is computed likewise.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
+from ..ops.base import arguments
 from ..stages import Stage, private_maps, readers_of, vector_inputs
 from .conv import (
     DTYPES,
@@ -144,7 +147,7 @@ def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
 
 
 def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
-    """Give norms with live statistics to the kernels, each with what alone reads it.
+    """Give norms to the kernels, each with what alone reads it: live ones, and those that are not folded.
 
     Args:
         convs: the fused convolutions by output; those that become part of another op are taken out.
@@ -152,7 +155,8 @@ def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     readers, private = readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
     for norm in list(stage.locals):
-        if norm.op.name != "live_batch_norm" or not _is_dense(stage, norm):
+        given = _given(norm)
+        if given is None or not _is_dense(stage, norm):
             continue
         chain = [norm]
 
@@ -183,8 +187,19 @@ def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
         else:
             conv = None
         taken.update(map(id, chain))
-        _replace(stage, chain, residual, act, conv)
+        _replace(stage, chain, given, residual, act, conv)
     stage.vectors = vector_inputs(stage)
+
+
+def _given(norm: Local) -> dict[str, Any] | None:
+    """mean, var, weight, bias and eps of a norm; None of another op."""
+    if norm.op.name == "live_batch_norm":
+        return norm.op.kwargs
+    if norm.op.name != "batch_norm":
+        return None
+    names = "input running_mean running_var weight bias training momentum eps"
+    given = arguments(norm.op, names, weight=None, bias=None, eps=1e-5)
+    return {**given, "mean": given["running_mean"], "var": given["running_var"]}
 
 
 def _is_dense(stage: Stage, norm: Local) -> bool:
@@ -200,10 +215,16 @@ def _fits(stage: Stage, conv: ConvSpec, value: int) -> bool:
     return is_pixelwise(stage, conv, value) and not conv.channels_last and conv.act == "none" and same
 
 
-def _replace(stage: Stage, chain: list[Local], residual: int | None, act: str, conv: ConvSpec | None) -> None:
+def _replace(
+    stage: Stage,
+    chain: list[Local],
+    given: dict[str, Any],
+    residual: int | None,
+    act: str,
+    conv: ConvSpec | None,
+) -> None:
     """Put one op at the place of the last of a chain."""
-    norm, last = chain[0], chain[-1]
-    given, maps = norm.op.kwargs, stage.maps
+    norm, last, maps = chain[0], chain[-1], stage.maps
     (x,) = norm.reads
     mean, var = given["mean"].value, given["var"].value
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
