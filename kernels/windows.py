@@ -117,7 +117,8 @@ def output_size(size: int, kernel: int, stride: int, dilation: int, before: int,
 
 
 def can_describe(*tensors: Tensor | None) -> bool:
-    """Whether tensor descriptors can address these maps or matrices: aligned to 16 bytes, last dimension dense."""
+    """Whether tensor descriptors can address these maps or matrices: aligned to 16 bytes, last dimension dense, and no
+    number in several places."""
     for tensor in tensors:
         if tensor is None:
             continue
@@ -127,7 +128,9 @@ def can_describe(*tensors: Tensor | None) -> bool:
             0 in shape
             or strides[last] != 1
             or shape[last] * itemsize < 16
-            or any(strides[d] * itemsize % 16 for d in range(len(shape)) if d != last and shape[d] > 1)
+            or any(
+                strides[d] * itemsize % 16 or not strides[d] for d in range(len(shape)) if d != last and shape[d] > 1
+            )
             or (tensor.device.type != "meta" and not is_fake(tensor) and tensor.data_ptr() % 16)
         ):
             return False

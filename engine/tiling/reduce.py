@@ -15,6 +15,19 @@ from ..lowering.ops import Reduction
 from .halos import Rect
 
 
+class WideSum(torch.autograd.Function):
+    """A sum of 16-bit numbers in float32; autograd's own would make a map of its gradient to round that."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.shape, ctx.dtype = block.shape, block.dtype
+        return block.sum(dims, keepdim=True, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return grads[0].to(ctx.dtype).expand(ctx.shape), None
+
+
 class Accumulator:
     """The value of one reduction, gathered tile by tile.
 
@@ -134,8 +147,9 @@ class Accumulator:
         if reduction.form is not None:
             return reduction.form(block)
         if reduction.kind == "sum":
-            wide = torch.float32 if block.dtype in (torch.float16, torch.bfloat16) else block.dtype
-            return block.sum(reduction.dims, keepdim=True, dtype=wide)
+            if block.dtype in (torch.float16, torch.bfloat16):
+                return WideSum.apply(block, reduction.dims)  # pyright: ignore[reportReturnType]
+            return block.sum(reduction.dims, keepdim=True)
         if reduction.first_only:
             return F.adaptive_max_pool2d(block, 1)
         if reduction.nan_counts:
