@@ -71,6 +71,7 @@ class Config:
         block_m, block_n, block_k: pixels, output channels and input channels of a tile.
         num_warps, num_stages: as Triton takes them.
         rows: rows of the map that the pixels of a tile lie in, side by side in each (descriptors).
+        parts: in how many parts, of filters, a tile is finished behind its products: one or two.
     """
 
     form: str
@@ -80,11 +81,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     rows: int = 1
-
-    @property
-    def parts(self) -> int:
-        """In how many parts, of filters, a tile of several rows is finished behind its products."""
-        return 2 if self.rows > 1 and self.block_n > 64 else 1
+    parts: int = 1
 
 
 _forced: list[Config] = []
@@ -160,7 +157,7 @@ def matmul_config(
         block_m = power_of_two(lines * run, 16, 256 if described else 1024)
         blocks = block_m, power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
         rows = box_rows(block_m, lines, blocks[1]) if described else 1
-        return Config("descriptor" if described else "pointer", *blocks, rows=rows)
+        return Config("descriptor" if described else "pointer", *blocks, rows=rows, parts=2 if rows > 1 else 1)
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if not described:
         return _pointer_config(device, itemsize, lines * run, channels_out, depth, epilogue_maps)
@@ -175,7 +172,10 @@ def matmul_config(
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
-    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, box_rows(block_m, lines, block_n))
+    rows = box_rows(block_m, lines, block_n)
+    # Of several rows, or of three maps, what is read would not fit in registers beside all sums.
+    parts = 2 if block_n > 64 and (rows > 1 or epilogue_maps > 2) else 1
+    return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, rows, parts)
 
 
 def _pointer_config(

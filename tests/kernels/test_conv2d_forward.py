@@ -242,7 +242,8 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])
 @given(
     rows=st.sampled_from([1, 2, 4, 8, 32]),
-    block_n=st.sampled_from([16, 128]),  # the latter is finished in two parts
+    block_n=st.sampled_from([16, 128]),
+    parts=st.integers(1, 2),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 2),
     dilation=st.sampled_from([1, 3]),
@@ -251,7 +252,7 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
     channels=st.tuples(st.integers(1, 3), st.sampled_from([1, 9, 17])),
     seed=st.integers(0, 99),
 )
-def test_boxes(rows, block_n, kernel, stride, dilation, size, padding, channels, seed) -> None:
+def test_boxes(rows, block_n, parts, kernel, stride, dilation, size, padding, channels, seed) -> None:
     """Tiles of several rows: every operand of the epilogue, and the moments of what is written."""
     c, k = (8 * n for n in channels)
     oh, ow = (output_size(size[d], kernel[d], stride, dilation, *padding[2 * d : 2 * d + 2]) for d in range(2))
@@ -265,7 +266,7 @@ def test_boxes(rows, block_n, kernel, stride, dilation, size, padding, channels,
     y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
     geometry = ConvGeometry.of((stride, stride), padding, (dilation, dilation))
     inputs = {"scale": guard(scale), "shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
-    with forced(Config("descriptor", 32, block_n, 16, rows=rows)):
+    with forced(Config("descriptor", 32, block_n, 16, rows=rows, parts=parts)):
         found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
     guard.check()
     oracle = conv2d_forward_reference(x, weight, scale, shift, residual, geometry, "silu", mask, "relu6")
