@@ -97,7 +97,10 @@ def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator
     depth = 64 if dtype.itemsize == 2 else 32
     tiles = [(32, 16, 16)] if dry else [(128, 64, depth), (128, 128, depth)]
     for form, tile, warps in itertools.product(("descriptor", "pointer"), tiles, (4,) if dry else (4, 8)):
-        yield f"{form} {'x'.join(map(str, tile))} w{warps}", Config(form, *tile, num_warps=warps, num_stages=3)
+        for rows in (1, 8) if form == "descriptor" and op != "wgrad" else (1,):
+            parts = 2 if rows > 1 and tile[1] > 64 else 1
+            config = Config(form, *tile, num_warps=warps, num_stages=3, rows=rows, parts=parts)
+            yield f"{form} {'x'.join(map(str, tile))} w{warps} rows {rows}", config
 
 
 def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
@@ -117,8 +120,10 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
     for name, config in _variants(op, dtype, geometry, dry):
         guarded = Guarded()
+        # Of a part of the map, as ends of residual blocks give it, or of all of it.
+        at, part = ((1, 0), (slice(1, None), slice(-2))) if name == "computed" else ((0, 0), (slice(None), slice(None)))
 
-        def run(guarded: Guarded = guarded) -> tuple[Tensor, ...]:
+        def run(guarded: Guarded = guarded, at: tuple[int, int] = at, part: tuple = part) -> tuple[Tensor, ...]:
             if op == "forward":
                 y, z = (guarded.empty(2, k, oh, ow, dtype=dtype) for _ in range(2))
                 forward(
@@ -142,7 +147,8 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                     place,
                     gate=guarded(gate),
                     gate_act="relu",
-                    addend=guarded(addend),
+                    addend=guarded(addend[:, :, *part]),
+                    addend_at=at,
                     mask=guarded(mask),
                     mask_act="relu",
                 )
@@ -166,7 +172,8 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                     place,
                     gate=gate8,
                     gate_act="relu",
-                    addend=addend8,
+                    addend=addend8[:, :, *part],
+                    addend_at=at,
                     mask=mask8,
                     mask_act="relu",
                 ),

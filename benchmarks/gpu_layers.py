@@ -82,6 +82,7 @@ def config_layers(tile: int) -> list[Layer]:
         Layer(64, 64, 3, 1, tile // 4),
         Layer(128, 128, 3, 1, tile // 8),
         Layer(256, 256, 3, 1, tile // 16),
+        Layer(256, 256, 3, 1, tile // 16 + 5),  # as the last tiles of an image are: rows that fill no tile
         Layer(128, 128, 3, 2, tile // 4),
         Layer(64, 256, 1, 1, tile // 4),
         Layer(256, 64, 1, 1, tile // 4),

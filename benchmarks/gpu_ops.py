@@ -295,8 +295,13 @@ def stem(side: int, which: str) -> Case:
     return Case(case, 2 * flops, bytes_ + spots.nbytes)
 
 
-# Tiles to compare on a few shapes: form, pixels, channels, depth, warps, stages.
+# Tiles to compare on a few shapes: form, pixels, channels, depth, warps, stages; rows of pixels and parts, if not one.
 CONFIGS = [
+    ("descriptor", 128, 64, 64, 4, 4, 8, 1),
+    ("descriptor", 128, 128, 64, 4, 3, 8, 2),
+    ("descriptor", 128, 128, 64, 8, 3, 8, 2),
+    ("descriptor", 128, 256, 64, 8, 3, 8, 2),
+    ("descriptor", 64, 128, 64, 4, 4, 8, 2),
     ("descriptor", 128, 64, 64, 4, 4),
     ("descriptor", 128, 128, 64, 4, 4),
     ("descriptor", 128, 128, 64, 8, 4),

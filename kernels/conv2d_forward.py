@@ -129,7 +129,7 @@ def launch(
     config = matmul_config(
         x.device,
         x.dtype,
-        *((lines, run) if described else (1, pixels)),
+        *((y.shape[0], lines, run) if described else (1, 1, pixels)),
         filters // geometry.groups,
         depth,
         described,

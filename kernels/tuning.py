@@ -17,6 +17,8 @@ from .precision import dot_precision
 
 # Most dynamic shared memory a block may have, bytes, by capability.
 SHARED_LIMIT = {0: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+# Multiprocessors that programs are counted for, on every chip, so that results do not depend on it.
+PROCESSORS = 132
 
 
 def interpreting() -> bool:
@@ -119,9 +121,27 @@ def box_rows(pixels: int, lines: int, filters: int) -> int:
     return min(square, triton.next_power_of_2(lines))
 
 
+def fill_chip(pixels: int, filters: int, block_m: int, block_n: int) -> tuple[int, int]:
+    """The tile of a product, made smaller as long as all tiles still run at once: the last maps of a small image.
+
+    A tile takes the time that its (m + n) operands for each channel take from L2, or its m x n products: both are less
+    for half of it, and a chip that is half empty loses nothing by twice as many. 1156 pixels x 512 filters are 20 tiles
+    of 128 x 256 on 132 multiprocessors, and 76 of 64 x 128, each of half the operands.
+    """
+    while 2 * triton.cdiv(pixels, block_m) * triton.cdiv(filters, block_n) <= PROCESSORS:
+        if block_n > max(64, block_m):
+            block_n //= 2
+        elif block_m > 64:
+            block_m //= 2
+        else:
+            break
+    return block_m, block_n
+
+
 def matmul_config(
     device: torch.device,
     dtype: torch.dtype,
+    images: int,
     lines: int,
     run: int,
     channels_out: int,
@@ -140,7 +160,8 @@ def matmul_config(
     Nothing here may spill: `benchmarks/compile_gate.py` compiles what real networks get.
 
     Args:
-        lines, run: output pixels that a tile may take some of: lines of `run` pixels.
+        images: of the batch.
+        lines, run: output pixels of an image that a tile may take some of: lines of `run` pixels.
         channels_out: output channels (of a group).
         depth: input channels (of a group).
         described: whether descriptors can address every operand.
@@ -167,6 +188,7 @@ def matmul_config(
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
     block_m = power_of_two(lines * run if block_n >= 64 else run, 64, 128)
+    block_m, block_n = fill_chip(images * lines * run, channels_out, block_m, block_n)
     slim = half and not costly and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
@@ -200,7 +222,7 @@ def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters
     block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
     """
     if interpreting() or forced_config() is not None:
-        return matmul_config(device, dtype, 1, pixels, filters, channels, described=False)
+        return matmul_config(device, dtype, 1, 1, pixels, filters, channels, described=False)
     return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
 
 
@@ -251,8 +273,6 @@ def most_mid_channels(dtype: torch.dtype) -> int:
 
 # Output pixels that one split sums at most.
 SPLIT_PIXELS = 65_536
-# Multiprocessors that programs are counted for, on every chip, so that results do not depend on it.
-PROCESSORS = 132
 
 
 def wgrad_config(

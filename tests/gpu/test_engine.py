@@ -42,6 +42,13 @@ def test_float64(live: bool, kernels: str) -> None:
         assert_exact(network().double().train(live), torch.rand(2, 1, 200, 264, device="cuda").double(), tile=64)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "timm:densenet121", "timm:efficientnet_b0", "timm:convnext_atto"])
+def test_float64_of_other_families(name: str) -> None:
+    """Bottlenecks, whose ends are gathered; norms in front of activations; depthwise convolutions and scales."""
+    with choice.override("triton"):
+        assert_exact(network(name).double().eval(), torch.rand(1, 1, 200, 264, device="cuda").double(), tile=64)
+
+
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("kernels", ["stock", "triton", "auto"])
 def test_float32_errs_no_more_than_stock(kernels: str, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:

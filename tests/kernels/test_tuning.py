@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gigamorph.kernels import tuning
 
@@ -40,8 +42,40 @@ def test_tiles_that_were_fastest_on_an_h200(
     monkeypatch.setattr(tuning, "interpreting", lambda: False)
     monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
     gpu = torch.device("cuda", 0)
-    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 4096, filters, depth, True, maps, taps)
+    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 256, 256, filters, depth, True, maps, taps)
     assert (config.block_m, config.block_n, config.num_warps) == tile
+
+
+@pytest.mark.parametrize(
+    ("size", "filters", "depth", "tile"),
+    [((34, 34), 512, 512, (64, 128)), ((16, 16), 512, 512, (64, 64)), ((68, 68), 512, 512, (128, 256))],
+)
+def test_small_maps_fill_the_chip(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], filters: int, depth: int, tile: tuple[int, int]
+) -> None:
+    """The last maps of a tile of 1024: 20 tiles of 128 x 256 would leave 112 of 132 multiprocessors idle."""
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
+    config = tuning.matmul_config(torch.device("cuda", 0), torch.bfloat16, 1, *size, filters, depth, True, 1, 9)
+    assert (config.block_m, config.block_n) == tile
+
+
+@given(
+    pixels=st.integers(1, 10**6),
+    filters=st.integers(1, 2048),
+    block_m=st.sampled_from([64, 128]),
+    block_n=st.sampled_from([16, 32, 64, 128, 256]),
+)
+def test_tiles_are_made_smaller_only_where_all_run_at_once(
+    pixels: int, filters: int, block_m: int, block_n: int
+) -> None:
+    def tiles(m: int, n: int) -> int:
+        return -(-pixels // m) * -(-filters // n)
+
+    small = tuning.fill_chip(pixels, filters, block_m, block_n)
+    assert small[0] >= 64 and small[1] >= min(64, block_n)
+    assert small == (block_m, block_n) or tiles(*small) <= tuning.PROCESSORS
+    assert small[0] <= block_m and small[1] <= block_n
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
