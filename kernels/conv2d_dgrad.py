@@ -86,21 +86,15 @@ def dgrad(
         dy = dz
     rows = phases(r, geometry.stride_h, geometry.top, geometry.dilation_h)
     cols = phases(s, geometry.stride_w, geometry.left, geometry.dilation_w)
+    if addend is not None and geometry.stride != (1, 1):
+        addend, addend_at = placed(addend, addend_at, dx.shape[2:]), (0, 0)
     if not all(p.taps for p in (*rows, *cols)):  # inputs that no tap reaches
         if addend is None:
             dx.zero_()
+        elif mask is None:
+            dx.copy_(addend)
         else:
-            addend = placed(addend, addend_at, dx.shape[2:])
-            if mask is None:
-                dx.copy_(addend)
-            else:
-                launch_act_grad(addend, mask, mask_act, dx)
-    starts = (0, 0)  # of the addend in dx
-    if addend is not None and addend.shape != dx.shape:
-        if geometry.stride == (1, 1):
-            starts = addend_at
-        else:
-            addend = placed(addend, addend_at, dx.shape[2:])
+            launch_act_grad(addend, mask, mask_act, dx)
     for row in rows:
         for col in cols:
             if not row.taps or not col.taps:
@@ -120,7 +114,7 @@ def dgrad(
                 ),
                 "none",
                 residual=window(addend),
-                residual_at=starts,
+                residual_at=addend_at,
                 mask=window(mask),
                 mask_act=mask_act,
                 taps=(row.taps, col.taps),

@@ -203,17 +203,21 @@ class Phases(NamedTuple):
             shifts = col_even, col_odd
         return cls(tuple(found), (row_even, row_odd, *shifts))
 
+    def distinct(self) -> dict[int, Tensor]:
+        """The different windows, by their identity."""
+        return {id(window): window for window in self.windows}
+
     def describe(self, box: Sequence[int]) -> list[TensorDescriptor]:
         """Descriptors of operands, one for each different window."""
-        made = {id(window): describe(window, box, operand=True) for window in self.windows}
+        made = {key: describe(window, box, operand=True) for key, window in self.distinct().items()}
         return [made[id(window)] for window in self.windows]
 
 
 def without_steps(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) -> tuple[Tensor, ConvGeometry]:
     """What a filter of one row, or of one column, reads of a map: with a stride every so many rows or columns."""
-    if kernel[0] == 1 and geometry.top == 0:
+    if kernel[0] == 1 < geometry.stride_h and geometry.top == 0:
         x, geometry = x[:, :, :: geometry.stride_h], geometry._replace(stride_h=1)
-    if kernel[1] == 1 and geometry.left == 0:
+    if kernel[1] == 1 < geometry.stride_w and geometry.left == 0:
         x, geometry = x[..., :: geometry.stride_w], geometry._replace(stride_w=1)
     return x, geometry
 
@@ -225,5 +229,5 @@ def can_describe_product(x: Tensor, geometry: ConvGeometry, *others: Tensor | No
         has_descriptors(x.device)
         and geometry.groups == 1
         and all(stride == 1 or (stride == 2 and dilation % 2 == 1 and size > 1) for stride, dilation, size in along)
-        and can_describe(x, *Phases.of(x, geometry).windows, *others)
+        and can_describe(*({id(x): x} | Phases.of(x, geometry).distinct()).values(), *others)
     )

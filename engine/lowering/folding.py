@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..capture.trace import Ref, Value
 from .ops import Env, Local, VectorOp
-from .ops.base import arguments
+from .ops.base import arguments, batch_norm_arguments
 from .stages import Stage, private_maps, readers_of, vector_inputs
 
 _AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
@@ -113,7 +113,7 @@ def fold_batch_norm(stage: Stage) -> None:
     for norm in list(stage.locals):
         if norm.op.name != "batch_norm":
             continue
-        given = arguments(norm.op, "input running_mean running_var weight bias training momentum eps", eps=1e-5)
+        given = batch_norm_arguments(norm.op)
         raw = given["input"].value
         conv = makers.get(raw)
         if conv is None or raw not in private or len(readers[raw]) != 1:

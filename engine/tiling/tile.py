@@ -190,12 +190,10 @@ class Tile:
         if self.second_pass:
             run = self.tiled.unvalued.get(output, run)
         shares = self.shares if output in self.tiled.moments and not self.second_pass else None
-        gathers = local.gathers is not None and self.saved is not None
-        parts = [] if gathers else None
+        parts = None
+        if local.gathers is not None and self.saved is not None:
+            parts = self._parts[local.gathers.value] = []
         result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts))
-        if parts is not None:
-            assert local.gathers is not None
-            self._parts[local.gathers.value] = parts
         if margin != (0, 0):
             self._margins[output] = margin
         for value in windows:

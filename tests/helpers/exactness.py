@@ -104,6 +104,26 @@ def errors(expected: dict[str, Tensor | None], got: dict[str, Tensor | None]) ->
     return result
 
 
+def assert_near_under_autocast(model: nn.Module, image: Tensor, *, tile: int, floor: float | None = None) -> None:
+    """Gradients under bfloat16 autocast, all together, err at most 1.25 times as much as stock's.
+
+    Args:
+        model, image: in float64.
+        floor: gradients no larger than this share of the largest do not count.
+    """
+    exact = step(model, image).gradients
+    sizes = {name: 0.0 if grad is None else grad.norm().item() for name, grad in exact.items()}
+    counted = [name for name, size in sizes.items() if floor is None or size > floor * max(sizes.values())]
+    model, image = model.float(), image.float()
+    distances = []
+    for net in (model, accelerate(model, tile=tile)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(net, image).gradients
+        distances.append(errors(exact, {name: None if g is None else g.double() for name, g in found.items()}))
+    stock, ours = (sum(found[name] ** 2 for name in counted) ** 0.5 for found in distances)
+    assert ours < 1.25 * stock, (ours, stock)
+
+
 def named(tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
     return {f"output {i}": t for i, t in enumerate(tensors)}
 

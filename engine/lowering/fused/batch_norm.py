@@ -34,7 +34,7 @@ from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
-from ..ops.base import arguments
+from ..ops.base import batch_norm_arguments
 from ..stages import Stage, private_maps, readers_of, vector_inputs
 from .conv import (
     DTYPES,
@@ -197,8 +197,7 @@ def _given(norm: Local) -> dict[str, Any] | None:
         return norm.op.kwargs
     if norm.op.name != "batch_norm":
         return None
-    names = "input running_mean running_var weight bias training momentum eps"
-    given = arguments(norm.op, names, weight=None, bias=None, eps=1e-5)
+    given = batch_norm_arguments(norm.op)
     return {**given, "mean": given["running_mean"], "var": given["running_var"]}
 
 

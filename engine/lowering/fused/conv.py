@@ -142,8 +142,7 @@ def _gathered(
     (top, _, left, _), given = parts.pop()
     if others is None and not parts:
         return given, (top, left)
-    total = placed(given, (top, left), x.shape[2:])
-    total = total.clone() if total is given else total  # which another branch may have
+    total = placed(given, (top, left), x.shape[2:])  # a new map: a part is smaller than the block
     for (top, bottom, left, right), part in parts:
         total[:, :, top:bottom, left:right] += part
     parts.clear()

@@ -292,6 +292,12 @@ def arguments(op: Op, names: str, **defaults: Any) -> dict[str, Any]:
     return {**{name: defaults.get(name) for name in order}, **defaults, **given}
 
 
+def batch_norm_arguments(op: Op) -> dict[str, Any]:
+    """Those of `F.batch_norm`."""
+    names = "input running_mean running_var weight bias training momentum eps"
+    return arguments(op, names, training=False, momentum=0.1, eps=1e-5)
+
+
 def pair(value: Any) -> tuple[int, int]:
     """An int, or one or two ints in a sequence, as (height, width)."""
     if isinstance(value, int):

@@ -25,7 +25,21 @@ from torch.nn import functional as F
 from ...capture.corrected import memory_format
 from ...capture.trace import Op, Ref
 from ...parallel.processes import Moments, merged
-from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Refusal, VectorOp, arguments, replay, rule
+from .base import (
+    Block,
+    Env,
+    Flat,
+    Local,
+    Maps,
+    Node,
+    Reduction,
+    Refusal,
+    VectorOp,
+    arguments,
+    batch_norm_arguments,
+    replay,
+    rule,
+)
 from .pointwise import on_channels, only_maps
 from .promote import promoted
 from .reductions import exact, mapped, moments, vector, wide
@@ -73,9 +87,7 @@ def _need_channels(op: Op, maps: Maps, value: int) -> None:
 
 @rule("batch_norm")
 def batch_norm(op: Op, maps: Maps) -> Local | list[Node]:
-    given = arguments(
-        op, "input running_mean running_var weight bias training momentum eps", training=False, momentum=0.1, eps=1e-5
-    )
+    given = batch_norm_arguments(op)
     value = given["input"].value
     if given["training"] or given["running_mean"] is None:
         return _live_batch_norm(op, maps, given)
@@ -125,9 +137,7 @@ def norm_of_vector(op: Op, maps: Maps) -> list[Node] | None:
     """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
     if op.name != "batch_norm" or op.autocast is not None:
         return None
-    given = arguments(
-        op, "input running_mean running_var weight bias training momentum eps", training=False, momentum=0.1, eps=1e-5
-    )
+    given = batch_norm_arguments(op)
     if not given["training"] and given["running_mean"] is not None:
         return None
     return _live_batch_norm(op, maps, given)

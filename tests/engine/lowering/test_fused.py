@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import assert_exact, errors, randomize, step
+from exactness import assert_exact, assert_near_under_autocast, errors, randomize, step
 from hypothesis import HealthCheck, assume, given, settings
 from random_net import Program, examples, programs
 from torch import Tensor, nn
@@ -218,16 +218,7 @@ def test_frozen_parameters_of_a_norm(fused_with_stock_ops: None) -> None:
 
 def test_convnext_under_autocast(fused_with_stock_ops: None) -> None:
     """As near to float64 as stock PyTorch comes: norms in float32, products in bfloat16."""
-    model, x = build_convnext(), image(96, 80)
-    exact = step(model, x).gradients
-    model, x = model.float(), x.float()
-    distances = []
-    for net in (model, accelerate(model, tile=32)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = step(net, x).gradients
-        distances.append(errors(exact, {name: grad.double() for name, grad in found.items()}))  # pyright: ignore
-    stock, ours = (sum(error**2 for error in found.values()) ** 0.5 for found in distances)
-    assert ours < 1.25 * stock, (ours, stock)
+    assert_near_under_autocast(build_convnext(), image(96, 80), tile=32)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactness import assert_exact, errors, randomize, step
+from exactness import assert_exact, assert_near_under_autocast, randomize
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -119,13 +119,4 @@ def test_norms_take_what_follows_them(fused_with_stock_ops: None, training: bool
 
 def test_under_autocast(fused_with_stock_ops: None) -> None:
     """As near to float64 as stock PyTorch comes."""
-    model, x = build(), image(1, 1, 96, 80)
-    exact = step(model, x).gradients
-    model, x = model.float(), x.float()
-    distances = []
-    for net in (model, accelerate(model, tile=32)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = step(net, x).gradients
-        distances.append(errors(exact, {name: grad.double() for name, grad in found.items()}))  # pyright: ignore
-    stock, ours = (sum(error**2 for error in found.values()) ** 0.5 for found in distances)
-    assert ours < 1.25 * stock, (ours, stock)
+    assert_near_under_autocast(build(), image(1, 1, 96, 80), tile=32)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from exactness import FLOOR, assert_exact, errors, randomize, step
+from exactness import FLOOR, assert_exact, assert_near_under_autocast, errors, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,18 +150,7 @@ def test_with_triton_kernels() -> None:
 
 def test_under_autocast(fused_with_stock_ops: None) -> None:
     """As near to float64 as stock PyTorch comes, where the gradient is not zero in exact arithmetic."""
-    model, x = build(), image(1, 1, 96, 80)
-    exact = step(model, x).gradients
-    sizes = {name: grad.norm().item() for name, grad in exact.items() if grad is not None}
-    counted = [name for name, size in sizes.items() if size > FLOOR * max(sizes.values())]
-    model, x = model.float(), x.float()
-    distances = []
-    for net in (model, accelerate(model, tile=32)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = step(net, x).gradients
-        distances.append(errors(exact, {name: grad.double() for name, grad in found.items()}))  # pyright: ignore
-    stock, ours = (sum(found[name] ** 2 for name in counted) ** 0.5 for found in distances)
-    assert ours < 1.25 * stock, (ours, stock)
+    assert_near_under_autocast(build(), image(1, 1, 96, 80), tile=32, floor=FLOOR)
 
 
 class TestFusing:
