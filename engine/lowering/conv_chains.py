@@ -115,7 +115,7 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
         spec = ConvChain.of(conv)
         chain = spec.members
         if (next_op := follower(chain)) is not None:
-            scale = _channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
+            scale = channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
             if scale is not None:
                 _fold_scale(stage, spec, scale)
                 chain.append(next_op)
@@ -142,7 +142,7 @@ def _is_pixel_linear(stage: Stage, local: Local) -> bool:
     )
 
 
-def _channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
+def channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
     """The vector that multiplies `value` channel by channel (a layer scale), if the op is that product."""
     operands = [arg.value for arg in local.op.args if isinstance(arg, Ref)]
     if local.op.name.strip("_") not in ("mul", "imul", "rmul") or len(operands) != 2 or value not in operands:

@@ -138,21 +138,8 @@ def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None
     values.append(values[weight])
     values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))
     stage.prelude.append(VectorOp(fold, fold.inputs, (folded_weight, folded_bias)))
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    kwargs = {
-        **{n: own[n] for n in names if own[n] is not None},
-        "weight": Ref(folded_weight),
-        "bias": Ref(folded_bias),
-    }
-    op = replace(
-        conv.op,
-        args=(),
-        kwargs=kwargs,
-        inputs=(own["input"].value, folded_weight, folded_bias),
-        outputs=norm.op.outputs,
-    )
-    again = stage.apply_rule(op)
-    conv.op, conv.run, conv.unvalued, conv.axes, conv.reads = op, again.run, again.unvalued, again.axes, again.reads
+    stage.change_arguments(conv, weight=Ref(folded_weight), bias=Ref(folded_bias))
+    conv.op = replace(conv.op, outputs=norm.op.outputs)
 
 
 # -- all of a stage at once ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 `fold_batch_norm` (folding.py): a frozen BatchNorm becomes part of the convolution before it.
 
+`fold_gates` (gates.py): factors for the channels of a map become part of the convolution that reads the product.
+
 `fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
 `winograd_in_training` (winograd.py): convolutions of 3 x 3 by fewer products on the CPU.
@@ -19,6 +21,7 @@ from torch import Tensor
 from ... import kernels
 from ..capture.trace import Op, Ref
 from .folding import fold_batch_norm
+from .gates import fold_gates
 from .onednn import fuse_on_cpu
 from .ops import Block, Env
 from .ops.base import Run
@@ -45,6 +48,7 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
         # Copies: other stages, and other choices of stored maps, have the same ops.
         stage.locals = [replace(local) for local in stage.locals]
         fold_batch_norm(stage)
+        fold_gates(stage)
         if kernels.enabled(stage.program.values[stage.image].device):
             from .fused import fuse  # needs Triton
 

@@ -15,15 +15,16 @@ one function of its sources and vectors. A network whose only reduction is the l
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..capture.trace import Op, Program
+from ..capture.trace import Op, Program, Ref
 from ..errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
+from .ops.base import arguments
 from .sorting import apply_rule, makes, reads, sort
 from .spreading import before_spreading
 
@@ -125,11 +126,15 @@ class Stage:
             found.update((v, reached if values[v].takes_grad else nothing) for v in reduction.outputs)
         return {v: found.get(v, nothing) for v in self.results}
 
-    def apply_rule(self, op: Op) -> Local:
-        """The local op that a rewritten convolution is."""
-        made = apply_rule(op, self.maps)
-        assert isinstance(made, Local)
-        return made
+    def change_arguments(self, conv: Local, **changed: Ref) -> None:
+        """Let a convolution take other values for its `input`, `weight` or `bias`."""
+        names = "input weight bias stride padding dilation groups"
+        given = {name: value for name, value in arguments(conv.op, names).items() if value is not None} | changed
+        inputs = tuple(value.value for value in given.values() if isinstance(value, Ref))
+        again = apply_rule(replace(conv.op, args=(), kwargs=given, inputs=inputs), self.maps)
+        assert isinstance(again, Local)
+        for name in ("op", "run", "unvalued", "axes", "reads", "anew"):
+            setattr(conv, name, getattr(again, name))
 
 
 @dataclass

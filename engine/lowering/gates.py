@@ -1,0 +1,65 @@
+"""A factor for each channel of a map, as of squeeze-and-excite, multiplied into the weights of what reads the product:
+
+    conv(x * s, w) = conv(x, w * s),   s a factor for each input channel
+
+so the product is never there, neither its gradient: that of s is made of the gradient of w * s, once a step. Only where
+one convolution alone reads the product, and the factors are those of all images: of a batch each image has its own gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..capture.trace import Ref
+from .conv_chains import channel_scale
+from .ops import Env, Local, VectorOp
+from .ops.base import arguments
+from .stages import Stage, private_maps, readers_of, vector_inputs
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The numbers of a convolution's weight and of the factors for its input; called, the product."""
+
+    weight: int
+    scale: int
+    groups: int
+
+    def __call__(self, env: Env) -> tuple[Tensor, ...]:
+        weight, scale = env[self.weight], env[self.scale]
+        filters, channels = weight.shape[:2]
+        rows = scale.reshape(self.groups, 1, channels).expand(-1, filters // self.groups, -1)
+        return (weight * rows.reshape(filters, channels, 1, 1),)
+
+
+def fold_gates(stage: Stage) -> None:
+    """Multiply gates into the convolutions that read what they make."""
+    readers, private = readers_of(stage), private_maps(stage)
+    dropped: set[int] = set()
+    for gate in stage.locals:
+        product = gate.op.outputs[0]
+        found = readers.get(product, [])
+        if product not in private or len(found) != 1 or found[0].op.name != "conv2d" or len(gate.reads) != 1:
+            continue
+        (value,) = gate.reads
+        scale = channel_scale(stage, gate, value, channels_last=False)
+        if scale is not None and _fold(stage, found[0], value, scale):
+            dropped.add(id(gate))
+    stage.locals = [local for local in stage.locals if id(local) not in dropped]
+    stage.vectors = vector_inputs(stage)
+
+
+def _fold(stage: Stage, conv: Local, value: int, scale: int) -> bool:
+    values = stage.program.values
+    own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
+    weight = own["weight"].value
+    if torch.promote_types(values[weight].dtype, values[scale].dtype) != values[weight].dtype:
+        return False
+    made = len(values)
+    values.append(values[weight])
+    stage.prelude.append(VectorOp(Gated(weight, scale, own["groups"]), (weight, scale), (made,)))
+    stage.change_arguments(conv, input=Ref(value), weight=Ref(made))
+    return True
