@@ -13,6 +13,8 @@ of `moments`, or come out of the epilogue of the convolution that makes x (`conv
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -126,7 +128,7 @@ def launch_normalize_act(
     """Write y = act((x - mean) * rstd * weight + bias + residual).
 
     Args:
-        x, residual, y: (N, C, H, W) windows; y may be x or the residual.
+        x, residual, y: (N, C, H, W) windows, each of any floating dtype; y may be x or the residual.
         mean, rstd, weight, bias: (C,), of any floating dtype.
     """
     if x.numel():
@@ -152,25 +154,49 @@ def normalize_act(
     bias: Tensor | None,
     residual: Tensor | None,
     act: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`."""
+    """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`.
+
+    Args:
+        dtype: of the result, x's if none is given; rounded once.
+    """
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
+    dtype = dtype or x.dtype
 
     def ours() -> Tensor:
-        y = empty_map(*x.shape, x)
+        y = _like(x, dtype)
         launch_normalize_act(x, mean, rstd, weight, bias, residual, act, y)
         return y
 
     def stock() -> Tensor:
-        y = nhwc(_normalize_stock(x, mean, rstd, weight, bias))
-        return activate_reference(y if residual is None else y.add_(residual), act)
+        y = nhwc(_normalize_stock(x.to(widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
+        return activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
 
-    return run_fastest("normalize_act", x, (weight is None, bias is None, residual is None, act), ours, stock)
+    settings = (weight is None, bias is None, residual is None, act, *_others(x, dtype, residual))
+    return run_fastest("normalize_act", x, settings, ours, stock)
 
 
 @normalize_act.register_fake
-def _(x, mean, rstd, weight, bias, residual, act):
-    return empty_map(*x.shape, x)
+def _(x, mean, rstd, weight, bias, residual, act, dtype=None):
+    return _like(x, dtype or x.dtype)
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised map of x's size."""
+    return empty_map(*x.shape, x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
+
+
+def widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
+    """The dtype that values of all of these are computed in."""
+    dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
+    """What dtypes there are besides x's, as part of a key."""
+    kinds = {part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None}
+    return tuple(sorted(str(kind) for kind in kinds - {x.dtype}))
 
 
 def normalize_act_reference(
@@ -194,7 +220,7 @@ def normalize_act_reference(
 
 
 def _setup_normalize(ctx, inputs, output) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.act = inputs
+    x, mean, rstd, weight, bias, residual, ctx.act, _ = inputs
     if residual is not None and ctx.act not in (*MASKS, "none"):
         raise ValueError(
             f"normalize_act: the output does not show the slope of {ctx.act!r} behind a sum; add before it"
@@ -212,7 +238,7 @@ def _differentiate_normalize(ctx, dy):
     wide = rstd.to(dbias.dtype)
     grads = -dbias * scale * wide, dweight * scale / wide, dweight, dbias, dz if keep else dy
     made = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-    return dx, *made, None
+    return dx, *made, None, None
 
 
 normalize_act.register_autograd(_differentiate_normalize, setup_context=_setup_normalize)
@@ -236,7 +262,7 @@ def launch_normalize_act_gradients(
     """Write dx = weight * rstd * dz, and dz if given (the residual's gradient); return the sums of dz and dz * xhat.
 
     Args:
-        dy, x: (N, C, H, W) windows, the gradient of y and the raw map.
+        dy, x: (N, C, H, W) windows, the gradient of y and the raw map, each of any floating dtype.
         gate: what gives act's slope, of x's size: z, or y for ReLU and ReLU6. None: z is computed from x, which is
             right where no residual was added.
         dx, dz: windows of x's size; dx or dz may be dy.
@@ -252,8 +278,8 @@ def launch_normalize_act_gradients(
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
-def _gradients(x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
-    return empty_map(*x.shape, x), empty_map(*x.shape, x) if keep_dz else x.new_empty(0)
+def _gradients(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
+    return empty_map(*x.shape, x), _like(x, dy.dtype) if keep_dz else dy.new_empty(0)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
@@ -271,25 +297,26 @@ def normalize_act_gradients(
     """dx with the statistics taken as constants, dz (empty unless `keep_dz`), dbias and dweight, in one pass.
 
     Args:
-        dy, x, gate: as for `launch_normalize_act_gradients`.
+        dy, x, gate: as for `launch_normalize_act_gradients`; dx has x's dtype, dz that of dy.
     """
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, dz = _gradients(x, keep_dz)
+        dx, dz = _gradients(dy, x, keep_dz)
         sums = launch_normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, act, dx, dz if keep_dz else None)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        z = gate
+        inner = widest(dy, x, gate)
+        z, taken = gate, x.to(inner)
         if z is None and act != "none":
-            z = _normalize_stock(x, mean, rstd, weight, bias)
-        dz = dy if z is None else act_grad(dy, z, act)
+            z = _normalize_stock(taken, mean, rstd, weight, bias)
+        dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
         scale = torch.ones_like(mean) if weight is None else weight
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dz,
-            x,
+            taken,
             scale,
             mean,
             var,
@@ -299,17 +326,17 @@ def normalize_act_gradients(
             0.0,
             [True, True, True],  # a GPU takes the second two
         )
-        kept = (dz.clone() if dz is dy else dz) if keep_dz else x.new_empty(0)
-        return nhwc(dx), kept, dbias.to(wide), dweight.to(wide)
+        kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
+        return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
-    settings = (weight is None, bias is None, gate is None, act, keep_dz)
+    settings = (weight is None, bias is None, gate is None, act, keep_dz, *_others(x, dy, gate))
     return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()
 
 
 @normalize_act_gradients.register_fake
 def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
-    return *_gradients(x, keep_dz), dbias, dweight
+    return *_gradients(dy, x, keep_dz), dbias, dweight
 
 
 def normalize_act_gradients_reference(

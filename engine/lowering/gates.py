@@ -3,7 +3,7 @@
     conv(x * s, w) = conv(x, w * s),   s a factor for each input channel
 
 so the product is never there, neither its gradient: that of s is made of the gradient of w * s, once a step. Only where
-one convolution alone reads the product, and the factors are those of all images: of a batch each image has its own gate.
+one convolution alone reads the product, and the factors are those of all images: in a batch each has its own gate.
 """
 
 from __future__ import annotations

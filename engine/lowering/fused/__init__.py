@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..stages import Stage
-from .batch_norm import fuse_batch_norms
 from .conv import fuse_convolutions
 from .layer_norm import fuse_layer_norms
 from .masks import pass_masks
+from .normalize import fuse_norms
 from .pair import fuse_pairs
 from .pool import take_pools
 from .stem import fuse_stem
@@ -21,7 +21,7 @@ def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
     """
     convs, pools = fuse_convolutions(stage), take_pools(stage)
     fuse_layer_norms(stage, convs)
-    fuse_batch_norms(stage, convs)
+    fuse_norms(stage, convs)
     if not image_grad:
         fuse_stem(stage, convs, pools)
     if training:

@@ -29,7 +29,7 @@ def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSp
     for output, spec in convs.items():
         if spec.act not in MASKS or output not in private or output in gathered:
             continue
-        maskers = [_masker(local, output, convs, pools) for local in readers.get(output, [])]
+        maskers = [_masker(stage, local, output, convs, pools) for local in readers.get(output, [])]
         able = [masker for masker in maskers if masker is not None]
         if able and len(able) == len(maskers):
             spec.masked = True
@@ -38,12 +38,12 @@ def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSp
 
 
 def _masker(
-    local: Local, value: int, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]
+    stage: Stage, local: Local, value: int, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]
 ) -> ConvSpec | PoolSpec | None:
     """The op that can apply a slope to its gradient of `value`: not one that adds `value` as a summand."""
     conv = convs.get(local.op.outputs[0])
     if conv is not None:
-        return conv if conv.x == value and conv.residual != value else None
+        return conv if conv.x == value and conv.residual != value and _reads_as_it_is(stage, conv) else None
     return pools.get(local.op.outputs[0])
 
 
@@ -67,4 +67,11 @@ def _gather(stage: Stage, value: int, readers: list[Local], convs: dict[int, Con
 
 
 def _can_gather(stage: Stage, spec: ConvSpec | None, value: int) -> bool:
-    return spec is not None and not spec.channels_last and is_pixelwise(stage, spec, value)
+    pixelwise = spec is not None and not spec.channels_last and is_pixelwise(stage, spec, value)
+    return pixelwise and _reads_as_it_is(stage, spec)
+
+
+def _reads_as_it_is(stage: Stage, conv: ConvSpec) -> bool:
+    """Whether a convolution does not round its input first, as autocast makes it: what it has is the map then."""
+    values = stage.program.values
+    return values[conv.x].dtype == values[conv.y].dtype

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate, kernels
-from gigamorph.engine.lowering.fused import batch_norm as fused_norm
 from gigamorph.engine.lowering.fused import conv as fused_conv
+from gigamorph.engine.lowering.fused import normalize as fused_norm
 from gigamorph.engine.lowering.stages import Stage
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.kernels import choice

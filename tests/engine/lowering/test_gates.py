@@ -1,4 +1,4 @@
-"""Factors for the channels of a map, as of squeeze-and-excite, multiplied into the weights of what reads the product."""
+"""Factors for the channels of a map, as of squeeze-and-excite, become part of the weights of what reads the product."""
 
 from __future__ import annotations
 

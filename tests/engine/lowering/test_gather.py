@@ -204,3 +204,23 @@ def test_a_map_that_goes_on_in_another_way_is_left() -> None:
     model = Left().double()
     assert not any(local.gathers for local in stage_of(model).locals)
     assert_exact(model, image(40, 33), tile=16)
+
+
+class Rounded(nn.Module):
+    """A float32 map that a convolution rounds under autocast, and something else does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x).float() * 1.001
+        return self.second(x).mean((2, 3)), x.square().sin().amax((2, 3))
+
+
+def test_a_map_that_a_convolution_rounds_under_autocast_stays_as_it_is_for_others() -> None:
+    torch.manual_seed(0)
+    model, image = Rounded(), torch.rand(1, 1, 40, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = model(image)[1], accelerate(model, tile=16)(image)[1]
+    assert torch.equal(found, expected)

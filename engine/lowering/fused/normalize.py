@@ -1,20 +1,15 @@
-"""BatchNorm, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
+"""A norm or gate of channels, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
 
-    y = act(xhat * weight + bias + residual),   xhat = (x - mean) * rstd
-    y = conv1x1(act(xhat * weight + bias))
+    y = act(xhat * factor + offset + residual),   xhat = (x - mean) * rstd
+    y = conv1x1(act(xhat * factor + offset))
 
 Stock PyTorch keeps x, the normalised map and the activation's output; here x alone is kept, and y where it shows the
 activation's slope after a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
-and of dz * xhat. What the statistics' gradients are made of:
+and of dz * xhat over the tile, which are the gradients of offset and factor. affine.py has what they are made of: once
+per step ordinary autograd finds all gradients there.
 
-    dweight = sum dz xhat,   dbias = sum dz,   drstd = dweight * weight / rstd,   dmean = -dbias * weight * rstd
-
-A tile gives two gradients per channel, of `factor` and `offset`, whose values are weight and bias. Once per step
-ordinary autograd finds all four in what these are made of, where c(.) is a constant of the same value:
-
-    factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
-
-Frozen statistics are constants anyway: a norm that no convolution has taken in is computed likewise.
+Under autocast GroupNorm makes float32 of a 16-bit map, which the convolutions after it round again: where they alone
+read the result, it is written as they will have it.
 """
 
 from __future__ import annotations
@@ -34,8 +29,8 @@ from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
-from ..ops.base import batch_norm_arguments
 from ..stages import Stage, private_maps, readers_of, vector_inputs
+from .affine import affine_of
 from .conv import (
     DTYPES,
     ConvSpec,
@@ -48,7 +43,7 @@ from .conv import (
 
 @dataclass(slots=True)
 class NormalizeSpec:
-    """A fused BatchNorm: value numbers and settings. `mean` and `rstd` are constants for autograd."""
+    """Value numbers and settings. `mean` and `rstd` are constants for autograd."""
 
     x: int
     mean: int
@@ -57,10 +52,16 @@ class NormalizeSpec:
     offset: int
     residual: int | None = None
     act: str = "none"
+    dtype: torch.dtype | None = None  # of y
+
+    @property
+    def vectors(self) -> tuple[int, int, int, int]:
+        """Mean, rstd, factor and offset."""
+        return self.mean, self.rstd, self.factor, self.offset
 
 
 class FusedNormalize(torch.autograd.Function):
-    """The BatchNorm of one block."""
+    """The norm of one block."""
 
     @staticmethod
     def forward(
@@ -74,7 +75,7 @@ class FusedNormalize(torch.autograd.Function):
         spec: NormalizeSpec,
         block: Block,
     ):
-        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act)
+        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act, spec.dtype)
         gate = y if residual is not None and spec.act != "none" else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
         ctx.spec, ctx.sum_of = spec, block.sum_of
@@ -93,7 +94,7 @@ class FusedNormalize(torch.autograd.Function):
 
 
 class FusedNormConv(torch.autograd.Function):
-    """The BatchNorm of one block, its activation, and the 1x1 convolution after them."""
+    """The norm of one block, its activation, and the 1x1 convolution after them."""
 
     @staticmethod
     def forward(
@@ -146,8 +147,8 @@ def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
 
 
-def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
-    """Give norms to the kernels, each with what alone reads it: live ones, and those that are not folded.
+def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
+    """Give norms and gates to the kernels, each with what alone reads it: all that no convolution has taken in.
 
     Args:
         convs: the fused convolutions by output; those that become part of another op are taken out.
@@ -155,8 +156,8 @@ def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     readers, private = readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
     for norm in list(stage.locals):
-        given = _given(norm)
-        if given is None or not _is_dense(stage, norm):
+        affine = affine_of(stage, norm)
+        if affine is None or not _has_kernels(stage, norm):
             continue
         chain = [norm]
 
@@ -180,89 +181,70 @@ def fuse_batch_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
             act = found
             chain.append(next_op)
             next_op = follower()
+        (x,) = norm.reads
+        y = chain[-1].op.outputs[0]
         conv = None if next_op is None or residual is not None else convs.get(next_op.op.outputs[0])
-        if conv is not None and next_op is not None and _fits(stage, conv, chain[-1].op.outputs[0]):
+        if conv is not None and next_op is not None and _fits(stage, conv, x, y):
             del convs[conv.y]
             chain.append(next_op)
         else:
             conv = None
         taken.update(map(id, chain))
-        _replace(stage, chain, given, residual, act, conv)
+        dtype = _dtype(stage, x, y, readers.get(y, []), convs) if conv is None and y in private else None
+        maps, like = stage.maps, affine.inputs[0]
+        wide = torch.promote_types(stage.program.values[like].dtype, torch.float32)
+        made = (maps.new_value((maps.shape(x)[1],), wide, like=like) for _ in range(4))
+        spec = NormalizeSpec(x, *made, residual, act, dtype or stage.program.values[y].dtype)
+        stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors))
+        _replace(stage, chain, spec, conv)
     stage.vectors = vector_inputs(stage)
 
 
-def _given(norm: Local) -> dict[str, Any] | None:
-    """mean, var, weight, bias and eps of a norm; None of another op."""
-    if norm.op.name == "live_batch_norm":
-        return norm.op.kwargs
-    if norm.op.name != "batch_norm":
-        return None
-    given = batch_norm_arguments(norm.op)
-    return {**given, "mean": given["running_mean"], "var": given["running_var"]}
+def _has_kernels(stage: Stage, norm: Local) -> bool:
+    """Whether they take the op's dtypes; of two those of GroupNorm under autocast."""
+    (x,), values = norm.reads, stage.program.values
+    same = values[x].dtype == values[norm.op.outputs[0]].dtype
+    return values[x].dtype in DTYPES and (same or norm.op.name == "scale_shift")
 
 
-def _is_dense(stage: Stage, norm: Local) -> bool:
-    (value,) = norm.reads
-    shape = stage.maps.shape(value)
-    same = stage.program.values[value].dtype == stage.program.values[norm.op.outputs[0]].dtype
-    return len(shape) == 4 and stage.maps.axes[value] == (2, 3) and same and stage.program.values[value].dtype in DTYPES
+def _fits(stage: Stage, conv: ConvSpec, x: int, y: int) -> bool:
+    """Whether a convolution of what the norm makes of x can take the norm with it."""
+    same = stage.program.values[x].dtype == stage.program.values[conv.y].dtype
+    return is_pixelwise(stage, conv, y) and not conv.channels_last and conv.act == "none" and same
 
 
-def _fits(stage: Stage, conv: ConvSpec, value: int) -> bool:
-    values = stage.program.values
-    same = values[value].dtype == values[conv.y].dtype
-    return is_pixelwise(stage, conv, value) and not conv.channels_last and conv.act == "none" and same
+def _dtype(stage: Stage, x: int, y: int, readers: list[Local], convs: dict[int, ConvSpec]) -> torch.dtype | None:
+    """The dtype that all who read y round it to, if that is what x has."""
+    specs, values = [convs.get(local.op.outputs[0]) for local in readers], stage.program.values
+    dtype = values[x].dtype
+    alone = all(spec is not None and spec.residual != y and values[spec.y].dtype == dtype for spec in specs)
+    return dtype if alone else None
 
 
-def _replace(
-    stage: Stage,
-    chain: list[Local],
-    given: dict[str, Any],
-    residual: int | None,
-    act: str,
-    conv: ConvSpec | None,
-) -> None:
+def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSpec | None) -> None:
     """Put one op at the place of the last of a chain."""
     norm, last, maps = chain[0], chain[-1], stage.maps
-    (x,) = norm.reads
-    mean, var = given["mean"].value, given["var"].value
-    weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
-    eps: float = given["eps"]
-    spec = NormalizeSpec(x, *(maps.new_value(like=mean) for _ in range(4)), residual, act)  # pyright: ignore
-
-    def prepare(env: Env) -> tuple[Tensor, ...]:
-        middle, rstd = env[mean], torch.rsqrt(env[var] + eps)
-        fixed = rstd.detach()
-        factor, offset = rstd / fixed, -fixed * (middle - middle.detach())
-        if weight is not None:
-            factor, offset = factor * env[weight].to(factor.dtype), offset * env[weight].to(offset.dtype)
-        if bias is not None:
-            offset = offset + env[bias].to(offset.dtype)
-        return middle.detach(), fixed, factor, offset
-
-    inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
-    stage.prelude.append(VectorOp(prepare, inputs, (spec.mean, spec.rstd, spec.factor, spec.offset)))
-
-    vectors = (spec.mean, spec.rstd, spec.factor, spec.offset)
+    x, residual = spec.x, spec.residual
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        added = None if residual is None else env[residual].to(env[x].dtype)
-        return (FusedNormalize.apply(env[x], *(env[v] for v in vectors), added, spec, block),)  # pyright: ignore
+        added = None if residual is None else env[residual]
+        return (FusedNormalize.apply(env[x], *(env[v] for v in spec.vectors), added, spec, block),)  # pyright: ignore
 
     def run_both(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
         assert conv is not None
         bias = None if conv.bias is None else env[conv.bias]
-        given = (env[x], *(env[v] for v in vectors), as_autocast_wants(env[conv.weight]), bias)
+        given = (env[x], *(env[v] for v in spec.vectors), as_autocast_wants(env[conv.weight]), bias)
         return (FusedNormConv.apply(*given, spec, conv, block, valued),)  # pyright: ignore
 
     reads = dict(norm.reads)
     if residual is not None:
         reads[residual] = maps.pointwise(residual)
     if conv is None:
-        name, inputs = "fused_normalize", (*reads, *vectors)
+        name, inputs = "fused_normalize", (*reads, *spec.vectors)
     else:
-        name, inputs = "fused_norm_conv", (*reads, *vectors, *(v for v in (conv.weight, conv.bias) if v is not None))
-    op = replace(norm.op, name=name, kwargs={}, inputs=inputs, outputs=last.op.outputs)
+        of_conv = (v for v in (conv.weight, conv.bias) if v is not None)
+        name, inputs = "fused_norm_conv", (*reads, *spec.vectors, *of_conv)
+    op = replace(norm.op, name=name, args=(), kwargs={}, inputs=inputs, outputs=last.op.outputs)
     made = Local(op, reads, last.axes, run)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))

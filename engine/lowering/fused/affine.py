@@ -1,0 +1,96 @@
+"""Which ops do the same to each channel of all images, and with which numbers:
+
+    y = (x - mean) * rstd * factor + offset
+
+Mean and rstd are constants for autograd; what it has to know of statistics is in factor and offset. With c(.) for a
+constant of the same value,
+
+    BatchNorm           factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
+    GroupNorm and InstanceNorm of one image, weight and rstd in `scale`, rstd = 1:
+                        factor = scale,                     offset = shift - c(scale) * (mean - c(mean))
+    a gate or scale of channels (squeeze-and-excite of one image), mean = 0, rstd = 1:
+                        factor = gate,                      offset = 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conv_chains import channel_scale
+from ..ops import Env, Local
+from ..ops.base import batch_norm_arguments
+from ..stages import Stage
+
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, factor, offset, each (C,)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The vectors that an op's numbers are made of, and how."""
+
+    inputs: tuple[int, ...]
+    make: Callable[[Env], Numbers]
+
+
+def affine_of(stage: Stage, local: Local) -> Affine | None:
+    """What an op does to each channel of the one map that it reads; None of another op."""
+    if len(local.reads) != 1:
+        return None
+    (value,) = local.reads
+    shape = stage.maps.shape(value)
+    if len(shape) != 4 or stage.maps.axes[value] != (2, 3):
+        return None
+    if local.op.name in ("live_batch_norm", "batch_norm"):
+        return _of_batch_norm(local)
+    if local.op.name == "scale_shift" and shape[0] == 1:
+        return _of_scale_shift(local)
+    scale = channel_scale(stage, local, value, channels_last=False)
+    return None if scale is None else _of_gate(scale)
+
+
+def _of_batch_norm(norm: Local) -> Affine:
+    if norm.op.name == "live_batch_norm":
+        given: dict[str, Any] = norm.op.kwargs
+        names = "mean", "var"
+    else:
+        given, names = batch_norm_arguments(norm.op), ("running_mean", "running_var")
+    mean, var = (given[name].value for name in names)
+    weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
+    eps: float = given["eps"]
+
+    def make(env: Env) -> Numbers:
+        middle, rstd = env[mean], torch.rsqrt(env[var] + eps)
+        fixed = rstd.detach()
+        factor, offset = rstd / fixed, -fixed * (middle - middle.detach())
+        if weight is not None:
+            factor, offset = factor * env[weight].to(factor.dtype), offset * env[weight].to(offset.dtype)
+        if bias is not None:
+            offset = offset + env[bias].to(offset.dtype)
+        return middle.detach(), fixed, factor, offset
+
+    return Affine(tuple(v for v in (mean, var, weight, bias) if v is not None), make)
+
+
+def _of_scale_shift(norm: Local) -> Affine:
+    _, *vectors = norm.op.inputs
+
+    def make(env: Env) -> Numbers:
+        mean, scale, shift, _ = (env[v].flatten() for v in vectors)
+        fixed = mean.detach()
+        return fixed, torch.ones_like(fixed), scale, shift - scale.detach() * (mean - fixed)
+
+    return Affine(tuple(vectors), make)
+
+
+def _of_gate(scale: int) -> Affine:
+    def make(env: Env) -> Numbers:
+        gate = env[scale].flatten()
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return torch.zeros_like(gate), torch.ones_like(gate), gate, torch.zeros_like(gate)
+
+    return Affine((scale,), make)
