@@ -14,6 +14,7 @@ of `moments`, or come out of the epilogue of the convolution that makes x (`conv
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -155,36 +156,48 @@ def normalize_act(
     residual: Tensor | None,
     act: str,
     dtype: torch.dtype | None = None,
+    margin: Sequence[int] | None = None,
 ) -> Tensor:
     """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`.
 
     Args:
         dtype: of the result, x's if none is given; rounded once.
+        margin: rows above and columns to the left of the result that are left unwritten, as by `conv2d_forward`.
     """
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
     dtype = dtype or x.dtype
 
     def ours() -> Tensor:
-        y = _like(x, dtype)
-        launch_normalize_act(x, mean, rstd, weight, bias, residual, act, y)
-        return y
+        whole = _like(x, dtype, margin)
+        launch_normalize_act(x, mean, rstd, weight, bias, residual, act, _inside(whole, margin))
+        return whole
 
     def stock() -> Tensor:
         y = nhwc(_normalize_stock(x.to(widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
-        return activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
+        y = activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
+        if margin is None:
+            return y
+        whole = _like(x, dtype, margin)
+        _inside(whole, margin).copy_(y)
+        return whole
 
-    settings = (weight is None, bias is None, residual is None, act, *_others(x, dtype, residual))
+    settings = (weight is None, bias is None, residual is None, act, margin is None, *_others(x, dtype, residual))
     return run_fastest("normalize_act", x, settings, ours, stock)
 
 
 @normalize_act.register_fake
-def _(x, mean, rstd, weight, bias, residual, act, dtype=None):
-    return _like(x, dtype or x.dtype)
+def _(x, mean, rstd, weight, bias, residual, act, dtype=None, margin=None):
+    return _like(x, dtype or x.dtype, margin)
 
 
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised map of x's size."""
-    return empty_map(*x.shape, x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
+def _like(x: Tensor, dtype: torch.dtype, margin: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised map of x's size and a margin."""
+    (n, c, h, w), (above, left) = x.shape, margin or (0, 0)
+    return empty_map(n, c, h + above, w + left, x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
+
+
+def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
+    return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
 
 
 def widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
@@ -220,25 +233,26 @@ def normalize_act_reference(
 
 
 def _setup_normalize(ctx, inputs, output) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.act, _ = inputs
+    x, mean, rstd, weight, bias, residual, ctx.act, _, ctx.margin = inputs
     if residual is not None and ctx.act not in (*MASKS, "none"):
         raise ValueError(
             f"normalize_act: the output does not show the slope of {ctx.act!r} behind a sum; add before it"
         )
-    gate = output if residual is not None and ctx.act != "none" else None
+    gate = _inside(output, ctx.margin) if residual is not None and ctx.act != "none" else None
     ctx.save_for_backward(x, mean, rstd, weight, bias, gate)
     ctx.dtypes = [None if t is None else t.dtype for t in (mean, rstd, weight, bias, residual)]
 
 
 def _differentiate_normalize(ctx, dy):
     x, mean, rstd, weight, bias, gate = ctx.saved_tensors
+    dy = _inside(dy, ctx.margin)
     keep = ctx.needs_input_grad[5] and gate is not None
     dx, dz, dbias, dweight = normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, ctx.act, keep)
     scale = 1.0 if weight is None else weight.to(dbias.dtype)
     wide = rstd.to(dbias.dtype)
     grads = -dbias * scale * wide, dweight * scale / wide, dweight, dbias, dz if keep else dy
     made = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-    return dx, *made, None, None
+    return dx, *made, None, None, None
 
 
 normalize_act.register_autograd(_differentiate_normalize, setup_context=_setup_normalize)

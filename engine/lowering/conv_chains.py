@@ -115,8 +115,9 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
         spec = ConvChain.of(conv)
         chain = spec.members
         if (next_op := follower(chain)) is not None:
-            scale = channel_scale(stage, next_op, chain[-1].op.outputs[0], spec.channels_last)
-            if scale is not None:
+            made = chain[-1].op.outputs[0]
+            scale = channel_scale(stage, next_op, made, spec.channels_last)
+            if scale is not None and values[scale].dtype == values[made].dtype == values[next_op.op.outputs[0]].dtype:
                 _fold_scale(stage, spec, scale)
                 chain.append(next_op)
                 next_op = follower(chain)
@@ -150,16 +151,11 @@ def channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -
     scale = operands[1] if operands[0] == value else operands[0]
     if scale == value or scale in stage.maps:
         return None
-    values = stage.program.values
-    shape = list(values[scale].shape)
-    channels = values[value].shape[3 if channels_last else 1]
+    shape = list(stage.program.values[scale].shape)
+    channels = stage.maps.shape(value)[3 if channels_last else 1]
     wanted = [channels] if channels_last else [channels, 1, 1]
-    same_dtype = values[scale].dtype == values[value].dtype == values[local.op.outputs[0]].dtype
-    return (
-        scale
-        if same_dtype and len(shape) <= 4 and [1] * (4 - len(shape)) + shape == [1] * (4 - len(wanted)) + wanted
-        else None
-    )
+    fits = len(shape) <= 4 and [1] * (4 - len(shape)) + shape == [1] * (4 - len(wanted)) + wanted
+    return scale if fits else None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ def _fold(stage: Stage, conv: Local, value: int, scale: int) -> bool:
     values = stage.program.values
     own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
     weight = own["weight"].value
-    if torch.promote_types(values[weight].dtype, values[scale].dtype) != values[weight].dtype:
+    wide = torch.promote_types(values[weight].dtype, values[scale].dtype)
+    # Under autocast the product may have another dtype; the convolution has to make of the map what it makes of that.
+    if wide != values[weight].dtype or values[value].dtype != values[conv.op.outputs[0]].dtype:
         return False
     made = len(values)
     values.append(values[weight])

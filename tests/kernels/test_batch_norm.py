@@ -119,6 +119,31 @@ def test_backward(dtype, shape, act, gated):
             assert_close(f"{name} in one pass", result, oracle)
 
 
+@pytest.mark.parametrize("mode", ["triton", "stock"])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("made", ["wide", "narrow"])
+def test_of_16_bits_beside_32(mode, narrow, made):
+    """As under autocast: x has 16 bits, the residual 32, the result 32 or 16, each rounded once; and a margin."""
+    generator = torch.Generator().manual_seed(8)
+    x, (residual, dy) = (
+        random_map(1, 20, 5, 6, narrow, generator),
+        (random_map(1, 20, 5, 6, torch.float32, generator) for _ in range(2)),
+    )
+    dtype = torch.float32 if made == "wide" else narrow
+    dy = dy.to(dtype)
+    per_channel = vectors(20, torch.float32, generator)
+    with choice.override(mode):
+        whole = normalize_act(x, *per_channel, residual, "relu", dtype, (2, 1))
+        y = whole[:, :, 2:, 1:]
+        dx, dz, *sums = normalize_act_gradients(dy, x, *per_channel, y, "relu", True)
+    oracle, z = normalize_act_reference(*doubled(x, *per_channel, residual), "relu")
+    assert (whole.shape, y.dtype, dx.dtype, dz.dtype) == ((1, 20, 7, 7), dtype, narrow, dtype)
+    assert_close("y", y, oracle)
+    oracles = normalize_act_gradients_reference(*doubled(dy, x, *per_channel, z), "relu")
+    for name, result, wanted in zip(("dx", "dz", "sum dz", "sum dz * xhat"), (dx, dz, *sums), oracles, strict=True):
+        assert_close(name, result, wanted)
+
+
 def test_windows_are_read_and_written_in_place(tiles):
     generator = torch.Generator().manual_seed(7)
     dy, x, residual = (random_map(2, 20, 5, 6, torch.float32, generator) for _ in range(3))

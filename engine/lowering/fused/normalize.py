@@ -75,7 +75,9 @@ class FusedNormalize(torch.autograd.Function):
         spec: NormalizeSpec,
         block: Block,
     ):
-        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act, spec.dtype)
+        margin = None if block.margin == (0, 0) else block.margin
+        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act, spec.dtype, margin)
+        y = y[:, :, block.margin[0] :, block.margin[1] :]
         gate = y if residual is not None and spec.act != "none" else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
         ctx.spec, ctx.sum_of = spec, block.sum_of
@@ -201,10 +203,10 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
 
 
 def _has_kernels(stage: Stage, norm: Local) -> bool:
-    """Whether they take the op's dtypes; of two those of GroupNorm under autocast."""
+    """Whether they take the op's dtypes: one, or what autocast does, 16 bits for x and 32 for y."""
     (x,), values = norm.reads, stage.program.values
-    same = values[x].dtype == values[norm.op.outputs[0]].dtype
-    return values[x].dtype in DTYPES and (same or norm.op.name == "scale_shift")
+    given, made = values[x].dtype, values[norm.op.outputs[0]].dtype
+    return given in DTYPES and (made == given or (given.itemsize == 2 and made == torch.float32))
 
 
 def _fits(stage: Stage, conv: ConvSpec, x: int, y: int) -> bool:
@@ -245,7 +247,7 @@ def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSp
         of_conv = (v for v in (conv.weight, conv.bias) if v is not None)
         name, inputs = "fused_norm_conv", (*reads, *spec.vectors, *of_conv)
     op = replace(norm.op, name=name, args=(), kwargs={}, inputs=inputs, outputs=last.op.outputs)
-    made = Local(op, reads, last.axes, run)
+    made = Local(op, reads, last.axes, run, leaves_room=True)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
     stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made
