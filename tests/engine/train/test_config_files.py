@@ -14,6 +14,15 @@ def test_stages_that_fill_more_than_a_line_are_read_again():
     assert parse_config(to_toml(config), TrainConfig, "file") == config
 
 
+def test_a_single_name_is_a_list_of_one():
+    text = "log = 'tensorboard'\nfreeze = 'layer1'\ndata = {task = 'labels', labels = 'cancer'}\n"
+    config = parse_config(text + "callbacks = 'my:Own'\nstages = [{epochs = 1, freeze = 'stem'}]", TrainConfig, "file")
+    assert config.log == ("tensorboard",) and config.freeze == ("layer1",) and config.data.labels == ("cancer",)
+    assert config.callbacks == ("my:Own",) and config.stages[0].freeze == ("stem",)
+    with pytest.raises(GigamorphError, match="file: key 'log' is 3, not a list, each of it a text"):
+        parse_config("log = 3", TrainConfig, "file")
+
+
 def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
     path = tmp_path / "my.yaml"
     stages = "stages:\n- {epochs: 1, lr: 1e-2, name: null}\n"
