@@ -127,7 +127,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--log", "paper"], "log 'paper' is unknown; take csv"),
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: there is no module 'nowhere'"),
         (["--folds", "50"], "50 folds of 4 patients cannot be made; take from 2 to 4"),
-        (["--task", "labels", "--label", "mass"], "has no column label_mass; there are cluster"),
+        (
+            ["--task", "labels", "--label", "mass"],
+            "phantoms.csv: has no column label_mass; it has image_path, label, patient_id",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(phantoms, tmp_path, capsys, monkeypatch, options, message):
