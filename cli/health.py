@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .. import kernels
 from ..engine.tiling import arena
 from ..engine.tiling.memory import available_bytes, format_bytes
-from ..engine.versions import versions
+from ..engine.versions import TESTED, versions
 from ..kernels import winograd
 from ..kernels.choice import failures
 
@@ -134,7 +134,13 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 def problems(machine: Machine) -> list[Problem]:
     """The known traps that this machine is in."""
-    return [*_of_torchvision(machine), *_of_gpus(machine), *_of_host(machine), *_of_packages(machine)]
+    return [
+        *_of_torchvision(machine),
+        *_of_gpus(machine),
+        *_of_host(machine),
+        *_of_packages(machine),
+        *_untested(machine),
+    ]
 
 
 def _of_torchvision(machine: Machine) -> Iterator[Problem]:
@@ -234,6 +240,24 @@ def _of_packages(machine: Machine) -> Iterator[Problem]:
             "error",
             "imagecodecs is missing or broken; compressed DICOM, TIFF and PNG cannot be read",
             "pip install --force-reinstall imagecodecs",
+        )
+
+
+def _untested(machine: Machine) -> Iterator[Problem]:
+    """Packages that are newer than the tests, and may have changed what gigamorph builds upon."""
+    there = {name: machine.versions.get(name, "") for name in TESTED}
+    newer = {name: TESTED[name] for name, text in there.items() if _release(text)[:2] > _release(TESTED[name].newest)}
+    if newer:
+        whole = ", ".join(f"{name} {tested.oldest} to {tested.newest}" for name, tested in newer.items())
+        parts = " and ".join(f"{name} {tested.in_parts}" for name, tested in newer.items())
+        named = " and ".join(f"{name} {there[name]}" for name in newer)
+        former = " ".join(f"'{name}=={tested.newest}.*'" for name, tested in newer.items())
+        yield Problem(
+            "warning",
+            f"{named}: newer than gigamorph is tested with ({whole}; in parts {parts})",
+            "nothing while results are right: accelerate(network, verify=True) compares a network with ordinary "
+            "PyTorch, as does gigamorph bench step --model NAME --size 512x512 --peer stock --peer gigamorph; where "
+            f"they differ, report it, and pip install {former}",
         )
 
 

@@ -249,14 +249,15 @@ def _required(data: str | None, out: str | None) -> tuple[str, Path]:
 def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> TrainConfig:
     """The file's values, the options' over them, and those of -o over both; of a run that goes on its own file's."""
     from ..engine.config import parse_value, put, read_values
-    from ..engine.train.config import make_config
+    from ..engine.train.config import make_config, read_saved
 
     values: dict[str, Any] = {}
     source = given["config"]
-    if source is None and given["resume"] and given["out"] and (Path(given["out"]) / SAVED).is_file():
-        source = str(Path(given["out"]) / SAVED)
     if source is not None:
         values = read_values(source)
+    elif given["resume"] and given["out"] and (Path(given["out"]) / SAVED).is_file():
+        source = str(Path(given["out"]) / SAVED)
+        values = read_saved(source)
     for name, value in given.items():
         if name not in _APART and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
             table = _KEYS.get(name)

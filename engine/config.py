@@ -240,6 +240,8 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
     if origin in (Union, UnionType):
         # TOML has no null: a key that may be None is omitted for it.
         return _any_of([t for t in get_args(wanted) if t is not NoneType], value, source, key)
+    if wanted == tuple[str, ...] and isinstance(value, str):  # one name is a list of one
+        return (value,)
     if origin is tuple and isinstance(value, list):
         inner = get_args(wanted)
         if inner[-1] is Ellipsis:

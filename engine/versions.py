@@ -6,10 +6,27 @@ import contextlib
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 # The door's, which is loaded before any room. What is installed may be other code than a checkout on Python's path, or
 # nothing at all.
 OWN: str = sys.modules[__name__.partition(".")[0]].__version__
+
+TESTED = {"torch": ("2.11", "2.13", "2.14"), "triton": ("3.6", "3.7", "3.8")}
+"""Releases: the oldest and newest that all tests pass with, and the newest that parts of them do."""
+
+
+class Tested(NamedTuple):
+    """Releases of a package that gigamorph is tested with."""
+
+    oldest: str
+    newest: str
+    """The last that all tests pass with."""
+    in_parts: str
+    """The last that parts of them pass with."""
+
+
+TESTED = {"torch": Tested("2.11", "2.13", "2.14"), "triton": Tested("3.6", "3.7", "3.8")}
 
 
 def versions(*packages: str) -> dict[str, str]:

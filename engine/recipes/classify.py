@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate
 from ..config import to_plain
-from ..datasets.tables import SPLITS, Record, read_table
+from ..datasets.tables import SPLITS, Record, label_columns, read_table
 from ..datasets.tables.chestxray14 import FINDINGS
 from ..errors import DataError
 from ..evaluate.cases import Cases
@@ -58,10 +58,7 @@ def read_target(
     if kind == "classes":
         target = Target(tuple(read.classes))
     else:
-        there = list(dict.fromkeys(name for record in read.records for name in record.labels))
-        absent = [name for name in labels if name not in there]
-        if absent or not there:
-            raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; there are {', '.join(there)}")
+        there = label_columns(table, read.records, labels)
         # The data set's table has one column more, which says whether there is any finding.
         every = FINDINGS if set(FINDINGS) <= set(there) else tuple(there)
         target = Target(tuple(labels) or every, "labels")

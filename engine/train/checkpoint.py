@@ -13,6 +13,7 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
+from ..morph.files import ENDING, SUFFIXES, recipe_of
 
 make_torchvision_importable()
 
@@ -51,6 +52,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         DataError: if it cannot be read or is not a checkpoint of `run_stages`.
     """
     path = Path(path)
+    if path.name.endswith(ENDING) or (path.suffix in SUFFIXES and path.is_file() and recipe_of(path).morphs):
+        raise DataError(
+            f"{path}: is of gigamorph morph, and does not hold which model it began as, its classes and preprocessing; "
+            "train on with gigamorph train --init, and name the run's best.ckpt here"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

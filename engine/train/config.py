@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import from_plain, without_nulls
+from ..config import from_plain, read_values, without_nulls
 from ..datasets.augment import Augment
 from ..errors import GigamorphError
 from ..images.grayscale import check_voi
@@ -19,7 +19,8 @@ from ..models.pretrained import pretrained_scale
 from ..models.registry import open_checked
 from ..models.views import Views
 from .inputs import Labels
-from .options import Loss, Optimizer, TrainOptions, require
+from .options import Loss, TrainOptions, require
+from .stages import Stage
 
 Numbers = float | tuple[float, ...]
 
@@ -97,7 +98,7 @@ class TrainConfig(TrainOptions):
                 whose = "classes and labels; numbers have none" if of_numbers else "--task numbers; leave it out"
                 raise GigamorphError(f"loss.{name} is of {whose}")
         optimizer = self.optimizer.name
-        if self.optimizer.momentum != Optimizer.momentum and optimizer.lower() != "sgd":
+        if self.optimizer.momentum is not None and optimizer.lower() != "sgd":
             raise GigamorphError(
                 f"optimizer.momentum is of sgd; of {optimizer} it is in optimizer.options, if it has one"
             )
@@ -174,6 +175,20 @@ def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], ob
         return from_plain(_of_folder(values, init, warn), TrainConfig, source)
     own = _of_folder(values, config.model, warn) if is_folder(config.model) else _without(values, "init")
     return from_plain({**own, "weights": init}, TrainConfig, source)
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """What stands in the file that a run has kept, which goes on as it was begun.
+
+    Those of older versions say of every optimizer the momentum that only sgd has taken.
+
+    Raises:
+        GigamorphError: as `read_values`.
+    """
+    match values := read_values(path):
+        case {"optimizer": {"name": str(name), "momentum": Stage.momentum}} if name.lower() != "sgd":
+            del values["optimizer"]["momentum"]
+    return values
 
 
 def _of_timm(values: Mapping[str, Any], init: str, channels: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..datasets.dataset import ImageDataset
 from ..datasets.exams import ExamDataset
 from ..datasets.grey import grey_warnings
 from ..datasets.splits import assign_splits, check_leaks
-from ..datasets.tables import Record, read_table
+from ..datasets.tables import Record, label_columns, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
@@ -208,11 +208,7 @@ def _read(
             check_names(table, read.classes, labels.kind, warn)
         return read.records, Target(tuple(read.classes), labels.kind, views=labels.views)
     read = read_table(table, labels=False, check_files=check_files)
-    there = list(dict.fromkeys(name for record in read.records for name in record.labels))
-    absent = [name for name in labels.names if name not in there]
-    if absent or not there:
-        known = f"there are {', '.join(there)}" if there else "it has no columns label_NAME"
-        raise DataError(f"{table}: has no column label_{(absent or ['NAME'])[0]}; {known}")
+    there = label_columns(table, read.records, labels.names)
     target = Target(labels.names or tuple(there), labels.kind, views=labels.views)
     records = target.known(read.records)
     if len(records) < len(read.records):

@@ -35,8 +35,8 @@ class Optimizer:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     """On weights, not on biases and norms."""
-    momentum: float = 0.9
-    """Of "sgd"."""
+    momentum: float | None = None
+    """Of "sgd", which takes 0.9 where none is set."""
     clip: float | None = 1.0
     """Largest norm of the gradients of a step; 0 for any."""
     layer_decay: float = 1.0
@@ -47,6 +47,8 @@ class Optimizer:
     """Further arguments of the optimizer, as betas."""
 
     def __post_init__(self) -> None:
+        if self.momentum is None and self.name.lower() == "sgd":
+            object.__setattr__(self, "momentum", Stage.momentum)
         for name in ("lr", "weight_decay", "clip", "layer_decay"):
             require(f"optimizer.{name}", getattr(self, name), 0)
         require("optimizer.momentum", self.momentum, 0, 1)
@@ -176,7 +178,7 @@ class TrainOptions:
             weight_decay=own.weight_decay,
             optimizer=own.name,
             optimizer_options=own.options,
-            momentum=own.momentum,
+            momentum=Stage.momentum if own.momentum is None else own.momentum,
             layer_decay=own.layer_decay,
             accumulate=self.accumulate,
             schedule=self.schedule.name,

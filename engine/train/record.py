@@ -94,6 +94,8 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
         now = given.get(name)
         if name in _FREE or (name == "epochs" and now > value):
             continue
+        if name == "optimizer.momentum" and now is None:  # runs of older versions say one of every optimizer
+            continue
         if now != value:
             raise GigamorphError(
                 f"{path}: was begun with {name}={value!r}, not {now!r}; resume with the same"

@@ -1,12 +1,17 @@
+import inspect
 import json
 import os
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gigamorph import accelerate
+from gigamorph.cli.bench import step
 from gigamorph.cli.health import PACKAGES, Machine, facts, problems
 from gigamorph.cli.main import main
+from gigamorph.engine.versions import TESTED
 
 HEALTHY = Machine(
     versions=dict.fromkeys(PACKAGES, "2.6.6"),
@@ -83,6 +88,33 @@ def test_healthy_machines_have_no_problem():
 def test_each_trap_is_named_with_its_fix(machine, level, what, fix):
     [problem] = problems(machine)
     assert problem.level == level and what in problem.what and fix in problem.fix
+
+
+def with_versions(**versions):
+    return replace(HEALTHY, versions={**HEALTHY.versions, **versions})
+
+
+def test_packages_newer_than_those_tested_are_named_with_the_self_check():
+    assert problems(with_versions(torch="2.13.9+cpu", triton="3.7.1")) == []
+    [problem] = problems(with_versions(torch="2.15.0.dev1+cu130", triton="3.8.0"))
+    assert problem.level == "warning"
+    assert problem.what == (
+        "torch 2.15.0.dev1+cu130 and triton 3.8.0: newer than gigamorph is tested with "
+        "(torch 2.11 to 2.13, triton 3.6 to 3.7; in parts torch 2.14 and triton 3.8)"
+    )
+    assert problem.fix.endswith("pip install 'torch==2.13.*' 'triton==3.7.*'")
+    assert "verify=True" in problem.fix and "verify" in inspect.signature(accelerate).parameters
+    command = problem.fix.partition("gigamorph bench ")[2].partition(";")[0].split()
+    with step.make_context("step", command[1:]) as context:  # as its parser takes it
+        assert context.params["peers"] == ("stock", "gigamorph")
+    [problem] = problems(with_versions(torch="2.14.1"))
+    assert problem.what.startswith("torch 2.14.1: newer") and "triton" not in problem.what
+
+
+def test_tested_versions_begin_with_the_oldest_that_can_be_installed():
+    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name, tested in TESTED.items():
+        assert any(line.partition(";")[0] == f"{name}>={tested.oldest}" for line in wanted)
 
 
 def test_version_with_a_suffix_is_no_old_one():

@@ -214,6 +214,19 @@ def test_what_is_asked_must_be_said(folder, capsys):
     assert not (folder / "b.safetensors").exists()
 
 
+def test_predict_names_what_a_grown_file_does_not_hold(folder, capsys):
+    assert grow("widen", "a", "b", "--factor", 2) == 0
+    assert run("widen", "--in", "a.safetensors", "--out", "b.pt", *NET, "--factor", 2) == 0
+    capsys.readouterr()
+    for name in ("b.safetensors", "b.recipe.json", "b.pt"):
+        assert commands.run("predict", name, "image.png", "--out", "out") == 2
+        assert lines(capsys.readouterr().err) == [
+            f"error: {name}: is of gigamorph morph, and does not hold which model it began as, its classes and "
+            "preprocessing; train on with gigamorph train --init, and name the run's best.ckpt here"
+        ]
+    assert not (folder / "out").exists()
+
+
 def test_torch_files(folder, capsys):
     torch.save({"state_dict": {f"net.{k}": v for k, v in read_state("a.safetensors").items()}}, "a.ckpt")
     assert run("widen", "--in", "a.ckpt", "--out", "b.pth", *NET, "--factor", 2) == 0

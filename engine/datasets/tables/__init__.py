@@ -1,6 +1,6 @@
 """Tables of images: one's own (csv, folder per class) and those of public data sets, as records of one schema."""
 
-from .generic import missing_files, missing_masks, read_table, without_masks
+from .generic import label_columns, missing_files, missing_masks, read_table, without_masks
 from .public import DATA_SETS, detect, read_data_set
 from .schema import SPLITS, Box, Finding, Record, Table, write_table
 
@@ -12,6 +12,7 @@ __all__ = [
     "Record",
     "Table",
     "detect",
+    "label_columns",
     "missing_files",
     "missing_masks",
     "read_data_set",

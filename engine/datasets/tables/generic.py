@@ -105,6 +105,24 @@ def labels_of(path: Path, table: Table) -> list[str]:
     return [table.classes[record.label] if record.label >= 0 else "" for record in table.records]
 
 
+def label_columns(path: str | Path, records: Sequence[Record], wanted: Sequence[str] = ()) -> list[str]:
+    """The names, without label_, of a table's label columns that are not empty.
+
+    Raises `DataError` if there are none, or one that is wanted is not among them; it says which columns there are.
+    """
+    there = list(dict.fromkeys(name for record in records for name in record.labels))
+    absent = [name for name in wanted if name not in there]
+    if there and not absent:
+        return there
+    column = LABEL_PREFIX + (absent or ["NAME"])[0]
+    if Path(path).is_dir():
+        raise DataError(f"{path}: has no column {column}, as it is a folder; gigamorph data index makes a table of it")
+    header = read_rows(Path(path), fallback=None).header
+    if empty := [name for name in header if name == column or (not absent and name.startswith(LABEL_PREFIX))]:
+        raise DataError(f"{path}: column {empty[0]} is empty; fill it in where the label is known")
+    raise DataError(f"{path}: has no column {column}; it has {', '.join(header)}")
+
+
 def skip_absent(path: str | Path, records: Sequence[Record]) -> list[Record]:
     """Records whose file exists; `DataError` if none does."""
     missing = set(missing_files(records))

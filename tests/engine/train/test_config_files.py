@@ -14,6 +14,26 @@ def test_stages_that_fill_more_than_a_line_are_read_again():
     assert parse_config(to_toml(config), TrainConfig, "file") == config
 
 
+def test_momentum_is_printed_of_the_optimizer_that_takes_it():
+    for text, printed, taken in (
+        ("", "# momentum =", 0.9),
+        ("optimizer.name = 'SGD'", "momentum = 0.9", 0.9),
+        ("optimizer = {name = 'sgd', momentum = 0.0}", "momentum = 0.0", 0.0),
+    ):
+        config = parse_config(text, TrainConfig, "file")
+        assert printed in to_toml(config).splitlines() and parse_config(to_toml(config), TrainConfig, "file") == config
+        assert config.made_stages(True)[0].momentum == taken
+
+
+def test_a_single_name_is_a_list_of_one():
+    text = "log = 'tensorboard'\nfreeze = 'layer1'\ndata = {task = 'labels', labels = 'cancer'}\n"
+    config = parse_config(text + "callbacks = 'my:Own'\nstages = [{epochs = 1, freeze = 'stem'}]", TrainConfig, "file")
+    assert config.log == ("tensorboard",) and config.freeze == ("layer1",) and config.data.labels == ("cancer",)
+    assert config.callbacks == ("my:Own",) and config.stages[0].freeze == ("stem",)
+    with pytest.raises(GigamorphError, match="file: key 'log' is 3, not a list, each of it a text"):
+        parse_config("log = 3", TrainConfig, "file")
+
+
 def test_numbers_in_lists_of_a_yaml_file_are_numbers(tmp_path):
     path = tmp_path / "my.yaml"
     stages = "stages:\n- {epochs: 1, lr: 1e-2, name: null}\n"
@@ -89,6 +109,10 @@ def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
         (
             "optimizer = {name = 'rmsprop', momentum = 0.5}",
             "optimizer.momentum is of sgd; of rmsprop it is in optimizer.options, if it has one",
+        ),
+        (
+            "optimizer.momentum = 0.9",
+            "optimizer.momentum is of sgd; of adamw it is in optimizer.options, if it has one",
         ),
         ("memory_budget = '12x'", "memory size '12x' is not understood; write it like 4GiB, 800MiB or 6GB"),
         ("memory_budget = 0", "memory size 0 must be positive, a byte or more"),

@@ -1,9 +1,12 @@
-"""What a run says of the checkpoint that it begins from."""
+"""What a run says of the checkpoint that it begins from, or goes on from."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from gigamorph.engine.train.record import scale_told
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.train.record import require_same, scale_told
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,14 @@ def test_another_grey_scale_than_that_of_the_weights_is_told(tmp_path, mean, std
     if told is not None:
         assert "has learnt on grey values of mean [0.157] and std [0.163]" in told
     assert scale_told("timm:resnet18", {"normalize": {"mean": mean, "std": std}}) is None
+
+
+def test_a_run_of_an_older_version_whose_optimizer_took_no_momentum_goes_on():
+    def record(momentum):
+        options = {"optimizer": {"name": "adamw", "momentum": momentum}}
+        return {"split": {"sha256": "", "truth_sha256": ""}, "options": options, "preprocessing": {}}
+
+    now = {**record(None), "target": {"kind": "classes"}, "images_at_once": 1}
+    require_same(record(0.9), now, Path("last.ckpt"))
+    with pytest.raises(GigamorphError, match=r"was begun with optimizer.momentum=0.9, not 0.8"):
+        require_same(record(0.9), {**now, **record(0.8)}, Path("last.ckpt"))

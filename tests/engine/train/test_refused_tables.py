@@ -6,7 +6,7 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.datasets.tables import Record, label_columns
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.train.folds import draw_folds
 from gigamorph.engine.train.inputs import Labels, training_data
@@ -20,6 +20,33 @@ def test_a_number_that_is_infinite_is_named(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
     with pytest.raises(DataError, match=r"t.csv: label_size of 2.png is inf; leave it empty if not known"):
         training_data(tmp_path / "t.csv", labels=Labels("numbers"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        ("finding", (), "has no column label_NAME; it has image_path, patient_id, split, finding"),
+        ("label_size", ("mass",), "has no column label_mass; it has image_path, patient_id, split, label_size"),
+        ("label_empty", (), "column label_empty is empty; fill it in where the label is known"),
+        ("label_size,label_empty", ("empty",), "column label_empty is empty; fill it in where the label is known"),
+    ],
+)
+def test_labels_without_a_column_are_told_the_columns(tmp_path, columns, names, message):
+    table = tmp_path / "t.csv"
+    values = ",".join("" if name == "label_empty" else "1" for name in columns.split(","))
+    rows = [f"{number}.png,p{number},{split},{values}" for number, split in enumerate(("train", "val"))]
+    table.write_text("\n".join([f"image_path,patient_id,split,{columns}", *rows, ""]))
+    with pytest.raises(DataError) as told:
+        training_data(table, labels=Labels("labels", names), skip_bad=True)
+    assert str(told.value) == f"{table}: {message}"
+
+
+def test_labels_of_a_folder_are_refused_with_how_to_make_a_table(tmp_path):
+    with pytest.raises(DataError) as told:
+        label_columns(tmp_path, [])
+    assert str(told.value) == (
+        f"{tmp_path}: has no column label_NAME, as it is a folder; gigamorph data index makes a table of it"
+    )
 
 
 def test_folds_of_a_table_of_test_images_are_one_line():
