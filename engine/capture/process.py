@@ -111,7 +111,7 @@ def recording(unseen: Unseen, asking: Iterable[dict[str, Any]] = ()) -> Iterator
             changes.undo()
 
 
-def _unbound(owner: type, name: str) -> Callable[..., Any]:
+def unbound(owner: type, name: str) -> Callable[..., Any]:
     """A class method written in C, as `Function.apply` is from PyTorch 2.14 on, with its class as an argument."""
     method = vars(owner)[name]
     return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
@@ -139,7 +139,7 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
         return call
 
     def function_apply(original: Any) -> Any:
-        plain = getattr(original, "__func__", None) or _unbound(torch.autograd.Function, "apply")
+        plain = getattr(original, "__func__", None) or unbound(torch.autograd.Function, "apply")
 
         def call(cls: type, *args: Any, **kwargs: Any) -> Any:
             return unseen.custom_function(plain, cls, args, kwargs) if here() else plain(cls, *args, **kwargs)

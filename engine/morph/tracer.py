@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..capture.process import unbound
 from ..capture.trace import module_paths
 from ..errors import MorphError
 from . import families
@@ -350,9 +351,10 @@ class Tracer(Primitives, TorchFunctionMode):
 def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
     """Custom autograd.Functions do not pass through a function mode: `call(its class, apply, arguments)` instead."""
     original = torch.autograd.Function.apply
+    plain = getattr(original, "__func__", None) or unbound(torch.autograd.Function, "apply")
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return call(cls, lambda *a, **k: original.__func__(cls, *a, **k), args, kwargs)  # pyright: ignore
+        return call(cls, lambda *a, **k: plain(cls, *a, **k), args, kwargs)
 
     own = torch.autograd.Function.__dict__.get("apply")
     torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]

@@ -67,8 +67,9 @@ def _gather(stage: Stage, value: int, readers: list[Local], convs: dict[int, Con
 
 
 def _can_gather(stage: Stage, spec: ConvSpec | None, value: int) -> bool:
-    pixelwise = spec is not None and not spec.channels_last and is_pixelwise(stage, spec, value)
-    return pixelwise and _reads_as_it_is(stage, spec)
+    if spec is None or spec.channels_last:
+        return False
+    return is_pixelwise(stage, spec, value) and _reads_as_it_is(stage, spec)
 
 
 def _reads_as_it_is(stage: Stage, conv: ConvSpec) -> bool:

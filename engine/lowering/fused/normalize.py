@@ -195,8 +195,9 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
         dtype = _dtype(stage, x, y, readers.get(y, []), convs) if conv is None and y in private else None
         maps, like = stage.maps, affine.inputs[0]
         wide = torch.promote_types(stage.program.values[like].dtype, torch.float32)
-        made = (maps.new_value((maps.shape(x)[1],), wide, like=like) for _ in range(4))
-        spec = NormalizeSpec(x, *made, residual, act, dtype or stage.program.values[y].dtype)
+        mean, rstd, factor, offset = (maps.new_value((maps.shape(x)[1],), wide, like=like) for _ in range(4))
+        made = dtype or stage.program.values[y].dtype
+        spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made)
         stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors))
         _replace(stage, chain, spec, conv)
     stage.vectors = vector_inputs(stage)
