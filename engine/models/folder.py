@@ -152,6 +152,13 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / DESCRIPTION).is_file()
 
 
+def folder_of(path: str | Path) -> Path | None:
+    """The network's folder that a path names: itself, or that of its file of weights; None if there is none."""
+    path = Path(path)
+    folder = path.parent if path.name == WEIGHTS else path
+    return folder if is_folder(folder) else None
+
+
 def require_no_run(folder: str | Path) -> None:
     """Refuse the folder that `gigamorph train` wrote where a network is asked for.
 

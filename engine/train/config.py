@@ -13,7 +13,7 @@ from ..errors import GigamorphError
 from ..images.grayscale import check_voi
 from ..images.levels import parse_white
 from ..images.pixels import Normalize
-from ..models.folder import is_folder, read_description, require_logits
+from ..models.folder import folder_of, is_folder, read_description, require_logits
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
 from ..models.registry import open_checked
@@ -161,6 +161,8 @@ def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], ob
     """
     config = from_plain(dict(values), TrainConfig, source)
     values, init = without_nulls(values), config.init
+    if init is not None and "model" not in values and (folder := folder_of(init)):
+        init = str(folder)  # also where its file of weights is named
     if init is None:
         if not is_folder(config.model):
             return config

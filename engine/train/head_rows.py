@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..models.checkpoints import read_state
-from ..models.folder import WEIGHTS, is_folder, read_description, require_logits
+from ..models.folder import folder_of, read_description, require_logits
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
 from .target import Target
@@ -30,8 +30,8 @@ def start_from(model: nn.Module, weights: str | Path, target: Target) -> None:
         DataError: the weights do not fit, or tell the same classes apart in another order of theirs; or a folder's
             network gives probabilities.
     """
-    if is_folder(weights):
-        require_logits(weights, read_description(weights))
+    if folder := folder_of(weights):
+        require_logits(folder, read_description(folder))
     head = head_prefix(model.state_dict())
     new = {name: value.clone() for name, value in _rows(model, head, target.width)}
     if load_weights(model, weights):
@@ -69,8 +69,7 @@ def _names(weights: str | Path) -> tuple[list[str], bool]:
     path = Path(weights)
     if str(weights).startswith(TIMM):
         return [], False
-    folder = path.parent if path.name == WEIGHTS else path
-    if is_folder(folder):
+    if folder := folder_of(path):
         outputs = read_description(folder).outputs
         return outputs.names if outputs.predicts else [], any(h.activation == "ordinal" for h in outputs.heads)
     if path.suffix == ".safetensors":

@@ -228,10 +228,20 @@ def test_a_network_of_probabilities_is_not_trained_as_if_they_were_logits(here):
     torch.save(network(classes=2).state_dict(), here / "w.pt")
     folder = imported(here, source="published_nets:Sure")
     message = f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory"
-    with pytest.raises(DataError, match=message):
-        make_config({"init": str(folder)}, "options", print)
-    with pytest.raises(DataError, match=message):
-        start_from(create_model("published_nets:Sure"), folder, Target(("0", "1")))
+    for named in (folder, folder / "model.safetensors"):
+        with pytest.raises(DataError, match=message):
+            make_config({"init": str(named)}, "options", print)
+        with pytest.raises(DataError, match=message):
+            start_from(create_model("published_nets:Sure"), named, Target(("0", "1")))
+
+
+def test_the_file_of_weights_of_a_folder_stands_for_the_folder(here):
+    torch.save(network(classes=2).state_dict(), here / "w.pt")
+    folder = imported(here)
+    found = [make_config({"init": str(named)}, "options", print) for named in (folder, folder / "model.safetensors")]
+    assert found[0] == found[1] and found[0].weights == str(folder)
+    own = make_config({"init": str(folder / "model.safetensors"), "model": "resnet18"}, "options", print)
+    assert (own.model, own.weights) == ("resnet18", str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
