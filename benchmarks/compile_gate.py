@@ -76,7 +76,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     },
     **{name: lambda name=name: _timm(name) for name in ("efficientnet_b2", "convnext_tiny")},
     "unet": _unet,
-    "densenet121": lambda: _timm("densenet121"),
+    **{name: lambda name=name: _timm(name) for name in ("densenet121", "resnet50_gn", "seresnet50")},
 }
 
 

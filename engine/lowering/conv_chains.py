@@ -31,7 +31,7 @@ class ConvChain:
 
     Attributes:
         act: the activation.
-        factors: vectors of a factor for each filter that the weight is still to be multiplied by, one after the other.
+        factors: what the weight is still to be multiplied by, one after the other: a factor per filter, or per element.
         channels_last: whether x, y and residual have shape (N, H, W, C) and the weight (K, C): a linear layer.
         y: the output.
         members: the ops, the convolution first.
@@ -176,9 +176,30 @@ class LayerScale:
         return scaled(env[self.weight], scale), *bias
 
 
+@dataclass(frozen=True)
+class Gated:
+    """The numbers of a convolution's weight and of factors for its input channels (gates.py); called, the product."""
+
+    weight: int
+    scale: int
+    filters: int
+    groups: int
+
+    def factors(self, env: Env) -> tuple[Tensor]:
+        """A factor for each element of the filters, of size one in the dimensions along which they are the same."""
+        scale = env[self.scale]
+        if self.groups == 1:
+            return (scale.reshape(1, -1, 1, 1),)
+        rows = scale.reshape(self.groups, 1, -1).expand(-1, self.filters // self.groups, -1)
+        return (rows.reshape(self.filters, -1, 1, 1),)
+
+    def __call__(self, env: Env) -> tuple[Tensor]:
+        return (scaled(env[self.weight], *self.factors(env)),)
+
+
 def scaled(weight: Tensor, factors: Tensor) -> Tensor:
-    """A weight with a factor for each filter."""
-    return weight * factors.reshape(-1, *[1] * (weight.dim() - 1))
+    """A weight with a factor for each filter, or for each element."""
+    return weight * (factors.reshape(-1, *[1] * (weight.dim() - 1)) if factors.dim() == 1 else factors)
 
 
 def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
@@ -192,18 +213,23 @@ def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
 
 
 def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
-    """Give a chain the network's own weight, and the factors of norms and layer scales beside it.
+    """Give a chain the network's own weight, and the factors of norms, layer scales and gates beside it.
 
     Who packs weights multiplies them then, one after the other; the scaled ones are never there together.
     """
     values = stage.program.values
     while (op := next((op for op in stage.prelude if chain.weight in op.outputs), None)) is not None:
         run = op.run
-        if not isinstance(run, Fold | LayerScale):
+        if not isinstance(run, Fold | LayerScale | Gated):
             return
         weight = values[run.weight]
         factors = len(values)
-        values.append(Value(weight.shape[:1], torch.promote_types(weight.dtype, torch.float32), weight.device))
+        filters, channels = weight.shape[:2]
+        shape = (filters,)
+        if isinstance(run, Gated):
+            shape = (1 if run.groups == 1 else filters, channels, 1, 1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        values.append(Value(torch.Size(shape), wide, weight.device))
         inputs = tuple(v for v in op.inputs if v != run.weight)
         stage.prelude[stage.prelude.index(op)] = VectorOp(run.factors, inputs, (factors, *op.outputs[1:]))
         chain.weight, chain.factors = run.weight, (factors, *chain.factors)

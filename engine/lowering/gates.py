@@ -8,31 +8,13 @@ one convolution alone reads the product, and the factors are those of all images
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from ..capture.trace import Ref
-from .conv_chains import channel_scale
-from .ops import Env, Local, VectorOp
+from .conv_chains import Gated, channel_scale
+from .ops import Local, VectorOp
 from .ops.base import arguments
 from .stages import Stage, private_maps, readers_of, vector_inputs
-
-
-@dataclass(frozen=True)
-class Gated:
-    """The numbers of a convolution's weight and of the factors for its input; called, the product."""
-
-    weight: int
-    scale: int
-    groups: int
-
-    def __call__(self, env: Env) -> tuple[Tensor, ...]:
-        weight, scale = env[self.weight], env[self.scale]
-        filters, channels = weight.shape[:2]
-        rows = scale.reshape(self.groups, 1, channels).expand(-1, filters // self.groups, -1)
-        return (weight * rows.reshape(filters, channels, 1, 1),)
 
 
 def fold_gates(stage: Stage) -> None:
@@ -62,6 +44,7 @@ def _fold(stage: Stage, conv: Local, value: int, scale: int) -> bool:
         return False
     made = len(values)
     values.append(values[weight])
-    stage.prelude.append(VectorOp(Gated(weight, scale, own["groups"]), (weight, scale), (made,)))
+    gated = Gated(weight, scale, values[weight].shape[0], own["groups"])
+    stage.prelude.append(VectorOp(gated, (weight, scale), (made,)))
     stage.change_arguments(conv, input=Ref(value), weight=Ref(made))
     return True

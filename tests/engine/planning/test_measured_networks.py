@@ -36,7 +36,7 @@ MEASURE = """
 ROWS = [  # network, norms in training or inference, budget
     ("resnet18", "frozen", 420_000_000),
     ("mobilenetv3_large_100", "live", 343_000_000),
-    ("regnety_004", "inference", 60_000_000),
+    ("regnety_004", "inference", 64_000_000),
 ]
 
 
