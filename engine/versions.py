@@ -12,9 +12,6 @@ from typing import NamedTuple
 # nothing at all.
 OWN: str = sys.modules[__name__.partition(".")[0]].__version__
 
-TESTED = {"torch": ("2.11", "2.13", "2.14"), "triton": ("3.6", "3.7", "3.8")}
-"""Releases: the oldest and newest that all tests pass with, and the newest that parts of them do."""
-
 
 class Tested(NamedTuple):
     """Releases of a package that gigamorph is tested with."""

@@ -173,7 +173,7 @@ def normalize_act(
         return whole
 
     def stock() -> Tensor:
-        y = nhwc(_normalize_stock(x.to(widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
+        y = nhwc(_normalize_stock(x.to(_widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
         y = activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
         if margin is None:
             return y
@@ -200,7 +200,7 @@ def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
     return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
 
 
-def widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
+def _widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
     """The dtype that values of all of these are computed in."""
     dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
     return functools.reduce(torch.promote_types, dtypes)
@@ -322,7 +322,7 @@ def normalize_act_gradients(
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        inner = widest(dy, x, gate)
+        inner = _widest(dy, x, gate)
         z, taken = gate, x.to(inner)
         if z is None and act != "none":
             z = _normalize_stock(taken, mean, rstd, weight, bias)
