@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Protocol
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .forward import ForwardReplays, passed_on
-from .halos import copies, cut
+from .halos import copies, cut, memory_order
 from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
 from .reduce import Consumers
 from .scan import Reader, Scan
-from .stored_maps import has_readers, let_rows_go, new_map
+from .stored_maps import can_be_taken, has_readers, let_rows_go, new_map, on_pages
 from .tile import Halos, Returned
 
 
@@ -60,12 +60,16 @@ class BackwardPass:
         self.scan, self.kept, self.stored, self.replay = scan, kept, stored, replay
         self.touched: set[int] = set()
         self._given: set[tuple[int, tuple[int, int, int, int]]] = set()  # parts of `overwritten` that have a gradient
+        self._awaited: dict[int, Callable[[], Tensor]] = {}  # sources whose gradient the only tile makes, or this
         kept.sums = {}
         if not kept.vectors:
             kept.vectors = scan.prepare(vectors, kept.leaves)
 
     def source_grads(self, sources: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], set[int]]:
-        """Tensors for the gradients of sources, and which of them have been made now: those are given to autograd."""
+        """Tensors for the gradients of sources, and which of them are new: those are given to autograd.
+
+        `run` adds those that the only tile makes.
+        """
         scan, maps = self.scan, self.scan.maps
 
         def make(value: int, source: Tensor) -> Tensor:
@@ -74,15 +78,23 @@ class BackwardPass:
 
         found, made = {}, set(sources)
         for value, source in sources.items():
-            if value in maps.readers:
+            if value in maps.readers and self._may_be_made(value):
+                self._awaited[value] = partial(make, value, source)
+            elif value in maps.readers:
                 found[value], new = maps.gradients.begin(value, partial(make, value, source))
                 made -= set() if new else {value}
             else:
                 found[value] = make(value, source)
         return found, made
 
+    def _may_be_made(self, value: int) -> bool:
+        """Whether a tile may make a source's gradient as a whole, which nobody adds to."""
+        scan = self.scan
+        here = scan.maps.place_of(value) == "device" and not on_pages(scan.device)
+        return here and value in scan.overwritten and scan.tiled.tiles == 1
+
     def run(
-        self, grads: Sequence[Tensor | None], source_grads: Mapping[int, Tensor], last: bool = False
+        self, grads: Sequence[Tensor | None], source_grads: dict[int, Tensor], last: bool = False
     ) -> dict[int, Tensor]:
         """Gradients of the vectors that want one, by value number; those of sources are put into `source_grads`.
 
@@ -111,8 +123,8 @@ class BackwardPass:
                     left = {v: kept.store.get(h) for v, h in kept.left[i, j].items()}
                     grads_left = self._returned(1, j, left, grads_right)
                     returned = Returned(Halos(grads_above, grads_left), Halos(grads_below, grads_right))
-                    windows = self._tile(i, j, Halos(above, left), returned, consumers, reader, replay)
-                    self._add_to_sources(source_grads, windows)
+                    windows, own = self._tile(i, j, Halos(above, left), returned, consumers, reader, replay)
+                    self._add_to_sources(source_grads, windows, own)
                     grads_right = grads_left
                     scan.after_tile("backward", i, j, tiled.tiles - (i * tiled.cols.steps + j), files)
                 for value, tensor in ending if scan.memory_limit is None or scan.memory_limit.near else ():
@@ -132,18 +144,18 @@ class BackwardPass:
         consumers: Consumers,
         reader: Reader,
         replay: BackwardReplay | None,
-    ) -> WindowGrads:
-        """Differentiate a tile, which is computed again if it was not retained."""
+    ) -> tuple[WindowGrads, bool]:
+        """Differentiate a tile, which is computed again if it was not retained; whether the results are no replay's."""
         scan, kept = self.scan, self.kept
         recorded = kept.recorded.pop((i, j), None)
         if recorded is None:
             reader.advance()
             windows = None if replay is None else replay(i, j, reader.read, halos, returned)
             if windows is not None:
-                return windows
+                return windows, False
             with scan.tile_state(kept.seed, i, j, kept.drawn):
                 recorded = Recorded(scan, kept, (i, j), halos, reader.read, consumers, stored=self.stored)
-        return recorded.differentiate(consumers, kept, returned)
+        return recorded.differentiate(consumers, kept, returned), True
 
     def _ending(self, grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
         """The maps that nobody reads after this backward: what was stored, and the gradients of that."""
@@ -151,22 +163,29 @@ class BackwardPass:
         pairs = [(v, t) for v, t in self.stored.items() if not has_readers(t)]
         return [(v, t) for v, t in (*pairs, *own.items()) if v in self.scan.maps.readers and t is not None]
 
-    def _add_to_sources(self, source_grads: Mapping[int, Tensor], windows: WindowGrads) -> None:
-        """Put the gradients of a tile's windows of the sources where they belong."""
+    def _add_to_sources(self, source_grads: dict[int, Tensor], windows: WindowGrads, own: bool) -> None:
+        """Put the gradients of a tile's windows of the sources where they belong; those that are its `own` may stay."""
+        maps = self.scan.tiled.stage.maps
         for (source, rect), grad in windows:
+            make = self._awaited.pop(source, None)
+            if make is not None:
+                taken = own and can_be_taken(grad, maps.shape(source), memory_order(grad))
+                source_grads[source] = grad if taken else make()
             if source not in source_grads:  # the gradients that there are do not reach it
                 continue
             self.touched.add(source)
-            place = cut(source_grads[source], self.scan.tiled.axes(source), rect)
+            place = cut(source_grads[source], maps.axes[source], rect)
             if source in self.scan.overwritten:
-                place.copy_(grad)
+                if source_grads[source] is not grad:
+                    place.copy_(grad)
                 self._given.add((source, rect))
             else:
                 place.add_(grad.to(place.device))
 
-    def _zero_the_rest(self, source_grads: Mapping[int, Tensor]) -> None:
+    def _zero_the_rest(self, source_grads: dict[int, Tensor]) -> None:
         """Zeros where no tile has given a gradient of a source that is not added up."""
         tiled = self.scan.tiled
+        source_grads.update((source, make()) for source, make in self._awaited.items())
         for source in self.scan.overwritten & source_grads.keys():
             for tile in self.scan.tiles:
                 if (source, rect := tiled.block(source, *tile)) not in self._given:

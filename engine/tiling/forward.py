@@ -16,7 +16,7 @@ from .halos import HaloStore, Rect, cut, empty_like_layout
 from .record import Kept, Read, Recorded, consumers_of, run_tile
 from .reduce import Accumulator
 from .scan import Reader, Scan
-from .stored_maps import new_map
+from .stored_maps import can_be_taken, new_map
 from .tile import Halos, Tile
 
 
@@ -53,15 +53,14 @@ class Gathered:
             self.room_in_halo(side, value, halo, i, j, block).copy_(cut(block, axes, own))
 
     def _takes(self, value: int, block: Tensor) -> bool:
-        """Take a block for the stored map that it is, on a GPU; on a CPU a map has pages of its own."""
+        """Take a block for the stored map that it is, where it may be one."""
         scan, stage = self.scan, self.scan.tiled.stage
-        whole = scan.tiled.tiles == 1 and block.shape == stage.maps.shape(value)
-        alone = block.untyped_storage().nbytes() == block.numel() * block.element_size()
-        here = block.device.type != "cpu" and scan.maps.place_of(value) == "device"
         # A source may be the user's own, and what a graph keeps must not change with what the network returns.
-        if not (whole and alone and here) or value in stage.sources or scan.retained:
+        if value in stage.sources or (scan.retained and value not in scan.maps.readers):
             return False
-        if not block.permute(tuple(scan.maps.order_of(value, block))).is_contiguous():
+        if scan.maps.place_of(value) != "device":
+            return False
+        if not can_be_taken(block, stage.maps.shape(value), scan.maps.order_of(value, block)):
             return False
         self.stored[value] = block
         return True

@@ -77,6 +77,22 @@ def _new_map(
     return made.zero_() if zero and not pages.clear else made
 
 
+def can_be_taken(block: Tensor, shape: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether what a tile has made may become the map, as it lies: all of it, dense in this order, and nothing beside.
+
+    On a CPU it never may: there a map has pages of its own.
+    """
+    if on_pages(block.device) or tuple(block.shape) != tuple(shape):
+        return False
+    alone = block.untyped_storage().nbytes() == block.numel() * block.element_size()
+    return alone and block.permute(tuple(order)).is_contiguous()
+
+
+def on_pages(device: torch.device) -> bool:
+    """Whether maps on a device have pages of their own."""
+    return device.type == "cpu"
+
+
 def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
     """Give back the memory of a map's rows from `first` on, which nobody will read again."""
     pages = pages_of(tensor)
