@@ -19,6 +19,7 @@ from .tile import Autograd, Halos, Returned, Tile
 
 Read = Callable[[int, Rect], Tensor]
 Publish = Callable[[Tile, int, Tensor], Tensor | None]
+Collect = Callable[[Tile, int, Tensor], None]
 Grad = Callable[["Recorded", Consumers], Tensor | None]  # told of whom: what a tile holds must not hold the tile
 WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows of sources, with their places
 
@@ -62,12 +63,15 @@ class Kept:
         return self.sums[value]
 
 
-def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = None) -> None:
+def run_tile(
+    scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = None, collect: Collect | None = None
+) -> None:
     """Compute a tile op by op, dropping each block after its last reader.
 
     Args:
         publish: gets every block as it is made; may return a tensor that takes its place.
         only: outputs that are worth computing; None for all.
+        collect: gets the blocks of maps whose gradients an op gathers, as that has given them.
     """
     tiled = scan.tiled
     for source in tiled.stage.sources:
@@ -82,8 +86,11 @@ def run_tile(scan: Scan, tile: Tile, publish: Publish, only: set[int] | None = N
             if watch is not None:
                 watch(tiled.new_bytes(local, tile.i, tile.j))
             blocks = tile.run(local)
-            if local.gathers is not None and reads_left[local.gathers.value] > 1:
-                tile.blocks[local.gathers.value] = blocks[-1]
+            if local.gathers is not None:
+                if reads_left[local.gathers.value] > 1:
+                    tile.blocks[local.gathers.value] = blocks[-1]
+                if collect is not None:
+                    collect(tile, local.gathers.value, blocks[-1])
             for value, block in zip(outputs, blocks, strict=local.gathers is None):
                 replaced = publish(tile, value, block)
                 if reads_left.get(value):
@@ -172,9 +179,9 @@ class Recorded:
         self.tile = Tile(scan.tiled, *place, pixels, kept.vectors, halos, autograd, second_pass=keep is None)
         wanted = consumers if keep is not None else {v for v, taken in consumers.items() if any(map(has_grad, taken))}
         reached, through = self.tile.reach(wanted)
-        publish = partial(self._publish, consumers, through)
+        publish, collect = partial(self._publish, consumers, through), partial(self._take, consumers)
         with torch.enable_grad(), autograd.saved.record():
-            run_tile(scan, self.tile, publish, None if keep is not None else reached)
+            run_tile(scan, self.tile, publish, None if keep is not None else reached, collect)
         self.tile.blocks.clear()
         self.keep = None  # it leads to what the pass gives, which would hold itself through autograd's nodes
 
@@ -196,6 +203,14 @@ class Recorded:
             else:
                 alone = partial(_handed_back_alone, tile=tile, value=value, block=block.detach(), sloped=sloped)
                 self._add(block, alone)
+        if value not in tile.tiled.gathered:
+            self._take(consumers, tile, value, block)
+        return result
+
+    def _take(self, consumers: Consumers, tile: Tile, value: int, block: Tensor) -> None:
+        """Note what is taken from a block."""
+        if value not in tile.needs or not block.requires_grad:
+            return
         taken = consumers.get(value, ())
         whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
         if whole:
@@ -207,7 +222,6 @@ class Recorded:
                 assert consumer.accumulator is not None
                 root = consumer.accumulator.partial(block, tile.tiled.block(value, tile.i, tile.j))
                 self._add(root, partial(Recorded._partial_grad, value=value, number=number, root=root.detach()))
-        return result
 
     def _add(self, root: Tensor, grad: Grad) -> None:
         self.roots.append(get_gradient_edge(root))

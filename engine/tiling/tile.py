@@ -249,7 +249,7 @@ class Tile:
             graded = handed_on.union(v for v in outputs if v in through)
             # Random numbers are drawn whoever reads them, or those after them would be others.
             reached.update(v for v in outputs if v in graded or v in read or local.random)
-            if local.gathers is not None and local.gathers.value in through:
+            if local.gathers is not None and (local.gathers.value in through or local.gathers.value in consumers):
                 reached.update(outputs)
             if any(v in reached for v in outputs):
                 flows = any(values[v].takes_grad for v in graded)

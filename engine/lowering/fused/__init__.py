@@ -21,10 +21,10 @@ def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
     """
     convs, pools = fuse_convolutions(stage), take_pools(stage)
     fuse_layer_norms(stage, convs)
-    fuse_norms(stage, convs)
+    norms = fuse_norms(stage, convs)
     if not image_grad:
         fuse_stem(stage, convs, pools)
     if training:
-        pass_masks(stage, convs, pools)
+        pass_masks(stage, convs, pools, norms)
     else:
         fuse_pairs(stage, convs)

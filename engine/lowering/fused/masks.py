@@ -6,11 +6,13 @@ one map instead of two. This holds across tiles too, since gradients of halos co
 
 At the end of a residual block not every reader can: the next sum hands its own gradient on. There a convolution of one
 pixel that reads y first gathers: it gives y again to the other readers, so that their gradients come to it, and the
-kernel of its data gradient adds them and applies the slope. Nothing else is done with maps of that size.
+kernel of its data gradient adds them and applies the slope. Nothing else is done with maps of that size. Where the sum
+stands in a later stage, as with live norms, y is stored, and what comes back for that is added in the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from ....kernels.activations import MASKS, slope_reference
@@ -18,14 +20,20 @@ from ..ops import Local
 from ..ops.base import Gather
 from ..stages import Stage, private_maps, readers_of
 from .conv import ConvSpec, is_pixelwise
+from .normalize import NormalizeSpec
 from .pool import PoolSpec
 
 
-def pass_masks(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
-    """Let the readers of a fused convolution's output apply its slope wherever all of them can."""
+def pass_masks(
+    stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec], norms: dict[int, NormalizeSpec]
+) -> None:
+    """Let the readers of a fused op's output apply its slope wherever all of them can."""
     readers, private = readers_of(stage), private_maps(stage)
-    made = [value for local in stage.locals for value in local.op.outputs if value in private]
-    gathered = {value for value in made if _gather(stage, value, readers.get(value, []), convs)}
+    stored = set(stage.stored) - {r.value for r in stage.reductions}
+    made = [value for local in stage.locals for value in local.op.outputs if value in private | stored]
+    # The slope of a norm without a sum is found in what its own backward reads.
+    makers = {**convs, **{y: norm for y, norm in norms.items() if norm.residual is not None}}
+    gathered = {value for value in made if _gather(stage, value, readers.get(value, []), convs, makers, stored)}
     for output, spec in convs.items():
         if spec.act not in MASKS or output not in private or output in gathered:
             continue
@@ -47,17 +55,27 @@ def _masker(
     return pools.get(local.op.outputs[0])
 
 
-def _gather(stage: Stage, value: int, readers: list[Local], convs: dict[int, ConvSpec]) -> bool:
-    """Let one reader of a map take the gradients of all, if there are several and one can; it becomes the first."""
+def _gather(
+    stage: Stage,
+    value: int,
+    readers: list[Local],
+    convs: dict[int, ConvSpec],
+    makers: Mapping[int, ConvSpec | NormalizeSpec],
+    stored: set[int],
+) -> bool:
+    """Let one reader of a map take the gradients of all, if there are several and one can; it becomes the first.
+
+    Of a map that is stored the stages that read it are one more.
+    """
     able = [local for local in readers if _can_gather(stage, convs.get(local.op.outputs[0]), value)]
-    if len(readers) < 2 or not able:
+    if len(readers) + (value in stored) < 2 or not able:
         return False
     first, before = able[0], readers[0]
     if first is not before:  # what it reads besides is there from the beginning
         others = [local for local in stage.locals if local is not first]
         place = next(n for n, local in enumerate(others) if local is before)
         stage.locals = [*others[:place], first, *others[place:]]
-    spec, maker = convs[first.op.outputs[0]], convs.get(value)
+    spec, maker = convs[first.op.outputs[0]], makers.get(value)
     slope = None
     if maker is not None and maker.act in MASKS:
         maker.masked, spec.input_act = True, maker.act

@@ -53,6 +53,7 @@ class NormalizeSpec:
     residual: int | None = None
     act: str = "none"
     dtype: torch.dtype | None = None  # of y
+    masked: bool = False  # whether those who read y apply the activation's slope to its gradient
 
     @property
     def vectors(self) -> tuple[int, int, int, int]:
@@ -78,7 +79,7 @@ class FusedNormalize(torch.autograd.Function):
         margin = None if block.margin == (0, 0) else block.margin
         y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act, spec.dtype, margin)
         y = y[:, :, block.margin[0] :, block.margin[1] :]
-        gate = y if residual is not None and spec.act != "none" else None
+        gate = y if residual is not None and spec.act != "none" and not spec.masked else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
         ctx.spec, ctx.sum_of = spec, block.sum_of
         return y
@@ -88,8 +89,8 @@ class FusedNormalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
         x, mean, rstd, factor, offset, gate = ctx.saved_tensors
-        keep_dz = ctx.needs_input_grad[5] and gate is not None
-        dx, dz, *sums = normalize_act_gradients(dy, x, mean, rstd, factor, offset, gate, ctx.spec.act, keep_dz)
+        keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
+        dx, dz, *sums = normalize_act_gradients(dy, x, mean, rstd, factor, offset, gate, act, keep_dz)
         _add_norm_sums(ctx, sums)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
         return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
@@ -149,14 +150,17 @@ def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
 
 
-def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
+def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeSpec]:
     """Give norms and gates to the kernels, each with what alone reads it: all that no convolution has taken in.
+
+    Those that become an op of their own are returned by output.
 
     Args:
         convs: the fused convolutions by output; those that become part of another op are taken out.
     """
     readers, private = readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
+    fused: dict[int, NormalizeSpec] = {}
     for norm in list(stage.locals):
         affine = affine_of(stage, norm)
         if affine is None or not _has_kernels(stage, norm):
@@ -200,7 +204,10 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
         spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made)
         stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors))
         _replace(stage, chain, spec, conv)
+        if conv is None:
+            fused[y] = spec
     stage.vectors = vector_inputs(stage)
+    return fused
 
 
 def _has_kernels(stage: Stage, norm: Local) -> bool:

@@ -122,6 +122,63 @@ def test_of_any_size_and_loss(
     assert max(errors(*grads).values()) <= 1e-11
 
 
+class Given(Net):
+    """The end of a block is handed out besides."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        middle = self.first(self.stem(x))
+        x = self.second(middle)
+        return self.last(x).mean((2, 3)), middle
+
+
+def stored_and_gathered(model: nn.Module) -> int:
+    """How many stored maps there are whose gradients an op gathers with a slope."""
+    staged = lower(capture(model, (1, 1, 96, 96), torch.float64, "cpu"))
+    prepare(staged, training=True)
+    gathers = [(local.gathers, stage.stored) for stage in staged.stages for local in stage.locals]
+    return sum(g is not None and g.value in stored and g.slope is not None for g, stored in gathers)
+
+
+def live(act: type[nn.Module], kind: type[Net] = Net) -> nn.Module:
+    torch.manual_seed(0)
+    model = kind(act)
+    for module in model.modules():
+        # Before a live norm a bias does nothing: its gradient would be stock's rounding, or ours.
+        if isinstance(module, nn.Sequential) and isinstance(module[1], nn.BatchNorm2d):
+            module[0].bias = None
+    return randomize(model).double().train()
+
+
+def test_what_comes_back_for_a_stored_map_is_gathered_too() -> None:
+    """With live norms the sum that reads the end of a block stands in another stage."""
+    assert stored_and_gathered(live(nn.ReLU)) == 3
+    assert stored_and_gathered(live(nn.SiLU)) == 0
+
+
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    act=st.sampled_from([nn.ReLU, nn.ReLU6, nn.SiLU]),
+    kind=st.sampled_from([Net, Given]),
+    images=st.integers(1, 2),
+    size=st.tuples(st.integers(40, 80), st.integers(40, 80)),
+    tile=st.tuples(st.integers(16, 90), st.integers(16, 90)),
+    frozen=st.sampled_from(["", "first", "second.1.a", "second.0"]),
+)
+def test_live_norms(
+    act: type[nn.Module],
+    kind: type[Net],
+    images: int,
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    frozen: str,
+) -> None:
+    model = live(act, kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+    pixels = torch.randn(images, 1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert_exact(model, pixels, tile=tile)
+
+
 class Ladder(nn.Module):
     """A map that sums read again, each further behind, and convolutions with windows."""
 
