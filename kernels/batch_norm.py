@@ -6,6 +6,8 @@
 dx is that of constant statistics. Statistics are values of their own, whose gradients follow from dbias and dweight and
 are added by `moments_backward` (moments.py) once all tiles have given theirs.
 
+Where the pixels are all that the statistics are taken of, `live_norm.py` has the whole gradient.
+
 Each is one pass over memory. x (the raw output of the convolution) is all that is kept: z is computed again in
 registers. Where a residual was added, `gate` stands for z: z itself, or y for ReLU and ReLU6. The statistics are those
 of `moments`, or come out of the epilogue of the convolution that makes x (`conv2d_moments`).
@@ -31,7 +33,7 @@ from .windows import empty_map, nhwc
 
 
 @triton.jit
-def _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, BC: tl.constexpr, ACC: tl.constexpr):
+def affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, BC: tl.constexpr, ACC: tl.constexpr):
     """mean, rstd, rstd * weight and bias of the channels c, each [1, BC]."""
     mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
     scale = rstd if weight_ptr is None else rstd * channel(weight_ptr, c, C, ACC)
@@ -55,7 +57,7 @@ def _normalize_act_kernel(
     """y = act((x - mean) * rstd * weight + bias + residual) of a program's share of the pixels."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
+    mean, _, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
@@ -71,7 +73,7 @@ def _normalize_act_gradients_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, H, W]
     gate,  # map [N, C, H, W] or None
-    dx,  # map [N, C, H, W]
+    dx,  # map [N, C, H, W] or None
     dz,  # map [N, C, H, W] or None
     mean_ptr,  # [C]
     rstd_ptr,  # [C]
@@ -85,7 +87,7 @@ def _normalize_act_gradients_kernel(
     """dx = weight * rstd * dz of a program's share of the pixels, dz = dy * act'(z), and its sums."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean, rstd, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
+    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
     BM: tl.constexpr = TILE.BM
     BC: tl.constexpr = TILE.BC
     dbias = tl.zeros((BM, BC), TILE.ACC)
@@ -101,13 +103,14 @@ def _normalize_act_gradients_kernel(
             store(dz, p, c, keep, d, share, TILE)
         dbias += d
         dweight += d * (centred * rstd)
-        store(dx, p, c, keep, scale * d, share, TILE)
+        if dx.ptr is not None:
+            store(dx, p, c, keep, scale * d, share, TILE)
     row = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(row + c, tl.sum(dbias, 0), mask=c < C)
     tl.store(row + C + c, tl.sum(dweight, 0), mask=c < C)
 
 
-def _stream(op: str, act: str, *maps: Tensor | None) -> Stream:
+def norm_stream(op: str, act: str, *maps: Tensor | None) -> Stream:
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
     return Stream(op, MOST_BLOCK_CHANNELS, *maps)
@@ -133,14 +136,14 @@ def launch_normalize_act(
         mean, rstd, weight, bias: (C,), of any floating dtype.
     """
     if x.numel():
-        s = _stream("normalize_act", act, x, residual, y)
+        s = norm_stream("normalize_act", act, x, residual, y)
         mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
         _normalize_act_kernel[s.grid](
             *s.maps, mean, rstd, weight, bias, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
 
 
-def _normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x - mean) * rstd * weight + bias by PyTorch's kernel; its function in torch.nn refuses an epsilon of zero."""
     variance = rstd.square().reciprocal()
     return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, torch.backends.cudnn.enabled)
@@ -173,7 +176,7 @@ def normalize_act(
         return whole
 
     def stock() -> Tensor:
-        y = nhwc(_normalize_stock(x.to(_widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
+        y = nhwc(normalize_stock(x.to(widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
         y = activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
         if margin is None:
             return y
@@ -181,7 +184,7 @@ def normalize_act(
         _inside(whole, margin).copy_(y)
         return whole
 
-    settings = (weight is None, bias is None, residual is None, act, margin is None, *_others(x, dtype, residual))
+    settings = (weight is None, bias is None, residual is None, act, margin is None, *other_dtypes(x, dtype, residual))
     return run_fastest("normalize_act", x, settings, ours, stock)
 
 
@@ -200,13 +203,13 @@ def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
     return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
 
 
-def _widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
+def widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
     """The dtype that values of all of these are computed in."""
     dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
+def other_dtypes(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
     """What dtypes there are besides x's, as part of a key."""
     kinds = {part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None}
     return tuple(sorted(str(kind) for kind in kinds - {x.dtype}))
@@ -270,10 +273,10 @@ def launch_normalize_act_gradients(
     bias: Tensor | None,
     gate: Tensor | None,
     act: str,
-    dx: Tensor,
+    dx: Tensor | None,
     dz: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Write dx = weight * rstd * dz, and dz if given (the residual's gradient); return the sums of dz and dz * xhat.
+    """Write dx = weight * rstd * dz and dz (the residual's gradient), if given; return the sums of dz and dz * xhat.
 
     Args:
         dy, x: (N, C, H, W) windows, the gradient of y and the raw map, each of any floating dtype.
@@ -283,7 +286,7 @@ def launch_normalize_act_gradients(
     """
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
-    s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
+    s = norm_stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
     mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
     _normalize_act_gradients_kernel[s.grid](
@@ -292,8 +295,44 @@ def launch_normalize_act_gradients(
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
-def _gradients(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
+def gradient_maps(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
     return empty_map(*x.shape, x), _like(x, dy.dtype) if keep_dz else dy.new_empty(0)
+
+
+def stock_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    keep_dz: bool,
+    live: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz, dbias and dweight by PyTorch's kernels; `live`: with what x does to its own statistics."""
+    wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
+    inner = widest(dy, x, gate)
+    z, taken = gate, x.to(inner)
+    if z is None and act != "none":
+        z = normalize_stock(taken, mean, rstd, weight, bias)
+    dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
+    scale = torch.ones_like(mean) if weight is None else weight
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        dz,
+        taken,
+        scale,
+        mean,
+        var,
+        mean,
+        rstd,
+        live,
+        0.0,
+        [True, True, True],  # a GPU takes the second two
+    )
+    kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
+    return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
@@ -316,41 +355,21 @@ def normalize_act_gradients(
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, dz = _gradients(dy, x, keep_dz)
+        dx, dz = gradient_maps(dy, x, keep_dz)
         sums = launch_normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, act, dx, dz if keep_dz else None)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        inner = _widest(dy, x, gate)
-        z, taken = gate, x.to(inner)
-        if z is None and act != "none":
-            z = _normalize_stock(taken, mean, rstd, weight, bias)
-        dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
-        scale = torch.ones_like(mean) if weight is None else weight
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dz,
-            taken,
-            scale,
-            mean,
-            var,
-            mean,
-            rstd,
-            False,
-            0.0,
-            [True, True, True],  # a GPU takes the second two
-        )
-        kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
-        return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
+        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, live=False)
 
-    settings = (weight is None, bias is None, gate is None, act, keep_dz, *_others(x, dy, gate))
+    settings = (weight is None, bias is None, gate is None, act, keep_dz, *other_dtypes(x, dy, gate))
     return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()
 
 
 @normalize_act_gradients.register_fake
 def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
-    return *_gradients(dy, x, keep_dz), dbias, dweight
+    return *gradient_maps(dy, x, keep_dz), dbias, dweight
 
 
 def normalize_act_gradients_reference(

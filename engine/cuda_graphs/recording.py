@@ -25,7 +25,7 @@ Parts = Mapping[tuple[str, int], Rect]
 
 def settings(scan: Scan) -> Hashable:
     """What captured work was captured under."""
-    return scan.device, scan.dtype, scan.autocast, switches()
+    return scan.device, scan.dtype, scan.autocast, scan.whole, switches()
 
 
 def switches() -> Hashable:
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, tiled: TiledStage, scan: Scan, arena: Arena):
         self.tiled, self.arena = tiled, arena
         # Not `scan`: that would keep its image alive.
-        self.scan = Scan(tiled, {}, scan.device, scan.dtype, scan.autocast)
+        self.scan = Scan(tiled, {}, scan.device, scan.dtype, scan.autocast, whole=scan.whole)
         self.recordings: dict[Hashable, Recording] = {}
         self.step = GraphBuffers()
         self.sums: dict[int, Tensor] = {}

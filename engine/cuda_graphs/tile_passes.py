@@ -98,7 +98,8 @@ def _compute(bench: Bench, recording: Recording) -> None:
             recording.give((side, value), cut(block, tiled.axes(value), own))
 
     halos = recording.halos("halo", recording.outline.entering)
-    tile = Tile(tiled, recording.i, recording.j, recording.pixels, bench.vectors(), halos)
+    place, whole = (recording.i, recording.j), bench.scan.whole
+    tile = Tile(tiled, *place, recording.pixels, bench.vectors(), halos, whole=whole)
     with torch.no_grad(), bench.scan.autocast.enter():
         run_tile(bench.scan, tile, publish)
 

@@ -169,7 +169,7 @@ class _Captured:
         if self.scan is None:
             image = StoredMap(self.buffers.inputs["image",], stage.maps.axes[stage.image])
             given = scan.device, scan.dtype, scan.autocast
-            self.scan = Scan(self.tiled, {stage.image: image}, *given, retained=scan.retained)
+            self.scan = Scan(self.tiled, {stage.image: image}, *given, retained=scan.retained, whole=scan.whole)
 
     def _vectors(self) -> list[Tensor]:
         return [self.buffers.inputs["vector", v] for v in self.tiled.stage.vectors]

@@ -60,6 +60,7 @@ class Forward:
 
     Attributes:
         observers: by the number of a map that the network gives away as it is made, what gets its blocks.
+        single: no other forward goes through the steps beside it, whose images share its statistics.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Forward:
     ):
         self.given, self.targets, self.alone = given, targets or {}, alone
         self.observers: dict[int, Observer] = {}
+        self.single = True
         self.prepared, self.image, self.pixels = prepared, image, pixels
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
@@ -182,8 +184,10 @@ class Forward:
                 tensors[value] = self.env[value]
                 sources[value] = StoredMap(self.env[value].detach(), stage.maps.axes[value])
         observed = {r.value for r in stage.reductions} & self.observers.keys()
+        tiled = prepared.stages[prepared.stage_number[number]]
+        whole = self.single and tiled.tiles == 1 and prepared.shard is None
         scan = Scan(
-            tiled=prepared.stages[prepared.stage_number[number]],
+            tiled=tiled,
             sources=sources,
             device=self.device,
             dtype=self.dtype,
@@ -195,18 +199,21 @@ class Forward:
             maps=MapKeeping(prepared.stage_maps, prepared.staged.place, self.gradients, prepared.orders),
             observers={v: [self.observers[v]] for v in observed},
             deferred=deferred,
+            whole=whole,
         )
-        self._prelude(stage)
+        self._prelude(stage, whole)
         reached = frozenset[int]().union(*stage.reach.values())
         vectors = [self.env[v] if v in reached else self.env[v].detach() for v in stage.vectors]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
-    def _prelude(self, stage: Stage) -> None:
+    def _prelude(self, stage: Stage, whole: bool) -> None:
         """Compute what the stage's rewrites make of its vectors; where launches cost, all folded norms at once."""
         folds = [op for op in stage.prelude if isinstance(op.run, Fold)] if kernels.enabled(self.device) else []
         self.env.update(fold_together(folds, self.env))
         for op in stage.prelude:
-            if not any(op is fold for fold in folds):
+            if whole and op.whole is not None:
+                self.env.update(zip(op.outputs, op.whole(self.env), strict=True))
+            elif not any(op is fold for fold in folds):
                 run_vector_op(self.prepared.staged, op, self.env, self.device)
 
     def _retained(self, index: int) -> int:
@@ -221,7 +228,7 @@ class Forward:
         """This forward with other values and another image tensor, for a segment of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
         part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
-        part.memory_limit, part.gradients = self.memory_limit, self.gradients
+        part.memory_limit, part.gradients, part.single = self.memory_limit, self.gradients, self.single
         return part
 
     def output(self) -> Any:

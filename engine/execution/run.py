@@ -53,6 +53,8 @@ def run(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> 
     number, end = first, len(prepared.staged.steps) if end is None else end
     device = forwards[0].device
     same = contextlib.nullcontext() if shard is None else shard.same_random_numbers(device)
+    for forward in forwards:
+        forward.single = len(forwards) == 1
     with same, in_arena(device):
         while number < end:
             segment = prepared.segments.get(number)

@@ -172,7 +172,8 @@ def _tile_peak(
     image = values[stage.image]
     i, j = heaviest_tile(tiled)
     sources = {v: _fake_source(stage, v) for v in stage.sources}
-    scan = Scan(tiled, sources, image.device, image.dtype, autocast)
+    whole = tiled.tiles == 1 and stage.offsets is None
+    scan = Scan(tiled, sources, image.device, image.dtype, autocast, whole=whole)
 
     def vector(value: int) -> Tensor:
         info = values[value]
@@ -181,7 +182,7 @@ def _tile_peak(
     vectors = scan.prepare([vector(v) for v in stage.vectors])
     entering = _entering(stage, tiled, i, j, scan.memory_format)
     if not training:
-        tile = Tile(tiled, i, j, scan.read, vectors, entering)
+        tile = Tile(tiled, i, j, scan.read, vectors, entering, whole=whole)
         with _Meter() as meter, torch.no_grad():
             meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
             run_tile(scan, tile, lambda *_: None)

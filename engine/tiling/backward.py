@@ -106,7 +106,7 @@ class BackwardPass:
         scan, kept, tiled = self.scan, self.kept, self.scan.tiled
         consumers = consumers_of(scan, kept, grads)
         replay = None if self.replay is None else self.replay.backward(scan, kept, consumers, self.stored)
-        if not all(map(has_grad, chain.from_iterable(consumers.values()))):
+        if tiled.tiles > 1 and not all(map(has_grad, chain.from_iterable(consumers.values()))):
             kept.recorded.clear()  # what hands gradients on was laid out for all of them
         grads_below: dict[int, Tensor] = {}
         ending = self._ending(grads) if last else []

@@ -185,7 +185,8 @@ class ForwardPass:
                 kept.recorded[i, j] = Recorded(scan, kept, (i, j), halos, reader.read, consumers, gathered.keep)
             elif replay is None or not replay(i, j, reader.read, halos, gathered):
                 with torch.no_grad():
-                    run_tile(scan, Tile(scan.tiled, i, j, reader.read, self.env, halos), gathered.keep)
+                    tile = Tile(scan.tiled, i, j, reader.read, self.env, halos, whole=scan.whole)
+                    run_tile(scan, tile, gathered.keep)
 
 
 def _deferrable(scan: Scan) -> bool:

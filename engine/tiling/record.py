@@ -176,7 +176,8 @@ class Recorded:
 
         anchor = torch.zeros((), device=scan.device, requires_grad=True)
         autograd = Autograd(kept.needs, anchor, sum_of, SavedTensors())
-        self.tile = Tile(scan.tiled, *place, pixels, kept.vectors, halos, autograd, second_pass=keep is None)
+        given = pixels, kept.vectors, halos, autograd
+        self.tile = Tile(scan.tiled, *place, *given, second_pass=keep is None, whole=scan.whole)
         wanted = consumers if keep is not None else {v for v, taken in consumers.items() if any(map(has_grad, taken))}
         reached, through = self.tile.reach(wanted)
         publish, collect = partial(self._publish, consumers, through), partial(self._take, consumers)

@@ -146,6 +146,7 @@ class Scan:
         maps: where maps between stages are kept.
         observers: given every block of a map in pass 1.
         deferred: nobody will read what pass 1 stores; where it does nothing else it is omitted.
+        whole: the one tile is all that statistics are taken of.
     """
 
     tiled: TiledStage
@@ -160,6 +161,7 @@ class Scan:
     maps: MapKeeping = field(default_factory=MapKeeping)
     observers: Mapping[int, Sequence[Observer]] = field(default_factory=dict)
     deferred: bool = False
+    whole: bool = False
 
     @cached_property
     def memory_format(self) -> torch.memory_format:

@@ -74,6 +74,7 @@ class Tile:
         halos: what enters the tile.
         autograd: given if it is to be differentiated.
         second_pass: the stored maps are there.
+        whole: see `Block`.
 
     Attributes:
         blocks: the maps' blocks that a later op of the tile reads.
@@ -92,6 +93,7 @@ class Tile:
         halos: Halos,
         autograd: Autograd | None = None,
         second_pass: bool = False,
+        whole: bool = False,
     ):
         self.tiled, self.i, self.j = tiled, i, j
         self.pixels, self.vectors, self.halos = pixels, vectors, halos
@@ -99,7 +101,7 @@ class Tile:
         self.anchor = None if autograd is None else autograd.anchor
         self.sum_of = None if autograd is None else autograd.sum_of
         self.saved = None if autograd is None else autograd.saved
-        self.second_pass = second_pass
+        self.second_pass, self.whole = second_pass, whole
         self.blocks: dict[int, Tensor] = {}
         self.source_windows: dict[tuple[int, Rect], Tensor] = {}
         self.shares: dict[int, tuple[Tensor, ...]] = {}
@@ -193,7 +195,7 @@ class Tile:
         parts = None
         if local.gathers is not None and self.saved is not None:
             parts = self._parts[local.gathers.value] = []
-        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts))
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts, self.whole))
         if margin != (0, 0):
             self._margins[output] = margin
         for value in windows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from exactness import randomize
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from gigamorph import accelerate
+from gigamorph import accelerate, kernels
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.lowering.ops import Maps
 from gigamorph.engine.lowering.stages import crossing, split
 from gigamorph.engine.planning.strategy import Strategy, cut_maps, segments_between, strategies
+from gigamorph.kernels import choice
 
 
 def pool(x: Tensor) -> Tensor:
@@ -95,14 +97,22 @@ def store(ranges: bool) -> None:
     sys.modules["gigamorph.engine.planning.search"].strategies = with_segments if ranges else strategies  # pyright: ignore
 
 
-def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None) -> dict[str, Any]:
+def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None, fused: bool = False) -> dict[str, Any]:
     """Two steps of this process's images in DDP.
 
     Args:
         sizes: of the images of each rank, see `images`.
         ranges: whether steps are computed again in the backward.
         share: how many neighbouring processes share their statistics; None for all.
+        fused: the graph of a GPU, each op of it computed by PyTorch, in one tile.
     """
+    if fused:
+        with mock.patch.object(kernels, "enabled", lambda device: True), choice.override("stock"):
+            return _in_ddp(sizes, ranges, share, 64)
+    return _in_ddp(sizes, ranges, share, 9)
+
+
+def _in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None, tile: int) -> dict[str, Any]:
     net, rank = network(), dist.get_rank()
     if share is not None:
         groups = [dist.new_group(list(range(r, r + share))) for r in range(0, dist.get_world_size(), share)]
@@ -110,7 +120,7 @@ def in_ddp(sizes: list[tuple[int, int]], ranges: bool, share: int | None) -> dic
             if isinstance(module, nn.SyncBatchNorm):
                 module.process_group = groups[rank // share]
     store(ranges)
-    fast = accelerate(net, tile=9)
+    fast = accelerate(net, tile=tile)
     # Stock's SyncBatchNorm runs on GPUs alone, so DDP refuses it elsewhere.
     nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # pyright: ignore
     model = nn.parallel.DistributedDataParallel(fast, broadcast_buffers=False)

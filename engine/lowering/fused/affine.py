@@ -6,6 +6,8 @@ Mean and rstd are constants for autograd; what it has to know of statistics is i
 constant of the same value,
 
     BatchNorm           factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
+    the same, where its op sees to the gradients of the statistics
+                        factor = weight,                    offset = bias
     GroupNorm and InstanceNorm of one image, weight and rstd in `scale`, rstd = 1:
                         factor = scale,                     offset = shift - c(scale) * (mean - c(mean))
     a gate or scale of channels (squeeze-and-excite of one image), mean = 0, rstd = 1:
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +34,11 @@ Numbers = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, factor, offset, e
 
 @dataclass(frozen=True)
 class Affine:
-    """The vectors that an op's numbers are made of, and how."""
+    """The vectors that an op's numbers are made of, and how; `whole` as that of a `VectorOp`."""
 
     inputs: tuple[int, ...]
     make: Callable[[Env], Numbers]
+    whole: Callable[[Env], Numbers] | None = None
 
 
 def affine_of(stage: Stage, local: Local) -> Affine | None:
@@ -63,9 +67,11 @@ def _of_batch_norm(norm: Local) -> Affine:
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
     eps: float = given["eps"]
 
-    def make(env: Env) -> Numbers:
+    def make(env: Env, attached: bool = True) -> Numbers:
         middle, rstd = env[mean], torch.rsqrt(env[var] + eps)
         fixed = rstd.detach()
+        if not attached:
+            middle, rstd = middle.detach(), fixed
         factor, offset = rstd / fixed, -fixed * (middle - middle.detach())
         if weight is not None:
             factor, offset = factor * env[weight].to(factor.dtype), offset * env[weight].to(offset.dtype)
@@ -73,7 +79,10 @@ def _of_batch_norm(norm: Local) -> Affine:
             offset = offset + env[bias].to(offset.dtype)
         return middle.detach(), fixed, factor, offset
 
-    return Affine(tuple(v for v in (mean, var, weight, bias) if v is not None), make)
+    # Of all processes' statistics a tile never has the whole.
+    alone = norm.op.name == "live_batch_norm" and given["group"] is None
+    inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
+    return Affine(inputs, make, partial(make, attached=False) if alone else None)
 
 
 def _of_scale_shift(norm: Local) -> Affine:

@@ -6,7 +6,8 @@
 Stock PyTorch keeps x, the normalised map and the activation's output; here x alone is kept, and y where it shows the
 activation's slope after a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
 and of dz * xhat over the tile, which are the gradients of offset and factor. affine.py has what they are made of: once
-per step ordinary autograd finds all gradients there.
+per step ordinary autograd finds all gradients there, and the stage that has made x adds those of the statistics in a
+pass more. Where one tile has all that a BatchNorm's statistics are taken of, the backward is two passes, and complete.
 
 Under autocast GroupNorm makes float32 of a 16-bit map, which the convolutions after it round again: where they alone
 read the result, it is written as they will have it.
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from ....kernels.activations import MASKS
 from ....kernels.batch_norm import normalize_act, normalize_act_gradients
 from ....kernels.conv2d import conv2d_backward
+from ....kernels.live_norm import live_norm_gradients
 from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
@@ -53,6 +55,7 @@ class NormalizeSpec:
     residual: int | None = None
     act: str = "none"
     dtype: torch.dtype | None = None  # of y
+    live: bool = False  # whether the statistics are those of x
     masked: bool = False  # whether those who read y apply the activation's slope to its gradient
 
     @property
@@ -81,7 +84,7 @@ class FusedNormalize(torch.autograd.Function):
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         gate = y if residual is not None and spec.act != "none" and not spec.masked else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
-        ctx.spec, ctx.sum_of = spec, block.sum_of
+        ctx.spec, ctx.sum_of, ctx.whole = spec, block.sum_of, block.whole
         return y
 
     @staticmethod
@@ -90,8 +93,7 @@ class FusedNormalize(torch.autograd.Function):
         (dy,) = grads
         x, mean, rstd, factor, offset, gate = ctx.saved_tensors
         keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
-        dx, dz, *sums = normalize_act_gradients(dy, x, mean, rstd, factor, offset, gate, act, keep_dz)
-        _add_norm_sums(ctx, sums)
+        dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
         return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
 
@@ -115,7 +117,7 @@ class FusedNormConv(torch.autograd.Function):
         valued: bool,
     ):
         ctx.save_for_backward(x, mean, rstd, factor, offset, weight)
-        ctx.spec, ctx.conv, ctx.sum_of = spec, conv, block.sum_of
+        ctx.spec, ctx.conv, ctx.sum_of, ctx.whole = spec, conv, block.sum_of, block.whole
         if not valued:
             return x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
         wanted = block.shares is not None
@@ -139,15 +141,20 @@ class FusedNormConv(torch.autograd.Function):
             del n
         dn, _ = conv2d_backward(dy, x, weight, None, "none", pixel, wants_x=True)
         assert dn is not None
-        dx, _, *sums = normalize_act_gradients(dn, x, mean, rstd, factor, offset, None, spec.act, False)
-        _add_norm_sums(ctx, sums)
+        dx, _ = _gradients(ctx, dn, x, mean, rstd, factor, offset, None, spec.act, False)
         return dx if ctx.needs_input_grad[0] else None, *[None] * 10
 
 
-def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
-    """Sums of dz and of dz * xhat are the gradients of offset and factor."""
+def _gradients(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+    """dx and dz; sums of dz and of dz * xhat are the gradients of offset and factor.
+
+    What x does to its own statistics is in dx where all of it is here.
+    """
+    take = live_norm_gradients if ctx.whole and ctx.spec.live else normalize_act_gradients
+    dx, dz, *sums = take(*given)
     values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
+    return dx, dz
 
 
 def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeSpec]:
@@ -201,8 +208,8 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
         wide = torch.promote_types(stage.program.values[like].dtype, torch.float32)
         mean, rstd, factor, offset = (maps.new_value((maps.shape(x)[1],), wide, like=like) for _ in range(4))
         made = dtype or stage.program.values[y].dtype
-        spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made)
-        stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors))
+        spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made, live=affine.whole is not None)
+        stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors, whole=affine.whole))
         _replace(stage, chain, spec, conv)
         if conv is None:
             fused[y] = spec

@@ -48,7 +48,8 @@ class Block:
     output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that
     an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
     `parts`, for an op that gathers, takes gradients of parts of the gathered map in the backward, with their rectangles
-    in the block: whoever reads a part gives it there, where autograd would want one of the whole block.
+    in the block: whoever reads a part gives it there, where autograd would want one of the whole block. `whole` says
+    that the blocks of this tile are the whole maps of all images that statistics are taken of.
     """
 
     rows: Span
@@ -58,6 +59,7 @@ class Block:
     margin: tuple[int, int] = (0, 0)
     shares: dict[int, tuple[Tensor, ...]] | None = None
     parts: list[tuple[Rect, Tensor]] | None = None
+    whole: bool = False
 
 
 SumOf = Callable[[int, torch.dtype], Tensor]
@@ -114,7 +116,8 @@ class VectorOp:
 
     `run` gets the tensors of `inputs` by value number and returns those of `outputs`. Where the results of one image
     depend on the others of the batch, `share` gives what an image (or several of one size) contributes, and `merge`
-    makes the outputs, the same for all images, of the shares of all; `run` is then both.
+    makes the outputs, the same for all images, of the shares of all; `run` is then both. `whole` takes the place of
+    `run` before a stage whose blocks are whole: its ops then see to the gradients of statistics themselves.
     """
 
     run: Callable[[Env], tuple[Tensor, ...]]
@@ -122,6 +125,7 @@ class VectorOp:
     outputs: tuple[int, ...]
     share: Callable[[Env], tuple[Tensor, ...]] | None = None
     merge: Callable[[Sequence[tuple[Tensor, ...]]], tuple[Tensor, ...]] | None = None
+    whole: Callable[[Env], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(slots=True)

@@ -129,7 +129,8 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     if value not in maps:
         return [finalize, *updates, VectorOp(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
     parts = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
-    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, "eps": eps})
+    settings = {"eps": eps, "group": group}
+    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, **settings})
     return [*taking, finalize, *updates, local]
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from exactness import FLOOR, assert_exact, assert_near_under_autocast, errors, randomize
+from exactness import FLOOR, assert_exact, assert_near_under_autocast, errors, randomize, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +15,7 @@ from gigamorph.engine.lowering.fused import conv as fused_conv
 from gigamorph.engine.lowering.fused import normalize as fused_norm
 from gigamorph.engine.lowering.stages import Stage
 from gigamorph.engine.planning.strategy import strategies
-from gigamorph.kernels import choice
+from gigamorph.kernels import choice, moments
 
 if not torch.cuda.is_available():
     import interpreter
@@ -126,10 +126,23 @@ def test_several_images_by_the_kernels_themselves() -> None:
         assert_exact(randomize(nn.Sequential(model, nn.AdaptiveAvgPool2d(1))).double(), image(2, 1, 20, 17), tile=16)
 
 
-def test_several_sizes(fused_with_stock_ops: None) -> None:
+def test_one_tile_has_the_whole_gradient(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What x does to its statistics takes a pass of its own where tiles share them, and where a map is not normed."""
+    calls: list[str] = []
+    for module, name in ((moments, "moments_backward"), (fused_norm, "live_norm_gradients")):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, op=op, name=name: calls.append(name) or op(*given))
+    for tile, expected in ((8, {"moments_backward"}), (100, {"live_norm_gradients"})):
+        calls.clear()
+        step(accelerate(build(), tile=tile), image(1, 1, 64, 64), image_gradient=False)
+        assert set(calls) == expected
+
+
+@pytest.mark.parametrize("tile", [24, 100])
+def test_several_sizes(fused_with_stock_ops: None, tile: int) -> None:
     """Images side by side: the statistics are those of all of them, the tiles those of each."""
     model, images = build(), [image(1, 1, 64, 48), image(1, 1, 40, 72)]
-    outputs = torch.cat(list(accelerate(model, tile=24)(images)))
+    outputs = torch.cat(list(accelerate(model, tile=tile)(images)))
     outputs.square().sum().backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     monkey = build()

@@ -12,17 +12,18 @@ from processes import in_processes
 from sync_norms import images, in_ddp, in_one_process, network, state, unlike_plans, with_segments
 
 Sizes = list[tuple[int, int]]
-TWO: dict[str, tuple[Sizes, bool]] = {
-    "one size": ([(37, 29)], False),
-    "two sizes": ([(37, 29), (20, 51)], False),
-    "maps computed again": ([(37, 29)], True),
+TWO: dict[str, tuple[Sizes, bool, bool]] = {
+    "one size": ([(37, 29)], False, False),
+    "two sizes": ([(37, 29), (20, 51)], False, False),
+    "maps computed again": ([(37, 29)], True, False),
+    "whole maps, as on a GPU": ([(37, 29), (20, 51)], False, True),
 }
 FOUR: Sizes = [(37, 29), (20, 51), (9, 9), (1, 64)]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> dict[str, list[Any]]:
-    tasks = [(in_ddp, sizes, ranges, None) for sizes, ranges in TWO.values()] + [(unlike_plans, (37, 29))]
+    tasks = [(in_ddp, sizes, ranges, None, fused) for sizes, ranges, fused in TWO.values()] + [(unlike_plans, (37, 29))]
     return dict(zip([*TWO, "unlike plans"], in_processes(2, tmp_path_factory.mktemp("two"), tasks), strict=True))
 
 
@@ -51,7 +52,7 @@ def assert_equal(wanted: dict[str, torch.Tensor], outputs: list[torch.Tensor], g
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes(name, two):
-    sizes, _ = TWO[name]
+    sizes, *_ = TWO[name]
     wanted, outputs = one_process([0, 1], sizes)
     for rank, got in enumerate(two[name]):
         assert_equal(wanted, [output[rank] for output in outputs], got)

@@ -1,0 +1,111 @@
+"""The whole gradient of a BatchNorm in training, against PyTorch's own in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE, assert_close, assert_order_free, doubled, random_map
+from torch import Tensor
+from torch.nn import functional as F
+
+from gigamorph.kernels import choice, stream
+from gigamorph.kernels.activations import activate_reference
+from gigamorph.kernels.batch_norm import normalize_act
+from gigamorph.kernels.live_norm import live_norm_gradients
+from gigamorph.kernels.moments import moments_reference
+from gigamorph.kernels.tiles import StreamConfig
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-5
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of the values themselves, in at least float32."""
+    mean, m2 = moments_reference(x.double())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return mean.to(wide), (m2 / (x.numel() // x.shape[1]) + EPS).rsqrt().to(wide)
+
+
+def oracle(dy, x, weight, bias, residual, act) -> list[Tensor]:
+    """dx, dz, dbias and dweight by autograd in float64."""
+    dy, x, weight, bias, residual = doubled(dy, x, weight, bias, residual)
+    leaves = [t.requires_grad_() for t in (x, residual, bias, weight) if t is not None]
+    z = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+    y = activate_reference(z if residual is None else z + residual, act)
+    return list(torch.autograd.grad(y, leaves, dy))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mode=st.sampled_from(["triton", "stock"]),
+    n=st.integers(1, 3),
+    c=st.integers(1, 40),
+    h=st.integers(2, 7),
+    w=st.integers(2, 9),
+    act=st.sampled_from(["none", "relu", "relu6", "silu", "gelu", "hardswish"]),
+    summed=st.booleans(),
+    affine=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    small=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dy, x, residual = (random_map(n, c, h, w, dtype, generator) for _ in range(3))
+    mean, rstd = statistics(x)
+    weight, bias = (torch.rand(2, c, generator=generator, dtype=torch.float64) + 0.5).to(mean.dtype).to(DEVICE)
+    if not affine:
+        weight = bias = None
+    if summed and act not in ("none", "relu", "relu6"):
+        act = "relu"
+    gate = normalize_act(x, mean, rstd, weight, bias, residual, act) if summed and act != "none" else None
+    keep = gate is not None
+    with choice.override(mode), pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(stream, "stream_config", lambda pixels, channels, most: StreamConfig(4, 16, 3, 4))
+        dx, dz, dbias, dweight = live_norm_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep)
+    expected = oracle(dy, x, weight, bias, residual if summed else None, act)
+    if gate is not None:
+        # Where rounding has moved a value over the edge of a slope, one has a gradient and the other none.
+        z = activate_reference(
+            F.batch_norm(x.double(), None, None, *doubled(weight, bias), True, 0.1, EPS) + residual, act
+        )
+        if not torch.equal((gate > 0) & (gate < 6), (z > 0) & (z < 6)):
+            return
+    assert_close("dx", dx, expected.pop(0))
+    if summed:
+        dresidual = expected.pop(0)
+        assert_close("dz", dz if keep else dy, dresidual)
+    if affine:
+        assert_close("dbias", dbias, expected.pop(0))
+        assert_close("dweight", dweight, expected.pop(0))
+
+
+def test_order_of_programs():
+    generator = torch.Generator().manual_seed(4)
+    dy, x = (random_map(1, 20, 9, 7, torch.bfloat16, generator) for _ in range(2))
+    mean, rstd = statistics(x)
+    assert_order_free(lambda: live_norm_gradients(dy, x, mean, rstd, None, None, None, "relu", False))
+
+
+def test_opcheck():
+    generator = torch.Generator().manual_seed(5)
+    dy, x = (random_map(2, 6, 3, 4, torch.bfloat16, generator) for _ in range(2))
+    mean, rstd = statistics(x)
+    for keep in (True, False):
+        torch.library.opcheck(live_norm_gradients, (dy, x, mean, rstd, None, None, x, "relu", keep))
+
+
+def test_empty_map():
+    x, zeros = torch.empty(2, 3, 0, 5, device=DEVICE), torch.zeros(3, device=DEVICE)
+    dx, _, *sums = live_norm_gradients(x, x, zeros, zeros, None, None, None, "relu", False)
+    assert dx.shape == x.shape and all(torch.equal(s, zeros) for s in sums)
+
+
+def test_a_planted_error_is_seen():
+    """Statistics taken for constants."""
+    generator = torch.Generator().manual_seed(6)
+    dy, x = (random_map(1, 9, 5, 5, torch.float32, generator) for _ in range(2))
+    (dx,) = oracle(dy, x, None, None, None, "none")
+    with pytest.raises(AssertionError):
+        assert_close("dx", dy * statistics(x)[1].reshape(-1, 1, 1), dx)
