@@ -30,7 +30,7 @@ from ..planning import constants
 from ..tiling.arena import arena
 from ..tiling.arena_limit import ArenaLimit
 from ..tiling.forward import ForwardPass
-from ..tiling.halos import unpermute
+from ..tiling.halos import copy_all, unpermute
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
@@ -290,6 +290,7 @@ class Forward:
         """The result, after what a call changes besides: buffers, arguments that it writes to, attributes."""
         program = self.prepared.staged.program
         self.supposed.check(self.env)
+        plain: list[tuple[Tensor, Tensor]] = []
         for before, after in program.updates:
             target = self.targets.get(before)
             if target is None:
@@ -301,13 +302,26 @@ class Forward:
                 target.data.copy_(self._result(after).detach())  # PyTorch lets nobody but `.data` write to it here
                 continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
-            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            if grad and torch.is_grad_enabled():
                 target.copy_(self._result(after))
+            else:
+                plain.append((target, self._result(after)))
             self.passed[after] = target
+        _write(plain)
         result = self.output()
         for effect in program.effects:
             effect.apply(self._bound)
         return result
+
+
+def _write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy values into their tensors, in few launches; one after the other where one may be part of another's value."""
+    memory = [{t.untyped_storage().data_ptr() for t in part} for part in zip(*pairs, strict=True)]
+    if memory and memory[0].isdisjoint(memory[1]):
+        copy_all(pairs)
+    else:
+        for target, value in pairs:
+            copy_all([(target, value)])
 
 
 def step_together(forwards: Sequence[Forward], number: int, again: bool = False) -> None:

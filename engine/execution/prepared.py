@@ -118,8 +118,14 @@ class Prepared:
     @cached_property
     def kept_for_backward(self) -> set[int]:
         """The values that a step other than the updates of norms' statistics reads."""
-        updated = {after for _, after in self.staged.program.updates}
-        statistics = lambda step: isinstance(step, VectorOp) and updated.issuperset(step.outputs)  # noqa: E731
+        program = self.staged.program
+        updated = {after for _, after in program.updates}
+
+        def statistics(step: Op | VectorOp | Stage) -> bool:
+            if isinstance(step, Stage) or not updated.issuperset(step.outputs):
+                return False
+            return isinstance(step, VectorOp) or not any(program.values[v].takes_grad for v in step.outputs)
+
         found = {v for part in self.segments.values() for v in part.inputs}
         return found.union(*(reads(step) for step in self.staged.steps if not statistics(step)))
 

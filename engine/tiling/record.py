@@ -56,10 +56,14 @@ class Kept:
     sums: dict[int, Tensor] = field(default_factory=dict)
     drawn: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def sum_of(self, value: int, dtype: torch.dtype) -> Tensor:
-        """The sum of a vector's gradient, zeros at first."""
-        if value not in self.sums:
-            self.sums[value] = torch.zeros_like(self.vectors[value], dtype=dtype)
+    def sum_of(self, value: int, dtype: torch.dtype, summand: Tensor | None = None) -> Tensor:
+        """The sum of a vector's gradient, zeros at first; a summand is added, or is the first."""
+        if value in self.sums:
+            return self.sums[value] if summand is None else self.sums[value].add_(summand)
+        like = self.vectors[value]
+        self.sums[value] = (
+            torch.zeros_like(like, dtype=dtype) if summand is None else summand.to(dtype).reshape(like.shape)
+        )
         return self.sums[value]
 
 
@@ -169,12 +173,12 @@ class Recorded:
             window = read(source, rect)
             return window.detach().requires_grad_() if source in sources else window
 
-        def sum_of(value: int, dtype: torch.dtype) -> Tensor:
+        def sum_of(value: int, dtype: torch.dtype, summand: Tensor | None = None) -> Tensor:
             held = holder()
             assert held is not None
-            return held.sum_of(value, dtype)
+            return held.sum_of(value, dtype, summand)
 
-        anchor = torch.zeros((), device=scan.device, requires_grad=True)
+        anchor = torch.empty((), device=scan.device, requires_grad=True)  # nobody reads it
         autograd = Autograd(kept.needs, anchor, sum_of, SavedTensors())
         given = pixels, kept.vectors, halos, autograd
         self.tile = Tile(scan.tiled, *place, *given, second_pass=keep is None, whole=scan.whole)

@@ -57,7 +57,7 @@ class Accumulator:
         reduction = self.reduction
         if reduction.kind == "moments":
             if moments is not None and not reduction.precise:
-                return tuple(part.clone() for part in moments)
+                return moments
             if self._by_kernel(block):
                 from ...kernels.moments import moments_of_each
 
@@ -71,10 +71,7 @@ class Accumulator:
         return part, reduction.has(block, part).sum(reduction.dims, keepdim=True)
 
     def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
-        """Take in what the block of tile (i, j) has given, which lies at `rect` of a map of this width.
-
-        The tensors of the share may be written to.
-        """
+        """Take in what the block of tile (i, j) has given, which lies at `rect` of a map of this width."""
         if self.reduction.kind == "moments":
             mean, deviations = share
             pixels = (rect[1] - rect[0]) * (rect[3] - rect[2])
@@ -82,7 +79,7 @@ class Accumulator:
             return
         if self.reduction.kind == "sum":
             part = share[0].to(torch.float64)
-            self.total = part if self.total is None else self.total.add_(part)
+            self.total = part if self.total is None else self.total + part
             return
         part, note = share
         if self.reduction.first_only:
@@ -92,17 +89,15 @@ class Accumulator:
         self.maxima[i, j] = part, note
 
     def _merge(self, mean: Tensor, deviations: Tensor, count: int) -> None:
-        mean, deviations = mean.to(torch.float64), deviations.to(torch.float64)
-        if self.total is None or self.deviations is None:
+        if self.total is None or self.deviations is None:  # of an only tile they stay as they are
             self.seen, self.total, self.deviations = count, mean, deviations
             return
-        both = self.seen + count
-        distance = mean - self.total
-        self.deviations.add_(deviations).addcmul_(distance, distance, value=self.seen * count / both)
+        both, mean, total = self.seen + count, mean.to(torch.float64), self.total.to(torch.float64)
+        distance = mean - total
+        gathered = self.deviations.to(torch.float64) + deviations
+        self.deviations = gathered.addcmul_(distance, distance, value=self.seen * count / both)
         # Infinite means add up as the elements of a sum do; their distance says nothing.
-        self.total = torch.where(
-            distance.isfinite(), torch.add(self.total, distance, alpha=count / both), self.total + mean
-        )
+        self.total = torch.where(distance.isfinite(), torch.add(total, distance, alpha=count / both), total + mean)
         self.seen = both
 
     def pull(

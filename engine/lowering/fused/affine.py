@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +66,9 @@ def _of_batch_norm(norm: Local) -> Affine:
     weight, bias = (None if given[name] is None else given[name].value for name in ("weight", "bias"))
     eps: float = given["eps"]
 
-    def make(env: Env, attached: bool = True) -> Numbers:
+    def make(env: Env) -> Numbers:
         middle, rstd = env[mean], torch.rsqrt(env[var] + eps)
         fixed = rstd.detach()
-        if not attached:
-            middle, rstd = middle.detach(), fixed
         factor, offset = rstd / fixed, -fixed * (middle - middle.detach())
         if weight is not None:
             factor, offset = factor * env[weight].to(factor.dtype), offset * env[weight].to(offset.dtype)
@@ -79,10 +76,16 @@ def _of_batch_norm(norm: Local) -> Affine:
             offset = offset + env[bias].to(offset.dtype)
         return middle.detach(), fixed, factor, offset
 
+    def whole(env: Env) -> Numbers:
+        rstd = torch.rsqrt(env[var].detach() + eps)
+        factor = torch.ones_like(rstd) if weight is None else env[weight].to(rstd.dtype)
+        offset = torch.zeros_like(rstd) if bias is None else env[bias].to(rstd.dtype)
+        return env[mean].detach(), rstd, factor, offset
+
     # Of all processes' statistics a tile never has the whole.
     alone = norm.op.name == "live_batch_norm" and given["group"] is None
     inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
-    return Affine(inputs, make, partial(make, attached=False) if alone else None)
+    return Affine(inputs, make, whole if alone else None)
 
 
 def _of_scale_shift(norm: Local) -> Affine:

@@ -171,7 +171,7 @@ def add_to_sums(ctx: Any, sums: Iterable[tuple[int | None, bool, Tensor]]) -> No
     """
     for value, wanted, total in sums:
         if wanted:
-            ctx.sum_of(value, total.dtype).add_(total)
+            ctx.sum_of(value, total.dtype, total)
 
 
 def as_autocast_wants(x: Tensor) -> Tensor:

@@ -58,9 +58,9 @@ class FusedStem(torch.autograd.Function):
         dw, _, dbias = stem_gradients(grads[0], spots, x, weight, None, bias, None, None, *ctx.settings)
         wide = sum_dtype(weight.dtype)
         if ctx.needs_input_grad[1]:
-            ctx.sum_of(ctx.spec.weight, wide).add_(dw)
+            ctx.sum_of(ctx.spec.weight, wide, dw)
         if ctx.needs_input_grad[2]:
-            ctx.sum_of(ctx.spec.bias, wide).add_(dbias)
+            ctx.sum_of(ctx.spec.bias, wide, dbias)
         return (None,) * 8
 
 

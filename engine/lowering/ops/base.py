@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,13 +37,20 @@ class Refusal(Exception):
     """Why an op cannot be computed exactly tile by tile; `stage.py` adds the module and raises the public error."""
 
 
+class SumOf(Protocol):
+    """See `Block`."""
+
+    def __call__(self, value: int, dtype: torch.dtype, summand: Tensor | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Where an op's output block lies in the whole output, and how much padding its input windows still lack.
 
     `rows` and `cols` are half-open ranges of the output map; `pad` is (top, bottom, left, right) to be added to the
     input before a kernel without padding gives exactly this block. `sum_of` gives, where gradients are wanted, the
-    tensor in which a vector's gradient is summed over the tiles, for ops that add to it themselves. `margin` is
+    tensor in which a vector's gradient is summed over the tiles, for ops that add to it themselves; given a summand, it
+    adds that, which nobody else may have. `margin` is
     the room (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its
     output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that
     an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
@@ -62,7 +69,6 @@ class Block:
     whole: bool = False
 
 
-SumOf = Callable[[int, torch.dtype], Tensor]
 Env = Mapping[int, Tensor]
 Run = Callable[[Env, Block], tuple[Tensor, ...]]
 

@@ -72,7 +72,9 @@ def _running(
         share = env[momentum.value] if isinstance(momentum, Ref) else momentum
         with torch.no_grad():
             new = dict(zip(numbers, statistics(env), strict=True))
-            return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in kept)
+            if isinstance(share, Tensor):
+                return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in kept)
+            return tuple((env[v] * (1 - share)).add_(new[v], alpha=share) for v in kept)
 
     counted = (momentum.value,) if isinstance(momentum, Ref) else ()
     return [VectorOp(run, (*inputs, *kept, *counted), tuple(after[v] for v in kept))]
@@ -103,7 +105,14 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
     total_mean, total_var = (maps.new_value((channels,), dtype, like=value) for _ in range(2))
     running = tuple(_number(given[name]) for name in ("running_mean", "running_var"))
     pixels, group = math.prod(values[value].shape) // channels, op.group
-    seen = maps.new_value((), own, like=value)  # pixels of all images
+    correction = maps.new_value((), own, like=value)  # n / (n - 1), n pixels of all images
+
+    def run(env: Env) -> tuple[Tensor, ...]:
+        means, variances = moments_of(env)
+        if group is not None or means.shape[1] > 1:
+            return merge([share(env)])
+        # A number on the host: on a GPU it goes with the launch of what reads it.
+        return means.squeeze(1), variances.squeeze(1), torch.full((), pixels / max(1, pixels - 1), dtype=own)
 
     def share(env: Env) -> Moments:
         means, variances = (t.to(own) for t in moments_of(env))
@@ -111,26 +120,26 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
 
     def merge(shares: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         middle, spread, count = merged(shares, group)
-        return middle.to(dtype), spread.to(dtype), count
+        return middle.to(dtype), spread.to(dtype), count / (count - 1).clamp(min=1)
 
     def statistics(env: Env) -> tuple[Tensor, Tensor]:
-        return env[total_mean], env[total_var] * (env[seen] / (env[seen] - 1).clamp(min=1))
+        return env[total_mean], env[total_var] * env[correction]
 
-    outputs = (total_mean, total_var, seen)
-    finalize = VectorOp(lambda env: merge([share(env)]), read, outputs, share, merge)
+    outputs = (total_mean, total_var, correction)
+    finalize = VectorOp(run, read, outputs, share, merge)
     updates = _running(op, running, momentum, statistics, outputs)
     weight, bias = _number(given["weight"]), _number(given["bias"])
 
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+    def normalize(env: Env, _block: Block) -> tuple[Tensor, ...]:
         w, b = (None if v is None else env[v] for v in (weight, bias))
         return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
     if value not in maps:
-        return [finalize, *updates, VectorOp(lambda env: run(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
+        return [finalize, *updates, VectorOp(lambda env: normalize(env, Block((0, 1), (0, 1))), taken, op.outputs[:1])]
     parts = {"mean": Ref(total_mean), "var": Ref(total_var), "weight": given["weight"], "bias": given["bias"]}
     settings = {"eps": eps, "group": group}
-    local = _pixelwise(op, maps, value, "live_batch_norm", taken, run, {**parts, **settings})
+    local = _pixelwise(op, maps, value, "live_batch_norm", taken, normalize, {**parts, **settings})
     return [*taking, finalize, *updates, local]
 
 
