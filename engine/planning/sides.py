@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ... import kernels
 from ..lowering.stages import Stage, StagedProgram
 from . import constants
 
@@ -52,10 +53,14 @@ def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int,
     """The tile of each stage, in pixels of its largest source, for a tile of the image.
 
     Deeper stages get tiles whose widest block holds about as many values as that of the first stage; strips of whole
-    rows stay strips.
+    rows stay strips. On a GPU whole images stay whole: a map in one tile is copied nowhere, and has its norm's gradient
+    in fewer passes.
     """
-    strips = tile[1] == staged.maps.size(staged.program.image)[1]
-
+    image = staged.program.values[staged.program.image]
+    height, width = staged.maps.size(staged.program.image)
+    strips = tile[1] == width
+    if tile[0] >= height and tile[1] >= width and (image.device.type != "cpu" or kernels.enabled(image.device)):
+        return [tile, *(stage.extent for stage in staged.stages[1:])]
     first, *others = staged.stages
     sides = [tile]
     for stage in others:

@@ -217,13 +217,14 @@ class Recorded:
         if value not in tile.needs or not block.requires_grad:
             return
         taken = consumers.get(value, ())
-        whole = [number for number, consumer in enumerate(taken) if consumer.of_block]
+        whole = [number for number, consumer in enumerate(taken) if consumer.of_block or consumer.is_sum]
         if whole:
-            moments = any(taken[number].accumulator is not None for number in whole)
-            asked = block.detach() if moments else None
+            moments = any(taken[number].of_moments for number in whole)
+            # But for moments its form alone is asked for: it need not live on.
+            asked = block.detach() if moments else block.new_empty(()).expand(block.shape)
             self._add(block, partial(Recorded._block_grad, value=value, numbers=whole, block=asked))
         for number, consumer in enumerate(taken):
-            if not consumer.of_block:
+            if number not in whole:
                 assert consumer.accumulator is not None
                 root = consumer.accumulator.partial(block, tile.tiled.block(value, tile.i, tile.j))
                 self._add(root, partial(Recorded._partial_grad, value=value, number=number, root=root.detach()))
@@ -248,21 +249,26 @@ class Recorded:
             grad = grad * consumer.shares[self.tile.i, self.tile.j]
         return grad.to(root.dtype).expand_as(root)
 
-    def _block_grad(self, consumers: Consumers, value: int, numbers: list[int], block: Tensor | None) -> Tensor | None:
-        """The gradient of a block of which moments are taken (they ask for the block), or that is stored, or both."""
+    def _block_grad(self, consumers: Consumers, value: int, numbers: list[int], block: Tensor) -> Tensor | None:
+        """The gradient of a block of which moments are taken (they ask for the block) or sums, or that is stored."""
         total: Tensor | None = None
         taken = [consumers[value][number] for number in numbers]
-        for consumer in sorted(taken, key=lambda consumer: consumer.accumulator is not None):  # the map itself first
+        # The map itself first, then sums: moments add to what there is.
+        for consumer in sorted(taken, key=lambda c: (c.accumulator is not None) + c.of_moments):
             if not has_grad(consumer):
                 continue
             if consumer.accumulator is None:
                 (grad,) = consumer.grads
                 assert grad is not None
                 total = self._own(value, grad)
+            elif consumer.is_sum:
+                (grad,) = consumer.grads
+                assert grad is not None
+                spread = grad.to(block.dtype).expand_as(block)
+                total = spread if total is None else total + spread
             else:
                 valued = not self.tile.second_pass or value not in self.tile.tiled.unvalued
                 x = block if valued else self._own(value, self.stored[value])
-                assert x is not None
                 total = consumer.accumulator.pull(x, consumer.grads, total, self._rect(value))
         return total
 

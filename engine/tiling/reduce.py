@@ -249,7 +249,17 @@ class Consumer:
     @property
     def of_block(self) -> bool:
         """Whether the gradient is one of the block itself, not of something reduced from it."""
-        return self.accumulator is None or self.accumulator.reduction.kind == "moments"
+        return self.accumulator is None or self.of_moments
+
+    @property
+    def of_moments(self) -> bool:
+        return self.accumulator is not None and self.accumulator.reduction.kind == "moments"
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a sum that gives all elements of a block the same gradient: it need not be summed for that."""
+        reduction = None if self.accumulator is None else self.accumulator.reduction
+        return reduction is not None and reduction.kind == "sum" and reduction.form is None and reduction.grid is None
 
 
 Consumers = dict[int, list[Consumer]]
