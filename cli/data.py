@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import options, runner
+from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
 
@@ -80,6 +80,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     from ..engine.errors import DataError
     from .count import Count
 
+    outputs.require_no_labels(out)
     with Count("headers") as count:
         found = index_folder(
             folder,
@@ -147,6 +148,8 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     records = table.records
     _tell_masks(table.masks)
     labels = labels_of(Path(source), table)
+    if out:
+        outputs.require_out(out, [source, *(record.path for record in records)])
     with Count("images", len(records)) as count:
         problems = check_images(records, labels=labels, white=white, workers=workers, on_done=count.add)
     if out:
@@ -263,6 +266,9 @@ def convert(
     if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard are of images; add --images")
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
+    if not file_format and (Path(out) / "run.json").exists():
+        raise click.UsageError(f"{out} holds converted images, whose table would be lost; name another --out")
+    outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _with_masks(table.records, source, skip_missing), []
     if file_format:
         chosen = RunOptions(

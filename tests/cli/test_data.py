@@ -90,6 +90,43 @@ def test_check_of_a_public_data_set(tmp_path, capsys):
     assert "No such file" in capsys.readouterr().out
 
 
+def test_no_out_destroys_what_is_read(tmp_path, capsys):
+    """A slip in --out must not cost a table with its labels, or an image."""
+    image, table = tmp_path / "a.png", tmp_path / "table.csv"
+    image.write_bytes(imagecodecs.png_encode(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    table.write_text("image_path,label,patient_id\na.png,1,p\n")
+    before = image.read_bytes(), table.read_bytes()
+    for given in (
+        ["check", table, "--out", table],
+        ["check", table, "--out", image],
+        ["preview", image, "--out", image],
+        ["index", tmp_path, "--out", table],
+        ["index", tmp_path, "--out", image],
+        ["convert", table, "--out", tmp_path],
+        ["convert", table, "--out", tmp_path, "--images", "tiff"],
+    ):
+        assert run(*given) == 2, given
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "name another --out" in said
+        assert (image.read_bytes(), table.read_bytes()) == before
+    assert sorted(tmp_path.iterdir()) == [image, table]
+    assert run("convert", table, "--out", tmp_path / "out", "--images", "tiff") == 0
+    converted = (tmp_path / "out" / "table.csv").read_bytes()
+    assert run("convert", table, "--out", tmp_path / "out") == 2
+    assert "holds converted images, whose table would be lost" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table.csv").read_bytes() == converted
+
+
+@pytest.mark.parametrize("command", ["index", "check"])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(np.eye(8, dtype=np.uint8)))
+    for module in ("index", "check"):
+        monkeypatch.setattr(f"gigamorph.engine.datasets.{module}.run_parallel", lambda *_, **__: pytest.fail("worked"))
+    assert run(command, tmp_path, "--out", tmp_path / "file" / "out.csv") == 2
+    assert "out.csv: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
+
+
 def test_split(phantoms, tmp_path, capsys):
     lines = [",".join(line.split(",")[:3]) for line in (phantoms / "phantoms.csv").read_text().splitlines()]
     (phantoms / "bare.csv").write_text("\n".join(lines))
