@@ -13,6 +13,7 @@ import rich_click as click
 from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
+from .stopped import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,8 +151,11 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     labels = labels_of(Path(source), table)
     if out:
         outputs.require_out(out, [source, *(record.path for record in records)])
+    looked_at: list[int] = []
     with Count("images", len(records)) as count:
-        problems = check_images(records, labels=labels, white=white, workers=workers, on_done=count.add)
+        problems = check_images(
+            records, labels=labels, white=white, workers=workers, on_done=count.add, on_stopped=looked_at.append
+        )
     if out:
         write_csv(Path(out), ["image_path", "kind", "problem"], ((p.path, p.kind, p.message) for p in problems))
     serious = [problem for problem in problems if problem.kind != "flag"]
@@ -163,7 +167,11 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     for kind, meaning in KINDS.items():
         if counts[kind]:
             click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
-    click.echo(f"{len(records)} images, {len({problem.path for problem in serious})} with something to mend")
+    told = f"{looked_at[0]} of {len(records)}" if looked_at else str(len(records))
+    click.echo(f"{told} images, {len({problem.path for problem in serious})} with something to mend")
+    if looked_at:
+        click.echo("stopped by Ctrl-C; this is of the images that were looked at", err=True)
+        raise Stopped
     if serious:
         raise SystemExit(1)
 

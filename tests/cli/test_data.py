@@ -81,6 +81,29 @@ def test_check(phantoms, tmp_path, capsys):
     (phantoms / "wrong.csv").unlink()
 
 
+def test_ctrl_c_tells_what_the_check_has_found(tmp_path, capsys, monkeypatch):
+    good = imagecodecs.png_encode(np.random.default_rng(0).integers(0, 256, (9, 8), dtype=np.uint8))
+    for name, content in {"a": good, "b": good[:40], "c": good, "d": good}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    table = tmp_path / "t.csv"
+    table.write_text("image_path,label\n" + "".join(f"{name}.png,{name}\n" for name in "abcd"))
+
+    def add(self, count=1):
+        self._done += count
+        if self._done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Count, "add", add)
+    assert run("check", table, "--out", tmp_path / "p.csv", "--workers", 1) == 130
+    said = capsys.readouterr()
+    assert "3 of 4 images, 2 with something to mend" in said.out
+    assert "stopped by Ctrl-C; this is of the images that were looked at" in said.err and said.err.count("\n") == 1
+    assert [(row["image_path"][-5:], row["kind"]) for row in rows(tmp_path / "p.csv")] == [
+        ("b.png", "unreadable"),
+        ("c.png", "duplicate"),
+    ]
+
+
 def test_check_of_a_public_data_set(tmp_path, capsys):
     lookalikes.vindr_mammo(tmp_path)
     assert run("check", tmp_path) == 0
