@@ -10,13 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.files import require_writable
 from . import options
 
 if TYPE_CHECKING:
     from ..engine.bench.results import LimitRow, Results, StepRow, Task
     from ..engine.bench.step import Options
 
-_json: Any = click.option("--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write results here.")
+
+def _parse_json(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None:
+        require_writable(value)
+    return value
+
+
+_json: Any = click.option(
+    "--json",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_parse_json,
+    help="Write results here.",
+)
+_seconds: Any = click.FloatRange(0, min_open=True)
 _peers: Any = click.option(
     "--peer",
     "peers",
@@ -86,7 +101,9 @@ _sizes: Any = click.option(
 @options.memory_budget
 @click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed steps of each, at most.")
-@click.option("--box", type=float, default=60.0, show_default=True, help="Seconds of one peer's timed steps at a size.")
+@click.option(
+    "--box", type=_seconds, default=60.0, show_default=True, help="Seconds of one peer's timed steps at a size."
+)
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Trace a step of each into here.")
 @_task
 def step(
@@ -150,7 +167,9 @@ def step(
 @options.memory_budget
 @click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed turns of each, at most.")
-@click.option("--box", type=float, default=60.0, show_default=True, help="Seconds of one peer's timed turns at a size.")
+@click.option(
+    "--box", type=_seconds, default=60.0, show_default=True, help="Seconds of one peer's timed turns at a size."
+)
 @options.channels
 @_json
 def infer(
@@ -191,7 +210,7 @@ def infer(
     "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
 )
 @_peers
-@click.option("--longest", type=float, default=120.0, show_default=True, help="Seconds that one try may take.")
+@click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Seconds that one try may take.")
 @_task
 def limit(
     model: str,
@@ -260,11 +279,13 @@ def morph(seeds: int, path: Path | None) -> None:
     from ..engine.bench.scripts import measure_morphs
 
     results = _begin("cpu")
-    results.morphs = measure_morphs(range(seeds), say=click.echo)
-    for row in results.morphs:
-        reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
-        click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")
-    _keep(results, path)
+    for seed in range(seeds):
+        found = measure_morphs([seed], say=click.echo)
+        for row in found:
+            reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
+            click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")
+        results.morphs += found
+        _keep(results, path)
 
 
 @bench.command()
@@ -277,8 +298,13 @@ def rows(numbers: tuple[int, ...], path: Path | None) -> None:
     """
     import torch
 
-    from ..engine.bench.rows import run
+    from ..engine.bench.rows import ROWS, run
 
+    known = [declared.number for declared in ROWS]
+    if absent := [number for number in numbers if number not in known]:
+        raise click.BadParameter(
+            f"there is no row {absent[0]}; there are {min(known)} to {max(known)}", param_hint="--row"
+        )
     results = _begin("cuda" if torch.cuda.is_available() else "cpu")
     for outcome in run(results.ceilings, numbers, _show_step):
         results.declared.append(outcome.row)

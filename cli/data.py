@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import options, runner
+from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
+from .stopped import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,6 +81,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     from ..engine.errors import DataError
     from .count import Count
 
+    outputs.require_no_labels(out)
     with Count("headers") as count:
         found = index_folder(
             folder,
@@ -147,8 +149,13 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     records = table.records
     _tell_masks(table.masks)
     labels = labels_of(Path(source), table)
+    if out:
+        outputs.require_out(out, [source, *(record.path for record in records)])
+    looked_at: list[int] = []
     with Count("images", len(records)) as count:
-        problems = check_images(records, labels=labels, white=white, workers=workers, on_done=count.add)
+        problems = check_images(
+            records, labels=labels, white=white, workers=workers, on_done=count.add, on_stopped=looked_at.append
+        )
     if out:
         write_csv(Path(out), ["image_path", "kind", "problem"], ((p.path, p.kind, p.message) for p in problems))
     serious = [problem for problem in problems if problem.kind != "flag"]
@@ -160,7 +167,11 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     for kind, meaning in KINDS.items():
         if counts[kind]:
             click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
-    click.echo(f"{len(records)} images, {len({problem.path for problem in serious})} with something to mend")
+    told = f"{looked_at[0]} of {len(records)}" if looked_at else str(len(records))
+    click.echo(f"{told} images, {len({problem.path for problem in serious})} with something to mend")
+    if looked_at:
+        click.echo("stopped by Ctrl-C; this is of the images that were looked at", err=True)
+        raise Stopped
     if serious:
         raise SystemExit(1)
 
@@ -263,6 +274,9 @@ def convert(
     if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard are of images; add --images")
     table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
+    if not file_format and (Path(out) / "run.json").exists():
+        raise click.UsageError(f"{out} holds converted images, whose table would be lost; name another --out")
+    outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _with_masks(table.records, source, skip_missing), []
     if file_format:
         chosen = RunOptions(

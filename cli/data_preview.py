@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import options
+from . import options, outputs
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
@@ -53,6 +53,8 @@ def preview(
     from ..engine.images.pixels import Normalize
     from .picture import show_picture
 
+    if out:
+        outputs.require_out(out, [image])
     normalize = Normalize(mean, std)
     source = open_pixels(
         image,

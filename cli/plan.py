@@ -101,6 +101,8 @@ def plan(
     from .table import show_budgets, show_plan
 
     kind, memory = device
+    if memory is not None and memory_budget is not None and memory_budget > memory:
+        raise click.UsageError("--memory-budget is more than the memory of --device; name less, or a larger GPU")
     channels = options.channels_of(model, channels)
     net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":

@@ -55,6 +55,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
                 temporary.unlink()
 
 
+def require_writable(path: str | Path, what: str = "file") -> None:
+    """Say before long work what `write_atomically` would say after it, if a file cannot be written there.
+
+    Raises:
+        GigamorphError: its folder is a file, or must not be written to.
+    """
+    folder = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
+    reason = errno.ENOTDIR if not folder.is_dir() else 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    if reason:
+        raise GigamorphError(
+            f"{path}: the {what} cannot be written: {os.strerror(reason)}; name a folder that can be written"
+        )
+
+
 def _system_error(error: BaseException | None) -> int | None:
     """The system's number of an error, also where a library's own error hides it."""
     while error is not None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..files import write_atomically
 
 FORMAT = "gigamorph-bench 1"
 OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
@@ -279,7 +280,10 @@ class Results:
     declared: list[DeclaredRow] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write the JSON whole, or leave the old file as it was."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
-        os.replace(partial, path)
+        """Write the JSON whole, or leave the old file as it was.
+
+        Raises:
+            GigamorphError: if it cannot be written.
+        """
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        write_atomically(path, lambda part: part.write_text(text), "results")

@@ -77,21 +77,30 @@ def check_images(
     white: White | None = None,
     workers: int | None = None,
     on_done: Callable[[], object] | None = None,
+    on_stopped: Callable[[int], object] | None = None,
 ) -> list[Problem]:
     """Decode every image, in parallel, and compare all with each other and with the table; in the table's order.
 
     Nothing stops at the first bad file. Held in memory are 32 bytes and a header per image.
     labels: of each image, empty where it is not known, besides those of `Record.labels`.
     white: the white level of images of which the table does not say, as in `open_pixels`.
-    on_done: called after each image.
+    on_done: called after each image. on_stopped: called at a Ctrl-C with how many images were looked at; the problems
+        are then those of these images. Without it a Ctrl-C is raised.
     """
-    facts: list[_Facts | DataError] = [DataError("")] * len(records)
+    facts: dict[int, _Facts | DataError] = {}
     tasks = [_Task(record, white if record.white is None else record.white) for record in records]
-    for number, result in run_parallel(_inspect, tasks, workers=workers, chunk=4):
-        facts[number] = result
-        if on_done is not None:
-            on_done()
-    pairs = list(zip(records, facts, strict=True))
+    try:
+        for number, result in run_parallel(_inspect, tasks, workers=workers, chunk=4):
+            facts[number] = result
+            if on_done is not None:
+                on_done()
+    except KeyboardInterrupt:
+        if on_stopped is None or not facts:
+            raise
+        on_stopped(len(facts))
+    seen = sorted(facts)
+    records, labels = [records[number] for number in seen], [labels[number] for number in seen] if labels else []
+    pairs = [(record, facts[number]) for record, number in zip(records, seen, strict=True)]
     good = [(record, fact) for record, fact in pairs if isinstance(fact, _Facts)]
     problems = [
         Problem(record.path, "unreadable", _reason(fact, record.path))

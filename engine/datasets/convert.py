@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..images.affine import Affine
-from ..images.levels import White
+from ..images.levels import White, require_numbers
 from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from .dataset import open_record
@@ -112,8 +112,9 @@ def _write(source: ImageSource, target: Path, file_format: Format, white: int) -
     _, height, width = source.shape
 
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        grey = source.read(top, bottom, left, right)[0].numpy()
-        return np.rint(np.clip(grey, 0, 1) * np.float64(white)).astype(np.uint16)
+        grey = source.read(top, bottom, left, right)[0]
+        require_numbers(grey, f"{source.name}: ")
+        return np.rint(np.clip(grey.numpy(), 0, 1) * np.float64(white)).astype(np.uint16)
 
     try:
         with whole_or_absent(target) as part:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..images.levels import require_numbers
 from ..images.pixels import ImageSource, PixelSource, steps_of
 from ..images.writers import PNG_PIXELS, whole_or_absent, write_png
 from .grey import odd_range
@@ -54,7 +55,11 @@ class Preview:
 
 
 def preview(source: Seen) -> Preview:
-    """Read the image through once, a few rows at a time."""
+    """Read the image through once, a few rows at a time.
+
+    Raises:
+        DataError: it cannot be read, or holds pixels that are no numbers.
+    """
     _, height, width = source.shape
     total = squares = 0.0
     least, most = math.inf, -math.inf
@@ -62,7 +67,9 @@ def preview(source: Seen) -> Preview:
     brightest = np.full(source.shape[0], -math.inf)
     low, high = _grey(source, np.float32(0)), _grey(source, np.float32(1))
     for top in range(0, height, _ROWS):
-        strip = source.read(top, min(top + _ROWS, height), 0, width).numpy()
+        pixels = source.read(top, min(top + _ROWS, height), 0, width)
+        require_numbers(pixels, f"{source.name}: ")
+        strip = pixels.numpy()
         total += float(strip.sum(dtype=np.float64))
         squares += float(np.square(strip, dtype=np.float64).sum())
         least, most = min(least, float(strip.min())), max(most, float(strip.max()))

@@ -113,6 +113,8 @@ class JpegPixels(WholeFile):
     def _describe(self) -> None:
         data = self.path.read_bytes()
         size = codecs.jpeg_size(data)
+        if size is not None and size[2] == 4:
+            raise DataError(f"{self.path}: is a JPEG of four colours (CMYK); save it as grey or RGB")
         if size is None or not all(size) or size[2] not in (1, 3):
             raise DataError(f"{self.path}: damaged JPEG header; fetch the file again")
         if not codecs.ends(data):

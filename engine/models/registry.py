@@ -100,7 +100,7 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
         hint = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
-        file = Path(spec.name).with_suffix(".py")
+        file = Path(spec.name.removesuffix(".py") + ".py")
         if file.is_file():
             hint = f"; of {file} name the function or class too, as in {file.stem}:factory"
         if spec.name.startswith("timm/"):

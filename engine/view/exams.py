@@ -74,6 +74,8 @@ class View:
         Raises:
             DataError: if it cannot be opened.
         """
+        if remedy := elsewhere(str(self.record.path)):
+            raise DataError(f"{self.record.path}: is not beside the predictions, {remedy}")
         source = open_record(self.record)
         return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
 
@@ -198,7 +200,7 @@ def _view(
     rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, Record], classes: Classes | None
 ) -> View:
     path = Path(row["image_path"])
-    if not path.is_absolute() and not path.exists():
+    if not path.is_absolute() and not path.exists() and (rows.path.parent / path).exists():
         path = rows.path.parent / path
     own = known.get(path.absolute())
     patient = row.get("patient_id", "")

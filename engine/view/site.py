@@ -62,6 +62,7 @@ class Site:
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
         if there and "data.js" not in there:
             raise GigamorphError(f"{out}: holds other files; name another --out")
+        text = "const DATA = " + json.dumps(self._data()) + ";\n"  # opens all images: if one fails, nothing is written
         parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
         current = {part.path for part in parts if is_current(part.path, part.note)}
         with _written(out):
@@ -72,7 +73,6 @@ class Site:
             out.mkdir(parents=True, exist_ok=True)
             for path in PAGE.iterdir():
                 shutil.copyfile(path, out / path.name)
-        text = "const DATA = " + json.dumps(self._data()) + ";\n"
         write_atomically(out / "data.js", lambda path: path.write_text(text, encoding="utf-8"), "page")
         return out / "index.html"
 

@@ -149,12 +149,53 @@ def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_
     monkeypatch.setattr(rows, "run", lambda ceilings, numbers, say: iter([rows.Outcome(row)]))
     assert run("rows", "--json", str(tmp_path / "r.json")) == 0
     assert read(tmp_path / "r.json").declared == [row]
-    made = MorphRow(0, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)])
-    monkeypatch.setattr(scripts, "measure_morphs", lambda seeds, say: [made])
-    assert run("morph", "--json", str(tmp_path / "m.json")) == 0
-    assert read(tmp_path / "m.json").morphs == [made]
+    made = [MorphRow(seed, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)]) for seed in range(2)]
+    monkeypatch.setattr(scripts, "measure_morphs", lambda seeds, say: [made[seed] for seed in seeds])
+    assert run("morph", "--seeds", 2, "--json", str(tmp_path / "m.json")) == 0
+    assert read(tmp_path / "m.json").morphs == made
     out = capsys.readouterr().out
     assert "needs a GPU" in out and "after 12.0 s, 7 epochs" in out
+
+
+def test_a_row_that_is_not_declared_is_told(capsys):
+    assert run("rows", "--row", 99) == 2
+    assert "there is no row 99; there are 1 to 15" in capsys.readouterr().err
+
+
+def test_every_set_of_growths_is_kept_once_it_is_measured(monkeypatch, tmp_path):
+    from gigamorph.engine.bench import scripts
+    from gigamorph.engine.bench.results import MorphRow
+
+    def measure(seeds, say):
+        if 1 in seeds:
+            raise KeyboardInterrupt
+        return [MorphRow(seed, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)]) for seed in seeds]
+
+    monkeypatch.setattr(scripts, "measure_morphs", measure)
+    assert run("morph", "--json", tmp_path / "m.json") == 130
+    assert [row.seed for row in read(tmp_path / "m.json").morphs] == [0]
+
+
+@pytest.mark.parametrize("given", [("step", "--size", "9x9"), ("limit", "--memory-budget", "1MiB"), ("rows",)])
+def test_where_no_results_can_be_written_is_told_before_they_are_measured(given, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(child.Child, "ceilings", lambda self, device: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert run(*given, "--json", tmp_path / "file" / "out.json") == 2
+    assert "out.json: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
+
+
+def test_results_go_to_a_folder_that_is_not_there_yet(tmp_path):
+    everything().write(tmp_path / "new" / "a.json")
+    assert read(tmp_path / "new" / "a.json").steps == everything().steps
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "given", [("step", "--size", "9x9", "--box"), ("limit", "--memory-budget", "1MiB", "--longest")]
+)
+def test_no_time_is_no_time_to_measure_in(given, capsys):
+    assert run(*given, "-1") == 2
+    assert "-1.0 is not in the range x>0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

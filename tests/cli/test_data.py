@@ -81,6 +81,29 @@ def test_check(phantoms, tmp_path, capsys):
     (phantoms / "wrong.csv").unlink()
 
 
+def test_ctrl_c_tells_what_the_check_has_found(tmp_path, capsys, monkeypatch):
+    good = imagecodecs.png_encode(np.random.default_rng(0).integers(0, 256, (9, 8), dtype=np.uint8))
+    for name, content in {"a": good, "b": good[:40], "c": good, "d": good}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    table = tmp_path / "t.csv"
+    table.write_text("image_path,label\n" + "".join(f"{name}.png,{name}\n" for name in "abcd"))
+
+    def add(self, count=1):
+        self._done += count
+        if self._done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Count, "add", add)
+    assert run("check", table, "--out", tmp_path / "p.csv", "--workers", 1) == 130
+    said = capsys.readouterr()
+    assert "3 of 4 images, 2 with something to mend" in said.out
+    assert "stopped by Ctrl-C; this is of the images that were looked at" in said.err and said.err.count("\n") == 1
+    assert [(row["image_path"][-5:], row["kind"]) for row in rows(tmp_path / "p.csv")] == [
+        ("b.png", "unreadable"),
+        ("c.png", "duplicate"),
+    ]
+
+
 def test_check_of_a_public_data_set(tmp_path, capsys):
     lookalikes.vindr_mammo(tmp_path)
     assert run("check", tmp_path) == 0
@@ -88,6 +111,43 @@ def test_check_of_a_public_data_set(tmp_path, capsys):
     (tmp_path / "images" / "s1" / "i1.dicom").unlink()
     assert run("check", tmp_path, "--dataset", "vindr-mammo") == 1
     assert "No such file" in capsys.readouterr().out
+
+
+def test_no_out_destroys_what_is_read(tmp_path, capsys):
+    """A slip in --out must not cost a table with its labels, or an image."""
+    image, table = tmp_path / "a.png", tmp_path / "table.csv"
+    image.write_bytes(imagecodecs.png_encode(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    table.write_text("image_path,label,patient_id\na.png,1,p\n")
+    before = image.read_bytes(), table.read_bytes()
+    for given in (
+        ["check", table, "--out", table],
+        ["check", table, "--out", image],
+        ["preview", image, "--out", image],
+        ["index", tmp_path, "--out", table],
+        ["index", tmp_path, "--out", image],
+        ["convert", table, "--out", tmp_path],
+        ["convert", table, "--out", tmp_path, "--images", "tiff"],
+    ):
+        assert run(*given) == 2, given
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "name another --out" in said
+        assert (image.read_bytes(), table.read_bytes()) == before
+    assert sorted(tmp_path.iterdir()) == [image, table]
+    assert run("convert", table, "--out", tmp_path / "out", "--images", "tiff") == 0
+    converted = (tmp_path / "out" / "table.csv").read_bytes()
+    assert run("convert", table, "--out", tmp_path / "out") == 2
+    assert "holds converted images, whose table would be lost" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table.csv").read_bytes() == converted
+
+
+@pytest.mark.parametrize("command", ["index", "check"])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(np.eye(8, dtype=np.uint8)))
+    for module in ("index", "check"):
+        monkeypatch.setattr(f"gigamorph.engine.datasets.{module}.run_parallel", lambda *_, **__: pytest.fail("worked"))
+    assert run(command, tmp_path, "--out", tmp_path / "file" / "out.csv") == 2
+    assert "out.csv: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
 
 
 def test_split(phantoms, tmp_path, capsys):

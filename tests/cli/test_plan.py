@@ -142,6 +142,11 @@ def test_a_gpu_s_memory_is_the_budget(capsys):
     assert re.search(r"budget +819 MiB \(fits\)", capsys.readouterr().out)
 
 
+def test_a_budget_above_the_gpu_s_memory_is_refused(capsys):
+    assert run(*RESNET, "--device", "cuda:1GiB", "--memory-budget", "2GiB") == 2
+    assert "--memory-budget is more than the memory of --device" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda:lots", "cpu:4GiB", "cuda:0GiB"])
 def test_devices_that_are_none(device, capsys):
     assert run(*RESNET, "--device", device) == 2

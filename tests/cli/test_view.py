@@ -95,6 +95,21 @@ def test_a_page_that_cannot_be_written_is_one_line(predicted, tmp_path, capsys):
     assert "page: cannot be written (Not a directory); name another --out" in error and error.count("\n") == 1
 
 
+def test_images_that_are_elsewhere_are_told_with_the_remedy(predicted, tmp_path, monkeypatch, capsys):
+    """predict notes paths as it was given them; view is called in another folder."""
+    table = tmp_path / "predictions.csv"
+    table.write_text("image_path,p_0,p_1\nimages/a.dcm,0.2,0.8\n")
+    assert run("view", table, "--static", "--out", tmp_path / "page") == 2
+    error = capsys.readouterr().err
+    assert "error: images/a.dcm: is not beside the predictions, nor is there such a file" in error
+    assert "go to the folder where it ran" in error and error.count("\n") == 1
+    assert not (tmp_path / "page").exists()  # so that the same command serves once the image is there
+    (tmp_path / "images").mkdir()
+    image = next((predicted / "phantoms" / "images").iterdir())
+    (tmp_path / "images" / "a.dcm").write_bytes(image.read_bytes())
+    assert run("view", table, "--static", "--out", tmp_path / "page") == 0  # beside the table
+
+
 def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     text = (static / "data.js").read_text()
     assert "PHANTOM" not in text and '"P0' not in text and "Exam 1" in text

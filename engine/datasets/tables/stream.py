@@ -52,6 +52,8 @@ def _parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, 
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: is not a readable Parquet file ({' '.join(str(error).split())[:160]})") from error
     names = column_names(path, file.schema_arrow.names)

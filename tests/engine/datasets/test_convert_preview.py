@@ -81,6 +81,23 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
     assert "absent.png: cannot be read (No such file or directory)" in errors[2]
 
 
+@pytest.mark.parametrize("file_format", ["tiff", "png"])
+def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path, file_format: str) -> None:
+    image = tmp_path / "nan.npy"
+    np.save(image, np.array([[0.5, np.nan]], np.float32))
+    with pytest.raises(DataError, match=r"nan.npy: holds pixels that are no numbers"):
+        preview(open_pixels(image))
+    record = Record(image, 0, "p")
+    records, errors, _ = convert_images(
+        [record],
+        tmp_path / "out",
+        file_format=file_format,  # pyright: ignore[reportArgumentType]
+        options=RunOptions("", max_failures=1.0, workers=0),
+    )
+    assert records == [] and "nan.npy: holds pixels that are no numbers" in errors[0]
+    assert not list((tmp_path / "out" / "images").iterdir())
+
+
 def test_files_of_one_name_are_called_after_patient_side_and_view(tmp_path: Path) -> None:
     """As TCIA's downloads, in which every series begins with 1-1.dcm."""
     views = [("P_00001", "L", "CC"), ("P_00001", "L", "MLO"), ("P 2/a", "R", "CC"), ("P 2/a", "R", "CC")]

@@ -286,3 +286,10 @@ def test_what_follows_the_pixels_is_not_inflated(tmp_path: Path) -> None:
     assert found["error"] is None, found
     assert found["grown"] < 100 * MiB, found
     assert found["seconds"] < 5, found
+
+
+def test_a_jpeg_of_four_colours_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "cmyk.jpg"
+    path.write_bytes(imagecodecs.jpeg8_encode(np.zeros((8, 8, 4), np.uint8), colorspace="CMYK", outcolorspace="CMYK"))
+    with pytest.raises(DataError, match=r"cmyk.jpg: is a JPEG of four colours \(CMYK\); save it as grey or RGB"):
+        open_pixels(path)

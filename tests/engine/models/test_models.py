@@ -58,6 +58,12 @@ def test_unknown_model_names_the_choices():
         create_model("resnet19")
 
 
+@pytest.mark.parametrize("spec", ["", ".", "/", ":", "?width=2"])
+def test_a_model_without_a_name_is_unknown(spec):
+    with pytest.raises(GigamorphError, match="is unknown; take one of"):
+        create_model(spec)
+
+
 def test_a_file_for_a_module_is_told(tmp_path, monkeypatch):
     (tmp_path / "my_file_nets.py").write_text("")
     monkeypatch.chdir(tmp_path)

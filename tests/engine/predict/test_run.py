@@ -413,6 +413,8 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"t\.parquet: is not a readable Parquet file"):
         predict(archives.stub, [tmp_path / "t.parquet"], tmp_path / "out", HERE)
+    with pytest.raises(DataError, match=r"none\.parquet: no such file$"):
+        predict(archives.stub, [tmp_path / "none.parquet"], tmp_path / "out", HERE)
 
 
 @pytest.fixture
