@@ -127,7 +127,9 @@ class Recorder(TorchFunctionMode):
         outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
             return result  # a real tensor; it is a constant where it is used
-        changed = [t for t, version in before if t._version != version]
+        # Of fake tensors in a list PyTorch counts no versions.
+        listed = name.startswith("_foreach_") and name.endswith("_")
+        changed = list(args[0]) if listed else [t for t, version in before if t._version != version]
         written = self._written(func, args, kwargs, changed, outputs)
         fresh = [r for r in outputs if id(r) not in self.values.numbers or any(r is w for w in written)]
         if func is Tensor.detach_ or name == "detach_":
