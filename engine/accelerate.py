@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
 from .capture.arguments import Arguments, takes_a_list, write_back
-from .capture.program import takes_single_images
+from .capture.program import Program, takes_single_images
 from .errors import GigamorphError
 from .execution.begin import begin
 from .execution.branches import following
@@ -24,6 +24,7 @@ from .execution.forward import Forward
 from .execution.image_batch import ImageBatch
 from .execution.prepared import Prepared
 from .execution.programs import Form, Programs, Settings
+from .execution.rows import check_rows
 from .execution.run import compute, run
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
@@ -206,23 +207,28 @@ class Accelerated(Delegate):
                     "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
                     'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
                 )
-            forwards = self._begin(images, self._prepare(images))
+            prepared = self._prepare(images)
+            for one in prepared:
+                check_rows(one.staged.program, first.staged.program)
+            forwards = self._begin(images, prepared)
             run(forwards)
             outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         else:
-            outputs, together = [], None
+            outputs, together, like = [], None, None
             for x in batches:
-                output, together = following(partial(self._alone, x, together))
+                output, together, like = following(partial(self._alone, x, together, like))
                 outputs.append(output)
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _alone(
-        self, x: Tensor | PixelBatch, together: MemoryLimit | None, branches: tuple[bool, ...]
-    ) -> tuple[Any, MemoryLimit | None]:
-        """The output of one image batch of several, and the limit that the next one shares."""
+        self, x: Tensor | PixelBatch, together: MemoryLimit | None, like: Program | None, branches: tuple[bool, ...]
+    ) -> tuple[Any, MemoryLimit | None, Program]:
+        """The output of one image batch of several, the limit that the next one shares, and the program for it."""
         forward = self._open(x, together=together, branches=branches)
+        program = forward.prepared.staged.program
+        check_rows(program, like or program)
         run([forward])
-        return forward.finish(), forward.memory_limit
+        return forward.finish(), forward.memory_limit, program
 
     def _open(
         self,

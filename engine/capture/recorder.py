@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,9 @@ class Recorder(TorchFunctionMode):
         outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
             return result  # a real tensor; it is a constant where it is used
-        changed = [t for t, version in before if t._version != version]
+        # Of fake tensors in a list PyTorch counts no versions.
+        listed = name.startswith("_foreach_") and name.endswith("_")
+        changed = list(args[0]) if listed else [t for t, version in before if t._version != version]
         written = self._written(func, args, kwargs, changed, outputs)
         fresh = [r for r in outputs if id(r) not in self.values.numbers or any(r is w for w in written)]
         if func is Tensor.detach_ or name == "detach_":
@@ -311,12 +314,15 @@ class Recorder(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]
     ) -> None:
         args, kwargs = tree_map(lambda leaf: averaging(self.values, leaf), (args, kwargs))
-        ref_args, ref_kwargs = tree_map(self.values.ref, (args, kwargs))
+        silent = not torch.is_grad_enabled() and self.values.entry_grad
+        # PyTorch writes to out= only where nothing wants a gradient, and the program runs with gradients.
+        cut = silent and kwargs.get("out") is not None
+        ref = partial(self.values.ref_without_gradient, {}) if cut else self.values.ref
+        ref_args, ref_kwargs = tree_map(ref, (args, kwargs))
         name = name_of(func)
         if func is Tensor.data.__get__:  # pyright: ignore[reportAttributeAccessIssue]
             func, name = Tensor.detach, "data"
-        mutated = tuple(dict.fromkeys(self.values.numbers[id(w)] for w in written))
-        silent = not torch.is_grad_enabled() and self.values.entry_grad
+        mutated = tuple(dict.fromkeys(ref(w).value for w in written))
         if torch.is_grad_enabled() and not self.values.entry_grad and any(t.requires_grad for t in outputs):
             raise UnsupportedError(
                 f"{self.values.where()} switches gradients on inside a forward that runs without them; call the "

@@ -161,6 +161,14 @@ class Values:
     def ref(self, leaf: Any) -> Any:
         return Ref(self.present(leaf)) if isinstance(leaf, Tensor) else leaf
 
+    def ref_without_gradient(self, made: dict[int, Ref], leaf: Any) -> Any:
+        """`ref`; what wants a gradient is detached before, once for all calls with the same `made`."""
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            return self.ref(leaf)
+        if id(leaf) not in made:
+            made[id(leaf)] = Ref(self.emit(Tensor.detach, "detach", (self.present(leaf),), leaf, False))
+        return made[id(leaf)]
+
     def write(self, tensor: Tensor, number: int, tracked: bool) -> None:
         """A tensor has a new value, and with it its root."""
         alias = self.aliases.of[id(tensor)]

@@ -1,7 +1,7 @@
 """Resampling: each output is a weighted sum of neighbouring inputs along each axis.
 
-Bilinear blends two; bicubic four; area and antialiased ones as many as an output is wide. Which and how much is read
-off PyTorch itself, in float64, one axis at a time.
+Nearest copies one; bilinear blends two; bicubic four; area and antialiased ones as many as an output is wide. Which and
+how much is read off PyTorch itself, one axis at a time, in float64 where it does not round to one input or another.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .base import Block, Env, Local, Maps, Refusal, arguments
 INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias"
 
 
-def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int) -> Tensor:
-    """Rows (channels, size_in) resampled as the op does along one of its axes.
+def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int, high: int = 1) -> Tensor:
+    """Rows (channels, size_in) resampled as the op does along one of its axes, of an image of `high` such rows.
 
     They lie along the width: PyTorch 2.13 gets the height wrong where the width is one and antialias is on.
     """
@@ -28,16 +28,33 @@ def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int) -> Tensor:
     scale = given["scale_factor"]
     kwargs: dict[str, object] = {name: given[name] for name in ("mode", "align_corners", "antialias")}
     if given["size"] is not None:
-        kwargs["size"] = (1, size_out)
+        kwargs["size"] = (high, size_out)
     else:
         factors = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
         kwargs |= {"scale_factor": (1.0, factors[axis]), "recompute_scale_factor": given["recompute_scale_factor"]}
-    return F.interpolate(rows[None, :, None], **kwargs)[0, :, 0]  # pyright: ignore[reportArgumentType]
+    image = rows[None, :, None].expand(-1, -1, high, -1)
+    return F.interpolate(image, **kwargs)[0, :, 0]  # pyright: ignore[reportArgumentType]
 
 
 def positions(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
     """Where every output of an interpolation lies among the inputs of an axis, read off PyTorch itself (float64)."""
     return _interpolated(op, torch.arange(size_in, dtype=torch.float64)[None], size_out, axis)[0]
+
+
+def nearest(op: Op, maps: Maps, value: int, axis: int) -> Gather:
+    """The input of an axis that every output of a nearest interpolation copies.
+
+    An output that lies where two inputs meet has the one to which PyTorch rounds. It does so in float32, but for maps
+    in float64 on the CPU whose output has more than 128 rows and columns, unless more than 3 channels lie last.
+    """
+    size_in, out, info = maps.size(value)[axis], maps.shape(op.outputs[0])[2:], maps.program.values[value]
+    last = info.order == (0, 2, 3, 1) and info.shape[1] > 3
+    if info.dtype == torch.float64 and info.device.type == "cpu" and sum(out) > _BOTH and not last:
+        dtype, high = torch.float64, max(_BOTH + 1 - out[axis], 1)
+    else:
+        dtype, high = torch.float32, 1
+    sources = _interpolated(op, torch.arange(size_in, dtype=dtype)[None], out[axis], axis, high)[0]
+    return Gather(size_in, out[axis], tuple(sources.long().tolist()))
 
 
 def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
@@ -129,6 +146,7 @@ class _Weights:
         return matrix @ x if dim == x.dim() - 2 else x @ matrix.T
 
 
+_BOTH = 128  # rows and columns together up to which PyTorch takes nearest inputs one by one
 _FEW = 8  # inputs of an output that are taken one after the other; more are a product with a matrix
 _CHANNELS = 64  # as many impulses are resampled at once
 

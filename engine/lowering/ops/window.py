@@ -18,7 +18,7 @@ from ...capture.trace import Op, bind
 from ..geometry import Gather, Window
 from . import depthwise
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
-from .resample import INTERPOLATE, bilinear, positions, select, weighted
+from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 
 
 def _windows(
@@ -241,9 +241,7 @@ def interpolate(op: Op, maps: Maps) -> Local | Reduction:
         return weighted(op, maps, value)
     if mode not in ("nearest", "nearest-exact"):
         raise Refusal(f"'{op.name}' with mode='{mode}' of a map; use 'nearest', 'bilinear', 'bicubic' or 'area'")
-    size_in, shape = maps.size(value), maps.shape(op.outputs[0])
-    sources = [positions(op, size_in[axis], shape[2 + axis], axis).long().tolist() for axis in (0, 1)]
-    rows, cols = (Gather(size_in[axis], shape[2 + axis], tuple(sources[axis])) for axis in (0, 1))
+    rows, cols = (nearest(op, maps, value, axis) for axis in (0, 1))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]

@@ -75,6 +75,19 @@ def weight_clipped(net: Any, x: Tensor) -> Tensor:
     return x * net.scale
 
 
+def weight_given_as_out(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch.mul(net.scale, 0.99, out=net.scale)
+    return x * net.scale
+
+
+def written_in_a_list(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch._foreach_mul_([net.mean, net.flat[:4]], 0.9)
+        torch._foreach_lerp_([net.mean, net.flat[:4]], [net.scale.flatten(), x.mean((0, 2, 3))], 0.1)
+    return x * net.mean[:, None, None] - net.flat[:4, None, None]
+
+
 def own_statistics(how: str) -> Middle:
     def middle(net: Any, x: Tensor) -> Tensor:
         new = x.mean((0, 2, 3)).detach()
@@ -88,6 +101,11 @@ def own_statistics(how: str) -> Middle:
             net.mean.data.mul_(0.9).add_(x.mean((0, 2, 3)))
         elif how == "detached with a gradient":
             net.mean.detach().mul_(0.9).add_(x.mean((0, 2, 3)))
+        elif how == "given as out":
+            new = x.mean((0, 2, 3))
+            with torch.no_grad():
+                torch.add(new, net.head.weight[0], out=net.mean)
+                torch.cat([net.mean, net.scale.flatten()], out=net.flat)
         elif how == "view":
             net.flat[:4].lerp_(new, 0.1)
             net.flat.view(2, 4)[1] += 1
@@ -208,6 +226,8 @@ MIDDLES: dict[str, Middle] = {
     "a gate without gradients": lambda net, x: x * x.mean((2, 3), keepdim=True).detach().sigmoid(),
     "written without gradients": written_silently,
     "a weight that is clipped": weight_clipped,
+    "a weight that is given as out": weight_given_as_out,
+    "buffers that are written in a list": written_in_a_list,
     "a parameter behind detach alone": lambda net, x: x * net.scale.detach(),
     "branch on gradients": asks_for_grad,
     "the type of a tensor": asks_for_type,
@@ -215,7 +235,7 @@ MIDDLES: dict[str, Middle] = {
         f"statistics, {how}": own_statistics(how)
         for how in (
             *("assigned", "data", "data assigned", "data with a gradient", "detached with a gradient"),
-            *("view", "flat", "norm of views"),
+            *("given as out", "view", "flat", "norm of views"),
         )
     },
     "a counter": counted,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from split_image import NETS
 from split_image import network as residual_network
 from torch import Tensor, nn
 
-from gigamorph import BudgetError, UnsupportedError, accelerate
+from gigamorph import BudgetError, GigamorphError, UnsupportedError, accelerate
 from gigamorph.engine.planning.strategy import strategies
 
 PLAN = sys.modules["gigamorph.engine.planning.together"]
@@ -168,3 +169,39 @@ class BySize(nn.Module):
 def test_sizes_that_take_other_steps_are_refused():
     with pytest.raises(UnsupportedError, match=r'different steps.*batch_norm="frozen"'):
         accelerate(BySize().train(), tile=16)([torch.randn(shape) for shape in [(1, 2, 30, 30), (1, 2, 12, 30)]])
+
+
+@dataclass
+class Found:
+    logits: Tensor
+
+
+class Returns(nn.Module):
+    """A network whose outputs for images of several sizes cannot be concatenated."""
+
+    def __init__(self, norm: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.kind = nn.Conv2d(2, 4, 3), norm, kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(self.conv(x))
+        rows = y.mean((2, 3))
+        return {"map": (rows, y), "number": (rows, rows.sum()), "none": (rows, None), "object": Found(rows)}[self.kind]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("map", r"rows have the shapes .* for an image of .*; call it for each image"),
+        ("number", "returns a number; call it for each image"),
+        ("none", "returns NoneType; call it for each image"),
+        ("object", "returns Found; call it for each image"),
+    ],
+)
+def test_outputs_that_cannot_be_concatenated(norm, kind, reason):
+    model = Returns(norm(4), kind)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(GigamorphError, match=reason):
+        accelerate(model, tile=16)([torch.randn(shape) for shape in SIZES])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -111,3 +111,16 @@ def test_maps_keep_their_memory_order_and_are_made_once(mode: str) -> None:
     (y,) = local.run({local.op.inputs[0]: x}, Block((0, 512), (0, 512)))
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y, F.interpolate(x, scale_factor=2, mode=mode), atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_where_two_inputs_meet_the_nearest_is_stocks(mode, dtype, order):
+    """PyTorch rounds to one or the other by dtype, memory order and size."""
+    targets = [(62, (198, 198)), (50, (171, 171)), (26, (97, 97)), (56, (92, 30)), (31, 2.3), (77, 2.3), (7, (31, 120))]
+    for side, target in targets:
+        x = torch.randn(2, 4, side, side).to(dtype).contiguous(memory_format=order)
+        net = nn.Upsample(target) if isinstance(target, tuple) else nn.Upsample(scale_factor=target)
+        net.mode = mode
+        assert torch.equal(accelerate(net, tile=16)(x), net(x)), (side, target)

@@ -1,0 +1,35 @@
+"""What a network returns for images of several sizes: rows that can be concatenated."""
+
+from __future__ import annotations
+
+from torch.utils._pytree import tree_leaves
+
+from ..capture.program import Program, Ref
+from ..capture.trees import Made
+from ..errors import GigamorphError
+
+
+def check_rows(program: Program, like: Program) -> None:
+    """Refuse a network whose outputs for one image batch are no rows, or other rows than for another."""
+    rows, others = _rows(program), _rows(like)
+    if rows != others:
+        image, other = (tuple(each.values[each.image].shape[2:]) for each in (program, like))
+        raise GigamorphError(
+            f"outputs of images of several sizes are concatenated, but this network's rows have the shapes {others} "
+            f"for an image of {other} and {rows} for one of {image}; call it for each image"
+        )
+
+
+def _rows(program: Program) -> list[tuple[int, ...]]:
+    """The shape of a row of each output."""
+    rows = []
+    for leaf in tree_leaves(program.output, is_leaf=lambda part: isinstance(part, Made)):
+        shape = tuple(program.values[leaf.value].shape) if isinstance(leaf, Ref) else ()
+        if not shape:
+            kind = type(leaf.like if isinstance(leaf, Made) else leaf).__name__
+            raise GigamorphError(
+                "outputs of images of several sizes are concatenated, but this network returns "
+                f"{'a number' if isinstance(leaf, Ref) else kind}; call it for each image"
+            )
+        rows.append(shape[1:])
+    return rows
