@@ -21,6 +21,8 @@ from .batch_norm import (
     gradient_maps,
     launch_normalize_act_gradients,
     norm_stream,
+    normalize_act_gradients_reference,
+    normalize_act_reference,
     other_dtypes,
     stock_gradients,
 )
@@ -123,3 +125,22 @@ def live_norm_gradients(
 def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
     return *gradient_maps(dy, x, keep_dz), dbias, dweight
+
+
+def live_norm_gradients_reference(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz, dbias and dweight in plain PyTorch."""
+    dx, dz, dbias, dweight = normalize_act_gradients_reference(dy, x, mean, rstd, weight, bias, gate, act)
+    count = x.numel() // x.shape[1]
+    xhat = normalize_act_reference(x, mean, rstd, None, None, None, "none")[0]
+    scale = rstd if weight is None else rstd * weight
+    away = (dbias.reshape(-1, 1, 1) + xhat * dweight.reshape(-1, 1, 1)) / count
+    return dx - scale.reshape(-1, 1, 1) * away, dz, dbias, dweight
