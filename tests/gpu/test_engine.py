@@ -37,9 +37,11 @@ def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("kernels", ["stock", "triton"])
-def test_float64(live: bool, kernels: str) -> None:
+@pytest.mark.parametrize("tile", [64, 264])
+def test_float64(live: bool, kernels: str, tile: int) -> None:
+    """In tiles, and in one, whose maps are taken as they lie and whose live norms have their gradient complete."""
     with choice.override(kernels):
-        assert_exact(network().double().train(live), torch.rand(2, 1, 200, 264, device="cuda").double(), tile=64)
+        assert_exact(network().double().train(live), torch.rand(2, 1, 200, 264, device="cuda").double(), tile=tile)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "timm:densenet121", "timm:efficientnet_b0", "timm:convnext_atto"])
