@@ -315,13 +315,11 @@ class Forward:
 
 
 def _write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into their tensors, in few launches; one after the other where one may be part of another's value."""
-    memory = [{t.untyped_storage().data_ptr() for t in part} for part in zip(*pairs, strict=True)]
-    if memory and memory[0].isdisjoint(memory[1]):
-        copy_all(pairs)
-    else:
-        for target, value in pairs:
-            copy_all([(target, value)])
+    """Copy values into their tensors, in few launches; one after the other where tensors share memory."""
+    targets = {target.untyped_storage().data_ptr() for target, _ in pairs}
+    apart = len(targets) == len(pairs) and targets.isdisjoint(v.untyped_storage().data_ptr() for _, v in pairs)
+    for part in [pairs] if apart else [[pair] for pair in pairs]:
+        copy_all(part)
 
 
 def step_together(forwards: Sequence[Forward], number: int, again: bool = False) -> None:
