@@ -309,28 +309,40 @@ def stock_gradients(
     gate: Tensor | None,
     act: str,
     keep_dz: bool,
-    live: bool,
+    together: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz, dbias and dweight by PyTorch's kernels; `live`: with what x does to its own statistics."""
+    """dx, dz, dbias and dweight by PyTorch's kernels.
+
+    Args:
+        together: with what x does to its own statistics, which so many channels share; without it where that is 0.
+    """
     wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-    inner = widest(dy, x, gate)
+    inner = widest(dy, x, gate) if together < 2 else wide  # 16-bit statistics would not do
     z, taken = gate, x.to(inner)
     if z is None and act != "none":
         z = normalize_stock(taken, mean, rstd, weight, bias)
     dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
     scale = torch.ones_like(mean) if weight is None else weight
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dz,
-        taken,
-        scale,
-        mean,
-        var,
-        mean,
-        rstd,
-        live,
-        0.0,
-        [True, True, True],  # a GPU takes the second two
-    )
+    if together > 1:
+        groups = (t[None, ::together].to(inner).contiguous() for t in (mean, rstd))
+        size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], x.shape[1] // together
+        form = {"memory_format": torch.channels_last}
+        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+            dz.contiguous(**form), taken.contiguous(**form), *groups, scale.to(inner), *size, [True, True, True]
+        )
+    else:
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dz,
+            taken,
+            scale,
+            mean,
+            var,
+            mean,
+            rstd,
+            together == 1,
+            0.0,
+            [True, True, True],  # a GPU takes the second two
+        )
     kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
     return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
@@ -360,7 +372,7 @@ def normalize_act_gradients(
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, live=False)
+        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz)
 
     settings = (weight is None, bias is None, gate is None, act, keep_dz, *other_dtypes(x, dy, gate))
     return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()

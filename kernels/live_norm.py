@@ -1,11 +1,12 @@
-"""The backward of a BatchNorm whose statistics are those of the very pixels that it has normalised, in two passes:
+"""The backward of a norm in training whose statistics are those of the very pixels that it has normalised:
 
     dz = dy * act'(z),   dbias = sum dz,   dweight = sum dz * xhat      with y, z and xhat as in `batch_norm.py`
-    dx = weight * rstd * (dz - dbias / n - xhat * dweight / n)          n pixels
+    dx = rstd * (weight * dz - a / n - xhat * b / n)                    n values of a channel, or group of channels
+    a = sum weight * dbias,   b = sum weight * dweight                  of the channels of a group
 
-(Ioffe and Szegedy, 2015, section 3.) The first pass writes dz where a residual wants it and nothing else, the second
-reads that, or dy again. In pieces, with sums that other tiles have a part in, a pass more is needed: what
-`normalize_act_gradients` gives of the pieces, and what `moments_backward` adds to it.
+(Ioffe and Szegedy, 2015, section 3; Wu and He, 2018, for groups.) Two passes over memory: the first writes dz where a
+residual wants it and nothing else, the second reads that, or dy again. In pieces, with sums that other tiles have a
+part in, a pass more is needed: what `normalize_act_gradients` gives of the pieces, and what `moments_backward` adds.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ def _live_norm_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    dbias_ptr,  # [C]
-    dweight_ptr,  # [C]
+    pulls_ptr,  # [2, C], a and b of each channel's group
     count,
     share,
     ACT: tl.constexpr,
@@ -53,15 +53,15 @@ def _live_norm_kernel(
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
     mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
-    middle = channel(dbias_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
-    tilt = rstd * channel(dweight_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+    shift = rstd * channel(pulls_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+    tilt = rstd * rstd * channel(pulls_ptr + C, c, C, TILE.ACC) / count.to(TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
         centred = load(x, p, c, keep, share, TILE) - mean
         z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
         d = load(dy, p, c, keep, share, TILE) * slope(z, ACT)
-        store(dx, p, c, keep, scale * (d - middle - centred * tilt), share, TILE)
+        store(dx, p, c, keep, scale * d - shift - centred * tilt, share, TILE)
 
 
 def launch_live_norm_gradients(
@@ -73,6 +73,7 @@ def launch_live_norm_gradients(
     bias: Tensor | None,
     gate: Tensor | None,
     act: str,
+    together: int,
     dx: Tensor,
     dz: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -82,11 +83,17 @@ def launch_live_norm_gradients(
         if dz is not None:
             dy, gate, act = dz, None, "none"
         s = norm_stream("live_norm_gradients", act, x, dy, gate, dx)
-        vectors = dense(mean, rstd, weight, bias, *sums)
-        _live_norm_kernel[s.grid](
-            *s.maps, *vectors, s.share.pixels, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
-        )
+        vectors, count = dense(mean, rstd, weight, bias, _pulls(sums, weight, together)), s.share.pixels * together
+        _live_norm_kernel[s.grid](*s.maps, *vectors, count, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps)
     return sums
+
+
+def _pulls(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int) -> Tensor:
+    """a and b of each channel's group, (2, C)."""
+    both = torch.stack(sums) if weight is None else torch.stack(sums) * weight
+    if together == 1:
+        return both
+    return both.unflatten(1, (-1, together)).sum(2, keepdim=True).expand(-1, -1, together).flatten(1)
 
 
 @torch.library.custom_op("gigamorph::live_norm_gradients", mutates_args=())
@@ -100,29 +107,32 @@ def live_norm_gradients(
     gate: Tensor | None,
     act: str,
     keep_dz: bool,
+    together: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx with all that x does to the statistics, dz (empty unless `keep_dz`), dbias and dweight.
 
     Args:
         dy, x, gate: as for `launch_normalize_act_gradients`; dx has x's dtype, dz that of dy.
         mean, rstd: of x, (C,).
+        together: neighbouring channels that share statistics; more than one only of one image.
     """
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dx, dz = gradient_maps(dy, x, keep_dz)
-        sums = launch_live_norm_gradients(dy, x, mean, rstd, weight, bias, gate, act, dx, dz if keep_dz else None)
+        given = dy, x, mean, rstd, weight, bias, gate, act, together
+        sums = launch_live_norm_gradients(*given, dx, dz if keep_dz else None)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, live=True)
+        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together)
 
-    settings = (weight is None, bias is None, gate is None, act, keep_dz, *other_dtypes(x, dy, gate))
+    settings = (weight is None, bias is None, gate is None, act, keep_dz, together > 1, *other_dtypes(x, dy, gate))
     return run_fastest("live_norm_gradients", x, settings, ours, stock) if x.numel() else ours()
 
 
 @live_norm_gradients.register_fake
-def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
+def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together=1):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
     return *gradient_maps(dy, x, keep_dz), dbias, dweight
 
@@ -136,11 +146,11 @@ def live_norm_gradients_reference(
     bias: Tensor | None,
     gate: Tensor | None,
     act: str,
+    together: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dbias and dweight in plain PyTorch."""
     dx, dz, dbias, dweight = normalize_act_gradients_reference(dy, x, mean, rstd, weight, bias, gate, act)
-    count = x.numel() // x.shape[1]
+    count = x.numel() // x.shape[1] * together
     xhat = normalize_act_reference(x, mean, rstd, None, None, None, "none")[0]
-    scale = rstd if weight is None else rstd * weight
-    away = (dbias.reshape(-1, 1, 1) + xhat * dweight.reshape(-1, 1, 1)) / count
-    return dx - scale.reshape(-1, 1, 1) * away, dz, dbias, dweight
+    a, b = _pulls((dbias, dweight), weight, together).unflatten(1, (-1, 1, 1))
+    return dx - rstd.reshape(-1, 1, 1) * (a + xhat * b) / count, dz, dbias, dweight

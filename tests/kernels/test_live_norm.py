@@ -19,18 +19,26 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and rstd of the values themselves, in at least float32."""
-    mean, m2 = moments_reference(x.double())
+def statistics(x: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of each channel's group of the values themselves, in at least float32."""
+    n, c, h, w = x.shape
+    mean, m2 = moments_reference(x.double().reshape(n, c // together, together * h, w))
+    rstd = (m2 / (n * together * h * w) + EPS).rsqrt()
     wide = torch.promote_types(x.dtype, torch.float32)
-    return mean.to(wide), (m2 / (x.numel() // x.shape[1]) + EPS).rsqrt().to(wide)
+    return mean.repeat_interleave(together).to(wide), rstd.repeat_interleave(together).to(wide)
 
 
-def oracle(dy, x, weight, bias, residual, act) -> list[Tensor]:
+def norm(x, weight, bias, together=1) -> Tensor:
+    if together > 1:
+        return F.group_norm(x, x.shape[1] // together, weight, bias, EPS)
+    return F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+
+
+def oracle(dy, x, weight, bias, residual, act, together=1) -> list[Tensor]:
     """dx, dz, dbias and dweight by autograd in float64."""
     dy, x, weight, bias, residual = doubled(dy, x, weight, bias, residual)
     leaves = [t.requires_grad_() for t in (x, residual, bias, weight) if t is not None]
-    z = F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+    z = norm(x, weight, bias, together)
     y = activate_reference(z if residual is None else z + residual, act)
     return list(torch.autograd.grad(y, leaves, dy))
 
@@ -47,12 +55,15 @@ def oracle(dy, x, weight, bias, residual, act) -> list[Tensor]:
     affine=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     small=st.booleans(),
+    together=st.sampled_from([1, 1, 2, 5]),
     seed=st.integers(0, 2**16),
 )
-def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, seed):
+def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, together, seed):
+    if together > 1:
+        n, c = 1, -(-c // together) * together
     generator = torch.Generator().manual_seed(seed)
     dy, x, residual = (random_map(n, c, h, w, dtype, generator) for _ in range(3))
-    mean, rstd = statistics(x)
+    mean, rstd = statistics(x, together)
     weight, bias = (torch.rand(2, c, generator=generator, dtype=torch.float64) + 0.5).to(mean.dtype).to(DEVICE)
     if not affine:
         weight = bias = None
@@ -63,13 +74,11 @@ def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, seed):
     with choice.override(mode), pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(stream, "stream_config", lambda pixels, channels, most: StreamConfig(4, 16, 3, 4))
-        dx, dz, dbias, dweight = live_norm_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep)
-    expected = oracle(dy, x, weight, bias, residual if summed else None, act)
+        dx, dz, dbias, dweight = live_norm_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep, together)
+    expected = oracle(dy, x, weight, bias, residual if summed else None, act, together)
     if gate is not None:
         # Where rounding has moved a value over the edge of a slope, one has a gradient and the other none.
-        z = activate_reference(
-            F.batch_norm(x.double(), None, None, *doubled(weight, bias), True, 0.1, EPS) + residual, act
-        )
+        z = activate_reference(norm(x.double(), *doubled(weight, bias), together) + residual, act)
         if not torch.equal((gate > 0) & (gate < 6), (z > 0) & (z < 6)):
             return
     assert_close("dx", dx, expected.pop(0))
@@ -82,12 +91,13 @@ def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, seed):
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
-def test_the_reference_is_autograd_s(act):
+@pytest.mark.parametrize("together", [1, 3])
+def test_the_reference_is_autograd_s(act, together):
     generator = torch.Generator().manual_seed(3)
-    dy, x = (random_map(2, 9, 5, 4, torch.float64, generator) for _ in range(2))
+    dy, x = (random_map(1 if together > 1 else 2, 9, 5, 4, torch.float64, generator) for _ in range(2))
     weight, bias = torch.rand(2, 9, generator=generator, dtype=torch.float64).to(DEVICE)
-    dx, _, *sums = live_norm_gradients_reference(dy, x, *statistics(x), weight, bias, None, act)
-    for found, expected in zip((dx, *sums), oracle(dy, x, weight, bias, None, act), strict=True):
+    dx, _, *sums = live_norm_gradients_reference(dy, x, *statistics(x, together), weight, bias, None, act, together)
+    for found, expected in zip((dx, *sums), oracle(dy, x, weight, bias, None, act, together), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -6,10 +6,10 @@ Mean and rstd are constants for autograd; what it has to know of statistics is i
 constant of the same value,
 
     BatchNorm           factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
-    the same, where its op sees to the gradients of the statistics
-                        factor = weight,                    offset = bias
     GroupNorm and InstanceNorm of one image, weight and rstd in `scale`, rstd = 1:
                         factor = scale,                     offset = shift - c(scale) * (mean - c(mean))
+    each of them where its op sees to the gradients of the statistics
+                        factor = weight,                    offset = bias
     a gate or scale of channels (squeeze-and-excite of one image), mean = 0, rstd = 1:
                         factor = gate,                      offset = 0
 """
@@ -33,11 +33,17 @@ Numbers = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, factor, offset, e
 
 @dataclass(frozen=True)
 class Affine:
-    """The vectors that an op's numbers are made of, and how; `whole` as that of a `VectorOp`."""
+    """The vectors that an op's numbers are made of, and how.
+
+    Attributes:
+        whole: as that of a `VectorOp`.
+        together: then, the neighbouring channels that share statistics.
+    """
 
     inputs: tuple[int, ...]
     make: Callable[[Env], Numbers]
     whole: Callable[[Env], Numbers] | None = None
+    together: int = 0
 
 
 def affine_of(stage: Stage, local: Local) -> Affine | None:
@@ -77,15 +83,19 @@ def _of_batch_norm(norm: Local) -> Affine:
         return middle.detach(), fixed, factor, offset
 
     def whole(env: Env) -> Numbers:
-        rstd = torch.rsqrt(env[var].detach() + eps)
-        factor = torch.ones_like(rstd) if weight is None else env[weight].to(rstd.dtype)
-        offset = torch.zeros_like(rstd) if bias is None else env[bias].to(rstd.dtype)
-        return env[mean].detach(), rstd, factor, offset
+        return _constant(env, env[mean], torch.rsqrt(env[var].detach() + eps), weight, bias)
 
     # Of all processes' statistics a tile never has the whole.
     alone = norm.op.name == "live_batch_norm" and given["group"] is None
     inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
-    return Affine(inputs, make, whole if alone else None)
+    return Affine(inputs, make, whole, 1) if alone else Affine(inputs, make)
+
+
+def _constant(env: Env, mean: Tensor, rstd: Tensor, weight: int | None, bias: int | None) -> Numbers:
+    """The numbers of a norm whose statistics are constants."""
+    factor = torch.ones_like(rstd) if weight is None else env[weight].to(rstd.dtype)
+    offset = torch.zeros_like(rstd) if bias is None else env[bias].to(rstd.dtype)
+    return mean.detach(), rstd, factor, offset
 
 
 def _of_scale_shift(norm: Local) -> Affine:
@@ -96,7 +106,14 @@ def _of_scale_shift(norm: Local) -> Affine:
         fixed = mean.detach()
         return fixed, torch.ones_like(fixed), scale, shift - scale.detach() * (mean - fixed)
 
-    return Affine(tuple(vectors), make)
+    rstd, weight, bias = (None if (ref := norm.op.kwargs[n]) is None else ref.value for n in ("rstd", "weight", "bias"))
+    assert rstd is not None
+
+    def whole(env: Env) -> Numbers:
+        return _constant(env, env[vectors[0]].flatten(), env[rstd].flatten(), weight, bias)
+
+    others = (v for v in (rstd, weight, bias) if v is not None)
+    return Affine((*vectors, *others), make, whole, norm.op.kwargs["together"])
 
 
 def _of_gate(scale: int) -> Affine:

@@ -7,7 +7,7 @@ Stock PyTorch keeps x, the normalised map and the activation's output; here x al
 activation's slope after a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
 and of dz * xhat over the tile, which are the gradients of offset and factor. affine.py has what they are made of: once
 per step ordinary autograd finds all gradients there, and the stage that has made x adds those of the statistics in a
-pass more. Where one tile has all that a BatchNorm's statistics are taken of, the backward is two passes, and complete.
+pass more. Where one tile has all that a norm's statistics are taken of, the backward is two passes, and complete.
 
 Under autocast GroupNorm makes float32 of a 16-bit map, which the convolutions after it round again: where they alone
 read the result, it is written as they will have it.
@@ -55,7 +55,7 @@ class NormalizeSpec:
     residual: int | None = None
     act: str = "none"
     dtype: torch.dtype | None = None  # of y
-    live: bool = False  # whether the statistics are those of x
+    together: int = 0  # channels that share statistics, where these are those of x
     masked: bool = False  # whether those who read y apply the activation's slope to its gradient
 
     @property
@@ -150,8 +150,10 @@ def _gradients(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
 
     What x does to its own statistics is in dx where all of it is here.
     """
-    take = live_norm_gradients if ctx.whole and ctx.spec.live else normalize_act_gradients
-    dx, dz, *sums = take(*given)
+    if ctx.whole and ctx.spec.together:
+        dx, dz, *sums = live_norm_gradients(*given, ctx.spec.together)
+    else:
+        dx, dz, *sums = normalize_act_gradients(*given)
     values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
     return dx, dz
@@ -208,7 +210,7 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
         wide = torch.promote_types(stage.program.values[like].dtype, torch.float32)
         mean, rstd, factor, offset = (maps.new_value((maps.shape(x)[1],), wide, like=like) for _ in range(4))
         made = dtype or stage.program.values[y].dtype
-        spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made, live=affine.whole is not None)
+        spec = NormalizeSpec(x, mean, rstd, factor, offset, residual, act, made, affine.together)
         stage.prelude.append(VectorOp(affine.make, affine.inputs, spec.vectors, whole=affine.whole))
         _replace(stage, chain, spec, conv)
         if conv is None:

@@ -344,7 +344,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
     ones = (1,) * (len(values[value].shape) - 2)
     dtype, out = values[mean].dtype, values[op.outputs[0]].dtype
     own = exact(values[value].device)
-    made = tuple(maps.new_value((n, c, *ones), dtype, like=value) for _ in range(4))
+    *made, inverse = (maps.new_value((n, c, *ones), dtype, like=value) for _ in range(5))
     weight, bias = _number(given["weight"]), _number(given["bias"])
     running = [_number(given.get(name)) for name in ("running_mean", "running_var")]
 
@@ -354,12 +354,12 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         spread = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
         if op.name == "group_norm":
             spread = _over(reduction.count * c // groups, spread, dtype)
-        factor = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
+        factor = rstd = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
         middle = middle.expand(n, groups, c // groups).reshape(n, c, *ones)
         if weight is not None:
             factor = factor * env[weight].to(own).reshape(1, c, *ones)
         shift = torch.zeros_like(factor) if bias is None else env[bias].to(own).reshape(1, c, *ones).expand_as(factor)
-        return _affine(middle, factor, shift, dtype)
+        return *_affine(middle, factor, shift, dtype), rstd.detach().to(dtype)
 
     def statistics(env: Env) -> tuple[Tensor, Tensor]:
         unbiased = reduction.count / max(reduction.count - 1, 1)
@@ -367,12 +367,14 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         return means, variances * unbiased
 
     updates = _running(op, running, given.get("momentum", 0.1), statistics, (mean, var))
-    finalize = VectorOp(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), made)
+    finalize = VectorOp(affine, (mean, var, *(v for v in (weight, bias) if v is not None)), (*made, inverse))
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (ScaleShift.apply(env[value], *(env[v] for v in made), out),)  # pyright: ignore
 
-    return [reduction, finalize, *updates, _pixelwise(op, maps, value, "scale_shift", (value, *made), run)]
+    parts = {"rstd": Ref(inverse), "weight": given["weight"], "bias": given["bias"], "together": c // groups}
+    local = _pixelwise(op, maps, value, "scale_shift", (value, *made), run, parts)
+    return [reduction, finalize, *updates, local]
 
 
 class ScaleShift(torch.autograd.Function):
