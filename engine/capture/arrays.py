@@ -8,7 +8,8 @@ long as what it was computed from is the same, which the guard looks after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class _Given:
     array: np.ndarray
     before: bytes
     where: str
+    again: Callable[[], np.ndarray | None]  # what it holds now; None if only the image tells
     written: bool = False  # by a tensor on its memory
 
     def changed(self) -> bool:
@@ -44,9 +46,18 @@ class Arrays:
         self._given: dict[int, list[_Given]] = {}  # id of a root
         self._tensors: list[tuple[Tensor, _Given]] = []  # on the memory of an array
 
-    def give(self, array: np.ndarray, of: Tensor) -> None:
+    def give(self, array: np.ndarray, of: Tensor, again: Callable[[], np.ndarray | None]) -> None:
         """An array that stands for one on the memory of `of`."""
-        self._given.setdefault(self._root(of), []).append(_Given(array, array.tobytes(), self.values.where()))
+        given = _Given(array, array.tobytes(), self.values.where(), again)
+        self._given.setdefault(self._root(of), []).append(given)
+
+    def follow(self, tensor: Tensor) -> None:
+        """A call has written to a tensor: its arrays that the forward still has show what it holds now."""
+        for given in tuple(self._given.get(self._root(tensor), ())):
+            now = given.again() if sys.getrefcount(given.array) > 2 else None
+            if now is not None:
+                given.array[...] = now
+                given.before = given.array.tobytes()
 
     def made(self, func: Any, args: Any, tensor: Any) -> None:
         """A call has made a tensor, which may lie on an array's memory."""
@@ -88,6 +99,11 @@ class Arrays:
             if root in self.values.first and root not in passing:
                 for one in given:
                     _refuse(one)
+
+    def forget(self) -> None:
+        """Let all tensors and arrays of the recording go."""
+        self._given.clear()
+        self._tensors.clear()
 
     def _all(self) -> Iterator[_Given]:
         for given in self._given.values():

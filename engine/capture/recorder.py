@@ -145,6 +145,8 @@ class Recorder(TorchFunctionMode):
             return result
         self._record(func, args, kwargs, tensors, outputs, written)
         self.arrays.made(func, args, result)
+        for tensor in written:
+            self.arrays.follow(tensor)
         return result
 
     @contextlib.contextmanager
@@ -215,8 +217,15 @@ class Recorder(TorchFunctionMode):
         program.reads.append((lambda state: take_of(state)[0], own()))
         taken = own()
         if isinstance(value, np.ndarray) and shares(value, tensor):
-            self.arrays.give(taken, args[0])
+            self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
+
+    def _now(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """`_taken` later on; None of what depends on the image by now."""
+        try:
+            return self._taken(func, name, args, kwargs)
+        except UnsupportedError:
+            return None
 
     def _with_number(self, place: int, args: Any, kwargs: Any) -> Any:
         """The arguments of a call that takes a number out of a tensor to fill another with it."""

@@ -252,6 +252,7 @@ class _Recording:
         finally:
             torch.set_autocast_cache_enabled(caching)
             log.disabled = told
+            recorder.arrays.forget()
             self.snapshot.restore()
 
     def _asking(self) -> Iterator[dict[str, Any]]:

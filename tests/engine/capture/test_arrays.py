@@ -33,7 +33,7 @@ class Network(nn.Module):
 
 def network(scale: Scale) -> Network:
     torch.manual_seed(0)
-    return Network(scale)
+    return Network(scale).double()
 
 
 def then(_write: Any, scale: Any) -> Any:
@@ -88,7 +88,7 @@ def test_writes_are_refused_and_told_where(name):
     stock = network(WRITES[name])
     before = copy.deepcopy(stock.state_dict())
     with pytest.raises(UnsupportedError, match=r"\(test_arrays.py:\d+\) writes to the NumPy array of a tensor.*copy_"):
-        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16))
+        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
     for key, value in stock.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -96,12 +96,12 @@ def test_writes_are_refused_and_told_where(name):
 def test_memory_that_is_handed_over_is_refused():
     stock = network(lambda net: then(added(np.from_dlpack(net.steps)), net.steps))
     with pytest.raises(UnsupportedError, match="hands a tensor's memory to other code"):
-        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16))
+        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
 
 
 def test_a_write_that_changes_nothing_is_refused_once_it_changes_something():
     stock = network(lambda net: then(np.copyto(net.steps.numpy(), net.further.numpy()), net.steps))
-    accelerated, x = accelerate(stock, tile=8), torch.randn(1, 1, 16, 16)
+    accelerated, x = accelerate(stock, tile=8), torch.randn(1, 1, 16, 16, dtype=torch.float64)
     accelerated(x)
     stock.get_buffer("further").fill_(2)
     with pytest.raises(UnsupportedError, match="NumPy array"):
@@ -120,13 +120,30 @@ def normalized(net: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
+def followed(net: Any) -> float:
+    array, part = net.steps.numpy(), net.steps.numpy()[1:]
+    net.steps.add_(net.further)
+    net.steps[1:].mul_(2)
+    return float(array.sum() + part.sum())
+
+
+def not_read_again(net: Any) -> Tensor:
+    array = net.steps.numpy()
+    mean = float(array.mean())
+    net.steps.add_(net.further)
+    return net.steps * mean
+
+
 READS: dict[str, Scale] = {
     "numbers": lambda net: float(net.steps.numpy().sum() + np.asarray(net.weight.detach()).max()),
     "a copy": lambda net: float(added(net.steps.numpy().copy()).sum()),
-    "another dtype": lambda net: float(added(np.asarray(net.steps, dtype=np.float64)).sum()),
+    "another dtype": lambda net: float(added(np.asarray(net.steps, dtype=np.float32)).sum()),
     "a tensor for the array alone": lambda net: float(added(net.steps.clone().numpy()).sum()),
     "a tensor of it": normalized,
+    "as_tensor of it": lambda net: torch.as_tensor(net.steps.numpy()) * 2,
     "a tensor on an array that is made": lambda net: from_numpy(np.ones(2, dtype=np.float32)),
+    "an array of what is written": followed,
+    "an array of what it was": not_read_again,
     "a tensor on a kept array": lambda net: from_numpy(net.array),
 }
 
@@ -136,7 +153,7 @@ def test_reading_and_arrays_of_the_forwards_own_are_as_in_stock(name):
     stock, other = network(READS[name]), network(READS[name])
     accelerated = accelerate(other, tile=8)
     for seed in range(3):
-        x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)).double()
         for net in (stock, accelerated):
             net(x).square().mean().backward()
         torch.testing.assert_close(other.conv.weight.grad, stock.conv.weight.grad)
