@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import UnsupportedError
 from .aliases import Step
+from .arrays import Arrays, shares
 from .averages import averaging
 from .corrected import CORRECTED
 from .lines import line_of
@@ -66,6 +67,7 @@ class Recorder(TorchFunctionMode):
         self.last = ""
         self.refusal: UnsupportedError | None = None
         self.hooks = Registered(values, snapshot.was_there)
+        self.arrays = Arrays(values, snapshot)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.values.line = line_of()
@@ -113,6 +115,8 @@ class Recorder(TorchFunctionMode):
             if name == "retain_grad":
                 return None  # a leaf does so in any case
         self._refuse(func, name, tensors, args, kwargs)
+        for tensor in tensors:
+            self.arrays.read(tensor)
         if name in _TAKEN and tensors:
             return self._taken(func, name, args, kwargs)
         if func in _FILLED_AT and tensors:
@@ -140,6 +144,9 @@ class Recorder(TorchFunctionMode):
         if self._seen_through():
             return result
         self._record(func, args, kwargs, tensors, outputs, written)
+        self.arrays.made(func, args, result)
+        for tensor in written:
+            self.arrays.follow(tensor)
         return result
 
     @contextlib.contextmanager
@@ -186,17 +193,17 @@ class Recorder(TorchFunctionMode):
         """A Python value of tensors that depend on the network's state alone."""
         program, call = self.values.program, tree_map(self.values.ref, (args, kwargs))
 
-        def take(state: Callable[[int], Tensor]) -> Any:
+        def take_of(state: Callable[[int], Tensor]) -> tuple[Any, Any]:
             env = {n: known_values(program, n, state) for n in refs(call)}
             if any(value is None for value in env.values()):
-                return NotImplemented
+                return NotImplemented, None
             own_args, own_kwargs = bind(call, env)
             with torch.no_grad():
-                return func(*own_args, **own_kwargs)
+                return func(*own_args, **own_kwargs), own_args[0] if own_args else None
 
         reals = dict(self.values.state())
         with unset_fake_temporarily():
-            value = take(lambda number: reals[number])
+            value, tensor = take_of(lambda number: reals[number])
         if value is NotImplemented:
             if not given(program, refs(call)):
                 raise UnsupportedError(
@@ -207,8 +214,18 @@ class Recorder(TorchFunctionMode):
                 return self._supposed(args[0])
             raise data_dependent(self.values.where(), f"'{name}'")
         own = (lambda: value.copy()) if isinstance(value, np.ndarray) else lambda: value  # its memory is the tensor's
-        program.reads.append((take, own()))
-        return own()
+        program.reads.append((lambda state: take_of(state)[0], own()))
+        taken = own()
+        if isinstance(value, np.ndarray) and shares(value, tensor):
+            self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
+        return taken
+
+    def _now(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """`_taken` later on; None of what depends on the image by now."""
+        try:
+            return self._taken(func, name, args, kwargs)
+        except UnsupportedError:
+            return None
 
     def _with_number(self, place: int, args: Any, kwargs: Any) -> Any:
         """The arguments of a call that takes a number out of a tensor to fill another with it."""
@@ -345,6 +362,7 @@ class Recorder(TorchFunctionMode):
         for tensor, number, is_written in after:
             floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
             if is_written:
+                self.arrays.write(tensor)
                 if silent and wants and floating:
                     number = self.values.emit(Tensor.detach, "detach", (number,), tensor, False)
                 alias = self.values.aliases.of.get(id(tensor))

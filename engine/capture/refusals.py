@@ -24,6 +24,7 @@ REFUSED = {
     "resize_": "changes the size of a tensor in place; make a new one",
     "resize_as_": "changes the size of a tensor in place; make a new one",
     "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
+    "__dlpack__": "hands a tensor's memory to other code; use PyTorch ops, or .numpy() for the values of a buffer",
     "share_memory_": "moves a tensor to shared memory; do so outside of the forward",
 }
 # What errors about tensors without values have in them.

@@ -243,6 +243,7 @@ class _Recording:
                 result = (self.model if self.call is None else self.call)(image, *further)
             if recorder.refusal is not None:  # the network's own code has caught it
                 raise recorder.refusal
+            recorder.arrays.finish()
             self._finish(program, result, [image, *further])
         except Exception as error:
             if recorder.refusal is not None:  # the network's own code, or a scripted function, raises another one
@@ -251,6 +252,7 @@ class _Recording:
         finally:
             torch.set_autocast_cache_enabled(caching)
             log.disabled = told
+            recorder.arrays.forget()
             self.snapshot.restore()
 
     def _asking(self) -> Iterator[dict[str, Any]]:
@@ -271,6 +273,7 @@ class _Recording:
                     f"the model sets an attribute '{own[0]}' of a tensor that it is given, returns or keeps; return it"
                 )
             twin = values.twin(tensor)
+            self.recorder.arrays.read(twin)
             number = values.present(twin)
             program.reached[number] = values.reached(twin)
             return Ref(number)

@@ -64,7 +64,9 @@ class Unseen:
     def from_numpy(self, original: Callable[..., Any], array: Any) -> Tensor:
         """A real tensor on an array's memory; it is a constant where it is used."""
         with unset_fake_temporarily():
-            return original(array)
+            tensor = original(array)
+        self.recorder.arrays.from_numpy(array, tensor)
+        return tensor
 
     def batch_norm(self, original: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
         """A BatchNorm without momentum would turn its counter into a Python number, once and for all."""

@@ -46,6 +46,7 @@ class Values:
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
         self.written: set[int] = set()  # memory of real tensors that has been written to
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
+        self.passing: list[Tensor] = []  # real tensors on arrays that the forward makes: no call leaves what it writes
         self.alive: list[Any] = []  # ids stay unique only while their objects live
         self.weak: list[weakref.ref[Tensor]] = []
         self.aliases = Aliases()
@@ -119,6 +120,10 @@ class Values:
         number = self.first[id(twin)] = self.new_value(twin, name, None if name else tensor)
         self.program.values[number].trainable = tensor.requires_grad
         return twin
+
+    def known(self, tensor: Tensor) -> Tensor:
+        """The fake tensor that stands for `tensor`, if a call has read it; else itself."""
+        return self.twins.get(id(tensor), tensor)
 
     def _unseen(self, tensor: Tensor) -> Tensor:
         """A tensor that no recorded call made: `Variable(x)` is one on the memory of x."""
@@ -275,14 +280,16 @@ class Values:
     def updates(self) -> list[tuple[int, int]]:
         """The tensors from outside that were written to: the value that each came with, and its last."""
         found = []
+        passing = {id(self.known(tensor)) for tensor in self.passing}
         for key, number in self.first.items():
             alias = self.aliases.of.get(key)
-            if alias is not None and self.numbers[key] != number:
+            if key not in passing and alias is not None and self.numbers[key] != number:
                 found.append((number, self.numbers[key]))
         return found
 
     def forget(self) -> None:
         """Let all tensors of the recording go."""
         self.alive.clear()
+        self.passing.clear()
         self.aliases = Aliases()
         self.twins.clear()

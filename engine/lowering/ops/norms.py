@@ -354,6 +354,8 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         spread = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
         if op.name == "group_norm":
             spread = _over(reduction.count * c // groups, spread, dtype)
+        elif eps == 0:  # PyTorch's batch_norm, of which instance_norm is made, scales a constant channel by zero
+            spread = spread.masked_fill(spread == 0, math.inf)
         factor = rstd = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
         middle = middle.expand(n, groups, c // groups).reshape(n, c, *ones)
         if weight is not None:

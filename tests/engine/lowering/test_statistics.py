@@ -499,3 +499,32 @@ def test_live_norms_with_one_of_weight_and_bias(missing, pooled):
             return self.norm(y.mean((2, 3)) if pooled else y)
 
     assert_exact(randomize(Net().double()).train(), image(4, 2, 30, 27), tile=12)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_constant_channels_of_instance_norm_without_eps(affine):
+    """PyTorch scales them by zero; those of group_norm are NaN there, too."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1, padding_mode="replicate")
+            self.norm = nn.InstanceNorm2d(2, eps=0.0, affine=affine)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x)) + x
+
+    stock = Network()
+    with torch.no_grad():
+        stock.conv.weight[1] = 0
+        stock.conv.bias.copy_(torch.tensor([0.5, 2.0]))
+        for parameter in stock.norm.parameters():
+            parameter.add_(torch.rand(2))
+    other = copy.deepcopy(stock)
+    x = torch.randn(2, 1, 24, 20)
+    target = torch.randn(2, 2, 24, 20)
+    for net in (stock, accelerate(other, tile=8)):
+        (net(x) * target).mean().backward()
+    torch.testing.assert_close(accelerate(other, tile=8)(x), stock(x))
+    for (name, wanted), got in zip(stock.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, msg=lambda told, name=name: f"{name}: {told}")
