@@ -14,6 +14,7 @@ from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
 from .stopped import Stopped
+from .words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,8 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     write_table(out, found.records, [])
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})
-    click.echo(f"{len(found.records)} images of {patients} patients, {len(found.errors)} files passed over; {out}")
+    told = f"{counted(len(found.records), 'image')} of {counted(patients, 'patient')}"
+    click.echo(f"{told}, {counted(len(found.errors), 'file')} passed over; {out}")
     _tell_masks(found.masks)
     if found.pattern:
         first = known[0] if pattern else next(r for r in known if "modality" not in r.extra)
@@ -168,7 +170,8 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
         if counts[kind]:
             click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
     told = f"{looked_at[0]} of {len(records)}" if looked_at else str(len(records))
-    click.echo(f"{told} images, {len({problem.path for problem in serious})} with something to mend")
+    told += " image" if told == "1" else " images"
+    click.echo(f"{told}, {len({problem.path for problem in serious})} with something to mend")
     if looked_at:
         click.echo("stopped by Ctrl-C; this is of the images that were looked at", err=True)
         raise Stopped
@@ -322,7 +325,8 @@ def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[st
         click.echo(f"label {table.label_rule}")
         click.echo(f"split: {meaning['split']}")
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    click.echo(f"{len(records)} images of {len({record.patient_id for record in records})} patients ({told}); {out}")
+    patients = counted(len({record.patient_id for record in records}), "patient")
+    click.echo(f"{counted(len(records), 'image')} of {patients} ({told}); {out}")
     _tell_leaks(records)
 
 
@@ -367,7 +371,8 @@ def _convert_images(
     for error in errors:
         click.echo(f"left out: {error}", err=True)
     if not found.complete:
-        told = f"shard {chosen.shard[0]}/{chosen.shard[1]}: {found.done} images written, {found.failed} left out"
+        written = counted(found.done, "image")
+        told = f"shard {chosen.shard[0]}/{chosen.shard[1]}: {written} written, {found.failed} left out"
         click.echo(f"{told}; table.csv is written when the other shards are done")
         return None
     if not records:

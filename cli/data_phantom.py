@@ -5,6 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from . import options
+from .words import counted
 
 
 @click.command()
@@ -87,4 +88,4 @@ def phantom(
             workers=workers or available_cpus(),
             report=count.add,
         )
-    click.echo(f"{images} images of {patients} patients, {size[0]} x {size[1]} pixels; {table}")
+    click.echo(f"{counted(images, 'image')} of {counted(patients, 'patient')}, {size[0]} x {size[1]} pixels; {table}")

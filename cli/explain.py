@@ -8,6 +8,7 @@ from typing import Any
 import rich_click as click
 
 from . import runner
+from .words import counted
 
 
 @click.command()
@@ -66,7 +67,7 @@ def explain(
         runner.tell_end(found)
         return
     marks = ", marks.csv" if method == "activation" and found.complete else ""
-    click.echo(f"{found.done} images explained, {found.failed} skipped; {Path(out)}{marks}")
+    click.echo(f"{counted(found.done, 'image')} explained, {found.failed} skipped; {Path(out)}{marks}")
     runner.tell_stored(found, chosen.store)
     if found.failed:
         click.echo(f"{Path(out) / 'quarantine.csv'} says why; --resume --retry-failed tries them again")

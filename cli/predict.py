@@ -11,6 +11,7 @@ import rich_click as click
 from . import runner
 from .predict_masks import predict_masks
 from .train import scores_line
+from .words import counted
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
@@ -111,13 +112,11 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
     """For people."""
     if not found.complete:
         of = f"shard {options.shard[0]}/{options.shard[1]}: " if options.shard[1] > 1 else ""
-        click.echo(
-            f"{of}{found.done} images predicted, {found.failed} skipped; {out / 'parts'}; predictions.csv is "
-            "written when the other shards are done"
-        )
+        told = f"{of}{counted(found.done, 'image')} predicted, {found.failed} skipped; {out / 'parts'}"
+        click.echo(f"{told}; predictions.csv is written when the other shards are done")
         return
     tables = f"{out / 'predictions.csv'}, breasts.csv, exams.csv"
-    click.echo(f"{found.done} images predicted, {found.failed} skipped; {tables}")
+    click.echo(f"{counted(found.done, 'image')} predicted, {found.failed} skipped; {tables}")
     runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")

@@ -9,6 +9,7 @@ import rich_click as click
 
 from . import runner
 from .train import scores_line
+from .words import counted
 
 
 def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: runner.Run) -> None:
@@ -24,7 +25,7 @@ def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: ru
         runner.tell_end(found)
         return
     table = f"; {out / 'masks'}, predictions.csv" if found.complete else f"; {out / 'parts'}"
-    click.echo(f"{found.done} images predicted, {found.failed} skipped{table}")
+    click.echo(f"{counted(found.done, 'image')} predicted, {found.failed} skipped{table}")
     runner.tell_stored(found, options.store)
     if found.failed:
         click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")

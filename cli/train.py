@@ -15,6 +15,7 @@ from . import options
 from .elsewhere import TrainCommand
 from .starting import Teller, count_processes, goes_on, leads, start, stopping
 from .train_recipe import begin_recipe, refuse_others
+from .words import counted
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
@@ -343,7 +344,7 @@ def _train(
             tell.say(f"{part}: {scores_line(found.metrics[part])}")
     written = "best.ckpt, model_card.md, metrics.json, log.csv, curves.png, config.toml"
     if images.left_out:
-        written += f", {QUARANTINE} ({len(images.left_out)} images left out)"
+        written += f", {QUARANTINE} ({counted(len(images.left_out), 'image')} left out)"
     tell.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
 
 
@@ -404,7 +405,7 @@ def scores_line(found: dict[str, float | int | None]) -> str:
 
     if "dice" in found:
         told = (f"{k.removeprefix('dice_')} {'undefined' if v is None else f'{v:.4f}'}" for k, v in found.items())
-        return f"Dice of {', '.join(list(told)[2:])} ({found['images']} images)"
+        return f"Dice of {', '.join(list(told)[2:])} ({counted(int(found['images'] or 0), 'image')})"
     parts = []
     for level, plural in (("image", "images"), ("breast", "breasts"), ("exam", "exams")):
         if level == "breast" and found.get("breasts") == found.get("images"):

@@ -10,6 +10,7 @@ import rich_click as click
 from . import options
 from .count import Count
 from .stopped import Stopped
+from .words import counted
 
 
 @click.command()
@@ -77,7 +78,7 @@ def view(
     site = Site(exams, maps, identifiers=identifiers)
     folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
     page = site.write_page(folder)
-    told = f"{len(exams)} exams, {len(site.views)} images"
+    told = f"{counted(len(exams), 'exam')}, {counted(len(site.views), 'image')}"
     if static:
         written = 0
 

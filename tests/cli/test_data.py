@@ -52,7 +52,7 @@ def test_index(phantoms, tmp_path, capsys):
     (tmp_path / "in" / "notes").write_text("x")
     assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv") == 0
     said = capsys.readouterr()
-    assert "24 images of 6 patients, 1 files passed over" in said.out
+    assert "24 images of 6 patients, 1 file passed over" in said.out
     assert "6 L CC, 6 L MLO, 6 R CC, 6 R MLO" in said.out
     assert "passed over: " in said.err and "notes" in said.err
     assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"P{n:05d}" for n in range(1, 7)}

@@ -119,7 +119,7 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
         assert not (tmp_path / "out").exists()  # nothing was done, and nothing is left of it
     both = [tmp_path / "a.npy", path, "--format", "seg", "--skip-bad", "--out", tmp_path / "skip"]
     assert run("explain", checkpoint, *both) == 0
-    assert "1 images explained, 1 skipped" in capsys.readouterr().out
+    assert "1 image explained, 1 skipped" in capsys.readouterr().out
     assert run("explain", checkpoint, path, "--out", tmp_path / "skip") == 2
     assert "already holds explanations" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def test_predict_writes_masks_and_a_table(trained, table, tmp_path, capsys):
             if k:
                 assert float(row[f"dice_{name}"]) == pytest.approx(2 * both / sums)
     metrics = json.loads((trained / "metrics.json").read_text())["test"]
-    assert f"test: Dice of grey {metrics['dice_grey']:.4f}, bright {metrics['dice_bright']:.4f} (1 images)" in told
+    assert f"test: Dice of grey {metrics['dice_grey']:.4f}, bright {metrics['dice_bright']:.4f} (1 image)" in told
     assert (
         "\nval (chose the epoch): Dice" in told
         and "\ntrain (learnt from these, so this measures nothing): Dice" in told
