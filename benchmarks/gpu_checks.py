@@ -34,7 +34,6 @@ from gigamorph.kernels.conv2d_wgrad import launch as wgrad
 from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
 from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
 from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
-from gigamorph.kernels.live_norm import live_norm_gradients, live_norm_gradients_reference
 from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
 from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference
@@ -332,8 +331,10 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     bench.compare("y", y, bn.normalize_act_reference(x.double(), *wide, None, "relu")[0])
     oracle = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
     results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
-    whole = live_norm_gradients_reference(dy.double(), x.double(), *wide, None, "relu")[0]
-    bench.compare("dx", bench.twice(lambda: live_norm_gradients(dy, x, *shared, None, "relu", False))[0], whole)
+    whole = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, None, "relu", 1)[0]
+    bench.compare(
+        "dx", bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, None, "relu", False, 1))[0], whole
+    )
     for name, result, expected in zip(("dx, constant statistics", "dz"), results, oracle, strict=False):
         bench.compare(name, result, expected)
     (dx,) = bench.twice(lambda: (moments_backward(x, mean, bias, weight, 2 * h * w, dy),))

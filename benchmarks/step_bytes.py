@@ -52,7 +52,8 @@ class Moved(TorchDispatchMode):
         there = {(t.data_ptr(), t.numel(), t.dtype): t for t in (*given, *made)}
         self.launches[name] += 1
         self.bytes[name] += sum(map(_bytes, there.values()))
-        if name == "gigamorph::live_norm_gradients":  # its second pass reads x, and dz where that was written, else dy
+        # Of a complete gradient the second pass reads x, and dz where that was written, else dy.
+        if name == "gigamorph::normalize_act_gradients" and len(args) > 9 and args[9]:
             self.bytes[name] += 2 * _bytes(given[0])
         return result
 

@@ -6,7 +6,7 @@
 dx is that of constant statistics. Statistics are values of their own, whose gradients follow from dbias and dweight and
 are added by `moments_backward` (moments.py) once all tiles have given theirs.
 
-Where the pixels are all that the statistics are taken of, `live_norm.py` has the whole gradient.
+Where the pixels are all that the statistics are taken of, the gradient can be complete: `live_norm.py` makes dx then.
 
 Each is one pass over memory. x (the raw output of the convolution) is all that is kept: z is computed again in
 registers. Where a residual was added, `gate` stands for z: z itself, or y for ReLU and ReLU6. The statistics are those
@@ -24,21 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope, slope_reference
+from .channel_affine import affine
 from .choice import run_fastest
 from .dtypes import sum_dtype
+from .live_norm import launch_live_norm, pulls
 from .pointwise import act_grad
-from .stream import Stream, channel, dense, load, step_pixels, store, whole
+from .stream import Stream, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, nhwc
-
-
-@triton.jit
-def affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, BC: tl.constexpr, ACC: tl.constexpr):
-    """mean, rstd, rstd * weight and bias of the channels c, each [1, BC]."""
-    mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
-    scale = rstd if weight_ptr is None else rstd * channel(weight_ptr, c, C, ACC)
-    bias = tl.zeros((1, BC), ACC) if bias_ptr is None else channel(bias_ptr, c, C, ACC)
-    return mean, rstd, scale, bias
 
 
 @triton.jit
@@ -110,7 +103,7 @@ def _normalize_act_gradients_kernel(
     tl.store(row + C + c, tl.sum(dweight, 0), mask=c < C)
 
 
-def norm_stream(op: str, act: str, *maps: Tensor | None) -> Stream:
+def _stream(op: str, act: str, *maps: Tensor | None) -> Stream:
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
     return Stream(op, MOST_BLOCK_CHANNELS, *maps)
@@ -136,14 +129,14 @@ def launch_normalize_act(
         mean, rstd, weight, bias: (C,), of any floating dtype.
     """
     if x.numel():
-        s = norm_stream("normalize_act", act, x, residual, y)
+        s = _stream("normalize_act", act, x, residual, y)
         mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
         _normalize_act_kernel[s.grid](
             *s.maps, mean, rstd, weight, bias, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
 
 
-def normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x - mean) * rstd * weight + bias by PyTorch's kernel; its function in torch.nn refuses an epsilon of zero."""
     variance = rstd.square().reciprocal()
     return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, torch.backends.cudnn.enabled)
@@ -176,7 +169,7 @@ def normalize_act(
         return whole
 
     def stock() -> Tensor:
-        y = nhwc(normalize_stock(x.to(widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
+        y = nhwc(_normalize_stock(x.to(_widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
         y = activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
         if margin is None:
             return y
@@ -184,7 +177,7 @@ def normalize_act(
         _inside(whole, margin).copy_(y)
         return whole
 
-    settings = (weight is None, bias is None, residual is None, act, margin is None, *other_dtypes(x, dtype, residual))
+    settings = (weight is None, bias is None, residual is None, act, margin is None, *_others(x, dtype, residual))
     return run_fastest("normalize_act", x, settings, ours, stock)
 
 
@@ -203,13 +196,13 @@ def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
     return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
 
 
-def widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
+def _widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
     """The dtype that values of all of these are computed in."""
     dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def other_dtypes(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
+def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
     """What dtypes there are besides x's, as part of a key."""
     kinds = {part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None}
     return tuple(sorted(str(kind) for kind in kinds - {x.dtype}))
@@ -286,7 +279,7 @@ def launch_normalize_act_gradients(
     """
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
-    s = norm_stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
+    s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
     mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
     _normalize_act_gradients_kernel[s.grid](
@@ -295,56 +288,8 @@ def launch_normalize_act_gradients(
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
-def gradient_maps(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
+def _gradients(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
     return empty_map(*x.shape, x), _like(x, dy.dtype) if keep_dz else dy.new_empty(0)
-
-
-def stock_gradients(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    act: str,
-    keep_dz: bool,
-    together: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz, dbias and dweight by PyTorch's kernels.
-
-    Args:
-        together: with what x does to its own statistics, which so many channels share; without it where that is 0.
-    """
-    wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-    inner = widest(dy, x, gate) if together < 2 else wide  # 16-bit statistics would not do
-    z, taken = gate, x.to(inner)
-    if z is None and act != "none":
-        z = normalize_stock(taken, mean, rstd, weight, bias)
-    dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
-    scale = torch.ones_like(mean) if weight is None else weight
-    if together > 1:
-        groups = (t[None, ::together].to(inner).contiguous() for t in (mean, rstd))
-        size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], x.shape[1] // together
-        form = {"memory_format": torch.channels_last}
-        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            dz.contiguous(**form), taken.contiguous(**form), *groups, scale.to(inner), *size, [True, True, True]
-        )
-    else:
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dz,
-            taken,
-            scale,
-            mean,
-            var,
-            mean,
-            rstd,
-            together == 1,
-            0.0,
-            [True, True, True],  # a GPU takes the second two
-        )
-    kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
-    return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
@@ -358,30 +303,66 @@ def normalize_act_gradients(
     gate: Tensor | None,
     act: str,
     keep_dz: bool,
+    together: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx with the statistics taken as constants, dz (empty unless `keep_dz`), dbias and dweight, in one pass.
+    """dx, dz (empty unless `keep_dz`), dbias and dweight.
 
     Args:
         dy, x, gate: as for `launch_normalize_act_gradients`; dx has x's dtype, dz that of dy.
+        together: 0 takes the statistics as constants, in one pass. Else x is all that they were taken of, and dx has
+            what it does to them, in two passes; so many neighbouring channels share them, more than one only of one
+            image.
     """
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dx, dz = gradient_maps(dy, x, keep_dz)
-        sums = launch_normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, act, dx, dz if keep_dz else None)
+        dx, dz = _gradients(dy, x, keep_dz)
+        given, kept = (x, mean, rstd, weight, bias), dz if keep_dz else None
+        sums = launch_normalize_act_gradients(dy, *given, gate, act, None if together else dx, kept)
+        if together:
+            slope_of = (gate, act) if kept is None else (None, "none")  # dz, where it is written, has it
+            launch_live_norm(dy if kept is None else kept, *given, *slope_of, sums, together, dx)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return stock_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep_dz)
+        wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
+        inner = _widest(dy, x, gate) if together < 2 else wide  # 16-bit statistics would not do
+        z, taken = gate, x.to(inner)
+        if z is None and act != "none":
+            z = _normalize_stock(taken, mean, rstd, weight, bias)
+        dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
+        scale = torch.ones_like(mean) if weight is None else weight
+        if together > 1:
+            groups = (t[None, ::together].to(inner).contiguous() for t in (mean, rstd))
+            size = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], x.shape[1] // together
+            form = {"memory_format": torch.channels_last}
+            dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+                dz.contiguous(**form), taken.contiguous(**form), *groups, scale.to(inner), *size, [True, True, True]
+            )
+        else:
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                dz,
+                taken,
+                scale,
+                mean,
+                var,
+                mean,
+                rstd,
+                together == 1,
+                0.0,
+                [True, True, True],  # a GPU takes the second two
+            )
+        kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
+        return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
-    settings = (weight is None, bias is None, gate is None, act, keep_dz, *other_dtypes(x, dy, gate))
+    settings = (weight is None, bias is None, gate is None, act, keep_dz, min(together, 2), *_others(x, dy, gate))
     return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()
 
 
 @normalize_act_gradients.register_fake
-def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz):
+def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together=0):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
-    return *gradient_maps(dy, x, keep_dz), dbias, dweight
+    return *_gradients(dy, x, keep_dz), dbias, dweight
 
 
 def normalize_act_gradients_reference(
@@ -393,6 +374,7 @@ def normalize_act_gradients_reference(
     bias: Tensor | None,
     gate: Tensor | None,
     act: str,
+    together: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz and the window's sums of dz and of dz * xhat, in plain PyTorch."""
     z = normalize_act_reference(x, mean, rstd, weight, bias, None, "none")[0] if gate is None else gate
@@ -401,4 +383,8 @@ def normalize_act_gradients_reference(
     dx = dz * rstd.reshape(-1, 1, 1)
     if weight is not None:
         dx = dx * weight.reshape(-1, 1, 1)
-    return dx, dz, dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+    sums = dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+    if together:
+        a, b = pulls(sums, weight, together).unflatten(1, (-1, 1, 1))
+        dx = dx - rstd.reshape(-1, 1, 1) * (a + xhat * b) / (x.numel() // x.shape[1] * together)
+    return dx, dz, *sums

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from gigamorph.kernels import choice, stream
 from gigamorph.kernels.activations import activate_reference
-from gigamorph.kernels.batch_norm import normalize_act
-from gigamorph.kernels.live_norm import live_norm_gradients, live_norm_gradients_reference
+from gigamorph.kernels.batch_norm import (
+    normalize_act,
+    normalize_act_gradients,
+    normalize_act_gradients_reference,
+)
 from gigamorph.kernels.moments import moments_reference
 from gigamorph.kernels.tiles import StreamConfig
 
@@ -74,7 +77,7 @@ def test_any(mode, n, c, h, w, act, summed, affine, dtype, small, together, seed
     with choice.override(mode), pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(stream, "stream_config", lambda pixels, channels, most: StreamConfig(4, 16, 3, 4))
-        dx, dz, dbias, dweight = live_norm_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep, together)
+        dx, dz, dbias, dweight = normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, act, keep, together)
     expected = oracle(dy, x, weight, bias, residual if summed else None, act, together)
     if gate is not None:
         # Where rounding has moved a value over the edge of a slope, one has a gradient and the other none.
@@ -96,7 +99,7 @@ def test_the_reference_is_autograd_s(act, together):
     generator = torch.Generator().manual_seed(3)
     dy, x = (random_map(1 if together > 1 else 2, 9, 5, 4, torch.float64, generator) for _ in range(2))
     weight, bias = torch.rand(2, 9, generator=generator, dtype=torch.float64).to(DEVICE)
-    dx, _, *sums = live_norm_gradients_reference(dy, x, *statistics(x, together), weight, bias, None, act, together)
+    dx, _, *sums = normalize_act_gradients_reference(dy, x, *statistics(x, together), weight, bias, None, act, together)
     for found, expected in zip((dx, *sums), oracle(dy, x, weight, bias, None, act, together), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -105,7 +108,7 @@ def test_order_of_programs():
     generator = torch.Generator().manual_seed(4)
     dy, x = (random_map(1, 20, 9, 7, torch.bfloat16, generator) for _ in range(2))
     mean, rstd = statistics(x)
-    assert_order_free(lambda: live_norm_gradients(dy, x, mean, rstd, None, None, None, "relu", False))
+    assert_order_free(lambda: normalize_act_gradients(dy, x, mean, rstd, None, None, None, "relu", False, 1))
 
 
 def test_opcheck():
@@ -113,12 +116,12 @@ def test_opcheck():
     dy, x = (random_map(2, 6, 3, 4, torch.bfloat16, generator) for _ in range(2))
     mean, rstd = statistics(x)
     for keep in (True, False):
-        torch.library.opcheck(live_norm_gradients, (dy, x, mean, rstd, None, None, x, "relu", keep))
+        torch.library.opcheck(normalize_act_gradients, (dy, x, mean, rstd, None, None, x, "relu", keep, 1))
 
 
 def test_empty_map():
     x, zeros = torch.empty(2, 3, 0, 5, device=DEVICE), torch.zeros(3, device=DEVICE)
-    dx, _, *sums = live_norm_gradients(x, x, zeros, zeros, None, None, None, "relu", False)
+    dx, _, *sums = normalize_act_gradients(x, x, zeros, zeros, None, None, None, "relu", False, 1)
     assert dx.shape == x.shape and all(torch.equal(s, zeros) for s in sums)
 
 

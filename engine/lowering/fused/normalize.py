@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from ....kernels.activations import MASKS
 from ....kernels.batch_norm import normalize_act, normalize_act_gradients
 from ....kernels.conv2d import conv2d_backward
-from ....kernels.live_norm import live_norm_gradients
 from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
@@ -150,10 +149,7 @@ def _gradients(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
 
     What x does to its own statistics is in dx where all of it is here.
     """
-    if ctx.whole and ctx.spec.together:
-        dx, dz, *sums = live_norm_gradients(*given, ctx.spec.together)
-    else:
-        dx, dz, *sums = normalize_act_gradients(*given)
+    dx, dz, *sums = normalize_act_gradients(*given, ctx.spec.together if ctx.whole else 0)
     values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
     return dx, dz

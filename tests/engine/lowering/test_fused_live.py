@@ -129,10 +129,11 @@ def test_several_images_by_the_kernels_themselves() -> None:
 def test_one_tile_has_the_whole_gradient(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What x does to its statistics takes a pass of its own where tiles share them, and where a map is not normed."""
     calls: list[str] = []
-    for module, name in ((moments, "moments_backward"), (fused_norm, "live_norm_gradients")):
-        op = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, op=op, name=name: calls.append(name) or op(*given))
-    for tile, expected in ((8, {"moments_backward"}), (100, {"live_norm_gradients"})):
+    backward, gradients = moments.moments_backward, fused_norm.normalize_act_gradients
+    complete = lambda *given: (calls.append("complete") if given[-1] else None) or gradients(*given)  # noqa: E731
+    monkeypatch.setattr(moments, "moments_backward", lambda *given: calls.append("moments") or backward(*given))
+    monkeypatch.setattr(fused_norm, "normalize_act_gradients", complete)
+    for tile, expected in ((8, {"moments"}), (100, {"complete"})):
         calls.clear()
         step(accelerate(build(), tile=tile), image(1, 1, 64, 64), image_gradient=False)
         assert set(calls) == expected
