@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,tests,checks      is it right?
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops,tiles         which kernels are faster?
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps             are whole steps?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps,traces      are whole steps?
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,limits            how large may images be?
     gigamorph bench report gpu.json --out report                                  plots and tables of what was found
     python benchmarks/gpu.py --json dry.json --dry            on the CPU, tiny, to see that this script works
@@ -10,14 +10,15 @@
 A command goes on where the file ends: what it holds without an error is not measured again. `--cache` is a folder for
 compiled kernels and measured choices, which later commands, on a fresh machine too, begin with.
 
-Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/gpu, and compute-sanitizer if there is
-one), `checks` (every kernel against float64, twice, with 4 and 8 warps), `ops` (the layers of ResNet-50 and ConvNeXt-T
-against cuDNN, eager and torch.compile), `tiles` (the forward in alternative tiles), `steps` (whole training steps and
-inference), `limits` (the largest images). See gpu_tests.py, gpu_checks.py, gpu_ops.py and gpu_steps.py.
+Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/gpu), `checks` (every kernel against
+float64, twice, with 4 and 8 warps), `sanitizer` (of each family one check under compute-sanitizer, if there is one),
+`ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `tiles` (the forward in
+alternative tiles), `steps` (whole training steps and inference), `traces` (every kernel of some of them), `limits` (the
+largest images). See gpu_tests.py, gpu_checks.py, gpu_ops.py, gpu_steps.py and gpu_traces.py.
 
-Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Checks run side by
-side, and beside them whatever the timed sections will need is compiled; timed items run alone. The JSON is written
-anew after every item. What a section's time did not reach is listed under "skipped".
+Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Tests and checks run
+side by side, and beside them whatever the timed sections will need is compiled; timed items run alone. The JSON is
+written anew after every item. What a section's time did not reach is listed under "skipped".
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -37,21 +39,45 @@ from typing import Any
 from gpu_summary import Row, summary
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
-SECTIONS = ("ceilings", "tests", "checks", "ops", "tiles", "steps", "limits")
+# In this order; those of one line run side by side, on all workers.
+GROUPS = (
+    ("ceilings",),
+    ("tests", "checks"),
+    ("sanitizer",),
+    ("ops",),
+    ("tiles",),
+    ("steps",),
+    ("traces",),
+    ("limits",),
+)
+SECTIONS = tuple(section for group in GROUPS for section in group)
 # Seconds: of a section, and of one item before its process is ended. `steps` gets whatever the others leave.
-BUDGET = {"ceilings": 40, "tests": 240, "checks": 140, "ops": 110, "tiles": 30, "steps": 1e9, "limits": 1e9}
+BUDGET = {
+    "ceilings": 40,
+    "tests": 170,
+    "checks": 170,
+    "sanitizer": 150,
+    "ops": 110,
+    "tiles": 30,
+    "steps": 1e9,
+    "traces": 120,
+    "limits": 1e9,
+}
 LIMIT = {
     "ceilings": 40,
     "tests": 150,
-    "checks": 60,
-    "prepare": 130,
+    "checks": 90,
+    "sanitizer": 120,
+    "prepare": 170,
     "ops": 25,
     "tiles": 30,
     "steps": 90,
+    "traces": 60,
     "limits": 150,
 }
 ALWAYS = ("machine", "ceilings", "choices")  # whatever --match says
 WORKERS = 14
+COMPILERS = 5  # of these, as many as steps fit a GPU's memory side by side
 
 Item = tuple[str, str]  # what to do (a section, or "prepare"), and its name
 
@@ -181,18 +207,12 @@ def run_items(items: list[Item], workers: list[Worker], report: Report, deadline
         thread.join()
 
 
-def interleave(first: list[Item], second: list[Item]) -> list[Item]:
-    """By turns, then the rest of the longer one."""
-    both = [item for pair in zip(first, second, strict=False) for item in pair]
-    return both + first[len(second) :] + second[len(first) :]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where results go, anew after every item; goes on")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels and measured choices")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas between")
-    parser.add_argument("--match", default="", help="of these, items whose name contains this text")
+    parser.add_argument("--match", default="", help="of these, items whose name has this regular expression")
     parser.add_argument("--seconds", type=float, default=520, help="time for everything")
     parser.add_argument("--commit", help="stored as the commit, where the checkout has no .git")
     parser.add_argument("--dry", action="store_true", help="every section on the CPU with tiny sizes")
@@ -212,30 +232,42 @@ def main() -> None:
         listed = workers[0].ask("list", "", min(90, options.seconds))
         if "error" in listed:
             sys.exit(f"no worker could be started: {listed['message']}")
-        for section in (s for s in SECTIONS if s in wanted):
-            items = [(section, n) for n in listed[section] if options.match in n or n in ALWAYS]
-            items = [(section, n) for _, n in items if n in ALWAYS or not report.has(section, n)]
+        for group in GROUPS:
+            sections = [section for section in group if section in wanted]
+            if not sections:
+                continue
+            items = [(s, n) for s in sections for n in listed[s] if re.search(options.match, n) or n in ALWAYS]
+            items = [(s, n) for s, n in items if n in ALWAYS or not report.has(s, n)]
             started = time.monotonic()
-            deadline = min(end, started + BUDGET[section])
-            if section == "checks":
-                ahead = [
-                    ("prepare", n) for n in listed["prepare"] if n.partition(":")[0] in wanted and options.match in n
-                ]
-                run_items(interleave(ahead, items), workers, report, deadline, min(end, deadline + 15))
-                for spare in workers[1:]:  # their memory would count as in use
-                    spare.stop()
-            elif section in ("steps", "limits"):
-                workers[0].stop()  # what earlier items left in memory would count, too
+            deadline = min(end, started + max(BUDGET[section] for section in sections))
+            if "checks" in sections:
+                ahead = [("prepare", n) for n in listed["prepare"] if n.partition(":")[0] in wanted]
+                ahead = [(do, n) for do, n in ahead if re.search(options.match, n)]
+                compilers = workers[:COMPILERS] if ahead else []
+                compiling = threading.Thread(
+                    target=run_items, args=(ahead, compilers, report, deadline, min(end, deadline + 15))
+                )
+                compiling.start()
+                run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
+                compiling.join()
+            elif "sanitizer" in sections:
+                run_items(items, workers, report, deadline, min(end, deadline + 15))
+            elif sections[0] in ("steps", "traces", "limits"):
+                for worker in workers:  # what earlier items left in memory would count, too
+                    worker.stop()
                 # What was chosen is read at the end, for which a little time is kept.
-                last = items[-1:] if section == "steps" else []
+                last = items[-1:] if sections[0] == "steps" else []
                 timed = items[: len(items) - len(last)]
                 run_items(timed, workers[:1], report, deadline - 15, end - 8)
                 run_items(last, workers[:1], report, end, end)
             else:
+                for spare in workers[1:]:
+                    spare.stop()
                 run_items(items, workers[:1], report, deadline, end)
-            if section == "ceilings" and options.commit:
+            if group == ("ceilings",) and options.commit:
                 report.add("ceilings", "machine", {**report.data["ceilings"]["machine"], "commit": options.commit})
-            report.took(section, time.monotonic() - started)
+            for section in sections:
+                report.took(section, time.monotonic() - started)
     finally:
         for worker in workers:
             worker.stop()

@@ -36,6 +36,8 @@ MODELS = {
     "resnet50": "resnet50",
     "convnext_tiny": "timm:convnext_tiny",
     "vgg16": "timm:vgg16",
+    "densenet121": "timm:densenet121",
+    "efficientnet_b2": "timm:efficientnet_b2",
 }
 LIVE = "_live"  # behind a model's name: its BatchNorms take the statistics of the image
 TILE, DRY_TILE = 2048, 48
@@ -237,15 +239,17 @@ def steps(dry: bool) -> list[Step]:
     default = ("ours_auto", *STOCK)
     wanted = [
         ("resnet50", train, 4096, default),
-        ("resnet50", infer, 4096, default),
         ("resnet50_live", train, 4096, default),
+        ("resnet50", infer, 4096, default),
+        ("convnext_tiny", infer, 4096, default),
         ("convnext_tiny", train, 4096, default),
+        ("efficientnet_b2_live", train, 4096, default),
+        ("resnet50", train, 4096, ("ours_equal", "ours_third", "ours", "checkpoint")),
+        ("densenet121", train, 4096, default),
         ("resnet18", train, 4096, default),
         ("vgg16", train, 4096, default),
-        ("resnet50", train, 4096, ("ours_equal", "ours_third", "ours", "checkpoint")),
         ("resnet50", train, 8192, ("ours_auto", "ours_third", "channels_last")),
         ("resnet18", infer, 4096, default),
-        ("convnext_tiny", infer, 4096, default),
         ("vgg16", infer, 4096, default),
         ("resnet50", train, 32768, ("ours",)),
         ("resnet50", infer, 8192, ("ours", "channels_last")),
@@ -275,8 +279,8 @@ def warm_ups(dry: bool) -> list[Step]:
     """Steps whose code is worth compiling ahead, in processes of their own: torch.compile's, and our kernels'."""
     if dry:
         return []
-    ours = [Step(model, True, 4096, "ours_auto") for model in ("resnet50", "convnext_tiny", "vgg16", "resnet18")]
-    return [*ours, *(s for s in steps(dry) if s.how == "compile")]
+    found = [s for s in steps(dry) if s.side == 4096 and s.how in ("ours_auto", "compile")]
+    return sorted(found, key=lambda s: not s.training)  # those that take longest first
 
 
 def warm_up(step: Step, tile: int) -> dict[str, Any]:

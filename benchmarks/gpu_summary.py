@@ -58,6 +58,7 @@ def summary(data: dict[str, Any]) -> list[str]:
         + _tile_lines(data["tiles"], peak)
         + _step_lines({**data["steps"], **data.get("limits", {})})
     )
+    lines += _trace_lines(data.get("traces", {}))
     table = data["steps"].get("choices", {}).get("choices", [])
     if table:
         ours = sum(row["chosen"] != "stock" for row in table)
@@ -119,6 +120,21 @@ def _tile_lines(tiles: dict[str, Row], peak: Row) -> list[str]:
         others = sorted((ms, n) for n, ms in row["ms"].items() if n != "cudnn")
         ranked = ", ".join(f"{n} {cudnn / ms:.2f}" for ms, n in others[:4])
         lines.append(f"{name}: cuDNN {cudnn:.3f} ms; speed: {ranked}")
+    return lines
+
+
+def _trace_lines(traces: dict[str, Row]) -> list[str]:
+    """Of each step the time on the GPU, and the kernels that take most of it."""
+    lines = []
+    for name, row in traces.items():
+        if "kernels" not in row:
+            continue
+        total: dict[str, list[float]] = defaultdict(list)
+        for number, *_, microseconds in row["kernels"]:
+            total[row["names"][number]].append(microseconds)
+        lines.append(f"{name}: {len(row['kernels'])} kernels, busy {row['busy_us']:.0f} of {row['span_us']:.0f} us")
+        most = sorted(total.items(), key=lambda kernel: -sum(kernel[1]))
+        lines += [f"    {sum(times):8.0f} us in {len(times):4}  {kernel[:70]}" for kernel, times in most[:10]]
     return lines
 
 

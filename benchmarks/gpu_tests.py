@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,32 @@ SANITIZED = ("conv forward", "conv dgrad", "conv wgrad", "depthwise", "stem", "m
 TOOLS = ("memcheck", "racecheck")
 
 
-def suites(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Items by name; of a dry run one, whose tests are skipped."""
-    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))[: 1 if dry else None]
-    found: dict[str, Callable[[], dict[str, Any]]] = {file.stem: partial(_pytest, file) for file in files}
-    if not dry:
-        found |= {f"{tool} {name}": partial(_sanitized, tool, name) for tool in TOOLS for name in SANITIZED}
-    return found
+def tests(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The functions of tests/gpu by name, but for those of this script; of a dry run one, which is skipped."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    named = [
+        (file, name)
+        for file in files
+        if file.stem != "test_gpu_benchmark"
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    ]
+    return {f"{file.stem}: {name}": partial(_pytest, f"{file}::{name}") for file, name in named[: 1 if dry else None]}
 
 
-def _pytest(file: Path) -> dict[str, Any]:
-    """What a test file's run ends with; its failures are an error."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
+def sanitized(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Families by tool; none in a dry run."""
+    return {} if dry else {f"{tool} {name}": partial(_sanitized, tool, name) for tool in TOOLS for name in SANITIZED}
+
+
+def _pytest(which: str) -> dict[str, Any]:
+    """What a test ends with; its failure is an error. What it measures is kept nowhere: others run beside it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", which]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**_environment(), "GIGAMORPH_CACHE": folder}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode not in (0, 5):
+        print(done.stdout, done.stderr, file=sys.stderr)
         raise AssertionError(f"{last}\n{done.stdout[-1500:]}")
     return {"result": last}
 

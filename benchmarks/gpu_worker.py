@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     import gpu_ops
     import gpu_steps
     import gpu_tests
+    import gpu_traces
 
     timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
     once = gpu_ops.Timer(prepare=True)
@@ -43,12 +45,14 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
             prepare |= {f"{section}: {n}": lambda case=case: once.row(case()) for n, case in cases.items()}
     return {
         "ceilings": {"machine": machine, "ceilings": lambda: gpu_ops.ceilings(dry)},
-        "tests": gpu_tests.suites(dry),
+        "tests": gpu_tests.tests(dry),
+        "sanitizer": gpu_tests.sanitized(dry),
         "checks": gpu_checks.checks(dry),
         "prepare": prepare,
         "ops": {n: lambda case=case: timer.row(case()) for n, case in ops.items()},
         "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
         "steps": {**gpu_steps.runs(gpu_steps.steps(dry), dry, 0.1 if dry else BOX), "choices": choices},
+        "traces": gpu_traces.traces(dry),
         "limits": gpu_steps.runs(gpu_steps.limits(dry), dry, 0.1 if dry else BOX),
     }
 
@@ -126,6 +130,7 @@ def work(dry: bool) -> None:
             try:
                 row = items[request["do"]][request["name"]]()
             except Exception as error:
+                traceback.print_exc()
                 kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
                 row = {"error": kind, "message": str(error)[:600]}
             if request["do"] in ("ops", "steps", "limits", "ceilings"):

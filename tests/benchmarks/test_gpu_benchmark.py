@@ -157,11 +157,17 @@ def test_summary_tells_what_is_wrong():
     assert "skipped for want of time: 1" in text
 
 
-def test_interleave():
-    a, b = [("p", str(i)) for i in range(2)], [("c", str(i)) for i in range(4)]
-    assert gpu.interleave(a, b) == [a[0], b[0], a[1], b[1], b[2], b[3]]
-    assert gpu.interleave(b, a) == [b[0], a[0], b[1], a[1], b[2], b[3]]
-    assert gpu.interleave(a, []) == a
+def test_traces_are_of_the_gpu_alone_and_tell_when_it_was_idle():
+    import gpu_traces
+
+    kernel = {"ph": "X", "cat": "kernel", "name": "a", "dur": 5.0, "args": {"grid": [1, 2, 3]}}
+    copied = {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": 12.0, "dur": 1.0, "args": {"bytes": 3}}
+    other = {"ph": "X", "cat": "cpu_op", "name": "host", "ts": 0.0, "dur": 90.0}
+    row = gpu_traces.summarized([other, {**kernel, "ts": 20.0}, copied, {**kernel, "ts": 10.0}])
+    assert (row["span_us"], row["busy_us"], row["names"]) == (15.0, 10.0, ["a", "copy"])
+    assert [number for number, *_ in row["kernels"]] == [0, 1, 0]
+    lines = gpu_summary._trace_lines({"step": row})
+    assert "3 kernels, busy 10 of 15 us" in lines[0] and "10 us in    2  a" in lines[1]
 
 
 def test_roofline_and_speed():
