@@ -12,7 +12,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tomli_w
 import yaml
 
 from .errors import GigamorphError
@@ -178,6 +177,8 @@ def to_toml(config: Any) -> str:
 
 
 def _toml(values: Mapping[str, Any], name: str, head: str = "[{}]") -> str:
+    import tomli_w  # networks run where it is not installed
+
     # What follows the head of a table is the table's own: all of them come last.
     tables = {key: value for key, value in values.items() if value and (isinstance(value, dict) or _has_tables(value))}
     plain = {key: _plain(value, ()) for key, value in values.items() if key not in tables}
