@@ -153,8 +153,8 @@ class _Captured:
         if not self.pairs and self._new_pair() is None:
             return None
         if self.leaves:
-            parameters = [_state(forward)[v] for v in self.leaves]
-            made = CapturedStep.apply(self, *parameters)
+            state = _state(forward)
+            made = CapturedStep.apply(self, *(state[v] for v in self.leaves))
             if len(made) > 1:
                 made = tuple(OwnNode.apply(t) if t.requires_grad else t for t in made)
         else:
