@@ -57,6 +57,7 @@ class Forward:
         given: further maps from outside, read by region.
         targets: the tensors that `Program.updates` change, by the value that they come with.
         alone: nothing is captured or replayed of it.
+        retained: all tiles keep their graphs, whatever is planned.
 
     Attributes:
         observers: by the number of a map that the network gives away as it is made, what gets its blocks.
@@ -75,8 +76,9 @@ class Forward:
         given: Mapping[int, Pixels],
         targets: Mapping[int, Tensor] | None = None,
         alone: bool = False,
+        retained: bool = False,
     ):
-        self.given, self.targets, self.alone = given, targets or {}, alone
+        self.given, self.targets, self.alone, self.retained = given, targets or {}, alone, retained
         self.observers: dict[int, Observer] = {}
         self.single = True
         self.prepared, self.image, self.pixels = prepared, image, pixels
@@ -218,6 +220,8 @@ class Forward:
 
     def _retained(self, index: int) -> int:
         """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""
+        if self.retained:
+            return self.prepared.stages[index].tiles
         plan = self.prepared.plan
         planned = plan.retained_of(index)
         if plan.budget is not None or self.device.type == "cpu" or not planned:

@@ -15,7 +15,7 @@ from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
-from ..planning.between import brought
+from ..planning.between import brought, value_bytes
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
@@ -175,15 +175,30 @@ class Prepared:
         return alone and self.staged.place == "device" and can_be_captured(self.stages[0])
 
     def whole_step(self, device: torch.device) -> whole_step.WholeStep | None:
-        """The captured step, where the tiles are few and memory is ample."""
+        """The captured step, where the tiles are few and memory is ample; tiles keep their graphs if they all can."""
         executor = buffers.executor(device) if self._may_be_one_step else None
         if executor is None or any(step.failed for step in self.steps):
             return None
         if not self.steps:
-            if self.plan.peak_bytes - self.plan.replay_bytes > MEMORY_SHARE * available_bytes(device):
+            budget, needed = self.plan.budget, self.plan.peak_bytes - self.plan.replay_bytes
+            room = MEMORY_SHARE * available_bytes(device) if budget is None else budget / whole_step.MARGIN
+            if needed > room:
                 return None
-            self.steps.append(whole_step.WholeStep(executor))
+            self.steps.append(whole_step.WholeStep(executor, needed + self._graph_bytes <= room))
         return self.steps[0]
+
+    @property
+    def _graph_bytes(self) -> int:
+        """What graphs of tiles that the plan does not keep may hold at most: all that their stages make."""
+        values = self.staged.program.values
+        made = (
+            value_bytes(values[v])
+            for index, tiled in enumerate(self.stages)
+            for local in tiled.stage.locals
+            for v in local.op.outputs
+            if self.plan.retained_of(index) < tiled.tiles
+        )
+        return sum(made) if self.plan.training else 0
 
     @cached_property
     def _may_be_one_step(self) -> bool:
@@ -194,7 +209,7 @@ class Prepared:
             self.shard is None
             and not (self.segments or program.inputs or program.vectors or program.assigned)
             and not (program.effects or program.hooks or program.branches)
-            and (self.plan.budget, self.plan.halos, self.staged.place) == (None, "device", "device")
+            and (self.plan.halos, self.staged.place) == ("device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
             and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
             and written.isdisjoint((program.image, *program.returned()))

@@ -20,7 +20,7 @@ def compute(forward: Forward) -> Any:
     """What the network returns for one image batch, and what its call changes besides."""
     step = forward.prepared.whole_step(forward.device)
     if step is not None and step.serves(forward):
-        found = step.result(forward, partial(_alone, forward))
+        found = step.result(forward, partial(_alone, forward, step.retained))
         if found is not None:
             return found[0]
         forward.alone = not step.failed
@@ -29,14 +29,14 @@ def compute(forward: Forward) -> Any:
 
 
 def _alone(
-    like: Forward, image: Tensor, state: Mapping[int, Tensor], targets: Mapping[int, Tensor]
+    like: Forward, retained: bool, image: Tensor, state: Mapping[int, Tensor], targets: Mapping[int, Tensor]
 ) -> dict[int, Tensor]:
     """The results, by value number, of a forward on other tensors of which nothing is captured by itself."""
     prepared = like.prepared
     # What is written to at the end may be read in the backward.
     kept = {v: t.clone() for v, t in state.items() if v in targets and v in prepared.kept_for_backward}
     given = prepared, image, ImageTensor(image), like.device, like.dtype, {**state, **kept}, None, {}, targets
-    forward = Forward(*given, alone=True)
+    forward = Forward(*given, alone=True, retained=retained)
     run([forward])
     forward.finish()
     wanted = dict.fromkeys(prepared.staged.program.returned())

@@ -34,6 +34,7 @@ from .image_batch import as_uploaded
 from .stage_function import OwnNode
 
 MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
+MARGIN = 1.1  # a captured step takes so much of what is planned; 1.05 on an H100 (ResNet-50, 4096 x 4096)
 
 
 class Step(Protocol):
@@ -62,12 +63,15 @@ Compute = Callable[[Tensor, Mapping[int, Tensor], Mapping[int, Tensor]], dict[in
 class WholeStep:
     """The step of a network on images of one size, captured as it was last asked for.
 
+    Args:
+        retained: memory is there for the graphs of all tiles, none of which is computed again then.
+
     Attributes:
         failed: it could not be: steps go another way from now on.
     """
 
-    def __init__(self, executor: Executor):
-        self.executor, self.failed = executor, False
+    def __init__(self, executor: Executor, retained: bool):
+        self.executor, self.retained, self.failed = executor, retained, False
         self._key: Hashable = None
         self._work: _Captured | None = None
 
