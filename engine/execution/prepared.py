@@ -181,7 +181,8 @@ class Prepared:
             return None
         if not self.steps:
             budget, needed = self.plan.budget, self.plan.peak_bytes - self.plan.replay_bytes
-            room = MEMORY_SHARE * available_bytes(device) if budget is None else budget / whole_step.MARGIN
+            free = available_bytes(device)
+            room = MEMORY_SHARE * free if budget is None else min(free, budget / whole_step.MARGIN)
             if needed > room:
                 return None
             self.steps.append(whole_step.WholeStep(executor, needed + self._graph_bytes <= room))

@@ -16,11 +16,14 @@ from captures import poison
 from exactness import LIMIT, errors, named, randomize, step, step_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import accelerate
 from gigamorph.engine.cuda_graphs import buffers
+from gigamorph.engine.cuda_graphs.whole import MEMORY_SHARE
 from gigamorph.engine.errors import ChangedError
-from gigamorph.engine.execution import whole_step
+from gigamorph.engine.execution import prepared, whole_step
+from gigamorph.engine.planning.estimate import Estimate
 
 
 class Graphs:
@@ -110,6 +113,37 @@ def test_steps_with_an_optimizer(
     with torch.no_grad():
         for _ in range(3):
             assert max(errors(named(stock(image())), named(fast(image()))).values()) < LIMIT
+
+
+class Activations(TorchDispatchMode):
+    """Counts ReLUs that are computed, not differentiated."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func._schema.name in ("aten::relu", "aten::relu_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize("ample", [True, False])
+def test_tiles_keep_their_graphs_where_memory_allows(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch, ample: bool, budget: bool
+) -> None:
+    """Else the backward computes again what follows norms. Under a budget, what it leaves is free."""
+    monkeypatch.setattr(Estimate, "_retainable", lambda *args: [])  # as on a GPU
+    stock = build(live=True)
+    fast = accelerate(copy.deepcopy(stock), tile=64, memory_budget=10**9 if budget else None)
+    plan = fast.plan_for((2, 1, 41, 34), torch.float64, torch.device("cpu"))
+    needed = plan.peak_bytes - plan.replay_bytes
+    free = 10**9 if ample else (needed if budget else needed / MEMORY_SHARE) + 1
+    monkeypatch.setattr(prepared, "available_bytes", lambda device: free)
+    for _ in range(4):
+        expected = step(stock, image(), image_gradient=False)
+        with Activations() as computed:
+            made = step(fast, image(), image_gradient=False)
+        assert max(step_errors(expected, made).values()) < LIMIT
+    assert is_captured(fast) and (computed.found == 2) == ample
 
 
 @pytest.mark.parametrize("live", [False, True])
