@@ -56,7 +56,10 @@ GEOMETRIES = {
     "3x3 dilated": (3, 1, 2, 1, (2, 2, 2, 2)),
     "3x3 grouped": (3, 1, 1, 4, (1, 1, 1, 1)),
     "2x2/2": (2, 2, 1, 1, (0, 0, 0, 0)),
+    "7x7/2 of 1": (7, 2, 1, 1, (3, 3, 3, 3)),
+    "3x3/2 of 3": (3, 2, 1, 1, (1, 0, 1, 1)),
 }
+CHANNELS = {"7x7/2 of 1": (1, 64), "3x3/2 of 3": (3, 32)}  # of input and output, if not those of all others
 VARIED = ("3x3", "3x3/2", "1x1")  # in every form, tile and number of warps
 
 
@@ -106,7 +109,8 @@ def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator
 def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """Forward with its whole epilogue, data or weight gradient with its prologue."""
     kernel, stride, dilation, groups, pad = GEOMETRIES[geometry]
-    c, k, h, w = (16, 24, 9, 17) if dry else (96, 136, 61, 267)
+    h, w = (9, 17) if dry else (61, 267)
+    c, k = CHANNELS.get(geometry, (16, 24) if dry else (96, 136))
     bench, g = Bench(dtype), torch.Generator().manual_seed(crc32(f"{op} {geometry}".encode()))
     place = ConvGeometry.of((stride, stride), pad, (dilation, dilation), groups)
     x = random_map(2, c, h, w, dtype, g)
@@ -303,14 +307,14 @@ def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     )
 
 
-def batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+def batch_norm(channels: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """Moments, normalisation and its gradient in pieces; statistics out of a convolution, a norm in front of one."""
     with choice.override("triton"):
-        return _batch_norm(dtype, dry)
+        return _batch_norm(channels, dtype, dry)
 
 
-def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    c, h, w = (16, 9, 17) if dry else (96, 61, 267)
+def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    h, w = (9, 17) if dry else (61, 268)
     bench, g = Bench(dtype), torch.Generator().manual_seed(2)
     x, dy = (random_map(2, c, h, w, dtype, g) for _ in range(2))
     weight, bias = _vector(g, c), _vector(g, c)
@@ -354,6 +358,11 @@ def _batch_norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
         made = bench.twice(lambda f=filters, p=place: conv2d_moments(one, f, None, p, [0, 0]))
         bench.compare(f"{size}x{size}", made[0], F.conv2d(one.double(), filters.double(), None, 1, size // 2))
         compare_moments(f" of {size}x{size}", [part[0] for part in made[1:]], made[0])
+    image, filters = random_map(1, 1, h, w, dtype, g), random_map(64, 1, 7, 7, dtype, g, 1 / 7)
+    place = ConvGeometry.of((2, 2), (3, 3, 3, 3))
+    made = bench.twice(lambda: conv2d_moments(image, filters, None, place, [0, 0]))
+    bench.compare("of one channel", made[0], F.conv2d(image.double(), filters.double(), None, 2, 3))
+    compare_moments(" of one channel", [part[0] for part in made[1:]], made[0])
     return bench.row
 
 
@@ -383,7 +392,8 @@ def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]
         f"depthwise {side}x{side}/1 none": partial(depthwise, 1, "none"),
         f"depthwise {side}x{side}/2 relu": partial(depthwise, 2, "relu"),
         "stem": whole_stem,
-        "batch_norm": batch_norm,
+        "batch_norm": partial(batch_norm, 16 if dry else 96),
+        "batch_norm, pixels folded": partial(batch_norm, 24 if dry else 144),
     }
     if dry or torch.cuda.get_device_capability() >= (9, 0):
         found["conv_conv1x1"] = pair
@@ -397,7 +407,7 @@ def checks(dry: bool) -> dict[str, Check]:
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for op, geometry in itertools.product(("forward", "dgrad", "wgrad"), GEOMETRIES):
-            if dry and geometry not in ("3x3", "1x1/2"):
+            if dry and geometry not in ("3x3", "1x1/2", "7x7/2 of 1"):
                 continue
             if dtype == torch.float16 and geometry not in VARIED:
                 continue
