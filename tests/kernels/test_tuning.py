@@ -48,7 +48,12 @@ def test_tiles_that_were_fastest_on_an_h200(
 
 @pytest.mark.parametrize(
     ("size", "filters", "depth", "tile"),
-    [((34, 34), 512, 512, (64, 128)), ((16, 16), 512, 512, (64, 64)), ((68, 68), 512, 512, (128, 256))],
+    [
+        ((34, 34), 512, 512, (64, 128)),
+        ((16, 16), 512, 512, (64, 64)),
+        ((68, 68), 512, 512, (128, 256)),
+        ((133, 133), 256, 256, (128, 128)),  # 139 tiles of 128 x 256 are a second wave of seven
+    ],
 )
 def test_small_maps_fill_the_chip(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], filters: int, depth: int, tile: tuple[int, int]
