@@ -28,6 +28,7 @@ from .channel_affine import affine
 from .choice import run_fastest
 from .dtypes import sum_dtype
 from .live_norm import launch_live_norm, pulls
+from .partial_sums import add_parts
 from .pointwise import act_grad
 from .stream import Stream, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
@@ -50,7 +51,7 @@ def _normalize_act_kernel(
     """y = act((x - mean) * rstd * weight + bias + residual) of a program's share of the pixels."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean, _, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
+    mean, _, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c % share.period, C, TILE.BC, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
@@ -72,7 +73,7 @@ def _normalize_act_gradients_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    sums_ptr,  # [programs, 2, C], of dz and of dz * xhat
+    sums_ptr,  # [programs, 2, C], C folded; of dz and of dz * xhat
     share,
     ACT: tl.constexpr,
     TILE: tl.constexpr,
@@ -80,7 +81,7 @@ def _normalize_act_gradients_kernel(
     """dx = weight * rstd * dz of a program's share of the pixels, dz = dy * act'(z), and its sums."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
+    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c % share.period, C, TILE.BC, TILE.ACC)
     BM: tl.constexpr = TILE.BM
     BC: tl.constexpr = TILE.BC
     dbias = tl.zeros((BM, BC), TILE.ACC)
@@ -95,18 +96,18 @@ def _normalize_act_gradients_kernel(
         if dz.ptr is not None:
             store(dz, p, c, keep, d, share, TILE)
         dbias += d
-        dweight += d * (centred * rstd)
+        dweight += d * centred
         if dx.ptr is not None:
             store(dx, p, c, keep, scale * d, share, TILE)
     row = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(row + c, tl.sum(dbias, 0), mask=c < C)
-    tl.store(row + C + c, tl.sum(dweight, 0), mask=c < C)
+    tl.store(row + C + c, tl.sum(dweight * rstd, 0), mask=c < C)
 
 
 def _stream(op: str, act: str, *maps: Tensor | None) -> Stream:
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
-    return Stream(op, MOST_BLOCK_CHANNELS, *maps)
+    return Stream(op, MOST_BLOCK_CHANNELS, *maps, fold=True)
 
 
 # -- forward ------------------------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def launch_normalize_act_gradients(
     _normalize_act_gradients_kernel[s.grid](
         *s.maps, mean, rstd, weight, bias, sums, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
     )
-    return sums[:, 0].sum(0), sums[:, 1].sum(0)
+    return add_parts(sums, s.folds)
 
 
 def _gradients(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def launch(
     if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
         # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
         options |= register_limit(x.device, 128 if residual is not None else None)
-    if residual is not None and config.form == "pointer":
+    if residual is not None and config.form != "descriptor":
         residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
     maps = residual, tuple(residual_at), mask, y, z
@@ -227,9 +227,12 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         )
     tiles = triton.cdiv(pixels, config.block_m)
     sums = work.sums(tiles)
+    few, matrix = None, work.matrix
+    if config.form == "columns":  # with zeros up to whole steps: filters are read in long words
+        few, matrix = work.depth, F.pad(matrix, [0, -matrix.shape[1] % config.block_k])
     conv2d_pointer_kernel[(tiles * triton.cdiv(filters // groups, config.block_n), groups)](
         as_map(x),
-        work.matrix,
+        matrix,
         *map(as_map, (work.residual, work.mask, work.y, work.z)),
         work.scale,
         work.shift,
@@ -243,6 +246,7 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         geometry.left,
         *geometry.stride,
         *geometry.dilation,
+        FEW=few,
         **work.options,
     )
     return None if sums is None else merge_parts(sums, (1, config.block_m), (1, pixels))

@@ -250,6 +250,51 @@ def conv2d_descriptor_kernel(
         _finish(second, n, i, j0, k0 + half, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
 
 
+@triton.jit
+def _by_taps(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, CIN, dil_h, dil_w, P: tl.constexpr):
+    """conv(x, w) of pixels [BM] and filters k [BN], channels from `first` on; tap 0 lies in rows i and columns j."""
+    BM: tl.constexpr = P.BM
+    BN: tl.constexpr = P.BN
+    acc = tl.zeros((BM, BN), P.ACC)
+    depth = tl.cdiv(CIN, P.BK)
+    for t in range(P.R * P.S * depth):
+        c = (t % depth) * P.BK + tl.arange(0, P.BK)
+        rs = t // depth
+        h, w = i + rs // P.S * dil_h, j + rs % P.S * dil_w
+        hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (c < CIN)[None, :]
+        pixel = place(x, n, h.to(tl.int64), w.to(tl.int64), 1) + first
+        a = tl.load(x.ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
+        filters = k * (P.R * P.S * CIN) + rs * CIN
+        b = tl.load(w_ptr + filters[None, :] + c[:, None], mask=(c < CIN)[:, None] & wanted[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+    return acc
+
+
+@triton.jit
+def _by_columns(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, dil_h, dil_w, CIN: tl.constexpr, P: tl.constexpr):
+    """The same by columns (r * S + s) * CIN + c of the flattened filter; w has zeros up to whole steps of them.
+
+    Loaded as [BK, BM], so that the threads of a warp read neighbouring pixels: fewer cache lines, and fewer registers.
+    """
+    BM: tl.constexpr = P.BM
+    BN: tl.constexpr = P.BN
+    COLUMNS: tl.constexpr = P.R * P.S * CIN
+    STEPS: tl.constexpr = (COLUMNS + P.BK - 1) // P.BK
+    acc = tl.zeros((BM, BN), P.ACC)
+    pixel = place(x, n, i.to(tl.int64), j.to(tl.int64), 1) + first
+    for t in range(STEPS):
+        column = t * P.BK + tl.arange(0, P.BK)
+        tap = column // CIN
+        dh, dw = tap // P.S * dil_h, tap % P.S * dil_w
+        shift = dh.to(tl.int64) * x.sh + dw.to(tl.int64) * x.sw + column % CIN
+        h, w = i[None, :] + dh[:, None], j[None, :] + dw[:, None]
+        hit = (h >= 0) & (h < H) & (w >= 0) & (w < W) & inside[None, :] & (column < COLUMNS)[:, None]
+        a = tl.load(x.ptr + pixel[None, :] + shift[:, None], mask=hit, other=0.0)
+        b = tl.load(w_ptr + (k * (STEPS * P.BK))[None, :] + column[:, None], mask=wanted[None, :], other=0.0)
+        acc = tl.dot(a.T, b, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
+    return acc
+
+
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
 def conv2d_pointer_kernel(
     x,  # map [N, groups * CIN, H, W]
@@ -275,6 +320,7 @@ def conv2d_pointer_kernel(
     stride_w,
     dil_h,
     dil_w,
+    FEW: tl.constexpr,  # CIN where products go by columns of the flattened filter, else None
     ACT: tl.constexpr,
     MASK: tl.constexpr,
     P: tl.constexpr,
@@ -291,22 +337,13 @@ def conv2d_pointer_kernel(
     inside, wanted = n < N, k < COUT
     n = n.to(tl.int64)
 
-    BM: tl.constexpr = P.BM
-    BN: tl.constexpr = P.BN
-    acc = tl.zeros((BM, BN), P.ACC)
-    depth = tl.cdiv(CIN, P.BK)
-    for t in range(P.R * P.S * depth):
-        c = (t % depth) * P.BK + tl.arange(0, P.BK)
-        rs = t // depth
-        h, w = i * stride_h - top + rs // P.S * dil_h, j * stride_w - left + rs % P.S * dil_w
-        hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (c < CIN)[None, :]
-        pixel = place(x, n, h.to(tl.int64), w.to(tl.int64), 1) + group * CIN
-        a = tl.load(x.ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
-        filters = (group * COUT + k) * (P.R * P.S * CIN) + rs * CIN
-        b = tl.load(w_ptr + filters[None, :] + c[:, None], mask=(c < CIN)[:, None] & wanted[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
-
     channel = group * COUT + k
+    h, w = i * stride_h - top, j * stride_w - left
+    if FEW is None:
+        acc = _by_taps(x, w_ptr, n, h, w, inside, group * CIN, channel, wanted, H, W, CIN, dil_h, dil_w, P)
+    else:
+        acc = _by_columns(x, w_ptr, n, h, w, inside, group * FEW, channel, wanted, H, W, dil_h, dil_w, FEW, P)
+
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + channel, mask=wanted, other=0.0).to(P.ACC)[None, :]
     if shift_ptr is not None:

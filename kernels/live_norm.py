@@ -32,18 +32,22 @@ def _live_norm_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    pulls_ptr,  # [2, C], a and b of each channel's group
+    a_ptr,  # [C], a of each channel's group; dbias where a channel is a group
+    b_ptr,  # [C], b; dweight
     count,
     share,
+    GROUPS: tl.constexpr,  # whether channels share statistics
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """dx of a program's share of the pixels, given the sums of all."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, TILE.BC, TILE.ACC)
-    shift = rstd * channel(pulls_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
-    tilt = rstd * rstd * channel(pulls_ptr + C, c, C, TILE.ACC) / count.to(TILE.ACC)
+    at = c % share.period
+    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, at, C, TILE.BC, TILE.ACC)
+    pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight of a channel by itself
+    shift = pull * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    tilt = rstd * pull * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
@@ -71,9 +75,12 @@ def launch_live_norm(
     The other arguments are those of `launch_normalize_act_gradients`.
     """
     if x.numel():
-        s = Stream("normalize_act_gradients", MOST_BLOCK_CHANNELS, x, dy, gate, dx)
-        vectors, count = dense(mean, rstd, weight, bias, pulls(sums, weight, together)), s.share.pixels * together
-        _live_norm_kernel[s.grid](*s.maps, *vectors, count, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps)
+        s = Stream("normalize_act_gradients", MOST_BLOCK_CHANNELS, x, dy, gate, dx, fold=True)
+        a, b = pulls(sums, weight, together) if together > 1 else sums
+        vectors, count = dense(mean, rstd, weight, bias, a, b), s.pixels * together
+        _live_norm_kernel[s.grid](
+            *s.maps, *vectors, count, s.share, GROUPS=together > 1, ACT=act, TILE=s.tile, num_warps=s.num_warps
+        )
 
 
 def pulls(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
 from .stream import Stream, channel, dense, load, step_pixels, store, whole
-from .tiles import MOST_BLOCK_CHANNELS, merge_blocks
+from .tiles import MOST_BLOCK_CHANNELS, merge_blocks, merge_chunk
 from .windows import empty_map, nhwc
 
 
@@ -40,7 +40,7 @@ def _merge_rows(count, mean, m2):
 @triton.jit
 def _moments_kernel(
     x,  # map [N, C, H, W]
-    mean_ptr,  # [programs, C]
+    mean_ptr,  # [programs, C], C folded
     m2_ptr,  # [programs, C]
     share,
     TILE: tl.constexpr,
@@ -69,13 +69,16 @@ def _moments_kernel(
     tl.store(m2_ptr + at, m2, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["parts", "down", "across", "rows", "cols", "lines", "run"])
+@triton.jit(do_not_specialize=["parts", "chunk", "down", "across", "rows", "cols", "lines", "run"])
 def _merge_kernel(
     part_mean_ptr,  # [parts, C]
     part_m2_ptr,  # [parts, C]
-    mean_ptr,  # [C]
-    m2_ptr,  # [C]
+    part_count_ptr,  # [parts] or None, where parts are boxes of an image
+    mean_ptr,  # [programs, C]
+    m2_ptr,  # [programs, C]
+    count_ptr,  # [programs] or None, where one program merges all parts
     parts,
+    chunk,  # of a program, a multiple of BM or all
     down,
     across,  # of every image, so many parts one above the other and side by side
     rows,
@@ -87,25 +90,34 @@ def _merge_kernel(
     BC: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Mean and m2 of all parts together; a program merges BC channels, BM parts at a time."""
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    """Mean and m2 of a chunk of consecutive parts; a program merges BC channels, BM parts at a time."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    begin = tl.program_id(0) * chunk
+    end = tl.minimum(begin + chunk, parts)
     count = tl.zeros((BM,), ACC)
     mean = tl.zeros((BM, BC), ACC)
     m2 = tl.zeros((BM, BC), ACC)
-    for first in range(0, parts, BM):
+    for first in range(begin, end, BM):
         part = first + tl.arange(0, BM)
-        high = tl.minimum(rows, lines - part // across % down * rows)
-        n = tl.where(part < parts, high * tl.minimum(cols, run - part % across * cols), 0).to(ACC)
+        inside = part < end
+        if part_count_ptr is None:
+            high = tl.minimum(rows, lines - part // across % down * rows)
+            n = tl.where(inside, high * tl.minimum(cols, run - part % across * cols), 0).to(ACC)
+        else:
+            n = tl.load(part_count_ptr + part, mask=inside, other=0.0)
         at = part.to(tl.int64)[:, None] * C + c[None, :]
-        keep = (part < parts)[:, None] & (c < C)[None, :]
+        keep = inside[:, None] & (c < C)[None, :]
         delta = tl.load(part_mean_ptr + at, mask=keep, other=0.0) - mean
         weight = n / tl.maximum(count + n, 1.0)
         mean += delta * weight[:, None]
         m2 += tl.load(part_m2_ptr + at, mask=keep, other=0.0) + delta * delta * (count * weight)[:, None]
         count += n
+    if count_ptr is not None:
+        tl.store(count_ptr + tl.program_id(0), tl.sum(count, 0), mask=tl.program_id(1) == 0)
     mean, m2 = _merge_rows(count, mean, m2)
-    tl.store(mean_ptr + c, mean, mask=c < C)
-    tl.store(m2_ptr + c, m2, mask=c < C)
+    at = tl.program_id(0).to(tl.int64) * C + c
+    tl.store(mean_ptr + at, mean, mask=c < C)
+    tl.store(m2_ptr + at, m2, mask=c < C)
 
 
 @triton.jit
@@ -131,10 +143,11 @@ def _moments_backward_kernel(
     """dx = dmean / count + 2 (x - mean) dvar / count + addend of a program's share of the pixels."""
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     C = whole(share.C, TILE.VEC)
-    mean = channel(mean_ptr, c, C, TILE.ACC)
-    slope_x = 2 * channel(dvar_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+    at = c % share.period
+    mean = channel(mean_ptr, at, C, TILE.ACC)
+    slope_x = 2 * channel(dvar_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     if dmean_ptr is not None:
-        shift = channel(dmean_ptr, c, C, TILE.ACC) / count.to(TILE.ACC)
+        shift = channel(dmean_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     else:
         BC: tl.constexpr = TILE.BC
         shift = tl.zeros((1, BC), TILE.ACC)
@@ -151,10 +164,11 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2 of an (N, C, H, W) window; see `moments`."""
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
-    s = Stream("moments", MOST_BLOCK_CHANNELS, x)
-    parts = torch.empty(2, s.grid[0], x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
+    s = Stream("moments", MOST_BLOCK_CHANNELS, x, fold=True)
+    parts = torch.empty(2, s.grid[0] * s.folds, x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
     _moments_kernel[s.grid](*s.maps, *parts, s.share, TILE=s.tile, num_warps=s.num_warps)
-    return merge_parts(parts, (1, s.length), (1, s.share.pixels))
+    # Rows of pixels as they are folded: a part is a column of them, so high as a program's share.
+    return merge_parts(parts, (s.length, 1), (s.share.pixels, s.folds))
 
 
 def merge_parts(parts: Tensor, box: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -165,24 +179,31 @@ def merge_parts(parts: Tensor, box: tuple[int, int], size: tuple[int, int]) -> t
         box: rows and columns of a part; those at the end of an image have the rest.
         size: rows and columns of an image.
     """
-    _, count, channels = parts.shape
-    mean, m2 = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
-    rows, block = merge_blocks(count, channels)
-    _merge_kernel[(triton.cdiv(channels, block),)](
-        *parts,
-        mean,
-        m2,
-        count,
-        triton.cdiv(size[0], box[0]),
-        triton.cdiv(size[1], box[1]),
-        *box,
-        *size,
-        channels,
-        BM=rows,
-        BC=block,
-        ACC=accumulator(parts.dtype),
-    )
-    return mean, m2
+    (mean, m2), counts, channels = parts, None, parts.shape[2]
+    like = {"dtype": parts.dtype, "device": parts.device}
+    boxes = triton.cdiv(size[0], box[0]), triton.cdiv(size[1], box[1]), *box, *size
+    while True:  # chunk by chunk, then the chunks, until all are one
+        given, count = (mean, m2, counts), mean.shape[0]
+        rows, block = merge_blocks(count, channels)
+        chunk = merge_chunk(count, rows)
+        programs = triton.cdiv(count, chunk)
+        mean, m2 = (torch.empty(programs, channels, **like) for _ in range(2))
+        counts = torch.empty(programs, **like) if programs > 1 else None
+        _merge_kernel[programs, triton.cdiv(channels, block)](
+            *given,
+            mean,
+            m2,
+            counts,
+            count,
+            chunk,
+            *boxes,
+            channels,
+            BM=rows,
+            BC=block,
+            ACC=accumulator(parts.dtype),
+        )
+        if counts is None:
+            return mean[0], m2[0]
 
 
 @torch.library.custom_op("gigamorph::moments", mutates_args=())
@@ -225,7 +246,7 @@ def launch_moments_backward(
 ) -> None:
     """Write dx = addend + dmean / count + 2 (x - mean) dvar / count; see `moments_backward`."""
     if x.numel():
-        s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx)
+        s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx, fold=True)
         mean, dmean, dvar = dense(mean, dmean, dvar)
         _moments_backward_kernel[s.grid](*s.maps, mean, dmean, dvar, count, s.share, TILE=s.tile, num_warps=s.num_warps)
 

@@ -6,6 +6,10 @@ channels lie side by side. A map or vector that is not given has the address Non
 A kernel that streams numbers the pixels of all images p = (n*H + i)*W + j. Each program takes `steps` tiles of BM
 pixels and BC channels, one after another; programs along the first axis of the grid share the pixels, along the second
 the channels.
+
+Blocks of BC channels, a power of two, leave lanes idle where the channels are no multiple of it: 112 of 256 for 144. A
+kernel that treats each channel by itself may therefore fold pixels of dense maps into the channels: P pixels of C
+channels lie in memory as P/k pixels of k*C channels, of which the c-th is channel c % C of the map.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from .dtypes import accumulator, sum_dtype
 from .tiles import stream_config
+from .windows import is_dense
 
 
 class Map(NamedTuple):
@@ -32,12 +37,17 @@ class Map(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What the programs of a streaming kernel share: pixels of all images, rows, columns, channels; tiles of each."""
+    """What the programs of a streaming kernel share: pixels of all images, rows, columns, channels; tiles of each.
+
+    Channels are those that pixels are folded into; of a vector with a number for each channel of the map, the c-th of
+    them takes number c % period.
+    """
 
     pixels: int
     H: int
     W: int
     C: int
+    period: int
     steps: int
 
 
@@ -129,6 +139,14 @@ def is_flat(*maps: Tensor | None) -> bool:
     )
 
 
+def folds(pixels: int, most_channels: int, *maps: Tensor | None) -> int:
+    """Pixels that count as one to fill blocks of `most_channels`, a power of two; 1 unless all maps are dense."""
+    if not all(map(is_dense, maps)):
+        return 1
+    channels = next(x for x in maps if x is not None).shape[1]
+    return math.gcd(pixels, most_channels // math.gcd(channels, most_channels))
+
+
 def count_pixels(x: Tensor, op: str) -> int:
     """Pixels of a map; programs number them with 32 bits."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
@@ -145,20 +163,30 @@ class Stream:
         grid: shares of pixels x blocks of channels.
         share, tile: what the kernel takes beside its maps.
         num_warps: of a program.
-        length: pixels of a program.
+        length: pixels of a program, folded ones.
+        folds: pixels that are folded into one.
+        pixels: of the maps as they are.
     """
 
-    def __init__(self, op: str, most_channels: int, *maps: Tensor | None):
+    def __init__(self, op: str, most_channels: int, *maps: Tensor | None, fold: bool = False):
+        """`fold`: whether pixels may be folded into the channels; not where a kernel works across those of a pixel."""
         x = next(x for x in maps if x is not None)
-        pixels = count_pixels(x, op)
-        config = stream_config(pixels, x.shape[1], most_channels)
-        self.maps = tuple(map(as_map, maps))
-        self.grid = config.programs(pixels), -(-x.shape[1] // config.block_c)
-        self.share = Share(pixels, x.shape[2], x.shape[3], x.shape[1], config.steps)
-        self.tile = Tile(config.block_m, config.block_c, is_flat(*maps), vector(*maps), accumulator(x.dtype))
+        self.pixels, channels = count_pixels(x, op), x.shape[1]
+        self.folds = folds(self.pixels, most_channels, *maps) if fold else 1
+        pixels, width = self.pixels // self.folds, channels * self.folds
+        config = stream_config(pixels, width, most_channels)
+        if self.folds > 1:
+            self.maps = tuple(Map(x, 0, 0, 0 if x is None else width) for x in maps)
+            rows, columns, flat, vec = 1, 1, True, math.gcd(width, 16 // x.element_size())
+        else:
+            self.maps = tuple(map(as_map, maps))
+            rows, columns, flat, vec = x.shape[2], x.shape[3], is_flat(*maps), vector(*maps)
+        self.grid = config.programs(pixels), -(-width // config.block_c)
+        self.share = Share(pixels, rows, columns, width, channels, config.steps)
+        self.tile = Tile(config.block_m, config.block_c, flat, vec, accumulator(x.dtype))
         self.num_warps, self.length = config.num_warps, config.share
 
     def sums(self, like: Tensor, rows: int) -> Tensor:
-        """Room for what the programs sum: (programs, rows, channels)."""
+        """Room for what the programs sum: (programs, rows, channels), folded ones."""
         shape = self.grid[0], rows, self.share.C
         return torch.empty(shape, dtype=sum_dtype(like.dtype), device=like.device)

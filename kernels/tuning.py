@@ -69,8 +69,9 @@ class Config:
     """One launch configuration of a matrix kernel.
 
     Attributes:
-        form: "descriptor" (row segments through tensor descriptors) or "pointer".
-        block_m, block_n, block_k: pixels, output channels and input channels of a tile.
+        form: "descriptor" (row segments through tensor descriptors), "pointer", or "columns" (pointers, and depth runs
+            over the columns of the flattened filter).
+        block_m, block_n, block_k: pixels, output channels and input channels (columns) of a tile.
         num_warps, num_stages: as Triton takes them.
         rows: rows of the map that the pixels of a tile lie in, side by side in each (descriptors).
         parts: in how many parts, of filters, a tile is finished behind its products: one or two.
@@ -179,18 +180,22 @@ def matmul_config(
         taps: of the filter.
         costly: whether exp or erf is computed for every element, which takes registers.
     """
+    form = "descriptor" if described else "columns" if flattens(depth, taps) else "pointer"
     config = forced_config()
     if config is not None:
         if not described:
-            return replace(config, form="pointer", rows=1)
+            return replace(config, form=form, rows=1)
         return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
     if interpreting():  # few large programs: a call costs more than its elements
         block_m = power_of_two(lines * run, 16, 256 if described else 1024)
-        blocks = block_m, power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
+        columns = taps * depth if form == "columns" else depth
+        blocks = block_m, power_of_two(channels_out, 16, 128), power_of_two(columns, 16, 64)
         rows = box_rows(block_m, lines, blocks[1]) if described else 1
-        return Config("descriptor" if described else "pointer", *blocks, rows=rows, parts=2 if rows > 1 else 1)
+        return Config(form, *blocks, rows=rows, parts=2 if rows > 1 else 1)
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
-    if not described:
+    if form == "columns":
+        return _columns_config(itemsize, lines * run, channels_out, taps * depth)
+    if form == "pointer":
         return _pointer_config(device, itemsize, lines * run, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and not costly and epilogue_maps <= 2
@@ -225,6 +230,28 @@ def _pointer_config(
     num_warps = 8 if scattered or wide else 4
     stage = (block_m + block_n) * block_k * itemsize
     return Config("pointer", block_m, block_n, block_k, num_warps, min(4, (shared_limit(device) - 3072) // stage))
+
+
+def flattens(depth: int, taps: int) -> bool:
+    """Whether a product by pointers runs over the columns of the flattened filter instead of channels tap by tap.
+
+    It does where that takes fewer steps of 16, the least that tensor cores multiply: of fewer than 16 channels.
+    """
+    return triton.cdiv(taps * depth, 16) < taps
+
+
+def _columns_config(itemsize: int, pixels: int, channels_out: int, columns: int) -> Config:
+    """Elements are gathered one by one, by 256 threads; what a first layer has, 49 columns or so, in one step.
+
+    Several steps, of which each keeps addresses and masks of its own beside the sums, leave registers for half as many
+    pixels. One stage: no asynchronous copy moves two bytes.
+    """
+    if itemsize == 8:  # products without tensor cores
+        return Config("columns", 64, power_of_two(channels_out, 16, 32), 16, 8, 1)
+    block_n = power_of_two(channels_out, 16, 128 if itemsize <= 2 else 64)
+    block_m = power_of_two(pixels, 64, 128 if columns <= 64 and block_n <= 64 else 64)
+    block_k = power_of_two(columns, 16, 64) if columns <= 64 else 32
+    return Config("columns", block_m, block_n, block_k, 8, 1)
 
 
 def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:

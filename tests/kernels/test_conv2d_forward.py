@@ -59,11 +59,13 @@ CASES = [
     Case(4, stride=4, form="pointer"),
     Case(3, stride=3, padding=(1, 0, 1, 1), form="pointer"),
     Case(3, stride=2, dilation=2, padding=(2, 2, 2, 2), form="pointer"),
-    Case(3, groups=4, stride=2, padding=(1, 0, 1, 1), form="pointer"),
-    Case(5, groups=2, dilation=2, padding=(1, 0, 1, 1), form="pointer", size=(13, 17)),
-    Case(7, stride=2, padding=(3, 3, 3, 3), channels=(1, 10), form="pointer"),
-    Case(3, padding=(1, 1, 1, 1), channels=(3, 5), form="pointer"),
+    Case(3, groups=2, stride=2, padding=(1, 0, 1, 1), channels=(34, 24), form="pointer"),
+    Case(5, groups=2, dilation=2, padding=(1, 0, 1, 1), channels=(32, 6), form="pointer", size=(13, 17)),
     Case(3, padding=(1, 1, 1, 1), form="pointer", size=(1, 1)),
+    Case(3, groups=4, stride=2, padding=(1, 0, 1, 1), form="columns"),
+    Case(5, groups=2, dilation=2, padding=(1, 0, 1, 1), form="columns", size=(13, 17)),
+    Case(7, stride=2, padding=(3, 3, 3, 3), channels=(1, 10), form="columns"),
+    Case(3, padding=(1, 1, 1, 1), channels=(3, 5), form="columns"),
 ]
 
 
@@ -275,6 +277,59 @@ def test_boxes(rows, block_n, parts, kernel, stride, dilation, size, padding, ch
     assert found is not None
     for name, ours, wanted in zip(("mean", "m2"), found, moments_reference(oracle[0]), strict=True):
         assert_close(name, ours, wanted)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    channels=st.integers(1, 4),
+    filters=st.sampled_from([1, 5, 16, 20]),
+    groups=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 7), st.integers(2, 7)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    size=st.tuples(st.integers(1, 11), st.integers(1, 17)),
+    padding=st.tuples(*[st.integers(0, 3)] * 4),
+    block_k=st.sampled_from([16, 64]),
+    branches=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_few_channels(
+    channels, filters, groups, kernel, stride, dilation, size, padding, block_k, branches, seed
+) -> None:
+    """Columns of the flattened filter, in one step or in several: the epilogue, and the moments of what is written."""
+    c, k = channels * groups, filters * groups
+    oh, ow = (output_size(size[d], kernel[d], stride[d], dilation[d], *padding[2 * d : 2 * d + 2]) for d in range(2))
+    if oh < 1 or ow < 1:
+        return
+    g = torch.Generator().manual_seed(seed)
+    x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, channels, *kernel, torch.float64, g)
+    maps = [random_map(2, k, oh, ow, torch.float64, g) if branches else None for _ in range(2)]
+    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    guard = Guarded()
+    y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    residual, mask = (None if t is None else guard(t) for t in maps)
+    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": residual, "mask": mask, "z": z}
+    with forced(Config("columns", 32, 16, block_k)):
+        found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
+    guard.check()
+    oracle = conv2d_forward_reference(x, weight, scale, shift, maps[0], geometry, "silu", maps[1], "relu6")
+    for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
+        assert_close(name, ours, wanted)
+    assert found is not None
+    for name, ours, wanted in zip(("mean", "m2"), found, moments_reference(oracle[0]), strict=True):
+        assert_close(name, ours, wanted)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_not_finite_stays_in_its_windows(channels: int) -> None:
+    """Columns beyond the filter's last are zeros times nothing, not times whatever lies below the window."""
+    x = torch.full((1, channels, 9, 9), float("inf"), device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x[:, :, :3] = 1.0
+    weight = torch.ones(16, channels, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    y = torch.empty(1, 16, 7, 7, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    launch(x, weight, y, ConvGeometry(), "none")
+    assert (y[:, :, 0] == 9 * channels).all() and (y[:, :, 1:] == float("inf")).all()
 
 
 def test_planted_errors_are_caught() -> None:

@@ -65,6 +65,28 @@ def test_small_maps_fill_the_chip(
     assert (config.block_m, config.block_n) == tile
 
 
+@pytest.mark.parametrize(
+    ("filters", "depth", "taps", "form", "tile"),
+    [
+        (64, 1, 49, "columns", (128, 64, 64)),
+        (64, 3, 49, "columns", (64, 64, 32)),
+        (96, 3, 16, "columns", (64, 128, 64)),
+        (4, 4, 9, "columns", (128, 16, 64)),
+        (64, 3, 1, "pointer", (64, 64, 16)),
+        (20, 20, 9, "pointer", (64, 32, 32)),
+    ],
+)
+def test_few_channels_are_flattened(
+    monkeypatch: pytest.MonkeyPatch, filters: int, depth: int, taps: int, form: str, tile: tuple[int, int, int]
+) -> None:
+    """A first layer, 49 columns in one step; where a tap fills 16 channels, or there is one tap, nothing is gained."""
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
+    gpu = torch.device("cuda", 0)
+    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 1, 2048 * 2048, filters, depth, False, 1, taps)
+    assert (config.form, (config.block_m, config.block_n, config.block_k)) == (form, tile)
+
+
 @given(
     pixels=st.integers(1, 10**6),
     filters=st.integers(1, 2048),
