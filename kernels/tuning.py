@@ -194,7 +194,7 @@ def matmul_config(
         return Config(form, *blocks, rows=rows, parts=2 if rows > 1 else 1)
     itemsize, half = dtype.itemsize, dtype.itemsize <= 2
     if form == "columns":
-        return _columns_config(itemsize, lines * run, channels_out, taps * depth)
+        return _columns_config(itemsize, channels_out, taps * depth)
     if form == "pointer":
         return _pointer_config(device, itemsize, lines * run, channels_out, depth, epilogue_maps)
     block_k = power_of_two(depth, 16, 128 // itemsize)
@@ -240,18 +240,16 @@ def flattens(depth: int, taps: int) -> bool:
     return triton.cdiv(taps * depth, 16) < taps
 
 
-def _columns_config(itemsize: int, pixels: int, channels_out: int, columns: int) -> Config:
-    """Elements are gathered one by one, by 256 threads; what a first layer has, 49 columns or so, in one step.
+def _columns_config(itemsize: int, channels_out: int, columns: int) -> Config:
+    """Elements are gathered one by one, by 256 threads: at most 16 each in a step, whose addresses fit in registers.
 
-    Several steps, of which each keeps addresses and masks of its own beside the sums, leave registers for half as many
-    pixels. One stage: no asynchronous copy moves two bytes.
+    What a first layer has, 49 columns or so, is one step. One stage: no asynchronous copy moves two bytes.
     """
     if itemsize == 8:  # products without tensor cores
         return Config("columns", 64, power_of_two(channels_out, 16, 32), 16, 8, 1)
     block_n = power_of_two(channels_out, 16, 128 if itemsize <= 2 else 64)
-    block_m = power_of_two(pixels, 64, 128 if columns <= 64 and block_n <= 64 else 64)
     block_k = power_of_two(columns, 16, 64) if columns <= 64 else 32
-    return Config("columns", block_m, block_n, block_k, 8, 1)
+    return Config("columns", 64, block_n, block_k, 8, 1)
 
 
 def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:

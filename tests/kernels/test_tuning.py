@@ -68,10 +68,10 @@ def test_small_maps_fill_the_chip(
 @pytest.mark.parametrize(
     ("filters", "depth", "taps", "form", "tile"),
     [
-        (64, 1, 49, "columns", (128, 64, 64)),
+        (64, 1, 49, "columns", (64, 64, 64)),
         (64, 3, 49, "columns", (64, 64, 32)),
         (96, 3, 16, "columns", (64, 128, 64)),
-        (4, 4, 9, "columns", (128, 16, 64)),
+        (4, 4, 9, "columns", (64, 16, 64)),
         (64, 3, 1, "pointer", (64, 64, 16)),
         (20, 20, 9, "pointer", (64, 32, 32)),
     ],
