@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class ImageBatch:
         else:
             pixels, image, dtype = x, None, parameter.dtype
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
-        wanting = (*further, *network.parameters())
+        wanting = chain(further, network.parameters())
         training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
         return cls(pixels, image, dtype, parameter.device, training, image_grad)
 
