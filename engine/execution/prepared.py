@@ -190,14 +190,14 @@ class Prepared:
 
     @property
     def _graph_bytes(self) -> int:
-        """What graphs of tiles that the plan does not keep may hold at most: all that their stages make."""
+        """What graphs of tiles that are not planned may hold at most: all that their stages make and do not store."""
         values = self.staged.program.values
         made = (
             value_bytes(values[v])
             for index, tiled in enumerate(self.stages)
             for local in tiled.stage.locals
             for v in local.op.outputs
-            if self.plan.retained_of(index) < tiled.tiles
+            if self.plan.retained_of(index) < tiled.tiles and v not in tiled.stage.stored
         )
         return sum(made) if self.plan.training else 0
 
