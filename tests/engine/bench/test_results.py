@@ -1,6 +1,7 @@
 """The format of results: what is written is read, whatever benchmark of this project wrote it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,10 @@ def test_results_of_the_gpu_script_are_read_by_the_same_reader(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(gpu_file()))
     found = read(path)
-    ours, eager, last, compiled = found.steps
+    ours, eager, last, compiled, live = found.steps
     assert ours.task == Task("resnet18", (1, 1, 64, 64), True, "frozen", "bf16", "cuda")
     assert (ours.peer, ours.status, ours.peak_bytes, ours.predicted_bytes) == ("gigamorph", OK, 500, 520)
+    assert live.task == replace(ours.task, batch_norm="live")
     assert ours.nvml_bytes == 700
     assert ours.median_seconds == 0.2 and ours.check is not None and ours.check.gradients == 0
     assert eager.status == WRONG and "1.0e-01" in (eager.reason or "")
