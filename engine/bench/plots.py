@@ -36,6 +36,11 @@ def colour(peer: str) -> str:
     return _COLOURS.get(peer, _OTHERS)
 
 
+def _digits(value: float) -> str:
+    """Two digits, or those before the point where there are more."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
     """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross.
 
@@ -62,7 +67,7 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
             name = f"{label(peer)}: out of memory"
             ends.append((end.task.megapixels, height, name, colour(peer)))
         else:
-            ends.append((x[-1], y[-1], f"{label(peer)}, {y[-1]:.2g} GB", colour(peer)))
+            ends.append((x[-1], y[-1], f"{label(peer)}, {_digits(y[-1])} GB", colour(peer)))
     if cap is not None and top > 0.5 * cap:  # else nobody comes near it
         last = max(row.task.megapixels for row in rows if row.status != NOT_RUN)
         axes.plot([0, last], [cap, cap], color="0.35", linestyle="--", linewidth=1)
@@ -86,7 +91,7 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
             continue
         axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
         end = _end(line, max(x))
-        text = f"{label(peer)}, {y[-1]:.2g} Mpx/s"
+        text = f"{label(peer)}, {_digits(y[-1])} Mpx/s"
         if end is not None:
             axes.plot([x[-1]], [y[-1]], "x", color=colour(peer), markersize=11, markeredgewidth=3)
             text += ", then out of memory"
@@ -106,7 +111,7 @@ def _one_size(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], fl
     bars = [
         (row.peer, 0.0, "out of memory")
         if row.status == OUT_OF_MEMORY
-        else (row.peer, value(row), f"{value(row):.2g} {unit}")
+        else (row.peer, value(row), f"{_digits(value(row))} {unit}")
         for row in run
     ]
     image = run[0].task.image

@@ -223,3 +223,10 @@ def test_of_one_size_there_is_a_bar_for_each_peer():
         assert any("512 × 384 pixels" in text for text in (axes.get_title(), axes.get_title("left")))
         texts = [text.get_text().strip() for text in axes.texts]
         assert texts[0] == "out of memory" and all(text.endswith(unit) for text in texts[1:])
+
+
+def test_large_numbers_stand_there_as_they_are():
+    task = Task("resnet18", (1, 1, 1000, 1000))
+    rows = [StepRow(task, peer, seconds=[seconds]) for peer, seconds in (("stock", 0.5), ("gigamorph", 0.002))]
+    (axes,) = plots.throughput_figure(rows, "title").axes
+    assert [text.get_text().strip() for text in axes.texts] == ["2 Mpx/s", "500 Mpx/s"]
