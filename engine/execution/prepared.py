@@ -185,7 +185,8 @@ class Prepared:
             room = MEMORY_SHARE * free if budget is None else min(free, budget / whole_step.MARGIN)
             if needed > room:
                 return None
-            self.steps.append(whole_step.WholeStep(executor, needed + self._graph_bytes <= room))
+            retained = self.plan.training and needed + self._graph_bytes <= room
+            self.steps.append(whole_step.WholeStep(executor, retained))
         return self.steps[0]
 
     @property
@@ -199,7 +200,7 @@ class Prepared:
             for v in local.op.outputs
             if self.plan.retained_of(index) < tiled.tiles and v not in tiled.stage.stored
         )
-        return sum(made) if self.plan.training else 0
+        return sum(made)
 
     @cached_property
     def _may_be_one_step(self) -> bool:
