@@ -104,6 +104,11 @@ class Prepared:
         return frozenset(self.staged.program.handed_out())
 
     @cached_property
+    def folded(self) -> frozenset[int]:
+        """The values that stages make under the name of a parameter."""
+        return frozenset(v for stage in self.staged.stages for op in stage.prelude for v in op.outputs)
+
+    @cached_property
     def always_reached(self) -> frozenset[int]:
         """The parameters that a gradient comes to whichever results it comes from."""
         program = self.staged.program

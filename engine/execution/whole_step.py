@@ -138,7 +138,8 @@ def _key(forward: Step) -> Hashable:
 
 def _state(forward: Step) -> dict[int, Tensor]:
     """Parameters, buffers and constants themselves, not copies of what will be written to."""
-    return {v: forward.targets.get(v, t) for v, t in forward.env.items()}
+    made = forward.prepared.folded
+    return {v: forward.targets.get(v, t) for v, t in forward.env.items() if v not in made}
 
 
 class Waiting:
@@ -179,6 +180,10 @@ class _Captured:
         self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
         self.targets = {v: t.detach() for v, t in forward.targets.items()}
         self.read = [v for v in state if v not in {*self.leaves, *self.targets}]
+        # What the latest forward has read and written to; of the statistics that norms only write nothing depends.
+        read = forward.prepared.kept_for_backward
+        updates = [(v, after) for v, after in self.program.updates if v in self.targets]
+        self.before = {v: torch.empty_like(self.targets[v]) for v, after in updates if v in read or after in read}
         self.pairs: list[_Pair] = []  # the one that was used last is the last, and serves the next forward
         self.latest: weakref.ref[Waiting] | None = None
 
@@ -214,6 +219,7 @@ class _Captured:
     def replay(self) -> tuple[Tensor, ...]:
         pair = self.pairs[-1]
         assert pair.first is not None
+        copy_all((t, self.targets[v]) for v, t in self.before.items())
         pair.first()
         return tuple(t.detach().clone() for t in pair.results.values())
 
@@ -265,11 +271,12 @@ class _Captured:
         return pair
 
     def _replay_unnoticed(self, pair: _Pair) -> None:
-        """A forward once more, without its updates of buffers."""
+        """The latest forward once more, on the buffers as it found them; they stay as they are now."""
         assert pair.first is not None
-        before = {v: t.clone() for v, t in self.targets.items()}
+        now = {v: t.clone() for v, t in self.targets.items()}
+        copy_all((self.targets[v], t) for v, t in self.before.items())
         pair.first()
-        copy_all((self.targets[v], t) for v, t in before.items())
+        copy_all((self.targets[v], t) for v, t in now.items())
 
     def _run_backward(self, pair: _Pair, form: tuple[int, ...]) -> None:
         results = list(pair.results.values())
