@@ -268,6 +268,22 @@ def test_hooks_of_parameters_see_gradients_alone(graphs: Graphs) -> None:
         maps.sum().backward()
 
 
+def test_a_parameter_with_a_hook_that_every_loss_reaches(graphs: Graphs) -> None:
+    class Score(Net):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x)[0]
+
+    for live in (False, True):
+        stock = Score().double().train(live)
+        fast = accelerate(copy.deepcopy(stock))
+        for net in (stock, fast):
+            net.get_parameter("stem.0.weight").register_hook(lambda grad: 2 * grad)
+        for _ in range(3):
+            made = [step(net, image(), image_gradient=False) for net in (stock, fast)]
+            assert max(step_errors(*made).values()) < LIMIT
+        assert is_captured(fast)
+
+
 def test_checkpoint_sees_what_it_saw_before(graphs: Graphs) -> None:
     stock = build(live=False)
     fast = accelerate(copy.deepcopy(stock))
