@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..capture.program import draws
+from ..capture.program import draws, refs
 from ..capture.trace import Op
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
@@ -102,6 +102,18 @@ class Prepared:
     def handed_out(self) -> frozenset[int]:
         """The values that someone outside gets hold of."""
         return frozenset(self.staged.program.handed_out())
+
+    @cached_property
+    def folded(self) -> frozenset[int]:
+        """The values that stages make under the name of a parameter."""
+        return frozenset(v for stage in self.staged.stages for op in stage.prelude for v in op.outputs)
+
+    @cached_property
+    def always_reached(self) -> frozenset[int]:
+        """The parameters that a gradient comes to whichever results it comes from."""
+        program = self.staged.program
+        found = [program.reached.get(v, frozenset()) for v in refs(program.output)]
+        return frozenset.intersection(*(reached for reached in found if reached)) if any(found) else frozenset()
 
     @cached_property
     def orders(self) -> dict[int, tuple[int, ...]]:
@@ -207,6 +219,7 @@ class Prepared:
         """Whether a step is the same work on the device each time, and all that it leaves behind is known."""
         program = self.staged.program
         written = {v for pair in program.updates for v in pair}
+        graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
         return (
             self.shard is None
             and not (self.segments or program.inputs or program.vectors or program.assigned)
@@ -214,6 +227,7 @@ class Prepared:
             and (self.plan.halos, self.staged.place) == ("device", "device")
             and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
             and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
+            and not graphs
             and written.isdisjoint((program.image, *program.returned()))
         )
 

@@ -14,28 +14,40 @@ from ..tiling.arena import in_arena
 from .checkpoint import Checkpointed
 from .forward import Forward, step_together
 from .image_batch import ImageTensor
+from .prepared import Prepared
 
 
 def compute(forward: Forward) -> Any:
     """What the network returns for one image batch, and what its call changes besides."""
     step = forward.prepared.whole_step(forward.device)
-    if step is not None and step.serves(forward):
-        found = step.result(forward, partial(_alone, forward, step.retained))
+    step = step if step is not None and step.serves(forward) else None
+    if step is not None:
+        # Not the forward itself: that has the image, and results whose graph would seem to wait for a backward.
+        like = forward.prepared, forward.device, forward.dtype, step.retained
+        found = step.result(forward, partial(_alone, *like))
         if found is not None:
             return found[0]
         forward.alone = not step.failed
     run([forward])
-    return forward.finish()
+    result = forward.finish()
+    if step is not None:
+        step.see(forward)
+    return result
 
 
 def _alone(
-    like: Forward, retained: bool, image: Tensor, state: Mapping[int, Tensor], targets: Mapping[int, Tensor]
+    prepared: Prepared,
+    device: torch.device,
+    dtype: torch.dtype,
+    retained: bool,
+    image: Tensor,
+    state: Mapping[int, Tensor],
+    targets: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
     """The results, by value number, of a forward on other tensors of which nothing is captured by itself."""
-    prepared = like.prepared
     # What is written to at the end may be read in the backward.
     kept = {v: t.clone() for v, t in state.items() if v in targets and v in prepared.kept_for_backward}
-    given = prepared, image, ImageTensor(image), like.device, like.dtype, {**state, **kept}, None, {}, targets
+    given = prepared, image, ImageTensor(image), device, dtype, {**state, **kept}, None, {}, targets
     forward = Forward(*given, alone=True, retained=retained)
     run([forward])
     forward.finish()

@@ -144,11 +144,12 @@ class OwnNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # where no gradient arrives none goes on
         return tensor.detach()
 
     @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(_ctx: Any, *grads: Tensor | None) -> Tensor | None:
         return grads[0]
 
 
@@ -180,8 +181,8 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
     name = stage.program.values[value].name
     what = f"parameter '{name}'" if name else "a tensor that weights are made of"
     edges, seen = [(vector.grad_fn, vector.output_nr)], set[Any]()
-    if _is_watched(vector):
-        raise _unreached(f"{what} has a hook")
+    if is_watched(vector):
+        raise unreached(f"{what} has a hook")
     while edges:
         edge = edges.pop()
         node, output = edge
@@ -189,21 +190,22 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
             continue
         seen.add(edge)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and _is_watched(leaf):
-            raise _unreached(f"{what} has a hook")
+        if leaf is not None and is_watched(leaf):
+            raise unreached(f"{what} has a hook")
         if isinstance(node, BackwardCFunction):
             maker: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
             if maker in (Folded, Scaled):
                 edges += maker.inputs_of(node, output)
             elif not maker.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore[reportOptionalMemberAccess]
-                raise _unreached(f"{what} is made by {maker.__name__}")
+                raise unreached(f"{what} is made by {maker.__name__}")
             continue  # a stage sees to its own inputs
         if _is_used_up(node):
-            raise _unreached(f"{what} was made before an earlier backward")
+            raise unreached(f"{what} was made before an earlier backward")
         edges += node.next_functions
 
 
-def _is_watched(leaf: Tensor) -> bool:
+def is_watched(leaf: Tensor) -> bool:
+    """Whether a parameter has hooks."""
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -218,7 +220,8 @@ def _is_used_up(node: Any) -> bool:
     return False
 
 
-def _unreached(what: str) -> GigamorphError:
+def unreached(what: str) -> GigamorphError:
+    """What is raised where autograd would visit something that a loss does not reach."""
     return GigamorphError(
         f"{what}, and this loss does not reach it: PyTorch would call that with None or zeros; add 0 times an output "
         "that depends on it to the loss, or leave it out of this backward"

@@ -31,7 +31,7 @@ from ..module.once import once
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
-from .stage_function import OwnNode
+from .stage_function import OwnNode, is_watched, keeps_graph, unreached
 
 MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
 MARGIN = 1.1  # a captured step takes so much of what is planned; 1.05 on an H100 (ResNet-50, 4096 x 4096)
@@ -46,6 +46,7 @@ class Step(Protocol):
     device: torch.device
     dtype: torch.dtype
     on_tile: Any
+    prepared: Any
 
     @property
     def targets(self) -> Mapping[int, Tensor]: ...
@@ -77,9 +78,16 @@ class WholeStep:
 
     def serves(self, forward: Step) -> bool:
         """Whether nobody looks on, and all that is read or written has a place of its own from step to step."""
+        state = _state(forward)
         image_grad = forward.image is not None and forward.image.requires_grad
-        moves = image_grad or any(t.is_inference() for t in forward.targets.values())
-        return not (moves or forward.observers or forward.on_tile)
+        moves = image_grad or any(t.is_inference() or t.requires_grad for t in forward.targets.values())
+        moves = moves or not all(t.is_leaf for t in state.values())
+        # A loss that leaves a parameter out would have autograd call its hooks with None.
+        hooked = any(is_watched(t) for v, t in state.items() if v not in forward.prepared.always_reached)
+        # A checkpoint compares what is saved the first time and the second; anomaly mode looks at every gradient.
+        saved = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+        looks = saved is not None or torch.is_anomaly_enabled() or forward.observers or forward.on_tile
+        return not (moves or hooked or looks)
 
     def result(self, forward: Step, compute: Compute) -> tuple[Any] | None:
         """What the network returns, in a tuple; None where it has to be computed in another way."""
@@ -94,6 +102,33 @@ class WholeStep:
             self._work = _Captured(forward, compute, self.executor.apart())
         return self._work.result(forward)
 
+    def see(self, forward: Step) -> None:
+        """Learn from a step op by op whether results share memory, with state or one another: copies would not."""
+        if self._work is None and not self.failed:
+            program = forward.prepared.staged.program
+            state = [forward.targets.get(v, forward.env.get(v)) for v in program.state()]
+            results = [forward.env[v] for v in dict.fromkeys(program.returned()) if v in forward.env]
+            lasting = {t.untyped_storage().data_ptr() for t in state if t is not None and t.numel()}
+            self.failed = any(t.untyped_storage().data_ptr() in lasting for t in results) or _overlap(results)
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two tensors have an element in common; parts of one that lie side by side have none."""
+    together: dict[tuple[int, int], list[Tensor]] = {}
+    for tensor in tensors:
+        place = tensor.untyped_storage().data_ptr(), tensor.element_size()
+        together.setdefault(place, []).append(tensor)
+    for (_, size), parts in together.items():
+        if len(parts) > 1:
+            taken = torch.zeros(parts[0].untyped_storage().nbytes() // size, dtype=torch.bool)
+            for t in parts:
+                shape = [n if stride else min(n, 1) for n, stride in zip(t.shape, t.stride(), strict=True)]
+                own = taken.as_strided(shape, t.stride(), t.storage_offset())
+                if own.any():
+                    return True
+                own.fill_(True)
+    return False
+
 
 def _key(forward: Step) -> Hashable:
     """What a captured step holds for: settings, and where its tensors lie."""
@@ -103,7 +138,8 @@ def _key(forward: Step) -> Hashable:
 
 def _state(forward: Step) -> dict[int, Tensor]:
     """Parameters, buffers and constants themselves, not copies of what will be written to."""
-    return {v: forward.targets.get(v, t) for v, t in forward.env.items()}
+    made = forward.prepared.folded
+    return {v: forward.targets.get(v, t) for v, t in forward.env.items() if v not in made}
 
 
 class Waiting:
@@ -136,13 +172,18 @@ class _Captured:
 
     def __init__(self, forward: Step, compute: Compute, executor: Executor):
         self.compute, self.executor, self.failed = compute, executor, False
-        self.buffers = GraphBuffers()
+        self.program, self.buffers = forward.prepared.staged.program, GraphBuffers()
         self.autocast = Autocast.current(forward.device)
         state = _state(forward)
         # Aliases of the parameters: gradients are taken with respect to these, and given to those.
         self.state = {v: t.detach().requires_grad_(t.requires_grad) for v, t in state.items()}
         self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
         self.targets = {v: t.detach() for v, t in forward.targets.items()}
+        self.read = [v for v in state if v not in {*self.leaves, *self.targets}]
+        # What the latest forward has read and written to; of the statistics that norms only write nothing depends.
+        read = forward.prepared.kept_for_backward
+        updates = [(v, after) for v, after in self.program.updates if v in self.targets]
+        self.before = {v: torch.empty_like(self.targets[v]) for v, after in updates if v in read or after in read}
         self.pairs: list[_Pair] = []  # the one that was used last is the last, and serves the next forward
         self.latest: weakref.ref[Waiting] | None = None
 
@@ -158,7 +199,7 @@ class _Captured:
             return None
         if self.leaves:
             state = _state(forward)
-            made = CapturedStep.apply(self, *(state[v] for v in self.leaves))
+            made = CapturedStep.apply(self, [state[v] for v in self.read], *(state[v] for v in self.leaves))
             if len(made) > 1:
                 made = tuple(OwnNode.apply(t) if t.requires_grad else t for t in made)
         else:
@@ -173,11 +214,12 @@ class _Captured:
         source = as_uploaded(forward.pixels, forward.device)
         pixels = source.read(0, height, 0, width).to(forward.device, non_blocking=True)
         image = source.develop(pixels) if isinstance(source, StoredBatch) else pixels
-        self.buffers.load({("image",): image.detach()})
+        self.buffers.load({("image",): image.detach().to(forward.dtype)})
 
     def replay(self) -> tuple[Tensor, ...]:
         pair = self.pairs[-1]
         assert pair.first is not None
+        copy_all((t, self.targets[v]) for v, t in self.before.items())
         pair.first()
         return tuple(t.detach().clone() for t in pair.results.values())
 
@@ -229,11 +271,12 @@ class _Captured:
         return pair
 
     def _replay_unnoticed(self, pair: _Pair) -> None:
-        """A forward once more, without its updates of buffers."""
+        """The latest forward once more, on the buffers as it found them; they stay as they are now."""
         assert pair.first is not None
-        before = {v: t.clone() for v, t in self.targets.items()}
+        now = {v: t.clone() for v, t in self.targets.items()}
+        copy_all((self.targets[v], t) for v, t in self.before.items())
         pair.first()
-        copy_all((self.targets[v], t) for v, t in before.items())
+        copy_all((self.targets[v], t) for v, t in now.items())
 
     def _run_backward(self, pair: _Pair, form: tuple[int, ...]) -> None:
         results = list(pair.results.values())
@@ -249,13 +292,16 @@ class _Captured:
 
 
 class CapturedStep(torch.autograd.Function):
-    """parameters -> results of a captured step."""
+    """parameters -> results of a captured step.
+
+    `read` are the tensors that it reads besides, and does not write to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, work: _Captured, *parameters: Tensor):
+    def forward(ctx: Any, work: _Captured, read: Sequence[Tensor], *parameters: Tensor):
         ctx.work, ctx.turn, ctx.waiting, ctx.used = work, turns.current(), Waiting(), False
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*parameters)  # in the backward it is told if one of them has changed
+        ctx.save_for_backward(*parameters, *read)  # in the backward it is told if one of them has changed
         made = work.replay()
         work.latest = weakref.ref(ctx.waiting)
         ctx.mark_non_differentiable(
@@ -266,7 +312,10 @@ class CapturedStep(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None):
-        _ = ctx.saved_tensors  # raises if one of them was changed in place since the forward
+        parameters = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         found = ctx.work.backward(grads, ctx.used)
-        ctx.used, ctx.waiting.over = True, not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
-        return None, *found
+        ctx.used, ctx.waiting.over = True, not keeps_graph()
+        for value, parameter, grad in zip(ctx.work.leaves, parameters, found, strict=False):
+            if grad is None and is_watched(parameter):  # since the forward
+                raise unreached(f"parameter '{ctx.work.program.values[value].name}' has a hook")
+        return None, None, *found

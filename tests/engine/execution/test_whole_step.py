@@ -17,11 +17,12 @@ from exactness import LIMIT, errors, named, randomize, step, step_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from gigamorph import accelerate
 from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.cuda_graphs.whole import MEMORY_SHARE
-from gigamorph.engine.errors import ChangedError
+from gigamorph.engine.errors import ChangedError, GigamorphError
 from gigamorph.engine.execution import prepared, whole_step
 from gigamorph.engine.planning.estimate import Estimate
 
@@ -179,6 +180,39 @@ def test_several_backwards_and_forwards(graphs: Graphs, live: bool) -> None:
     assert is_captured(nets[1])
 
 
+class Centered(Net):
+    """Reads a buffer, then writes to it; of another the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.ones(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        score, maps = super().forward(x)
+        score = score * self.center.clone()
+        self.calls += 1
+        with torch.no_grad():
+            self.center.lerp_(score.mean(0), 0.5)
+        return score, maps / self.calls.clone()
+
+
+def test_a_forward_that_is_replayed_for_its_backward_reads_what_it_read(graphs: Graphs) -> None:
+    """Where other results have gradients than before, or some for the second time."""
+    stock = Centered().double()
+    fast = accelerate(copy.deepcopy(stock))
+    for places in ((0,), (0,), (1,), (0,), (0, 1, 0), (1, 0)):
+        found = []
+        for net in (stock, fast):
+            net.zero_grad()
+            outputs = net(image())
+            for place in places:
+                outputs[place].square().sum().backward(retain_graph=True)
+            found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
+        assert max(errors(*found).values()) < LIMIT
+    assert is_captured(fast)
+
+
 def test_parameters_that_move_are_captured_anew(graphs: Graphs) -> None:
     stock = build(live=True)
     fast = accelerate(copy.deepcopy(stock))
@@ -191,15 +225,197 @@ def test_parameters_that_move_are_captured_anew(graphs: Graphs) -> None:
     assert graphs.captured == 4
 
 
-def test_weights_changed_before_the_backward_are_told(graphs: Graphs) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_changed_before_the_backward_are_told(graphs: Graphs, frozen: bool) -> None:
     fast = accelerate(build(live=False))
+    weight = fast.get_parameter("head.weight").requires_grad_(not frozen)
     for _ in range(2):
         step(fast, image(), image_gradient=False)
     output = fast(image())[0].sum()
     with torch.no_grad():
-        fast.get_parameter("head.weight").add_(1)
+        weight.add_(1)
     with pytest.raises(ChangedError):
         output.backward()
+
+
+def test_a_forward_that_nobody_differentiates_is_not_waited_for(graphs: Graphs) -> None:
+    """Not even the one that the step was captured for."""
+    fast = accelerate(build(live=True))
+    step(fast, image(), image_gradient=False)
+    fast(image())
+    for number in range(3):
+        step(fast, image(), image_gradient=False)
+        assert graphs.replayed == 1 + 2 * (number + 1)
+
+
+def test_hooks_of_parameters_see_gradients_alone(graphs: Graphs) -> None:
+    """A captured step is one function of all parameters: where a loss does not reach one, autograd visits it still."""
+    stock = build(live=True)
+    fast = accelerate(copy.deepcopy(stock))
+    for net in (stock, fast):
+        net.get_parameter("head.weight").register_hook(lambda grad: 2 * grad)
+    for place in (1, 1, 1, 0):
+        for net in (stock, fast):
+            net.zero_grad()
+            net(image())[place].square().sum().backward()
+        made = ({name: p.grad for name, p in net.named_parameters()} for net in (stock, fast))
+        assert max(errors(*made).values()) < LIMIT
+    fast = accelerate(build(live=True))
+    step(fast, image(), image_gradient=False)
+    maps = fast(image())[1]
+    fast.get_parameter("head.weight").register_hook(lambda grad: 2 * grad)
+    with pytest.raises(GigamorphError, match=r"'head.weight' has a hook"):
+        maps.sum().backward()
+
+
+def test_a_parameter_with_a_hook_that_every_loss_reaches(graphs: Graphs) -> None:
+    class Score(Net):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x)[0]
+
+    for live in (False, True):
+        stock = Score().double().train(live)
+        fast = accelerate(copy.deepcopy(stock))
+        for net in (stock, fast):
+            net.get_parameter("stem.0.weight").register_hook(lambda grad: 2 * grad)
+        for _ in range(3):
+            made = [step(net, image(), image_gradient=False) for net in (stock, fast)]
+            assert max(step_errors(*made).values()) < LIMIT
+        assert is_captured(fast)
+
+
+def test_checkpoint_sees_what_it_saw_before(graphs: Graphs) -> None:
+    stock = build(live=False)
+    fast = accelerate(copy.deepcopy(stock))
+    for number in range(4):
+        found = []
+        for net in (stock, fast):
+            net.zero_grad()
+            outputs = checkpoint(net, image(), use_reentrant=False) if number > 1 else net(image())
+            sum(one.square().sum() for one in outputs).backward()
+            found.append({name: p.grad for name, p in net.named_parameters()})
+        assert max(errors(*found).values()) < LIMIT
+
+
+class Given(Net):
+    """Returns a parameter, a view of a buffer and one of a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        score, maps = super().forward(x)
+        return score, maps, self.scale, self.mean[1:], score[:, 1:]
+
+
+class Clamped(Net):
+    """Writes to a parameter before it is read."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            self.head.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Kept(Net):
+    """Leaves a score in a buffer, with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        score, maps = super().forward(x)
+        self.last.copy_(score)
+        return score, maps
+
+
+@pytest.mark.parametrize("kind", [Given, Clamped, Kept])
+def test_what_reaches_beyond_the_step_is_not_captured(graphs: Graphs, kind: type[Net]) -> None:
+    """Results that lie in the memory of parameters, buffers or other results; writes that autograd hears of."""
+    stock = kind().double()
+    fast = accelerate(copy.deepcopy(stock))
+    kept: list[list[Tensor]] = []
+    for number in range(4):
+        found = []
+        for net in (stock, fast):
+            net.zero_grad()
+            outputs = net(image(number))
+            outputs[0].mul_(2)
+            (sum(one.square().sum() for one in outputs) + sum(b.sum() for b in net.buffers())).backward()
+            kept.append(outputs)
+            found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
+            for buffer in net.buffers():
+                buffer.detach_()
+            with torch.no_grad():
+                for tensor in (*net.parameters(), *net.buffers()):
+                    tensor.add_(1)
+        assert max(errors(*found).values()) < LIMIT
+        assert max(errors(*(named(outputs) for outputs in kept[-4:-2] or kept)).values()) < LIMIT
+    assert not is_captured(fast)
+
+
+def test_parts_of_a_result_that_lie_side_by_side_are_captured(graphs: Graphs) -> None:
+    class Halves(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.head(self.stem(x).mean((2, 3))).split((1, 2), 1)
+
+    stock = Halves().double()
+    fast = accelerate(copy.deepcopy(stock))
+    for _ in range(3):
+        made = [step(net, image(), image_gradient=False) for net in (stock, fast)]
+        assert max(step_errors(*made).values()) < LIMIT
+    assert is_captured(fast)
+
+
+def test_pixels_of_files_and_tensors_in_turn(graphs: Graphs) -> None:
+    """Files give float32 to a network in float64."""
+
+    class Source:
+        name, shape = "image", image().shape[1:]
+
+        def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+            return image()[0, :, top:bottom, left:right].float()
+
+    stock = build(live=False)
+    fast = accelerate(copy.deepcopy(stock))
+    for own, theirs in ((Source(), image()[:1].float().double()), (image()[:1], image()[:1])):
+        for _ in range(3):
+            with torch.no_grad():
+                outputs = fast([own] if isinstance(own, Source) else own)
+            assert max(errors(named(stock(theirs)), named(outputs)).values()) < LIMIT
+
+
+def test_an_output_that_gets_no_gradient(graphs: Graphs) -> None:
+    """What only it depends on has none, not zeros."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx: Any, *_grads: Tensor) -> None:
+            return None
+
+    fast = accelerate(build(live=True))
+    for _ in range(3):
+        fast.zero_grad()
+        score, maps = fast(image())
+        (Stop.apply(score).sum() + maps.sum()).backward()
+        assert fast.get_parameter("head.weight").grad is None and fast.get_parameter("map.weight").grad is not None
+    assert is_captured(fast)
+
+
+def test_anomalies_are_looked_for(graphs: Graphs) -> None:
+    """A graph would not: what it computes has no nodes."""
+    fast = accelerate(build(live=True))
+    for _ in range(3):
+        with torch.autograd.set_detect_anomaly(True):
+            step(fast, image(), image_gradient=False)
+    assert graphs.captured == 0
 
 
 @pytest.mark.parametrize("refuse", [1, 2])
