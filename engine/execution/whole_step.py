@@ -157,12 +157,14 @@ class _Pair:
 
     Attributes:
         form: of which results there are gradients; None while there is no backward yet.
+        fresh: the forward was captured for the one that it was last replayed for.
     """
 
     def __init__(self) -> None:
         self.first: Callable[[], None] | None = None
         self.second: Callable[[], None] | None = None
         self.form: tuple[int, ...] | None = None
+        self.fresh = True
         self.results: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor] = {}
 
@@ -195,7 +197,9 @@ class _Captured:
         if latest is not None and not latest.over:
             return None
         self._load(forward)
-        if not self.pairs and self._new_pair() is None:
+        if self.pairs:
+            self.pairs[-1].fresh = False
+        elif self._new_pair() is None:
             return None
         if self.leaves:
             state = _state(forward)
@@ -250,7 +254,7 @@ class _Captured:
         if not form:
             return [None for _ in self.leaves]
         self.buffers.load({("grad", n): grads[n] for n in form})  # pyright: ignore[reportArgumentType]
-        replayed = self.pairs[-1]
+        replayed = next(reversed(self.pairs), None)
         pair = self._pair(form)
         if again or pair is not replayed:
             self._replay_unnoticed(pair)
@@ -262,6 +266,8 @@ class _Captured:
 
     def _pair(self, form: tuple[int, ...]) -> _Pair:
         """The pair with a backward of this form, which is made if there is none; from now on it is the last."""
+        # Autograd would not take a captured forward whose weights have changed since.
+        self.pairs = [pair for pair in self.pairs if pair.form is not None or pair.fresh]
         pair = next((pair for pair in self.pairs if pair.form in (form, None)), None) or self._new_pair()
         if pair is not None and pair.form is None:
             pair.second, pair.form = self._capture(partial(self._run_backward, pair, form)), form
