@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...capture.trace import Op
 from ..geometry import Mirror
 from .base import Block, Env, Local, Maps
+from .constants import Constants
 from .resample import select
 
 
@@ -18,16 +18,18 @@ def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int],
     rows = Mirror(height, height + pad[0] + pad[1], pad[0], replicate)
     cols = Mirror(width, width + pad[2] + pad[3], pad[2], replicate)
 
+    constants = Constants()
+
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        return (_take(_take(env[value], h, rows, block.rows), w, cols, block.cols),)
+        return (_take(_take(env[value], h, rows, block.rows, constants), w, cols, block.cols, constants),)
 
     return Local(op, {value: (rows, cols)}, (maps.axes[value],), run)
 
 
-def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int]) -> Tensor:
+def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int], constants: Constants) -> Tensor:
     """The outputs of `span` out of the window that holds their inputs."""
     start = access.span(*span)[0]
     sources = [access.source(o) - start for o in range(*span)]
     if sources == list(range(sources[0], sources[0] + len(sources))):
         return x.narrow(dim, sources[0], len(sources))
-    return select(x, dim, torch.tensor(sources, device=x.device))
+    return select(x, dim, constants.numbers(sources, x))

@@ -7,6 +7,7 @@ how much is read off PyTorch itself, one axis at a time, in float64 where it doe
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from ...capture.trace import Op
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Refusal, arguments
+from .constants import Constants
 
 INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor antialias"
 
@@ -86,15 +88,16 @@ class _Blend:
         self.weights: list[float] = torch.where(_behind(op, size_in, size_out, axis), 0.5, weights).tolist()
         first = tuple(int(i) for i in lower.tolist())
         self.access = Gather(size_in, size_out, first, tuple(min(i + 1, size_in - 1) for i in first))
+        self._constants = Constants()
 
     def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
         start, these = self.access.span(*span)[0], slice(*span)
         assert self.access.last is not None
         lower, upper = (
-            torch.tensor([i - start for i in row[these]], device=x.device)
+            self._constants.numbers([i - start for i in row[these]], x)
             for row in (self.access.sources, self.access.last)
         )
-        weight = torch.tensor(self.weights[these], device=x.device, dtype=x.dtype)
+        weight = self._constants.numbers(self.weights[these], x, x.dtype)
         weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
         # In place: these maps are larger than any other here, and autograd asks for none of them.
         return select(x, dim, lower).mul_(1 - weight).add_(select(x, dim, upper).mul_(weight))
@@ -128,22 +131,37 @@ class _Weights:
         column = torch.where(there, found - first[:, None], self.count)
         self.weights = torch.zeros(size_out, self.count + 1, dtype=torch.float64).scatter_add_(1, column, weight)
         self.access = Gather(size_in, size_out, tuple(first.tolist()), tuple(last.tolist()))
+        self._constants = Constants()
 
     def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
-        start, end = self.access.span(*span)
-        first = torch.tensor(self.access.sources[slice(*span)]) - start
-        weights = self.weights[slice(*span), : self.count]
         if self.count <= _FEW:
             total = x.new_zeros(())
             for t in range(self.count):
-                places = (first + t).clamp_max(end - start - 1).to(x.device)
-                weight = weights[:, t].to(x.device, x.dtype).reshape([-1 if d == dim else 1 for d in range(x.dim())])
+                places = self._constants.kept((span, t), x, partial(self._places, span, t))
+                weight = self._constants.kept((span, t, x.dtype), x, partial(self._weights, span, t, x.dtype))
+                weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
                 total = total + x.index_select(dim, places).mul_(weight)
             return total
-        matrix = torch.zeros(span[1] - span[0], end - start + self.count, dtype=torch.float64)
-        matrix.scatter_(1, first[:, None] + torch.arange(self.count), weights)
-        matrix = matrix[:, : end - start].to(x.device, x.dtype)
+        matrix = self._constants.kept((span, x.dtype), x, partial(self._matrix, span, x.dtype))
         return matrix @ x if dim == x.dim() - 2 else x @ matrix.T
+
+    def _first(self, span: tuple[int, int]) -> Tensor:
+        """The first input of each output, as seen from the window's start."""
+        return torch.tensor(self.access.sources[slice(*span)]) - self.access.span(*span)[0]
+
+    def _places(self, span: tuple[int, int], t: int) -> Tensor:
+        start, end = self.access.span(*span)
+        return (self._first(span) + t).clamp_max(end - start - 1)
+
+    def _weights(self, span: tuple[int, int], t: int, dtype: torch.dtype) -> Tensor:
+        return self.weights[slice(*span), t].to(dtype)
+
+    def _matrix(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        start, end = self.access.span(*span)
+        matrix = torch.zeros(span[1] - span[0], end - start + self.count, dtype=torch.float64)
+        weights = self.weights[slice(*span), : self.count]
+        matrix.scatter_(1, self._first(span)[:, None] + torch.arange(self.count), weights)
+        return matrix[:, : end - start].to(dtype)
 
 
 _BOTH = 128  # rows and columns together up to which PyTorch takes nearest inputs one by one

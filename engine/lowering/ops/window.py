@@ -18,6 +18,7 @@ from ...capture.trace import Op, bind
 from ..geometry import Gather, Window
 from . import depthwise
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
+from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 
 
@@ -206,6 +207,7 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     if kernel == maps.size(value) != (1, 1) and pad == (0, 0):
         return Reduction(op, value, "sum", divisor or math.prod(kernel), (2, 3), True)
     height, width = _windows(maps, op, value, kernel, stride, pad, (1, 1))
+    constants = Constants()
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
@@ -220,7 +222,7 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
             x = F.pad(x, [left, right, top, bottom])
         if plain:
             return (F.avg_pool2d(x, kernel, stride, divisor_override=divisor),)
-        high, wide = (torch.tensor(counts, device=x.device, dtype=x.dtype) for counts in (rows, cols))
+        high, wide = (constants.numbers(counts, x, x.dtype) for counts in (rows, cols))
         counts = high[:, None] * wide
         return (F.avg_pool2d(x, kernel, stride, divisor_override=1) / counts,)
 
@@ -242,19 +244,20 @@ def interpolate(op: Op, maps: Maps) -> Local | Reduction:
     if mode not in ("nearest", "nearest-exact"):
         raise Refusal(f"'{op.name}' with mode='{mode}' of a map; use 'nearest', 'bilinear', 'bicubic' or 'area'")
     rows, cols = (nearest(op, maps, value, axis) for axis in (0, 1))
+    constants = Constants()
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
-        x = _repeat(x, 2, rows, block.rows)
-        return (_repeat(x, 3, cols, block.cols),)
+        x = _repeat(x, 2, rows, block.rows, constants)
+        return (_repeat(x, 3, cols, block.cols, constants),)
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)
 
 
-def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int]) -> Tensor:
+def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int], constants: Constants) -> Tensor:
     """Copy each input row as often as the outputs of `span` read it."""
     start, end = access.span(*span)
     places = [source - start for source in access.sources[slice(*span)]]
     if places == list(range(end - start)):
         return x
-    return select(x, dim, torch.tensor(places, device=x.device))
+    return select(x, dim, constants.numbers(places, x))
