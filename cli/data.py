@@ -213,6 +213,8 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
         labels = Counter(read.classes[record.label] for record in part)
         told = ", ".join(f"{labels[label]} of {label}" for label in read.classes)
         click.echo(f"{name:<5} {len({record.patient_id for record in part}):>6} patients {len(part):>7} images: {told}")
+    if not given:
+        _tell_empty(records, fractions)
     unknown = sum(not record.patient_known for record in records)
     if unknown:
         click.echo(
@@ -223,6 +225,20 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
         click.echo(out)
     else:
         click.echo(f"no patient is in two splits; {out}")
+
+
+def _tell_empty(records: Sequence[Record], fractions: tuple[float, float, float]) -> None:
+    """Patients are drawn label by label, and a label of too few has none for some split: which have none at all."""
+    wanted = [name for name, fraction in zip(("train", "val", "test"), fractions, strict=True) if fraction > 0]
+    there = {record.split for record in records}
+    empty = [name for name in wanted if name not in there]
+    if empty:
+        have = "has" if len(empty) == 1 else "have"
+        click.echo(
+            f"warning: {' and '.join(empty)} {have} no patient: of each label there are fewer than {len(wanted)}; say "
+            "with --fractions, as 0.5,0.5,0, which splits there shall be, or train with --folds",
+            err=True,
+        )
 
 
 @data.command()

@@ -8,7 +8,13 @@ from . import options
 
 
 @click.command()
-@click.option("--out", default="demo-run", show_default=True, type=click.Path(file_okay=False), help="Folder, new.")
+@click.option(
+    "--out",
+    default="demo-run",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Folder; a former demo in it is replaced.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.device
 def demo(out: str, seed: int, device: str) -> None:

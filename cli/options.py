@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
     """``4096x3328`` -> (4096, 3328), height first."""
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value.strip())
+    match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", value.strip())
     if match is None:
         raise click.BadParameter(f"{value!r} is no size; write height x width, as in 4096x3328", ctx, param)
     return int(match[1]), int(match[2])

@@ -228,7 +228,10 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
         check_steps(config.options())
         click.echo(to_toml(config), nl=False)
         return
+    from ..engine.files import require_writable
+
     table, out = _required(data, given["out"])
+    require_writable(out / SAVED, "configuration")  # before mean and std of all images, say, are sought
     count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
         _refuse_folds(out)
@@ -372,6 +375,8 @@ def _train_folds(
 
     folds = config.data.folds
     assert folds is not None
+    if (out / "last.ckpt").exists():
+        raise GigamorphError(f"{out}: holds a run without folds, or one fold; name another folder")
     read: Chosen | None = None
     for number in range(1, folds + 1):
         folder = out / f"fold{number}"

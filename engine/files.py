@@ -31,6 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         GigamorphError: if it cannot be written (a full disk); a former file at ``path`` is untouched.
     """
     path = Path(path)
+    _refuse_device(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,14 +60,24 @@ def require_writable(path: str | Path, what: str = "file") -> None:
     """Say before long work what `write_atomically` would say after it, if a file cannot be written there.
 
     Raises:
-        GigamorphError: its folder is a file, or must not be written to.
+        GigamorphError: it is a device, or its folder is a file, or must not be written to.
     """
+    _refuse_device(Path(path))
     folder = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
     reason = errno.ENOTDIR if not folder.is_dir() else 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    if reason == errno.EACCES and os.statvfs(folder).f_flag & os.ST_RDONLY:
+        reason = errno.EROFS
     if reason:
         raise GigamorphError(
             f"{path}: the {what} cannot be written: {os.strerror(reason)}; name a folder that can be written"
         )
+
+
+def _refuse_device(path: Path) -> None:
+    """What is put in the place of /dev/null or /dev/stdout takes it from the whole system, where root may."""
+    in_dev = Path(os.path.abspath(path)).parent == Path("/dev")
+    if path.exists() and (in_dev or not (path.is_file() or path.is_dir())):
+        raise GigamorphError(f"{path}: is a device or a pipe, in whose place the file would be put; name a file")
 
 
 def _system_error(error: BaseException | None) -> int | None:

@@ -20,6 +20,8 @@ def fold_checkpoints(folder: str | Path) -> list[Path]:
     config = folder / CONFIG
     if not config.is_file():  # it says how many there are
         return []
+    if (folder / "last.ckpt").is_file():  # of a single fold, whose own config.toml says the same
+        return []
     count = read_values(config).get("data", {}).get("folds")
     if count is None:
         return []

@@ -171,6 +171,23 @@ def test_split(phantoms, tmp_path, capsys):
     assert run("split", tmp_path / "a.csv", "--out", tmp_path / "e.csv", "--fractions", "0.8,0.2") == 2
 
 
+def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
+    lines = [",".join(line.split(",")[:3]) for line in (phantoms / "phantoms.csv").read_text().splitlines()]
+    few = phantoms / "few.csv"
+    few.write_text("\n".join(lines[:9]))  # two patients
+    assert run("split", few, "--out", tmp_path / "split.csv") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: val and test have no patient: of each label there are fewer than 3; say with --fractions" in told
+    assert run("split", few, "--out", tmp_path / "all.csv", "--fractions", "1,0,0") == 0
+    assert not capsys.readouterr().err  # as asked for
+
+
+def test_the_folder_of_converted_images_is_no_folder_of_classes(phantoms, tmp_path, capsys):
+    assert run("convert", phantoms / "phantoms.csv", "--out", tmp_path / "out", "--images", "png") == 0
+    assert commands.run("train", tmp_path / "out", "--out", tmp_path / "run") == 2
+    assert f"name its table, {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_convert_a_public_data_set(tmp_path, capsys):
     lookalikes.embed(tmp_path / "in")
     out = tmp_path / "out"

@@ -227,6 +227,11 @@ def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path,
     assert rows(tmp_path / "mapfolds" / "marks.csv") == rows(tmp_path / "mapboth" / "marks.csv")
     assert run("export", tmp_path / "folds", "--to", "onnx", "--out", tmp_path / "net.onnx") == 2
     assert "holds the runs of a cross-validation" in capsys.readouterr().err
+    one = tmp_path / "folds" / "fold1"
+    assert run("predict", one, image, "--out", tmp_path / "none") == 2
+    assert f"is the folder of a run; name its checkpoint, {one / 'best.ckpt'}" in capsys.readouterr().err
+    assert run("train", phantoms, "--folds", 2, "--out", one) == 2
+    assert "holds a run without folds, or one fold; name another folder" in capsys.readouterr().err
     (tmp_path / "folds" / "fold2" / "metrics.json").unlink()
     assert run("predict", tmp_path / "folds", image, "--out", tmp_path / "none") == 2
     assert "fold 2 of 2 is not finished" in capsys.readouterr().err and not (tmp_path / "none").exists()

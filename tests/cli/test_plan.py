@@ -172,6 +172,11 @@ def test_a_size_that_is_none(size, capsys):
     assert run("--size", size) == 2
 
 
+def test_a_size_with_a_capital_x_is_one(capsys):
+    assert run("--model", "lesionnet", "--size", "256X192", "--memory-budget", "64MiB") == 0
+    assert "1 x 1 x 256 x 192" in capsys.readouterr().out
+
+
 def test_a_budget_that_is_none(capsys):
     assert run("--size", "10x10", "--memory-budget", "lots") == 2
     assert "lots" in capsys.readouterr().err

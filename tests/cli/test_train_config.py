@@ -37,6 +37,13 @@ def options_of(folder):
     return load_checkpoint(folder / "best.ckpt")["gigamorph"]["options"]
 
 
+def test_where_no_run_can_be_written_is_told_before_images_are_read(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gigamorph.engine.train.inputs.training_data", lambda *args, **options: pytest.fail("read"))
+    (tmp_path / "file").write_text("")
+    assert run("train", phantoms, "--out", tmp_path / "file" / "run") == 2
+    assert "run/config.toml: the configuration cannot be written: Not a directory" in capsys.readouterr().err
+
+
 def test_the_command_line_and_the_file_have_the_same_defaults(phantoms, capsys):
     assert run("train", "--print-config") == 0
     plain = capsys.readouterr().out

@@ -127,6 +127,10 @@ def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     (predicted / "other" / "mine.txt").write_text("")
     assert run("view", predicted / "predictions", "--static", "--out", predicted / "other") == 2
     assert "holds other files" in capsys.readouterr().err
+    (predicted / "half").mkdir()
+    (predicted / "half" / "index.html").write_text("")  # the disk was full
+    assert run("view", predicted / "predictions", "--most", "1", "--static", "--out", predicted / "half") == 0
+    capsys.readouterr()
     assert run("view", predicted / "run", "--static", "--out", predicted / "none") == 2
     assert "make them: gigamorph predict" in capsys.readouterr().err
 

@@ -91,7 +91,8 @@ def write_phantoms(
         records = _write_all(images, options, workers, report)
         records = assign_splits(records, fractions=fractions, seed=seed)
     except OSError as error:
-        raise DataError(f"{folder}: phantoms cannot be written ({error.strerror or error})") from error
+        told = f"phantoms cannot be written ({error.strerror or error})"
+        raise DataError(f"{folder}: {told}; name another folder, or free some space") from error
     return write_table(folder / "phantoms.csv", records, ["0", "1"])
 
 

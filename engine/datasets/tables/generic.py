@@ -205,6 +205,11 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
 
 
 def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    if made_by(path) == CONVERTED and (path / "table.csv").is_file():
+        raise DataError(
+            f"{path}: holds what gigamorph {CONVERTED} wrote, not a sub-folder per class; name its table, "
+            f"{path / 'table.csv'}"
+        )
     folders = _sub_folders(path)
     if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
         return [row for folder in folders for row in _class_rows(folder, _sub_folders(folder), folder.name)]
