@@ -241,8 +241,9 @@ def main() -> None:
             items = [(s, n) for s, n in items if n in ALWAYS or not report.has(s, n)]
             started = time.monotonic()
             deadline = min(end, started + max(BUDGET[section] for section in sections))
-            if "checks" in sections:
-                ahead = [("prepare", n) for n in listed["prepare"] if n.partition(":")[0] in wanted]
+            if sections[0] in ("tests", "checks", "sanitizer"):
+                prepared = listed["prepare"] if "checks" in sections else []
+                ahead = [("prepare", n) for n in prepared if n.partition(":")[0] in wanted]
                 ahead = [(do, n) for do, n in ahead if re.search(options.match, n)]
                 compilers = workers[:COMPILERS] if ahead else []
                 compiling = threading.Thread(
@@ -251,8 +252,6 @@ def main() -> None:
                 compiling.start()
                 run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
                 compiling.join()
-            elif "sanitizer" in sections:
-                run_items(items, workers, report, deadline, min(end, deadline + 15))
             elif sections[0] in ("steps", "traces", "limits"):
                 for worker in workers:  # what earlier items left in memory would count, too
                     worker.stop()

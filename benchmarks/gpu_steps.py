@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph import accelerate, open_pixels, plan
+from gigamorph.engine.bench.gpu_results import LIVE
 from gigamorph.engine.bench.meter import NvmlPeak, time_call
 from gigamorph.engine.bench.ordinary import loss_of
 from gigamorph.engine.bench.peers import checkpointed
@@ -39,7 +40,6 @@ MODELS = {
     "densenet121": "timm:densenet121",
     "efficientnet_b2": "timm:efficientnet_b2",
 }
-LIVE = "_live"  # behind a model's name: its BatchNorms take the statistics of the image
 TILE, DRY_TILE = 2048, 48
 ON_GPU = 8192  # largest side whose image is given to us on the GPU
 

@@ -169,9 +169,9 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     for kind, meaning in KINDS.items():
         if counts[kind]:
             click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
-    told = f"{looked_at[0]} of {len(records)}" if looked_at else str(len(records))
-    told += " image" if told == "1" else " images"
-    click.echo(f"{told}, {len({problem.path for problem in serious})} with something to mend")
+    told = f"{looked_at[0]} of " if looked_at else ""
+    wrong = len({problem.path for problem in serious})
+    click.echo(f"{told}{counted(len(records), 'image')}, {wrong} with something to mend")
     if looked_at:
         click.echo("stopped by Ctrl-C; this is of the images that were looked at", err=True)
         raise Stopped

@@ -19,7 +19,7 @@ _PEERS = {
     "ours_equal": "gigamorph, stock's memory",
     "ours_8GiB": "gigamorph, 8 GiB",
 }
-_LIVE = "_live"  # behind the name of a model whose BatchNorms take the statistics of the image
+LIVE = "_live"  # behind the name of a model whose BatchNorms take the statistics of the image
 _AGAINST = "channels_last"
 _BOUND = 0.03  # bfloat16: of loss and norm of the gradients
 
@@ -41,8 +41,8 @@ def from_gpu(data: dict[str, Any]) -> Results:
 
 def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> StepRow:
     model, mode, side, how = name.split(" ")
-    norms = "live" if model.endswith(_LIVE) else "frozen"
-    task = Task(model.removesuffix(_LIVE), (1, 1, int(side), int(side)), mode == "train", norms, "bf16", "cuda")
+    norms = "live" if model.endswith(LIVE) else "frozen"
+    task = Task(model.removesuffix(LIVE), (1, 1, int(side), int(side)), mode == "train", norms, "bf16", "cuda")
     made = StepRow(task, _PEERS.get(how, how))
     if "error" in row:
         made.status = OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else FAILED

@@ -94,13 +94,14 @@ class WholeStep:
         if self._work is not None and self._work.failed:
             self.failed, self._work = True, None
             return None
-        key = _key(forward)
+        state = _state(forward)
+        key = _key(forward, state)
         if key != self._key:
             self._key, self._work = key, None
             return None
         if self._work is None:
-            self._work = _Captured(forward, compute, self.executor.apart())
-        return self._work.result(forward)
+            self._work = _Captured(forward, state, compute, self.executor.apart())
+        return self._work.result(forward, state)
 
     def see(self, forward: Step) -> None:
         """Learn from a step op by op whether results share memory, with state or one another: copies would not."""
@@ -130,9 +131,9 @@ def _overlap(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def _key(forward: Step) -> Hashable:
+def _key(forward: Step, state: Mapping[int, Tensor]) -> Hashable:
     """What a captured step holds for: settings, and where its tensors lie."""
-    places = tuple((v, t.data_ptr(), t.requires_grad) for v, t in _state(forward).items())
+    places = tuple((v, t.data_ptr(), t.requires_grad) for v, t in state.items())
     return places, torch.is_grad_enabled(), forward.dtype, Autocast.current(forward.device), switches()
 
 
@@ -172,11 +173,10 @@ class _Pair:
 class _Captured:
     """A step on fixed addresses: a pair for each form of backward that was asked for."""
 
-    def __init__(self, forward: Step, compute: Compute, executor: Executor):
+    def __init__(self, forward: Step, state: Mapping[int, Tensor], compute: Compute, executor: Executor):
         self.compute, self.executor, self.failed = compute, executor, False
         self.program, self.buffers = forward.prepared.staged.program, GraphBuffers()
         self.autocast = Autocast.current(forward.device)
-        state = _state(forward)
         # Aliases of the parameters: gradients are taken with respect to these, and given to those.
         self.state = {v: t.detach().requires_grad_(t.requires_grad) for v, t in state.items()}
         self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
@@ -191,7 +191,7 @@ class _Captured:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def result(self, forward: Step) -> tuple[Any] | None:
+    def result(self, forward: Step, state: Mapping[int, Tensor]) -> tuple[Any] | None:
         """The output of a forward, if no earlier one waits for its backward."""
         latest = None if self.latest is None else self.latest()
         if latest is not None and not latest.over:
@@ -202,7 +202,6 @@ class _Captured:
         elif self._new_pair() is None:
             return None
         if self.leaves:
-            state = _state(forward)
             made = CapturedStep.apply(self, [state[v] for v in self.read], *(state[v] for v in self.leaves))
             if len(made) > 1:
                 made = tuple(OwnNode.apply(t) if t.requires_grad else t for t in made)

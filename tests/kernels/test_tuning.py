@@ -10,6 +10,14 @@ from hypothesis import strategies as st
 from gigamorph.kernels import tuning
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU of capability 9.0, which need not be here; kernels are not interpreted."""
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
+    return torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(("hip", "descriptors", "options"), [(None, True, {"maxnreg": 255}), ("6.4", False, {})])
 def test_a_chip_of_another_maker_has_no_descriptors(
     monkeypatch: pytest.MonkeyPatch, hip: str | None, descriptors: bool, options: dict[str, int]
@@ -36,13 +44,10 @@ def test_a_chip_of_another_maker_has_no_descriptors(
     ],
 )
 def test_tiles_that_were_fastest_on_an_h200(
-    monkeypatch: pytest.MonkeyPatch, filters: int, depth: int, taps: int, maps: int, tile: tuple[int, int, int]
+    hopper: torch.device, filters: int, depth: int, taps: int, maps: int, tile: tuple[int, int, int]
 ) -> None:
     """Pixels, filters and warps: 128 x 256 for long products of few maps, no filters for nothing."""
-    monkeypatch.setattr(tuning, "interpreting", lambda: False)
-    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
-    gpu = torch.device("cuda", 0)
-    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 256, 256, filters, depth, True, maps, taps)
+    config = tuning.matmul_config(hopper, torch.bfloat16, 1, 256, 256, filters, depth, True, maps, taps)
     assert (config.block_m, config.block_n, config.num_warps) == tile
 
 
@@ -56,12 +61,10 @@ def test_tiles_that_were_fastest_on_an_h200(
     ],
 )
 def test_small_maps_fill_the_chip(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], filters: int, depth: int, tile: tuple[int, int]
+    hopper: torch.device, size: tuple[int, int], filters: int, depth: int, tile: tuple[int, int]
 ) -> None:
     """The last maps of a tile of 1024: 20 tiles of 128 x 256 would leave 112 of 132 multiprocessors idle."""
-    monkeypatch.setattr(tuning, "interpreting", lambda: False)
-    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
-    config = tuning.matmul_config(torch.device("cuda", 0), torch.bfloat16, 1, *size, filters, depth, True, 1, 9)
+    config = tuning.matmul_config(hopper, torch.bfloat16, 1, *size, filters, depth, True, 1, 9)
     assert (config.block_m, config.block_n) == tile
 
 
@@ -77,13 +80,10 @@ def test_small_maps_fill_the_chip(
     ],
 )
 def test_few_channels_are_flattened(
-    monkeypatch: pytest.MonkeyPatch, filters: int, depth: int, taps: int, form: str, tile: tuple[int, int, int]
+    hopper: torch.device, filters: int, depth: int, taps: int, form: str, tile: tuple[int, int, int]
 ) -> None:
     """A first layer, 49 columns in one step; where a tap fills 16 channels, or there is one tap, nothing is gained."""
-    monkeypatch.setattr(tuning, "interpreting", lambda: False)
-    monkeypatch.setattr(tuning, "_device_capability", lambda index: 90)
-    gpu = torch.device("cuda", 0)
-    config = tuning.matmul_config(gpu, torch.bfloat16, 1, 1, 2048 * 2048, filters, depth, False, 1, taps)
+    config = tuning.matmul_config(hopper, torch.bfloat16, 1, 1, 2048 * 2048, filters, depth, False, 1, taps)
     assert (config.form, (config.block_m, config.block_n, config.block_k)) == (form, tile)
 
 

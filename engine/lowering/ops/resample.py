@@ -136,9 +136,9 @@ class _Weights:
     def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
         if self.count <= _FEW:
             total = x.new_zeros(())
-            for t in range(self.count):
-                places = self._constants.kept((span, t), x, partial(self._places, span, t))
-                weight = self._constants.kept((span, t, x.dtype), x, partial(self._weights, span, t, x.dtype))
+            every = self._constants.kept(span, x, partial(self._places, span))
+            weights = self._constants.kept((span, x.dtype), x, partial(self._shares, span, x.dtype))
+            for places, weight in zip(every, weights, strict=True):
                 weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
                 total = total + x.index_select(dim, places).mul_(weight)
             return total
@@ -149,12 +149,14 @@ class _Weights:
         """The first input of each output, as seen from the window's start."""
         return torch.tensor(self.access.sources[slice(*span)]) - self.access.span(*span)[0]
 
-    def _places(self, span: tuple[int, int], t: int) -> Tensor:
+    def _places(self, span: tuple[int, int]) -> Tensor:
+        """(count, outputs): the inputs of each output, one after the other."""
         start, end = self.access.span(*span)
-        return (self._first(span) + t).clamp_max(end - start - 1)
+        return (self._first(span) + torch.arange(self.count)[:, None]).clamp_max(end - start - 1)
 
-    def _weights(self, span: tuple[int, int], t: int, dtype: torch.dtype) -> Tensor:
-        return self.weights[slice(*span), t].to(dtype)
+    def _shares(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """(count, outputs): their weights."""
+        return self.weights[slice(*span), : self.count].T.to(dtype).contiguous()
 
     def _matrix(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
         start, end = self.access.span(*span)

@@ -7,7 +7,8 @@ graph writes over it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,6 +93,16 @@ def is_captured(net: nn.Module) -> bool:
     return any(one._work is not None for prepared in net._programs for one in prepared.steps)  # pyright: ignore
 
 
+def assert_same_after(nets: Sequence[nn.Module], act: Callable[[nn.Module], Any]) -> None:
+    """Gradients and buffers, once the same was done with stock and with the accelerated network."""
+    found = []
+    for net in nets:
+        net.zero_grad(set_to_none=True)
+        act(net)
+        found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
+    assert max(errors(*found).values()) < LIMIT, act
+
+
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("tile", [None, (24, 40)])
 def test_steps_with_an_optimizer(
@@ -171,12 +182,7 @@ def test_several_backwards_and_forwards(graphs: Graphs, live: bool) -> None:
         net(image(3))[0].sum().backward()
 
     for act in (twice, together, twice, one_by_one, left, twice):
-        found = []
-        for net in nets:
-            net.zero_grad(set_to_none=True)
-            act(net)
-            found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
-        assert max(errors(*found).values()) < LIMIT, act.__name__
+        assert_same_after(nets, act)
     assert is_captured(nets[1])
 
 
@@ -201,15 +207,14 @@ def test_a_forward_that_is_replayed_for_its_backward_reads_what_it_read(graphs: 
     """Where other results have gradients than before, or some for the second time."""
     stock = Centered().double()
     fast = accelerate(copy.deepcopy(stock))
+
+    def act(places: Sequence[int], net: nn.Module) -> None:
+        outputs = net(image())
+        for place in places:
+            outputs[place].square().sum().backward(retain_graph=True)
+
     for places in ((0,), (0,), (1,), (0,), (0, 1, 0), (1, 0)):
-        found = []
-        for net in (stock, fast):
-            net.zero_grad()
-            outputs = net(image())
-            for place in places:
-                outputs[place].square().sum().backward(retain_graph=True)
-            found.append({name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers()))
-        assert max(errors(*found).values()) < LIMIT
+        assert_same_after((stock, fast), partial(act, places))
     assert is_captured(fast)
 
 
@@ -291,14 +296,13 @@ def test_a_parameter_with_a_hook_that_every_loss_reaches(graphs: Graphs) -> None
 def test_checkpoint_sees_what_it_saw_before(graphs: Graphs) -> None:
     stock = build(live=False)
     fast = accelerate(copy.deepcopy(stock))
+
+    def act(number: int, net: nn.Module) -> None:
+        outputs = checkpoint(net, image(), use_reentrant=False) if number > 1 else net(image())
+        sum(one.square().sum() for one in outputs).backward()
+
     for number in range(4):
-        found = []
-        for net in (stock, fast):
-            net.zero_grad()
-            outputs = checkpoint(net, image(), use_reentrant=False) if number > 1 else net(image())
-            sum(one.square().sum() for one in outputs).backward()
-            found.append({name: p.grad for name, p in net.named_parameters()})
-        assert max(errors(*found).values()) < LIMIT
+        assert_same_after((stock, fast), partial(act, number))
 
 
 class Given(Net):
