@@ -237,7 +237,7 @@ def norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """The forward: the backward is made of kernels that have checks of their own."""
+    """The forward, and dz: what else the backward is made of has checks of its own."""
     (c, h, w), g = _size(dry), torch.Generator().manual_seed(4)
     given = random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c), 1e-6
     last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
@@ -246,6 +246,11 @@ def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
         (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
     wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
     bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
+    dy = random_map(2, 2 * c, h, w, dtype, g)
+    with choice.override("triton"):
+        (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, given[0], *last, "gelu", ConvGeometry()),))
+    z = torch.nn.functional.conv2d(wide[0], wide[4], wide[5])
+    bench.compare("dz", dz, act_grad_reference(dy.double(), z, "gelu"))
     return bench.row
 
 

@@ -173,6 +173,31 @@ def _(x, weight, shift, geometry, margin):
     return whole, mean, m2
 
 
+@torch.library.custom_op("gigamorph::conv2d_act_grad", mutates_args=())
+def conv2d_act_grad(
+    dy: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, act: str, geometry: Sequence[int]
+) -> Tensor:
+    """dz = dy * act'(z), z = conv(x, weight) + shift: the gradient of what was not kept, which is not written either."""
+    dy, x, given = nhwc(dy), nhwc(x), ConvGeometry(*geometry)
+
+    def ours() -> Tensor:
+        dz = empty_map(*dy.shape, dy)
+        dense_forward.launch(x, weight, dz, given, act, shift=shift, mask=dy, mask_act="gradient")
+        return dz
+
+    def stock() -> Tensor:
+        z, _ = conv2d_forward(x, weight, None, shift, None, given, "none", False, (0, 0))
+        return act_grad(dy, z, act)
+
+    settings = (*weight.shape, *given.form, act, shift is None)
+    return run_fastest("conv2d_act_grad", x, settings, ours, stock)
+
+
+@conv2d_act_grad.register_fake
+def _(dy, x, weight, shift, act, geometry):
+    return empty_map(*dy.shape, dy)
+
+
 # -- data gradient ------------------------------------------------------------------------------------------------
 
 

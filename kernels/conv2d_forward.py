@@ -9,6 +9,10 @@ As a matrix product: rows are output pixels, columns the output channels of a gr
 The forward of a network uses act, scale, shift and residual; the data gradient is the same product with turned weights
 (`conv2d_dgrad.py`) and uses `mask`, the slope of the activation that made x, applied before dx is written.
 
+Where z is not kept but computed again, its gradient is what is written, and z is not:
+
+    y = mask * slope(z),    z = conv(x, w) * scale + shift + residual,    mask a gradient of act(z)
+
 For a BatchNorm in training behind it, the epilogue also gives mean and squared deviations of what a tile writes, after
 it was rounded: statistics cost no pass over memory of their own.
 
@@ -43,7 +47,7 @@ from .windows import (
 )
 
 # Activations whose value and slope need neither exp nor erf.
-CHEAP = frozenset({"none", "relu", "relu6", "hardswish"})
+CHEAP = frozenset({"none", "relu", "relu6", "hardswish", "gradient"})
 
 Taps = tuple[Sequence[int], Sequence[int]]  # of a filter's rows and columns
 
@@ -105,7 +109,7 @@ def launch(
         weight: (K, C / groups, R, S) in channels-last memory.
         y: (N, K, OH, OW) window to be written.
         scale, shift: (K,).
-        z, mask: windows of y's size. `mask_act` says whose slope `mask` gives.
+        z, mask: windows of y's size. `mask_act` says whose slope `mask` gives; "gradient": it is that of act(z).
         residual: a window of y's size, or of a part of y that begins at row and column `residual_at`.
         taps: w is `weight`, that of another convolution, turned: see `turned`.
     """
@@ -271,5 +275,7 @@ def conv2d_forward_reference(
         z = z + shift.reshape(-1, 1, 1)
     if residual is not None:
         z = z + residual
+    if mask is not None and mask_act == "gradient":
+        return mask * slope_reference(z, act), z
     y = activate_reference(z, act)
     return (y if mask is None else y * slope_reference(mask, mask_act)), z

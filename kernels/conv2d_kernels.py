@@ -144,6 +144,14 @@ def gemm(
 
 
 @triton.jit
+def _sloped(z, mask, ACT: tl.constexpr, MASK: tl.constexpr):
+    """act(z) times the slope that the mask shows; or, where the mask is a gradient of act(z), that of z."""
+    if MASK == "gradient":
+        return mask * slope(z, ACT)
+    return activate(z, ACT) * slope(mask, MASK)
+
+
+@triton.jit
 def _finish(
     acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):
@@ -163,9 +171,10 @@ def _finish(
         acc += residual_desc.load([n, i - top, j0 - left, k0]).reshape(BM, WIDTH).to(P.ACC)
     if z_desc is not None:
         z_desc.store([n, i, j0, k0], acc.to(z_desc.dtype).reshape(1, P.ROWS, COLS, WIDTH))
-    y = activate(acc, ACT)
-    if mask_desc is not None:
-        y *= slope(mask_desc.load([n, i, j0, k0]).reshape(BM, WIDTH).to(P.ACC), MASK)
+    if mask_desc is None:
+        y = activate(acc, ACT)
+    else:
+        y = _sloped(acc, mask_desc.load([n, i, j0, k0]).reshape(BM, WIDTH).to(P.ACC), ACT, MASK)
     y = y.to(y_desc.dtype)
     y_desc.store([n, i, j0, k0], y.reshape(1, P.ROWS, COLS, WIDTH))
     if mean_ptr is not None:
@@ -356,10 +365,11 @@ def conv2d_pointer_kernel(
     if z.ptr is not None:
         at = place(z, n, i, j, 1)[:, None] + channel[None, :]
         tl.store(z.ptr + at, acc.to(z.ptr.dtype.element_ty), mask=keep)
-    values = activate(acc, ACT)
-    if mask.ptr is not None:
+    if mask.ptr is None:
+        values = activate(acc, ACT)
+    else:
         at = place(mask, n, i, j, 1)[:, None] + channel[None, :]
-        values *= slope(tl.load(mask.ptr + at, mask=keep, other=0.0).to(P.ACC), MASK)
+        values = _sloped(acc, tl.load(mask.ptr + at, mask=keep, other=0.0).to(P.ACC), ACT, MASK)
     at = place(y, n, i, j, 1)[:, None] + channel[None, :]
     values = values.to(y.ptr.dtype.element_ty)
     tl.store(y.ptr + at, values, mask=keep)

@@ -8,7 +8,7 @@ and its gradients, with dz = dy * act'(z), z = n w^T + b:
 
 As a matrix product: rows are pixels, columns filters, depth channels. x is normalised as it is loaded, so n is never
 written; x is read once more for mean and rstd, the product reads it through the cache. Nothing but x is kept for the
-backward, which computes n and z again.
+backward, which computes n again, and dz in the epilogue of the product that gives z.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from torch.nn import functional as F
 
 from .activations import ACTIVATIONS, activate, activate_reference
 from .choice import run_fastest
-from .conv2d import conv2d_backward, conv2d_forward
+from .conv2d import conv2d_act_grad, conv2d_backward
 from .dtypes import accumulator, sum_dtype
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
-from .pointwise import act_grad
 from .precision import dot_precision
 from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
 from .tuning import linear_columns, linear_config
@@ -235,9 +234,7 @@ def layer_norm_linear_act_backward(
     """
     n, filters, pixel = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype), weight[:, :, None, None], ConvGeometry()
     if act != "none":
-        z, _ = conv2d_forward(n, filters, None, bias, None, pixel, "none", False, [0, 0])
-        dy = act_grad(dy, z, act)
-        del z
+        dy = conv2d_act_grad(dy, n, filters, bias, act, pixel)
     dw = None if dweight is None else dweight[:, :, None, None]
     dn, _ = conv2d_backward(dy, n, filters, None, "none", pixel, wants_x=True, dw=dw, dshift=dbias)
     assert dn is not None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gigamorph.kernels import choice
 from gigamorph.kernels.activations import ACTIVATIONS, activate_reference
-from gigamorph.kernels.conv2d import conv2d, conv2d_dgrad, conv2d_forward, conv2d_wgrad_
+from gigamorph.kernels.conv2d import conv2d, conv2d_act_grad, conv2d_dgrad, conv2d_forward, conv2d_wgrad_
 from gigamorph.kernels.windows import ConvGeometry
 
 
@@ -91,6 +91,7 @@ def test_registered_as_pytorch_wants_ops(mode: str) -> None:
         torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, [0, 0], x, "relu", [5, 5], place))
         part = x[:, :, 1:4].contiguous(memory_format=torch.channels_last)
         torch.library.opcheck(conv2d_dgrad, (residual, weight, None, y, "relu", part, [1, 0], x, "relu", [5, 5], place))
+        torch.library.opcheck(conv2d_act_grad, (residual, x, weight, shift, "gelu", place))
         torch.library.opcheck(conv2d_wgrad_, (*sums, x, residual, y, "relu", place))
 
 

@@ -12,6 +12,7 @@ from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, erro
 from torch import Tensor
 
 from gigamorph.kernels import precision, tuning, windows
+from gigamorph.kernels.activations import activate_reference
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
 from gigamorph.kernels.moments import moments_reference
 from gigamorph.kernels.tuning import Config, forced
@@ -169,13 +170,18 @@ def test_no_worse_than_stock_in_16_bits(form: str, dtype: torch.dtype) -> None:
     assert_close("y", y, oracle, stock=reference(case, o, "relu")[0])
 
 
+@pytest.mark.parametrize("mask_act", ["relu6", "gradient"])
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu", "hardswish"])
 @pytest.mark.parametrize("form", ["descriptor", "pointer"])
-def test_activations_and_masks(form: str, act: str) -> None:
+def test_activations_and_masks(form: str, act: str, mask_act: str) -> None:
     case = Case(3, stride=2, padding=(1, 1, 1, 1), form=form, size=(6, 18))
     o = operands(case, torch.float64)
-    y, z = run(case, o, act, Guarded(), mask_act="relu6")
-    oracle_y, oracle_z = reference(case, o.double, act, "relu6")
+    y, z = run(case, o, act, Guarded(), mask_act)
+    oracle_y, oracle_z = reference(case, o.double, act, mask_act)
+    if mask_act == "gradient":
+        oracle_z.requires_grad_()
+        (of_autograd,) = torch.autograd.grad(activate_reference(oracle_z, act), oracle_z, o.mask)
+        assert_close("reference", oracle_y, of_autograd)
     assert_close("y", y, oracle_y)
     assert_close("z", z, oracle_z)
 
