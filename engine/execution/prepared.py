@@ -8,14 +8,15 @@ from functools import cached_property
 
 import torch
 
-from ..capture.program import draws, refs
+from ..capture.program import refs
 from ..capture.trace import Op
-from ..cuda_graphs import buffers
+from ..cuda_graphs import buffers, one_step
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
-from ..planning.between import brought, value_bytes
+from ..planning.between import brought
+from ..planning.captured import graph_bytes
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
@@ -192,44 +193,20 @@ class Prepared:
         if executor is None or any(step.failed for step in self.steps):
             return None
         if not self.steps:
-            budget, needed = self.plan.budget, self.plan.peak_bytes - self.plan.replay_bytes
+            budget, needed = self.plan.budget, self.plan.parts_bytes
             free = available_bytes(device)
-            room = MEMORY_SHARE * free if budget is None else min(free, budget / whole_step.MARGIN)
+            room = MEMORY_SHARE * free if budget is None else min(free, budget)
+            room /= one_step.MARGIN
             if needed > room:
                 return None
-            retained = self.plan.training and needed + self._graph_bytes <= room
+            retained = self.plan.training and needed + graph_bytes(self.stages, self.plan) <= room
             self.steps.append(whole_step.WholeStep(executor, retained))
         return self.steps[0]
 
-    @property
-    def _graph_bytes(self) -> int:
-        """What graphs of tiles that are not planned may hold at most: all that their stages make and do not store."""
-        values = self.staged.program.values
-        made = (
-            value_bytes(values[v])
-            for index, tiled in enumerate(self.stages)
-            for local in tiled.stage.locals
-            for v in local.op.outputs
-            if self.plan.retained_of(index) < tiled.tiles and v not in tiled.stage.stored
-        )
-        return sum(made)
-
     @cached_property
     def _may_be_one_step(self) -> bool:
-        """Whether a step is the same work on the device each time, and all that it leaves behind is known."""
-        program = self.staged.program
-        written = {v for pair in program.updates for v in pair}
-        graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
-        return (
-            self.shard is None
-            and not (self.segments or program.inputs or program.vectors or program.assigned)
-            and not (program.effects or program.hooks or program.branches)
-            and (self.plan.halos, self.staged.place) == ("device", "device")
-            and all(tiled.tiles <= whole_step.MOST_TILES and not tiled.random for tiled in self.stages)
-            and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
-            and not graphs
-            and written.isdisjoint((program.image, *program.returned()))
-        )
+        alone = self.shard is None and self.plan.halos == "device"
+        return alone and one_step.is_one_step(self.staged, self.stages)
 
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""

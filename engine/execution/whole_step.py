@@ -33,9 +33,6 @@ from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
 from .stage_function import OwnNode, is_watched, keeps_graph, unreached
 
-MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
-MARGIN = 1.1  # a captured step takes so much of what is planned; 1.05 on an H100 (ResNet-50, 4096 x 4096)
-
 
 class Step(Protocol):
     """What is asked of a forward (forward.py)."""

@@ -14,16 +14,18 @@ last term is fitted to measurements (benchmarks/memory.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..cuda_graphs import buffers
+from ..cuda_graphs.one_step import MARGIN, is_one_step
 from ..cuda_graphs.replay import buffer_bytes
-from ..cuda_graphs.whole import MOST_TILES
+from ..cuda_graphs.whole import MEMORY_SHARE, MOST_TILES
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype
@@ -31,6 +33,7 @@ from ..tiling.stage import TiledStage
 from . import constants
 from .at_once import AtOnce
 from .between import value_bytes
+from .captured import captured
 from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .lifetimes import made_whole, stored_times
 from .plan import AtPeak, Plan
@@ -71,6 +74,7 @@ class Estimate:
     Args:
         known: what was found for other choices of this program.
         records: bytes that recording and planning themselves have taken.
+        alone: whether the image is all there is: not a part of one that is split among processes.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class Estimate:
         image_grad: bool,
         known: Known | None = None,
         records: int = 0,
+        alone: bool = True,
     ):
+        self._alone = alone and not image_grad
         self.staged, self.training, self.records = staged, training, records
         self.known = known or Known()
         self.image = staged.program.values[staged.program.image]
@@ -229,19 +235,46 @@ class Estimate:
             apart_bytes=self._at_once.apart(works, plan.strip_bytes + counted.peak),
             at_peak=self._at_peak(works, strips),
         )
+        retain = partial(self._retain, stages=stages, weights=weights, peaks=peaks, strips=strips, exact=exact)
         if self.staged.place == "device" and buffers.executor(self.image.device):
-            retained = self._retain(plan, stages, weights, peaks, strips, room, exact)
-            tiles = stages[0].tiles
-            if tiles <= retained.retained and (tiles == 1 or (tiles <= MOST_TILES and plan.budget is None)):
-                return retained  # all of it is captured as it stands, or there is nothing to replay
-            buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
-            arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
-            copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
-            replayed = replace(plan, replay_bytes=counted.peak + arena + copies if buffered else 0)
-            # Tiles that keep their graph are computed op by op, which took an H200 over four times as long as replaying
-            # them twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
-            return replayed if replayed.peak_bytes <= limit else retained
-        return self._retain(self._loosen(plan, activations), stages, weights, peaks, strips, room, exact)
+            return self._with_captures(plan, stages, counted, limit, room, retain)
+        return retain(self._loosen(plan, activations), room=room)
+
+    def _with_captures(
+        self,
+        plan: Plan,
+        stages: Sequence[TiledStage],
+        counted: TilePeak,
+        limit: int,
+        room: int | None,
+        retain: Callable[..., Plan],
+    ) -> Plan:
+        """A plan of a GPU: the step is captured as a whole if that fits, else its passes or its tiles.
+
+        Args:
+            counted: the heaviest tile.
+            retain: `_retain` of these stages.
+        """
+        buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
+        arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
+        copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
+        replay = counted.peak + arena + copies if buffered else 0
+        if self._alone and plan.halos == "device" and is_one_step(self.staged, stages):
+            most = limit if plan.budget is not None else int(MEMORY_SHARE * limit)
+            kept = retain(plan, room=None if room is None else min(room, int(most / MARGIN)))
+            whole = captured(kept, stages, most)
+            if whole is not None:
+                again = any(tiled.tiles > kept.retained_of(n) for n, tiled in enumerate(stages))
+                return replace(whole, replay_bytes=replay if again and kept.parts_bytes + replay <= limit else 0)
+        retained, tiles = retain(plan, room=room), stages[0].tiles
+        passes = tiles <= retained.retained and tiles <= MOST_TILES and plan.budget is None
+        if passes or (tiles == 1 and retained.retained):
+            return replace(retained, op_by_op=not passes)  # all of it is captured, or there is nothing to replay
+        # Tiles that keep their graph are computed op by op, which took an H200 over four times as long as replaying
+        # them twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
+        if replay and plan.parts_bytes + replay <= limit:
+            return replace(plan, replay_bytes=replay)
+        return replace(retained, op_by_op=True)
 
     def _tile_peaks(
         self, stages: Sequence[TiledStage], weights: Sequence[int], strips: Sequence[int], exact: bool
@@ -292,8 +325,8 @@ class Estimate:
         weights: Sequence[np.ndarray],
         peaks: Sequence[TilePeak],
         strips: Sequence[int],
-        room: int | None,
         exact: bool,
+        room: int | None,
     ) -> Plan:
         """Retain tiles with what a plan leaves of `room`: the last ones of each stage.
 

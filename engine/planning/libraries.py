@@ -133,7 +133,7 @@ def _grouped_scratch(tiled: TiledStage) -> int:
 
 
 def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
-    """Bytes that a convolution of a tile may take besides its tensors on a GPU.
+    """Bytes that a convolution, or a linear layer behind a norm, may take besides its tile's tensors on a GPU.
 
     A library's workspace is as large as the maps in another memory order; a choice between kernels (`choice.py`) makes
     the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
@@ -148,7 +148,7 @@ def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
 
     most = 0
     for local in stage.locals:
-        if "conv" in local.op.name or local.op.name == "fused_stem":
+        if "conv" in local.op.name or local.op.name in ("fused_stem", "fused_norm_linear"):
             maps = sum(map(block, local.reads)) + 2 * sum(map(block, local.op.outputs))
             weights = (v for v in local.op.inputs if v in stage.vectors and len(stage.program.values[v].shape) == 4)
             sums = sum(4 * math.prod(stage.program.values[v].shape) for v in weights)

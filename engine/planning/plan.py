@@ -56,7 +56,11 @@ class Plan:
         choices: which maps may be stored whole (`strategy.py`), as far as they were tried: those that did not fit, and
             the one taken.
         choice: which of them is taken.
-        replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are computed op by op.
+        replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are not replayed.
+        capture_bytes: what the whole step takes besides where it is captured as one graph (`captured.py`); 0 if it is
+            not. Steps of which it cannot be asked, such as one with hooks of parameters, replay tiles if that fits.
+        op_by_op: whether a GPU waits for the host at each op of each tile: neither the step nor its passes nor tiles
+            are captured.
         apart_bytes: what of the most whole maps, strips and tile of all stages is never there at once; the peak
             is without it.
         at_peak: what of maps, strips, tile and graphs is there when most is; None of one of several images.
@@ -87,6 +91,8 @@ class Plan:
     choices: tuple[Choice, ...] = ()
     choice: int = 0
     replay_bytes: int = 0
+    capture_bytes: int = 0
+    op_by_op: bool = False
     apart_bytes: int = 0
     at_peak: AtPeak | None = None
     budget: int | None = None
@@ -95,6 +101,11 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak on the device; the image itself and what other code holds are not included."""
+        return self.parts_bytes + (self.capture_bytes or self.replay_bytes)
+
+    @property
+    def parts_bytes(self) -> int:
+        """The same of a step that is computed op by op."""
         resident = self.halo_bytes if self.halos == "device" else 0
         return (
             self.parameter_bytes
@@ -105,7 +116,6 @@ class Plan:
             + self.stored_bytes
             + self.library_bytes
             + self.heap_bytes
-            + self.replay_bytes
             + self.record_bytes
             - self.apart_bytes
         )
@@ -167,7 +177,11 @@ class Plan:
             lines.append(("never at once", f"-{format_bytes(self.apart_bytes)} (of maps, strips and tile)"))
         if len(self.sides) > 1:
             lines.append(("stages", str(len(self.sides))))
-        if self.replay_bytes:
+        if self.capture_bytes:
+            lines.append(
+                ("captured step", f"{format_bytes(self.capture_bytes)} (graphs of tiles, and room for the rest)")
+            )
+        elif self.replay_bytes:
             lines.append(("replayed tiles", format_bytes(self.replay_bytes)))
         lines.append(("predicted peak", format_bytes(self.peak_bytes)))
         if self.budget is not None:

@@ -75,7 +75,9 @@ class _Options:
             staged, request = self.options[number][0], self.request
             prepare_once(staged, self._ready, request)
             self._values = self._values or len(staged.program.values)
-            self._estimates[number] = Estimate(staged, request.training, request.image_grad, self._known)
+            self._estimates[number] = Estimate(
+                staged, request.training, request.image_grad, self._known, alone=self.shard is None
+            )
         self._estimates[number].records = self._records()
         return self._estimates[number]
 
@@ -226,6 +228,7 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     if others and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     for place in request.halo_places(device):
+        found, after = None, 0
         for side in sides:
             plan = estimate.plan(side, place, request.budget, count_tile=False)
             if plan.peak_bytes <= limit and counted:
@@ -233,6 +236,12 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
                 plan = estimate.plan(side, place, request.budget, limit=limit, exact=False, room=room)
                 if plan.peak_bytes <= constants.NEARLY * limit:
                     plan = estimate.plan(side, place, request.budget, limit=limit, room=room)
-            if plan.peak_bytes <= limit:
-                return plan
+            if plan.peak_bytes <= limit and not plan.op_by_op:
+                return plan  # smaller tiles cost a GPU less than waiting for the host
+            after += found is not None
+            found = found or (plan if plan.peak_bytes <= limit else None)
+            if after == constants.CAPTURED_SIDES:
+                break
+        if found is not None:
+            return found
     return None

@@ -120,6 +120,7 @@ def _choose_together(
                 budget=request.budget,
                 maps=staged_programs[n].place,
                 replay_bytes=0,  # what one image has captured would have to be let go for the next one
+                capture_bytes=0,
                 retained=0,  # the graphs of all images would be there at the same time
                 retained_bytes=0,
                 at_peak=None,

@@ -12,14 +12,13 @@ from exactness import randomize
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.cuda_graphs import buffers
-from gigamorph.engine.execution import whole_step
+from gigamorph.engine.cuda_graphs import buffers, one_step
 from gigamorph.engine.models import create_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def one_step(net: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+def gradients_of_step(net: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
     net.zero_grad(set_to_none=True)
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
         output = net(x)
@@ -46,7 +45,7 @@ def test_replayed_steps_equal_others(monkeypatch: pytest.MonkeyPatch, live: bool
         optimizer = torch.optim.SGD(net.parameters(), 1e-5)  # with more it diverges
         rounds = []
         for _ in range(3):
-            rounds += [t.clone() for t in one_step(net, x, autocast)]
+            rounds += [t.clone() for t in gradients_of_step(net, x, autocast)]
             optimizer.step()
         results.append(rounds)
         assert bool(captured) == on
@@ -61,12 +60,12 @@ def test_replayed_frozen_network_is_equal_bit_for_bit(monkeypatch: pytest.Monkey
     x = torch.rand(1, 1, 768, 768, device="cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     net = accelerate(copy.deepcopy(model), tile=128)
-    replayed = [one_step(net, x, True) for _ in range(3)]  # the third is replayed throughout
+    replayed = [gradients_of_step(net, x, True) for _ in range(3)]  # the third is replayed throughout
     (prepared,) = net._programs
     benches = [bench for replays in prepared.replays.values() for bench in replays.benches.values()]
     assert benches and all(recording.replay for bench in benches for recording in bench.recordings.values())
     monkeypatch.setattr(buffers, "executor", lambda device: None)
-    plain = one_step(accelerate(copy.deepcopy(model), tile=128), x, True)
+    plain = gradients_of_step(accelerate(copy.deepcopy(model), tile=128), x, True)
     for one in replayed:
         assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
 
@@ -76,10 +75,10 @@ def test_other_sizes_in_between() -> None:
     torch.manual_seed(0)
     net = accelerate(randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval(), tile=128)
     images = [torch.rand(1, 1, side, side, device="cuda") for side in (768, 640, 768, 640)]
-    first = [one_step(net, x, False)[0] for x in images]
+    first = [gradients_of_step(net, x, False)[0] for x in images]
     for x, output in zip(images, first, strict=True):
         for _ in range(2):
-            torch.testing.assert_close(one_step(net, x, False)[0], output, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradients_of_step(net, x, False)[0], output, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -90,18 +89,18 @@ def test_whole_passes_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch, til
     model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval()
     x = torch.rand(1, 1, 768, 768, device="cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(whole_step, "MOST_TILES", 0)
+    monkeypatch.setattr(one_step, "MOST_TILES", 0)
     net = accelerate(copy.deepcopy(model), tile=tile)
-    found = [one_step(net, x, autocast) for _ in range(2)]
+    found = [gradients_of_step(net, x, autocast) for _ in range(2)]
     (prepared,) = net._programs
     (passes,) = prepared.whole.values()
     assert not passes.failed
     waiting = net(x * 2)
-    found += [one_step(net, x, autocast) for _ in range(2)]
+    found += [gradients_of_step(net, x, autocast) for _ in range(2)]
     waiting.sum().backward()
-    found += [one_step(net, x, autocast) for _ in range(2)]
+    found += [gradients_of_step(net, x, autocast) for _ in range(2)]
     monkeypatch.setattr(buffers, "executor", lambda device: None)
-    plain = one_step(accelerate(copy.deepcopy(model), tile=tile), x, autocast)
+    plain = gradients_of_step(accelerate(copy.deepcopy(model), tile=tile), x, autocast)
     for one in found:
         assert all(torch.equal(a, b) for a, b in zip(one, plain, strict=True))
 
@@ -141,7 +140,7 @@ def test_whole_steps_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch, live
         return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
     for number in range(4):
-        both(lambda net, n=number: one_step(net, x * (1 + n), True))
+        both(lambda net, n=number: gradients_of_step(net, x * (1 + n), True))
         for optimizer in optimizers:
             optimizer.step()
     (prepared,) = nets[1]._programs

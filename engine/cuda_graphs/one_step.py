@@ -1,0 +1,31 @@
+"""Which networks' whole steps can be captured as one graph (execution/whole_step.py does it)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..capture.program import draws
+from ..lowering.stages import StagedProgram
+from ..tiling.stage import TiledStage
+
+MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
+MARGIN = 1.1  # a captured step takes so much of what its parts do; 0.98 to 1.10 on an H100 (gpu_h100.json)
+
+
+def is_one_step(staged: StagedProgram, stages: Sequence[TiledStage]) -> bool:
+    """Whether a step is the same work on the device each time, and all that it leaves behind is known.
+
+    Of an image that is not split; with halos on the device.
+    """
+    program = staged.program
+    written = {v for pair in program.updates for v in pair}
+    graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
+    return (
+        not (staged.segments or program.inputs or program.vectors or program.assigned)
+        and not (program.effects or program.hooks or program.branches)
+        and staged.place == "device"
+        and all(tiled.tiles <= MOST_TILES and not tiled.random for tiled in stages)
+        and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
+        and not graphs
+        and written.isdisjoint((program.image, *program.returned()))
+    )
