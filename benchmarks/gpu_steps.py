@@ -245,6 +245,7 @@ def steps(dry: bool) -> list[Step]:
         ("convnext_tiny", train, 4096, default),
         ("efficientnet_b2_live", train, 4096, default),
         ("resnet50", train, 4096, ("ours_equal", "ours_third", "ours", "checkpoint")),
+        ("resnet50_live", train, 4096, ("ours_third",)),
         ("densenet121", train, 4096, default),
         ("resnet18", train, 4096, default),
         ("vgg16", train, 4096, default),

@@ -21,7 +21,7 @@ def is_one_step(staged: StagedProgram, stages: Sequence[TiledStage]) -> bool:
     written = {v for pair in program.updates for v in pair}
     graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
     return (
-        not (staged.segments or program.inputs or program.vectors or program.assigned)
+        not (program.inputs or program.vectors or program.assigned)
         and not (program.effects or program.hooks or program.branches)
         and staged.place == "device"
         and all(tiled.tiles <= MOST_TILES and not tiled.random for tiled in stages)

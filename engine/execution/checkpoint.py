@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,10 @@ class Checkpointed(torch.autograd.Function):
         ctx.outer = [one.part({}, None) for one in outer]
         inner = _inner_forwards(outer, inputs, ctx.images, tensors)
         with turns.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
-            ctx.generators = generators_of(outer[0].prepared.staged.program)
-            ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
+            ctx.random_state = None
+            if not outer[0].alone:  # what is captured draws nothing, and may not ask for the state
+                ctx.generators = generators_of(outer[0].prepared.staged.program)
+                ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
             for number in segments[0].steps:
                 step_together(inner, number)
             ctx.drawn = turns.drawn()
@@ -70,13 +72,9 @@ class Checkpointed(torch.autograd.Function):
         ]
         inner = _inner_forwards(ctx.outer, ctx.inputs, ctx.images, tensors)
         device = inner[0].device
-        gpus = [device] if device.type == "cuda" else []
-        with in_arena(device), torch.enable_grad(), turns.RANDOM, torch.random.fork_rng(devices=gpus):
-            set_random_state(ctx.random_state[0], device)
-            with as_they_were(ctx.generators, ctx.random_state[1]):
-                for number in ctx.segments[0].steps:
-                    step_together(inner, number, again=True)
-            turns.check_drawn(ctx.drawn)
+        with in_arena(device), torch.enable_grad(), _drawing_the_same(ctx, device):
+            for number in ctx.segments[0].steps:
+                step_together(inner, number, again=True)
         roots = [i.env.pop(v) for i, segment in zip(inner, ctx.segments, strict=True) for v in segment.outputs]
         pairs = [(t, g) for t, g in zip(roots, grads, strict=True) if g is not None and t.requires_grad]
         wanted = [t for t in tensors if t.requires_grad]
@@ -92,6 +90,20 @@ class Checkpointed(torch.autograd.Function):
         for tensor in wanted if last else ():
             add_reader(tensor, -1)
         return None, None, None, *(next(results) if t.requires_grad else None for t in tensors)
+
+
+@contextlib.contextmanager
+def _drawing_the_same(ctx: Any, device: torch.device) -> Iterator[None]:
+    """Random numbers as they were drawn in the forward."""
+    if ctx.random_state is None:
+        yield
+        return
+    gpus = [device] if device.type == "cuda" else []
+    with turns.RANDOM, torch.random.fork_rng(devices=gpus):
+        set_random_state(ctx.random_state[0], device)
+        with as_they_were(ctx.generators, ctx.random_state[1]):
+            yield
+        turns.check_drawn(ctx.drawn)
 
 
 def _inner_forwards(

@@ -231,7 +231,8 @@ class Forward:
     def part(self, env: dict[int, Tensor], image: Tensor | None) -> Forward:
         """This forward with other values and another image tensor, for a segment of its steps."""
         pixels = self.pixels if image is None else ImageTensor(image)
-        part = Forward(self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given)
+        given = self.prepared, image, pixels, self.device, self.dtype, env, self.on_tile, self.given
+        part = Forward(*given, alone=self.alone, retained=self.retained)
         part.memory_limit, part.gradients, part.single = self.memory_limit, self.gradients, self.single
         return part
 

@@ -94,6 +94,18 @@ class _Options:
         small = max(0, count - constants.SMALL_TILES)
         return found or first_that_fits(lambda number: self.fit(number, coarse=False), small, count)
 
+    def captured(self, first: int) -> Plan | None:
+        """The plan of the fastest choice, from one on, whose steps a GPU captures as a whole within the budget.
+
+        What it computes again costs less than the host's time for each op of each tile.
+        """
+
+        def fit(number: int) -> Plan | None:
+            plan = self.fit(number, coarse=True)
+            return plan if plan is not None and plan.capture_bytes else None
+
+        return first_that_fits(fit, first, self._useful())
+
     def _useful(self) -> int:
         """How many choices there are but for the last ones that store less than another and still need more.
 
@@ -144,6 +156,8 @@ def arrange(
     found = found or options.slower()
     if found is None:
         raise options.refusal()
+    if found.op_by_op and found.choice + 1 < len(options.options):
+        found = options.captured(found.choice + 1) or found
     return options.options[found.choice][0], replace(found, choices=tuple(options.tried))
 
 

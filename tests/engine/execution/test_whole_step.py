@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gigamorph import accelerate
+from gigamorph import accelerate, plan
 from gigamorph.engine.cuda_graphs import buffers, one_step
 from gigamorph.engine.cuda_graphs.one_step import MARGIN
 from gigamorph.engine.cuda_graphs.whole import MEMORY_SHARE
@@ -458,3 +458,38 @@ def test_a_gradient_of_the_image_goes_another_way(graphs: Graphs) -> None:
     for _ in range(3):
         assert max(step_errors(*(step(net, image()) for net in (stock, fast))).values()) < LIMIT
     assert not any(one._work for prepared in fast._programs for one in prepared.steps)
+
+
+class Deep(nn.Module):
+    """Residual blocks, of which the ends alone are kept if memory is short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(map(self.block, range(4)))
+        self.head = nn.Linear(8, 3)
+
+    def block(self, _number: int) -> nn.Module:
+        first, second = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        return nn.Sequential(first, nn.BatchNorm2d(8), nn.SiLU(), second, nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = F.silu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_blocks_that_are_computed_again_are_captured(graphs: Graphs) -> None:
+    """Under a budget that has no room for all maps, rather than to keep more of them and wait for the host."""
+    torch.manual_seed(0)
+    stock, size = randomize(Deep()).double().train(), (210, 190)
+    x = torch.randn(1, 1, *size, dtype=torch.float64)
+    roomy = plan(stock, tuple(x.shape), 2**40, dtype=torch.float64, tile=size)
+    fast = accelerate(copy.deepcopy(stock), tile=size, memory_budget=int(0.38 * roomy.peak_bytes))
+    found = fast.plan_for(tuple(x.shape), torch.float64, torch.device("cpu"))
+    assert found.choice > 0 and found.capture_bytes and found.budget and found.peak_bytes <= found.budget
+    for _ in range(3):
+        made = [step(net, x, image_gradient=False) for net in (stock, fast)]
+        assert max(step_errors(*made).values()) < LIMIT
+    assert is_captured(fast) and graphs.replayed == 4
