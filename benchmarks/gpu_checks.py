@@ -25,7 +25,7 @@ from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
 
 from gigamorph.kernels import batch_norm as bn
 from gigamorph.kernels import choice
-from gigamorph.kernels.conv2d import conv2d, conv2d_moments
+from gigamorph.kernels.conv2d import conv2d, conv2d_act_grad, conv2d_moments
 from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
 from gigamorph.kernels.conv2d_forward import launch as forward

@@ -177,7 +177,7 @@ def _(x, weight, shift, geometry, margin):
 def conv2d_act_grad(
     dy: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, act: str, geometry: Sequence[int]
 ) -> Tensor:
-    """dz = dy * act'(z), z = conv(x, weight) + shift: the gradient of what was not kept, which is not written either."""
+    """dz = dy * act'(z), z = conv(x, weight) + shift, of which z is neither kept nor written."""
     dy, x, given = nhwc(dy), nhwc(x), ConvGeometry(*geometry)
 
     def ours() -> Tensor:
