@@ -43,6 +43,8 @@ def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     behind = tuple(axis - len(maps.shape(query)) for axis in axes)
     if max(behind) < -2:
         return _of_windows(op, maps, (query, key, value), given["attn_mask"], behind, rank)
+    if behind[0] != behind[1]:
+        raise Refusal(f"'{op.name}' attends along one axis of the image")
     if behind != (-2, -2) or given["is_causal"]:
         raise Refusal(f"'{op.name}' attends over positions of the image in an order of its own")
     before: list[Node] = []

@@ -21,6 +21,8 @@ from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_w
 from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 
+_LANES = 16  # channels that oneDNN's kernels for AVX-512 take at a time
+
 
 def _windows(
     maps: Maps,
@@ -70,26 +72,41 @@ def conv2d(op: Op, maps: Maps) -> Local:
     else:
         pad = (0, 0) if padding == "valid" else pair(padding)
     bias, groups = given["bias"], given["groups"]
+    picks = kernel == (1, 1) != stride
+
+    def padded(x: Tensor, block: Block) -> tuple[Tensor, tuple[Any, ...]]:
+        """A block as the op takes it, and its stride, padding, dilation and groups."""
+        even, uneven = split_padding(block.pad)
+        picked = picks and _exceeds_workspace(x)
+        if picked:
+            even, uneven = (0, 0), [*block.pad[2:], *block.pad[:2]]
+        if any(uneven):
+            x = F.pad(x, uneven)
+        if picked:
+            return x[:, :, :: stride[0], :: stride[1]], ((1, 1), even, dilation, groups)
+        return x, (stride, even, dilation, groups)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        even, uneven = split_padding(block.pad)
-        if any(uneven):
-            x = F.pad(x, uneven)
-        return (depthwise.conv2d(x, env[weight], bind(bias, env), stride, even, dilation, groups),)
+        x, place = padded(env[value], block)
+        return (depthwise.conv2d(x, env[weight], bind(bias, env), *place),)
 
     def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        even, uneven = split_padding(block.pad)
-        if any(uneven):
-            x = F.pad(x, uneven)
+        x, place = padded(env[value], block)
         size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        place = stride, even, dilation, groups
         return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
     options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "anew": frozenset([value])}
     return Local(op, {value: windows}, ((2, 3),), run, **options)
+
+
+def _exceeds_workspace(x: Tensor) -> bool:
+    """Whether a 1 x 1 convolution of this map is to have no strides of its own.
+
+    Of a map in NHWC with fewer channels than its kernels take at a time oneDNN 3.12 writes the gradient of the weights
+    beyond its workspace, over other tensors or to the end of the process (uxlfoundation/oneDNN#6035).
+    """
+    return x.device.type != "cuda" and x.dtype == torch.float32 and x.shape[1] < _LANES
 
 
 class UnvaluedConv(torch.autograd.Function):

@@ -128,9 +128,18 @@ class Causal(nn.Module):
         return F.scaled_dot_product_attention(y, y, y, is_causal=True).transpose(1, 2).reshape(x.shape)
 
 
-def test_an_order_among_positions_is_refused():
-    with pytest.raises(UnsupportedError, match="an order of its own"):
-        accelerate(network(Causal()))(image())
+class Axial(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.permute(0, 2, 3, 1)
+        return F.scaled_dot_product_attention(y, y, y).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"), [(Causal(), "an order of its own"), (Axial(), "attends along one axis of the image")]
+)
+def test_an_order_among_positions_and_rows_of_their_own_are_refused(layer, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        accelerate(network(layer))(image())
 
 
 def test_scores_go_by_tile():

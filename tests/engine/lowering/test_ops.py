@@ -6,6 +6,7 @@ from around import Around, image
 from exactness import assert_exact, step
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import accelerate
 
@@ -104,6 +105,31 @@ def test_bilinear_in_low_precision(align_corners):
         rounding = torch.finfo(dtype).eps * truth.norm()
         assert tiled <= max(1.5 * stock, rounding)
         net = net.double()
+
+
+class Strides(TorchDispatchMode):
+    """Those of the convolutions whose gradients are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(tuple(args[4]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_pixels_of_few_channels_are_picked_before_they_are_convolved(padding):
+    """oneDNN would write the gradient of such weights beyond its workspace (uxlfoundation/oneDNN#6035)."""
+    layer = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, (2, 3), padding))
+    net = Around(layer).double()
+    truth = step(net, image())
+    with Strides() as strides:
+        got = step(accelerate(net.float(), tile=8), image().float())
+    assert set(strides.seen) == {(1, 1)}
+    torch.testing.assert_close(got.gradients, {name: g.float() for name, g in truth.gradients.items() if g is not None})
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
