@@ -9,6 +9,8 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import GigamorphError
@@ -48,6 +50,7 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
         _refuse_hooks_within_a_wrapper(net)
     refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
     _refuse_attributes((args, kwargs))
+    _refuse_kinds((args, kwargs))
     image = next(_tensors((args, kwargs)), None)
     if image is not None and not image.numel() and method.__name__ == "forward":
         device = net._device()
@@ -78,6 +81,19 @@ def _refuse_attributes(given: Any) -> None:
             raise GigamorphError(
                 f"a tensor among the arguments has an attribute '{own[0]}' of its own, which the tiles have not; give "
                 "that as an argument, and x.detach() or another view in the tensor's place"
+            )
+
+
+def _refuse_kinds(given: Any) -> None:
+    """Refuse tensors of a class whose ops give that class again (MONAI's MetaTensor); recordings see plain tensors."""
+    for tensor in _tensors(given):
+        if type(tensor) in (Tensor, Parameter) or is_fake(tensor):
+            continue
+        kind = type(tensor.detach().reshape(-1)[:0] * 1)
+        if kind is not Tensor:
+            raise GigamorphError(
+                f"a tensor among the arguments is a {type(tensor).__name__}, and stock PyTorch's result would be a "
+                f"{kind.__name__}, which tiles are not; give x.as_subclass(torch.Tensor) in its place"
             )
 
 

@@ -861,3 +861,23 @@ def test_attributes_of_tensors(of_image):
     x.scale = 3
     with pytest.raises(GigamorphError, match="'scale' of its own"):
         pair(Normalized)[1](x)
+
+
+class Meta(Tensor):
+    """As MONAI's MetaTensor: what ops give is of this class."""
+
+
+class Picture(Tensor):
+    """As torchvision's tv_tensors: what ops give is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_classes_of_tensors():
+    """A result that stock would give as another class is refused; else the class of the image is nobody's concern."""
+    model, net = pair(Normalized)
+    with pytest.raises(GigamorphError, match=r"is a Meta, .* give x.as_subclass\(torch.Tensor\)"):
+        net(image().as_subclass(Meta))
+    for x in (image().as_subclass(Picture), nn.Parameter(image(), requires_grad=False)):
+        assert type(model(x)) is type(net(x)) is Tensor
+        assert (model(x) - net(x)).abs().max() < 1e-12
