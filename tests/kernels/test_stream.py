@@ -90,7 +90,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     channels=st.sampled_from(CHANNELS),
     size=st.sampled_from(SIZES),
@@ -108,7 +108,7 @@ def test_any(channels, size, dtype, layout, small, act):
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_every_number_of_channels(channels):
-    check_ops(channels, (1, 16, 8), torch.bfloat16, LAYOUTS["dense"])
+    check_ops(channels, (1, 4, 8), torch.bfloat16, LAYOUTS["dense"])
 
 
 @pytest.mark.parametrize("channels", [3, 24, 144])
