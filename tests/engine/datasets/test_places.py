@@ -15,7 +15,9 @@ import pytest
 from image_files import write_dicom
 
 from gigamorph.engine.datasets.check import check_images
+from gigamorph.engine.datasets.convert import names_of
 from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.datasets.kinds import kind_of_file
 from gigamorph.engine.datasets.tables import Record, detect, missing_masks, read_data_set, read_table, write_table
 from gigamorph.engine.datasets.tables.cells import escape, read_rows
 from gigamorph.engine.datasets.tables.files import Files
@@ -360,6 +362,17 @@ def test_an_image_under_two_names_is_there_once(tmp_path):
         (tmp_path / "t.csv").write_text(f"image_path,label,patient_id\na.png,0,p\n{other},1,q\n")
         with pytest.raises(DataError, match=r"line 3: [ab].png is already in line 2; keep one of them"):
             read_table(tmp_path / "t.csv")
+
+
+def test_files_are_called_after_uids_and_as_makers_call_them(tmp_path: Path) -> None:
+    """As DCMTK's storescp writes them; what stands after the last dot of a UID is no suffix."""
+    names = ["1.2.840.55", "MG.1.2.840.10008.1", "MG.1.2.840.10008.2", "x.IMA", "y.dic"]
+    for name in names:
+        lookalikes.dicom(tmp_path / name, PatientID="P")
+    found = index_folder(tmp_path, workers=1).records
+    assert [record.path.name for record in found] == names
+    assert names_of(found) == [*names[:3], "x", "y"]
+    assert {kind_of_file(path) for path in (Path("x.dcm"), *map(Path, names))} == {"DICOM"}
 
 
 def test_formats_that_are_not_read_are_told(tmp_path, caplog):

@@ -400,6 +400,17 @@ def test_the_study_of_a_header_is_the_exam(tmp_path):
     assert not any(row["header_exam"].startswith("1.") for row in kept)
 
 
+def test_a_header_without_a_patient_has_a_study(tmp_path):
+    """Its views are one exam and its patient; without a study they are nobody's."""
+    for number, elements in enumerate(2 * [{"StudyInstanceUID": "1.2", "PatientID": ""}] + [{}]):
+        lookalikes.dicom(tmp_path / "images" / f"{number}.dcm", ImageLaterality="R", **elements)
+    predict(archives.stub, [tmp_path / "images"], tmp_path / "out", HERE)
+    found = rows(tmp_path / "out" / "predictions.csv")
+    assert [(row["patient_id"], row["exam_id"]) for row in found[:2]] == 2 * [("P00001", "E00001")]
+    assert found[2]["patient_id"].endswith("2.dcm") and not found[2]["exam_id"]
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == 2
+
+
 def test_a_name_that_cannot_be_asked_for_costs_its_image_alone(table, tmp_path):
     given = tmp_path / "t.csv"
     given.write_text(f"image_path\n{'a' * 300}.npy\n{table.parent / '0000.npy'}\n")
