@@ -114,6 +114,8 @@ def table(folder: Path, labels: list[str], header: str = "label") -> Path:
         (["0", "1", "-1"], "label -1 is no class"),
         (["0", "1", "nan"], "label nan is no class"),
         (["benign", "malignant", "NaN"], "label NaN is no class"),
+        (["0", "1", "NA"], "label NA is no class"),
+        (["0.0", "None", "1.0"], "label None is no class"),
         (["0.5", "1.5"], "label 0.5 is no class"),
         (["inf", "1"], "label inf is no class"),
     ],
@@ -128,6 +130,7 @@ def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
     assert (read.classes, [record.label for record in read.records]) == (["0", "1"], [0, 1, 1])
     named = read_table(table(tmp_path, ["1_0", "2_0"]))
     assert named.classes == ["1_0", "2_0"]
+    assert read_table(table(tmp_path, ["none", "mass"])).classes == ["mass", "none"]
 
 
 @pytest.mark.parametrize(("labels", "name"), [(["1"] * 9, "1"), (["0"] * 9, "0"), (["benign"] * 9, "benign")])

@@ -248,6 +248,11 @@ def test_columns_of_the_schema(folder: Path) -> None:
     assert record.extra == {}
 
 
+def test_densities_and_assessments_of_a_tables_own_are_kept(folder: Path) -> None:
+    path = write(folder, "image_path,label,patient_id,density,birads\nimg/a.png,0,P1,3.0,4.0\nimg/b.png,1,P2,fatty,V\n")
+    assert [(one.density, one.birads) for one in read_table(path).records] == [("C", "4"), ("fatty", "V")]
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
