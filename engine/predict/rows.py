@@ -191,6 +191,14 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
         yield name + mark + rest if "://" in name else f"{protocol}://{place}{mark}{rest}"
 
 
+_LONGEST = 200  # bytes: file systems take 255, with .binary.seg.dcm and what a file is called until it is whole
+
+
+def writable(name: str) -> str:
+    """A name as files can have it, with endings of ours: in UTF-8, and not too long."""
+    return _printed(name).encode()[:_LONGEST].decode(errors="ignore")
+
+
 def _printed(name: str) -> str:
     """A name as it can be written in UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
