@@ -20,8 +20,9 @@ def require_out(out: str | Path, read: Iterable[str | Path]) -> None:
 def require_no_labels(out: str | Path) -> None:
     """Refuse an ``--out`` that is there and is more than a table without labels, or that cannot be written."""
     from ..engine.datasets.tables.cells import read_rows
+    from ..engine.datasets.tables.schema import require_csv
 
-    path = Path(out)
+    path = require_csv(out)
     require_writable(path)
     if not path.is_file() or not path.stat().st_size:
         return

@@ -22,13 +22,16 @@ from .peers import PEERS, Settings
 from .results import Task
 
 _ADDRESSES = 2**30  # bytes that the stacks and heaps of new threads may reserve; they take next to no memory
+_OUTPUTS = 1000  # of a classifier: ImageNet's
+_PER_PIXEL = 2  # of a network for masks: a thousand maps of the image's size are nobody's task
 _WARM = 64  # side of the image by which the libraries load what they need
 
 
 def build(task: Task) -> nn.Module:
     """The network of a task, with the same weights in every process."""
     torch.manual_seed(0)
-    network = create_grown(task.model, 1000, task.image[1]).train(task.training)
+    outputs = _PER_PIXEL if task.model.partition("?")[0] == "unet" else _OUTPUTS
+    network = create_grown(task.model, outputs, task.image[1]).train(task.training)
     if task.batch_norm == "frozen":
         freeze_batch_norm(network)
         _spread_statistics(network)

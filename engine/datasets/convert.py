@@ -18,6 +18,7 @@ from ..images.pixels import ImageSource
 from ..images.writers import whole_or_absent, write_png, write_tiff
 from .dataset import open_record
 from .masks import open_inside
+from .tables.file_names import stem_of
 from .tables.schema import Box, Finding, Record
 
 Format = Literal["tiff", "png"]
@@ -96,10 +97,10 @@ def names_of(records: Sequence[Record]) -> list[str]:
 
     Then it is called after patient, side and view, which others may be as well.
     """
-    stems = Counter(record.path.stem.lower() for record in records)
+    stems = Counter(stem_of(record.path).lower() for record in records)
     names = []
     for record in records:
-        name = record.path.stem
+        name = stem_of(record.path)
         if stems[name.lower()] > 1:
             parts = (record.patient_id, record.laterality, record.view)
             if record.laterality or record.view:

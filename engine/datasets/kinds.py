@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from .tables.file_names import suffix_of
+
 
 def kind_of_file(path: Path) -> str:
     """What a file is by its name: DICOM, PNG, ..."""
-    suffix = path.suffix.lower().removeprefix(".")
-    return {"dcm": "DICOM", "dicom": "DICOM", "": "DICOM", "jpeg": "JPG", "tif": "TIFF"}.get(suffix, suffix.upper())
+    suffix = suffix_of(path).removeprefix(".")
+    names = dict.fromkeys(("dcm", "dicom", "dic", "dc3", "ima", ""), "DICOM") | {"jpeg": "JPG", "tif": "TIFF"}
+    return names.get(suffix, suffix.upper())
 
 
 def kinds_told(labelled: Iterable[tuple[Path, str]]) -> str:

@@ -16,7 +16,7 @@ from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, read_rows
 from ..datasets.tables.generic import SPLIT_NAMES
-from ..datasets.tables.values import box_around
+from ..datasets.tables.values import box_around, number
 from ..errors import DataError
 from ..files import write_atomically
 from . import odds
@@ -347,9 +347,13 @@ def _numbers(rows: Rows, columns: Sequence[str]) -> Array:
     for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
         for j, column in enumerate(columns):
             if row[column]:
-                found[i, j] = _number(row, column, rows, place)
-                if found[i, j] not in (0, 1):
-                    raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is neither 1 nor 0, nor empty")
+                known = number(row[column])
+                if known not in (0, 1):
+                    raise DataError(
+                        f"{rows.path}, {place}: {column} {row[column]!r} is neither 1 nor 0, nor empty; where classes "
+                        "have names, give each a column p_NAME"
+                    )
+                found[i, j] = known
     return found
 
 

@@ -69,7 +69,7 @@ def headline(found: dict[str, Any]) -> list[str]:
         for name, pair in _pairs(one):
             p = pair.get("undefined") or (pair.get("why") if pair["p"] is None else f"p {format_p(pair['p'])} (DeLong)")
             areas = "" if "undefined" in pair else f"AUC {pair['first']:.3f} and {pair['second']:.3f}, "
-            lines.append(f"{level} level, {name}, compared: {areas}{p}")
+            lines.append(f"{level} level, {name}, compared{_shared(level, one)}: {areas}{p}")
     if "mean_sensitivity" in found.get("froc", {}):
         mean = found["froc"]["mean_sensitivity"]
         lines.append(f"FROC: mean sensitivity {format_value(mean)} per lesion{_why(mean)}")
@@ -140,11 +140,11 @@ def _compared(found: dict[str, Any]) -> Table:
             rows.append([level, one["comparison"]["unpaired"], "", "", "", "", ""])
         for name, pair in _pairs(one):
             if "undefined" in pair:
-                rows.append([f"{level}, {name}", pair["undefined"], "", "", "", "", ""])
+                rows.append([f"{level}, {name}{_shared(level, one)}", pair["undefined"], "", "", "", "", ""])
                 continue
             areas = [f"{pair['first']:.3f}", f"{pair['second']:.3f}", f"{pair['difference']:+.3f}"]
             test = [_interval(pair["bootstrap"]), _interval(pair["interval"]), format_p(pair["p"])]
-            rows.append([f"{level}, {name}", *areas, *test])
+            rows.append([f"{level}, {name}{_shared(level, one)}", *areas, *test])
     header = ["level, output", "AUC", "other", "difference", "over patients", "DeLong's interval", "p (DeLong)"]
     return Table(header, rows)
 
@@ -240,6 +240,12 @@ def _froc(found: dict[str, Any]) -> Table:
 def _pairs(one: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     """The comparisons of a level, by output."""
     return ((name, one["comparison"][name]) for name in one["outputs"] if name in one.get("comparison", {}))
+
+
+def _shared(level: str, one: dict[str, Any]) -> str:
+    """Of how many rows, where not all are in both predictions: the areas are not those of all rows then."""
+    found = one["comparison"]
+    return f" (the {found['rows']} {level}s in both; {found['left_out']} are in one only)" if found["left_out"] else ""
 
 
 def format_value(measure: dict[str, Any]) -> str:

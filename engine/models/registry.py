@@ -103,6 +103,8 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
         file = Path(spec.name.removesuffix(".py") + ".py")
         if file.is_file():
             hint = f"; of {file} name the function or class too, as in {file.stem}:factory"
+        if spec.name.endswith(".ckpt"):
+            hint = f"; gigamorph import {spec.name} --out FOLDER makes a folder of a checkpoint, which is a model"
         if spec.name.startswith("timm/"):
             hint = f"; timm's is timm:{spec.name.removeprefix('timm/')}"
         raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{hint}")

@@ -23,7 +23,7 @@ from ..datasets.tables import Record
 from ..datasets.tables.generic import is_absent
 from ..datasets.tables.images_alone import LeftOut
 from ..errors import DataError, GigamorphError
-from .rows import Row, Work, is_folder, is_table, rows_of
+from .rows import Row, Work, is_folder, is_table, rows_of, writable
 
 _TABLES = """
 create table rows (number integer primary key, key text not null, row blob not null, pixels integer not null);
@@ -38,7 +38,7 @@ create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
 create table stored (key text primary key) without rowid;
-create table places (place text primary key, source integer, label integer) without rowid;
+create table places (place blob primary key, source integer, label integer) without rowid;
 create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
@@ -198,7 +198,7 @@ class Index:
 
     def _name(self, found: Iterable[tuple[int, bytes]], wanted: Callable[[Row], str]) -> None:
         for number, blob in found:
-            stem, own, count = wanted(pickle.loads(blob)), "", 0
+            stem, own, count = writable(wanted(pickle.loads(blob))), "", 0
             while not own:
                 count += 1
                 name = stem if count == 1 else f"{stem}-{count}"
@@ -299,7 +299,8 @@ class Index:
         """
         named = not is_folder(source) and not is_table(source)
         for row in rows:
-            place, label = row.url or f"{os.path.realpath(row.record.path)}\0{row.record.frame}", row.record.label
+            label = row.record.label
+            place = os.fsencode(row.url or f"{os.path.realpath(row.record.path)}\0{row.record.frame}")
             added = self._base.execute("insert or ignore into places values (?, ?, ?)", (place, number, label)).rowcount
             first, before = self._one("select source, label from places where place = ?", place)
             if added or named or (first == number and not is_folder(source)):

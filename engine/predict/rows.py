@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..datasets.tables import Record
+from ..datasets.tables.file_names import stem_of, suffix_of
 from ..datasets.tables.folders import SUFFIXES, iter_image_files
 from ..datasets.tables.images_alone import LeftOut, images_alone
 from ..datasets.tables.mask_names import masks_among
@@ -50,7 +51,7 @@ class Row:
     @property
     def stem(self) -> str:
         """What files that are written of it are called, without a suffix."""
-        return self.record.path.name if is_dicomweb(self.url) else self.record.path.stem  # UIDs have dots
+        return stem_of(self.record.path)
 
     @property
     def pixels(self) -> int:
@@ -167,7 +168,7 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables are read from this machine only; fetch it")
     own, mark, rest = url.partition("::")
-    if Path(own.partition("?")[0]).suffix.lower() in SUFFIXES - {".zarr", ""}:
+    if suffix_of(Path(own.partition("?")[0])) in SUFFIXES - {".zarr", ""}:
         yield url  # whether it is there is seen when it is read, as of a table's images
         return
     try:
@@ -179,7 +180,7 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
     except Exception as error:  # each file system has its own
         raise DataError(f"{url}: cannot be listed ({said(error)})") from error
     protocol = own.partition("://")[0]
-    found = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     if not found:
         raise DataError(f"{url}: holds no images")
     images = [PurePosixPath(name.strip("/")) for name in found]
@@ -188,6 +189,14 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
     for name in (name for name, image in zip(found, images, strict=True) if image not in masks):
         place = name if protocol in ("file", "local") else name.lstrip("/")
         yield name + mark + rest if "://" in name else f"{protocol}://{place}{mark}{rest}"
+
+
+_LONGEST = 200  # bytes: file systems take 255, with .binary.seg.dcm and what a file is called until it is whole
+
+
+def writable(name: str) -> str:
+    """A name as files can have it, with endings of ours: in UTF-8, and not too long."""
+    return _printed(name).encode()[:_LONGEST].decode(errors="ignore")
 
 
 def _printed(name: str) -> str:

@@ -88,7 +88,8 @@ def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
 def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
     """The prediction of one image, or of an exam of several views, from its logits (classes,).
 
-    Patient, exam (the study), laterality and view come from the table, else from the DICOM header.
+    Patient, exam (the study), laterality and view come from the table, else from the DICOM header; one that names no
+    patient tells by its study which images are of the same one.
 
     Args:
         outputs: what the logits are, where they are not those of one softmax, see `outputs_of`.
@@ -100,8 +101,9 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
     patient = record.patient_id
     exam = record.exam_id or ""
     if Path(patient).name == record.path.name:
-        patient = getattr(header, "patient_id", None) or patient
-        exam = exam or getattr(header, "study_uid", None) or ""
+        study = getattr(header, "study_uid", None) or ""
+        patient = getattr(header, "patient_id", None) or study or patient
+        exam = exam or study
     values = logits.detach().double().cpu()
     log_odds = odds.of_logits(values.numpy()) if outputs is None else outputs.log_odds(values[None])[0].numpy()
     return Prediction(

@@ -1,4 +1,4 @@
-"""Rows of a table as people publish it: csv in every dialect, compressed or not, and Excel."""
+"""Rows of a table as people publish it: csv in every dialect, compressed or not, Parquet and Excel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from .parquet import PARQUET, parquet_rows
 
+EXCEL = (".xlsx", ".xls")
+"""What names of Excel's files end with."""
 # The field of the csv module may hold 128 KiB at most unless told; outlines of findings are longer.
 csv.field_size_limit(2**27)
 # What a spreadsheet takes for a formula, perhaps escaped already.
@@ -44,7 +47,7 @@ class Rows:
 
 
 def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
-    """All rows of a csv (also .gz), .xlsx or .xls file; empty rows and columns without a name are dropped.
+    """All rows of a csv (also .gz), Parquet, .xlsx or .xls file; empty rows and columns without a name are dropped.
 
     Separator (comma, semicolon, tab, or as a first line sep=; names it) and line ends are found out; text is UTF-8, or
     UTF-16 with its mark. Line breaks within a cell become
@@ -53,7 +56,12 @@ def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "c
     sheet: of an Excel file, else its first. fallback: the encoding of csv files that are not in UTF-8; None refuses.
     Raises `DataError` that names the file and the line.
     """
-    if path.name.lower().endswith((".xlsx", ".xls")):
+    if path.name.lower().endswith(PARQUET):
+        columns, found = parquet_rows(path)
+        header = column_names(path, columns)
+        told = [(place, dict(zip(header, row.values(), strict=True))) for place, row in found]
+        return Rows(path, header, [row for _, row in told], [place for place, _ in told])
+    if path.name.lower().endswith(EXCEL):
         table, unit = _excel(path, sheet), "row"
     else:
         table, unit = _csv(path, fallback), "line"

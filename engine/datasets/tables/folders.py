@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataError
+from .file_names import suffix_of
 from .left_out import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made, tell_unread
 
-SUFFIXES = {".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr", ""}
+SUFFIXES = {
+    *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),
+    *(".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
+}
 """Of files that may be images; DICOM files often have none."""
 _INDEX = "DICOMDIR"
 """The index of a DICOM medium, beside whose images it lies; the standard wants this name (PS3.10 8.6)."""
@@ -85,10 +89,10 @@ def walk(
                 converted.append(entry)
             elif not (is_left_out(entry) if tell else made_by(entry)):
                 yield from walk(entry, seen, unread, tell, converted)
-        elif directory or entry.suffix.lower() in SUFFIXES:
+        elif directory or suffix_of(entry) in SUFFIXES:
             yield entry
-        elif entry.suffix.lower() in UNREAD:
-            unread[entry.suffix.lower()] += 1
+        elif suffix_of(entry) in UNREAD:
+            unread[suffix_of(entry)] += 1
 
 
 def _is_folder(entry: Path) -> bool:

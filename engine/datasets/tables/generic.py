@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,7 +258,8 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     if not found:
         raise DataError(f"{path}: no image has a label; fill the column in")
     odd = [label for label in sorted(found) if label.lower() == "nan"]
-    if all(is_number(_pointed(label)) for label in found):
+    unknown = {label for label in found if label.lower() in _UNKNOWN}
+    if unknown != found and all(is_number(_pointed(label)) for label in found - unknown):
         odd += [label for label in sorted(found) if not label.isdecimal()]
     if odd:
         raise DataError(
@@ -281,6 +282,8 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
 
 
 _NAMED = 12  # classes that a message names
+_UNKNOWN = ("nan", "na", "n/a", "#n/a", "none", "null", "?")
+"""What R, Excel, Python and SQL write where nothing is known; among names it may be one."""
 
 
 def _pointed(label: str) -> str:
@@ -322,8 +325,8 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
             name: value for name, value in row.items() if name not in _COLUMNS and not name.startswith(LABEL_PREFIX)
         },
         exam_id=row.get("exam_id") or None,
-        density=values.density(row.get("density", "")),
-        birads=values.birads(row.get("birads", "")),
+        density=_spelt(values.density, row.get("density", "")),
+        birads=_spelt(values.birads, row.get("birads", "")),
         manufacturer=row.get("manufacturer") or None,
         labels=_labels(path, place, row),
         findings=_findings(path, place, row),
@@ -331,6 +334,11 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )
+
+
+def _spelt(spelling: Callable[[str], str | None], text: str) -> str | None:
+    """As the schema spells it, also where a column with empty cells made 3.0 of 3; a word of the table's own stays."""
+    return spelling(text.removesuffix(".0")) or text or None
 
 
 def _placed(folder: Path, name: str) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePath
 
+from .file_names import stem_of, suffix_of
 from .folders import SUFFIXES
 from .mask_names import in_mask_folder, masked
 
@@ -37,7 +38,7 @@ def images_alone(files: Callable[[bool], Iterable[Path]], below: Path, left: Lef
 
     @lru_cache(1)
     def stems(folder: Path) -> frozenset[str]:
-        return frozenset(entry.stem.lower() for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
+        return frozenset(stem_of(entry).lower() for entry in folder.iterdir() if suffix_of(entry) in SUFFIXES)
 
     def is_mask(path: Path) -> bool:
         image = masked(path)

@@ -14,7 +14,10 @@ _MADE_BY = {
     "view": (("index.html", "data.js"),),
 }
 """Files that tell it, all of one of the groups."""
-UNREAD = {".bmp", ".gif", ".webp", ".jp2", ".jxl", ".nii", ".nrrd", ".mha", ".mhd", ".heic"}
+UNREAD = {
+    *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jls", ".jxl", ".ljpeg", ".heic"),
+    *(".nii", ".nrrd", ".mha", ".mhd", ".npz", ".ndpi", ".mrxs"),
+}
 """Of files that are images, too."""
 CONVERTED = "data convert"
 _NOTED = ("predict", "explain", CONVERTED)

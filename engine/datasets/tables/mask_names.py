@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TypeVar
 
+from .file_names import stem_of
+
 P = TypeVar("P", bound=PurePath)
 _FOLDER = re.compile(r"masks?|.*[ _-]masks|.*roi mask images.*", re.IGNORECASE)
 _NAME = re.compile(r"(.+)[_-]mask(?:_?\d+)?", re.IGNORECASE)
@@ -20,7 +22,7 @@ def masks_among(paths: Sequence[P], below: PurePath) -> list[P]:
         paths: of files.
         below: a folder, whose own name and those above it tell nothing.
     """
-    stems = {path.stem.lower() for path in paths}
+    stems = {stem_of(path).lower() for path in paths}
     found = [path for path in paths if in_mask_folder(path, below) or masked(path) in stems]
     return [] if len(found) == len(paths) else found
 
@@ -37,5 +39,5 @@ def names_masks(name: str) -> bool:
 
 def masked(path: PurePath) -> str | None:
     """The lower-case name, without suffix, of the image after which a mask is called; None of other names."""
-    match = _NAME.fullmatch(path.stem)
+    match = _NAME.fullmatch(stem_of(path))
     return None if match is None else match[1].lower()

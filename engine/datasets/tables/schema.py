@@ -14,7 +14,8 @@ from typing import Any
 from ...errors import DataError
 from ...files import write_atomically
 from ...images.levels import White
-from .cells import escape
+from .cells import EXCEL, escape
+from .parquet import PARQUET
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"
@@ -125,7 +126,7 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
     get an empty label, with which `read_table` can only read them as images to predict.
     Raises `GigamorphError` if the file cannot be written; a former one is kept.
     """
-    path = Path(path)
+    path = require_csv(path)
     folder = Path(os.path.abspath(path)).parent
     rows = [_row(record, classes, folder) for record in records]
     present = {name for row in rows for name, value in row.items() if value != ""}
@@ -144,6 +145,13 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
         odd = error.object[max(error.start - 40, 0) : error.end + 40].encode(errors="backslashreplace").decode().strip()
         raise DataError(f"{path}: cannot be written: {odd} is not in UTF-8; rename the file") from error
     return path
+
+
+def require_csv(path: str | Path) -> Path:
+    """The path of a table that is to be written; `DataError` if its name says that it is no csv."""
+    if str(path).lower().endswith((PARQUET, *EXCEL)):
+        raise DataError(f"{path}: would be a csv by another name; end it in .csv")
+    return Path(path)
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -15,7 +15,9 @@ import pytest
 from image_files import write_dicom
 
 from gigamorph.engine.datasets.check import check_images
+from gigamorph.engine.datasets.convert import names_of
 from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.datasets.kinds import kind_of_file
 from gigamorph.engine.datasets.tables import Record, detect, missing_masks, read_data_set, read_table, write_table
 from gigamorph.engine.datasets.tables.cells import escape, read_rows
 from gigamorph.engine.datasets.tables.files import Files
@@ -112,6 +114,8 @@ def table(folder: Path, labels: list[str], header: str = "label") -> Path:
         (["0", "1", "-1"], "label -1 is no class"),
         (["0", "1", "nan"], "label nan is no class"),
         (["benign", "malignant", "NaN"], "label NaN is no class"),
+        (["0", "1", "NA"], "label NA is no class"),
+        (["0.0", "None", "1.0"], "label None is no class"),
         (["0.5", "1.5"], "label 0.5 is no class"),
         (["inf", "1"], "label inf is no class"),
     ],
@@ -126,6 +130,7 @@ def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
     assert (read.classes, [record.label for record in read.records]) == (["0", "1"], [0, 1, 1])
     named = read_table(table(tmp_path, ["1_0", "2_0"]))
     assert named.classes == ["1_0", "2_0"]
+    assert read_table(table(tmp_path, ["none", "mass"])).classes == ["mass", "none"]
 
 
 @pytest.mark.parametrize(("labels", "name"), [(["1"] * 9, "1"), (["0"] * 9, "0"), (["benign"] * 9, "benign")])
@@ -360,6 +365,17 @@ def test_an_image_under_two_names_is_there_once(tmp_path):
         (tmp_path / "t.csv").write_text(f"image_path,label,patient_id\na.png,0,p\n{other},1,q\n")
         with pytest.raises(DataError, match=r"line 3: [ab].png is already in line 2; keep one of them"):
             read_table(tmp_path / "t.csv")
+
+
+def test_files_are_called_after_uids_and_as_makers_call_them(tmp_path: Path) -> None:
+    """As DCMTK's storescp writes them; what stands after the last dot of a UID is no suffix."""
+    names = ["1.2.840.55", "MG.1.2.840.10008.1", "MG.1.2.840.10008.2", "x.IMA", "y.dic"]
+    for name in names:
+        lookalikes.dicom(tmp_path / name, PatientID="P")
+    found = index_folder(tmp_path, workers=1).records
+    assert [record.path.name for record in found] == names
+    assert names_of(found) == [*names[:3], "x", "y"]
+    assert {kind_of_file(path) for path in (Path("x.dcm"), *map(Path, names))} == {"DICOM"}
 
 
 def test_formats_that_are_not_read_are_told(tmp_path, caplog):

@@ -7,12 +7,15 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import lookalikes
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
-from gigamorph.engine.datasets.tables.stream import stream_table
+from gigamorph.engine.datasets.tables.stream import TABLES, stream_table
 from gigamorph.engine.errors import DataError, GigamorphError
 
 HEADER = "image_path,label,patient_id,split\n"
@@ -76,6 +79,18 @@ def test_tables_that_excel_saved(folder: Path, encoding: str, first: str, packed
     table = read_table(path)
     assert [(r.label, r.patient_id) for r in table.records] == [(1, "Müller, A"), (0, "P2")]
     assert [record for _, record in stream_table(path, ["0", "1"], Counter())] == table.records
+
+
+def test_parquet_and_excel_say_what_csv_does(folder: Path) -> None:
+    """To those who train as to those who predict: the workflow has one table."""
+    header, rows = ["image_path", "label", "patient_id"], [("img/a.png", 1, 7), ("img/b.png", 0, 8)]
+    text = "\n".join(",".join(map(str, row)) for row in [header, *rows])
+    told = read_table(write(folder, text + "\n")).records
+    pq.write_table(pa.table(dict(zip(header, zip(*rows, strict=True), strict=True))), folder / "t.parquet")
+    lookalikes.sheet(folder / "t.xlsx", "Sheet", ",".join(header), rows)
+    for name in ("t.parquet", "t.xlsx"):
+        assert name.endswith(TABLES) and read_table(folder / name).records == told
+        assert [record for _, record in stream_table(folder / name, ["0", "1"], Counter())] == told
 
 
 def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
@@ -248,6 +263,11 @@ def test_columns_of_the_schema(folder: Path) -> None:
     assert record.extra == {}
 
 
+def test_densities_and_assessments_of_a_tables_own_are_kept(folder: Path) -> None:
+    path = write(folder, "image_path,label,patient_id,density,birads\nimg/a.png,0,P1,3.0,4.0\nimg/b.png,1,P2,fatty,V\n")
+    assert [(one.density, one.birads) for one in read_table(path).records] == [("C", "4"), ("fatty", "V")]
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
@@ -333,6 +353,8 @@ def test_table_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GigamorphError, match=r"file/t\.csv: the table cannot be written"):
         write_table(tmp_path / "file" / "t.csv", [], [])
+    with pytest.raises(DataError, match=r"t\.parquet: would be a csv by another name; end it in \.csv"):
+        write_table(tmp_path / "t.parquet", [], [])
 
 
 def test_a_table_that_does_not_fit_the_disk_leaves_the_former(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

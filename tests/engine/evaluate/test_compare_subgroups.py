@@ -10,6 +10,7 @@ from gigamorph.engine.evaluate import roc
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.compare import compare
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate
+from gigamorph.engine.evaluate.report import headline, write_report
 from gigamorph.engine.evaluate.subgroups import bands, subgroups
 
 
@@ -43,6 +44,16 @@ def test_comparison_pairs_by_name_and_tests_as_delong(cases):
     low, high = found["cancer"]["bootstrap"]
     assert low < expected.difference < high
     assert (low, high) == pytest.approx(expected.interval, abs=0.04)
+
+
+def test_a_comparison_tells_of_rows_that_are_in_one_prediction_only(cases, tmp_path):
+    """Its area is another than that of all rows."""
+    found = evaluate(cases, Settings(levels=("image",), resamples=20), other=cases.where(np.arange(100)))
+    told = "cancer, compared (the 100 images in both; 20 are in one only): AUC"
+    assert any(told in line for line in headline(found))
+    assert "cancer (the 100 images in both; 20 are in one only)" in write_report(tmp_path, cases, found).read_text()
+    both = evaluate(cases, Settings(levels=("image",), resamples=20), other=cases)
+    assert any("cancer, compared: AUC" in line for line in headline(both))
 
 
 def test_comparison_of_equal_rankings_says_why_it_has_no_p(cases):

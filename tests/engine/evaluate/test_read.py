@@ -129,6 +129,8 @@ def test_written_ranks_and_labels_are_read_back(tmp_path):
         ("image_path,label,p_0,p_1\na,1,-0.5,1.5\n", "below 0 or above 1"),
         ("image_path,label,p_0,p_1\na,2,0.5,0.5\n", "line 2: label '2' is none of the classes 0, 1"),
         ("image_path,label,p_1\na,2,0.5\n", "line 2: label '2' is neither 1 nor 0, nor empty"),
+        ("image_path,label,p_1\na,benign,0.5\n", "line 2: label 'benign' is neither .*classes have names, give each a"),
+        ("image_path,label,p_1\na,nan,0.5\n", "line 2: label 'nan' is neither 1 nor 0, nor empty"),
         ("image_path,label,p_0,p_1\n", "holds no predictions"),
     ],
 )

@@ -56,6 +56,8 @@ def test_lesionnet_ignores_the_grey_level_and_sees_a_pixel_wherever_it_lies():
 def test_unknown_model_names_the_choices():
     with pytest.raises(GigamorphError, match=r"'resnet19' is unknown; .*resnet18.*timm:NAME"):
         create_model("resnet19")
+    with pytest.raises(GigamorphError, match=r"; gigamorph import run/best\.ckpt --out FOLDER makes a folder"):
+        create_model("run/best.ckpt")  # of `gigamorph plan` and `bench`
 
 
 @pytest.mark.parametrize("spec", ["", ".", "/", ":", "?width=2"])

@@ -400,6 +400,17 @@ def test_the_study_of_a_header_is_the_exam(tmp_path):
     assert not any(row["header_exam"].startswith("1.") for row in kept)
 
 
+def test_a_header_without_a_patient_has_a_study(tmp_path):
+    """Its views are one exam and its patient; without a study they are nobody's."""
+    for number, elements in enumerate(2 * [{"StudyInstanceUID": "1.2", "PatientID": ""}] + [{}]):
+        lookalikes.dicom(tmp_path / "images" / f"{number}.dcm", ImageLaterality="R", **elements)
+    predict(archives.stub, [tmp_path / "images"], tmp_path / "out", HERE)
+    found = rows(tmp_path / "out" / "predictions.csv")
+    assert [(row["patient_id"], row["exam_id"]) for row in found[:2]] == 2 * [("P00001", "E00001")]
+    assert found[2]["patient_id"].endswith("2.dcm") and not found[2]["exam_id"]
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == 2
+
+
 def test_a_name_that_cannot_be_asked_for_costs_its_image_alone(table, tmp_path):
     given = tmp_path / "t.csv"
     given.write_text(f"image_path\n{'a' * 300}.npy\n{table.parent / '0000.npy'}\n")
@@ -585,11 +596,23 @@ def test_names_of_heat_maps_are_unique(tmp_path):
         assert [one.name for one in index.work(1, failed=False)] == ["x", "x-2", "x-2-2", "X-3"]
 
 
+def test_names_that_no_file_of_ours_could_have(tmp_path):
+    """A name of 255 bytes leaves no room for an ending, and SQLite takes UTF-8 alone."""
+    paths = [f"{251 * 'n'}.npy", f"{251 * 'n'}.dcm", f"{125 * 'ü'}.npy", "\udce9.npy"]
+    with Index(lambda row: row.key("m")) as index:
+        index.fill([Record(Path(path), -1, "p") for path in paths], ["0"], check_files=False)
+        index.name_files(lambda row: row.stem)
+        names = [200 * "n", f"{200 * 'n'}-2", 100 * "ü", "\\udce9"]
+        assert [one.name for one in index.work(1, failed=False)] == names
+
+
 def test_a_file_whose_name_is_not_in_utf_8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.npy")
     np.save(path, np.ones((8, 8), np.float32))
-    assert predict(archives.stub, [tmp_path], tmp_path / "o", HERE).done == 1
-    assert rows(tmp_path / "o" / "predictions.csv")[0]["image_path"].endswith("/\\udce9.npy")
+    for sources in ([tmp_path], [tmp_path, path]):
+        out = tmp_path / f"o{len(sources)}"
+        assert predict(archives.stub, sources, out, HERE).done == 1
+        assert rows(out / "predictions.csv")[0]["image_path"].endswith("/\\udce9.npy")
 
 
 def test_the_state_of_a_run_is_told(damaged, tmp_path):
