@@ -1,10 +1,12 @@
 """Batch normalisation in training, in pieces that work on parts of a map (tiles), so that a map need not fit in memory:
 
     normalize_act            y = act(z),   z = xhat * weight + bias + residual,   xhat = (x - mean) * rstd
-    normalize_act_gradients  dx = weight * rstd * dz,   dz = dy * act'(z),   dbias = sum dz,   dweight = sum dz * xhat
+    normalize_act_gradients  dx = weight * rstd * dz,   dz = (dy + plus) * act'(z),
+                             dbias = sum dz,   dweight = sum dz * xhat
 
 dx is that of constant statistics. Statistics are values of their own, whose gradients follow from dbias and dweight and
-are added by `moments_backward` (moments.py) once all tiles have given theirs.
+are added by `moments_backward` (moments.py) once all tiles have given theirs. `plus` is the gradient of a sum over the
+pixels of y (the mean that squeeze-and-excite takes): one number for each channel, of which no map is made.
 
 Where the pixels are all that the statistics are taken of, the gradient can be complete: `live_norm.py` makes dx then.
 
@@ -30,7 +32,7 @@ from .dtypes import sum_dtype
 from .live_norm import launch_live_norm, pulls
 from .partial_sums import add_parts
 from .pointwise import act_grad
-from .stream import Stream, dense, load, step_pixels, store, whole
+from .stream import Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, nhwc
 
@@ -73,6 +75,7 @@ def _normalize_act_gradients_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
+    plus_ptr,  # [C] or None: what dy lacks at each pixel
     sums_ptr,  # [programs, 2, C], C folded; of dz and of dz * xhat
     share,
     ACT: tl.constexpr,
@@ -86,13 +89,17 @@ def _normalize_act_gradients_kernel(
     BC: tl.constexpr = TILE.BC
     dbias = tl.zeros((BM, BC), TILE.ACC)
     dweight = tl.zeros((BM, BC), TILE.ACC)
+    plus = None if plus_ptr is None else channel(plus_ptr, c % share.period, C, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
         centred = load(x, p, c, keep, share, TILE) - mean
         # z as in the forward, so that both see the same sign.
         z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
-        d = load(dy, p, c, keep, share, TILE) * slope(z, ACT)
+        d = load(dy, p, c, keep, share, TILE)
+        if plus_ptr is not None:
+            d = tl.where(keep, d + plus, 0.0)
+        d *= slope(z, ACT)
         if dz.ptr is not None:
             store(dz, p, c, keep, d, share, TILE)
         dbias += d
@@ -269,6 +276,7 @@ def launch_normalize_act_gradients(
     act: str,
     dx: Tensor | None,
     dz: Tensor | None,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write dx = weight * rstd * dz and dz (the residual's gradient), if given; return the sums of dz and dz * xhat.
 
@@ -277,14 +285,15 @@ def launch_normalize_act_gradients(
         gate: what gives act's slope, of x's size: z, or y for ReLU and ReLU6. None: z is computed from x, which is
             right where no residual was added.
         dx, dz: windows of x's size; dx or dz may be dy.
+        plus: (C,), what each pixel of dy lacks: the gradient of a sum over the pixels of y.
     """
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
-    mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
+    mean, rstd, weight, bias, plus = dense(mean, rstd, weight, bias, plus)
     _normalize_act_gradients_kernel[s.grid](
-        *s.maps, mean, rstd, weight, bias, sums, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
+        *s.maps, mean, rstd, weight, bias, plus, sums, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
     )
     return add_parts(sums, s.folds)
 
@@ -305,6 +314,7 @@ def normalize_act_gradients(
     act: str,
     keep_dz: bool,
     together: int = 0,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz (empty unless `keep_dz`), dbias and dweight.
 
@@ -313,25 +323,29 @@ def normalize_act_gradients(
         together: 0 takes the statistics as constants, in one pass. Else x is all that they were taken of, and dx has
             what it does to them, in two passes; so many neighbouring channels share them, more than one only of one
             image.
+        plus: (C,), what each pixel of dy lacks, or None.
     """
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dx, dz = _gradients(dy, x, keep_dz)
         given, kept = (x, mean, rstd, weight, bias), dz if keep_dz else None
-        sums = launch_normalize_act_gradients(dy, *given, gate, act, None if together else dx, kept)
-        if together:
-            slope_of = (gate, act) if kept is None else (None, "none")  # dz, where it is written, has it
-            launch_live_norm(dy if kept is None else kept, *given, *slope_of, sums, together, dx)
+        sums = launch_normalize_act_gradients(dy, *given, gate, act, None if together else dx, kept, plus)
+        if together and kept is not None:  # dz has the slope, and what dy lacks
+            launch_live_norm(kept, *given, None, "none", sums, together, dx)
+        elif together:
+            launch_live_norm(dy, *given, gate, act, sums, together, dx, plus)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        inner = _widest(dy, x, gate) if together < 2 else wide  # 16-bit statistics would not do
-        z, taken = gate, x.to(inner)
+        inner = _widest(dy, x, gate, plus) if together < 2 else wide  # 16-bit statistics would not do
+        z, taken, grad = gate, x.to(inner), dy.to(inner)
+        if plus is not None:
+            grad = grad + plus.to(inner).reshape(-1, 1, 1)
         if z is None and act != "none":
             z = _normalize_stock(taken, mean, rstd, weight, bias)
-        dz = dy.to(inner) if z is None else act_grad(dy.to(inner), z.to(inner), act)
+        dz = grad if z is None else act_grad(grad, z.to(inner), act)
         scale = torch.ones_like(mean) if weight is None else weight
         if together > 1:
             groups = (t[None, ::together].to(inner).contiguous() for t in (mean, rstd))
@@ -356,12 +370,13 @@ def normalize_act_gradients(
         kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
         return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
 
-    settings = (weight is None, bias is None, gate is None, act, keep_dz, min(together, 2), *_others(x, dy, gate))
+    given = (weight is None, bias is None, gate is None, plus is None)
+    settings = (*given, act, keep_dz, min(together, 2), *_others(x, dy, gate))
     return run_fastest("normalize_act_gradients", x, settings, ours, stock) if x.numel() else ours()
 
 
 @normalize_act_gradients.register_fake
-def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together=0):
+def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together=0, plus=None):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
     return *_gradients(dy, x, keep_dz), dbias, dweight
 

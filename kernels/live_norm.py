@@ -34,6 +34,7 @@ def _live_norm_kernel(
     bias_ptr,  # [C] or None
     a_ptr,  # [C], a of each channel's group; dbias where a channel is a group
     b_ptr,  # [C], b; dweight
+    plus_ptr,  # [C] or None: what dy lacks at each pixel
     count,
     share,
     GROUPS: tl.constexpr,  # whether channels share statistics
@@ -48,12 +49,16 @@ def _live_norm_kernel(
     pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight of a channel by itself
     shift = pull * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     tilt = rstd * pull * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    plus = None if plus_ptr is None else channel(plus_ptr, at, C, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
         centred = load(x, p, c, keep, share, TILE) - mean
         z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
-        d = load(dy, p, c, keep, share, TILE) * slope(z, ACT)
+        d = load(dy, p, c, keep, share, TILE)
+        if plus_ptr is not None:
+            d += plus
+        d *= slope(z, ACT)
         store(dx, p, c, keep, scale * d - shift - centred * tilt, share, TILE)
 
 
@@ -69,6 +74,7 @@ def launch_live_norm(
     sums: tuple[Tensor, Tensor],
     together: int,
     dx: Tensor,
+    plus: Tensor | None = None,
 ) -> None:
     """Write dx, given `sums`, dbias and dweight; `together` channels share statistics.
 
@@ -77,7 +83,7 @@ def launch_live_norm(
     if x.numel():
         s = Stream("normalize_act_gradients", MOST_BLOCK_CHANNELS, x, dy, gate, dx, fold=True)
         a, b = pulls(sums, weight, together) if together > 1 else sums
-        vectors, count = dense(mean, rstd, weight, bias, a, b), s.pixels * together
+        vectors, count = dense(mean, rstd, weight, bias, a, b, plus), s.pixels * together
         _live_norm_kernel[s.grid](
             *s.maps, *vectors, count, s.share, GROUPS=together > 1, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )

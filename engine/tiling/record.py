@@ -264,13 +264,21 @@ class Recorded:
             elif consumer.is_sum:
                 (grad,) = consumer.grads
                 assert grad is not None
-                spread = grad.to(block.dtype).expand_as(block)
-                total = spread if total is None else total + spread
+                total = self._with_sum(value, block, total, grad)
             else:
                 valued = not self.tile.second_pass or value not in self.tile.tiled.unvalued
                 x = block if valued else self._own(value, self.stored[value])
                 total = consumer.accumulator.pull(x, consumer.grads, total, self._rect(value))
         return total
+
+    def _with_sum(self, value: int, block: Tensor, total: Tensor | None, grad: Tensor) -> Tensor:
+        """A block's gradient with that of a sum over its pixels, where the op that made the block does not add that."""
+        lacking = None if value in self.tile.tiled.gathered else self.tile.lacking.get(value)
+        if total is not None and lacking is not None and grad.shape == (1, block.shape[1], 1, 1):
+            lacking.append(grad.flatten())
+            return total
+        spread = grad.to(block.dtype).expand_as(block)
+        return spread if total is None else total + spread
 
     def _own(self, value: int, stored: Tensor) -> Tensor:
         """The tile's part of a stored map or of its gradient, on the device."""

@@ -107,6 +107,7 @@ class Tile:
         self.shares: dict[int, tuple[Tensor, ...]] = {}
         self.returned: Returned | None = None
         self._parts: dict[int, list[tuple[Rect, Tensor]]] = {}  # of gathered maps: gradients of parts of their blocks
+        self.lacking: dict[int, list[Tensor]] = {}  # of blocks whose op adds that: see `Block.lacking`
         self._hands_on: dict[int, list[tuple[str, Rect, Rect]]] = {}
         self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
 
@@ -195,7 +196,10 @@ class Tile:
         parts = None
         if local.gathers is not None and self.saved is not None:
             parts = self._parts[local.gathers.value] = []
-        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts, self.whole))
+        lacking = None
+        if local.adds and self.saved is not None:
+            lacking = self.lacking[output] = []
+        result = run(env, Block(rows, cols, pad, self.sum_of, margin, shares, parts, self.whole, lacking))
         if margin != (0, 0):
             self._margins[output] = margin
         for value in windows:

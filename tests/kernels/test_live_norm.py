@@ -104,6 +104,22 @@ def test_the_reference_is_autograd_s(act, together):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["triton", "stock"])
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("together", [0, 1, 3])
+def test_what_the_gradient_lacks(mode, act, together):
+    """That of a sum over y's pixels, which is added as the gradient is read."""
+    generator = torch.Generator().manual_seed(7)
+    dy, x = (random_map(1, 9, 5, 4, torch.float64, generator) for _ in range(2))
+    weight, bias, plus = torch.rand(3, 9, generator=generator, dtype=torch.float64).to(DEVICE)
+    given = x, *statistics(x, together or 1), weight, bias, None, act, False, together
+    with choice.override(mode):
+        found = normalize_act_gradients(dy, *given, plus)
+        expected = normalize_act_gradients(dy + plus.reshape(-1, 1, 1), *given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_order_of_programs():
     generator = torch.Generator().manual_seed(4)
     dy, x = (random_map(1, 20, 9, 7, torch.bfloat16, generator) for _ in range(2))
@@ -117,6 +133,7 @@ def test_opcheck():
     mean, rstd = statistics(x)
     for keep in (True, False):
         torch.library.opcheck(normalize_act_gradients, (dy, x, mean, rstd, None, None, x, "relu", keep, 1))
+    torch.library.opcheck(normalize_act_gradients, (dy, x, mean, rstd, None, None, None, "relu", False, 1, mean))
 
 
 def test_empty_map():

@@ -83,7 +83,7 @@ class FusedNormalize(torch.autograd.Function):
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         gate = y if residual is not None and spec.act != "none" and not spec.masked else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
-        ctx.spec, ctx.sum_of, ctx.whole = spec, block.sum_of, block.whole
+        ctx.spec, ctx.sum_of, ctx.whole, ctx.lacking = spec, block.sum_of, block.whole, block.lacking
         return y
 
     @staticmethod
@@ -92,7 +92,11 @@ class FusedNormalize(torch.autograd.Function):
         (dy,) = grads
         x, mean, rstd, factor, offset, gate = ctx.saved_tensors
         keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
-        dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz)
+        plus = None
+        if ctx.lacking:
+            plus = sum(ctx.lacking)
+            ctx.lacking.clear()
+        dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz, plus=plus)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
         return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
 
@@ -144,12 +148,12 @@ class FusedNormConv(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, *[None] * 10
 
 
-def _gradients(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """dx and dz; sums of dz and of dz * xhat are the gradients of offset and factor.
 
     What x does to its own statistics is in dx where all of it is here.
     """
-    dx, dz, *sums = normalize_act_gradients(*given, ctx.spec.together if ctx.whole else 0)
+    dx, dz, *sums = normalize_act_gradients(*given, ctx.spec.together if ctx.whole else 0, plus)
     values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
     return dx, dz
@@ -260,7 +264,8 @@ def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSp
         of_conv = (v for v in (conv.weight, conv.bias) if v is not None)
         name, inputs = "fused_norm_conv", (*reads, *spec.vectors, *of_conv)
     op = replace(norm.op, name=name, args=(), kwargs={}, inputs=inputs, outputs=last.op.outputs)
-    made = Local(op, reads, last.axes, run, leaves_room=True)
+    # The residual's gradient is y's own: it would lack what is added here.
+    made = Local(op, reads, last.axes, run, leaves_room=True, adds=residual is None)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
     stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made

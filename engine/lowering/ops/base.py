@@ -56,7 +56,8 @@ class Block:
     an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
     `parts`, for an op that gathers, takes gradients of parts of the gathered map in the backward, with their rectangles
     in the block: whoever reads a part gives it there, where autograd would want one of the whole block. `whole` says
-    that the blocks of this tile are the whole maps of all images that statistics are taken of.
+    that the blocks of this tile are the whole maps of all images that statistics are taken of. `lacking`, for an op
+    that can add it (`Local.adds`), takes what the gradient of its output lacks at each pixel, (C,): that of a sum.
     """
 
     rows: Span
@@ -67,6 +68,7 @@ class Block:
     shares: dict[int, tuple[Tensor, ...]] | None = None
     parts: list[tuple[Rect, Tensor]] | None = None
     whole: bool = False
+    lacking: list[Tensor] | None = None
 
 
 Env = Mapping[int, Tensor]
@@ -87,6 +89,7 @@ class Local:
     may be its output's own, which it has no more use for then.
     `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
     is then read as it is, where a part of it would cost its gradient a copy.
+    `adds` says that the backward adds what `Block.lacking` has to the gradient of the output.
     """
 
     op: Op
@@ -101,6 +104,7 @@ class Local:
     unvalued: Run | None = None
     gathers: Gather | None = None
     spares: bool = False
+    adds: bool = False
     anew: frozenset[int] = frozenset()
     passed: frozenset[int] = frozenset()
 

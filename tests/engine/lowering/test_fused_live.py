@@ -130,13 +130,50 @@ def test_one_tile_has_the_whole_gradient(fused_with_stock_ops: None, monkeypatch
     """What x does to its statistics takes a pass of its own where tiles share them, and where a map is not normed."""
     calls: list[str] = []
     backward, gradients = moments.moments_backward, fused_norm.normalize_act_gradients
-    complete = lambda *given: (calls.append("complete") if given[-1] else None) or gradients(*given)  # noqa: E731
+    complete = lambda *given: (calls.append("complete") if given[9] else None) or gradients(*given)  # noqa: E731
     monkeypatch.setattr(moments, "moments_backward", lambda *given: calls.append("moments") or backward(*given))
     monkeypatch.setattr(fused_norm, "normalize_act_gradients", complete)
     for tile, expected in ((8, {"moments"}), (100, {"complete"})):
         calls.clear()
         step(accelerate(build(), tile=tile), image(1, 1, 64, 64), image_gradient=False)
         assert set(calls) == expected
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excite behind a norm with an activation, and behind one whose sum and activation come after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.main = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8)) for _ in range(2))
+        self.last = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def gated(self, x: Tensor, number: int) -> Tensor:
+        return x * torch.sigmoid(self.gates[number](x.mean((2, 3))))[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gated(self.stem(x), 0)
+        x = F.relu(self.gated(self.main(x), 1) + x)
+        return self.last(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(("shape", "adds"), [((1, 1, 75, 58), 2), ((2, 1, 40, 50), 0)], ids=str)
+@pytest.mark.parametrize("tile", [24, 200])
+def test_gradients_of_means_are_added_where_they_are_read(
+    fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adds: int, tile: int
+) -> None:
+    """In each tile, of one image: a kernel takes one number for each channel."""
+    found: list[bool] = []
+    gradients = fused_norm.normalize_act_gradients
+    noted = lambda *given: found.append(given[10] is not None) or gradients(*given)  # noqa: E731
+    monkeypatch.setattr(fused_norm, "normalize_act_gradients", noted)
+    torch.manual_seed(0)
+    model = randomize(Gated()).double().train()
+    assert_exact(model, image(*shape), tile=(tile, tile))
+    found.clear()
+    step(accelerate(model, tile=200), image(*shape), image_gradient=False)
+    assert sum(found) == adds
 
 
 @pytest.mark.parametrize("tile", [24, 100])
