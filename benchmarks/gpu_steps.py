@@ -218,6 +218,8 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
             "planned_bytes": planned.peak_bytes,
             "retained": planned.retained,
             "replayed": planned.replayed,
+            "captured": planned.capture_bytes > 0,
+            "op_by_op": planned.op_by_op,
             "carries": planned.halos,
         }
     return row

@@ -260,7 +260,7 @@ class Estimate:
         copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
         replay = counted.peak + arena + copies if buffered else 0
         if self._alone and plan.halos == "device" and is_one_step(self.staged, stages):
-            most = limit if plan.budget is not None else int(MEMORY_SHARE * limit)
+            most = limit if plan.budget is not None else int(MEMORY_SHARE / constants.FREE_SHARE * limit)
             kept = retain(plan, room=None if room is None else min(room, int(most / MARGIN)))
             whole = captured(kept, stages, most)
             if whole is not None:
