@@ -197,8 +197,8 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, di
     rows = [dict(zip(header, row.values(), strict=True)) for row in table.rows]
     for place, row in zip(table.places, rows, strict=True):
         for name in needed:
-            if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or leave the row out")
+            if not row[name] or (name == "patient_id" and _filled(row, name) is None):
+                raise DataError(f"{path}, {place}: {name} is {row[name] or 'empty'}; fill it in, or leave the row out")
         if labels:
             row["label"] = whole(row["label"] if label is None else row[LABEL_PREFIX + label])
     return list(zip(table.places, rows, strict=True))
@@ -312,7 +312,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} is neither left nor right")
     folder = Path() if path.is_dir() else path.parent
-    patient = row.get("patient_id") or row["image_path"]
+    patient = _filled(row, "patient_id") or row["image_path"]
     return Record(
         path=_placed(folder, row["image_path"]),
         label=label,
@@ -324,7 +324,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         extra={
             name: value for name, value in row.items() if name not in _COLUMNS and not name.startswith(LABEL_PREFIX)
         },
-        exam_id=row.get("exam_id") or None,
+        exam_id=_filled(row, "exam_id"),
         density=_spelt(values.density, row.get("density", "")),
         birads=_spelt(values.birads, row.get("birads", "")),
         manufacturer=row.get("manufacturer") or None,
@@ -334,6 +334,12 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )
+
+
+def _filled(row: dict[str, str], column: str) -> str | None:
+    """What a row says in a column; nothing where programs wrote that nothing is known. NA may be someone's initials."""
+    text = row.get(column, "")
+    return None if text.lower() in ("", "nan", "#n/a", "null", "none") else text
 
 
 def _spelt(spelling: Callable[[str], str | None], text: str) -> str | None:

@@ -125,6 +125,22 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: 
         read_table(table(tmp_path, labels))
 
 
+def test_patients_that_nobody_knows_are_not_one(tmp_path: Path) -> None:
+    """`str(nan)` in each row would be one patient: it is refused to train, as an empty cell is."""
+    path = tmp_path / "table.csv"
+    names = ["nan", "NaN", "None", "NULL", "#N/A", "", "NA", "NA"]
+    rows = [f"{n}.png,{n % 2},{name},{name}" for n, name in enumerate(names)]
+    for n in range(len(names)):
+        (tmp_path / f"{n}.png").touch()
+    path.write_text("\n".join(["image_path,label,patient_id,exam_id", *rows]))
+    with pytest.raises(DataError, match="line 2: patient_id is nan; fill it in"):
+        read_table(path)
+    records = read_table(path, labels=False).records
+    assert [record.patient_known for record in records] == [False] * 6 + [True] * 2
+    assert len({record.patient_id for record in records}) == 7
+    assert [record.exam_id for record in records] == [None] * 6 + ["NA"] * 2
+
+
 def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
     read = read_table(table(tmp_path, ["0.0", "1.0", "1"]))
     assert (read.classes, [record.label for record in read.records]) == (["0", "1"], [0, 1, 1])
