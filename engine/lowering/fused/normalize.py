@@ -16,7 +16,7 @@ read the result, it is written as they will have it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class FusedNormalize(torch.autograd.Function):
         keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
         plus = None
         if ctx.lacking:
-            plus = sum(ctx.lacking)
+            plus = reduce(torch.add, ctx.lacking)
             ctx.lacking.clear()
         dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz, plus=plus)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
