@@ -98,7 +98,7 @@ def _normalize_act_gradients_kernel(
         z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
         d = load(dy, p, c, keep, share, TILE)
         if plus_ptr is not None:
-            d = tl.where(keep, d + plus, 0.0)
+            d += tl.where(keep, plus, 0.0)
         d *= slope(z, ACT)
         if dz.ptr is not None:
             store(dz, p, c, keep, d, share, TILE)
