@@ -28,7 +28,7 @@ from .conv2d_kernels import Product, Steps
 from .conv2d_wgrad_kernels import add_splits_kernel, wgrad_descriptor_kernel, wgrad_pointer_kernel
 from .dtypes import sum_dtype
 from .stream import as_map
-from .tuning import Config, programs_at_once, register_limit, split_count, splits_blocks, wgrad_config
+from .tuning import Config, capability, programs_at_once, register_limit, split_count, splits_blocks, wgrad_config
 from .windows import (
     ConvGeometry,
     as_one_row,
@@ -93,8 +93,8 @@ def launch(
         "P": Product.of((r, s), config, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        # Left alone, ptxas spills a few addresses of wide elements so that one more program fits.
-        **register_limit(x.device, 255 if x.element_size() > 2 else None),
+        # Left alone, ptxas spills a few addresses, of wide elements or on sm_100, so that one more program fits.
+        **register_limit(x.device, 255 if x.element_size() > 2 or capability(x.device) >= 100 else None),
     }
     run = _by_descriptors if config.form == "descriptor" else _by_pointers
     run(_Work(dw if part is None else part, shifts, x, dy, gate, geometry, config, cut, depth, options))
