@@ -10,13 +10,14 @@ import torch
 
 from ..capture.program import refs
 from ..capture.trace import Op
-from ..cuda_graphs import buffers, one_step
+from ..cuda_graphs import buffers
+from ..cuda_graphs.one_step import is_one_step
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.between import brought
-from ..planning.captured import graph_bytes
+from ..planning.captured import keeps_graphs
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
@@ -193,20 +194,19 @@ class Prepared:
         if executor is None or any(step.failed for step in self.steps):
             return None
         if not self.steps:
-            budget, needed = self.plan.budget, self.plan.parts_bytes
-            free = available_bytes(device)
-            room = MEMORY_SHARE * free if budget is None else min(free, budget)
-            room /= one_step.MARGIN
-            if needed > room:
+            budget, free = self.plan.budget, available_bytes(device)
+            retained = keeps_graphs(
+                self.plan, self.stages, MEMORY_SHARE * free if budget is None else min(free, budget)
+            )
+            if retained is None:
                 return None
-            retained = self.plan.training and needed + graph_bytes(self.stages, self.plan) <= room
             self.steps.append(whole_step.WholeStep(executor, retained))
         return self.steps[0]
 
     @cached_property
     def _may_be_one_step(self) -> bool:
         alone = self.shard is None and self.plan.halos == "device"
-        return alone and one_step.is_one_step(self.staged, self.stages)
+        return alone and is_one_step(self.staged, self.stages)
 
     def replay(self, number: int, device: torch.device) -> Replays | None:
         """The replays of the stage at a place among the steps, if the plan has room for them."""

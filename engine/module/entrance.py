@@ -48,10 +48,12 @@ def _uncompiled() -> Callable[..., Any]:
 def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if method.__name__ == "forward":
         _refuse_hooks_within_a_wrapper(net)
-    refuse_transforms(lambda: chain(_tensors((args, kwargs)), net.parameters(), net.buffers()))
-    _refuse_attributes((args, kwargs))
-    _refuse_kinds((args, kwargs))
-    image = next(_tensors((args, kwargs)), None)
+    given = list(_tensors((args, kwargs)))
+    refuse_transforms(lambda: chain(given, net.parameters(), net.buffers()))
+    for tensor in given:
+        _refuse_attributes(tensor)
+        _refuse_kind(tensor)
+    image = given[0] if given else None
     if image is not None and not image.numel() and method.__name__ == "forward":
         device = net._device()
         return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
@@ -73,28 +75,26 @@ def _refuse_hooks_within_a_wrapper(net: Any) -> None:
         )
 
 
-def _refuse_attributes(given: Any) -> None:
-    """Refuse tensors that carry further values as attributes (`x.scale = 2`), which a recording does not see."""
-    for tensor in _tensors(given):
-        own = [name for name in vars(tensor) if not name.startswith("_")]
-        if own:
-            raise GigamorphError(
-                f"a tensor among the arguments has an attribute '{own[0]}' of its own, which the tiles have not; give "
-                "that as an argument, and x.detach() or another view in the tensor's place"
-            )
+def _refuse_attributes(tensor: Tensor) -> None:
+    """Refuse a tensor that carries further values as attributes (`x.scale = 2`), which a recording does not see."""
+    own = [name for name in vars(tensor) if not name.startswith("_")]
+    if own:
+        raise GigamorphError(
+            f"a tensor among the arguments has an attribute '{own[0]}' of its own, which the tiles have not; give "
+            "that as an argument, and x.detach() or another view in the tensor's place"
+        )
 
 
-def _refuse_kinds(given: Any) -> None:
-    """Refuse tensors of a class whose ops give that class again (MONAI's MetaTensor); recordings see plain tensors."""
-    for tensor in _tensors(given):
-        if type(tensor) in (Tensor, Parameter) or is_fake(tensor):
-            continue
-        kind = type(tensor.detach().reshape(-1)[:0] * 1)
-        if kind is not Tensor:
-            raise GigamorphError(
-                f"a tensor among the arguments is a {type(tensor).__name__}, and stock PyTorch's result would be a "
-                f"{kind.__name__}, which tiles are not; give x.as_subclass(torch.Tensor) in its place"
-            )
+def _refuse_kind(tensor: Tensor) -> None:
+    """Refuse a tensor of a class whose ops give that class again (MONAI's MetaTensor); recordings see plain tensors."""
+    if type(tensor) in (Tensor, Parameter) or is_fake(tensor):
+        return
+    kind = type(tensor.detach().reshape(-1)[:0] * 1)
+    if kind is not Tensor:
+        raise GigamorphError(
+            f"a tensor among the arguments is a {type(tensor).__name__}, and stock PyTorch's result would be a "
+            f"{kind.__name__}, which tiles are not; give x.as_subclass(torch.Tensor) in its place"
+        )
 
 
 def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:

@@ -23,14 +23,17 @@ def graph_bytes(stages: Sequence[TiledStage], plan: Plan) -> int:
     return sum(made)
 
 
-def captured(plan: Plan, stages: Sequence[TiledStage], most: float) -> Plan | None:
-    """A plan with what capturing takes besides; None if the step would take more than `most` bytes.
+def keeps_graphs(plan: Plan, stages: Sequence[TiledStage], most: float) -> bool | None:
+    """Whether a captured step keeps the graphs of all tiles within `most` bytes; None if it does not fit without."""
+    if plan.training and MARGIN * (plan.parts_bytes + graph_bytes(stages, plan)) <= most:
+        return True
+    return False if MARGIN * plan.parts_bytes <= most else None
 
-    The graphs of all tiles are kept, if they fit too.
-    """
-    graphs = graph_bytes(stages, plan) if plan.training else 0
-    for kept in (graphs, 0):
-        needed = int(MARGIN * (plan.parts_bytes + kept))
-        if needed <= most:
-            return replace(plan, capture_bytes=needed - plan.parts_bytes)
-    return None
+
+def captured(plan: Plan, stages: Sequence[TiledStage], most: float) -> Plan | None:
+    """A plan with what capturing takes besides; None if the step would take more than `most` bytes."""
+    keeps = keeps_graphs(plan, stages, most)
+    if keeps is None:
+        return None
+    needed = plan.parts_bytes + (graph_bytes(stages, plan) if keeps else 0)
+    return replace(plan, capture_bytes=int(MARGIN * needed) - plan.parts_bytes)

@@ -282,8 +282,10 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
 
 
 _NAMED = 12  # classes that a message names
-_UNKNOWN = ("nan", "na", "n/a", "#n/a", "none", "null", "?")
-"""What R, Excel, Python and SQL write where nothing is known; among names it may be one."""
+_NOTHING = ("nan", "#n/a", "none", "null")
+"""What Python, Excel and SQL write where nothing is known."""
+_UNKNOWN = (*_NOTHING, "na", "n/a", "?")
+"""What R and people write besides; among names it may be one, and someone's initials."""
 
 
 def _pointed(label: str) -> str:
@@ -337,9 +339,9 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
 
 
 def _filled(row: dict[str, str], column: str) -> str | None:
-    """What a row says in a column; nothing where programs wrote that nothing is known. NA may be someone's initials."""
+    """What a row says in a column; nothing where programs wrote that nothing is known."""
     text = row.get(column, "")
-    return None if text.lower() in ("", "nan", "#n/a", "null", "none") else text
+    return text if text and text.lower() not in _NOTHING else None
 
 
 def _spelt(spelling: Callable[[str], str | None], text: str) -> str | None:
