@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
-from ..datasets.tables.cells import Rows, read_rows
+from ..datasets.tables.cells import Rows, no_number, read_rows
 from ..datasets.tables.generic import SPLIT_NAMES
 from ..datasets.tables.values import box_around, number
 from ..errors import DataError
@@ -367,7 +367,7 @@ def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:
     try:
         value = float(row[column])
     except ValueError as error:
-        raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is no number") from error
+        raise DataError(f"{rows.path}, {place}: {column} {no_number(row[column])}") from error
     if np.isnan(value):
         raise DataError(f"{rows.path}, {place}: {column} is not a number (NaN)")
     return value

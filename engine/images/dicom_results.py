@@ -53,6 +53,8 @@ def source_header(image: str | Path, advice: str) -> Dataset:
     for keyword in MAY_BE_EMPTY:
         if keyword not in header:
             setattr(header, keyword, "")
+    if "Modality" not in header:
+        header.Modality = "OT"  # highdicom compares that of its images, and writes its own
     for keyword in ("StudyDate", "SeriesDate", "PatientBirthDate"):
         # De-identified files have dates of zeros, which highdicom refuses; a date may be empty.
         if keyword in header and not _is_date(header[keyword].value):

@@ -12,7 +12,7 @@ import numpy as np
 from ..datasets.dataset import open_record
 from ..datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
 from ..datasets.tables import Finding, Record, read_table
-from ..datasets.tables.cells import Rows, read_rows
+from ..datasets.tables.cells import Rows, no_number, read_rows
 from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
@@ -277,4 +277,4 @@ def _number(rows: Rows, place: str, row: Mapping[str, str], column: str) -> floa
     try:
         return float(row[column])
     except ValueError as error:
-        raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is no number") from error
+        raise DataError(f"{rows.path}, {place}: {column} {no_number(row[column])}") from error

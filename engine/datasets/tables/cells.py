@@ -116,6 +116,13 @@ def _row(path: Path, unit: str, number: int, cells: Sequence[str], names: Sequen
     return {name: value for name, value in zip(names, values, strict=False) if name}
 
 
+def no_number(cell: str, remedy: str = "") -> str:
+    """What is wrong with a cell that is no number, and what to do: a decimal comma is told, else the `remedy`."""
+    point = cell.replace(",", ".")
+    told = f"write {point}" if is_number(point) else remedy
+    return f"{cell!r} is no number{told and '; '}{told}"
+
+
 def is_number(text: str) -> bool:
     """Whether a cell is a number as tables write them; Python's own reading takes 1_0 for 10."""
     return _NUMBER.fullmatch(text) is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import DataError
 from ...images.levels import White, parse_white
 from . import values
-from .cells import is_number, read_rows
+from .cells import is_number, no_number, read_rows
 from .folders import Unlisted, image_files, walk
 from .left_out import CONVERTED, is_left_out, made_by, tell_unread
 from .mask_names import masks_among, names_masks
@@ -368,9 +368,8 @@ def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:
         if name.startswith(LABEL_PREFIX) and cell and cell.lower() != "nan":
             number = values.number(cell)
             if number is None:
-                point = cell.replace(",", ".")
-                remedy = f"write {point}" if is_number(point) else "leave it empty where it is not known"
-                raise DataError(f"{path}, {place}: {name} {cell!r} is no number; {remedy}")
+                told = no_number(cell, "leave it empty where it is not known")
+                raise DataError(f"{path}, {place}: {name} {told}")
             found[name.removeprefix(LABEL_PREFIX)] = number
     return found
 
@@ -400,7 +399,8 @@ def _refuse_missing(path: Path, records: list[Record]) -> None:
     missing = missing_files(records)
     if missing:
         raise DataError(
-            f"{path}: {len(missing)} of {len(records)} images do not exist: {_few([str(p) for p in missing])}"
+            f"{path}: {len(missing)} of {len(records)} images do not exist: {_few([str(p) for p in missing])}; "
+            "put them there, or take them out"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...images.rawfile import one_line
 
 PARQUET = ".parquet"
 _BATCH = 4096
@@ -23,7 +24,7 @@ def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, s
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: is not a readable Parquet file ({' '.join(str(error).split())[:160]})") from error
+        raise DataError(f"{path}: is not a readable Parquet file ({one_line(error)})") from error
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         number = 0
@@ -34,8 +35,7 @@ def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, s
                         number += 1
                         yield f"row {number}", {name: _text(cell) for name, cell in cells.items()}
             except (OSError, pyarrow.ArrowException) as error:
-                said = " ".join(str(error).split())[:160]
-                raise DataError(f"{path}: is damaged after row {number} ({said}); write it again") from error
+                raise DataError(f"{path}: is damaged after row {number} ({one_line(error)}); write it again") from error
 
     return file.schema_arrow.names, rows()
 
