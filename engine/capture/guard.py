@@ -7,9 +7,10 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -116,6 +117,43 @@ class _Watched:
         return True
 
 
+_FORM = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
+
+
+class _Tensors:
+    """What a program depends on of its parameters, buffers and constants besides their values.
+
+    The form of each, and which of them are one and the same: ties may be cut, and made.
+    """
+
+    def __init__(self, values: Sequence[Any]):
+        self.types = list(map(type, values))
+        self.places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        # What is neither a tensor nor None has to be the same object.
+        self.others = [(p, v) for p, v in enumerate(values) if not isinstance(v, Tensor) and v is not None]
+        self.same, self.forms, self.strides = self._same(values), *self._forms(values)
+
+    def are_like(self, values: Sequence[Any]) -> bool:
+        return (
+            list(map(type, values)) == self.types
+            and self._same(values) == self.same
+            and all(values[place] is value for place, value in self.others)
+            and self._forms(values) == (self.forms, self.strides)
+        )
+
+    @staticmethod
+    def _same(values: Sequence[Any]) -> list[int]:
+        """For each the place of the last that is the same object."""
+        last = {key: place for place, key in enumerate(map(id, values))}
+        return list(map(last.__getitem__, map(id, values)))
+
+    def _forms(self, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        tensors = [values[place] for place in self.places]
+        forms = list(map(_FORM, tensors))
+        lying = (t for t, form in zip(tensors, forms, strict=True) if form[-1] is torch.strided)
+        return forms, list(map(Tensor.stride, lying))
+
+
 class Guard:
     """Whether a recording still says what the forward would do.
 
@@ -160,7 +198,7 @@ class Guard:
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()
         self._note()
-        self.about = self._about()
+        self.tensors = _Tensors(self._state())
         self.process = process_state()
 
     def _note(self) -> None:
@@ -169,11 +207,9 @@ class Guard:
         self.alive = list(chain.from_iterable(map(_values, self.fast)))
         self.ids = list(map(id, self.alive))
 
-    def _about(self) -> list[Any]:
-        """Of each parameter, buffer and constant, with the place of the first that is the same: ties may be cut."""
-        values = [*(value for space in self.named for value in space.values()), *self.constants]
-        first: dict[int, int] = {}
-        return [(_about(value), first.setdefault(id(value), place)) for place, value in enumerate(values)]
+    def _state(self) -> list[Any]:
+        """The parameters, buffers and constants as they are now."""
+        return [*chain.from_iterable(space.values() for space in self.named), *self.constants]
 
     def _of_classes(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(_values, self.classes))))
@@ -187,7 +223,7 @@ class Guard:
             or list(map(len, self.fast)) != self.sizes
             or list(chain.from_iterable(self.fast)) != self.keys
             or self._of_classes() != self.class_ids
-            or self._about() != self.about
+            or not self.tensors.are_like(self._state())
         ):
             return False
         if list(map(id, chain.from_iterable(map(_values, self.fast)))) != self.ids:

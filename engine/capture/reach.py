@@ -25,6 +25,8 @@ _OF_MAKING = frozenset("__init__ __new__ __init_subclass__ __set_name__ __post_i
 _BY_A_FUNCTION = frozenset("getattr vars eval exec attrgetter methodcaller".split())
 _BY_AN_ATTRIBUTE = frozenset("__dict__ __getattribute__ attrgetter methodcaller".split())
 
+_OF_GLOBALS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_FROM_DICT_OR_GLOBALS STORE_GLOBAL DELETE_GLOBAL".split())
+
 Reached = tuple[Any, ...]  # what the walk is to look at
 
 
@@ -34,6 +36,14 @@ def mentioned(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from mentioned(constant)
+
+
+def loaded(code: types.CodeType) -> Iterator[str]:
+    """Those of the mentioned names that are looked for among the globals of the function's file."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in _OF_GLOBALS)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from loaded(constant)
 
 
 def _strings(constant: Any) -> Iterator[str]:

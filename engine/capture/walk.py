@@ -33,7 +33,7 @@ from torch.jit._state import _try_get_jit_cached_function
 
 from . import holders
 from .holders import Holder
-from .reach import Reach, imported, mentioned
+from .reach import Reach, imported, loaded, mentioned
 
 _LIBRARIES = frozenset(
     "torch torchvision torchaudio torchmetrics timm triton numpy scipy lightning pytorch_lightning logging threading "
@@ -266,23 +266,34 @@ class _Walk:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.later(default, name)
         if not of_library(function):
-            names, space = list(dict.fromkeys(mentioned(function.__code__))), function.__globals__
+            code, space = function.__code__, function.__globals__
+            names = list(dict.fromkeys(mentioned(code)))
+            # A global is none of the forward's because an attribute has its name; `sys.modules[__name__].size` asks so.
+            asked = (
+                [*space] if "globals" in names else names if "__name__" in names else list(dict.fromkeys(loaded(code)))
+            )
             if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
                 self.found.ids[id(os.environ)] = os.environ
                 self._contents(holders.environment())
-            self._files([*space] if "globals" in names else names, space, set())
-            for file in imported(function):
-                if not _known(file):
-                    self._files(names, vars(file), set())
+            self._globals(asked, space)
+            files = [value for name in asked if isinstance(value := space.get(name), types.ModuleType)]
+            seen = set[int]()
+            for file in (*files, *imported(function)):
+                self._files(names, file, seen)
 
-    def _files(self, names: Sequence[str], space: dict[str, Any], seen: set[int]) -> None:
-        """Those of a file that code mentions, and of the files that it has imported."""
+    def _files(self, names: Sequence[str], file: types.ModuleType, seen: set[int]) -> None:
+        """What code that has got hold of a file may ask it for by these names, and the files that it has imported."""
+        space = vars(file)
+        if _known(file) or id(space) in seen:
+            return
         seen.add(id(space))
-        files = {key: space[key] for key in names if isinstance(space.get(key), types.ModuleType)}
-        for file in files.values():
-            if not _known(file) and id(vars(file)) not in seen:
-                self._files(names, vars(file), seen)
-        own = [key for key in names if key in space and key not in files]
+        for name in names:
+            if isinstance(other := space.get(name), types.ModuleType):
+                self._files(names, other, seen)
+        self._globals(names, space)
+
+    def _globals(self, names: Sequence[str], space: dict[str, Any]) -> None:
+        own = [key for key in names if key in space and not isinstance(space[key], types.ModuleType)]
         if own:
             self._contents(holders.file_names(own, space, f"the globals of {space.get('__name__', 'a file')}"))
 

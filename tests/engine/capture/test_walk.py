@@ -114,6 +114,60 @@ def test_iterators_of_installed_packages_are_no_networks_business(monkeypatch: p
     torch.testing.assert_close(accelerate(net, tile=8)(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
 
 
+script = types.ModuleType("a_script_with_a_network")
+exec(
+    """
+import sys
+import torch
+from torch import nn
+
+SIZE = 1.0
+
+class Net(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.head, self.how = nn.Conv2d(1, 2, 3), nn.Linear(2, 2), how
+
+    def forward(self, x):
+        y = self.head(self.conv(x.to(next(self.parameters()).dtype)).mean((2, 3)))
+        return self.how(y)
+
+def by_its_own_name(y):
+    return y * sys.modules[__name__].SIZE
+
+def by_an_import(y):
+    import a_script_with_a_network as own
+    return y * own.SIZE
+
+def as_a_global(y):
+    return y * SIZE
+""",
+    vars(script),
+)
+sys.modules.setdefault(script.__name__, script)
+
+
+def test_globals_that_are_called_as_attributes_of_the_forward_are_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a script beside its network: an iterator that is used up, counters, lists that grow."""
+    net = script.Net(nn.Identity()).double()
+    monkeypatch.setattr(script, "parameters", filter(None, net.parameters()), raising=False)
+    fast = accelerate(net, tile=8)
+    for number in range(3):
+        monkeypatch.setattr(script, "head", number, raising=False)
+        monkeypatch.setattr(script, "mean", [0.0] * number, raising=False)
+        torch.testing.assert_close(fast(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+    assert [len(known) for known in fast._programs.kept.values()] == [1]  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("name", ["by_its_own_name", "by_an_import", "as_a_global"])
+def test_globals_of_the_forwards_file_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = script.Net(vars(script)[name]).double()
+    fast = accelerate(net, tile=8)
+    for size in (1.0, 2.0):
+        monkeypatch.setattr(script, "SIZE", size)
+        torch.testing.assert_close(fast(IMAGE), net(IMAGE), rtol=1e-12, atol=1e-12)
+
+
 def test_numbers_of_the_systems_entropy_are_refused() -> None:
     net = Published(lambda _net, x: x * library.ENTROPY.random())
     with pytest.raises(UnsupportedError, match="system's entropy"):
