@@ -42,6 +42,8 @@ from .walk import imports_of_others, walk
 
 __all__ = ["Op", "Program", "Ref", "Value", "_name", "bind", "capture", "module_paths", "place", "refs"]
 
+_CACHED_SHAPES = 4_000  # entries of PyTorch's cache, of some 2 KB: a network of a new image size makes hundreds
+
 
 @contextlib.contextmanager
 def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
@@ -190,6 +192,8 @@ class _Recording:
             )
         self.generators = self.snapshot.found.generators
         self.random = random_state(self.generators)
+        if len(FakeTensorMode.cache) > _CACHED_SHAPES:  # PyTorch keeps what every op gave of every shape, for good
+            FakeTensorMode.cache_clear()
         fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.fake, self.values = fake, Values(model, fake, device)
         self.recorder = Recorder(self.values, self.snapshot, way)

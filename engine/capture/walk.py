@@ -269,9 +269,8 @@ class _Walk:
             code, space = function.__code__, function.__globals__
             names = list(dict.fromkeys(mentioned(code)))
             # A global is none of the forward's because an attribute has its name; `sys.modules[__name__].size` asks so.
-            asked = (
-                [*space] if "globals" in names else names if "__name__" in names else list(dict.fromkeys(loaded(code)))
-            )
+            here = names if "__name__" in names else list(dict.fromkeys(loaded(code)))
+            asked = [*space] if "globals" in names else here
             if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
                 self.found.ids[id(os.environ)] = os.environ
                 self._contents(holders.environment())

@@ -21,6 +21,7 @@ from ..planning.plan import Plan
 from ..planning.request import Request
 from ..planning.search import arrange
 from ..planning.together import arrange_together
+from ..tiling.memory import return_free_pages
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard, spatial_group
 from ..tiling.stage import TiledStage
@@ -119,6 +120,8 @@ class Programs:
             if _goes(ready, branches) and ready[0].staged.program.guard.holds():
                 known.insert(0, known.pop(place))
                 return ready
+        if key.device.type == "cpu":
+            return_free_pages()  # of the last step, which would stay there beside what records and plans take
         if key.training:
             refuse_backward_hooks(network)
         if check is not None:
