@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import MorphError
 from .copying import seen_in
@@ -38,6 +39,16 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _NoModules(ModuleTracker):
+    """All counts as one: PyTorch's own hooks cannot take a view of a parameter that is made without gradients."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class NetworkRuns:
     """One of the two networks, and what it returned.
 
@@ -60,6 +71,7 @@ class NetworkRuns:
     def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
         """All runs; `train` gives the inputs of train mode, from the seed and a batch, None: no such runs."""
         counter, norms = FlopCounterMode(display=False), _Norms()
+        counter.mod_tracker = _NoModules()
         devices = sorted({x.device.index or 0 for x in inputs.tensors if x.is_cuda})
         with torch.no_grad(), torch.random.fork_rng(devices), full_precision():
             for dtype in (torch.float32, torch.float64):

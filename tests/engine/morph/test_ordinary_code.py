@@ -289,6 +289,18 @@ def test_tokens_are_not_taken_for_channels() -> None:
         insert_residual(layer, torch.randn(2, 5, 16), "dropout1", norm=False)
 
 
+@pytest.mark.parametrize("shape", [(2, 8), (8, 2)])
+def test_a_view_of_a_parameter_is_given_to_a_module(shape: tuple[int, int]) -> None:
+    """Learned queries, through a layer of their own: without gradients such a view wants one and has no function."""
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        return net.b(F.relu(net.a(x))) * net.key(net.queries.view(*shape).reshape(2, 8)).mean(0)[:, None, None]
+
+    net = Net(middle, queries=matrix(2, 8), key=nn.Linear(8, 8))
+    child, report = insert_residual(net, X, "a")
+    assert compare(net, child, X).float64 < 1e-12 and report.flops[1] > report.flops[0]
+
+
 class Targets(nn.Module):
     """Wants targets while it is trained, as detectors do."""
 
