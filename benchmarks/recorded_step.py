@@ -105,7 +105,7 @@ def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tu
     return n * lines * run * filters * depth * taps, done
 
 
-class _Notes(simulate._Meter):
+class _Notes(simulate.Meter):
     """Notes our ops besides."""
 
     calls: list[Call]
@@ -168,7 +168,7 @@ def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: se
     calls: list[Call] = []
     notes = type("Notes", (_Notes,), {"calls": calls})
     with (
-        mock.patch.object(simulate, "_Meter", notes),
+        mock.patch.object(simulate, "Meter", notes),
         mock.patch.object(simulate, "heaviest_tile", lambda tiled: (i, j)),
     ):
         simulate.tile_peak(tiled.stage, tiled, training, wanted)

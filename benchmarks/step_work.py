@@ -41,7 +41,7 @@ from gigamorph.engine.tiling.stage import TiledStage
 WORST = 12
 
 
-class _Notes(simulate._Meter):
+class _Notes(simulate.Meter):
     """Notes each op that is no view: of ours the call, of all what they move."""
 
     calls: Counter[Call]
@@ -76,7 +76,7 @@ def record(model: nn.Module, shape: tuple[int, ...], side: int, chip: int) -> tu
                 found = {"calls": Counter(), "ops": Counter(), "moved": Counter()}
                 notes = type("Notes", (_Notes,), found)
                 with (
-                    mock.patch.object(simulate, "_Meter", notes),
+                    mock.patch.object(simulate, "Meter", notes),
                     mock.patch.object(simulate, "heaviest_tile", lambda tiled, at=(i, j): at),
                 ):
                     simulate.tile_peak(tiled.stage, tiled, True, wanted)

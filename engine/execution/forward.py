@@ -121,7 +121,7 @@ class Forward:
                 if found is None:
                     self.memory_limit = MemoryLimit(*given, gradients)
                 else:
-                    self.memory_limit = ArenaLimit(*given, predicted, found, gradients)
+                    self.memory_limit = ArenaLimit(*given, predicted, found, gradients, self.prepared.calls_backward)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

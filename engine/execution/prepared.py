@@ -17,6 +17,7 @@ from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..planning.between import brought
+from ..planning.calls import backward_bytes
 from ..planning.captured import keeps_graphs
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
@@ -147,6 +148,11 @@ class Prepared:
     def stage_maps(self) -> dict[int, int]:
         """The stored maps that nothing but stages reads, and how many stages do; none of an image that is split."""
         return self.staged.stage_maps() if self.shard is None else {}
+
+    @cached_property
+    def calls_backward(self) -> int:
+        """Bytes that the backward of a call between the stages takes; see `calls.backward_bytes`."""
+        return backward_bytes(self.staged, self.staged.wanted(False)) if self.plan.training else 0
 
     @cached_property
     def brought(self) -> frozenset[int]:

@@ -16,7 +16,7 @@ from ..lowering.stages import Stage, StagedProgram
 from ..tiling import stored_maps
 
 # What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what
-# these take but the places that they are told.
+# these take but the places that they are told (of `gather` all, whose gradient asks it for its size).
 LOOKS = frozenset("view unflatten permute transpose unsqueeze squeeze expand".split())
 COPIES = LOOKS - {"expand"} | {"__getitem__", "index_select", "gather", "reshape", "flatten", "contiguous", "cat"}
 

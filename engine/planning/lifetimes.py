@@ -15,6 +15,7 @@ from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram
 from .between import COPIES, LOOKS, brought, takes, value_bytes
+from .calls import Beside, beside
 
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
 
@@ -26,7 +27,7 @@ def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]
     # A part of a tensor that is told by numbers keeps all of it.
     copies = (
         isinstance(step, Op)
-        and step.name in COPIES
+        and step.name in COPIES - {"gather"}
         and not step.mutated
         and (step.name != "__getitem__" or len(step.inputs) > 1)
     )
@@ -156,7 +157,7 @@ def stored_peaks(staged: StagedProgram, training: bool, wanted: Container[int]) 
     if not any(stage.stored for stage in staged.stages):
         return 0, 0
     lives = _Lifetimes(staged, wanted)
-    here, away = (_peak(_times(staged, training, one)) for one in (lives, lives.elsewhere()))
+    here, away = (_peak(_times(staged, training, one, wanted)) for one in (lives, lives.elsewhere()))
     return here, away
 
 
@@ -182,18 +183,33 @@ def stored_times(staged: StagedProgram, training: bool, wanted: Container[int]) 
     if not any(stage.stored for stage in staged.stages):
         return []
     lives = _Lifetimes(staged, wanted)
-    return _times(staged, training, lives if staged.place == "device" else lives.elsewhere())
+    return _times(staged, training, lives if staged.place == "device" else lives.elsewhere(), wanted)
 
 
-def _times(staged: StagedProgram, training: bool, lives: _Lifetimes) -> list[tuple[int, int]]:
+def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Container[int]) -> list[tuple[int, int]]:
     steps = staged.steps
     fetched = set(lives.made.tolist()) if any(stage.offsets for stage in staged.stages) else set[int]()
     fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
     times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
-    found = list(zip(times, lives.forward(times, training), strict=True))
+    values = staged.program.values
+    calls = {n: beside(step, values, training, wanted) for n, step in enumerate(steps) if isinstance(step, Op)}
+    calls = {n: one for n, one in calls.items() if one != Beside()}
+    times = sorted({*times, *calls})
+
+    def kept(now: int, part: range | None = None) -> int:
+        """What calls keep for their backward, those of segments while that is computed again."""
+        within = {n: next((p for p in staged.segments if n in p), None) for n in calls}
+        return sum(one.kept for n, one in calls.items() if n < now and within[n] in (None, part))
+
+    found = [
+        (n, held + kept(n) + (calls[n].forward + calls[n].kept if n in calls else 0))
+        for n, held in zip(times, lives.forward(times, training), strict=True)
+    ]
     if training:
         # A call between stages keeps what it reads, and makes a gradient as large.
         backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
-        found += zip(backwards, lives.backward(backwards), strict=True)
-        found += [(part.stop - 1, lives.again(part)) for part in staged.segments]
+        for n, held in zip(backwards, lives.backward(backwards), strict=True):
+            part = next((p for p in staged.segments if n in p), None)
+            found.append((n, held + kept(n, part) + (calls[n].kept + calls[n].backward if n in calls else 0)))
+        found += [(part.stop - 1, lives.again(part) + kept(part.stop, part)) for part in staged.segments]
     return found

@@ -38,7 +38,7 @@ from .between import value_bytes
 from .meta_attention import AttentionOfTheCPU
 
 
-class _Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """Adds up the storages that come into being and subtracts them when they go."""
 
     def __init__(self) -> None:
@@ -98,9 +98,17 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
     casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
     with torch.autograd.set_detect_anomaly(False):  # it would look at values
         if values[stage.image].device.type == "cpu" and not casts:
-            with contextlib.suppress(RuntimeError), _on(torch.device("meta"), values), _OnMeta(), AttentionOfTheCPU():
+            with (
+                contextlib.suppress(RuntimeError),
+                on_devices(torch.device("meta"), values),
+                _OnMeta(),
+                AttentionOfTheCPU(),
+            ):
                 return _tile_peak(stage, tiled, training, wanted, autocast)
-        with _on(None, values), FakeTensorMode(allow_non_fake_inputs=True):  # rules may hold weights of their own
+        with (
+            on_devices(None, values),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):  # rules may hold weights of their own
             return _tile_peak(stage, tiled, training, wanted, autocast)
 
 
@@ -110,7 +118,7 @@ def is_here(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _on(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
+def on_devices(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
     """Values on another device for a while; None: those of a GPU that is not here are the CPU's, of as many bytes."""
     before = [value.device for value in values]
     for value in values:
@@ -183,7 +191,7 @@ def _tile_peak(
     entering = _entering(stage, tiled, i, j, scan.memory_format)
     if not training:
         tile = Tile(tiled, i, j, scan.read, vectors, entering, whole=whole)
-        with _Meter() as meter, torch.no_grad():
+        with Meter() as meter, torch.no_grad():
             meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
             run_tile(scan, tile, lambda *_: None)
         return meter.peak, 0
@@ -203,7 +211,7 @@ def _tile_peak(
     right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
     stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
     sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
-    with _Meter() as meter:
+    with Meter() as meter:
         meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, stored)
         meter.ignore(_stored_tensors(sources))
         recorded = Recorded(scan, kept, (i, j), entering, scan.read, consumers, stored=stored)
@@ -293,7 +301,7 @@ def stock_peak(
     try:
         with fake:
             image = torch.empty(shape, dtype=dtype, device=device)
-            with _Meter() as meter, torch.set_grad_enabled(training):
+            with Meter() as meter, torch.set_grad_enabled(training):
                 meter.ignore(twins, image)
                 output = torch.func.functional_call(model, twins, (image,))
                 if training:

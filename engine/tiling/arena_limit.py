@@ -26,6 +26,7 @@ class ArenaLimit(MemoryLimit):
         limit, held, left, work, page_pool, strict, gradients: as of any limit.
         predicted: bytes of the limit that the network's steps should do with.
         arena: of this process.
+        calls: bytes of the limit that autograd allocates between two passes, outside of the arena.
     """
 
     def __init__(
@@ -39,11 +40,16 @@ class ArenaLimit(MemoryLimit):
         predicted: int,
         arena: Arena,
         gradients: int = 0,
+        calls: int = 0,
     ):
         self.arena = arena
         super().__init__(limit, held, left, work, page_pool, strict, gradients)
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
-        self._gradients, self._after = held, 0  # bytes that come when a pass has ended, outside of the arena
+        self._calls, self._gradients, self._after = (
+            calls,
+            held,
+            0,
+        )  # bytes that come when a pass has ended, outside of the arena
         self._trimmed = False
         self._heed(resident_bytes())
 
@@ -96,4 +102,4 @@ class ArenaLimit(MemoryLimit):
         self._heed(resident_bytes())
         with super().watched():
             yield
-            self._heed(resident_bytes(), self._after)
+            self._heed(resident_bytes(), self._after + self._calls)

@@ -29,7 +29,7 @@ from gigamorph.engine.planning.libraries import cpu_libraries
 from gigamorph.engine.planning.request import Request
 from gigamorph.engine.planning.search import arrange
 from gigamorph.engine.planning.sides import sides_worth_trying
-from gigamorph.engine.planning.simulate import _Meter
+from gigamorph.engine.planning.simulate import Meter
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.engine.tiling.stage import TiledStage
 
@@ -61,7 +61,7 @@ def test_a_bias_for_each_pair_is_counted_once() -> None:
     net, image = net.double(), torch.randn(1, 1, SIDE, SIDE, dtype=torch.float64)
     fast = accelerate(net)
     fast(image)  # records
-    with _Meter() as meter:
+    with Meter() as meter:
         meter.ignore(image, *net.parameters(), *net.buffers())
         fast(image).sum().backward()
     made = plan(net, tuple(image.shape), dtype=torch.float64)

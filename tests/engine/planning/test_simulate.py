@@ -56,7 +56,7 @@ def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool, monkeyp
     for stage in staged.stages[:: max(1, len(staged.stages) // 3)]:
         tiled, values = TiledStage(stage, (48, 64)), stage.program.values
         with ExitStack() as stack:
-            stack.enter_context(simulate._on(None, values))
+            stack.enter_context(simulate.on_devices(None, values))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             fake = simulate._tile_peak(stage, tiled, training, wanted, Autocast.current(torch.device("cpu")))
         if name != "casts":  # which alone needs tensors that know their device

@@ -24,8 +24,9 @@ class Process:
     def trim(self) -> None:
         self.trims += 1
 
-    def limit(self, predicted: int = 500, strict: bool = True) -> ArenaLimit:
-        made = ArenaLimit(500, 300, 0, 100, PagePool(), strict, predicted, self)  # pyright: ignore[reportArgumentType]
+    def limit(self, predicted: int = 500, strict: bool = True, calls: int = 0) -> ArenaLimit:
+        given = 500, 300, 0, 100, PagePool(), strict, predicted, self
+        made = ArenaLimit(*given, calls=calls)  # pyright: ignore[reportArgumentType]
         self.rooms.clear()
         self.trims = 0
         return made
@@ -101,6 +102,15 @@ def test_there_is_room_for_the_gradients_that_come_after_a_backward(monkeypatch:
     with limit.watched():
         pass
     assert process.rooms == [80, 80, 80, -220] and process.spare == 0  # the step holds 300 bytes of weights
+
+
+def test_there_is_room_for_calls_that_autograd_differentiates_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch)
+    limit = process.limit(calls=150)
+    process.in_use, process.spare = 20, 100
+    with limit.watched():
+        assert process.rooms == [80]
+    assert process.rooms == [80, -70] and process.spare == 30
 
 
 @pytest.mark.parametrize(("predicted", "room"), [(400, 0), (490, 80)])

@@ -1,0 +1,147 @@
+"""What a call on whole maps takes beside what it reads and makes, as quantiles, sorts and FFTs do.
+
+It is run forward and backward on tensors without values, as tiles are. What its kernels allocate inside does not show
+there; of those that are known to it is written down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..capture.program import CustomFunction, Op, Ref, Value, call
+from ..lowering.stages import StagedProgram
+from .between import value_bytes
+from .simulate import Meter, on_devices
+
+LEAST_BYTES = 1 << 20  # of what a call reads; what smaller ones take counts for nothing
+_REMEMBERED = 4096
+
+# Bytes for each number of the input that kernels of the CPU allocate inside: copies of the values with their places.
+_INSIDE = {"kthvalue": 8, "median": 8, "nanmedian": 8, "topk": 16}
+_OF_ONE_ROW = frozenset({"topk"})  # they do so for one row at a time
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes of one call beside what it reads and makes.
+
+    Attributes:
+        forward: at most, while it is computed.
+        kept: between its forward and its backward.
+        backward: at most, while its gradients are computed, beside those and `kept`.
+    """
+
+    forward: int = 0
+    kept: int = 0
+    backward: int = 0
+
+
+_found: dict[Hashable, Beside] = {}
+
+
+def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+    """What a call takes; nothing for small ones, and for what cannot be computed without values.
+
+    Args:
+        wanted: the values that want a gradient.
+    """
+    read = max((value_bytes(values[v]) for v in op.inputs), default=0)
+    if read < LEAST_BYTES or isinstance(op.func, CustomFunction) or not _of_torch(op):
+        return Beside()
+    key = _key(op, values, training, wanted)
+    if key is None:
+        return _computed(op, values, training, wanted)
+    if key not in _found:
+        if len(_found) >= _REMEMBERED:
+            _found.clear()
+        _found[key] = _computed(op, values, training, wanted)
+    return _found[key]
+
+
+def backward_bytes(staged: StagedProgram, wanted: Container[int]) -> int:
+    """What autograd allocates, for one call between the stages: gradients of what it reads, and what it takes beside.
+
+    Of calls that take nothing beside, nothing: they give their gradient and are done.
+    """
+    values, most = staged.program.values, 0
+    for step in staged.steps:
+        if isinstance(step, Op) and (found := beside(step, values, True, wanted)) != Beside():
+            gradients = sum(value_bytes(values[v]) for v in step.inputs if v in wanted and values[v].takes_grad)
+            most = max(most, gradients + found.backward)
+    return most
+
+
+def _of_torch(op: Op) -> bool:
+    return (getattr(op.func, "__module__", None) or "torch").split(".")[0] in ("torch", "_VariableFunctions")
+
+
+def _key(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Hashable:
+    """What it depends on; None where an argument cannot be compared."""
+    leaves, form = tree_flatten((op.args, op.kwargs))
+    told: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Ref):
+            value = values[leaf.value]
+            told.append((value.shape, value.dtype, value.device, leaf.value in wanted))
+        elif isinstance(leaf, (Tensor, list, dict, set)) or callable(leaf):
+            return None
+        else:
+            told.append((type(leaf), leaf))
+    return op.func, tuple(told), str(form), op.mutated != (), training
+
+
+def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+    try:
+        with (
+            torch.autograd.set_detect_anomaly(False),
+            on_devices(None, values),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            return _run(op, values, training, wanted)
+    except Exception:  # its values matter, or it has no shapes; PyTorch has many ways to say so
+        return Beside()
+
+
+def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+    inputs = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=values[v].device) for v in op.inputs}
+    for v, tensor in inputs.items():
+        tensor.requires_grad_(training and v in wanted and values[v].takes_grad)
+    inside = _inside(op, values)
+    with Meter() as meter, torch.set_grad_enabled(training):
+        meter.ignore(inputs)
+        made = call(op, inputs)
+        own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
+        results = sum(size for key, size in own.items() if key not in {_key_of(t) for t in inputs.values()})
+        kept, forward = max(0, meter.alive - results), max(0, meter.peak - meter.alive)
+        roots = [t for t in made if t.requires_grad]
+        leaves = [t for t in inputs.values() if t.requires_grad]
+        if not roots or not leaves:
+            return Beside(max(forward, inside), kept)
+        grads = [torch.empty_like(t) for t in roots]
+        before = meter.peak = meter.alive
+        found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
+        gradients = sum(t.untyped_storage().nbytes() for t in tree_leaves(found) if isinstance(t, Tensor))
+        return Beside(max(forward, inside), kept, max(0, meter.peak - before - gradients))
+
+
+def _key_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _inside(op: Op, values: Sequence[Value]) -> int:
+    each = _INSIDE.get(op.name, 0)
+    value = values[op.inputs[0]]
+    if not each or value.device.type != "cpu":
+        return 0
+    if op.name in _OF_ONE_ROW:
+        dim = op.kwargs.get("dim", op.args[2] if len(op.args) > 2 else -1)
+        return each * value.shape[dim]
+    return (each + value.dtype.itemsize) * math.prod(value.shape)

@@ -1,0 +1,70 @@
+"""What calls on whole maps take beside what they read and make, against the tensors of such calls in stock PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigamorph import accelerate
+from gigamorph.engine.capture.program import Op
+from gigamorph.engine.planning.calls import Beside, beside
+from gigamorph.engine.planning.simulate import Meter
+
+SIDE = 256
+MAP = 8 * SIDE * SIDE * 4
+
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quantile": lambda y: y.flatten(2).quantile(0.9, dim=2),
+    "quantiles": lambda y: y.flatten(1).quantile(torch.tensor([0.1, 0.5]), dim=1).T,
+    "topk": lambda y: y.flatten(2).topk(50, 2)[0].mean(2),
+    "gather": lambda y: y.flatten(2).gather(2, y.mean(1).flatten(1).topk(5, 1)[1][:, None].expand(-1, 8, -1)).mean(2),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x))
+
+
+def calls_of(net: Any, side: int) -> tuple[Any, list[Beside]]:
+    """What was planned for an image, and what the calls between its stages take."""
+    net(torch.rand(1, 1, side, side)).sum().backward()
+    (prepared,) = net._programs
+    staged, wanted = prepared.staged, prepared.staged.wanted(False)
+    steps = (step for step in staged.steps if isinstance(step, Op))
+    return prepared, [beside(step, staged.program.values, True, wanted) for step in steps]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_as_many_bytes_as_in_stock(name: str) -> None:
+    """All that is there at the peak of the backward beside the map: its gradient, and what was not counted before."""
+    prepared, found = calls_of(accelerate(Net(HEADS[name])), SIDE)
+    y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
+    with Meter() as meter:
+        meter.ignore(y)
+        out = HEADS[name](y)
+        kept = meter.peak = meter.alive
+        out.sum().backward()
+    assert sum(one.kept for one in found) == pytest.approx(kept, abs=0.05 * MAP)
+    backward = max(one.backward for one in found)
+    assert kept + MAP + backward == pytest.approx(meter.peak, rel=0.05)
+    assert prepared.plan.stored_bytes >= MAP + meter.peak - 0.05 * MAP
+    assert prepared.calls_backward == MAP + backward
+
+
+def test_the_numbers_that_kernels_allocate_inside_are_those_of_the_largest_row() -> None:
+    _, found = calls_of(accelerate(Net(HEADS["topk"])), SIDE)
+    assert max(one.forward for one in found) == 16 * SIDE * SIDE
+
+
+def test_small_calls_count_for_nothing() -> None:
+    prepared, found = calls_of(accelerate(Net(HEADS["quantile"])), 32)
+    assert set(found) == {Beside()} and prepared.calls_backward == 0
