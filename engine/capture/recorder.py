@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -101,6 +101,8 @@ class Recorder(TorchFunctionMode):
             )
         if name == "__set__":
             return self._assigned(func, args)
+        if func == _GRAD and _looks_for_a_profiler():
+            return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
@@ -164,7 +166,7 @@ class Recorder(TorchFunctionMode):
 
     def _refuse(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """What cannot be done again in later calls."""
-        if name == "__get__" and func in (Tensor.grad.__get__,):  # pyright: ignore
+        if name == "__get__" and func == _GRAD:
             name = "grad"
         if name == "__get__" and func == _GRAD_FN and tensors and tensors[0].grad_fn is not None:
             name = "grad_fn"
@@ -389,7 +391,15 @@ _PROPERTIES = {
 
 
 _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
-_GRAD_FN = Tensor.grad_fn.__get__  # pyright: ignore
+_GRAD_FN, _GRAD = Tensor.grad_fn.__get__, Tensor.grad.__get__  # pyright: ignore
+
+
+def _looks_for_a_profiler() -> bool:
+    """Whether nobody's code reads an attribute, but PyTorch's profiler that notes a module whose call begins."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is nn.Module._wrapped_call_impl.__code__
 
 
 def _ints(args: Any) -> tuple[int, ...]:

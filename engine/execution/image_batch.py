@@ -64,6 +64,8 @@ class ImageBatch:
                     f"the image batch must be a tensor (N, C, H, W) of real numbers, not {x.dtype} of shape "
                     f"{tuple(x.shape)}{remedies.get(x.dim(), '')}"
                 )
+            if x.layout != torch.strided:
+                raise GigamorphError(f"the image batch is a tensor of layout {x.layout}; give x.to_dense()")
             pixels, image, dtype = ImageTensor(x), x, x.dtype
         else:
             pixels, image, dtype = x, None, parameter.dtype

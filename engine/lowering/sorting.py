@@ -8,6 +8,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 from ..capture.program import ancestors, given
 from ..capture.trace import Op, Program, Ref, place
@@ -243,6 +244,8 @@ class _Sorting:
                 kind = maps.program.values[maps.program.image].device.type
                 made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
         except UnsupportedError as refusal:
+            if isinstance(op.func, HigherOrderOperator):  # takes functions, which see no whole map either
+                raise _refuse(op, f"'{op.name}' takes functions of maps; write what they do in Python") from None
             if not self.whole:
                 raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
             made = Whole(op)

@@ -78,7 +78,9 @@ def _positions() -> Refusal:
 def getitem(op: Op, maps: Maps) -> Local | list[Node]:
     value = op.inputs[0]
     if value not in maps or any(v in maps for v in op.inputs[1:]):
-        raise Refusal("indexing with a tensor that depends on the image; use gather or torch.where")
+        raise Refusal(
+            "indexing with a tensor that depends on the image; use F.embedding(index, table), gather or torch.where"
+        )
     shape, axes = maps.shape(value), maps.axes[value]
     if op.name == "narrow":
         given = arguments(op, "input dim start length")

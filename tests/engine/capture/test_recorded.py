@@ -672,6 +672,11 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     ),
     "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
     "vmap": (lambda net, x: torch.vmap(lambda row: row * 2)(x), "torch.func"),
+    "a gradient of before": (lambda net, x: x if net.scale.grad is None else x * 2, "gradient inside the forward"),
+    "a branch for the compiler": (
+        lambda net, x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
+        "'cond' takes functions of maps; write what they do in Python$",
+    ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
     **{
         f"caught: {name}": (lambda net, x, call=call: x * _caught(call, x), told)
@@ -711,6 +716,14 @@ def _as_another_error(x: Tensor) -> None:
         float(x.sum())
     except Exception as error:
         raise ValueError("the image is empty") from error
+
+
+def test_a_profiler_with_stacks_may_look_on():
+    """It reads the gradients of each module that is called."""
+    stock, x = network(lambda net, x: x * net.scale), torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
+        fast = accelerate(stock, tile=8)(x)
+    torch.testing.assert_close(fast, stock(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", REFUSED)
