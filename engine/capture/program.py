@@ -93,6 +93,7 @@ class Program:
         apart: values that are handed out, but that what goes on with them does not read.
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
         reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
+        places: where the network has its parameters and buffers, from the first forward on; see `begin.py`.
     """
 
     image: int
@@ -112,6 +113,7 @@ class Program:
     stands_in: dict[int, int] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
     reached: dict[int, frozenset[int]] = field(default_factory=dict)
+    places: list[tuple[int, Any, str, str]] | None = None
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
@@ -143,6 +145,7 @@ class Program:
             same = False
         if same:
             self.effects, self.hooks, self.reads, self.guard = other.effects, other.hooks, other.reads, other.guard
+            self.places = None
             for value, new in zip(self.values, other.values, strict=False):
                 value.constant, value.find = new.constant, new.find
         return same

@@ -66,15 +66,24 @@ def begin(
 
 def _bind_state(network: nn.Module, program: Program) -> dict[int, Tensor]:
     """The parameters, buffers and constants of the program as they are now."""
-    state = dict(network.named_buffers(remove_duplicate=False))
-    state.update(network.named_parameters(remove_duplicate=False))
-    env = {}
+    if program.places is None:
+        program.places = _places(network, program)
+    env = {number: getattr(module, kind)[key] for number, module, kind, key in program.places}
     for number, value in enumerate(program.values):
-        if value.name is not None:
-            env[number] = state[value.name]
-        elif value.constant is not None:
+        if value.constant is not None and value.name is None:
             env[number] = value.constant if value.find is None else value.find()
     return env
+
+
+def _places(network: nn.Module, program: Program) -> list[tuple[int, nn.Module, str, str]]:
+    """The number of each parameter and buffer, and where it is; the guard sees to it that the modules stay the same."""
+    modules, found = dict(network.named_modules(remove_duplicate=False)), []
+    for number, value in enumerate(program.values):
+        if value.name is not None:
+            path, _, key = value.name.rpartition(".")
+            module = modules[path]
+            found.append((number, module, "_parameters" if key in module._parameters else "_buffers", key))
+    return found
 
 
 def _for_backward(tensor: Tensor) -> Tensor:
