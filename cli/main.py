@@ -72,7 +72,22 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         code = 141  # as of a process that SIGPIPE has ended
+    except OSError as error:
+        if error.filename is not None or not _output_is_lost():
+            raise
+        print(f"error: the output cannot be written: {error.strerror}; send it elsewhere", file=sys.stderr)
+        code = 2
     sys.exit(code)
+
+
+def _output_is_lost() -> bool:
+    """Whether standard output takes nothing more (a full disk, a terminal that is gone); if so, it goes nowhere."""
+    try:
+        print(flush=True)  # what was refused is forgotten: it takes something new to see
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return True
+    return False
 
 
 def _run(args: list[str] | None) -> int:

@@ -43,6 +43,8 @@ GPU_LIBRARIES, WGRAD_SPLITS = 96 * 2**20, 8
 COARSE = 3
 # Sides that a GPU is tried with after one that fits and runs op by op, for one whose tiles are captured.
 CAPTURED_SIDES = 4
+# Sides that are counted themselves where nothing fits, to say what is least.
+LEAST_SIDES = 3
 # A tile that takes up to so much too much by another one's figures is counted itself.
 NEARLY = 1.15
 # How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.

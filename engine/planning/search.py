@@ -214,8 +214,10 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
         found = min((estimate.plan(side, place, None, count_tile=False) for side in sides), key=lambda p: p.peak_bytes)
         if least is None or found.peak_bytes < least.peak_bytes:
             made = [estimate.plan(side, place, request.budget, exact=False) for side in reversed(sides)]
-            found = min(made, key=lambda plan: plan.peak_bytes)
-            found = estimate.plan(found.tile, place, request.budget)
+            made.sort(key=lambda plan: plan.peak_bytes)
+            # Which of them is least hangs on what was tried before: a tile goes by one of another side.
+            exact = [estimate.plan(one.tile, place, request.budget) for one in made[: constants.LEAST_SIDES]]
+            found = min(exact, key=lambda plan: plan.peak_bytes)
             least = found if least is None or found.peak_bytes < least.peak_bytes else least
     assert least is not None
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"

@@ -75,8 +75,18 @@ def require_both(parts: dict[str, list[Record]], target: Target) -> None:
         for name, column in zip(target.names, truth.T if len(truth) else np.empty((len(target.names), 0)), strict=True):
             values = np.unique(column[~np.isnan(column)])
             if len(values) < 2:
-                what = "has no images" if not len(values) else f"has only images with {name} = {values[0]:g}"
-                raise DataError(f"split {split} {what}; give it patients of both kinds, or leave the column split out")
+                what = _alike(target, name, values[0]) if len(values) else "no images"
+                raise DataError(
+                    f"split {split} has {what}; give it patients of both kinds, or leave the column split out where "
+                    "there are several of each"
+                )
+
+
+def _alike(target: Target, name: str, value: float) -> str:
+    """What is wrong with images of which an output has one value only."""
+    if target.kind == "labels":
+        return f"only images with {name} = {value:g}"
+    return f"{'only' if value else 'no'} images of class {name}"
 
 
 def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from ..datasets.tables import Finding, Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
+from ..images.rawfile import brief
 from ..train.data import Images
 from ..train.run import Run
 from ..versions import versions_of_results
@@ -56,10 +57,10 @@ class Recipe:
 
 
 def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
-    """Note in ``recipe.json`` what run this is, or check that it is the one to be resumed.
+    """Note in ``recipe.json`` what run this is, or check that it is the one to be resumed; if none is there, it begins.
 
     Raises:
-        GigamorphError: if the folder holds another run, or one that is not to be resumed, or none that could be.
+        GigamorphError: if the folder holds another run, or one that is not to be resumed.
     """
     path = run.out / "recipe.json"
     split = [["/".join(r.path.parts[-2:]), r.patient_id, r.label, r.split] for r in records]
@@ -73,17 +74,19 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
         "truth_sha256": hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest(),
     }
-    if not run.resume:
+    if not run.resume or not path.exists():
         if path.exists():
             raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+        if run.resume and (other := next(run.out.rglob("*.ckpt"), None)):
+            raise GigamorphError(
+                f"{other}: is there, but no recipe.json that says of which recipe; name another folder"
+            )
         run.group.wait()  # all have seen the folder as it was
         text = json.dumps({**note, "versions": versions_of_results()}, indent=1) + "\n"
         write_atomically(path, lambda p: p.write_text(text), "run's record")
         return
     try:
         stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise GigamorphError(f"{run.out}: holds no run of a recipe to resume; leave out --resume") from None
     except (OSError, ValueError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); name another folder") from error
     if stored.get("split_sha256") != note["split_sha256"]:
@@ -96,7 +99,14 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
             raise GigamorphError(f"{path}: was begun with {key} {stored.get(key)!r}, not {note[key]!r}; give the same")
     for key, value in note["config"].items():
         if stored["config"].get(key) != value:
-            raise GigamorphError(f"{path}: was begun with another {key} in its configuration; resume with the same")
+            told = (
+                f"was begun with {key} = {_short(stored['config'].get(key))} in its configuration, not {_short(value)}"
+            )
+            raise GigamorphError(f"{path}: {told}; resume with the same")
+
+
+def _short(value: Any) -> str:
+    return brief(json.dumps(value))
 
 
 def _told(finding: Finding) -> list[Any]:

@@ -143,6 +143,23 @@ def test_a_reader_that_has_enough(args, monkeypatch):
         pipe.close()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("args", [["--help"], ["plan", "--model", "lesionnet", "--size", "64x64"]])
+def test_an_output_that_takes_nothing(args, monkeypatch, capfd):
+    with open("/dev/full", "w") as full:
+        kept = os.dup(1)
+        os.dup2(full.fileno(), 1)
+        try:
+            with os.fdopen(os.dup(1), "w") as stdout:
+                monkeypatch.setattr(sys, "stdout", stdout)
+                assert run(*args) == 2
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+    error = capfd.readouterr().err
+    assert error == "error: the output cannot be written: No space left on device; send it elsewhere\n"
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert "0." in capsys.readouterr().out

@@ -93,13 +93,19 @@ def test_published_configuration_is_the_default(name):
 
 
 def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path):
-    with pytest.raises(GigamorphError, match="holds no run"):
-        begin(Run(tmp_path, resume=True), "toy", Config())
-    begin(Run(tmp_path, seed=1), "toy", Config())
+    """Where nothing has begun it begins, so that a job can always ask for it."""
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "last.ckpt").touch()
+    with pytest.raises(GigamorphError, match=r"last.ckpt: is there, but no recipe.json"):
+        begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
+    (tmp_path / "stage" / "last.ckpt").unlink()
+    begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
     begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
     with pytest.raises(GigamorphError, match="already holds a run"):
         begin(Run(tmp_path, seed=1), "toy", Config())
     with pytest.raises(GigamorphError, match="begun with seed 1, not 2"):
         begin(Run(tmp_path, seed=2, resume=True), "toy", Config())
-    with pytest.raises(GigamorphError, match="another rate"):
+    with pytest.raises(
+        GigamorphError, match=r"begun with rate = 0\.\d+ in its configuration, not 1\.0; resume with the same"
+    ):
         begin(Run(tmp_path, seed=1, resume=True), "toy", Config(rate=1.0))
