@@ -86,6 +86,8 @@ def _alike(target: Target, name: str, value: float) -> str:
     """What is wrong with images of which an output has one value only."""
     if target.kind == "labels":
         return f"only images with {name} = {value:g}"
+    if len(target.names) == 2 and not value:
+        name, value = next(other for other in target.names if other != name), 1
     return f"{'only' if value else 'no'} images of class {name}"
 
 

@@ -224,7 +224,7 @@ def test_bad_tables(tmp_path):
         with pytest.raises(DataError, match=told):
             train(write_table(tmp_path / name / "t.csv", records, read.classes), SMALL, Run(tmp_path / f"{name}o"))
     assert not any((tmp_path / f"{name}o").exists() for name in "aefgh")  # before any image was resized
-    with pytest.raises(DataError, match="split val has (only|no) images of class"):
+    with pytest.raises(DataError, match="split val has only images of class"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 0, 1]), SMALL, Run(tmp_path / "bo"))
     table = write(tmp_path / "c", [0, 1] * 4)
     table.write_text(table.read_text().replace("p5", "p1"))

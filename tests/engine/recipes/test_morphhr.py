@@ -276,9 +276,7 @@ def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path, nth):
 
 def test_bad_tables_and_settings(tmp_path):
     kinds = [0, 0, 0, 0, 1, 0, 1, 0]
-    with pytest.raises(
-        DataError, match="split train has (only|no) images of class [a-z]+; give it patients of both kinds"
-    ):
+    with pytest.raises(DataError, match="split train has only images of class no; give it patients of both kinds"):
         train(write(tmp_path / "a", kinds), SMALL, Run(tmp_path / "ao"))
     with pytest.raises(DataError, match="split val has only"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 1, 0]), SMALL, Run(tmp_path / "bo"))
