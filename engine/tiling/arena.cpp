@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -104,6 +105,21 @@ class Arena {
     const size_t first = (from + kPage - 1) / kPage, end = (from + bytes) / kPage;
     if (first >= end) return;
     in_use_ -= drop(first, end);
+  }
+
+  // Makes all bytes of a block zero; of the pages inside it those that the system gives when they are written to. They
+  // count as held, as those of any new block that nobody has written to do.
+  void zero_later(void* p, size_t bytes) {
+    if (!owns(p)) return;
+    char *const from = static_cast<char*>(p), *const to = from + bytes;
+    char* const first = start_ + (from - start_ + kPage - 1) / kPage * kPage;
+    char* const end = start_ + (to - start_) / kPage * kPage;
+    if (first >= end || madvise(first, end - first, MADV_DONTNEED) != 0) {
+      std::memset(from, 0, bytes);
+      return;
+    }
+    std::memset(from, 0, first - from);
+    std::memset(end, 0, to - end);
   }
 
   // Lets the process hold this many bytes more than it does, or has it hold that many less as far as they are free.
@@ -250,6 +266,7 @@ void arena_leave() { --inside; }
 void arena_room(int64_t bytes) { arena().room(bytes); }
 void arena_no_limit() { arena().no_limit(); }
 void arena_discard(void* p, size_t bytes) { arena().discard(p, bytes); }
+void arena_zero_later(void* p, size_t bytes) { arena().zero_later(p, bytes); }
 void arena_trim() { arena().trim(); }
 void arena_counts(size_t* out) { arena().counts(out); }
 void arena_reset_most() { arena().reset_most(); }

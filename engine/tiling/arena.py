@@ -64,13 +64,13 @@ class Arena:
         self._lib = lib = ctypes.PyDLL(str(library))  # its functions take less time than giving up the interpreter
         lib.arena_install.argtypes, lib.arena_install.restype = [ctypes.c_size_t], ctypes.c_bool
         lib.arena_room.argtypes = [ctypes.c_int64]
-        lib.arena_discard.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        lib.arena_discard.argtypes = lib.arena_zero_later.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._counted = (ctypes.c_size_t * 3)()
         if not lib.arena_install(addresses):
             raise OSError("this process does not get the addresses, or has another allocator")
         self.enter, self.leave = lib.arena_enter, lib.arena_leave
         self.no_limit, self.trim, self.reset_most = lib.arena_no_limit, lib.arena_trim, lib.arena_reset_most
-        self.room, self.discard = lib.arena_room, lib.arena_discard
+        self.room, self.discard, self.zero_later = lib.arena_room, lib.arena_discard, lib.arena_zero_later
 
     def counts(self) -> Counts:
         """What it holds now."""

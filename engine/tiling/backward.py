@@ -73,8 +73,9 @@ class BackwardPass:
         scan, maps = self.scan, self.scan.maps
 
         def make(value: int, source: Tensor) -> Tensor:
-            zero = value not in scan.overwritten
-            return new_map(source, None, maps.place_of(value), zero=zero, page_pool=scan.page_pool)
+            zero, limit = value not in scan.overwritten, scan.memory_limit
+            later = limit is not None and not limit.has_room(source.nbytes)
+            return new_map(source, None, maps.place_of(value), zero=zero, page_pool=scan.page_pool, later=later)
 
         found, made = {}, set(sources)
         for value, source in sources.items():

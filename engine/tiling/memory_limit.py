@@ -104,6 +104,10 @@ class MemoryLimit:
         """Bytes that this process holds and nobody uses, as far as that is known."""
         return self.page_pool.bytes
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may come at once."""
+        return not self.strict or resident_bytes() - self._spare() + size <= self.bytes
+
     def share(self, limit: int, work: int, strict: bool) -> None:
         """Hold a further forward to the same memory, whose backward comes together with those before it.
 

@@ -81,6 +81,10 @@ class ArenaPages:
     def __len__(self) -> int:
         return self._size
 
+    def zero_later(self) -> None:
+        """All of it is zero, and in memory once it is written to."""
+        self._owner.zero_later(self._start, self._size)
+
     def let_go(self, start: int, stop: int) -> None:
         """Give back the pages that lie wholly between two bytes."""
         self._owner.discard(self._start + start, stop - start)

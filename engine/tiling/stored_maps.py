@@ -37,6 +37,7 @@ def new_map(
     zero: bool = False,
     page_pool: PagePool | None = None,
     order: Sequence[int] | None = None,
+    later: bool = False,
 ) -> Tensor:
     """A tensor like `pattern` for a map that exists whole.
 
@@ -47,17 +48,25 @@ def new_map(
         zero: filled with zeros; without it with anything.
         page_pool: pages of maps that are gone, which it may take, and to which its own go one day.
         order: of its dimensions in memory, slowest first, if not that of `pattern`.
+        later: its zeros take memory row by row as they are written to, which costs time.
 
     Raises:
         GigamorphError: if the disk is full.
     """
     # Not as a view of the memory that it takes: as the network's output it may be changed in place.
     order = memory_order(pattern) if order is None else order
-    return _new_map(pattern, list(pattern.shape if shape is None else shape), place, zero, page_pool, order).data
+    shape = list(pattern.shape if shape is None else shape)
+    return _new_map(pattern, shape, place, zero, page_pool, order, later).data
 
 
 def _new_map(
-    pattern: Tensor, shape: list[int], place: str, zero: bool, page_pool: PagePool | None, order: Sequence[int]
+    pattern: Tensor,
+    shape: list[int],
+    place: str,
+    zero: bool,
+    page_pool: PagePool | None,
+    order: Sequence[int],
+    later: bool,
 ) -> Tensor:
     size = math.prod(shape) * pattern.element_size()
     here = pattern.device.type if place == "device" else "cpu"
@@ -74,6 +83,9 @@ def _new_map(
         pages, memory = (PagePool() if page_pool is None else page_pool).take(size)
     made = unpermute(torch.frombuffer(memory, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
     _PAGES[made.data_ptr()] = pages
+    if zero and later and isinstance(pages, ArenaPages):
+        pages.zero_later()
+        return made
     return made.zero_() if zero and not pages.clear else made
 
 

@@ -42,6 +42,7 @@ def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: 
         near.append(memory_limit.near)
     assert machine.trimmed == [1000, 1140, 1190, 1201]
     assert near == [False, True, True, True, True, True, True]
+    assert memory_limit.has_room(150) and not memory_limit.has_room(151)
 
 
 def test_a_ceiling_that_is_not_strict_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +50,7 @@ def test_a_ceiling_that_is_not_strict_leaves_the_heap(monkeypatch: pytest.Monkey
     memory_limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=False)
     machine.used = 5000
     memory_limit.keep()
-    assert not machine.trimmed and memory_limit.near
+    assert not machine.trimmed and memory_limit.near and memory_limit.has_room(1 << 40)
 
 
 def test_spare_pages_go_first_and_no_more_of_them_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
