@@ -193,6 +193,9 @@ def is_state(found: Any) -> bool:
     )
 
 
+_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of what torch.save and pickle write
+
+
 def load_inert(path: Path) -> Any:
     """What torch.save wrote, NumPy's arrays as tensors and its numbers as Python's; no code in it is run.
 
@@ -213,14 +216,15 @@ def load_inert(path: Path) -> Any:
             return as_tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         _refuse_pointer(path)
-        if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        if start in _BEGINNINGS:
             raise DataError(_untrusted(path)) from error
         raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
     except Exception as error:  # zip and torch have their own errors for a damaged file
         _refuse_pointer(path)
         if "torchscript" in str(error).lower():
             raise DataError(_untrusted(path, "a TorchScript module")) from error
-        raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
+        told = first_line(error) if start in _BEGINNINGS else "neither torch's nor a .safetensors"
+        raise DataError(f"{path}: not a readable weights file: {told}") from error
 
 
 def _refuse_pointer(path: Path) -> None:
