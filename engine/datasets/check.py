@@ -117,9 +117,21 @@ def check_images(
     if not any(problem.kind == "grey" for problem in problems):  # which tells files apart, too
         unlike = unlike_kinds(ImageDataset([r for r, f in good if not f.blank], channels=1, white=white))
         problems += [Problem(good[0][0].path, "written", text) for text in unlike]
-    problems += [Problem(r.path, "flag", ", ".join(f.info.flags)) for r, f in good if f.info and f.info.flags]
+    flags = [(record, ", ".join(_flags(record, fact.info))) for record, fact in good if fact.info]
+    problems += [Problem(record.path, "flag", text) for record, text in flags if text]
     order = {record.path: number for number, record in enumerate(records)}
     return sorted(problems, key=lambda problem: (order[problem.path], list(KINDS).index(problem.kind)))
+
+
+def _flags(record: Record, info: DicomInfo) -> list[str]:
+    """What is to be known of an image."""
+    which = "takes one of its frames where a column frame says which; all of them were looked at"
+    return [*info.flags, *([f"has {info.frames} frames: a run {which}"] if _are_frames(record, info) else [])]
+
+
+def _are_frames(record: Record, info: DicomInfo | None) -> bool:
+    """Whether a file has several images, and the table names none."""
+    return info is not None and record.frame is None and info.matrix is None and info.frames > 1
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ def _inspect(task: _Task) -> _Facts:
     path, frame = task.record.path, task.record.frame
     info = read_info(path) if is_dicom(path) else None
     frames: Iterable[int | None] = [frame]
-    if frame is None and info is not None and info.matrix is None and info.frames > 1:
+    if info is not None and _are_frames(task.record, info):
         frames = range(info.frames)
     # Grey values as stored, so that the choice of a window makes no difference.
     parts, source = [], None

@@ -311,6 +311,9 @@ def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / "copy.dcm")
     found = problems([Record(path, 0, "a"), Record(tmp_path / "copy.dcm", 0, "a")])
     assert [problem.kind for problem in found if problem.kind != "flag"] == ["duplicate"]
+    told = "has 4 frames: a run takes one of its frames where a column frame says which; all of them were looked at"
+    assert [told in problem.message for problem in found if problem.kind == "flag"] == [True, True]
+    assert not any("4 frames" in p.message for p in problems([Record(path, 0, "a", frame=1)]))
 
 
 def test_messages_name_no_patient(tmp_path: Path) -> None:
