@@ -50,6 +50,8 @@ _BOOKKEEPING = frozenset(
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+# Names by which code gets hold of its own file, or of functions' globals, as an object.
+_OWN_FILE = frozenset("__name__ __module__ __globals__ __import__ import_module getmodule".split())
 _ENVIRONMENT = frozenset({"environ", "getenv"})
 _ARRAY_BYTES = 2**20  # of an array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
@@ -269,7 +271,8 @@ class _Walk:
             code, space = function.__code__, function.__globals__
             names = list(dict.fromkeys(mentioned(code)))
             # A global is none of the forward's because an attribute has its name; `sys.modules[__name__].size` asks so.
-            here = names if "__name__" in names else list(dict.fromkeys(loaded(code)))
+            by_file = not _OWN_FILE.isdisjoint(names) or {"sys", "modules"} <= {*names}
+            here = names if by_file else list(dict.fromkeys(loaded(code)))
             asked = [*space] if "globals" in names else here
             if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
                 self.found.ids[id(os.environ)] = os.environ

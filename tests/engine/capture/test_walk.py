@@ -135,6 +135,12 @@ class Net(nn.Module):
 def by_its_own_name(y):
     return y * sys.modules[__name__].SIZE
 
+def by_the_file_of_a_class(y):
+    return y * sys.modules[Net.__module__].SIZE
+
+def by_a_function(y):
+    return y * sys.modules[by_an_import.__module__].SIZE
+
 def by_an_import(y):
     import a_script_with_a_network as own
     return y * own.SIZE
@@ -159,7 +165,7 @@ def test_globals_that_are_called_as_attributes_of_the_forward_are_not_its_own(mo
     assert [len(known) for known in fast._programs.kept.values()] == [1]  # pyright: ignore[reportPrivateUsage]
 
 
-@pytest.mark.parametrize("name", ["by_its_own_name", "by_an_import", "as_a_global"])
+@pytest.mark.parametrize("name", [name for name in vars(script) if name.startswith(("by_", "as_"))])
 def test_globals_of_the_forwards_file_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = script.Net(vars(script)[name]).double()
     fast = accelerate(net, tile=8)
