@@ -23,6 +23,7 @@ from .simulate import Meter, on_devices
 
 LEAST_BYTES = 1 << 20  # of what a call reads; what smaller ones take counts for nothing
 _REMEMBERED = 4096
+_PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
 
 # Bytes for each number of the input that kernels of the CPU allocate inside: copies of the values with their places.
 _INSIDE = {"kthvalue": 8, "median": 8, "nanmedian": 8, "topk": 16}
@@ -91,10 +92,12 @@ def _key(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
         if isinstance(leaf, Ref):
             value = values[leaf.value]
             told.append((value.shape, value.dtype, value.device, leaf.value in wanted))
-        elif isinstance(leaf, (Tensor, list, dict, set)) or callable(leaf):
-            return None
-        else:
+        elif isinstance(leaf, slice):  # of which Python 3.11 makes no hash
+            told.append((slice, leaf.start, leaf.stop, leaf.step))
+        elif isinstance(leaf, _PLAIN):
             told.append((type(leaf), leaf))
+        else:
+            return None
     return op.func, tuple(told), str(form), op.mutated != (), training
 
 

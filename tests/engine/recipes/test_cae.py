@@ -284,7 +284,7 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
         "stage 'joint', epoch 1, step .*: the loss is (nan|inf)", error=GigamorphError, config=replace(SMALL, lr=1e30)
     )
     assert (tmp_path / "bad" / "recipe.json").exists() and list((tmp_path / "bad" / "maps").rglob("*.npy"))
-    refused("another lr", error=GigamorphError, resume=True)
+    refused("was begun with lr = .* in its configuration, not 0.001", error=GigamorphError, resume=True)
 
 
 def test_unlabelled_pool(table, tmp_path):

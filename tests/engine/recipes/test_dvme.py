@@ -312,7 +312,7 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     wild = replace(SMALL, lr=1e30)
     refused("stage '(linear|dvme)', epoch .*: the (loss|gradient|score) is", error=GigamorphError, config=wild)
     assert list((tmp_path / "bad" / "embeddings").rglob("*.npy"))
-    refused("another lr", error=GigamorphError, resume=True)
+    refused("was begun with lr = .* in its configuration, not 0.001", error=GigamorphError, resume=True)
     missing = replace(SMALL, extractors=(ExtractorConfig("a", "resnet18", "none.pth"),))
     with pytest.raises(GigamorphError, match=r"weights 'none.pth': no such file; name another"):
         train(table, missing, Run(tmp_path / "other"))

@@ -265,6 +265,6 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     assert not (tmp_path / "bad").exists()
     refused("stage 'pairs', epoch .*: the (loss|gradient) is", error=GigamorphError, config=replace(SMALL, lr=1e30))
     assert list((tmp_path / "bad" / "patches").glob("*.npz"))
-    refused("another lr", error=GigamorphError, resume=True)
+    refused("was begun with lr = .* in its configuration, not 0.001", error=GigamorphError, resume=True)
     with pytest.raises(DataError, match="no patch has enough tissue"):
         train(table, replace(SMALL, tissue=1.0, patch=120), Run(tmp_path / "other"))
