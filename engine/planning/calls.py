@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..capture.program import CustomFunction, Op, Ref, Value, call
 from ..lowering.stages import StagedProgram
+from ..tiling.scan import Autocast
 from .between import value_bytes
 from .simulate import Meter, on_devices
 
@@ -98,7 +99,8 @@ def _key(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
             told.append((type(leaf), leaf))
         else:
             return None
-    return op.func, tuple(told), str(form), op.mutated != (), training
+    autocast = Autocast.current(values[op.inputs[0]].device)
+    return op.func, tuple(told), str(form), op.mutated != (), autocast, training
 
 
 def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
