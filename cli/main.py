@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
         code = _run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        _send_output_nowhere()
         code = 141  # as of a process that SIGPIPE has ended
     except OSError as error:
         if error.filename is not None or not _output_is_lost():
@@ -85,9 +85,14 @@ def _output_is_lost() -> bool:
     try:
         print(flush=True)  # what was refused is forgotten: it takes something new to see
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        _send_output_nowhere()
         return True
     return False
+
+
+def _send_output_nowhere() -> None:
+    """Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str] | None) -> int:

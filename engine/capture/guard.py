@@ -23,6 +23,7 @@ from .process import tracks
 from .state import Effect, Snapshot
 from .walk import Found
 
+_FORM = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.Size, torch.dtype, torch.device)
 
 
@@ -52,18 +53,11 @@ def process_state() -> tuple[Any, ...]:
     )
 
 
-def _about(thing: Any) -> Any:
-    """What a program depends on of a tensor besides its values."""
-    if isinstance(thing, Tensor):
-        lies = thing.stride() if thing.layout == torch.strided else None
-        return thing.shape, thing.dtype, thing.device, thing.requires_grad, type(thing), lies
-    return None if thing is None else (type(thing), id(thing))
-
-
 def signature(thing: Any) -> Any:
     """The form of a value that every call replaces: nested types, plain values, and tensors but for their values."""
     if isinstance(thing, Tensor):
-        return _about(thing)
+        lies = thing.stride() if thing.layout == torch.strided else None
+        return type(thing), _FORM(thing), lies
     if isinstance(thing, _PLAIN):
         return type(thing), thing
     if isinstance(thing, Mapping):
@@ -115,9 +109,6 @@ class _Watched:
             elif new is not old and not (type(new) is type(old) and isinstance(old, _PLAIN) and _equal(new, old)):
                 return False
         return True
-
-
-_FORM = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 
 
 class _Tensors:

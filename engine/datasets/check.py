@@ -129,9 +129,9 @@ def _flags(record: Record, info: DicomInfo) -> list[str]:
     return [*info.flags, *([f"has {info.frames} frames: a run {which}"] if _are_frames(record, info) else [])]
 
 
-def _are_frames(record: Record, info: DicomInfo | None) -> bool:
+def _are_frames(record: Record, info: DicomInfo) -> bool:
     """Whether a file has several images, and the table names none."""
-    return info is not None and record.frame is None and info.matrix is None and info.frames > 1
+    return record.frame is None and info.matrix is None and info.frames > 1
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
         meter.ignore(inputs)
         made = call(op, inputs)
         own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
-        results = sum(size for key, size in own.items() if key not in {_key_of(t) for t in inputs.values()})
+        read = {t.untyped_storage()._cdata for t in inputs.values()}
+        results = sum(size for key, size in own.items() if key not in read)
         kept, forward = max(0, meter.alive - results), max(0, meter.peak - meter.alive)
         roots = [t for t in made if t.requires_grad]
         leaves = [t for t in inputs.values() if t.requires_grad]
@@ -135,10 +136,6 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         gradients = sum(t.untyped_storage().nbytes() for t in tree_leaves(found) if isinstance(t, Tensor))
         return Beside(max(forward, inside), kept, max(0, meter.peak - before - gradients))
-
-
-def _key_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _inside(op: Op, values: Sequence[Value]) -> int:

@@ -17,6 +17,7 @@ from ..lowering.stages import Stage, StagedProgram
 from .between import COPIES, LOOKS, brought, takes, value_bytes
 from .calls import Beside, beside
 
+_KEEPS_PLACES = COPIES - {"gather"}  # of what these read autograd keeps nothing but places; see `between.COPIES`
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
 
 
@@ -27,7 +28,7 @@ def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]
     # A part of a tensor that is told by numbers keeps all of it.
     copies = (
         isinstance(step, Op)
-        and step.name in COPIES - {"gather"}
+        and step.name in _KEEPS_PLACES
         and not step.mutated
         and (step.name != "__getitem__" or len(step.inputs) > 1)
     )
@@ -195,11 +196,11 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
     calls = {n: beside(step, values, training, wanted) for n, step in enumerate(steps) if isinstance(step, Op)}
     calls = {n: one for n, one in calls.items() if one != Beside()}
     times = sorted({*times, *calls})
+    within = {n: part for part in staged.segments for n in part}
 
     def kept(now: int, part: range | None = None) -> int:
         """What calls keep for their backward, those of segments while that is computed again."""
-        within = {n: next((p for p in staged.segments if n in p), None) for n in calls}
-        return sum(one.kept for n, one in calls.items() if n < now and within[n] in (None, part))
+        return sum(one.kept for n, one in calls.items() if n < now and within.get(n) in (None, part))
 
     found = [
         (n, held + kept(n) + (calls[n].forward + calls[n].kept if n in calls else 0))
@@ -209,7 +210,6 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
         # A call between stages keeps what it reads, and makes a gradient as large.
         backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
         for n, held in zip(backwards, lives.backward(backwards), strict=True):
-            part = next((p for p in staged.segments if n in p), None)
-            found.append((n, held + kept(n, part) + (calls[n].kept + calls[n].backward if n in calls else 0)))
+            found.append((n, held + kept(n, within.get(n)) + (calls[n].kept + calls[n].backward if n in calls else 0)))
         found += [(part.stop - 1, lives.again(part) + kept(part.stop, part)) for part in staged.segments]
     return found

@@ -105,10 +105,8 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
                 AttentionOfTheCPU(),
             ):
                 return _tile_peak(stage, tiled, training, wanted, autocast)
-        with (
-            on_devices(None, values),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):  # rules may hold weights of their own
+        # Rules may hold weights of their own.
+        with on_devices(None, values), FakeTensorMode(allow_non_fake_inputs=True):
             return _tile_peak(stage, tiled, training, wanted, autocast)
 
 

@@ -74,9 +74,10 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
         "truth_sha256": hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest(),
     }
-    if not run.resume or not path.exists():
-        if path.exists():
-            raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+    there = path.exists()
+    if there and not run.resume:
+        raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
+    if not there:
         if run.resume and (other := next(run.out.rglob("*.ckpt"), None)):
             raise GigamorphError(
                 f"{other}: is there, but no recipe.json that says of which recipe; name another folder"

@@ -45,11 +45,8 @@ class ArenaLimit(MemoryLimit):
         self.arena = arena
         super().__init__(limit, held, left, work, page_pool, strict, gradients)
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
-        self._calls, self._gradients, self._after = (
-            calls,
-            held,
-            0,
-        )  # bytes that come when a pass has ended, outside of the arena
+        # Bytes that come when a pass has ended, outside of the arena.
+        self._calls, self._gradients, self._after = calls, held, 0
         self._trimmed = False
         self._heed(resident_bytes())
 
