@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -81,28 +82,36 @@ class Call:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, what it is specialised on, and the multiply-adds on tensor cores that are wanted and that it makes."""
+    """A kernel, what it is specialised on, and the multiply-adds on tensor cores that are wanted and that it makes.
+
+    Each of the programs makes a tile of so many elements in so many turns of its loop.
+    """
 
     kernel: str
     specialization: str
+    programs: int
     wanted: int = 0
     done: int = 0
+    elements: int = 0
+    turns: int = 0
 
 
-def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, int]:
-    """Multiply-adds of a convolution in descriptor form, wanted and made; zeros of any other kernel."""
+def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Multiply-adds of a convolution in descriptor form, wanted and made, and its tiles; nothing of other kernels."""
     if kernel not in ("conv2d_descriptor_kernel", "wgrad_descriptor_kernel"):
-        return 0, 0
+        return ()
     product, steps = given["P"], given["STEPS"]
     taps, depth = product.R * product.S, steps.CIN
     if kernel == "conv2d_descriptor_kernel":
         n, lines, run, filters = given["y_desc"].shape
-        done = grid[0] * product.BM * product.BN * taps * -(-depth // product.BK) * product.BK
+        turns = taps * -(-depth // product.BK)
+        done = grid[0] * product.BM * product.BN * turns * product.BK
     else:
         n, lines, run, filters = given["dy_desc"].shape
         blocks = -(-filters // product.BM) * product.BM * -(-depth // product.BN) * product.BN
-        done = blocks * taps * given["total"] * product.BK
-    return n * lines * run * filters * depth * taps, done
+        turns = given["total"]
+        done = blocks * taps * turns * product.BK
+    return n * lines * run * filters * depth * taps, done, product.BM * product.BN, turns
 
 
 class _Notes(simulate.Meter):
@@ -183,7 +192,8 @@ def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int
         binder = self.device_caches[chip][-1]
         _, specialization, given = binder(*args, **options, debug=False)
         share = tensor_work(self.__name__, dict(zip(self.arg_names, args, strict=False)) | options, grid)
-        launches.append(Launch(self.__name__, f"{specialization} {sorted(given.items(), key=str)}", *share))
+        form = f"{specialization} {sorted(given.items(), key=str)}"
+        launches.append(Launch(self.__name__, form, math.prod(grid), *share))
 
     def choose(op: str, key: Any, candidates: Any, work: int = 0, like: Tensor | None = None) -> str:
         choices.append((op, key, work))

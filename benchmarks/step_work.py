@@ -9,7 +9,13 @@ second forward of tiles that are computed again. Of each kind of op:
     bytes      of what it reads and what it writes, each tensor once, for each pixel of the image
     useful     of the multiply-adds that a convolution's tiles make on tensor cores, those that are wanted
 
-and of the convolutions the worst, by multiply-adds that are not.
+and of the convolutions the worst, by multiply-adds that are not. Of all of them besides, with one program at a time on
+each of an H100's multiprocessors and nothing but multiply-adds taking time:
+
+    busy       of the multiprocessors' time what is not spent waiting for the last programs of a launch
+    phases     of that time what would be saved if all phases of a strided data gradient were one launch
+    split      of that time what the best of two to eight splits of the depth of forwards and data gradients would save,
+               with nothing lost, and if a launch that adds up the parts took what `SPLIT` says
 """
 
 from __future__ import annotations
@@ -37,8 +43,12 @@ from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.planning import simulate
 from gigamorph.engine.planning.sides import stage_sides
 from gigamorph.engine.tiling.stage import TiledStage
+from gigamorph.kernels.tuning import PROCESSORS
 
 WORST = 12
+# A launch more and the parts of an element, written and read in float32, in the multiply-adds of that time: 2.5 us, and
+# 8 bytes at 5 TB/s of L2, at 600 TFLOP/s.
+SPLIT = 2.5e-6 * 3e14, 8 / 5e12 * 3e14
 
 
 class _Notes(simulate.Meter):
@@ -92,6 +102,7 @@ def work(model: nn.Module, size: int, side: int, chip: int = 90) -> dict[str, An
     pixels = size * size
     families: dict[str, dict[str, float]] = {}
     wasted: list[tuple[int, str]] = []
+    taken = phases = split = split_paid = 0.0
     for call, times in calls.items():
         launches: list[Launch] = []
         with noted(chip, launches, []):
@@ -101,6 +112,13 @@ def work(model: nn.Module, size: int, side: int, chip: int = 90) -> dict[str, An
         for launch in launches:
             family["wanted"] += times * launch.wanted
             family["done"] += times * launch.done
+        products = [launch for launch in launches if launch.done]
+        taken += times * sum(map(_taken, products))
+        if call.name == "gigamorph::conv2d_dgrad":
+            phases += times * (sum(map(_taken, products)) - _taken_together(products))
+        if call.name != "gigamorph::conv2d_wgrad_":  # which splits its pixels
+            split += times * sum(_saved_by_splits(launch, paid=False) for launch in products)
+            split_paid += times * sum(_saved_by_splits(launch, paid=True) for launch in products)
         waste = times * sum(launch.done - launch.wanted for launch in launches)
         wasted.append((waste, f"{times} x {call.name.partition('::')[2]} {_shapes(call)}"))
     done = sum(family["done"] for family in families.values())
@@ -118,11 +136,35 @@ def work(model: nn.Module, size: int, side: int, chip: int = 90) -> dict[str, An
         "size": size,
         "tile": side,
         "useful": round(sum(f["wanted"] for f in families.values()) / done, 3),
+        "busy": round(done / taken, 3),
+        "phases": round(phases / taken, 4),
+        "split": round(split / taken, 4),
+        "split_paid": round(split_paid / taken, 4),
         "launches": sum(row["launches"] for row in rows.values()),
         "bytes_per_pixel": round(sum(moved.values()) / pixels, 1),
         "ops": dict(sorted(rows.items(), key=lambda row: -row[1]["bytes_per_pixel"])),
         "worst": [{"of_all": round(n / done, 4), "call": what} for n, what in sorted(wasted, reverse=True)[:WORST]],
     }
+
+
+def _taken(launch: Launch, splits: int = 1) -> float:
+    """What all multiprocessors could do in the time of a launch, its depth in so many parts."""
+    programs = launch.programs * splits
+    whole = -(-launch.turns // splits) * splits / launch.turns
+    return launch.done * whole * -(-programs // PROCESSORS) * PROCESSORS / programs
+
+
+def _taken_together(launches: list[Launch]) -> float:
+    """The same if one launch did the work of all, in as many programs."""
+    done, programs = (sum(getattr(launch, name) for launch in launches) for name in ("done", "programs"))
+    return done * -(-programs // PROCESSORS) * PROCESSORS / programs if programs else 0.0
+
+
+def _saved_by_splits(launch: Launch, paid: bool) -> float:
+    start, part = SPLIT if paid else (0.0, 0.0)
+    parts = launch.programs * launch.elements
+    split = min(_taken(launch, splits) + start + parts * splits * part for splits in range(2, 9))
+    return max(0.0, _taken(launch) - split)
 
 
 def _shapes(call: Call) -> str:
@@ -146,7 +188,9 @@ def main() -> None:
         rows.append(row)
         print(
             f"tile {side}: {row['useful']:.1%} of the tensor work useful, {row['launches']} launches, "
-            f"{row['bytes_per_pixel']:.0f} bytes per pixel",
+            f"{row['bytes_per_pixel']:.0f} bytes per pixel, multiprocessors busy {row['busy']:.1%} of the time, "
+            f"phases in one launch would save {row['phases']:.2%}, split-K {row['split']:.1%} without its cost, "
+            f"{row['split_paid']:.2%} with it",
             flush=True,
         )
         for name, op in list(row["ops"].items())[:WORST]:

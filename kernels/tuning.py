@@ -122,14 +122,30 @@ def box_rows(pixels: int, lines: int, filters: int) -> int:
     return min(square, triton.next_power_of_2(lines))
 
 
-def fill_chip(pixels: int, filters: int, block_m: int, block_n: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Pixels:
+    """What a product makes: images of so many lines of pixels, and filters."""
+
+    images: int
+    lines: int
+    run: int
+    filters: int
+
+    def tiles(self, block_m: int, block_n: int) -> int:
+        """How many tiles of so many pixels and filters it takes; boxes of pixels do not wrap at the end of a line."""
+        rows = box_rows(block_m, self.lines, block_n)
+        boxes = triton.cdiv(self.lines, rows) * triton.cdiv(self.run, block_m // rows)
+        return self.images * boxes * triton.cdiv(self.filters, block_n)
+
+
+def fill_chip(made: Pixels, block_m: int, block_n: int) -> tuple[int, int]:
     """The tile of a product, made smaller as long as all tiles still run at once: the last maps of a small image.
 
     A tile takes the time that its (m + n) operands for each channel take from L2, or its m x n products: both are less
-    for half of it, and a chip that is half empty loses nothing by twice as many. 1156 pixels x 512 filters are 20 tiles
-    of 128 x 256 on 132 multiprocessors, and 76 of 64 x 128, each of half the operands.
+    for half of it, and a chip that is half empty loses nothing by twice as many. 34 x 34 pixels and 512 filters are 30
+    tiles of 128 x 256 on 132 multiprocessors, and 100 of 64 x 128, each of half the operands.
     """
-    while 2 * triton.cdiv(pixels, block_m) * triton.cdiv(filters, block_n) <= PROCESSORS:
+    while 2 * made.tiles(block_m, block_n) <= PROCESSORS:
         if block_n > max(64, block_m):
             block_n //= 2
         elif block_m > 64:
@@ -203,9 +219,10 @@ def matmul_config(
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
     block_m = power_of_two(lines * run if block_n >= 64 else run, 64, 128)
-    if block_n == 256 and ragged(triton.cdiv(images * lines * run, block_m) * triton.cdiv(channels_out, block_n)):
+    made = Pixels(images, lines, run, channels_out)
+    if block_n == 256 and ragged(made.tiles(block_m, block_n)):
         block_n = 128
-    block_m, block_n = fill_chip(images * lines * run, channels_out, block_m, block_n)
+    block_m, block_n = fill_chip(made, block_m, block_n)
     slim = half and not costly and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3

@@ -88,21 +88,38 @@ def test_few_channels_are_flattened(
 
 
 @given(
-    pixels=st.integers(1, 10**6),
+    images=st.integers(1, 4),
+    lines=st.integers(1, 600),
+    run=st.integers(1, 600),
     filters=st.integers(1, 2048),
     block_m=st.sampled_from([64, 128]),
     block_n=st.sampled_from([16, 32, 64, 128, 256]),
 )
 def test_tiles_are_made_smaller_only_where_all_run_at_once(
-    pixels: int, filters: int, block_m: int, block_n: int
+    images: int, lines: int, run: int, filters: int, block_m: int, block_n: int
 ) -> None:
-    def tiles(m: int, n: int) -> int:
-        return -(-pixels // m) * -(-filters // n)
-
-    small = tuning.fill_chip(pixels, filters, block_m, block_n)
+    made = tuning.Pixels(images, lines, run, filters)
+    small = tuning.fill_chip(made, block_m, block_n)
     assert small[0] >= 64 and small[1] >= min(64, block_n)
-    assert small == (block_m, block_n) or tiles(*small) <= tuning.PROCESSORS
+    assert small == (block_m, block_n) or made.tiles(*small) <= tuning.PROCESSORS
     assert small[0] <= block_m and small[1] <= block_n
+
+
+@pytest.mark.parametrize(
+    ("lines", "run", "filters", "block_n"),
+    [
+        (128, 128, 256, 256),  # 128 boxes of 8 x 16
+        (135, 121, 256, 128),  # 136, of fewer pixels: four more than multiprocessors
+        (58, 70, 512, 256),  # 40 boxes, 80 tiles; of half the filters 160, of which some multiprocessors have two
+        (1, 16335, 256, 256),  # side by side there are 128
+    ],
+)
+def test_boxes_that_do_not_fill_are_counted(
+    hopper: torch.device, lines: int, run: int, filters: int, block_n: int
+) -> None:
+    """The last wave was counted by pixels, as if boxes went on in the next line: it had four tiles of 132."""
+    config = tuning.matmul_config(hopper, torch.bfloat16, 1, lines, run, filters, filters, True, 1, 9)
+    assert (config.block_m, config.block_n) == (128, block_n)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
