@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import rows, run
-from full_disk import run_within
+from forked import command as forked
 
 from gigamorph import GigamorphError, load
 from gigamorph.engine.datasets.phantom import write_phantoms
@@ -318,27 +318,28 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     shutil.copytree(trained, out)
     before = (out / "last.ckpt").read_bytes()
     more = ["train", phantoms, "--out", out, *FAST, "--epochs", 2, "--resume"]
-    done = run_within(20_000, *more, "--quiet")
-    assert done.returncode == 2, done.stderr
+    done = forked(*more, "--quiet", limit=20_000)
+    assert done.wait() == 2, done.error
     assert re.fullmatch(
         r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; the former one is kept; "
         r"raise the limit .*; \S+/run/last\.ckpt is whole, and --resume .* goes on from it\n",
-        done.stderr,
+        done.error,
     )
     assert (out / "last.ckpt").read_bytes() == before
     assert not list(out.glob(".*"))
     assert run(*more) == 0
     assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
-    new = run_within(20_000, "train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet")
-    assert "no checkpoint was written before, begin the run anew" in new.stderr and new.stderr.count("\n") == 1
+    new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=20_000)
+    assert new.wait() == 2
+    assert "no checkpoint was written before, begin the run anew" in new.error and new.error.count("\n") == 1
 
 
 def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["predict", trained / "best.ckpt", phantoms, "--out", out]
-    done = run_within(2000, *command)
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written: File too large" in done.stderr and done.stderr.count("\n") == 1
+    done = forked(*command, limit=2000)
+    assert done.wait() == 2, done.error
+    assert "cannot be written: File too large" in done.error and done.error.count("\n") == 1
     before = [row for some in read_parts(out / "parts") for row in some]
     assert 2 <= len(before) < 16
     assert run(*command, "--resume") == 0
