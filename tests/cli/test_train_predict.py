@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -410,21 +409,13 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
     command = ["train", phantoms, *FAST, "--epochs", "5", "--out"]
     assert run(*command, tmp_path / "whole") == 0
-    code = "from gigamorph.cli.main import main; main()"
-    # sums are bit-equal at the same number of threads only
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "cut")],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    child = forked(*command, tmp_path / "cut")
     while not (tmp_path / "cut" / "last.ckpt").exists():
-        assert child.poll() is None
+        assert child.poll() is None, child.error
         time.sleep(0.005)
-    child.send_signal(signal.SIGINT)
-    error = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, error
-    assert "--resume goes on from" in error and not (tmp_path / "cut" / "metrics.json").exists()
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.error
+    assert "--resume goes on from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
     assert run(*command, tmp_path / "cut", "--resume") == 0
     a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
     for key, value in a["state_dict"].items():

@@ -5,6 +5,7 @@ A new interpreter takes seconds to import PyTorch, Lightning and the rest; a for
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import resource
@@ -38,6 +39,8 @@ class Forked:
         limit: int = resource.RLIM_INFINITY,
     ):
         self._folder = tempfile.TemporaryDirectory()
+        for number in ("1", "2"):
+            (Path(self._folder.name) / number).touch()
         given = (Path(self._folder.name), {**os.environ, **(env or {})}, limit, function, args)
         self._process = _SERVER.Process(target=_work, args=given)
         self._process.start()
@@ -52,6 +55,12 @@ class Forked:
         """Its exit code, when it has ended; None if it has not in so many seconds."""
         self._process.join(timeout)
         return self._process.exitcode
+
+    def end(self) -> None:
+        """Have it end, and what it has started, if it has not."""
+        if self.poll() is None:
+            self._process.terminate()
+            self.wait()
 
     @property
     def output(self) -> str:
@@ -75,6 +84,18 @@ def gigamorph(words: list[str]) -> None:
     main(words)
 
 
+def devices(words: list[str]) -> None:
+    """`gigamorph WORDS`, whose processes are forked from this one and not begun anew."""
+    from torch import multiprocessing as torch_processes
+
+    torch_processes.start_processes = functools.partial(_by_fork, torch_processes.start_processes)
+    gigamorph(words)
+
+
+def _by_fork(start: Callable[..., Any], *args: Any, start_method: str, **options: Any) -> Any:
+    return start(*args, start_method="fork", **options)
+
+
 def torchrun(options: list[str], words: list[str]) -> None:
     """`torchrun OPTIONS -m gigamorph.cli.main WORDS`, whose processes are forked as well and say which they are."""
     from torch.distributed import run
@@ -95,7 +116,7 @@ def _work(
 ) -> None:
     os.setsid()
     for number in (1, 2):
-        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
     sys.argv[0] = "gigamorph"
