@@ -36,7 +36,7 @@ class Forked:
         function: Callable[..., object],
         *args: Any,
         env: Mapping[str, str] | None = None,
-        limit: int = resource.RLIM_INFINITY,
+        limit: int | None = None,
     ):
         self._folder = tempfile.TemporaryDirectory()
         for number in ("1", "2"):
@@ -112,7 +112,7 @@ def _rank(words: list[str]) -> None:
 
 
 def _work(
-    folder: Path, env: dict[str, str], limit: int, function: Callable[..., object], args: tuple[object, ...]
+    folder: Path, env: dict[str, str], limit: int | None, function: Callable[..., object], args: tuple[object, ...]
 ) -> None:
     os.setsid()
     for number in (1, 2):
@@ -122,6 +122,7 @@ def _work(
     sys.argv[0] = "gigamorph"
     # A shell that runs tests in the background has switched Ctrl-C off for all that comes of it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     function(*args)
