@@ -102,7 +102,7 @@ def torchrun(options: list[str], words: list[str]) -> None:
     from torch.distributed.launcher import api
 
     config, *_ = run.config_from_args(run.parse_args([*options, "-m", "gigamorph.cli.main", *words]))
-    config.start_method = "forkserver"
+    config.start_method = "fork"
     api.elastic_launch(config, _rank)(words)
 
 
