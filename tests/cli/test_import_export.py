@@ -10,7 +10,7 @@ import pytest
 import tifffile
 import torch
 from commands import rows, run
-from full_disk import run_within
+from forked import command as forked
 from PIL import Image
 from torch import nn
 
@@ -257,10 +257,10 @@ def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, ph
 
 def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
     make(tmp_path / "net", 2)
-    short = ["--size", "96x80", "--peer", "gigamorph", "--rounds", 1, "--box", 1]
+    short = ["--size", "96x80", "--peer", "stock", "--rounds", 1, "--box", 1]
     assert run("bench", "step", "--model", tmp_path / "net", *short, "--json", tmp_path / "step.json") == 0
     steps = json.loads((tmp_path / "step.json").read_text())["steps"]
-    assert {(row["peer"], row["status"]) for row in steps} == {("gigamorph", "ok")}
+    assert {(row["peer"], row["status"]) for row in steps} == {("stock", "ok")}
     capsys.readouterr()
 
 
@@ -386,7 +386,7 @@ def test_full_disk_leaves_nothing_of_an_import_or_export(tmp_path):
         )
     ):
         before = set(tmp_path.iterdir())
-        done = run_within(20_000, *command, "--out", tmp_path / f"out{number}")
-        assert done.returncode == 2, done.stderr
-        assert "cannot be written: File too large; raise the limit" in done.stderr and done.stderr.count("\n") == 1
+        done = forked(*command, "--out", tmp_path / f"out{number}", limit=20_000)
+        assert done.wait() == 2, done.error
+        assert "cannot be written: File too large; raise the limit" in done.error and done.error.count("\n") == 1
         assert set(tmp_path.iterdir()) == before

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from commands import run
 from exactness import errors
+from forked import Forked, devices, gigamorph
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 
@@ -25,6 +24,11 @@ SPLIT = ["--devices", "2", "--split-image"]
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory) -> Path:
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=8, height=128, width=96, seed=1)
+
+
+def forked(*words: object) -> Forked:
+    """`gigamorph WORDS`, whose processes are not begun anew: that takes seconds, and one test does it."""
+    return Forked(devices, [str(word) for word in words])
 
 
 def checkpoint(folder: Path) -> dict:
@@ -46,14 +50,10 @@ def processes() -> dict[int, int]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["train", phantoms, *FAST, "--epochs", "8", "--out"]
     assert run(*command, tmp_path / "alone") == 0
-    # A shell that runs tests in the background has switched Ctrl-C off for all that comes of it.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from gigamorph.cli.main import main; main()"
-    helpers = str(Path(__file__).parents[1] / "helpers")
     (tmp_path / "slow.py").write_text(  # an epoch takes milliseconds, and this process may have to wait for longer
         "import os, time\n"
         "from lightning.pytorch.callbacks import Callback\n"
@@ -61,37 +61,32 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
         "    def on_train_batch_start(self, trainer, *others):\n"
         "        time.sleep('SLOW' in os.environ and trainer.current_epoch > 0)\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "split"), *SPLIT, "--callback", "slow:Slow"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{helpers}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "SLOW": "1"},
-    )
+    # The processes that it starts find modules on this path.
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    path = {"PYTHONPATH": f"{helpers}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    slow = [*command, tmp_path / "split", *SPLIT, "--callback", "slow:Slow"]
+    child = Forked(gigamorph, [str(word) for word in slow], env={**path, "SLOW": "1"})
     started: set[int] = set()
     last = tmp_path / "split" / "last.ckpt"
     while not last.exists():  # seven slow epochs are left then
-        assert child.poll() is None, child.communicate()
-        if len(started) < 3:  # the look at all processes takes long where there are many
+        assert child.poll() is None, child.error
+        if len(started) < 2:  # the look at all processes takes long where there are many
             started |= {number for number, parent in processes().items() if parent == child.pid}
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
-    assert len(started) >= 2
-    output, error = child.communicate(timeout=120)
-    assert child.returncode == 130, error
-    assert error == f"stopped; the same command with --resume goes on from {last}\n"
-    assert output.count("in 2 processes") == 1
+    assert len(started) == 2
+    assert child.wait() == 130, child.error
+    assert child.error == f"stopped; the same command with --resume goes on from {last}\n"
+    assert child.output.count("in 2 processes") == 1
     assert not (tmp_path / "split" / "metrics.json").exists()
     end = time.monotonic() + 30
-    while started & processes().keys() and time.monotonic() < end:  # the last to end is a helper of multiprocessing
+    while started & processes().keys() and time.monotonic() < end:
         time.sleep(0.1)
     assert not started & processes().keys()
 
-    capfd.readouterr()
-    assert run(*command, tmp_path / "split", *SPLIT, "--resume") == 0
-    shown = capfd.readouterr()
-    assert shown.out.count("train 8/8  loss") == 1 and not shown.err
+    resumed = forked(*command, tmp_path / "split", *SPLIT, "--resume")
+    assert resumed.wait() == 0, resumed.error
+    assert resumed.output.count("train 8/8  loss") == 1 and not resumed.error
     first, second = (checkpoint(tmp_path / name)["state_dict"] for name in ("alone", "split"))
     assert max(errors(first, second).values()) < 1e-9
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "split")]
@@ -99,7 +94,7 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all_with_one_line(phantoms, tmp_path, capfd):
+def test_an_error_in_one_process_ends_all_with_one_line(phantoms, tmp_path):
     """Of a file that only one process opens; the others wait for it."""
     victim = sorted((phantoms.parent / "images").iterdir())[0]
     table = phantoms.with_name("damaged.csv")
@@ -107,9 +102,9 @@ def test_an_error_in_one_process_ends_all_with_one_line(phantoms, tmp_path, capf
     table.write_text("\n".join(line.replace(victim.name, "damaged.dcm") for line in lines))
     damaged = victim.with_name("damaged.dcm")
     damaged.write_bytes(victim.read_bytes()[:2000])
-    assert run("train", table, *FAST, "--out", tmp_path / "run", "--devices", "2", "--batch-norm", "frozen") == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ") and "damaged.dcm" in error and error.count("\n") == 1
+    child = forked("train", table, *FAST, "--out", tmp_path / "run", "--devices", "2", "--batch-norm", "frozen")
+    assert child.wait() == 2
+    assert child.error.startswith("error: ") and "damaged.dcm" in child.error and child.error.count("\n") == 1
 
 
 def test_a_process_that_a_launcher_has_started(phantoms, tmp_path, monkeypatch, capsys):
@@ -132,9 +127,10 @@ def test_what_cannot_be(phantoms, tmp_path, capsys):
     assert "between how many with --devices" in capsys.readouterr().err
     unread = phantoms.with_name("unread.csv")  # is told before any image is looked for
     unread.write_text("image_path,label,patient_id\nnone.png,0,p\n")
-    assert run("train", unread, *command[2:], "--accumulate", "3", "--devices", "2") == 2
-    error = capsys.readouterr().err
-    assert "3 images per optimizer step cannot be dealt to 2 processes" in error and error.count("\n") == 1
+    child = forked("train", unread, *command[2:], "--accumulate", "3", "--devices", "2")
+    assert child.wait() == 2
+    assert "3 images per optimizer step cannot be dealt to 2 processes" in child.error
+    assert child.error.count("\n") == 1
 
 
 def test_more_processes_than_the_memory_has_room_for(phantoms, tmp_path, monkeypatch, capsys):

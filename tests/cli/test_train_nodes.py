@@ -6,24 +6,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from exactness import errors
+from forked import Forked, torchrun
 
 from gigamorph.cli.main import main
 from gigamorph.engine.datasets.phantom import write_phantoms
 
 TRAIN = ["--model", "training:normed", "--epochs", "4", "--accumulate", "4"]
-
-
-def children(of: int) -> list[int]:
-    with open(f"/proc/{of}/task/{of}/children") as file:
-        return [int(child) for child in file.read().split()]
 
 
 @pytest.mark.slow
@@ -36,31 +29,23 @@ def test_two_nodes_with_two_processes_each_go_on_after_one_is_killed(tmp_path, c
     out = tmp_path / "nodes"
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
     size = ["--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.2"]
-    command = [sys.executable, "-m", "torch.distributed.run", *size, *meeting, "-m", "gigamorph.cli.main", "train"]
-    command += [str(table), *TRAIN, "--out", str(out), "--devices-per-image", "2", "--timeout", "2min"]
-    paths = [str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    logs = [(tmp_path / f"{number}.log").open("w+") for number in range(2)]
-    nodes = [
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True) for log in logs
-    ]
+    command = ["train", str(table), *TRAIN, "--out", str(out), "--devices-per-image", "2", "--timeout", "2min"]
+    nodes = [Forked(torchrun, [*size, *meeting], command) for _ in range(2)]
 
     def said() -> str:
-        return "\n".join((tmp_path / f"{number}.log").read_text() for number in range(2))[-6000:]
+        return "\n".join(node.output + node.error for node in nodes)
 
     try:
         end = time.monotonic() + 240
         while not (out / "last.ckpt").exists():
             assert time.monotonic() < end and all(node.poll() is None for node in nodes), said()
             time.sleep(0.02)
-        victim = children(nodes[1].pid)[-1]
-        os.kill(victim, signal.SIGKILL)
-        assert [node.wait(timeout=240) for node in nodes] == [0, 0], said()
+        victim = re.findall(r"rank \d is process (\d+)", nodes[1].output)[-1]
+        os.kill(int(victim), signal.SIGKILL)
+        assert [node.wait() for node in nodes] == [0, 0], said()
     finally:
         for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
+            node.end()
     assert re.search(r"train 4/4 +loss", said()) and "already holds" not in said()
     assert said().count("in 4 processes") == 2  # it was begun anew once
     with pytest.raises(SystemExit) as ended:

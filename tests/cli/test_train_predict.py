@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import rows, run
-from full_disk import run_within
+from forked import command as forked
 
 from gigamorph import GigamorphError, load
 from gigamorph.engine.datasets.phantom import write_phantoms
@@ -318,27 +317,28 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     shutil.copytree(trained, out)
     before = (out / "last.ckpt").read_bytes()
     more = ["train", phantoms, "--out", out, *FAST, "--epochs", 2, "--resume"]
-    done = run_within(20_000, *more, "--quiet")
-    assert done.returncode == 2, done.stderr
+    done = forked(*more, "--quiet", limit=20_000)
+    assert done.wait() == 2, done.error
     assert re.fullmatch(
         r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; the former one is kept; "
         r"raise the limit .*; \S+/run/last\.ckpt is whole, and --resume .* goes on from it\n",
-        done.stderr,
+        done.error,
     )
     assert (out / "last.ckpt").read_bytes() == before
     assert not list(out.glob(".*"))
     assert run(*more) == 0
     assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
-    new = run_within(20_000, "train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet")
-    assert "no checkpoint was written before, begin the run anew" in new.stderr and new.stderr.count("\n") == 1
+    new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=20_000)
+    assert new.wait() == 2
+    assert "no checkpoint was written before, begin the run anew" in new.error and new.error.count("\n") == 1
 
 
 def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["predict", trained / "best.ckpt", phantoms, "--out", out]
-    done = run_within(2000, *command)
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written: File too large" in done.stderr and done.stderr.count("\n") == 1
+    done = forked(*command, limit=2000)
+    assert done.wait() == 2, done.error
+    assert "cannot be written: File too large" in done.error and done.error.count("\n") == 1
     before = [row for some in read_parts(out / "parts") for row in some]
     assert 2 <= len(before) < 16
     assert run(*command, "--resume") == 0
@@ -409,21 +409,13 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
     command = ["train", phantoms, *FAST, "--epochs", "5", "--out"]
     assert run(*command, tmp_path / "whole") == 0
-    code = "from gigamorph.cli.main import main; main()"
-    # sums are bit-equal at the same number of threads only
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command), str(tmp_path / "cut")],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    child = forked(*command, tmp_path / "cut")
     while not (tmp_path / "cut" / "last.ckpt").exists():
-        assert child.poll() is None
+        assert child.poll() is None, child.error
         time.sleep(0.005)
-    child.send_signal(signal.SIGINT)
-    error = child.communicate(timeout=60)[1]
-    assert child.returncode == 130, error
-    assert "--resume goes on from" in error and not (tmp_path / "cut" / "metrics.json").exists()
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.error
+    assert "--resume goes on from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
     assert run(*command, tmp_path / "cut", "--resume") == 0
     a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
     for key, value in a["state_dict"].items():

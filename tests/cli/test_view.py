@@ -6,9 +6,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -16,6 +15,7 @@ from urllib.request import Request, urlopen
 import browser
 import pytest
 from commands import run
+from forked import command as forked
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.view.exams import read_exams
@@ -245,23 +245,21 @@ def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_pa
 
 def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
     """A process of its own, as at a shell: it says where the page is, and ends with nothing but that said."""
-    # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from gigamorph.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "view", predicted / "predictions", "--no-browser", "--out", tmp_path]
-    process = subprocess.Popen([str(w) for w in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked("view", predicted / "predictions", "--no-browser", "--out", tmp_path)
     # An answer and the end take a second of computing; on a machine that others use as well that may be minutes.
     long = 600
     try:
-        told = process.stdout.readline()
-        assert told, process.communicate(timeout=long)  # what ended it
+        while "\n" not in process.output:
+            assert process.poll() is None, process.error
+            time.sleep(0.02)
+        told = process.output
         address = re.search(r"http://127\.0\.0\.1:\d+/", told)[0]
         assert told.startswith("3 exams, 12 images; ") and "Ctrl-C ends it" in told
         for place, begin in (("", b"<!doctype html>"), ("data.js", b"const DATA"), ("tiles/0/0/0_0.png", b"\x89PNG")):
             with urlopen(address + place, timeout=long) as answer:
                 assert answer.read().startswith(begin)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=long) == ("", "")
-        assert process.returncode == 0
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(long) == 0
+        assert (process.output, process.error) == (told, "")
     finally:
-        process.kill()
+        process.end()

@@ -1,9 +1,14 @@
 """A task of training that takes milliseconds: bright and dark squares."""
 
+import os
+import signal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gigamorph.engine.train.loop import run_stages
+from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.task import Task
 
 
@@ -50,3 +55,18 @@ class Squares(Task):
     def score(self):
         x = torch.stack([torch.full((1, 8, 8), float(i)) for i in range(3)])
         return -F.cross_entropy(self.module(x), torch.arange(3)).item()
+
+
+class Killed(Squares):
+    """Ends its process at the tenth batch by a signal that cannot be caught."""
+
+    def loss(self, batch):
+        if self.calls == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(batch)
+
+
+def run_killed(stages, out, seed, threads):
+    """Stages that end so."""
+    torch.set_num_threads(threads)  # the order of sums follows it
+    run_stages(Killed(), stages, Run(out, seed=seed))

@@ -109,7 +109,7 @@ def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
 
 @pytest.mark.slow
 def test_a_real_limit_is_where_memory_ends_and_near_what_plan_says():
-    row = find(TASK, "stock", Search(40 * 2**20, steps=1))
+    row = find(TASK, "stock", Search(24 * 2**20, steps=1))
     assert row.status == OK and row.side and row.too_large and row.predicted_side, row
     fitted = [one for one in row.tries if one.status == OK]
     assert all((one.peak_bytes or 0) <= row.cap_bytes for one in fitted)

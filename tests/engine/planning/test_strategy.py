@@ -61,7 +61,7 @@ def arbitrary(seed: int):
     return choose
 
 
-@settings(max_examples=examples(10), **CHECKS)
+@settings(max_examples=examples(6), **CHECKS)
 @given(programs(statistics=True), st.integers(0, 10**6))
 def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
@@ -98,7 +98,7 @@ def test_random_networks_with_strips(program: Program, seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(10), **CHECKS)
+@settings(max_examples=examples(6), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
 def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)

@@ -4,14 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from squares import Net, Squares
+from forked import Forked
+from squares import Net, Squares, run_killed
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import GigamorphError
@@ -86,19 +84,8 @@ def test_killed_while_a_file_is_written(whole, tmp_path, monkeypatch, nth):
 
 
 def test_killed_by_a_signal_that_cannot_be_caught(whole, tmp_path):
-    code = (
-        "import os, signal, sys; sys.path[:0] = [sys.argv[1], sys.argv[3]]; import test_stages as t\n"
-        f"t.torch.set_num_threads({torch.get_num_threads()})\n"  # the order of sums follows it
-        "class Killed(t.Squares):\n"
-        "    def loss(self, batch):\n"
-        "        if self.calls == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return super().loss(batch)\n"
-        "t.run_stages(Killed(), t.STAGES, t.Run(t.Path(sys.argv[2]), seed=4))"
-    )
-    helpers = Path(__file__).parents[2] / "helpers"
-    given = [str(Path(__file__).parent), str(tmp_path), str(helpers)]
-    done = subprocess.run([sys.executable, "-c", code, *given], check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = Forked(run_killed, STAGES, tmp_path, 4, torch.get_num_threads())
+    assert process.wait() == -signal.SIGKILL, process.error
     run_stages(Squares(), STAGES, Run(tmp_path, seed=4, resume=True))
     assert_same(whole[0], tmp_path)
 

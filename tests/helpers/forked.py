@@ -1,0 +1,128 @@
+"""Commands in processes of their own, which are forked from one that has imported all that takes long.
+
+A new interpreter takes seconds to import PyTorch, Lightning and the rest; a fork takes them over.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["gigamorph.cli.train", "gigamorph.engine.train.fit", "torch._dynamo", "torch.distributed.run"]
+)
+
+
+class Forked:
+    """`function(*args)` in a session of its own; what it prints goes to files.
+
+    Args:
+        function: of a module in tests/helpers, or of the package.
+        env: what its environment has besides this one's.
+        limit: the system refuses what goes beyond so many bytes of a file, as a full disk does.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., object],
+        *args: Any,
+        env: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ):
+        self._folder = tempfile.TemporaryDirectory()
+        for number in ("1", "2"):
+            (Path(self._folder.name) / number).touch()
+        given = (Path(self._folder.name), {**os.environ, **(env or {})}, limit, function, args)
+        self._process = _SERVER.Process(target=_work, args=given)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, if it has ended."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 240) -> int | None:
+        """Its exit code, when it has ended; None if it has not in so many seconds."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def end(self) -> None:
+        """Have it end, and what it has started, if it has not."""
+        if self.poll() is None:
+            self._process.terminate()
+            self.wait()
+
+    @property
+    def output(self) -> str:
+        """What it has printed."""
+        return (Path(self._folder.name) / "1").read_text()
+
+    @property
+    def error(self) -> str:
+        """What it has printed to its standard error."""
+        return (Path(self._folder.name) / "2").read_text()
+
+
+def command(*words: object, **options: Any) -> Forked:
+    """`gigamorph WORDS`."""
+    return Forked(gigamorph, [str(word) for word in words], **options)
+
+
+def gigamorph(words: list[str]) -> None:
+    from gigamorph.cli.main import main
+
+    main(words)
+
+
+def devices(words: list[str]) -> None:
+    """`gigamorph WORDS`, whose processes are forked from this one and not begun anew."""
+    from torch import multiprocessing as torch_processes
+
+    torch_processes.start_processes = functools.partial(_by_fork, torch_processes.start_processes)
+    gigamorph(words)
+
+
+def _by_fork(start: Callable[..., Any], *args: Any, start_method: str, **options: Any) -> Any:
+    return start(*args, start_method="fork", **options)
+
+
+def torchrun(options: list[str], words: list[str]) -> None:
+    """`torchrun OPTIONS -m gigamorph.cli.main WORDS`, whose processes are forked as well and say which they are."""
+    from torch.distributed import run
+    from torch.distributed.launcher import api
+
+    config, *_ = run.config_from_args(run.parse_args([*options, "-m", "gigamorph.cli.main", *words]))
+    config.start_method = "fork"
+    api.elastic_launch(config, _rank)(words)
+
+
+def _rank(words: list[str]) -> None:
+    print(f"rank {os.environ['RANK']} is process {os.getpid()}", flush=True)
+    gigamorph(words)
+
+
+def _work(
+    folder: Path, env: dict[str, str], limit: int | None, function: Callable[..., object], args: tuple[object, ...]
+) -> None:
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv[0] = "gigamorph"
+    # A shell that runs tests in the background has switched Ctrl-C off for all that comes of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    function(*args)
