@@ -97,7 +97,7 @@ def test_equals_stock(
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)
     with choice.override("triton"):
-        assert_exact(build(act), image(1, 1, 40, 33), tile=(24, 40))
+        assert_exact(build(act), image(1, 1, 24, 17), tile=(16, 24))
 
 
 def test_statistics_that_change_between_steps(fused_with_stock_ops: None) -> None:

@@ -135,7 +135,7 @@ def test_several_images_have_numbers_of_their_own() -> None:
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)
     with choice.override("triton"):
-        assert_exact(build(norm), image(1, 1, 40, 33), tile=(24, 40))
+        assert_exact(build(norm), image(1, 1, 24, 17), tile=(16, 24))
 
 
 @pytest.mark.parametrize("norm", list(NORMS))
@@ -148,7 +148,7 @@ def test_kernels_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of 16 bits beside those of 32."""
     monkeypatch.setattr(kernels, "enabled", lambda device: True)
     with choice.override("triton"):
-        assert_near_under_autocast(build(), image(1, 1, 40, 33), tile=24, floor=FLOOR)
+        assert_near_under_autocast(build(), image(1, 1, 24, 20), tile=16, floor=FLOOR)
 
 
 def test_parameters_that_change_between_steps(fused_with_stock_ops: None) -> None:
