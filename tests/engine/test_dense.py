@@ -343,12 +343,12 @@ def test_flattened_maps_are_refused(tmp_path):
         write_map(accelerate(net, tile=16), image(), tmp_path / "map.npy")
 
 
-@pytest.mark.parametrize("job", ["write", "loss"])
-def test_bounded_memory(job, tmp_path):
-    """A map of several times the memory that the process takes."""
+def test_bounded_memory(tmp_path):
+    """A map of several times the memory that the process takes to write it, or to compute a loss on it."""
     script = Path(__file__).parent / "dense_memory.py"
     printed = subprocess.run(
-        [sys.executable, str(script), job, str(tmp_path / "map.tif")], check=True, capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path / "map.tif")], check=True, capture_output=True, text=True
     ).stdout.split()
-    map_bytes, extra_bytes = map(int, printed[-2:])
-    assert extra_bytes < map_bytes / 4
+    map_bytes, written, learned = map(int, printed[-3:])
+    assert written < map_bytes / 4
+    assert learned < map_bytes / 4

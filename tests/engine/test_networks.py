@@ -13,23 +13,27 @@ from exactness import Step, assert_exact, distance, randomize, step
 from torch import Tensor, nn
 
 from gigamorph import accelerate
+from gigamorph.engine.models.resnet import resnet18
 
 timm = pytest.importorskip("timm")
 
+# Of each family's blocks a few: the others are as those.
 NETWORKS = {
     "resnet18": {},
-    "resnet50": {},
+    "resnet50": {"layers": (1, 2, 1, 1)},
     "vgg11_bn": {},
-    "convnext_atto": {},
-    "densenet121": {},
+    "convnext_atto": {"depths": (1, 1, 2, 1)},
+    "densenet121": {"block_config": (2, 3, 4, 2)},
     "mobilenetv2_100": {},
 }
 
 
 def network(name: str, seed: int = 0, classes: int = 5) -> nn.Module:
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"num_classes": classes, **NETWORKS[name]}
-    if name == "vgg11_bn":  # without its classifier, which alone holds 120 million weights
+    options: dict[str, Any] = {"num_classes": classes, **NETWORKS.get(name, {})}
+    if name == "narrow resnet18":
+        model = resnet18(classes, width=16)
+    elif name == "vgg11_bn":  # without its classifier, which alone holds 120 million weights
         model = timm.create_model(name, pretrained=False, **options).features
         model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
     else:
@@ -38,7 +42,7 @@ def network(name: str, seed: int = 0, classes: int = 5) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "tile"), [*((name, (71, 49), (24, 40)) for name in NETWORKS), ("resnet18", (64, 64), 512)]
+    ("name", "size", "tile"), [*((name, (71, 49), (24, 40)) for name in NETWORKS), ("narrow resnet18", (64, 64), 512)]
 )
 def test_exact(name, size, tile):
     image = torch.randn(1, 3, *size, dtype=torch.float64)
@@ -47,7 +51,7 @@ def test_exact(name, size, tile):
 
 def test_batch_on_disk():
     image = torch.randn(3, 3, 71, 90, dtype=torch.float64)
-    assert_exact(network("resnet18").double(), image, tile=(32, 33), halos="disk")
+    assert_exact(network("narrow resnet18").double(), image, tile=(32, 33), halos="disk")
 
 
 # -- lower precision ----------------------------------------------------------------------------------------------
@@ -75,10 +79,10 @@ def autocast(model: nn.Module, image: Tensor) -> Step:
 @pytest.mark.parametrize(
     ("name", "run", "live", "seeds"),
     [
-        ("resnet18", pure(torch.float32), False, 7),
-        ("resnet18", pure(torch.float32), True, 7),
-        ("resnet18", pure(torch.bfloat16), False, 3),
-        ("resnet18", autocast, False, 3),
+        ("narrow resnet18", pure(torch.float32), False, 7),
+        ("narrow resnet18", pure(torch.float32), True, 7),
+        ("narrow resnet18", pure(torch.bfloat16), False, 3),
+        ("narrow resnet18", autocast, False, 3),
         ("convnext_atto", pure(torch.float32), False, 3),
     ],
     ids=[

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "36"))
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "24"))
 CHUNK = 12
 PLANTED = Spec(
     seed=3,

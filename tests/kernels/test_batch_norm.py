@@ -23,6 +23,11 @@ from gigamorph.kernels.tiles import StreamConfig
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTS = ["none", "relu", "relu6", "silu", "gelu", "hardswish"]
+# Each activation in one dtype, and in the others one whose slope shows in its result and one whose does not.
+KINDS = [
+    *((torch.float32, act) for act in ACTS),
+    *((dtype, act) for dtype in DTYPES if dtype != torch.float32 for act in ("relu6", "gelu")),
+]
 SHAPES = [(2, 24, 5, 7), (1, 130, 9, 3)]
 EPS = 1e-5
 
@@ -48,10 +53,10 @@ def tiles(request, monkeypatch):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    n=st.integers(1, 3),
-    c=st.integers(1, 70),
-    h=st.integers(1, 7),
-    w=st.integers(2, 9),
+    n=st.integers(1, 2),
+    c=st.integers(1, 40),
+    h=st.integers(1, 5),
+    w=st.integers(2, 7),
     steps=st.integers(1, 5),
     rows=st.sampled_from([1, 2, 8, 32]),
     columns=st.sampled_from([4, 32, 128]),
@@ -80,9 +85,8 @@ def test_any_size(n, c, h, w, steps, rows, columns, dtype):
 # -- forward and backward -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "act"), KINDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("act", ACTS)
 def test_normalize_act(dtype, shape, act):
     generator = torch.Generator().manual_seed(5)
     x, residual = (random_map(*shape, dtype, generator, 2.0) for _ in range(2))
@@ -97,9 +101,8 @@ def test_normalize_act(dtype, shape, act):
         assert_close("y", y, oracle)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "act"), KINDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["recomputed", "gate"])
 def test_backward(dtype, shape, act, gated):
     generator = torch.Generator().manual_seed(6)

@@ -83,6 +83,7 @@ WRITES: dict[str, Scale] = {
 }
 
 
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", WRITES)
 def test_writes_are_refused_and_told_where(name):
     stock = network(WRITES[name])

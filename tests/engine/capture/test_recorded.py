@@ -726,6 +726,7 @@ def test_a_profiler_with_stacks_may_look_on():
     torch.testing.assert_close(fast, stock(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name):
     middle, match = REFUSED[name]

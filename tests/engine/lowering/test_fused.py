@@ -127,7 +127,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(25),
+    max_examples=examples(15),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -141,8 +141,13 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     assert_exact(model, x, tile=program.tile, halos=program.halos)
 
 
-@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish])
-@pytest.mark.parametrize("tile", [8, 24, 200])
+@pytest.mark.parametrize(
+    ("act", "tile"),
+    [
+        *((act, 24) for act in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)),
+        *((act, tile) for act in (nn.ReLU, nn.GELU) for tile in (8, 200)),
+    ],
+)
 def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
     assert_exact(build(act), image(75, 58), tile=(tile, tile))
 
@@ -196,7 +201,7 @@ def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) 
 
 @pytest.mark.slow
 def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
-    assert_exact(build_convnext(), image(40, 33), tile=(24, 40))
+    assert_exact(build_convnext(), image(24, 17), tile=(16, 24))
 
 
 def test_a_norm_before_a_padded_convolution_of_a_pixel(fused_with_stock_ops: None) -> None:
@@ -223,10 +228,10 @@ def test_convnext_under_autocast(fused_with_stock_ops: None) -> None:
 
 @pytest.mark.slow
 def test_blocks_with_triton_kernels(triton_kernels: None) -> None:
-    model, x = build(nn.SiLU), image(40, 37)
-    assert_like_stock(model, x, 32)
+    model, x = build(nn.SiLU), image(28, 21)
+    assert_like_stock(model, x, 20)
     with torch.no_grad():
-        torch.testing.assert_close(accelerate(model, tile=32)(x), model(x), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(accelerate(model, tile=20)(x), model(x), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.usefixtures("fused_with_stock_ops")
