@@ -1,4 +1,4 @@
-"""Run by test_recipe in its own process: grow a weights file by each morph; prints the file's bytes and the extra peaks."""
+"""Run by test_recipe: grow a file of weights by each morph in turn; prints the file's bytes and the extra peaks."""
 
 import sys
 from pathlib import Path

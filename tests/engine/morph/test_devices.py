@@ -54,7 +54,9 @@ def test_checks_are_in_full_precision(name: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.manual_seed(0)
-    model = randomize(ResNet(BasicBlock, (1, 1, 1, 1), in_channels=1, width=8)).to(device, memory_format=torch.channels_last)
+    model = randomize(ResNet(BasicBlock, (1, 1, 1, 1), in_channels=1, width=8)).to(
+        device, memory_format=torch.channels_last
+    )
     x = torch.zeros(2, 1, 64, 64, device=device).to(memory_format=torch.channels_last)
     with torch.autocast(device, dtype=torch.bfloat16):
         child, report = MORPHS[name](model, x)
