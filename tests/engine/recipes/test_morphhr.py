@@ -81,7 +81,7 @@ def whole(table, tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------- the front
 
 
-@pytest.mark.parametrize("model", ["lesionnet", "resnet18"])
+@pytest.mark.parametrize("model", ["lesionnet", "resnet18?width=8"])
 def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
@@ -111,7 +111,7 @@ def test_widen_and_deepen_with_p_activations_keep_the_function():
     assert all(m.a.grad is not None and m.a.grad.abs().sum() > 0 for m in learnt)
 
 
-@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("resnet18", "conv1")])
+@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("resnet18?width=8", "conv1")])
 def test_deepening_as_by_netmorph_keeps_the_function_and_is_dense(model, stem):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
@@ -262,10 +262,10 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
         assert (net.eval()(source) - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("nth", [4, 12])
-def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path, nth):
-    with killed_at(ClassifierTask, nth):
-        train(table, SMALL, Run(tmp_path, seed=2))
+def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path):
+    for nth in (4, 12):  # in the parent's training, and after it
+        with killed_at(ClassifierTask, nth):
+            train(table, SMALL, Run(tmp_path, seed=2, resume=nth > 4))
     metrics = train(table, SMALL, Run(tmp_path, seed=2, resume=True))
     assert metrics == whole[1]
     for arm in ("scratch", "morph"):
