@@ -295,7 +295,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
             shutil.copyfile(path, copy)
             records.append(Record(copy, label, f"P{number}{label}", split))
     table = write_table(tmp_path / "real.csv", records, ["0", "1"])
-    own = (ExtractorConfig("r", "timm:resnet18"), ExtractorConfig("v", "timm:vit_tiny_patch16_224", blocks=4))
+    own = (ExtractorConfig("r", "timm:test_resnet"), ExtractorConfig("v", "timm:vit_tiny_patch16_224", blocks=4))
     config = replace(DvmeConfig(), extractors=own, subsets=(2,), folds=1, epochs=2, protocols=("linear", "dvme"))
     metrics = train(table, config, Run(tmp_path / "run"))
     assert [row["extractor"] for row in metrics["rows"]] == ["r", "v", "all"]
