@@ -128,9 +128,9 @@ def test_from_weights_of_keras(table, tmp_path):
     path, spec = tmp_path / "w.h5", "resnet50_v1?eps=0.001&pool_padding=0&width=2"
     keras_layout.write(path, keras_layout.resnet50(2, False), "keras1")
     own = replace(SMALL.models[0], name="keras", backbone=spec, weights=str(path))
-    stages = tuple(replace(stage, lr=1e-9) for stage in SMALL.patch), tuple(replace(s, lr=1e-9) for s in SMALL.whole)
+    patch, whole = (replace(stages[-1], lr=1e-9) for stages in (SMALL.patch, SMALL.whole))
     config = replace(
-        SMALL, models=(own,), channels=3, mean=(52.18 / 255,), std=(1 / 255,), patch=stages[0], whole=stages[1]
+        SMALL, models=(own,), channels=3, mean=(52.18 / 255,), std=(1 / 255,), patch=(patch,), whole=(whole,)
     )
     said = []
     train(table, config, Run(tmp_path / "run", say=said.append))
