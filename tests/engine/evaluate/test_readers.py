@@ -129,7 +129,7 @@ def test_the_level_is_held_where_modalities_are_equally_good():
     """New readers and new cases each time (Roe and Metz, 1997), both modalities alike: 5 of 100 p are below 0.05."""
     random = np.random.default_rng(1)
     truth, p = np.repeat([0, 1], [40, 30]), []
-    for _ in range(400):
+    for _ in range(200):
         skill, taste = 0.3 * random.normal(size=(1, 5, 1)), 0.3 * random.normal(size=(2, 5, 1))
         noise = random.normal(size=(1, 1, 70)) + 0.5 * random.normal(size=(2, 1, 70)) + random.normal(size=(2, 5, 70))
         found = reader_study(truth, (1.5 + skill + taste) * truth + noise)

@@ -31,7 +31,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("kind", SCORES)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10000))
 def test_told_thresholds_replay(kind, seed):
     random = np.random.default_rng(seed)

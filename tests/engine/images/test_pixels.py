@@ -325,59 +325,76 @@ def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
 # ---------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
-import resource, sys
+import os, resource, sys
 import numpy as np, torch
 from gigamorph.engine.images.open import (open_pixels)
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-source = open_pixels(sys.argv[1])
-source.read(0, 8, 0, 8)
-before = peak()
-height, width = source.shape[1:]
-for top in range(0, height, height // 8):
-    for left in range(0, width, 512):
-        source.read(top, top + 512, left, left + 512)
-print(peak() - before, height * width)
+for path in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    source = open_pixels(path)
+    source.read(0, 8, 0, 8)
+    before = peak()
+    height, width = source.shape[1:]
+    for top in range(0, height, height // 8):
+        for left in range(0, width, 512):
+            source.read(top, top + 512, left, left + 512)
+    print(peak() - before, height * width, flush=True)
+    os._exit(0)
 """
 
 
-def growth(path: Path) -> tuple[int, int]:
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    grown, pixels = run.stdout.split()
-    return int(grown), int(pixels)
+def large_npy(path: Path) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(32768, 32768))  # sparse: takes no disk
+
+
+def large_dicom(path: Path) -> None:
+    blank = np.zeros((1, 2), np.uint16)
+    data = image_files.write_dicom(path, blank, bits=16, Rows=16384, Columns=18432).read_bytes()
+    with path.open("wb") as file:  # 600 MB, sparse
+        file.write(data[:-8] + (16384 * 18432 * 2).to_bytes(4, "little"))
+        file.truncate(file.tell() + 16384 * 18432 * 2)
+
+
+def large_tiff(path: Path) -> None:
+    blank, shape = np.zeros((1024, 1024), np.uint16), (16384, 16384)
+    tifffile.imwrite(
+        path, (blank for _ in range(256)), shape=shape, dtype=np.uint16, tile=blank.shape, compression="zlib"
+    )
+
+
+@pytest.fixture(scope="module")
+def growth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, ...]]:
+    """Bytes by which the peak of a process grows that reads parts of a large file, and the file's pixels; by format."""
+    folder = tmp_path_factory.mktemp("large")
+    paths = {kind: folder / f"large.{kind}" for kind in ("npy", "dcm", "tif")}
+    for path, write in zip(paths.values(), (large_npy, large_dicom, large_tiff), strict=True):
+        write(path)
+    run = subprocess.run([sys.executable, "-c", MEASURE, *paths.values()], capture_output=True, text=True, check=True)
+    told = [tuple(int(word) for word in line.split()) for line in run.stdout.splitlines()]
+    return dict(zip(paths, told, strict=True))
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
-def test_gigapixel_npy_is_not_held_in_memory(tmp_path: Path) -> None:
-    path = tmp_path / "giga.npy"
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(32768, 32768))  # sparse: takes no disk
-    grown, pixels = growth(path)
+def test_gigapixel_npy_is_not_held_in_memory(growth: dict[str, tuple[int, ...]]) -> None:
+    grown, pixels = growth["npy"]
     assert pixels == 2**30
     assert grown < 50 * 2**20
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
-def test_uncompressed_dicom_is_not_held_in_memory(tmp_path: Path) -> None:
-    blank = np.zeros((1, 2), np.uint16)
-    path = image_files.write_dicom(tmp_path / "large.dcm", blank, bits=16, Rows=16384, Columns=18432)
-    data = path.read_bytes()
-    with path.open("wb") as file:  # 600 MB, sparse
-        file.write(data[:-8] + (16384 * 18432 * 2).to_bytes(4, "little"))
-        file.truncate(file.tell() + 16384 * 18432 * 2)
-    grown, pixels = growth(path)
+def test_uncompressed_dicom_is_not_held_in_memory(growth: dict[str, tuple[int, ...]]) -> None:
+    grown, pixels = growth["dcm"]
     assert pixels == 16384 * 18432
     assert grown < 50 * 2**20
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
-def test_tiff_keeps_a_bounded_part(tmp_path: Path) -> None:
-    path = tmp_path / "large.tif"
-    blank = np.zeros((1024, 1024), np.uint16)
-    tifffile.imwrite(
-        path, (blank for _ in range(256)), shape=(16384, 16384), dtype=np.uint16, tile=(1024, 1024), compression="zlib"
-    )
-    grown, pixels = growth(path)
+def test_tiff_keeps_a_bounded_part(growth: dict[str, tuple[int, ...]]) -> None:
+    grown, pixels = growth["tif"]
     assert pixels * 2 == 512 * 2**20
     assert grown < CACHE.limit + 50 * 2**20
 

@@ -1,4 +1,4 @@
-"""Run by test_recipe: grow a weights file in its own process; prints the file's bytes and the extra peak memory."""
+"""Run by test_recipe: grow a file of weights by each morph in turn; prints the file's bytes and the extra peaks."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,13 @@ from gigamorph.engine.morph.store import Computed, Layout, layout, write_state
 from gigamorph.engine.morph.widen import WidenStep, widen
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
-op, source, target, layers, width = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+source, target, layers, width = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+more = width // 4
+GROW = {
+    "kernel": lambda m: grow_kernel(m, torch.zeros(1, 1, 8, 8), "1", 5),
+    "front": lambda m: front(m, torch.zeros(1, 1, 8, 8), 2, "stages"),
+    "widen": lambda m: widen(m, torch.zeros(1, 1, 2, 2), {"1.weight:0": 5}),
+}
 
 
 def network(width: int) -> nn.Module:
@@ -23,36 +29,29 @@ def network(width: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *body)
 
 
-def shapes(width: int, more: int) -> dict[str, Layout]:
-    """Names and shapes of the child of a network of this width."""
-    small = network(4)
-    grow = {
-        "kernel": lambda m: grow_kernel(m, torch.zeros(1, 1, 8, 8), "1", 5),
-        "front": lambda m: front(m, torch.zeros(1, 1, 8, 8), 2, "stages"),
-        "widen": lambda m: widen(m, torch.zeros(1, 1, 2, 2), {"1.weight:0": 5}),
-    }
-    child, report = grow[op](small)
-    steps.append(report.step)
-    parts = {}
+def wide(op: str) -> tuple[Step, dict[str, Layout]]:
+    """The step of the wide network, made on a narrow one, and names and shapes of its child."""
+    child, report = GROW[op](network(4))
+    step, parts = report.step, {}
     for name, part in layout(child.state_dict()).items():
         shape = [width if n == 4 else width + more if n == 5 and op == "widen" else n for n in part.shape]
         parts[name] = Layout(tuple(shape), part.dtype)
-    return parts
+    if isinstance(step, WidenStep):
+        (key,) = step.copies
+        step.copies[key] = (1,) * (width - more) + (2,) * more
+    return step, parts
 
 
-steps: list[Step] = []
-more = width // 4
-child = shapes(width, more)  # the recipe of the wide network, made on a narrow one
-step = steps[0]
-if isinstance(step, WidenStep):
-    (key,) = step.copies
-    step.copies[key] = (1,) * (width - more) + (2,) * more
 with torch.device("meta"):
     model = network(width)
 parts = layout(model.state_dict())
-parent, grown = (Fingerprint(_shapes(p), "") for p in (parts, child))
 write_state(source, Computed(parts, lambda name: torch.full(parts[name].shape, 0.01)))
-start = used_bytes()
-reset_peak()
-grow_file(Recipe([Morph(step, parent, grown)]), model, source, target)
-print(Path(source).stat().st_size, peak_bytes() - start)
+extra = []
+for op in GROW:
+    step, child = wide(op)
+    parent, grown = (Fingerprint(_shapes(p), "") for p in (parts, child))
+    start = used_bytes()
+    reset_peak()
+    grow_file(Recipe([Morph(step, parent, grown)]), model, source, target)
+    extra.append(peak_bytes() - start)
+print(Path(source).stat().st_size, *extra)

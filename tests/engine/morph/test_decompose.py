@@ -74,7 +74,7 @@ def check(model: nn.Module, child: nn.Module, x: Tensor) -> None:
         assert layer.weight.grad is not None and (layer.weight.grad != 0).any()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.sampled_from([(None, "pact"), ("Tanh", "pact"), ("GELU", "pair"), ("LeakyReLU", "pair")]))
 def test_the_whole_map_stays(case: Any, between: tuple[str | None, str]) -> None:
     model, x, kernels = case

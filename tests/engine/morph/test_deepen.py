@@ -230,13 +230,15 @@ def test_refusals_leave_the_model_untouched(run: Any, message: str) -> None:
 
 
 BLOCKS = [
-    ("resnet18", "layer2.0"),
+    ("resnet10t", "layer2.0"),
     ("densenet121", "features.denseblock2.denselayer3"),
     ("mobilenetv2_050", "blocks.2.0"),
-    ("efficientnet_b0", "blocks.2.1.se"),
+    ("test_efficientnet", "blocks.1.0.se"),
     ("convnext_atto", "stages.1.blocks.0.mlp.fc1"),
 ]
 MORE_BLOCKS = [
+    ("resnet18", "layer2.0"),
+    ("efficientnet_b0", "blocks.2.1.se"),
     ("resnet26", "layer2.0.bn2"),
     ("resnetv2_50", "stages.1.blocks.0"),
     ("regnety_002", "s2.b1"),
@@ -254,9 +256,11 @@ def test_every_block_of_real_networks(name: str, path: str) -> None:
     if name.startswith("vgg"):
         options["mlp_ratio"] = 1 / 32  # else a hundred million weights in the head
     if name.startswith("densenet") and not DEEP:
-        options["block_config"] = (2, 3, 2, 2)
+        options["block_config"] = (1, 3, 1, 1)
+    if name.startswith("convnext") and not DEEP:
+        options["depths"] = (1, 1, 1, 1)
     model = randomize(timm.create_model(name, num_classes=3, **options))
-    x = torch.randn(2, 3, 48, 48)
+    x = torch.randn(2, 3, 32, 32)
     last = path.endswith("fc1")
     for act in ("GELU", "SiLU", "ReLU", "Hardswish", "Tanh") if DEEP else ("GELU",):
         zero = insert_residual(model, x, path, act, 1, norm=not last, hidden=4)[1].difference

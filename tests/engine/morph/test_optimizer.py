@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -66,8 +67,10 @@ def sensitivity(model: nn.Module, optimizer: Optimizer, make: Callable[[Any], Op
     return worst
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*itertools.product(NETWORKS, ("nesterov", "adamw")), *itertools.product(("residual",), ("sgd", "adam"))],
+)
 def test_training_commutes(name: str, kind: str) -> None:
     """5 steps of the parent, widening, 10 steps of both: the child is still the parent."""
     make, model = OPTIMIZERS[kind], build(name)
@@ -111,7 +114,7 @@ REAL: dict[str, dict[str, Any]] = {
 )
 def test_training_of_real_networks_commutes(name: str, kind: str) -> None:
     """Acceptance A4: SGD with momentum and decay, and AdamW."""
-    timm, side = pytest.importorskip("timm"), 64
+    timm, side = pytest.importorskip("timm"), 32
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=5, **REAL[name]).double()
     rates = {"sgd": {"lr": 1e-3}, "adamw": {"lr": 1e-4}}

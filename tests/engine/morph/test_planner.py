@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models import LesionNet, resnet18
+from gigamorph.engine.models import LesionNet
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.picture import draw, save_picture
 from gigamorph.engine.morph.planner import Cost, plan_growth
 from gigamorph.engine.morph.widen import widen
@@ -29,7 +30,7 @@ def grouped() -> nn.Module:
     )
 
 
-NETS = [(lambda: LesionNet(2, 1), 32), (lambda: resnet18(2, 1, width=4), 64), (grouped, 17)]
+NETS = [(lambda: LesionNet(2, 1), 32), (lambda: ResNet(BasicBlock, (1, 1, 1, 1), 2, 1, width=4), 64), (grouped, 17)]
 
 
 @pytest.mark.parametrize(("make", "side"), NETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet, resnet18
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.activation import insert_activation
 from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
@@ -58,8 +60,8 @@ MORPHS: dict[str, Grow] = {
 }
 
 
-def network() -> nn.Module:
-    return resnet18(3, 1, width=4)
+def network(num_classes: int = 3) -> nn.Module:
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, 1, width=4)
 
 
 def trained() -> nn.Module:
@@ -92,10 +94,15 @@ def test_all_known_morphs_are_tested() -> None:
     assert {name.split()[0] for name in MORPHS} == set(known())
 
 
-@pytest.mark.parametrize("name", MORPHS)
+@pytest.fixture(scope="module", params=MORPHS)
+def every(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Recipe]:
+    return grown(request.param)
+
+
 class TestEveryMorph:
-    def test_rebuilt_and_loaded(self, name: str, tmp_path: Path) -> None:
-        _, child, recipe = grown(name)
+    def test_rebuilt_and_loaded(self, every: tuple[nn.Module, nn.Module, Recipe], tmp_path: Path) -> None:
+        _, child, recipe = every
+        child = copy.deepcopy(child)
         recipe.save(tmp_path / "recipe.json")
         write_state(tmp_path / "child.safetensors", child.state_dict())
         torch.manual_seed(7)  # other random weights: only their shapes may count
@@ -105,16 +112,17 @@ class TestEveryMorph:
         again.load_state_dict(read_state(tmp_path / "child.safetensors"), strict=True)
         assert fingerprint(fresh.state_dict()) == before
         recipe.require_contents(again.state_dict())
-        r = getattr(recipe.morphs[0].step, "r", 1)
-        x = torch.randn(2, 2 if name == "inputs" else 1, 32 * r, 32 * r)
+        step = recipe.morphs[0].step
+        r = getattr(step, "r", 1)
+        x = torch.randn(2, 2 if step.op == "inputs" else 1, 32 * r, 32 * r)
         for mode in (False, True):
             torch.manual_seed(0)
             want = child.train(mode)(x)
             torch.manual_seed(0)
             assert torch.equal(again.train(mode)(x), want)
 
-    def test_weights_alone(self, name: str, tmp_path: Path) -> None:
-        parent, child, recipe = grown(name)
+    def test_weights_alone(self, every: tuple[nn.Module, nn.Module, Recipe], tmp_path: Path) -> None:
+        parent, child, recipe = every
         before = fingerprint(parent.state_dict())
         with torch.device("meta"):
             empty = network()
@@ -139,7 +147,7 @@ def test_recipes_that_were_written_before_are_read() -> None:
     for name, data in written.items():
         recipe = Recipe.from_json(json.dumps(data))
         assert json.loads(recipe.to_json()) == data, name
-        child = apply(recipe, trained())
+        child = apply(recipe, resnet18(3, 1, width=4))
         assert fingerprint(child.state_dict()).shapes == data["morphs"][0]["child"]["shapes"], name
 
 
@@ -246,12 +254,12 @@ class TestRefusals:
         with pytest.raises(
             MorphError, match=r"recipe step 1 \(front\): the network has other parameter names or shapes"
         ):
-            apply(recipe, resnet18(4, 1, width=4))
+            apply(recipe, network(4))
         with pytest.raises(MorphError, match="do not fit"):
-            grow(recipe, network(), resnet18(4, 1, width=4).state_dict())
+            grow(recipe, network(), network(4).state_dict())
         _, _, recipe = grown("widen")
         with pytest.raises(MorphError, match="do not fit"):
-            grow(recipe, network(), resnet18(4, 1, width=4).state_dict())
+            grow(recipe, network(), network(4).state_dict())
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -336,25 +344,15 @@ class TestRefusals:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 class TestMemory:
-    @pytest.mark.parametrize(
-        ("op", "layers", "width", "limit"),
-        [
-            *(pytest.param(op, 56, 360, 75_000_000, marks=pytest.mark.slow) for op in ("kernel", "front")),
-            pytest.param("widen", 56, 720, 300_000_000, marks=pytest.mark.slow),
-        ],
-    )
-    def test_a_file_grows_without_the_model_in_memory(
-        self, tmp_path: Path, op: str, layers: int, width: int, limit: int
-    ) -> None:
+    @pytest.mark.slow
+    def test_a_file_grows_without_the_model_in_memory(self, tmp_path: Path) -> None:
+        """By a kernel, a front and by widening: beside a few tensors of 2.4 MB each, no part of the file's 132 MB."""
         names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
         run = subprocess.run(
-            [sys.executable, Path(__file__).with_name("grow_file_memory.py"), op, *names, str(layers), str(width)],
+            [sys.executable, Path(__file__).with_name("grow_file_memory.py"), *names, "56", "256"],
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, run.stderr
-        size, extra = (int(word) for word in run.stdout.split())
-        assert extra < limit
-        if width > 700:
-            assert size > 1e9
-        assert extra < size
+        size, *extra = (int(word) for word in run.stdout.split())
+        assert len(extra) == 3 and max(extra) < 38_000_000 < size / 3, extra

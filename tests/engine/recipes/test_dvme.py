@@ -212,10 +212,18 @@ def table(tmp_path_factory):
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
     protocols = ("linear", "dvme", "no_attention", "finetune", "finetune_dvme")
     small = tuple(ExtractorConfig(name, "lesionnet") for name in "ab")  # checkpoints of all trainings are written twice
-    config = replace(SMALL, extractors=small, protocols=protocols, folds=1, transformers=("b",), transformer_batch=2)
+    config = replace(
+        SMALL,
+        extractors=small,
+        protocols=protocols,
+        subsets=(0,),
+        folds=1,
+        transformers=("b",),
+        transformer_batch=2,
+    )
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     trainings = {(r["subset"], r["protocol"], r["extractor"]) for r in whole["rows"]}
-    assert len(trainings) == len(whole["rows"]) == 2 * (2 + 1 + 1 + 2 + 1)
+    assert len(trainings) == len(whole["rows"]) == 2 + 1 + 1 + 2 + 1
     loss, calls = (Finetuning.loss, TensorTask.loss), []
 
     def killed(number):
@@ -239,12 +247,12 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     for file in files:
         first, second = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
-    place = tmp_path / "whole" / folder("finetune_dvme", "all", 4, 0) / "best.ckpt"
+    place = tmp_path / "whole" / folder("finetune_dvme", "all", 0, 0) / "best.ckpt"
     net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
     source = images(read_table(table).records)[0]["image"]
     assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
     with pytest.raises(DataError, match="no classifier of whole images"):
-        open_classifier(place.parents[3] / "linear" / "a" / "4_0" / "best.ckpt", memory_budget=None, device="cpu")
+        open_classifier(place.parents[3] / "linear" / "a" / "all_0" / "best.ckpt", memory_budget=None, device="cpu")
 
 
 def test_linear_evaluation_leaves_extractors_as_they_are(table, tmp_path, monkeypatch):
@@ -273,8 +281,9 @@ def test_linear_evaluation_leaves_extractors_as_they_are(table, tmp_path, monkey
 
 
 def test_native_resolution_within_a_budget(table, tmp_path):
-    config = replace(SMALL, resize=(), protocols=("finetune",), subsets=(4,), folds=1, epochs=1)
-    assert len(train(table, config, Run(tmp_path, memory_budget=2**29))["rows"]) == 2
+    own = SMALL.extractors[1:]
+    config = replace(SMALL, extractors=own, resize=(), protocols=("finetune",), subsets=(4,), folds=1, epochs=1)
+    assert len(train(table, config, Run(tmp_path, memory_budget=2**29))["rows"]) == 1
 
 
 def test_two_steps_on_real_images(real_data, tmp_path):
@@ -286,7 +295,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
             shutil.copyfile(path, copy)
             records.append(Record(copy, label, f"P{number}{label}", split))
     table = write_table(tmp_path / "real.csv", records, ["0", "1"])
-    own = (ExtractorConfig("r", "timm:resnet18"), ExtractorConfig("v", "timm:vit_tiny_patch16_224", blocks=4))
+    own = (ExtractorConfig("r", "timm:test_resnet"), ExtractorConfig("v", "timm:vit_tiny_patch16_224", blocks=4))
     config = replace(DvmeConfig(), extractors=own, subsets=(2,), folds=1, epochs=2, protocols=("linear", "dvme"))
     metrics = train(table, config, Run(tmp_path / "run"))
     assert [row["extractor"] for row in metrics["rows"]] == ["r", "v", "all"]

@@ -82,11 +82,10 @@ def test_without_rounding_the_function_is_exactly_that_of_keras(tmp_path):
         torch.testing.assert_close(block.bn1(shifted), block.bn1(block.conv1(x)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["keras1", "keras2"])
-def test_vgg16_computes_what_keras_computes(form, tmp_path):
+def test_vgg16_computes_what_keras_computes(tmp_path):
     pytest.importorskip("timm")
     layers = keras.vgg()
-    maps = features("timm:vgg16", 3, keras.write(tmp_path / "w.h5", layers, form)).double().eval()
+    maps = features("timm:vgg16", 3, keras.write(tmp_path / "w.h5", layers)).double().eval()
     with torch.no_grad():
         theirs = keras.vgg_maps(layers, keras.preprocessed(colours(40, 50)))
         assert error(maps(as_ours(colours(40, 50))), theirs) < 1e-12

@@ -205,7 +205,9 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
         starts=("byol", "weights", "simclr", "scratch", "siamese"),
         hidden=16,
         epochs=2,
-        batch_size=3,
+        batch_size=6,
+        registration="none",
+        scores=False,
         maps=False,
     )
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
