@@ -24,6 +24,7 @@ from .corrected import CORRECTED
 from .lines import line_of
 from .parts import OF_PARTS, with_weight
 from .program import Branch, Op, bind, by_chance, given, known_values, name_of, refs
+from .quantiles import QUANTILES
 from .refusals import REFUSED, as_refusal, data_dependent
 from .state import Snapshot
 from .tensor_hooks import Registered
@@ -93,6 +94,7 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.last = self.values.where()
+        func = QUANTILES.get(func, func)
         name = getattr(func, "__name__", "")
         if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
             raise UnsupportedError(
