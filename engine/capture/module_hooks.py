@@ -42,6 +42,9 @@ class Enter:
         node = _node(made)
         if node is not None:
             node.metadata[_ENTERED] = hook
+            if len(self.places) == 1:
+                # Autograd visits it also where the stage that reads the map has no gradient for it; stock would not.
+                node.set_materialize_grads(False)
         return made
 
 

@@ -130,3 +130,28 @@ def test_hooks_that_come_and_go() -> None:
         largest = max(grad.norm().item() for grad in grads[0])
         for want, got in zip(*grads, strict=True):
             assert (got - want).norm() <= LIMIT * max(want.norm().item(), 1e-3 * largest)
+
+
+class Aside(nn.Module):
+    """A norm that sees a second map, of which only its running statistics know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.aside, self.norm = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result = self.norm(self.conv(x))
+        self.norm(self.aside(y))
+        return result.square().mean((2, 3))
+
+
+def test_what_a_loss_does_not_reach_gets_no_gradient_of_zeros() -> None:
+    """AdamW would let parameters with one decay."""
+    stock = Aside().double()
+    stock.norm.register_full_backward_hook(lambda *_: None)
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8)):
+        x, y = torch.randn(2, 2, 1, 20, 20, dtype=torch.float64).requires_grad_().unbind()
+        y.retain_grad()
+        net(x, y).sum().backward()
+        given = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
+        assert y.grad is None and given == {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}
