@@ -250,6 +250,30 @@ def test_hooks_of_outputs_that_no_gradient_reaches() -> None:
     assert not calls and net.b.weight.grad is None
 
 
+def test_hooks_of_maps_that_no_gradient_reaches() -> None:
+    """One stage reads both maps, and has a gradient for one of them; the other's hook was called with None."""
+    calls: list[str] = []
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = self.a(x), self.b(x)
+            y.register_hook(lambda grad: calls.append("y") or grad * 0.5)
+            z.register_hook(lambda grad: calls.append("z") or grad * 0.5)
+            return y.mean((2, 3)), z.mean((2, 3))
+
+    stock = Pair().double()
+    found = []
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8)):
+        net(torch.ones(1, 1, 20, 20, dtype=torch.float64))[0].sum().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert calls == ["y", "y"] and found[1][2:] == [None, None]
+    torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-12, atol=0)
+
+
 # -- what a hook's function holds ------------------------------------------------------------------------------------
 
 
