@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Enter:
     __name__ = "module_hook"
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        hook = BackwardHook(self.module, list(self.hooks), list(self.pre_hooks))
+        hook = BackwardHook(self.module, _reached(self.hooks), _reached(self.pre_hooks))
         made = _part(hook.setup_input_hook(_whole(self.count, self.places, tensors)), self.places)
         node = _node(made)
         if node is not None:
@@ -62,7 +63,7 @@ class Leave:
     __name__ = "module_hook"
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        hook = BackwardHook(self.module, list(self.hooks), list(self.pre_hooks))
+        hook = BackwardHook(self.module, _reached(self.hooks), _reached(self.pre_hooks))
         if self.entered is None:
             node, tensors = _node(tensors[:1]), tensors[1:]
             hook = hook if node is None else node.metadata[_ENTERED]
@@ -126,6 +127,18 @@ def _refilled(args: Any, places: Sequence[int], tensors: Sequence[Tensor]) -> An
     for place, tensor in zip(places, tensors, strict=True):
         filled[place] = tensor
     return tuple(filled) if type(args) is tuple else type(args)(*filled)
+
+
+def _reached(hooks: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """The hooks, which are not called where no gradient comes: stock's backward would not be there.
+
+    Autograd visits all that a stage reads, also where the stage has no gradient for it.
+    """
+
+    def called(hook: Callable[..., Any], module: nn.Module, *grads: Sequence[Tensor | None]) -> Any:
+        return None if all(grad is None for grad in grads[-1]) else hook(module, *grads)
+
+    return [partial(called, hook) for hook in hooks]
 
 
 def _node(tensors: Sequence[Tensor]) -> Any:

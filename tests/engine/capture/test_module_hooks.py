@@ -155,3 +155,30 @@ def test_what_a_loss_does_not_reach_gets_no_gradient_of_zeros() -> None:
         net(x, y).sum().backward()
         given = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
         assert y.grad is None and given == {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}
+
+
+class Heads(nn.Module):
+    """Two branches, of which a loss may ask one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(wide, 3, 3) for wide in (1, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.c(self.a(x)).mean((2, 3)), self.d(self.b(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_hooks_of_modules_that_a_loss_does_not_reach_are_not_called(kind: str) -> None:
+    """One stage reads what both give; the hook of the other was called with None."""
+    stock = Heads().double()
+    calls: list[tuple[str, float]] = []
+    for name in "cd":
+        register = getattr(stock.get_submodule(name), f"register_full_backward_{kind}")
+        register(lambda _module, *grads, name=name: calls.append((name, grads[-1][0].sum().item())))
+    found = []
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8)):
+        net(torch.ones(1, 1, 20, 20, dtype=torch.float64))[0].sum().backward()
+        found.append({name for name, parameter in net.named_parameters() if parameter.grad is not None})
+    assert [name for name, _ in calls] == ["c", "c"] and calls[0][1] == pytest.approx(calls[1][1], rel=1e-12)
+    assert found[0] == found[1] == {"a.weight", "a.bias", "c.weight", "c.bias"}
