@@ -149,15 +149,18 @@ def work(model: nn.Module, size: int, side: int, chip: int = 90) -> dict[str, An
 
 def _taken(launch: Launch, splits: int = 1) -> float:
     """What all multiprocessors could do in the time of a launch, its depth in so many parts."""
-    programs = launch.programs * splits
     whole = -(-launch.turns // splits) * splits / launch.turns
-    return launch.done * whole * -(-programs // PROCESSORS) * PROCESSORS / programs
+    return _in_waves(launch.done * whole, launch.programs * splits)
 
 
 def _taken_together(launches: list[Launch]) -> float:
     """The same if one launch did the work of all, in as many programs."""
-    done, programs = (sum(getattr(launch, name) for launch in launches) for name in ("done", "programs"))
-    return done * -(-programs // PROCESSORS) * PROCESSORS / programs if programs else 0.0
+    programs = sum(launch.programs for launch in launches)
+    return _in_waves(sum(launch.done for launch in launches), programs) if programs else 0.0
+
+
+def _in_waves(done: float, programs: int) -> float:
+    return done * -(-programs // PROCESSORS) * PROCESSORS / programs
 
 
 def _saved_by_splits(launch: Launch, paid: bool) -> float:

@@ -1,6 +1,7 @@
-"""Quantiles of tensors without values, which PyTorch before 2.13 cannot make on the CPU.
+"""Quantiles of tensors without values, which PyTorch 2.11 cannot make on the CPU.
 
-It asks there whether what is sought lies between 0 and 1, which takes a value. Of tensors with values it asks itself.
+That version asks there whether what is sought lies between 0 and 1, which takes a value; 2.13 does not. Of tensors with
+values it asks itself.
 """
 
 from __future__ import annotations

@@ -257,10 +257,10 @@ def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, ph
 
 def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
     make(tmp_path / "net", 2)
-    short = ["--size", "96x80", "--peer", "stock", "--rounds", 1, "--box", 1]
+    short = ["--size", "96x80", "--peer", "gigamorph", "--rounds", 1, "--box", 1]
     assert run("bench", "step", "--model", tmp_path / "net", *short, "--json", tmp_path / "step.json") == 0
     steps = json.loads((tmp_path / "step.json").read_text())["steps"]
-    assert {(row["peer"], row["status"]) for row in steps} == {("stock", "ok")}
+    assert {(row["peer"], row["status"]) for row in steps} == {("gigamorph", "ok")}
     capsys.readouterr()
 
 

@@ -59,7 +59,7 @@ class Forked:
     def end(self) -> None:
         """Have it end, and what it has started, if it has not."""
         if self.poll() is None:
-            self._process.terminate()
+            os.killpg(self.pid, signal.SIGKILL)
             self.wait()
 
     @property
