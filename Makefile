@@ -44,9 +44,9 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gate: $(VENV)/installed
-	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_gate.py --faults
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_gate.py --faults --rows build/compile_gate.jsonl
 
-check: lint types test gate
+check: lint types test
 
 clean:
 	rm -rf $(VENV) build *.egg-info

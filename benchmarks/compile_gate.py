@@ -11,9 +11,11 @@ Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit cod
 The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels are those without descriptors.
 The launches are those that the engine makes (`recorded_step.py`): of six networks with frozen and with live norms, in
 bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and of an image of 32768 x 32768
-in one tile. The last line holds the worst figures.
+in one tile. The last line holds the worst figures. All of it takes
+hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has for the chips.
 
-    python benchmarks/compile_gate.py [--quick] [--only conv2d_forward,pool] [--network resnet50] [--chip 90] [--faults]
+    python benchmarks/compile_gate.py [--quick] [--only conv2d_forward,pool] [--network resnet50] [--chip 90]
+        [--rows FILE] [--faults]
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Everything is compiled afresh, so that ptxas reports on everything.
@@ -39,11 +41,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compile_only import MI300, compile_only, read_code  # noqa: E402
+from compile_rows import Row, RowFile, key, summary, table  # noqa: E402
 from compile_verdict import faults  # noqa: E402
 from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
-from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
 from gigamorph.engine.models import create_model  # noqa: E402
@@ -123,13 +125,14 @@ def network_channels(network: nn.Module) -> int:
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
-def wanted(recorded: Iterable[tuple[str, list[Call]]], chip: int, quick: bool = False) -> list[tuple[str, Call]]:
-    """Of all calls those that launch what no other has launched, each with the scene that it was first seen in.
+def wanted(
+    recorded: Iterable[tuple[str, list[Call]]], chip: int, seen: set[str], quick: bool = False
+) -> list[tuple[str, Call, set[str]]]:
+    """Of all calls those with a launch that is not among the `seen`: the scene, the call, the keys of what is new.
 
     `quick`: of launches whose code differs only in how often a loop over the input channels runs, the first alone.
     """
-    seen: set[tuple[str, str]] = set()
-    known: set[Call] = set()
+    seen, known = set(seen), set[Call]()
     found = []
     for scene, calls in recorded:
         for call in calls:
@@ -139,34 +142,17 @@ def wanted(recorded: Iterable[tuple[str, list[Call]]], chip: int, quick: bool = 
             launches: list[Launch] = []
             with noted(chip, launches, []):
                 call.run()
-            keys = {(launch.kernel, launch.specialization) for launch in launches}
             if quick:
-                keys = {(kernel, re.sub(r"\bCIN=\d+", "CIN", form)) for kernel, form in keys}
-            if keys - seen:
+                launches = [replace(one, specialization=_any_depth(one.specialization)) for one in launches]
+            keys = {key(launch) for launch in launches} - seen
+            if keys:
                 seen |= keys
-                found.append((scene, call))
+                found.append((scene, call, keys))
     return found
 
 
-# -- verdicts -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One compiled kernel and what is wrong with it."""
-
-    case: str  # the first call that needs it
-    chip: int
-    kernel: str
-    launches: int = 1
-    shared: int = 0
-    registers: int = 0
-    warps: int = 0
-    blocks: int = 0
-    matrix: str = ""
-    loads: int = 0
-    seconds: float = 0.0
-    faults: tuple[str, ...] = ()
+def _any_depth(specialization: str) -> str:
+    return re.sub(r"\bCIN=\d+", "CIN", specialization)
 
 
 def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
@@ -205,50 +191,8 @@ def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
     return list(rows.values())
 
 
-def _compile(chip: int, calls: list[tuple[str, Call]]) -> list[Row]:
-    return gate(chip, [(f"{call.name.partition('::')[2]} of {scene}", call.run) for scene, call in calls])
-
-
-def table(rows: list[Row]) -> Table:
-    result = Table(box=None, pad_edge=False)
-    for heading in ("first call", "sm", "kernel", "times"):
-        result.add_column(heading, justify="right" if heading in ("sm", "times") else "left", overflow="fold")
-    for heading in ("shared", "regs", "warps", "blocks", "TMA"):
-        result.add_column(heading, justify="right")
-    for heading in ("matrix", "verdict"):
-        result.add_column(heading, overflow="fold")
-    for row in rows:
-        verdict = f"[red]{'; '.join(row.faults)}[/red]" if row.faults else "ok"
-        result.add_row(
-            row.case,
-            str(row.chip),
-            row.kernel,
-            str(row.launches),
-            f"{row.shared:,}",
-            str(row.registers),
-            str(row.warps),
-            str(row.blocks),
-            str(row.loads),
-            row.matrix,
-            verdict,
-        )
-    return result
-
-
-def summary(rows: list[Row], seconds: float) -> str:
-    """The worst figures, in one line."""
-    bad = sum(bool(row.faults) for row in rows)
-    built = [row for row in rows if row.kernel]
-    shared = ", ".join(
-        f"{max((row.shared for row in built if row.chip == chip), default=0):,} B (sm_{chip})"
-        for chip in sorted({row.chip for row in built})
-    )
-    return (
-        f"{'FAIL' if bad else 'ok'}: {len(built)} kernels for {sum(row.launches for row in built)} launches, "
-        f"{bad} with faults; worst: shared {shared}, {max((r.registers for r in built), default=0)} registers, "
-        f"{min((r.blocks for r in built), default=0)} blocks per multiprocessor; "
-        f"triton {triton.__version__}, {seconds:.0f} s"
-    )
+def _compile(chip: int, calls: list[tuple[str, Call, set[str]]]) -> list[Row]:
+    return gate(chip, [(f"{call.name.partition('::')[2]} of {scene}", call.run) for scene, call, _ in calls])
 
 
 def main() -> int:
@@ -258,6 +202,7 @@ def main() -> int:
     parser.add_argument("--network", default="", help="only steps whose name has this part")
     parser.add_argument("--chip", type=int, choices=CHIPS, help="one chip only")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="add to these; what they hold is not compiled again")
     parser.add_argument("--faults", action="store_true", help="list only kernels with faults")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -265,16 +210,19 @@ def main() -> int:
     only = set(filter(None, options.only.split(",")))
     chosen = [scene for scene in scenes(options.quick) if options.network in str(scene)]
     began = time.perf_counter()
-    rows: list[Row] = []
+    file = RowFile(options.rows)
     show = functools.partial(track, console=Console(stderr=True))
+    chips = [options.chip] if options.chip else CHIPS
     with ProcessPoolExecutor(options.jobs) as pool:
-        for chip in [options.chip] if options.chip else CHIPS:
+        for chip in chips:
             steps = show(pool.map(record, chosen, itertools.repeat(chip)), f"sm_{chip} steps", len(chosen))
-            found = wanted(zip(map(str, chosen), steps, strict=True), chip, options.quick)
-            calls = [(s, call) for s, call in found if not only or call.name.partition("::")[2] in only]
+            found = wanted(zip(map(str, chosen), steps, strict=True), chip, file.keys.get(chip, set()), options.quick)
+            calls = [entry for entry in found if not only or entry[1].name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
             compiled = pool.map(_compile, itertools.repeat(chip), chunks)
-            rows += itertools.chain.from_iterable(show(compiled, f"sm_{chip} kernels", len(chunks)))
+            for chunk, rows in zip(chunks, show(compiled, f"sm_{chip} kernels", len(chunks)), strict=True):
+                file.add(chip, set().union(*(keys for _, _, keys in chunk)), rows)
+    rows = [row for chip in chips for row in file.rows.get(chip, ())]
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table([row for row in rows if row.faults or not options.faults]))
     console.print(summary(rows, time.perf_counter() - began), soft_wrap=True)

@@ -1,0 +1,35 @@
+"""benchmarks/compile_rows.py: rows of kernels are kept, and taken again unless code or Triton have changed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def compile_rows(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    import compile_rows
+
+    return compile_rows
+
+
+def test_rows_are_kept_until_code_changes(compile_rows, tmp_path, monkeypatch):
+    path = tmp_path / "made" / "rows.jsonl"
+    row = compile_rows.Row("conv2d_forward", 90, "conv", registers=168, faults=("3 spills",))
+    kept = compile_rows.RowFile(path)
+    kept.add(90, {"a", "b"}, [row])
+    with path.open("a") as file:
+        file.write('\n{"code": "cut o')
+    kept.add(80, {"a"}, [])
+
+    again = compile_rows.RowFile(path)
+    assert again.rows == {90: [row], 80: []} and again.keys == {90: {"a", "b"}, 80: {"a"}}
+    monkeypatch.setattr(compile_rows, "_code", lambda: "other")
+    assert compile_rows.RowFile(path).keys == {}
+
+
+def test_nothing_compiled_is_a_failure(compile_rows):
+    assert compile_rows.summary([], 1.0).startswith("FAIL: 0 kernels")
