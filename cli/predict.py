@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from . import runner
+from . import options, runner
 from .predict_masks import predict_masks
 from .train import scores_line
 from .words import counted
@@ -39,6 +39,7 @@ _MANY = 100
     is_flag=True,
     help="Name patients and exams as DICOM files do (PatientID, StudyInstanceUID), not by numbers.",
 )
+@options.precision
 @runner.over_images
 def predict(
     images: tuple[str, ...],
@@ -46,6 +47,7 @@ def predict(
     heatmaps: bool,
     calibrated_by: str | None,
     identifiers: bool,
+    precision: Any,
     run: runner.Run,
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
@@ -92,14 +94,15 @@ def predict(
             raise click.UsageError("--heatmaps and --calibration are of classes of images; this checkpoint is of masks")
         if run.options["flips"]:
             raise click.UsageError("--flip averages probabilities of images; masks are not averaged, leave it out")
-        predict_masks(images, Path(out), identifiers, run)
+        predict_masks(images, Path(out), identifiers, precision, run)
         return
     calibration = None
     if calibrated_by is not None:
         calibration = read_calibration(
             calibrated_by, run.opener(device="cpu").classes, run.options["model"], run.options["flips"]
         )
-    chosen = Options(heatmaps=heatmaps, identifiers=identifiers, calibration=calibration, **run.options)
+    own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration, "precision": precision}
+    chosen = Options(**own, **run.options)
     with runner.watching(run.as_json, chosen.device, _grey) as watch:
         found = predicted(run.opener, images, out, chosen, watch)
     if run.as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
@@ -12,13 +13,13 @@ from .train import scores_line
 from .words import counted
 
 
-def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, run: runner.Run) -> None:
+def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, precision: Any, run: runner.Run) -> None:
     """Write the masks of images, and their table."""
     from ..engine.predict.masks import MaskOptions, open_segmenter
     from ..engine.predict.masks import predict_masks as predicted
 
     opener = functools.partial(open_segmenter, run.checkpoint, memory_budget=run.memory_budget)
-    options = MaskOptions(identifiers=identifiers, **run.options)
+    options = MaskOptions(identifiers=identifiers, precision=precision, **run.options)
     with runner.watching(run.as_json, options.device) as watch:
         found = predicted(opener, images, out, options, watch)
     if run.as_json:

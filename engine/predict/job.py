@@ -174,6 +174,9 @@ class PredictJob(Job):
 
     def write_note(self, out: Path, **more: Any) -> None:
         """Beside the table: which network its predictions are of."""
-        flips = {"flip": list(self._options.flips)} if self._options.flips else {}
-        note = {"checkpoint": self._options.checkpoint, "sha256": self._options.model, **flips, **more}
+        options = self._options
+        note: dict[str, Any] = {"checkpoint": options.checkpoint, "sha256": options.model}
+        note |= {"flip": list(options.flips)} if options.flips else {}
+        note |= {"precision": options.precision} if options.precision != "fp32" else {}
+        note |= more
         write_atomically(out / "predictions.json", lambda path: path.write_text(json.dumps(note) + "\n"), "note")

@@ -261,7 +261,7 @@ class _Masks(PredictJob):
     _wanted: Wanted
 
     def described(self) -> dict[str, Any]:
-        return {"identifiers": self._options.identifiers}
+        return {"identifiers": self._options.identifiers, "precision": self._options.precision}
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         try:

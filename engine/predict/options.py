@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..train.progress import Meter
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Scores = dict[str, dict[str, float | int | None]]
 """Measures, by split."""
 
@@ -30,6 +31,7 @@ class RunOptions:
         engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
         address: of that; None takes RAY_ADDRESS, or starts one on this machine.
         flips: mirror images that the opened network averages over, by name; the folder keeps them.
+        precision: of what is computed; "bf16" and "fp16" are autocast's, and the folder keeps it.
         store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
     """
 
@@ -46,6 +48,7 @@ class RunOptions:
     engine: Literal["embedded", "ray"] = "embedded"
     address: str | None = None
     flips: tuple[str, ...] = ()
+    precision: Precision = "fp32"
     store: str = ""
 
     @property

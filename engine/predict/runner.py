@@ -6,6 +6,7 @@ It knows nothing of networks; what is made of each image is a `Job`'s.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -29,6 +30,7 @@ from .index import Index
 from .job import FAILURES, Job, Result
 from .options import RunOptions, Summary, Watch
 from .parts import Parts, read_parts
+from .precision import in_precision, start_in_precision
 from .rows import Row, Work
 from .tables import write_failures
 
@@ -147,13 +149,13 @@ class _Runner:
 
     def _outcomes(self, reading: Reading, work: Iterator[Work]) -> Generator[Outcome, None, None]:
         options, meter = self._options, self._watch.meter
-        if options.engine == "ray":
-            return compute_by_ray(
-                self._job.start(), reading, work, options.devices, options.device, options.address, self._folder.path
-            )
-        if options.devices > 1:
-            return compute_in_processes(self._job.start(), reading, work, options.devices, options.device)
-        unit = self._job.unit()
+        if not options.here:
+            start = functools.partial(start_in_precision, self._job.start(), options.precision)
+            given = start, reading, work, options.devices, options.device
+            if options.engine == "ray":
+                return compute_by_ray(*given, options.address, self._folder.path)
+            return compute_in_processes(*given)
+        unit = in_precision(self._job.unit(), options.precision, options.device)
         if unit.net is not None:
             unit.net.on_tile = meter.on_tile
 

@@ -1,0 +1,47 @@
+"""Work of a run in mixed precision: PyTorch's autocast around what is computed of each image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..datasets.tables import Record
+from .ahead import Opened
+from .job import Result, Start, Unit
+from .options import Precision
+from .rows import Work
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Mixed:
+    """A unit (`job.Unit`) whose network computes in autocast's type; images are opened as ever.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, unit: Unit, precision: Precision, device: str) -> None:
+        self._unit, self._dtype, self._device = unit, _DTYPES[precision], device
+
+    @property
+    def net(self) -> Any:
+        return self._unit.net
+
+    def open(self, record: Record, work: Work) -> dict[str, Any]:
+        return self._unit.open(record, work)
+
+    def __call__(self, opened: Opened) -> Result:
+        with torch.autocast(self._device, self._dtype):
+            return self._unit(opened)
+
+
+def in_precision(unit: Unit, precision: Precision, device: str) -> Unit:
+    """The unit, in mixed precision unless that is "fp32"."""
+    return unit if precision == "fp32" else Mixed(unit, precision, device)
+
+
+def start_in_precision(start: Start, precision: Precision, *, device: str) -> Unit:
+    """As `job.Start`, of the processes that compute."""
+    return in_precision(start(device=device), precision, device)
