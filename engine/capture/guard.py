@@ -159,7 +159,7 @@ class Guard:
         self, snapshot: Snapshot, effects: Iterable[Effect], reads: Iterable[Read], constants: Iterable[Tensor] = ()
     ):
         found = snapshot.found
-        self.found, self.reads, self.constants = found, tuple(reads), tuple(constants)
+        self.reads, self.constants = tuple(reads), tuple(constants)
         loose = replaced(effects)
         below = inside_of(found, loose)
         quick: list[tuple[Holder, dict[Any, Any]]] = []
@@ -174,7 +174,8 @@ class Guard:
                 self.named.append(holder.owner)
             elif keys:
                 loosely = {key: signature(contents[key]) for key in keys if key in contents}
-                self.slow.append(_Watched(holder, contents, loosely))
+                kept = {key: None if key in loosely else value for key, value in contents.items()}
+                self.slow.append(_Watched(holder, kept, loosely))  # not the maps of the call before
             elif not contents and isinstance(holder.owner, (dict, list, set)):
                 empty.append(holder.owner)
             elif holder.fast is not None:

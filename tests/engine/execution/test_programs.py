@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import accelerate
@@ -51,3 +53,43 @@ def test_shapes_that_pytorch_remembers_are_bounded(monkeypatch: pytest.MonkeyPat
         sizes.append(len(FakeTensorMode.cache))
     assert max(sizes) < 60 + sizes[0] < sum(sizes)
     assert any(after < before for before, after in itertools.pairwise(sizes))
+
+
+class Keeping(nn.Module):
+    """Keeps its map, in three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
+        self.kept: Any = None
+        self.named: dict[str, Any] = {}
+        self.listed: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        self.kept, self.named["map"], self.listed = y, y, [y]
+        return self.second(y.relu()).mean((2, 3))
+
+
+class Reading(Keeping):
+    """Adds the map that the last call kept, if it has the same size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.kept
+        y = self.first(x)
+        self.kept = y if old is None or old.shape != y.shape else y + old.detach()
+        return self.second(self.kept.relu()).mean((2, 3))
+
+
+SIZES = ((40, 33), (45, 33), (40, 33), (40, 33), (37, 41), (45, 33), (40, 33))
+
+
+@pytest.mark.parametrize("kind", [Keeping, Reading])
+def test_a_map_that_the_network_keeps_is_freed_by_the_next_call(kind: type[Keeping]) -> None:
+    """A recording kept the map of the call before it for good."""
+    net, kept = accelerate(kind(), tile=16), []
+    for height, width in SIZES:
+        step(net, height, width)
+        kept.append(weakref.ref(net.kept))
+    gc.collect()
+    assert [map_() is not None for map_ in kept] == [False] * (len(SIZES) - 1) + [True]
