@@ -312,7 +312,7 @@ class _Recording:
         state = _State(self.model, program)
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
         constants = [v.constant for v in program.values if v.constant is not None and v.find is None]
-        return Guard(snapshot, program.effects, reads, constants)
+        return Guard(snapshot, program.effects, reads, constants, self.values.twins)
 
 
 def _nothing(_saved: Any) -> Any:

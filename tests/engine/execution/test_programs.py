@@ -1,7 +1,8 @@
-"""What stays in memory where each image has another size."""
+"""What stays in memory, and what is recorded again, where each image has another size."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import weakref
@@ -93,3 +94,19 @@ def test_a_map_that_the_network_keeps_is_freed_by_the_next_call(kind: type[Keepi
         kept.append(weakref.ref(net.kept))
     gc.collect()
     assert [map_() is not None for map_ in kept] == [False] * (len(SIZES) - 1) + [True]
+
+
+@pytest.mark.parametrize("kind", [Keeping, Reading])
+def test_kept_maps_of_other_sizes(kind: type[Keeping], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They had the network recorded again wherever the size changed, though no call looks at them."""
+    made = []
+    monkeypatch.setattr(programs, "capture", lambda *args, **kwargs: made.append(1) or trace.capture(*args, **kwargs))
+    net = kind().double()
+    nets, counts = (net, accelerate(copy.deepcopy(net), tile=16)), []
+    for height, width in SIZES:
+        x = torch.randn(1, 1, height, width, dtype=torch.float64)
+        stock, ours = (one(x) for one in nets)
+        assert torch.allclose(stock, ours, rtol=1e-12, atol=1e-12)
+        counts.append(len(made))
+    if kind is Keeping:  # once for each size, and once for having kept nothing yet
+        assert counts == [1, 2, 3, 3, 4, 4, 4]
