@@ -165,6 +165,9 @@ class Guard:
         constants: tensors that are neither parameters nor buffers; of all of these the form counts, not the values.
         seen: identities of the tensors that the forward looked at, be it at their shape. What each call replaces and
             none looks at may have any form: the map that a hook kept of an image of another size.
+
+    Attributes:
+        kept: identities of the tensors that it keeps alive, those in the network's attributes.
     """
 
     def __init__(
@@ -205,6 +208,8 @@ class Guard:
         self.classes = [*(vars(cls) for cls in found.classes), vars(functional)]  # libraries' calls are replaced there
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
+        held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
+        self.kept = {id(thing) for each in held for thing in each.values() if isinstance(thing, Tensor)}
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()
