@@ -7,8 +7,9 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -53,20 +54,27 @@ def process_state() -> tuple[Any, ...]:
     )
 
 
-def signature(thing: Any) -> Any:
-    """The form of a value that every call replaces: nested types, plain values, and tensors but for their values."""
+def _form(tensor: Tensor) -> Any:
+    return _FORM(tensor), tensor.stride() if tensor.layout == torch.strided else None
+
+
+def _no_form(_tensor: Tensor) -> None:
+    return None
+
+
+def signature(thing: Any, form: Callable[[Tensor], Any] = _form) -> Any:
+    """Of a value that every call replaces: nested types, plain values, and of tensors their form, not their values."""
     if isinstance(thing, Tensor):
-        lies = thing.stride() if thing.layout == torch.strided else None
-        return type(thing), _FORM(thing), lies
+        return type(thing), form(thing)
     if isinstance(thing, _PLAIN):
         return type(thing), thing
     if isinstance(thing, Mapping):
-        return type(thing), tuple((key, signature(value)) for key, value in thing.items())
+        return type(thing), tuple((key, signature(value, form)) for key, value in thing.items())
     if isinstance(thing, (list, tuple, set, frozenset)):
-        return type(thing), tuple(signature(value) for value in thing)
+        return type(thing), tuple(signature(value, form) for value in thing)
     own = getattr(thing, "__dict__", None)
     if own is not None and not callable(thing):
-        return type(thing), tuple((key, signature(value)) for key, value in own.items())
+        return type(thing), tuple((key, signature(value, form)) for key, value in own.items())
     return type(thing), id(thing)
 
 
@@ -95,7 +103,8 @@ class _Watched:
 
     holder: Holder
     contents: dict[Any, Any]
-    loose: dict[Any, Any] = field(default_factory=dict)  # keys that every call replaces -> their signature
+    loose: dict[Any, tuple[Callable[[Any], Any], Any]] = field(default_factory=dict)
+    # keys that every call replaces -> what of their contents counts, and what that was
 
     def holds(self) -> bool:
         now = self.holder.read()
@@ -104,7 +113,8 @@ class _Watched:
         for key, old in self.contents.items():
             new = now[key]
             if key in self.loose:
-                if signature(new) != self.loose[key]:
+                asked, was = self.loose[key]
+                if asked(new) != was:
                     return False
             elif new is not old and not (type(new) is type(old) and isinstance(old, _PLAIN) and _equal(new, old)):
                 return False
@@ -153,13 +163,23 @@ class Guard:
         effects: what each call changes.
         reads: what was taken from tensors as Python values.
         constants: tensors that are neither parameters nor buffers; of all of these the form counts, not the values.
+        seen: identities of the tensors that the forward looked at, be it at their shape. What each call replaces and
+            none looks at may have any form: the map that a hook kept of an image of another size.
+
+    Attributes:
+        kept: identities of the tensors that it keeps alive, those in the network's attributes.
     """
 
     def __init__(
-        self, snapshot: Snapshot, effects: Iterable[Effect], reads: Iterable[Read], constants: Iterable[Tensor] = ()
+        self,
+        snapshot: Snapshot,
+        effects: Iterable[Effect],
+        reads: Iterable[Read],
+        constants: Iterable[Tensor],
+        seen: Container[int],
     ):
         found = snapshot.found
-        self.found, self.reads, self.constants = found, tuple(reads), tuple(constants)
+        self.reads, self.constants = tuple(reads), tuple(constants)
         loose = replaced(effects)
         below = inside_of(found, loose)
         quick: list[tuple[Holder, dict[Any, Any]]] = []
@@ -173,8 +193,11 @@ class Guard:
             if holder.kind in ("_parameters", "_buffers"):
                 self.named.append(holder.owner)
             elif keys:
-                loosely = {key: signature(contents[key]) for key in keys if key in contents}
-                self.slow.append(_Watched(holder, contents, loosely))
+                there = {key: contents[key] for key in keys if key in contents}
+                asked = {key: partial(signature, form=_counting(old, seen)) for key, old in there.items()}
+                loosely = {key: (ask, ask(there[key])) for key, ask in asked.items()}
+                kept = {key: None if key in there else value for key, value in contents.items()}
+                self.slow.append(_Watched(holder, kept, loosely))  # not the maps of the call before
             elif not contents and isinstance(holder.owner, (dict, list, set)):
                 empty.append(holder.owner)
             elif holder.fast is not None:
@@ -185,6 +208,8 @@ class Guard:
         self.classes = [*(vars(cls) for cls in found.classes), vars(functional)]  # libraries' calls are replaced there
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
+        held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
+        self.kept = {id(thing) for each in held for thing in each.values() if isinstance(thing, Tensor)}
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()
@@ -222,6 +247,13 @@ class Guard:
                 return False
             self._note()  # equal numbers, of which the objects are others now
         return all(watched.holds() for watched in self.slow) and all(read.holds() for read in self.reads)
+
+
+def _counting(thing: Any, seen: Container[int]) -> Callable[[Tensor], Any]:
+    """What counts of tensors that every call replaces: their form, if the forward looked at any of them."""
+    tensors: list[Tensor] = []
+    signature(thing, tensors.append)
+    return _form if any(id(tensor) in seen for tensor in tensors) else _no_form
 
 
 def _values(space: Mapping[Any, Any]) -> Iterable[Any]:

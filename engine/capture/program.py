@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+_OTHERS = 3  # circumstances that a program remembers besides its own
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -73,6 +75,22 @@ class Branch:
     where: str = field(compare=False)
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """What one recording of a program depends on, and what calls change there besides the tensors that they make.
+
+    Attributes:
+        effects, hooks, reads, guard: see `Program`.
+        constants: of each value the tensor that it is, and where the network has it.
+    """
+
+    effects: list[Any]
+    hooks: list[Any]
+    reads: list[Any]
+    guard: Any
+    constants: list[tuple[Any, Any]]
+
+
 @dataclass
 class Program:
     """The recorded forward.
@@ -94,6 +112,7 @@ class Program:
         reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
         reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
         places: where the network has its parameters and buffers, from the first forward on; see `begin.py`.
+        others: circumstances of other recordings that came to the same program, the latest first.
     """
 
     image: int
@@ -114,6 +133,7 @@ class Program:
     apart: set[int] = field(default_factory=set)
     reached: dict[int, frozenset[int]] = field(default_factory=dict)
     places: list[tuple[int, Any, str, str]] | None = None
+    others: list[Circumstances] = field(default_factory=list)
 
     def results(self) -> list[int]:
         """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
@@ -137,18 +157,40 @@ class Program:
         return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
 
     def take_over(self, other: Program) -> bool:
-        """Whether another recording is the same but for what calls change and depend on; that is taken from it."""
+        """Whether another recording is the same but for its circumstances; the program goes by those then."""
         mine, theirs = self._form(), other._form()
         try:
             same = bool(mine == theirs)
         except (RuntimeError, ValueError):  # arrays or tensors among the arguments
             same = False
         if same:
-            self.effects, self.hooks, self.reads, self.guard = other.effects, other.hooks, other.reads, other.guard
-            self.places = None
-            for value, new in zip(self.values, other.values, strict=False):
-                value.constant, value.find = new.constant, new.find
+            # Those with a tensor that the network no longer has would keep it in memory.
+            known = [one for one in (self._circumstances(), *self.others) if one.guard.kept <= other.guard.kept]
+            self.others = known[:_OTHERS]
+            self._go_by(other._circumstances())
         return same
+
+    def holds(self) -> bool:
+        """Whether any of its recordings still says what the forward would do; the program goes by that one then."""
+        if self.guard.holds():
+            return True
+        for place, other in enumerate(self.others):
+            if other.guard.holds():
+                self.others.insert(0, self._circumstances())
+                del self.others[place + 1]
+                self._go_by(other)
+                return True
+        return False
+
+    def _circumstances(self) -> Circumstances:
+        constants = [(value.constant, value.find) for value in self.values]
+        return Circumstances(self.effects, self.hooks, self.reads, self.guard, constants)
+
+    def _go_by(self, one: Circumstances) -> None:
+        self.effects, self.hooks, self.reads, self.guard = one.effects, one.hooks, one.reads, one.guard
+        self.places = None
+        for value, (constant, find) in zip(self.values, one.constants, strict=False):
+            value.constant, value.find = constant, find
 
     def _form(self) -> Any:
         # Rules add values of their own behind those of the recording.

@@ -308,10 +308,11 @@ class _Recording:
         for value in program.values:
             if value.constant is not None and id(value.constant) in places:
                 value.find = functools.partial(_content, *places[id(value.constant)])
+                value.constant = torch.empty_like(value.constant, device="meta")  # its memory is the caller's to free
         state = _State(self.model, program)
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
         constants = [v.constant for v in program.values if v.constant is not None and v.find is None]
-        return Guard(snapshot, program.effects, reads, constants)
+        return Guard(snapshot, program.effects, reads, constants, self.values.twins)
 
 
 def _nothing(_saved: Any) -> Any:

@@ -117,7 +117,7 @@ class Programs:
         known = self.kept.setdefault(key, [])
         self.kept.move_to_end(key)
         for place, ready in enumerate(known):
-            if _goes(ready, branches) and ready[0].staged.program.guard.holds():
+            if _goes(ready, branches) and all(one.staged.program.holds() for one in ready):
                 known.insert(0, known.pop(place))
                 return ready
         if key.device.type == "cpu":

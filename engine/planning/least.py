@@ -10,7 +10,7 @@ from ... import kernels
 from ..capture.trace import Op
 from ..errors import BudgetError, NoRoomError
 from ..lowering.ops import Local, Maps, Node
-from ..tiling.memory import format_bytes
+from ..tiling.memory import format_bytes, format_enough
 from . import constants
 from .between import value_bytes
 from .libraries import convolutions, least_cpu_libraries
@@ -32,12 +32,12 @@ def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, sh
     limit = format_bytes(request.budget)
     if request.budget < own:
         what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
-        raise NoRoomError(f"no tile fits: {what} {format_bytes(own)}, the budget is {limit}; give a larger budget")
+        raise NoRoomError(f"no tile fits: {what} {format_enough(own)}, the budget is {limit}; give a larger budget")
     least = least_bytes(maps, nodes, request)
     if request.budget < least and not shared:
         height, width = maps.size(maps.program.image)
         raise BudgetError(
-            f"no tile fits: an image of {height} x {width} needs at least {format_bytes(least)} without any tile "
+            f"no tile fits: an image of {height} x {width} needs at least {format_enough(least)} without any tile "
             f"(parameters, copies of them, compiled kernels, whole results), the budget is {limit}; "
             "give a larger budget"
         )

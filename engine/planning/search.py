@@ -14,7 +14,7 @@ from ..errors import BudgetError
 from ..lowering.rewrites import prepare
 from ..lowering.sorting import sort
 from ..lowering.stages import StagedProgram
-from ..tiling.memory import format_bytes
+from ..tiling.memory import format_bytes, format_enough
 from ..tiling.spatial import SpatialShard
 from ..tiling.spatial_program import split_network
 from . import constants
@@ -222,7 +222,7 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
     assert least is not None
     what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
     return BudgetError(
-        f"{what}: an image of {height} x {width} needs at least {format_bytes(least.peak_bytes)} "
+        f"{what}: an image of {height} x {width} needs at least {format_enough(least.peak_bytes)} "
         f"(tile {least.tile[0]} x {least.tile[1]}, halos {least.halos}), the budget is "
         f"{format_bytes(request.limit(device))}; give a larger budget or a smaller batch"
     )

@@ -47,12 +47,24 @@ def parse_bytes(size: int | float | str) -> int:
 
 def format_bytes(size: float) -> str:
     """``"1.50 GiB"``: three significant digits, binary units."""
+    number, digits, unit = _in_units(size)
+    return f"{number:.{digits}f} {unit}"
+
+
+def format_enough(size: float) -> str:
+    """The same, rounded up: whoever gives as much gives enough."""
+    number, digits, unit = _in_units(size)
+    return f"{math.ceil(number * 10**digits) / 10**digits:.{digits}f} {unit}"
+
+
+def _in_units(size: float) -> tuple[float, int, str]:
+    """A number of bytes in the largest unit of which it has one, how many decimals it is told with, and the unit."""
+    unit = "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(size) < 1024 or unit == "TiB":
             break
         size /= 1024
-    digits = 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2
-    return f"{size:.{digits}f} {unit}"
+    return size, 0 if unit == "B" or abs(size) >= 100 else 1 if abs(size) >= 10 else 2, unit
 
 
 def _status(field: str) -> int:

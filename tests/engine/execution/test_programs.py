@@ -1,13 +1,16 @@
-"""What stays in memory where each image has another size."""
+"""What stays in memory, and what is recorded again, where each image has another size."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import accelerate
@@ -51,3 +54,107 @@ def test_shapes_that_pytorch_remembers_are_bounded(monkeypatch: pytest.MonkeyPat
         sizes.append(len(FakeTensorMode.cache))
     assert max(sizes) < 60 + sizes[0] < sum(sizes)
     assert any(after < before for before, after in itertools.pairwise(sizes))
+
+
+class Keeping(nn.Module):
+    """Keeps its map, in three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
+        self.kept: Any = None
+        self.named: dict[str, Any] = {}
+        self.listed: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        self.kept, self.named["map"], self.listed = y, y, [y]
+        return self.second(y.relu()).mean((2, 3))
+
+
+class Reading(Keeping):
+    """Adds the map that the last call kept, if it has the same size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.kept
+        y = self.first(x)
+        self.kept = y if old is None or old.shape != y.shape else y + old.detach()
+        return self.second(self.kept.relu()).mean((2, 3))
+
+
+SIZES = ((40, 33), (45, 33), (40, 33), (40, 33), (37, 41), (45, 33), (40, 33))
+
+
+@pytest.mark.parametrize("kind", [Keeping, Reading])
+def test_a_map_that_the_network_keeps_is_freed_by_the_next_call(kind: type[Keeping]) -> None:
+    """A recording kept the map of the call before it for good."""
+    net, kept = accelerate(kind(), tile=16), []
+    for height, width in SIZES:
+        step(net, height, width)
+        kept.append(weakref.ref(net.kept))
+    gc.collect()
+    assert [map_() is not None for map_ in kept] == [False] * (len(SIZES) - 1) + [True]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As long as there were recordings."""
+    found: list[int] = []
+    monkeypatch.setattr(programs, "capture", lambda *args, **kwargs: found.append(1) or trace.capture(*args, **kwargs))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Keeping, Reading])
+def test_kept_maps_of_other_sizes(kind: type[Keeping], made: list[int]) -> None:
+    """They had the network recorded again wherever the size changed, though no call looks at them."""
+    net = kind().double()
+    nets, counts = (net, accelerate(copy.deepcopy(net), tile=16)), []
+    for height, width in SIZES:
+        x = torch.randn(1, 1, height, width, dtype=torch.float64)
+        stock, ours = (one(x) for one in nets)
+        assert torch.allclose(stock, ours, rtol=1e-12, atol=1e-12)
+        counts.append(len(made))
+    if kind is Keeping:  # once for each size, and once for having kept nothing yet
+        assert counts == [1, 2, 3, 3, 4, 4, 4]
+
+
+class KeepsSize(nn.Module):
+    """Keeps the size of its image, and says in another attribute what it has computed for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.size, self.task, self.done = nn.Conv2d(1, 2, 3), None, "first", None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size, self.done = x.shape[2:], (self.task, x.shape[2])
+        return self.layer(x).mean((2, 3))
+
+
+def test_circumstances_that_come_again(made: list[int]) -> None:
+    """Each recording of the same ops took the place of the one before: by turns they were recorded at every call."""
+    net, counts = accelerate(KeepsSize(), tile=16), []
+    for number in range(14):
+        net.task, size = ("first", "second")[number % 2], (40, 45)[number // 2 % 2]
+        step(net, size, 33)
+        assert (net.size, net.done) == ((size, 33), (net.task, size))
+        counts.append(len(made))
+    assert counts[6:] == [5] * 8, counts
+
+
+def test_a_counter_leaves_few_circumstances(made: list[int]) -> None:
+    net = accelerate(KeepsSize(), tile=16)
+    for number in range(9):
+        net.task = str(number)
+        step(net, 40, 33)
+    ((prepared,),) = next(iter(net._programs.kept.values()))
+    assert len(prepared.staged.program.others) == 3 and len(made) == 9
+
+
+def test_circumstances_keep_no_tensor_that_the_network_has_no_longer() -> None:
+    net, given = accelerate(KeepsSize(), tile=16), []
+    for number in range(4):
+        net.target = torch.full((1,), float(number))
+        given.append(weakref.ref(net.target))
+        step(net, 40, 33)
+    gc.collect()
+    assert [one() is not None for one in given] == [False, False, False, True]

@@ -86,6 +86,80 @@ class ReversedByTensor(torch.autograd.Function):
         return -strength * grad if ctx.needs_input_grad[0] else None, None
 
 
+class Masked(torch.autograd.Function):
+    """As PyTorch's tutorial has it: it writes to a copy of the gradient, where a mask is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x > 0, 1.0, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        made = grad.clone()
+        made[x.abs() > 1] = 0
+        made[grad < 0] = 0.5
+        return made.mul_(x.exp()).masked_fill_(x > 0.8, 2)
+
+
+class Rewritten(torch.autograd.Function):
+    """What it keeps is written to later, also through a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = x.sign()
+        y = ctx.kept * x
+        ctx.kept.view_as(x).add_(x)
+        return y.clamp_(max=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.kept
+
+
+class Cutting(torch.autograd.Function):
+    """It writes to the gradient that it is given, which may be that of others, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad[x < 0] = 0
+        return grad * 2
+
+
+class Overwriting(torch.autograd.Function):
+    """It writes to its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Placed(torch.autograd.Function):
+    """It writes at places, not by a mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        made = grad.clone()
+        made[(grad > 0).long()] = 0
+        return made
+
+
 class Centred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -144,7 +218,15 @@ def network(function: Any, *given: Any) -> nn.Module:
     return nn.Sequential(*ends[:2], Apply(function, *given), ends[2]).double()
 
 
-OWN = [(Swish,), (OfItsOutput, 1.5), (StraightThrough,), (Reversed, 0.3), (ReversedByTensor, STRENGTH)]
+OWN = [
+    (Swish,),
+    (OfItsOutput, 1.5),
+    (StraightThrough,),
+    (Reversed, 0.3),
+    (ReversedByTensor, STRENGTH),
+    (Masked,),
+    (Rewritten,),
+]
 
 
 @pytest.mark.parametrize("own", OWN, ids=lambda own: own[0].__name__)
@@ -160,7 +242,7 @@ def test_elementwise_functions_are_exact(own, live, height, width, tile):
     assert_exact(network(*own).train(live), x, tile=tile)
 
 
-@pytest.mark.parametrize("function", [Centred, Counted, Noisy, Ramp])
+@pytest.mark.parametrize("function", [Centred, Counted, Noisy, Ramp, Cutting, Overwriting, Placed])
 def test_others_are_refused(function):
     before = list(calls)
     with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):

@@ -17,7 +17,7 @@ from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import preview, request
 from gigamorph.engine.planning.simulate import heaviest_tile, tile_peak, tile_weights
-from gigamorph.engine.tiling.memory import parse_bytes
+from gigamorph.engine.tiling.memory import format_enough, parse_bytes
 from gigamorph.engine.tiling.stage import TiledStage
 
 
@@ -196,7 +196,7 @@ def test_a_refused_budget_is_told_what_is_enough() -> None:
         plan(net, (512, 512), "8MiB")
     least = re.search(r"needs at least ([0-9.]+ [KM]iB)", str(refused.value))
     assert least is not None
-    enough = int(1.01 * parse_bytes(least[1].replace(" ", "")))  # the text has three digits
+    enough = parse_bytes(least[1].replace(" ", ""))  # rounded up
     assert plan(net, (512, 512), enough).peak_bytes <= enough
     with pytest.raises(BudgetError):
         plan(net, (512, 512), int(0.97 * enough))
@@ -251,3 +251,10 @@ def test_the_heaviest_tile_is_the_last_one() -> None:
     assert weights.sum() == pytest.approx(sum(math.prod(value.shape) * 4 for value in maps))
     peak, held = tile_peak(tiled.stage, tiled, True, staged.wanted(False))
     assert peak > held > weights[3, 3]
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1025, 15_663_104, 104_857_601, (1 << 30) - 1, (1 << 40) + 1])
+def test_what_is_told_to_be_enough_is_enough(size):
+    """Rounded to the nearest it was refused as often as not."""
+    told = parse_bytes(format_enough(size).replace(" ", ""))
+    assert size <= told <= 1.01 * size + 1
