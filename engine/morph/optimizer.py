@@ -70,7 +70,7 @@ def grow_optimizer(
         optimizer: on parameters of `parent`; it is not changed. Any whose state is means of gradients or of their
             squares: of torch.optim all but Adafactor, ASGD, LBFGS, Muon, Rprop and SparseAdam, timm's LAMB.
         parent: the network before the morph, with the weights that it had then.
-        child: the network after it, on the device where it will be trained.
+        child: the network after it, with the weights that it had then, on the device where it will be trained.
         report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
             with its values keeps its state, also under a new name; new ones start without, at step 0.
         lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
@@ -83,7 +83,8 @@ def grow_optimizer(
         nearest one with as many axes.
 
     Raises:
-        MorphError: an optimizer with other state; a parameter that is not the parent's; "plain" where copies would
+        MorphError: an optimizer with other state; a parameter that is not the parent's; a child that has been trained
+            on, of another morph than widening; "plain" where copies would
             never part; or "commute" where no factor per tensor makes training commute (another optimizer than SGD, Adam
             and AdamW, uneven copies, other splits than equal powers of two, new channels, Adam with coupled weight
             decay, other morphs).
@@ -186,7 +187,8 @@ def _names(optimizer: Optimizer, parent: nn.Module) -> dict[int, str]:
             if id(p) not in names:
                 raise MorphError(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
-                    "give the parent itself, not a copy, and widen it without `inplace`"
+                    "give the parent itself, not a copy, and grow it without `inplace`; what a loss learns needs an "
+                    "optimizer of its own"
                 )
     return names
 
@@ -365,7 +367,9 @@ def _construct(
     for group in groups:
         members = group["params"]
         group["params"] = [(n, targets[n]) for n in members] if named else [targets[n] for n in members]
-    result = type(optimizer)([g for g in groups if g["params"]], **defaults)
+    if named:  # PyTorch has no empty group beside named ones; elsewhere it keeps its place in lists of rates
+        groups = [group for group in groups if group["params"]]
+    result = type(optimizer)(groups, **defaults)
     for target, entries in state.items():
         result.state[target] = entries
     return result

@@ -306,9 +306,28 @@ def test_other_morphs_keep_the_state_of_what_is_still_there() -> None:
     added = [n for n, p in theirs.items() if id(p) not in kept]
     assert added and all(n.startswith("3.") for n in added)
     assert {id(p) for g in grown.param_groups for p in g["params"]} == {id(p) for p in child.parameters()}
-    train(child, grown, 1)
     with pytest.raises(MorphError, match="widening only"):
         grow_optimizer(optimizer, model, child, report, lr="commute")
+    train(child, grown, 1)
+    with pytest.raises(MorphError, match="before either network is trained"):  # the state would be lost in silence
+        grow_optimizer(optimizer, model, child, report)
+
+
+@pytest.mark.parametrize("morph", ["kernel", "identity"])
+def test_a_child_that_was_cast_is_refused(morph: str) -> None:
+    net = small()
+    child, report = MORPHS[morph](net)
+    with pytest.raises(MorphError, match=r"'stem.weight' of the child has other values"):
+        grow_optimizer(SGD(net.parameters(), lr=0.1), net, child.bfloat16(), report)
+
+
+def test_groups_without_parameters_keep_their_place() -> None:
+    net = small()
+    optimizer = SGD([{"params": []}, {"params": net.parameters(), "lr": 0.2}], lr=0.1)
+    for child, report in (widen(net, X, factor=2), MORPHS["identity"](net)):
+        grown = grow_optimizer(optimizer, net, child, report)
+        rates = [(len(group["params"]), group["lr"]) for group in grown.param_groups]
+        assert rates == [(0, 0.1), (len([*child.parameters()]), 0.2)]
 
 
 def small() -> nn.Module:
