@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from .copying import duplicate
+from .merge import MergeStep
 from .step import Step
 
 
@@ -79,6 +80,8 @@ def shared_prefix(a: str, b: str) -> int:
 
 def _moved(step: Step, parent: nn.Module) -> dict[str, str]:
     """Parent's path -> child's, of each module that the morph leaves or changes, but does not replace."""
+    if isinstance(step, MergeStep):  # it runs the network, which wants weights, and moves nothing
+        return {path: path for path, _ in parent.named_modules()}
     copy = duplicate(parent, {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parent.parameters()})
     before = {module: path for path, module in copy.named_modules()}
     return {before[module]: path for path, module in step.repeat(copy).named_modules() if module in before}

@@ -72,7 +72,8 @@ def grow_optimizer(
         parent: the network before the morph, with the weights that it had then.
         child: the network after it, with the weights that it had then, on the device where it will be trained.
         report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
-            with its values keeps its state, also under a new name; new ones start without, at step 0.
+            with its values keeps its state, also under a new name; new ones start without, at step 0, and so do those
+            that `merge` has folded.
         lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
             factors of learning rate, weight decay and eps. A scheduler has to be made anew on the result; the factors
             are in `initial_lr` too.

@@ -26,6 +26,7 @@ from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.kernel_size import grow_kernel
+from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_optimizer
 from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import find_spaces
@@ -319,6 +320,19 @@ def test_a_child_that_was_cast_is_refused(morph: str) -> None:
     child, report = MORPHS[morph](net)
     with pytest.raises(MorphError, match=r"'stem.weight' of the child has other values"):
         grow_optimizer(SGD(net.parameters(), lr=0.1), net, child.bfloat16(), report)
+
+
+def test_after_a_merge_what_was_not_folded_keeps_its_state() -> None:
+    wide, _ = widen(small(), X, {"stem.weight:0": 8})
+    optimizer = Adam(wide.parameters(), lr=0.0)  # copies stay copies
+    wide(X).square().mean().backward()
+    optimizer.step()
+    child, report = merge(wide, X)
+    grown = grow_optimizer(optimizer, wide, child, report)
+    mine = child.get_parameter("fc.weight")
+    assert torch.equal(grown.state[mine]["exp_avg"], optimizer.state[wide.get_parameter("fc.weight")]["exp_avg"])
+    assert child.get_parameter("stem.weight") not in grown.state
+    assert {id(p) for g in grown.param_groups for p in g["params"]} == {id(p) for p in child.parameters()}
 
 
 def test_groups_without_parameters_keep_their_place() -> None:
