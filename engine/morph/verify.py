@@ -28,6 +28,10 @@ NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
 NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
 
 
+class OtherFunction(MorphError):
+    """The child computes something else than its parent."""
+
+
 def compare(
     parent: nn.Module,
     child: nn.Module,
@@ -215,7 +219,7 @@ def _require(difference: Difference, train: bool = True) -> Difference:
                 f"{d.float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; "
                 "the original is unchanged"
             )
-        raise MorphError(
+        raise OtherFunction(
             f"the child's function differs from its parent's by {d.float64:.1e} in float64 "
             f"(limit {FLOAT64_LIMIT:.0e}); the original is unchanged, report this"
         )
