@@ -28,6 +28,7 @@ from .copies import ParameterMap
 from .copying import duplicate
 from .descent import descent, shared_prefix
 from .report import Report
+from .running import failures
 from .splits import kraft_lengths
 from .step import Step
 from .stock import stock
@@ -75,8 +76,9 @@ def grow_optimizer(
             with its values keeps its state, also under a new name; new ones start without, at step 0, and so do those
             that `merge` has folded.
         lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
-            factors of learning rate, weight decay and eps. A scheduler has to be made anew on the result; the factors
-            are in `initial_lr` too.
+            factors of learning rate, weight decay and eps; the factors are in `initial_lr` too. With "plain" a schedule
+            goes on if it is given the result, `scheduler.optimizer = ...`, and so are those inside of a SequentialLR;
+            with "commute" it has to be made anew, which may set rates at once.
 
     Returns:
         An optimizer of the same class. A parameter that stands where one of the parent's stood (a grown head, the two
@@ -370,7 +372,9 @@ def _construct(
         group["params"] = [(n, targets[n]) for n in members] if named else [targets[n] for n in members]
     if named:  # PyTorch has no empty group beside named ones; elsewhere it keeps its place in lists of rates
         groups = [group for group in groups if group["params"]]
-    result = type(optimizer)(groups, **defaults)
+    kind = type(optimizer).__name__
+    with failures(f"optimizer {kind} cannot be made anew of its groups and defaults; begin a new one"):
+        result = type(optimizer)(groups, **defaults)
     for target, entries in state.items():
         result.state[target] = entries
     return result

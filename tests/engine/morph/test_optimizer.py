@@ -322,6 +322,39 @@ def test_a_child_that_was_cast_is_refused(morph: str) -> None:
         grow_optimizer(SGD(net.parameters(), lr=0.1), net, child.bfloat16(), report)
 
 
+@pytest.mark.parametrize("kind", ["lambda", "one cycle", "cosine", "restarts"])
+def test_a_schedule_goes_on_with_the_grown_optimizer(kind: str) -> None:
+    makes: dict[str, Callable[[Optimizer], Any]] = {
+        "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda n: 0.9**n, lambda n: 1 / (1 + n)]),
+        "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
+        "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    }
+
+    def begun() -> tuple[nn.Module, Optimizer, Any]:
+        net = small()
+        groups = [{"params": net.get_submodule(part).parameters()} for part in ("stem", "block")]
+        optimizer = SGD(groups, lr=0.1, momentum=0.9)
+        return net, optimizer, makes[kind](optimizer)
+
+    def rates(optimizer: Optimizer, schedule: Any, steps: int) -> list[list[float]]:
+        found = []
+        for _ in range(steps):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    _, alone, schedule = begun()
+    want = rates(alone, schedule, 12)
+    net, optimizer, schedule = begun()
+    have = rates(optimizer, schedule, 5)
+    child, report = widen(net, X, factor=2)
+    grown = grow_optimizer(optimizer, net, child, report)
+    schedule.optimizer = grown
+    assert have + rates(grown, schedule, 7) == want
+
+
 def test_after_a_merge_what_was_not_folded_keeps_its_state() -> None:
     wide, _ = widen(small(), X, {"stem.weight:0": 8})
     optimizer = Adam(wide.parameters(), lr=0.0)  # copies stay copies
