@@ -62,6 +62,7 @@ class _Factors:
     eps: float = 1.0
 
 
+@torch.inference_mode(False)
 def grow_optimizer(
     optimizer: Optimizer, parent: nn.Module, child: nn.Module, report: Report, lr: Rates = "plain"
 ) -> Optimizer:
