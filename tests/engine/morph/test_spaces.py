@@ -261,6 +261,27 @@ def test_the_stream_of_a_transformer_grows_with_its_embeddings() -> None:
     assert report.certificate is not None and report.certificate.violations == 0
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 7, 6), (1, 1, 6), (7, 6), (1, 1, 7, 6)])
+@pytest.mark.parametrize("op", [torch.add, torch.mul, lambda x, p: p * x])
+def test_a_parameter_over_places_does_not_hold_the_channels(shape: tuple[int, ...], op: Any) -> None:
+    """A learnt mask or prior of the image: along the channels there is one of it, however many they are."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.mask, self.b = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(shape)), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(op(self.a(x), self.mask)))
+
+    x = torch.zeros(1, 3, 7, 6)
+    stream = find_spaces(Masked(), x)["a.weight:0"]
+    assert not stream.frozen and len(stream.order) == 4
+    child, report = widen(Masked(), x, {"a.weight:0": 7})
+    assert child.mask.shape == shape and report.difference.float64 < 1e-13
+
+
 def test_a_barrier_names_the_module() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
