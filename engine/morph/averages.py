@@ -20,6 +20,7 @@ from .widen import WidenStep
 Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
     """An average of the parent's weights, widened by the same linear map as the weights themselves.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, wher
         where: what messages call the op.
     """
     operands = [_Operand.of(label, len(shape)) for label in labels]
+    # Which axis of a parameter has channels is a guess: against channels that are known, it is one over places.
+    known: set[int] = set().union(*(operand.varies for operand in operands if not operand.stored))
+    for i, operand in enumerate(operands):
+        if operand.stored and operand.varies and operand.stretched(shape) & known:
+            atoms.freeze(operand.atoms, f"it lies along an axis that has no channels ({where})")
+            operands[i] = operand.without_channels()
     # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
     operands.sort(key=lambda operand: len(operand.varies) > 1)
     main = set().union(*(operand.varies for operand in operands))
@@ -47,13 +53,14 @@ def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, wher
 
 @dataclass(frozen=True)
 class _Operand:
-    """One of several tensors that meet: atoms (without the repeats of expanded axes), size, and the axes along which
-    its channels lie.
+    """One of several tensors that meet: atoms (without the repeats of expanded axes), size, the axes along which its
+    channels lie, and whether it is a parameter itself.
     """
 
     atoms: Tensor
     size: Shape
     varies: set[int]
+    stored: bool
 
     @classmethod
     def of(cls, label: Label, ndim: int) -> _Operand:
@@ -61,7 +68,10 @@ class _Operand:
         atoms = compact(known_atoms(label))
         atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
         size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
-        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])})
+        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])}, label.parameter is not None)
+
+    def without_channels(self) -> _Operand:
+        return replace(self, atoms=no_atoms((1,) * len(self.size)), varies=set())
 
     def stretched(self, shape: Shape) -> set[int]:
         """Axes along which it is repeated to get that shape."""

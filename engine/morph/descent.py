@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import MorphError
 from .copying import duplicate
+from .merge import MergeStep
 from .step import Step
 
 
@@ -37,7 +39,10 @@ def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
     Args:
         step: of the morph.
         parent: the network before it, with the weights that it had then; it is not changed.
-        child: the network after it.
+        child: the network after it, with the weights that it had then.
+
+    Raises:
+        MorphError: a parameter that the morph leaves alone has other values in the child, so that nothing can be told.
     """
     moved = _moved(step, parent)
     old, new = dict(parent.named_parameters()), dict(child.named_parameters())
@@ -58,6 +63,11 @@ def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
         else:
             # The rest of a weight that has lost a part of its values, and not its shape, is in others beside it.
             rest = [n for n in beside if new[n].shape == p.shape == new[mine].shape]
+            if new[mine].shape == p.shape and not rest:
+                raise MorphError(
+                    f"'{mine}' of the child has other values than '{name}' of the parent, though this morph leaves it "
+                    "alone; go on with the training state before either network is trained or cast"
+                )
             origins |= dict.fromkeys([mine, *rest], name)
     return Descent(heirs, origins)
 
@@ -70,6 +80,8 @@ def shared_prefix(a: str, b: str) -> int:
 
 def _moved(step: Step, parent: nn.Module) -> dict[str, str]:
     """Parent's path -> child's, of each module that the morph leaves or changes, but does not replace."""
+    if isinstance(step, MergeStep):  # it runs the network, which wants weights, and moves nothing
+        return {path: path for path, _ in parent.named_modules()}
     copy = duplicate(parent, {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parent.parameters()})
     before = {module: path for path, module in copy.named_modules()}
     return {before[module]: path for path, module in step.repeat(copy).named_modules() if module in before}

@@ -214,8 +214,7 @@ def _fit(module: nn.Module, shapes: dict[str, Shapes], wider: bool) -> None:
     for before, after in shapes.values():
         if isinstance(module, nn.GroupNorm) and module.num_channels == before.numel():
             module.num_groups = module.num_groups * after.numel() // before.numel()  # groups keep their width
-        if sum(s > 1 for s in before) <= 1:
-            resize_attributes(module, before.numel(), after.numel())
+        resize_attributes(module, before, after)
     if "weight" not in shapes:
         return
     before, after = shapes["weight"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,14 @@ from .report import Report
 from .running import failures, output_tensors
 from .step import EditAt
 from .surgery import CONVS, morphed, plain
+from .verify import OtherFunction
 
 SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
-KINDS = ("independent", "softmax")
+# What to do where the network makes something else of its head's outputs.
+KINDS = {
+    "independent": "if a softmax follows, the kind is 'softmax'",
+    "softmax": "if no softmax follows, the kind is 'independent'",
+}
 
 
 def grow_head(
@@ -45,9 +51,10 @@ def grow_head(
     if not isinstance(outputs, int):
         raise MorphError(f"outputs {outputs!r}: give a whole number")
     if kind not in KINDS:
-        raise MorphError(f"a head of kind {kind!r}; one of {KINDS}")
+        raise MorphError(f"a head of kind {kind!r}; one of {', '.join(KINDS)}")
     step = HeadStep(path, outputs, kind)
-    return morphed(model, step, example, inplace=inplace, view=_View(example, kind == "softmax"))
+    with _says_what_follows(path, KINDS[kind]):
+        return morphed(model, step, example, inplace=inplace, view=_View(example, kind == "softmax"))
 
 
 def split_class(
@@ -79,7 +86,22 @@ def split_class(
         raise MorphError(f"class {index} into {into} parts with shares {shares}: give 2 or more, with sum 1")
     step = SplitClassStep(path, index, tuple(parts))
     members = {"index": index, "parts": into - 1}
-    return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
+    with _says_what_follows(path, "only classes of a softmax can be split"):
+        return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
+
+
+@contextmanager
+def _says_what_follows(path: str, remedy: str) -> Iterator[None]:
+    """Of a head another function is no fault of the engine's: the network makes something else of its outputs."""
+    try:
+        yield
+    except MorphError as error:
+        if not isinstance(error.__cause__, OtherFunction):
+            raise
+        raise MorphError(
+            f"module '{path}': the function differs, since the network makes something else of these outputs than this "
+            f"keeps; {remedy}; the original is unchanged"
+        ) from error
 
 
 def _grown_rows(

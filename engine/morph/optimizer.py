@@ -28,6 +28,7 @@ from .copies import ParameterMap
 from .copying import duplicate
 from .descent import descent, shared_prefix
 from .report import Report
+from .running import failures
 from .splits import kraft_lengths
 from .step import Step
 from .stock import stock
@@ -61,6 +62,7 @@ class _Factors:
     eps: float = 1.0
 
 
+@torch.inference_mode(False)
 def grow_optimizer(
     optimizer: Optimizer, parent: nn.Module, child: nn.Module, report: Report, lr: Rates = "plain"
 ) -> Optimizer:
@@ -70,12 +72,14 @@ def grow_optimizer(
         optimizer: on parameters of `parent`; it is not changed. Any whose state is means of gradients or of their
             squares: of torch.optim all but Adafactor, ASGD, LBFGS, Muon, Rprop and SparseAdam, timm's LAMB.
         parent: the network before the morph, with the weights that it had then.
-        child: the network after it, on the device where it will be trained.
+        child: the network after it, with the weights that it had then, on the device where it will be trained.
         report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
-            with its values keeps its state, also under a new name; new ones start without, at step 0.
+            with its values keeps its state, also under a new name; new ones start without, at step 0, and so do those
+            that `merge` has folded.
         lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
-            factors of learning rate, weight decay and eps. A scheduler has to be made anew on the result; the factors
-            are in `initial_lr` too.
+            factors of learning rate, weight decay and eps; the factors are in `initial_lr` too. With "plain" a schedule
+            goes on if it is given the result, `scheduler.optimizer = ...`, and so are those inside of a SequentialLR;
+            with "commute" it has to be made anew, which may set rates at once.
 
     Returns:
         An optimizer of the same class. A parameter that stands where one of the parent's stood (a grown head, the two
@@ -83,7 +87,8 @@ def grow_optimizer(
         nearest one with as many axes.
 
     Raises:
-        MorphError: an optimizer with other state; a parameter that is not the parent's; "plain" where copies would
+        MorphError: an optimizer with other state; a parameter that is not the parent's; a child that has been trained
+            on, of another morph than widening; "plain" where copies would
             never part; or "commute" where no factor per tensor makes training commute (another optimizer than SGD, Adam
             and AdamW, uneven copies, other splits than equal powers of two, new channels, Adam with coupled weight
             decay, other morphs).
@@ -186,7 +191,8 @@ def _names(optimizer: Optimizer, parent: nn.Module) -> dict[int, str]:
             if id(p) not in names:
                 raise MorphError(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
-                    "give the parent itself, not a copy, and widen it without `inplace`"
+                    "give the parent itself, not a copy, and grow it without `inplace`; what a loss learns needs an "
+                    "optimizer of its own"
                 )
     return names
 
@@ -365,7 +371,11 @@ def _construct(
     for group in groups:
         members = group["params"]
         group["params"] = [(n, targets[n]) for n in members] if named else [targets[n] for n in members]
-    result = type(optimizer)([g for g in groups if g["params"]], **defaults)
+    if named:  # PyTorch has no empty group beside named ones; elsewhere it keeps its place in lists of rates
+        groups = [group for group in groups if group["params"]]
+    kind = type(optimizer).__name__
+    with failures(f"optimizer {kind} cannot be made anew of its groups and defaults; begin a new one"):
+        result = type(optimizer)(groups, **defaults)
     for target, entries in state.items():
         result.state[target] = entries
     return result

@@ -336,9 +336,12 @@ def first_vid(vids: Tensor) -> int:
 
 
 def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
-    """The axis of a parameter that can grow: of vectors, and of embeddings (1, N, C) and (1, C, H, W)."""
+    """The axis of a parameter that can grow, a guess: of vectors, tables (N, C) and (1, N, C), maps (C, H, W) with or
+    without a batch of one.
+    """
     if not tensor.ndim:
         return None
     if len(wide) > 1:
-        return {3: 2, 4: 1}.get(tensor.ndim) if tensor.shape[0] == 1 else None
+        batch = tensor.ndim > 2 and tensor.shape[0] == 1
+        return ({3: 2, 4: 1} if batch else {2: 1, 3: 0}).get(tensor.ndim)
     return wide[0] if wide else min(tensor.ndim - 1, 1)

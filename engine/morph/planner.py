@@ -72,6 +72,7 @@ class Growth:
     rows: list[Row]
     spaces: Spaces = field(repr=False)
 
+    @torch.inference_mode(False)
     def predict(
         self,
         counts: Counts | None = None,
@@ -103,6 +104,7 @@ class Growth:
 _WIDTHS = (3, 6, 5, 10, 8, 10)
 
 
+@torch.inference_mode(False)
 def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None = None) -> Growth:
     """Cost of every channel space of a network.
 

@@ -150,6 +150,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> Fingerprint:
     return Fingerprint(_shapes(parts), contents.hexdigest())
 
 
+@torch.inference_mode(False)
 def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
     """Rebuild the grown architecture.
 
@@ -172,6 +173,7 @@ def matches(recipe: Recipe, model: nn.Module) -> bool:
     return not recipe.morphs or _shapes(layout(model.state_dict())) == recipe.morphs[0].parent.shapes
 
 
+@torch.inference_mode(False)
 def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The grown weights from the parent's: a mapping for `store.write_state`, which makes one tensor at a time.
 
@@ -193,6 +195,7 @@ def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mappi
     return state
 
 
+@torch.inference_mode(False)
 def grow_file(recipe: Recipe, model: nn.Module, source: str | Path, target: str | Path) -> None:
     """`grow` from a weights file to another (or the same), whose header gets the recipe if it is a safetensors file.
 

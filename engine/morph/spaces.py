@@ -7,6 +7,8 @@ Where that fails, the channels that the failing op read are frozen with the op's
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -307,7 +309,7 @@ def skeleton(model: nn.Module, plan: Plan, found: ParentRun) -> nn.Module:
         own = {**source._parameters, **source._buffers}
         for key, (before, after) in resized(module, source).items():
             if id(own[key]) in vectors:
-                resize_attributes(module, before.numel(), after.numel())
+                resize_attributes(module, before, after)
     return child
 
 
@@ -317,11 +319,16 @@ def _sized(tensor: Tensor, axis: int, length: int) -> Tensor:
     return of_kind(tensor, tensor.detach().new_zeros(()).expand(shape))
 
 
-def resize_attributes(module: nn.Module, before: int, after: int) -> None:
-    """Attributes that repeat the length of a module's vector."""
+def resize_attributes(module: nn.Module, before: Sequence[int], after: Sequence[int]) -> None:
+    """Attributes that repeat the length of a module's vector, or the width of an embedding's table."""
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = after[1]
+    if sum(side > 1 for side in before) > 1:
+        return
+    old, new = math.prod(before), math.prod(after)
     for key in ("num_features", "num_channels", "num_parameters", "out_channels", "out_features"):
-        if getattr(module, key, None) == before:
-            setattr(module, key, after)
+        if getattr(module, key, None) == old:
+            setattr(module, key, new)
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
-        module.__dict__["normalized_shape"] = (after,)
+        module.__dict__["normalized_shape"] = (new,)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..errors import MorphError
@@ -47,8 +48,13 @@ class Edit(Step):
         """Change `model` in place, unchecked; lines that say what changed."""
         raise NotImplementedError
 
+    def change(self, model: nn.Module) -> list[str]:
+        """`edit`, after which PyTorch's generator is where it was: layers draw weights before they get their own."""
+        with torch.random.fork_rng([]):
+            return self.edit(model)
+
     def repeat(self, model: nn.Module) -> nn.Module:
-        self.edit(model)
+        self.change(model)
         return model
 
 

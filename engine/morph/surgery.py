@@ -69,7 +69,7 @@ def morphed(
     given, model = model, stock(model, inplace)
     parent = cast(duplicate(model), torch.float64) if rounded else model
     child = duplicate(parent)
-    changes = step.edit(child)
+    changes = step.change(child)
     pair = view(parent, child) if view else (parent, child)
     try:
         report = verified_report(step, *pair, example, changes=changes, train=train)
@@ -83,11 +83,11 @@ def morphed(
         raise MorphError(f"{_where(step)}: {error}") from error
     _refuse_passed_over(child, parent, example)
     if inplace:
-        step.edit(model)
+        step.change(model)
         return model, report
     if rounded:
         child = duplicate(model)
-        step.edit(child)
+        step.change(child)
     return as_given(child, given), report
 
 

@@ -188,6 +188,8 @@ class Tracer(Primitives, TorchFunctionMode):
             return self._setitem(*args)
         if name == "copy":
             return self._setitem(args[0], ..., args[1])
+        if name == "embedding" and (rows := self._looked_up(args, kwargs)):
+            return self._move("getitem", operator.getitem, rows, {}, list(rows))
         if name in families.MOVE:
             return self._move(name, func, args, kwargs, tensors)
         return self._compute(name, func, args, kwargs, tensors, leaves)
@@ -292,6 +294,13 @@ class Tracer(Primitives, TorchFunctionMode):
                 continue
             self.set_label(t, label)
         return result
+
+    def _looked_up(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
+        """Table and places of an embedding that only reads rows; None where these are computed, or rescaled."""
+        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
+        if self.followed(given["input"]) or given.get("max_norm") is not None:
+            return None
+        return given["weight"], given["input"]
 
     def _data(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """`x.data`: its values, frozen, since what is written to them would not be noticed at `x`."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import MorphError
 from .example import Example, Inputs, as_inputs
-from .network_runs import NetworkRuns, distance
+from .network_runs import TRAIN_BATCH, NetworkRuns, distance
 from .report import Certificate, Difference, Report, worst
 from .step import Step
 from .tensors import named_tensors
@@ -26,6 +26,10 @@ from .tensors import named_tensors
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
 NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
+
+
+class OtherFunction(MorphError):
+    """The child computes something else than its parent."""
 
 
 def compare(
@@ -130,14 +134,10 @@ def _check(
     given = as_inputs(example)
     theirs = None if child_example is None else as_inputs(child_example)
     stateful = any(True for net in (parent, child) for _ in net.buffers())
-    if theirs is not None:
-        own = NetworkRuns(parent, "the parent", None, stateful)
-        own.run(given, given if train else None)
-    else:
-        own, given = _run_parent(parent, given, seed, train, stateful)
-    other = NetworkRuns(child, "the child", outputs, stateful)
-    other.run(theirs or given, None if own.untrained or not train else theirs or own.trained_on)
-    if other.untrained and train and not own.untrained:
+    own, other = _run_both(parent, child, given, theirs, outputs, seed, train, stateful)
+    if other.untrained and theirs is None:  # norms that are new may want more images than the parent's own
+        own, other = _run_both(parent, child, given, theirs, outputs, seed, train, stateful, TRAIN_BATCH)
+    if other.untrained:
         raise MorphError(other.untrained)
     if own.shapes != other.shapes:
         raise MorphError(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
@@ -154,8 +154,30 @@ def _check(
     return _Found(Difference(**found), (own.flops, other.flops), own.untrained)  # pyright: ignore[reportArgumentType]
 
 
+def _run_both(
+    parent: nn.Module,
+    child: nn.Module,
+    given: Inputs,
+    theirs: Inputs | None,
+    outputs: Callable[[Any], Any] | None,
+    seed: int,
+    train: bool,
+    stateful: bool,
+    batch: int = 1,
+) -> tuple[NetworkRuns, NetworkRuns]:
+    """The runs of parent and child, in train mode with at least `batch` images where the inputs are drawn."""
+    if theirs is not None:
+        own = NetworkRuns(parent, "the parent", None, stateful)
+        own.run(given, given if train else None)
+    else:
+        own, given = _run_parent(parent, given, seed, train, stateful, batch)
+    other = NetworkRuns(child, "the child", outputs, stateful)
+    other.run(theirs or given, None if own.untrained or not train else theirs or own.trained_on)
+    return own, other
+
+
 def _run_parent(
-    parent: nn.Module, example: Inputs, seed: int, train: bool, stateful: bool
+    parent: nn.Module, example: Inputs, seed: int, train: bool, stateful: bool, batch: int
 ) -> tuple[NetworkRuns, Inputs]:
     """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those inputs."""
     refused: MorphError | None = None
@@ -163,7 +185,7 @@ def _run_parent(
     for draw in (example.random, example.own):
         network, inputs = NetworkRuns(parent, "the parent", None, stateful), draw(seed)
         try:
-            network.run(inputs, draw if train else None, seed)
+            network.run(inputs, draw if train else None, seed, batch)
         except MorphError as error:
             refused = refused or error
             continue
@@ -197,7 +219,7 @@ def _require(difference: Difference, train: bool = True) -> Difference:
                 f"{d.float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; "
                 "the original is unchanged"
             )
-        raise MorphError(
+        raise OtherFunction(
             f"the child's function differs from its parent's by {d.float64:.1e} in float64 "
             f"(limit {FLOAT64_LIMIT:.0e}); the original is unchanged, report this"
         )

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
+from gigamorph.engine.morph.averages import grow_ema
 from gigamorph.engine.morph.decompose import decompose
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
 from gigamorph.engine.morph.inputs import add_planes, to_grey
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import grow_optimizer
+from gigamorph.engine.morph.planner import plan_growth
 from gigamorph.engine.morph.recipe import Recipe, apply, grow
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.store import write_state
@@ -265,5 +267,13 @@ def test_inside_of_inference_mode() -> None:
         narrow, _ = merge(wide, x)
         deep, _ = insert_pair(narrow, x, "0")
         large, _ = grow_kernel(deep, x, "2", 3)
+        wider, report = widen(model, x, factor=2)
+        averaged = grow_ema(model, model, wider, report)
+        grown = grow_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, wider, report)
+        recipe = Recipe()
+        recipe.add(report, model, wider)
+        assert apply(recipe, small())[0].out_channels == 8  # pyright: ignore[reportIndexIssue]
+        assert plan_growth(model, x).predict(factor=2).parameters
+    assert not any(p.is_inference() for p in [*grown.param_groups[0]["params"], *averaged.parameters()])
     assert not any(p.is_inference() for p in large.parameters())
     assert wide[0].out_channels == 8 and narrow[0].out_channels == 4

@@ -188,3 +188,18 @@ def test_an_optimizer_whose_state_is_not_known_is_refused_by_its_state() -> None
         grow_optimizer(optimizer, model, child, report)
     with pytest.raises(MorphError, match="commute"):
         grow_optimizer(torch.optim.NAdam(model.parameters()), model, child, report, lr="commute")
+
+
+class Warm(torch.optim.SGD):
+    """Made with something that no group keeps."""
+
+    def __init__(self, params: Any, steps: int, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.steps = steps
+
+
+def test_an_optimizer_that_cannot_be_made_anew_is_refused() -> None:
+    model = small()
+    child, report = widen(model, X, factor=2)
+    with pytest.raises(MorphError, match=r"Warm cannot be made anew .*begin a new one: .*'steps'"):
+        grow_optimizer(Warm(model.parameters(), 5, lr=0.1), model, child, report)

@@ -26,6 +26,7 @@ from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.kernel_size import grow_kernel
+from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_optimizer
 from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import find_spaces
@@ -306,9 +307,74 @@ def test_other_morphs_keep_the_state_of_what_is_still_there() -> None:
     added = [n for n, p in theirs.items() if id(p) not in kept]
     assert added and all(n.startswith("3.") for n in added)
     assert {id(p) for g in grown.param_groups for p in g["params"]} == {id(p) for p in child.parameters()}
-    train(child, grown, 1)
     with pytest.raises(MorphError, match="widening only"):
         grow_optimizer(optimizer, model, child, report, lr="commute")
+    train(child, grown, 1)
+    with pytest.raises(MorphError, match="before either network is trained"):  # the state would be lost in silence
+        grow_optimizer(optimizer, model, child, report)
+
+
+@pytest.mark.parametrize("morph", ["kernel", "identity"])
+def test_a_child_that_was_cast_is_refused(morph: str) -> None:
+    net = small()
+    child, report = MORPHS[morph](net)
+    with pytest.raises(MorphError, match=r"'stem.weight' of the child has other values"):
+        grow_optimizer(SGD(net.parameters(), lr=0.1), net, child.bfloat16(), report)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "one cycle", "cosine", "restarts"])
+def test_a_schedule_goes_on_with_the_grown_optimizer(kind: str) -> None:
+    makes: dict[str, Callable[[Optimizer], Any]] = {
+        "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda n: 0.9**n, lambda n: 1 / (1 + n)]),
+        "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
+        "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    }
+
+    def begun() -> tuple[nn.Module, Optimizer, Any]:
+        net = small()
+        groups = [{"params": net.get_submodule(part).parameters()} for part in ("stem", "block")]
+        optimizer = SGD(groups, lr=0.1, momentum=0.9)
+        return net, optimizer, makes[kind](optimizer)
+
+    def rates(optimizer: Optimizer, schedule: Any, steps: int) -> list[list[float]]:
+        found = []
+        for _ in range(steps):
+            found.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    _, alone, schedule = begun()
+    want = rates(alone, schedule, 12)
+    net, optimizer, schedule = begun()
+    have = rates(optimizer, schedule, 5)
+    child, report = widen(net, X, factor=2)
+    grown = grow_optimizer(optimizer, net, child, report)
+    schedule.optimizer = grown
+    assert have + rates(grown, schedule, 7) == want
+
+
+def test_after_a_merge_what_was_not_folded_keeps_its_state() -> None:
+    wide, _ = widen(small(), X, {"stem.weight:0": 8})
+    optimizer = Adam(wide.parameters(), lr=0.0)  # copies stay copies
+    wide(X).square().mean().backward()
+    optimizer.step()
+    child, report = merge(wide, X)
+    grown = grow_optimizer(optimizer, wide, child, report)
+    mine = child.get_parameter("fc.weight")
+    assert torch.equal(grown.state[mine]["exp_avg"], optimizer.state[wide.get_parameter("fc.weight")]["exp_avg"])
+    assert child.get_parameter("stem.weight") not in grown.state
+    assert {id(p) for g in grown.param_groups for p in g["params"]} == {id(p) for p in child.parameters()}
+
+
+def test_groups_without_parameters_keep_their_place() -> None:
+    net = small()
+    optimizer = SGD([{"params": []}, {"params": net.parameters(), "lr": 0.2}], lr=0.1)
+    for child, report in (widen(net, X, factor=2), MORPHS["identity"](net)):
+        grown = grow_optimizer(optimizer, net, child, report)
+        rates = [(len(group["params"]), group["lr"]) for group in grown.param_groups]
+        assert rates == [(0, 0.1), (len([*child.parameters()]), 0.2)]
 
 
 def small() -> nn.Module:

@@ -261,6 +261,86 @@ def test_the_stream_of_a_transformer_grows_with_its_embeddings() -> None:
     assert report.certificate is not None and report.certificate.violations == 0
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 7, 6), (1, 1, 6), (7, 6), (1, 1, 7, 6)])
+@pytest.mark.parametrize("op", [torch.add, torch.mul, lambda x, p: p * x])
+def test_a_parameter_over_places_does_not_hold_the_channels(shape: tuple[int, ...], op: Any) -> None:
+    """A learnt mask or prior of the image: along the channels there is one of it, however many they are."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.mask, self.b = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(shape)), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(op(self.a(x), self.mask)))
+
+    x = torch.zeros(1, 3, 7, 6)
+    stream = find_spaces(Masked(), x)["a.weight:0"]
+    assert not stream.frozen and len(stream.order) == 4
+    child, report = widen(Masked(), x, {"a.weight:0": 7})
+    assert child.mask.shape == shape and report.difference.float64 < 1e-13
+
+
+class Placed(nn.Module):
+    """A stream of tokens or of a map with learnt places added, held in one of many ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.a, self.b = how, nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+        self.table, self.rows = nn.Embedding(60, 4), nn.Parameter(torch.randn(60, 4))
+        self.map, self.line = nn.Parameter(torch.randn(4, 7, 6)), nn.Parameter(torch.randn(4, 1, 6))
+        self.register_buffer("places", torch.arange(60).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.how in ("map", "line"):
+            x = x * getattr(self, self.how)
+        x = x.flatten(2).transpose(1, 2)
+        places = torch.arange(x.shape[1])
+        if self.how == "embedding":
+            x = x + self.table(places)
+        elif self.how == "buffer":
+            x = x + self.table(self.places[: x.shape[1]])
+        elif self.how == "rows":
+            x = x + self.rows[places % 5]
+        elif self.how == "slice":
+            x = x + self.table.weight[: x.shape[1]]
+        return self.b(torch.relu(x))
+
+
+@pytest.mark.parametrize("how", ["map", "line", "embedding", "buffer", "rows", "slice"])
+def test_learnt_places_grow_with_their_stream(how: str) -> None:
+    x = torch.zeros(1, 3, 7, 6)
+    stream = find_spaces(Placed(how), x)["a.weight:0"]
+    assert not stream.frozen and len(stream.order) == 4
+    child, report = widen(Placed(how), x, {"a.weight:0": 7})
+    assert report.difference.float64 < 1e-13
+    grown = {"map": child.map, "line": child.line, "rows": child.rows}.get(how, child.table.weight)
+    assert 7 in grown.shape
+    assert child.table.embedding_dim == child.table.weight.shape[1]
+    narrow, _ = merge(child, x)
+    assert narrow.table.embedding_dim == 4 and all(
+        torch.equal(p, q) for p, q in zip(narrow.parameters(), Placed(how).parameters(), strict=True)
+    )
+
+
+def test_an_embedding_that_is_rescaled_or_also_a_weight_does_not_grow() -> None:
+    class Tied(Placed):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).flatten(2).transpose(1, 2) + self.table(torch.arange(42))
+            return F.linear(x, self.table.weight)
+
+    x, rescaled = torch.zeros(1, 3, 7, 6), Placed("embedding")
+    rescaled.table.max_norm = 1.0
+    for model in (Tied("embedding"), rescaled):
+        try:
+            assert find_spaces(model, x)["a.weight:0"].frozen
+        except MorphError as error:
+            assert "in place" in str(error)
+
+
 def test_a_barrier_names_the_module() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -78,6 +78,15 @@ def test_steps(number: int) -> None:
     assert all(torch.equal(state[k], v) for k, v in child.state_dict().items())
 
 
+@pytest.mark.parametrize("number", range(len(MORPHS)))
+def test_random_numbers_go_on_as_without_the_morph(number: int) -> None:
+    model, fresh, x = parent(), net(), torch.zeros(1, 3, 32, 32)
+    before = torch.get_rng_state()
+    _, report = MORPHS[number](model, x)
+    report.step.repeat(fresh)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_edit_is_tried() -> None:
     mine = "activation identity pair residual kernel decompose module parallel inputs head split_class".split()
     assert set(mine) == {kind.op for kind in [*EditAt.__subclasses__(), *EditAll.__subclasses__()]}
