@@ -268,12 +268,10 @@ class ImageSource:
 
     def _scale(self, values: np.ndarray | Tensor) -> Tensor:
         if isinstance(values, np.ndarray):
-            grey = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-            fresh = not np.shares_memory(grey.numpy(), values)
+            # A copy, and of a mirrored line too: numpy takes one for contiguous, and PyTorch takes no negative strides.
+            grey = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         else:
-            grey = values.to(torch.float32)
-            fresh = grey.data_ptr() != values.data_ptr()
-        grey = grey if fresh else grey.clone()
+            grey = values.to(torch.float32, copy=True)
         if self.full != 1:
             grey.div_(self.full)
         if self.shape[0] == 1 and len(grey) == 3:

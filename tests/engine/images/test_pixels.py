@@ -295,6 +295,18 @@ def test_memmap_pickles_as_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.read(3, 40, 7, 50).numpy(), planes(GREY)[:, 13:50, 27:70])
 
 
+@pytest.mark.parametrize("line", [(0, 101, 2, 3), (2, 3, 0, 117), (2, 3, 4, 5)])
+def test_one_line_of_a_mirrored_image(tmp_path: Path, line: tuple[int, int, int, int]) -> None:
+    values = np.random.default_rng(4).random((101, 117), np.float32)
+    np.save(tmp_path / "a.npy", values)
+    top, bottom, left, right = line
+    for source, expected in [
+        (open_pixels(tmp_path / "a.npy", flip=True), values[:, ::-1]),
+        (open_pixels(values[::-1, ::-1]), values[::-1, ::-1]),
+    ]:
+        np.testing.assert_array_equal(source.read(*line)[0].numpy(), expected[top:bottom, left:right])
+
+
 def test_grey_from_colour(tmp_path: Path) -> None:
     (tmp_path / "grey.png").write_bytes(imagecodecs.png_encode(np.dstack([COLOUR[..., 0]] * 3)))
     (tmp_path / "colour.png").write_bytes(imagecodecs.png_encode(COLOUR))
