@@ -129,8 +129,7 @@ def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
         image = image.detach()
         return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)
     name = f"<array {sides}>"
-    mapped = isinstance(image, np.memmap) and isinstance(image.base, mmap.mmap) and image.flags.c_contiguous
-    if isinstance(image, np.memmap) and mapped and image.filename:
+    if isinstance(image, np.memmap) and _is_its_file(image):
         # A mapping of a whole file is read from that file: it pickles as a path, and what was read stays out of the
         # process's resident memory.
         from .rawfile import RawPixels
@@ -140,3 +139,9 @@ def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
         raise DataError(f"{name}: holds {image.dtype}, not numbers that can be pixels")
     order = channels_first(image.shape, name)
     return ArrayPixels(image[None] if image.ndim == 2 else image.transpose(order), name)
+
+
+def _is_its_file(image: np.memmap) -> bool:
+    """Whether a memory map holds what its file does, all of it in order: no part of it, and not copied on write."""
+    whole = isinstance(image.base, mmap.mmap) and image.flags.c_contiguous and image.mode != "c"
+    return whole and image.filename is not None and os.path.isfile(image.filename)

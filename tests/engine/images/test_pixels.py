@@ -295,6 +295,17 @@ def test_memmap_pickles_as_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.read(3, 40, 7, 50).numpy(), planes(GREY)[:, 13:50, 27:70])
 
 
+def test_memmap_that_is_no_longer_its_file(tmp_path: Path) -> None:
+    """Changed in memory alone (copy on write), or mapped still when its file is gone."""
+    np.save(tmp_path / "a.npy", GREY)
+    changed = np.load(tmp_path / "a.npy", mmap_mode="c")
+    changed[:] = GREY[::-1]
+    np.testing.assert_array_equal(open_pixels(changed).read(3, 50, 7, 90).numpy(), planes(GREY[::-1])[:, 3:50, 7:90])
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    (tmp_path / "a.npy").unlink()
+    np.testing.assert_array_equal(open_pixels(mapped).read(3, 50, 7, 90).numpy(), planes(GREY)[:, 3:50, 7:90])
+
+
 @pytest.mark.parametrize("line", [(0, 101, 2, 3), (2, 3, 0, 117), (2, 3, 4, 5)])
 def test_one_line_of_a_mirrored_image(tmp_path: Path, line: tuple[int, int, int, int]) -> None:
     values = np.random.default_rng(4).random((101, 117), np.float32)
