@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
 
 from ..errors import DataError
 from .arrays import ArrayPixels, channels_first
@@ -122,9 +122,14 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
 
 def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
+    if not isinstance(image, np.ndarray | Tensor):
+        what = type(image).__name__
+        raise DataError(f"an image is a path, an array or a tensor, not {what}; np.asarray makes an array")
     sides = "x".join(str(side) for side in image.shape)
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, Tensor):
         name = f"<tensor {sides}>"
+        if image.is_complex() or image.layout != strided:
+            raise DataError(f"{name}: is {image.dtype}, {image.layout}; give a dense tensor of real numbers")
         order = channels_first(tuple(image.shape), name)
         image = image.detach()
         return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import image_files
 import imagecodecs
@@ -17,6 +18,7 @@ import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
@@ -343,6 +345,22 @@ def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
     for image in (np.zeros(shape), torch.zeros(shape)):
         with pytest.raises(DataError, match=r"is not \(H, W\)"):
             open_pixels(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (None, "an array or a tensor, not NoneType"),
+        ([[1, 2], [3, 4]], "an array or a tensor, not list"),
+        (Image.fromarray(COLOUR), "an array or a tensor, not Image; np.asarray makes an array"),
+        (torch.ones(4, 5, dtype=torch.complex64), "<tensor 4x5>: is torch.complex64"),
+        (torch.eye(5).to_sparse(), "<tensor 5x5>: is torch.float32, torch.sparse_coo; give a dense"),
+        (np.ones((4, 5), complex), "<array 4x5>: holds complex128"),
+    ],
+)
+def test_objects_that_are_no_image(image: Any, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        open_pixels(image)
 
 
 # ---------------------------------------------------------------------------------------------- memory
