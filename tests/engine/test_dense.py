@@ -120,6 +120,10 @@ CRITERIA = {
         F.l1_loss(z[:, 1], y.to(z.dtype))
         + F.kl_div(z.log_softmax(1), torch.ones_like(z) / CLASSES, reduction="batchmean")
     ),
+    "counts": lambda z, y: (
+        F.poisson_nll_loss(z[:, 1], y.to(z.dtype), full=True)
+        + F.poisson_nll_loss(z[:, 2].exp(), y.to(z.dtype), log_input=False, eps=1e-3, reduction="sum")
+    ),
     "dice": dice,
     "focal": focal,
     "picked": picked,
