@@ -52,7 +52,8 @@ class TiffPixels:
     def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
         if not tif.series:
             raise DataError(f"{self.path}: holds no image; fetch the file again")
-        series = tif.series[0].levels[0]
+        whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
+        series = next(whole, tif.series[0]).levels[0]
         self._planes = len(series)
         if frame is None and self._planes > 1:
             raise DataError(f"{self.path}: has {self._planes} planes; say which one (frame=0 to {self._planes - 1})")

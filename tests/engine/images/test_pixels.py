@@ -269,6 +269,15 @@ def test_planes_of_a_tiff(tmp_path: Path) -> None:
     )
 
 
+def test_a_thumbnail_before_its_image(tmp_path: Path) -> None:
+    path = tmp_path / "first.tif"
+    with tifffile.TiffWriter(path) as tif:
+        for step in (4, 2, 1):
+            tif.write(GREY[::step, ::step], tile=(32, 48), subfiletype=int(step > 1), metadata=None)
+    source = open_pixels(path)
+    np.testing.assert_array_equal(source.read(3, 50, 7, 90).numpy(), planes(GREY)[:, 3:50, 7:90])
+
+
 def test_tiff_colour_that_would_come_out_wrong_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "y.tif"
     tifffile.imwrite(path, COLOUR, photometric="ycbcr", compression="zlib")
