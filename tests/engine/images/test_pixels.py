@@ -269,6 +269,17 @@ def test_planes_of_a_tiff(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt", "packbits"])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_masks_that_are_compressed_as_a_fax(tmp_path: Path, compression: str, white_is_zero: bool) -> None:
+    mask = np.kron(GREY[:17, :13] % 2, np.ones((6, 9))).astype(bool)
+    tags = {262: 0} if white_is_zero else {}
+    Image.fromarray(mask).save(tmp_path / "m.tif", compression=compression, tiffinfo=tags)
+    source = open_pixels(tmp_path / "m.tif")
+    assert tifffile.TiffFile(tmp_path / "m.tif").pages[0].photometric == (0 if white_is_zero else 1)
+    np.testing.assert_array_equal(source.read(3, 50, 7, 90)[0].numpy(), mask[3:50, 7:90])
+
+
 def test_a_thumbnail_before_its_image(tmp_path: Path) -> None:
     path = tmp_path / "first.tif"
     with tifffile.TiffWriter(path) as tif:
