@@ -269,6 +269,19 @@ def test_planes_of_a_tiff(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("photometric", "bands", "extra"),
+    [("rgb", 4, [0]), ("rgb", 8, [0] * 5), ("rgb", 5, [2, 0]), ("minisblack", 2, [0]), ("minisblack", 3, [0, 0])],
+)
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_bands_are_not_dropped(tmp_path: Path, photometric: str, bands: int, extra: list[int], planar: str) -> None:
+    shape = (40, 50, bands) if planar == "contig" else (bands, 40, 50)
+    options = {"photometric": photometric, "planarconfig": planar, "extrasamples": extra}
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros(shape, np.uint16), **options)
+    with pytest.raises(DataError, match=rf"b\.tif: has {bands} bands, {bands - len(extra)} expected beside alpha"):
+        open_pixels(tmp_path / "b.tif")
+
+
 @pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt", "packbits"])
 @pytest.mark.parametrize("white_is_zero", [False, True])
 def test_masks_that_are_compressed_as_a_fax(tmp_path: Path, compression: str, white_is_zero: bool) -> None:
