@@ -353,6 +353,22 @@ def test_one_line_of_a_mirrored_image(tmp_path: Path, line: tuple[int, int, int,
         np.testing.assert_array_equal(source.read(*line)[0].numpy(), expected[top:bottom, left:right])
 
 
+@pytest.mark.parametrize("behind", [b"\n", b"a motion picture", b"\xff\xd8\xff\xe0 another image", b"\0" * 9])
+def test_a_jpeg_with_something_behind_its_end(tmp_path: Path, behind: bytes) -> None:
+    """Phones and cameras write there; what ends early ends early all the same."""
+    thumbnail = b"a thumbnail of its own end \xff\xd9"
+    Image.fromarray(SHADED).save(tmp_path / "photo.jpg", icc_profile=thumbnail)
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    expected = imagecodecs.jpeg8_decode(whole).transpose(2, 0, 1) / 255
+    (tmp_path / "photo.jpg").write_bytes(whole + behind)
+    source = open_pixels(tmp_path / "photo.jpg")
+    np.testing.assert_allclose(source.read(3, 50, 7, 60).numpy(), expected[:, 3:50, 7:60], atol=2e-7)
+    for end in (1, 2, 200):
+        (tmp_path / "photo.jpg").write_bytes(whole[:-end])
+        with pytest.raises(DataError, match="ends early"):
+            open_pixels(tmp_path / "photo.jpg")
+
+
 def test_grey_from_colour(tmp_path: Path) -> None:
     (tmp_path / "grey.png").write_bytes(imagecodecs.png_encode(np.dstack([COLOUR[..., 0]] * 3)))
     (tmp_path / "colour.png").write_bytes(imagecodecs.png_encode(COLOUR))
