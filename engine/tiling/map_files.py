@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -129,7 +130,15 @@ class _Shard:
 @contextlib.contextmanager
 def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
-    yield _assign(array, axes)
+    mapping: Any = array.base
+    assign = _assign(array, axes)
+
+    def put(block: Tensor, rect: Rect) -> None:
+        assign(block, rect)
+        if rect[3] == shape[axes[1]]:  # the file keeps what was written; pages that stay would count as ours
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    yield put
     array.flush()
 
 

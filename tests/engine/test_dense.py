@@ -347,11 +347,12 @@ def test_flattened_maps_are_refused(tmp_path):
         write_map(accelerate(net, tile=16), image(), tmp_path / "map.npy")
 
 
-def test_bounded_memory(tmp_path):
+@pytest.mark.parametrize("suffix", ["tif", "npy"])
+def test_bounded_memory(tmp_path, suffix):
     """A map of several times the memory that the process takes to write it, or to compute a loss on it."""
     script = Path(__file__).parent / "dense_memory.py"
     printed = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "map.tif")], check=True, capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path / f"map.{suffix}")], check=True, capture_output=True, text=True
     ).stdout.split()
     map_bytes, written, learned = map(int, printed[-3:])
     assert written < map_bytes / 4
