@@ -26,8 +26,8 @@ _JPEG, _JPEG_LS, _JPEG_2000 = (
 # Frames are decoded whole. A claim above this is damage or a bomb if it comes from a thousandth of the bytes or fewer
 # (deflate cannot do better than 1 in 1032), and too large to be read at all above the second limit.
 _SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO, LARGEST_BYTES = 64 * 2**20, 1032, 4 * 2**30
-# In entropy-coded data 0xFF goes before 0 and restart markers alone, and any number of them may fill up (B.1.1).
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+# In entropy-coded data 0xFF goes before a restart marker or, so that it is no marker, a byte below 0x80.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Two bytes of PackBits stand for 128 at most.
 _RLE_RATIO = 64
 

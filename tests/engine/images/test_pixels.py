@@ -121,6 +121,7 @@ KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | 
     "tiff pyramid": (planes(GREY), _pyramid),
     "tiff 12 bit": (planes(GREY >> 4) * 65535 / 4095, _tiff(GREY >> 4, bitspersample=12, rowsperstrip=11)),
     "jpeg": (None, lambda path: image_files.write_bytes(path, imagecodecs.jpeg8_encode(SHADED))),
+    "jpeg-ls": (planes(SHADED), lambda path: image_files.write_bytes(path, imagecodecs.jpegls_encode(SHADED))),
     "pgm": (planes(GREY), lambda path: image_files.write_pgm(path, GREY)),
     "pgm 8 bit": (planes(COLOUR[..., 0]), lambda path: image_files.write_pgm(path, COLOUR[..., 0])),
     "zarr": (planes(GREY), lambda path: image_files.write_zarr(path, GREY, (32, 48))),
