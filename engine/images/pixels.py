@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .affine import Affine, Map
-from .levels import White, brighter_half, find_white, highest, sample_rows
+from .levels import White, brighter_half, find_white, highest, require_side, require_white, sample_rows
 from .stored import StoredPixels, integer_dtype
 
 
@@ -106,6 +106,8 @@ class ImageSource:
         white: White | None = None,
         laterality: str | None = None,
     ) -> None:
+        require_white(white)
+        require_side(laterality)
         own, height, width = stored.shape
         channels = own if channels is None else channels
         if channels != own and {channels, own} != {1, 3}:
