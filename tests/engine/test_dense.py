@@ -328,13 +328,16 @@ def test_maps_of_many_tiles_of_a_file(tmp_path):
 def test_maps_that_cannot_be_written(tmp_path):
     net = accelerate(Pyramid(), tile=16)
     x = image().float()
+    closed = np.broadcast_to(np.float32(0), (2, 3, 45, 38))
     for out, output, pattern in (
+        (closed, 0, "is read-only"),
         (torch.zeros(3), 0, r"shape \(2, 3, 45, 38\)"),
         (torch.zeros(3), 2, "no map"),
         (torch.zeros(3), 3, "does not exist"),
         (tmp_path / "map.jpg", 0, "format"),
         (tmp_path / "map.tif", 0, "one image"),
         (tmp_path / "none" / "map.tif", 0, "cannot be written"),
+        (tmp_path / "none" / "map.npy", 0, "cannot be written"),
     ):
         with pytest.raises(GigamorphError, match=pattern):
             write_map(net, x if "none" not in str(out) else x[:1], out, output)
