@@ -134,19 +134,20 @@ def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
         image = image.detach()
         return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)
     name = f"<array {sides}>"
-    if isinstance(image, np.memmap) and _is_its_file(image):
+    if isinstance(image, np.memmap) and (file := _its_file(image)) is not None:
         # A mapping of a whole file is read from that file: it pickles as a path, and what was read stays out of the
         # process's resident memory.
         from .rawfile import RawPixels
 
-        return RawPixels(Path(image.filename), image.offset, image.shape, image.dtype)
+        return RawPixels(file, image.offset, image.shape, image.dtype)
     if image.dtype.kind not in "buif":
         raise DataError(f"{name}: holds {image.dtype}, not numbers that can be pixels")
     order = channels_first(image.shape, name)
     return ArrayPixels(image[None] if image.ndim == 2 else image.transpose(order), name)
 
 
-def _is_its_file(image: np.memmap) -> bool:
-    """Whether a memory map holds what its file does, all of it in order: no part of it, and not copied on write."""
+def _its_file(image: np.memmap) -> Path | None:
+    """The file that holds all of a memory map in order; None where that is a part of it, or is copied on write."""
     whole = isinstance(image.base, mmap.mmap) and image.flags.c_contiguous and image.mode != "c"
-    return whole and image.filename is not None and os.path.isfile(image.filename)
+    path = Path(image.filename) if whole and image.filename else None
+    return path if path is not None and path.is_file() else None

@@ -194,7 +194,7 @@ class TiffPixels:
             ) from error
         if decoded is None:  # a segment that was never written holds the fill value
             decoded = np.full(shape, page.nodata, page.dtype)
-        if page.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders give a byte for each bit
+        if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders give a byte for each bit
             decoded = decoded.astype(bool)
         if decoded.ndim != 4 or decoded.dtype != page.dtype or decoded.shape[3] != shape[3]:
             raise DataError(f"{self.path}: segment {index} decodes to another shape or type; fetch the file again")
