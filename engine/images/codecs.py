@@ -8,6 +8,7 @@ unchecked is checked here.
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +26,8 @@ _JPEG, _JPEG_LS, _JPEG_2000 = (
 # Frames are decoded whole. A claim above this is damage or a bomb if it comes from a thousandth of the bytes or fewer
 # (deflate cannot do better than 1 in 1032), and too large to be read at all above the second limit.
 _SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO, LARGEST_BYTES = 64 * 2**20, 1032, 4 * 2**30
+# In entropy-coded data 0xFF goes before a restart marker or, so that it is no marker, a byte below 0x80.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Two bytes of PackBits stand for 128 at most.
 _RLE_RATIO = 64
 
@@ -148,8 +151,17 @@ def _declared(data: bytes, syntax: str) -> tuple[int, int, int] | None:
 
 
 def ends(data: bytes) -> bool:
-    """Whether a JPEG stream is whole: its decoder fills up what is missing and says nothing; the end marker tells."""
-    return data.rstrip(b"\0\xff").endswith(b"\xff\xd9")
+    """Whether a JPEG stream is whole: its decoder fills up what is missing and says nothing; the end marker tells.
+
+    Phones and cameras write other data after it, so it is looked for from segment to segment: what a segment holds (a
+    thumbnail) may have an end of its own.
+    """
+    place = 2
+    while marker := _MARKER.search(data, place):
+        if marker[1] == b"\xd9":
+            return True
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return False
 
 
 def jpeg_size(data: bytes) -> tuple[int, int, int] | None:

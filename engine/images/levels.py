@@ -7,6 +7,7 @@ in 16 are an almost black image.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -36,6 +37,18 @@ def parse_white(text: str) -> White:
     if not 0 < value < np.inf:
         raise DataError(f"white level {text!r} is neither auto nor a positive number; 12 bits have 4095")
     return value
+
+
+def require_white(white: White | None) -> None:
+    """`DataError` unless it is a white level, or None for the file's own."""
+    if white not in (None, "auto") and not (isinstance(white, Real) and 0 < white < np.inf):
+        raise DataError(f"white={white!r} is neither 'auto' nor a positive number; 12 bits have 4095")
+
+
+def require_side(laterality: str | None) -> None:
+    """`DataError` unless it is the side of a breast, or None where there is none."""
+    if laterality not in (None, "L", "R"):
+        raise DataError(f"laterality={laterality!r} is neither 'L' nor 'R'")
 
 
 def find_white(stored: StoredPixels) -> float:

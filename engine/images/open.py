@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
 
 from ..errors import DataError
 from .arrays import ArrayPixels, channels_first
@@ -122,21 +122,32 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
 
 def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
+    if not isinstance(image, np.ndarray | Tensor):
+        what = type(image).__name__
+        raise DataError(f"an image is a path, an array or a tensor, not {what}; np.asarray makes an array")
     sides = "x".join(str(side) for side in image.shape)
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, Tensor):
         name = f"<tensor {sides}>"
+        if image.is_complex() or image.layout != strided:
+            raise DataError(f"{name}: is {image.dtype}, {image.layout}; give a dense tensor of real numbers")
         order = channels_first(tuple(image.shape), name)
         image = image.detach()
         return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)
     name = f"<array {sides}>"
-    mapped = isinstance(image, np.memmap) and isinstance(image.base, mmap.mmap) and image.flags.c_contiguous
-    if isinstance(image, np.memmap) and mapped and image.filename:
+    if isinstance(image, np.memmap) and (file := _its_file(image)) is not None:
         # A mapping of a whole file is read from that file: it pickles as a path, and what was read stays out of the
         # process's resident memory.
         from .rawfile import RawPixels
 
-        return RawPixels(Path(image.filename), image.offset, image.shape, image.dtype)
+        return RawPixels(file, image.offset, image.shape, image.dtype)
     if image.dtype.kind not in "buif":
         raise DataError(f"{name}: holds {image.dtype}, not numbers that can be pixels")
     order = channels_first(image.shape, name)
     return ArrayPixels(image[None] if image.ndim == 2 else image.transpose(order), name)
+
+
+def _its_file(image: np.memmap) -> Path | None:
+    """The file that holds all of a memory map in order; None where that is a part of it, or is copied on write."""
+    whole = isinstance(image.base, mmap.mmap) and image.flags.c_contiguous and image.mode != "c"
+    path = Path(image.filename) if whole and image.filename else None
+    return path if path is not None and path.is_file() else None

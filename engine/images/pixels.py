@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .affine import Affine, Map
-from .levels import White, brighter_half, find_white, highest, sample_rows
+from .levels import White, brighter_half, find_white, highest, require_side, require_white, sample_rows
 from .stored import StoredPixels, integer_dtype
 
 
@@ -106,6 +106,8 @@ class ImageSource:
         white: White | None = None,
         laterality: str | None = None,
     ) -> None:
+        require_white(white)
+        require_side(laterality)
         own, height, width = stored.shape
         channels = own if channels is None else channels
         if channels != own and {channels, own} != {1, 3}:
@@ -268,12 +270,10 @@ class ImageSource:
 
     def _scale(self, values: np.ndarray | Tensor) -> Tensor:
         if isinstance(values, np.ndarray):
-            grey = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-            fresh = not np.shares_memory(grey.numpy(), values)
+            # A copy, and of a mirrored line too: numpy takes one for contiguous, and PyTorch takes no negative strides.
+            grey = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         else:
-            grey = values.to(torch.float32)
-            fresh = grey.data_ptr() != values.data_ptr()
-        grey = grey if fresh else grey.clone()
+            grey = values.to(torch.float32, copy=True)
         if self.full != 1:
             grey.div_(self.full)
         if self.shape[0] == 1 and len(grey) == 3:

@@ -16,7 +16,16 @@ from .rawfile import FileBytes, RawPixels, one_line
 from .tiles import TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
+_ALPHA = {1, 2}  # ExtraSamples: associated, unassociated; 0 is data that is not specified
 _JPEG, _JPEG_2000, _APERIO_YCBCR = {6, 7, 34892, 33007}, {33004, 33005, 34712}, 33003
+
+
+def _only_alpha(page: tifffile.TiffPage, channels: int) -> bool:
+    """Whether what a pixel has beside grey or colour is how opaque it is, and not further bands."""
+    extra = page.samplesperpixel - channels
+    if extra == 1 and not page.extrasamples:  # no tag explains it; libtiff takes it for alpha too
+        return True
+    return sum(int(kind) in _ALPHA for kind in page.extrasamples) >= extra
 
 
 class TiffPixels:
@@ -52,7 +61,8 @@ class TiffPixels:
     def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
         if not tif.series:
             raise DataError(f"{self.path}: holds no image; fetch the file again")
-        series = tif.series[0].levels[0]
+        whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
+        series = next(whole, tif.series[0]).levels[0]
         self._planes = len(series)
         if frame is None and self._planes > 1:
             raise DataError(f"{self.path}: has {self._planes} planes; say which one (frame=0 to {self._planes - 1})")
@@ -99,6 +109,9 @@ class TiffPixels:
         channels = 3 if colour else 1
         if page.samplesperpixel < channels:
             raise DataError(f"{self.path}: has {page.samplesperpixel} samples, {channels} expected; save it again")
+        if not _only_alpha(page, channels):
+            bands = f"{page.samplesperpixel} bands, {channels} expected beside alpha"
+            raise DataError(f"{self.path}: has {bands}; save it as grey or RGB")
         self.shape = (channels, page.imagelength, page.imagewidth)
         self.dtype = page.dtype
         self.full = float(2**page.bitspersample - 1) if page.dtype.kind == "u" else 1.0
@@ -181,6 +194,8 @@ class TiffPixels:
             ) from error
         if decoded is None:  # a segment that was never written holds the fill value
             decoded = np.full(shape, page.nodata, page.dtype)
+        if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders give a byte for each bit
+            decoded = decoded.astype(bool)
         if decoded.ndim != 4 or decoded.dtype != page.dtype or decoded.shape[3] != shape[3]:
             raise DataError(f"{self.path}: segment {index} decodes to another shape or type; fetch the file again")
         return decoded[0, : shape[1], : shape[2]]

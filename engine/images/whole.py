@@ -108,7 +108,7 @@ class PngPixels(WholeFile):
 
 
 class JpegPixels(WholeFile):
-    """A JPEG file, 8 or 12 bit; grey or RGB."""
+    """A JPEG or JPEG-LS file of any bits; grey or RGB."""
 
     def _describe(self) -> None:
         data = self.path.read_bytes()
@@ -126,4 +126,6 @@ class JpegPixels(WholeFile):
         self.steps = (f"JPEG, {bits} bits",)
 
     def _decode(self, data: bytes) -> np.ndarray:
+        if codecs.jpeg_process(data) == 0xF7:  # JPEG-LS
+            return imagecodecs.jpegls_decode(data)
         return imagecodecs.jpeg8_decode(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ class ZarrPixels:
 
     An array of two or three axes is laid out as `open_pixels` says. Of one with more, and of an OME-Zarr image, the
     last two axes are rows and columns; `frame` counts through the others (time, channel, depth), the last fastest, and
-    is needed where they hold more than one plane, unless that is an OME-Zarr channel axis of length 3: colour.
+    is needed where they hold more than one plane. An OME-Zarr channel axis of length 3 is colour, and none of those.
 
     Chunks that were never written hold the array's fill value.
     """
@@ -67,36 +66,40 @@ class ZarrPixels:
             axes = ["?"] * (len(shape) - 2) + ["y", "x"]
         if axes is None:
             order = channels_first(shape, self.name)
-            fixed: tuple[int, ...] = ()
+            index: list[int | slice] = [slice(None)] * len(shape)
             if self.frame not in (None, 0):
                 raise DataError(f"{self.path}: frame {self.frame} is wanted, the array is one image")
         else:
-            order, fixed = self._plane(shape, axes)
-        self._fixed, self._order = fixed, order
-        sides = [shape[len(fixed) + axis] for axis in order]
+            order, index = self._plane(shape, axes)
+        self._index, self._order = index, order
+        kept = [axis for axis, at in enumerate(index) if isinstance(at, slice)]
+        self._axes = [kept[number] for number in order]
+        sides = [shape[axis] for axis in self._axes]
         self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
-        chunks = array.chunks[len(fixed) :]
-        self._size = chunks[order[-2]], chunks[order[-1]]
+        self._size = array.chunks[self._axes[-2]], array.chunks[self._axes[-1]]
         if math.prod(array.chunks) * self.dtype.itemsize > codecs.LARGEST_BYTES or min(self._size) < 1:
             raise DataError(f"{self.path}: chunks of {tuple(array.chunks)}; save it in smaller chunks")
-        which = f", plane {list(fixed)}" if fixed else ""
+        fixed = [at for at in index if isinstance(at, int)]
+        which = f", plane {fixed}" if fixed else ""
         self.steps = (f"zarr, {self.dtype}{which}",)
         self._grid = TileGrid(self._size)
 
-    def _plane(self, shape: tuple[int, ...], axes: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The order of the axes that are read, and the indices of those before them."""
+    def _plane(self, shape: tuple[int, ...], axes: list[str]) -> tuple[tuple[int, ...], list[int | slice]]:
+        """The order of the axes that are read, and the place along each of the others."""
         if len(axes) != len(shape) or axes[-2:] != ["y", "x"] or not all(shape):
             raise DataError(f"{self.path}: axes {axes} of shape {shape} do not end in y, x; convert it")
-        colour = len(shape) > 2 and axes[-3] == "c" and shape[-3] == 3
-        leading = shape[: -3 if colour else -2]
-        planes = math.prod(leading)
+        colour = [axis for axis, name in enumerate(axes) if name == "c" and shape[axis] == 3]
+        others = [axis for axis in range(len(shape) - 2) if axis not in colour]
+        planes = math.prod(shape[axis] for axis in others)
         if self.frame is None and planes > 1:
             raise DataError(f"{self.path}: has {planes} planes; say which one (frame=0 to {planes - 1})")
         if self.frame is not None and not 0 <= self.frame < planes:
             raise DataError(f"{self.path}: frame {self.frame} is wanted, the image has 0 to {planes - 1}")
-        indices = itertools.product(*(range(side) for side in leading))
-        fixed = next(itertools.islice(indices, self.frame or 0, None))
-        return ((0, 1, 2) if colour else (0, 1)), fixed
+        index: list[int | slice] = [slice(None)] * len(shape)
+        left = self.frame or 0
+        for axis in reversed(others):
+            left, index[axis] = divmod(left, shape[axis])
+        return ((0, 1, 2) if colour else (0, 1)), index
 
     def flips(self) -> tuple[bool, bool]:
         return False, False
@@ -106,11 +109,11 @@ class ZarrPixels:
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """(channels, rows, columns) of the chunks at one place."""
-        spans = [slice(None)] * len(self._order)
-        for axis, place, step in zip(self._order[-2:], (row, column), self._size, strict=True):
-            spans[axis] = slice(place * step, (place + 1) * step)
+        index = list(self._index)
+        for axis, place, step in zip(self._axes[-2:], (row, column), self._size, strict=True):
+            index[axis] = slice(place * step, (place + 1) * step)
         try:
-            values = np.asarray(self._array[(*self._fixed, *spans)])
+            values = np.asarray(self._array[tuple(index)])
         except Exception as error:  # every codec has its own exceptions
             raise DataError(
                 f"{self.path}: chunk {row}, {column} is damaged ({one_line(error)}); fetch it again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ def sink(out: Any, shape: Sequence[int], axes: Axes, dtype: torch.dtype) -> cont
     if isinstance(out, Tensor):
         return contextlib.nullcontext(_copy(out, axes))
     if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise GigamorphError("the array for the map is read-only; open its file with mode r+, or give a path")
         return contextlib.nullcontext(_assign(out, axes))
     chunks = getattr(out, "chunks", None)
     if chunks is None or not hasattr(out, "__setitem__"):
@@ -128,8 +131,19 @@ class _Shard:
 
 @contextlib.contextmanager
 def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
-    yield _assign(array, axes)
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+    except OSError as error:
+        raise GigamorphError(f"{path}: cannot be written ({error.strerror or error})") from error
+    mapping: Any = array.base
+    assign = _assign(array, axes)
+
+    def put(block: Tensor, rect: Rect) -> None:
+        assign(block, rect)
+        if rect[3] == shape[axes[1]]:  # the file keeps what was written; pages that stay would count as ours
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    yield put
     array.flush()
 
 

@@ -120,6 +120,10 @@ CRITERIA = {
         F.l1_loss(z[:, 1], y.to(z.dtype))
         + F.kl_div(z.log_softmax(1), torch.ones_like(z) / CLASSES, reduction="batchmean")
     ),
+    "counts": lambda z, y: (
+        F.poisson_nll_loss(z[:, 1], y.to(z.dtype), full=True)
+        + F.poisson_nll_loss(z[:, 2].exp(), y.to(z.dtype), log_input=False, eps=1e-3, reduction="sum")
+    ),
     "dice": dice,
     "focal": focal,
     "picked": picked,
@@ -324,13 +328,16 @@ def test_maps_of_many_tiles_of_a_file(tmp_path):
 def test_maps_that_cannot_be_written(tmp_path):
     net = accelerate(Pyramid(), tile=16)
     x = image().float()
+    closed = np.broadcast_to(np.float32(0), (2, 3, 45, 38))
     for out, output, pattern in (
+        (closed, 0, "is read-only"),
         (torch.zeros(3), 0, r"shape \(2, 3, 45, 38\)"),
         (torch.zeros(3), 2, "no map"),
         (torch.zeros(3), 3, "does not exist"),
         (tmp_path / "map.jpg", 0, "format"),
         (tmp_path / "map.tif", 0, "one image"),
         (tmp_path / "none" / "map.tif", 0, "cannot be written"),
+        (tmp_path / "none" / "map.npy", 0, "cannot be written"),
     ):
         with pytest.raises(GigamorphError, match=pattern):
             write_map(net, x if "none" not in str(out) else x[:1], out, output)
@@ -343,11 +350,12 @@ def test_flattened_maps_are_refused(tmp_path):
         write_map(accelerate(net, tile=16), image(), tmp_path / "map.npy")
 
 
-def test_bounded_memory(tmp_path):
+@pytest.mark.parametrize("suffix", ["tif", "npy"])
+def test_bounded_memory(tmp_path, suffix):
     """A map of several times the memory that the process takes to write it, or to compute a loss on it."""
     script = Path(__file__).parent / "dense_memory.py"
     printed = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "map.tif")], check=True, capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path / f"map.{suffix}")], check=True, capture_output=True, text=True
     ).stdout.split()
     map_bytes, written, learned = map(int, printed[-3:])
     assert written < map_bytes / 4

@@ -14,7 +14,7 @@ from .left_out import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made,
 
 SUFFIXES = {
     *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),
-    *(".png", ".jpg", ".jpeg", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
+    *(".png", ".jpg", ".jpeg", ".jls", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
 }
 """Of files that may be images; DICOM files often have none."""
 _INDEX = "DICOMDIR"

@@ -15,7 +15,7 @@ _MADE_BY = {
 }
 """Files that tell it, all of one of the groups."""
 UNREAD = {
-    *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jls", ".jxl", ".ljpeg", ".heic"),
+    *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".ljpeg", ".heic"),
     *(".nii", ".nrrd", ".mha", ".mhd", ".npz", ".ndpi", ".mrxs"),
 }
 """Of files that are images, too."""

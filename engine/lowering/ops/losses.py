@@ -32,6 +32,7 @@ _ELEMENTWISE = {
     "huber_loss": "input target reduction delta weight",
     "soft_margin_loss": "input target size_average reduce reduction",
     "kl_div": "input target size_average reduce reduction log_target",
+    "poisson_nll_loss": "input target log_input full size_average eps reduce reduction",
 }
 _CLASSES = "input target weight size_average ignore_index reduce reduction label_smoothing"
 

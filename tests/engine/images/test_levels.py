@@ -36,6 +36,18 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+@pytest.mark.parametrize("white", [0, -1, float("nan"), float("inf"), "bright", "4095"])
+def test_levels_that_are_none_are_refused(white: float | str) -> None:
+    with pytest.raises(DataError, match="is neither 'auto' nor a positive number"):
+        open_pixels(np.zeros((4, 5), np.uint16), white=white)
+
+
+@pytest.mark.parametrize("laterality", ["left", "r", "", "X"])
+def test_sides_that_are_none_are_refused(laterality: str) -> None:
+    with pytest.raises(DataError, match="is neither 'L' nor 'R'"):
+        open_pixels(np.zeros((4, 5), np.uint16), laterality=laterality)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm", ".npy"])
 @pytest.mark.parametrize("white", [4095.0, "auto"])
 def test_twelve_bits_in_sixteen(tmp_path: Path, suffix: str, white: float) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import image_files
 import imagecodecs
@@ -17,6 +18,7 @@ import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
@@ -119,6 +121,7 @@ KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | 
     "tiff pyramid": (planes(GREY), _pyramid),
     "tiff 12 bit": (planes(GREY >> 4) * 65535 / 4095, _tiff(GREY >> 4, bitspersample=12, rowsperstrip=11)),
     "jpeg": (None, lambda path: image_files.write_bytes(path, imagecodecs.jpeg8_encode(SHADED))),
+    "jpeg-ls": (planes(SHADED), lambda path: image_files.write_bytes(path, imagecodecs.jpegls_encode(SHADED))),
     "pgm": (planes(GREY), lambda path: image_files.write_pgm(path, GREY)),
     "pgm 8 bit": (planes(COLOUR[..., 0]), lambda path: image_files.write_pgm(path, COLOUR[..., 0])),
     "zarr": (planes(GREY), lambda path: image_files.write_zarr(path, GREY, (32, 48))),
@@ -267,6 +270,39 @@ def test_planes_of_a_tiff(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("photometric", "bands", "extra"),
+    [("rgb", 4, [0]), ("rgb", 8, [0] * 5), ("rgb", 5, [2, 0]), ("minisblack", 2, [0]), ("minisblack", 3, [0, 0])],
+)
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_bands_are_not_dropped(tmp_path: Path, photometric: str, bands: int, extra: list[int], planar: str) -> None:
+    shape = (40, 50, bands) if planar == "contig" else (bands, 40, 50)
+    options = {"photometric": photometric, "planarconfig": planar, "extrasamples": extra}
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros(shape, np.uint16), **options)
+    with pytest.raises(DataError, match=rf"b\.tif: has {bands} bands, {bands - len(extra)} expected beside alpha"):
+        open_pixels(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt", "packbits"])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_masks_that_are_compressed_as_a_fax(tmp_path: Path, compression: str, white_is_zero: bool) -> None:
+    mask = np.kron(GREY[:17, :13] % 2, np.ones((6, 9))).astype(bool)
+    tags = {262: 0} if white_is_zero else {}
+    Image.fromarray(mask).save(tmp_path / "m.tif", compression=compression, tiffinfo=tags)
+    source = open_pixels(tmp_path / "m.tif")
+    assert tifffile.TiffFile(tmp_path / "m.tif").pages[0].photometric == (0 if white_is_zero else 1)
+    np.testing.assert_array_equal(source.read(3, 50, 7, 90)[0].numpy(), mask[3:50, 7:90])
+
+
+def test_a_thumbnail_before_its_image(tmp_path: Path) -> None:
+    path = tmp_path / "first.tif"
+    with tifffile.TiffWriter(path) as tif:
+        for step in (4, 2, 1):
+            tif.write(GREY[::step, ::step], tile=(32, 48), subfiletype=int(step > 1), metadata=None)
+    source = open_pixels(path)
+    np.testing.assert_array_equal(source.read(3, 50, 7, 90).numpy(), planes(GREY)[:, 3:50, 7:90])
+
+
 def test_tiff_colour_that_would_come_out_wrong_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "y.tif"
     tifffile.imwrite(path, COLOUR, photometric="ycbcr", compression="zlib")
@@ -295,6 +331,45 @@ def test_memmap_pickles_as_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.read(3, 40, 7, 50).numpy(), planes(GREY)[:, 13:50, 27:70])
 
 
+def test_memmap_that_is_no_longer_its_file(tmp_path: Path) -> None:
+    """Changed in memory alone (copy on write), or mapped still when its file is gone."""
+    np.save(tmp_path / "a.npy", GREY)
+    changed = np.load(tmp_path / "a.npy", mmap_mode="c")
+    changed[:] = GREY[::-1]
+    np.testing.assert_array_equal(open_pixels(changed).read(3, 50, 7, 90).numpy(), planes(GREY[::-1])[:, 3:50, 7:90])
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    (tmp_path / "a.npy").unlink()
+    np.testing.assert_array_equal(open_pixels(mapped).read(3, 50, 7, 90).numpy(), planes(GREY)[:, 3:50, 7:90])
+
+
+@pytest.mark.parametrize("line", [(0, 101, 2, 3), (2, 3, 0, 117), (2, 3, 4, 5)])
+def test_one_line_of_a_mirrored_image(tmp_path: Path, line: tuple[int, int, int, int]) -> None:
+    values = np.random.default_rng(4).random((101, 117), np.float32)
+    np.save(tmp_path / "a.npy", values)
+    top, bottom, left, right = line
+    for source, expected in [
+        (open_pixels(tmp_path / "a.npy", flip=True), values[:, ::-1]),
+        (open_pixels(values[::-1, ::-1]), values[::-1, ::-1]),
+    ]:
+        np.testing.assert_array_equal(source.read(*line)[0].numpy(), expected[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("behind", [b"\n", b"a motion picture", b"\xff\xd8\xff\xe0 another image", b"\0" * 9])
+def test_a_jpeg_with_something_behind_its_end(tmp_path: Path, behind: bytes) -> None:
+    """Phones and cameras write there; what ends early ends early all the same."""
+    thumbnail = b"a thumbnail of its own end \xff\xd9"
+    Image.fromarray(SHADED).save(tmp_path / "photo.jpg", icc_profile=thumbnail)
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    expected = imagecodecs.jpeg8_decode(whole).transpose(2, 0, 1) / 255
+    (tmp_path / "photo.jpg").write_bytes(whole + behind)
+    source = open_pixels(tmp_path / "photo.jpg")
+    np.testing.assert_allclose(source.read(3, 50, 7, 60).numpy(), expected[:, 3:50, 7:60], atol=2e-7)
+    for end in (1, 2, 200):
+        (tmp_path / "photo.jpg").write_bytes(whole[:-end])
+        with pytest.raises(DataError, match="ends early"):
+            open_pixels(tmp_path / "photo.jpg")
+
+
 def test_grey_from_colour(tmp_path: Path) -> None:
     (tmp_path / "grey.png").write_bytes(imagecodecs.png_encode(np.dstack([COLOUR[..., 0]] * 3)))
     (tmp_path / "colour.png").write_bytes(imagecodecs.png_encode(COLOUR))
@@ -320,6 +395,22 @@ def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
     for image in (np.zeros(shape), torch.zeros(shape)):
         with pytest.raises(DataError, match=r"is not \(H, W\)"):
             open_pixels(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (None, "an array or a tensor, not NoneType"),
+        ([[1, 2], [3, 4]], "an array or a tensor, not list"),
+        (Image.fromarray(COLOUR), "an array or a tensor, not Image; np.asarray makes an array"),
+        (torch.ones(4, 5, dtype=torch.complex64), "<tensor 4x5>: is torch.complex64"),
+        (torch.eye(5).to_sparse(), "<tensor 5x5>: is torch.float32, torch.sparse_coo; give a dense"),
+        (np.ones((4, 5), complex), "<array 4x5>: holds complex128"),
+    ],
+)
+def test_objects_that_are_no_image(image: Any, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        open_pixels(image)
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -63,6 +63,13 @@ def test_ome_zarr(tmp_path: Path, version: int) -> None:
     np.testing.assert_array_equal(whole(path / "1", frame=5)[0], stack.reshape(8, 45, 70)[5, ::2, ::2])
     colour = write_zarr(tmp_path / "c.zarr", COLOUR[None], (1, 3, 16, 32), "tcyx", version)
     np.testing.assert_array_equal(whole(colour), COLOUR)
+    # As bioformats2raw writes all images; and several depths of a colour image.
+    five = write_zarr(tmp_path / "5.zarr", COLOUR[None, :, None], (1, 1, 1, 16, 32), "tczyx", version)
+    np.testing.assert_array_equal(whole(five), COLOUR)
+    depths = write_zarr(tmp_path / "d.zarr", np.stack([COLOUR, COLOUR[::-1]], 1), (1, 1, 16, 32), "czyx", version)
+    with pytest.raises(DataError, match="has 2 planes"):
+        open_pixels(depths)
+    np.testing.assert_array_equal(open_pixels(depths, frame=1).stored.read(0, 45, 0, 70), COLOUR[::-1])
 
 
 def test_one_level_by_its_name(tmp_path: Path) -> None:
