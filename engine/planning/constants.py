@@ -50,7 +50,9 @@ NEARLY = 1.15
 # How many choices of stored maps, from the one that needs least on, are tried with smaller tiles.
 SMALL_TILES = 3
 # Of maps elsewhere, the parts that are here at a time: a tile's own, the next one's, and gradients of one of them.
+# Those in files are read where they lie, and none ahead.
 AWAY_TILES = 3
+MAPPED_TILES = 2
 # Stages whose tile is counted besides that of the heaviest blocks: those that have most there, whole maps included.
 COUNTED = 2
 # Graph buffers of a tile lie in chunks, and those at the end of the image are larger than in the middle.

@@ -57,7 +57,7 @@ class _Cut:
         alone: whether one tile is all there is.
         halo_bytes: of all halos of all stages.
         strip_bytes: of the halos that enter each stage's heaviest strip.
-        away_bytes: a tile's part of the maps that its stage reads and writes elsewhere, for each stage.
+        away_bytes: what is here of the maps that a stage reads and writes elsewhere, for each stage.
     """
 
     sides: tuple[tuple[int, int], ...]
@@ -163,7 +163,7 @@ class Estimate:
         # In pass 2 two strips' gradients are in work, and one strip's halos where they are not on the device.
         times = (2 if halos == "device" else 3) if self.training else 2
         pairs = zip(cut.strip_bytes, cut.away_bytes, strict=True)
-        strips = [times * strip + constants.AWAY_TILES * away for strip, away in pairs]
+        strips = [times * strip + away for strip, away in pairs]
         # The graph of an only tile is what pass 2 would make again at once.
         alone = self.training and budget is None and cut.alone
         plan = Plan(
@@ -208,7 +208,8 @@ class Estimate:
                 entering, heaviest = halo_bytes(tiled.stage, tiled)
                 kept += entering
                 strips.append(heaviest if tiled.rows.steps > 1 else 0)
-            away = tuple(_bytes_among(self._kept_away, tiled) for tiled in stages)
+            count = _mapped_bytes if self.on_cpu else _away_bytes
+            away = tuple(count(self._kept_away, tiled) for tiled in stages)
             sides = tuple(tiled.tile for tiled in stages)
             tiles = stages[0].rows.steps, stages[0].cols.steps
             alone = [tiled.tiles for tiled in stages] == [1]
@@ -407,11 +408,21 @@ class Estimate:
         return replace(plan, heap_bytes=plan.heap_bytes + more)
 
 
-def _bytes_among(maps: Container[int], tiled: TiledStage) -> int:
-    """A tile's part of those of these maps that its stage reads and writes."""
+def _away_bytes(maps: Container[int], tiled: TiledStage) -> int:
+    """What is here of those of these maps that a stage reads and writes: parts of a tile's size."""
     stage, values = tiled.stage, tiled.stage.program.values
     total = sum(value_bytes(values[v]) for v in (*stage.sources, *stage.stored) if v in maps)
-    return total // tiled.tiles
+    return constants.AWAY_TILES * total // tiled.tiles
+
+
+def _mapped_bytes(maps: Container[int], tiled: TiledStage) -> int:
+    """The same of maps in files: whole rows of tiles, for Linux maps what lies around a page that is read as well, by
+    megabytes where the file system has it in such pieces."""
+    stage, total = tiled.stage, 0
+    for v in (v for v in (*stage.sources, *stage.stored) if v in maps):
+        height, _ = stage.maps.size(v)
+        total += value_bytes(stage.program.values[v]) // height * -(-height // tiled.rows.steps)
+    return constants.MAPPED_TILES * total
 
 
 def halo_bytes(stage: Stage, tiled: TiledStage) -> tuple[int, int]:

@@ -127,7 +127,7 @@ def excited(depth: int, width: int = 32, side: int = 512) -> Program:
 
 def test_a_choice_that_stores_less_and_needs_more_hides_no_plan() -> None:
     """Every layer again in each stage takes folded weights for each: more than the maps on disk before it."""
-    program = excited(6, 256, 64)
+    program = excited(6, 256, 32)
     request = Request(1, None, False)
     maps, nodes = sort(program)
     options = search._Options(request, torch.device("cpu"), None, agree=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +14,8 @@ from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import constants
 from gigamorph.engine.planning.estimate import Estimate
+from gigamorph.engine.tiling import stored_maps
+from gigamorph.engine.tiling.memory import used_bytes
 from gigamorph.engine.tiling.stage import TiledStage
 
 
@@ -47,3 +51,21 @@ def test_linear_layers_and_keys_are_not_copied_as_kernels_are() -> None:
     made = plan(Transformer(), (512, 512), tile=64)
     rest = 3 * constants.KERNEL_BYTES + constants.CODE_BYTES[True]
     assert made.library_bytes - rest <= 4 * 65 * 64  # of the stem's weights and biases
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are mapped as Linux does")
+def test_a_narrow_tile_of_a_map_in_a_file_is_counted_as_a_row_of_tiles() -> None:
+    """The pages around each of its lines are mapped with them: up to all of the line, many times what it reads."""
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8)) for n in (1, 8)))
+    staged = lower(capture(net.append(nn.AdaptiveAvgPool2d(1)), (1, 1, 512, 4096), torch.float32, "cpu"))
+    staged.place = "disk"
+    estimate, part = Estimate(staged, training=True, image_grad=False), 128 * 128 * 8 * 4
+    counted = [estimate._cut(tile).away_bytes for tile in ((128, 128), (128, 4096))]
+    assert counted[0] == counted[1] and max(counted[0]) >= 2 * 32 * part
+
+    there = stored_maps.new_map(torch.ones(1, 8, 1, 1), (1, 8, 512, 4096), "disk", order=(0, 2, 3, 1))
+    there.fill_(1)
+    stored_maps.let_files_go([there])
+    before = used_bytes()
+    there[:, :, 256:384, 1024:1152].sum()
+    assert 2 * part < used_bytes() - before < 1.1 * 32 * part
