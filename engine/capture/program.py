@@ -196,7 +196,7 @@ class Program:
         # Rules add values of their own behind those of the recording.
         last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
         values = [
-            (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable, v.order)
+            (v.shape, v.dtype, v.device, v.name, v.find or id(v.constant), v.trainable, v.differentiable, v.order)
             for v in self.values[: last + 1]
         ]
         results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
