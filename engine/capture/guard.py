@@ -237,7 +237,7 @@ class Guard:
             and whether it is the same as another, may be asked without a look, so it counts in any case.
 
     Attributes:
-        kept: identities of the tensors that it keeps alive, those in the network's attributes.
+        kept: identities of the tensors, arrays and layers that it keeps alive, those in the network's attributes.
     """
 
     def __init__(
@@ -278,7 +278,9 @@ class Guard:
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
-        self.kept = {id(thing) for each in held for thing in each.values() if isinstance(thing, Tensor)}
+        tuples = [c for h, c in zip(found.holders, snapshot.contents, strict=True) if h.kind == "tuple"]
+        alive = chain(self.kinds, chain.from_iterable(each.values() for each in (*held, *tuples)))
+        self.kept = {id(thing) for thing in alive if isinstance(thing, (Tensor, nn.Module, np.ndarray))}
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()

@@ -164,7 +164,7 @@ class Program:
         except (RuntimeError, ValueError):  # arrays or tensors among the arguments
             same = False
         if same:
-            # Those with a tensor that the network no longer has would keep it in memory.
+            # Those with a tensor or a layer that the network no longer has would keep it in memory.
             known = [one for one in (self._circumstances(), *self.others) if one.guard.kept <= other.guard.kept]
             self.others = known[:_OTHERS]
             self._go_by(other._circumstances())
