@@ -208,4 +208,4 @@ def _same(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     if len(now) != len(before):
         return False
     pairs = zip(now.items(), before.items(), strict=True)
-    return all(a == b and _alike(u, v) for (a, v), (b, u) in pairs)
+    return all((a is b or (not isinstance(a, Tensor) and a == b)) and _alike(u, v) for (a, v), (b, u) in pairs)

@@ -273,3 +273,27 @@ def test_numbers_that_are_none_and_methods_are_no_change() -> None:
             return self.end(y)
 
     assert compare(Keeping(), {}, lambda net: [net.kept[0]]) == [0, 1]
+
+
+@pytest.mark.parametrize("made", [dict, set])
+def test_tensors_by_which_something_is_kept(made: Callable[..., Any]) -> None:
+    """A parameter had another hash while it was recorded; a dict with tensors as keys was compared by their values."""
+
+    class Looking(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = made([(self.first.weight, 2.0)] if made is dict else [self.first.weight])
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor = 1.0
+            if self.first.weight in self.kept:
+                factor = self.kept[self.first.weight] if isinstance(self.kept, dict) else 3.0
+            return self.end(self.first(x), factor)
+
+    def more(net: Any) -> None:
+        if isinstance(net.kept, dict):
+            net.kept[net.first.weight] = 4.0
+        else:
+            net.kept.clear()
+
+    compare(Looking(), {2: more}, lambda net: [])
