@@ -29,7 +29,7 @@ from ...kernels.precision import tf32_settings
 from . import holders
 from .holders import Holder
 from .process import tracks
-from .state import Effect, Snapshot
+from .state import Effect, Snapshot, same_value
 from .walk import ARRAY_BYTES, Found
 
 _FORM = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
@@ -164,7 +164,7 @@ class Read:
 
 def _equal(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b) or (a != a and b != b)
+        return same_value(a, b) or bool(a != a and b != b)
     except (ValueError, RuntimeError):  # arrays
         return bool((a == b).all())
 

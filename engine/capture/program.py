@@ -201,7 +201,9 @@ class Program:
         ]
         results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
         given = self.image, self.inputs, self.vectors, self.grad
-        return given, self.ops, values, self.output, self.updates, results, self.branches
+        leaves = (leaf for op in self.ops for leaf in tree_leaves((op.args, op.kwargs)))
+        numbers = [repr(leaf) for leaf in leaves if isinstance(leaf, (float, complex))]  # 0.0 equals -0.0
+        return given, self.ops, numbers, values, self.output, self.updates, results, self.branches
 
     def state(self) -> list[int]:
         """The values that are there before a call: parameters, buffers, constants."""

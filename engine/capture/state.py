@@ -201,7 +201,12 @@ def _twin(old: Any, new: Any, twins: Mapping[int, Tensor]) -> bool:
 
 def _alike(old: Any, new: Any) -> bool:
     """Whether one is the other, or a plain value like it."""
-    return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and old == new)
+    return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and same_value(old, new))
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether plain values of one type are the same: 0.0 is another one than -0.0, and what is no number is itself."""
+    return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
 
 
 def _same(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:

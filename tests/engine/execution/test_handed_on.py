@@ -297,3 +297,19 @@ def test_tensors_by_which_something_is_kept(made: Callable[..., Any]) -> None:
             net.kept.clear()
 
     compare(Looking(), {2: more}, lambda net: [])
+
+
+def test_the_sign_of_zero_counts() -> None:
+    class Signed(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sign, self.turned = 0.0, 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.turned = -self.sign
+            return self.end(torch.copysign(self.first(x), torch.full((1,), self.sign, dtype=x.dtype)))
+
+    def turn(net: Any) -> None:
+        net.sign = -net.sign
+
+    compare(Signed(), {1: turn, 2: turn, 4: turn}, lambda net: [str(net.turned)])
