@@ -38,6 +38,8 @@ _VALUES = (*_PLAIN, numbers.Number, np.generic, enum.Enum)  # that are equal or 
 # Of these it counts which one it is: the walk has their contents apart.
 _OWN_PLACE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial, nn.Module)
 
+_CONTAINERS = (dict, list, set, frozenset, deque)
+
 
 def _asked(question: Callable[[], Any]) -> Any:
     try:
@@ -97,14 +99,12 @@ class Looks:
             return kind, _Same(thing.__self__), _Same(thing.__func__)
         if isinstance(thing, tuple):  # of two equal ones nobody asks which one it is
             return kind, tuple(self.at(part, form) for part in thing)
-        which = self.known(thing)
-        if which is None:
-            met, which = id(thing) in self._numbers, self._numbers.setdefault(id(thing), len(self._numbers))
-            if met:
-                return kind, which
+        met, number = id(thing) in self._numbers, self._numbers.setdefault(id(thing), len(self._numbers))
+        which = number, self.known(thing)
+        if met:
+            return kind, which
         if isinstance(thing, Tensor):
-            own = [(key, _Same(value)) for key, value in vars(thing).items()]
-            return kind, which, form(thing), own
+            return kind, which, form(thing), [(key, _alone(value)) for key, value in vars(thing).items()]
         if isinstance(thing, _OWN_PLACE):
             return kind, which, _Same(thing)
         return kind, which, self._inside(thing, form)
@@ -119,12 +119,14 @@ class Looks:
         elif isinstance(thing, (list, deque)):
             found += [self.at(part, form) for part in thing]
         elif isinstance(thing, (set, frozenset)):  # what is in it cannot be told apart later
-            found += [(type(part), part) if isinstance(part, _VALUES) else _Same(part) for part in thing]
+            found += map(_alone, thing)
+        if type(thing) in _CONTAINERS:
+            return found
         own, slots = getattr(thing, "__dict__", None), holders.slots(thing, "", None)
         for space in (own, None if slots is None else slots.read()):
             found += [(key, self.at(value, form)) for key, value in (space or {}).items() if key != "__dict__"]
-        plain = isinstance(thing, (Mapping, list, deque, set, frozenset))
-        return found if plain or own is not None or slots is not None else _Same(thing)
+        looked_into = isinstance(thing, (Mapping, *_CONTAINERS)) or own is not None or slots is not None
+        return found if looked_into else _Same(thing)
 
 
 class _Same:
@@ -140,6 +142,11 @@ class _Same:
         return isinstance(other, _Same) and (mine := self._get()) is not None and mine is other._get()
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _alone(thing: Any) -> Any:
+    """What counts of a value that is not looked into."""
+    return (type(thing), thing) if isinstance(thing, _VALUES) else _Same(thing)
 
 
 def _numbers(thing: Any) -> Any:

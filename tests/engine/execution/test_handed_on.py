@@ -313,3 +313,30 @@ def test_the_sign_of_zero_counts() -> None:
         net.sign = -net.sign
 
     compare(Signed(), {1: turn, 2: turn, 4: turn}, lambda net: [str(net.turned)])
+
+
+class Context:
+    """An object that leads back to itself."""
+
+    def __init__(self) -> None:
+        self.own, self.factor = self, 1.0
+
+
+def test_an_object_that_leads_back_to_itself_beside_a_map() -> None:
+    """The guard never came to an end."""
+
+    class Keeping(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.context = Context()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.kept = [y.detach(), self.context]
+            return self.end(y, self.context.factor)
+
+    def more(net: Any) -> None:
+        net.context.factor += 1
+
+    recorded = compare(Keeping(), {2: more, 4: more}, lambda net: [net.kept[0], net.kept[1] is net.context])
+    assert recorded == [0, 1, 2, 4]
