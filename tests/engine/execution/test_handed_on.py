@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import types
+import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -340,3 +342,25 @@ def test_an_object_that_leads_back_to_itself_beside_a_map() -> None:
 
     recorded = compare(Keeping(), {2: more, 4: more}, lambda net: [net.kept[0], net.kept[1] is net.context])
     assert recorded == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_maps_inside_of_containers_go_with_the_next_call(handed: bool) -> None:
+    """Recordings held the lists and dicts in which they had found them."""
+
+    class Keeping(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            old = self.kept["maps"][0]
+            self.before, self.kept = self.kept if handed else None, {"maps": [y]}
+            return self.end(y + old.mean())
+
+    net = Keeping()
+    net.kept = {"maps": [torch.zeros(1)]}
+    ours, maps = accelerate(net, tile=16), []
+    for number in range(6):
+        ours(torch.rand(1, 1, 40 + 2 * (number % 2), 36)).sum().backward()
+        net.kept["maps"][0].detach_()
+        maps.append(weakref.ref(net.kept["maps"][0]))
+    gc.collect()
+    assert [one() is not None for one in maps] == [False] * 4 + [handed, True]
