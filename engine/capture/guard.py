@@ -7,25 +7,38 @@ change.
 
 from __future__ import annotations
 
+import enum
+import numbers
+import types
+import weakref
+from array import array
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...kernels.precision import tf32_settings
+from . import holders
 from .holders import Holder
 from .process import tracks
-from .state import Effect, Snapshot
-from .walk import Found
+from .state import Effect, Snapshot, same_value
+from .walk import ARRAY_BYTES, Found
 
 _FORM = attrgetter("shape", "dtype", "device", "requires_grad", "layout")
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.Size, torch.dtype, torch.device)
+_VALUES = (*_PLAIN, numbers.Number, np.generic, enum.Enum)  # that are equal or not, whichever object it is
+# Of these it counts which one it is: the walk has their contents apart.
+_OWN_PLACE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial, nn.Module)
+
+_CONTAINERS = (dict, list, set, frozenset, deque)
 
 
 def _asked(question: Callable[[], Any]) -> Any:
@@ -62,20 +75,86 @@ def _no_form(_tensor: Tensor) -> None:
     return None
 
 
-def signature(thing: Any, form: Callable[[Tensor], Any] = _form) -> Any:
-    """Of a value that every call replaces: nested types, plain values, and of tensors their form, not their values."""
-    if isinstance(thing, Tensor):
-        return type(thing), form(thing)
-    if isinstance(thing, _PLAIN):
-        return type(thing), thing
-    if isinstance(thing, Mapping):
-        return type(thing), tuple((key, signature(value, form)) for key, value in thing.items())
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        return type(thing), tuple(signature(value, form) for value in thing)
-    own = getattr(thing, "__dict__", None)
-    if own is not None and not callable(thing):
-        return type(thing), tuple((key, signature(value, form)) for key, value in own.items())
-    return type(thing), id(thing)
+class Looks:
+    """What counts of values that every call replaces: nested types, plain values, and which of them are the same.
+
+    Of tensors their form, at most, not their values; of functions, modules and what else is not looked into that they
+    are the same ones.
+
+    Args:
+        known: tells what the network has elsewhere.
+    """
+
+    def __init__(self, known: Callable[[Any], Any]):
+        self.known = known
+        self._numbers: dict[int, int] = {}
+
+    def at(self, thing: Any, form: Callable[[Tensor], Any]) -> Any:
+        kind = type(thing)
+        if isinstance(thing, float):
+            return kind, thing.hex()  # an equal one: of two that are no number too
+        if isinstance(thing, _VALUES):
+            return kind, thing
+        if isinstance(thing, types.MethodType):  # each look at `self.method` makes one
+            return kind, _Same(thing.__self__), _Same(thing.__func__)
+        if isinstance(thing, tuple):  # of two equal ones nobody asks which one it is
+            return kind, tuple(self.at(part, form) for part in thing)
+        met, number = id(thing) in self._numbers, self._numbers.setdefault(id(thing), len(self._numbers))
+        which = number, self.known(thing)
+        if met:
+            return kind, which
+        if isinstance(thing, Tensor):
+            return kind, which, form(thing), [(key, _alone(value)) for key, value in vars(thing).items()]
+        if isinstance(thing, _OWN_PLACE):
+            return kind, which, _Same(thing)
+        return kind, which, self._inside(thing, form)
+
+    def _inside(self, thing: Any, form: Callable[[Tensor], Any]) -> Any:
+        """All that the walk finds in it."""
+        if isinstance(thing, (np.ndarray, array, bytearray)):
+            return _Same(thing) if (numbers := _numbers(thing)) is None else numbers
+        found: list[Any] = []
+        if isinstance(thing, Mapping):
+            found += [(_Same(k) if isinstance(k, Tensor) else k, self.at(v, form)) for k, v in thing.items()]
+        elif isinstance(thing, (list, deque)):
+            found += [self.at(part, form) for part in thing]
+        elif isinstance(thing, (set, frozenset)):  # what is in it cannot be told apart later
+            found += map(_alone, thing)
+        if type(thing) in _CONTAINERS:
+            return found
+        own, slots = getattr(thing, "__dict__", None), holders.slots(thing, "", None)
+        for space in (own, None if slots is None else slots.read()):
+            found += [(key, self.at(value, form)) for key, value in (space or {}).items() if key != "__dict__"]
+        looked_into = isinstance(thing, (Mapping, *_CONTAINERS)) or own is not None or slots is not None
+        return found if looked_into else _Same(thing)
+
+
+class _Same:
+    """Equal to what is made of the same object; it keeps none alive that can do without."""
+
+    def __init__(self, thing: Any):
+        try:
+            self._get: Callable[[], Any] = weakref.ref(thing)
+        except TypeError:
+            self._get = lambda: thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (mine := self._get()) is not None and mine is other._get()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _alone(thing: Any) -> Any:
+    """What counts of a value that is not looked into."""
+    return (type(thing), thing) if isinstance(thing, _VALUES) else _Same(thing)
+
+
+def _numbers(thing: Any) -> Any:
+    """Those of an array, unless they are too many to be compared at each call."""
+    view = memoryview(thing) if not isinstance(thing, np.ndarray) else thing
+    if view.nbytes > ARRAY_BYTES or (isinstance(thing, np.ndarray) and thing.dtype.hasobject):
+        return None
+    return getattr(view, "dtype", view.format if isinstance(view, memoryview) else None), view.shape, view.tobytes()
 
 
 @dataclass(frozen=True)
@@ -92,7 +171,7 @@ class Read:
 
 def _equal(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b) or (a != a and b != b)
+        return same_value(a, b) or bool(a != a and b != b)
     except (ValueError, RuntimeError):  # arrays
         return bool((a == b).all())
 
@@ -103,8 +182,7 @@ class _Watched:
 
     holder: Holder
     contents: dict[Any, Any]
-    loose: dict[Any, tuple[Callable[[Any], Any], Any]] = field(default_factory=dict)
-    # keys that every call replaces -> what of their contents counts, and what that was
+    loose: Container[Any] = ()  # keys that every call replaces
 
     def holds(self) -> bool:
         now = self.holder.read()
@@ -112,11 +190,9 @@ class _Watched:
             return False
         for key, old in self.contents.items():
             new = now[key]
-            if key in self.loose:
-                asked, was = self.loose[key]
-                if asked(new) != was:
-                    return False
-            elif new is not old and not (type(new) is type(old) and isinstance(old, _PLAIN) and _equal(new, old)):
+            if key in self.loose or new is old:
+                continue
+            if not (type(new) is type(old) and isinstance(old, _PLAIN) and _equal(new, old)):
                 return False
         return True
 
@@ -164,10 +240,11 @@ class Guard:
         reads: what was taken from tensors as Python values.
         constants: tensors that are neither parameters nor buffers; of all of these the form counts, not the values.
         seen: identities of the tensors that the forward looked at, be it at their shape. What each call replaces and
-            none looks at may have any form: the map that a hook kept of an image of another size.
+            none looks at may have any form: the map that a hook kept of an image of another size. Which one it is,
+            and whether it is the same as another, may be asked without a look, so it counts in any case.
 
     Attributes:
-        kept: identities of the tensors that it keeps alive, those in the network's attributes.
+        kept: identities of the tensors, arrays and layers that it keeps alive, those in the network's attributes.
     """
 
     def __init__(
@@ -179,6 +256,7 @@ class Guard:
         seen: Container[int],
     ):
         found = snapshot.found
+        self.loose: list[tuple[Holder, dict[Any, Callable[[Tensor], Any]]]] = []  # of keys what counts of their tensors
         self.reads, self.constants = tuple(reads), tuple(constants)
         loose = replaced(effects)
         below = inside_of(found, loose)
@@ -187,17 +265,15 @@ class Guard:
         self.named: list[Mapping[Any, Any]] = []  # parameters and buffers: programs find them by name
         empty: list[Any] = []
         for holder, contents in zip(found.holders, snapshot.contents, strict=True):
-            if id(holder) in below:
+            if id(holder) in below or holder.kind == "tuple":
                 continue
             keys = loose.get(id(holder), ())
             if holder.kind in ("_parameters", "_buffers"):
                 self.named.append(holder.owner)
             elif keys:
-                there = {key: contents[key] for key in keys if key in contents}
-                asked = {key: partial(signature, form=_counting(old, seen)) for key, old in there.items()}
-                loosely = {key: (ask, ask(there[key])) for key, ask in asked.items()}
-                kept = {key: None if key in there else value for key, value in contents.items()}
-                self.slow.append(_Watched(holder, kept, loosely))  # not the maps of the call before
+                self.loose.append((holder, {key: _counting(contents[key], seen) for key in contents if key in keys}))
+                kept = {key: None if key in keys else value for key, value in contents.items()}
+                self.slow.append(_Watched(holder, kept, keys))  # not the maps of the call before
             elif not contents and isinstance(holder.owner, (dict, list, set)):
                 empty.append(holder.owner)
             elif holder.fast is not None:
@@ -209,12 +285,17 @@ class Guard:
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
-        self.kept = {id(thing) for each in held for thing in each.values() if isinstance(thing, Tensor)}
+        tuples = [c for h, c in zip(found.holders, snapshot.contents, strict=True) if h.kind == "tuple"]
+        alive = chain(self.kinds, chain.from_iterable(each.values() for each in (*held, *tuples)))
+        self.kept = {id(thing) for thing in alive if isinstance(thing, (Tensor, nn.Module, np.ndarray))}
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()
         self._note()
         self.tensors = _Tensors(self._state())
+        strict = [*chain.from_iterable(each.values() for each in held), *self.class_alive]
+        self.elsewhere = {id(thing) for thing in strict if thing is not None} if self.loose else set[int]()
+        self.looks = self._looks()
         self.process = process_state()
 
     def _note(self) -> None:
@@ -226,6 +307,19 @@ class Guard:
     def _state(self) -> list[Any]:
         """The parameters, buffers and constants as they are now."""
         return [*chain.from_iterable(space.values() for space in self.named), *self.constants]
+
+    def _looks(self) -> list[Any]:
+        """What counts of what every call replaces, as it is now; all else has to be as it was."""
+        if not self.loose:
+            return []
+        places = {id(thing): place for place, thing in enumerate(self._state())}
+
+        def known(thing: Any) -> Any:
+            return ("elsewhere", id(thing)) if id(thing) in self.elsewhere else places.get(id(thing), -1)
+
+        looks = Looks(lambda thing: None if (which := known(thing)) == -1 else ("known", which))
+        asked = ((holder.read(), forms) for holder, forms in self.loose)
+        return [looks.at(now.get(key), form) for now, forms in asked for key, form in forms.items()]
 
     def _of_classes(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(_values, self.classes))))
@@ -246,13 +340,15 @@ class Guard:
             if not all(_Watched(holder, contents).holds() for holder, contents in self.quick):
                 return False
             self._note()  # equal numbers, of which the objects are others now
-        return all(watched.holds() for watched in self.slow) and all(read.holds() for read in self.reads)
+        if not all(watched.holds() for watched in self.slow) or self.looks != self._looks():
+            return False
+        return all(read.holds() for read in self.reads)
 
 
 def _counting(thing: Any, seen: Container[int]) -> Callable[[Tensor], Any]:
     """What counts of tensors that every call replaces: their form, if the forward looked at any of them."""
     tensors: list[Tensor] = []
-    signature(thing, tensors.append)
+    Looks(lambda _thing: None).at(thing, tensors.append)
     return _form if any(id(tensor) in seen for tensor in tensors) else _no_form
 
 

@@ -28,8 +28,10 @@ class Holder:
         read: the contents by key, as they are now.
         write: makes the contents these.
         parent: the holder in which the owner was found, and under which key; None for modules and functions.
-        kind: which of a module's own dictionaries it is: "_parameters", "_buffers" or "_modules".
+        kind: which of a module's own dictionaries it is: "_parameters", "_buffers" or "_modules"; "attributes" of those
+            of any object, "tuple" of a tuple.
         fast: a dict or mapping whose values are the contents.
+        again: the same for an owner that has taken the place of this one, unless it is a dict, list, set or deque.
     """
 
     owner: Any
@@ -39,6 +41,7 @@ class Holder:
     parent: tuple[Holder, Any] | None = None
     kind: str = ""
     fast: Any = None
+    again: Callable[[Any], Holder | None] | None = None
 
 
 def attributes(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder:
@@ -49,7 +52,7 @@ def attributes(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Hold
             del own[key]
         own.update(contents)
 
-    return Holder(own, name, lambda: dict(own), write, parent, fast=own)
+    return Holder(own, name, lambda: dict(own), write, parent, "attributes", fast=own)
 
 
 def mapping(thing: dict[Any, Any], name: str, parent: tuple[Holder, Any] | None, kind: str = "") -> Holder:
@@ -68,6 +71,11 @@ def sequence(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder
         thing.extend(contents.values())
 
     return Holder(thing, name, lambda: dict(enumerate(thing)), write, parent)
+
+
+def items(thing: tuple[Any, ...], name: str, parent: tuple[Holder, Any] | None) -> Holder:
+    """Those of a tuple, which nobody changes: what is in them is found by their places."""
+    return Holder(thing, name, lambda: dict(enumerate(thing)), lambda _contents: None, parent, "tuple")
 
 
 def set_items(thing: set[Any], name: str, parent: tuple[Holder, Any] | None) -> Holder:
@@ -118,7 +126,8 @@ def slots(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder | 
                 object.__delattr__(thing, key)
 
     read = lambda: {key: getattr(thing, key) for key in names if hasattr(thing, key)}  # noqa: E731
-    return Holder(thing, name, read, write, parent) if names else None
+    again = lambda other: slots(other, name, parent)  # noqa: E731
+    return Holder(thing, name, read, write, parent, again=again) if names else None
 
 
 def class_attributes(kind: type) -> Holder:
@@ -154,7 +163,7 @@ def numbers(thing: np.ndarray | array | bytearray, name: str, parent: tuple[Hold
         else:
             thing[:] = array(thing.typecode, contents["numbers"])
 
-    return Holder(thing, name, read, write, parent)
+    return Holder(thing, name, read, write, parent, again=lambda other: numbers(other, name, parent))
 
 
 def context(thing: ContextVar[Any]) -> Holder:

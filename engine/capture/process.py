@@ -82,13 +82,22 @@ class _Type(type, metaclass=_Meta):
 
 
 class _Here:
-    """Whether the calling thread is the one that records, and still does."""
+    """Whether the calling thread is the one that records, and still does.
 
-    def __init__(self) -> None:
-        self.thread, self.active = threading.get_ident(), True
+    Attributes:
+        unseen: what the calls are handed to. It goes when the recording ends: a file that is imported meanwhile has
+            the calls that take the others' place for good (`from torch import manual_seed`), and the network with them.
+    """
+
+    def __init__(self, unseen: Unseen) -> None:
+        self.thread, self.active, self.unseen = threading.get_ident(), True, unseen
 
     def __call__(self) -> bool:
         return threading.get_ident() == self.thread and self.active
+
+    def end(self) -> None:
+        self.active = False
+        del self.unseen
 
 
 @contextmanager
@@ -98,16 +107,16 @@ def recording(unseen: Unseen, asking: Iterable[dict[str, Any]] = ()) -> Iterator
     Args:
         asking: globals of the network's own code that call `type(x)`, which of a tensor without values is `Tensor`.
     """
-    here = _Here()
+    here = _Here(unseen)
     with LOCK:
         changes = Replacements()
         try:
-            _replace_calls(changes, unseen, here)
+            _replace_calls(changes, here)
             for space in asking:
                 changes.add(space, "type", _Type)
             yield
         finally:
-            here.active = False
+            here.end()
             changes.undo()
 
 
@@ -117,8 +126,8 @@ def unbound(owner: type, name: str) -> Callable[..., Any]:
     return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
 
 
-def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
-    """Hand the calls that a function mode does not see to `unseen`, in the thread that records."""
+def _replace_calls(changes: Replacements, here: _Here) -> None:
+    """Hand the calls that a function mode does not see to `here.unseen`, in the thread that records."""
 
     def replaced(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
         def around(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +142,7 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
 
     def seeding(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            unseen.reseeded(getattr(original, "__name__", "manual_seed"))
+            here.unseen.reseeded(getattr(original, "__name__", "manual_seed"))
             return original(*args, **kwargs)
 
         return call
@@ -142,28 +151,30 @@ def _replace_calls(changes: Replacements, unseen: Unseen, here: _Here) -> None:
         plain = getattr(original, "__func__", None) or unbound(torch.autograd.Function, "apply")
 
         def call(cls: type, *args: Any, **kwargs: Any) -> Any:
-            return unseen.custom_function(plain, cls, args, kwargs) if here() else plain(cls, *args, **kwargs)
+            return here.unseen.custom_function(plain, cls, args, kwargs) if here() else plain(cls, *args, **kwargs)
 
         return classmethod(call)
 
     changes.put(torch.autograd.Function, "apply", function_apply)
     # A tensor without values has a `tolist` of its own, which takes it apart and asks for each value.
     changes.put(FakeTensor, "tolist", replaced(lambda _original: torch.Tensor.tolist))
-    changes.put(random, "_urandom", replaced(lambda _original: unseen.entropy))  # of SystemRandom and of secrets
-    changes.put(torch, "from_numpy", replaced(lambda original: lambda array: unseen.from_numpy(original, array)))
-    scripted = replaced(lambda original: lambda f, *args, **kwargs: unseen.scripted(original, f, args, kwargs))
+    changes.put(
+        random, "_urandom", replaced(lambda _original: lambda size: here.unseen.entropy(size))
+    )  # of SystemRandom and of secrets
+    changes.put(torch, "from_numpy", replaced(lambda original: lambda array: here.unseen.from_numpy(original, array)))
+    scripted = replaced(lambda original: lambda f, *args, **kwargs: here.unseen.scripted(original, f, args, kwargs))
     changes.put(torch.jit.ScriptFunction, "__call__", scripted)
-    changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: unseen.synchronized))
+    changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: lambda m, x: here.unseen.synchronized(m, x)))
 
     def replaced_hooks(hooks: Any) -> Any:
         silent = replaced(lambda _hook: lambda *_: None)
         return type(hooks)((key, silent(hook) if tracks(hook) else hook) for key, hook in hooks.items())
 
-    hook = replaced(lambda original: lambda *args: unseen.backward_hook(original, *args))
+    hook = replaced(lambda original: lambda *args: here.unseen.backward_hook(original, *args))
     changes.put(nn.modules.module, "BackwardHook", hook)
     norm = nn.modules.batchnorm._BatchNorm
-    changes.put(norm, "forward", replaced(lambda original: lambda m, x: unseen.batch_norm(original, m, x)))
-    checkpointed = replaced(lambda original: lambda *args, **kwargs: unseen.checkpointed(original, args, kwargs))
+    changes.put(norm, "forward", replaced(lambda original: lambda m, x: here.unseen.batch_norm(original, m, x)))
+    checkpointed = replaced(lambda original: lambda *args, **kwargs: here.unseen.checkpointed(original, args, kwargs))
     for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"):
         if hasattr(torch.utils.checkpoint, name):  # the first is what runs from PyTorch 2.14 on
             changes.put(torch.utils.checkpoint, name, checkpointed)

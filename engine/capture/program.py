@@ -164,7 +164,7 @@ class Program:
         except (RuntimeError, ValueError):  # arrays or tensors among the arguments
             same = False
         if same:
-            # Those with a tensor that the network no longer has would keep it in memory.
+            # Those with a tensor or a layer that the network no longer has would keep it in memory.
             known = [one for one in (self._circumstances(), *self.others) if one.guard.kept <= other.guard.kept]
             self.others = known[:_OTHERS]
             self._go_by(other._circumstances())
@@ -196,12 +196,14 @@ class Program:
         # Rules add values of their own behind those of the recording.
         last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
         values = [
-            (v.shape, v.dtype, v.device, v.name, id(v.constant), v.trainable, v.differentiable, v.order)
+            (v.shape, v.dtype, v.device, v.name, v.find or id(v.constant), v.trainable, v.differentiable, v.order)
             for v in self.values[: last + 1]
         ]
         results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
         given = self.image, self.inputs, self.vectors, self.grad
-        return given, self.ops, values, self.output, self.updates, results, self.branches
+        leaves = (leaf for op in self.ops for leaf in tree_leaves((op.args, op.kwargs)))
+        numbers = [repr(leaf) for leaf in leaves if isinstance(leaf, (float, complex))]  # 0.0 equals -0.0
+        return given, self.ops, numbers, values, self.output, self.updates, results, self.branches
 
     def state(self) -> list[int]:
         """The values that are there before a call: parameters, buffers, constants."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from .holders import Holder
-from .trees import realize, taken_apart
+from .trees import Kept, realize, taken_apart
 from .walk import Found
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -42,13 +43,18 @@ class Effect:
     def tree(self) -> Any:
         return self.contents, self.appended
 
-    def apply(self, bind: Callable[[Any], Any]) -> None:
-        """Do it; `bind` puts tensors in the place of `Ref`s."""
-        thing = owner_now(self.holder)
+    def ready(self, bind: Callable[[Any], Any]) -> Callable[[], None]:
+        """What does it; `bind` puts tensors in the place of `Ref`s.
+
+        All effects of a call are made ready before the first is done: one may replace what another finds.
+        """
         contents, appended = bind(self.tree)
         contents = {key: realize(value) for key, value in contents.items()}
+        return partial(self._do, owner_now(self.holder), contents, None if appended is None else realize(appended))
+
+    def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None) -> None:
         if appended is not None:
-            thing.extend(realize(appended))
+            thing.extend(appended)
         elif isinstance(thing, (list, deque)):
             thing.clear()
             thing.extend(contents.values())
@@ -62,18 +68,51 @@ class Effect:
             for key, value in contents.items():
                 kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
         else:
-            now = {**self.holder.read(), **contents}
-            self.holder.write({key: value for key, value in now.items() if key not in self.gone})
+            holder = self.holder
+            if thing is not holder.owner and holder.again is not None:
+                holder = holder.again(thing) or holder
+            now = {**holder.read(), **contents}
+            holder.write({key: value for key, value in now.items() if key not in self.gone})
 
 
 def owner_now(holder: Holder) -> Any:
     """The object whose contents a holder has, found again where another one may have taken its place."""
     if holder.parent is None:
         return holder.owner
-    above, key = holder.parent
-    thing = owner_now(above)
-    found = thing[key] if isinstance(thing, (dict, list, deque)) else above.read()[key]
-    return vars(found) if isinstance(holder.owner, dict) and not isinstance(found, dict) else found
+    found = Place.of(*holder.parent)()
+    return vars(found) if holder.kind == "attributes" else found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the network has something, told so that no object on the way is kept that calls replace.
+
+    Attributes:
+        root: a holder that stays.
+        owner: the identity of its owner.
+        steps: from its contents on, keys, and whether each is one of an object's attributes.
+    """
+
+    root: Holder = field(compare=False)
+    owner: int
+    steps: tuple[tuple[bool, Any], ...]
+
+    @classmethod
+    def of(cls, holder: Holder, key: Any) -> Place:
+        steps = [(holder.kind == "attributes", key)]
+        while holder.parent is not None:
+            holder, key = holder.parent
+            steps.insert(0, (holder.kind == "attributes", key))
+        return cls(holder, id(holder.owner), tuple(steps))
+
+    def __call__(self) -> Any:
+        """What is there now."""
+        (_, first), *rest = self.steps
+        found = self.root.read()[first]
+        for attribute, key in rest:
+            within = vars(found) if attribute else found
+            found = within[key] if isinstance(within, (dict, list, tuple, deque)) else getattr(within, key)
+        return found
 
 
 class Snapshot:
@@ -82,6 +121,7 @@ class Snapshot:
     def __init__(self, found: Found):
         self.found = found
         self.contents = [holder.read() for holder in found.holders]
+        self._places: dict[int, Place] | None = None
 
     def now(self) -> list[int]:
         """The identities of all contents, to see whether any changes."""
@@ -113,7 +153,7 @@ class Snapshot:
         self._refuse(holder, before, after)
 
         def tree(key: Any, value: Any) -> Any:
-            return taken_apart(value, leaf, self.was_there, f"{holder.name}: attribute '{key}'")
+            return taken_apart(value, leaf, self.kept, f"{holder.name}: attribute '{key}'")
 
         if isinstance(holder.owner, (list, deque, set)):
             old, new = list(before.values()), list(after.values())
@@ -127,6 +167,23 @@ class Snapshot:
     def was_there(self, thing: Any) -> bool:
         """Whether an object was found in the walk before the recording."""
         return self.found.ids.get(id(thing)) is thing
+
+    def kept(self, thing: Any) -> Kept | None:
+        """An object that was there before the recording, and where each call finds it; None for all else."""
+        if not self.was_there(thing):
+            return None
+        return Kept(self.places().get(id(thing), lambda: thing))
+
+    def places(self) -> dict[int, Place]:
+        """By the identity of what the holders have: the first place where it is."""
+        if self._places is None:
+            self._places = {}
+            for holder, contents in zip(self.found.holders, self.contents, strict=True):
+                if not isinstance(holder.owner, set):  # what is in a set has no place of its own
+                    for key, content in contents.items():
+                        if not isinstance(content, _PLAIN) and id(content) not in self._places:
+                            self._places[id(content)] = Place.of(holder, key)
+        return self._places
 
     def _refuse(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
         changed = [k for k in {**before, **after} if k not in before or k not in after or before[k] is not after[k]]
@@ -144,11 +201,16 @@ def _twin(old: Any, new: Any, twins: Mapping[int, Tensor]) -> bool:
 
 def _alike(old: Any, new: Any) -> bool:
     """Whether one is the other, or a plain value like it."""
-    return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and old == new)
+    return old is new or (type(old) is type(new) and isinstance(old, _PLAIN) and same_value(old, new))
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether plain values of one type are the same: 0.0 is another one than -0.0, and what is no number is itself."""
+    return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
 
 
 def _same(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     if len(now) != len(before):
         return False
     pairs = zip(now.items(), before.items(), strict=True)
-    return all(a == b and _alike(u, v) for (a, v), (b, u) in pairs)
+    return all((a is b or (not isinstance(a, Tensor) and a == b)) and _alike(u, v) for (a, v), (b, u) in pairs)

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import UnsupportedError
 from . import process
 from .guard import Guard, Read, inside_of, replaced
-from .holders import Holder
 from .leaks import let_go
 from .program import Given, Op, Program, Ref, Value, bind, place, refs
 from .program import name_of as _name
@@ -34,7 +33,7 @@ from .random_state import put_back, random_state, same_state
 from .reach import mentioned
 from .recorder import Recorder
 from .refusals import as_refusal
-from .state import Snapshot, owner_now
+from .state import Place, Snapshot
 from .trees import taken_apart
 from .unseen import Unseen
 from .values import Values
@@ -284,7 +283,7 @@ class _Recording:
 
         for tensor in given:
             leaf(tensor)
-        program.output = taken_apart(result, leaf, snapshot.was_there, "the result of the model")
+        program.output = taken_apart(result, leaf, snapshot.kept, "the result of the model")
         if not refs(program.output):
             raise UnsupportedError(
                 f"the model returns a {type(result).__name__} without tensors that can be seen; "
@@ -300,14 +299,15 @@ class _Recording:
         loose = replaced(program.effects)
         below = inside_of(snapshot.found, loose)
         places = {
-            id(content): (holder, key)
+            id(content): Place.of(holder, key)
             for holder, contents in zip(snapshot.found.holders, snapshot.contents, strict=True)
+            if not isinstance(holder.owner, set)  # what is in a set has no place of its own
             for key, content in contents.items()
             if isinstance(content, Tensor) and (id(holder) in below or key in loose.get(id(holder), ()))
         }
         for value in program.values:
             if value.constant is not None and id(value.constant) in places:
-                value.find = functools.partial(_content, *places[id(value.constant)])
+                value.find = places[id(value.constant)]
                 value.constant = torch.empty_like(value.constant, device="meta")  # its memory is the caller's to free
         state = _State(self.model, program)
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
@@ -337,8 +337,3 @@ class _State:
         found = owner._buffers.get(last) if found is None else found
         assert found is not None
         return found
-
-
-def _content(holder: Holder, key: Any) -> Tensor:
-    owner = owner_now(holder)
-    return owner[key] if isinstance(owner, (dict, list)) else holder.read()[key]

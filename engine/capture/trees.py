@@ -49,6 +49,17 @@ class Made:
         return made
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An object that was there before the forward and stays itself.
+
+    Attributes:
+        find: gets the one that is in its place at a call.
+    """
+
+    find: Callable[[], Any]
+
+
 pytree.register_pytree_node(
     Made,
     lambda made: ([made.items, made.attributes], made.like),
@@ -66,16 +77,19 @@ def _copied(value: Any) -> Any:
 
 
 def realize(tree: Any) -> Any:
-    """The tree with an object in the place of every `Made`."""
-    is_made = lambda leaf: isinstance(leaf, Made)  # noqa: E731
-    return pytree.tree_map(lambda leaf: leaf.build() if is_made(leaf) else leaf, tree, is_leaf=is_made)
+    """The tree with an object in the place of every `Made` and `Kept`."""
+
+    def real(leaf: Any) -> Any:
+        return leaf.build() if isinstance(leaf, Made) else leaf.find() if isinstance(leaf, Kept) else leaf
+
+    return pytree.tree_map(real, tree, is_leaf=lambda leaf: isinstance(leaf, Made))
 
 
-def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any], bool], where: str) -> Any:
+def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any], Kept | None], where: str) -> Any:
     """The tree with `leaf(tensor)` in the place of tensors, as a pytree.
 
     Args:
-        keep: whether an object was there before the forward; it stays itself.
+        keep: what stands for an object that was there before the forward; None for others.
         where: what messages call the place of the tree.
 
     Raises:
@@ -92,8 +106,8 @@ def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any],
             return Made(value, None, {})
         if id(value) in inside:
             raise UnsupportedError(f"{where} holds a {type(value).__name__} that contains itself; return plain values")
-        if keep(value):
-            return value
+        if (kept := keep(value)) is not None:
+            return kept
         inside.append(id(value))
         try:
             return parts(value)

@@ -53,7 +53,7 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.
 # Names by which code gets hold of its own file, or of functions' globals, as an object.
 _OWN_FILE = frozenset("__name__ __module__ __globals__ __import__ import_module getmodule".split())
 _ENVIRONMENT = frozenset({"environ", "getenv"})
-_ARRAY_BYTES = 2**20  # of an array whose numbers are compared at each call
+ARRAY_BYTES = 2**20  # of an array whose numbers are compared at each call
 _FEW = 20_000  # holders; a network whose attributes lead to more has a whole program hanging on it
 
 
@@ -165,7 +165,10 @@ class _Walk:
             self._contents(holders.sequence(thing, name, parent))
         elif isinstance(thing, set):
             self._contents(holders.set_items(thing, name, parent))
-        elif isinstance(thing, (tuple, frozenset)):
+        elif isinstance(thing, tuple):
+            if not all(isinstance(item, _LEAVES) for item in thing):
+                self._contents(holders.items(thing, name, parent))
+        elif isinstance(thing, frozenset):
             for item in thing:
                 self.later(item, name, None)
         elif isinstance(thing, type):
@@ -173,10 +176,10 @@ class _Walk:
         elif (wrapped := inspect.getattr_static(thing, "__wrapped__", None)) is not None:  # looking runs no code
             self.later(wrapped, name)
         elif isinstance(thing, np.ndarray):
-            if thing.nbytes <= _ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
+            if thing.nbytes <= ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
                 self._contents(holders.numbers(thing, name, parent))
         elif isinstance(thing, (array, bytearray)):
-            if len(memoryview(thing).cast("B")) <= _ARRAY_BYTES:
+            if len(memoryview(thing).cast("B")) <= ARRAY_BYTES:
                 self._contents(holders.numbers(thing, name, parent))
         elif isinstance(thing, _GENERATORS):
             if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`

@@ -314,8 +314,8 @@ class Forward:
             self.passed[after] = target
         _write(plain)
         result = self.output()
-        for effect in program.effects:
-            effect.apply(self._bound)
+        for change in [effect.ready(self._bound) for effect in program.effects]:
+            change()
         return result
 
 

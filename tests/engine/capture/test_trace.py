@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 from types import BuiltinFunctionType, FunctionType
 
 import pytest
@@ -236,3 +238,19 @@ def test_functions_of_one_name_take_their_arguments_in_one_order(namespace):
         )
         compared += bool(shared)
     assert compared > 5 or namespace in (torch.special, torch.linalg)
+
+
+def test_the_first_network_of_a_process_goes_when_nobody_has_it() -> None:
+    """What is imported while it was recorded had got hold of the recording."""
+    code = """
+import gc, weakref, torch
+from torch import nn
+from gigamorph import accelerate
+net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
+weight, ours = weakref.ref(net[0].weight), accelerate(net, tile=16)
+ours(torch.rand(1, 1, 40, 40))
+del net, ours
+gc.collect()
+assert weight() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

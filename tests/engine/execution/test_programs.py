@@ -6,8 +6,10 @@ import copy
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,11 +152,22 @@ def test_a_counter_leaves_few_circumstances(made: list[int]) -> None:
     assert len(prepared.staged.program.others) == 3 and len(made) == 9
 
 
-def test_circumstances_keep_no_tensor_that_the_network_has_no_longer() -> None:
+GIVEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "tensor": (lambda: torch.ones(1), lambda given: given),
+    "tensor in a tuple": (lambda: (torch.ones(1),), lambda given: given[0]),
+    "array": (lambda: np.ones(1), lambda given: given),
+    "layer": (lambda: nn.Linear(2, 2), lambda given: given),
+    "layer's weight": (lambda: nn.Sequential(nn.Linear(2, 2)), lambda given: given[0].weight),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_circumstances_keep_nothing_that_the_network_has_no_longer(kind: str) -> None:
+    make, get = GIVEN[kind]
     net, given = accelerate(KeepsSize(), tile=16), []
-    for number in range(4):
-        net.target = torch.full((1,), float(number))
-        given.append(weakref.ref(net.target))
+    for number in range(5):
+        net.target, net.task = make(), str(number)
+        given.append(weakref.ref(get(net.target)))
         step(net, 40, 33)
     gc.collect()
-    assert [one() is not None for one in given] == [False, False, False, True]
+    assert [one() is not None for one in given] == [False] * 4 + [True]

@@ -1,0 +1,366 @@
+"""What one call leaves for the next in containers and objects: found where the network has it by then."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import types
+import weakref
+from collections import deque, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gigamorph import accelerate
+from gigamorph.engine.execution import programs
+
+Named = namedtuple("Named", "map")
+
+
+@dataclasses.dataclass
+class Plain:
+    map: Any
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    map: Any
+
+
+class Called(Plain):
+    def __call__(self) -> Any:
+        return self.map
+
+
+class OwnList(list):
+    tag = 1.0
+
+
+def _first(kept: Any) -> Any:
+    return next(iter(kept))
+
+
+def _map(kept: Any) -> Any:
+    return kept.map
+
+
+KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "list": (lambda y: [y], _first),
+    "tuple": (lambda y: (1, y), lambda kept: kept[1]),
+    "named tuple": (Named, _map),
+    "dict": (lambda y: {"map": y}, lambda kept: kept["map"]),
+    "deque": (lambda y: deque([y]), _first),
+    "set": (lambda y: {y}, _first),
+    "dataclass": (Plain, _map),
+    "dataclass with slots": (Slotted, _map),
+    "object that can be called": (Called, _map),
+    "namespace": (lambda y: types.SimpleNamespace(map=y), _map),
+    "dict in a tuple": (lambda y: ({"map": y},), lambda kept: kept[0]["map"]),
+    "tuple in a dict": (lambda y: {"maps": (y,)}, lambda kept: kept["maps"][0]),
+    "object in a list": (lambda y: [Plain(y)], lambda kept: kept[0].map),
+    "list of its own class": (lambda y: OwnList([y]), _first),
+}
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3)
+        self.kept: Any = None
+        self.before: Any = None
+
+    def end(self, y: Tensor, factor: float = 1.0) -> Tensor:
+        return self.second(y).mean((2, 3)) * factor
+
+
+def compare(
+    net: nn.Module, change: dict[int, Callable[[Any], None]], look: Callable[[Any], Any], calls: int = 5
+) -> list[int]:
+    """Compare a network with stock PyTorch, call after call; the calls that were recorded."""
+    torch.manual_seed(0)
+    stock, tiled, recorded = copy.deepcopy(net).double(), net.double(), []
+    ours = accelerate(tiled, tile=16)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        recorded.append(call)
+        return capture(*args, **kwargs)
+
+    capture, programs.capture = programs.capture, counting
+    try:
+        for call in range(calls):
+            x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+            for each, run in ((stock, stock), (tiled, ours)):
+                change.get(call, lambda _net: None)(each)
+                each.zero_grad()
+                y = run(x)
+                y.square().sum().backward()
+                results.append([y, *(p.grad for p in each.parameters()), *look(each)])
+            for expected, got in zip(*results, strict=True):
+                assert type(got) is type(expected), call
+                if isinstance(got, Tensor):
+                    torch.testing.assert_close(got, expected)
+                else:
+                    assert got == expected, call
+    finally:
+        programs.capture = capture
+    return recorded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_call_reads_what_the_last_one_left(kind: str) -> None:
+    """Of a tuple, a set and a namespace it read what had been there at the recording."""
+    make, get = KINDS[kind]
+
+    class Reading(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            old, self.kept = get(self.kept), make(y.detach())
+            return self.end(y + old)
+
+    net = Reading()
+    net.kept = make(torch.zeros(1, 3, 1, 1).double())
+    recorded = compare(net, {}, lambda net: [get(net.kept)])
+    assert recorded == [0, 1] or kind == "set"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_last_call_left_is_handed_on_as_it_is(kind: str) -> None:
+    """It was the object that had been there at the recording."""
+    make, get = KINDS[kind]
+
+    class Handing(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.before, self.kept = self.kept, make(y.detach())
+            return self.end(y)
+
+    net = Handing()
+    net.kept = make(torch.zeros(1, 3, 1, 1).double())
+    recorded = compare(net, {}, lambda net: [get(net.before), get(net.kept)])
+    assert recorded[:2] in ([0], [0, 1]) or kind == "set"
+
+
+def test_what_a_call_returns_of_the_last() -> None:
+    class Returning(Network):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            old, self.kept = self.kept, [y.detach()]
+            return self.end(y), old
+
+    torch.manual_seed(0)
+    net = Returning()
+    net.kept = [torch.zeros(1)]
+    stock, ours = copy.deepcopy(net), accelerate(net, tile=16)
+    for _ in range(3):
+        x = torch.rand(1, 1, 40, 36)
+        torch.testing.assert_close(ours(x), stock(x))
+
+
+def test_an_object_that_was_there_stays_itself() -> None:
+    class Choosing(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lists, self.mode = [["a"], ["b"]], 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.lists[self.mode]
+            return self.end(self.first(x))
+
+    def other(net: Any) -> None:
+        net.mode = 1 - net.mode
+
+    compare(Choosing(), {2: other, 3: other}, lambda net: [net.kept is net.lists[net.mode]])
+
+
+class Asking(Network):
+    """Asks what is the same as what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.zeros(1)
+        self.register_buffer("buffer", torch.ones(1, 3, 38, 34))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        factor = 2.0 if self.kept is self.before else 3.0 if self.kept is self.other else 1.0
+        factor *= getattr(self.kept, "tag", 1.0)
+        if isinstance(self.kept, list):
+            self.kept = OwnList([y.detach()])
+        else:
+            self.kept = self.before = y.detach()
+        return self.end(y, factor)
+
+
+def _copied(net: Any) -> None:
+    net.kept = net.kept.clone()
+
+
+def _taken(net: Any) -> None:
+    net.kept = net.other
+
+
+def _tagged(net: Any) -> None:
+    net.kept.tag = 5.0
+
+
+@pytest.mark.parametrize("change", [_copied, _taken, _tagged])
+def test_which_one_it_is_counts(change: Callable[[Any], None]) -> None:
+    """Nobody looks at a tensor to ask `is`, or for an attribute of its own."""
+    compare(Asking(), {3: change, 5: change}, lambda net: [], calls=7)
+
+
+def test_an_attribute_of_a_list_counts() -> None:
+    net = Asking()
+    net.kept = OwnList()
+    compare(net, {3: _tagged}, lambda net: [])
+
+
+def test_what_was_a_buffer_at_first() -> None:
+    class Adding(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            old, self.kept = self.kept, y.detach()
+            return self.end(y + old)
+
+    net = Adding().double()
+    net.kept = net.buffer
+    assert compare(net, {}, lambda net: [net.kept]) == [0, 1]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_array_beside_the_map_is_compared(inside: bool) -> None:
+    class Scaling(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y, factor = self.first(x), float(self.kept[0][0])
+            if inside:
+                self.kept[0][0] += 1
+            self.kept = [self.kept[0], y.detach()]
+            return self.end(y, factor)
+
+    def more(net: Any) -> None:
+        net.kept[0][0] += 1
+
+    net = Scaling()
+    net.kept = [np.ones(2), None]
+    compare(net, {2: more, 3: more}, lambda net: [float(net.kept[0][0])])
+
+
+def test_what_is_written_into_the_object_of_the_last_call() -> None:
+    class Writing(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            old = self.kept[0].map
+            self.kept[0].map = y.detach()
+            self.before, self.kept = self.kept, [self.kept[0]]
+            return self.end(y + old)
+
+    def fresh(net: Any) -> None:
+        net.kept = [Slotted(torch.zeros(1, 3, 1, 1).double())]
+
+    net = Writing()
+    fresh(net)
+    compare(net, {2: fresh, 4: fresh}, lambda net: [net.kept[0].map, net.before[0] is net.kept[0]], calls=6)
+
+
+def test_numbers_that_are_none_and_methods_are_no_change() -> None:
+    class Keeping(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.kept = [y.detach(), float("nan"), self.end]
+            return self.end(y)
+
+    assert compare(Keeping(), {}, lambda net: [net.kept[0]]) == [0, 1]
+
+
+@pytest.mark.parametrize("made", [dict, set])
+def test_tensors_by_which_something_is_kept(made: Callable[..., Any]) -> None:
+    """A parameter had another hash while it was recorded; a dict with tensors as keys was compared by their values."""
+
+    class Looking(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = made([(self.first.weight, 2.0)] if made is dict else [self.first.weight])
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor = 1.0
+            if self.first.weight in self.kept:
+                factor = self.kept[self.first.weight] if isinstance(self.kept, dict) else 3.0
+            return self.end(self.first(x), factor)
+
+    def more(net: Any) -> None:
+        if isinstance(net.kept, dict):
+            net.kept[net.first.weight] = 4.0
+        else:
+            net.kept.clear()
+
+    compare(Looking(), {2: more}, lambda net: [])
+
+
+def test_the_sign_of_zero_counts() -> None:
+    class Signed(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sign, self.turned = 0.0, 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.turned = -self.sign
+            return self.end(torch.copysign(self.first(x), torch.full((1,), self.sign, dtype=x.dtype)))
+
+    def turn(net: Any) -> None:
+        net.sign = -net.sign
+
+    compare(Signed(), {1: turn, 2: turn, 4: turn}, lambda net: [str(net.turned)])
+
+
+class Context:
+    """An object that leads back to itself."""
+
+    def __init__(self) -> None:
+        self.own, self.factor = self, 1.0
+
+
+def test_an_object_that_leads_back_to_itself_beside_a_map() -> None:
+    """The guard never came to an end."""
+
+    class Keeping(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.context = Context()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.kept = [y.detach(), self.context]
+            return self.end(y, self.context.factor)
+
+    def more(net: Any) -> None:
+        net.context.factor += 1
+
+    recorded = compare(Keeping(), {2: more, 4: more}, lambda net: [net.kept[0], net.kept[1] is net.context])
+    assert recorded == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_maps_inside_of_containers_go_with_the_next_call(handed: bool) -> None:
+    """Recordings held the lists and dicts in which they had found them."""
+
+    class Keeping(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            old = self.kept["maps"][0]
+            self.before, self.kept = self.kept if handed else None, {"maps": [y]}
+            return self.end(y + old.mean())
+
+    net = Keeping()
+    net.kept = {"maps": [torch.zeros(1)]}
+    ours, maps = accelerate(net, tile=16), []
+    for number in range(6):
+        ours(torch.rand(1, 1, 40 + 2 * (number % 2), 36)).sum().backward()
+        net.kept["maps"][0].detach_()
+        maps.append(weakref.ref(net.kept["maps"][0]))
+    gc.collect()
+    assert [one() is not None for one in maps] == [False] * 4 + [handed, True]
