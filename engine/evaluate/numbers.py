@@ -24,7 +24,7 @@ from .report import SOURCES, format_value
 
 Array = NDArray[np.float64]
 _ROUNDING = 1e-12
-_UNDEFINED = "not defined: the true or the predicted numbers are all the same"
+_UNDEFINED = "not defined: one row, or numbers that are all the same"
 NAMES = {
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
@@ -40,8 +40,9 @@ NAMES = {
 def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Array]:
     """Measures (b,) of numbers (n,) with weights (b, n); NaN where not defined.
 
-    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations (Bland and Altman, 1986); R2 = 1 -
-    the errors' mean square over the truth's variance; Pearson's r; concordance (Lin, 1989).
+    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations of a sample, whose divisor is n - 1
+    (Bland and Altman, 1986); R2 = 1 - the errors' mean square over the truth's variance; Pearson's r; concordance
+    (Lin, 1989).
     """
     total = weights.sum(1)
 
@@ -58,10 +59,11 @@ def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Arra
         found = square - mean(values) ** 2
         return np.where(found > _ROUNDING * square, found, 0)
 
-    own, other, spread = variance(true), variance(told), np.sqrt(variance(off))
+    own, other = variance(true), variance(told)
     bias, square = mean(off) + middles[2], mean(error**2)
     together = mean(true * told) - mean(true) * mean(told)
     with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.sqrt(variance(off) * np.where(total > 1, total / (total - 1), np.nan))
         return {
             "mae": mean(np.abs(error)),
             "rmse": np.sqrt(square),
@@ -185,7 +187,8 @@ def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> F
     left.set_title("predicted and true", loc="left", fontsize=10)
     right.plot((truth + predicted) / 2, predicted - truth, ".", alpha=0.6)
     for key, style in (("bias", "-"), ("low", "--"), ("high", "--")):
-        right.axhline(measured[key]["value"], color="0.5", linewidth=1, linestyle=style)
+        if measured[key]["value"] is not None:
+            right.axhline(measured[key]["value"], color="0.5", linewidth=1, linestyle=style)
     right.set(xlabel=f"{name}, mean of both", ylabel="predicted - true")
     right.set_title("difference, with limits of agreement", loc="left", fontsize=10)
     return figure

@@ -26,6 +26,8 @@ def test_measures_are_the_formulas_wherever_the_numbers_lie(place):
             "mae": np.abs(error).mean(),
             "rmse": np.sqrt((error**2).mean()),
             "bias": error.mean(),
+            "low": error.mean() - 1.96 * error.std(ddof=1),
+            "high": error.mean() + 1.96 * error.std(ddof=1),
             "r2": 1 - (error**2).sum() / ((true - true.mean()) ** 2).sum(),
             "pearson": np.corrcoef(true, told)[0, 1],
             "concordance": 2 * together[0, 1] / (np.trace(together) + error.mean() ** 2),
@@ -67,5 +69,5 @@ def test_a_measure_that_is_not_defined_says_so_and_has_no_interval(rows, tmp_pat
     for name in ("r2", "pearson"):
         measured = found["levels"]["image"]["outputs"]["age"][name]
         assert measured["value"] is None and measured["bootstrap"] is None and "are all the same" in measured["why"]
-    assert "r not defined: the true or the predicted numbers are all the same" in numbers_headline(found)[0]
+    assert "r not defined: one row, or numbers that are all the same" in numbers_headline(found)[0]
     assert "not defined" in write_numbers_report(tmp_path, images, found).read_text()
