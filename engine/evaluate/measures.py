@@ -70,6 +70,14 @@ class Confusion:
         return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
+_WITHOUT_VARIANCE = {
+    1.0: "the ranking is perfect",
+    0.5: "all scores are equal",
+    0.0: "every positive ranks below every negative",
+}
+"""The areas whose variance by DeLong is 0, and when."""
+
+
 def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
     """The area under the ROC curve, and DeLong's interval of it.
 
@@ -83,7 +91,7 @@ def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
         found["delong_why"] = (
             "DeLong's variance needs two of each class"
             if fewer < 2
-            else "DeLong's variance is 0: the ranking is perfect"
+            else f"DeLong's variance is 0: {_WITHOUT_VARIANCE[area or 0.0]}"
         )
     return area, found
 
