@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
-from ..datasets.tables.generic import SPLIT_NAMES
+from ..datasets.tables.generic import SPLIT_NAMES, whole
 from ..datasets.tables.values import box_around, number
 from ..errors import DataError
 from ..files import write_atomically
@@ -315,9 +315,10 @@ def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tu
     numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
     found = []
     for place, row in zip(rows.places, rows.rows, strict=True):
-        if row[column] and row[column] not in numbers:
+        name = row[column] if row[column] in numbers else whole(row[column])
+        if name and name not in numbers:
             raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(names)}")
-        found.append(numbers.get(row[column], -1))
+        found.append(numbers.get(name, -1))
     labels = np.array(found)
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(names))[labels])
     if len(names) == 2:

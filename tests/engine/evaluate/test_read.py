@@ -67,6 +67,14 @@ def test_the_table_gives_labels_and_columns(predictions, tmp_path):
         read_cases(predictions, table=table)
 
 
+def test_labels_of_a_column_with_empty_cells_have_points(tmp_path):
+    """As pandas writes them, and as gigamorph train takes them."""
+    path = write(tmp_path / "p.csv", "image_path,label,p_0,p_1\na,1.0,0.1,0.9\nb,,0.5,0.5\nc,0.0,0.6,0.4\n")
+    np.testing.assert_array_equal(read_cases(path).truth[:, 0], [1, np.nan, 0])
+    path = write(tmp_path / "p.csv", "image_path,label,p_0,p_1,p_2.0\na,2.0,0.1,0.9,0\nb,1.0,0.5,0.5,0\n")
+    assert read_cases(path).labels.tolist() == [2, 1]
+
+
 def test_splits(predictions, tmp_path):
     lines = "image_path,split,patient_id\na.png,Training,{}\nb.png,test,p1\nc.png,test,p2\n"
     (tmp_path / "p.csv").write_text(predictions.read_text().replace("a.png,p1", "a.png,"))
