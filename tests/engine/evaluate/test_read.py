@@ -75,6 +75,26 @@ def test_labels_of_a_column_with_empty_cells_have_points(tmp_path):
     assert read_cases(path).labels.tolist() == [2, 1]
 
 
+def test_frames_have_their_own_labels(tmp_path):
+    path = write(tmp_path / "p.csv", f"image_path,frame,p_x\n{tmp_path}/a.dcm,0,0.1\n{tmp_path}/a.dcm,1,0.9\n")
+    table = write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\na.dcm,0,q,1\n")
+    assert read_cases(path, table=table).truth[:, 0].tolist() == [1, 0]
+    write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\n")
+    with pytest.raises(DataError, match=r"line 2: .*a\.dcm, frame '0' is not in"):
+        read_cases(path, table=table)
+
+
+def test_an_image_that_the_table_has_twice_has_one_label(tmp_path):
+    """The last one was taken."""
+    path = write(tmp_path / "p.csv", f"image_path,p_x\n{tmp_path}/a.png,0.1\n")
+    table = write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,0\n")
+    with pytest.raises(DataError, match=r"t\.csv: .*a\.png is there 2 times, with label 0 and 1; keep one"):
+        read_cases(path, table=table)
+    write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,1\na.png,q,B,\n")
+    cases = read_cases(path, table=table)
+    assert cases.truth[0, 0] == 1 and cases.columns["density"] == ("A+B",)
+
+
 def test_splits(predictions, tmp_path):
     lines = "image_path,split,patient_id\na.png,Training,{}\nb.png,test,p1\nc.png,test,p2\n"
     (tmp_path / "p.csv").write_text(predictions.read_text().replace("a.png,p1", "a.png,"))
