@@ -75,6 +75,12 @@ def test_labels_of_a_column_with_empty_cells_have_points(tmp_path):
     assert read_cases(path).labels.tolist() == [2, 1]
 
 
+def test_a_patient_of_two_splits_is_an_error_in_tables_without_images_too(tmp_path):
+    path = write(tmp_path / "exams.csv", "exam,patient_id,split,label,p_x\ne1,p,train,0,0.1\ne2,p,test,1,0.9\n")
+    with pytest.raises(DataError, match="patient p is in train and test"):
+        read_cases(path, split="test")
+
+
 def test_frames_have_their_own_labels(tmp_path):
     path = write(tmp_path / "p.csv", f"image_path,frame,p_x\n{tmp_path}/a.dcm,0,0.1\n{tmp_path}/a.dcm,1,0.9\n")
     table = write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\na.dcm,0,q,1\n")
