@@ -11,7 +11,6 @@ from ..errors import DataError
 
 KEYS = ("patient_id", "exam_id", "laterality")
 """Who and what a row is of; the table knows it best."""
-_ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
 
 
 def join(rows: Rows, own: Rows, table: Path) -> None:
@@ -27,8 +26,8 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
         DataError: a row that the table does not have, or has with two labels, splits or patients; no column to know it
             by.
     """
-    header = [_ALIASES.get(name, name) for name in own.header]
-    named = [{"exam_id": ""} | dict(zip(header, row.values(), strict=True)) for row in own.rows]
+    header = own.header
+    named = [{"exam_id": ""} | row for row in own.rows]
     keys = _keys_of(rows)
     if "image_path" in keys and "frame" in rows.header and "frame" in header:
         keys = (*keys, "frame")

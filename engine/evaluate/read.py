@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
-from ..datasets.tables.generic import SPLIT_NAMES, whole
-from ..datasets.tables.values import box_around, number
+from ..datasets.tables.generic import SPLIT_NAMES, own_name, whole
+from ..datasets.tables.values import box_around, number, side
 from ..errors import DataError
 from ..files import write_atomically
 from . import odds
@@ -241,7 +241,22 @@ def table_in(path: Path) -> Path:
 def _read(path: Path) -> Rows:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return read_rows(path)
+    rows = read_rows(path)
+    _add_own_names(rows)
+    if "laterality" in rows.header:
+        for row in rows.rows:
+            row["laterality"] = side(row["laterality"]) or row["laterality"]
+    return rows
+
+
+def _add_own_names(rows: Rows) -> None:
+    """Columns that `read_table` takes by another name (study_id, Patient_ID) by ours too; options may say either."""
+    for name in tuple(rows.header):
+        own = own_name(name, rows.header)
+        if own != name:
+            rows.header.append(own)
+            for row in rows.rows:
+                row[own] = row[name]
 
 
 def read_rows_of(path: Path, split: str | None, *, only_with: str) -> Rows | None:

@@ -81,6 +81,21 @@ def test_a_patient_of_two_splits_is_an_error_in_tables_without_images_too(tmp_pa
         read_cases(path, split="test")
 
 
+def test_columns_have_the_names_that_tables_of_training_may_give_them(tmp_path):
+    """The table that was trained on and predicted from is the one that is joined."""
+    lines = "{}\n{}a.png,p,e1,LEFT,1,x\n{}b.png,p,e2,right,0,y\n"
+    header = "Dicom_Path,Patient_ID,study_id,Laterality,Label,View"
+    table = write(tmp_path / "t.csv", lines.format(header, "", ""))
+    write(tmp_path / "p.csv", f"image_path,p_x\n{tmp_path}/a.png,0.1\n{tmp_path}/b.png,0.2\n")
+    cases = read_cases(tmp_path / "p.csv", table=table)
+    assert (cases.patients, cases.exams, cases.sides) == (("p", "p"), ("e1", "e2"), ("L", "R"))
+    assert cases.truth[:, 0].tolist() == [1, 0] and cases.columns["View"] == cases.columns["view"] == ("x", "y")
+    write(tmp_path / "breasts.csv", "breast,patient_id,exam_id,laterality,label,p_x\nb,p,e1,L,1,0.3\n")
+    assert read_cases(tmp_path / "breasts.csv", table=table).columns["view"] == ("x",)
+    own = write(tmp_path / "own.csv", "Patient_ID,study_id,Label,score\np,e1,1,0.5\np,e2,0,0.4\n")
+    assert read_cases(own, score="score", label="Label").exams == ("e1", "e2")
+
+
 def test_frames_have_their_own_labels(tmp_path):
     path = write(tmp_path / "p.csv", f"image_path,frame,p_x\n{tmp_path}/a.dcm,0,0.1\n{tmp_path}/a.dcm,1,0.9\n")
     table = write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\na.dcm,0,q,1\n")
