@@ -162,7 +162,12 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
         else:
             places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
         scores[number].append(_number(row, "score", found, place))
-    lesions, without = _lesions(Path(table), wanted)
+    lesions, without, known = _lesions(Path(table), wanted)
+    if found.rows and not known & {place_of(row["image_path"], Path()) for row in found.rows}:
+        raise DataError(
+            f"{marks}: none of its {len(found.rows)} marks is of an image of {table} (not "
+            f"{found.rows[0]['image_path']}); paths of marks begin in the folder where gigamorph runs"
+        )
     return [
         Marked(
             cluster,
@@ -175,14 +180,16 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     ], without
 
 
-def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int]:
+def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int, set[str]]:
+    """The boxes of each image, how many findings have none, and all images of the table."""
     boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
-    without, seen = 0, set()
+    without, known = 0, set()
     for record in read_table(table, labels=False, check_files=False).records:
-        number = wanted.get(place_of(str(record.path), Path()))
+        place = place_of(str(record.path), Path())
+        known.add(place)
+        number = wanted.get(place)
         if number is None:
             continue
-        seen.add(number)
         for finding in record.findings:
             box = finding.box
             if box is None and finding.outline:
@@ -192,10 +199,10 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
                 without += 1
             else:
                 boxes[number].append(box)
-    if len(seen) < len(wanted):
-        missing = next(name for name, number in wanted.items() if number not in seen)
+    missing = next((name for name in wanted if name not in known), None)
+    if missing is not None:
         raise DataError(f"{table}: has no row of {missing}; give the table that was predicted from")
-    return boxes, without
+    return boxes, without, known
 
 
 _MERGED = ("breasts.csv", "exams.csv")  # of the images in predictions.csv

@@ -209,6 +209,11 @@ def test_marks_and_lesions(predictions, tmp_path):
     assert read_marks(boxes, table, read_cases(predictions))[0][0].places.tolist() == [[5, 30]]
     with pytest.raises(DataError, match="column row, column is missing"):
         read_marks(write(tmp_path / "x.csv", "image_path,score\na,1\n"), table, read_cases(predictions))
+    others = write(tmp_path / "others.csv", "image_path,row,column,score\nother/a.png,5,6,0.9\n")
+    with pytest.raises(DataError, match=r"none of its 1 marks is of an image of .*t\.csv \(not other/a\.png\)"):
+        read_marks(others, table, read_cases(predictions))  # else it would find no lesion
+    none = write(tmp_path / "none.csv", "image_path,row,column,score\n")
+    assert [len(one.scores) for one in read_marks(none, table, read_cases(predictions))[0]] == [0, 0, 0]
     twice = read_cases(predictions).where([0, 0, 1])
     with pytest.raises(DataError, match=r"a\.png: an image or its frames are there twice"):
         read_marks(marks, table, twice)
