@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, confusion_matrix, roc_curve
 
+from ..errors import DataError
 from . import odds, roc
 from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
@@ -46,6 +47,8 @@ def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) ->
 def quadratic_kappa(labels: ArrayLike, predicted: ArrayLike, classes: int) -> float | None:
     """Cohen's kappa with quadratic weights of classes (n,); None where all have one and the same class."""
     labels, predicted = classes_of(labels, classes), classes_of(predicted, classes)
+    if labels.shape != predicted.shape:
+        raise DataError(f"labels are of shape {labels.shape} and predicted classes of {predicted.shape}")
     if len(np.union1d(labels, predicted)) < 2:
         return None
     return float(cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes))))
