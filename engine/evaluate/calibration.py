@@ -18,7 +18,7 @@ from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from .checks import labels_and_probabilities, labels_and_scores
+from .checks import labels_and_probabilities, labels_and_scores, some
 
 Array = NDArray[np.float64]
 BINS = 15
@@ -41,7 +41,7 @@ class Reliability:
 def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> Reliability:
     """The reliability curve of rows (n,) in bins of equal counts; equal probabilities are never parted."""
     truth, p = labels_and_probabilities(labels, probabilities)
-    edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
+    edges = np.unique(np.quantile(some(p), np.linspace(0, 1, bins + 1)))
     number = np.searchsorted(edges[1:-1], p, side="right")
     rows = np.bincount(number)
     used = np.flatnonzero(rows)
@@ -66,7 +66,7 @@ def in_bin(probabilities: Array) -> NDArray[np.int64]:
 def expected_error(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """ECE of rows (n,)."""
     truth, p = labels_and_probabilities(labels, probabilities)
-    return float(Binned(truth, p).expected_error(np.ones((1, len(p))))[0])
+    return float(Binned(truth, some(p)).expected_error(np.ones((1, len(p))))[0])
 
 
 class Binned:

@@ -54,6 +54,21 @@ def labels_and_probabilities(labels: ArrayLike, probabilities: ArrayLike) -> tup
     return truth.astype(np.float64), p
 
 
+def by_class(scores: ArrayLike) -> Array:
+    """Scores (n, classes); `DataError` for another shape."""
+    found = numbers(scores)
+    if found.ndim != 2:
+        raise DataError(f"scores are of shape {found.shape}; each row has one for each class or label")
+    return found
+
+
+def some(values: Array) -> Array:
+    """Values of which there is one at least; `DataError` for none, which have no mean."""
+    if not len(values):
+        raise DataError("there are no rows to measure")
+    return values
+
+
 def classes_of(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
     """Numbers of classes (n,) from 0; `DataError` for any other value."""
     found = numbers(labels, "labels")

@@ -20,6 +20,7 @@ DICE = "dice_"
 """Before a class's name, of the columns of `gigamorph predict`."""
 SHARE = "share_"
 """Likewise, the part of the image's pixels that the class takes; of the background too."""
+_UNDEFINED = "not defined: no image has the class, in its mask or its prediction"
 
 
 def read_dice(path: str | Path, split: str | None) -> Rows | None:
@@ -103,7 +104,9 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
 
         found, around = means(np.ones((1, len(values)))), Resamples(clusters, resamples, seed).spreads(means)
         return {
-            name: {"value": None if np.isnan(one[0]) else float(one[0]), **around[name].listed()}
+            name: {"value": None, "bootstrap": None, "standard_error": None, "why": _UNDEFINED}
+            if np.isnan(one[0])
+            else {"value": float(one[0]), **around[name].listed()}
             for name, one in found.items()
         }
 

@@ -11,24 +11,26 @@ from ..errors import DataError
 
 KEYS = ("patient_id", "exam_id", "laterality")
 """Who and what a row is of; the table knows it best."""
-_ALIASES = {"dicom_path": "image_path", "study_id": "exam_id"}
 
 
 def join(rows: Rows, own: Rows, table: Path) -> None:
     """Add the table's columns to the rows; what a row has is kept, but for `KEYS`.
 
-    Breasts and exams take what all images of theirs say, texts that differ with a plus between them. Their truth is
-    their own: the table's labels are of images.
+    Images are known by their path, and by the frame where both say it. Breasts and exams take what all images of theirs
+    say, texts that differ with a plus between them. Their truth is their own: the table's labels are of images.
 
     Args:
         own: the table's rows.
 
     Raises:
-        DataError: a row that the table does not have; no column to know it by.
+        DataError: a row that the table does not have, or has with two labels, splits or patients; no column to know it
+            by.
     """
-    header = [_ALIASES.get(name, name) for name in own.header]
-    named = [{"exam_id": ""} | dict(zip(header, row.values(), strict=True)) for row in own.rows]
+    header = own.header
+    named = [{"exam_id": ""} | row for row in own.rows]
     keys = _keys_of(rows)
+    if "image_path" in keys and "frame" in rows.header and "frame" in header:
+        keys = (*keys, "frame")
     missing = [name for name in keys if name not in (*header, "exam_id")]
     if missing:
         raise DataError(f"{table}: column {', '.join(missing)} is missing; it has {', '.join(own.header)}")
@@ -40,15 +42,26 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
     for place, row in zip(rows.places, rows.rows, strict=True):
         found = groups.get(_key(row, keys, Path()))
         if found is None:
-            who = row["image_path"] if images else ", ".join(f"{name} {row[name]!r}" for name in keys)
+            who = ", ".join(row[name] if name == "image_path" else f"{name} {row[name]!r}" for name in keys)
             remedy = elsewhere(row["image_path"]) if images else ""
             remedy = remedy or "give the table it was predicted from"
             raise DataError(f"{rows.path}, {place}: {who} is not in {table}; {remedy}")
         for name in joined:
-            value = found[-1][name] if images else "+".join(sorted({one[name] for one in found} - {""}))
-            if not row.get(name) or (images and name in KEYS and value):
-                row[name] = value
+            given = sorted({one[name] for one in found} - {""})
+            if row.get(name) and not (images and name in KEYS and given):
+                continue
+            if images and len(given) > 1 and _is_one(name):
+                raise DataError(
+                    f"{table}: {row['image_path']} is there {len(found)} times, with {name} {' and '.join(given)}; "
+                    "keep one, or, of frames, name the frame in a column of the predictions too"
+                )
+            row[name] = "+".join(given)
     rows.header.extend(name for name in joined if name not in rows.header)
+
+
+def _is_one(name: str) -> bool:
+    """Whether an image can have one value only in a column."""
+    return name in (*KEYS, "split") or name.startswith("label")
 
 
 def place_of(image: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, confusion_matrix, roc_curve
 
+from ..errors import DataError
 from . import odds, roc
 from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
@@ -46,6 +47,8 @@ def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) ->
 def quadratic_kappa(labels: ArrayLike, predicted: ArrayLike, classes: int) -> float | None:
     """Cohen's kappa with quadratic weights of classes (n,); None where all have one and the same class."""
     labels, predicted = classes_of(labels, classes), classes_of(predicted, classes)
+    if labels.shape != predicted.shape:
+        raise DataError(f"labels are of shape {labels.shape} and predicted classes of {predicted.shape}")
     if len(np.union1d(labels, predicted)) < 2:
         return None
     return float(cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes))))
@@ -70,6 +73,14 @@ class Confusion:
         return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
+_WITHOUT_VARIANCE = {
+    1.0: "the ranking is perfect",
+    0.5: "all scores are equal",
+    0.0: "every positive ranks below every negative",
+}
+"""The areas whose variance by DeLong is 0, and when."""
+
+
 def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
     """The area under the ROC curve, and DeLong's interval of it.
 
@@ -83,7 +94,7 @@ def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
         found["delong_why"] = (
             "DeLong's variance needs two of each class"
             if fewer < 2
-            else "DeLong's variance is 0: the ranking is perfect"
+            else f"DeLong's variance is 0: {_WITHOUT_VARIANCE[area or 0.0]}"
         )
     return area, found
 

@@ -23,6 +23,8 @@ from .evaluate import Settings, at_levels
 from .report import SOURCES, format_value
 
 Array = NDArray[np.float64]
+_ROUNDING = 1e-12
+_UNDEFINED = "not defined: one row, or numbers that are all the same"
 NAMES = {
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
@@ -38,8 +40,9 @@ NAMES = {
 def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Array]:
     """Measures (b,) of numbers (n,) with weights (b, n); NaN where not defined.
 
-    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations (Bland and Altman, 1986); R2 = 1 -
-    the errors' mean square over the truth's variance; Pearson's r; concordance (Lin, 1989).
+    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations of a sample, whose divisor is n - 1
+    (Bland and Altman, 1986); R2 = 1 - the errors' mean square over the truth's variance; Pearson's r; concordance
+    (Lin, 1989).
     """
     total = weights.sum(1)
 
@@ -47,12 +50,20 @@ def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Arra
         return weights @ values / total
 
     error = predicted - truth
-    bias, square = mean(error), mean(error**2)
-    spread = np.sqrt(np.maximum(square - bias**2, 0))
-    first, second = mean(truth), mean(predicted)
-    own, other = mean(truth**2) - first**2, mean(predicted**2) - second**2
-    together = mean(truth * predicted) - first * second
+    # Products of large numbers would round away how much they vary, and a little of rounding is no variation.
+    middles = [np.median(values) for values in (truth, predicted, error)]
+    true, told, off = (values - middle for values, middle in zip((truth, predicted, error), middles, strict=True))
+
+    def variance(values: Array) -> Array:
+        square = mean(values**2)
+        found = square - mean(values) ** 2
+        return np.where(found > _ROUNDING * square, found, 0)
+
+    own, other = variance(true), variance(told)
+    bias, square = mean(off) + middles[2], mean(error**2)
+    together = mean(true * told) - mean(true) * mean(told)
     with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.sqrt(variance(off) * np.where(total > 1, total / (total - 1), np.nan))
         return {
             "mae": mean(np.abs(error)),
             "rmse": np.sqrt(square),
@@ -61,7 +72,7 @@ def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Arra
             "high": bias + 1.96 * spread,
             "r2": np.where(own > 0, 1 - square / own, np.nan),
             "pearson": np.where((own > 0) & (other > 0), together / np.sqrt(own * other), np.nan),
-            "concordance": np.where(own + other > 0, 2 * together / (own + other + (first - second) ** 2), np.nan),
+            "concordance": np.where(own + other > 0, 2 * together / (own + other + bias**2), np.nan),
         }
 
 
@@ -100,7 +111,9 @@ def _measure(cases: Cases, column: int, resamples: Resamples) -> dict[str, Any]:
     ones = statistics(truth, predicted, np.ones((1, len(rows))))
     around = resamples.spreads(lambda weights: statistics(truth, predicted, weights), rows)
     measures = {
-        name: {"value": None if np.isnan(value[0]) else float(value[0]), **around[name].listed()}
+        name: {"value": None, "bootstrap": None, "standard_error": None, "why": _UNDEFINED}
+        if np.isnan(value[0])
+        else {"value": float(value[0]), **around[name].listed()}
         for name, value in ones.items()
     }
     varied = len(set(truth.tolist())) > 1 and len(set(predicted.tolist())) > 1
@@ -174,7 +187,8 @@ def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> F
     left.set_title("predicted and true", loc="left", fontsize=10)
     right.plot((truth + predicted) / 2, predicted - truth, ".", alpha=0.6)
     for key, style in (("bias", "-"), ("low", "--"), ("high", "--")):
-        right.axhline(measured[key]["value"], color="0.5", linewidth=1, linestyle=style)
+        if measured[key]["value"] is not None:
+            right.axhline(measured[key]["value"], color="0.5", linewidth=1, linestyle=style)
     right.set(xlabel=f"{name}, mean of both", ylabel="predicted - true")
     right.set_title("difference, with limits of agreement", loc="left", fontsize=10)
     return figure

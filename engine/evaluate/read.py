@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
-from ..datasets.tables.generic import SPLIT_NAMES
-from ..datasets.tables.values import box_around, number
+from ..datasets.tables.generic import SPLIT_NAMES, own_name, whole
+from ..datasets.tables.values import box_around, number, side
 from ..errors import DataError
 from ..files import write_atomically
 from . import odds
@@ -162,7 +162,12 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
         else:
             places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
         scores[number].append(_number(row, "score", found, place))
-    lesions, without = _lesions(Path(table), wanted)
+    lesions, without, known = _lesions(Path(table), wanted)
+    if found.rows and not known & {place_of(row["image_path"], Path()) for row in found.rows}:
+        raise DataError(
+            f"{marks}: none of its {len(found.rows)} marks is of an image of {table} (not "
+            f"{found.rows[0]['image_path']}); paths of marks begin in the folder where gigamorph runs"
+        )
     return [
         Marked(
             cluster,
@@ -175,14 +180,16 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     ], without
 
 
-def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int]:
+def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int, set[str]]:
+    """The boxes of each image, how many findings have none, and all images of the table."""
     boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
-    without, seen = 0, set()
+    without, known = 0, set()
     for record in read_table(table, labels=False, check_files=False).records:
-        number = wanted.get(place_of(str(record.path), Path()))
+        place = place_of(str(record.path), Path())
+        known.add(place)
+        number = wanted.get(place)
         if number is None:
             continue
-        seen.add(number)
         for finding in record.findings:
             box = finding.box
             if box is None and finding.outline:
@@ -192,10 +199,10 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
                 without += 1
             else:
                 boxes[number].append(box)
-    if len(seen) < len(wanted):
-        missing = next(name for name, number in wanted.items() if number not in seen)
+    missing = next((name for name in wanted if name not in known), None)
+    if missing is not None:
         raise DataError(f"{table}: has no row of {missing}; give the table that was predicted from")
-    return boxes, without
+    return boxes, without, known
 
 
 _MERGED = ("breasts.csv", "exams.csv")  # of the images in predictions.csv
@@ -241,7 +248,22 @@ def table_in(path: Path) -> Path:
 def _read(path: Path) -> Rows:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return read_rows(path)
+    rows = read_rows(path)
+    _add_own_names(rows)
+    if "laterality" in rows.header:
+        for row in rows.rows:
+            row["laterality"] = side(row["laterality"]) or row["laterality"]
+    return rows
+
+
+def _add_own_names(rows: Rows) -> None:
+    """Columns that `read_table` takes by another name (study_id, Patient_ID) by ours too; options may say either."""
+    for name in tuple(rows.header):
+        own = own_name(name, rows.header)
+        if own != name:
+            rows.header.append(own)
+            for row in rows.rows:
+                row[own] = row[name]
 
 
 def read_rows_of(path: Path, split: str | None, *, only_with: str) -> Rows | None:
@@ -264,10 +286,10 @@ def _choose_split(rows: Rows, split: str | None) -> None:
     for row in rows.rows:
         row["split"] = SPLIT_NAMES.get(row["split"].lower(), row["split"])
     given = {row["split"] for row in rows.rows}
-    if {"patient_id", "image_path"} <= set(rows.header):
+    if "patient_id" in rows.header:
         check_leaks(
             [
-                Record(Path(row["image_path"]), -1, row["patient_id"], split=row["split"])
+                Record(Path(row.get("image_path", "")), -1, row["patient_id"], split=row["split"])
                 for row in rows.rows
                 if row["split"] in SPLITS and row["patient_id"]
             ]
@@ -315,9 +337,10 @@ def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tu
     numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
     found = []
     for place, row in zip(rows.places, rows.rows, strict=True):
-        if row[column] and row[column] not in numbers:
+        name = row[column] if row[column] in numbers else whole(row[column])
+        if name and name not in numbers:
             raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(names)}")
-        found.append(numbers.get(row[column], -1))
+        found.append(numbers.get(name, -1))
     labels = np.array(found)
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(names))[labels])
     if len(names) == 2:

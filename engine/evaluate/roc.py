@@ -18,7 +18,7 @@ from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
 from ..errors import DataError
-from .checks import classes_of, labels_and_scores, numbers
+from .checks import by_class, classes_of, labels_and_scores
 from .curves import WeightedCurves
 
 Array = NDArray[np.float64]
@@ -83,7 +83,7 @@ def macro_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     Returns:
         None where fewer than two classes occur; classes that do not occur are omitted from the mean.
     """
-    values = numbers(scores)
+    values = by_class(scores)
     truth = classes_of(labels, values.shape[1])
     if len(np.unique(truth)) < 2:
         return None
@@ -100,7 +100,9 @@ def labelwise_auc(truth: ArrayLike, scores: ArrayLike) -> tuple[float | None, li
         truth: (n, labels) 1 or 0; NaN where a row's label is not known.
         scores: (n, labels).
     """
-    known, values = np.asarray(truth, np.float64), numbers(scores)
+    known, values = np.asarray(truth, np.float64), by_class(scores)
+    if known.shape != values.shape:
+        raise DataError(f"labels are of shape {known.shape} and scores of {values.shape}; both have a column for each")
     found = []
     for column in range(known.shape[1]):
         rows = ~np.isnan(known[:, column])

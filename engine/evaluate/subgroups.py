@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,17 +22,42 @@ _FEW = 12  # numbers with more distinct values than this are put into bands
 
 
 def bands(values: Sequence[str], name: str) -> list[str]:
-    """The subgroup of each value: itself; for a column of many numbers its decade (ages) or quarter; "" if empty."""
-    numbers = [number(value) for value in values]
-    given = [n for n, value in zip(numbers, values, strict=True) if value]
-    if any(n is None for n in given) or len(set(given)) <= _FEW:
+    """The subgroup of each value: itself; for a column of many numbers its decade (ages) or quarter; "" if empty.
+
+    Of a breast whose images have several numbers (joined with plus signs) the middle of these counts.
+    """
+    several = [_numbers(value) for value in values]
+    if None in several or len({number for of in several if of for number in of}) <= _FEW:
         return list(values)
-    if "age" in name.lower().split("_"):
+    numbers = [float(np.mean(of)) if of else None for of in several]
+    if "age" in re.split(r"[\W_]+", name.lower()):
         return ["" if n is None else f"{int(n // 10) * 10}-{int(n // 10) * 10 + 9}" for n in numbers]
-    edges = np.unique(np.quantile(np.array(given, np.float64), [0, 0.25, 0.5, 0.75, 1]))
-    texts = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
+    given = np.array([n for n in numbers if n is not None])
+    edges = np.unique(np.quantile(given, [0, 0.25, 0.5, 0.75, 1]))
+    texts = [f"{low} to {high}" for low, high in itertools.pairwise(_told_apart(edges))]
     last = len(texts) - 1
     return ["" if n is None else texts[min(int(np.searchsorted(edges, n, "right")) - 1, last)] for n in numbers]
+
+
+def _numbers(value: str) -> list[float] | None:
+    """The numbers that a cell holds, joined with plus signs; None where it holds anything else."""
+    if not value:
+        return []
+    parts = [value] if number(value) is not None else value.split("+")
+    found = [known for part in parts if (known := number(part)) is not None]
+    return found if len(found) == len(parts) else None
+
+
+def _told_apart(edges: NDArray[np.float64]) -> list[str]:
+    """Different numbers as different texts, of six digits where these are enough."""
+    texts = ([f"{edge:.{digits}g}" for edge in edges] for digits in range(6, 18))
+    return next(found for found in texts if len(set(found)) == len(edges))
+
+
+def _place(value: str) -> tuple[bool, float, str]:
+    """By which subgroups are sorted: by the number that they begin with, those not known last."""
+    begins = re.match(r"-?\d+\.?\d*(e[+-]?\d+)?", value)
+    return not value, float(begins[0]) if begins else 0.0, value
 
 
 def subgroups(
@@ -55,7 +81,7 @@ def subgroups(
     known = ~np.isnan(cases.truth[:, column])
     return [
         {"value": value or "not known", **_part(cases.where(known & (names == value)), column, threshold, count, seed)}
-        for value in sorted(set(names[known]), key=lambda text: (text == "", number(text.split("-")[0]) or 0, text))
+        for value in sorted(set(names[known]), key=_place)
     ]
 
 

@@ -159,7 +159,7 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
     ]
 
 
-def _column(name: str, found: Sequence[str]) -> str:
+def own_name(name: str, found: Sequence[str]) -> str:
     """A column by our name, however it is capitalised and whatever other tools call it; not where that is there too."""
     own = name.lower() if name.lower() in _COLUMNS else name
     own = _ALIASES.get(own.lower(), own)
@@ -169,7 +169,7 @@ def _column(name: str, found: Sequence[str]) -> str:
 
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
     """A table's columns by our names, and those that no row may leave empty; `DataError` if one is missing."""
-    header = [_column(name, found) for name in found]
+    header = [own_name(name, found) for name in found]
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
     if label is not None and label not in others:
         raise DataError(f"{path}: has no column {LABEL_PREFIX}{label}; it has {', '.join(header)}")

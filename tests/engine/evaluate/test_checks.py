@@ -72,3 +72,19 @@ def test_marks_and_lesions_are_numbers(change, message):
     values = {"boxes": [[0, 9, 0, 9]], "places": [[1, 1]], "scores": [1]} | change
     with pytest.raises(DataError, match=message):
         Marked("patient p", **{name: np.array(value, float) for name, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: roc.macro_auc([0, 1], [0.1, 0.2]),
+        lambda: roc.labelwise_auc([0, 1], [0.1, 0.2]),
+        lambda: roc.labelwise_auc([[0], [1]], [[0.1, 0.3], [0.2, 0.2]]),
+        lambda: measures.quadratic_kappa([1, 2], [1], 3),
+        lambda: calibration.expected_error([], []),
+        lambda: calibration.reliability([], []),
+    ],
+)
+def test_what_does_not_fit_and_no_rows_at_all_are_refused(measure):
+    with pytest.raises(DataError, match=r"of shape|no rows"):
+        measure()

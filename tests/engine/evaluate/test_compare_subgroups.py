@@ -105,6 +105,35 @@ def test_numbers_are_put_into_decades_or_quarters():
     assert bands(["CC", "MLO"], "view") == ["CC", "MLO"]
 
 
+def test_bands_of_large_numbers_are_told_apart():
+    days = [str(20230101 + n) for n in range(28)]
+    assert len(set(bands(days, "study_date"))) == 4
+    assert bands(days, "study_date")[0] == "20230101 to 20230108"
+
+
+def test_ages_are_decades_however_the_column_spells_it():
+    ages = [str(age) for age in range(38, 72)]
+    assert bands(ages, "Patient Age")[:3] == ["30-39", "30-39", "40-49"] and " to " in bands(ages, "dosage")[0]
+
+
+def test_bands_come_by_their_numbers(cases):
+    def told(low, step):
+        sizes = tuple(str(low + step * n) for n in range(120))
+        found = subgroups(replace(cases, columns={"size": sizes}), 0, "size", None, count=20)
+        return [float(row["value"].split(" to ")[0]) for row in found]
+
+    assert told(5, 2) == sorted(told(5, 2)) and told(-40, 1) == sorted(told(-40, 1))
+
+
+def test_breasts_whose_views_have_different_numbers_are_put_into_bands(cases):
+    """A thickness for each view would else make each breast a subgroup."""
+    views = tuple(f"{20 + n / 2}+{30 + n / 2}" for n in range(120))
+    found = subgroups(replace(cases, columns={"thickness": views}), 0, "thickness", None, count=20)
+    assert [row["value"] for row in found] == ["25 to 39.875", "39.875 to 54.75", "54.75 to 69.625", "69.625 to 84.5"]
+    assert [row["rows"] for row in found] == [30] * 4
+    assert bands(["4+2", "4", "", "2"], "birads") == ["4+2", "4", "", "2"]
+
+
 def breasts(cases, **more) -> Cases:
     """Each of 60 patients with both sides."""
     sides = tuple("LR"[n % 2] for n in range(len(cases)))

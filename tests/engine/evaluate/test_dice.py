@@ -41,6 +41,14 @@ def test_means_and_intervals_are_those_of_patients_drawn_again(table):
     assert dice_headline(found)[1].endswith(", 6 images")
 
 
+def test_a_class_that_no_image_has_is_not_defined(table):
+    """That is another thing than an interval that there is none of."""
+    table.write_text("image_path,patient_id,dice_mass,dice_cyst\n0.png,p,0.5,\n1.png,q,0.6,\n")
+    found = evaluate_dice(read_dice(table, None), resamples=50)
+    assert found["dice_cyst"]["value"] is None and found["dice_cyst"]["bootstrap"] is None
+    assert dice_headline(found)[1].startswith("cyst: Dice not defined: no image has the class")
+
+
 def test_bad_tables_are_refused_in_one_line(table):
     with pytest.raises(DataError, match="several splits"):
         read_dice(table, None)

@@ -201,6 +201,16 @@ def test_partial_areas_need_a_range_and_two_classes():
         roc.partial_auc([0, 1], [0, 1], 1)
 
 
+@pytest.mark.parametrize(
+    ("scores", "why"),
+    [([0, 0, 1, 1], "perfect"), ([2, 2, 2, 2], "scores are equal"), ([1, 1, 0, 0], "every positive ranks below")],
+)
+def test_why_delong_has_no_variance(scores, why):
+    cases = binary([0, 0, 1, 1], scores)
+    found = measures.measure_output(cases, 0, Resamples(cases.clusters, 20), (0.9,))
+    assert why in found["auc"]["delong_why"]
+
+
 def test_a_share_that_no_resample_changes_has_an_exact_interval_of_patients():
     labels, z = [0] * 30 + [1] * 10, [-1.0] * 30 + [1.0] * 10
     cases = binary(labels, z, [f"p{i // 2}" for i in range(40)])  # two rows each

@@ -67,6 +67,55 @@ def test_the_table_gives_labels_and_columns(predictions, tmp_path):
         read_cases(predictions, table=table)
 
 
+def test_labels_of_a_column_with_empty_cells_have_points(tmp_path):
+    """As pandas writes them, and as gigamorph train takes them."""
+    path = write(tmp_path / "p.csv", "image_path,label,p_0,p_1\na,1.0,0.1,0.9\nb,,0.5,0.5\nc,0.0,0.6,0.4\n")
+    np.testing.assert_array_equal(read_cases(path).truth[:, 0], [1, np.nan, 0])
+    path = write(tmp_path / "p.csv", "image_path,label,p_0,p_1,p_2.0\na,2.0,0.1,0.9,0\nb,1.0,0.5,0.5,0\n")
+    assert read_cases(path).labels.tolist() == [2, 1]
+
+
+def test_a_patient_of_two_splits_is_an_error_in_tables_without_images_too(tmp_path):
+    path = write(tmp_path / "exams.csv", "exam,patient_id,split,label,p_x\ne1,p,train,0,0.1\ne2,p,test,1,0.9\n")
+    with pytest.raises(DataError, match="patient p is in train and test"):
+        read_cases(path, split="test")
+
+
+def test_columns_have_the_names_that_tables_of_training_may_give_them(tmp_path):
+    """The table that was trained on and predicted from is the one that is joined."""
+    lines = "{}\n{}a.png,p,e1,LEFT,1,x\n{}b.png,p,e2,right,0,y\n"
+    header = "Dicom_Path,Patient_ID,study_id,Laterality,Label,View"
+    table = write(tmp_path / "t.csv", lines.format(header, "", ""))
+    write(tmp_path / "p.csv", f"image_path,p_x\n{tmp_path}/a.png,0.1\n{tmp_path}/b.png,0.2\n")
+    cases = read_cases(tmp_path / "p.csv", table=table)
+    assert (cases.patients, cases.exams, cases.sides) == (("p", "p"), ("e1", "e2"), ("L", "R"))
+    assert cases.truth[:, 0].tolist() == [1, 0] and cases.columns["View"] == cases.columns["view"] == ("x", "y")
+    write(tmp_path / "breasts.csv", "breast,patient_id,exam_id,laterality,label,p_x\nb,p,e1,L,1,0.3\n")
+    assert read_cases(tmp_path / "breasts.csv", table=table).columns["view"] == ("x",)
+    own = write(tmp_path / "own.csv", "Patient_ID,study_id,Label,score\np,e1,1,0.5\np,e2,0,0.4\n")
+    assert read_cases(own, score="score", label="Label").exams == ("e1", "e2")
+
+
+def test_frames_have_their_own_labels(tmp_path):
+    path = write(tmp_path / "p.csv", f"image_path,frame,p_x\n{tmp_path}/a.dcm,0,0.1\n{tmp_path}/a.dcm,1,0.9\n")
+    table = write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\na.dcm,0,q,1\n")
+    assert read_cases(path, table=table).truth[:, 0].tolist() == [1, 0]
+    write(tmp_path / "t.csv", "image_path,frame,patient_id,label\na.dcm,1,q,0\n")
+    with pytest.raises(DataError, match=r"line 2: .*a\.dcm, frame '0' is not in"):
+        read_cases(path, table=table)
+
+
+def test_an_image_that_the_table_has_twice_has_one_label(tmp_path):
+    """The last one was taken."""
+    path = write(tmp_path / "p.csv", f"image_path,p_x\n{tmp_path}/a.png,0.1\n")
+    table = write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,0\n")
+    with pytest.raises(DataError, match=r"t\.csv: .*a\.png is there 2 times, with label 0 and 1; keep one"):
+        read_cases(path, table=table)
+    write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,1\na.png,q,B,\n")
+    cases = read_cases(path, table=table)
+    assert cases.truth[0, 0] == 1 and cases.columns["density"] == ("A+B",)
+
+
 def test_splits(predictions, tmp_path):
     lines = "image_path,split,patient_id\na.png,Training,{}\nb.png,test,p1\nc.png,test,p2\n"
     (tmp_path / "p.csv").write_text(predictions.read_text().replace("a.png,p1", "a.png,"))
@@ -160,6 +209,11 @@ def test_marks_and_lesions(predictions, tmp_path):
     assert read_marks(boxes, table, read_cases(predictions))[0][0].places.tolist() == [[5, 30]]
     with pytest.raises(DataError, match="column row, column is missing"):
         read_marks(write(tmp_path / "x.csv", "image_path,score\na,1\n"), table, read_cases(predictions))
+    others = write(tmp_path / "others.csv", "image_path,row,column,score\nother/a.png,5,6,0.9\n")
+    with pytest.raises(DataError, match=r"none of its 1 marks is of an image of .*t\.csv \(not other/a\.png\)"):
+        read_marks(others, table, read_cases(predictions))  # else it would find no lesion
+    none = write(tmp_path / "none.csv", "image_path,row,column,score\n")
+    assert [len(one.scores) for one in read_marks(none, table, read_cases(predictions))[0]] == [0, 0, 0]
     twice = read_cases(predictions).where([0, 0, 1])
     with pytest.raises(DataError, match=r"a\.png: an image or its frames are there twice"):
         read_marks(marks, table, twice)

@@ -120,6 +120,16 @@ def test_delongs_interval_covers_the_true_area():
     assert 0.925 < covered < 0.97
 
 
+def test_delongs_interval_is_too_narrow_for_few_cases_of_a_high_area():
+    """As docs/evaluation.md says."""
+    random = np.random.default_rng(1)
+    labels = np.repeat([0, 1], 20)
+    true = norm.cdf(2 / np.sqrt(2))
+    intervals = [roc.delong_interval(labels, random.normal(size=40) + 2 * labels) for _ in range(1000)]
+    covered = np.mean([low <= true <= high for low, high in filter(None, intervals)])
+    assert 0.85 < covered < 0.91
+
+
 def test_paired_test_is_the_difference_over_its_deviation():
     random = np.random.default_rng(2)
     labels = random.integers(0, 2, 200)
