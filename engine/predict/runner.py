@@ -132,7 +132,7 @@ class _Runner:
         meter.start(self._job.kind, self._summary.images, done=done)
         began = time.monotonic()
         try:
-            with contextlib.closing(self._outcomes(reading, found)) as outcomes:
+            with _told_of_errors(self._outcomes(reading, found)) as outcomes:
                 for outcome in outcomes:
                     self._summary.waited += outcome.waited
                     self._take(outcome, results, failures)
@@ -239,6 +239,21 @@ class _Runner:
         if only_if_complete and not self._summary.complete:
             return
         self._summary.scores = self._job.tables(index, self._results(), out)
+
+
+@contextlib.contextmanager
+def _told_of_errors(outcomes: Generator[Outcome, None, None]) -> Iterator[Iterator[Outcome]]:
+    """A generator that ends with the error of whoever reads it: after one it waits for its processes, after Ctrl-C not.
+
+    Processes that nobody waits for would not end where this one is a child of `multiprocessing`, which closes their
+    queue first.
+    """
+    with contextlib.closing(outcomes):
+        try:
+            yield outcomes
+        except BaseException as error:
+            outcomes.throw(error)
+            raise
 
 
 def default_workers(options: RunOptions) -> int:

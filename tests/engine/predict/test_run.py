@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -108,6 +109,19 @@ def test_reading_ahead_changes_no_bit(table, whole, tmp_path, workers):
     predict(archives.tiny, [table], tmp_path / "out", replace(HERE, workers=workers))
     for name in ("predictions.csv", "breasts.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_error_leaves_no_process_that_reads_ahead(table, tmp_path, monkeypatch):
+    """Where this process is a child of multiprocessing, one that is left would never end: its queue is closed first."""
+
+    def full(self, row):
+        raise GigamorphError("the disk is full")
+
+    monkeypatch.setattr("gigamorph.engine.predict.parts.Parts.append", full)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(GigamorphError, match="the disk is full"):
+        predict(archives.tiny, [table], tmp_path / "out", replace(HERE, workers=2))
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.slow
