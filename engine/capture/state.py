@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .holders import Holder
-from .trees import Kept, realize, taken_apart
+from .trees import Kept, TakenApart, realize
 from .walk import Found
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -43,14 +43,15 @@ class Effect:
     def tree(self) -> Any:
         return self.contents, self.appended
 
-    def ready(self, bind: Callable[[Any], Any]) -> Callable[[], None]:
-        """What does it; `bind` puts tensors in the place of `Ref`s.
+    def ready(self, bind: Callable[[Any], Any], shared: dict[int, Any]) -> Callable[[], None]:
+        """What does it; `bind` puts tensors in the place of `Ref`s, `shared` see `realize`.
 
         All effects of a call are made ready before the first is done: one may replace what another finds.
         """
         contents, appended = bind(self.tree)
-        contents = {key: realize(value) for key, value in contents.items()}
-        return partial(self._do, owner_now(self.holder), contents, None if appended is None else realize(appended))
+        contents = {key: realize(value, shared) for key, value in contents.items()}
+        appended = None if appended is None else realize(appended, shared)
+        return partial(self._do, owner_now(self.holder), contents, appended)
 
     def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None) -> None:
         if appended is not None:
@@ -133,8 +134,8 @@ class Snapshot:
             if not _same(holder.read(), contents):
                 holder.write(contents)
 
-    def effects(self, leaf: Callable[[Tensor], Any], twins: Mapping[int, Tensor]) -> list[Effect]:
-        """What has changed since, with `leaf(tensor)` in the place of tensors that the forward made.
+    def effects(self, apart: TakenApart, twins: Mapping[int, Tensor]) -> list[Effect]:
+        """What has changed since, taken apart.
 
         Args:
             twins: by the identity of real tensors what stood for them: assigning one (`self.count += 1`) is no change.
@@ -146,14 +147,14 @@ class Snapshot:
         for holder, before in zip(self.found.holders, self.contents, strict=True):
             after = {k: before[k] if _twin(before.get(k), v, twins) else v for k, v in holder.read().items()}
             if not _same(after, before):
-                found.append(self._effect(holder, before, after, leaf))
+                found.append(self._effect(holder, before, after, apart))
         return found
 
-    def _effect(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any], leaf: Any) -> Effect:
+    def _effect(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any], apart: TakenApart) -> Effect:
         self._refuse(holder, before, after)
 
         def tree(key: Any, value: Any) -> Any:
-            return taken_apart(value, leaf, self.kept, f"{holder.name}: attribute '{key}'")
+            return apart.tree(value, f"{holder.name}: attribute '{key}'")
 
         if isinstance(holder.owner, (list, deque, set)):
             old, new = list(before.values()), list(after.values())

@@ -364,3 +364,87 @@ def test_maps_inside_of_containers_go_with_the_next_call(handed: bool) -> None:
         maps.append(weakref.ref(net.kept["maps"][0]))
     gc.collect()
     assert [one() is not None for one in maps] == [False] * 4 + [handed, True]
+
+
+def _of_list(net: Any, _y: Tensor) -> Any:
+    if net.kept is None:
+        net.kept = net.before = []
+    net.kept.append(1)
+    return net.kept, net.before
+
+
+def _of_dict(net: Any, y: Tensor) -> Any:
+    net.kept = {"map": y.detach()}
+    return net.kept, net.kept
+
+
+def _of_object(net: Any, y: Tensor) -> Any:
+    made = Plain(y.detach())
+    net.kept, net.before = {"object": made}, (made, 1)
+    return made, [made]
+
+
+def _inside_of_another(net: Any, y: Tensor) -> Any:
+    inner = [y.detach()]
+    net.kept, net.before = {"list": inner}, types.SimpleNamespace(list=inner)
+    return net.kept, inner
+
+
+def _two_alike(net: Any, y: Tensor) -> Any:
+    net.kept, net.before = [y.detach()], [y.detach()]
+    return net.before, net.kept
+
+
+@pytest.mark.parametrize("keep", [_of_list, _of_dict, _of_object, _inside_of_another, _two_alike])
+def test_what_stands_in_several_places_is_one_object(keep: Callable[[Any, Tensor], Any]) -> None:
+    """Each place got an object of its own: what a later call put in one of them the others lacked."""
+
+    class Sharing(Network):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            return self.end(y), keep(self, y)
+
+    def objects(thing: Any) -> list[Any]:
+        """All containers and objects, in order."""
+        if isinstance(thing, (Tensor, int)) or thing is None:
+            return []
+        inside = thing.values() if isinstance(thing, dict) else thing
+        inside = vars(thing).values() if hasattr(thing, "__dict__") else inside
+        return [*([] if type(thing) is tuple else [thing]), *(each for part in inside for each in objects(part))]
+
+    def same_ones(net: Any, result: Any) -> list[Any]:
+        found = objects((result, net.kept, net.before))
+        return [(type(one), [one is other for other in found], getattr(one, "__len__", int)()) for one in found]
+
+    torch.manual_seed(0)
+    net = Sharing()
+    stock, ours = copy.deepcopy(net), accelerate(net, tile=16)
+    for _ in range(4):
+        x = torch.rand(1, 1, 40, 36)
+        expected, got = stock(x), ours(x)
+        torch.testing.assert_close(got[0], expected[0])
+        assert same_ones(net, got[1]) == same_ones(stock, expected[1])
+    (last, *_) = (part for part in objects((net.kept, net.before)))
+    ours(torch.rand(1, 1, 40, 36))
+    assert (net.kept is last) == (keep is _of_list)
+
+
+def test_recordings_of_what_several_places_have_are_the_same() -> None:
+    """Else each would be planned anew."""
+
+    class Counting(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            self.calls += 1
+            self.kept = {"map": y.detach()}
+            return {"end": self.end(y), "kept": self.kept}
+
+    net = accelerate(Counting(), tile=16)
+    for _ in range(3):
+        assert net(torch.rand(1, 1, 40, 36))["kept"] is net.kept
+    ((prepared,),) = next(iter(net._programs.kept.values()))
+    assert len(prepared.staged.program.others) == 2
