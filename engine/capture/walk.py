@@ -149,6 +149,10 @@ class _Walk:
         self.found.ids[id(thing)] = thing
         if isinstance(thing, nn.Module):
             self._module(thing, name)
+        elif thing is os.environ:
+            self._contents(holders.environment())
+        elif thing is os.getenv:  # by whatever name code has it
+            self.later(os.environ, name)
         elif isinstance(thing, types.FunctionType):
             self._function(thing, name)
         elif isinstance(thing, types.MethodType):
@@ -277,9 +281,8 @@ class _Walk:
             by_file = not _OWN_FILE.isdisjoint(names) or {"sys", "modules"} <= {*names}
             here = names if by_file else list(dict.fromkeys(loaded(code)))
             asked = [*space] if "globals" in names else here
-            if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
-                self.found.ids[id(os.environ)] = os.environ
-                self._contents(holders.environment())
+            if not _ENVIRONMENT.isdisjoint(names):
+                self.later(os.environ, "the environment")
             self._globals(asked, space)
             files = [value for name in asked if isinstance(value := space.get(name), types.ModuleType)]
             seen = set[int]()

@@ -118,6 +118,7 @@ OPTIONS = {"temperature": 1.0}
 CONTEXT = contextvars.ContextVar("temperature", default=1.0)
 WEAK = weakref.WeakKeyDictionary({TRAINER: 1.0})
 PROXY = types.MappingProxyType(OPTIONS)
+SURROUNDINGS, asked_for = os.environ, os.getenv
 
 # What is read, and what a user sets between two calls.
 READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
@@ -177,6 +178,14 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, x: (
             x * float(os.environ.get("TEMPERATURE_OF_A_TEST", "1")) * float(os.getenv("TEMPERATURE_OF_A_TEST", "1"))
         ),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
+    ),
+    "the environment by another name": (
+        lambda net, x: x * float(SURROUNDINGS.get("TEMPERATURE_OF_A_TEST", "1")),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
+    ),
+    "the environment by a function of another name": (
+        lambda net, x: x * float(asked_for("TEMPERATURE_OF_A_TEST", "1")),
         lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
     ),
     "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
