@@ -8,7 +8,7 @@ that the call has computed.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .holders import Holder
+from .holders import Holder, plain_kind
 from .trees import Kept, TakenApart, realize
 from .walk import Found
 
@@ -32,12 +32,14 @@ class Effect:
         contents: by key what is set, as a pytree with `Ref`s in the place of tensors.
         gone: keys that are deleted.
         appended: of a list: what is put behind its end; None where the list gets `contents` anew.
+        order: of a dict all its keys in their order, if it is not by what is set and deleted.
     """
 
     holder: Holder
     contents: dict[Any, Any]
     gone: tuple[Any, ...] = ()
     appended: list[Any] | None = None
+    order: tuple[Any, ...] = ()
 
     @property
     def tree(self) -> Any:
@@ -65,9 +67,11 @@ class Effect:
         elif isinstance(thing, dict):
             for key in self.gone:
                 thing.pop(key, None)
-            kind: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
+            kind = plain_kind(thing)
             for key, value in contents.items():
                 kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
+            for key in self.order:
+                kind.__setitem__(thing, key, kind.pop(thing, key))
         else:
             holder = self.holder
             if thing is not holder.owner and holder.again is not None:
@@ -163,7 +167,10 @@ class Snapshot:
                 return Effect(holder, {}, (), [tree(len(old) + n, v) for n, v in enumerate(new[len(old) :])])
             return Effect(holder, {n: tree(n, value) for n, value in enumerate(new)})
         changed = {k: tree(k, v) for k, v in after.items() if k not in before or not _alike(before[k], v)}
-        return Effect(holder, changed, tuple(k for k in before if k not in after))
+        gone = tuple(k for k in before if k not in after)
+        order = [*(k for k in before if k in after), *(k for k in after if k not in before)]
+        moved = holder.kind == "dict" and order != list(after)
+        return Effect(holder, changed, gone, order=tuple(after) if moved else ())
 
     def was_there(self, thing: Any) -> bool:
         """Whether an object was found in the walk before the recording."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
+from .holders import plain_kind
 from .walk import of_library
 
 
@@ -38,9 +38,9 @@ class Made:
         made = _copied(self.like)
         items = realize(self.items, shared)
         if isinstance(made, dict):
-            kind: Any = OrderedDict if isinstance(made, OrderedDict) else dict
+            kind = plain_kind(made)
             for key, value in items.items():
-                kind.__setitem__(made, key, value)  # not the class's own, which may do more
+                kind.__setitem__(made, key, value)
         elif isinstance(made, list):
             list.extend(made, items)
         elif isinstance(made, set):
@@ -190,10 +190,10 @@ class TakenApart:
             return node.unflatten_fn([self._visit(child) for child in children], context)
         if isinstance(value, (dict, list, set)):
             like = _copied(value)
-            kind: Any = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
+            kind: Any = plain_kind(value) if isinstance(value, dict) else list if isinstance(value, list) else set
             kind.clear(like)
             getattr(like, "__dict__", {}).clear()  # attributes may be tensors, as those of transformers' outputs
-            items = dict(dict.items(value)) if isinstance(value, dict) else list(value)
+            items = dict(kind.items(value)) if isinstance(value, dict) else list(value)
             return Made(like, self._visit(items), _attributes(value, self._visit))
         fields = _attributes(value, self._visit)
         if not fields or (of_library(value) and not isinstance(value, types.SimpleNamespace)):

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -448,3 +448,39 @@ def test_recordings_of_what_several_places_have_are_the_same() -> None:
         assert net(torch.rand(1, 1, 40, 36))["kept"] is net.kept
     ((prepared,),) = next(iter(net._programs.kept.values()))
     assert len(prepared.staged.program.others) == 2
+
+
+def _first_to_the_end(kept: OrderedDict[str, float]) -> float:
+    kept.move_to_end(next(iter(kept)))
+    return next(iter(kept.values()))
+
+
+def _taken_out_and_put_back(kept: dict[str, float]) -> float:
+    first = next(iter(kept))
+    kept[first] = kept.pop(first)
+    return kept[first]
+
+
+def _one_more_and_one_less(kept: dict[Any, float]) -> float:
+    first, second, *_ = kept
+    kept[len(kept) + kept.pop(first)] = 5.0
+    kept[second] = kept.pop(second) + 1
+    return kept[second]
+
+
+BOTH = _taken_out_and_put_back, _one_more_and_one_less
+
+
+@pytest.mark.parametrize(
+    "kind, use", [(OrderedDict, _first_to_the_end), *((kind, use) for kind in (OrderedDict, dict) for use in BOTH)]
+)
+def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> None:
+    """A dict that was only brought into another order, as a cache is of what was used last, stayed in the old one."""
+
+    class Using(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.first(x), use(self.kept))
+
+    net = Using()
+    net.kept = kind(a=1.0, b=2.0, c=3.0)
+    compare(net, {}, lambda net: [list(net.kept.items())])
