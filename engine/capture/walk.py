@@ -275,6 +275,7 @@ class _Walk:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.later(default, name)
         if not of_library(function):
+            self._contents(holders.attributes(function, name, None))
             code, space = function.__code__, function.__globals__
             names = list(dict.fromkeys(mentioned(code)))
             # A global is none of the forward's because an attribute has its name; `sys.modules[__name__].size` asks so.

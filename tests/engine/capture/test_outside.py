@@ -238,6 +238,11 @@ def of_bytes(net: Any, x: Tensor) -> Tensor:
     return x * BYTES[-1]
 
 
+def of_a_function(net: Any, x: Tensor) -> Tensor:
+    of_a_function.calls = getattr(of_a_function, "calls", 0) + 1
+    return x * of_a_function.calls
+
+
 CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "a class": (counted(Settings, "calls"), lambda: setattr(Settings, "calls", 0)),
     "its own class": (of_its_class, lambda: setattr(Network, "calls", 0)),
@@ -246,6 +251,7 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "an array": (of_an_array, lambda: COUNTS.fill(0)),
     "bytes": (of_bytes, BYTES.clear),
     "a Counter": (of_a_counter, COUNTER.clear),
+    "an attribute of a function": (of_a_function, lambda: vars(of_a_function).clear()),
 }
 
 
