@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils import _pytree as pytree
 from ..errors import UnsupportedError
 from .holders import plain_kind
 from .walk import of_library
+
+_PLAIN = (str, bytes, int, float, complex, type(None), enum.Enum, type, types.ModuleType, nn.Module)
 
 
 class Made:
@@ -156,7 +159,7 @@ class TakenApart:
     def _visit(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._leaf(value)
-        if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module)):
+        if isinstance(value, _PLAIN):
             return value
         if isinstance(value, torch.Size):  # to pytrees a tuple
             return Made(value, None, {})

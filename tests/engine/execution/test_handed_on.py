@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 import types
 import weakref
@@ -484,3 +485,19 @@ def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> N
     net = Using()
     net.kept = kind(a=1.0, b=2.0, c=3.0)
     compare(net, {}, lambda net: [list(net.kept.items())])
+
+
+class Way(enum.Enum):
+    FIRST = 1.0
+    SECOND = 2.0
+
+
+def test_an_enum_is_kept_as_it_is() -> None:
+    """It was taken apart as an object, of which no other can be made."""
+
+    class Turning(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = Way.SECOND if self.kept is Way.FIRST else Way.FIRST
+            return self.end(self.first(x), self.kept.value)
+
+    compare(Turning(), {}, lambda net: [net.kept])
