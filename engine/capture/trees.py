@@ -7,11 +7,16 @@ stands in several places of what a forward leaves is a `Shared` in each of them,
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import enum
+import gc
 import types
+import weakref
+from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +27,7 @@ from ..errors import UnsupportedError
 from .holders import plain_kind
 from .walk import of_library
 
+_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)  # a library's, but as one's own
 _PLAIN = (str, bytes, int, float, complex, type(None), enum.Enum, type, types.ModuleType, nn.Module)
 
 
@@ -38,7 +44,8 @@ class Made:
         self.like, self.items, self.attributes = like, items, attributes
 
     def build(self, shared: dict[int, Any]) -> Any:
-        made = _copied(self.like)
+        bare = self.items is None and not isinstance(self.like, torch.Size)  # a `__copy__` may ask for attributes
+        made = _bare(type(self.like)) if bare else _copied(self.like)
         items = realize(self.items, shared)
         if isinstance(made, dict):
             kind = plain_kind(made)
@@ -85,6 +92,25 @@ class Shared:
     tree: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """A method, partial, frozenset, proxy or weak reference of objects that were made in the forward.
+
+    Attributes:
+        make: makes it again, of those of a call.
+        parts: what it is around, taken apart.
+    """
+
+    make: Callable[..., Any]
+    parts: list[Any]
+
+
+pytree.register_pytree_node(
+    Around,
+    lambda around: (around.parts, around.make),
+    lambda parts, make: Around(make, list(parts)),
+    serialized_type_name="gigamorph.engine.capture.trees.Around",
+)
 pytree.register_pytree_node(
     Shared,
     lambda shared: ([shared.tree], shared.number),
@@ -98,11 +124,15 @@ def _copied(value: Any) -> Any:
     try:
         return copy.copy(value)
     except TypeError:
-        return type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
+        return _bare(type(value))
+
+
+def _bare(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 def realize(tree: Any, shared: dict[int, Any]) -> Any:
-    """The tree with an object in the place of every `Made`, `Kept` and `Shared`.
+    """The tree with an object in the place of every `Made`, `Kept`, `Shared` and `Around`.
 
     Args:
         shared: by their numbers the objects of the call that several places have; those that are made are added.
@@ -113,9 +143,11 @@ def realize(tree: Any, shared: dict[int, Any]) -> Any:
             if leaf.number not in shared:
                 shared[leaf.number] = realize(leaf.tree, shared)
             return shared[leaf.number]
+        if isinstance(leaf, Around):
+            return leaf.make(*(realize(part, shared) for part in leaf.parts))
         return leaf.build(shared) if isinstance(leaf, Made) else leaf.find() if isinstance(leaf, Kept) else leaf
 
-    return pytree.tree_map(real, tree, is_leaf=lambda leaf: isinstance(leaf, (Made, Shared)))
+    return pytree.tree_map(real, tree, is_leaf=lambda leaf: isinstance(leaf, (Made, Shared, Around)))
 
 
 class TakenApart:
@@ -198,11 +230,38 @@ class TakenApart:
             getattr(like, "__dict__", {}).clear()  # attributes may be tensors, as those of transformers' outputs
             items = dict(kind.items(value)) if isinstance(value, dict) else list(value)
             return Made(like, self._visit(items), _attributes(value, self._visit))
+        if (around := _around(value)) is not None:
+            make, inside = around
+            parts = [self._visit(part) for part in inside]
+            return Around(make, parts) if any(a is not b for a, b in zip(inside, parts, strict=True)) else value
         fields = _attributes(value, self._visit)
-        if not fields or (of_library(value) and not isinstance(value, types.SimpleNamespace)):
+        if not fields or (of_library(value) and not isinstance(value, _OPEN)):
             return value
-        like = type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
-        return Made(like, None, fields)
+        return Made(_bare(type(value)), None, fields)
+
+
+def _around(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
+    """How a method, partial, frozenset, proxy or weak reference is made, and of what."""
+    if isinstance(value, types.MethodType):
+        return partial(types.MethodType, value.__func__), [value.__self__]
+    if isinstance(value, types.BuiltinMethodType):
+        return partial(_method, value.__name__), [value.__self__]
+    if type(value) is partial:
+        names, keywords = list(value.keywords), list(value.keywords.values())
+        count = len(value.args) + 1  # with the function
+        make = lambda *parts: partial(*parts[:count], **dict(zip(names, parts[count:], strict=True)))  # noqa: E731
+        return make, [value.func, *value.args, *keywords]
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType, gc.get_referents(value)[:1]
+    if type(value) is weakref.ref and value.__callback__ is None:
+        return weakref.ref, [value()]
+    if type(value) is frozenset:
+        return lambda *parts: frozenset(parts), list(value)
+    return None
+
+
+def _method(name: str, owner: Any) -> Any:
+    return getattr(owner, name)
 
 
 def _attributes(value: Any, visit: Callable[[Any], Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import enum
 import gc
 import types
 import weakref
-from collections import OrderedDict, deque, namedtuple
+from collections import ChainMap, OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -501,3 +502,62 @@ def test_an_enum_is_kept_as_it_is() -> None:
             return self.end(self.first(x), self.kept.value)
 
     compare(Turning(), {}, lambda net: [net.kept])
+
+
+class Steps:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def up(self) -> None:
+        self.count += 1
+
+
+def _user_dict(inner: dict[str, int]) -> Any:
+    made = UserDict()
+    made.data = inner
+    return made
+
+
+def _counted_up(inner: dict[str, int]) -> None:
+    inner["count"] = inner.get("count", 0) + 1
+
+
+# What is made of an object, how it is used, and how the object tells.
+AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]] = {
+    "method": (Steps, lambda one: one.up, lambda made: made(), lambda one: one.count),
+    "method of a list": (list, lambda one: one.append, lambda made: made(1), len),
+    "partial": (list, lambda one: partial(one.append, 1), lambda made: made(), len),
+    "partial with keywords": (list, lambda one: partial(_put, to=one), lambda made: made(1), len),
+    "weak reference": (Steps, weakref.ref, lambda made: made().up(), lambda one: one.count),
+    "frozenset": (Steps, lambda one: frozenset([one]), lambda made: next(iter(made)).up(), lambda one: one.count),
+    "proxy": (dict, types.MappingProxyType, lambda made: None, len),
+    "dict of dicts": (
+        dict,
+        lambda one: ChainMap(one),
+        lambda made: _counted_up(made.maps[0]),
+        lambda one: one["count"],
+    ),
+    "dict of a user's": (dict, _user_dict, _counted_up, lambda one: one["count"]),
+}
+
+
+def _put(item: int, to: list[int]) -> None:
+    to.append(item)
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_is_made_around_an_object_goes_with_it(kind: str) -> None:
+    """The one in the attribute was made again, what is around it was not: a method of it changed another object."""
+    make, around, use, count = AROUND[kind]
+
+    class Counting(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = make()
+                self.before = around(self.kept)
+            use(self.before)
+            if kind == "proxy":
+                self.kept[len(self.before)] = 1
+            return self.end(self.first(x), count(self.kept))
+
+    compare(Counting(), {}, lambda net: [count(net.kept)])
