@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from .accelerate import Accelerated
 from .capture.program import Given
 from .capture.trace import Program, Ref, capture
+from .capture.trees import realize
 from .errors import GigamorphError
 from .execution.branches import following
 from .execution.programs import Form
@@ -209,7 +210,8 @@ def _loss_alone(criterion: Criterion, structure: TreeSpec, leaves: list[Any], fo
     """The criterion on the network's outputs, which come before the labels; `leaves` tells where they are."""
     left = iter(tensors)
     result = [next(left) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
-    return criterion(tree_unflatten(result, form), tree_unflatten(list(left), structure))
+    outputs = realize(tree_unflatten(result, form), {})
+    return criterion(outputs, tree_unflatten(list(left), structure))
 
 
 def _fingerprint(

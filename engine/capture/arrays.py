@@ -9,7 +9,7 @@ long as what it was computed from is the same, which the guard looks after.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .holders import Holder
 from .state import Snapshot
 from .values import Values
 
@@ -45,6 +46,9 @@ class Arrays:
         self.values, self.snapshot = values, snapshot
         self._given: dict[int, list[_Given]] = {}  # id of a root
         self._tensors: list[tuple[Tensor, _Given]] = []  # on the memory of an array
+        before = zip(snapshot.found.holders, snapshot.contents, strict=True)
+        self._kept = [(h, contents) for h, contents in before if isinstance(h.owner, np.ndarray)]
+        self._lying_on: dict[int, list[tuple[Holder, Mapping[Any, Any]]]] = {}  # of a real tensor's root: those of it
 
     def give(self, array: np.ndarray, of: Tensor, again: Callable[[], np.ndarray | None]) -> None:
         """An array that stands for one on the memory of `of`."""
@@ -87,6 +91,20 @@ class Arrays:
         """
         for given in self._given.get(self._root(tensor), ()) if self._given else ():
             _refuse(given)
+        if self._kept:
+            self._refuse_kept(self._root(tensor))
+
+    def _refuse_kept(self, root: int) -> None:
+        """Refuse to read a tensor on a kept array that the forward has written to: calls write to it at their end."""
+        if root not in self._lying_on:
+            real = self.values.reals.get(root)
+            self._lying_on[root] = [kept for kept in self._kept if real is not None and shares(kept[0].owner, real)]
+        for holder, before in self._lying_on[root]:
+            if holder.read() != before:
+                raise UnsupportedError(
+                    f"{self.values.where()} reads a tensor on the memory of the NumPy array {holder.name}, which the "
+                    "forward has written to; write to the tensor (copy_, add_), or make it of the array (torch.tensor)"
+                )
 
     def finish(self) -> None:
         """The forward is over, and what it leaves in the network's state is right.
@@ -104,6 +122,7 @@ class Arrays:
         """Let all tensors and arrays of the recording go."""
         self._given.clear()
         self._tensors.clear()
+        self._lying_on.clear()
 
     def _all(self) -> Iterator[_Given]:
         for given in self._given.values():
@@ -124,10 +143,12 @@ class Arrays:
 
 
 def shares(array: np.ndarray, tensor: Tensor) -> bool:
-    """Whether an array lies in a tensor's memory."""
+    """Whether an array lies in a tensor's memory, or a part of it does."""
     memory = tensor.untyped_storage()
-    start = array.__array_interface__["data"][0]
-    return memory.data_ptr() <= start < memory.data_ptr() + memory.nbytes()
+    first = array.__array_interface__["data"][0]
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    start, end = first + sum(s for s in steps if s < 0), first + sum(s for s in steps if s > 0) + array.itemsize
+    return array.size > 0 and start < memory.data_ptr() + memory.nbytes() and memory.data_ptr() < end
 
 
 def _refuse(given: _Given) -> None:

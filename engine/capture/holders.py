@@ -29,7 +29,7 @@ class Holder:
         write: makes the contents these.
         parent: the holder in which the owner was found, and under which key; None for modules and functions.
         kind: which of a module's own dictionaries it is: "_parameters", "_buffers" or "_modules"; "attributes" of those
-            of any object, "tuple" of a tuple.
+            of any object, "dict" of any other dict, "tuple" of a tuple.
         fast: a dict or mapping whose values are the contents.
         again: the same for an owner that has taken the place of this one, unless it is a dict, list, set or deque.
     """
@@ -55,14 +55,20 @@ def attributes(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Hold
     return Holder(own, name, lambda: dict(own), write, parent, "attributes", fast=own)
 
 
-def mapping(thing: dict[Any, Any], name: str, parent: tuple[Holder, Any] | None, kind: str = "") -> Holder:
-    def write(contents: dict[Any, Any]) -> None:
-        kind: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
-        kind.clear(thing)
-        for key, value in contents.items():
-            kind.__setitem__(thing, key, value)  # not the class's own, which may do more
+def mapping(thing: dict[Any, Any], name: str, parent: tuple[Holder, Any] | None, kind: str = "dict") -> Holder:
+    plain = plain_kind(thing)
 
-    return Holder(thing, name, lambda: dict(dict.items(thing)), write, parent, kind, fast=thing)
+    def write(contents: dict[Any, Any]) -> None:
+        plain.clear(thing)
+        for key, value in contents.items():
+            plain.__setitem__(thing, key, value)
+
+    return Holder(thing, name, lambda: dict(plain.items(thing)), write, parent, kind, fast=thing)
+
+
+def plain_kind(thing: dict[Any, Any]) -> Any:
+    """The class whose methods reach a dict's contents and order; those of its own class may do more."""
+    return OrderedDict if isinstance(thing, OrderedDict) else dict
 
 
 def sequence(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from .trees import Made
+
 _OTHERS = 3  # circumstances that a program remembers besides its own
 
 
@@ -203,7 +205,7 @@ class Program:
         given = self.image, self.inputs, self.vectors, self.grad
         leaves = (leaf for op in self.ops for leaf in tree_leaves((op.args, op.kwargs)))
         numbers = [repr(leaf) for leaf in leaves if isinstance(leaf, (float, complex))]  # 0.0 equals -0.0
-        return given, self.ops, numbers, values, self.output, self.updates, results, self.branches
+        return given, self.ops, numbers, values, _exact(self.output), self.updates, results, self.branches
 
     def state(self) -> list[int]:
         """The values that are there before a call: parameters, buffers, constants."""
@@ -211,6 +213,12 @@ class Program:
 
 
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+
+
+def _exact(tree: Any) -> Any:
+    """Equal to that of another tree of the same types in the same order: dicts do not compare it, 1 equals True."""
+    leaves, form = tree_flatten(tree, is_leaf=lambda part: isinstance(part, Made))  # whose class may compare anyhow
+    return [(type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf) for leaf in leaves], form
 
 
 def refs(tree: Any) -> list[int]:

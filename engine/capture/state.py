@@ -8,7 +8,7 @@ that the call has computed.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .holders import Holder
-from .trees import Kept, realize, taken_apart
+from .holders import Holder, plain_kind
+from .trees import Kept, TakenApart, realize
 from .walk import Found
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
@@ -32,25 +32,28 @@ class Effect:
         contents: by key what is set, as a pytree with `Ref`s in the place of tensors.
         gone: keys that are deleted.
         appended: of a list: what is put behind its end; None where the list gets `contents` anew.
+        order: of a dict all its keys in their order, if it is not by what is set and deleted.
     """
 
     holder: Holder
     contents: dict[Any, Any]
     gone: tuple[Any, ...] = ()
     appended: list[Any] | None = None
+    order: tuple[Any, ...] = ()
 
     @property
     def tree(self) -> Any:
         return self.contents, self.appended
 
-    def ready(self, bind: Callable[[Any], Any]) -> Callable[[], None]:
-        """What does it; `bind` puts tensors in the place of `Ref`s.
+    def ready(self, bind: Callable[[Any], Any], shared: dict[int, Any]) -> Callable[[], None]:
+        """What does it; `bind` puts tensors in the place of `Ref`s, `shared` see `realize`.
 
         All effects of a call are made ready before the first is done: one may replace what another finds.
         """
         contents, appended = bind(self.tree)
-        contents = {key: realize(value) for key, value in contents.items()}
-        return partial(self._do, owner_now(self.holder), contents, None if appended is None else realize(appended))
+        contents = {key: realize(value, shared) for key, value in contents.items()}
+        appended = None if appended is None else realize(appended, shared)
+        return partial(self._do, owner_now(self.holder), contents, appended)
 
     def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None) -> None:
         if appended is not None:
@@ -64,9 +67,11 @@ class Effect:
         elif isinstance(thing, dict):
             for key in self.gone:
                 thing.pop(key, None)
-            kind: Any = OrderedDict if isinstance(thing, OrderedDict) else dict
+            kind = plain_kind(thing)
             for key, value in contents.items():
                 kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
+            for key in self.order:
+                kind.__setitem__(thing, key, kind.pop(thing, key))
         else:
             holder = self.holder
             if thing is not holder.owner and holder.again is not None:
@@ -133,8 +138,8 @@ class Snapshot:
             if not _same(holder.read(), contents):
                 holder.write(contents)
 
-    def effects(self, leaf: Callable[[Tensor], Any], twins: Mapping[int, Tensor]) -> list[Effect]:
-        """What has changed since, with `leaf(tensor)` in the place of tensors that the forward made.
+    def effects(self, apart: TakenApart, twins: Mapping[int, Tensor]) -> list[Effect]:
+        """What has changed since, taken apart.
 
         Args:
             twins: by the identity of real tensors what stood for them: assigning one (`self.count += 1`) is no change.
@@ -146,14 +151,14 @@ class Snapshot:
         for holder, before in zip(self.found.holders, self.contents, strict=True):
             after = {k: before[k] if _twin(before.get(k), v, twins) else v for k, v in holder.read().items()}
             if not _same(after, before):
-                found.append(self._effect(holder, before, after, leaf))
+                found.append(self._effect(holder, before, after, apart))
         return found
 
-    def _effect(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any], leaf: Any) -> Effect:
+    def _effect(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any], apart: TakenApart) -> Effect:
         self._refuse(holder, before, after)
 
         def tree(key: Any, value: Any) -> Any:
-            return taken_apart(value, leaf, self.kept, f"{holder.name}: attribute '{key}'")
+            return apart.tree(value, f"{holder.name}: attribute '{key}'")
 
         if isinstance(holder.owner, (list, deque, set)):
             old, new = list(before.values()), list(after.values())
@@ -162,7 +167,10 @@ class Snapshot:
                 return Effect(holder, {}, (), [tree(len(old) + n, v) for n, v in enumerate(new[len(old) :])])
             return Effect(holder, {n: tree(n, value) for n, value in enumerate(new)})
         changed = {k: tree(k, v) for k, v in after.items() if k not in before or not _alike(before[k], v)}
-        return Effect(holder, changed, tuple(k for k in before if k not in after))
+        gone = tuple(k for k in before if k not in after)
+        order = [*(k for k in before if k in after), *(k for k in after if k not in before)]
+        moved = holder.kind == "dict" and order != list(after)
+        return Effect(holder, changed, gone, order=tuple(after) if moved else ())
 
     def was_there(self, thing: Any) -> bool:
         """Whether an object was found in the walk before the recording."""

@@ -34,7 +34,7 @@ from .reach import mentioned
 from .recorder import Recorder
 from .refusals import as_refusal
 from .state import Place, Snapshot
-from .trees import taken_apart
+from .trees import TakenApart
 from .unseen import Unseen
 from .values import Values
 from .walk import imports_of_others, walk
@@ -283,13 +283,17 @@ class _Recording:
 
         for tensor in given:
             leaf(tensor)
-        program.output = taken_apart(result, leaf, snapshot.kept, "the result of the model")
-        if not refs(program.output):
+        apart = TakenApart(leaf, snapshot.kept)
+        output = apart.tree(result, "the result of the model")
+        if not refs(output):
             raise UnsupportedError(
                 f"the model returns a {type(result).__name__} without tensors that can be seen; "
                 "return a tensor, or a tuple, list or dict of tensors"
             )
-        program.effects = snapshot.effects(leaf, values.twins)
+        program.effects = snapshot.effects(apart, values.twins)
+        program.output = apart.settled(output)
+        for effect in program.effects:
+            effect.contents, effect.appended = apart.settled(effect.tree)
         program.hooks = self.recorder.hooks.finish(leaf)
         program.updates = values.updates()
 

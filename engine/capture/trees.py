@@ -1,16 +1,22 @@
 """Containers of a forward's results: PyTorch's pytrees, and objects that it does not know as such.
 
 Dataclasses, `SimpleNamespace`, subclasses of dict, list and set, and objects of the network's own classes are taken
-apart as well, each into a `Made` whose parts are a pytree; `realize` makes a new object of the same class of it.
+apart as well, each into a `Made` whose parts are a pytree; `realize` makes a new object of the same class of it. What
+stands in several places of what a forward leaves is a `Shared` in each of them, of which a call makes one object.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import enum
+import gc
 import types
-from collections import OrderedDict
+import weakref
+from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +24,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedError
+from .holders import plain_kind
 from .walk import of_library
+
+_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)  # a library's, but as one's own
+_PLAIN = (str, bytes, int, float, complex, type(None), enum.Enum, type, types.ModuleType, nn.Module)
 
 
 class Made:
@@ -33,19 +43,20 @@ class Made:
     def __init__(self, like: Any, items: Any, attributes: dict[str, Any]):
         self.like, self.items, self.attributes = like, items, attributes
 
-    def build(self) -> Any:
-        made = _copied(self.like)
-        items = realize(self.items)
+    def build(self, shared: dict[int, Any]) -> Any:
+        bare = self.items is None and not isinstance(self.like, torch.Size)  # a `__copy__` may ask for attributes
+        made = _bare(type(self.like)) if bare else _copied(self.like)
+        items = realize(self.items, shared)
         if isinstance(made, dict):
-            kind: Any = OrderedDict if isinstance(made, OrderedDict) else dict
+            kind = plain_kind(made)
             for key, value in items.items():
-                kind.__setitem__(made, key, value)  # not the class's own, which may do more
+                kind.__setitem__(made, key, value)
         elif isinstance(made, list):
             list.extend(made, items)
         elif isinstance(made, set):
             set.update(made, items)
         for name, value in self.attributes.items():
-            object.__setattr__(made, name, realize(value))
+            object.__setattr__(made, name, realize(value, shared))
         return made
 
 
@@ -68,72 +79,189 @@ pytree.register_pytree_node(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A container or object that was made in the forward and that it leaves in several places.
+
+    Attributes:
+        number: the same in all of them.
+        tree: it, taken apart.
+    """
+
+    number: int
+    tree: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """A method, partial, frozenset, proxy or weak reference of objects that were made in the forward.
+
+    Attributes:
+        make: makes it again, of those of a call.
+        parts: what it is around, taken apart.
+    """
+
+    make: Callable[..., Any]
+    parts: list[Any]
+
+
+pytree.register_pytree_node(
+    Around,
+    lambda around: (around.parts, around.make),
+    lambda parts, make: Around(make, list(parts)),
+    serialized_type_name="gigamorph.engine.capture.trees.Around",
+)
+pytree.register_pytree_node(
+    Shared,
+    lambda shared: ([shared.tree], shared.number),
+    lambda parts, number: Shared(number, *parts),
+    serialized_type_name="gigamorph.engine.capture.trees.Shared",
+)
+
+
 def _copied(value: Any) -> Any:
     """A shallow copy; without contents, where its class takes arguments that a copy does not give it."""
     try:
         return copy.copy(value)
     except TypeError:
-        return type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
+        return _bare(type(value))
 
 
-def realize(tree: Any) -> Any:
-    """The tree with an object in the place of every `Made` and `Kept`."""
-
-    def real(leaf: Any) -> Any:
-        return leaf.build() if isinstance(leaf, Made) else leaf.find() if isinstance(leaf, Kept) else leaf
-
-    return pytree.tree_map(real, tree, is_leaf=lambda leaf: isinstance(leaf, Made))
+def _bare(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
-def taken_apart(value: Any, leaf: Callable[[Tensor], Any], keep: Callable[[Any], Kept | None], where: str) -> Any:
-    """The tree with `leaf(tensor)` in the place of tensors, as a pytree.
+def realize(tree: Any, shared: dict[int, Any]) -> Any:
+    """The tree with an object in the place of every `Made`, `Kept`, `Shared` and `Around`.
 
     Args:
-        keep: what stands for an object that was there before the forward; None for others.
-        where: what messages call the place of the tree.
-
-    Raises:
-        UnsupportedError: for objects that contain themselves.
+        shared: by their numbers the objects of the call that several places have; those that are made are added.
     """
-    inside: list[int] = []
 
-    def visit(value: Any) -> Any:
+    def real(leaf: Any) -> Any:
+        if isinstance(leaf, Shared):
+            if leaf.number not in shared:
+                shared[leaf.number] = realize(leaf.tree, shared)
+            return shared[leaf.number]
+        if isinstance(leaf, Around):
+            return leaf.make(*(realize(part, shared) for part in leaf.parts))
+        return leaf.build(shared) if isinstance(leaf, Made) else leaf.find() if isinstance(leaf, Kept) else leaf
+
+    return pytree.tree_map(real, tree, is_leaf=lambda leaf: isinstance(leaf, (Made, Shared, Around)))
+
+
+class TakenApart:
+    """Takes what one forward leaves apart, its result and what it has put elsewhere.
+
+    Args:
+        leaf: what stands for a tensor.
+        keep: what stands for an object that was there before the forward; None for others.
+    """
+
+    def __init__(self, leaf: Callable[[Tensor], Any], keep: Callable[[Any], Kept | None]):
+        self._leaf, self._keep = leaf, keep
+        self._met: dict[int, tuple[Any, Shared]] = {}  # with the object, so that no other one can have its identity
+        self._again: set[int] = set()
+        self._inside: list[int] = []
+        self._where = ""
+
+    def tree(self, value: Any, where: str) -> Any:
+        """What is in a place, as a pytree; see `settled`.
+
+        Args:
+            where: what messages call the place.
+
+        Raises:
+            UnsupportedError: for objects that contain themselves.
+        """
+        self._where = where
+        return self._visit(value)
+
+    def settled(self, tree: Any) -> Any:
+        """A tree when all have been made: only what was met several times is a `Shared`."""
+
+        def settle(leaf: Any) -> Any:
+            if not isinstance(leaf, Shared):
+                return leaf
+            inner = self.settled(leaf.tree)
+            return Shared(leaf.number, inner) if leaf.number in self._again else inner
+
+        return pytree.tree_map(settle, tree, is_leaf=lambda leaf: isinstance(leaf, Shared))
+
+    def _visit(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return leaf(value)
-        if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.ModuleType, nn.Module)):
+            return self._leaf(value)
+        if isinstance(value, _PLAIN):
             return value
         if isinstance(value, torch.Size):  # to pytrees a tuple
             return Made(value, None, {})
-        if id(value) in inside:
-            raise UnsupportedError(f"{where} holds a {type(value).__name__} that contains itself; return plain values")
-        if (kept := keep(value)) is not None:
+        if id(value) in self._inside:
+            raise UnsupportedError(
+                f"{self._where} holds a {type(value).__name__} that contains itself; return plain values"
+            )
+        if (kept := self._keep(value)) is not None:
             return kept
-        inside.append(id(value))
+        if id(value) in self._met:
+            _, shared = self._met[id(value)]
+            self._again.add(shared.number)
+            return shared
+        self._inside.append(id(value))
         try:
-            return parts(value)
+            parts = self._parts(value)
         finally:
-            inside.pop()
+            self._inside.pop()
+        if parts is value or isinstance(value, tuple):  # of two equal tuples nobody asks which one it is
+            return parts
+        # Numbers are given in the order of the result first: those of two equal results mean the same places.
+        shared = Shared(len(self._met), parts)
+        self._met[id(value)] = value, shared
+        return shared
 
-    def parts(value: Any) -> Any:
+    def _parts(self, value: Any) -> Any:
         node = pytree.SUPPORTED_NODES.get(type(value))
         if node is not None or pytree.is_namedtuple_instance(value):
             node = node or pytree.SUPPORTED_NODES[pytree.namedtuple]  # pyright: ignore
             children, context = node.flatten_fn(value)
-            return node.unflatten_fn([visit(child) for child in children], context)
+            return node.unflatten_fn([self._visit(child) for child in children], context)
         if isinstance(value, (dict, list, set)):
             like = _copied(value)
-            kind: Any = next(c for c in (OrderedDict, dict, list, set) if isinstance(value, c))
+            kind: Any = plain_kind(value) if isinstance(value, dict) else list if isinstance(value, list) else set
             kind.clear(like)
             getattr(like, "__dict__", {}).clear()  # attributes may be tensors, as those of transformers' outputs
-            items = dict(dict.items(value)) if isinstance(value, dict) else list(value)
-            return Made(like, visit(items), _attributes(value, visit))
-        fields = _attributes(value, visit)
-        if not fields or (of_library(value) and not isinstance(value, types.SimpleNamespace)):
+            items = dict(kind.items(value)) if isinstance(value, dict) else list(value)
+            return Made(like, self._visit(items), _attributes(value, self._visit))
+        if (around := _around(value)) is not None:
+            make, inside = around
+            parts = [self._visit(part) for part in inside]
+            return Around(make, parts) if any(a is not b for a, b in zip(inside, parts, strict=True)) else value
+        fields = _attributes(value, self._visit)
+        if not fields or (of_library(value) and not isinstance(value, _OPEN)):
             return value
-        like = type(value).__new__(type(value))  # pyright: ignore[reportCallIssue]
-        return Made(like, None, fields)
+        return Made(_bare(type(value)), None, fields)
 
-    return visit(value)
+
+def _around(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
+    """How a method, partial, frozenset, proxy or weak reference is made, and of what."""
+    if isinstance(value, types.MethodType):
+        return partial(types.MethodType, value.__func__), [value.__self__]
+    if isinstance(value, types.BuiltinMethodType):
+        return partial(_method, value.__name__), [value.__self__]
+    if type(value) is partial:
+        names, keywords = list(value.keywords), list(value.keywords.values())
+        count = len(value.args) + 1  # with the function
+        make = lambda *parts: partial(*parts[:count], **dict(zip(names, parts[count:], strict=True)))  # noqa: E731
+        return make, [value.func, *value.args, *keywords]
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType, gc.get_referents(value)[:1]
+    if type(value) is weakref.ref and value.__callback__ is None:
+        return weakref.ref, [value()]
+    if type(value) is frozenset:
+        return lambda *parts: frozenset(parts), list(value)
+    return None
+
+
+def _method(name: str, owner: Any) -> Any:
+    return getattr(owner, name)
 
 
 def _attributes(value: Any, visit: Callable[[Any], Any]) -> dict[str, Any]:

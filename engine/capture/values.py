@@ -44,6 +44,7 @@ class Values:
             self.names[id(tensor)] = name
         self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
+        self.reals: dict[int, Tensor] = {}  # id of a fake twin -> real tensor
         self.written: set[int] = set()  # memory of real tensors that has been written to
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
         self.passing: list[Tensor] = []  # real tensors on arrays that the forward makes: no call leaves what it writes
@@ -114,8 +115,7 @@ class Values:
             device = self.device if tensor.is_meta else tensor.device  # plans take networks without values
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
-        self.alive.append(tensor)
-        self.twins[id(tensor)] = twin
+        self.twins[id(tensor)], self.reals[id(twin)] = twin, tensor
         name = self.names.get(id(tensor))
         number = self.first[id(twin)] = self.new_value(twin, name, None if name else tensor)
         self.program.values[number].trainable = tensor.requires_grad
@@ -202,14 +202,13 @@ class Values:
 
     def _mates(self, root: Tensor) -> None:
         """Refuse writes to real tensors whose memory other tensors of the network look at."""
-        real = {id(twin): key for key, twin in self.twins.items()}.get(id(root))
+        real = self.reals.get(id(root))
         if real is None:
             return
-        objects = {id(t): t for t in self.alive}
-        memory = objects[real].untyped_storage()._cdata
+        memory = real.untyped_storage()._cdata
         self.written.add(memory)
-        for key in self.twins:
-            if key != real and objects[key].untyped_storage()._cdata == memory:
+        for other in self.reals.values():
+            if other is not real and other.untyped_storage()._cdata == memory:
                 raise UnsupportedError(
                     f"{self.where()} writes to a tensor whose memory another tensor of the network shares; keep one of "
                     "them, and make the other from it in the forward"
@@ -271,11 +270,9 @@ class Values:
 
     def state(self) -> Iterator[tuple[int, Tensor]]:
         """The values that stand for real tensors."""
-        reals = {id(twin): key for key, twin in self.twins.items()}
-        objects = {id(t): t for t in self.alive}
         for twin_id, number in self.first.items():
-            if twin_id in reals:
-                yield number, objects[reals[twin_id]]
+            if twin_id in self.reals:
+                yield number, self.reals[twin_id]
 
     def updates(self) -> list[tuple[int, int]]:
         """The tensors from outside that were written to: the value that each came with, and its last."""
@@ -290,6 +287,7 @@ class Values:
     def forget(self) -> None:
         """Let all tensors of the recording go."""
         self.alive.clear()
+        self.reals.clear()
         self.passing.clear()
         self.aliases = Aliases()
         self.twins.clear()

@@ -149,6 +149,10 @@ class _Walk:
         self.found.ids[id(thing)] = thing
         if isinstance(thing, nn.Module):
             self._module(thing, name)
+        elif thing is os.environ:
+            self._contents(holders.environment())
+        elif thing is os.getenv:  # by whatever name code has it
+            self.later(os.environ, name)
         elif isinstance(thing, types.FunctionType):
             self._function(thing, name)
         elif isinstance(thing, types.MethodType):
@@ -271,15 +275,15 @@ class _Walk:
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.later(default, name)
         if not of_library(function):
+            self._contents(holders.attributes(function, name, None))
             code, space = function.__code__, function.__globals__
             names = list(dict.fromkeys(mentioned(code)))
             # A global is none of the forward's because an attribute has its name; `sys.modules[__name__].size` asks so.
             by_file = not _OWN_FILE.isdisjoint(names) or {"sys", "modules"} <= {*names}
             here = names if by_file else list(dict.fromkeys(loaded(code)))
             asked = [*space] if "globals" in names else here
-            if not _ENVIRONMENT.isdisjoint(names) and id(os.environ) not in self.found.ids:
-                self.found.ids[id(os.environ)] = os.environ
-                self._contents(holders.environment())
+            if not _ENVIRONMENT.isdisjoint(names):
+                self.later(os.environ, "the environment")
             self._globals(asked, space)
             files = [value for name in asked if isinstance(value := space.get(name), types.ModuleType)]
             seen = set[int]()

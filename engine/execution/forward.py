@@ -92,6 +92,7 @@ class Forward:
         self.supposed = Supposed(program, device)
         self.saved = SavedElsewhere(prepared.brought, prepared.staged.place)
         self._apart: dict[int, Tensor] = {}
+        self._shared: dict[int, Any] = {}  # see `trees.realize`
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
@@ -248,7 +249,7 @@ class Forward:
         for hook in program.hooks:
             hook.apply(self._bound, order)
         self._order_hooks()
-        return realize(self._bound(self.prepared.staged.program.output))
+        return realize(self._bound(program.output), self._shared)
 
     def _order_hooks(self) -> None:
         """Hooks of tensors are called in the order of stock's backward: of those that are made later, first.
@@ -314,7 +315,7 @@ class Forward:
             self.passed[after] = target
         _write(plain)
         result = self.output()
-        for change in [effect.ready(self._bound) for effect in program.effects]:
+        for change in [effect.ready(self._bound, self._shared) for effect in program.effects]:
             change()
         return result
 

@@ -26,7 +26,7 @@ def _rows(program: Program) -> list[tuple[int, ...]]:
     for leaf in tree_leaves(program.output, is_leaf=lambda part: isinstance(part, Made)):
         shape = tuple(program.values[leaf.value].shape) if isinstance(leaf, Ref) else ()
         if not shape:
-            kind = type(leaf.like if isinstance(leaf, Made) else realize(leaf)).__name__
+            kind = type(leaf.like if isinstance(leaf, Made) else realize(leaf, {})).__name__
             raise GigamorphError(
                 "outputs of images of several sizes are concatenated, but this network returns "
                 f"{'a number' if isinstance(leaf, Ref) else kind}; call it for each image"

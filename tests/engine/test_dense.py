@@ -360,3 +360,23 @@ def test_bounded_memory(tmp_path, suffix):
     map_bytes, written, learned = map(int, printed[-3:])
     assert written < map_bytes / 4
     assert learned < map_bytes / 4
+
+
+def test_a_criterion_gets_the_object_that_the_network_also_keeps():
+    """It would get what stands for the object in the recording."""
+
+    class Keeping(UNet):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            self.kept = {"map": super().forward(x)}
+            return self.kept
+
+    torch.manual_seed(0)
+    net = Keeping().double()
+    stock, labels = copy.deepcopy(net), torch.randint(CLASSES, (1, HEIGHT, WIDTH))
+    x = torch.rand(1, 2, HEIGHT, WIDTH, dtype=torch.float64)
+
+    def criterion(found: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(found["map"], y)
+
+    ours = dense_loss(accelerate(net, tile=16), x, labels, criterion)
+    torch.testing.assert_close(ours, criterion(stock(x), labels))

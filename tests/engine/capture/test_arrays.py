@@ -109,6 +109,42 @@ def test_a_write_that_changes_nothing_is_refused_once_it_changes_something():
         accelerated(x)
 
 
+ON_A_KEPT_ARRAY: dict[str, Scale] = {
+    "from the constructor": lambda net: then(added(net.array), net.on_array),
+    "made after the write": lambda net: torch.from_numpy(added(net.array)),
+    "made before the write": lambda net: then(added(net.array), torch.from_numpy(net.array)),
+    "on a part": lambda net: then(added(net.array), torch.from_numpy(net.array[1:])),
+    "read before and after": lambda net: net.on_array * 2 + then(added(net.array), net.on_array),
+}
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("name", ON_A_KEPT_ARRAY)
+def test_a_tensor_on_a_kept_array_that_was_written_to(name):
+    """Each call reads the tensor before it writes to the array: it read what had been there."""
+    net = network(ON_A_KEPT_ARRAY[name])
+    net.on_array = torch.from_numpy(net.array)
+    with pytest.raises(UnsupportedError, match=r"\(test_arrays.py:\d+\) reads a tensor.*NumPy array the model.array"):
+        accelerate(net, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
+    assert np.array_equal(net.array, [1, 1])
+
+
+def test_a_kept_array_that_is_written_to_after_its_tensor_was_read():
+    def scale(net: Any) -> Tensor:
+        now = net.on_array * 2
+        net.array += 1
+        return now
+
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    stock, net = network(scale), network(scale)
+    for each in (stock, net):
+        each.on_array = torch.from_numpy(each.array)
+    tiled = accelerate(net, tile=8)
+    for _ in range(3):
+        torch.testing.assert_close(tiled(x), stock(x))
+        assert np.array_equal(net.array, stock.array)
+
+
 def from_numpy(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     tensor += 1

@@ -118,6 +118,7 @@ OPTIONS = {"temperature": 1.0}
 CONTEXT = contextvars.ContextVar("temperature", default=1.0)
 WEAK = weakref.WeakKeyDictionary({TRAINER: 1.0})
 PROXY = types.MappingProxyType(OPTIONS)
+SURROUNDINGS, asked_for = os.environ, os.getenv
 
 # What is read, and what a user sets between two calls.
 READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
@@ -179,6 +180,14 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         ),
         lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
     ),
+    "the environment by another name": (
+        lambda net, x: x * float(SURROUNDINGS.get("TEMPERATURE_OF_A_TEST", "1")),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
+    ),
+    "the environment by a function of another name": (
+        lambda net, x: x * float(asked_for("TEMPERATURE_OF_A_TEST", "1")),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
+    ),
     "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
 }
 
@@ -229,6 +238,11 @@ def of_bytes(net: Any, x: Tensor) -> Tensor:
     return x * BYTES[-1]
 
 
+def of_a_function(net: Any, x: Tensor) -> Tensor:
+    of_a_function.calls = getattr(of_a_function, "calls", 0) + 1
+    return x * of_a_function.calls
+
+
 CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "a class": (counted(Settings, "calls"), lambda: setattr(Settings, "calls", 0)),
     "its own class": (of_its_class, lambda: setattr(Network, "calls", 0)),
@@ -237,6 +251,7 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "an array": (of_an_array, lambda: COUNTS.fill(0)),
     "bytes": (of_bytes, BYTES.clear),
     "a Counter": (of_a_counter, COUNTER.clear),
+    "an attribute of a function": (of_a_function, lambda: vars(of_a_function).clear()),
 }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import gc
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import ChainMap, OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -364,3 +366,198 @@ def test_maps_inside_of_containers_go_with_the_next_call(handed: bool) -> None:
         maps.append(weakref.ref(net.kept["maps"][0]))
     gc.collect()
     assert [one() is not None for one in maps] == [False] * 4 + [handed, True]
+
+
+def _of_list(net: Any, _y: Tensor) -> Any:
+    if net.kept is None:
+        net.kept = net.before = []
+    net.kept.append(1)
+    return net.kept, net.before
+
+
+def _of_dict(net: Any, y: Tensor) -> Any:
+    net.kept = {"map": y.detach()}
+    return net.kept, net.kept
+
+
+def _of_object(net: Any, y: Tensor) -> Any:
+    made = Plain(y.detach())
+    net.kept, net.before = {"object": made}, (made, 1)
+    return made, [made]
+
+
+def _inside_of_another(net: Any, y: Tensor) -> Any:
+    inner = [y.detach()]
+    net.kept, net.before = {"list": inner}, types.SimpleNamespace(list=inner)
+    return net.kept, inner
+
+
+def _two_alike(net: Any, y: Tensor) -> Any:
+    net.kept, net.before = [y.detach()], [y.detach()]
+    return net.before, net.kept
+
+
+@pytest.mark.parametrize("keep", [_of_list, _of_dict, _of_object, _inside_of_another, _two_alike])
+def test_what_stands_in_several_places_is_one_object(keep: Callable[[Any, Tensor], Any]) -> None:
+    """Each place got an object of its own: what a later call put in one of them the others lacked."""
+
+    class Sharing(Network):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            return self.end(y), keep(self, y)
+
+    def objects(thing: Any) -> list[Any]:
+        """All containers and objects, in order."""
+        if isinstance(thing, (Tensor, int)) or thing is None:
+            return []
+        inside = thing.values() if isinstance(thing, dict) else thing
+        inside = vars(thing).values() if hasattr(thing, "__dict__") else inside
+        return [*([] if type(thing) is tuple else [thing]), *(each for part in inside for each in objects(part))]
+
+    def same_ones(net: Any, result: Any) -> list[Any]:
+        found = objects((result, net.kept, net.before))
+        return [(type(one), [one is other for other in found], getattr(one, "__len__", int)()) for one in found]
+
+    torch.manual_seed(0)
+    net = Sharing()
+    stock, ours = copy.deepcopy(net), accelerate(net, tile=16)
+    for _ in range(4):
+        x = torch.rand(1, 1, 40, 36)
+        expected, got = stock(x), ours(x)
+        torch.testing.assert_close(got[0], expected[0])
+        assert same_ones(net, got[1]) == same_ones(stock, expected[1])
+    (last, *_) = (part for part in objects((net.kept, net.before)))
+    ours(torch.rand(1, 1, 40, 36))
+    assert (net.kept is last) == (keep is _of_list)
+
+
+def test_recordings_of_what_several_places_have_are_the_same() -> None:
+    """Else each would be planned anew."""
+
+    class Counting(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x)
+            self.calls += 1
+            self.kept = {"map": y.detach()}
+            return {"end": self.end(y), "kept": self.kept}
+
+    net = accelerate(Counting(), tile=16)
+    for _ in range(3):
+        assert net(torch.rand(1, 1, 40, 36))["kept"] is net.kept
+    ((prepared,),) = next(iter(net._programs.kept.values()))
+    assert len(prepared.staged.program.others) == 2
+
+
+def _first_to_the_end(kept: OrderedDict[str, float]) -> float:
+    kept.move_to_end(next(iter(kept)))
+    return next(iter(kept.values()))
+
+
+def _taken_out_and_put_back(kept: dict[str, float]) -> float:
+    first = next(iter(kept))
+    kept[first] = kept.pop(first)
+    return kept[first]
+
+
+def _one_more_and_one_less(kept: dict[Any, float]) -> float:
+    first, second, *_ = kept
+    kept[len(kept) + kept.pop(first)] = 5.0
+    kept[second] = kept.pop(second) + 1
+    return kept[second]
+
+
+BOTH = _taken_out_and_put_back, _one_more_and_one_less
+
+
+@pytest.mark.parametrize(
+    "kind, use", [(OrderedDict, _first_to_the_end), *((kind, use) for kind in (OrderedDict, dict) for use in BOTH)]
+)
+def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> None:
+    """A dict that was only brought into another order, as a cache is of what was used last, stayed in the old one."""
+
+    class Using(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.first(x), use(self.kept))
+
+    net = Using()
+    net.kept = kind(a=1.0, b=2.0, c=3.0)
+    compare(net, {}, lambda net: [list(net.kept.items())])
+
+
+class Way(enum.Enum):
+    FIRST = 1.0
+    SECOND = 2.0
+
+
+def test_an_enum_is_kept_as_it_is() -> None:
+    """It was taken apart as an object, of which no other can be made."""
+
+    class Turning(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = Way.SECOND if self.kept is Way.FIRST else Way.FIRST
+            return self.end(self.first(x), self.kept.value)
+
+    compare(Turning(), {}, lambda net: [net.kept])
+
+
+class Steps:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def up(self) -> None:
+        self.count += 1
+
+
+def _user_dict(inner: dict[str, int]) -> Any:
+    made = UserDict()
+    made.data = inner
+    return made
+
+
+def _counted_up(inner: dict[str, int]) -> None:
+    inner["count"] = inner.get("count", 0) + 1
+
+
+# What is made of an object, how it is used, and how the object tells.
+AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]] = {
+    "method": (Steps, lambda one: one.up, lambda made: made(), lambda one: one.count),
+    "method of a list": (list, lambda one: one.append, lambda made: made(1), len),
+    "partial": (list, lambda one: partial(one.append, 1), lambda made: made(), len),
+    "partial with keywords": (list, lambda one: partial(_put, to=one), lambda made: made(1), len),
+    "weak reference": (Steps, weakref.ref, lambda made: made().up(), lambda one: one.count),
+    "frozenset": (Steps, lambda one: frozenset([one]), lambda made: next(iter(made)).up(), lambda one: one.count),
+    "proxy": (dict, types.MappingProxyType, lambda made: None, len),
+    "dict of dicts": (
+        dict,
+        lambda one: ChainMap(one),
+        lambda made: _counted_up(made.maps[0]),
+        lambda one: one["count"],
+    ),
+    "dict of a user's": (dict, _user_dict, _counted_up, lambda one: one["count"]),
+}
+
+
+def _put(item: int, to: list[int]) -> None:
+    to.append(item)
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_is_made_around_an_object_goes_with_it(kind: str) -> None:
+    """The one in the attribute was made again, what is around it was not: a method of it changed another object."""
+    make, around, use, count = AROUND[kind]
+
+    class Counting(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = make()
+                self.before = around(self.kept)
+            use(self.before)
+            if kind == "proxy":
+                self.kept[len(self.before)] = 1
+            return self.end(self.first(x), count(self.kept))
+
+    compare(Counting(), {}, lambda net: [count(net.kept)])

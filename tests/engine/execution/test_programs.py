@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import itertools
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from gigamorph import accelerate
 from gigamorph.engine.capture import trace
@@ -171,3 +173,35 @@ def test_circumstances_keep_nothing_that_the_network_has_no_longer(kind: str) ->
         step(net, 40, 33)
     gc.collect()
     assert [one() is not None for one in given] == [False] * 4 + [True]
+
+
+RESULTS: dict[str, tuple[Any, Any]] = {
+    "int and float": (lambda y: {"map": y, "share": 1}, lambda y: {"map": y, "share": 1.0}),
+    "int and bool": (lambda y: (y, 1), lambda y: (y, True)),
+    "sign of zero": (lambda y: (y, 0.0), lambda y: (y, -0.0)),
+    "order of a dict": (lambda y: {"map": y, "share": 1}, lambda y: {"share": 1, "map": y}),
+    "kinds of dicts": (lambda y: {"map": y}, lambda y: collections.OrderedDict(map=y)),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_results_that_are_equal_but_not_the_same(kind: str) -> None:
+    """The recording of the second was taken for that of the first, which the network went on returning."""
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.way = nn.Conv2d(1, 2, 3), 0
+
+        def forward(self, x: Tensor) -> Any:
+            return RESULTS[kind][self.way](self.layer(x))
+
+    def described(result: Any) -> str:
+        parts = list(result.items() if isinstance(result, dict) else result)
+        return repr((type(result), tree_map(lambda leaf: "map" if isinstance(leaf, Tensor) else leaf, parts)))
+
+    stock = Returning()
+    net, x = accelerate(copy.deepcopy(stock), tile=16), torch.rand(1, 1, 40, 36)
+    for way in (0, 1, 0, 1):
+        stock.way = net.way = way
+        assert described(net(x)) == described(stock(x))
