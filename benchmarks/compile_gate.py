@@ -9,10 +9,12 @@ Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit cod
     registers that a loop rewrites while wgmma may still read them (triton-lang/triton#9433)
 
 The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels are those without descriptors.
-The launches are those that the engine makes (`recorded_step.py`): of six networks with frozen and with live norms, in
+The launches are those that the engine makes (`recorded_step.py`): of eight networks with frozen and with live norms, in
 bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and of an image of 32768 x 32768
-in one tile. The last line holds the worst figures. All of it takes
-hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has for the chips.
+in one tile. The last line holds the worst figures.
+
+All of it takes hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has
+for the chips.
 
     python benchmarks/compile_gate.py [--quick] [--only conv2d_forward,pool] [--network resnet50] [--chip 90]
         [--rows FILE] [--faults]

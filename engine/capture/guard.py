@@ -209,9 +209,9 @@ class Guard:
         places = {id(thing): place for place, thing in enumerate(self._state())}
 
         def known(thing: Any) -> Any:
-            return ("elsewhere", id(thing)) if id(thing) in self.elsewhere else places.get(id(thing), -1)
+            return ("elsewhere", id(thing)) if id(thing) in self.elsewhere else places.get(id(thing))
 
-        looks = Looks(lambda thing: None if (which := known(thing)) == -1 else ("known", which))
+        looks = Looks(known)
         asked = ((holder.read(), forms) for holder, forms in self.loose)
         return [looks.at(now.get(key), form) for now, forms in asked for key, form in forms.items()]
 

@@ -25,8 +25,6 @@ PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.Size, torch.dt
 _VALUES = (*PLAIN, numbers.Number, np.generic, enum.Enum)  # that are equal or not, whichever object it is
 # Of these it counts which one it is: the walk has their contents apart.
 _OWN_PLACE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, partial, nn.Module)
-
-
 _CONTAINERS = (dict, list, set, frozenset, deque)
 
 
@@ -45,7 +43,7 @@ class Looks:
     are the same ones.
 
     Args:
-        known: tells what the network has elsewhere.
+        known: tells where the network has something elsewhere; None where it has not.
     """
 
     def __init__(self, known: Callable[[Any], Any]):

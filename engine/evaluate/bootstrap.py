@@ -40,6 +40,13 @@ class Spread:
         return found | ({"why": self.why} if self.why else {})
 
 
+def listed(value: float, spread: Spread, undefined: str) -> dict[str, Any]:
+    """A measure with how it varies; `undefined` tells why there is none where the value is NaN."""
+    if np.isnan(value):
+        return {"value": None, **Spread(None, None, undefined).listed()}
+    return {"value": float(value), **spread.listed()}
+
+
 class Resamples:
     """Patients drawn with replacement; the same seed gives the same draws.
 

@@ -12,7 +12,7 @@ from ..datasets.masks import Classes
 from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
 from ..versions import versions
-from .bootstrap import Array, Resamples
+from .bootstrap import Array, Resamples, listed
 from .read import read_rows_of
 from .report import format_value, no_interval
 
@@ -103,12 +103,7 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
             return {**{DICE + name: each[:, column] for column, name in enumerate(names)}, "dice": mean}
 
         found, around = means(np.ones((1, len(values)))), Resamples(clusters, resamples, seed).spreads(means)
-        return {
-            name: {"value": None, "bootstrap": None, "standard_error": None, "why": _UNDEFINED}
-            if np.isnan(one[0])
-            else {"value": float(one[0]), **around[name].listed()}
-            for name, one in found.items()
-        }
+        return {name: listed(one[0], around[name], _UNDEFINED) for name, one in found.items()}
 
     patients = [row.get("patient_id", "") for row in rows.rows]
     return {

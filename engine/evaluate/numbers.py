@@ -17,7 +17,7 @@ from ..files import write_atomically
 from ..report.figure import open_axes, png
 from ..report.page import Table, write_page
 from ..versions import versions
-from .bootstrap import Resamples
+from .bootstrap import Resamples, listed
 from .cases import Cases
 from .evaluate import Settings, at_levels
 from .report import SOURCES, format_value
@@ -110,12 +110,7 @@ def _measure(cases: Cases, column: int, resamples: Resamples) -> dict[str, Any]:
         return {"rows": 0, "undefined": "no row has a true number"}
     ones = statistics(truth, predicted, np.ones((1, len(rows))))
     around = resamples.spreads(lambda weights: statistics(truth, predicted, weights), rows)
-    measures = {
-        name: {"value": None, "bootstrap": None, "standard_error": None, "why": _UNDEFINED}
-        if np.isnan(value[0])
-        else {"value": float(value[0]), **around[name].listed()}
-        for name, value in ones.items()
-    }
+    measures = {name: listed(value[0], around[name], _UNDEFINED) for name, value in ones.items()}
     varied = len(set(truth.tolist())) > 1 and len(set(predicted.tolist())) > 1
     return {
         "rows": len(rows),

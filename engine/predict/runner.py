@@ -248,12 +248,11 @@ def _told_of_errors(outcomes: Generator[Outcome, None, None]) -> Iterator[Iterat
     Processes that nobody waits for would not end where this one is a child of `multiprocessing`, which closes their
     queue first.
     """
-    with contextlib.closing(outcomes):
-        try:
-            yield outcomes
-        except BaseException as error:
-            outcomes.throw(error)
-            raise
+    try:
+        yield outcomes
+    except BaseException as error:
+        outcomes.throw(error)
+        raise
 
 
 def default_workers(options: RunOptions) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import GigamorphError
 from ..lowering.ops import Axes
 from .halos import Rect, cut
+from .page_pool import GIVES_BACK
 
 TILE = 256
 Put = Callable[[Tensor, Rect], None]
@@ -140,7 +141,8 @@ def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Itera
 
     def put(block: Tensor, rect: Rect) -> None:
         assign(block, rect)
-        if rect[3] == shape[axes[1]]:  # the file keeps what was written; pages that stay would count as ours
+        # The file keeps what was written; pages that stay would count as ours.
+        if GIVES_BACK and rect[3] == shape[axes[1]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
     yield put

@@ -21,7 +21,7 @@ from torch import Tensor
 from .arena import Arena, arena, in_arena, loaded
 from .halos import disk_errors
 
-_GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
+GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
 _LARGEST_SHARE = 2  # of what is asked for, that spare pages may have
 
 
@@ -64,7 +64,7 @@ class Pages(mmap.mmap):
     def let_go(self, start: int, stop: int) -> None:
         """Give back the pages that lie wholly between two bytes. Those in memory are zeros from then on."""
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if _GIVES_BACK and start < stop:
+        if GIVES_BACK and start < stop:
             self.madvise(mmap.MADV_DONTNEED, start, stop - start)
             self.whole = False
 
