@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
+    from ..engine.train.precision import Precision
     from .table import BudgetRow
 
 
@@ -72,7 +73,7 @@ def plan(
     classes: int,
     memory_budget: int | None,
     batch_norm: str | None,
-    precision: str,
+    precision: Precision,
     inference: bool,
     kernels: bool,
     device: tuple[str, int | None],
@@ -98,6 +99,7 @@ def plan(
     from ..engine.morph.origin import create_grown
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
+    from ..engine.train.precision import AUTOCAST
     from .table import show_budgets, show_plan
 
     kind, memory = device
@@ -109,7 +111,7 @@ def plan(
         freeze_batch_norm(net)
     if memory is not None and memory_budget is None:
         memory_budget = int(constants.FREE_SHARE * memory)
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = AUTOCAST.get(precision)
     shape = (batch, channels, *size)
     with _autocast(kind, autocast):
         with torch.set_grad_enabled(not inference):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..train.precision import Precision
 from ..train.progress import Meter
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Scores = dict[str, dict[str, float | int | None]]
 """Measures, by split."""
 

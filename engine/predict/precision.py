@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from ..datasets.tables import Record
+from ..train.precision import AUTOCAST, Precision
 from .ahead import Opened
 from .job import Result, Start, Unit
-from .options import Precision
 from .rows import Work
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Mixed:
@@ -23,7 +21,7 @@ class Mixed:
     """
 
     def __init__(self, unit: Unit, precision: Precision, device: str) -> None:
-        self._unit, self._dtype, self._device = unit, _DTYPES[precision], device
+        self._unit, self._dtype, self._device = unit, AUTOCAST[precision], device
 
     @property
     def net(self) -> Any:

@@ -25,6 +25,7 @@ from .interrupt import Interrupt
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
 from .optimizers import find_optimizer, make_optimizer
+from .precision import LIGHTNING
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of
@@ -37,8 +38,6 @@ make_torchvision_importable()
 import lightning.pytorch as pl  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
-
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _fit(
             devices=[torch.cuda.current_device()] if on_gpu else 1,
             max_epochs=stage.epochs,
             accumulate_grad_batches=stage.accumulate // task.group.at_once,
-            precision=PRECISIONS[run.precision],  # type: ignore[arg-type]
+            precision=LIGHTNING[run.precision],
             callbacks=[epochs, *watchers.callbacks, epochs.at_end],
             plugins=[AtomicCheckpointIO(task.group.leads)],
             default_root_dir=run.out,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import GigamorphError
 from ..tiling.memory import parse_bytes
+from .precision import Precision
 from .stages import Stage
 
 
@@ -132,7 +133,7 @@ class TrainOptions:
     epochs: int = 20
     accumulate: int = 8
     """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     patience: int | None = None
     """Epochs without a better validation score after which the run ends."""
     seed: int = 0

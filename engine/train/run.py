@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from ..parallel.process_group import ProcessGroup
+from .precision import Precision
 from .progress import Report
 
 
@@ -27,7 +27,7 @@ class Run:
     memory_budget: int | None = None
     """Bytes of a step; None lets the engine take what is free."""
     resume: bool = False
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     report: Report | None = None
     """Called while it works, for a progress bar."""
     say: Callable[[str], None] = _silent
