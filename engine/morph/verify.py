@@ -131,12 +131,11 @@ def _check(
     seed: int,
     train: bool,
 ) -> _Found:
-    given = as_inputs(example)
     theirs = None if child_example is None else as_inputs(child_example)
-    stateful = any(True for net in (parent, child) for _ in net.buffers())
-    own, other = _run_both(parent, child, given, theirs, outputs, seed, train, stateful)
+    pair = _Pair(parent, child, as_inputs(example), theirs, outputs, seed, train)
+    own, other = pair.run()
     if other.untrained and theirs is None:  # norms that are new may want more images than the parent's own
-        own, other = _run_both(parent, child, given, theirs, outputs, seed, train, stateful, TRAIN_BATCH)
+        own, other = pair.run(TRAIN_BATCH)
     if other.untrained:
         raise MorphError(other.untrained)
     if own.shapes != other.shapes:
@@ -145,7 +144,7 @@ def _check(
     for mode in ("eval", "train") if train and not own.untrained else ("eval",):
         for dtype in ("float64", "float32"):
             found[f"{dtype}_{mode}"] = distance(own.runs[f"{dtype} {mode}"], other.runs[f"{dtype} {mode}"])
-        if mode == "train" and stateful:
+        if mode == "train" and pair.stateful:
             found["float64_train"] = worst(
                 distance(own.runs["float64 after"], other.runs["float64 after"]), found["float64_train"]
             )
@@ -154,48 +153,53 @@ def _check(
     return _Found(Difference(**found), (own.flops, other.flops), own.untrained)  # pyright: ignore[reportArgumentType]
 
 
-def _run_both(
-    parent: nn.Module,
-    child: nn.Module,
-    given: Inputs,
-    theirs: Inputs | None,
-    outputs: Callable[[Any], Any] | None,
-    seed: int,
-    train: bool,
-    stateful: bool,
-    batch: int = 1,
-) -> tuple[NetworkRuns, NetworkRuns]:
-    """The runs of parent and child, in train mode with at least `batch` images where the inputs are drawn."""
-    if theirs is not None:
-        own = NetworkRuns(parent, "the parent", None, stateful)
-        own.run(given, given if train else None)
-    else:
-        own, given = _run_parent(parent, given, seed, train, stateful, batch)
-    other = NetworkRuns(child, "the child", outputs, stateful)
-    other.run(theirs or given, None if own.untrained or not train else theirs or own.trained_on)
-    return own, other
+@dataclass(frozen=True)
+class _Pair:
+    """A parent and its child, and on what they are run; without inputs of the child's own both take the parent's."""
 
+    parent: nn.Module
+    child: nn.Module
+    given: Inputs
+    theirs: Inputs | None
+    outputs: Callable[[Any], Any] | None
+    seed: int
+    train: bool
 
-def _run_parent(
-    parent: nn.Module, example: Inputs, seed: int, train: bool, stateful: bool, batch: int
-) -> tuple[NetworkRuns, Inputs]:
-    """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those inputs."""
-    refused: MorphError | None = None
-    tried: list[tuple[NetworkRuns, Inputs]] = []
-    for draw in (example.random, example.own):
-        network, inputs = NetworkRuns(parent, "the parent", None, stateful), draw(seed)
-        try:
-            network.run(inputs, draw if train else None, seed, batch)
-        except MorphError as error:
-            refused = refused or error
-            continue
-        tried.append((network, inputs))
-        if network.finite():
-            return tried[-1]
-    if not tried:
-        assert refused is not None
-        raise refused
-    return tried[0]
+    @property
+    def stateful(self) -> bool:
+        return any(True for net in (self.parent, self.child) for _ in net.buffers())
+
+    def run(self, batch: int = 1) -> tuple[NetworkRuns, NetworkRuns]:
+        """Runs of parent and child, in train mode with at least `batch` images where the inputs are drawn."""
+        given = self.given
+        if self.theirs is not None:
+            own = NetworkRuns(self.parent, "the parent", None, self.stateful)
+            own.run(given, given if self.train else None)
+        else:
+            own, given = self._run_parent(batch)
+        other = NetworkRuns(self.child, "the child", self.outputs, self.stateful)
+        trained_on = None if own.untrained or not self.train else self.theirs or own.trained_on
+        other.run(self.theirs or given, trained_on)
+        return own, other
+
+    def _run_parent(self, batch: int) -> tuple[NetworkRuns, Inputs]:
+        """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those."""
+        refused: MorphError | None = None
+        tried: list[tuple[NetworkRuns, Inputs]] = []
+        for draw in (self.given.random, self.given.own):
+            network, inputs = NetworkRuns(self.parent, "the parent", None, self.stateful), draw(self.seed)
+            try:
+                network.run(inputs, draw if self.train else None, self.seed, batch)
+            except MorphError as error:
+                refused = refused or error
+                continue
+            tried.append((network, inputs))
+            if network.finite():
+                return tried[-1]
+        if not tried:
+            assert refused is not None
+            raise refused
+        return tried[0]
 
 
 def _refuse_not_finite(parent: nn.Module) -> None:
