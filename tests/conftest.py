@@ -2,7 +2,9 @@
 
 import functools
 import os
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +46,15 @@ def named_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The rates of this machine for `gigamorph plan`, which measures them; tests/engine/bench does so for itself."""
     monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
     return RATES
+
+
+@pytest.fixture
+def forked_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes in which peers are measured are forked; some tests begin them as users do."""
+    import forked
+
+    stand_in = types.SimpleNamespace(Popen=forked.Server, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("gigamorph.engine.bench.process.subprocess", stand_in)
 
 
 @pytest.fixture
