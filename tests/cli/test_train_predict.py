@@ -23,6 +23,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
 
