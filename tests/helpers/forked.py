@@ -100,7 +100,8 @@ class Server:
         ends = [_SERVER.Pipe(duplex=False) for _ in range(3)]
         theirs = [ends[0][0], ends[1][1], ends[2][1]]
         lean = "MALLOC_TRIM_THRESHOLD_" in env
-        self._process = _SERVER.Process(target=_serve, args=(theirs, dict(env), lean, words[3]))
+        given = theirs, dict(env), lean, words[3]
+        self._process = _SERVER.Process(target=_serve, args=given, daemon=True)  # it ends with this one
         self._process.start()
         for end in theirs:
             end.close()
