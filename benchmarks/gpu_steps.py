@@ -40,7 +40,7 @@ MODELS = {
     "densenet121": "timm:densenet121",
     "efficientnet_b2": "timm:efficientnet_b2",
 }
-TILE, DRY_TILE = 2048, 48
+TILE, DRY_TILE = 2048, 24
 ON_GPU = 8192  # largest side whose image is given to us on the GPU
 
 
@@ -233,9 +233,9 @@ def steps(dry: bool) -> list[Step]:
     if dry:
         hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_auto", *STOCK)
         # Each way once in training; inference goes the same ways.
-        frozen = [Step("small", True, 64, how) for how in hows]
-        frozen += [Step("small", False, 64, how) for how in ("ours", "channels_last", "eager")]
-        live = [Step("small_live", True, 64, how) for how in ("ours", "channels_last")]
+        frozen = [Step("small", True, 32, how) for how in hows]
+        frozen += [Step("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
+        live = [Step("small_live", True, 32, how) for how in ("ours", "channels_last")]
         return [*frozen, *live, Step("resnet18", True, 64, "checkpoint")]
     train, infer = True, False
     default = ("ours_auto", *STOCK)
@@ -273,7 +273,7 @@ def steps(dry: bool) -> list[Step]:
 def limits(dry: bool) -> list[Step]:
     """The largest images: within 8 GiB, and on tiles that the plan chooses."""
     if dry:
-        return [Step("small", True, 64, "ours_8GiB")]
+        return [Step("small", True, 32, "ours_8GiB")]
     entries = [("resnet50", 32768), ("resnet18", 65536), ("resnet50", 65536), ("convnext_tiny", 32768)]
     return [Step(model, training, side, "ours_8GiB") for model, side in entries for training in (True, False)]
 

@@ -1,8 +1,12 @@
 """Shared by all tests: Triton's interpreter, threads, the operator that torchvision may lack, and the real data."""
 
+import base64
 import functools
+import gc
 import os
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import hypothesis
@@ -35,7 +39,14 @@ except ImportError:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# A look at all objects for garbage takes a fifth of a second or more here, where so much is imported: a few times less
+# often than usually.
+gc.set_threshold(700, 10, 100)
 
+
+PICTURE = base64.b64decode(  # of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 RATES = {"gb_per_s": 10.0, "tflop_per_s fp32": 0.1}
 
 
@@ -44,6 +55,24 @@ def named_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The rates of this machine for `gigamorph plan`, which measures them; tests/engine/bench does so for itself."""
     monkeypatch.setattr("gigamorph.engine.bench.roofline.measure_ceilings", lambda device, seconds: RATES)
     return RATES
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of runs are composed, but not drawn, which takes a fifth of a second each.
+
+    They are drawn in tests/engine/train/test_curves.py and on the pages that tests/test_docs.py runs.
+    """
+    monkeypatch.setattr("gigamorph.engine.report.figure.png", lambda figure: PICTURE)
+
+
+@pytest.fixture
+def forked_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes in which peers are measured are forked; some tests begin them as users do."""
+    import forked
+
+    stand_in = types.SimpleNamespace(Popen=forked.Server, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("gigamorph.engine.bench.process.subprocess", stand_in)
 
 
 @pytest.fixture

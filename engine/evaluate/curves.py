@@ -137,8 +137,7 @@ class Curves:
     def sensitivity_at(self, specificity: float) -> Array:
         """The highest sensitivity (b,) of a threshold whose specificity is at least that."""
         needed = specificity * self.all_negatives[:, 0] - _SLACK
-        sought = [np.searchsorted(sums, value) for sums, value in zip(self.negatives, needed, strict=True)]
-        k = np.array(sought, np.int64)  # negatives that must lie below the threshold
+        k = np.count_nonzero(self.negatives < needed[:, None], axis=1)  # negatives that must lie below the threshold
         upto = self.rows[0].upto
         below = np.where(k > 0, upto[np.maximum(k - 1, 0)], 0) if len(upto) else k
         missed = self.positives[np.arange(len(k)), below]
@@ -190,8 +189,12 @@ class Curves:
         """
         [negative, _] = self.rows
         row = np.arange(len(below))[:, None]
-        sought = [np.searchsorted(sums, of, "right") for sums, of in zip(self.negatives, below, strict=True)]
-        k = np.clip(np.array(sought, np.int64) - 1, 0, len(negative.scores) - 1)
+        if below.shape[1] == 1:
+            sought = np.count_nonzero(self.negatives <= below, axis=1)[:, None]
+        else:  # a row at a time: more places than a search has steps
+            some = [np.searchsorted(sums, of, "right") for sums, of in zip(self.negatives, below, strict=True)]
+            sought = np.array(some, np.int64)
+        k = np.clip(sought - 1, 0, len(negative.scores) - 1)
         last = negative.last[k]
         end, passed = self.negatives[row, last], self.positives[row, negative.upto[k]]
         width = end - self.negatives[row, negative.first[k]]

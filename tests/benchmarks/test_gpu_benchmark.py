@@ -254,10 +254,10 @@ def test_dry_run(tmp_path):
         if "error" in row or row.get("failed")
     }
     # No tile fits a third of the little that so small an image needs.
-    assert list(failed) == ["steps: small train 64 ours_third"], f"{failed}\n{path.with_suffix('.log').read_text()}"
+    assert list(failed) == ["steps: small train 32 ours_third"], f"{failed}\n{path.with_suffix('.log').read_text()}"
     wrong = {name: row for name, row in data["checks"].items() if not (row["ok"] and row["reproducible"])}
     assert not wrong
     assert all({"ours"} < set(row["ms"]) for row in data["ops"].values())
     assert data["ceilings"]["machine"]["triton"] and data["ceilings"]["ceilings"]["gb_per_s"] > 0
     assert "checks: " in done.stdout and "DIFFERS" not in done.stdout
-    assert data["steps"]["small train 64 ours"]["mpx_per_s"] > 0
+    assert data["steps"]["small train 32 ours"]["mpx_per_s"] > 0

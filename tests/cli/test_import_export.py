@@ -27,6 +27,7 @@ from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 GREY = {"mean": (0.3,), "std": (0.1,)}
 
 
@@ -255,6 +256,7 @@ def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, ph
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
     make(tmp_path / "net", 2)
     short = ["--size", "96x80", "--peer", "gigamorph", "--rounds", 1, "--box", 1]
@@ -378,11 +380,12 @@ def test_full_disk_leaves_nothing_of_an_import_or_export(tmp_path):
     torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
     torch.save(create_model("resnet18", 2, 1).state_dict(), tmp_path / "r.pt")
     import_network("resnet18", tmp_path / "net", Wishes(str(tmp_path / "r.pt"), size=(72, 64)), str)
+    import_network("lesionnet", tmp_path / "small", Wishes(str(tmp_path / "w.pt"), size=(72, 64)), str)
     for number, command in enumerate(
         (
             ["import", "lesionnet", "--weights", tmp_path / "w.pt", "--size", "72x64"],
             ["export", tmp_path / "net", "--to", "huggingface"],
-            ["export", tmp_path / "net", "--to", "onnx"],
+            ["export", tmp_path / "small", "--to", "onnx"],
         )
     ):
         before = set(tmp_path.iterdir())

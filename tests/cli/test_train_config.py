@@ -25,6 +25,7 @@ from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
 

@@ -17,6 +17,7 @@ from forked import Forked, devices, gigamorph
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]
 SPLIT = ["--devices", "2", "--split-image"]
 

@@ -14,6 +14,7 @@ from gigamorph import TrainedMasks, load
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.network import restore_network
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--task", "masks", "--epochs", "1", "--accumulate", "2", "--device", "cpu"]
 
 

@@ -1,6 +1,8 @@
-"""Run by test_dense in its own process: prints the bytes of a map, and the extra peak memory of two uses."""
+"""Run by test_dense in its own process: prints the bytes of a map, and the extra peak memory of writing it to
+each of some files and of a loss on it."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,8 +37,8 @@ class Labels:
         return (np.arange(top, bottom)[:, None] // 100 + np.arange(left, right) // 100)[None] % CLASSES
 
 
-def write(height: int) -> None:
-    write_map(net, Image(height), sys.argv[1])
+def write(path: str, height: int) -> None:
+    write_map(net, Image(height), path)
 
 
 def loss(height: int) -> None:
@@ -45,7 +47,7 @@ def loss(height: int) -> None:
 
 net = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 3, padding=1)), tile=256)
 print(CLASSES * HEIGHT * WIDTH * 4)
-for run in (write, loss):
+for run in (*(partial(write, path) for path in sys.argv[1:]), loss):
     run(1000)  # libraries and their kernels are loaded
     start = used_bytes()
     reset_peak()

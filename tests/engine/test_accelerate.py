@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
+from ddp_worker import steps
 from exactness import LIMIT, assert_exact, errors, named, randomize, step, step_errors
+from processes import in_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -425,19 +427,7 @@ def test_lightning(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_ddp(tmp_path):
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    worker = Path(__file__).parents[1] / "helpers" / "ddp_worker.py"
-    children = [
-        subprocess.Popen([sys.executable, worker, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for child in children:
-        _, text = child.communicate(timeout=120)
-        assert child.returncode == 0, text[-2000:]
-    first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("rank0", "rank1", "alone"))
+    [[(first, alone), (second, _)]] = in_processes(2, tmp_path, [(steps,)])
     assert worst(first, second) == 0
     assert worst(alone, first) <= LIMIT
 

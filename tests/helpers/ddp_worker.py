@@ -1,10 +1,4 @@
-"""One of two DDP processes over gloo: python ddp_worker.py RANK FOLDER.
-
-Each saves its gradients; rank 0 also those of a single process on both shares.
-"""
-
-import sys
-from pathlib import Path
+"""Steps of DDP over gloo, in each of two processes, and those of a process alone."""
 
 import torch
 from torch import nn
@@ -33,22 +27,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def steps() -> list[dict[str, torch.Tensor]]:
+    """The gradients of this process, and those of a single process on both shares."""
+    rank = torch.distributed.get_rank()
     images = torch.randn(4, 1, 37, 29, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = nn.parallel.DistributedDataParallel(accelerate(network(), tile=16))
     for share in (images[rank::2][:1], images[rank::2][1:]):  # two steps: the second reuses DDP's buckets
         model.zero_grad()
         model(share).square().sum().backward()
-    torch.save(gradients(model), folder / f"rank{rank}.pt")
-    if rank == 0:
-        alone = accelerate(network(), tile=16)
-        (alone(images[2:]).square().sum() / 2).backward()
-        torch.save(gradients(alone), folder / "alone.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    alone = accelerate(network(), tile=16)
+    (alone(images[2:]).square().sum() / 2).backward()
+    return [gradients(model), gradients(alone)]

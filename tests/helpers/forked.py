@@ -1,10 +1,11 @@
-"""Commands in processes of their own, which are forked from one that has imported all that takes long.
+"""Functions, commands and servers in processes of their own, forked from one that has imported all that takes long.
 
 A new interpreter takes seconds to import PyTorch, Lightning and the rest; a fork takes them over.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -12,13 +13,27 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["gigamorph.cli.train", "gigamorph.engine.train.fit", "torch._dynamo", "torch.distributed.run"]
+    [
+        "gigamorph.cli.train",
+        "gigamorph.engine.train.fit",
+        "gigamorph.engine.recipes.dvme",
+        "gigamorph.engine.recipes.siamese",
+        "gigamorph.engine.bench.work",
+        "hypothesis",
+        "sklearn.metrics",
+        "tifffile",
+        "timm",
+        "torch._dynamo",
+        "torch.distributed.optim",
+        "torch.distributed.run",
+    ]
 )
 
 
@@ -73,6 +88,36 @@ class Forked:
         return (Path(self._folder.name) / "2").read_text()
 
 
+class Server:
+    """Stands in for the `subprocess.Popen` of `gigamorph.engine.bench.process`: as that process, but forked.
+
+    Args:
+        words: of its command, `python -m gigamorph.engine.bench.process SERVER`.
+        env: what its environment is.
+    """
+
+    def __init__(self, words: list[str], env: Mapping[str, str], **pipes: Any):
+        ends = [_SERVER.Pipe(duplex=False) for _ in range(3)]
+        theirs = [ends[0][0], ends[1][1], ends[2][1]]
+        lean = "MALLOC_TRIM_THRESHOLD_" in env
+        given = theirs, dict(env), lean, words[3]
+        self._process = _SERVER.Process(target=_serve, args=given, daemon=True)  # it ends with this one
+        self._process.start()
+        for end in theirs:
+            end.close()
+        self.stdin: IO[str] = os.fdopen(os.dup(ends[0][1].fileno()), "w")
+        self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno())) for end, _ in ends[1:])
+        for end in (ends[0][1], ends[1][0], ends[2][0]):
+            end.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
 def command(*words: object, **options: Any) -> Forked:
     """`gigamorph WORDS`."""
     return Forked(gigamorph, [str(word) for word in words], **options)
@@ -109,6 +154,21 @@ def torchrun(options: list[str], words: list[str]) -> None:
 def _rank(words: list[str]) -> None:
     print(f"rank {os.environ['RANK']} is process {os.getpid()}", flush=True)
     gigamorph(words)
+
+
+def _serve(pipes: Sequence[Connection], env: dict[str, str], lean: bool, server: str) -> None:
+    from gigamorph.engine.bench.process import serve
+
+    for number, pipe in enumerate(pipes):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    sys.stdin = os.fdopen(0)
+    os.environ.clear()
+    os.environ.update(env)
+    if lean:  # what the C library takes from the environment where a process begins
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 65536)
+    serve(server)
 
 
 def _work(

@@ -40,7 +40,7 @@ def _tf32(x: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(value: object) -> bool:
-    return isinstance(value, _Handle) and value.dtype.scalar == tl.bfloat16
+    return type(value) is _Handle and value.dtype.scalar.name == "bf16"
 
 
 def install() -> None:
@@ -70,8 +70,9 @@ def install() -> None:
 
     def refusing(method, what):
         def call(self, *args):
-            if any(map(_is_bf16, args)):
-                raise TypeError(f"{what} on raw bfloat16: convert to float32 first")
+            for arg in args:
+                if _is_bf16(arg):
+                    raise TypeError(f"{what} on raw bfloat16: convert to float32 first")
             return method(self, *args)
 
         return call
@@ -113,10 +114,13 @@ def install() -> None:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
     # Each call of a device function patches the language again, which its kernel has done.
-    patch_language = interpreter._patch_lang
+    patch_language, of_files = interpreter._patch_lang, {}
 
     def patch_once(fn):
-        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        languages = of_files.get(fn.__module__)
+        if languages is None:
+            languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+            of_files[fn.__module__] = languages
         if languages and not any(tl.core.is_builtin(language.load) for language in languages):
             return contextlib.nullcontext()
         return patch_language(fn)
@@ -140,7 +144,7 @@ def _share_types() -> None:
     describe, blocks = core.block_type.__init__, {}
 
     def block_type(self, element_ty, shape):
-        sizes = tuple(core._unwrap_if_constexpr(size) for size in shape)
+        sizes = tuple([size.value if type(size) is core.constexpr else size for size in shape])
         key = (type(element_ty), element_ty.name, sizes)
         if key not in blocks:
             describe(self, element_ty, shape)
@@ -162,11 +166,26 @@ def _share_types() -> None:
     semantic = interpreter.TritonSemantic
     promote = semantic.binary_op_type_checking_impl
 
+    constants: dict[tuple, core.tensor] = {}  # numbers as operands of a type; nothing writes into a value
+
     def operands(self, lhs, rhs, *options):
-        alike = isinstance(lhs, core.tensor) and isinstance(rhs, core.tensor) and lhs.type.name == rhs.type.name
-        if alike and len(options) < 3 and not lhs.dtype.is_ptr():  # the others are of divisions
-            return lhs, rhs  # neither is converted nor broadcast
-        return promote(self, lhs, rhs, *options)
+        if type(lhs) is core.tensor and type(rhs) is core.tensor:
+            if len(options) < 3 and lhs.type.name == rhs.type.name and not lhs.dtype.is_ptr():
+                return lhs, rhs  # neither is converted nor broadcast; more options are of divisions
+            return promote(self, lhs, rhs, *options)
+        first = type(lhs) is core.tensor
+        given, number = (lhs, rhs) if first else (rhs, lhs)
+        if type(given) is not core.tensor or type(number) not in (int, float):
+            return promote(self, lhs, rhs, *options)
+        key = given.type.name, type(number), number, first, options
+        if key not in constants:
+            promoted = promote(self, lhs, rhs, *options)
+            if promoted[not first] is not given:
+                return promoted
+            if len(constants) == 1000:
+                constants.clear()
+            constants[key] = promoted[first]
+        return (given, constants[key]) if first else (constants[key], given)
 
     semantic.binary_op_type_checking_impl = operands
 

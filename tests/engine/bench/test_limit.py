@@ -108,6 +108,7 @@ def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_peers")
 def test_a_real_limit_is_where_memory_ends():
     row = find(TASK, "stock", Search(24 * 2**20, steps=1))
     assert row.status == OK and row.side and row.too_large and row.predicted_side, row

@@ -141,6 +141,7 @@ def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
     assert stock.roofline_seconds >= (stock.flops or 0) / 1e9
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_real_processes_agree_in_float64(tmp_path):
     """The whole way: processes, small tiles, results compared, a trace written."""
     task = dataclasses.replace(TASK, precision="fp64")
@@ -161,6 +162,7 @@ def test_a_process_that_is_ended_by_the_system_has_run_out_of_memory():
         assert child.run(1)["status"] == OUT_OF_MEMORY
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_a_step_that_takes_too_long_is_stopped():
     with Child(longest=0.05) as child:
         assert child.start(TASK, "stock", {}, None) == {"status": NOT_RUN, "reason": "stopped after 0 s"}
@@ -222,6 +224,7 @@ def test_compiling_needs_a_compiler_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_peers")
 @pytest.mark.skipif(PEERS["compile"].missing(TASK) is not None, reason="no C++ compiler")
 def test_real_processes_compile():
     stock, compiled = measure(TASK, Options(("stock", "compile"), rounds=1), {})
@@ -243,6 +246,7 @@ def test_checkpointing_a_vgg_keeps_its_function():
     assert layers[0].weight.grad is not None and layers[3].weight.grad is not None
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_the_exactness_of_a_network_of_one_size_is_looked_at_on_that_size():
     model = "timm:vit_tiny_patch16_224?img_size=64&depth=1&embed_dim=24&num_heads=2&num_classes=2"
     rows = bench_step.exactness(Task(model, (1, 1, 64, 64), training=False))

@@ -69,7 +69,7 @@ def _each(grads: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tuple(None if grad is None else change(grad) for grad in grads)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(
     hooks=st.lists(
         st.tuples(st.sampled_from(PLACES), st.sampled_from([seen, halved, clamped])), min_size=1, max_size=3

@@ -74,7 +74,7 @@ def shared() -> nn.Module:
 NETWORKS = {**{name: lambda name=name: residual_network(name) for name in NETS if "live" in name}, "shared": shared}
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(sorted(NETWORKS)),
     st.lists(

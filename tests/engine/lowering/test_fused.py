@@ -127,7 +127,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(15),
+    max_examples=examples(10),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -145,15 +145,16 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     ("act", "tile"),
     [
         *((act, 24) for act in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)),
-        *((act, tile) for act in (nn.ReLU, nn.GELU) for tile in (8, 200)),
+        *((act, tile) for act in (nn.ReLU, nn.GELU) for tile in (16, 200)),
     ],
 )
 def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
     assert_exact(build(act), image(75, 58), tile=(tile, tile))
 
 
-@pytest.mark.parametrize("size", [(75, 58), (33, 64), (7, 5)])
-@pytest.mark.parametrize("tile", [8, 24, 200])
+@pytest.mark.parametrize(
+    ("size", "tile"), [((75, 58), 24), ((75, 58), 200), ((33, 64), 8), ((33, 64), 24), ((7, 5), 8), ((7, 5), 200)]
+)
 def test_blocks_without_a_gradient_of_the_image(
     fused_with_stock_ops: None, size: tuple[int, int], tile: int
 ) -> None:  # with the fused stem

@@ -97,7 +97,7 @@ def test_networks_are_exact(act: type[nn.Module], tile: int) -> None:
     assert_exact(build(act), image(101, 86), tile=tile)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     height=st.integers(20, 60),
     width=st.integers(20, 60),

@@ -143,7 +143,10 @@ def killing(*, device: str, parent: int) -> Classifier:
 
 
 @pytest.mark.slow
-def test_a_device_process_that_dies_is_named_and_the_rest_is_kept(table, tmp_path):
+def test_a_device_process_that_dies_is_named_and_the_rest_is_kept(table, tmp_path, monkeypatch):
+    # Forked: new interpreters, as users have them, are begun where two devices give the rows of one.
+    start = functools.partial(multiprocessing.get_context, "fork")
+    monkeypatch.setattr("gigamorph.engine.predict.devices.multiprocessing.get_context", lambda _: start())
     options = replace(HERE, devices=2, workers=0)
     with pytest.raises(GigamorphError, match=r"process of device \d was ended by signal 9; it may have run out of mem"):
         predict(functools.partial(killing, parent=os.getpid()), [table], tmp_path / "out", options)

@@ -7,6 +7,7 @@ a second time, from PyTorch's functions and the checkpoint's own names, or taken
 import argparse
 import csv
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,22 @@ from gigamorph.engine.published.importing import Wishes, import_network
 from gigamorph.engine.published.layouts import mammo_clip, parts_of
 
 timm = pytest.importorskip("timm")
+from timm.models import _registry  # noqa: E402
+
 SMALL = (128, 96)  # that the mammogram is brought to here, for the sake of time
+
+
+# timm's networks of the layouts, narrow and shallow: their names and kinds of layers are the published ones.
+SLIM = {
+    "convnext_small": {"depths": (1, 1, 27, 1), "dims": (8, 8, 8, 768)},
+    "tf_efficientnetv2_s": {"channel_multiplier": 0.25, "depth_multiplier": 0.3},
+}
+
+
+@pytest.fixture(autouse=True)
+def slim(monkeypatch):
+    for name, sides in SLIM.items():
+        monkeypatch.setitem(_registry._model_entrypoints, name, partial(timm.model_entrypoint(name), **sides))
 
 
 def spread(state, seed=0):
@@ -361,7 +377,8 @@ def test_a_tower_alone_gives_features_to_fine_tune(tmp_path, capsys):
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1408)
     started = create_model(read_description(tmp_path / "net").model, 4, 3)
     assert load_weights(started, tmp_path / "net") == [] and started.classifier.out_features == 4
-    assert all(torch.equal(started.state_dict()[name], value) for name, value in network.state_dict().items())
+    own = started.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in network.state_dict().items())
     with pytest.raises(GigamorphError, match="gives features, no predictions; fine-tune it: gigamorph train --init"):
         command("predict", tmp_path / "net", tmp_path / "net", "--out", tmp_path / "out")
 

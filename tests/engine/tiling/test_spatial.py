@@ -102,12 +102,12 @@ def test_two_images_over_two_processes_each(four):
 
 @pytest.mark.slow
 def test_random_networks(tmp_path):
-    cases = drawn(12)
+    cases = drawn(9)
     (found,) = in_processes(3, tmp_path, [(programs_in_shards, cases)])
     for worst in found:
         wrong = [(error, case) for error, case in zip(worst, cases, strict=True) if error >= LIMIT]
         assert not wrong, wrong[0]
-    assert sum(math.isfinite(error) for error in found[0]) > 6
+    assert sum(math.isfinite(error) for error in found[0]) > 4
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_is_exact(kept: bool, tile: int, images: int) -> None:
     assert_exact(network(), image, tile=tile)
 
 
-@settings(max_examples=examples(20), **CHECKS)
+@settings(max_examples=examples(12), **CHECKS)
 @given(programs(), st.booleans())
 def test_random_networks(program: Program, retain: bool) -> None:
     model = program.build()
