@@ -33,6 +33,7 @@ class Effect:
         gone: keys that are deleted.
         appended: of a list: what is put behind its end; None where the list gets `contents` anew.
         order: of a dict all its keys in their order, if it is not by what is set and deleted.
+        keys: those of `contents` that the forward has made, and what each call makes in their place.
     """
 
     holder: Holder
@@ -40,22 +41,25 @@ class Effect:
     gone: tuple[Any, ...] = ()
     appended: list[Any] | None = None
     order: tuple[Any, ...] = ()
+    keys: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def tree(self) -> Any:
-        return self.contents, self.appended
+        return self.contents, self.appended, self.keys
 
     def ready(self, bind: Callable[[Any], Any], shared: dict[int, Any]) -> Callable[[], None]:
         """What does it; `bind` puts tensors in the place of `Ref`s, `shared` see `realize`.
 
         All effects of a call are made ready before the first is done: one may replace what another finds.
         """
-        contents, appended = bind(self.tree)
-        contents = {key: realize(value, shared) for key, value in contents.items()}
+        contents, appended, keys = bind(self.tree)
+        keys = {key: realize(made, shared) for key, made in keys.items()}
+        contents = {keys.get(key, key): realize(value, shared) for key, value in contents.items()}
         appended = None if appended is None else realize(appended, shared)
-        return partial(self._do, owner_now(self.holder), contents, appended)
+        order = [keys.get(key, key) for key in self.order]
+        return partial(self._do, owner_now(self.holder), contents, appended, order)
 
-    def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None) -> None:
+    def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None, order: list[Any]) -> None:
         if appended is not None:
             thing.extend(appended)
         elif isinstance(thing, (list, deque)):
@@ -70,7 +74,7 @@ class Effect:
             kind = plain_kind(thing)
             for key, value in contents.items():
                 kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
-            for key in self.order:
+            for key in order:
                 kind.__setitem__(thing, key, kind.pop(thing, key))
         else:
             holder = self.holder
@@ -167,10 +171,11 @@ class Snapshot:
                 return Effect(holder, {}, (), [tree(len(old) + n, v) for n, v in enumerate(new[len(old) :])])
             return Effect(holder, {n: tree(n, value) for n, value in enumerate(new)})
         changed = {k: tree(k, v) for k, v in after.items() if k not in before or not _alike(before[k], v)}
+        keys = apart.keys(changed) if holder.kind == "dict" else {}
         gone = tuple(k for k in before if k not in after)
         order = [*(k for k in before if k in after), *(k for k in after if k not in before)]
         moved = holder.kind == "dict" and order != list(after)
-        return Effect(holder, changed, gone, order=tuple(after) if moved else ())
+        return Effect(holder, changed, gone, None, tuple(after) if moved else (), keys)
 
     def was_there(self, thing: Any) -> bool:
         """Whether an object was found in the walk before the recording."""

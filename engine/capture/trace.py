@@ -293,7 +293,7 @@ class _Recording:
         program.effects = snapshot.effects(apart, values.twins)
         program.output = apart.settled(output)
         for effect in program.effects:
-            effect.contents, effect.appended = apart.settled(effect.tree)
+            effect.contents, effect.appended, effect.keys = apart.settled(effect.tree)
         program.hooks = self.recorder.hooks.finish(leaf)
         program.updates = values.updates()
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gigamorph import accelerate
+from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.execution import programs
 
 Named = namedtuple("Named", "map")
@@ -523,14 +523,20 @@ def _counted_up(inner: dict[str, int]) -> None:
 
 
 # What is made of an object, how it is used, and how the object tells.
-AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]] = {
+Use = Callable[[Any], Any] | None  # None of what only looks at the object
+AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Use, Callable[[Any], int]]] = {
     "method": (Steps, lambda one: one.up, lambda made: made(), lambda one: one.count),
     "method of a list": (list, lambda one: one.append, lambda made: made(1), len),
     "partial": (list, lambda one: partial(one.append, 1), lambda made: made(), len),
     "partial with keywords": (list, lambda one: partial(_put, to=one), lambda made: made(1), len),
     "weak reference": (Steps, weakref.ref, lambda made: made().up(), lambda one: one.count),
     "frozenset": (Steps, lambda one: frozenset([one]), lambda made: next(iter(made)).up(), lambda one: one.count),
-    "proxy": (dict, types.MappingProxyType, lambda made: None, len),
+    "function": (list, lambda one: lambda: one.append(1), lambda made: made(), len),
+    "function with a default": (list, lambda one: lambda to=one: to.append(1), lambda made: made(), len),
+    "function with a named default": (list, lambda one: lambda *, to=one: to.append(1), lambda made: made(), len),
+    **{f"view of {view.__name__}": (dict, view, None, len) for view in (dict.keys, dict.values, dict.items)},
+    "view of an ordered dict": (OrderedDict, OrderedDict.values, None, len),
+    "proxy": (dict, types.MappingProxyType, None, len),
     "dict of dicts": (
         dict,
         lambda one: ChainMap(one),
@@ -555,9 +561,74 @@ def test_what_is_made_around_an_object_goes_with_it(kind: str) -> None:
             if self.kept is None:
                 self.kept = make()
                 self.before = around(self.kept)
-            use(self.before)
-            if kind == "proxy":
+            if use is None:
                 self.kept[len(self.before)] = 1
+            else:
+                use(self.before)
             return self.end(self.first(x), count(self.kept))
 
     compare(Counting(), {}, lambda net: [count(net.kept)])
+
+
+@pytest.mark.parametrize("setter_first", [True, False])
+def test_functions_share_the_variable_that_one_of_them_sets(setter_first: bool) -> None:
+    """All calls returned the same two: what a user counted after one was counted in the next."""
+
+    class Counting(Network):
+        def forward(self, x: Tensor) -> Any:
+            count = 0
+
+            def up() -> None:
+                nonlocal count
+                count += 1
+
+            get: Callable[[], int] = lambda: count  # noqa: E731
+            up()
+            return self.end(self.first(x)), *((up, get) if setter_first else (get, up))
+
+    net = accelerate(Counting(), tile=16)
+    for _ in range(3):
+        _, *functions = net(torch.rand(1, 1, 40, 36))
+        up, get = functions if setter_first else functions[::-1]
+        up()
+        assert get() == 2
+
+
+def test_a_function_that_encloses_itself() -> None:
+    """One that each call may have again stays; around a list of the call it would be two functions."""
+
+    class Steps(Network):
+        made: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.made and []
+
+            def steps(n: int) -> int:
+                return n if n < 2 else steps(n - 1) + len(found or ())
+
+            self.kept = steps
+            return self.end(self.first(x))
+
+    net = Steps()
+    compare(net, {}, lambda net: [net.kept(3)], calls=3)
+    net.made = True
+    with pytest.raises(UnsupportedError, match="attribute 'kept' holds a function that encloses itself; make it"):
+        accelerate(net, tile=16)(torch.rand(1, 1, 40, 36, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_object_of_the_forward_is_a_key(there: bool) -> None:
+    """The object in the attribute was made again, the key of the dict was that of the recording: a KeyError."""
+
+    class Keyed(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.before is None:
+                self.before = Steps()
+                self.kept = self.kept if there else {}
+                self.kept[self.before] = 2.0
+            self.before.up()
+            return self.end(self.first(x), self.kept[self.before] * self.before.count)
+
+    net = Keyed()
+    net.kept = {}
+    compare(net, {}, lambda net: [net.before.count, list(net.kept) == [net.before]])
