@@ -291,6 +291,8 @@ class _Recording:
                 "return a tensor, or a tuple, list or dict of tensors"
             )
         program.effects = snapshot.effects(apart, values.twins)
+        for array, where in apart.arrays:
+            self.recorder.arrays.hand_out(array, where)
         program.output = apart.settled(output)
         for effect in program.effects:
             effect.contents, effect.appended, effect.keys = apart.settled(effect.tree)

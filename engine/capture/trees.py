@@ -15,11 +15,13 @@ import enum
 import gc
 import types
 import weakref
+from array import array
 from collections import ChainMap, OrderedDict, UserDict, UserList
 from collections.abc import Callable, Iterable
 from functools import WRAPPER_ASSIGNMENTS, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -30,6 +32,7 @@ from .holders import plain_kind
 from .walk import of_library
 
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)  # a library's, but as one's own
+_ARRAYS = (np.ndarray, array, bytearray)
 _VIEWS = {type(make(kind())): make for kind in (dict, OrderedDict) for make in (kind.keys, kind.values, kind.items)}
 _PLAIN = (str, bytes, int, float, complex, type(None), enum.Enum, type, types.ModuleType, nn.Module)
 
@@ -48,8 +51,8 @@ class Made:
         self.like, self.items, self.attributes = like, items, attributes
 
     def build(self, shared: dict[int, Any]) -> Any:
-        bare = self.items is None and not isinstance(self.like, torch.Size)  # a `__copy__` may ask for attributes
-        made = _bare(type(self.like)) if bare else _copied(self.like)
+        kind = type(self.like)  # whose `__copy__` may ask for attributes
+        made = object.__new__(kind) if self.items is None and _is_plain(kind) else _copied(self.like)
         items = realize(self.items, shared)
         if isinstance(made, dict):
             kind = plain_kind(made)
@@ -98,7 +101,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """A function, method, partial, frozenset, view, proxy or weak reference of objects that were made in the forward.
+    """What is around objects that were made in the forward: a function, a method, a view, a part of an array and so on.
 
     Attributes:
         make: makes it again, of those of a call.
@@ -137,6 +140,20 @@ def _bare(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
+def _is_plain(kind: type) -> bool:
+    """Whether objects of a class are nothing but their attributes: no exceptions, no dates."""
+    makers = (vars(base).get("__new__") for base in kind.__mro__)
+    return next(make for make in makers if not isinstance(make, (staticmethod, type(None)))) is object.__new__
+
+
+def _without(value: Any) -> Any:
+    """An object of the same class without the attributes."""
+    if _is_plain(type(value)):
+        return object.__new__(type(value))
+    make, given, *_ = value.__reduce_ex__(4)
+    return make(*given)
+
+
 def realize(tree: Any, shared: dict[int, Any]) -> Any:
     """The tree with an object in the place of every `Made`, `Kept`, `Shared` and `Around`.
 
@@ -172,6 +189,7 @@ class TakenApart:
         self._set: dict[int, types.CellType] = {}  # variables that a function encloses and sets
         self._loops: dict[int, tuple[Any, str]] = {}  # functions that enclose themselves, and where they are
         self._where = ""
+        self.arrays: list[tuple[Any, str]] = []  # those met that the forward has made, and where
 
     def tree(self, value: Any, where: str) -> Any:
         """What is in a place, as a pytree; see `settled`.
@@ -244,12 +262,16 @@ class TakenApart:
             items = dict(kind.items(value)) if isinstance(value, dict) else list(value)
             items = [(keys.get(k, k), self._visit(v)) for k, v in items.items()] if keys else self._visit(items)  # pyright: ignore[reportAttributeAccessIssue]
             return Made(like, items, _attributes(value, self._visit))
+        if type(value) in _ARRAYS:
+            self.arrays.append((value, self._where))
         if (around := self._around(value)) is not None:
             return around
+        if type(value) in _ARRAYS:
+            return Made(value, None, {})
         fields = _attributes(value, self._visit)
         if not fields or (of_library(value) and not isinstance(value, _OPEN)):
             return value
-        return Made(_bare(type(value)), None, fields)
+        return Made(_without(value), None, fields)
 
     def keys(self, keys: Iterable[Any]) -> dict[Any, Any]:
         """Those keys of a dict that are not the same ones at each call, taken apart."""
@@ -283,12 +305,15 @@ class TakenApart:
 
 
 def _around(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
-    """How a variable, function, method, partial, frozenset, view, proxy or weak reference is made, and of what."""
+    """How what is around other objects is made, and of which."""
     if isinstance(value, types.FunctionType) and "<locals>" in value.__code__.co_qualname:
         closure, defaults = value.__closure__ or (), value.__defaults__ or ()
         keywords, own = value.__kwdefaults__ or {}, vars(value)
         counts = len(closure), len(defaults), list(keywords), list(own)
         return partial(_function, value, *counts), [*closure, *defaults, *keywords.values(), *own.values()]
+    if type(value) is np.ndarray and isinstance(value.base, np.ndarray) and not value.dtype.hasobject:
+        first, start = (each.__array_interface__["data"][0] for each in (value, value.base))
+        return partial(_part, value.shape, value.dtype, first - start, value.strides), [value.base]
     if isinstance(value, types.CellType):
         return types.CellType, list(holders.cell(value, "").read().values())
     if type(value) in _VIEWS:
@@ -322,6 +347,10 @@ def _function(like: types.FunctionType, cells: int, defaults: int, keywords: lis
     return made
 
 
+def _part(shape: tuple[int, ...], dtype: np.dtype, offset: int, strides: tuple[int, ...], of: np.ndarray) -> np.ndarray:
+    return np.ndarray(shape, dtype, of, offset, strides)
+
+
 def _sets(code: types.CodeType) -> set[str]:
     """The enclosed variables that a function, or one inside of it, sets."""
     steps = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_DEREF", "DELETE_DEREF")}
@@ -334,10 +363,9 @@ def _method(name: str, owner: Any) -> Any:
 
 
 def _attributes(value: Any, visit: Callable[[Any], Any]) -> dict[str, Any]:
-    """The instance's attributes; of a class with slots those that its dataclass names."""
-    own = getattr(value, "__dict__", None)
-    if own is None and dataclasses.is_dataclass(value):
-        own = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-    if own is None or isinstance(value, (types.FunctionType, types.MethodType)):
+    """The instance's attributes, those in slots too."""
+    if isinstance(value, (types.FunctionType, types.MethodType)):
         return {}
-    return {name: visit(part) for name, part in own.items()}
+    slots = None if of_library(value) else holders.slots(value, "", None)
+    own = {**getattr(value, "__dict__", {}), **({} if slots is None else slots.read())}
+    return {name: visit(part) for name, part in own.items() if name != "__dict__"}

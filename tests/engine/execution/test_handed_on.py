@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import enum
 import gc
 import types
@@ -486,6 +487,50 @@ def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> N
     net = Using()
     net.kept = kind(a=1.0, b=2.0, c=3.0)
     compare(net, {}, lambda net: [list(net.kept.items())])
+
+
+class Slots:
+    __slots__ = ("map", "numbers")
+
+    def __init__(self, y: Tensor) -> None:
+        self.map, self.numbers = y, [1]
+
+
+class Failed(Exception):
+    pass
+
+
+class Day(datetime.date):
+    numbers: list[int]
+
+
+def _failed(y: Tensor) -> Any:
+    error = Failed("code", 3)
+    error.numbers = [1]
+    return error
+
+
+def _day(y: Tensor) -> Any:
+    day = Day(2020, 1, 2)
+    day.numbers = [1]
+    return day
+
+
+@pytest.mark.parametrize("make", [Slots, _failed, _day])
+def test_objects_that_are_more_than_their_attributes_are_made_again(make: Callable[[Tensor], Any]) -> None:
+    """One with slots was refused for its map, an exception lost its arguments, a date could not be made."""
+
+    class Makes(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.kept = make(y.mean().detach())
+            return self.end(y)
+
+    def look(net: Any) -> list[Any]:
+        net.kept.numbers.append(2)
+        return [getattr(net.kept, "map", repr(net.kept)), net.kept.numbers]
+
+    compare(Makes(), {}, look, calls=3)
 
 
 class Way(enum.Enum):
