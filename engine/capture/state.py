@@ -8,6 +8,7 @@ that the call has computed.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -131,10 +132,28 @@ class Snapshot:
         self.found = found
         self.contents = [holder.read() for holder in found.holders]
         self._places: dict[int, Place] | None = None
+        self._replaced = frozenset[int]()
 
     def now(self) -> list[int]:
         """The identities of all contents, to see whether any changes."""
         return [id(value) for holder in self.found.holders for value in holder.read().values()]
+
+    def replace(self, others: Mapping[int, Any]) -> None:
+        """Put others, by the identities of what they replace, into the holders, and the tuples there."""
+
+        def other(thing: Any) -> Any:
+            if isinstance(thing, tuple) and any(other(part) is not part for part in thing):
+                parts = map(other, thing)
+                return type(thing)._make(parts) if hasattr(thing, "_make") else tuple(parts)  # pyright: ignore
+            if type(thing) is weakref.ref and id(thing()) in others:
+                return weakref.ref(others[id(thing())])
+            return others.get(id(thing), thing)
+
+        self._replaced = frozenset(others)
+        for holder, contents in zip(self.found.holders, self.contents, strict=True) if others else ():
+            now = {key: other(value) for key, value in contents.items()}
+            if any(now[key] is not value for key, value in contents.items()):
+                holder.write(now)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -153,7 +172,9 @@ class Snapshot:
         """
         found = []
         for holder, before in zip(self.found.holders, self.contents, strict=True):
-            after = {k: before[k] if _twin(before.get(k), v, twins) else v for k, v in holder.read().items()}
+            # What the call is given may be another tensor in the next one, and is put there again.
+            anew = frozenset[int]() if isinstance(holder.owner, (list, deque, set)) else self._replaced
+            after = {k: before[k] if _twin(before.get(k), v, twins, anew) else v for k, v in holder.read().items()}
             if not _same(after, before):
                 found.append(self._effect(holder, before, after, apart))
         return found
@@ -208,8 +229,8 @@ class Snapshot:
             )
 
 
-def _twin(old: Any, new: Any, twins: Mapping[int, Tensor]) -> bool:
-    return isinstance(new, Tensor) and twins.get(id(old)) is new
+def _twin(old: Any, new: Any, twins: Mapping[int, Tensor], anew: frozenset[int]) -> bool:
+    return isinstance(new, Tensor) and twins.get(id(old)) is new and id(old) not in anew
 
 
 def _alike(old: Any, new: Any) -> bool:

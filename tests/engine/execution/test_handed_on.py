@@ -82,9 +82,18 @@ class Network(nn.Module):
 
 
 def compare(
-    net: nn.Module, change: dict[int, Callable[[Any], None]], look: Callable[[Any], Any], calls: int = 5
+    net: nn.Module,
+    change: dict[int, Callable[[Any], None]],
+    look: Callable[[Any], Any],
+    calls: int = 5,
+    images: str = "",
 ) -> list[int]:
-    """Compare a network with stock PyTorch, call after call; the calls that were recorded."""
+    """Compare a network with stock PyTorch, call after call; the calls that were recorded.
+
+    Args:
+        images: a letter for each call, the same one for the same image; all are different if there is none.
+    """
+    known: dict[str, Tensor] = {}
     torch.manual_seed(0)
     stock, tiled, recorded = copy.deepcopy(net).double(), net.double(), []
     ours = accelerate(tiled, tile=16)
@@ -97,6 +106,7 @@ def compare(
     try:
         for call in range(calls):
             x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+            x = known.setdefault(images[call] if images else str(call), x)
             for each, run in ((stock, stock), (tiled, ours)):
                 change.get(call, lambda _net: None)(each)
                 each.zero_grad()
@@ -677,3 +687,48 @@ def test_an_object_of_the_forward_is_a_key(there: bool) -> None:
     net = Keyed()
     net.kept = {}
     compare(net, {}, lambda net: [net.before.count, list(net.kept) == [net.before]])
+
+
+KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "itself": (lambda x: x, lambda kept: kept),
+    "tuple": (lambda x: (1, x), lambda kept: kept[1]),
+    "named tuple": (Named, _map),
+    "dict": (lambda x: {"map": x}, lambda kept: kept["map"]),
+    "weak reference": (weakref.ref, lambda kept: kept()),
+    "slots": (Slots, _map),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_image_may_be_the_one_that_is_kept(kind: str) -> None:
+    """In a recording it was another tensor than the one that an earlier call had kept, in silence."""
+    make, get = KEPT[kind]
+
+    class Remembers(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = 2.0 if self.kept is not None and get(self.kept) is x else 1.0
+            self.kept = make(x)
+            return self.end(self.first(x), factor)
+
+    recorded = compare(Remembers(), {}, lambda net: [get(net.kept)], 8, "aaabbaba")
+    assert recorded[:3] == [0, 1, 3] and (recorded[3:] == [] or kind in ("weak reference", "dict", "slots"))
+
+
+def test_an_image_that_the_network_has_from_its_user() -> None:
+    class Compares(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.first(x * self.kept), 2.0 if x is self.kept else 1.0)
+
+    image = torch.rand(1, 1, 40, 36, dtype=torch.float64)
+    stock = Compares().double()
+    net = copy.deepcopy(stock)
+    stock.kept = net.kept = image
+    ours = accelerate(net, tile=16)
+    for x in (image, image + 1, image, image):
+        torch.testing.assert_close(ours(x), stock(x))
+        grads = [
+            torch.autograd.grad(run(given).sum(), given)[0]
+            for run in (ours, stock)
+            if (given := x.requires_grad_()) is x
+        ]
+        torch.testing.assert_close(*grads)
