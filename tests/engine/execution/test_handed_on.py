@@ -732,3 +732,21 @@ def test_an_image_that_the_network_has_from_its_user() -> None:
             if (given := x.requires_grad_()) is x
         ]
         torch.testing.assert_close(*grads)
+
+
+def test_tensors_of_inference_mode_stay_themselves() -> None:
+    """In a list that the next call made anew they were copies, and no tensors of inference mode."""
+
+    class Remembers(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.end(self.first(x))
+            self.kept = [*(self.kept or []), y.mean().detach()]
+            return y + sum(self.kept)
+
+    net, x = Remembers(), torch.rand(1, 1, 40, 36)
+    ours = accelerate(net, tile=16)
+    with torch.inference_mode():
+        ours(x)
+    (first,) = net.kept
+    ours(x)
+    assert net.kept[0] is first and first.is_inference() and not net.kept[1].is_inference()
