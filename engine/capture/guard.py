@@ -177,7 +177,11 @@ class Guard:
             else:
                 self.slow.append(_Watched(holder, contents))
         self.empty = empty
-        self.classes = [*(vars(cls) for cls in found.classes), vars(functional)]  # libraries' calls are replaced there
+        self.classes = [
+            *(vars(cls) for cls in found.classes),
+            vars(functional),
+            vars(Tensor),
+        ]  # where calls are replaced
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
