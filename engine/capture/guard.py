@@ -177,11 +177,8 @@ class Guard:
             else:
                 self.slow.append(_Watched(holder, contents))
         self.empty = empty
-        self.classes = [
-            *(vars(cls) for cls in found.classes),
-            vars(functional),
-            vars(Tensor),
-        ]  # where calls are replaced
+        # Those of the libraries, where calls are replaced.
+        self.classes = [*map(vars, found.classes), vars(functional), vars(Tensor)]
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
