@@ -208,9 +208,10 @@ class Guard:
         """The parameters, buffers and constants as they are now."""
         return [*chain.from_iterable(space.values() for space in self.named), *self.constants]
 
-    def _given(self, given: Sequence[Any]) -> list[int | None]:
-        """Which of the tensors of a call the network keeps, where they stay."""
-        return [id(tensor) if id(tensor) in self.same else None for tensor in given]
+    def _given(self, given: Sequence[Any]) -> list[Any]:
+        """Which of the tensors of a call the network has, where they stay or as its state."""
+        places = {id(thing): place for place, thing in enumerate(self._state()) if thing is not None}
+        return [places.get(key, key if key in self.same else None) for key in map(id, given)]
 
     def _looks(self, given: Sequence[Any]) -> list[Any]:
         """What counts of what every call replaces, as it is now; all else has to be as it was."""

@@ -173,7 +173,8 @@ class Snapshot:
         found = []
         for holder, before in zip(self.found.holders, self.contents, strict=True):
             # What the call is given may be another tensor in the next one, and is put there again.
-            anew = frozenset[int]() if isinstance(holder.owner, (list, deque, set)) else self._replaced
+            stays = isinstance(holder.owner, (list, deque, set)) or holder.kind in ("_parameters", "_buffers")
+            anew = frozenset[int]() if stays else self._replaced
             after = {k: before[k] if _twin(before.get(k), v, twins, anew) else v for k, v in holder.read().items()}
             if not _same(after, before):
                 found.append(self._effect(holder, before, after, apart))

@@ -237,8 +237,11 @@ class _Recording:
         found = {
             id(tensor): twin
             for tensor, twin in zip(given, stands_for, strict=False)
-            if isinstance(tensor, Tensor) and self.snapshot.was_there(tensor) and id(tensor) not in self.values.names
+            if isinstance(tensor, Tensor) and self.snapshot.was_there(tensor)
         }
+        for tensor in given:
+            if id(tensor) in found and isinstance(tensor, nn.Parameter):
+                found[id(tensor)]._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
         self.values.twins.update(found)
         self.snapshot.replace(found)
 

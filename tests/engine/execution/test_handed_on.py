@@ -750,3 +750,34 @@ def test_tensors_of_inference_mode_stay_themselves() -> None:
     (first,) = net.kept
     ours(x)
     assert net.kept[0] is first and first.is_inference() and not net.kept[1].is_inference()
+
+
+class OwnState(Network):
+    """Takes a tensor beside the image, which may be a parameter or buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("steps", torch.ones(2))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        if other is not self.scale:
+            other.add_(1)
+        factor = len([p for p in self.parameters() if isinstance(p, nn.Parameter)])
+        return self.end(self.first(x), factor) * self.scale * self.steps * other
+
+
+@pytest.mark.parametrize("order", ["scale steps scale", "other other steps", "steps other scale"])
+def test_a_tensor_that_is_given_may_be_of_the_networks_own_state(order: str) -> None:
+    """In a recording they were two: a buffer had not what was written to the argument."""
+    torch.manual_seed(0)
+    stock = OwnState().double()
+    ours = accelerate(copy.deepcopy(stock), tile=16)
+    for name in order.split():
+        x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+        for net in (ours, stock):
+            net.zero_grad()
+            y = net(x, getattr(net, name, torch.ones(2, dtype=torch.float64)))
+            y.sum().backward()
+            results.append([y, net.scale.grad, net.steps])
+        torch.testing.assert_close(*results)
