@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 from array import array as PythonArray
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,14 +187,16 @@ class Arrays:
                 for one in given:
                     _refuse(one)
 
-    def hand_out(self, owner: Any, where: str) -> None:
-        """An array is left for the caller.
+    def hand_out(self, owner: Any, where: str, tensors: Iterable[Tensor]) -> None:
+        """An array is left for the caller, beside tensors.
 
         Raises:
-            UnsupportedError: if it is on the memory of a tensor that may be written to later.
+            UnsupportedError: if it is on the memory of one of them, or of one that the network keeps.
         """
+        left = set(map(self._root, tensors))
         for root, given in self._given.items():
-            if root in self.values.first and any(np.may_share_memory(one.array, flat(owner)) for one in given):
+            lasting = [one for one in given if root in left or (one.tensor is None and root in self.values.first)]
+            if any(np.may_share_memory(one.array, flat(owner)) for one in lasting):
                 raise UnsupportedError(
                     f"{where} holds a NumPy array on the memory of a tensor, with which it would change; give a copy "
                     "(.copy()), or the tensor"

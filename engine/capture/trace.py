@@ -283,7 +283,7 @@ class _Recording:
 
     def _finish(self, program: Program, result: Any, given: Sequence[Tensor]) -> None:
         values, snapshot = self.values, self.snapshot
-        usual = vars(torch.empty(()))
+        usual, left = vars(torch.empty(())), list[Tensor]()
 
         def leaf(tensor: Tensor) -> Ref:
             own = [name for name in vars(tensor) if name not in usual and not name.startswith("_")]
@@ -293,12 +293,14 @@ class _Recording:
                 )
             twin = values.twin(tensor)
             self.recorder.arrays.read(twin)
+            left.append(twin)
             number = values.present(twin)
             program.reached[number] = values.reached(twin)
             return Ref(number)
 
         for tensor in given:
             leaf(tensor)
+        left.clear()
         apart = TakenApart(leaf, snapshot.kept)
         output = apart.tree(result, "the result of the model")
         if not refs(output):
@@ -308,7 +310,7 @@ class _Recording:
             )
         program.effects = snapshot.effects(apart, values.twins)
         for array, where in apart.arrays:
-            self.recorder.arrays.hand_out(array, where)
+            self.recorder.arrays.hand_out(array, where, left)
         program.output = apart.settled(output)
         for effect in program.effects:
             effect.contents, effect.appended, effect.keys = apart.settled(effect.tree)

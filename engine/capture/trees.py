@@ -33,7 +33,11 @@ from .walk import of_library
 
 _OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)  # a library's, but as one's own
 _ARRAYS = (np.ndarray, array, bytearray)
-_VIEWS = {type(make(kind())): make for kind in (dict, OrderedDict) for make in (kind.keys, kind.values, kind.items)}
+_VIEWS: dict[Any, Callable[..., Any]] = {
+    type(getattr(kind(), name)()): getattr(kind, name)
+    for kind in (dict, OrderedDict)
+    for name in ("keys", "values", "items")
+}
 _PLAIN = (str, bytes, int, float, complex, type(None), enum.Enum, type, types.ModuleType, nn.Module)
 
 

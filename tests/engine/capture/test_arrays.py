@@ -178,15 +178,18 @@ def test_each_call_returns_arrays_of_its_own():
 
 
 @pytest.mark.usefixtures("few_objects")
-@pytest.mark.parametrize("kept", [True, False])
-def test_an_array_on_the_memory_of_a_weight_is_not_handed_out(kept):
-    """It was one of a copy, which a step of the optimizer does not change."""
+@pytest.mark.parametrize("kept", ["part", "with its tensor", ""])
+def test_an_array_on_the_memory_of_a_tensor_is_not_handed_out(kept):
+    """That of a weight was one of a copy, which a step of the optimizer does not change."""
 
     class HandsOut(Network):
         def forward(self, x: Tensor) -> Any:
             bias = self.conv.bias.detach().numpy()
-            if kept:
+            if kept == "part":
                 self.kept = bias[1:]
+            elif kept:
+                own = np.ones(2)
+                self.kept = own, torch.from_numpy(own)
             return self.conv(x).mean(), 0 if kept else bias
 
     where = "the model: attribute 'kept'" if kept else "the result of the model"
@@ -283,6 +286,7 @@ READS: dict[str, Scale] = {
     "a tensor of before the write": lambda net: read_before(torch.from_numpy),
     "a copy of before the write": lambda net: read_before(torch.tensor),
     "bytes": lambda net: of_bytes(),
+    "an array that is kept": lambda net: then(setattr(net, "array", net.array + 1), torch.as_tensor(net.array)),
 }
 
 
