@@ -136,6 +136,7 @@ class Guard:
         seen: identities of the tensors that the forward looked at, be it at their shape. What each call replaces and
             none looks at may have any form: the map that a hook kept of an image of another size. Which one it is,
             and whether it is the same as another, may be asked without a look, so it counts in any case.
+        given: the tensors that the call gets, which a forward may compare with what it has kept (`image is self.last`).
 
     Attributes:
         kept: identities of the tensors, arrays and layers that it keeps alive, those in the network's attributes.
@@ -148,6 +149,7 @@ class Guard:
         reads: Iterable[Read],
         constants: Iterable[Tensor],
         seen: Container[int],
+        given: Sequence[Any] = (),
     ):
         found = snapshot.found
         self.loose: list[tuple[Holder, dict[Any, Callable[[Tensor], Any]]]] = []  # of keys what counts of their tensors
@@ -175,13 +177,17 @@ class Guard:
             else:
                 self.slow.append(_Watched(holder, contents))
         self.empty = empty
-        self.classes = [*(vars(cls) for cls in found.classes), vars(functional)]  # libraries' calls are replaced there
+        # Those of the libraries, where calls are replaced.
+        self.classes = [*map(vars, found.classes), vars(functional), vars(Tensor)]
         self.kinds = list(found.modules.values())
         self.types = list(map(type, self.kinds))
         held = [*(contents for _, contents in quick), *(watched.contents for watched in self.slow)]
-        tuples = [c for h, c in zip(found.holders, snapshot.contents, strict=True) if h.kind == "tuple"]
+        pairs = zip(found.holders, snapshot.contents, strict=True)
+        tuples = [each for holder, each in pairs if holder.kind == "tuple" and id(holder) not in below]
         alive = chain(self.kinds, chain.from_iterable(each.values() for each in (*held, *tuples)))
-        self.kept = {id(thing) for thing in alive if isinstance(thing, (Tensor, nn.Module, np.ndarray))}
+        kept = [thing for thing in alive if isinstance(thing, (Tensor, nn.Module, np.ndarray))]
+        self.kept, self.same = set(map(id, kept)), {id(thing) for thing in kept if isinstance(thing, Tensor)}
+        self.given = self._given(given)
         self.quick, self.fast = quick, [holder.fast for holder, _ in quick]
         self.class_alive = list(chain.from_iterable(map(_values, self.classes)))
         self.class_ids = self._of_classes()
@@ -189,7 +195,7 @@ class Guard:
         self.tensors = _Tensors(self._state())
         strict = [*chain.from_iterable(each.values() for each in held), *self.class_alive]
         self.elsewhere = {id(thing) for thing in strict if thing is not None} if self.loose else set[int]()
-        self.looks = self._looks()
+        self.looks = self._looks(given)
         self.process = process_state()
 
     def _note(self) -> None:
@@ -202,11 +208,17 @@ class Guard:
         """The parameters, buffers and constants as they are now."""
         return [*chain.from_iterable(space.values() for space in self.named), *self.constants]
 
-    def _looks(self) -> list[Any]:
+    def _given(self, given: Sequence[Any]) -> list[Any]:
+        """Which of the tensors of a call the network has, where they stay or as its state."""
+        places = {id(thing): place for place, thing in enumerate(self._state()) if thing is not None}
+        return [places.get(key, key if key in self.same else None) for key in map(id, given)]
+
+    def _looks(self, given: Sequence[Any]) -> list[Any]:
         """What counts of what every call replaces, as it is now; all else has to be as it was."""
         if not self.loose:
             return []
-        places = {id(thing): place for place, thing in enumerate(self._state())}
+        places: dict[int, Any] = {id(thing): place for place, thing in enumerate(self._state())}
+        places.update((id(tensor), ("given", place)) for place, tensor in enumerate(given) if tensor is not None)
 
         def known(thing: Any) -> Any:
             return ("elsewhere", id(thing)) if id(thing) in self.elsewhere else places.get(id(thing))
@@ -218,10 +230,11 @@ class Guard:
     def _of_classes(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(_values, self.classes))))
 
-    def holds(self) -> bool:
+    def holds(self, given: Sequence[Any] = ()) -> bool:
         """Whether nothing has changed."""
         if (
             any(self.empty)
+            or self._given(given) != self.given
             or list(map(type, self.kinds)) != self.types
             or self.process != process_state()
             or list(map(len, self.fast)) != self.sizes
@@ -234,7 +247,7 @@ class Guard:
             if not all(_Watched(holder, contents).holds() for holder, contents in self.quick):
                 return False
             self._note()  # equal numbers, of which the objects are others now
-        if not all(watched.holds() for watched in self.slow) or self.looks != self._looks():
+        if not all(watched.holds() for watched in self.slow) or self.looks != self._looks(given):
             return False
         return all(read.holds() for read in self.reads)
 

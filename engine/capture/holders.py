@@ -121,7 +121,7 @@ def file_names(names: Sequence[str], space: dict[str, Any], name: str) -> Holder
 
 def slots(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder | None:
     """The attributes of an object whose class has `__slots__`."""
-    spaces = map(vars, type(thing).__mro__)
+    spaces = [vars(base) for base in type(thing).__mro__ if "__slots__" in vars(base)]
     names = [k for space in spaces for k, v in space.items() if isinstance(v, types.MemberDescriptorType)]
 
     def write(contents: dict[Any, Any]) -> None:

@@ -60,6 +60,8 @@ class Looks:
             return kind, _Same(thing.__self__), _Same(thing.__func__)
         if isinstance(thing, tuple):  # of two equal ones nobody asks which one it is
             return kind, tuple(self.at(part, form) for part in thing)
+        if type(thing) is weakref.ref:
+            return kind, self.at(thing(), form)
         met, number = id(thing) in self._numbers, self._numbers.setdefault(id(thing), len(self._numbers))
         which = number, self.known(thing)
         if met:

@@ -161,7 +161,9 @@ def _replace_calls(changes: Replacements, here: _Here) -> None:
     changes.put(
         random, "_urandom", replaced(lambda _original: lambda size: here.unseen.entropy(size))
     )  # of SystemRandom and of secrets
-    changes.put(torch, "from_numpy", replaced(lambda original: lambda array: here.unseen.from_numpy(original, array)))
+    on_memory = replaced(lambda original: lambda *args, **kwargs: here.unseen.on_memory(original, *args, **kwargs))
+    for name in ("from_numpy", "frombuffer", "from_dlpack"):
+        changes.put(torch, name, on_memory)
     scripted = replaced(lambda original: lambda f, *args, **kwargs: here.unseen.scripted(original, f, args, kwargs))
     changes.put(torch.jit.ScriptFunction, "__call__", scripted)
     changes.put(nn.SyncBatchNorm, "forward", replaced(lambda _original: lambda m, x: here.unseen.synchronized(m, x)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -172,12 +172,16 @@ class Program:
             self._go_by(other._circumstances())
         return same
 
-    def holds(self) -> bool:
-        """Whether any of its recordings still says what the forward would do; the program goes by that one then."""
-        if self.guard.holds():
+    def holds(self, given: Sequence[Any] = ()) -> bool:
+        """Whether any of its recordings still says what the forward would do; the program goes by that one then.
+
+        Args:
+            given: the tensors that the call gets.
+        """
+        if self.guard.holds(given):
             return True
         for place, other in enumerate(self.others):
-            if other.guard.holds():
+            if other.guard.holds(given):
                 self.others.insert(0, self._circumstances())
                 del self.others[place + 1]
                 self._go_by(other)

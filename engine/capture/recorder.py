@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import UnsupportedError
 from .aliases import Step
-from .arrays import Arrays, shares
+from .arrays import MEMORY, ON_MEMORY, Arrays, shares
 from .averages import averaging
 from .corrected import CORRECTED
 from .lines import line_of
@@ -110,6 +110,11 @@ class Recorder(TorchFunctionMode):
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
+            with unset_fake_temporarily():
+                real = func(*args, **kwargs)
+            if shares(args[0], real):
+                return self.on_memory(args[0], real)
         if func is Tensor.new and args[1:] and not isinstance(args[1], (list, Tensor)):
             func = Tensor.new_empty
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
@@ -150,7 +155,6 @@ class Recorder(TorchFunctionMode):
         if self._seen_through():
             return result
         self._record(func, args, kwargs, tensors, outputs, written)
-        self.arrays.made(func, args, result)
         for tensor in written:
             self.arrays.follow(tensor)
         return result
@@ -225,6 +229,10 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, np.ndarray) and shares(value, tensor):
             self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
+
+    def on_memory(self, owner: Any, tensor: Tensor) -> Tensor:
+        """What stands for a real tensor on an array's memory; it is a constant where it is used."""
+        return self.arrays.on_memory(owner, tensor, lambda twin: self._now(Tensor.numpy, "numpy", (twin,), {}))
 
     def _now(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """`_taken` later on; None of what depends on the image by now."""
@@ -336,7 +344,7 @@ class Recorder(TorchFunctionMode):
     def _record(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]
     ) -> None:
-        args, kwargs = tree_map(lambda leaf: averaging(self.values, leaf), (args, kwargs))
+        args, kwargs = tree_map(lambda leaf: averaging(self.values, self.arrays.as_now(leaf)), (args, kwargs))
         silent = not torch.is_grad_enabled() and self.values.entry_grad
         # PyTorch writes to out= only where nothing wants a gradient, and the program runs with gradients.
         cut = silent and kwargs.get("out") is not None

@@ -8,6 +8,7 @@ that the call has computed.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Effect:
         gone: keys that are deleted.
         appended: of a list: what is put behind its end; None where the list gets `contents` anew.
         order: of a dict all its keys in their order, if it is not by what is set and deleted.
+        keys: those of `contents` that the forward has made, and what each call makes in their place.
     """
 
     holder: Holder
@@ -40,22 +42,25 @@ class Effect:
     gone: tuple[Any, ...] = ()
     appended: list[Any] | None = None
     order: tuple[Any, ...] = ()
+    keys: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def tree(self) -> Any:
-        return self.contents, self.appended
+        return self.contents, self.appended, self.keys
 
     def ready(self, bind: Callable[[Any], Any], shared: dict[int, Any]) -> Callable[[], None]:
         """What does it; `bind` puts tensors in the place of `Ref`s, `shared` see `realize`.
 
         All effects of a call are made ready before the first is done: one may replace what another finds.
         """
-        contents, appended = bind(self.tree)
-        contents = {key: realize(value, shared) for key, value in contents.items()}
+        contents, appended, keys = bind(self.tree)
+        keys = {key: realize(made, shared) for key, made in keys.items()}
+        contents = {keys.get(key, key): realize(value, shared) for key, value in contents.items()}
         appended = None if appended is None else realize(appended, shared)
-        return partial(self._do, owner_now(self.holder), contents, appended)
+        order = [keys.get(key, key) for key in self.order]
+        return partial(self._do, owner_now(self.holder), contents, appended, order)
 
-    def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None) -> None:
+    def _do(self, thing: Any, contents: dict[Any, Any], appended: list[Any] | None, order: list[Any]) -> None:
         if appended is not None:
             thing.extend(appended)
         elif isinstance(thing, (list, deque)):
@@ -70,7 +75,7 @@ class Effect:
             kind = plain_kind(thing)
             for key, value in contents.items():
                 kind.__setitem__(thing, key, value)  # a Counter's own `update` would add
-            for key in self.order:
+            for key in order:
                 kind.__setitem__(thing, key, kind.pop(thing, key))
         else:
             holder = self.holder
@@ -127,10 +132,28 @@ class Snapshot:
         self.found = found
         self.contents = [holder.read() for holder in found.holders]
         self._places: dict[int, Place] | None = None
+        self._replaced = frozenset[int]()
 
     def now(self) -> list[int]:
         """The identities of all contents, to see whether any changes."""
         return [id(value) for holder in self.found.holders for value in holder.read().values()]
+
+    def replace(self, others: Mapping[int, Any]) -> None:
+        """Put others, by the identities of what they replace, into the holders, and the tuples there."""
+
+        def other(thing: Any) -> Any:
+            if isinstance(thing, tuple) and any(other(part) is not part for part in thing):
+                parts = map(other, thing)
+                return type(thing)._make(parts) if hasattr(thing, "_make") else tuple(parts)  # pyright: ignore
+            if type(thing) is weakref.ref and id(thing()) in others:
+                return weakref.ref(others[id(thing())])
+            return others.get(id(thing), thing)
+
+        self._replaced = frozenset(others)
+        for holder, contents in zip(self.found.holders, self.contents, strict=True) if others else ():
+            now = {key: other(value) for key, value in contents.items()}
+            if any(now[key] is not value for key, value in contents.items()):
+                holder.write(now)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -149,7 +172,10 @@ class Snapshot:
         """
         found = []
         for holder, before in zip(self.found.holders, self.contents, strict=True):
-            after = {k: before[k] if _twin(before.get(k), v, twins) else v for k, v in holder.read().items()}
+            # What the call is given may be another tensor in the next one, and is put there again.
+            stays = isinstance(holder.owner, (list, deque, set)) or holder.kind in ("_parameters", "_buffers")
+            anew = frozenset[int]() if stays else self._replaced
+            after = {k: before[k] if _twin(before.get(k), v, twins, anew) else v for k, v in holder.read().items()}
             if not _same(after, before):
                 found.append(self._effect(holder, before, after, apart))
         return found
@@ -167,10 +193,11 @@ class Snapshot:
                 return Effect(holder, {}, (), [tree(len(old) + n, v) for n, v in enumerate(new[len(old) :])])
             return Effect(holder, {n: tree(n, value) for n, value in enumerate(new)})
         changed = {k: tree(k, v) for k, v in after.items() if k not in before or not _alike(before[k], v)}
+        keys = apart.keys(changed) if holder.kind == "dict" else {}
         gone = tuple(k for k in before if k not in after)
         order = [*(k for k in before if k in after), *(k for k in after if k not in before)]
         moved = holder.kind == "dict" and order != list(after)
-        return Effect(holder, changed, gone, order=tuple(after) if moved else ())
+        return Effect(holder, changed, gone, None, tuple(after) if moved else (), keys)
 
     def was_there(self, thing: Any) -> bool:
         """Whether an object was found in the walk before the recording."""
@@ -203,8 +230,8 @@ class Snapshot:
             )
 
 
-def _twin(old: Any, new: Any, twins: Mapping[int, Tensor]) -> bool:
-    return isinstance(new, Tensor) and twins.get(id(old)) is new
+def _twin(old: Any, new: Any, twins: Mapping[int, Tensor], anew: frozenset[int]) -> bool:
+    return isinstance(new, Tensor) and twins.get(id(old)) is new and id(old) not in anew
 
 
 def _alike(old: Any, new: Any) -> bool:

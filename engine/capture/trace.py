@@ -95,6 +95,7 @@ def capture(
     image_grad: bool | str = False,
     branches: Sequence[bool] | None = None,
     strides: tuple[int, ...] | None = None,
+    given: Sequence[Any] = (),
 ) -> Program:
     """Record a call of the model, its own hooks included, on an image batch, in the gradient mode that is on.
 
@@ -112,6 +113,7 @@ def capture(
         branches: which way the forward goes where it branches by the image's values, as far as that is known; behind
             them a way is looked for that ends without an error. None refuses such branches.
         strides: of the image, in elements, if it has gaps or another order than NCHW.
+        given: the tensors themselves, image first, as far as there are any: the network may keep them.
 
     Raises:
         UnsupportedError: for what cannot be recorded or done again: TorchScript, Python random numbers, data-dependent
@@ -130,7 +132,7 @@ def capture(
             make = functools.partial(_Recording, model, torch.device(device), call, way, taken)
             try:
                 image = Given(tuple(shape), dtype, image_grad, strides)
-                return _recorded(lambda make=make, image=image: make().run(image, inputs, vectors))
+                return _recorded(lambda make=make, image=image: make().run(image, inputs, vectors, given))
             except Exception as error:
                 failed = error if failed is None or isinstance(error, UnsupportedError) else failed
                 way = _turned(taken, len(branches or ()))
@@ -197,7 +199,7 @@ class _Recording:
         self.fake, self.values = fake, Values(model, fake, device)
         self.recorder = Recorder(self.values, self.snapshot, way)
 
-    def run(self, what: Given, inputs: Sequence[Given], vectors: Sequence[Given]) -> Program:
+    def run(self, what: Given, inputs: Sequence[Given], vectors: Sequence[Given], given: Sequence[Any] = ()) -> Program:
         values, program = self.values, self.values.program
         weak = values.weak
         try:
@@ -210,6 +212,7 @@ class _Recording:
                 program.image = values.numbers[id(image)]
                 program.inputs = tuple(values.numbers[id(t)] for t in maps)
                 program.vectors = tuple(values.numbers[id(t)] for t in rest)
+                self._find_kept(given, (image, *maps, *rest))
                 self._forward(image, [*maps, *rest])
                 del image, maps, rest
             if not same_state(self.random, random_state(self.generators)):
@@ -224,10 +227,23 @@ class _Recording:
             values.forget()
             let_go(weak, refuse=False)
             raise
-        program.guard = self._guard(program)
+        program.guard = self._guard(program, given)
         values.forget()
         let_go(weak, refuse=True)
         return program
+
+    def _find_kept(self, given: Sequence[Any], stands_for: Sequence[Tensor]) -> None:
+        """Put what stands for the tensors of the call where the network keeps these very tensors."""
+        found = {
+            id(tensor): twin
+            for tensor, twin in zip(given, stands_for, strict=False)
+            if isinstance(tensor, Tensor) and self.snapshot.was_there(tensor)
+        }
+        for tensor in given:
+            if id(tensor) in found and isinstance(tensor, nn.Parameter):
+                found[id(tensor)]._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.values.twins.update(found)
+        self.snapshot.replace(found)
 
     def _forward(self, image: Tensor, further: Sequence[Tensor]) -> None:
         """Run the forward; note what it returns and changes; put back what it has changed."""
@@ -267,7 +283,7 @@ class _Recording:
 
     def _finish(self, program: Program, result: Any, given: Sequence[Tensor]) -> None:
         values, snapshot = self.values, self.snapshot
-        usual = vars(torch.empty(()))
+        usual, left = vars(torch.empty(())), list[Tensor]()
 
         def leaf(tensor: Tensor) -> Ref:
             own = [name for name in vars(tensor) if name not in usual and not name.startswith("_")]
@@ -277,12 +293,14 @@ class _Recording:
                 )
             twin = values.twin(tensor)
             self.recorder.arrays.read(twin)
+            left.append(twin)
             number = values.present(twin)
             program.reached[number] = values.reached(twin)
             return Ref(number)
 
         for tensor in given:
             leaf(tensor)
+        left.clear()
         apart = TakenApart(leaf, snapshot.kept)
         output = apart.tree(result, "the result of the model")
         if not refs(output):
@@ -291,13 +309,15 @@ class _Recording:
                 "return a tensor, or a tuple, list or dict of tensors"
             )
         program.effects = snapshot.effects(apart, values.twins)
+        for array, where in apart.arrays:
+            self.recorder.arrays.hand_out(array, where, left)
         program.output = apart.settled(output)
         for effect in program.effects:
-            effect.contents, effect.appended = apart.settled(effect.tree)
+            effect.contents, effect.appended, effect.keys = apart.settled(effect.tree)
         program.hooks = self.recorder.hooks.finish(leaf)
         program.updates = values.updates()
 
-    def _guard(self, program: Program) -> Guard:
+    def _guard(self, program: Program, given: Sequence[Any]) -> Guard:
         """What the recording depends on; constants that each call replaces are looked up where they are."""
         snapshot = self.snapshot
         loose = replaced(program.effects)
@@ -316,7 +336,7 @@ class _Recording:
         state = _State(self.model, program)
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
         constants = [v.constant for v in program.values if v.constant is not None and v.find is None]
-        return Guard(snapshot, program.effects, reads, constants, self.values.twins)
+        return Guard(snapshot, program.effects, reads, constants, self.values.twins, given)
 
 
 def _nothing(_saved: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from ..errors import UnsupportedError
 from ..parallel.processes import world
+from .arrays import MEMORY
 from .averages import CumulativeAverage
 from .lines import line_of
 from .module_hooks import RecordedHook
@@ -61,12 +62,14 @@ class Unseen:
         plain = scripted_from(function)
         return original(function, *args, **kwargs) if plain is None else plain(*args, **kwargs)
 
-    def from_numpy(self, original: Callable[..., Any], array: Any) -> Tensor:
+    def on_memory(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A real tensor on an array's memory; it is a constant where it is used."""
+        if not args or not isinstance(args[0], MEMORY):
+            return original(*args, **kwargs)
         with unset_fake_temporarily():
-            tensor = original(array)
-        self.recorder.arrays.from_numpy(array, tensor)
-        return tensor
+            tensor = original(*args, **kwargs)
+        with _pop_mode_temporarily() if _active(self.recorder) else contextlib.nullcontext():
+            return self.recorder.on_memory(args[0], tensor)
 
     def batch_norm(self, original: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
         """A BatchNorm without momentum would turn its counter into a Python number, once and for all."""

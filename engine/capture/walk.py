@@ -19,7 +19,7 @@ import types
 import weakref
 from array import array
 from collections import ChainMap, UserDict, UserList, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MappingView, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, partialmethod, singledispatchmethod
@@ -196,7 +196,7 @@ class _Walk:
             self.later(scripted_from(thing), name)
         elif isinstance(thing, weakref.ref):
             self.later(thing(), name)
-        elif isinstance(thing, types.MappingProxyType):
+        elif isinstance(thing, (types.MappingProxyType, MappingView)):
             for inner in gc.get_referents(thing):
                 self.later(inner, name)
         elif isinstance(thing, types.ModuleType):

@@ -59,6 +59,7 @@ def begin(
             targets[program.image], image = image, image.clone()
             pixels = ImageTensor(image)
         forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, on_tile, regions, targets))
+        forwards[-1].passed.update((v, t) for v, t in kept.items() if state[v] is not t and v not in written)
         forwards[-1].keep_to_plan(page_pool, together)
         together = forwards[-1].memory_limit
     return forwards

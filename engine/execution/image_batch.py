@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -37,6 +37,7 @@ class ImageBatch:
         device: where they are computed.
         training: whether there will be a backward.
         image_grad: whether the image wants a gradient of its own.
+        given: what the network's call gets: the image, if it is a tensor, and further maps and tensors.
     """
 
     pixels: Pixels
@@ -45,9 +46,10 @@ class ImageBatch:
     device: torch.device
     training: bool
     image_grad: bool
+    given: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, network: nn.Module, x: Tensor | PixelBatch, further: Iterable[Any] = ()) -> ImageBatch:
+    def of(cls, network: nn.Module, x: Tensor | PixelBatch, further: Sequence[Any] = ()) -> ImageBatch:
         """The batch `x` for a network, in the gradient mode that is on.
 
         Args:
@@ -72,7 +74,7 @@ class ImageBatch:
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         wanting = chain(further, network.parameters())
         training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
-        return cls(pixels, image, dtype, parameter.device, training, image_grad)
+        return cls(pixels, image, dtype, parameter.device, training, image_grad, (image, *further))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -117,7 +117,8 @@ class Programs:
         known = self.kept.setdefault(key, [])
         self.kept.move_to_end(key)
         for place, ready in enumerate(known):
-            if _goes(ready, branches) and all(one.staged.program.holds() for one in ready):
+            pairs = zip(ready, images, strict=True)
+            if _goes(ready, branches) and all(one.staged.program.holds(image.given) for one, image in pairs):
                 known.insert(0, known.pop(place))
                 return ready
         if key.device.type == "cpu":
@@ -132,6 +133,7 @@ class Programs:
                 *(one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image)),
                 branches=branches,
                 strides=strides(one.image),
+                given=one.given,
             )
             for one in images
         ]

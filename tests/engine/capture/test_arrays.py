@@ -1,6 +1,7 @@
 """NumPy arrays of tensors: reading them goes on, and what a forward writes to them is never silently lost."""
 
 import copy
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,73 @@ def test_a_tensor_on_a_kept_array_that_was_written_to(name):
     assert np.array_equal(net.array, [1, 1])
 
 
+def then_image(net: Any) -> float:
+    array = net.steps.numpy()
+    net.steps.add_(net.seen.mean())
+    return float(array.sum())
+
+
+OF_A_KEPT_ARRAY: dict[str, Scale] = {
+    "made in the forward": lambda net: then(torch.from_numpy(net.array).add_(1), float(net.array.sum())),
+    "the same of as_tensor": lambda net: then(torch.as_tensor(net.array).add_(1), float(net.array.sum())),
+    "kept with it": lambda net: then(net.on_array.add_(1), float(net.array.sum())),
+    "on bytes": lambda net: then(net.on_bytes.add_(1), net.bytes[2] / 100),
+    "by its array": lambda net: then(net.steps.add_(1), float(net.of_steps.sum())),
+    "of the image": then_image,
+}
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("name", OF_A_KEPT_ARRAY)
+def test_an_array_whose_tensor_is_written_to(name):
+    """NumPy read what had been there before, in silence."""
+    net = network(OF_A_KEPT_ARRAY[name])
+    net.on_array, net.bytes = torch.from_numpy(net.array), bytearray(8)
+    net.on_bytes = torch.frombuffer(net.bytes, dtype=torch.float32)
+    if name != "of the image":
+        net.of_steps = net.steps.numpy()
+    net.conv.register_forward_hook(lambda _conv, _given, y: setattr(net, "seen", y))
+    with pytest.raises(UnsupportedError, match=r"\(test_arrays.py:\d+\) writes .*to a tensor.* a NumPy array.*; "):
+        accelerate(net, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
+
+
+def test_each_call_returns_arrays_of_its_own():
+    """All calls returned the same one: what a user wrote to it was in the next result."""
+
+    class Returning(Network):
+        def forward(self, x: Tensor) -> Any:
+            grid = np.arange(6.0).reshape(2, 3)
+            return self.conv(x).mean(), grid, grid.T[::-1, 1:], bytearray(2), array("d", [1, 2])
+
+    net = accelerate(Returning(lambda net: 1.0), tile=8)
+    for _ in range(3):
+        _, grid, part, held, numbers = net(torch.randn(1, 1, 16, 16))
+        assert grid[1].tolist() == [3, 4, 5] and held == bytearray(2) and numbers[0] == 1
+        grid[1] = 7
+        held[0], numbers[0] = 1, 3
+        assert part.tolist() == [[7], [7], [7]]  # on the same memory
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("kept", ["part", "with its tensor", ""])
+def test_an_array_on_the_memory_of_a_tensor_is_not_handed_out(kept):
+    """That of a weight was one of a copy, which a step of the optimizer does not change."""
+
+    class HandsOut(Network):
+        def forward(self, x: Tensor) -> Any:
+            bias = self.conv.bias.detach().numpy()
+            if kept == "part":
+                self.kept = bias[1:]
+            elif kept:
+                own = np.ones(2)
+                self.kept = own, torch.from_numpy(own)
+            return self.conv(x).mean(), 0 if kept else bias
+
+    where = "the model: attribute 'kept'" if kept else "the result of the model"
+    with pytest.raises(UnsupportedError, match=f"{where} holds a NumPy array on the memory of a tensor"):
+        accelerate(HandsOut(lambda net: 1.0), tile=8)(torch.randn(1, 1, 16, 16))
+
+
 def test_a_kept_array_that_is_written_to_after_its_tensor_was_read():
     def scale(net: Any) -> Tensor:
         now = net.on_array * 2
@@ -149,6 +217,35 @@ def from_numpy(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     tensor += 1
     return tensor
+
+
+def both_ways(tensor_on: Callable[[np.ndarray], Tensor]) -> Tensor:
+    array = np.ones(2, dtype=np.float32)
+    tensor = tensor_on(array)
+    tensor.mul_(3)
+    total = float(array.sum())
+    array[0] = 5
+    return tensor * total
+
+
+def two_tensors() -> Tensor:
+    array = np.ones(2, dtype=np.float32)
+    first, second = torch.from_numpy(array), torch.from_numpy(array)
+    first.mul_(3)
+    return second
+
+
+def read_before(tensor_of: Callable[[np.ndarray], Tensor]) -> Tensor:
+    array = np.ones(2, dtype=np.float32)
+    before = tensor_of(array) * 2
+    array += 1
+    return before + torch.from_numpy(array)
+
+
+def of_bytes() -> float:
+    held = bytearray(8)
+    torch.frombuffer(held, dtype=torch.float32).add_(1)
+    return held[2] / 100
 
 
 def normalized(net: Any) -> Tensor:
@@ -181,7 +278,15 @@ READS: dict[str, Scale] = {
     "a tensor on an array that is made": lambda net: from_numpy(np.ones(2, dtype=np.float32)),
     "an array of what is written": followed,
     "an array of what it was": not_read_again,
-    "a tensor on a kept array": lambda net: from_numpy(net.array),
+    "an array whose tensor is written to": lambda net: both_ways(torch.from_numpy),
+    "the same of as_tensor": lambda net: both_ways(torch.as_tensor),
+    "the same of from_dlpack": lambda net: both_ways(torch.from_dlpack),
+    "a part of an array": lambda net: both_ways(lambda array: torch.from_numpy(array[:])),
+    "two tensors on an array": lambda net: two_tensors(),
+    "a tensor of before the write": lambda net: read_before(torch.from_numpy),
+    "a copy of before the write": lambda net: read_before(torch.tensor),
+    "bytes": lambda net: of_bytes(),
+    "an array that is kept": lambda net: then(setattr(net, "array", net.array + 1), torch.as_tensor(net.array)),
 }
 
 

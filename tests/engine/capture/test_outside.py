@@ -255,6 +255,17 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.parametrize(("owner", "name"), [(torch.nn.functional, "relu"), (Tensor, "sin")])
+def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of Tensor was not looked at."""
+    net = Network(lambda net, x: torch.nn.functional.relu(x) + x.sin())
+    stock, x = copy.deepcopy(net), torch.randn(1, 1, 21, 17, dtype=torch.float64)
+    ours = accelerate(net, tile=8)
+    torch.testing.assert_close(ours(x), stock(x))
+    monkeypatch.setattr(owner, name, lambda x, *_: torch.tanh(x))
+    torch.testing.assert_close(ours(x), stock(x))
+
+
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_a_forward_changes_is_changed_by_each_call(name):
     last, reset = CHANGED[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import enum
 import gc
 import types
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gigamorph import accelerate
+from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.execution import programs
 
 Named = namedtuple("Named", "map")
@@ -81,9 +82,18 @@ class Network(nn.Module):
 
 
 def compare(
-    net: nn.Module, change: dict[int, Callable[[Any], None]], look: Callable[[Any], Any], calls: int = 5
+    net: nn.Module,
+    change: dict[int, Callable[[Any], None]],
+    look: Callable[[Any], Any],
+    calls: int = 5,
+    images: str = "",
 ) -> list[int]:
-    """Compare a network with stock PyTorch, call after call; the calls that were recorded."""
+    """Compare a network with stock PyTorch, call after call; the calls that were recorded.
+
+    Args:
+        images: a letter for each call, the same one for the same image; all are different if there is none.
+    """
+    known: dict[str, Tensor] = {}
     torch.manual_seed(0)
     stock, tiled, recorded = copy.deepcopy(net).double(), net.double(), []
     ours = accelerate(tiled, tile=16)
@@ -96,6 +106,7 @@ def compare(
     try:
         for call in range(calls):
             x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+            x = known.setdefault(images[call] if images else str(call), x)
             for each, run in ((stock, stock), (tiled, ours)):
                 change.get(call, lambda _net: None)(each)
                 each.zero_grad()
@@ -488,6 +499,50 @@ def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> N
     compare(net, {}, lambda net: [list(net.kept.items())])
 
 
+class Slots:
+    __slots__ = ("map", "numbers")
+
+    def __init__(self, y: Tensor) -> None:
+        self.map, self.numbers = y, [1]
+
+
+class Failed(Exception):
+    pass
+
+
+class Day(datetime.date):
+    numbers: list[int]
+
+
+def _failed(y: Tensor) -> Any:
+    error = Failed("code", 3)
+    error.numbers = [1]
+    return error
+
+
+def _day(y: Tensor) -> Any:
+    day = Day(2020, 1, 2)
+    day.numbers = [1]
+    return day
+
+
+@pytest.mark.parametrize("make", [Slots, _failed, _day])
+def test_objects_that_are_more_than_their_attributes_are_made_again(make: Callable[[Tensor], Any]) -> None:
+    """One with slots was refused for its map, an exception lost its arguments, a date could not be made."""
+
+    class Makes(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            self.kept = make(y.mean().detach())
+            return self.end(y)
+
+    def look(net: Any) -> list[Any]:
+        net.kept.numbers.append(2)
+        return [getattr(net.kept, "map", repr(net.kept)), net.kept.numbers]
+
+    compare(Makes(), {}, look, calls=3)
+
+
 class Way(enum.Enum):
     FIRST = 1.0
     SECOND = 2.0
@@ -523,14 +578,20 @@ def _counted_up(inner: dict[str, int]) -> None:
 
 
 # What is made of an object, how it is used, and how the object tells.
-AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], int]]] = {
+Use = Callable[[Any], Any] | None  # None of what only looks at the object
+AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Use, Callable[[Any], int]]] = {
     "method": (Steps, lambda one: one.up, lambda made: made(), lambda one: one.count),
     "method of a list": (list, lambda one: one.append, lambda made: made(1), len),
     "partial": (list, lambda one: partial(one.append, 1), lambda made: made(), len),
     "partial with keywords": (list, lambda one: partial(_put, to=one), lambda made: made(1), len),
     "weak reference": (Steps, weakref.ref, lambda made: made().up(), lambda one: one.count),
     "frozenset": (Steps, lambda one: frozenset([one]), lambda made: next(iter(made)).up(), lambda one: one.count),
-    "proxy": (dict, types.MappingProxyType, lambda made: None, len),
+    "function": (list, lambda one: lambda: one.append(1), lambda made: made(), len),
+    "function with a default": (list, lambda one: lambda to=one: to.append(1), lambda made: made(), len),
+    "function with a named default": (list, lambda one: lambda *, to=one: to.append(1), lambda made: made(), len),
+    **{f"view of {view.__name__}": (dict, view, None, len) for view in (dict.keys, dict.values, dict.items)},
+    "view of an ordered dict": (OrderedDict, OrderedDict.values, None, len),
+    "proxy": (dict, types.MappingProxyType, None, len),
     "dict of dicts": (
         dict,
         lambda one: ChainMap(one),
@@ -555,9 +616,168 @@ def test_what_is_made_around_an_object_goes_with_it(kind: str) -> None:
             if self.kept is None:
                 self.kept = make()
                 self.before = around(self.kept)
-            use(self.before)
-            if kind == "proxy":
+            if use is None:
                 self.kept[len(self.before)] = 1
+            else:
+                use(self.before)
             return self.end(self.first(x), count(self.kept))
 
     compare(Counting(), {}, lambda net: [count(net.kept)])
+
+
+@pytest.mark.parametrize("setter_first", [True, False])
+def test_functions_share_the_variable_that_one_of_them_sets(setter_first: bool) -> None:
+    """All calls returned the same two: what a user counted after one was counted in the next."""
+
+    class Counting(Network):
+        def forward(self, x: Tensor) -> Any:
+            count = 0
+
+            def up() -> None:
+                nonlocal count
+                count += 1
+
+            get: Callable[[], int] = lambda: count  # noqa: E731
+            up()
+            return self.end(self.first(x)), *((up, get) if setter_first else (get, up))
+
+    net = accelerate(Counting(), tile=16)
+    for _ in range(3):
+        _, *functions = net(torch.rand(1, 1, 40, 36))
+        up, get = functions if setter_first else functions[::-1]
+        up()
+        assert get() == 2
+
+
+def test_a_function_that_encloses_itself() -> None:
+    """One that each call may have again stays; around a list of the call it would be two functions."""
+
+    class Steps(Network):
+        made: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.made and []
+
+            def steps(n: int) -> int:
+                return n if n < 2 else steps(n - 1) + len(found or ())
+
+            self.kept = steps
+            return self.end(self.first(x))
+
+    net = Steps()
+    compare(net, {}, lambda net: [net.kept(3)], calls=3)
+    net.made = True
+    with pytest.raises(UnsupportedError, match="attribute 'kept' holds a function that encloses itself; make it"):
+        accelerate(net, tile=16)(torch.rand(1, 1, 40, 36, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_object_of_the_forward_is_a_key(there: bool) -> None:
+    """The object in the attribute was made again, the key of the dict was that of the recording: a KeyError."""
+
+    class Keyed(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.before is None:
+                self.before = Steps()
+                self.kept = self.kept if there else {}
+                self.kept[self.before] = 2.0
+            self.before.up()
+            return self.end(self.first(x), self.kept[self.before] * self.before.count)
+
+    net = Keyed()
+    net.kept = {}
+    compare(net, {}, lambda net: [net.before.count, list(net.kept) == [net.before]])
+
+
+KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "itself": (lambda x: x, lambda kept: kept),
+    "tuple": (lambda x: (1, x), lambda kept: kept[1]),
+    "named tuple": (Named, _map),
+    "dict": (lambda x: {"map": x}, lambda kept: kept["map"]),
+    "weak reference": (weakref.ref, lambda kept: kept()),
+    "slots": (Slots, _map),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_image_may_be_the_one_that_is_kept(kind: str) -> None:
+    """In a recording it was another tensor than the one that an earlier call had kept, in silence."""
+    make, get = KEPT[kind]
+
+    class Remembers(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = 2.0 if self.kept is not None and get(self.kept) is x else 1.0
+            self.kept = make(x)
+            return self.end(self.first(x), factor)
+
+    recorded = compare(Remembers(), {}, lambda net: [get(net.kept)], 8, "aaabbaba")
+    assert recorded[:3] == [0, 1, 3] and (recorded[3:] == [] or kind in ("weak reference", "dict", "slots"))
+
+
+def test_an_image_that_the_network_has_from_its_user() -> None:
+    class Compares(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.first(x * self.kept), 2.0 if x is self.kept else 1.0)
+
+    image = torch.rand(1, 1, 40, 36, dtype=torch.float64)
+    stock = Compares().double()
+    net = copy.deepcopy(stock)
+    stock.kept = net.kept = image
+    ours = accelerate(net, tile=16)
+    for x in (image, image + 1, image, image):
+        torch.testing.assert_close(ours(x), stock(x))
+        grads = [
+            torch.autograd.grad(run(given).sum(), given)[0]
+            for run in (ours, stock)
+            if (given := x.requires_grad_()) is x
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_tensors_of_inference_mode_stay_themselves() -> None:
+    """In a list that the next call made anew they were copies, and no tensors of inference mode."""
+
+    class Remembers(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.end(self.first(x))
+            self.kept = [*(self.kept or []), y.mean().detach()]
+            return y + sum(self.kept)
+
+    net, x = Remembers(), torch.rand(1, 1, 40, 36)
+    ours = accelerate(net, tile=16)
+    with torch.inference_mode():
+        ours(x)
+    (first,) = net.kept
+    ours(x)
+    assert net.kept[0] is first and first.is_inference() and not net.kept[1].is_inference()
+
+
+class OwnState(Network):
+    """Takes a tensor beside the image, which may be a parameter or buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("steps", torch.ones(2))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        if other is not self.scale:
+            other.add_(1)
+        factor = len([p for p in self.parameters() if isinstance(p, nn.Parameter)])
+        return self.end(self.first(x), factor) * self.scale * self.steps * other
+
+
+@pytest.mark.parametrize("order", ["scale steps scale", "other other steps", "steps other scale"])
+def test_a_tensor_that_is_given_may_be_of_the_networks_own_state(order: str) -> None:
+    """In a recording they were two: a buffer had not what was written to the argument."""
+    torch.manual_seed(0)
+    stock = OwnState().double()
+    ours = accelerate(copy.deepcopy(stock), tile=16)
+    for name in order.split():
+        x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+        for net in (ours, stock):
+            net.zero_grad()
+            y = net(x, getattr(net, name, torch.ones(2, dtype=torch.float64)))
+            y.sum().backward()
+            results.append([y, net.scale.grad, net.steps])
+        torch.testing.assert_close(*results)
