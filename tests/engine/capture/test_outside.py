@@ -416,14 +416,6 @@ def test_a_plain_tensor_that_wants_a_gradient_now_and_then():
         torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11) if wanted else None
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def all_gathered(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x)]
     dist.all_gather(parts, x.detach())
