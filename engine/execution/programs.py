@@ -16,6 +16,7 @@ from ..capture.program import Given, strides, wants
 from ..capture.trace import Program, capture, refuse_backward_hooks
 from ..cuda_graphs import buffers
 from ..errors import GigamorphError
+from ..module.arguments import refuse_wrapped
 from ..parallel.processes import check_same, world
 from ..planning.plan import Plan
 from ..planning.request import Request
@@ -122,6 +123,7 @@ class Programs:
                 return ready
         if key.device.type == "cpu":
             return_free_pages()  # of the last step, which would stay there beside what records and plans take
+        refuse_wrapped(network)
         if key.training:
             refuse_backward_hooks(network)
         if check is not None:

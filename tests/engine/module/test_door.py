@@ -377,6 +377,14 @@ def test_compiled(name):
     assert max(errors(*results).values()) <= LIMIT
 
 
+def test_parts_that_are_wrapped_afterwards_are_refused(alone):
+    """As an `auto_wrap_policy` does; it was said that they read a gradient, or call what cannot be recorded."""
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)))
+    net[1] = nn.parallel.DistributedDataParallel(net[1])
+    with pytest.raises(UnsupportedError, match=r"'1' is wrapped in DistributedDataParallel; .* only the whole: Dist"):
+        net(image())
+
+
 def test_wrapped_networks_are_refused():
     with pytest.raises(
         UnsupportedError, match=r"'1' is wrapped in DataParallel; .*DistributedDataParallel\(accelerate"
