@@ -179,8 +179,8 @@ def _check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> N
         spatial_group(settings.split).group,
         repr(what),
         image.device,
-        "processes that share an image have images of different shapes, other settings or modes, or other weights; give "
-        "all of them the same (torch.manual_seed before the network is made, one checkpoint)",
+        "processes that share an image have images of different shapes, other settings or modes, or other weights; "
+        "give all of them the same (torch.manual_seed before the network is made, one checkpoint)",
     )
 
 
