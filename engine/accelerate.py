@@ -377,8 +377,8 @@ def accelerate(
         fallback: ``"whole"`` lets ops that cannot be computed tile by tile (a mirrored map, causal attention) have
             their maps whole, in the memory that this takes; None refuses such networks.
         split: compute each image on several processes, each a band of its rows: those of a group of
-            `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
-            them, and has the outputs and gradients of the whole; the budget is that of one process.
+            `torch.distributed`, or with True all. Every process has the same weights and gives the same images, reads
+            the rows that it needs, and has the outputs and gradients of the whole; the budget is that of one process.
         verify: compare two steps of copies of the network in float64 with those of ordinary PyTorch, on small images:
             outputs, gradients, buffers, attributes and the image itself. Now, if the first convolution tells the
             image's channels, else at the first image; and again in each mode (`train()`, `eval()`) at its first image.
