@@ -30,7 +30,7 @@ from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
-from .module.delegation import Container, Delegate, is_container
+from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
 from .module.entrance import entrance
 from .module.once import refuse_checkpoint
 from .planning.plan import Plan
@@ -321,6 +321,20 @@ class AcceleratedContainer(Container, Accelerated):
     """An accelerated `nn.Sequential` or other container: it has a length and items, too."""
 
 
+class AcceleratedWithState(ExtraState, Accelerated):
+    """An accelerated network with `get_extra_state`."""
+
+
+class AcceleratedContainerWithState(ExtraState, AcceleratedContainer):
+    """An accelerated container with `get_extra_state`."""
+
+
+def _kind_of(model: nn.Module) -> type[Accelerated]:
+    if is_container(model):
+        return AcceleratedContainerWithState if has_extra_state(model) else AcceleratedContainer
+    return AcceleratedWithState if has_extra_state(model) else Accelerated
+
+
 def _column(outputs: Tensor, output: int) -> Tensor:
     if not -outputs.shape[1] <= output < outputs.shape[1]:
         raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]}")
@@ -363,8 +377,8 @@ def accelerate(
         fallback: ``"whole"`` lets ops that cannot be computed tile by tile (a mirrored map, causal attention) have
             their maps whole, in the memory that this takes; None refuses such networks.
         split: compute each image on several processes, each a band of its rows: those of a group of
-            `torch.distributed`, or with True all. Every process gives the same images, reads the rows that it needs of
-            them, and has the outputs and gradients of the whole; the budget is that of one process.
+            `torch.distributed`, or with True all. Every process has the same weights and gives the same images, reads
+            the rows that it needs, and has the outputs and gradients of the whole; the budget is that of one process.
         verify: compare two steps of copies of the network in float64 with those of ordinary PyTorch, on small images:
             outputs, gradients, buffers, attributes and the image itself. Now, if the first convolution tells the
             image's channels, else at the first image; and again in each mode (`train()`, `eval()`) at its first image.
@@ -383,8 +397,7 @@ def accelerate(
     # runs: those of a step have its graph among their locals.
     importlib.import_module("torch._dynamo")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    kind = AcceleratedContainer if is_container(model) else Accelerated
-    net = kind(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
+    net = _kind_of(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
     if verify:
         net._checked = set()
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.module_tracker import ModuleTracker
@@ -185,6 +186,9 @@ def _replace_calls(changes: Replacements, here: _Here) -> None:
         changes.put(nn.modules.module, name, replaced_hooks)
     for owner, name in _SEEDING:
         changes.put(owner, name, replaced(seeding))
+    for name in _EXCHANGES:
+        exchange = replaced(lambda _original, name=name: lambda *_args, **_kwargs: here.unseen.exchanged(name))
+        changes.put(dist.ProcessGroup, name, exchange)
 
 
 def tracks(hook: Callable[..., Any]) -> bool:
@@ -192,6 +196,13 @@ def tracks(hook: Callable[..., Any]) -> bool:
     return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
+# What all functions of `torch.distributed` end in that exchange something, but for its functional collectives, which
+# are ops. What is no exchange has other names.
+_EXCHANGES = tuple(
+    name
+    for name in vars(getattr(dist, "ProcessGroup", object))
+    if name.startswith(("all", "reduce", "broadcast", "gather", "scatter", "send", "recv", "barrier", "monitored"))
+)
 # `fork_rng` puts a state back by these, too.
 _SEEDING = tuple(
     (owner, name)

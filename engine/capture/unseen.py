@@ -118,6 +118,12 @@ class Unseen:
             "random numbers in each tile; draw fixed numbers once, in the constructor, and keep them in a buffer"
         )
 
+    def exchanged(self, name: str) -> Any:
+        raise self._refused(
+            f"{place(''.join(self.values.path[-1:]), line_of())} exchanges something with other processes ({name}) in "
+            "the forward, which a recording would do once and not again; do so with what the network returns"
+        )
+
     def entropy(self, _size: int) -> bytes:
         raise self._refused(
             f"{place(''.join(self.values.path[-1:]), line_of())} draws from the system's entropy, so it is another "

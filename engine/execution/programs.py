@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..capture.program import Given, strides, wants
 from ..capture.trace import Program, capture, refuse_backward_hooks
 from ..cuda_graphs import buffers
 from ..errors import GigamorphError
+from ..module.arguments import refuse_wrapped
 from ..parallel.processes import check_same, world
 from ..planning.plan import Plan
 from ..planning.request import Request
@@ -113,6 +115,8 @@ class Programs:
             branches: those that the image is known to take; see `branches.py`.
         """
         form = form or Form((), network)
+        if settings.split is not None:
+            _check_alike(network, images[0], settings)
         key = _key(images, settings, form)
         known = self.kept.setdefault(key, [])
         self.kept.move_to_end(key)
@@ -123,6 +127,7 @@ class Programs:
                 return ready
         if key.device.type == "cpu":
             return_free_pages()  # of the last step, which would stay there beside what records and plans take
+        refuse_wrapped(network)
         if key.training:
             refuse_backward_hooks(network)
         if check is not None:
@@ -159,17 +164,30 @@ def _goes(together: Sequence[Prepared], branches: tuple[bool, ...]) -> bool:
     return all(tuple(one[: len(branches)]) == branches for one in taken)
 
 
+def _check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:
+    """Refuse what differs among the processes that share an image: they would wait for each other, or be wrong.
+
+    Of each weight and statistic the first value is looked at, which tells another seed or checkpoint.
+    """
+    weights = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point() and t.numel()]
+    what = (
+        *(tuple(image.shape), image.dtype, image.training, image.image_grad, settings.memory_budget),
+        *(torch.is_grad_enabled(), Autocast.current(image.device)),
+        *(module.training for module in network.modules()),
+        *(parameter.requires_grad for parameter in network.parameters()),
+        *(torch.stack([t.detach()[(0,) * t.dim()].double() for t in weights]).tolist() if weights else ()),
+    )
+    check_same(
+        spatial_group(settings.split).group,
+        repr(what),
+        image.device,
+        "processes that share an image have images of different shapes, other settings or modes, or other weights; "
+        "give all of them the same (torch.manual_seed before the network is made, one checkpoint)",
+    )
+
+
 def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> ProgramKey:
     first = images[0]
-    if settings.split is not None:
-        what = repr((first.shape, first.dtype, first.training, first.image_grad, settings.memory_budget))
-        check_same(
-            spatial_group(settings.split).group,
-            what,
-            first.device,
-            "processes that share an image have images of different shapes, other settings or other modes; give "
-            "all of them the same",
-        )
     return ProgramKey(
         shapes=tuple(one.shape for one in images),
         dtype=first.dtype,

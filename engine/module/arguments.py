@@ -37,10 +37,22 @@ def check_network(model: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Delegate) and module is not model:
             raise GigamorphError(f"module '{name}' is accelerated already; accelerate the whole network, or that alone")
+    refuse_wrapped(model)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a network of which a part is shared among processes or devices.
+
+    Raises:
+        UnsupportedError: with what to wrap instead.
+    """
+    for name, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
                 where = f"module '{name}'" if name else "the model"
-                raise UnsupportedError(f"{where} is wrapped in {kind.__name__}; wrap last: {_WRAPPERS[kind.__name__]}")
+                raise UnsupportedError(
+                    f"{where} is wrapped in {kind.__name__}; wrap last, and only the whole: {_WRAPPERS[kind.__name__]}"
+                )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:

@@ -42,7 +42,6 @@ _ASKED_OF_THE_NETWORK = (
     "eval",
     "float",
     "get_buffer",
-    "get_extra_state",
     "get_parameter",
     "get_submodule",
     "half",
@@ -61,7 +60,6 @@ _ASKED_OF_THE_NETWORK = (
     "register_state_dict_post_hook",
     "register_state_dict_pre_hook",
     "requires_grad_",
-    "set_extra_state",
     "set_submodule",
     "share_memory",
     "state_dict",
@@ -175,6 +173,23 @@ def is_container(network: nn.Module) -> bool:
     except (TypeError, NotImplementedError):  # also of one that only passes the question on, as TorchScript does
         return False
     return hasattr(type(network), "__getitem__")
+
+
+def has_extra_state(network: nn.Module) -> bool:
+    """Whether a network keeps something besides tensors in its `state_dict`."""
+    return type(network).get_extra_state is not nn.Module.get_extra_state
+
+
+class ExtraState:
+    """What a network with an extra state answers besides; classes are looked at for it, as by DCP of PyTorch."""
+
+    _network: Any
+
+    def get_extra_state(self) -> Any:
+        return self._network.get_extra_state()
+
+    def set_extra_state(self, state: Any) -> None:
+        self._network.set_extra_state(state)
 
 
 class Container:

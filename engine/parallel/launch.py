@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,6 +26,7 @@ PATIENCE = 7200.0
 """Seconds that a process waits for another, which may have far larger images."""
 _GRACE = 5.0
 """Seconds that processes have to end by themselves when one has failed, and again before they are killed."""
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 def launched() -> bool:
@@ -101,7 +103,8 @@ def need_gpus(number: int) -> None:
 def launch(function: Callable[..., Any], number: int, device: str, *args: Any, timeout: float = PATIENCE) -> None:
     """Call `function(*args)` in `number` processes of this machine, which form a process group.
 
-    When one fails, all end. A first Ctrl-C is passed on to each, and they end as they see fit; a second one ends them.
+    When one fails, all end. A first Ctrl-C, or SIGTERM, is passed on to each as a Ctrl-C, and they end as they see fit;
+    a second one ends them.
 
     Args:
         function: of a module, for it is looked up by name in each process.
@@ -120,34 +123,51 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any, t
     logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
     with tempfile.TemporaryDirectory() as folder:
         given = (number, device, f"file://{folder}/meeting", timeout, threads, errors, function, args)
-        # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
-        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
-        assert context is not None
-        interrupted = False
-        while True:
+        with _terminated_as_interrupted():
+            # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
             try:
-                if context.join(grace_period=_GRACE):
-                    break
-            except KeyboardInterrupt:
-                processes: list[Any] = context.processes
-                for process in processes:
-                    if process.is_alive():
-                        process.kill() if interrupted else os.kill(process.pid, signal.SIGINT)
-                interrupted = True
-            except torch_processes.ProcessExitedException as error:
-                if interrupted:
-                    break
-                if errors.empty():
-                    killed = error.exit_code == -signal.SIGKILL
-                    hint = "it may have run out of memory" if killed else "see what it has printed"
-                    raise GigamorphError(f"{error}; {hint}") from error
-                raise errors.get() from None
+                context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            assert context is not None
+            interrupted = _joined(context, errors)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _joined(context: Any, errors: Any) -> bool:
+    """Whether processes that have ended were interrupted."""
+    interrupted = False
+    while True:
+        try:
+            if context.join(grace_period=_GRACE):
+                return interrupted
+        except KeyboardInterrupt:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill() if interrupted else os.kill(process.pid, signal.SIGINT)
+            interrupted = True
+        except torch_processes.ProcessExitedException as error:
+            if interrupted:
+                return True
+            if errors.empty():
+                killed = error.exit_code == -signal.SIGKILL
+                hint = "it may have run out of memory" if killed else "see what it has printed"
+                raise GigamorphError(f"{error}; {hint}") from error
+            raise errors.get() from None
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM (of a scheduler) is a Ctrl-C: this process would be gone before the others have written."""
+    here = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, former)
 
 
 def _child(
@@ -162,7 +182,7 @@ def _child(
     args: tuple[Any, ...],
 ) -> None:
     os.setpgrp()  # a terminal sends Ctrl-C to a group of processes; these get it from their parent, once
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
     torch.set_num_threads(threads)
     try:

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..errors import GigamorphError
 from ..files import write_atomically
+from ..parallel.lock import cannot_write, held, hold
 from .job import Job
-from .lock import cannot_write, held, hold
 from .options import RunOptions
 from .parts import read_parts
 

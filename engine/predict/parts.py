@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from ..errors import GigamorphError
 from ..files import write_atomically
-from .lock import cannot_write
+from ..parallel.lock import cannot_write
 
 ROWS = 10_000
 """Rows of a part."""

@@ -6,9 +6,10 @@ run that was killed goes on from ``last.ckpt`` to the same weights as one that w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
+from ..parallel.lock import hold
 from ..parallel.process_group import ProcessGroup
 from .callbacks import Epochs
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
@@ -67,12 +69,31 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
 
     Raises:
         GigamorphError: a loss or gradient that is not finite (the last checkpoint is kept), a pattern that names no
-            parameter, batches that cannot be dealt to the processes, a folder that holds another run, or a file that
-            cannot be written.
+            parameter, batches that cannot be dealt to the processes, a folder that holds another run or that another
+            process trains in, or a file that cannot be written.
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
+    check_stages(stages, run.group, task.module)
+    with _alone(run):
+        return _run_stages(task, stages, run)
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Inside, no other run writes to the folder; the process that leads sees to it."""
+    if not run.group.leads:
+        yield
+        return
+    lock = run.out / "_lock"
+    with hold(lock, run.out, needed=False):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     group, last, best = run.group, run.out / "last.ckpt", run.out / "best.ckpt"
-    check_stages(stages, group, task.module)
     record = {**task.record, "settings": _settings(stages, run, group.at_once)}
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
     task.module.to(run.device)

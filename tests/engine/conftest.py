@@ -10,6 +10,7 @@ import image_files
 import numpy as np
 import pytest
 import stores
+from torch import distributed as dist
 
 from gigamorph import kernels
 from gigamorph.kernels import choice
@@ -45,3 +46,11 @@ def store(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = stores.FolderStore(tmp_path / "store", monkeypatch)
     found.put(files)
     return found
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -200,16 +200,23 @@ def dense(bands: bool) -> list[Tensor | None]:
 
 
 def refusals() -> list[str]:
-    """What is said to processes that have other images, random numbers by position, too little memory, two sizes."""
+    """What is said to processes that have other images, random numbers by position, too little memory, two sizes, other
+    weights, other statistics, another mode.
+    """
     rank = dist.get_rank()
     drops = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.AdaptiveAvgPool2d(1)).double()
     net = accelerate(network("frozen"), tile=32, split=True)
+    weights, statistics, mode = (network("frozen") for _ in range(3))
+    nn.init.constant_(weights.last.bias, rank)
+    nn.init.constant_(statistics.norm.running_mean, rank)
+    mode.norm.train(rank == 0)
     calls: list[Callable[[], Any]] = [
         lambda: net(image((40 + rank, 40))),
         lambda: accelerate(drops, tile=32, split=True)(image((40, 40))),
         lambda: net.evidence(image((40, 40))),
         lambda: accelerate(network("live"), memory_budget=1000, split=True)(image((40, 40))),
         lambda: accelerate(network("live"), tile=32, split=True)([image((40, 40)), image((41, 40))]),
+        *(lambda net=net: accelerate(net, tile=32, split=True)(image((40, 40))) for net in (weights, statistics, mode)),
     ]
     found = []
     for call in calls:

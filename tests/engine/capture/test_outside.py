@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from gigamorph import accelerate
 from gigamorph.engine.errors import UnsupportedError
@@ -424,3 +425,27 @@ def test_a_plain_tensor_that_wants_a_gradient_now_and_then():
             grads.append(own.delta.grad)
         assert (grads[0] is None) == (grads[1] is None) == (not wanted)
         torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11) if wanted else None
+
+
+def all_gathered(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x)]
+    dist.all_gather(parts, x.detach())
+    return x + parts[0]
+
+
+def counted_by_all(x: Tensor) -> Tensor:
+    count = torch.ones(1, dtype=x.dtype)
+    dist.all_reduce(count)
+    return x * count
+
+
+def waited_for(x: Tensor) -> Tensor:
+    dist.barrier()
+    return x
+
+
+@pytest.mark.parametrize("odd", (all_gathered, counted_by_all, waited_for))
+def test_exchanges_with_other_processes_are_refused(alone, odd):
+    """A count was summed over the processes once, at the recording, and the sum lost."""
+    with pytest.raises(UnsupportedError, match=r"test_outside.py:\d+\) exchanges something with other processes"):
+        accelerate(Network(lambda net, x: odd(x)), tile=8)(torch.randn(1, 1, 20, 20, dtype=torch.float64))

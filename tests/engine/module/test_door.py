@@ -14,6 +14,7 @@ import torch
 from exactness import LIMIT, errors, named
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -121,6 +122,32 @@ def test_overridden_methods_are_the_networks(child):
     for root in roots:
         root.eval()
     assert not net.training and not net.conv.training
+
+
+class Counting(nn.Sequential):
+    """A container with an extra state."""
+
+    steps = 0
+
+    def get_extra_state(self) -> int:
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), lambda: Counting(nn.Conv2d(1, 2, 3)), Own])
+def test_distributed_checkpoints(alone, make):
+    """They look at the class of a module whether it has an extra state."""
+    nets = [accelerate(make()) for _ in range(2)]
+    nets[0].steps = 7
+    wrapped = [nn.parallel.DistributedDataParallel(net) for net in nets]
+    stored = get_model_state_dict(wrapped[0])
+    set_model_state_dict(wrapped[1], copy.deepcopy(stored))
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    with_state = type(nets[1]._network) is not nn.Sequential
+    assert ("_extra_state" in stored) == with_state and (not with_state or nets[1].steps == 7)
+    assert len(pickle.loads(pickle.dumps(nets[0])).state_dict()) == len(stored)
 
 
 HOOKS = {
@@ -348,6 +375,14 @@ def test_compiled(name):
         grads = torch.autograd.grad(out.square().sum(), list(network.parameters()))
         results.append(named([out, *grads, *network.buffers()]))
     assert max(errors(*results).values()) <= LIMIT
+
+
+def test_parts_that_are_wrapped_afterwards_are_refused(alone):
+    """As an `auto_wrap_policy` does; it was said that they read a gradient, or call what cannot be recorded."""
+    net = accelerate(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)))
+    net[1] = nn.parallel.DistributedDataParallel(net[1])
+    with pytest.raises(UnsupportedError, match=r"'1' is wrapped in DistributedDataParallel; .* only the whole: Dist"):
+        net(image())
 
 
 def test_wrapped_networks_are_refused():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,3 +130,37 @@ def test_no_process_to_meet(monkeypatch):
         launch.process_group("cpu", timeout=1),
     ):
         raise AssertionError("not reached")
+
+
+def sleep_until_interrupted(ready: Any) -> None:
+    try:
+        ready.set()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        os._exit(3)
+
+
+def test_sigterm_is_passed_on_as_a_ctrl_c(monkeypatch):
+    """It ended the process that had started the others, before they had written anything."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=sleep_until_interrupted, args=(ready,))
+    child.start()
+    assert ready.wait(30)
+
+    class Started:
+        processes = (child,)
+        asked = False
+
+        def join(self, grace_period: float) -> bool:
+            if not self.asked:
+                self.asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            child.join(30)
+            return True
+
+    monkeypatch.setattr(launch.torch_processes, "start_processes", lambda *_args, **_kwargs: Started())
+    with pytest.raises(KeyboardInterrupt):
+        launch.launch(meet, 1, "cpu")
+    assert child.exitcode == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

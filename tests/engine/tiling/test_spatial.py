@@ -112,12 +112,13 @@ def test_random_networks(tmp_path):
 
 @pytest.mark.slow
 def test_refusals(two):
-    for shapes, drops, evidence, budget, sizes in two[len(TWO)]:
+    for shapes, drops, evidence, budget, sizes, *others in two[len(TWO)]:
         assert "different shapes" in shapes
         assert "'1'" in drops or "dropout" in drops
         assert "without split" in evidence
         assert "budget" in budget
         assert "images of several sizes that are split over processes" in sizes
+        assert len(others) == 3 and all("other weights" in text for text in others), others
 
 
 @pytest.mark.slow

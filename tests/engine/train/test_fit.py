@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from training import Images, images, make_data
 
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.parallel.lock import hold
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import Watch, fit
 from gigamorph.engine.train.network import restore_network
@@ -101,6 +103,28 @@ def test_a_network_that_is_built_otherwise_today(whole):
     stored["gigamorph"]["options"]["model"] = "lesionnet"
     with pytest.raises(DataError, match="weights are not those of 'lesionnet' as it is built today"):
         restore_network(stored, memory_budget=None, device="cpu")
+
+
+def hold_folder(out, ready):
+    with hold(out / "_lock", out):
+        ready.set()
+        signal.pause()
+
+
+def test_a_second_run_in_the_same_folder_says_which_process_trains_there(data, tmp_path):
+    """Each wrote its checkpoints over those of the other."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    other = context.Process(target=hold_folder, args=(tmp_path, ready))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(GigamorphError, match=rf"process {other.pid} on .* writes to it; wait for it"):
+            fit(data, OPTIONS, tmp_path)
+    finally:
+        other.kill()
+        other.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["_lock"]
 
 
 def test_other_seed_gives_another_run(data, whole, tmp_path):

@@ -16,7 +16,7 @@ from ..errors import GigamorphError
 
 
 @contextlib.contextmanager
-def hold(path: Path, told: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> Iterator[None]:
     """Hold a lock file. It is free again when this process has ended, however that comes.
 
     Record locks, which hold over network file systems too and which forked processes do not inherit.
@@ -24,6 +24,7 @@ def hold(path: Path, told: Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         told: what messages call held.
         wait: for another process to end; otherwise it is an error.
+        needed: whether a file system without locks is an error; otherwise nothing is held there.
 
     Raises:
         GigamorphError: naming the process that holds it, or if the file system knows no locks.
@@ -41,9 +42,11 @@ def hold(path: Path, told: Path, *, wait: bool = False) -> Iterator[None]:
                 raise GigamorphError(
                     f"{told}: {_holder(path)} writes to it; wait for it, or name another --out"
                 ) from error
-            raise GigamorphError(
-                f"{told}: cannot be locked ({os.strerror(error.errno or 0)}); name an --out on a file system with locks"
-            ) from error
+            if needed:
+                raise GigamorphError(
+                    f"{told}: cannot be locked ({os.strerror(error.errno or 0)}); name an --out on a file system with "
+                    "locks"
+                ) from error
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # it only tells who holds the lock
             os.ftruncate(handle, 0)
