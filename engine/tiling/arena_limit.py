@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from .arena import Arena
-from .memory import resident_bytes, trim_heap
+from .memory import new_blocks_on_own_pages, resident_bytes, trim_heap
 from .memory_limit import Kept, MemoryLimit
 from .page_pool import PagePool
 
@@ -94,9 +94,16 @@ class ArenaLimit(MemoryLimit):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes."""
+        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes.
+
+        What calls allocate there goes back to the system as soon as it is free: the heap would keep it beside the arena.
+        """
         self._trimmed = False
+        if self._calls:
+            new_blocks_on_own_pages(False)
         self._heed(resident_bytes())
         with super().watched():
             yield
             self._heed(resident_bytes(), self._after + self._calls)
+        if self.strict and self._calls:
+            new_blocks_on_own_pages(self._backward_follows())

@@ -113,6 +113,19 @@ def test_there_is_room_for_calls_that_autograd_differentiates_between_passes(mon
     assert process.rooms == [80, -70] and process.spare == 30
 
 
+def test_what_calls_free_goes_back_until_the_last_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, own_pages = Process(monkeypatch), list[bool]()
+    monkeypatch.setattr(module, "new_blocks_on_own_pages", own_pages.append)
+    limit, graphs = process.limit(calls=150), Graphs(process, 0)
+    limit.may_drop(graphs)
+    with limit.watched():
+        assert own_pages == [False]
+    limit.must_keep(graphs)
+    with limit.watched():
+        assert own_pages == [False, True, False]
+    assert own_pages[3:] == [False]
+
+
 @pytest.mark.parametrize(("predicted", "room"), [(400, 0), (490, 80)])
 def test_what_is_predicted_is_kept_to_with_little_besides(
     predicted: int, room: int, monkeypatch: pytest.MonkeyPatch
