@@ -71,7 +71,7 @@ def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[in
 
 
 def backward_bytes(staged: StagedProgram, wanted: Container[int]) -> int:
-    """What autograd allocates at most for a call between the stages: its gradients, what it takes beside, what it gets."""
+    """What autograd allocates at most for a call between the stages: gradients, and what it takes beside them."""
     values, most = staged.program.values, 0
     for step in staged.steps:
         if isinstance(step, Op) and (found := beside(step, values, True, wanted)) != Beside():

@@ -96,7 +96,7 @@ class ArenaLimit(MemoryLimit):
     def watched(self) -> Iterator[None]:
         """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes.
 
-        What calls allocate there goes back to the system as soon as it is free: the heap would keep it beside the arena.
+        What calls allocate there goes back to the system as soon as it is free: the heap would keep it.
         """
         self._trimmed = False
         if self._calls:
