@@ -169,7 +169,7 @@ class Programs:
             planned = _planned(programs, key, settings)
         for one in planned:
             self.kernels.update(kernels_that_differ(one.stages, key.training))
-        self.there = kernel_bytes(sum(self.kernels.values()))
+        self.there = kernel_bytes(sum(self.kernels.values()), key.dtype)
         self.there += constants.KEPT_BYTES * sum(len(one.staged.program.values) for one in (*self, *planned))
         return tuple(replace(one, there=self.there) for one in planned)
 

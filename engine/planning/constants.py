@@ -17,6 +17,8 @@ WIDE_VALUES, LARGER_TILES = 16, (4, 3, 2, 1.5)
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them (55 to 90 kB each on six
 # networks), and copies of the weights in its own memory order.
 KERNEL_BYTES, MOST_KERNELS, MOST_WEIGHT_COPIES = 90_000, 1024, 78_000_000
+# In 16 bits, with those that bring maps into its order (137 kB on a U-Net and a network of separable convolutions).
+KERNEL_BYTES_16 = 140_000
 # Pages of libraries that a process first reads in a training step, and in inference (lesionnet, whose step is small).
 CODE_BYTES = {True: 5_000_000, False: 3_000_000}
 # Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured

@@ -30,7 +30,8 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
     compiled = sum(kernels_that_differ(stages, training).values())
     compiled += len(_packings_that_differ(stages)) * (not training)
     scratch = max(map(_grouped_scratch, stages)) if training else 0
-    return constants.CODE_BYTES[training] + kernel_bytes(compiled) + _weight_copies(stage_bytes) + scratch
+    image = stages[0].stage.program.values[stages[0].stage.image]
+    return constants.CODE_BYTES[training] + kernel_bytes(compiled, image.dtype) + _weight_copies(stage_bytes) + scratch
 
 
 def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
@@ -112,9 +113,14 @@ def _weight_shape(local: Local, values: Sequence[Value]) -> tuple[int, ...]:
     return next(tuple(values[v].shape) for v in local.op.inputs if v not in local.reads)
 
 
-def kernel_bytes(compiled: int) -> int:
-    """What so many compiled kernels take: the latest ones are kept."""
-    return min(constants.MOST_KERNELS, compiled) * constants.KERNEL_BYTES
+def kernel_bytes(compiled: int, dtype: torch.dtype = torch.float32) -> int:
+    """What so many compiled kernels take: the latest ones are kept.
+
+    Args:
+        dtype: of the maps; autocast, if it is on, makes others of them.
+    """
+    sixteen = dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
+    return min(constants.MOST_KERNELS, compiled) * (constants.KERNEL_BYTES_16 if sixteen else constants.KERNEL_BYTES)
 
 
 def _weight_copies(stage_bytes: int) -> int:

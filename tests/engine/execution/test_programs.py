@@ -52,7 +52,7 @@ def test_what_a_step_has_left_is_given_back_before_the_next_size_is_recorded(mon
 @pytest.mark.parametrize(("kernel", "refused"), [(1 << 19, False), (1 << 24, True)])
 def test_what_other_sizes_keep_is_left_to_them(kernel: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels and records stay: ten sizes took a quarter more than their budget. None is refused for it."""
-    monkeypatch.setattr(programs, "kernel_bytes", lambda compiled: compiled * kernel)
+    monkeypatch.setattr(programs, "kernel_bytes", lambda compiled, _: compiled * kernel)
     budget = 60 << 20
     net = accelerate(network(), memory_budget=budget)
     peaks = []
