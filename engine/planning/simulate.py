@@ -316,9 +316,9 @@ def stock_peak(
                 output = output if loss is None else loss(output, *labels)
                 if training:
                     roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-                    inputs = [t for t in twins.values() if t.requires_grad]
+                    leaves = [t for t in twins.values() if t.requires_grad]
                     del output
-                    torch.autograd.grad(roots, inputs, allow_unused=True)
+                    torch.autograd.grad(roots, leaves, allow_unused=True)
     finally:
         before.restore()  # what the forward keeps has no values
     return meter.peak
