@@ -52,6 +52,13 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @options.memory_budget
 @options.batch_norm
 @options.precision
+@click.option(
+    "--task",
+    type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
+    default="classes",
+    show_default=True,
+    help="As of train: the loss of masks is taken by tiles; of others the network's output is there whole.",
+)
 @click.option("--inference", is_flag=True, help="Plan a prediction, not a training step.")
 @click.option(
     "--kernels", is_flag=True, help="Also run some tiles on the GPU and list our kernel's time and cuDNN's per layer."
@@ -74,6 +81,7 @@ def plan(
     memory_budget: int | None,
     batch_norm: str | None,
     precision: Precision,
+    task: str,
     inference: bool,
     kernels: bool,
     device: tuple[str, int | None],
@@ -99,6 +107,8 @@ def plan(
     from ..engine.morph.origin import create_grown
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
+    from ..engine.train.mask_target import WithLoss
+    from ..engine.train.options import Loss
     from ..engine.train.precision import AUTOCAST
     from .table import show_budgets, show_plan
 
@@ -116,6 +126,8 @@ def plan(
     with _autocast(kind, autocast):
         with torch.set_grad_enabled(not inference):
             record(net, model, shape, "cpu")  # what the network itself refuses, in one line
+        if task == "masks":
+            net = WithLoss(net, classes, Loss())
         made = make_plan(net, shape, memory_budget, device=kind, training=not inference)
         if not as_json:
             show_plan(made, model)

@@ -7,8 +7,8 @@ labels, computes its own logits, and adds to the sums that the loss is made of.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from .execution.branches import following
 from .execution.programs import Form
 from .execution.run import compute, run
 from .images.batches import PixelBatch, as_batch
+from .images.labels import Criterion, Labels, loss_of, with_loss
 from .images.pixels import PixelSource
 from .module.entrance import entrance
 from .tiling.map_files import sink
@@ -35,7 +36,6 @@ from .tiling.map_files import sink
 _REMEMBERED = 16
 _OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionary()
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
-Criterion = Callable[[Any, Any], Any]
 
 
 @entrance
@@ -65,16 +65,16 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     """
     batch = as_batch(x)
     leaves, structure = tree_flatten(labels)
-    given = [_Labels(leaf) for leaf in leaves]
+    given = [Labels(leaf) for leaf in leaves]
     specs = tuple(Given(each.shape, each.dtype) for each in given)
     device = net._device()
     dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
     shapes = _outputs(net, tuple(batch.shape), dtype, device)
 
     key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, criterion, structure))
-    with_loss = partial(_with_loss, net._network, criterion, structure)
+    call = partial(with_loss, net._network, criterion, structure)
     values = [each.values if isinstance(each.values, Tensor) else each for each in given]
-    return following(lambda branches: compute(net._open(batch, Form(key, with_loss, specs), values, branches=branches)))
+    return following(lambda branches: compute(net._open(batch, Form(key, call, specs), values, branches=branches)))
 
 
 @entrance
@@ -137,42 +137,6 @@ def written(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
-@dataclass
-class _Labels:
-    """Labels as a source of the stage: a tensor that is there, or something that is read by region."""
-
-    values: Any
-    shape: tuple[int, ...] = field(init=False)
-    dtype: torch.dtype = field(init=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.values, PixelSource):
-            self.values = PixelBatch([self.values])
-        if not hasattr(self.values, "shape"):
-            raise GigamorphError(
-                f"labels must be tensors, arrays or sources with shape and read(), not {type(self.values).__name__}"
-            )
-        self.shape = tuple(self.values.shape)
-        if len(self.shape) < 2 or not all(self.shape):
-            raise GigamorphError(f"labels of shape {self.shape} have no two image axes at the end")
-        self.dtype = self.values.dtype if isinstance(self.values, Tensor) else self.read(0, 1, 0, 1).dtype
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        reader = getattr(self.values, "read", None)
-        part = reader(top, bottom, left, right) if reader else self.values[..., top:bottom, left:right]
-        return part if isinstance(part, Tensor) else _tensor(part)
-
-
-def _tensor(values: Any) -> Tensor:
-    """An array's values, integers as int64."""
-    array = np.asarray(values)
-    if array.dtype.kind in "iu":
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "ifb":
-        raise GigamorphError(f"labels of {array.dtype} are not numbers")
-    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
-
-
 def _outputs(net: Accelerated, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     """What the network returns for an image size, with (shape, dtype) in place of tensors."""
     known = _OUTPUTS.setdefault(net, OrderedDict())
@@ -201,17 +165,13 @@ class _Shape:
     dtype: torch.dtype
 
 
-# Partials of functions and not closures, so that a recording finds what the criterion depends on.
-def _with_loss(network: nn.Module, criterion: Criterion, structure: TreeSpec, image: Tensor, *labels: Tensor) -> Any:
-    return criterion(network(image), tree_unflatten(list(labels), structure))
-
-
+# A partial of a function and not a closure, so that a recording finds what the criterion depends on.
 def _loss_alone(criterion: Criterion, structure: TreeSpec, leaves: list[Any], form: TreeSpec, *tensors: Tensor) -> Any:
     """The criterion on the network's outputs, which come before the labels; `leaves` tells where they are."""
     left = iter(tensors)
     result = [next(left) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
     outputs = realize(tree_unflatten(result, form), {})
-    return criterion(outputs, tree_unflatten(list(left), structure))
+    return loss_of(criterion, structure, outputs, *left)
 
 
 def _fingerprint(

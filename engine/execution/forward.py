@@ -122,7 +122,8 @@ class Forward:
                 if found is None:
                     self.memory_limit = MemoryLimit(*given, gradients)
                 else:
-                    self.memory_limit = ArenaLimit(*given, predicted, found, gradients, self.prepared.calls_backward)
+                    besides = self.prepared.calls_backward, self.prepared.in_files
+                    self.memory_limit = ArenaLimit(*given, predicted, found, gradients, *besides)
             else:
                 together.share(limit, plan.tile_bytes, strict)
                 self.memory_limit = together

@@ -19,6 +19,7 @@ from ..lowering.stages import Stage, StagedProgram
 from ..planning.between import brought
 from ..planning.calls import backward_bytes
 from ..planning.captured import keeps_graphs
+from ..planning.estimate import bytes_in_files
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast
@@ -84,7 +85,8 @@ class Prepared:
 
     `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, `whole` whole passes, and
     `steps` the whole step, if that is captured.
-    `shard` is this process's part of the image, if that is split.
+    `shard` is this process's part of the image, if that is split. `there` is what compiled kernels and records of all
+    the network's programs took when this one was made.
     """
 
     staged: StagedProgram
@@ -95,6 +97,7 @@ class Prepared:
     steps: list[whole_step.WholeStep] = field(default_factory=list)
     arena: buffers.Arena = field(default_factory=buffers.Arena)
     shard: SpatialShard | None = None
+    there: int = 0
 
     @cached_property
     def last_use(self) -> dict[int, list[int]]:
@@ -153,6 +156,12 @@ class Prepared:
     def calls_backward(self) -> int:
         """Bytes that the backward of a call between the stages takes; see `calls.backward_bytes`."""
         return backward_bytes(self.staged, self.staged.wanted(False)) if self.plan.training else 0
+
+    @cached_property
+    def in_files(self) -> int:
+        """Bytes that are here of the maps in files that a stage reads and writes."""
+        maps = self.staged.stage_maps() if self.staged.place == "disk" else ()
+        return max(bytes_in_files(maps, tiled) for tiled in self.stages)
 
     @cached_property
     def brought(self) -> frozenset[int]:

@@ -39,11 +39,13 @@ class Beside:
         forward: at most, while it is computed.
         kept: between its forward and its backward.
         backward: at most, while its gradients are computed, beside those and `kept`.
+        anew: what that allocates at most, its gradients among it.
     """
 
     forward: int = 0
     kept: int = 0
     backward: int = 0
+    anew: int = 0
 
 
 _found: dict[Hashable, Beside] = {}
@@ -69,15 +71,12 @@ def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[in
 
 
 def backward_bytes(staged: StagedProgram, wanted: Container[int]) -> int:
-    """What autograd allocates, for one call between the stages: gradients of what it reads, and what it takes beside.
-
-    Of calls that take nothing beside, nothing: they give their gradient and are done.
-    """
+    """What autograd allocates at most for a call between the stages: gradients, and what it takes beside them."""
     values, most = staged.program.values, 0
     for step in staged.steps:
         if isinstance(step, Op) and (found := beside(step, values, True, wanted)) != Beside():
-            gradients = sum(value_bytes(values[v]) for v in step.inputs if v in wanted and values[v].takes_grad)
-            most = max(most, gradients + found.backward)
+            given = sum(value_bytes(values[v]) for v in step.outputs if v in wanted and values[v].takes_grad)
+            most = max(most, given + found.anew)
     return most
 
 
@@ -133,9 +132,11 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
             return Beside(max(forward, inside), kept)
         grads = [torch.empty_like(t) for t in roots]
         before = meter.peak = meter.alive
+        torch.autograd.grad(roots, leaves, grads, retain_graph=True, allow_unused=True)  # nothing goes meanwhile
+        anew, meter.peak = meter.peak - before, meter.alive
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         gradients = sum(t.untyped_storage().nbytes() for t in tree_leaves(found) if isinstance(t, Tensor))
-        return Beside(max(forward, inside), kept, max(0, meter.peak - before - gradients))
+        return Beside(max(forward, inside), kept, max(0, meter.peak - before - gradients), anew)
 
 
 def _inside(op: Op, values: Sequence[Value]) -> int:

@@ -17,11 +17,15 @@ WIDE_VALUES, LARGER_TILES = 16, (4, 3, 2, 1.5)
 # On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them (55 to 90 kB each on six
 # networks), and copies of the weights in its own memory order.
 KERNEL_BYTES, MOST_KERNELS, MOST_WEIGHT_COPIES = 90_000, 1024, 78_000_000
+# In 16 bits, with those that bring maps into its order (137 kB on a U-Net and a network of separable convolutions).
+KERNEL_BYTES_16 = 140_000
 # Pages of libraries that a process first reads in a training step, and in inference (lesionnet, whose step is small).
 CODE_BYTES = {True: 5_000_000, False: 3_000_000}
 # Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured
 # on MobileNetV3, RegNetY and EfficientNet with 700 to 1100 values and 1 to 43 choices).
 VALUE_BYTES, CHOICE_BYTES = 10_000, 800
+# What of that a program keeps once another one is recorded (U-Net of 180 values, MobileNetV3 of 800).
+KEPT_BYTES = 4_000
 # The channels of a block in oneDNN's layouts; what is not a multiple is padded.
 CHANNEL_BLOCK = 16
 # The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget

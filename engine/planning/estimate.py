@@ -208,7 +208,7 @@ class Estimate:
                 entering, heaviest = halo_bytes(tiled.stage, tiled)
                 kept += entering
                 strips.append(heaviest if tiled.rows.steps > 1 else 0)
-            count = _mapped_bytes if self.on_cpu else _away_bytes
+            count = bytes_in_files if self.on_cpu else _away_bytes
             away = tuple(count(self._kept_away, tiled) for tiled in stages)
             sides = tuple(tiled.tile for tiled in stages)
             tiles = stages[0].rows.steps, stages[0].cols.steps
@@ -415,7 +415,7 @@ def _away_bytes(maps: Container[int], tiled: TiledStage) -> int:
     return constants.AWAY_TILES * total // tiled.tiles
 
 
-def _mapped_bytes(maps: Container[int], tiled: TiledStage) -> int:
+def bytes_in_files(maps: Container[int], tiled: TiledStage) -> int:
     """The same of maps in files: whole rows of tiles, for Linux maps what lies around a page that is read as well, by
     megabytes where the file system has it in such pieces."""
     stage, total = tiled.stage, 0

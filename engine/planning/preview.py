@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
+from ..capture.program import Given
 from ..capture.trace import Program, capture
 from ..errors import GigamorphError
+from ..images.labels import Criterion, Labels, loss_of, with_loss
 from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from .plan import Plan
@@ -32,6 +37,8 @@ def plan(
     device: torch.device | str | None = None,
     training: bool = True,
     halos: str = "auto",
+    criterion: Criterion | None = None,
+    labels: Any = None,
 ) -> Plan:
     """How a step on images of this size would be computed, and how much it takes; nothing is allocated or computed.
 
@@ -44,21 +51,43 @@ def plan(
         device: device the step would run on; it need not be here. None takes that of the parameters.
         training: with a backward, or inference.
         halos: "device", "host", "disk" or "auto".
+        criterion: of a network of maps, the loss that `dense_loss` takes by tiles, so that no map is whole. Without it
+            the network's output is, and no loss is counted.
+        labels: what the criterion gets, as of `dense_loss`; of tensors shape and dtype are enough, as in
+            ``torch.empty(1, 4096, 3328, dtype=torch.int64, device="meta")``.
 
     Raises:
-        UnsupportedError: if the network cannot be computed exactly.
+        UnsupportedError: if the network, or the criterion, cannot be computed exactly.
         BudgetError: if no tile fits the budget.
     """
     check_network(model)
     check_choice("halos", halos, HALO_PLACES)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
+    call, loss, given = _with_loss(network, criterion, labels)
     request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
-        _, chosen = arrange(_program(network, shape, dtype, device, training), request)
+        _, chosen = arrange(_program(network, shape, dtype, device, training, call, given), request)
         held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-        stock = held + stock_peak(network, shape, dtype, device, training)
+        stock = held + stock_peak(network, shape, dtype, device, training, loss, given)
     return replace(chosen, stock_bytes=stock)
+
+
+def _with_loss(
+    network: nn.Module, criterion: Criterion | None, labels: Any
+) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, list[Given]]:
+    """The network's call with its loss, the loss of its output alone, and the tensors that both take besides."""
+    if criterion is None:
+        if labels is not None:
+            raise GigamorphError("labels are of a criterion; give both, or none")
+        return None, None, []
+    if labels is None:
+        raise GigamorphError(
+            "a criterion needs labels; give those that dense_loss gets, or tensors like them on the meta device"
+        )
+    leaves, structure = tree_flatten(labels)
+    given = [Given(one.shape, one.dtype) for one in map(Labels, leaves)]
+    return partial(with_loss, network, criterion, structure), partial(loss_of, criterion, structure), given
 
 
 def plan_each(
@@ -98,12 +127,18 @@ def _set_autocast(kind: str, enabled: bool, dtype: torch.dtype) -> None:
 
 
 def _program(
-    network: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, training: bool
+    network: nn.Module,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Given] = (),
 ) -> Program:
     """The recorded forward, as on a device that need not be here: it is recorded where the network lies."""
     lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
     with torch.set_grad_enabled(training):
-        program = capture(network, shape, dtype, lies, branches=())
+        program = capture(network, shape, dtype, lies, call, inputs, branches=())
     for value in program.values:
         value.device = device
     return program

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..capture.program import Value
+from ..capture.program import Given, Value
 from ..capture.state import Snapshot
 from ..capture.walk import walk
 from ..lowering.stages import Stage
@@ -281,9 +281,19 @@ def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: to
 
 
 def stock_peak(
-    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, training: bool
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    loss: Callable[..., Any] | None = None,
+    inputs: Sequence[Given] = (),
 ) -> int:
-    """Peak bytes of the same step in stock PyTorch on the whole image; image and parameters are not included."""
+    """Peak bytes of the same step in stock PyTorch on the whole image; what is given to it is not included.
+
+    Args:
+        loss: what is made of the network's output and tensors like `inputs`; None takes sums of the output's.
+    """
     fake, device = FakeTensorMode(), device if is_here(device) else torch.device("cpu")
     state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
@@ -299,14 +309,16 @@ def stock_peak(
     try:
         with fake:
             image = torch.empty(shape, dtype=dtype, device=device)
+            labels = [torch.empty(one.shape, dtype=one.dtype, device=device) for one in inputs]
             with Meter() as meter, torch.set_grad_enabled(training):
-                meter.ignore(twins, image)
+                meter.ignore(twins, image, labels)
                 output = torch.func.functional_call(model, twins, (image,))
+                output = output if loss is None else loss(output, *labels)
                 if training:
                     roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-                    inputs = [t for t in twins.values() if t.requires_grad]
+                    leaves = [t for t in twins.values() if t.requires_grad]
                     del output
-                    torch.autograd.grad(roots, inputs, allow_unused=True)
+                    torch.autograd.grad(roots, leaves, allow_unused=True)
     finally:
         before.restore()  # what the forward keeps has no values
     return meter.peak

@@ -2,7 +2,7 @@
 //
 //   allocate(n):  of all free runs the one in which n bytes need the fewest pages that the process does not hold yet;
 //                 of those the smallest. Beyond the limit, free pages elsewhere are given back first.
-//   free(p):      the run joins its free neighbours; its pages stay with the process.
+//   free(p):      the run joins its free neighbours; its pages stay with the process, unless that is beyond the limit.
 //
 // The C library's heap does not put an aligned block into a hole of its own size (glibc's memalign asks for more and
 // cuts), so that a step which frees and allocates the same sizes over and over holds up to twice what is in use. Here
@@ -87,14 +87,13 @@ class Arena {
       pages += after->second;
       after = free_.erase(after);
     }
-    if (after != free_.begin()) {
-      const auto before = std::prev(after);
-      if (before->first + before->second == first) {
-        before->second += pages;
-        return;
-      }
+    const auto before = after == free_.begin() ? free_.end() : std::prev(after);
+    if (before != free_.end() && before->first + before->second == first) {
+      before->second += pages;
+    } else {
+      free_.emplace_hint(after, first, pages);
     }
-    free_.emplace_hint(after, first, pages);
+    if (held_ > limit_) give_back(held_ - limit_);
   }
 
   // Gives back the pages that lie wholly within these bytes of a block, which nobody will read again.

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from .arena import Arena
-from .memory import resident_bytes, trim_heap
+from .memory import mapped_bytes, new_blocks_on_own_pages, resident_bytes, trim_heap
 from .memory_limit import Kept, MemoryLimit
 from .page_pool import PagePool
 
@@ -27,6 +27,7 @@ class ArenaLimit(MemoryLimit):
         predicted: bytes of the limit that the network's steps should do with.
         arena: of this process.
         calls: bytes of the limit that autograd allocates between two passes, outside of the arena.
+        mapped: bytes of the limit that maps in files take where tiles read and write them.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class ArenaLimit(MemoryLimit):
         arena: Arena,
         gradients: int = 0,
         calls: int = 0,
+        mapped: int = 0,
     ):
         self.arena = arena
+        self._mapped = mapped and mapped_bytes() + mapped  # with all that is there of files already
         super().__init__(limit, held, left, work, page_pool, strict, gradients)
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
         # Bytes that come when a pass has ended, outside of the arena.
@@ -88,15 +91,23 @@ class ArenaLimit(MemoryLimit):
             used: bytes of this process now, free pages among them.
         """
         if self.strict:
-            self.arena.room(self.bytes - self._beyond - used - after)
+            more = max(0, self._mapped - mapped_bytes()) if self._mapped else 0  # comes within an op
+            self.arena.room(self.bytes - self._beyond - used - after - more)
         else:
             self.arena.no_limit()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes."""
+        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes.
+
+        What calls allocate there goes back to the system as soon as it is free: the heap would keep it.
+        """
         self._trimmed = False
+        if self._calls:
+            new_blocks_on_own_pages(False)
         self._heed(resident_bytes())
         with super().watched():
             yield
             self._heed(resident_bytes(), self._after + self._calls)
+        if self.strict and self._calls:
+            new_blocks_on_own_pages(self._backward_follows())

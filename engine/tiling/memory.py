@@ -160,6 +160,11 @@ def resident_bytes() -> int:
     return peak_bytes("cpu")
 
 
+def mapped_bytes() -> int:
+    """What of the resident set are pages of files, libraries among them; 0 where it is not Linux."""
+    return int(os.pread(_statm(), 128, 0).split()[2]) * mmap.PAGESIZE if sys.platform == "linux" else 0
+
+
 _SHARED_POOL = (0, 0)  # of all that no graph has to itself
 _peak_at_capture: dict[int, int] = {}  # of GPUs on which graphs were captured: the allocator's peak after the latest
 

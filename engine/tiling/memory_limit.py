@@ -171,6 +171,10 @@ class MemoryLimit:
         """They may not any more."""
         self._kept = [ref for ref in self._kept if ref() is not kept]
 
+    def _backward_follows(self) -> bool:
+        """Whether there are stages whose backward has not begun."""
+        return any(ref() is not None for ref in self._kept)
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """A pass, after which the heap may grow again as it likes."""

@@ -213,3 +213,12 @@ def test_a_plan_as_json(table, capsys):
     assert found["image"] == [1, 1, 512, 512] and found["budget"] == 2**30 and found["fits"] is True
     assert 0 < found["peak_bytes"] <= found["budget"] and len(found["budgets"]) > 3
     assert all(row["plan"] is None or row["plan"]["peak_bytes"] <= row["budget"] for row in found["budgets"])
+
+
+def test_the_loss_of_masks_is_taken_by_tiles(capsys):
+    def whole(*more):
+        assert run("--model", "unet?width=2&depth=2", "--size", "600x500", "--classes", "8", "--json", *more) == 0
+        return json.loads(capsys.readouterr().out)["stored_bytes"]
+
+    frozen = "--batch-norm", "frozen"
+    assert whole(*frozen, "--task", "masks") < 8 * 600 * 500 * 4 <= whole(*frozen)

@@ -49,6 +49,22 @@ def test_what_a_step_has_left_is_given_back_before_the_next_size_is_recorded(mon
     assert len(left) == 2 and left[1] == 0
 
 
+@pytest.mark.parametrize(("kernel", "refused"), [(1 << 19, False), (1 << 24, True)])
+def test_what_other_sizes_keep_is_left_to_them(kernel: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels and records stay: ten sizes took a quarter more than their budget. None is refused for it."""
+    monkeypatch.setattr(programs, "kernel_bytes", lambda compiled, _: compiled * kernel)
+    budget = 60 << 20
+    net = accelerate(network(), memory_budget=budget)
+    peaks = []
+    for size in (500, 520, 500, 500):
+        step(net, size, 500)
+        ((prepared,),) = list(net._programs.kept.values())[-1]
+        peaks.append(prepared.plan.peak_bytes)
+    left = budget - 9 * kernel  # at least: both convolutions have kernels of other sizes at the borders
+    assert refused == (peaks[1] > left) and refused == (peaks[2] > left)
+    assert peaks[2] == peaks[3] <= peaks[0] <= budget
+
+
 def test_shapes_that_pytorch_remembers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "_CACHED_SHAPES", 60)
     net, sizes = accelerate(network(), tile=16), []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.program import Op
@@ -21,6 +22,7 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "quantile": lambda y: y.flatten(2).quantile(0.9, dim=2),
     "quantiles": lambda y: y.flatten(1).quantile(torch.tensor([0.1, 0.5]), dim=1).T,
     "topk": lambda y: y.flatten(2).topk(50, 2)[0].mean(2),
+    "lp_pool": lambda y: F.lp_pool2d(y, 2, 3, 2).mean((2, 3)),
     "gather": lambda y: y.flatten(2).gather(2, y.mean(1).flatten(1).topk(5, 1)[1][:, None].expand(-1, 8, -1)).mean(2),
 }
 
@@ -43,10 +45,20 @@ def calls_of(net: Any, side: int) -> tuple[Any, list[Beside]]:
     return prepared, [beside(step, staged.program.values, True, wanted) for step in steps]
 
 
+def allocated(head: Callable[[Tensor], Tensor]) -> int:
+    """What the backward of stock makes, all that it reads being there until its end."""
+    y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
+    with Meter() as meter:
+        out = head(y).sum()
+        before = meter.peak = meter.alive
+        out.backward(retain_graph=True)
+    return meter.peak - before
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_as_many_bytes_as_in_stock(name: str) -> None:
     """All that is there at the peak of the backward beside the map: its gradient, and what was not counted before."""
-    prepared, found = calls_of(accelerate(Net(HEADS[name])), SIDE)
+    prepared, found = calls_of(accelerate(Net(HEADS[name]), fallback="whole"), SIDE)
     y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
     with Meter() as meter:
         meter.ignore(y)
@@ -57,7 +69,7 @@ def test_as_many_bytes_as_in_stock(name: str) -> None:
     backward = max(one.backward for one in found)
     assert kept + MAP + backward == pytest.approx(meter.peak, rel=0.05)
     assert prepared.plan.stored_bytes >= MAP + meter.peak - 0.05 * MAP
-    assert prepared.calls_backward == MAP + backward
+    assert 0.99 * allocated(HEADS[name]) <= prepared.calls_backward <= 1.1 * allocated(HEADS[name])
 
 
 def test_the_numbers_that_kernels_allocate_inside_are_those_of_the_largest_row() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from exactness import assert_exact, randomize
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gigamorph import BudgetError, GigamorphError, accelerate, plan
+from gigamorph import BudgetError, GigamorphError, accelerate, dense_loss, plan
 from gigamorph.engine.capture.trace import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
@@ -258,3 +259,30 @@ def test_what_is_told_to_be_enough_is_enough(size):
     """Rounded to the nearest it was refused as often as not."""
     told = parse_bytes(format_enough(size).replace(" ", ""))
     assert size <= told <= 1.01 * size + 1
+
+
+def test_a_loss_by_tiles_is_planned_as_it_is_computed() -> None:
+    """The network's map and the labels are never whole; without the loss the map is, as a call returns it."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1)).eval()
+    labels = torch.randint(0, 8, (1, 700, 600))
+    made = plan(net, (700, 600), "60MiB", criterion=F.cross_entropy, labels=labels.to("meta"))
+    fast = accelerate(net, memory_budget="60MiB")
+    dense_loss(fast, torch.rand(1, 1, 700, 600), labels, F.cross_entropy).backward()
+    (prepared,) = fast._programs
+    assert made.peak_bytes == prepared.plan.peak_bytes and made.tile == prepared.plan.tile
+    called = plan(net, (700, 600), "60MiB")
+    whole = 8 * 700 * 600 * 4
+    assert made.stored_bytes < whole <= called.stored_bytes and made.stock_bytes > called.stock_bytes  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"labels": torch.zeros(1, 9, 9)}, "labels are of a criterion"),
+        ({"criterion": F.cross_entropy}, "a criterion needs labels"),
+        ({"criterion": F.cross_entropy, "labels": 3}, "labels must be tensors, arrays or sources"),
+    ],
+)
+def test_a_loss_is_planned_with_its_labels(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(GigamorphError, match=words):
+        plan(nn.Conv2d(1, 2, 3, padding=1), (9, 9), **given)

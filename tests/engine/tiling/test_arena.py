@@ -90,6 +90,18 @@ def test_free_pages_go_back_before_more_come_than_there_is_room_for(there: Arena
     assert int(large.sum()) == int(larger.sum()) == sum(int(one.sum()) for one in keep) == 0
 
 
+def test_what_is_freed_goes_back_where_that_is_beyond_the_limit(there: Arena) -> None:
+    """Blocks outside of it may have come meanwhile, for which there has to be room."""
+    with in_arena(CPU):
+        blocks = [torch.zeros(1 << 20, dtype=torch.uint8) for _ in range(4)]
+    counts = there.counts()
+    there.room(counts.in_use - counts.held - (2 << 20))
+    blocks.clear()
+    held = there.counts().held
+    there.no_limit()
+    assert held == counts.in_use - (2 << 20)
+
+
 def test_what_is_trimmed_is_not_this_process_s_any_more(there: Arena) -> None:
     with in_arena(CPU):
         block = torch.ones(64 << 20, dtype=torch.uint8)

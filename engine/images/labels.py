@@ -1,0 +1,65 @@
+"""Labels of a map's loss, read by region as images are, and the loss on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from ..errors import GigamorphError
+from .batches import PixelBatch
+from .pixels import PixelSource
+
+Criterion = Callable[[Any, Any], Any]
+
+
+@dataclass
+class Labels:
+    """Labels as a source of the stage: a tensor that is there, or something that is read by region."""
+
+    values: Any
+    shape: tuple[int, ...] = field(init=False)
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, PixelSource):
+            self.values = PixelBatch([self.values])
+        if not hasattr(self.values, "shape"):
+            raise GigamorphError(
+                f"labels must be tensors, arrays or sources with shape and read(), not {type(self.values).__name__}"
+            )
+        self.shape = tuple(self.values.shape)
+        if len(self.shape) < 2 or not all(self.shape):
+            raise GigamorphError(f"labels of shape {self.shape} have no two image axes at the end")
+        self.dtype = self.values.dtype if isinstance(self.values, Tensor) else self.read(0, 1, 0, 1).dtype
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        reader = getattr(self.values, "read", None)
+        part = reader(top, bottom, left, right) if reader else self.values[..., top:bottom, left:right]
+        return part if isinstance(part, Tensor) else _tensor(part)
+
+
+def _tensor(values: Any) -> Tensor:
+    """An array's values, integers as int64."""
+    array = np.asarray(values)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "ifb":
+        raise GigamorphError(f"labels of {array.dtype} are not numbers")
+    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+
+
+# Partials of functions and not closures, so that a recording finds what the criterion depends on.
+def with_loss(network: nn.Module, criterion: Criterion, structure: TreeSpec, image: Tensor, *labels: Tensor) -> Any:
+    """A criterion on what a network makes of an image, and labels that were a tree of this structure."""
+    return loss_of(criterion, structure, network(image), *labels)
+
+
+def loss_of(criterion: Criterion, structure: TreeSpec, outputs: Any, *labels: Tensor) -> Any:
+    """The same of what the network has made."""
+    return criterion(outputs, tree_unflatten(list(labels), structure))
