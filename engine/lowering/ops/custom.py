@@ -273,7 +273,10 @@ def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, tuple[i
     values = [maps.program.values[v] for v in op.inputs]
     given = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in values]
     x, *vectors = given
-    wanting = [x.requires_grad_(), *(t.requires_grad_() for t, value in zip(vectors, values[1:]) if value.takes_grad)]
+    wanting = [
+        x.requires_grad_(),
+        *(t.requires_grad_() for t, value in zip(vectors, values[1:], strict=True) if value.takes_grad),
+    ]
     forms = [_Form(axes), *(_Form() for _ in vectors)]
     with torch.enable_grad(), _Recording(*zip(given, forms, strict=True)) as seen:
         args, kwargs = bind((op.args, op.kwargs), dict(zip(op.inputs, given, strict=True)))
