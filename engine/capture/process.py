@@ -1,8 +1,9 @@
 """What a recording changes in the process: one at a time, and undone on any exit.
 
-PyTorch shows a function mode neither custom autograd functions nor `torch.Tensor(...)` nor `torch.from_numpy`, and a SyncBatchNorm's own
-forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement does what the original
-does in every other thread, and would still do so if an interrupt came between two lines of the undoing.
+PyTorch shows a function mode no custom autograd functions, `torch.Tensor(...)` or `torch.from_numpy`, and a
+SyncBatchNorm's own forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement does
+what the original does in every other thread, and would still do so if an interrupt came between two lines of the
+undoing.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Unseen:
         return original(function, *args, **kwargs) if plain is None else plain(*args, **kwargs)
 
     def tensor(self, original: Callable[..., Any], cls: type, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """`torch.Tensor(2, 3)`, of sizes, or `torch.Tensor([0.5, 2])`, of values, by calls that a function mode sees."""
+        """`torch.Tensor(2, 3)`, of sizes, or `torch.Tensor([0.5, 2])`, of values, by calls that are seen."""
         sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
         if cls is not Tensor or kwargs or not _active(self.recorder):
             return original(cls, *args, **kwargs)
