@@ -1,8 +1,8 @@
 """What a recording changes in the process: one at a time, and undone on any exit.
 
-PyTorch shows a function mode no custom autograd functions, `torch.Tensor(...)` or `torch.from_numpy`, and a
-SyncBatchNorm's own forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement does
-what the original does in every other thread, and would still do so if an interrupt came between two lines of the
+PyTorch shows a function mode no custom autograd functions, `torch.Tensor(...)`, `Variable(...)` or `torch.from_numpy`,
+and a SyncBatchNorm's own forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement
+does what the original does in every other thread, and would still do so if an interrupt came between two lines of the
 undoing.
 """
 
@@ -164,6 +164,8 @@ def _replace_calls(changes: Replacements, here: _Here) -> None:
     )  # of SystemRandom and of secrets
     made = replaced(lambda original: lambda cls, *args, **kwargs: here.unseen.tensor(original, cls, args, kwargs))
     changes.put(torch.Tensor, "__new__", made)
+    variable = replaced(lambda _original: lambda cls, *args, **kwargs: here.unseen.variable(cls, args, kwargs))
+    changes.put(type(torch.autograd.Variable), "__call__", variable)
     changes.put(torch, "from_numpy", replaced(lambda original: lambda array: here.unseen.from_numpy(original, array)))
     scripted = replaced(lambda original: lambda f, *args, **kwargs: here.unseen.scripted(original, f, args, kwargs))
     changes.put(torch.jit.ScriptFunction, "__call__", scripted)

@@ -72,6 +72,12 @@ class Unseen:
             return torch.tensor(args[0], dtype=torch.get_default_dtype(), device="cpu")
         return original(cls, *args)
 
+    def variable(self, cls: type, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """`Variable(x)`, of before PyTorch 0.4: `x` without its gradient."""
+        if len(args) == 1 and isinstance(args[0], Tensor) and not any(kwargs.values()) and _active(self.recorder):
+            return args[0].detach()
+        return type.__call__(cls, *args, **kwargs)
+
     def from_numpy(self, original: Callable[..., Any], array: Any) -> Tensor:
         """A real tensor on an array's memory; it is a constant where it is used."""
         with unset_fake_temporarily():
