@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...capture.trace import Op, Ref, bind
-from .base import Block, Env, Local, Maps, Refusal, rule
+from .base import Axes, Block, Env, Local, Maps, Refusal, rule
 
 _COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
 _WRITES = frozenset(f"aten::{name}" for name in "masked_fill_ index_put_ fill_ zero_ copy_".split())
@@ -194,7 +194,7 @@ class _Recording(TorchDispatchMode):
         return _Form(axes, summed)
 
 
-def _view(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]:
+def _view(tensor: Tensor) -> tuple[Any, ...]:
     """Which elements of which memory; a detached tensor has those of the one that it is of."""
     return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -258,17 +258,17 @@ def custom(op: Op, maps: Maps) -> Local:
         raise refusal
     axes = tuple(axis - len(info.shape) for axis in maps.axes[value])
     try:
-        both, axes = _recorded(op, maps, axes)
+        both, found = _recorded(op, maps, axes)
     except Exception:  # whatever it raises on tensors without values
         raise refusal from None
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (_Recorded.apply(both, *(env[v] for v in op.inputs)),)
 
-    return Local(op, {value: maps.pointwise(value)}, (axes,), run)
+    return Local(op, {value: maps.pointwise(value)}, (found,), run)
 
 
-def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, tuple[int, ...]]:
+def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
     """The lists of a call, and the image axes of its result."""
     values = [maps.program.values[v] for v in op.inputs]
     given = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in values]
@@ -301,8 +301,8 @@ def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, tuple[i
     asked = {p.number for call in backward for p in tree_leaves((call.args, call.kwargs), _is_place) if _is_place(p)}
     results = [numbers.get(id(t)) for t in given]
     saved = sorted(n for n in {*asked, *results} if n is not None and n < made)
-    outer = tuple(len(y.shape) + axis for axis in form.axes)
-    return _Both(forward, output, saved, backward, grad, results), outer
+    h, w = form.axes
+    return _Both(forward, output, saved, backward, grad, results), (y.dim() + h, y.dim() + w)
 
 
 def _is_place(leaf: Any) -> bool:

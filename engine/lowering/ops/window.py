@@ -212,10 +212,15 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
     """Each value goes to the place that a max-pooling without overlaps has found it at; all others are zero."""
     given = arguments(op, "input indices kernel_size stride padding output_size", padding=0)
     value, index = given["input"].value, given["indices"].value
-    kernel, size = maps.places.get(index, (None, None))
-    if kernel != pair(given["kernel_size"]) or size != tuple(maps.shape(op.outputs[0])[-2:]) or value not in maps:
+    known = maps.places.get(index)
+    if (
+        known != (pair(given["kernel_size"]), tuple(maps.shape(op.outputs[0])[-2:]))
+        or known is None
+        or value not in maps
+    ):
         raise Refusal("'max_unpool2d' by other indices than of a max-pooling without overlaps of a map of this size")
     need_nchw(op, maps, value)
+    kernel, size = known
     few = maps.size(value)
     rows, cols = (
         Gather(few[i], size[i], tuple(min(o // kernel[i], few[i] - 1) for o in range(size[i]))) for i in (0, 1)
