@@ -1,8 +1,9 @@
 """What a recording changes in the process: one at a time, and undone on any exit.
 
-PyTorch shows a function mode neither custom autograd functions nor `torch.from_numpy`, and a SyncBatchNorm's own
-forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement does what the original
-does in every other thread, and would still do so if an interrupt came between two lines of the undoing.
+PyTorch shows a function mode no custom autograd functions, `torch.Tensor(...)`, `Variable(...)` or `torch.from_numpy`,
+and a SyncBatchNorm's own forward runs on GPUs alone. Those are replaced while a forward is recorded. Each replacement
+does what the original does in every other thread, and would still do so if an interrupt came between two lines of the
+undoing.
 """
 
 from __future__ import annotations
@@ -162,6 +163,10 @@ def _replace_calls(changes: Replacements, here: _Here) -> None:
     changes.put(
         random, "_urandom", replaced(lambda _original: lambda size: here.unseen.entropy(size))
     )  # of SystemRandom and of secrets
+    made = replaced(lambda original: lambda cls, *args, **kwargs: here.unseen.tensor(original, cls, args, kwargs))
+    changes.put(torch.Tensor, "__new__", made)
+    variable = replaced(lambda _original: lambda cls, *args, **kwargs: here.unseen.variable(cls, args, kwargs))
+    changes.put(type(torch.autograd.Variable), "__call__", variable)
     on_memory = replaced(lambda original: lambda *args, **kwargs: here.unseen.on_memory(original, *args, **kwargs))
     for name in ("from_numpy", "frombuffer", "from_dlpack"):
         changes.put(torch, name, on_memory)

@@ -105,7 +105,7 @@ class Recorder(TorchFunctionMode):
             return self._assigned(func, args)
         if func is Tensor.__hash__:
             return hash(args[0])  # a dict or set of before has it by its own, not by that of what stands for it
-        if func == _GRAD and _looks_for_a_profiler():
+        if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
             return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
@@ -307,7 +307,8 @@ class Recorder(TorchFunctionMode):
                 if _harmless(frame):
                     return True
                 raise UnsupportedError(
-                    f"{self.values.where()} runs TorchScript, whose calls cannot be seen; give the plain eager module"
+                    f"{self.values.where()} runs TorchScript, or a constructor of old (torch.FloatTensor), whose calls "
+                    "cannot be seen; give the plain eager module, and use torch.empty or torch.tensor"
                 )
             frame = frame.f_back
         return False

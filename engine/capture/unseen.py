@@ -62,6 +62,23 @@ class Unseen:
         plain = scripted_from(function)
         return original(function, *args, **kwargs) if plain is None else plain(*args, **kwargs)
 
+    def tensor(self, original: Callable[..., Any], cls: type, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """`torch.Tensor(2, 3)`, of sizes, or `torch.Tensor([0.5, 2])`, of values, by calls that are seen."""
+        sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
+        if cls is not Tensor or kwargs or not _active(self.recorder):
+            return original(cls, *args, **kwargs)
+        if all(isinstance(size, int) for size in sizes):
+            return torch.empty(sizes or (0,), device="cpu")
+        if len(args) == 1 and not isinstance(args[0], Tensor):
+            return torch.tensor(args[0], dtype=torch.get_default_dtype(), device="cpu")
+        return original(cls, *args)
+
+    def variable(self, cls: type, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """`Variable(x)`, of before PyTorch 0.4: `x` without its gradient."""
+        if len(args) == 1 and isinstance(args[0], Tensor) and not any(kwargs.values()) and _active(self.recorder):
+            return args[0].detach()
+        return type.__call__(cls, *args, **kwargs)
+
     def on_memory(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A real tensor on an array's memory; it is a constant where it is used."""
         if not args or not isinstance(args[0], MEMORY):

@@ -147,13 +147,14 @@ class TransposedWindow(_Strided):
 class Mirror:
     """Padding by `pad` before the axis, and what `size_out` asks for after it, that repeats the axis's own values.
 
-    What lies outside is the mirror image without the outermost index, or (`replicate`) the outermost index.
+    What lies outside is, by `mode`, the mirror image without the outermost index ("reflect") or with it ("symmetric"),
+    or the outermost index alone ("replicate").
     """
 
     size_in: int
     size_out: int
     pad: int
-    replicate: bool = False
+    mode: str = "reflect"
 
     @property
     def after(self) -> int:
@@ -164,21 +165,27 @@ class Mirror:
         """The input that an output repeats."""
         i = output - self.pad
         last = self.size_in - 1
-        if self.replicate:
+        if self.mode == "replicate":
             return min(max(i, 0), last)
+        if self.mode == "symmetric":
+            i = -1 - i if i < 0 else i
+            return 2 * last + 1 - i if i > last else i
         return last - abs(last - abs(i))
+
+    def reach(self, outside: int) -> int:
+        """How far from the outermost index the input lies that is read `outside` steps beyond it."""
+        return {"replicate": 0, "symmetric": max(outside - 1, 0)}.get(self.mode, outside)
 
     def ready(self, frontier: int) -> int:
         if frontier >= self.size_in:
             return self.size_out
-        first = 0 if self.replicate else self.pad  # what the outermost mirrored output reads
-        return min(frontier + self.pad, self.size_out) if frontier > max(first, 0) else 0
+        first = self.reach(max(self.pad, 0))  # what the outermost mirrored output reads
+        return min(frontier + self.pad, self.size_out) if frontier > first else 0
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
         # The mirrored ends are read backwards: a block keeps what later outputs of its end still need.
-        reach = 0 if self.replicate else 1
-        start = min(max(lo - self.pad, 0), self.size_in - 1 - reach * max(self.after, 0))
-        end = max(hi - self.pad, 1 + reach * self.pad if lo < self.pad else 1)
+        start = min(max(lo - self.pad, 0), self.size_in - 1 - self.reach(max(self.after, 0)))
+        end = max(hi - self.pad, 1 + self.reach(self.pad) if lo < self.pad else 1)
         return max(start, 0), min(end, self.size_in)
 
 

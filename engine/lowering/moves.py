@@ -4,8 +4,8 @@
 
 An axis that a reshape has joined with the batch is no image axis, but the permutation and reshape after it give it
 back. So a reshape that no rule takes is put off: with all that moves its result on, it is one reshape into factors, one
-permutation of these and one reshape. As soon as the rules take those three, they stand in for all before; an op of
-another kind gets the calls as they were recorded.
+permutation of these and one reshape; before them, of a flattened map, one that takes rows and columns apart. As soon as
+the rules take those, they stand in for all before; an op of another kind gets the calls as they were recorded.
 """
 
 from __future__ import annotations
@@ -104,17 +104,27 @@ class Moves:
         made: list[Op] = []
         value, shape = found.base, tuple(self.maps.shape(found.base))
         wanted = tuple(found.factors[one] for one in found.order)
+        spread = self._spread(value)
         steps = [
-            ("reshape", torch.reshape, found.factors, found.factors, found.factors != shape),
+            ("reshape", torch.reshape, spread, spread, spread != shape),
+            ("reshape", torch.reshape, found.factors, found.factors, found.factors != spread),
             ("permute", torch.permute, found.order, wanted, found.order != tuple(range(len(found.order)))),
             ("reshape", torch.reshape, found.shape, found.shape, True),
         ]
         for number, (name, func, given, after, does) in enumerate(steps):
             if does:
-                output = op.outputs[0] if number == 2 else self.maps.new_value(after, like=op.outputs[0])
+                output = op.outputs[0] if number == 3 else self.maps.new_value(after, like=op.outputs[0])
                 made.append(Op(func, name, (Ref(value), given), {}, (value,), (output,), (), op.module, line=op.line))
                 value = output
         return made if self._try(made) else []
+
+    def _spread(self, value: int) -> tuple[int, ...]:
+        """The shape of a map with rows and columns apart, also where they have become one dimension."""
+        shape = tuple(self.maps.shape(value))
+        if value not in self.maps.flat:
+            return shape
+        axis, flat = self.maps.axes[value][0], self.maps.flat[value]
+        return (*shape[:axis], *flat.sizes(flat.height, flat.width), *shape[axis + 1 :])
 
     def _try(self, ops: Sequence[Op]) -> bool:
         """Whether the rules take ops one after the other; nothing is left of the attempt."""

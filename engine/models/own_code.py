@@ -62,9 +62,11 @@ def imported(what: str, module_name: str, name: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
             raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error
         if module_name.endswith(".py"):
+            path = Path(module_name).with_suffix("")
+            elsewhere = f", in its folder {path.parent}" if path.is_absolute() else ""
+            module = path.name if elsewhere else ".".join(path.parts)
             raise GigamorphError(
-                f"{what} cannot be imported: {module_name!r} is a file; name its module, "
-                f"{module_name.removesuffix('.py').replace('/', '.')}:{name}"
+                f"{what} cannot be imported: {module_name!r} is a file; name its module, {module}:{name}{elsewhere}"
             ) from error
         raise GigamorphError(
             f"{what} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "

@@ -2,7 +2,8 @@
 the whole map.
 
 `diff` along rows reads each row and the next ones. A mirror image reads the last row first, so that no tile can give
-it before the whole map is there; it is taken whole, which a network may do with its output.
+it before the whole map is there; it is taken whole, which a network may do with its output. Joined to the map itself it
+is a padding (`reflect.py`).
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
         return normalize_over_image(op, maps, value, dims, given["eps"])
     if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
         return softmax_over_image(op, maps, value, dims[0], op.name == "log_softmax")
+    if op.name == "flip" and len(dims) == 1 and value not in maps.flat:
+        maps.mirrors[op.outputs[0]] = value, dims[0]
     return [Whole(op)]
 
 

@@ -223,6 +223,9 @@ class Maps:
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
     resident: set[int] = field(default_factory=set)  # vectors that local ops read by region: see promote.py
+    places: dict[int, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)  # see max_unpool2d
+    mirrors: dict[int, tuple[int, int]] = field(default_factory=dict)  # of which map, along which image axis
+    joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # which map to its mirror image, along which axis
 
     def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
         """Number of a further value, with the device, and unless given the shape and dtype, of another."""

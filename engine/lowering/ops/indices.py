@@ -18,6 +18,7 @@ from ...capture.trace import Op, Ref, bind, refs
 from ..geometry import Access, Gather, Window
 from .base import Block, Env, Local, Maps, Node, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted
+from .reflect import joined_mirror
 
 
 def spelt_out(key: Any, rank: int) -> tuple[Any, ...]:
@@ -90,6 +91,14 @@ def getitem(op: Op, maps: Maps) -> Local | list[Node]:
         index = op.args[1]
     key = list(spelt_out(index, len(shape)))
     where = [i for i, item in enumerate(key) if item is not None]
+    if value in maps.joined:
+        first, dim = maps.joined[value]
+        most = key[where[dim]]
+        cut = [most if i == where[dim] else slice(None) for i in range(len(key))]
+        if isinstance(most, slice) and key == cut and most.indices(shape[dim])[::2] == (0, 1):
+            length = most.indices(shape[dim])[1]
+            if length >= maps.shape(first)[dim]:
+                return joined_mirror(op, maps, first, dim, length)
     accesses: list[Access] = []
     for i, axis in enumerate(axes):
         item = key[where[axis]]

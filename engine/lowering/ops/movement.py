@@ -31,7 +31,7 @@ from .base import (
 )
 from .circular import circular_pad
 from .promote import promoted, spread, spread_strip
-from .reflect import mirrored_pad
+from .reflect import joined_mirror, mirrored_pad
 
 
 def _local(op: Op, maps: Maps, value: int, axes: Axes, run: Run | None = None) -> Local:
@@ -181,6 +181,10 @@ def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     if dim in maps.axes[some] and op.name != "stack":
         if some in maps.flat:
             return Whole(op)  # a token more: what follows (attention pooling) sees all of them
+        first, *others = (ref.value for ref in given["tensors"])
+        if [maps.mirrors.get(v) for v in others] == [(first, dim)]:
+            maps.joined[op.outputs[0]] = first, dim
+            return joined_mirror(op, maps, first, dim, 2 * maps.shape(first)[dim])
         return _end_to_end(op, maps, [ref.value for ref in given["tensors"]], dim)
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
     values = [ref.value for ref in arguments(op, "tensors")["tensors"]]
@@ -254,7 +258,7 @@ def pad(op: Op, maps: Maps) -> Local | list[Node]:
             raise Refusal(f"padding with mode='{given['mode']}' along other axes than the image's, or by less than 0")
         if given["mode"] == "circular":
             return circular_pad(op, maps, value, spatial)
-        return mirrored_pad(op, maps, value, spatial, given["mode"] == "replicate")
+        return mirrored_pad(op, maps, value, spatial, given["mode"])
     if value in maps.flat:
         if before[h] or after[h]:
             raise Refusal("'pad' lengthens a flattened map")

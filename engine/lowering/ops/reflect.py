@@ -1,6 +1,11 @@
-"""Padding that repeats pixels of the image: a mirrored border, or the last pixel over and over."""
+"""Padding that repeats pixels of the image: a mirrored border, or the last pixel over and over.
+
+A map that is joined to its own mirror image is padded, too, as `torch.cat([x, x.flip(2)], 2)[:, :, :height]`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,12 +16,12 @@ from .constants import Constants
 from .resample import select
 
 
-def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], replicate: bool) -> Local:
-    """`F.pad` with mode "reflect" or "replicate"; `pad` is (top, bottom, left, right)."""
+def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], mode: str) -> Local:
+    """`F.pad` with a mode as of `Mirror`; `pad` is (top, bottom, left, right)."""
     h, w = maps.axes[value]
     height, width = maps.size(value)
-    rows = Mirror(height, height + pad[0] + pad[1], pad[0], replicate)
-    cols = Mirror(width, width + pad[2] + pad[3], pad[2], replicate)
+    rows = Mirror(height, height + pad[0] + pad[1], pad[0], mode)
+    cols = Mirror(width, width + pad[2] + pad[3], pad[2], mode)
 
     constants = Constants()
 
@@ -24,6 +29,13 @@ def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int],
         return (_take(_take(env[value], h, rows, block.rows, constants), w, cols, block.cols, constants),)
 
     return Local(op, {value: (rows, cols)}, (maps.axes[value],), run)
+
+
+def joined_mirror(op: Op, maps: Maps, value: int, dim: int, length: int) -> Local:
+    """The first rows or columns, as many as `length`, of a map that is joined to its mirror image."""
+    axes = maps.axes[value]
+    more = [length - maps.shape(value)[axis] if axis == dim else 0 for axis in axes]
+    return mirrored_pad(replace(op, inputs=(value,)), maps, value, (0, more[0], 0, more[1]), "symmetric")
 
 
 def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int], constants: Constants) -> Tensor:

@@ -8,6 +8,7 @@ padding is left to the op itself, uneven padding (a tile at one border) is added
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,13 +177,15 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     if windows is not None:
         return windows
     need_nchw(op, maps, value)
-    if given["return_indices"] or len(op.outputs) > 1:
-        raise Refusal("max-pooling that returns indices (unpooling) is not possible tile by tile")
+    indexed = len(op.outputs) > 1
     kernel = pair(given["kernel_size"])
     stride = pair(given["stride"]) if given["stride"] else kernel
     pad, dilation = pair(given["padding"]), pair(given["dilation"])
-    if kernel == maps.size(value) != (1, 1) and pad == (0, 0) and dilation == (1, 1):
+    if kernel == maps.size(value) != (1, 1) and pad == (0, 0) and dilation == (1, 1) and not indexed:
         return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
+
+    rows, cols = _windows(maps, op, value, kernel, stride, pad, dilation)
+    width = maps.size(value)[1]
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
@@ -191,10 +194,49 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
             even, uneven = (0, 0), [block.pad[2], block.pad[3], block.pad[0], block.pad[1]]
         if any(uneven):
             x = F.pad(x, uneven, value=-math.inf)
-        return (F.max_pool2d(x, kernel, stride, even, dilation),)
+        if not indexed:
+            return (F.max_pool2d(x, kernel, stride, even, dilation),)
+        y, places = F.max_pool2d(x, kernel, stride, even, dilation, return_indices=True)
+        top, left = rows.span(*block.rows)[0] - uneven[2], cols.span(*block.cols)[0] - uneven[0]
+        return y, (places // x.shape[3] + top) * width + places % x.shape[3] + left
 
-    reads = {value: _windows(maps, op, value, kernel, stride, pad, dilation)}
-    return Local(op, reads, ((2, 3),), run, fill=-math.inf)
+    if not indexed:
+        return Local(op, {value: (rows, cols)}, ((2, 3),), run, fill=-math.inf)
+    if kernel == stride and pad == (0, 0) and dilation == (1, 1):
+        maps.places[op.outputs[1]] = kernel, maps.size(value)
+    return Local(replace(op, name="indexed_max_pool2d"), {value: (rows, cols)}, ((2, 3),) * 2, run)
+
+
+@rule("max_unpool2d")
+def max_unpool2d(op: Op, maps: Maps) -> Local:
+    """Each value goes to the place that a max-pooling without overlaps has found it at; all others are zero."""
+    given = arguments(op, "input indices kernel_size stride padding output_size", padding=0)
+    value, index = given["input"].value, given["indices"].value
+    known = maps.places.get(index)
+    if (
+        known != (pair(given["kernel_size"]), tuple(maps.shape(op.outputs[0])[-2:]))
+        or known is None
+        or value not in maps
+    ):
+        raise Refusal("'max_unpool2d' by other indices than of a max-pooling without overlaps of a map of this size")
+    need_nchw(op, maps, value)
+    kernel, size = known
+    few = maps.size(value)
+    rows, cols = (
+        Gather(few[i], size[i], tuple(min(o // kernel[i], few[i] - 1) for o in range(size[i]))) for i in (0, 1)
+    )
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x, places = env[value], env[index]
+        (top, bottom), (left, right) = block.rows, block.cols
+        row, col = places // size[1] - top, places % size[1] - left
+        count = (bottom - top) * (right - left)  # one place more for what lies outside
+        inside = (row >= 0) & (row < bottom - top) & (col >= 0) & (col < right - left)
+        places = torch.where(inside, row * (right - left) + col, count).flatten(2)
+        y = x.new_zeros(*x.shape[:2], count + 1).scatter(2, places, x.flatten(2))
+        return (y[:, :, :count].unflatten(2, (bottom - top, right - left)),)
+
+    return Local(op, {value: (rows, cols), index: (rows, cols)}, ((2, 3),), run)
 
 
 def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -217,8 +218,17 @@ def scripted(x: Tensor, power: float = 2.0) -> Tensor:
     return x.abs().pow(power)
 
 
+def made_by_class(net: Any, x: Tensor) -> Tensor:
+    hue = torch.Tensor(x.shape[0], *x.shape[2:]).to(x.device).to(x.dtype)
+    hue[x[:, 0] > 0] = 0.5
+    hue[x[:, 0] <= 0] = 2
+    scale = torch.Tensor([0.25]).type_as(x) + torch.Tensor(torch.Size([1, 1])).fill_(0.5) + torch.Tensor().numel()
+    return x * hue[:, None] * scale + Variable(net.crop).sum() * Variable(x, requires_grad=False) * Variable(net.scale)
+
+
 MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
+    "tensors made by their class": made_by_class,
     "no_grad around a norm": silent_stem,
     "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
     "decorated": lambda net, x: x + teacher(net, x),
@@ -684,6 +694,8 @@ REFUSED: dict[str, tuple[Middle, str]] = {
             ("an item", lambda x: x.mean().item(), "Python value"),
             ("a shape", lambda x: len(x.nonzero()), "Python value or a shape"),
             ("an array", lambda x: x.detach().numpy().sum(), "Python value"),
+            ("old constructors", lambda x: torch.FloatTensor(2, 3), "torch.FloatTensor"),
+            ("old constructors of values", lambda x: torch.FloatTensor([0.5]), "torch.FloatTensor"),
             ("a gradient", lambda x: torch.autograd.grad(x.sum(), x), "gradient inside the forward"),
             ("a seed", lambda x: torch.manual_seed(0), "manual_seed"),
             ("another error", lambda x: _as_another_error(x), "Python value"),

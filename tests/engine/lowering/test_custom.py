@@ -1,4 +1,4 @@
-"""Custom autograd functions on maps: arithmetic on each element goes by tile, all else is refused."""
+"""Custom autograd functions on maps: arithmetic on each position goes by tile, all else is refused."""
 
 from __future__ import annotations
 
@@ -201,6 +201,120 @@ class Ramp(torch.autograd.Function):
         return grad
 
 
+class Normed(torch.autograd.Function):
+    """A norm over the channels with a weight and a bias, as NAFNet has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        _, count, _, _ = x.size()
+        mean = x.mean(1, keepdim=True)
+        var = (x - mean).pow(2).mean(1, keepdim=True)
+        y = (x - mean) / (var + eps).sqrt()
+        ctx.save_for_backward(y, var, weight)
+        return weight.view(1, count, 1, 1) * y + bias.view(1, count, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _, count, _, _ = grad.size()
+        y, var, weight = ctx.saved_tensors
+        g = grad * weight.view(1, count, 1, 1)
+        mean = (g * y).mean(dim=1, keepdim=True)
+        dx = 1.0 / torch.sqrt(var + ctx.eps) * (g - y * mean - g.mean(dim=1, keepdim=True))
+        return dx, (grad * y).sum(dim=3).sum(dim=2).sum(dim=0), grad.sum((0, 2, 3)), None
+
+
+class Rounded(torch.autograd.Function):
+    """A quantisation with a learnt step of one number, whose gradient is a sum over all; another it does not use."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, unused: Tensor) -> Tensor:
+        ctx.save_for_backward(x, step)
+        return (x / step).clamp(-3, 3).round() * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, step = ctx.saved_tensors
+        q = x / step
+        inside = (q.abs() < 3).to(grad.dtype)
+        return grad * inside, (grad * (inside * (q.round() - q) + (1 - inside) * q.sign())).sum().unsqueeze(0), None
+
+
+class OneOfAll(torch.autograd.Function):
+    """The gradient of its vector is no sum over the image, and would count for each tile."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * weight.view(1, -1, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * weight.view(1, -1, 1, 1), weight * 2
+
+
+class MeanOfAll(OneOfAll):
+    """That of its vector is a mean over the image, of which a tile has another part."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * weight.view(1, -1, 1, 1), grad.mean((0, 2, 3))
+
+
+class SquareOfSum(OneOfAll):
+    """That of its vector is no linear function of a sum."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * weight.view(1, -1, 1, 1), grad.sum((0, 2, 3)) ** 2
+
+
+class OfTheSum(OneOfAll):
+    """That of its map reads a sum over the image."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * weight.view(1, -1, 1, 1) + grad.sum((2, 3), keepdim=True), grad.sum((0, 2, 3))
+
+
+class WritesToItsWeight(OneOfAll):
+    """It writes to its weight, through a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * weight.detach().view(1, -1, 1, 1).mul_(2)
+
+
+class ByColumn(torch.autograd.Function):
+    """A value for each column."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return grad * weight, None
+
+
+class Learnt(nn.Module):
+    def __init__(self, function: Any, *given: Any):
+        super().__init__()
+        self.function = function
+        self.vectors = nn.ParameterList([g for g in given if isinstance(g, Tensor)])
+        self.plain = [g for g in given if not isinstance(g, Tensor)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x, *self.vectors, *self.plain)
+
+
 class Apply(nn.Module):
     def __init__(self, function: Any, *given: Any):
         super().__init__()
@@ -216,6 +330,12 @@ def network(function: Any, *given: Any) -> nn.Module:
     torch.manual_seed(0)
     ends = nn.Conv2d(2, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)
     return nn.Sequential(*ends[:2], Apply(function, *given), ends[2]).double()
+
+
+def learnt(function: Any, *given: Any) -> nn.Module:
+    torch.manual_seed(0)
+    ends = nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 3, 3)
+    return nn.Sequential(ends[0], Learnt(function, *given), ends[1]).double()
 
 
 OWN = [
@@ -248,3 +368,26 @@ def test_others_are_refused(function):
     with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):
         accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
     assert calls == before
+
+
+LEARNT = [
+    (Normed, torch.rand(4) + 0.5, torch.rand(4), 1e-6),
+    (Rounded, torch.rand(1) / 4 + 0.1, torch.rand(2)),
+]
+
+
+@pytest.mark.parametrize("own", LEARNT, ids=lambda own: own[0].__name__)
+@pytest.mark.parametrize("tile", [7, (16, 9), 64])
+def test_functions_with_weights_are_exact(own, tile):
+    x = torch.randn(2, 2, 35, 29, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    network = learnt(*own)
+    assert_exact(network, x, tile=tile)
+    network[1].vectors[0].requires_grad_(False)
+    assert_exact(network, x, tile=tile)
+
+
+@pytest.mark.parametrize("function", [OneOfAll, MeanOfAll, SquareOfSum, OfTheSum, WritesToItsWeight, ByColumn])
+def test_functions_that_take_no_position_by_itself_are_refused(function):
+    network = learnt(function, torch.rand(10 if function is ByColumn else 4))
+    with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):
+        accelerate(network, tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))

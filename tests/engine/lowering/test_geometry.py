@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from gigamorph.engine.lowering.geometry import Access, Gather, Mirror, TransposedWindow, Window, same, schedule_axis
 
@@ -46,10 +45,10 @@ def spreads(draw) -> TransposedWindow:
 @st.composite
 def mirrors(draw) -> Mirror:
     size = draw(st.integers(1, 12))
-    replicate = draw(st.booleans())
-    most = 5 if replicate else size - 1
+    mode = draw(st.sampled_from(["reflect", "replicate", "symmetric"]))
+    most = {"reflect": size - 1, "symmetric": size}.get(mode, 5)
     before, after = draw(st.integers(0, most)), draw(st.integers(0, most))
-    return Mirror(size, size + before + after, before, replicate)
+    return Mirror(size, size + before + after, before, mode)
 
 
 def inputs_of(access: Access, output: int) -> set[int]:
@@ -58,9 +57,8 @@ def inputs_of(access: Access, output: int) -> set[int]:
         last = access.last or access.sources
         return {*range(access.sources[output], last[output] + 1)}
     if isinstance(access, Mirror):
-        ramp = torch.arange(float(access.size_in)).reshape(1, 1, -1)
-        mode = "replicate" if access.replicate else "reflect"
-        return {int(F.pad(ramp, (access.pad, access.after), mode=mode)[0, 0, output])}
+        mode = "edge" if access.mode == "replicate" else access.mode
+        return {int(np.pad(np.arange(access.size_in), (access.pad, access.after), mode=mode)[output])}
     if isinstance(access, TransposedWindow):
         observers = range(access.kernel)
         return {

@@ -15,6 +15,12 @@ JOINS = {
     "maps of two sizes": lambda x: torch.cat([F.max_pool2d(x, 1, (2, 1)), x, x[:, :, 3:5]], dim=-2),
     "rows of zeros": lambda x: torch.cat([x.new_zeros(2, 4, 1, 14), x, x.new_ones(2, 4, 2, 14)], 2),
     "the first row once more": lambda x: torch.cat([x[:, :, :1], x, x[:, :, -2:]], 2),
+    "a mirrored border": lambda x: (
+        torch.cat([x, x.flip(2)], 2)[:, :, :23] * torch.cat([x, x.flip(-2)], -2)[..., :23, :]
+    ),
+    "mirrored borders": lambda x: mirrored(mirrored(x, 2, 16), 3, 16).tanh(),
+    "twice as many rows": lambda x: torch.cat([x, x.flip(2)], 2).tanh(),
+    "a map and its mirror image": lambda x: torch.cat([x, x.flip(3)], 3)[..., 2:-3].tanh(),
     "rolled": lambda x: torch.cat([x[..., 3:], x[..., :3]], 3),
     "channels last": lambda x: torch.cat([x.movedim(1, -1)] * 2, 2).movedim(-1, 1),
     "both": lambda x: torch.cat([torch.cat([x, x * 2], 2), torch.cat([x * 3, x.tanh()], 2)], 3),
@@ -39,6 +45,11 @@ JOINS = {
     "transposed": lambda x: x.mT + 1,
     "transposed, then a convolution": lambda x: x.transpose(2, 3).relu().mT,
 }
+
+
+def mirrored(x: Tensor, dim: int, window: int) -> Tensor:
+    """As SwinIR and those after it fill the last windows."""
+    return torch.cat([x, torch.flip(x, [dim])], dim).narrow(dim, 0, (x.shape[dim] // window + 1) * window)
 
 
 @pytest.mark.parametrize("tile", [(5, 4), 64])

@@ -68,6 +68,33 @@ def test_what_looks_in_between_gets_the_calls_as_they_were_recorded():
     assert_exact(network(between=True), torch.randn(2, 2, 12, 18, dtype=torch.float64), tile=(6, 9), fallback="whole")
 
 
+class PaddedWindows(nn.Module):
+    """Windows of a map that was filled up and flattened again, as FDAT's, beside the map itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv = nn.Conv2d(2, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.last = nn.Conv2d(CHANNELS, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        flat, down, right = x.flatten(2).transpose(1, 2), -h % 4, -w % 4
+        y = F.pad(flat.view(n, h, w, c), (0, 0, 0, right, 0, down)).view(n, -1, c)
+        rows, cols = (h + down) // 4, (w + right) // 4
+        y = y.view(n, rows, 4, cols, 4, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 16, c)
+        q, k, v = self.qkv(y).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v).view(n, rows, cols, 4, 4, c).permute(0, 1, 3, 2, 4, 5).contiguous()
+        y = flat + y.view(n, h + down, w + right, c)[:, :h, :w].contiguous().view(n, h * w, c)
+        return self.last(y.transpose(1, 2).view(n, c, h, w))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_windows_of_a_flattened_map(n):
+    torch.manual_seed(0)
+    assert_exact(PaddedWindows().double(), torch.randn(n, 2, 13, 18, dtype=torch.float64), tile=6)
+
+
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.data())
 def test_factors_of_two_shapes(factors, data):
     """Both are products of neighbouring factors."""

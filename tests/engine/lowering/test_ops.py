@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gigamorph import accelerate
+from gigamorph import UnsupportedError, accelerate
 
 
 def blur_pool(x: Tensor) -> Tensor:
@@ -30,6 +30,17 @@ def top_instances(x: Tensor) -> Tensor:
     values, places = x[:, :1].flatten(2).topk(7, 2)
     found = x.flatten(2).gather(2, places.expand(-1, x.shape[1], -1))
     return x * (values.softmax(2) * found).sum(2)[..., None, None]
+
+
+def unpooled(x: Tensor, kernel: int = 2, ceil_mode: bool = False, **how: int) -> Tensor:
+    """As SegNet and ENet do: maxima, and what is made of them, go back to where they were found."""
+    y, places = F.max_pool2d(x, kernel, ceil_mode=ceil_mode, return_indices=True, **how)
+    return x + F.max_unpool2d(y.tanh(), places, kernel, output_size=x.shape, **how)
+
+
+def places_of_maxima(x: Tensor) -> Tensor:
+    y, places = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    return y * (places % 7)
 
 
 @pytest.mark.parametrize("tile", [(3, 4), (7, 5), 64])
@@ -75,6 +86,9 @@ def test_layers(layer, tile):
         blur_pool,
         space_to_depth,
         top_instances,
+        unpooled,
+        lambda x: unpooled(x, 3, True),
+        places_of_maxima,
         lambda x: F.pad(x, (0, 3, 2, 1)),
         lambda x: F.pad(x, (5, -1, -2, 4), value=0.7),
         lambda x: x.topk(2, 1).values.repeat(1, 2, 1, 1) + x.movedim((1, 2), (3, 1)).movedim(-1, 1),
@@ -91,6 +105,19 @@ def test_layers(layer, tile):
 )
 def test_functions(function):
     assert_exact(Around(function).double(), image(), tile=(5, 4))
+
+
+OTHER_PLACES = [
+    lambda x: unpooled(x, 3, stride=2, padding=1),
+    lambda x: F.max_unpool2d(x[:, :, ::2, ::2], torch.arange(70).view(1, 1, 10, 7).expand(2, 4, 10, 7), 2),
+    lambda x: F.max_unpool2d(x[:, :, ::2, ::2], F.max_pool2d(x, 2, return_indices=True)[1].flip(1), 2),
+]
+
+
+@pytest.mark.parametrize("function", OTHER_PLACES)
+def test_unpooling_by_other_places_is_refused(function):
+    with pytest.raises(UnsupportedError, match="other indices than of a max-pooling"):
+        accelerate(Around(function).double(), tile=8)(image(2, 2, 20, 14))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -21,7 +21,7 @@ def test_padding_of_any_rows(window):
 ACCESSES = [
     [Window(29, 29, 3, 1, 1), Window(29, 14, 4, 2, 0), Window(14, 14, 5, 1, 4, 2), TransposedWindow(14, 27, 3, 2, 1)],
     [Mirror(29, 35, 3), Window(35, 11, 7, 3, 1), Gather(11, 22, tuple(i // 2 for i in range(22)))],
-    [Chain(Window(29, 27, 3), Window(27, 13, 3, 2)), Mirror(13, 17, 2, True), Window(17, 9, pad=-4)],
+    [Chain(Window(29, 27, 3), Window(27, 13, 3, 2)), Mirror(13, 17, 2, "replicate"), Window(17, 9, pad=-4)],
 ]
 
 
