@@ -255,7 +255,7 @@ def call(op: Op, env: Any) -> list[Tensor]:
 
 # Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
 _OTHER_ORDER = frozenset(
-    {"batch_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "kl_div", "embedding"}
+    "batch_norm instance_norm dropout alpha_dropout feature_dropout kl_div embedding max_unpool2d".split()
 )
 
 
