@@ -85,8 +85,7 @@ class Prepared:
 
     `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, `whole` whole passes, and
     `steps` the whole step, if that is captured.
-    `shard` is this process's part of the image, if that is split. `there` is what compiled kernels and records of all
-    the network's programs took when this one was made.
+    `shard` is this process's part of the image, if that is split.
     """
 
     staged: StagedProgram
@@ -97,7 +96,6 @@ class Prepared:
     steps: list[whole_step.WholeStep] = field(default_factory=list)
     arena: buffers.Arena = field(default_factory=buffers.Arena)
     shard: SpatialShard | None = None
-    there: int = 0
 
     @cached_property
     def last_use(self) -> dict[int, list[int]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,11 +16,9 @@ from ... import kernels
 from ..capture.program import Given, strides, wants
 from ..capture.trace import Program, capture, refuse_backward_hooks
 from ..cuda_graphs import buffers
-from ..errors import BudgetError, GigamorphError
+from ..errors import GigamorphError
 from ..module.arguments import refuse_wrapped
 from ..parallel.processes import check_same, world
-from ..planning import constants
-from ..planning.libraries import kernel_bytes, kernels_that_differ
 from ..planning.plan import Plan
 from ..planning.request import Request
 from ..planning.search import arrange
@@ -35,7 +32,6 @@ from .prepared import Prepared, ProgramKey
 
 _REMEMBERED = 16  # image sizes whose program and plan are kept
 _VARIANTS = 4  # programs of one size, of different states of the network
-_CROWDED = 0.1  # of a budget, what others may keep besides before a program is planned again
 
 
 @dataclass(frozen=True)
@@ -94,14 +90,10 @@ class Programs:
 
     Attributes:
         kept: by what they were made for; of each several, for states of the network that the key does not tell.
-        kernels: all that oneDNN has compiled for them, and for those before them.
-        there: bytes that those and the records of the programs take, where a budget has to do with that.
     """
 
     def __init__(self) -> None:
         self.kept: OrderedDict[ProgramKey, list[tuple[Prepared, ...]]] = OrderedDict()
-        self.kernels: dict[Hashable, int] = {}
-        self.there = 0
 
     def __iter__(self) -> Iterator[Prepared]:
         return (one for known in self.kept.values() for together in known for one in together)
@@ -131,9 +123,6 @@ class Programs:
         for place, ready in enumerate(known):
             pairs = zip(ready, images, strict=True)
             if _goes(ready, branches) and all(one.staged.program.holds(image.given) for one, image in pairs):
-                if self.there - ready[0].there > _CROWDED * (settings.memory_budget or 0):
-                    del known[place]
-                    break
                 known.insert(0, known.pop(place))
                 return ready
         if key.device.type == "cpu":
@@ -156,29 +145,11 @@ class Programs:
         for ready in known:  # what a call changes may differ (a counter), and all else be the same
             if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
                 return ready
-        known.insert(0, self._planned(programs, key, settings))
+        known.insert(0, _planned(programs, key, settings))
         del known[_VARIANTS:]
         if len(self.kept) > _REMEMBERED:
             self.kept.popitem(last=False)
         return known[0]
-
-    def _planned(self, programs: Sequence[Program], key: ProgramKey, settings: Settings) -> tuple[Prepared, ...]:
-        """Recorded programs with their plans, in what others leave of the budget, as far as that is enough."""
-        budget = settings.memory_budget
-        if budget is None or key.device.type != "cpu" or settings.split is not None:
-            return _planned(programs, key, settings)
-        for quarters in (4, 3, 2) if self.there else ():
-            left = max(1, budget - self.there * quarters // 4)
-            with contextlib.suppress(BudgetError):
-                planned = _planned(programs, key, replace(settings, memory_budget=left))
-                break
-        else:
-            planned = _planned(programs, key, settings)
-        for one in planned:
-            self.kernels.update(kernels_that_differ(one.stages, key.training))
-        self.there = kernel_bytes(sum(self.kernels.values()), key.dtype)
-        self.there += constants.KEPT_BYTES * sum(len(one.staged.program.values) for one in (*self, *planned))
-        return tuple(replace(one, there=self.there) for one in planned)
 
     def keep_captures_of(self, prepared: Sequence[Prepared]) -> None:
         """Forget what has been captured of all others: the plan has room for the tiles of one program."""

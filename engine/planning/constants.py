@@ -24,8 +24,6 @@ CODE_BYTES = {True: 5_000_000, False: 3_000_000}
 # Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured
 # on MobileNetV3, RegNetY and EfficientNet with 700 to 1100 values and 1 to 43 choices).
 VALUE_BYTES, CHOICE_BYTES = 10_000, 800
-# What of that a program keeps once another one is recorded (U-Net of 180 values, MobileNetV3 of 800).
-KEPT_BYTES = 4_000
 # The channels of a block in oneDNN's layouts; what is not a multiple is padded.
 CHANNEL_BLOCK = 16
 # The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget

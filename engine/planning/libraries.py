@@ -27,18 +27,18 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
     Args:
         stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
     """
-    compiled = sum(kernels_that_differ(stages, training).values())
+    compiled = sum(_kernels_that_differ(stages, training).values())
     compiled += len(_packings_that_differ(stages)) * (not training)
     scratch = max(map(_grouped_scratch, stages)) if training else 0
     image = stages[0].stage.program.values[stages[0].stage.image]
-    return constants.CODE_BYTES[training] + kernel_bytes(compiled, image.dtype) + _weight_copies(stage_bytes) + scratch
+    return constants.CODE_BYTES[training] + _kernel_bytes(compiled, image.dtype) + _weight_copies(stage_bytes) + scratch
 
 
 def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
     """What `cpu_libraries` is at least, whatever the tiles are."""
     weights = {_weight_shape(local, values) for local in convolutions(nodes) if compiles(local, values, training)}
     compiled = sum(_kernels(shape[2:] == (3, 3), training) for shape in weights)
-    return constants.CODE_BYTES[training] + kernel_bytes(compiled) + _weight_copies(stage_bytes)
+    return constants.CODE_BYTES[training] + _kernel_bytes(compiled) + _weight_copies(stage_bytes)
 
 
 def _kernels(winograd: bool, training: bool) -> int:
@@ -75,7 +75,7 @@ def _is_transformed(packing: Packing, weight: Value) -> bool:
     return packing.nbytes(weight.shape, weight.dtype) != value_bytes(weight)
 
 
-def kernels_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
+def _kernels_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
     """The convolutions that differ, and of how many kernels: those of equal shapes share them, in all stages.
 
     oneDNN keeps them for good.
@@ -113,7 +113,7 @@ def _weight_shape(local: Local, values: Sequence[Value]) -> tuple[int, ...]:
     return next(tuple(values[v].shape) for v in local.op.inputs if v not in local.reads)
 
 
-def kernel_bytes(compiled: int, dtype: torch.dtype = torch.float32) -> int:
+def _kernel_bytes(compiled: int, dtype: torch.dtype = torch.float32) -> int:
     """What so many compiled kernels take: the latest ones are kept.
 
     Args:
