@@ -122,8 +122,8 @@ class _Options:
         """That nothing fits, with the least that is needed."""
         if self.shard is not None and self.agree:
             return BudgetError("the shards of some processes do not fit their budget; give a larger one")
-        frugal = sorted(range(self._useful()), key=lambda number: self.tried[number].bytes)
-        return _too_little([self._estimate(number) for number in frugal[: constants.SMALL_TILES]], self.request)
+        frugal = range(self._useful())[-constants.SMALL_TILES :]  # each later one needs less
+        return _too_little([self._estimate(number) for number in frugal], self.request)
 
 
 def arrange(
@@ -240,7 +240,8 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     if estimate.floor(counted) > limit:
         return None
     sides = sides_worth_trying(staged, request.tile, request.training)
-    others = len(staged.stages) > 1 or (not request.training and any(stage.packings for stage in staged.stages))
+    others = len(staged.stages) > 1 or (request.training and device.type == "cpu")
+    others = others or (not request.training and any(stage.packings for stage in staged.stages))
     if others and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     for place in request.halo_places(device):

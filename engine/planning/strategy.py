@@ -9,6 +9,9 @@ further choice is not to store those at all: each early stage then starts at the
     segments                4, and the maps of one segment besides the cuts; less where late maps, small ones, are kept
     early maps not stored   more: a segment of m reductions is computed about m/2 times in each direction
 
+A network of one stage stores nothing. On the CPU it may be cut into parts all the same:
+`tile_parts.py`, `packed_parts.py`.
+
 Each of them may keep its maps elsewhere, on a GPU in the host's memory, else in a file; then the way there and back is
 what they cost.
 """
@@ -27,6 +30,7 @@ from . import constants
 from .between import brought, value_bytes
 from .lifetimes import stored_peaks
 from .packed_parts import cuts_by_weights, packed_bytes
+from .tile_parts import cuts_by_outputs
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Strategy:
 def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
     """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory.
 
-    A network of one stage has others than that where weights are packed: those of a part of it at a time.
+    A network of one stage has others than that on the CPU: in training tiles that go through a part of it at a time,
+    which store what it does not but need less; in inference weights that are packed for a part of it at a time.
     """
     every = every_strategy(maps, nodes, training, image_grad)
     least = next(every)
@@ -68,6 +73,8 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
             if strategy.bytes < least.bytes:
                 least = strategy
                 yield strategy
+    elif training:
+        yield from (strategy for strategy in every if strategy.staged.place == "disk")
 
 
 def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
@@ -93,10 +100,10 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
     yield from weigh("all maps that are read again", everything)
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
-    if not training and kind == "cpu" and len(everything.stages) == 1:
-        for cuts in cuts_by_weights(maps, nodes, _through(maps, nodes)):
+    if kind == "cpu" and len(everything.stages) == 1:
+        for cuts in cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _through(maps, nodes)):
             staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-            name = f"{len(cuts) + 1} parts, whose weights are packed one after the other"
+            name = f"{len(staged.stages)} parts, and the maps between them"
             yield from weigh(name, staged, constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training))
 
 

@@ -48,10 +48,10 @@ def network(widths, scale=1.0, seed=0):
     return net.eval()
 
 
-def choices(net, size, training=False):
-    with torch.set_grad_enabled(training):
+def choices(net, size):
+    with torch.no_grad():
         program = capture(net, (1, 1, *size), torch.float32, "cpu")
-    return list(strategies(*sort(program, "error"), training, False))
+    return list(strategies(*sort(program, "error"), False, False))
 
 
 def test_late_layers_are_parts_of_their_own_where_their_weights_are():
@@ -61,9 +61,7 @@ def test_late_layers_are_parts_of_their_own_where_their_weights_are():
         each = [packed_bytes(stage) for stage in strategy.staged.stages]
         assert max(each) == strategy.packed_bytes < first.packed_bytes
         assert each[0] < max(each)  # the early layers, whose maps are large and weights few, are one part
-    # Where weights are few next to what would be stored, and where a graph is needed, there is one choice.
-    assert len(choices(network((8, 8)), (512, 384))) == 1
-    assert len(choices(network((32, 128, 256)), (512, 384), training=True)) == 1
+    assert len(choices(network((8, 8)), (512, 384))) == 1  # weights are few next to what would be stored
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
