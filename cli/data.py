@@ -201,6 +201,7 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
     from ..engine.datasets.splits import assign_splits, fill_validation
     from ..engine.datasets.tables import read_table, write_table
 
+    outputs.require_out(out, [table])
     read = read_table(table, check_files=False)
     given = any(record.split for record in read.records)
     records = assign_splits(read.records, fractions=fractions, seed=seed)

@@ -181,6 +181,7 @@ def watching(as_json: bool, device: str, look: Callable[..., object] | None = No
     Args:
         look: warn -> what a `Watch` calls with some images; takes the function that warns first.
     """
+    from ..engine.parallel.launch import terminated_as_interrupted
     from ..engine.predict.options import Watch
     from ..engine.train.progress import Meter
 
@@ -189,10 +190,11 @@ def watching(as_json: bool, device: str, look: Callable[..., object] | None = No
 
     if as_json:
         lines = _Lines()
-        yield Watch(Meter(lines), lines.warn, lines.failed, looked(lines.warn))
+        with terminated_as_interrupted():
+            yield Watch(Meter(lines), lines.warn, lines.failed, looked(lines.warn))
         return
     try:
-        with ProgressView(device=device) as view:
+        with terminated_as_interrupted(), ProgressView(device=device) as view:
             meter = Meter(view)
             yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
     except KeyboardInterrupt as error:

@@ -35,8 +35,8 @@ Covariance = Literal["delong", "jackknife"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error, degrees of freedom (None: normal) and 95 % interval; of a difference with the
-    two-sided p of its being 0. None, all three, where the variance is 0."""
+    """A value with its standard error, degrees of freedom (None: normal) and 95 % interval, cut off at 0 and 1; of a
+    difference, cut off at -1 and 1, with the two-sided p of its being 0. None, all three, where the variance is 0."""
 
     value: float
     error: float | None
@@ -335,7 +335,8 @@ class _Anova:
         half = float(of.ppf(0.975)) * error
         p = float(2 * of.sf(abs(value) / error)) if test else None
         finite = None if df is None or not np.isfinite(df) else float(df)
-        return Estimate(float(value), error, finite, (float(value) - half, float(value) + half), p)
+        interval = max(float(value) - half, -1.0 if test else 0.0), min(float(value) + half, 1.0)
+        return Estimate(float(value), error, finite, interval, p)
 
 
 def _numbered(size: int) -> list[str]:

@@ -123,12 +123,15 @@ class StageFunction(torch.autograd.Function):
         empty = any(
             0 in stage.maps.shape(v) or _reads_nothing(local) for local in stage.locals for v in local.op.outputs
         )
-        untouched = set[int]() if empty or ctx.how.shard is not None else made - touched - scan.maps.readers.keys()
+        found = sums.keys() | touched
+        skipped = set[int]().union(*(one.skips for one in stage.locals if found.isdisjoint(one.skips)))
+        untouched = made - touched - scan.maps.readers.keys() - skipped
+        untouched = set[int]() if empty or ctx.how.shard is not None else untouched
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
             total = sums.pop(value, None) if wanted_here else None
-            if total is None and empty and wanted_here:
+            if total is None and wanted_here and (empty or value in skipped):
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
                 _refuse_visits(stage, value, vector)

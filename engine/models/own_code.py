@@ -57,12 +57,15 @@ def imported(what: str, module_name: str, name: str) -> Any:
         GigamorphError: if there is no such module, it raises, or has no such name.
     """
     try:
+        if module_name.startswith("."):  # to Python that is relative to a package
+            raise ModuleNotFoundError(name=module_name)
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):  # the module was found
             raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error
         if module_name.endswith(".py"):
             path = Path(module_name).with_suffix("")
+            path = path.resolve() if ".." in path.parts else path
             elsewhere = f", in its folder {path.parent}" if path.is_absolute() else ""
             module = path.name if elsewhere else ".".join(path.parts)
             raise GigamorphError(

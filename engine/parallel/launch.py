@@ -123,7 +123,7 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any, t
     logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
     with tempfile.TemporaryDirectory() as folder:
         given = (number, device, f"file://{folder}/meeting", timeout, threads, errors, function, args)
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
             former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
             try:
@@ -159,8 +159,8 @@ def _joined(context: Any, errors: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM (of a scheduler) is a Ctrl-C: this process would be gone before the others have written."""
+def terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM (of a scheduler) is a Ctrl-C: this process would be gone before all is written."""
     here = threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:

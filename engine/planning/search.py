@@ -121,9 +121,21 @@ class _Options:
     def refusal(self) -> BudgetError:
         """That nothing fits, with the least that is needed."""
         if self.shard is not None and self.agree:
-            return BudgetError("the shards of some processes do not fit their budget; give a larger one")
+            return self._shared_refusal(self.shard)
         frugal = range(self._useful())[-constants.SMALL_TILES :]  # each later one needs less
         return _too_little([self._estimate(number) for number in frugal], self.request)
+
+    def _shared_refusal(self, shard: SpatialShard) -> BudgetError:
+        """The same, of the process that needs most; all find it at the same time."""
+        last = range(len(self.options))[-constants.SMALL_TILES :]
+        needed = [_least([self._estimate(number)], self.request).peak_bytes for number in last]
+        least = int(shard.gather(torch.tensor(needed, device=self.device)).amax(0).min())
+        height, width = self.options[0][0].maps.size(self.options[0][0].program.image)
+        return BudgetError(
+            f"no tile fits in all {shard.count} processes that share an image of {height} x {width}: one of them needs "
+            f"at least {format_enough(least)}, the budget of this one is "
+            f"{format_bytes(self.request.limit(self.device))}; give each a larger budget, or a smaller batch"
+        )
 
 
 def arrange(
@@ -203,12 +215,22 @@ def _free_disk() -> int:
 
 def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
     """The refusal of a budget, with the least that one of these choices of stored maps needs."""
-    staged = estimates[0].staged
+    staged, least = estimates[0].staged, _least(estimates, request)
     image, tile = staged.program.image, request.tile
-    device, (height, width) = staged.program.values[image].device, staged.maps.size(image)
-    place, least = request.halo_places(device)[-1], None
+    height, width = staged.maps.size(image)
+    what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
+    return BudgetError(
+        f"{what}: an image of {height} x {width} needs at least {format_enough(least.peak_bytes)} "
+        f"(tile {least.tile[0]} x {least.tile[1]}, halos {least.halos}), the budget is "
+        f"{format_bytes(request.limit(staged.program.values[image].device))}; give a larger budget or a smaller batch"
+    )
+
+
+def _least(estimates: Sequence[Estimate], request: Request) -> Plan:
+    """The plan that needs least of these choices of stored maps."""
+    place, least = request.halo_places(estimates[0].image.device)[-1], None
     for estimate in estimates:
-        sides = sides_worth_trying(estimate.staged, tile, request.training)
+        sides = sides_worth_trying(estimate.staged, request.tile, request.training)
         if least is not None and estimate.floor() >= least.peak_bytes:
             continue
         found = min((estimate.plan(side, place, None, count_tile=False) for side in sides), key=lambda p: p.peak_bytes)
@@ -220,12 +242,7 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
             found = min(exact, key=lambda plan: plan.peak_bytes)
             least = found if least is None or found.peak_bytes < least.peak_bytes else least
     assert least is not None
-    what = "no tile fits" if tile is None else f"a tile of {tile[0]} x {tile[1]} does not fit"
-    return BudgetError(
-        f"{what}: an image of {height} x {width} needs at least {format_enough(least.peak_bytes)} "
-        f"(tile {least.tile[0]} x {least.tile[1]}, halos {least.halos}), the budget is "
-        f"{format_bytes(request.limit(device))}; give a larger budget or a smaller batch"
-    )
+    return least
 
 
 def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) -> Plan | None:

@@ -22,6 +22,9 @@ from .job import Job
 from .options import RunOptions
 from .parts import read_parts
 
+_OF_TRAINING = ("last.ckpt", "log.csv", "folds.json")
+"""What tells a folder of `gigamorph train`, whose quarantine.csv is of its own images."""
+
 
 class RunFolder:
     """A folder for the results of a job, of which this process has a shard."""
@@ -120,6 +123,9 @@ class RunFolder:
                 raise GigamorphError(
                     f"{out / job.product}: already exists, and no run.json says of which run; name another --out"
                 )
+            trained = next((name for name in _OF_TRAINING if (out / name).exists()), None)
+            if trained is not None:
+                raise GigamorphError(f"{out}: holds a run of gigamorph train ({trained}); name another --out")
             return None
         if found["kind"] != job.kind:
             raise GigamorphError(f"{out}: is of gigamorph {found['kind']}; name another --out")

@@ -150,6 +150,16 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(command, tmp_path
     assert "out.csv: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
 
 
+def test_split_keeps_the_table_that_it_reads(tmp_path, capsys):
+    table, link = tmp_path / "table.csv", tmp_path / "link.csv"
+    table.write_text("image_path,label,patient_id,mine\na.png,1,A,x\n")
+    link.symlink_to(table)
+    before = table.read_bytes()
+    assert run("split", table, "--out", link) == 2
+    assert capsys.readouterr().err == f"error: {link}: is read, and would be lost; name another --out\n"
+    assert table.read_bytes() == before
+
+
 def test_split(phantoms, tmp_path, capsys):
     lines = [",".join(line.split(",")[:3]) for line in (phantoms / "phantoms.csv").read_text().splitlines()]
     (phantoms / "bare.csv").write_text("\n".join(lines))

@@ -349,12 +349,33 @@ def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, 
     assert len(rows(out / "predictions.csv")) == 16
 
 
-def test_ctrl_c_keeps_the_results_before(trained, phantoms, tmp_path, monkeypatch, capsys):
+def _press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+def _terminate():
+    """As a scheduler does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+@pytest.fixture
+def survives_sigterm():
+    """Else it would end the tests."""
+    former = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM would have ended the process"))
+    yield
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.parametrize("end", [_press_ctrl_c, _terminate])
+def test_ctrl_c_and_sigterm_keep_the_results_before(
+    end, survives_sigterm, trained, phantoms, tmp_path, monkeypatch, capsys
+):
     from gigamorph.cli.progress import ProgressView
 
     def press(self, progress):
         if progress.image == 3:
-            raise KeyboardInterrupt
+            end()
 
     with monkeypatch.context() as patched:
         patched.setattr(ProgressView, "__call__", press)
@@ -390,6 +411,18 @@ def test_predictions_are_not_overwritten(trained, phantoms, tmp_path, capsys):
     assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path) == 2
     assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "predictions.csv").read_text() == "dear\n"
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_the_folder_of_a_training_takes_no_predictions(command, trained, phantoms, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "quarantine.csv").write_text("dear\n")
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    assert run(command, trained / "best.ckpt", phantoms, "--skip-bad", "--out", tmp_path / "run") == 2
+    told = f"error: {tmp_path / 'run'}: holds a run of gigamorph train (last.ckpt); name another --out\n"
+    assert capsys.readouterr().err == told
+    assert (tmp_path / "run" / "quarantine.csv").read_text() == "dear\n"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):

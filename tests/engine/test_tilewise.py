@@ -347,6 +347,30 @@ def test_everything_skipped():
     assert torch.equal(ours(torch.zeros(1, 2, 32, 32).double()), torch.full((1, WIDTH), 2.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("tile", [None, 16, 64], ids=["alone", "accelerated", "one tile"])
+def test_gradients_where_everything_is_skipped_are_zeros(tile):
+    skipped = nn.Parameter(torch.randn(WIDTH, dtype=torch.float64))
+    ours, _ = both(Mean(), background=0.0, skipped=skipped)
+    x = torch.zeros(1, 2, 32, 48, dtype=torch.float64, requires_grad=True)
+    loss = ours[1](expected_grid(ours, x, torch.zeros(1, 2, 3) > 0, skipped)).square().sum()
+    given = [x, *ours.parameters()]
+    wanted = torch.autograd.grad(loss, given)
+    (accelerate(ours, tile=tile) if tile else ours)(x).square().sum().backward()
+    for expected, tensor in zip(wanted, given, strict=True):
+        assert tensor.grad is not None and (tensor.grad - expected).abs().max() <= LIMIT
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["alone", "accelerated"])
+def test_an_encoder_without_a_graph_has_no_gradients(fast):
+    """Zeros would let an optimizer's weight decay change it."""
+    ours, _ = both(Mean(), background=0.0)
+    encoder = ours[0].module
+    encoder.forward = torch.no_grad()(encoder.forward)
+    network = nn.Sequential(ours, nn.Linear(WIDTH, 1).double())
+    (accelerate(network, tile=24) if fast else network)(with_background()).sum().backward()
+    assert all(p.grad is None for p in encoder.parameters()) and network[1].weight.grad is not None
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -225,6 +226,18 @@ def refusals() -> list[str]:
         except GigamorphError as error:
             found.append(str(error))
     return found
+
+
+def enough_memory() -> tuple[str, bool]:
+    """What is said of a budget in which nothing fits, and whether the step runs in the one that it names."""
+    net, x = network("live"), image((160, 120))
+    try:
+        accelerate(net, memory_budget="300KiB", split=True)(x)
+    except GigamorphError as error:
+        said = str(error)
+        named = re.search(r"needs at least ([\d.]+ \w+), ", said)
+        return said, named is not None and bool(accelerate(net, memory_budget=named[1], split=True)(x).isfinite().all())
+    return "", False
 
 
 def dropout_in_the_head(split: bool) -> Tensor:

@@ -16,7 +16,7 @@ blocks are kept with both axes; rules see shapes and blocks as the recorded call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -90,6 +90,8 @@ class Local:
     `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
     is then read as it is, where a part of it would cost its gradient a copy.
     `adds` says that the backward adds what `Block.lacking` has to the gradient of the output.
+    `skips` are the inputs that the op may leave unread for the image's values, and whose gradients are zeros then; an
+    op that has computed something and has no graph of it takes them out.
     """
 
     op: Op
@@ -105,6 +107,7 @@ class Local:
     gathers: Gather | None = None
     spares: bool = False
     adds: bool = False
+    skips: Set[int] = frozenset()
     anew: frozenset[int] = frozenset()
     passed: frozenset[int] = frozenset()
 

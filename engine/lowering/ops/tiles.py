@@ -8,7 +8,7 @@ there at a time (`torch.utils.checkpoint`, which gives the second computation th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -260,6 +260,9 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
     names = [name for name, _ in named_state(tiles.module)]
     dtype = maps.program.values[output].dtype
 
+    may_skip = tiles.background is not None or mask is not None
+    skips = {value, *(t.value for t in state)} if may_skip else set[int]()
+
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         given = dict(zip(names, (env[t.value] for t in state), strict=True))
         keep = None if mask is None else env[mask.value][:, 0]
@@ -267,12 +270,15 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
 
         def call(batch: Tensor) -> Tensor:
             with tiles.settings.put_back():  # also where the backward computes a tile again
-                return functional_call(tiles.module, given, (batch,))
+                made = functional_call(tiles.module, given, (batch,))
+            if isinstance(made, Tensor) and torch.is_grad_enabled() and not made.requires_grad:
+                skips.clear()
+            return made
 
         return (embed(env[value], keep, base, tiles, call, (shape[1], dtype)),)
 
     training = any(module.training for module in tiles.module.modules())
-    return [*nodes, Local(own, reads, ((2, 3),), run, random=training)]
+    return [*nodes, Local(own, reads, ((2, 3),), run, random=training, skips=skips)]
 
 
 def _windows(size_in: int, size_out: int, size: int, stride: int) -> Gather:
@@ -305,6 +311,10 @@ class _State:
             if all(self._tensors.get(name) is tensor for name, tensor in named_state(self._module)):
                 return self._module(batch)
             return functional_call(self._module, self._tensors, (batch,))  # others are there now, as after a swap
+
+    @property
+    def tensors(self) -> Iterable[Tensor]:
+        return self._tensors.values()
 
     def _now(self) -> list[int]:
         return [_version(tensor) for tensor in self._tensors.values()]
@@ -362,7 +372,23 @@ def embed(
     if made:
         index = torch.tensor([(image * rows + i) * cols + j for image, i, j in places], device=grid.device)
         grid = grid.index_copy(0, index, torch.cat(made))
+    elif state is not None:
+        grid = _Uncomputed.apply(grid, *((x,) if isinstance(x, Tensor) else ()), *state.tensors)
     return grid.reshape(n, rows, cols, length).permute(0, 3, 1, 2)
+
+
+class _Uncomputed(torch.autograd.Function):
+    """The grid of an image whose tiles are all skipped; what tiles are computed with has zeros as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.tensors = tensors
+        return grid.view_as(grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        wanted = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
+        return grads[0], *(torch.zeros_like(tensor) if asked else None for tensor, asked in wanted)
 
 
 class _Through:

@@ -101,6 +101,19 @@ def test_fixed_cases(van_dyke):
     assert estimate(two) == pytest.approx((0.94083736, 0.01615303, 0.89598936, 0.98568536), abs=5e-9)
 
 
+def test_intervals_do_not_leave_the_range_of_areas():
+    """Three readers are nearly perfect by one modality, and nearly reversed by the other."""
+    truth = np.repeat([0, 1], 4)
+    near = np.array([[1, 1, 2, 3, 3, 4, 4, 4], [1, 1, 1, 3, 2, 4, 4, 4], [1, 1, 1, 1, 4, 4, 4, 4.0]])
+    study = reader_study(truth, np.array([near, -near]))
+    for found in (study.random_readers_random_cases, study.fixed_readers_random_cases):
+        high, low = found.modalities.values()
+        (difference,) = found.differences.values()
+        assert high.interval[0] < high.value < high.interval[1] == 1
+        assert 0 == low.interval[0] < low.value < low.interval[1]
+        assert 0 < difference.interval[0] < difference.value < difference.interval[1] == 1
+
+
 def test_the_jackknife_is_each_patient_left_out():
     random = np.random.default_rng(0)
     truth, scores = random.integers(0, 2, 30), random.normal(size=(2, 30)).round(1)

@@ -76,6 +76,16 @@ def test_a_file_for_a_module_is_told(tmp_path, monkeypatch):
             create_model(spec)
     with pytest.raises(GigamorphError, match=r"'my_file_nets.py' is a file; name its module, my_file_nets:tiny$"):
         create_model("my_file_nets.py:tiny")
+    with pytest.raises(GigamorphError, match=r"'./my_file_nets.py' is a file; name its module, my_file_nets:tiny$"):
+        create_model("./my_file_nets.py:tiny")
+    with pytest.raises(GigamorphError, match=r"there is no module '\.nets' in .* or on Python's path"):
+        create_model(".nets:tiny")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(
+        GigamorphError, match=rf"is a file; name its module, my_file_nets:tiny, in its folder {tmp_path}$"
+    ):
+        create_model("../my_file_nets.py:tiny")
     with pytest.raises(
         GigamorphError, match=rf"is a file; name its module, my_file_nets:tiny, in its folder {tmp_path}$"
     ):

@@ -6,8 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
 from forked import Forked
-from measured import measure
+from measured import measure, own_bytes
+from torch import nn
 
 ROWS = [  # network, norms in training or inference, budget
     ("resnet18", "frozen", 420_000_000),
@@ -26,3 +28,9 @@ def test_predicted_is_measured_and_budgets_are_kept(name: str, mode: str, budget
     measured, predicted = json.loads(process.output)
     assert measured <= 1.05 * budget
     assert 0.88 <= predicted / measured <= 1.12, (predicted, measured)
+
+
+def test_what_a_network_holds_is_with_masks_that_are_not_saved() -> None:
+    net = nn.Linear(3, 2)
+    net.register_buffer("mask", torch.zeros(50), persistent=False)
+    assert own_bytes(net) == 4 * (3 * 2 + 2 + 50)

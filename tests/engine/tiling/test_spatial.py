@@ -15,6 +15,7 @@ from split_image import (
     NETS,
     dense,
     dropout_in_the_head,
+    enough_memory,
     image,
     in_ddp_too,
     in_pairs,
@@ -65,6 +66,7 @@ def drawn(count: int) -> list[Any]:
 def two(tmp_path_factory) -> list[list[Any]]:
     tasks = [(in_shards, *case) for case in TWO]
     tasks += [(refusals,), (dropout_in_the_head, True), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
+    tasks += [(enough_memory,)]
     return in_processes(2, tmp_path_factory.mktemp("two"), tasks)
 
 
@@ -119,6 +121,12 @@ def test_refusals(two):
         assert "budget" in budget
         assert "images of several sizes that are split over processes" in sizes
         assert len(others) == 3 and all("other weights" in text for text in others), others
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_too_small_names_one_that_is_enough_for_all(two):
+    (said, enough), (other, _) = two[len(TWO) + 5]
+    assert said == other and "processes that share an image of 160 x 120" in said and enough, said
 
 
 @pytest.mark.slow
