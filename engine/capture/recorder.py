@@ -105,6 +105,8 @@ class Recorder(TorchFunctionMode):
             return self._assigned(func, args)
         if func is Tensor.__hash__:
             return hash(args[0])  # a dict or set of before has it by its own, not by that of what stands for it
+        if func is Tensor.__deepcopy__ and not args[0].requires_grad:
+            return self.call(Tensor.clone, args[:1], {})
         if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
             return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():

@@ -264,6 +264,7 @@ MIDDLES: dict[str, Middle] = {
     "channels written through a view": lambda net, x: _write(x * 1),
     "complex numbers": lambda net, x: torch.view_as_real(torch.complex(x, x.flip(1)).exp()).sum(-1),
     "Variable": lambda net, x: x + torch.autograd.Variable(torch.ones(4, 1, 1, dtype=x.dtype)),
+    "a copy of a buffer": lambda net, x: x + copy.deepcopy(net.mean).add_(1)[:, None, None],
     "einsum of channels": lambda net, x: torch.einsum("nchw,oc->nohw", x, net.head.weight.repeat(2, 1)),
 }
 
@@ -688,6 +689,8 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "'cond' takes functions of maps; write what they do in Python$",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    "numbers of tensors": (lambda net, x: x * torch.tensor([net.mean[0], 2.0, 3, 4])[:, None, None], "by torch.stack"),
+    "numbers of tensors, by the class": (lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1], "by torch.stack"),
     **{
         f"caught: {name}": (lambda net, x, call=call: x * _caught(call, x), told)
         for name, call, told in (
