@@ -129,6 +129,11 @@ def test_unpooling_by_other_places_is_refused(function):
         accelerate(Around(function).double(), tile=8)(image(2, 2, 20, 14))
 
 
+def test_unpooling_of_whole_maps():
+    """Bands of rows, whose images do not lie one after the other in memory."""
+    assert_exact(Around(OTHER_PLACES[0]).double(), image(2, 2, 14, 17), tile=(3, 20), fallback="whole")
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_bilinear_in_low_precision(align_corners):
     """The blend runs in float32, as PyTorch's own does: no further from float64 than stock is."""
