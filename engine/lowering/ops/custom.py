@@ -259,7 +259,8 @@ def custom(op: Op, maps: Maps) -> Local:
         raise refusal
     axes = tuple(axis - len(info.shape) for axis in maps.axes[value])
     try:
-        both, found = _recorded(op, maps, axes)
+        with torch.inference_mode(False):  # its tensors have no gradients
+            both, found = _recorded(op, maps, axes)
     except Exception:  # whatever it raises on tensors without values
         raise refusal from None
 

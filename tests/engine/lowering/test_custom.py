@@ -390,6 +390,13 @@ def test_elementwise_functions_are_exact(own, live, height, width, tile):
     assert_exact(network(*own).train(live), x, tile=tile)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    net, x = learnt(Normed, torch.rand(4) + 0.5, torch.rand(4), 1e-6), torch.randn(2, 2, 24, 20, dtype=torch.float64)
+    with mode():
+        torch.testing.assert_close(accelerate(net, tile=8)(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 OTHERS = [Centred, Counted, CountedApart, CountedByDefault, Noisy, Ramp, Cutting, Overwriting, Placed]
 
 
