@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -223,6 +224,7 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
     hue[x[:, 0] > 0] = 0.5
     hue[x[:, 0] <= 0] = 2
     scale = torch.Tensor([0.25]).type_as(x) + torch.Tensor(torch.Size([1, 1])).fill_(0.5) + torch.Tensor().numel()
+    scale = scale + torch.Tensor(np.int64(3)).fill_(2).sum()
     return x * hue[:, None] * scale + Variable(net.crop).sum() * Variable(x, requires_grad=False) * Variable(net.scale)
 
 
