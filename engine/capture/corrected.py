@@ -3,7 +3,8 @@
 A map of one image, or one pixel wide, counts as ordered channels-last and plainly at once (dimensions of size one have
 no order). PyTorch's backward of batch_norm then reads the gradient in one order and the map in the other. It is right
 for all orders of the map where the gradient comes in the map's own (`memory_format`). instance_norm is batch_norm of
-one image; it is right where map and gradient both are plainly ordered.
+one image; it is right where map and gradient both are plainly ordered. That of max_unpool2d takes plainly ordered
+indices alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def instance_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _ordered(F.instance_norm(input.contiguous(), *args, **kwargs), torch.contiguous_format)
 
 
+def max_unpool2d(input: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.max_unpool2d`, with a gradient for indices in any order."""
+    return F.max_unpool2d(input, indices.contiguous(), *args, **kwargs)
+
+
 def _ordered(result: Tensor, order: torch.memory_format) -> Tensor:
     if result.requires_grad and result.device.type == "cpu":
         result.register_hook(lambda grad: grad.contiguous(memory_format=order))
@@ -47,4 +53,5 @@ def _ordered(result: Tensor, order: torch.memory_format) -> Tensor:
 CORRECTED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
+    F.max_unpool2d: max_unpool2d,
 }

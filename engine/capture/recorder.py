@@ -105,18 +105,22 @@ class Recorder(TorchFunctionMode):
             return self._assigned(func, args)
         if func is Tensor.__hash__:
             return hash(args[0])  # a dict or set of before has it by its own, not by that of what stands for it
+        if func is Tensor.__deepcopy__ and not args[0].requires_grad:
+            return self.call(Tensor.clone, args[:1], {})
         if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
             return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
+        if func is Tensor.new and args[1:] and isinstance(args[1], (int, np.integer, torch.Size)):
+            func = Tensor.new_empty
+        elif func is Tensor.new and args[1:] and isinstance(args[1], (list, tuple)):
+            func = Tensor.new_tensor
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
         if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
             if shares(args[0], real):
                 return self.on_memory(args[0], real)
-        if func is Tensor.new and args[1:] and not isinstance(args[1], (list, Tensor)):
-            func = Tensor.new_empty
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         if name in ("register_hook", "retain_grad") and tensors:
             if not tensors[0].requires_grad:

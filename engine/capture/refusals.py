@@ -63,6 +63,11 @@ def as_refusal(error: Exception, where: str) -> Exception:
         return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch")
     if "functions with out=" in str(error):
         return UnsupportedError(f"{where} writes to out= what gradients flow through; drop that argument")
+    if "data is not allocated" in str(error):
+        return UnsupportedError(
+            f"{where} takes the values of tensors, which a recording has not; make one tensor of several by "
+            "torch.stack, not by torch.tensor"
+        )
     if isinstance(error, UnsupportedError) or not any(word in str(error) for word in _FAKE):
         return error
     return UnsupportedError(f"{where} calls what cannot be recorded ({text[0]}); use plain PyTorch ops")

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -67,10 +68,10 @@ class Unseen:
         sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args
         if cls is not Tensor or kwargs or not _active(self.recorder):
             return original(cls, *args, **kwargs)
-        if all(isinstance(size, int) for size in sizes):
+        if all(isinstance(size, int | np.integer) for size in sizes):
             return torch.empty(sizes or (0,), device="cpu")
         if len(args) == 1 and not isinstance(args[0], Tensor):
-            return torch.tensor(args[0], dtype=torch.get_default_dtype(), device="cpu")
+            return torch.as_tensor(args[0], dtype=torch.get_default_dtype(), device="cpu")
         return original(cls, *args)
 
     def variable(self, cls: type, args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -254,11 +254,13 @@ def custom(op: Op, maps: Maps) -> Local:
     if op.args[0] != Ref(value) or not single or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
         raise refusal
     cls: Any = op.func.cls  # pyright: ignore[reportFunctionMemberAccess]
-    if not (_of_torch_alone(cls.forward) and _of_torch_alone(cls.backward)):
+    apart = cls.setup_context is not torch.autograd.Function.setup_context
+    if not all(map(_of_torch_alone, (cls.forward, cls.backward, *([cls.setup_context] if apart else [])))):
         raise refusal
     axes = tuple(axis - len(info.shape) for axis in maps.axes[value])
     try:
-        both, found = _recorded(op, maps, axes)
+        with torch.inference_mode(False):  # its tensors have no gradients
+            both, found = _recorded(op, maps, axes)
     except Exception:  # whatever it raises on tensors without values
         raise refusal from None
 
@@ -310,8 +312,11 @@ def _is_place(leaf: Any) -> bool:
 
 
 def _of_torch_alone(function: Any) -> bool:
-    """Whether a function's code names nothing besides its arguments and torch."""
+    """Whether a function's code names nothing besides its arguments, which have no objects for defaults, and torch."""
     if not isinstance(function, FunctionType):
+        return False
+    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+    if not all(isinstance(default, int | float | str | None) for default in defaults):
         return False
     for step in dis.get_instructions(function):
         if step.opname in _NAMES_APART:

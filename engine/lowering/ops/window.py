@@ -197,8 +197,12 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
         if not indexed:
             return (F.max_pool2d(x, kernel, stride, even, dilation),)
         y, places = F.max_pool2d(x, kernel, stride, even, dilation, return_indices=True)
-        top, left = rows.span(*block.rows)[0] - uneven[2], cols.span(*block.cols)[0] - uneven[0]
-        return y, (places // x.shape[3] + top) * width + places % x.shape[3] + left
+        row = places // x.shape[3] + (rows.span(*block.rows)[0] - uneven[2])
+        col = places % x.shape[3] + (cols.span(*block.cols)[0] - uneven[0])
+        if uneven[2] or uneven[0]:  # a window of -inf alone has its first place, which is of the map, not of a padding
+            row = torch.where(row < 0, row % dilation[0], row)
+            col = torch.where(col < 0, col % dilation[1], col)
+        return y, row * width + col
 
     if not indexed:
         return Local(op, {value: (rows, cols)}, ((2, 3),), run, fill=-math.inf)

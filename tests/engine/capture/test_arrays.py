@@ -280,6 +280,7 @@ READS: dict[str, Scale] = {
     "an array of what it was": not_read_again,
     "an array whose tensor is written to": lambda net: both_ways(torch.from_numpy),
     "the same of as_tensor": lambda net: both_ways(torch.as_tensor),
+    "the same of the class": lambda net: both_ways(torch.Tensor),
     "the same of from_dlpack": lambda net: both_ways(torch.from_dlpack),
     "a part of an array": lambda net: both_ways(lambda array: torch.from_numpy(array[:])),
     "two tensors on an array": lambda net: two_tensors(),

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,7 @@ def own_momentum(net: Any, x: Tensor) -> Tensor:
 
 
 def shapes(net: Any, x: Tensor) -> Tensor:
+    x = x * x.new((3, 2, 1, 5))[:, None, None] + x.new([0.5]) + x.new(np.int64(2), 1).fill_(1).sum()
     return x + x.new(x.shape).fill_(2) + torch.from_numpy(torch.arange(4.0).double().numpy())[:, None, None]
 
 
@@ -223,6 +225,7 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
     hue[x[:, 0] > 0] = 0.5
     hue[x[:, 0] <= 0] = 2
     scale = torch.Tensor([0.25]).type_as(x) + torch.Tensor(torch.Size([1, 1])).fill_(0.5) + torch.Tensor().numel()
+    scale = scale + torch.Tensor(np.int64(3)).fill_(2).sum()
     return x * hue[:, None] * scale + Variable(net.crop).sum() * Variable(x, requires_grad=False) * Variable(net.scale)
 
 
@@ -264,6 +267,7 @@ MIDDLES: dict[str, Middle] = {
     "channels written through a view": lambda net, x: _write(x * 1),
     "complex numbers": lambda net, x: torch.view_as_real(torch.complex(x, x.flip(1)).exp()).sum(-1),
     "Variable": lambda net, x: x + torch.autograd.Variable(torch.ones(4, 1, 1, dtype=x.dtype)),
+    "a copy of a buffer": lambda net, x: x + copy.deepcopy(net.mean).add_(1)[:, None, None],
     "einsum of channels": lambda net, x: torch.einsum("nchw,oc->nohw", x, net.head.weight.repeat(2, 1)),
 }
 
@@ -688,6 +692,8 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "'cond' takes functions of maps; write what they do in Python$",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    "numbers of tensors": (lambda net, x: x * torch.tensor([net.mean[0], 2.0, 3, 4])[:, None, None], "by torch.stack"),
+    "numbers of tensors, by the class": (lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1], "by torch.stack"),
     **{
         f"caught: {name}": (lambda net, x, call=call: x * _caught(call, x), told)
         for name, call, told in (

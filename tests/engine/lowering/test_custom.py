@@ -181,6 +181,34 @@ class Counted(torch.autograd.Function):
         return grad * 2
 
 
+class CountedApart(torch.autograd.Function):
+    """What it keeps for its backward is set elsewhere."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        calls.append(1)
+        ctx.count = len(calls)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.count
+
+
+class CountedByDefault(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counted: Any = calls) -> Tensor:
+        counted.append(1)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
 class Noisy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -362,7 +390,17 @@ def test_elementwise_functions_are_exact(own, live, height, width, tile):
     assert_exact(network(*own).train(live), x, tile=tile)
 
 
-@pytest.mark.parametrize("function", [Centred, Counted, Noisy, Ramp, Cutting, Overwriting, Placed])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    net, x = learnt(Normed, torch.rand(4) + 0.5, torch.rand(4), 1e-6), torch.randn(2, 2, 24, 20, dtype=torch.float64)
+    with mode():
+        torch.testing.assert_close(accelerate(net, tile=8)(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+OTHERS = [Centred, Counted, CountedApart, CountedByDefault, Noisy, Ramp, Cutting, Overwriting, Placed]
+
+
+@pytest.mark.parametrize("function", OTHERS)
 def test_others_are_refused(function):
     before = list(calls)
     with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):

@@ -43,6 +43,13 @@ def places_of_maxima(x: Tensor) -> Tensor:
     return y * (places % 7)
 
 
+def places_where_nothing_is(x: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
+    """Windows of -inf alone, also at the border, have their first place."""
+    x = torch.where(x < 0.9, -torch.inf, x)
+    y, places = F.max_pool2d(x, kernel, stride, 1, dilation, return_indices=True)
+    return y.clamp(min=-1) * (places % 7)
+
+
 @pytest.mark.parametrize("tile", [(3, 4), (7, 5), 64])
 @pytest.mark.parametrize(
     "layer",
@@ -89,6 +96,8 @@ def test_layers(layer, tile):
         unpooled,
         lambda x: unpooled(x, 3, True),
         places_of_maxima,
+        lambda x: places_where_nothing_is(x, 3, 2, 1),
+        lambda x: places_where_nothing_is(x, 2, 1, 2),
         lambda x: F.pad(x, (0, 3, 2, 1)),
         lambda x: F.pad(x, (5, -1, -2, 4), value=0.7),
         lambda x: x.topk(2, 1).values.repeat(1, 2, 1, 1) + x.movedim((1, 2), (3, 1)).movedim(-1, 1),
@@ -118,6 +127,11 @@ OTHER_PLACES = [
 def test_unpooling_by_other_places_is_refused(function):
     with pytest.raises(UnsupportedError, match="other indices than of a max-pooling"):
         accelerate(Around(function).double(), tile=8)(image(2, 2, 20, 14))
+
+
+def test_unpooling_of_whole_maps():
+    """Bands of rows, whose images do not lie one after the other in memory."""
+    assert_exact(Around(OTHER_PLACES[0]).double(), image(2, 2, 14, 17), tile=(3, 20), fallback="whole")
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
