@@ -27,7 +27,7 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
     Args:
         stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
     """
-    compiled = sum(_kernels_that_differ(stages, training).values())
+    compiled = sum(_convolutions_that_differ(stages, training).values())
     compiled += len(_packings_that_differ(stages)) * (not training)
     scratch = max(map(_grouped_scratch, stages)) if training else 0
     image = stages[0].stage.program.values[stages[0].stage.image]
@@ -75,11 +75,8 @@ def _is_transformed(packing: Packing, weight: Value) -> bool:
     return packing.nbytes(weight.shape, weight.dtype) != value_bytes(weight)
 
 
-def _kernels_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
-    """The convolutions that differ, and of how many kernels: those of equal shapes share them, in all stages.
-
-    oneDNN keeps them for good.
-    """
+def _convolutions_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
+    """The convolutions that differ, and of how many kernels: those of equal shapes share them, in all stages."""
     found: dict[Any, int] = {}
     for tiled in stages:
         maps, values = tiled.stage.maps, tiled.stage.program.values

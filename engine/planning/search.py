@@ -257,8 +257,8 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     if estimate.floor(counted) > limit:
         return None
     sides = sides_worth_trying(staged, request.tile, request.training)
-    others = len(staged.stages) > 1 or (request.training and device.type == "cpu")
-    others = others or (not request.training and any(stage.packings for stage in staged.stages))
+    packed = any(stage.packings for stage in staged.stages)
+    others = len(staged.stages) > 1 or (device.type == "cpu" if request.training else packed)
     if others and len(sides) > constants.COARSE and coarse is not None:
         sides = sides[: constants.COARSE] if coarse else sides[constants.COARSE :]
     for place in request.halo_places(device):
