@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,12 +40,11 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(device: str, meeting: str = "env://", timeout: float = PATIENCE) -> Iterator[None]:
+def process_group(device: str, timeout: float = PATIENCE) -> Iterator[None]:
     """The process group of launched processes: gloo for the CPU, NCCL for GPUs, of which each process gets one.
 
     Args:
         device: "cpu" or "cuda".
-        meeting: an init_method of `torch.distributed`.
         timeout: seconds that a process waits for the others, at the start and at each exchange.
 
     Raises:
@@ -53,13 +52,17 @@ def process_group(device: str, meeting: str = "env://", timeout: float = PATIENC
             fewer GPUs than processes.
     """
     global _timeout, _again
+    # Of what `accelerate` imports, functions have the group that is there as a default: it would outlive its end, with
+    # threads that may abort the process when they lose the others.
+    import torch._dynamo
+
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         own = int(os.environ.get("LOCAL_RANK", rank))
         need_gpus(own + 1)
         torch.cuda.set_device(own)
     _timeout = timedelta(seconds=timeout)
-    roll = meet(meeting, rank, size, _timeout)
+    roll = meet(rank, size, _timeout)
     _again = roll.again
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store = dist.PrefixStore("group", roll.store)
@@ -121,17 +124,18 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any, t
     threads = max(1, torch.get_num_threads() // number)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the processes: DDP advises on what is as it must be
     logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
-    with tempfile.TemporaryDirectory() as folder:
-        given = (number, device, f"file://{folder}/meeting", timeout, threads, errors, function, args)
-        with terminated_as_interrupted():
-            # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
-            former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-            try:
-                context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, former)
-            assert context is not None
-            interrupted = _joined(context, errors)
+    # As with torchrun, the store is of the process that outlives the others.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = (number, device, store.port, timeout, threads, errors, function, args)
+    with terminated_as_interrupted():
+        # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        try:
+            context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        assert context is not None
+        interrupted = _joined(context, errors)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -174,7 +178,7 @@ def _child(
     rank: int,
     number: int,
     device: str,
-    meeting: str,
+    port: int,
     timeout: float,
     threads: int,
     errors: Any,
@@ -184,9 +188,11 @@ def _child(
     os.setpgrp()  # a terminal sends Ctrl-C to a group of processes; these get it from their parent, once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(threads)
+    faulthandler.enable()  # where it was, if a library aborts it
     try:
-        with process_group(device, meeting, timeout):
+        with process_group(device, timeout):
             function(*args)
     except KeyboardInterrupt:
         _end(130)

@@ -82,7 +82,7 @@ class Roll:
         return f"{names} {what}{_advice(late)}"
 
 
-def meet(meeting: str, rank: int, size: int, timeout: timedelta) -> Roll:
+def meet(rank: int, size: int, timeout: timedelta) -> Roll:
     """Sign, and wait until all have.
 
     A launcher that starts processes anew keeps its store, with what processes that are dead have left there, and
@@ -93,7 +93,7 @@ def meet(meeting: str, rank: int, size: int, timeout: timedelta) -> Roll:
         GigamorphError: naming those that have not come in time.
     """
     try:
-        store = _store(meeting, rank, size, timeout)
+        store = _store(rank, size, timeout)
     except (RuntimeError, ValueError) as error:
         raise GigamorphError(
             f"process {rank} of {size} cannot reach the one that keeps the roll ({_brief(error)}); look at "
@@ -124,12 +124,12 @@ def meet(meeting: str, rank: int, size: int, timeout: timedelta) -> Roll:
     return roll
 
 
-def _store(meeting: str, rank: int, size: int, timeout: timedelta) -> Any:
-    if meeting == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+def _store(rank: int, size: int, timeout: timedelta) -> Any:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # PyTorch's own rendezvous would set the node's count of restarts before all keys.
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore("gigamorph", dist.TCPStore(*place, is_master=False, timeout=timeout))
-    return next(rendezvous(meeting, rank, size, timeout=timeout))[0]
+    return next(rendezvous("env://", rank, size, timeout=timeout))[0]
 
 
 def _absent(ranks: Sequence[int], size: int, timeout: timedelta) -> GigamorphError:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from forked import Forked
+from torch import distributed as dist
 
 _SECONDS = 240
 Task = tuple[Any, ...]  # a function of a module in tests/helpers, and its arguments
@@ -19,10 +20,11 @@ def in_processes(number: int, folder: Path, tasks: Sequence[Task]) -> list[list[
     """What `function(*args)` returns in each of `number` processes that have a gloo group: [task][rank].
 
     Args:
-        folder: empty, for the processes to meet in.
+        folder: for their results.
     """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with contextlib.ExitStack() as stack:
-        ranks = [Forked(_work, rank, number, folder, tasks) for rank in range(number)]
+        ranks = [Forked(_work, rank, number, store.port, folder, tasks) for rank in range(number)]
         for process in ranks:
             stack.callback(process.end)
         end = time.monotonic() + _SECONDS
@@ -33,10 +35,11 @@ def in_processes(number: int, folder: Path, tasks: Sequence[Task]) -> list[list[
     return [list(each) for each in zip(*results, strict=True)]
 
 
-def _work(rank: int, number: int, folder: Path, tasks: Sequence[tuple[Callable[..., Any], Any]]) -> None:
+def _work(rank: int, number: int, port: int, folder: Path, tasks: Sequence[tuple[Callable[..., Any], Any]]) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=number)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number)
     results = [function(*args) for function, *args in tasks]
     torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,6 +28,7 @@ SECONDS = 3.0
 def together(folder: Path, work: list[Callable[[], object]], size: int | None = None) -> list[str]:
     """What each of some forked processes of a group ends with, and whether it was in time."""
     size = size or len(work)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank, own in enumerate(work):
         child = os.fork()
@@ -33,8 +36,9 @@ def together(folder: Path, work: list[Callable[[], object]], size: int | None = 
             text = ""
             try:
                 torch.set_num_threads(1)
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-                with launch.process_group("cpu", f"file://{folder}/store", timeout=SECONDS):
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), TORCHELASTIC_USE_AGENT_STORE="True")
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+                with launch.process_group("cpu", timeout=SECONDS):
                     own()
             except GigamorphError as error:
                 text = str(error)
@@ -81,6 +85,30 @@ def fail() -> None:
 
 def test_all_is_well(tmp_path):
     assert together(tmp_path, [meet_twice, meet_twice]) == ["", ""]
+
+
+def test_a_group_ends_with_its_threads():
+    """They ran on until the process ended, for functions imported meanwhile had the group as a default."""
+    code = """
+import os
+from pathlib import Path
+from torch import nn
+from gigamorph import accelerate
+from gigamorph.engine.parallel.launch import process_group
+
+def threads():
+    return {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+
+alone = threads()
+with process_group("cpu"):
+    accelerate(nn.Conv2d(1, 1, 3), tile=64)
+    assert any("gloo" in name for name in threads() - alone)
+assert not any("gloo" in name for name in threads()), threads()
+"""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    env = {**os.environ, **given, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_a_process_that_hangs_is_named_by_all_that_wait_for_it(tmp_path):
