@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .program import Ref
+from .call_trees import Ref
 from .values import Values
 
 

@@ -10,18 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten
 
+from .call_trees import bind, refs, tree_leaves
 from .trees import Made
 
 _OTHERS = 3  # circumstances that a program remembers besides its own
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A value's number, standing where a tensor stood among the arguments of a call."""
-
-    value: int
 
 
 @dataclass(slots=True)
@@ -216,32 +210,10 @@ class Program:
         return [v for v, value in enumerate(self.values) if value.name is not None or value.constant is not None]
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
-
-
 def _exact(tree: Any) -> Any:
     """Equal to that of another tree of the same types in the same order: dicts do not compare it, 1 equals True."""
     leaves, form = tree_flatten(tree, is_leaf=lambda part: isinstance(part, Made))  # whose class may compare anyhow
     return [(type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf) for leaf in leaves], form
-
-
-def refs(tree: Any) -> list[int]:
-    """Numbers of all values in a tree of arguments, in order."""
-    return [leaf.value for leaf in tree_flatten(tree)[0] if isinstance(leaf, Ref)]
-
-
-def bind(tree: Any, env: Any) -> Any:
-    """The tree with every `Ref` replaced by `env[number]`."""
-    kind = type(tree)
-    if kind is Ref:
-        return env[tree.value]
-    if kind in _PLAIN:
-        return tree
-    if kind is tuple:  # an op's arguments, of every tile: a tenth of the time of `tree_map`
-        return tuple([bind(part, env) for part in tree])
-    if kind is dict:
-        return {key: bind(part, env) for key, part in tree.items()}
-    return tree_map(lambda leaf: env[leaf.value] if isinstance(leaf, Ref) else leaf, tree)
 
 
 def call(op: Op, env: Any) -> list[Tensor]:

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import UnsupportedError
 from .aliases import Step
 from .arrays import MEMORY, ON_MEMORY, Arrays, shares
 from .averages import averaging
+from .call_trees import bind, refs, tree_leaves, tree_map
 from .corrected import CORRECTED
 from .lines import line_of
 from .parts import OF_PARTS, with_weight
-from .program import Branch, Op, bind, by_chance, given, known_values, name_of, refs
+from .program import Branch, Op, by_chance, given, known_values, name_of
 from .quantiles import QUANTILES
 from .refusals import REFUSED, as_refusal, data_dependent
 from .state import Snapshot
@@ -121,7 +121,7 @@ class Recorder(TorchFunctionMode):
                 real = func(*args, **kwargs)
             if shares(args[0], real):
                 return self.on_memory(args[0], real)
-        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if name in ("register_hook", "retain_grad") and tensors:
             if not tensors[0].requires_grad:
                 return func(*args, **kwargs)  # which raises
@@ -136,14 +136,14 @@ class Recorder(TorchFunctionMode):
             return self._taken(func, name, args, kwargs)
         if func in _FILLED_AT and tensors:
             args, kwargs = self._with_number(_FILLED_AT[func], args, kwargs)
-            tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+            tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if not tensors and self._own_generator(args, kwargs):
             with unset_fake_temporarily(), self._no_inference():
                 return func(*args, **kwargs)  # a constant where it is used
         before = [(t, t._version) for t in tensors]
         with self._no_inference():
             result = func(*args, **kwargs)
-        outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
+        outputs = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
             return result  # a real tensor; it is a constant where it is used
         # Of fake tensors in a list PyTorch counts no versions.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedError
-from .program import Ref
+from .call_trees import Ref
 from .values import Values
 
 _VALUES = (int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.dtype, torch.device, torch.Size)

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import process
+from .call_trees import Ref, bind, refs
 from .guard import Guard, Read, inside_of, replaced
 from .leaks import let_go
-from .program import Given, Op, Program, Ref, Value, bind, place, refs
+from .program import Given, Op, Program, Value, place
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from ..errors import UnsupportedError
 from .aliases import Alias, Aliases, Step, inverse, is_same
+from .call_trees import Ref, refs, tree_map
 from .modes import straight_through
-from .program import Given, Op, Program, Ref, Value, order, place, refs
+from .program import Given, Op, Program, Value, order, place
 
 
 class Values:
@@ -45,7 +45,8 @@ class Values:
         self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
         self.reals: dict[int, Tensor] = {}  # id of a fake twin -> real tensor
-        self.written: set[int] = set()  # memory of real tensors that has been written to
+        self.sharing: dict[int, list[Tensor]] = {}  # memory of real tensors -> those that lie there
+        self.written: set[int] = set()  # such memory that has been written to
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
         self.passing: list[Tensor] = []  # real tensors on arrays that the forward makes: no call leaves what it writes
         self.alive: list[Any] = []  # ids stay unique only while their objects live
@@ -106,7 +107,8 @@ class Values:
             return self._unseen(tensor)
         if tensor.layout != torch.strided:
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
-        if tensor.untyped_storage()._cdata in self.written:
+        memory = tensor.untyped_storage()._cdata
+        if memory in self.written:
             raise UnsupportedError(
                 f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; "
                 "keep one of them, and make the other from it in the forward"
@@ -116,6 +118,7 @@ class Values:
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
         self.twins[id(tensor)], self.reals[id(twin)] = twin, tensor
+        self.sharing.setdefault(memory, []).append(tensor)
         name = self.names.get(id(tensor))
         number = self.first[id(twin)] = self.new_value(twin, name, None if name else tensor)
         self.program.values[number].trainable = tensor.requires_grad
@@ -207,12 +210,11 @@ class Values:
             return
         memory = real.untyped_storage()._cdata
         self.written.add(memory)
-        for other in self.reals.values():
-            if other is not real and other.untyped_storage()._cdata == memory:
-                raise UnsupportedError(
-                    f"{self.where()} writes to a tensor whose memory another tensor of the network shares; keep one of "
-                    "them, and make the other from it in the forward"
-                )
+        if any(other is not real for other in self.sharing[memory]):
+            raise UnsupportedError(
+                f"{self.where()} writes to a tensor whose memory another tensor of the network shares; keep one of "
+                "them, and make the other from it in the forward"
+            )
 
     def detach(self, tensor: Tensor) -> None:
         """`detach_`: the same tensor, from here on without its graph."""
@@ -288,6 +290,7 @@ class Values:
         """Let all tensors of the recording go."""
         self.alive.clear()
         self.reals.clear()
+        self.sharing.clear()
         self.passing.clear()
         self.aliases = Aliases()
         self.twins.clear()

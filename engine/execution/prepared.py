@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from ..capture.program import refs
+from ..capture.call_trees import refs
 from ..capture.trace import Op
 from ..cuda_graphs import buffers
 from ..cuda_graphs.one_step import is_one_step

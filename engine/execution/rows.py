@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.utils._pytree import tree_leaves
 
-from ..capture.program import Program, Ref
+from ..capture.call_trees import Ref
+from ..capture.program import Program
 from ..capture.trees import Made, realize
 from ..errors import GigamorphError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..capture.program import Ref
+from ..capture.call_trees import Ref
 from ..capture.trace import Program, capture
 from ..errors import GigamorphError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..capture.program import Ref
+from ..capture.call_trees import Ref
 from ..errors import GigamorphError
 from .classifier import record
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..capture.program import CustomFunction, Op, Ref, Value, call
+from ..capture.call_trees import Ref
+from ..capture.program import CustomFunction, Op, Value, call
 from ..lowering.stages import StagedProgram
 from ..tiling.scan import Autocast
 from .between import value_bytes

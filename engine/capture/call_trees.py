@@ -1,0 +1,69 @@
+"""The arguments and results of calls: PyTorch's trees (`torch.utils._pytree`), of which a recording goes through many.
+
+Tuples, lists and dicts of tensors and plain values take a quarter of PyTorch's time here; all else is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value's number, standing where a tensor stood among the arguments of a call."""
+
+    value: int
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, Ref})
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with `function(leaf)` for every leaf."""
+    kind = type(tree)
+    if kind in _PLAIN or isinstance(tree, Tensor):
+        return function(tree)
+    if kind is tuple:
+        return tuple([tree_map(function, part) for part in tree])
+    if kind is list:
+        return [tree_map(function, part) for part in tree]
+    if kind is dict:
+        return {key: tree_map(function, part) for key, part in tree.items()}
+    return _pytree.tree_map(function, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """All leaves, in order."""
+    kind = type(tree)
+    if kind in _PLAIN or isinstance(tree, Tensor):
+        return [tree]
+    if kind is tuple or kind is list:
+        return [leaf for part in tree for leaf in tree_leaves(part)]
+    if kind is dict:
+        return [leaf for part in tree.values() for leaf in tree_leaves(part)]
+    return _pytree.tree_leaves(tree)
+
+
+def refs(tree: Any) -> list[int]:
+    """Numbers of all values in a tree of arguments, in order."""
+    return [leaf.value for leaf in tree_leaves(tree) if type(leaf) is Ref]
+
+
+def bind(tree: Any, env: Any) -> Any:
+    """The tree with every `Ref` replaced by `env[number]`: of the ops of every tile."""
+    kind = type(tree)
+    if kind is Ref:
+        return env[tree.value]
+    if kind in _PLAIN:
+        return tree
+    if kind is tuple:
+        return tuple([bind(part, env) for part in tree])
+    if kind is dict:
+        return {key: bind(part, env) for key, part in tree.items()}
+    return tree_map(lambda leaf: env[leaf.value] if type(leaf) is Ref else leaf, tree)
