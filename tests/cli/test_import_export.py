@@ -257,6 +257,7 @@ def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, ph
 
 
 @pytest.mark.usefixtures("forked_peers")
+@pytest.mark.usefixtures("forked_peers")
 def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
     make(tmp_path / "net", 2)
     short = ["--size", "96x80", "--peer", "gigamorph", "--rounds", 1, "--box", 1]
