@@ -14,9 +14,9 @@ PREFERRED_STRIP, LEAST_ROWS = 384, 16
 # may have, at most as many times as maps are narrower (a step of lesionnet on 2048 x 1664 pixels in 96 MiB takes 0.42 s
 # with strips of 128 rows, 0.28 of 608, stock's 0.31; its forward without a budget 0.089, 0.071 and 0.103 s).
 WIDE_VALUES, LARGER_TILES = 16, (4, 3, 2, 1.5)
-# On the CPU oneDNN keeps a compiled kernel per operation and shape, at most 1024 of them (55 to 90 kB each on six
-# networks), and copies of the weights in its own memory order.
-KERNEL_BYTES, MOST_KERNELS, MOST_WEIGHT_COPIES = 90_000, 1024, 78_000_000
+# On the CPU oneDNN keeps a compiled kernel per operation and shape (55 to 90 kB each on six networks), those of former
+# image sizes among them, and copies of the weights in its own memory order.
+KERNEL_BYTES, MOST_WEIGHT_COPIES = 90_000, 78_000_000
 # In 16 bits, with those that bring maps into its order (137 kB on a U-Net and a network of separable convolutions).
 KERNEL_BYTES_16 = 140_000
 # Pages of libraries that a process first reads in a training step, and in inference (lesionnet, whose step is small).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from . import constants
 from .between import value_bytes
 from .simulate import halo_shape
 
+# How many kernels oneDNN keeps; it reads that before its first one. Its own 1024 are 90 MB, after some dozen image sizes;
+# to compile again what 256 have no room for takes 3 to 5 % of the time.
+_MOST_KERNELS = int(os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"))
 _LARGE_BATCH = 16  # from which on PyTorch gives oneDNN all convolutions
 
 
@@ -117,7 +121,7 @@ def _kernel_bytes(compiled: int, dtype: torch.dtype = torch.float32) -> int:
         dtype: of the maps; autocast, if it is on, makes others of them.
     """
     sixteen = dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
-    return min(constants.MOST_KERNELS, compiled) * (constants.KERNEL_BYTES_16 if sixteen else constants.KERNEL_BYTES)
+    return min(_MOST_KERNELS, compiled) * (constants.KERNEL_BYTES_16 if sixteen else constants.KERNEL_BYTES)
 
 
 def _weight_copies(stage_bytes: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -169,6 +171,19 @@ def test_kernels_in_sixteen_bits_are_larger() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         kernels = cpu_libraries(tiled, 0, True) - constants.CODE_BYTES[True]
     assert kernels > 1.5 * (float32 - constants.CODE_BYTES[True]) > 0
+
+
+def test_kernels_of_other_sizes_do_not_pile_up() -> None:
+    """oneDNN kept up to 1024 of former image sizes, 90 MB beside every budget."""
+    code = """
+import os
+from gigamorph import accelerate
+from gigamorph.engine.planning.libraries import _kernel_bytes
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], _kernel_bytes(1000))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["256", str(256 * constants.KERNEL_BYTES)]
 
 
 def test_folded_weights_go_after_their_stage() -> None:
