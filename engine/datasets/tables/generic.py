@@ -160,11 +160,16 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
 
 
 def own_name(name: str, found: Sequence[str]) -> str:
-    """A column by our name, however it is capitalised and whatever other tools call it; not where that is there too."""
-    own = name.lower() if name.lower() in _COLUMNS else name
-    own = _ALIASES.get(own.lower(), own)
-    others = [other.lower() for other in found if other != name]
+    """A column by our name, however it is capitalised, with blanks for underscores, and whatever other tools call it;
+    not where that is there too."""
+    plain = _plain(name)
+    own = _ALIASES.get(plain, plain if plain in _COLUMNS else name)
+    others = [_plain(other) for other in found if other != name]
     return name if own.lower() in others else own
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "_")
 
 
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:

@@ -100,6 +100,12 @@ def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
     path = write(folder, "image_path,label,patient_id,Label,exam_id,study_id\nimg/a.png,1,P1,x,E,S\n")
     [record] = read_table(path).records
     assert (record.label, record.exam_id, record.extra) == (1, "E", {"Label": "x", "study_id": "S"})
+    path = write(folder, "Image Path,Label,Patient ID,Chest Wall,Study ID,patient_id\nimg/a.png,1,x,left,E1,P1\n")
+    [record] = read_table(path).records
+    assert (record.patient_id, record.chest_wall, record.exam_id) == ("P1", "left", "E1")
+    assert record.extra == {"Patient ID": "x"}
+    [record] = read_table(write(folder, "Image Path,Label,Patient ID\nimg/a.png,1,P1\n")).records
+    assert record.patient_id == "P1"
 
 
 def test_paths_as_windows_writes_them(folder: Path) -> None:
@@ -178,7 +184,7 @@ def test_missing_among_a_thousand(folder: Path) -> None:
 
 
 def test_other_encoding_and_binary(folder: Path) -> None:
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(DataError, match=r"is not a csv file in UTF-8 .*; save it as one \(in Excel: CSV UTF-8\)"):
         read_table(write(folder, HEADER + "img/Müller.png,0,P1,\n", encoding="latin-1"))
     (folder / "t.csv").write_bytes(gzip.compress(HEADER.encode()))
     with pytest.raises(DataError, match=r"t\.csv"):
