@@ -295,11 +295,10 @@ def test_frames_of_one_file(folder: Path) -> None:
     assert [record.frame for record in read_table(write(folder, text)).records] == [0, 3, None]
     with pytest.raises(DataError, match=r"line 5: c\.dcm is already in line 3; keep one"):
         read_table(write(folder, text + "img/c.dcm,3,0,P1\n"))
-    pointed = text.replace(",3,", ",3.0,").replace(
-        "a.png,,", "a.png,nan,"
-    )  # as pandas writes a column with empty cells
+    # As pandas writes a column that has empty cells.
+    pointed = text.replace(",3,", ",3.0,").replace("a.png,,", "a.png,nan,")
     assert [record.frame for record in read_table(write(folder, pointed)).records] == [0, 3, None]
-    with pytest.raises(DataError, match="line 5: frame '0.5' is no number from 0"):
+    with pytest.raises(DataError, match=r"line 5: frame '0\.5' is no number from 0"):
         read_table(write(folder, text + "img/c.dcm,0.5,0,P1\n"))
     with pytest.raises(DataError, match="line 5: frame 'first' is no number from 0"):
         read_table(write(folder, text + "img/c.dcm,first,0,P1\n"))
