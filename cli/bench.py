@@ -55,7 +55,7 @@ def _task(command: Any) -> Any:
     for option in (
         _json,
         options.device,
-        options.channels,
+        options.channel_count,
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16"]),
@@ -170,7 +170,7 @@ def step(
 @click.option(
     "--box", type=_seconds, default=60.0, show_default=True, help="Seconds of one peer's timed turns at a size."
 )
-@options.channels
+@options.channel_count
 @_json
 def infer(
     models: tuple[str, ...],

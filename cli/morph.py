@@ -52,7 +52,9 @@ def _shared(*extra: Any) -> Callable[[Callable[..., None]], Callable[..., None]]
     """The options of every command that grows a network."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed([options.model, _in, _out, _random, options.classes_count, options.channels, _size]):
+        for option in reversed(
+            [options.model, _in, _out, _random, options.classes_count, options.channel_count, _size]
+        ):
             command = option(command)
         for option in reversed(extra):
             command = option(command)
@@ -294,7 +296,7 @@ def merge(**given: Any) -> None:
 @options.model
 @_in
 @options.classes_count
-@options.channels
+@options.channel_count
 @_size
 @click.option("--image", metavar="HxW", callback=_parse_size, help="Images that costs are for; --size by default.")
 @click.option("--picture", metavar="FILE", help="Draw the table as a PNG too.")
@@ -329,7 +331,7 @@ def spaces(
 @click.argument("second", metavar="B")
 @options.model
 @options.classes_count
-@options.channels
+@options.channel_count
 @_size
 def verify(first: str, second: str, model: str, classes: int, channels: int, size: tuple[int, int] | None) -> None:
     """Compare the functions of two networks: weights files, or the recipes beside them.

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..engine.morph.planner import Growth, cells, where
 from ..engine.morph.report import Report
+from .table import print_whole
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
@@ -21,7 +22,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, (before, after) in (("parameters", report.parameters), ("FLOPs", report.flops)):
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.2f}" if before else "")
-    console.print(table)
+    print_whole(console, table)
     d = report.difference
     table = Table(box=None, pad_edge=False)
     for name in ("difference", "float64", "float32", "own rounding noise"):
@@ -29,7 +30,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     table.add_row("eval mode", f"{d.float64_eval:.1e}", f"{d.float32_eval:.1e}", f"{d.noise_eval:.1e}")
     if d.float64_train is not None:
         table.add_row("train mode", f"{d.float64_train:.1e}", f"{d.float32_train:.1e}", f"{d.noise_train:.1e}")
-    console.print(table)
+    print_whole(console, table)
     if report.certificate is not None:
         console.print(f"certificate: {report.certificate}", style="red" if report.certificate.violations else "green")
     for line in report.changes:

@@ -138,6 +138,9 @@ device: Any = click.option(
 channels: Any = click.option(
     "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Image channels that the model takes."
 )
+channel_count: Any = click.option(
+    "--channels", type=click.IntRange(1), default=1, show_default=True, help="Image channels that the model takes."
+)
 classes_count: Any = click.option(
     "--classes", type=click.IntRange(1), default=2, show_default=True, help="Outputs of the model."
 )

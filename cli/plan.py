@@ -47,7 +47,7 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     show_default=True,
     help="Images of a step: a batch, or the views of an exam.",
 )
-@options.channels
+@options.channel_count
 @options.classes_count
 @options.memory_budget
 @options.batch_norm

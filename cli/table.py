@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from ..engine.planning.plan import Plan
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..kernels.choice import Choice
 
 _BAR = 32
+_WIDEST = 1000
 
 
 def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
@@ -57,6 +59,13 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
         kept = f"; kept: {plan.choices[plan.choice].name}" if len(plan.sides) > 1 else ""
         table.caption = f"work {plan.work:.2f} times that of stock PyTorch{kept}"
         table.caption_justify = "left"
+    print_whole(console, table)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table whose numbers a narrow terminal would cut off; its lines run on there."""
+    needed = Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
+    console.width = max(console.width, needed)
     console.print(table)
 
 
@@ -84,7 +93,7 @@ def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None 
             cells = (format_bytes(row.plan.peak_bytes), tile, f"{row.plan.work:.2f}", _time(row.seconds))
         table.add_row(row.name, format_bytes(row.budget), *cells)
     console.print()
-    console.print(table)
+    print_whole(console, table)
     enough = [row for row in rows if row.plan is not None]
     if enough:
         least = min(enough, key=lambda row: row.budget)

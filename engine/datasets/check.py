@@ -34,6 +34,7 @@ KINDS = {
     "laterality": "table, header and pixels disagree on the side of the breast",
     "view": "table and header disagree on the view",
     "written": "kinds of files by which a network can tell labels, or images, apart",
+    "frames": "several images in one file, of which a run takes the one that a column frame names",
     "flag": "not a standard view for presentation: to know, not to mend",
 }
 _ROWS = 256
@@ -117,16 +118,14 @@ def check_images(
     if not any(problem.kind == "grey" for problem in problems):  # which tells files apart, too
         unlike = unlike_kinds(ImageDataset([r for r, f in good if not f.blank], channels=1, white=white))
         problems += [Problem(good[0][0].path, "written", text) for text in unlike]
-    flags = [(record, ", ".join(_flags(record, fact.info))) for record, fact in good if fact.info]
-    problems += [Problem(record.path, "flag", text) for record, text in flags if text]
+    told = "all of which were looked at; a run takes one: say which in a column frame"
+    headers = [(record, fact.info) for record, fact in good if fact.info]
+    problems += [
+        Problem(r.path, "frames", f"has {info.frames} frames, {told}") for r, info in headers if _are_frames(r, info)
+    ]
+    problems += [Problem(r.path, "flag", ", ".join(info.flags)) for r, info in headers if info.flags]
     order = {record.path: number for number, record in enumerate(records)}
     return sorted(problems, key=lambda problem: (order[problem.path], list(KINDS).index(problem.kind)))
-
-
-def _flags(record: Record, info: DicomInfo) -> list[str]:
-    """What is to be known of an image."""
-    which = "takes one of its frames where a column frame says which; all of them were looked at"
-    return [*info.flags, *([f"has {info.frames} frames: a run {which}"] if _are_frames(record, info) else [])]
 
 
 def _are_frames(record: Record, info: DicomInfo) -> bool:

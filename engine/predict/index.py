@@ -12,6 +12,7 @@ import heapq
 import itertools
 import os
 import pickle
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +43,8 @@ create table places (place blob primary key, source integer, label integer) with
 create table names (name text primary key collate nocase) without rowid;
 """
 Level = Literal["breast", "exam"]
+Kind = Literal["P", "E"]
+_NUMBERED = re.compile(r"[PE][0-9]{5,15}")
 _CACHE_KIB = 16 * 1024
 _MISSING = 3  # files that a message names
 _NAMED = 5  # labels
@@ -281,15 +284,26 @@ class Index:
         if group:
             yield group
 
-    def number_of(self, kind: str, name: str) -> int:
-        """The place of a name among those of its kind that were asked for before, from 1."""
+    def numbered(self, kind: Kind, name: str) -> str:
+        """What stands for a name: P00001 for a patient, E00001 for an exam, ...; none that the rows have themselves."""
         count = "select ?, ?, 1 + coalesce(max(number), 0) from numbers where kind = ?"
         self._base.execute(f"insert or ignore into numbers (kind, name, number) {count}", (kind, name, kind))
-        return self._one("select number from numbers where kind = ? and name = ?", kind, name)[0]
+        return f"{kind}{self._one('select number from numbers where kind = ? and name = ?', kind, name)[0]:05d}"
+
+    def _take(self, name: str | None) -> None:
+        """The number of a name that looks as `numbered` writes it, as `gigamorph data index` does."""
+        if name and _NUMBERED.fullmatch(name):
+            told = (name[0], name, int(name[1:]))
+            self._base.execute("insert or ignore into numbers (kind, name, number) values (?, ?, ?)", told)
 
     def _add(self, rows: Iterable[Row]) -> None:
-        told = ((self._key(row), pickle.dumps(row, 5), row.pixels) for row in rows)
-        self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told)
+        def told() -> Iterator[tuple[str, bytes, int]]:
+            for row in rows:
+                self._take(row.record.patient_id)
+                self._take(row.record.exam_id)
+                yield self._key(row), pickle.dumps(row, 5), row.pixels
+
+        self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told())
 
     def _new(self, rows: Iterable[Row], number: int, source: str | Path, again: Counter[str]) -> Iterator[Row]:
         """The rows whose image no source before has; of a folder each image once. An image that is named stays.

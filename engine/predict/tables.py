@@ -157,7 +157,7 @@ def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool
     if Path(patient).name != row.record.path.name or not result["header_patient"]:
         return patient
     patient = result["header_patient"]
-    return patient if identifiers else f"P{index.number_of('patient', patient):05d}"
+    return patient if identifiers else index.numbered("P", patient)
 
 
 def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
@@ -165,7 +165,7 @@ def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -
     exam = result.get("header_exam")
     if row.record.exam_id or not exam:
         return row.record.exam_id or ""
-    return exam if identifiers else f"E{index.number_of('exam', exam):05d}"
+    return exam if identifiers else index.numbered("E", exam)
 
 
 def _breast(found: Prediction) -> tuple[str, ...] | None:

@@ -83,7 +83,9 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
     truth = record["split"]["truth_sha256"]
     if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions do not say
         what = "masks" if record["target"]["kind"] == "masks" else "labels"
-        raise DataError(f"{path}: was begun with other {what} of the same images; resume with those it was begun with")
+        raise DataError(
+            f"{path}: was begun with other {what} or frames of the same images; resume with those it was begun with"
+        )
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "

@@ -102,6 +102,32 @@ def test_bars_are_of_one_moment():
     )
 
 
+def test_images_of_any_number_of_channels(tmp_path, monkeypatch, capsys):
+    """As many as a network of one's own takes; files of images have one or three."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "band_nets.py").write_text(
+        "from torch import nn\n"
+        "def bands(num_classes=2, in_channels=5):\n"
+        "    c = nn.Conv2d(in_channels, 2, 3)\n"
+        "    return nn.Sequential(c, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, num_classes))\n"
+    )
+    assert run("--model", "band_nets:bands", "--size", "64x48", "--channels", "5") == 0
+    assert capsys.readouterr().out.startswith("image           1 x 5 x 64 x 48 ")
+    assert run("--model", "band_nets:bands", "--size", "64x48", "--channels", "0") == 2
+
+
+def test_no_number_of_the_budgets_is_cut_off_in_a_narrow_terminal():
+    from gigamorph import create_model, plan
+    from gigamorph.cli.table import BudgetRow, show_budgets
+
+    console = Console(file=StringIO(), width=30)
+    made = plan(create_model("lesionnet"), (1024, 768), "64MiB")
+    show_budgets([BudgetRow("stock's memory", 1 << 26, made, 1.2), BudgetRow("1/2", 1 << 25, None, None)], "", console)
+    shown = console.file.getvalue()
+    assert "…" not in shown and "does not fit" in shown and "1.2 s" in shown and "64.0 MiB" in shown
+    assert f"{made.tile[0]} x {made.tile[1]}" in shown
+
+
 def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     """Shares of stock's memory; the time is the floor of stock's step, times the work of the plan."""
     import torch

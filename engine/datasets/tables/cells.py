@@ -156,7 +156,9 @@ def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except UnicodeDecodeError as error:
         if fallback is None or encoding == _UTF16:
-            raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
+            raise DataError(
+                f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)"
+            ) from error
         text = data.decode(fallback, errors="replace")
     lines = io.StringIO(text, newline="")
     begun, reader = _reader(lines, lines.readline())
@@ -200,7 +202,9 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
                 ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not a csv file in UTF-8 ({error}); save it as one") from error
+        raise DataError(
+            f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

@@ -160,11 +160,16 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
 
 
 def own_name(name: str, found: Sequence[str]) -> str:
-    """A column by our name, however it is capitalised and whatever other tools call it; not where that is there too."""
-    own = name.lower() if name.lower() in _COLUMNS else name
-    own = _ALIASES.get(own.lower(), own)
-    others = [other.lower() for other in found if other != name]
+    """A column by our name, however it is capitalised, with blanks for underscores, and whatever other tools call it;
+    not where that is there too."""
+    plain = _plain(name)
+    own = _ALIASES.get(plain, plain if plain in _COLUMNS else name)
+    others = [_plain(other) for other in found if other != name]
     return name if own.lower() in others else own
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "_")
 
 
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
@@ -309,7 +314,8 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     side = values.side(row.get("laterality", ""))
     if row.get("laterality") and side is None:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
-    if row.get("frame") and not row["frame"].isdecimal():
+    frame = whole(_filled(row, "frame") or "")
+    if frame and not frame.isdecimal():
         raise DataError(f"{path}, {place}: frame {row['frame']!r} is no number from 0")
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} is neither left nor right")
@@ -332,7 +338,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         manufacturer=row.get("manufacturer") or None,
         labels=_labels(path, place, row),
         findings=_findings(path, place, row),
-        frame=int(row["frame"]) if row.get("frame") else None,
+        frame=int(frame) if frame else None,
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )

@@ -306,13 +306,20 @@ def test_flags_and_frames(tmp_path: Path) -> None:
     assert {problem.kind for problem in found} <= set(KINDS)
 
 
+def test_frames_that_no_run_takes_are_to_mend(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (2, 20, 30), dtype=np.uint16)
+    path = lookalikes.dicom(tmp_path / "f.dcm", (20, 30), pixels=pixels, NumberOfFrames=2)
+    assert [problem.kind for problem in problems([Record(path, 0, "a")])] == ["frames"]
+    assert problems([Record(path, 0, "a", frame=1)]) == []
+
+
 def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     path = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
     shutil.copy(path, tmp_path / "copy.dcm")
     found = problems([Record(path, 0, "a"), Record(tmp_path / "copy.dcm", 0, "a")])
-    assert [problem.kind for problem in found if problem.kind != "flag"] == ["duplicate"]
-    told = "has 4 frames: a run takes one of its frames where a column frame says which; all of them were looked at"
-    assert [told in problem.message for problem in found if problem.kind == "flag"] == [True, True]
+    assert sorted(problem.kind for problem in found if problem.kind != "flag") == ["duplicate", "frames", "frames"]
+    told = "has 4 frames, all of which were looked at; a run takes one: say which in a column frame"
+    assert [problem.message for problem in found if problem.kind == "frames"] == [told, told]
     assert not any("4 frames" in p.message for p in problems([Record(path, 0, "a", frame=1)]))
 
 

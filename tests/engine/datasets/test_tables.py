@@ -100,6 +100,12 @@ def test_columns_are_known_however_they_are_capitalised(folder: Path) -> None:
     path = write(folder, "image_path,label,patient_id,Label,exam_id,study_id\nimg/a.png,1,P1,x,E,S\n")
     [record] = read_table(path).records
     assert (record.label, record.exam_id, record.extra) == (1, "E", {"Label": "x", "study_id": "S"})
+    path = write(folder, "Image Path,Label,Patient ID,Chest Wall,Study ID,patient_id\nimg/a.png,1,x,left,E1,P1\n")
+    [record] = read_table(path).records
+    assert (record.patient_id, record.chest_wall, record.exam_id) == ("P1", "left", "E1")
+    assert record.extra == {"Patient ID": "x"}
+    [record] = read_table(write(folder, "Image Path,Label,Patient ID\nimg/a.png,1,P1\n")).records
+    assert record.patient_id == "P1"
 
 
 def test_paths_as_windows_writes_them(folder: Path) -> None:
@@ -178,7 +184,7 @@ def test_missing_among_a_thousand(folder: Path) -> None:
 
 
 def test_other_encoding_and_binary(folder: Path) -> None:
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(DataError, match=r"is not a csv file in UTF-8 .*; save it as one \(in Excel: CSV UTF-8\)"):
         read_table(write(folder, HEADER + "img/Müller.png,0,P1,\n", encoding="latin-1"))
     (folder / "t.csv").write_bytes(gzip.compress(HEADER.encode()))
     with pytest.raises(DataError, match=r"t\.csv"):
@@ -289,6 +295,11 @@ def test_frames_of_one_file(folder: Path) -> None:
     assert [record.frame for record in read_table(write(folder, text)).records] == [0, 3, None]
     with pytest.raises(DataError, match=r"line 5: c\.dcm is already in line 3; keep one"):
         read_table(write(folder, text + "img/c.dcm,3,0,P1\n"))
+    # As pandas writes a column that has empty cells.
+    pointed = text.replace(",3,", ",3.0,").replace("a.png,,", "a.png,nan,")
+    assert [record.frame for record in read_table(write(folder, pointed)).records] == [0, 3, None]
+    with pytest.raises(DataError, match=r"line 5: frame '0\.5' is no number from 0"):
+        read_table(write(folder, text + "img/c.dcm,0.5,0,P1\n"))
     with pytest.raises(DataError, match="line 5: frame 'first' is no number from 0"):
         read_table(write(folder, text + "img/c.dcm,first,0,P1\n"))
 

@@ -428,6 +428,18 @@ def test_a_header_without_a_patient_has_a_study(tmp_path):
     assert len(rows(tmp_path / "out" / "breasts.csv")) == 2
 
 
+def test_numbers_that_a_table_has_given_are_not_given_again(tmp_path):
+    """As in a table of `data index`, in which a header without a patient leaves one unknown."""
+    for name, elements in {"a": {"PatientID": "A"}, "b": {"PatientID": "", "StudyInstanceUID": "1.2"}}.items():
+        lookalikes.dicom(tmp_path / f"{name}.dcm", ImageLaterality="R", ViewPosition="CC", **elements)
+    table = tmp_path / "table.csv"
+    table.write_text("image_path,patient_id,exam_id\na.dcm,P00001,E00001\nb.dcm,,\n")
+    predict(archives.stub, [table], tmp_path / "out", HERE)
+    found = rows(tmp_path / "out" / "predictions.csv")
+    assert [(row["patient_id"], row["exam_id"]) for row in found] == [("P00001", "E00001"), ("P00002", "E00002")]
+    assert len(rows(tmp_path / "out" / "breasts.csv")) == len(rows(tmp_path / "out" / "exams.csv")) == 2
+
+
 def test_a_name_that_cannot_be_asked_for_costs_its_image_alone(table, tmp_path):
     given = tmp_path / "t.csv"
     given.write_text(f"image_path\n{'a' * 300}.npy\n{table.parent / '0000.npy'}\n")

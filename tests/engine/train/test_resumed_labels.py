@@ -50,7 +50,7 @@ def test_a_run_goes_on_only_with_the_values_of_its_labels(tmp_path):
     fit(data, OPTIONS, tmp_path)
     first, *others = data.train.records
     mended = Images([replace(first, labels={**first.labels, "b": 1 - first.labels["b"]}), *others])
-    with pytest.raises(DataError, match="was begun with other labels of the same images; resume with those"):
+    with pytest.raises(DataError, match="was begun with other labels or frames of the same images; resume with those"):
         fit(replace(data, train=mended), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     unused = Images([replace(first, labels={**first.labels, "c": 1.0}), *others])
     fit(replace(data, train=unused), replace(OPTIONS, epochs=2), tmp_path, resume=True)
