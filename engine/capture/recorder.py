@@ -25,7 +25,7 @@ from .lines import line_of
 from .parts import OF_PARTS, with_weight
 from .program import Branch, Op, bind, by_chance, given, known_values, name_of, refs
 from .quantiles import QUANTILES
-from .refusals import REFUSED, as_refusal, data_dependent
+from .refusals import PLACES, REFUSED, as_refusal, data_dependent
 from .state import Snapshot
 from .tensor_hooks import Registered
 from .values import Values
@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, values: Values, snapshot: Snapshot, branches: Sequence[bool] | None = None):
         self.values, self.snapshot, self.branches = values, snapshot, branches
-        self.entry_inference = torch.is_inference_mode_enabled()
+        self.entry_inference, self.entry_dtype = torch.is_inference_mode_enabled(), torch.get_default_dtype()
         self.last = ""
         self.refusal: UnsupportedError | None = None
         self.hooks = Registered(values, snapshot.was_there)
@@ -107,6 +107,8 @@ class Recorder(TorchFunctionMode):
             return hash(args[0])  # a dict or set of before has it by its own, not by that of what stands for it
         if func is Tensor.__deepcopy__ and not args[0].requires_grad:
             return self.call(Tensor.clone, args[:1], {})
+        if name in PLACES and self._seen_through():
+            return func(*args, **kwargs)
         if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
             return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
@@ -178,8 +180,15 @@ class Recorder(TorchFunctionMode):
 
     def _refuse(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """What cannot be done again in later calls."""
+        if torch.get_default_dtype() is not self.entry_dtype:
+            raise UnsupportedError(
+                f"{self.values.where()} changes the default dtype inside the forward; give the calls that make tensors "
+                "their dtype"
+            )
         if name == "__get__" and func == _GRAD:
             name = "grad"
+        if name == "__get__" and func == _VERSION:
+            name = "_version"
         if name == "__get__" and func == _GRAD_FN and tensors and tensors[0].grad_fn is not None:
             name = "grad_fn"
         if func is torch.autograd.grad or func is torch.autograd.backward:
@@ -408,7 +417,7 @@ _PROPERTIES = {
 
 
 _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
-_GRAD_FN, _GRAD = Tensor.grad_fn.__get__, Tensor.grad.__get__  # pyright: ignore
+_GRAD_FN, _GRAD, _VERSION = (getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "_version"))
 
 
 def _looks_for_a_profiler() -> bool:

@@ -14,9 +14,12 @@ from torch._subclasses.fake_tensor import (
 
 from ..errors import UnsupportedError
 
+PLACES = frozenset({"data_ptr", "untyped_storage", "storage", "is_set_to"})
 REFUSED = {
     "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
     "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
+    "_version": "asks how often a tensor was written to (_version), which is another number by tiles; keep a counter",
+    **dict.fromkeys(PLACES, "asks where a tensor lies in memory, which is elsewhere by tiles; compare tensors by 'is'"),
     "grad_fn": "looks at the graph of a tensor (grad_fn), which is another one by tiles; register hooks on the tensor",
     "backward": "differentiates inside the forward; do so outside of it",
     "grad": "reads or takes a gradient inside the forward; do so outside of it",

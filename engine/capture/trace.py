@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from . import process
 from .guard import Guard, Read, inside_of, replaced
 from .leaks import let_go
-from .program import Given, Op, Program, Ref, Value, bind, place, refs
+from .program import Given, Op, Program, Ref, Value, bind, changes_unasked, place, refs
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned
@@ -229,7 +229,7 @@ class _Recording:
             raise
         program.guard = self._guard(program, given)
         values.forget()
-        let_go(weak, refuse=True)
+        let_go(weak, refuse=True, changes=lambda tensor: changes_unasked(program, values.numbers[id(tensor)]))
         return program
 
     def _find_kept(self, given: Sequence[Any], stands_for: Sequence[Tensor]) -> None:

@@ -692,6 +692,19 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "'cond' takes functions of maps; write what they do in Python$",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    "where a tensor lies": (
+        lambda net, x: x * 2 if net.scale.data_ptr() == net.mean.data_ptr() else x,
+        "where a tensor lies in memory",
+    ),
+    "a tensor's memory": (
+        lambda net, x: x * 2 if net.scale.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else x,
+        "where a tensor lies in memory",
+    ),
+    "how often a tensor was written to": (
+        lambda net, x: x * 2 if net.mean._version > 99 else x,
+        "how often a tensor was written to",
+    ),
+    "another default dtype": (lambda net, x: x + _in_float16(), "default dtype"),
     "numbers of tensors": (lambda net, x: x * torch.tensor([net.mean[0], 2.0, 3, 4])[:, None, None], "by torch.stack"),
     "numbers of tensors, by the class": (lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1], "by torch.stack"),
     **{
@@ -716,6 +729,15 @@ def _into_a_list(x: Tensor) -> Tensor:
     return x
 
 
+def _in_float16() -> Tensor:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        return torch.full((1,), 0.3)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _fork() -> None:
     with torch.random.fork_rng():
         torch.rand(1)
@@ -734,6 +756,16 @@ def _as_another_error(x: Tensor) -> None:
         float(x.sum())
     except Exception as error:
         raise ValueError("the image is empty") from error
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("make", [lambda net: net.scale.detach() * 3, lambda net: torch.rand(4, 1, 1).double()])
+def test_a_cache_of_what_changes_is_refused(make):
+    cached = functools.lru_cache(maxsize=8)(make)
+    stock = network(lambda net, x: x * cached(net))
+    with pytest.raises(UnsupportedError, match=r"'.*<lambda>' keeps .* functools.lru_cache"):
+        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
+    assert not cached.cache_info().currsize
 
 
 def test_a_profiler_with_stacks_may_look_on():
