@@ -258,7 +258,7 @@ class _Recording:
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, self.values.path), plain, saved, recorder:
+            with saved, around, module_paths(self.model, self.values.path), plain, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
             if recorder.refusal is not None:  # the network's own code has caught it
                 raise recorder.refusal

@@ -233,6 +233,7 @@ MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
     "no_grad around a norm": silent_stem,
+    "what the backward reads, on the host": lambda net, x: _packed(torch.autograd.graph.save_on_cpu(), x) * x,
     "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
     "decorated": lambda net, x: x + teacher(net, x),
     "switched": switched_off,
@@ -704,6 +705,10 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         lambda net, x: x * 2 if net.mean._version > 99 else x,
         "how often a tensor was written to",
     ),
+    "what the backward reads, in fewer bits": (
+        lambda net, x: _packed(torch.autograd.graph.saved_tensors_hooks(Tensor.bfloat16, Tensor.double), x),
+        "saved_tensors_hooks",
+    ),
     "another default dtype": (lambda net, x: x + _in_float16(), "default dtype"),
     "numbers of tensors": (lambda net, x: x * torch.tensor([net.mean[0], 2.0, 3, 4])[:, None, None], "by torch.stack"),
     "numbers of tensors, by the class": (lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1], "by torch.stack"),
@@ -727,6 +732,11 @@ def _into_a_list(x: Tensor) -> Tensor:
     seen: list[Tensor] = []
     x.register_hook(lambda grad: seen.append(grad))
     return x
+
+
+def _packed(hooks: Any, x: Tensor) -> Tensor:
+    with hooks:
+        return x.sigmoid()
 
 
 def _in_float16() -> Tensor:

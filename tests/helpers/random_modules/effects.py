@@ -174,7 +174,7 @@ class Contexts(Ways):
             return self.second(y)
 
     def saved_tensors(self, y: Tensor) -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 1, lambda packed: packed):
+        with torch.autograd.graph.save_on_cpu():
             return self.second(y).sigmoid()
 
     def checkpointed_closure(self, y: Tensor) -> Tensor:
