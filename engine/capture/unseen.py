@@ -112,8 +112,8 @@ class Unseen:
             return original(hooks, *args)
         if not isinstance(hooks, torch.autograd.graph.save_on_cpu):
             raise self._refused(
-                f"{place(''.join(self.values.path[-1:]), line_of())} packs what autograd keeps (saved_tensors_hooks), of "
-                "which tiles keep little; leave that out, the memory budget does its work"
+                f"{place(''.join(self.values.path[-1:]), line_of())} packs what autograd keeps (saved_tensors_hooks), "
+                "of which tiles keep little; leave that out, the memory budget does its work"
             )
         return None
 
