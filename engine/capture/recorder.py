@@ -118,6 +118,8 @@ class Recorder(TorchFunctionMode):
         elif func is Tensor.new and args[1:] and isinstance(args[1], (list, tuple)):
             func = Tensor.new_tensor
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        if func is Tensor.__getitem__:
+            args = (args[0], self._by_positions(args[1]))
         if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
@@ -242,6 +244,20 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, np.ndarray) and shares(value, tensor):
             self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
+
+    def _by_positions(self, index: Any) -> Any:
+        """An index with the positions that masks pick which depend on the network's state alone."""
+        items = index if isinstance(index, tuple) else (index,)
+        masks = [isinstance(item, Tensor) and item.dtype == torch.bool and item.dim() == 1 for item in items]
+        if not any(masks):
+            return index
+        numbers = [self.values.present(item) for item, mask in zip(items, masks, strict=True) if mask]
+        if given(self.values.program, numbers):
+            return index
+        return tuple(
+            self._taken(_picked, "a mask", (item,), {}) if mask else item
+            for item, mask in zip(items, masks, strict=True)
+        )
 
     def on_memory(self, owner: Any, tensor: Tensor) -> Tensor:
         """What stands for a real tensor on an array's memory; it is a constant where it is used."""
@@ -426,6 +442,10 @@ def _looks_for_a_profiler() -> bool:
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     return frame is not None and frame.f_code is nn.Module._wrapped_call_impl.__code__
+
+
+def _picked(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
 
 
 def _ints(args: Any) -> tuple[int, ...]:

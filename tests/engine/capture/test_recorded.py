@@ -204,6 +204,12 @@ def _table(count: int) -> Tensor:
     return torch.arange(float(count), dtype=torch.float64)[:, None, None]
 
 
+def by_a_mask(net: Any, x: Tensor) -> Tensor:
+    own = net.mean + torch.arange(4) > 1
+    gate = x.mean((2, 3))[:, torch.tensor([True, False, False, False])]
+    return torch.cat([x[:, own], x[:, ~own]], 1) * gate[:, :, None, None]
+
+
 def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
 
@@ -232,6 +238,7 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
 MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
+    "channels by a mask": by_a_mask,
     "no_grad around a norm": silent_stem,
     "what the backward reads, on the host": lambda net, x: _packed(torch.autograd.graph.save_on_cpu(), x) * x,
     "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
