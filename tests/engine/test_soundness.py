@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "24"))
-CHUNK = 12
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "14"))
+CHUNK = 7
 PLANTED = Spec(
     seed=3,
     pieces=(Part("ConvNormRelu", 1), Part("Counter", 3), Part("Gate")),
@@ -48,8 +48,8 @@ def stock(net: nn.Module, _tile: tuple[int, int]) -> nn.Module:
 
 
 def test_stock_is_judged_exact() -> None:
-    kinds = Counter(judge(draw(seed), stock).kind for seed in range(40))
-    assert set(kinds) <= {"exact", "stock fails"} and kinds["exact"] >= 30
+    kinds = Counter(judge(draw(seed), stock).kind for seed in range(32))
+    assert set(kinds) <= {"exact", "stock fails"} and kinds["exact"] >= 24
 
 
 def test_a_seed_is_always_the_same_module() -> None:
