@@ -119,7 +119,7 @@ class Recorder(TorchFunctionMode):
             func = Tensor.new_tensor
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
         if func is Tensor.__getitem__:
-            args = (args[0], self._by_positions(args[1]))
+            args = (args[0], self._own_index(args[1]))
         if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
@@ -245,19 +245,17 @@ class Recorder(TorchFunctionMode):
             self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
 
-    def _by_positions(self, index: Any) -> Any:
-        """An index with the positions that masks pick which depend on the network's state alone."""
-        items = index if isinstance(index, tuple) else (index,)
-        masks = [isinstance(item, Tensor) and item.dtype == torch.bool and item.dim() == 1 for item in items]
-        if not any(masks):
+    def _own_index(self, index: Any) -> Any:
+        """An index with Python's numbers in the place of tensors that depend on the network's state alone."""
+        if isinstance(index, tuple):
+            return tuple(map(self._own_index, index))
+        if isinstance(index, slice):
+            return slice(*map(self._own_index, (index.start, index.stop, index.step)))
+        if not isinstance(index, Tensor) or index.dim() != (index.dtype == torch.bool) or index.is_floating_point():
             return index
-        numbers = [self.values.present(item) for item, mask in zip(items, masks, strict=True) if mask]
-        if given(self.values.program, numbers):
+        if given(self.values.program, [self.values.present(index)]):
             return index
-        return tuple(
-            self._taken(_picked, "a mask", (item,), {}) if mask else item
-            for item, mask in zip(items, masks, strict=True)
-        )
+        return self._taken(_picked if index.dim() else Tensor.item, "an index", (index,), {})
 
     def on_memory(self, owner: Any, tensor: Tensor) -> Tensor:
         """What stands for a real tensor on an array's memory; it is a constant where it is used."""

@@ -8,6 +8,7 @@ there are any), buffers and what it keeps must agree in float64.
 import copy
 import dataclasses
 import functools
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -239,6 +240,7 @@ MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
     "channels by a mask": by_a_mask,
+    "an index of its own": lambda net, x: x[:, : (net.mean < 9).sum()] * net.scale[net.mean.argmax()],
     "no_grad around a norm": silent_stem,
     "what the backward reads, on the host": lambda net, x: _packed(torch.autograd.graph.save_on_cpu(), x) * x,
     "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
@@ -700,6 +702,8 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "'cond' takes functions of maps; write what they do in Python$",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
+    "pickled": (lambda net, x: x * len(pickle.dumps(net.scale)), "copies or pickles a tensor"),
     "where a tensor lies": (
         lambda net, x: x * 2 if net.scale.data_ptr() == net.mean.data_ptr() else x,
         "where a tensor lies in memory",
