@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "14"))
-CHUNK = 7
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "10"))
+CHUNK = 5
 PLANTED = Spec(
     seed=3,
     pieces=(Part("ConvNormRelu", 1), Part("Counter", 3), Part("Gate")),
