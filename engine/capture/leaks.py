@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from ..errors import UnsupportedError
 
 
-def let_go(weak: list[Any], refuse: bool) -> None:
+def let_go(weak: list[Any], refuse: bool, changes: Callable[[Tensor], bool] = lambda _: False) -> None:
     """Make sure that no tensor without values is left: caches that hold one are emptied, others refused.
+
+    So are caches of what `changes` from call to call, of which stock would take that of the first call.
 
     Each look through all objects of the process takes a tenth of a second, or a whole one. Where an error is on its way
     (`refuse` is false) its traceback may hold some: they go with it, and what is in cycles at the next collection.
@@ -24,11 +27,22 @@ def let_go(weak: list[Any], refuse: bool) -> None:
         left = [ref for ref in left if ref() is not None]
     if not left:
         return
+    wanted = {id(tensor) for ref in left if (tensor := ref()) is not None}
+    other = {id(tensor) for ref in left if (tensor := ref()) is not None and changes(tensor)}
+    stale = set[str]()
     for cache in [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]:
-        if _reaches(cache, {id(ref()) for ref in left}):
+        if _reaches(cache, wanted):
+            if _reaches(cache, other):
+                stale.add(getattr(cache, "__qualname__", "a function"))
             cache.cache_clear()
     tensors = [tensor for ref in left if (tensor := ref()) is not None]
-    if tensors and (names := _drop(tensors)) and refuse:
+    names = _drop(tensors) if tensors else set[str]()
+    if refuse and stale:
+        raise UnsupportedError(
+            f"'{min(stale)}' keeps tensors of weights or of random numbers in a functools.lru_cache, where later calls "
+            "would find those of the first; make them anew in each call"
+        )
+    if refuse and names:
         raise UnsupportedError(
             f"the forward leaves tensors in {min(names)}, where later calls would not put theirs; return them, or keep "
             "them in an attribute of a module"

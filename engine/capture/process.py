@@ -187,6 +187,9 @@ def _replace_calls(changes: Replacements, here: _Here) -> None:
         if hasattr(torch.utils.checkpoint, name):  # the first is what runs from PyTorch 2.14 on
             changes.put(torch.utils.checkpoint, name, checkpointed)
             break
+    for name in ("__enter__", "__exit__"):
+        saving = replaced(lambda original: lambda hooks, *args: here.unseen.saving(original, hooks, *args))
+        changes.put(torch.autograd.graph.saved_tensors_hooks, name, saving)
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
         changes.put(nn.modules.module, name, replaced_hooks)
     for owner, name in _SEEDING:

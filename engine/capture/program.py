@@ -300,6 +300,12 @@ def given(program: Program, wanted: Iterable[int]) -> bool:
     return not ancestors(program, wanted).isdisjoint((program.image, *program.inputs, *program.vectors))
 
 
+def changes_unasked(program: Program, wanted: int) -> bool:
+    """Whether a value is another one in a later call that is given the same: of weights that learn, or random."""
+    learns = any(program.values[number].trainable for number in ancestors(program, [wanted]))
+    return not given(program, [wanted]) and (learns or by_chance(program, [wanted]))
+
+
 def by_chance(program: Program, wanted: Iterable[int]) -> bool:
     """Whether any of these values depends on random numbers."""
     found = ancestors(program, wanted)

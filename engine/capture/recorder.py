@@ -25,7 +25,7 @@ from .lines import line_of
 from .parts import OF_PARTS, with_weight
 from .program import Branch, Op, by_chance, given, known_values, name_of
 from .quantiles import QUANTILES
-from .refusals import REFUSED, as_refusal, data_dependent
+from .refusals import PLACES, REFUSED, as_refusal, data_dependent
 from .state import Snapshot
 from .tensor_hooks import Registered
 from .values import Values
@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, values: Values, snapshot: Snapshot, branches: Sequence[bool] | None = None):
         self.values, self.snapshot, self.branches = values, snapshot, branches
-        self.entry_inference = torch.is_inference_mode_enabled()
+        self.entry_inference, self.entry_dtype = torch.is_inference_mode_enabled(), torch.get_default_dtype()
         self.last = ""
         self.refusal: UnsupportedError | None = None
         self.hooks = Registered(values, snapshot.was_there)
@@ -107,6 +107,8 @@ class Recorder(TorchFunctionMode):
             return hash(args[0])  # a dict or set of before has it by its own, not by that of what stands for it
         if func is Tensor.__deepcopy__ and not args[0].requires_grad:
             return self.call(Tensor.clone, args[:1], {})
+        if name in PLACES and self._seen_through():
+            return func(*args, **kwargs)
         if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
             return func(*args)
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
@@ -116,6 +118,8 @@ class Recorder(TorchFunctionMode):
         elif func is Tensor.new and args[1:] and isinstance(args[1], (list, tuple)):
             func = Tensor.new_tensor
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
+        if func is Tensor.__getitem__:
+            args = (args[0], self._own_index(*args))
         if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
@@ -178,8 +182,15 @@ class Recorder(TorchFunctionMode):
 
     def _refuse(self, func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         """What cannot be done again in later calls."""
+        if torch.get_default_dtype() is not self.entry_dtype:
+            raise UnsupportedError(
+                f"{self.values.where()} changes the default dtype inside the forward; give the calls that make tensors "
+                "their dtype"
+            )
         if name == "__get__" and func == _GRAD:
             name = "grad"
+        if name == "__get__" and func == _VERSION:
+            name = "_version"
         if name == "__get__" and func == _GRAD_FN and tensors and tensors[0].grad_fn is not None:
             name = "grad_fn"
         if func is torch.autograd.grad or func is torch.autograd.backward:
@@ -233,6 +244,27 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, np.ndarray) and shares(value, tensor):
             self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
+
+    def _own_index(self, x: Tensor, index: Any) -> Any:
+        """An index with Python's numbers in the place of tensors that depend on the network's state alone."""
+        items = index if isinstance(index, tuple) else (index,)
+        axes = [_axes(item) for item in items]
+        axis, found = 0, list[Any]()
+        for item, number in zip(items, axes, strict=True):
+            axis += x.dim() - sum(axes) if item is ... else 0
+            found.append(self._own_item(item, x.shape[axis] if axis < x.dim() else 0))
+            axis += number
+        return tuple(found) if isinstance(index, tuple) else found[0]
+
+    def _own_item(self, item: Any, size: int) -> Any:
+        if isinstance(item, slice):
+            return slice(*(self._own_item(bound, size) for bound in (item.start, item.stop, item.step)))
+        if not isinstance(item, Tensor) or item.dim() != (item.dtype == torch.bool) or item.is_floating_point():
+            return item
+        fits = not item.dim() or len(item) == size  # else it is an error in stock
+        if not fits or given(self.values.program, [self.values.present(item)]):
+            return item
+        return self._taken(_picked if item.dim() else Tensor.item, "an index", (item,), {})
 
     def on_memory(self, owner: Any, tensor: Tensor) -> Tensor:
         """What stands for a real tensor on an array's memory; it is a constant where it is used."""
@@ -408,7 +440,7 @@ _PROPERTIES = {
 
 
 _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
-_GRAD_FN, _GRAD = Tensor.grad_fn.__get__, Tensor.grad.__get__  # pyright: ignore
+_GRAD_FN, _GRAD, _VERSION = (getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "_version"))
 
 
 def _looks_for_a_profiler() -> bool:
@@ -417,6 +449,17 @@ def _looks_for_a_profiler() -> bool:
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     return frame is not None and frame.f_code is nn.Module._wrapped_call_impl.__code__
+
+
+def _axes(item: Any) -> int:
+    """How many axes an item of an index is of."""
+    if item is None or item is ... or isinstance(item, bool):
+        return 0
+    return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+
+
+def _picked(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()
 
 
 def _ints(args: Any) -> tuple[int, ...]:

@@ -14,9 +14,15 @@ from torch._subclasses.fake_tensor import (
 
 from ..errors import UnsupportedError
 
+PLACES = frozenset({"data_ptr", "untyped_storage", "storage", "is_set_to"})
 REFUSED = {
     "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
     "register_post_accumulate_grad_hook": "registers a hook on a tensor; do so outside of the forward",
+    "_version": "asks how often a tensor was written to (_version), which is another number by tiles; keep a counter",
+    **dict.fromkeys(
+        PLACES,
+        "asks where a tensor lies in memory (data_ptr, copy.copy), which is elsewhere by tiles; use 'is' and clone()",
+    ),
     "grad_fn": "looks at the graph of a tensor (grad_fn), which is another one by tiles; register hooks on the tensor",
     "backward": "differentiates inside the forward; do so outside of it",
     "grad": "reads or takes a gradient inside the forward; do so outside of it",
@@ -25,6 +31,7 @@ REFUSED = {
     "resize_as_": "changes the size of a tensor in place; make a new one",
     "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
     "__dlpack__": "hands a tensor's memory to other code; use PyTorch ops, or .numpy() for the values of a buffer",
+    "__reduce_ex__": "copies or pickles a tensor (copy.copy, torch.save); use clone(), and save outside of the forward",
     "share_memory_": "moves a tensor to shared memory; do so outside of the forward",
 }
 # What errors about tensors without values have in them.

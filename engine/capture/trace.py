@@ -28,7 +28,7 @@ from . import process
 from .call_trees import Ref, bind, refs
 from .guard import Guard, Read, inside_of, replaced
 from .leaks import let_go
-from .program import Given, Op, Program, Value, place
+from .program import Given, Op, Program, Value, changes_unasked, place
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
 from .reach import mentioned
@@ -230,7 +230,7 @@ class _Recording:
             raise
         program.guard = self._guard(program, given)
         values.forget()
-        let_go(weak, refuse=True)
+        let_go(weak, refuse=True, changes=lambda tensor: changes_unasked(program, values.numbers[id(tensor)]))
         return program
 
     def _find_kept(self, given: Sequence[Any], stands_for: Sequence[Tensor]) -> None:
@@ -259,7 +259,7 @@ class _Recording:
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # it would keep weights without values
         try:
-            with around, module_paths(self.model, self.values.path), plain, saved, recorder:
+            with saved, around, module_paths(self.model, self.values.path), plain, recorder:
                 result = (self.model if self.call is None else self.call)(image, *further)
             if recorder.refusal is not None:  # the network's own code has caught it
                 raise recorder.refusal

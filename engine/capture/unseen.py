@@ -106,6 +106,17 @@ class Unseen:
         with self._run_twice():
             yield from original(*args, **kwargs)
 
+    def saving(self, original: Callable[..., Any], hooks: Any, *args: Any) -> Any:
+        """The begin or the end of hooks on what autograd keeps; tiles keep something else."""
+        if type(hooks).__module__ == "torch.utils.checkpoint":
+            return original(hooks, *args)
+        if not isinstance(hooks, torch.autograd.graph.save_on_cpu):
+            raise self._refused(
+                f"{place(''.join(self.values.path[-1:]), line_of())} packs what autograd keeps (saved_tensors_hooks), "
+                "of which tiles keep little; leave that out, the memory budget does its work"
+            )
+        return None
+
     @contextlib.contextmanager
     def _run_twice(self) -> Iterator[None]:
         """Refuse changes of state in what stock computes a second time in its backward, and changes twice."""

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import GigamorphError
 
-MODULES = int(os.environ.get("GIGAMORPH_MODULES", "24"))
-CHUNK = 12
+MODULES = int(os.environ.get("GIGAMORPH_MODULES", "10"))
+CHUNK = 5
 PLANTED = Spec(
     seed=3,
     pieces=(Part("ConvNormRelu", 1), Part("Counter", 3), Part("Gate")),
@@ -48,8 +48,8 @@ def stock(net: nn.Module, _tile: tuple[int, int]) -> nn.Module:
 
 
 def test_stock_is_judged_exact() -> None:
-    kinds = Counter(judge(draw(seed), stock).kind for seed in range(40))
-    assert set(kinds) <= {"exact", "stock fails"} and kinds["exact"] >= 30
+    kinds = Counter(judge(draw(seed), stock).kind for seed in range(32))
+    assert set(kinds) <= {"exact", "stock fails"} and kinds["exact"] >= 24
 
 
 def test_a_seed_is_always_the_same_module() -> None:
@@ -61,7 +61,24 @@ def test_a_seed_is_always_the_same_module() -> None:
 
 def test_the_rounding_of_a_gradient_that_is_zero_is_noise() -> None:
     """A bias in front of a live norm: stock gives 3.6e-14 where the gradient is 0, tiles give 1.3e-15."""
-    assert judge(draw(716116)).kind == "exact"
+    train = Visit(changes=(Part("weights_in_place", 912),), mode="train", size=(15, 12), image="plain", loss="last")
+    spec = Spec(
+        seed=716116,
+        channels=1,
+        pieces=(
+            Part("Up", 198),
+            Part("Helper", 866),
+            Part("Bottleneck", 292),
+            Part("Teacher", 203),
+            Part("GhostNorm", 662),
+        ),
+        heads=(Part("map", 624), Part("vector", 505)),
+        container="named tuple",
+        fitted=(Part("eval_part", 807),),
+        tile=(7, 4),
+        visits=(Visit(mode="eval", grad="no_grad", size=(15, 12), image="plain"), train),
+    )
+    assert judge(spec).kind == "exact"
 
 
 def test_noise_is_of_the_last_bits() -> None:

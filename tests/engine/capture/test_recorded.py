@@ -8,6 +8,7 @@ there are any), buffers and what it keeps must agree in float64.
 import copy
 import dataclasses
 import functools
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +205,12 @@ def _table(count: int) -> Tensor:
     return torch.arange(float(count), dtype=torch.float64)[:, None, None]
 
 
+def by_a_mask(net: Any, x: Tensor) -> Tensor:
+    own = net.mean + torch.arange(4) > 1
+    gate = x.mean((2, 3))[..., torch.tensor([True, False, False, False])]
+    return torch.cat([x[:, own], x[:, ~own]], 1) * gate[:, :, None, None]
+
+
 def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
 
@@ -232,7 +239,10 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
 MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
+    "channels by a mask": by_a_mask,
+    "an index of its own": lambda net, x: x[:, : (net.mean < 9).sum()] * net.scale[net.mean.argmax()],
     "no_grad around a norm": silent_stem,
+    "what the backward reads, on the host": lambda net, x: _packed(torch.autograd.graph.save_on_cpu(), x) * x,
     "a buffer that takes a crop": lambda net, x: (net.crop.copy_(x[:, :, 2:5, 4:9].detach()), x)[1],
     "decorated": lambda net, x: x + teacher(net, x),
     "switched": switched_off,
@@ -692,6 +702,25 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "'cond' takes functions of maps; write what they do in Python$",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
+    "pickled": (lambda net, x: x * len(pickle.dumps(net.scale)), "copies or pickles a tensor"),
+    "where a tensor lies": (
+        lambda net, x: x * 2 if net.scale.data_ptr() == net.mean.data_ptr() else x,
+        "where a tensor lies in memory",
+    ),
+    "a tensor's memory": (
+        lambda net, x: x * 2 if net.scale.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else x,
+        "where a tensor lies in memory",
+    ),
+    "how often a tensor was written to": (
+        lambda net, x: x * 2 if net.mean._version > 99 else x,
+        "how often a tensor was written to",
+    ),
+    "what the backward reads, in fewer bits": (
+        lambda net, x: _packed(torch.autograd.graph.saved_tensors_hooks(Tensor.bfloat16, Tensor.double), x),
+        "saved_tensors_hooks",
+    ),
+    "another default dtype": (lambda net, x: x + _in_float16(), "default dtype"),
     "numbers of tensors": (lambda net, x: x * torch.tensor([net.mean[0], 2.0, 3, 4])[:, None, None], "by torch.stack"),
     "numbers of tensors, by the class": (lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1], "by torch.stack"),
     **{
@@ -716,6 +745,20 @@ def _into_a_list(x: Tensor) -> Tensor:
     return x
 
 
+def _packed(hooks: Any, x: Tensor) -> Tensor:
+    with hooks:
+        return x.sigmoid()
+
+
+def _in_float16() -> Tensor:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        return torch.full((1,), 0.3)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _fork() -> None:
     with torch.random.fork_rng():
         torch.rand(1)
@@ -734,6 +777,22 @@ def _as_another_error(x: Tensor) -> None:
         float(x.sum())
     except Exception as error:
         raise ValueError("the image is empty") from error
+
+
+@pytest.mark.usefixtures("few_objects")
+@pytest.mark.parametrize("make", [lambda net: net.scale.detach() * 3, lambda net: torch.rand(4, 1, 1).double()])
+def test_a_cache_of_what_changes_is_refused(make):
+    cached = functools.lru_cache(maxsize=8)(make)
+    stock = network(lambda net, x: x * cached(net))
+    with pytest.raises(UnsupportedError, match=r"'.*<lambda>' keeps .* functools.lru_cache"):
+        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
+    assert not cached.cache_info().currsize
+
+
+def test_a_mask_that_is_too_short_is_the_error_of_stock():
+    stock = network(lambda net, x: x[:, net.mean[:3] > -9])
+    with pytest.raises(IndexError, match="mask"):
+        accelerate(stock, tile=8)(torch.randn(1, 1, 16, 16, dtype=torch.float64))
 
 
 def test_a_profiler_with_stacks_may_look_on():

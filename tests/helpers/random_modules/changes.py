@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attributes, hooks
+from . import attributes, effects, hooks, objects
 from .piece import Piece, conv, ramp
 
 CHANGES: dict[str, Callable[[nn.Module, random.Random], nn.Module | None]] = {}
@@ -97,6 +97,45 @@ def inside_attribute(net: nn.Module, dice: random.Random) -> None:
 
 
 @change
+def kept_object(net: nn.Module, dice: random.Random) -> None:
+    """An object that the network keeps is changed, or goes."""
+    goes = dice.random() < 0.3
+    for module in net.modules():
+        if isinstance(module, objects.Kept) and goes:
+            module.kept = module.other = None
+        elif isinstance(module, objects.Kept) and isinstance(module.kept, list):
+            module.kept.append(3)
+        elif isinstance(module, objects.Kept) and isinstance(module.kept, objects.Box):
+            module.kept.count += 3
+        elif isinstance(module, objects.Collected):
+            module.record.items.append(2)
+            module.array += 1
+            module.usual["calls"] -= 1
+
+
+@change
+def retied(net: nn.Module, dice: random.Random) -> None:
+    """Weights that were one become two, or the other way round."""
+    for module in net.modules():
+        if isinstance(module, attributes.Tied):
+            tied = module.second.weight is module.first.weight
+            module.second.weight = nn.Parameter(module.first.weight.detach().clone()) if tied else module.first.weight
+
+
+@change
+def buffer_registered(net: nn.Module, dice: random.Random) -> None:
+    for module in net.modules():
+        if isinstance(module, effects.SharedBuffer):
+            module.register_buffer("count", ramp(1) + 2, persistent=dice.random() < 0.5)
+
+
+@change
+def context_variable(net: nn.Module, dice: random.Random) -> None:
+    """Undone by `reset`."""
+    objects.GAIN.set(dice.choice([1.0, 2.0]))
+
+
+@change
 def class_attribute(net: nn.Module, dice: random.Random) -> None:
     """Undone by `reset`."""
     attributes.Options.factor = 2.5
@@ -111,6 +150,7 @@ def reset() -> None:
     """Undo what changes did outside of networks."""
     attributes.Options.factor = 1.5
     attributes.SETTING["scale"] = 1.5
+    objects.GAIN.set(1.0)
 
 
 @change

@@ -71,6 +71,34 @@ def alter_input(net: nn.Module, dice: random.Random) -> None:
 
 
 @fitting
+def alter_result_once(net: nn.Module, dice: random.Random) -> None:
+    """A hook that removes itself, or adds another, when it runs."""
+    module, again = _piece(net, dice), dice.random() < 0.5
+
+    def once(module: nn.Module, _args: Any, result: Tensor) -> Tensor:
+        handle.remove()
+        if again:
+            module.register_forward_hook(lambda _module, _args, result: result + 0.25)
+        return result * 2
+
+    handle = module.register_forward_hook(once)
+
+
+@fitting
+def ordered_hooks(net: nn.Module, dice: random.Random) -> None:
+    """Hooks whose order counts, one of which runs always."""
+    module = _piece(net, dice)
+    module.register_forward_hook(lambda _module, _args, result: result * 1.5)
+    module.register_forward_hook(lambda _module, _args, result: result + 1, prepend=True, always_call=True)
+
+
+@fitting
+def backward_hook_that_alters(net: nn.Module, dice: random.Random) -> None:
+    module = _piece(net, dice)
+    module.register_full_backward_hook(lambda _module, given, _out: tuple(g if g is None else g * 2 for g in given))
+
+
+@fitting
 def root_hooks(net: nn.Module, dice: random.Random) -> None:
     how = dice.choice(["input", "count", "collect"])
     if how == "input":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any, ClassVar
 
@@ -26,9 +27,9 @@ class Piece(nn.Module):
         super().__init__()
         self.make(width, dice)
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, drawn: bool = True) -> None:
         super().__init_subclass__()
-        if not cls.__name__.startswith("_"):
+        if drawn:
             PIECES[cls.__name__] = cls
 
     def make(self, width: int, dice: random.Random) -> None:
@@ -36,6 +37,19 @@ class Piece(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class Ways(Piece, drawn=False):
+    """A convolution, and after it a method of the subclass, drawn by its name: each public one is a way."""
+
+    def make(self, width: int, dice: random.Random) -> None:
+        self.conv, self.calls, self.kept, self.other = conv(width), 0, None, None
+        ways = {name for name, value in vars(type(self)).items() if inspect.isfunction(value) and name[0] != "_"}
+        self.how = dice.choice(sorted(ways - {"make"}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return getattr(self, self.how)(self.conv(x))
 
 
 def conv(width: int, dice: random.Random | None = None, out: int | None = None) -> nn.Conv2d:

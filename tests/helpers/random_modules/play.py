@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import types
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections import deque
+from collections.abc import KeysView, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +24,8 @@ from .spec import Spec, Visit
 _INTERNAL = frozenset(vars(nn.Module()))
 _APPLY = torch.autograd.Function.__dict__.get("apply")
 _RATE = 0.01
+_PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, complex)
+_VALUES = (*_PLAIN, float, tuple, frozenset, nn.Module)  # which one of equal ones it is does not count
 
 
 @dataclass
@@ -28,10 +34,15 @@ class Seen:
 
     facts: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    met: dict[int, tuple[str, Any]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, value: Any, depth: int = 0) -> None:
         """Everything within a value."""
         full = f"{kind} {name}".strip()
+        if kind != "gradient" and not isinstance(value, _VALUES):
+            first, _ = self.met.setdefault(id(value), (full, value))
+            if first != full:
+                self.facts[f"{full} is"] = first
         if isinstance(value, FakeTensor):
             self.facts[full] = "a FakeTensor"
         elif isinstance(value, Tensor):
@@ -52,7 +63,7 @@ class Seen:
         elif isinstance(value, float):
             self.facts[full] = "float"
             self.tensors.setdefault(kind, {})[name] = torch.tensor(value, dtype=torch.float64)
-        elif value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device, complex)):
+        elif isinstance(value, _PLAIN):
             self.facts[full] = (type(value).__name__, repr(value))
         elif depth > 8:
             return
@@ -62,28 +73,45 @@ class Seen:
             self.facts[full] = (type(value).__name__, [repr(k) for k in value])
             for key, one in value.items():
                 self.add(kind, f"{name}[{key!r}]", one, depth + 1)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, deque)):
             self.facts[full] = (type(value).__name__, len(value))
             for number, one in enumerate(value):
                 self.add(kind, f"{name}[{number}]", one, depth + 1)
         elif isinstance(value, (set, frozenset)):
             self.facts[full] = (type(value).__name__, sorted(map(repr, value)))
-        elif callable(value):
-            self.facts[full] = f"function {getattr(value, '__qualname__', type(value).__name__)}"
         else:
-            inside = vars(value) if hasattr(value, "__dict__") else {}
-            self.facts[full] = (type(value).__name__, sorted(inside))
+            inside, kind_of = _inside(value), type(value).__name__
+            told = f"function {getattr(value, '__name__', kind_of)}" if callable(value) else kind_of
+            self.facts[full] = (told, sorted(inside))
             for key, one in inside.items():
                 self.add(kind, f"{name}.{key}", one, depth + 1)
 
 
-def look(net: nn.Module, usual: frozenset[str]) -> Seen:
+def _inside(value: Any) -> dict[str, Any]:
+    """What an object holds, by names."""
+    if isinstance(value, types.MethodType):
+        return {} if isinstance(value.__self__, nn.Module) else {"self": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, weakref.ref):
+        return {"of": value()}
+    if isinstance(value, KeysView):
+        return {"keys": list(value)}
+    inside = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
+    if isinstance(value, types.FunctionType):
+        names = value.__code__.co_freevars
+        inside = {name: cell.cell_contents for name, cell in zip(names, value.__closure__ or (), strict=True)}
+    return inside | getattr(value, "__dict__", {})
+
+
+def look(net: nn.Module, usual: frozenset[str], seen: Seen | None = None) -> Seen:
     """What can be seen of a network: parameters, gradients, buffers, attributes, modes, hooks; and of the process.
 
     Args:
         usual: attributes of what `accelerate` returns that are its own.
+        seen: what has been seen of its call.
     """
-    seen = Seen()
+    seen = seen or Seen()
     network = net.__dict__.get("_network", net)
     for name, parameter in net.named_parameters(remove_duplicate=False):
         seen.add("parameter", name, parameter)
@@ -211,16 +239,14 @@ class Player:
             self.phase = "step"
             self.optimizer.step()
         self.phase = "look"
-        whole = look(self.net, self.usual)
-        whole.facts.update(seen.facts)
-        for kind, tensors in seen.tensors.items():
-            whole.tensors.setdefault(kind, {}).update(tensors)
+        look(self.net, self.usual, seen)
+        seen.met.clear()
         dropouts = [m for m in self.net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         if not any(module.training for module in dropouts):  # else others are drawn, tile by tile
-            whole.facts["random numbers drawn since"] = hash(
+            seen.facts["random numbers drawn since"] = hash(
                 (tuple(torch.get_rng_state().tolist()), random.getstate(), np.random.get_state()[1].tobytes())
             )
-        return whole
+        return seen
 
     def _once(self, visit: Visit, number: int, seen: Seen) -> None:
         given = inputs(self.spec, visit, number, self.bits)

@@ -11,11 +11,20 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from . import attributes, changes, custom, hooks, modes, norms, outputs, plain, roots, state
+from . import attributes, changes, custom, effects, hooks, modes, norms, objects, outputs, plain, roots, state
 from .net import build
 from .piece import PIECES
 
-_FAMILIES = (plain, modes, state, norms, attributes, custom)  # imported for the pieces that they register
+_FAMILIES = (
+    plain,
+    modes,
+    state,
+    norms,
+    attributes,
+    custom,
+    objects,
+    effects,
+)  # imported for the pieces that they register
 
 
 @dataclass(frozen=True)
