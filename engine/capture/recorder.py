@@ -25,6 +25,7 @@ from .lines import line_of
 from .parts import OF_PARTS, with_weight
 from .program import Branch, Op, by_chance, given, known_values, name_of
 from .quantiles import QUANTILES
+from .recurrent import of_one_step
 from .refusals import PLACES, REFUSED, as_refusal, data_dependent
 from .state import Snapshot
 from .tensor_hooks import Registered
@@ -146,7 +147,8 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)  # a constant where it is used
         before = [(t, t._version) for t in tensors]
         with self._no_inference():
-            result = func(*args, **kwargs)
+            result = of_one_step(name, func, args, kwargs)
+            result = func(*args, **kwargs) if result is None else result
         outputs = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
             return result  # a real tensor; it is a constant where it is used
