@@ -119,8 +119,8 @@ class Recorder(TorchFunctionMode):
         elif func is Tensor.new and args[1:] and isinstance(args[1], (list, tuple)):
             func = Tensor.new_tensor
         args, kwargs = tree_map(lambda a: self.values.twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
-        if func is Tensor.__getitem__:
-            args = (args[0], self._own_index(*args))
+        if func is Tensor.__getitem__ or func is Tensor.__setitem__:
+            args = (args[0], self._own_index(func, *args[:2]), *args[2:])
         if func in ON_MEMORY and args and isinstance(args[0], MEMORY):
             with unset_fake_temporarily():
                 real = func(*args, **kwargs)
@@ -247,18 +247,23 @@ class Recorder(TorchFunctionMode):
             self.arrays.give(taken, args[0], partial(self._now, func, name, args, kwargs))
         return taken
 
-    def _own_index(self, x: Tensor, index: Any) -> Any:
-        """An index with Python's numbers in the place of tensors that depend on the network's state alone."""
+    def _own_index(self, func: Any, x: Tensor, index: Any) -> Any:
+        """An index with Python's numbers in the place of tensors that depend on the network's state alone.
+
+        Masks by which that state itself is written to stay: they may be others in each call.
+        """
         items = index if isinstance(index, tuple) else (index,)
+        some = any(isinstance(item, Tensor) and item.dtype == torch.bool for item in items)
+        masks = some and (func is Tensor.__getitem__ or given(self.values.program, [self.values.present(x)]))
         axes = [_axes(item) for item in items]
         axis, found = 0, list[Any]()
         for item, number in zip(items, axes, strict=True):
             axis += x.dim() - sum(axes) if item is ... else 0
-            found.append(self._own_item(item, x.shape[axis] if axis < x.dim() else 0))
+            found.append(self._own_item(item, x.shape[axis] if axis < x.dim() and masks else None))
             axis += number
         return tuple(found) if isinstance(index, tuple) else found[0]
 
-    def _own_item(self, item: Any, size: int) -> Any:
+    def _own_item(self, item: Any, size: int | None) -> Any:
         if isinstance(item, slice):
             return slice(*(self._own_item(bound, size) for bound in (item.start, item.stop, item.step)))
         if not isinstance(item, Tensor) or item.dim() != (item.dtype == torch.bool) or item.is_floating_point():

@@ -211,6 +211,16 @@ def by_a_mask(net: Any, x: Tensor) -> Tensor:
     return torch.cat([x[:, own], x[:, ~own]], 1) * gate[:, :, None, None]
 
 
+def into_a_mask(net: Any, x: Tensor) -> Tensor:
+    own = net.mean + torch.arange(4) > 1
+    x = x * 2
+    x[:, own] *= net.scale[own]
+    x[:, ~own] = x[:, own][:, :1] - 1
+    x[:, net.mean.argmax()] += 3
+    net.mean[net.mean > 5] = 0
+    return x
+
+
 def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
 
@@ -240,6 +250,7 @@ MIDDLES: dict[str, Middle] = {
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
     "channels by a mask": by_a_mask,
+    "into channels by a mask": into_a_mask,
     "an index of its own": lambda net, x: x[:, : (net.mean < 9).sum()] * net.scale[net.mean.argmax()],
     "no_grad around a norm": silent_stem,
     "what the backward reads, on the host": lambda net, x: _packed(torch.autograd.graph.save_on_cpu(), x) * x,
