@@ -19,7 +19,7 @@ from . import constants
 from .between import value_bytes
 from .simulate import halo_shape
 
-# How many kernels oneDNN keeps; it reads that before its first. Its own 1024 are 90 MB after some dozen image sizes;
+# How many kernels oneDNN keeps; it reads that before its first. Its own 1024 are 90 MB after a hundred image sizes;
 # to compile again what 256 have no room for takes 3 to 5 % of the time.
 _MOST_KERNELS = int(os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"))
 _LARGE_BATCH = 16  # from which on PyTorch gives oneDNN all convolutions
