@@ -90,20 +90,30 @@ def test_all_is_well(tmp_path):
 def test_a_group_ends_with_its_threads():
     """They ran on until the process ended, for functions imported meanwhile had the group as a default."""
     code = """
-import os
+import time
 from pathlib import Path
 from torch import nn
 from gigamorph import accelerate
 from gigamorph.engine.parallel.launch import process_group
 
-def threads():
-    return {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+def names():
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            yield (task / "comm").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it ended meanwhile
 
-alone = threads()
+def wait_for_gloo(there):  # a thread names itself after it has begun, and is listed for a moment after its end
+    deadline = time.monotonic() + 30
+    while any("gloo" in name for name in names()) is not there:
+        assert time.monotonic() < deadline, list(names())
+        time.sleep(0.01)
+
+wait_for_gloo(False)
 with process_group("cpu"):
     accelerate(nn.Conv2d(1, 1, 3), tile=64)
-    assert any("gloo" in name for name in threads() - alone)
-assert not any("gloo" in name for name in threads()), threads()
+    wait_for_gloo(True)
+wait_for_gloo(False)
 """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
