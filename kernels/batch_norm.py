@@ -32,12 +32,12 @@ from .dtypes import sum_dtype
 from .live_norm import launch_live_norm, pulls
 from .partial_sums import add_parts
 from .pointwise import act_grad
-from .stream import Stream, channel, dense, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, nhwc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _normalize_act_kernel(
     x,  # map [N, C, H, W]
     residual,  # map [N, C, H, W] or None
@@ -46,13 +46,19 @@ def _normalize_act_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """y = act((x - mean) * rstd * weight + bias + residual) of a program's share of the pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     mean, _, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c % share.period, C, TILE.BC, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
@@ -64,7 +70,7 @@ def _normalize_act_kernel(
         store(y, p, c, keep, activate(z, ACT), share, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _normalize_act_gradients_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, H, W]
@@ -77,13 +83,19 @@ def _normalize_act_gradients_kernel(
     bias_ptr,  # [C] or None
     plus_ptr,  # [C] or None: what dy lacks at each pixel
     sums_ptr,  # [programs, 2, C], C folded; of dz and of dz * xhat
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """dx = weight * rstd * dz of a program's share of the pixels, dz = dy * act'(z), and its sums."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c % share.period, C, TILE.BC, TILE.ACC)
     BM: tl.constexpr = TILE.BM
     BC: tl.constexpr = TILE.BC
@@ -140,7 +152,7 @@ def launch_normalize_act(
         s = _stream("normalize_act", act, x, residual, y)
         mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
         _normalize_act_kernel[s.grid](
-            *s.maps, mean, rstd, weight, bias, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
+            *s.maps, mean, rstd, weight, bias, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
 
 
@@ -293,7 +305,7 @@ def launch_normalize_act_gradients(
     sums = s.sums(x, 2)
     mean, rstd, weight, bias, plus = dense(mean, rstd, weight, bias, plus)
     _normalize_act_gradients_kernel[s.grid](
-        *s.maps, mean, rstd, weight, bias, plus, sums, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
+        *s.maps, mean, rstd, weight, bias, plus, sums, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
     )
     return add_parts(sums, s.folds)
 

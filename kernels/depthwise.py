@@ -94,7 +94,7 @@ def _launch(
         weight.reshape(channels, r * s).t().contiguous(),
         scale,
         shift,
-        Sizes(h, w, oh, ow, channels, lines, segments),
+        *Sizes(h, w, oh, ow, channels, lines, segments),
         lead_h,
         lead_w,
         (lead_h + walk.top) // up_h,
@@ -209,7 +209,7 @@ def wgrad(
     depthwise_wgrad_kernel[(programs, splits)](
         *map(as_map, (x, dy, gate)),
         part,
-        Sizes(h, w, oh, ow, channels, lines, segments),
+        *Sizes(h, w, oh, ow, channels, lines, segments),
         tiles,
         share,
         geometry.top,

@@ -12,7 +12,10 @@ from .stream import place, whole
 
 
 class Sizes(NamedTuple):
-    """Rows and columns of input and output, channels; tiles of TH rows in an image and of columns in a row."""
+    """Rows and columns of input and output, channels; tiles of TH rows in an image and of columns in a row.
+
+    Given one by one, as a `Share`.
+    """
 
     H: int
     W: int
@@ -60,7 +63,7 @@ def _spread(sums, x, factors, at: tl.constexpr, APART: tl.constexpr, FACTORS_APA
     return sums
 
 
-@triton.jit(do_not_specialize=["lead_h", "lead_w", "base_h", "base_w"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "lead_h", "lead_w", "base_h", "base_w"])
 def depthwise_kernel(
     x,  # map [N, C, H, W]
     gate,  # map [N, C, H, W] or None
@@ -71,7 +74,13 @@ def depthwise_kernel(
     w_ptr,  # [R*S, C]
     scale_ptr,  # [C] or None
     shift_ptr,  # [C] or None
-    size,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    lines,
+    segments,
     lead_h,
     lead_w,  # the first tile begins at output (-lead_h, -lead_w), so that ...
     base_h,
@@ -93,13 +102,13 @@ def depthwise_kernel(
     BC: tl.constexpr = B.BC
     # Channels first, then the phases of one segment, then along the row: neighbours in time read the same lines.
     pid = tl.program_id(0)
-    C = whole(size.C, B.VEC)
-    blocks = tl.cdiv(size.C, BC)
+    C = whole(C, B.VEC)
+    blocks = tl.cdiv(C, BC)
     c = (pid % blocks) * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     phase = pid // blocks % UP_W
-    p = pid // blocks // UP_W % size.segments * BW + tl.arange(0, BW)[:, None]  # [BW, 1]
-    line = pid // blocks // UP_W // size.segments % size.lines
-    n = (pid // blocks // UP_W // size.segments // size.lines).to(tl.int64)
+    p = pid // blocks // UP_W % segments * BW + tl.arange(0, BW)[:, None]  # [BW, 1]
+    line = pid // blocks // UP_W // segments % lines
+    n = (pid // blocks // UP_W // segments // lines).to(tl.int64)
     wanted = c < C
     # Taps are loaded in the layout in which they are used; a [1, BC] load would be exchanged through shared memory.
     w_tap = w_ptr + tl.broadcast_to(c, (BW, BC))
@@ -122,12 +131,12 @@ def depthwise_kernel(
                 tap = F.R * F.S - 1 - tap if TURNED else tap
                 taps += (tl.load(w_tap + tap * C, mask=wanted & (r0 + r < F.R), other=0.0).to(B.ACC),)
             w = p * F.DOWN_W - base_w + (phase + s * F.DIL_W) // UP_W
-            inside = (w >= 0) & (w < size.W) & wanted
+            inside = (w >= 0) & (w < W) & wanted
             x_column = x_line + w.to(tl.int64) * whole(x.sw, B.VEC)
             gate_column = gate_line + w.to(tl.int64) * whole(gate.sw, B.VEC) if gate.ptr is not None else None
             for v in tl.static_range(((TH - 1) * F.DOWN_H + (RB - 1) * F.DIL_H) // UP_H + 1):
                 h = line * (TH * F.DOWN_H // UP_H) - base_h + r0 * F.DIL_H // UP_H + v
-                hit = inside & (h >= 0) & (h < size.H)
+                hit = inside & (h >= 0) & (h < H)
                 value = tl.load(x_column + h.to(tl.int64) * whole(x.sh, B.VEC), mask=hit, other=0.0).to(B.ACC)
                 if gate.ptr is not None:
                     g = tl.load(gate_column + h.to(tl.int64) * whole(gate.sh, B.VEC), mask=hit, other=0.0)
@@ -135,7 +144,7 @@ def depthwise_kernel(
                 accs = _spread(accs, value, taps, v * UP_H, F.DOWN_H, F.DIL_H)
 
     j = p * UP_W + phase - lead_w
-    inside = (j >= 0) & (j < size.OW) & wanted
+    inside = (j >= 0) & (j < OW) & wanted
     j = j.to(tl.int64)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + c, mask=wanted, other=0.0).to(B.ACC)
@@ -143,7 +152,7 @@ def depthwise_kernel(
         shift = tl.load(shift_ptr + c, mask=wanted, other=0.0).to(B.ACC)
     for a in tl.static_range(TH):
         i = (line * TH + a - lead_h).to(tl.int64)
-        keep = inside & (i >= 0) & (i < size.OH)
+        keep = inside & (i >= 0) & (i < OH)
         total = accs[a]
         if scale_ptr is not None:
             total *= scale
@@ -161,13 +170,19 @@ def depthwise_kernel(
         tl.store(y.ptr + place(y, n, i, j, B.VEC) + c, total.to(y.ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["tiles", "share", "top", "left"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "tiles", "share", "top", "left"])
 def depthwise_wgrad_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, OH, OW]
     gate,  # map [N, C, OH, OW] or None
     part_ptr,  # [splits, R*S + 1, C], last the sum of dz
-    size,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    lines,
+    segments,
     tiles,
     share,  # all tiles, and how many of them one split sums
     top,
@@ -184,8 +199,8 @@ def depthwise_wgrad_kernel(
     BC: tl.constexpr = B.BC
     pid = tl.program_id(0)
     split = tl.program_id(1)
-    C = whole(size.C, B.VEC)
-    blocks = tl.cdiv(size.C, BC)
+    C = whole(C, B.VEC)
+    blocks = tl.cdiv(C, BC)
     across = (F.S + SB - 1) // SB
     c = (pid % blocks) * BC + tl.arange(0, BC)[None, :]  # [1, BC]
     r0, s0 = pid // blocks // across * RB, pid // blocks % across * SB
@@ -194,13 +209,13 @@ def depthwise_wgrad_kernel(
     sums = (tl.zeros((BW, BC), B.ACC),) * (RB * SB)  # by filter column, then by filter row
     total = tl.zeros((BW, BC), B.ACC)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
-        j = tile % size.segments * BW + tl.arange(0, BW)[:, None]  # [BW, 1]
-        i0 = tile // size.segments % size.lines * TH
-        n = (tile // size.segments // size.lines).to(tl.int64)
+        j = tile % segments * BW + tl.arange(0, BW)[:, None]  # [BW, 1]
+        i0 = tile // segments % lines * TH
+        n = (tile // segments // lines).to(tl.int64)
         dzs = ()
         for a in tl.static_range(TH):
             i = (i0 + a).to(tl.int64)
-            keep = (j < size.OW) & wanted & (i < size.OH)
+            keep = (j < OW) & wanted & (i < OH)
             at = place(dy, n, i, j.to(tl.int64), B.VEC) + c
             dz = tl.load(dy.ptr + at, mask=keep, other=0.0).to(B.ACC)
             if gate.ptr is not None:
@@ -210,12 +225,12 @@ def depthwise_wgrad_kernel(
             dzs += (dz,)
         for s in tl.static_range(SB):
             w = j * F.DOWN_W - left + (s0 + s) * F.DIL_W
-            inside = (w >= 0) & (w < size.W) & wanted
+            inside = (w >= 0) & (w < W) & wanted
             filter_column = sums[s * RB : (s + 1) * RB]
             x_column = x.ptr + n * whole(x.sn, B.VEC) + w.to(tl.int64) * whole(x.sw, B.VEC) + c
             for v in tl.static_range((TH - 1) * F.DOWN_H + (RB - 1) * F.DIL_H + 1):
                 h = i0 * F.DOWN_H - top + r0 * F.DIL_H + v
-                hit = inside & (h >= 0) & (h < size.H)
+                hit = inside & (h >= 0) & (h < H)
                 value = tl.load(x_column + h.to(tl.int64) * whole(x.sh, B.VEC), mask=hit, other=0.0).to(B.ACC)
                 filter_column = _spread(filter_column, value, dzs, v, F.DIL_H, F.DOWN_H)
             sums = sums[: s * RB] + filter_column + sums[(s + 1) * RB :]

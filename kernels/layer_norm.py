@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .choice import run_fastest
 from .dtypes import sum_dtype
-from .stream import Stream, channel, dense, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_NORM_CHANNELS
 from .windows import empty_map, nhwc
 
@@ -39,19 +39,25 @@ def _normalise(x, wanted, C, EPS: tl.constexpr):
     return centred * rstd, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _layer_norm_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, H, W]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     EPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """y = xhat * weight + bias; a program normalises its share of the pixels, all channels at once."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     wanted = (c < C)[None, :]
     if weight_ptr is not None:
         weight = channel(weight_ptr, c, C, TILE.ACC)
@@ -68,20 +74,26 @@ def _layer_norm_kernel(
         store(y, p, c, keep, values, share, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _layer_norm_backward_kernel(
     dy,  # map [N, C, H, W]
     x,  # map [N, C, H, W]
     dx,  # map [N, C, H, W]
     weight_ptr,  # [C] or None
     sums_ptr,  # [programs, 2, C], of dy * xhat and of dy
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     EPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)); a program also sums dy * xhat and dy over its pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     wanted = (c < C)[None, :]
     if weight_ptr is not None:
         weight = channel(weight_ptr, c, C, TILE.ACC)
@@ -122,7 +134,7 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     if x.numel():
         s = _stream(x, y)
         weight, bias = dense(weight, bias)
-        _layer_norm_kernel[s.grid](*s.maps, weight, bias, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps)
+        _layer_norm_kernel[s.grid](*s.maps, weight, bias, *s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps)
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +150,7 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx
     x_map, dy_map, dx_map = s.maps
     (weight,) = dense(weight)
     _layer_norm_backward_kernel[s.grid](
-        dy_map, x_map, dx_map, weight, sums, s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps
+        dy_map, x_map, dx_map, weight, sums, *s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps
     )
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .activations import slope
 from .channel_affine import affine
-from .stream import Stream, channel, dense, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", *SHARE])
 def _live_norm_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, H, W]
@@ -36,14 +36,20 @@ def _live_norm_kernel(
     b_ptr,  # [C], b; dweight
     plus_ptr,  # [C] or None: what dy lacks at each pixel
     count,
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     GROUPS: tl.constexpr,  # whether channels share statistics
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """dx of a program's share of the pixels, given the sums of all."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     at = c % share.period
     mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, at, C, TILE.BC, TILE.ACC)
     pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight of a channel by itself
@@ -85,7 +91,7 @@ def launch_live_norm(
         a, b = pulls(sums, weight, together) if together > 1 else sums
         vectors, count = dense(mean, rstd, weight, bias, a, b, plus), s.pixels * together
         _live_norm_kernel[s.grid](
-            *s.maps, *vectors, count, s.share, GROUPS=together > 1, ACT=act, TILE=s.tile, num_warps=s.num_warps
+            *s.maps, *vectors, count, *s.share, GROUPS=together > 1, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
 
 

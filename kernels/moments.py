@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
-from .stream import Stream, channel, dense, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS, merge_blocks, merge_chunk
 from .windows import empty_map, nhwc
 
@@ -37,17 +37,23 @@ def _merge_rows(count, mean, m2):
     return overall, tl.sum(m2 + count[:, None] * away * away, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _moments_kernel(
     x,  # map [N, C, H, W]
     mean_ptr,  # [programs, C], C folded
     m2_ptr,  # [programs, C]
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     TILE: tl.constexpr,
 ):
     """Mean and m2 of a program's share of the pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     BM: tl.constexpr = TILE.BM
     BC: tl.constexpr = TILE.BC
     count = tl.zeros((BM,), TILE.ACC)
@@ -128,7 +134,7 @@ def tile_moments(y, inside, count, ACC: tl.constexpr):
     return mean, tl.sum(away * away, 0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", *SHARE])
 def _moments_backward_kernel(
     x,  # map [N, C, H, W]
     addend,  # map [N, C, H, W] or None
@@ -137,12 +143,18 @@ def _moments_backward_kernel(
     dmean_ptr,  # [C] or None
     dvar_ptr,  # [C]
     count,
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     TILE: tl.constexpr,
 ):
     """dx = dmean / count + 2 (x - mean) dvar / count + addend of a program's share of the pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
-    C = whole(share.C, TILE.VEC)
     at = c % share.period
     mean = channel(mean_ptr, at, C, TILE.ACC)
     slope_x = 2 * channel(dvar_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
@@ -166,7 +178,7 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = Stream("moments", MOST_BLOCK_CHANNELS, x, fold=True)
     parts = torch.empty(2, s.grid[0] * s.folds, x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
-    _moments_kernel[s.grid](*s.maps, *parts, s.share, TILE=s.tile, num_warps=s.num_warps)
+    _moments_kernel[s.grid](*s.maps, *parts, *s.share, TILE=s.tile, num_warps=s.num_warps)
     # Rows of pixels as they are folded: a part is a column of them, so high as a program's share.
     return merge_parts(parts, (s.length, 1), (s.share.pixels, s.folds))
 
@@ -248,7 +260,9 @@ def launch_moments_backward(
     if x.numel():
         s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx, fold=True)
         mean, dmean, dvar = dense(mean, dmean, dvar)
-        _moments_backward_kernel[s.grid](*s.maps, mean, dmean, dvar, count, s.share, TILE=s.tile, num_warps=s.num_warps)
+        _moments_backward_kernel[s.grid](
+            *s.maps, mean, dmean, dvar, count, *s.share, TILE=s.tile, num_warps=s.num_warps
+        )
 
 
 @torch.library.custom_op("gigamorph::moments_backward", mutates_args=())

@@ -16,25 +16,32 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, slope, slope_reference
 from .choice import run_fastest
-from .stream import Stream, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
 from .windows import empty_map, is_dense, nhwc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARE)
 def _act_grad_kernel(
     dy,  # map [N, C, H, W]
     gate,  # map [N, C, H, W]
     dz,  # map [N, C, H, W]
-    share,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """dz = dy * act'(gate) of a program's share of the pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
-        keep = (p < share.pixels)[:, None] & (c < whole(share.C, TILE.VEC))[None, :]
+        keep = (p < share.pixels)[:, None] & (c < C)[None, :]
         d = load(dy, p, c, keep, share, TILE) * slope(load(gate, p, c, keep, share, TILE), ACT)
         store(dz, p, c, keep, d, share, TILE)
 
@@ -51,7 +58,7 @@ def launch_act_grad(dy: Tensor, gate: Tensor, act: str, dz: Tensor) -> None:
         width = math.gcd(dy.numel(), MOST_BLOCK_CHANNELS)
         dy, gate, dz = (t.permute(0, 2, 3, 1).view(1, 1, -1, width).permute(0, 3, 1, 2) for t in (dy, gate, dz))
     s = Stream("act_grad", MOST_BLOCK_CHANNELS, dy, gate, dz)
-    _act_grad_kernel[s.grid](*s.maps, s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps)
+    _act_grad_kernel[s.grid](*s.maps, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps)
 
 
 @torch.library.custom_op("gigamorph::act_grad", mutates_args=())

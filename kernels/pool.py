@@ -35,7 +35,7 @@ NO_TAP = tl.constexpr(255)
 
 
 class Sizes(NamedTuple):
-    """Rows and columns of x and of y, channels, and blocks of channels."""
+    """Rows and columns of x and of y, channels, and blocks of channels; given one by one, as a `Share`."""
 
     H: int
     W: int
@@ -75,12 +75,17 @@ def _at(m, n, i, j, c, VEC: tl.constexpr):
     return m.ptr + place(m, n, i, j, VEC)[:, None] + c[None, :]
 
 
-@triton.jit(do_not_specialize=["top", "left"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "top", "left"])
 def _max_pool2d_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, OH, OW] or None
     taps,  # map [N, C, OH, OW] of bytes, or None
-    sizes,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    blocks,
     top,
     left,
     stride_h,
@@ -95,15 +100,15 @@ def _max_pool2d_kernel(
     BC: tl.constexpr = POOL.BC
     PIXELS: tl.constexpr = POOL.BH * POOL.BW
     pid = tl.program_id(0)
-    n, i, j, inside = _tile_pixels(pid // sizes.blocks, sizes.OH, sizes.OW, POOL.BH, POOL.BW)
-    c = (pid % sizes.blocks).to(tl.int64) * BC + tl.arange(0, BC)
-    wanted = (c < whole(sizes.C, POOL.VEC))[None, :]
+    n, i, j, inside = _tile_pixels(pid // blocks, OH, OW, POOL.BH, POOL.BW)
+    c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
+    wanted = (c < whole(C, POOL.VEC))[None, :]
     keep = inside[:, None] & wanted
 
     # A window of -inf gives its gradient to its first tap inside the map.
     h0, w0 = i * stride_h - top, j * stride_w - left
     r0, s0 = tl.cdiv(tl.maximum(-h0, 0), dil_h), tl.cdiv(tl.maximum(-w0, 0), dil_w)
-    some = (r0 < POOL.R) & (s0 < S) & (h0 + r0 * dil_h < sizes.H) & (w0 + s0 * dil_w < sizes.W)
+    some = (r0 < POOL.R) & (s0 < S) & (h0 + r0 * dil_h < H) & (w0 + s0 * dil_w < W)
     none = tl.zeros((PIXELS, BC), tl.int32)
     tap = tl.where(some, r0 * S + s0, NO_TAP).to(tl.int32)[:, None] + none
     best = tl.full((PIXELS, BC), float("-inf"), POOL.ACC)
@@ -111,7 +116,7 @@ def _max_pool2d_kernel(
         h = h0 + r * dil_h
         for s in tl.static_range(S):
             w = w0 + s * dil_w
-            hit = (inside & (h >= 0) & (h < sizes.H) & (w >= 0) & (w < sizes.W))[:, None] & wanted
+            hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & wanted
             value = tl.load(_at(x, n, h, w, c, POOL.VEC), mask=hit, other=float("-inf")).to(POOL.ACC)
             better = (value > best) | (value != value)
             best = tl.where(better, value, best)
@@ -124,12 +129,17 @@ def _max_pool2d_kernel(
         tl.store(_at(taps, n, i, j, c, POOL.VEC), tap.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=["top", "left"])
+@triton.jit(do_not_specialize=[*Sizes._fields, "top", "left"])
 def _max_pool2d_grad_kernel(
     dy,  # map [N, C, OH, OW]
     taps,  # map [N, C, OH, OW] of bytes
     dx,  # map [N, C, H, W]
-    sizes,
+    H,
+    W,
+    OH,
+    OW,
+    C,
+    blocks,
     top,
     left,
     STRIDE_H: tl.constexpr,
@@ -144,10 +154,10 @@ def _max_pool2d_grad_kernel(
     PIXELS: tl.constexpr = POOL.BH * POOL.BW
     pid = tl.program_id(0)
     # Pixel (a*STRIDE_H + p - top, b*STRIDE_W + q - left): which taps may have chosen it depends on p and q alone.
-    steps_h, steps_w = tl.cdiv(sizes.H + top, STRIDE_H), tl.cdiv(sizes.W + left, STRIDE_W)
-    n, a, b, _ = _tile_pixels(pid // sizes.blocks, steps_h, steps_w, POOL.BH, POOL.BW)
-    c = (pid % sizes.blocks).to(tl.int64) * BC + tl.arange(0, BC)
-    wanted = (c < whole(sizes.C, POOL.VEC))[None, :]
+    steps_h, steps_w = tl.cdiv(H + top, STRIDE_H), tl.cdiv(W + left, STRIDE_W)
+    n, a, b, _ = _tile_pixels(pid // blocks, steps_h, steps_w, POOL.BH, POOL.BW)
+    c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
+    wanted = (c < whole(C, POOL.VEC))[None, :]
     for p in tl.static_range(STRIDE_H):
         for q in tl.static_range(STRIDE_W):
             total = tl.zeros((PIXELS, BC), POOL.ACC)
@@ -158,12 +168,12 @@ def _max_pool2d_grad_kernel(
                     for s in tl.static_range(S - 1, -1, -1):
                         if (q - s * DIL_W) % STRIDE_W == 0:
                             j = b + (q - s * DIL_W) // STRIDE_W
-                            hit = ((i >= 0) & (i < sizes.OH) & (j >= 0) & (j < sizes.OW))[:, None] & wanted
+                            hit = ((i >= 0) & (i < OH) & (j >= 0) & (j < OW))[:, None] & wanted
                             tap = tl.load(_at(taps, n, i, j, c, POOL.VEC), mask=hit, other=NO_TAP)
                             d = tl.load(_at(dy, n, i, j, c, POOL.VEC), mask=hit, other=0.0)
                             total += tl.where(tap.to(tl.int32) == r * S + s, d.to(POOL.ACC), 0.0)
             h, w = a * STRIDE_H + p - top, b * STRIDE_W + q - left
-            keep = ((h >= 0) & (h < sizes.H) & (w >= 0) & (w < sizes.W))[:, None] & wanted
+            keep = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & wanted
             tl.store(_at(dx, n, h, w, c, POOL.VEC), total.to(dx.ptr.dtype.element_ty), mask=keep)
 
 
@@ -201,7 +211,7 @@ def launch_max_pool2d(
         return
     programs, sizes, tile = _shared(x, wanted, wanted.shape[2:], kernel, (x, y, taps))
     window = geometry.top, geometry.left, *geometry.stride, *geometry.dilation
-    _max_pool2d_kernel[(programs,)](as_map(x), as_map(y), as_map(taps), sizes, *window, MASK=mask_act, POOL=tile)
+    _max_pool2d_kernel[(programs,)](as_map(x), as_map(y), as_map(taps), *sizes, *window, MASK=mask_act, POOL=tile)
 
 
 def launch_max_pool2d_backward(
@@ -224,7 +234,7 @@ def launch_max_pool2d_backward(
         as_map(dy),
         as_map(taps),
         as_map(dx),
-        sizes,
+        *sizes,
         geometry.top,
         geometry.left,
         *geometry.stride,

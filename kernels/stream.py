@@ -51,6 +51,11 @@ class Share(NamedTuple):
     steps: int
 
 
+# Given to kernels one by one: integers in a tuple are specialised on 1 and on multiples of 16 whatever
+# `do_not_specialize` names, and a kernel would be compiled anew for most sizes of maps.
+SHARE = list(Share._fields)
+
+
 class Tile(NamedTuple):
     """Known when compiled: pixels, channels of a tile; whether pixels lie equally far apart; channels of a vector."""
 

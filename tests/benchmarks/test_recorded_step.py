@@ -20,6 +20,7 @@ def network():
     layers = []
     for wide, narrow, stride in ((3, 32, 2), (32, 64, 1), (64, 64, 2)):
         layers += [nn.Conv2d(wide, narrow, 3, stride, 1), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 1, 1), nn.Conv2d(64, 64, 5, 1, 2, groups=64), nn.GroupNorm(4, 64), nn.SiLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()
 
 rows = start_up(network, 256, 90, [(1024, 1024), (1024, 1024), (1000, 968), (917, 1011)])

@@ -119,6 +119,14 @@ def _rows(height: int) -> None:
     _rows_kernel[(height,)](x, x, 1 << 16, 128)
 
 
+def _linear() -> None:
+    """A linear layer whose products are not made by tensor cores: their operands lie in registers."""
+    from gigamorph.kernels.layer_norm_linear import launch_linear_act
+
+    x, y = (torch.empty(1, 125, 125, c, device="meta").permute(0, 3, 1, 2) for c in (96, 384))
+    launch_linear_act(x, None, None, 1e-6, torch.empty(384, 96, device="meta"), None, "gelu", y)
+
+
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # name: (launch, what the verdict must contain; "" for none)
@@ -136,6 +144,7 @@ PLANTED = {
     "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
+    "no matrix unit": (_linear, ""),
     "compiler": (lambda: _product(bm=96), "power of 2"),
 }
 
