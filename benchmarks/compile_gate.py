@@ -75,9 +75,8 @@ def _unet() -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{
-        name: lambda name=name: create_model(name, num_classes=1000, in_channels=3) for name in ("resnet18", "resnet50")
-    },
+    "resnet18": lambda: create_model("resnet18", num_classes=2, in_channels=1),
+    "resnet50": lambda: create_model("resnet50", num_classes=1000, in_channels=3),
     **{name: lambda name=name: _timm(name) for name in ("efficientnet_b2", "convnext_tiny")},
     "unet": _unet,
     **{name: lambda name=name: _timm(name) for name in ("densenet121", "resnet50_gn", "seresnet50")},

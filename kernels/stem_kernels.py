@@ -22,15 +22,13 @@ NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
 
 class Pixels(NamedTuple):
-    """The image [N, C, H, W]: address, strides of image, channel, row, pixel; sizes; how pixels are normalised."""
+    """The image [N, C, H, W]: address, strides of image, channel, row, pixel; how pixels are normalised."""
 
     ptr: Tensor
     sn: int
     sc: int
     sh: int
     sw: int
-    H: int
-    W: int
     gain: Tensor | None  # [C]
     offset: Tensor | None  # [C]
     low: float | None
@@ -49,8 +47,13 @@ class Filters(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Rows and columns of conv outputs and of y; where the first windows begin and how far apart they are."""
+    """Rows and columns of image, conv outputs and y; where the first windows begin and how far apart they are.
 
+    Given one by one, as a `Share`.
+    """
+
+    H: int
+    W: int
     OH: int
     OW: int
     PH: int
@@ -79,12 +82,12 @@ class Form(NamedTuple):
 
 
 @triton.jit
-def _patches(image, x, row, columns, d, dtype: tl.constexpr, FORM: tl.constexpr):
+def _patches(image, x, at, row, columns, d, dtype: tl.constexpr, FORM: tl.constexpr):
     """[BM, BK] normalised pixels under taps d = (r * S + s) * C + c of filters that begin at `row` and `columns`."""
     c, s, r = d % FORM.C, d // FORM.C % FORM.S, d // (FORM.C * FORM.S)
     h = row + r  # [BK]
     w = columns[:, None] + s[None, :]  # [BM, BK]
-    hit = ((h >= 0) & (h < x.H) & (r < FORM.R))[None, :] & (w >= 0) & (w < x.W)
+    hit = ((h >= 0) & (h < at.H) & (r < FORM.R))[None, :] & (w >= 0) & (w < at.W)
     taps = h.to(tl.int64) * x.sh + s.to(tl.int64) * x.sw + c.to(tl.int64) * x.sc
     v = tl.load(image + (columns.to(tl.int64) * x.sw)[:, None] + taps[None, :], mask=hit, other=0).to(FORM.ACC)
     if x.gain is not None:
@@ -105,7 +108,7 @@ def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
     for b in range(tl.cdiv(w.depth, FORM.BK)):
         d = b * FORM.BK + tl.arange(0, FORM.BK)
         row, columns = ci * at.stride_h - at.top, cj * at.stride_w - at.left
-        a = _patches(image, x, row, columns, d, w.ptr.dtype.element_ty, FORM)
+        a = _patches(image, x, at, row, columns, d, w.ptr.dtype.element_ty, FORM)
         filters = tl.load(w.ptr + d[:, None] * w.width + k[None, :])
         acc = tl.dot(a, filters, acc, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
     if w.scale is not None:
@@ -129,13 +132,24 @@ def _store_row(y, spots, at_image, w, at, i, j, k, z, spot, FORM: tl.constexpr):
         tl.store(spots.ptr + pixels[:, None] + k[None, :], spot.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=["at", "lines", "strips", "segments"])
+@triton.jit(do_not_specialize=[*Places._fields, "lines", "strips", "segments"])
 def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
     y,  # map [N, K, PH, PW]
     spots,  # map [N, K, PH, PW] of bytes, or None
-    at,
+    H,
+    W,
+    OH,
+    OW,
+    PH,
+    PW,
+    top,
+    left,
+    stride_h,
+    stride_w,
+    pool_top,
+    pool_left,
     lines,  # rows of y of a program
     strips,  # programs of an image
     segments,  # programs of a row
@@ -144,6 +158,7 @@ def _stem_forward_kernel(
     """y, and its spots, in `lines` rows of BM pixels and BN filters."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
+    at = Places(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
     pid = tl.program_id(0)
     blocks = tl.cdiv(w.K, BN)
     k = (pid % blocks) * BN + tl.arange(0, BN)
@@ -178,14 +193,25 @@ def _stem_forward_kernel(
             _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
 
 
-@triton.jit(do_not_specialize=["at", "tiles", "share", "segments"])
+@triton.jit(do_not_specialize=[*Places._fields, "tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
     dy,  # map [N, K, PH, PW]
     spots,  # map [N, K, PH, PW] of bytes
     g_ptr,  # [splits, K, depth], partial sums of dz^T patches
     s_ptr,  # [splits, K], partial sums of dz
-    at,
+    H,
+    W,
+    OH,
+    OW,
+    PH,
+    PW,
+    top,
+    left,
+    stride_h,
+    stride_w,
+    pool_top,
+    pool_left,
     K,
     depth,  # taps x channels
     tiles,  # segments of conv lines in all
@@ -199,6 +225,7 @@ def _stem_backward_kernel(
     BK: tl.constexpr = FORM.BK
     SIDE: tl.constexpr = 3 if FORM.POOL else 1  # of a pooling window
     STEP: tl.constexpr = 2 if FORM.POOL else 1
+    at = Places(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
     pid = tl.program_id(0)
     parts = tl.cdiv(depth, BK)
     blocks = tl.cdiv(K, BN)
@@ -229,7 +256,7 @@ def _stem_backward_kernel(
         sums += dz
         kind = dy.ptr.dtype.element_ty
         row, columns = ci * at.stride_h - at.top, cj * at.stride_w - at.left
-        v = _patches(x.ptr + n * x.sn, x, row, columns, d, kind, FORM)
+        v = _patches(x.ptr + n * x.sn, x, at, row, columns, d, kind, FORM)
         products = tl.dot(dz.to(kind).T, v, products, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
 
     to = split.to(tl.int64) * K + k  # [BN] rows of partial sums
@@ -244,8 +271,10 @@ def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Places, Form]:
     top, _, left, _ = stem.pool_padding or (0, 0, 0, 0)
     bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
     return (
-        Pixels(x, *x.stride(), *x.shape[2:], *dense(stem.gain, stem.offset), *bounds),
-        Places(*stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left),
+        Pixels(x, *x.stride(), *dense(stem.gain, stem.offset), *bounds),
+        Places(
+            *x.shape[2:], *stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left
+        ),
         Form(
             *(*stem.weight.shape[1:], tile.pixels, tile.filters, tile.taps),
             *(stem.pool_padding is not None, stem.act, dot_precision(kind), accumulator(kind)),
@@ -274,7 +303,7 @@ def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
     strips = triton.cdiv(rows, lines)
     x, at, form = _arguments(stem, tile)
     _stem_forward_kernel[(n * strips * segments * blocks,)](
-        x, _filters(stem, tile), as_map(y), as_map(spots), at, lines, strips, segments, FORM=form, **tile.options
+        x, _filters(stem, tile), as_map(y), as_map(spots), *at, lines, strips, segments, FORM=form, **tile.options
     )
 
 
@@ -309,7 +338,7 @@ def stem_backward(
     shifts = torch.empty(splits, k, dtype=dweight.dtype, device=dy.device)
     x, at, form = _arguments(stem, tile)
     _stem_backward_kernel[(splits * triton.cdiv(k, tile.filters) * triton.cdiv(depth, tile.taps),)](
-        x, as_map(dy), as_map(spots), sums, shifts, at, k, depth, tiles, share, segments, FORM=form, **tile.options
+        x, as_map(dy), as_map(spots), sums, shifts, *at, k, depth, tiles, share, segments, FORM=form, **tile.options
     )
     total = sums.sum(0)
     if dshift is not None:

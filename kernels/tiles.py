@@ -169,7 +169,9 @@ def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
         normalised: whether pixels are.
     """
     side = 64 if weight.dtype.itemsize <= 2 else 32
-    return _stem_tile(weight, width, side, side, 32, roomy=normalised or weight.shape[1] > 1)
+    roomy = normalised or weight.shape[1] > 1
+    # Of 32 of a mammogram's 49 taps at a time some registers would spill on sm_90 and sm_100.
+    return _stem_tile(weight, width, side, side, 32 if roomy or side == 32 else 16, roomy)
 
 
 def stem_backward_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:

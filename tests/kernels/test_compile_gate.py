@@ -5,6 +5,7 @@ children without TRITON_INTERPRET. As a script, this file gates its planted kern
 a small network.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -127,6 +128,21 @@ def _linear() -> None:
     launch_linear_act(x, None, None, 1e-6, torch.empty(384, 96, device="meta"), None, "gelu", y)
 
 
+def _stem() -> None:
+    """The first layers on an image of one channel."""
+    from gigamorph.kernels.stem_kernels import stem_forward
+    from gigamorph.kernels.stem_reference import Stem
+    from gigamorph.kernels.windows import ConvGeometry
+
+    image, weight = (
+        torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1, 512, 512), (64, 1, 7, 7))
+    )
+    geometry, plain = ConvGeometry(2, 2, 3, 3, 3, 3), (None, None, None, None, -math.inf, math.inf)
+    stem = Stem(image, weight, *plain, geometry, (1, 1, 1, 1), "relu")
+    y, spots = (torch.empty(1, 128, 128, 64, dtype=d, device="meta") for d in (torch.bfloat16, torch.uint8))
+    stem_forward(stem, y.permute(0, 3, 1, 2), spots.permute(0, 3, 1, 2))
+
+
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # name: (launch, what the verdict must contain; "" for none)
@@ -145,6 +161,7 @@ PLANTED = {
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
     "no matrix unit": (_linear, ""),
+    "stem": (_stem, ""),
     "compiler": (lambda: _product(bm=96), "power of 2"),
 }
 
