@@ -153,7 +153,7 @@ def wanted(
 
 
 def _any_depth(specialization: str) -> str:
-    return re.sub(r"\bCIN=\d+", "CIN", specialization)
+    return re.sub(r"'CIN': \('constexpr', \d+\)", "'CIN'", specialization)
 
 
 def gate(chip: int, cases: Iterable[Case]) -> list[Row]:

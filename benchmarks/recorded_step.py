@@ -100,8 +100,8 @@ def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tu
     """Multiply-adds of a convolution in descriptor form, wanted and made, and its tiles; nothing of other kernels."""
     if kernel not in ("conv2d_descriptor_kernel", "wgrad_descriptor_kernel"):
         return ()
-    product, steps = given["P"], given["STEPS"]
-    taps, depth = product.R * product.S, steps.CIN
+    product = given["P"]
+    taps, depth = product.R * product.S, given["CIN"]
     if kernel == "conv2d_descriptor_kernel":
         n, lines, run, filters = given["y_desc"].shape
         turns = taps * -(-depth // product.BK)
@@ -192,7 +192,7 @@ def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int
         binder = self.device_caches[chip][-1]
         _, specialization, given = binder(*args, **options, debug=False)
         share = tensor_work(self.__name__, dict(zip(self.arg_names, args, strict=False)) | options, grid)
-        form = f"{specialization} {sorted(given.items(), key=str)}"
+        form = f"{dict(zip(self.arg_names, specialization, strict=True))} {sorted(given.items(), key=str)}"
         launches.append(Launch(self.__name__, form, math.prod(grid), *share))
 
     def choose(op: str, key: Any, candidates: Any, work: int = 0, like: Tensor | None = None) -> str:

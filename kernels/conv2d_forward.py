@@ -211,10 +211,11 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         filters,
         down,
         across,
-        geometry.dilation_h,
+        geometry.dilation_h if work.options["P"].R > 1 else 1,
         *phases.shifts,
         *work.residual_at,
-        STEPS=Steps(work.depth, *geometry.stride, geometry.dilation_w, work.turn),
+        CIN=work.depth,
+        STEPS=Steps.of(work.options["P"][:2], geometry, work.turn),
         **work.options,
     )
     return None if sums is None else merge_parts(sums, (rows, cols), (lines, run))

@@ -25,6 +25,7 @@ from .moments import tile_moments
 from .precision import dot_precision
 from .stream import place
 from .tuning import Config
+from .windows import ConvGeometry
 
 
 class Product(NamedTuple):
@@ -63,17 +64,24 @@ class Turn(NamedTuple):
     def of(cls, rows: Sequence[int], cols: Sequence[int], weight: Tensor) -> Turn:
         """Of the taps, in descending order, of filters (CIN, COUT, rows, columns)."""
         steps = [taps[0] - taps[1] if len(taps) > 1 else 1 for taps in (rows, cols)]
-        return cls(rows[0], steps[0], cols[0], steps[1], weight.shape[3], weight.shape[1])
+        whole = weight.shape[3], weight.shape[1]
+        alone = max(rows) == max(cols) == 0  # then they do not matter: one compiled kernel for all of them
+        return cls(rows[0], steps[0], cols[0], steps[1], *((1, 1) if alone else whole))
 
 
 class Steps(NamedTuple):
-    """Known when compiled: input channels, steps from one output or tap to the next, and how filters are turned."""
+    """Known when compiled: steps from one output or tap to the next, and how filters are turned."""
 
-    CIN: int
     STRIDE_H: int
     STRIDE_W: int
     DIL_W: int
     TURN: Turn | None = None
+
+    @classmethod
+    def of(cls, kernel: tuple[int, int], geometry: ConvGeometry, turn: Turn | None = None) -> Steps:
+        """With steps of one along an axis of one tap, where they do not matter: one compiled kernel for all of them."""
+        (r, s), (down, across) = kernel, geometry.stride
+        return cls(down if r > 1 else 1, across if s > 1 else 1, geometry.dilation_w if s > 1 else 1, turn)
 
 
 @triton.jit
@@ -88,11 +96,12 @@ def _gemm_phase(
     dil_h,
     FIRST_R: tl.constexpr,
     FIRST_S: tl.constexpr,
+    CIN: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
     """acc += the taps r = FIRST_R, FIRST_R + stride, ... and s likewise; tap 0 of the phase lies at `row`, `col`."""
-    KC: tl.constexpr = (STEPS.CIN + P.BK - 1) // P.BK
+    KC: tl.constexpr = (CIN + P.BK - 1) // P.BK
     ROWS: tl.constexpr = (P.R - FIRST_R + STEPS.STRIDE_H - 1) // STEPS.STRIDE_H
     TAPS: tl.constexpr = (P.S - FIRST_S + STEPS.STRIDE_W - 1) // STEPS.STRIDE_W
     # One flat loop, so that loads run ahead across taps; a loop per tap would drain the pipeline at each of them.
@@ -104,7 +113,7 @@ def _gemm_phase(
         col_in = col + (s * STEPS.DIL_W - FIRST_S) // STEPS.STRIDE_W
         a = x_desc.load([n, row_in, col_in, c0]).reshape(P.BM, P.BK)
         if STEPS.TURN is None:
-            w = w_desc.load([k0, (r * P.S + s) * STEPS.CIN + c0]).T
+            w = w_desc.load([k0, (r * P.S + s) * CIN + c0]).T
         else:
             T: tl.constexpr = STEPS.TURN
             w = w_desc.load([c0, ((T.ROW - r * T.ROW_STEP) * T.WIDTH + T.COL - s * T.COL_STEP) * T.COUT + k0])
@@ -126,6 +135,7 @@ def gemm(
     k0,
     dil_h,
     WIDTH: tl.constexpr,
+    CIN: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -133,13 +143,13 @@ def gemm(
     BM: tl.constexpr = P.BM
     ODD_W: tl.constexpr = STEPS.STRIDE_W == 2 and P.S > 1
     acc = tl.zeros((BM, WIDTH) if P.ROWS == 1 else (WIDTH, BM), P.ACC)
-    acc = _gemm_phase(acc, x[0], w_desc, n, i + shifts[0], j + shifts[2], k0, dil_h, 0, 0, STEPS, P)
+    acc = _gemm_phase(acc, x[0], w_desc, n, i + shifts[0], j + shifts[2], k0, dil_h, 0, 0, CIN, STEPS, P)
     if ODD_W:
-        acc = _gemm_phase(acc, x[1], w_desc, n, i + shifts[0], j + shifts[3], k0, dil_h, 0, 1, STEPS, P)
+        acc = _gemm_phase(acc, x[1], w_desc, n, i + shifts[0], j + shifts[3], k0, dil_h, 0, 1, CIN, STEPS, P)
     if STEPS.STRIDE_H == 2 and P.R > 1:
-        acc = _gemm_phase(acc, x[2], w_desc, n, i + shifts[1], j + shifts[2], k0, dil_h, 1, 0, STEPS, P)
+        acc = _gemm_phase(acc, x[2], w_desc, n, i + shifts[1], j + shifts[2], k0, dil_h, 1, 0, CIN, STEPS, P)
         if ODD_W:
-            acc = _gemm_phase(acc, x[3], w_desc, n, i + shifts[1], j + shifts[3], k0, dil_h, 1, 1, STEPS, P)
+            acc = _gemm_phase(acc, x[3], w_desc, n, i + shifts[1], j + shifts[3], k0, dil_h, 1, 1, CIN, STEPS, P)
     return acc if P.ROWS == 1 else acc.T
 
 
@@ -231,6 +241,7 @@ def conv2d_descriptor_kernel(
     residual_left,  # where in y the residual begins; around it are zeros
     ACT: tl.constexpr,
     MASK: tl.constexpr,
+    CIN: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -245,7 +256,7 @@ def conv2d_descriptor_kernel(
     n = line // lines
     i = (line % lines) * P.ROWS
     x = (x_desc, x01_desc, x10_desc, x11_desc)
-    acc = gemm(x, w_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), k0, dil_h, P.BN, STEPS, P)
+    acc = gemm(x, w_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), k0, dil_h, P.BN, CIN, STEPS, P)
     maps = (residual_desc, mask_desc, y_desc, z_desc)
     vectors = (scale_ptr, shift_ptr, mean_ptr, m2_ptr)
     at = (residual_top, residual_left)

@@ -198,6 +198,7 @@ def _by_descriptors(work: _Work) -> None:
         cut.length,
         dy.shape[2],
         dy.shape[1],
+        depth,
         cut.segments,
         cut.total,
         cut.share,
@@ -205,7 +206,7 @@ def _by_descriptors(work: _Work) -> None:
         geometry.dilation_h,
         shift_even,
         shift_odd,
-        STEPS=Steps(depth, *geometry.stride, geometry.dilation_w),
+        STEPS=Steps(*geometry.stride, geometry.dilation_w),
         **options,
     )
 

@@ -28,6 +28,7 @@ def wgrad_descriptor_kernel(
     length,  # elements from one split to the next
     OH,
     K,
+    CIN,
     segments,
     total,
     share,  # segments per row, of all rows, per split
@@ -47,7 +48,7 @@ def wgrad_descriptor_kernel(
     BK: tl.constexpr = P.BK
     # Programs of one split read the same pixels: they run together and share them in L2.
     blocks_k = tl.cdiv(K, BM)
-    blocks_c: tl.constexpr = (STEPS.CIN + BN - 1) // BN
+    blocks_c = tl.cdiv(CIN, BN)
     pid = tl.program_id(0)
     k0 = (pid % blocks_k) * BM
     c0 = (pid // blocks_k % blocks_c) * BN
@@ -92,10 +93,10 @@ def wgrad_descriptor_kernel(
         accs = added
 
     k, c = k0 + tl.arange(0, BM), c0 + tl.arange(0, BN)
-    keep = (c < STEPS.CIN)[:, None] & (k < K)[None, :]
+    keep = (c < CIN)[:, None] & (k < K)[None, :]
     base = split.to(tl.int64) * length
     for s in tl.static_range(S):
-        at = dw_ptr + base + k[None, :] * (P.R * S * STEPS.CIN) + (r * S + s) * STEPS.CIN + c[:, None]  # [BN, BM]
+        at = dw_ptr + base + k[None, :] * (P.R * S * CIN) + (r * S + s) * CIN + c[:, None]  # [BN, BM]
         acc = accs[s]
         if ADD:
             acc += tl.load(at, mask=keep)

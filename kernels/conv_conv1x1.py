@@ -53,6 +53,7 @@ def _conv_conv1x1_kernel(
     M: tl.constexpr,
     MID_ACT: tl.constexpr,
     ACT: tl.constexpr,
+    CIN: tl.constexpr,
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
@@ -65,7 +66,7 @@ def _conv_conv1x1_kernel(
     i = (line % lines) * P.ROWS
 
     x = (x_desc, x01_desc, x10_desc, x11_desc)
-    acc = gemm(x, w1_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), 0, 1, M, STEPS, P)
+    acc = gemm(x, w1_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), 0, 1, M, CIN, STEPS, P)
     acc += tl.load(shift1_ptr + tl.arange(0, M)).to(P.ACC)[None, :]
     h = activate(acc, MID_ACT).to(x_desc.dtype)  # [BM, M]
 
@@ -150,7 +151,8 @@ def conv_conv1x1_launch(
         M=mid,
         MID_ACT=mid_act,
         ACT=act,
-        STEPS=Steps(depth, *geometry.stride, 1),
+        CIN=depth,
+        STEPS=Steps(*geometry.stride, 1),
         P=Product.of((r, s), config, x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
