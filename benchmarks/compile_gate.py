@@ -114,12 +114,24 @@ def scenes(quick: bool) -> Iterator[Scene]:
 Case = tuple[str, Callable[[], object]]
 
 
-def record(scene: Scene, chip: int) -> list[Call]:
-    """The distinct calls of our ops in a step."""
+def record(scene: Scene, chip: int, quick: bool = False) -> list[tuple[Call, frozenset[str]]]:
+    """The distinct calls of our ops in a step, and the keys of their launches; `quick`: as for `keys_of`."""
     network = NETWORKS[scene.network]().train(scene.live)
     tile = (scene.tile or max(scene.size),) * 2
     shape = (1, network_channels(network), *scene.size)
-    return list(calls_of_step(network, shape, tile, chip, scene.training, DTYPES[scene.dtype]))
+    calls = calls_of_step(network, shape, tile, chip, scene.training, DTYPES[scene.dtype])
+    return [(call, keys_of(call, chip, quick)) for call in calls]
+
+
+@functools.cache  # steps of a network have most of their calls in common
+def keys_of(call: Call, chip: int, quick: bool) -> frozenset[str]:
+    """The keys of a call's launches; `quick`: alike where only input channels of a loop differ."""
+    launches: list[Launch] = []
+    with noted(chip, launches, []):
+        call.run()
+    if quick:
+        launches = [replace(one, specialization=_any_depth(one.specialization)) for one in launches]
+    return frozenset(map(key, launches))
 
 
 def network_channels(network: nn.Module) -> int:
@@ -127,28 +139,17 @@ def network_channels(network: nn.Module) -> int:
 
 
 def wanted(
-    recorded: Iterable[tuple[str, list[Call]]], chip: int, seen: set[str], quick: bool = False
+    recorded: Iterable[tuple[str, list[tuple[Call, frozenset[str]]]]], seen: set[str]
 ) -> list[tuple[str, Call, set[str]]]:
-    """Of all calls those with a launch that is not among the `seen`: the scene, the call, the keys of what is new.
-
-    `quick`: of launches whose code differs only in how often a loop over the input channels runs, the first alone.
-    """
-    seen, known = set(seen), set[Call]()
+    """Of all calls those with a launch that is not among the `seen`: the scene, the call, the keys of what is new."""
+    seen = set(seen)
     found = []
     for scene, calls in recorded:
-        for call in calls:
-            if call in known:
-                continue
-            known.add(call)
-            launches: list[Launch] = []
-            with noted(chip, launches, []):
-                call.run()
-            if quick:
-                launches = [replace(one, specialization=_any_depth(one.specialization)) for one in launches]
-            keys = {key(launch) for launch in launches} - seen
-            if keys:
-                seen |= keys
-                found.append((scene, call, keys))
+        for call, keys in calls:
+            new = set(keys) - seen
+            if new:
+                seen |= new
+                found.append((scene, call, new))
     return found
 
 
@@ -216,8 +217,9 @@ def main() -> int:
     chips = [options.chip] if options.chip else CHIPS
     with ProcessPoolExecutor(options.jobs) as pool:
         for chip in chips:
-            steps = show(pool.map(record, chosen, itertools.repeat(chip)), f"sm_{chip} steps", len(chosen))
-            found = wanted(zip(map(str, chosen), steps, strict=True), chip, file.keys.get(chip, set()), options.quick)
+            recorded = pool.map(record, chosen, itertools.repeat(chip), itertools.repeat(options.quick))
+            steps = show(recorded, f"sm_{chip} steps", len(chosen))
+            found = wanted(zip(map(str, chosen), steps, strict=True), file.keys.get(chip, set()))
             calls = [entry for entry in found if not only or entry[1].name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
             compiled = pool.map(_compile, itertools.repeat(chip), chunks)
