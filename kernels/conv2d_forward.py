@@ -211,7 +211,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         filters,
         down,
         across,
-        geometry.dilation_h if work.options["P"].R > 1 else 1,
+        geometry.dilation_h,
         *phases.shifts,
         *work.residual_at,
         CIN=work.depth,

@@ -277,9 +277,8 @@ def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters
     """
     if interpreting() or forced_config() is not None:
         return matmul_config(device, dtype, 1, 1, pixels, filters, channels, described=False)
-    if (
-        dtype.itemsize > 2 and dot_precision(dtype, linear=True) == "ieee"
-    ):  # without tensor cores, operands in registers
+    # Without tensor cores operands lie in registers.
+    if dtype.itemsize > 2 and dot_precision(dtype, linear=True) == "ieee":
         return Config("pointer", 64 if dtype.itemsize == 4 else 32, power_of_two(filters, 16, 32), 16, 4, 3)
     return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
 
