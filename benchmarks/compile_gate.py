@@ -11,7 +11,7 @@ Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit cod
 The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels are those without descriptors.
 The launches are those that the engine makes (`recorded_step.py`): of eight networks with frozen and with live norms, in
 bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and of an image of 32768 x 32768
-in one tile. The last line holds the worst figures.
+in one tile. The table at the end holds the worst figures of each kernel, the last line those of all.
 
 All of it takes hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has
 for the chips.
@@ -43,7 +43,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compile_only import MI300, compile_only, read_code  # noqa: E402
-from compile_rows import Row, RowFile, key, summary, table  # noqa: E402
+from compile_rows import Row, RowFile, by_kernel, key, summary, table  # noqa: E402
 from compile_verdict import faults  # noqa: E402
 from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -228,6 +228,7 @@ def main() -> int:
     rows = [row for chip in chips for row in file.rows.get(chip, ())]
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table([row for row in rows if row.faults or not options.faults]))
+    console.print(by_kernel(rows))
     console.print(summary(rows, time.perf_counter() - began), soft_wrap=True)
     return 1 if any(row.faults for row in rows) or not rows else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -108,6 +109,28 @@ def table(rows: list[Row]) -> Table:
             str(row.loads),
             row.matrix,
             verdict,
+        )
+    return result
+
+
+def by_kernel(rows: list[Row]) -> Table:
+    """Of each kernel on each chip how often it was compiled, the most that any needs, and how many have faults."""
+    result = Table(box=None, pad_edge=False)
+    for heading in ("sm", "kernel", "compiled", "shared", "regs", "blocks", "matrix", "TMA", "faults"):
+        result.add_column(heading, justify="left" if heading in ("kernel", "matrix") else "right")
+    built = sorted((row for row in rows if row.kernel), key=lambda row: (row.chip, row.kernel))
+    for (chip, kernel), group in itertools.groupby(built, key=lambda row: (row.chip, row.kernel)):
+        same = list(group)
+        result.add_row(
+            str(chip),
+            kernel,
+            str(len(same)),
+            f"{max(row.shared for row in same):,}",
+            str(max(row.registers for row in same)),
+            str(min(row.blocks for row in same)),
+            " ".join(sorted({row.matrix for row in same} - {""})),
+            str(sum(row.loads > 0 for row in same)),
+            str(sum(bool(row.faults) for row in same)),
         )
     return result
 

@@ -33,3 +33,17 @@ def test_rows_are_kept_until_code_changes(compile_rows, tmp_path, monkeypatch):
 
 def test_nothing_compiled_is_a_failure(compile_rows):
     assert compile_rows.summary([], 1.0).startswith("FAIL: 0 kernels")
+
+
+def test_the_worst_of_each_kernel_is_told(compile_rows):
+    rows = [
+        compile_rows.Row("a", 90, "conv", shared=64, registers=90, blocks=3, matrix="wgmma", loads=6),
+        compile_rows.Row("b", 90, "conv", shared=1024, registers=70, blocks=2, faults=("3 spills",)),
+        compile_rows.Row("c", 80, "conv", shared=32, registers=60, blocks=4, matrix="mma"),
+        compile_rows.Row("d", 90, "", faults=("CompilationError: none",)),
+    ]
+    cells = zip(*(list(column.cells) for column in compile_rows.by_kernel(rows).columns), strict=True)
+    assert list(cells) == [
+        ("80", "conv", "1", "32", "60", "4", "mma", "0", "0"),
+        ("90", "conv", "2", "1,024", "90", "2", "wgmma", "1", "1"),
+    ]
