@@ -16,6 +16,7 @@ from ..engine.tiling.memory import available_bytes, format_bytes
 from ..engine.versions import TESTED, versions
 from ..kernels import winograd
 from ..kernels.choice import failures
+from .words import counted
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
 _SAFE_LIGHTNING = (2, 6, 6)
@@ -114,7 +115,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
             "system",
             f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
         ),
-        ("CPU", f"{machine.cores} cores usable, torch uses {machine.threads} threads"),
+        ("CPU", f"{counted(machine.cores, 'core')} usable, torch uses {counted(machine.threads, 'thread')}"),
         ("memory", f"{format_bytes(machine.memory)} available"),
         ("CPU steps", "allocate in an arena" if machine.arena_lacks is None else "allocate in the C library's heap"),
         ("CPU 3 x 3", f"oneDNN: {machine.winograd_lacks}" if machine.winograd_lacks else "Winograd's filtering"),
@@ -203,7 +204,7 @@ def _of_host(machine: Machine) -> Iterator[Problem]:
     if machine.threads > machine.cores:
         yield Problem(
             "warning",
-            f"torch uses {machine.threads} threads on {machine.cores} usable cores, which slows every step",
+            f"torch uses {counted(machine.threads, 'thread')} on {counted(machine.cores, 'usable core')}, which slows every step",
             f"export OMP_NUM_THREADS={machine.cores}",
         )
     if machine.arena_lacks is not None:
