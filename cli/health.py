@@ -204,7 +204,7 @@ def _of_host(machine: Machine) -> Iterator[Problem]:
     if machine.threads > machine.cores:
         yield Problem(
             "warning",
-            f"torch uses {counted(machine.threads, 'thread')} on {counted(machine.cores, 'usable core')}, which slows every step",
+            f"torch uses {machine.threads} threads on {counted(machine.cores, 'usable core')}, which slows every step",
             f"export OMP_NUM_THREADS={machine.cores}",
         )
     if machine.arena_lacks is not None:

@@ -77,7 +77,7 @@ def start(
     """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones.
 
     Args:
-        stopped: what a Ctrl-C says, a line of the first process or of that which has started them.
+        stopped: what a Ctrl-C, or SIGTERM, says: a line of the first process or of that which has started them.
     """
     from ..engine.parallel import launch
 
@@ -93,9 +93,12 @@ def start(
 
 @contextlib.contextmanager
 def stopping(stopped: Callable[[], str]) -> Iterator[None]:
-    """Inside, a Ctrl-C says this line, in the first process or in that which has started others."""
+    """Inside, a Ctrl-C, or SIGTERM, says this line, in the first process or in that which has started others."""
+    from ..engine.parallel.launch import terminated_as_interrupted
+
     try:
-        yield
+        with terminated_as_interrupted():
+            yield
     except KeyboardInterrupt as error:
         if leads():
             click.echo(stopped(), err=True)

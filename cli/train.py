@@ -377,6 +377,8 @@ def _train_folds(
     assert folds is not None
     if (out / "last.ckpt").exists():
         raise GigamorphError(f"{out}: holds a run without folds, or one fold; name another folder")
+    if resume:
+        _require_as_many(out, folds)
     read: Chosen | None = None
     for number in range(1, folds + 1):
         folder = out / f"fold{number}"
@@ -391,6 +393,17 @@ def _train_folds(
         start(_train, count, device, config.timeout, stopped, table, config, folder, begun, tell, (number, folds), read)
     for line in summarise(out, folds):
         tell.say(line)
+
+
+def _require_as_many(out: Path, folds: int) -> None:
+    """Patients are drawn into other folds by another number."""
+    from ..engine.errors import GigamorphError
+    from ..engine.train.config import read_saved
+
+    if (out / SAVED).is_file():
+        before = read_saved(out / SAVED).get("data", {}).get("folds")
+        if before is not None and before != folds:
+            raise GigamorphError(f"{out}: was begun with {before} folds, not {folds}; resume with as many")
 
 
 def _read_for_folds(table: str, config: TrainConfig, device: str, count: int, tell: Teller) -> Chosen:

@@ -18,6 +18,7 @@ from ..files import write_atomically
 from ..images.rawfile import brief
 from ..train.data import Images
 from ..train.run import Run
+from ..train.splits import hash_of_reading
 from ..versions import versions_of_results
 from .claims import Synthetic, judge
 
@@ -73,6 +74,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         # It is passed on: it tells whether the data are the same, not who is in them.
         "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
         "truth_sha256": hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest(),
+        "reading_sha256": hash_of_reading({"": records}),
     }
     there = path.exists()
     if there and not run.resume:
@@ -94,6 +96,9 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         raise DataError(f"{path}: belongs to other data or another split; resume with the table it was begun with")
     if stored.get("truth_sha256", note["truth_sha256"]) != note["truth_sha256"]:  # older runs do not say
         told = "was begun with other labels, findings, sides, views or exams of the same images"
+        raise DataError(f"{path}: {told}; resume with the table it was begun with")
+    if stored.get("reading_sha256", note["reading_sha256"]) != note["reading_sha256"]:
+        told = "was begun with other frames, sides or white levels of the same images"
         raise DataError(f"{path}: {told}; resume with the table it was begun with")
     for key in ("recipe", "seed", "precision"):
         if stored.get(key) != note[key]:

@@ -49,7 +49,8 @@ class Epochs(Callback):
     the score is the best so far, before ``last.ckpt``: a kill between the two repeats the epoch and writes the same
     best state again. Lightning's own `ModelCheckpoint` knows no place inside an epoch.
 
-    A Ctrl-C lets the batch under way (or the scoring) finish, writes ``last.ckpt`` and raises `InterruptedTraining`.
+    A Ctrl-C, or SIGTERM, lets the batch under way (or the scoring) finish, writes ``last.ckpt`` and raises
+    `InterruptedTraining`.
     All processes of a group stop at the same place, at a Ctrl-C to any of them.
     """
 
@@ -59,6 +60,7 @@ class Epochs(Callback):
         self.at_end = EndOfEpoch(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._interrupt.listen()
         self._start_clock(pl_module)
 
     def _start_clock(self, module: pl.LightningModule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,15 +93,15 @@ def fit(
     processes; in other groups a process uses its current device.
 
     Returns:
-        The best checkpoint's scores on the validation and test images, with the hash of the split, time, peak memory
-        and versions, as in ``metrics.json``; its predictions; and the network with its parameters.
+        The best checkpoint's scores on the validation and test images, with the hash of the split, the seconds of all
+        epochs, peak memory and versions, as in ``metrics.json``; its predictions; and the network with its parameters.
 
     Raises:
         DataError: if the split leaks a patient or a checkpoint belongs to another split.
         GigamorphError: if the network does not take the images or gives other than a logit per class, ``out`` already
             holds a run, a file cannot be written, or ``accumulate`` is no multiple of the number of images that are
             computed at a time.
-        KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
+        KeyboardInterrupt: at Ctrl-C or SIGTERM, after ``last.ckpt`` was written.
     """
     out = Path(out)
     data.require_fit()
@@ -113,7 +112,6 @@ def fit(
         if watch.say is not None:
             watch.say(f"{last}: not there yet, so the run begins")
     record = _begun(make_record(data, options, group), data, options, last if resume else None)
-    started = time.monotonic()
     net = _network(record, data, options, None if resume else options.weights, group)
     if options.batch_norm == "frozen" and not any(isinstance(m, _BATCH_NORM) for m in net.modules()):
         log.warning("batch_norm has no effect: %s has no BatchNorm", options.model)
@@ -133,7 +131,7 @@ def fit(
     own = (out, options.seed, options.device, options.budget, resume, options.precision, report)
     run = Run(*own, log=watch.loggers, callbacks=watch.callbacks, begun=watch.begun, group=group)
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
-    metrics, found = _measure(task, data, record, trained, time.monotonic() - started)
+    metrics, found = _measure(task, data, record, trained)
     if group.leads:
         text = json.dumps(metrics, indent=1) + "\n"
         write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
@@ -195,7 +193,7 @@ def _task(
 
 
 def _measure(
-    task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: Trained, seconds: float
+    task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: Trained
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The scores of the best epoch, with what repeats the run, and the predictions or overlaps that they are of."""
     metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}
@@ -206,7 +204,7 @@ def _measure(
         found[name] = task.predict(data.parts[name], stage)
         metrics[name] = task.measures(found[name])
     metrics |= {
-        "seconds": round(seconds, 2),
+        "seconds": round(sum(row["seconds"] for row in trained.rows), 2),  # also of those before a run went on
         "peak_bytes": max(row["peak_bytes"] for row in trained.rows),
         "split_sha256": record["split"]["sha256"],
         "truth_sha256": record["split"]["truth_sha256"],
@@ -265,7 +263,7 @@ def _card(
             "best epoch": metrics["best_epoch"],
             "memory budget of a step": budget,
             "largest memory of the process": format_bytes(metrics["peak_bytes"]),
-            "seconds": metrics["seconds"],
+            "seconds of all epochs": metrics["seconds"],
             "hash of the split": metrics["split_sha256"],
             f"hash of the {'masks' if masks else 'labels'}": metrics["truth_sha256"],
         },

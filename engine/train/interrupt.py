@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first lets the work under way finish, a second one stops at once."""
+"""Ctrl-C, or SIGTERM, as a request: the first lets the work under way finish, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptedTraining(Exception):
@@ -14,10 +17,11 @@ class InterruptedTraining(Exception):
 
 
 class Interrupt:
-    """Whether a Ctrl-C has come. In threads other than the main one none can be waited for."""
+    """Whether a Ctrl-C has come, or SIGTERM. In threads other than the main one none can be waited for."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._former: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
@@ -27,19 +31,26 @@ class Interrupt:
             KeyboardInterrupt: in the place of `InterruptedTraining`, and of the exit that Lightning makes of a second
                 Ctrl-C.
         """
-        here = threading.current_thread() is threading.main_thread()
-        former = signal.getsignal(signal.SIGINT)
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, former)
-
-        if here:
-            signal.signal(signal.SIGINT, ask)
+        if threading.current_thread() is threading.main_thread():
+            self._former = {one: signal.getsignal(one) or signal.SIG_DFL for one in _SIGNALS}
+        self.listen()
         try:
             yield
         except (InterruptedTraining, SystemExit) as error:
             raise KeyboardInterrupt from error
-        finally:
-            if here:  # Lightning leaves Ctrl-C ignored after an interruption
-                signal.signal(signal.SIGINT, former)
+        finally:  # Lightning leaves Ctrl-C ignored after an interruption
+            self._give_back()
+
+    def listen(self) -> None:
+        """Wait again, where Lightning does meanwhile: its own way with SIGTERM ends without a checkpoint."""
+        if not self.asked:
+            for one in self._former:
+                signal.signal(one, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for one, handler in self._former.items():
+            signal.signal(one, handler)

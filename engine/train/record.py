@@ -11,11 +11,12 @@ import numpy as np
 
 from ..errors import DataError, GigamorphError
 from ..models.checkpoints import read_state
+from ..models.folder import digest_of
 from ..parallel.process_group import ProcessGroup
 from ..versions import versions_of_results
 from .data import Data
 from .options import TrainOptions
-from .splits import hash_of, hash_of_truth
+from .splits import hash_of, hash_of_reading, hash_of_truth
 
 # Where and in how much memory a step is computed does not change what it computes.
 _FREE = ("memory_budget", "device", "weights", "split_image")
@@ -36,10 +37,19 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
         "split": {
             "sha256": hash_of(parts),
             "truth_sha256": hash_of_truth(parts, data.target),
+            "reading_sha256": hash_of_reading(
+                parts, sides=data.preprocessing.get("flip") == "auto", exams=data.target.views is not None
+            ),
             **{name: len(records) for name, records in parts.items()},
         },
+        "weights_sha256": _digest(options.weights),
         "versions": versions_of_results(),
     }
+
+
+def _digest(weights: str | Path | None) -> str | None:
+    """Of a file or a folder; others (of timm, say) are known by their name."""
+    return digest_of(weights) if weights is not None and Path(weights).exists() else None
 
 
 def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | None:
@@ -71,6 +81,8 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
     Raises:
         DataError: it has another split, or learns other labels. GigamorphError: other options.
     """
+    if stored["options"]["seed"] != record["options"]["seed"]:  # it draws the split
+        raise _other(path, "seed", stored["options"]["seed"], record["options"]["seed"])
     if stored["split"]["sha256"] != record["split"]["sha256"]:
         raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
     for name, value in stored.get("target", {}).items():
@@ -86,6 +98,12 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
         raise DataError(
             f"{path}: was begun with other {what} or frames of the same images; resume with those it was begun with"
         )
+    reading = record["split"]["reading_sha256"]
+    if stored["split"].get("reading_sha256", reading) != reading:
+        what = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
+        raise DataError(
+            f"{path}: was begun with other {what} of the same images; resume with the table it was begun with"
+        )
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
@@ -99,12 +117,18 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
         if name == "optimizer.momentum" and now is None:  # runs of older versions say one of every optimizer
             continue
         if now != value:
-            raise GigamorphError(
-                f"{path}: was begun with {name}={value!r}, not {now!r}; resume with the same"
-                + (" or more" if name == "epochs" else "")
-            )
+            raise _other(path, name, value, now)
+    weights = record["weights_sha256"]
+    if weights is not None and stored.get("weights_sha256", weights) != weights:  # other folds would begin from them
+        told = f"was begun from other weights than {record['options']['weights']} has now"
+        raise DataError(f"{path}: {told}; resume with those it was begun from")
     if stored["preprocessing"] != record["preprocessing"]:
         raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")
+
+
+def _other(path: Path, name: str, before: Any, now: Any) -> GigamorphError:
+    more = " or more" if name == "epochs" else ""
+    return GigamorphError(f"{path}: was begun with {name}={before!r}, not {now!r}; resume with the same{more}")
 
 
 _TOLD = {"center": "(the training images' mean) ", "spread": "(their standard deviation) "}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..datasets.exams import exam_of
 from ..datasets.masks import masks_of
 from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record
@@ -36,6 +37,23 @@ def hash_of_truth(parts: Mapping[str, Sequence[Record]], target: Target) -> str:
     for part in parts.values():
         for record, truth in zip(part, _truths(part, target), strict=True):
             digest.update(json.dumps(["/".join(record.path.parts[-2:]), record.frame, truth]).encode())
+    return digest.hexdigest()
+
+
+def hash_of_reading(parts: Mapping[str, Sequence[Record]], *, sides: bool = True, exams: bool = True) -> str:
+    """SHA-256 of what the table says of how each image is read, and with which others it is one exam.
+
+    Args:
+        sides: whether an image is turned by its laterality. exams: whether views of an exam are one sample.
+    """
+    digest = hashlib.sha256()
+    for part in parts.values():
+        numbers: dict[tuple[str, ...], int] = {}  # exams may be named in another way
+        for record in part:
+            told: list[Any] = [record.frame, record.white, record.chest_wall]
+            told.append(record.laterality if sides and record.chest_wall is None else None)
+            told.append(numbers.setdefault(exam_of(record), len(numbers)) if exams else None)
+            digest.update(json.dumps(told).encode())
     return digest.hexdigest()
 
 

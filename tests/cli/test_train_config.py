@@ -244,6 +244,12 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
         float(rows(tmp_path / "cv" / "fold1" / "log.csv")[0]["val_loss"])
     )
     assert run("train", table, *given) == 2 and "already holds a run" in capsys.readouterr().err
+    for other, told in (
+        (["--folds", "3"], "was begun with 2 folds, not 3"),
+        (["--weights", tmp_path / "cv" / "fold1" / "best.ckpt"], "fold1/last.ckpt: was begun from other weights than"),
+    ):
+        assert run("train", table, *given, "--resume", *other) == 2
+        assert told in "".join(capsys.readouterr().err.split("\n"))
     assert run("train", table, *given, "--resume") == 0
     capsys.readouterr()
     assert run("train", table, "--out", tmp_path / "cv", "--resume") == 0  # no more than its folder
@@ -389,8 +395,10 @@ def test_own_callbacks_see_the_training(phantoms, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_before_the_first_checkpoint_is_one_line(phantoms, tmp_path, monkeypatch, capsys):
+    ends = iter([signal.SIGINT, signal.SIGTERM])  # the second is a scheduler's
+
     def press(*_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), next(ends))
         time.sleep(30)
 
     # A shell that runs tests in the background has switched Ctrl-C off for all that they start.

@@ -440,14 +440,14 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
     command = ["train", phantoms, *FAST, "--epochs", "5", "--out"]
     assert run(*command, tmp_path / "whole") == 0
     child = forked(*command, tmp_path / "cut")
     while not (tmp_path / "cut" / "last.ckpt").exists():
         assert child.poll() is None, child.error
         time.sleep(0.005)
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, signal.SIGTERM)  # as a scheduler does
     assert child.wait() == 130, child.error
     assert "--resume goes on from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
     assert run(*command, tmp_path / "cut", "--resume") == 0

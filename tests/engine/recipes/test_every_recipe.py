@@ -122,6 +122,9 @@ def test_a_run_is_not_resumed_with_another_truth_of_the_same_images(tmp_path):
     for other in ({"findings": (moved,)}, {"findings": ()}, {"labels": {"a": 0.0}}, {"laterality": "R"}):
         with pytest.raises(DataError, match="begun with other labels, findings, sides"):
             begin(Run(tmp_path, resume=True), "morphhr", config, [replace(record, **other)])
+    for other in ({"frame": 1}, {"white": 4095.0}, {"chest_wall": "right"}):
+        with pytest.raises(DataError, match="begun with other frames, sides or white levels"):
+            begin(Run(tmp_path, resume=True), "morphhr", config, [replace(record, **other)])
 
 
 @pytest.mark.parametrize("name", ["cae", "end2end", "morphhr"])

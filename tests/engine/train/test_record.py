@@ -34,9 +34,18 @@ def test_another_grey_scale_than_that_of_the_weights_is_told(tmp_path, mean, std
 def test_a_run_of_an_older_version_whose_optimizer_took_no_momentum_goes_on():
     def record(momentum):
         options = {"optimizer": {"name": "adamw", "momentum": momentum}}
-        return {"split": {"sha256": "", "truth_sha256": ""}, "options": options, "preprocessing": {}}
+        hashes = {"sha256": "", "truth_sha256": "", "reading_sha256": ""}
+        return {"split": hashes, "options": {"seed": 0, **options}, "preprocessing": {}, "weights_sha256": None}
 
     now = {**record(None), "target": {"kind": "classes"}, "images_at_once": 1}
     require_same(record(0.9), now, Path("last.ckpt"))
     with pytest.raises(GigamorphError, match=r"was begun with optimizer.momentum=0.9, not 0.8"):
         require_same(record(0.9), {**now, **record(0.8)}, Path("last.ckpt"))
+
+
+def test_another_seed_is_told_before_the_split_that_it_draws():
+    def record(seed):
+        return {"split": {"sha256": str(seed)}, "options": {"seed": seed}}
+
+    with pytest.raises(GigamorphError, match="was begun with seed=0, not 3; resume with the same"):
+        require_same(record(0), record(3), Path("last.ckpt"))

@@ -1,14 +1,17 @@
 """A run goes on only with what it was begun to learn: the outputs of its network mean that, and nothing else."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from training import Images, make_data
 
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.data import Data
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.options import TrainOptions
+from gigamorph.engine.train.record import make_record, require_same
 from gigamorph.engine.train.target import Target
 
 OPTIONS = TrainOptions(model="training:normed", epochs=1, accumulate=3)
@@ -54,3 +57,32 @@ def test_a_run_goes_on_only_with_the_values_of_its_labels(tmp_path):
         fit(replace(data, train=mended), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     unused = Images([replace(first, labels={**first.labels, "c": 1.0}), *others])
     fit(replace(data, train=unused), replace(OPTIONS, epochs=2), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "flip", "views"),
+    [
+        ({"white": 60000}, False, None),
+        ({"chest_wall": "right"}, "auto", None),
+        ({"laterality": "R"}, "auto", None),
+        ({"exam_id": "other"}, False, "mean"),
+    ],
+)
+def test_a_run_goes_on_only_with_images_that_are_read_alike(change, flip, views):
+    """And are of the same exams; what has no part in it, another laterality or exam, may be told otherwise."""
+    target = Target(("a", "b"), "labels", views=views)
+
+    def record(told, flip=flip, target=target):
+        data = replace(labelled(target), preprocessing={"flip": flip}, target=target)
+        first, *others = (replace(r, exam_id="one", patient_id="p") for r in data.train.records)
+        return make_record(
+            replace(data, train=Images([replace(first, **told), *others])), OPTIONS, ProcessGroup.here(False)
+        )
+
+    require_same(record({}), record({}), Path("last.ckpt"))
+    with pytest.raises(DataError, match="was begun with other sides, white levels"):
+        require_same(record({}), record(change), Path("last.ckpt"))
+    unread = [{"laterality": "R"}, {"exam_id": "other"}]
+    alone = Target(("a", "b"), "labels")
+    for told in unread:
+        require_same(record({}, False, alone), record(told, False, alone), Path("last.ckpt"))

@@ -90,19 +90,20 @@ def test_killed_by_a_signal_that_cannot_be_caught(whole, tmp_path):
     assert_same(whole[0], tmp_path)
 
 
-def test_ctrl_c_finishes_the_step_and_saves_it(whole, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_saves_it(end, tmp_path):
     class Interrupted(Squares):
         def loss(self, batch):
             if self.calls == 2:  # in the second half of the first optimizer step's two batches, plus one
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), end)
             return super().loss(batch)
 
-    former = signal.getsignal(signal.SIGINT)
+    former = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     task = Interrupted()
     big = replace(STAGES[0], accumulate=1)
     with pytest.raises(KeyboardInterrupt):
         run_stages(task, (big, *STAGES[1:]), Run(tmp_path, seed=4))
-    assert signal.getsignal(signal.SIGINT) is former
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == former
     state = load_checkpoint(tmp_path / "last.ckpt")["gigamorph"]["state"]
     assert [state[name] for name in ("stage", "within", "epoch", "batch")] == [0, 0, 0, 3] and task.calls == 3
     resumed = Squares()
