@@ -60,7 +60,6 @@ class Epochs(Callback):
         self.at_end = EndOfEpoch(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._interrupt.listen()
         self._start_clock(pl_module)
 
     def _start_clock(self, module: pl.LightningModule) -> None:

@@ -33,19 +33,14 @@ class Interrupt:
         """
         if threading.current_thread() is threading.main_thread():
             self._former = {one: signal.getsignal(one) or signal.SIG_DFL for one in _SIGNALS}
-        self.listen()
+        for one in self._former:
+            signal.signal(one, self._ask)
         try:
             yield
         except (InterruptedTraining, SystemExit) as error:
             raise KeyboardInterrupt from error
         finally:  # Lightning leaves Ctrl-C ignored after an interruption
             self._give_back()
-
-    def listen(self) -> None:
-        """Wait again, where Lightning does meanwhile: its own way with SIGTERM ends without a checkpoint."""
-        if not self.asked:
-            for one in self._former:
-                signal.signal(one, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
