@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from . import options
+from .starting import stopping
 
 if TYPE_CHECKING:
     from ..engine.recipes.recipe import Claim
@@ -32,8 +33,9 @@ def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     help="Of data and networks; the task runs once with each.",
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder, new; recipe-NAME by default.")
+@click.option("--resume", is_flag=True, help="Go on in a folder that the same command has begun: with its next seed.")
 @options.device
-def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, device: str) -> int:
+def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, resume: bool, device: str) -> int:
     """Published methods as recipes: list them, print a configuration, see the claim on a synthetic task.
 
     NAME is a recipe, or "list". Without --synthetic its configuration is printed: every published value with its
@@ -60,8 +62,9 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
 
     folder = Path(out or f"recipe-{name}")
     click.echo(f"{chosen.title}\n{chosen.paper}")
-    with ProgressView(device=device) as view:
-        claim = show_claim(chosen, Run(folder, device=device, report=view, say=view.say), seeds)
+    stopped = "stopped; the same command with --resume goes on with the seed under way"
+    with stopping(lambda: stopped), ProgressView(device=device) as view:
+        claim = show_claim(chosen, Run(folder, device=device, resume=resume, report=view, say=view.say), seeds)
     click.echo()
     show_rows(claim.rows)
     click.echo()

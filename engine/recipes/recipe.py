@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -129,21 +130,49 @@ def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
-    """Run a recipe's synthetic task and keep its claim in ``claim.json``.
+    """Run a recipe's synthetic task and keep its claim in ``claim.json``, each seed's rows in ``seed_N/rows.json``.
+
+    A resumed run takes the seeds that are complete; one that was cut off begins anew, for a seed takes minutes.
 
     Raises:
-        GigamorphError: if the folder holds a claim already.
+        GigamorphError: if the folder holds a claim already, or seeds and is not to be resumed.
     """
     path = run.out / "claim.json"
     if path.exists():
         raise GigamorphError(f"{path}: is there already; name another folder")
-    began, task = time.monotonic(), recipe.synthetic
-    rows: list[dict[str, Any]] = []
+    seconds, rows = 0.0, list[dict[str, Any]]()
     for seed in seeds:
+        own = replace(run.part(f"seed_{seed}"), seed=seed)
+        if own.out.exists() and not run.resume:
+            raise GigamorphError(f"{own.out}: is there already; go on with --resume or name another folder")
         run.say(f"seed {seed}")
-        rows += task.rows(replace(run.part(f"seed_{seed}"), seed=seed))
+        found = _rows_of_seed(recipe, own)
+        rows, seconds = rows + found["rows"], seconds + found["seconds"]
+    task = recipe.synthetic
     holds, judged = judge(task.rule, rows)
-    claim = Claim(task.claim, str(task.rule), rows, judged, holds, time.monotonic() - began)
+    claim = Claim(task.claim, str(task.rule), rows, judged, holds, seconds)
     text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, indent=1) + "\n"
     write_atomically(path, lambda p: p.write_text(text), "claim")
     return claim
+
+
+def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The rows of the synthetic task with a seed, and how long it took; those of a run before where it ended."""
+    path = run.out / "rows.json"
+    if run.out.exists():
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if found.get("recipe") != recipe.name:
+            raise GigamorphError(f"{run.out}: holds no seed of recipe {recipe.name}; name another folder")
+        if found["rows"] is not None:
+            return found
+        shutil.rmtree(run.out)
+
+    def keep(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+        found = {"recipe": recipe.name, "rows": rows, "seconds": time.monotonic() - began}
+        write_atomically(path, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"), "rows of a seed")
+        return found
+
+    began = time.monotonic()
+    run.out.mkdir(parents=True)
+    keep(None)  # else nobody could tell whose folder it is
+    return keep(recipe.synthetic.rows(replace(run, resume=False)))

@@ -3,7 +3,7 @@
 import json
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -66,6 +66,33 @@ def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
     assert json.loads((tmp_path / "c" / "claim.json").read_text())["holds"] is None
     assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, capsys):
+    ran, own = [], sys.modules["gigamorph.engine.recipes.toy"].RECIPE
+
+    def rows(run):
+        (run.out / "part").mkdir(parents=True)  # a seed that was cut off would refuse to begin again
+        ran.append(run.seed)
+        if ran == [0, 1]:
+            raise KeyboardInterrupt
+        return own.synthetic.rows(run)
+
+    module = sys.modules["gigamorph.engine.recipes.toy"]
+    monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))
+    command = ["recipe", "toy", "--synthetic", "--out", tmp_path / "a"]
+    assert run(*command) == 130
+    assert "the same command with --resume goes on with the seed under way" in capsys.readouterr().err
+    assert run(*command) == 2 and "seed_0: is there already; go on with --resume" in capsys.readouterr().err
+    assert run(*command, "--resume") == 0 and ran == [0, 1, 1, 2]
+    monkeypatch.setattr(module, "RECIPE", own)
+    (tmp_path / "b" / "seed_0").mkdir(parents=True)  # of something else
+    assert run(*command[:-1], tmp_path / "b", "--resume") == 2
+    assert "seed_0: holds no seed of recipe toy; name another folder" in capsys.readouterr().err
+    (tmp_path / "b" / "seed_0").rmdir()
+    assert run(*command[:-1], tmp_path / "b") == 0
+    a, b = (json.loads((tmp_path / name / "claim.json").read_text()) for name in "ab")
+    assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,1", "-1"])
