@@ -22,7 +22,7 @@ from .holders import Holder
 from .looks import FORM, PLAIN, Looks, counting
 from .process import tracks
 from .state import Effect, Snapshot, same_value
-from .walk import Found
+from .walk import Found, is_leaf
 
 
 def _asked(question: Callable[[], Any]) -> Any:
@@ -86,7 +86,7 @@ class _Watched:
             new = now[key]
             if key in self.loose or new is old:
                 continue
-            if not (type(new) is type(old) and isinstance(old, PLAIN) and _equal(new, old)):
+            if not (type(new) is type(old) and isinstance(old, PLAIN) and is_leaf(old) and _equal(new, old)):
                 return False
         return True
 

@@ -6,6 +6,7 @@ cell of a closure, a context variable, those names of a Python file that a funct
 
 from __future__ import annotations
 
+import ctypes
 import os
 import types
 from array import array
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ class Holder:
         write: makes the contents these.
         parent: the holder in which the owner was found, and under which key; None for modules and functions.
         kind: which of a module's own dictionaries it is: "_parameters", "_buffers" or "_modules"; "attributes" of those
-            of any object, "dict" of any other dict, "tuple" of a tuple.
+            of any object, "dict" of any other dict, "tuple" of a tuple or a `partial`, whose parts stay.
         fast: a dict or mapping whose values are the contents.
         again: the same for an owner that has taken the place of this one, unless it is a dict, list, set or deque.
     """
@@ -82,6 +84,12 @@ def sequence(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder
 def items(thing: tuple[Any, ...], name: str, parent: tuple[Holder, Any] | None) -> Holder:
     """Those of a tuple, which nobody changes: what is in them is found by their places."""
     return Holder(thing, name, lambda: dict(enumerate(thing)), lambda _contents: None, parent, "tuple")
+
+
+def partial_parts(thing: partial[Any], name: str, parent: tuple[Holder, Any] | None) -> Holder:
+    """The function and arguments of a `partial`: those by name are a dict, which can be changed."""
+    read = lambda: {"func": thing.func, "args": thing.args, "keywords": thing.keywords}  # noqa: E731
+    return Holder(thing, name, read, lambda _contents: None, parent, "tuple")
 
 
 def set_items(thing: set[Any], name: str, parent: tuple[Holder, Any] | None) -> Holder:
@@ -148,11 +156,22 @@ def class_attributes(kind: type) -> Holder:
     return Holder(kind, f"the class {kind.__name__}", lambda: dict(own), write, fast=own)
 
 
-def numbers(thing: np.ndarray | array | bytearray, name: str, parent: tuple[Holder, Any] | None) -> Holder:
-    """Those of a numpy array or of one of Python's own; no view of its memory is kept, or it could not grow."""
+def objects(thing: np.ndarray, name: str, parent: tuple[Holder, Any] | None) -> Holder:
+    """Those of a numpy array of dtype object."""
+
+    def write(contents: dict[Any, Any]) -> None:
+        for place, value in contents.items():
+            thing.flat[place] = value
+
+    read = lambda: dict(enumerate(thing.flat))  # noqa: E731
+    return Holder(thing, name, read, write, parent, again=lambda other: objects(other, name, parent))
+
+
+def numbers(thing: Any, name: str, parent: tuple[Holder, Any] | None) -> Holder:
+    """Those of an array of numpy's, Python's or ctypes'; no view of its memory is kept, or it could not grow."""
 
     def now() -> bytes:
-        return bytes(thing) if isinstance(thing, bytearray) else thing.tobytes()
+        return thing.tobytes() if isinstance(thing, (np.ndarray, array)) else bytes(thing)
 
     latest = [now()]
 
@@ -166,8 +185,10 @@ def numbers(thing: np.ndarray | array | bytearray, name: str, parent: tuple[Hold
             thing[...] = np.frombuffer(contents["numbers"], thing.dtype).reshape(thing.shape)
         elif isinstance(thing, bytearray):
             thing[:] = contents["numbers"]
-        else:
+        elif isinstance(thing, array):
             thing[:] = array(thing.typecode, contents["numbers"])
+        else:
+            ctypes.memmove(ctypes.byref(thing), contents["numbers"], ctypes.sizeof(thing))
 
     return Holder(thing, name, read, write, parent, again=lambda other: numbers(other, name, parent))
 

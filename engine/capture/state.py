@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import UnsupportedError
@@ -121,7 +122,8 @@ class Place:
         found = self.root.read()[first]
         for attribute, key in rest:
             within = vars(found) if attribute else found
-            found = within[key] if isinstance(within, (dict, list, tuple, deque)) else getattr(within, key)
+            within = within.flat if isinstance(within, np.ndarray) else within
+            found = within[key] if isinstance(within, (dict, list, tuple, deque, np.flatiter)) else getattr(within, key)
         return found
 
 

@@ -8,7 +8,7 @@ whose objects count as one thing each.
 from __future__ import annotations
 
 import argparse
-import enum
+import ctypes
 import gc
 import inspect
 import io
@@ -24,12 +24,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial, partialmethod, singledispatchmethod
 from importlib.metadata import packages_distributions
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.jit._state import _try_get_jit_cached_function
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from . import holders
 from .holders import Holder
@@ -46,9 +49,13 @@ _BOOKKEEPING = frozenset(
     "_state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks "
     "_non_persistent_buffers_set _is_full_backward_hook _compiled_call_impl".split()
 )
-# Objects of Python's own whose attributes are what a forward reads of them.
+# Objects of Python's own and of libraries whose attributes are what a forward reads of them.
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
-_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK)
+_OPEN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, *_WEAK, SynchronizedBase, np.poly1d)
+# The same, but that they are other ones after each step of a training: looked into where a forward reads them.
+_OF_TRAINING = (Optimizer, LRScheduler)
+_NUMBERS = (array, bytearray, ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)  # pyright: ignore[reportPrivateUsage]
+_BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # Names by which code gets hold of its own file, or of functions' globals, as an object.
 _OWN_FILE = frozenset("__name__ __module__ __globals__ __import__ import_module getmodule".split())
@@ -98,7 +105,7 @@ def walk(network: nn.Module, extra: Sequence[Any] = ()) -> Found:
         way.later(module, names[id(module)])
     for thing in extra:
         way.later(thing, getattr(thing, "__name__", type(thing).__name__))
-    while way.queue and len(way.found.holders) < _FEW:
+    while (way.queue or way.of_training()) and len(way.found.holders) < _FEW:
         way.visit(*way.queue.popleft())
     own = {home for module in network.modules() if (home := _package(module))}
     for parent, name, iterator in way.iterators:
@@ -133,9 +140,10 @@ class _Walk:
         self.found, self.reach = Found(), Reach()
         self.iterators: list[tuple[tuple[Holder, Any] | None, str, Any]] = []
         self.queue: deque[tuple[Any, str, tuple[Holder, Any] | None]] = deque()
+        self.waiting: list[tuple[Any, str, tuple[Holder, Any] | None]] = []  # of `_OF_TRAINING`
 
     def later(self, thing: Any, name: str, parent: tuple[Holder, Any] | None = None) -> None:
-        if not isinstance(thing, _LEAVES) and id(thing) not in self.found.ids:
+        if not is_leaf(thing) and id(thing) not in self.found.ids:
             self.queue.append((thing, name, parent))
 
     def _all(self, things: Iterable[tuple[Any, ...]]) -> None:
@@ -158,9 +166,11 @@ class _Walk:
         elif isinstance(thing, types.MethodType):
             self.later(thing.__func__, name)
             self.later(thing.__self__, name)
+        elif isinstance(thing, _BOUND):
+            if not isinstance(thing.__self__, (type, types.ModuleType)):
+                self.later(thing.__self__, name)
         elif isinstance(thing, partial):
-            for part in (thing.func, *thing.args, *thing.keywords.values()):
-                self.later(part, name)
+            self._contents(holders.partial_parts(thing, name, parent))
         elif isinstance(thing, dict):
             self._contents(holders.mapping(thing, name, parent))
             if type(thing) is not dict and getattr(thing, "__dict__", None) and not of_library(thing):
@@ -170,7 +180,7 @@ class _Walk:
         elif isinstance(thing, set):
             self._contents(holders.set_items(thing, name, parent))
         elif isinstance(thing, tuple):
-            if not all(isinstance(item, _LEAVES) for item in thing):
+            if not all(map(is_leaf, thing)):
                 self._contents(holders.items(thing, name, parent))
         elif isinstance(thing, frozenset):
             for item in thing:
@@ -180,10 +190,12 @@ class _Walk:
         elif (wrapped := inspect.getattr_static(thing, "__wrapped__", None)) is not None:  # looking runs no code
             self.later(wrapped, name)
         elif isinstance(thing, np.ndarray):
-            if thing.nbytes <= ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
+            if thing.nbytes <= ARRAY_BYTES and thing.dtype == object:
+                self._contents(holders.objects(thing, name, parent))
+            elif thing.nbytes <= ARRAY_BYTES and not thing.dtype.hasobject and thing.flags.writeable:
                 self._contents(holders.numbers(thing, name, parent))
-        elif isinstance(thing, (array, bytearray)):
-            if len(memoryview(thing).cast("B")) <= ARRAY_BYTES:
+        elif isinstance(thing, _NUMBERS):
+            if memoryview(thing).nbytes <= ARRAY_BYTES:
                 self._contents(holders.numbers(thing, name, parent))
         elif isinstance(thing, _GENERATORS):
             if not isinstance(thing, random.SystemRandom):  # that has no state: see `process.py`
@@ -207,6 +219,19 @@ class _Walk:
             self._contents(holders.context(thing))
         elif isinstance(thing, _OPEN) or not of_library(thing):
             self._object(thing, name, parent)
+        elif isinstance(thing, _OF_TRAINING):
+            self.waiting.append((thing, name, parent))
+
+    def of_training(self) -> bool:
+        """Look into the optimizers and schedulers that code reads which is reached; whether that leads to more."""
+        waiting, self.waiting = self.waiting, []
+        for thing, name, parent in waiting:
+            if parent is None or parent[0].kind != "attributes" or self.reach.mentions(parent[1]):
+                self._object(thing, name, parent)
+                self._all(self.reach.names(vars(thing)))  # which a scheduler reads of its optimizer, say
+            else:
+                self.waiting.append((thing, name, parent))
+        return bool(self.queue)
 
     def _object(self, thing: Any, name: str, parent: tuple[Holder, Any] | None) -> None:
         if hasattr(thing, "__dict__"):
@@ -334,8 +359,6 @@ _LEAVES = (
     complex,
     bool,
     type(None),
-    enum.Enum,
-    types.BuiltinFunctionType,
     torch.device,
     torch.dtype,
     torch.Size,
@@ -343,6 +366,11 @@ _LEAVES = (
     slice,
     type(...),
 )
+
+
+def is_leaf(thing: Any) -> bool:
+    """Whether a value leads to nothing else; a member of an enum, or a number of one's own class, has attributes."""
+    return isinstance(thing, _LEAVES) and not hasattr(thing, "__dict__")
 
 
 def _inner_function(value: Any) -> Any:

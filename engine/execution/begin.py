@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..capture.trace import Program
+from ..errors import UnsupportedError
 from ..parallel.processes import check_same_steps
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
@@ -49,9 +50,10 @@ def begin(
         tensors = {v: t for v, t in inputs.items() if isinstance(t, Tensor)}
         tensors.update(zip(program.vectors, vectors, strict=True))
         kept = {**_bind_state(network, program), **tensors}
+        written = {v for v, _ in program.updates}
+        _refuse_shared(written, tensors if image is None else {**tensors, program.image: image}, kept)
         state = {v: _for_backward(t) for v, t in kept.items()}
         regions = {v: t for v, t in inputs.items() if not isinstance(t, Tensor)}
-        written = {v for v, _ in program.updates}
         targets = {v: kept[v] for v in written if v in kept}
         # What is written to at the end of the call may be read in its backward.
         state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
@@ -63,6 +65,35 @@ def begin(
         forwards[-1].keep_to_plan(page_pool, together)
         together = forwards[-1].memory_limit
     return forwards
+
+
+def _refuse_shared(written: set[int], arguments: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> None:
+    """Refuse to write to an argument in whose memory another tensor of the call lies: a recording has them apart.
+
+    Raises:
+        UnsupportedError: with the shape of the argument.
+    """
+    for value in written & arguments.keys():
+        one = arguments[value]
+        for other in (*arguments.values(), *kept.values()):
+            if other is not one and _share(one, other):
+                raise UnsupportedError(
+                    f"the forward writes to an argument of shape {list(one.shape)} that shares memory with another "
+                    f"tensor of the call, of shape {list(other.shape)}; give a clone of one of them"
+                )
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether the memory from a tensor's first to its last element is in part another's."""
+    if one.device != other.device or other.layout is not torch.strided or not one.numel() or not other.numel():
+        return False
+
+    def ends(tensor: Tensor) -> tuple[int, int]:
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.itemsize
+
+    (first, end), (start, last) = ends(one), ends(other)
+    return first < last and start < end
 
 
 def _bind_state(network: nn.Module, program: Program) -> dict[int, Tensor]:

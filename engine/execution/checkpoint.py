@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..module import turns
-from ..module.once import once
+from ..module.once import note_memory, once
 from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
@@ -46,6 +46,7 @@ class Checkpointed(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        note_memory(ctx, tensors)
         for tensor, wanted in zip(tensors, ctx.needs_input_grad[3:], strict=True):
             add_reader(tensor, int(wanted))
         ctx.segments, ctx.inputs, ctx.turn = segments, inputs, turns.current()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import kernels
 from ..capture.program import call
@@ -150,6 +150,7 @@ class Forward:
         how = Way(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
+            how = how._replace(parameters=self._parameters(scan.tiled.stage))
             results = StageFunction.apply(scan, how, self.saved, places, *tensors.values(), *vectors)
             self.take_over(scan.tiled.stage.results, results)  # pyright: ignore[reportArgumentType]
         else:
@@ -162,6 +163,13 @@ class Forward:
         own = self.prepared.handed_out if len(tensors) > 1 else ()
         nodes = (OwnNode.apply(t) if v in own and t.requires_grad else t for v, t in zip(values, tensors, strict=True))
         self.env.update(zip(values, nodes, strict=True))  # pyright: ignore[reportArgumentType]
+
+    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """Those that the gradients of a stage depend on: among its vectors, and what those are folded of."""
+        reached = frozenset[int]().union(*stage.reach.values())
+        folded = (v for op in stage.prelude if not reached.isdisjoint(op.outputs) for v in op.inputs)
+        read = (*(v for v in stage.vectors if v in reached), *folded)
+        return [tensor for v in read if isinstance(tensor := self.env[v], nn.Parameter)]
 
     def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
         """What has been captured of a stage: whole passes, or tiles that are alike."""

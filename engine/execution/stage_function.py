@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..cuda_graphs.whole import WholePasses
@@ -15,7 +16,7 @@ from ..lowering.geometry import Access
 from ..lowering.ops import Local
 from ..lowering.stages import Stage
 from ..module import turns
-from ..module.once import once
+from ..module.once import note_memory, once
 from ..tiling.arena import in_arena
 from ..tiling.backward import BackwardPass, Replay
 from ..tiling.forward import ForwardPass
@@ -26,11 +27,12 @@ from .saved_elsewhere import Elsewhere, SavedElsewhere
 
 
 class Way(NamedTuple):
-    """How a stage is computed: by captured passes, by captured tiles, with other processes."""
+    """How a stage is computed: by captured passes, by captured tiles, with other processes; with which parameters."""
 
     whole: WholePasses | None = None
     replay: Replay | None = None
     shard: SpatialShard | None = None
+    parameters: Sequence[nn.Parameter] = ()
 
 
 class StageFunction(torch.autograd.Function):
@@ -47,6 +49,7 @@ class StageFunction(torch.autograd.Function):
     ):
         """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
         ctx.how, ctx.sources, ctx.turn = how, sources, turns.current()
+        note_memory(ctx, how.parameters)
         wants = ctx.needs_input_grad[4:]
         wanted = [v for v, place in sources.items() if wants[place]]
         for v in wanted:

@@ -27,7 +27,7 @@ from ..cuda_graphs.buffers import Executor, GraphBuffers, captured_if_it_fits
 from ..cuda_graphs.recording import switches
 from ..images.batches import StoredBatch
 from ..module import turns
-from ..module.once import once
+from ..module.once import note_memory, once
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
@@ -304,6 +304,7 @@ class CapturedStep(torch.autograd.Function):
         ctx.work, ctx.turn, ctx.waiting, ctx.used = work, turns.current(), Waiting(), False
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parameters, *read)  # in the backward it is told if one of them has changed
+        note_memory(ctx, (*parameters, *read))
         made = work.replay()
         work.latest = weakref.ref(ctx.waiting)
         ctx.mark_non_differentiable(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack
@@ -84,11 +84,26 @@ class _Ends(torch.autograd.Function):
         )
 
 
+def note_memory(ctx: Any, tensors: Iterable[Tensor]) -> None:
+    """Note where the parameters lie that a function saves: `p.data = other` leaves their versions as they are."""
+    ctx.memory = [(t, t.untyped_storage()) for t in tensors if isinstance(t, nn.Parameter)]
+
+
+def _refuse_moved(memory: Iterable[tuple[nn.Parameter, torch.UntypedStorage]]) -> None:
+    for parameter, storage in memory:
+        if parameter.untyped_storage() is not storage:
+            raise ChangedError(
+                f"a parameter of shape {list(parameter.shape)} got other data (p.data = ...) after the forward, and "
+                "the backward computes tiles with it again; set it before the forward, or after the backward"
+            )
+
+
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of a function by tiles: it takes its turn, and cannot be differentiated in turn.
 
     `torch.autograd.function.once_differentiable` would let it be where no incoming gradient wants a gradient, and thus
-    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`turns.current()`).
+    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`turns.current()`), `ctx.memory`
+    by `note_memory`.
     """
 
     @functools.wraps(backward)
@@ -98,6 +113,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "batched gradients (is_grads_batched, vectorize=True) do not go through tiles; "
                 "take one gradient after the other"
             )
+        _refuse_moved(ctx.memory)
         with _named(), turns.again(ctx.turn):
             came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
             with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import Accelerated, GigamorphError, TileEvent, UnsupportedError, accelerate
+from gigamorph.engine.errors import ChangedError
 
 
 class VectorOp(nn.Module):
@@ -239,6 +240,21 @@ def test_weights_changed_before_backward():
         fast.stem[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("name", ["stem.0.weight", "stem.1.weight"])
+def test_weights_replaced_before_backward(name, live):
+    """PyTorch counts no change of theirs. The convolution may be folded with its norm, and the weight be frozen."""
+    fast = accelerate(vector().train(live), tile=16)
+    weight = fast.get_parameter(name).requires_grad_(live)
+    before = weight.data
+    loss = fast(image()).sum()
+    weight.data = 2 * before
+    with pytest.raises(ChangedError, match=r"shape \[.*\] got other data .* after the forward"):
+        loss.backward()
+    weight.data = before
+    fast(image()).sum().backward()
 
 
 def test_image_changed_before_backward():

@@ -9,8 +9,12 @@ import array
 import collections
 import contextvars
 import copy
+import ctypes
 import dataclasses
+import enum
+import functools
 import itertools
+import multiprocessing
 import os
 import random
 import types
@@ -76,8 +80,21 @@ class Trainer:
         self.epoch = 1.0
 
 
+class Phase(enum.Enum):
+    WARM = 1
+
+
+class Gain(float):
+    pass
+
+
+def scaled(x: Tensor, by: float = 1.0) -> Tensor:
+    return x * by
+
+
 TRAINER = Trainer()
 COUNTS, COUNTER = np.zeros(2), collections.Counter()
+SHARED = multiprocessing.Value("d", 1.0)
 PYTHONS_OWN, BYTES = array.array("d", [1.0]), bytearray()
 
 
@@ -92,8 +109,14 @@ class Network(nn.Module):
         self.kind, self.slots, self.data, self.array = Settings, Slots(), SlottedData(), np.ones(2)
         self.options, self.user = argparse.Namespace(temperature=1.0), collections.UserDict(temperature=1.0)
         self.trainer = weakref.ref(TRAINER)
+        self.scaled, self.option, self.phase = functools.partial(scaled, by=1.0), OPTIONS.get, Phase.WARM
+        self.gain, self.objects, self.polynomial = Gain(1.0), np.array([1.0, None], dtype=object), np.poly1d([1.0])
+        self.number = ctypes.c_double(1.0)
+        self.phase.temperature = self.gain.temperature = 1.0  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("steps", torch.ones(2))
         self.double()
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 3.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self, self.conv(x).mean((2, 3)))
@@ -190,6 +213,31 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
     ),
     "a proxy": (lambda net, x: x * PROXY["temperature"], lambda net, v: OPTIONS.update(temperature=v)),
+    "a partial": (lambda net, x: net.scaled(x), lambda net, v: net.scaled.keywords.update(by=v)),
+    "a method of a dict": (lambda net, x: x * net.option("temperature"), lambda net, v: OPTIONS.update(temperature=v)),
+    "a member of an enum": (
+        lambda net, x: x * net.phase.temperature,
+        lambda net, v: setattr(net.phase, "temperature", v),
+    ),
+    "a number of an own class": (
+        lambda net, x: x * net.gain.temperature,
+        lambda net, v: setattr(net.gain, "temperature", v),
+    ),
+    "an array of objects": (lambda net, x: x * net.objects[0], lambda net, v: net.objects.__setitem__(0, v)),
+    "a polynomial": (
+        lambda net, x: x * float(net.polynomial(0.0)),
+        lambda net, v: net.polynomial.coeffs.__setitem__(0, v),
+    ),
+    "a number of ctypes": (lambda net, x: x * net.number.value, lambda net, v: setattr(net.number, "value", v)),
+    "a number of all processes": (lambda net, x: x * SHARED.value, lambda net, v: setattr(SHARED, "value", v)),
+    "an optimizer": (
+        lambda net, x: x * net.optimizer.param_groups[0]["lr"],
+        lambda net, v: net.optimizer.param_groups[0].update(lr=v),
+    ),
+    "a scheduler": (
+        lambda net, x: x * net.scheduler.get_last_lr()[0],
+        lambda net, v: vars(net.scheduler).update(_last_lr=[v]),
+    ),
 }
 
 
@@ -239,6 +287,21 @@ def of_bytes(net: Any, x: Tensor) -> Tensor:
     return x * BYTES[-1]
 
 
+def of_objects(net: Any, x: Tensor) -> Tensor:
+    net.objects[0] += 1
+    return x * net.objects[0]
+
+
+def of_a_number_of_ctypes(net: Any, x: Tensor) -> Tensor:
+    net.number.value += 1
+    return x * net.number.value
+
+
+def of_a_scheduler(net: Any, x: Tensor) -> Tensor:
+    net.scheduler.step()
+    return x * net.scheduler.get_last_lr()[0]
+
+
 def of_a_function(net: Any, x: Tensor) -> Tensor:
     of_a_function.calls = getattr(of_a_function, "calls", 0) + 1
     return x * of_a_function.calls
@@ -252,6 +315,9 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
     "an array": (of_an_array, lambda: COUNTS.fill(0)),
     "bytes": (of_bytes, BYTES.clear),
     "a Counter": (of_a_counter, COUNTER.clear),
+    "an array of objects": (of_objects, lambda: None),
+    "a number of ctypes": (of_a_number_of_ctypes, lambda: None),
+    "a scheduler": (of_a_scheduler, lambda: None),
     "an attribute of a function": (of_a_function, lambda: vars(of_a_function).clear()),
 }
 
@@ -267,6 +333,7 @@ def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch:
     torch.testing.assert_close(ours(x), stock(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*optimizer.step")
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_a_forward_changes_is_changed_by_each_call(name):
     last, reset = CHANGED[name]
@@ -279,6 +346,17 @@ def test_what_a_forward_changes_is_changed_by_each_call(name):
         agree(wanted, outputs(accelerate(twin, tile=8)))
     finally:
         reset()
+
+
+def test_an_optimizer_that_is_only_kept_is_no_business_of_the_forward():
+    """A schedule would have each step recorded."""
+    net = Network(lambda net, x: x)
+    fast = accelerate(net, tile=8)
+    for _ in range(3):
+        outputs(fast)
+        net.optimizer.step()
+        net.scheduler.step()
+    assert [len(known) for known in fast._programs.kept.values()] == [1]
 
 
 @pytest.mark.parametrize("where", [Settings, settings])

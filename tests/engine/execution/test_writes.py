@@ -1,11 +1,14 @@
-"""What a call writes at its end: together, but for tensors that share memory."""
+"""What a call writes at its end: together, but for tensors that share memory; not to arguments that do."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from gigamorph import accelerate
+from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.execution import forward
 
 
@@ -29,3 +32,21 @@ def test_in_few_launches(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     assert groups == ([2] if case == "apart" else [1, 1])
     expected = {"apart": [1.0, 3.0], "one is another's value": [1.0, 2.0], "one is part of another": [2.0, 2.0]}[case]
     assert [float(target[0]) for target, _ in pairs] == expected
+
+
+class Centred(nn.Module):
+    """Writes to its first argument, and reads its second."""
+
+    def forward(self, current: Tensor, before: Tensor) -> Tensor:
+        return F.avg_pool2d(current.sub_(0.5), 2).mean((2, 3)) + F.avg_pool2d(before, 2).square().mean((2, 3))
+
+
+def test_arguments_that_share_memory() -> None:
+    """What was written to one was missing in the other, in silence; two parts of one batch are apart."""
+    batch = torch.rand(2, 1, 21, 17, dtype=torch.float64)
+    tiled = accelerate(Centred(), tile=8)
+    for before in (batch, batch[:1].detach(), batch.permute(1, 0, 2, 3)):
+        with pytest.raises(UnsupportedError, match=r"writes to an argument of shape \[1, 1, 21, 17\] that shares"):
+            tiled(batch[:1], before)
+    found = [net(twin[:1], twin[1:]) for net, twin in ((Centred(), batch.clone()), (tiled, batch))]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
