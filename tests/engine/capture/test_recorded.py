@@ -667,8 +667,8 @@ def test_custom_functions_are_exact():
     agree(network(lambda net, x: Custom.apply(x)))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_stays_after_an_interrupted_recording(error):
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError, UnsupportedError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_nothing_stays_after_an_interrupted_recording(error, told):
     """Custom functions, hooks, caches, attributes and generators are as before, and stock runs bit for bit."""
 
     def middle(net: Any, x: Tensor) -> Tensor:
@@ -685,13 +685,42 @@ def test_nothing_stays_after_an_interrupted_recording(error):
     before, state = copy.deepcopy(stock), torch.get_rng_state()
     stock.calls = before.calls = 1
     apply = torch.autograd.Function.apply
-    with pytest.raises(error):
+    with pytest.raises(told):
         accelerate(stock, tile=8)(x)
     assert torch.autograd.Function.apply == apply and not nn.modules.module._global_forward_hooks
     assert stock.calls == 1 and stock.seen == [] and torch.equal(torch.get_rng_state(), state)
     stock.calls = before.calls = 5
     assert torch.equal(stock(x), before(x))
     assert torch.equal(Custom.apply(x), x * 2)
+
+
+class Stop(Exception):
+    feature: Tensor | None
+
+
+@pytest.mark.parametrize("left", ["nothing", "a feature", "a statistic", "a tensor in the error"])
+def test_an_error_that_ends_the_forward_does_not_undo_it_in_silence(left):
+    """Hooks keep a feature and raise, and the caller catches: the feature of an earlier image stayed."""
+    kept: dict[str, Tensor] = {}
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        if left == "a feature":
+            kept["feature"] = x
+        if left == "a statistic":
+            net.norm(x)
+        error = Stop("seen enough")
+        error.feature = x if left == "a tensor in the error" else None
+        raise error
+
+    net, x = accelerate(network(middle), tile=8), torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    if left == "nothing":
+        with pytest.raises(Stop):
+            net(x)
+        return
+    told = r"ends behind module '(first|norm)' \(test_recorded.py:\d+\) by Stop \(seen enough\), .*; return what"
+    with pytest.raises(UnsupportedError, match=told) as refusal:
+        net(x)
+    assert isinstance(refusal.value.__cause__, Stop) and "\n" not in str(refusal.value) and not kept
 
 
 REFUSED: dict[str, tuple[Middle, str]] = {
