@@ -267,7 +267,7 @@ def place(module: str, line: str) -> str:
 
 def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) -> Tensor | None:
     """A value that depends on the network's state alone, computed; None if it depends on anything else."""
-    makers = {v: op for op in program.ops for v in op.outputs}
+    makers = _makers(program)
     env: dict[int, Tensor] = {}
 
     def find(number: int) -> bool:
@@ -285,6 +285,11 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
         return True
 
     return env[wanted] if find(wanted) else None
+
+
+def _makers(program: Program) -> dict[int, Op]:
+    """The op that made each value; one that hands on what it was given, as `broadcast_tensors` does, makes nothing."""
+    return {v: op for op in program.ops for v in op.outputs if v not in op.inputs}
 
 
 def takes_single_images(program: Program) -> bool:
@@ -314,7 +319,7 @@ def by_chance(program: Program, wanted: Iterable[int]) -> bool:
 
 def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
     """The values that these are made of, and they themselves."""
-    makers = {v: op for op in program.ops for v in op.outputs}
+    makers = _makers(program)
     left, seen = list(wanted), set[int]()
     while left:
         number = left.pop()

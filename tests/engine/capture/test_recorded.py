@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -246,7 +247,15 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
     return x * hue[:, None] * scale + Variable(net.crop).sum() * Variable(x, requires_grad=False) * Variable(net.scale)
 
 
+def distributions(net: Any, x: Tensor) -> Tensor:
+    """They broadcast what they are given, of which some comes back as it is, and look at it."""
+    noise = Normal(x.mean((2, 3), keepdim=True), 1.0).rsample() + Normal(0.5, net.scale.exp()).rsample()
+    first, second = torch.broadcast_tensors(net.mean, net.mean)
+    return x * noise + float((first + second).sum())
+
+
 MIDDLES: dict[str, Middle] = {
+    "distributions": distributions,
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
     "channels by a mask": by_a_mask,
@@ -740,6 +749,10 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "a branch for the compiler": (
         lambda net, x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
         "'cond' takes functions of maps; write what they do in Python$",
+    ),
+    "an item of the image that was broadcast": (
+        lambda net, x: x * torch.broadcast_tensors(x.mean((2, 3)), net.scale[0])[0].sum().item(),
+        "Python value or a shape from the image",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
     "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
