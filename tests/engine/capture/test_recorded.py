@@ -755,6 +755,15 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         "Python value or a shape from the image",
     ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    **{
+        f"sparse: {name}": (lambda net, x, make=make: x * make(x.mean((0, 2, 3))).to_dense().sum(), "makes a sparse")
+        for name, make in (
+            ("a list of indices", lambda v: torch.sparse_coo_tensor(torch.tensor([[0, 1, 2, 3]]), v)),
+            ("of a dense one", lambda v: v.to_sparse()),
+            ("by rows", lambda v: torch.sparse_csr_tensor(torch.tensor([0, 4]), torch.arange(4), v)),
+            ("empty", lambda v: torch.zeros(4, layout=torch.sparse_coo)),
+        )
+    },
     "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
     "pickled": (lambda net, x: x * len(pickle.dumps(net.scale)), "copies or pickles a tensor"),
     "where a tensor lies": (
