@@ -764,6 +764,10 @@ REFUSED: dict[str, tuple[Middle, str]] = {
             ("empty", lambda v: torch.zeros(4, layout=torch.sparse_coo)),
         )
     },
+    "a number of memory without values": (
+        lambda net, x: x * float(torch.add(net.mean, 1, out=torch.empty(4, dtype=x.dtype)).sum()),
+        r"has no values yet \('__float__'\); use torch.zeros",
+    ),
     "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
     "pickled": (lambda net, x: x * len(pickle.dumps(net.scale)), "copies or pickles a tensor"),
     "where a tensor lies": (
