@@ -50,7 +50,8 @@ class Accelerated(Delegate):
     overrides some, also as the child of another module. Attributes that are read or set are the network's, but for
     those that `accelerate` was given. Methods of the network run as they are, on the network: what they compute by
     calling `self(x)` or parts of it is right, but ordinary PyTorch on the whole image; only calls of `net` itself, and
-    `evidence`, go by tiles. Hooks on `net` see its input and output, hooks on modules in it are recorded.
+    `evidence`, go by tiles. One that returns the network returns `net`. Hooks on `net` see its input and output, hooks
+    on modules in it are recorded.
 
     Threads that use one `net` take turns; `torch.compile` leaves it as it is.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 
 import torch
 
@@ -23,6 +24,13 @@ def line_of() -> str:
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def raised_at(error: BaseException) -> str:
+    """File and line that an error was raised in; empty if that is PyTorch's or the engine's."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_code.co_filename
+    return "" if name.startswith(_TORCH) or _is_engine(name) else f"{os.path.basename(name)}:{line}"
 
 
 def _is_engine(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -267,7 +267,7 @@ def place(module: str, line: str) -> str:
 
 def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) -> Tensor | None:
     """A value that depends on the network's state alone, computed; None if it depends on anything else."""
-    makers = {v: op for op in program.ops for v in op.outputs}
+    makers = _makers(program)
     env: dict[int, Tensor] = {}
 
     def find(number: int) -> bool:
@@ -285,6 +285,11 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
         return True
 
     return env[wanted] if find(wanted) else None
+
+
+def _makers(program: Program) -> dict[int, Op]:
+    """The op that made each value; one that hands on what it was given, as `broadcast_tensors` does, makes nothing."""
+    return {v: op for op in program.ops for v in op.outputs if v not in op.inputs}
 
 
 def takes_single_images(program: Program) -> bool:
@@ -308,13 +313,18 @@ def changes_unasked(program: Program, wanted: int) -> bool:
 
 def by_chance(program: Program, wanted: Iterable[int]) -> bool:
     """Whether any of these values depends on random numbers."""
+    return any(map(draws, behind(program, wanted)))
+
+
+def behind(program: Program, wanted: Iterable[int]) -> Iterator[Op]:
+    """The calls that these values come of."""
     found = ancestors(program, wanted)
-    return any(draws(op) for op in program.ops if not found.isdisjoint(op.outputs))
+    return (op for op in program.ops if not found.isdisjoint(op.outputs))
 
 
 def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
     """The values that these are made of, and they themselves."""
-    makers = {v: op for op in program.ops for v in op.outputs}
+    makers = _makers(program)
     left, seen = list(wanted), set[int]()
     while left:
         number = left.pop()
@@ -325,10 +335,11 @@ def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
     return seen
 
 
-RANDOM = frozenset(
+UNSET = frozenset("empty empty_like new_empty empty_strided".split())  # they make memory without values
+RANDOM = UNSET | frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rand randn randint "
     "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal "
-    "random multinomial poisson rrelu gumbel_softmax empty empty_like new_empty empty_strided".split()
+    "random multinomial poisson rrelu gumbel_softmax".split()
 )
 
 

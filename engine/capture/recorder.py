@@ -23,7 +23,7 @@ from .call_trees import bind, refs, tree_leaves, tree_map
 from .corrected import CORRECTED
 from .lines import line_of
 from .parts import OF_PARTS, with_weight
-from .program import Branch, Op, by_chance, given, known_values, name_of
+from .program import RANDOM, UNSET, Branch, Op, behind, by_chance, given, known_values, name_of
 from .quantiles import QUANTILES
 from .recurrent import of_one_step
 from .refusals import PLACES, REFUSED, as_refusal, data_dependent
@@ -233,6 +233,11 @@ class Recorder(TorchFunctionMode):
             value, tensor = take_of(lambda number: reals[number])
         if value is NotImplemented:
             if not given(program, refs(call)):
+                if {op.name.rstrip("_") for op in behind(program, refs(call))} & RANDOM <= UNSET:
+                    raise UnsupportedError(
+                        f"{self.values.where()} takes a Python value of memory that has no values yet ('{name}'); use "
+                        "torch.zeros in the place of torch.empty"
+                    )
                 raise UnsupportedError(
                     f"{self.values.where()} takes a Python value of a random number ('{name}'), so it is another "
                     "program at each call; draw it outside of the forward, and give it as an argument"

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
 
 from ..errors import UnsupportedError
 
+SPARSE = "makes a sparse tensor; make it dense"
 PLACES = frozenset({"data_ptr", "untyped_storage", "storage", "is_set_to"})
 REFUSED = {
     "register_hook": "registers a hook on a tensor that it has not made; do so outside of the forward",
@@ -23,6 +24,8 @@ REFUSED = {
         PLACES,
         "asks where a tensor lies in memory (data_ptr, copy.copy), which is elsewhere by tiles; use 'is' and clone()",
     ),
+    # PyTorch looks at the indices, which have no values here.
+    **{f"sparse_{kind}_tensor": SPARSE for kind in ("coo", "compressed", "csr", "csc", "bsr", "bsc")},
     "grad_fn": "looks at the graph of a tensor (grad_fn), which is another one by tiles; register hooks on the tensor",
     "backward": "differentiates inside the forward; do so outside of it",
     "grad": "reads or takes a gradient inside the forward; do so outside of it",

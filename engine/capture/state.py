@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -163,24 +163,30 @@ class Snapshot:
             if not _same(holder.read(), contents):
                 holder.write(contents)
 
-    def effects(self, apart: TakenApart, twins: Mapping[int, Tensor]) -> list[Effect]:
-        """What has changed since, taken apart.
+    def changes(self, twins: Mapping[int, Tensor]) -> Iterator[tuple[Holder, dict[Any, Any], dict[Any, Any]]]:
+        """The holders that have changed since, with their contents before and after.
 
         Args:
             twins: by the identity of real tensors what stood for them: assigning one (`self.count += 1`) is no change.
-
-        Raises:
-            UnsupportedError: naming module and attribute, for changes that cannot be done again.
         """
-        found = []
         for holder, before in zip(self.found.holders, self.contents, strict=True):
             # What the call is given may be another tensor in the next one, and is put there again.
             stays = isinstance(holder.owner, (list, deque, set)) or holder.kind in ("_parameters", "_buffers")
             anew = frozenset[int]() if stays else self._replaced
             after = {k: before[k] if _twin(before.get(k), v, twins, anew) else v for k, v in holder.read().items()}
             if not _same(after, before):
-                found.append(self._effect(holder, before, after, apart))
-        return found
+                yield holder, before, after
+
+    def effects(self, apart: TakenApart, twins: Mapping[int, Tensor]) -> list[Effect]:
+        """What has changed since, taken apart.
+
+        Args:
+            twins: see `changes`.
+
+        Raises:
+            UnsupportedError: naming module and attribute, for changes that cannot be done again.
+        """
+        return [self._effect(*change, apart) for change in self.changes(twins)]
 
     def _effect(self, holder: Holder, before: Mapping[Any, Any], after: Mapping[Any, Any], apart: TakenApart) -> Effect:
         self._refuse(holder, before, after)

@@ -23,11 +23,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import UnsupportedError
+from ..errors import GigamorphError, UnsupportedError
 from . import process
-from .call_trees import Ref, bind, refs
+from .call_trees import Ref, bind, refs, tree_leaves
 from .guard import Guard, Read, inside_of, replaced
 from .leaks import let_go
+from .lines import raised_at
 from .program import Given, Op, Program, Value, changes_unasked, place
 from .program import name_of as _name
 from .random_state import put_back, random_state, same_state
@@ -268,12 +269,31 @@ class _Recording:
         except Exception as error:
             if recorder.refusal is not None:  # the network's own code, or a scripted function, raises another one
                 raise recorder.refusal from None
-            raise as_refusal(error, recorder.last) from error
+            refusal = as_refusal(error, recorder.last)
+            raise (self._ended(error) if refusal is error else refusal) from error
         finally:
             torch.set_autocast_cache_enabled(caching)
             log.disabled = told
             recorder.arrays.forget()
             self.snapshot.restore()
+
+    def _ended(self, error: Exception) -> Exception:
+        """The network's own error; a refusal where stock keeps what the forward has done until then.
+
+        A caller may catch it: hooks that have seen enough end a forward so.
+        """
+        raised, values = raised_at(error), self.values
+        if isinstance(error, GigamorphError) or not raised:
+            return error
+        carries = any(isinstance(leaf, Tensor) for leaf in tree_leaves((error.args, vars(error))))
+        if not carries and not values.updates() and not any(self.snapshot.changes(values.twins)):
+            return error
+        behind = place(values.program.ops[-1].module if values.program.ops else "", raised)
+        text = " ".join([type(error).__name__, *(f"({line})" for line in str(error).splitlines()[:1])])
+        return UnsupportedError(
+            f"the forward ends behind {behind} by {text}, and what it has kept or changed until then would be lost; "
+            "return what is wanted of it, or accelerate a network that ends there"
+        )
 
     def _asking(self) -> Iterator[dict[str, Any]]:
         """The globals of the network's own code in which `type` is Python's own, and is called."""

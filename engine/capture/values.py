@@ -15,6 +15,7 @@ from .aliases import Alias, Aliases, Step, inverse, is_same
 from .call_trees import Ref, refs, tree_map
 from .modes import straight_through
 from .program import Given, Op, Program, Value, order, place
+from .refusals import SPARSE
 
 
 class Values:
@@ -91,6 +92,8 @@ class Values:
         self.aliases.add(tensor, step)
 
     def number(self, like: Tensor, differentiable: bool | None = None) -> int:
+        if like.layout != torch.strided:
+            raise UnsupportedError(f"{self.where()} {SPARSE}")
         wants = like.requires_grad if differentiable is None else differentiable
         wants = wants or not self.entry_grad
         lies = order(like)

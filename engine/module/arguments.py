@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import GigamorphError, UnsupportedError
@@ -32,6 +33,8 @@ def check_network(model: Any) -> None:
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         hint = "an instance of it" if isinstance(model, type) else "the network"
         raise GigamorphError(f"accelerate takes a torch.nn.Module, not {kind}; give {hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedError("the model is TorchScript; give the plain eager module")
     if "_parameters" not in vars(model):
         raise GigamorphError(f"{type(model).__name__} is not set up; call super().__init__() in its __init__")
     for name, module in model.named_modules():

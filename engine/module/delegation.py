@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, Self
 
 from torch import nn
@@ -107,7 +108,10 @@ class Delegate(nn.Module):
         network = self.__dict__.get("_network")
         if network is None:  # while it is being copied or unpickled
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(network, name)
+        found = getattr(network, name)
+        if isinstance(found, MethodType) and found.__self__ is network:
+            return MethodType(_asked(name, found.__func__), self)
+        return found
 
     def _is_own(self, name: str) -> bool:
         if "_sealed" not in self.__dict__ or name in self.__dict__:
@@ -152,8 +156,10 @@ class Delegate(nn.Module):
         )
 
 
-def _asked(name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(nn.Module, name))
+def _asked(name: str, of_network: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that the network is asked for; one that returns the network returns what stands for it."""
+
+    @functools.wraps(of_network)
     def method(self: Delegate, *args: Any, **kwargs: Any) -> Any:
         network = self._network
         result = getattr(network, name)(*args, **kwargs)
@@ -163,7 +169,7 @@ def _asked(name: str) -> Callable[..., Any]:
 
 
 for _name in _ASKED_OF_THE_NETWORK:
-    setattr(Delegate, _name, _asked(_name))
+    setattr(Delegate, _name, _asked(_name, getattr(nn.Module, _name)))
 
 
 def is_container(network: nn.Module) -> bool:

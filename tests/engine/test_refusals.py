@@ -150,6 +150,9 @@ def test_refused(case):
 
 
 def test_torchscript():
+    traced = torch.jit.trace(nn.Conv2d(3, 4, 1), torch.ones(1, 3, 2, 2))
+    with pytest.raises(UnsupportedError, match="the model is TorchScript"):
+        accelerate(traced, tile=8)
     with pytest.raises(UnsupportedError, match=r"'odd'.*TorchScript"):
         accelerate(Net(torch.jit.script(nn.Conv2d(4, 4, 1))), tile=8)(torch.randn(1, 3, 20, 24))
 

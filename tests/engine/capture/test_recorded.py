@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -246,7 +247,15 @@ def made_by_class(net: Any, x: Tensor) -> Tensor:
     return x * hue[:, None] * scale + Variable(net.crop).sum() * Variable(x, requires_grad=False) * Variable(net.scale)
 
 
+def distributions(net: Any, x: Tensor) -> Tensor:
+    """They broadcast what they are given, of which some comes back as it is, and look at it."""
+    noise = Normal(x.mean((2, 3), keepdim=True), 1.0).rsample() + Normal(0.5, net.scale.exp()).rsample()
+    first, second = torch.broadcast_tensors(net.mean, net.mean)
+    return x * noise + float((first + second).sum())
+
+
 MIDDLES: dict[str, Middle] = {
+    "distributions": distributions,
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
     "channels by a mask": by_a_mask,
@@ -667,8 +676,8 @@ def test_custom_functions_are_exact():
     agree(network(lambda net, x: Custom.apply(x)))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_stays_after_an_interrupted_recording(error):
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError, UnsupportedError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_nothing_stays_after_an_interrupted_recording(error, told):
     """Custom functions, hooks, caches, attributes and generators are as before, and stock runs bit for bit."""
 
     def middle(net: Any, x: Tensor) -> Tensor:
@@ -685,13 +694,42 @@ def test_nothing_stays_after_an_interrupted_recording(error):
     before, state = copy.deepcopy(stock), torch.get_rng_state()
     stock.calls = before.calls = 1
     apply = torch.autograd.Function.apply
-    with pytest.raises(error):
+    with pytest.raises(told):
         accelerate(stock, tile=8)(x)
     assert torch.autograd.Function.apply == apply and not nn.modules.module._global_forward_hooks
     assert stock.calls == 1 and stock.seen == [] and torch.equal(torch.get_rng_state(), state)
     stock.calls = before.calls = 5
     assert torch.equal(stock(x), before(x))
     assert torch.equal(Custom.apply(x), x * 2)
+
+
+class Stop(Exception):
+    feature: Tensor | None
+
+
+@pytest.mark.parametrize("left", ["nothing", "a feature", "a statistic", "a tensor in the error"])
+def test_an_error_that_ends_the_forward_does_not_undo_it_in_silence(left):
+    """Hooks keep a feature and raise, and the caller catches: the feature of an earlier image stayed."""
+    kept: dict[str, Tensor] = {}
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        if left == "a feature":
+            kept["feature"] = x
+        if left == "a statistic":
+            net.norm(x)
+        error = Stop("seen enough")
+        error.feature = x if left == "a tensor in the error" else None
+        raise error
+
+    net, x = accelerate(network(middle), tile=8), torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    if left == "nothing":
+        with pytest.raises(Stop):
+            net(x)
+        return
+    told = r"ends behind module '(first|norm)' \(test_recorded.py:\d+\) by Stop \(seen enough\), .*; return what"
+    with pytest.raises(UnsupportedError, match=told) as refusal:
+        net(x)
+    assert isinstance(refusal.value.__cause__, Stop) and "\n" not in str(refusal.value) and not kept
 
 
 REFUSED: dict[str, tuple[Middle, str]] = {
@@ -712,7 +750,24 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         lambda net, x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
         "'cond' takes functions of maps; write what they do in Python$",
     ),
+    "an item of the image that was broadcast": (
+        lambda net, x: x * torch.broadcast_tensors(x.mean((2, 3)), net.scale[0])[0].sum().item(),
+        "Python value or a shape from the image",
+    ),
     "an item of the image": (lambda net, x: x * x.mean().item(), "Python value"),
+    **{
+        f"sparse: {name}": (lambda net, x, make=make: x * make(x.mean((0, 2, 3))).to_dense().sum(), "makes a sparse")
+        for name, make in (
+            ("a list of indices", lambda v: torch.sparse_coo_tensor(torch.tensor([[0, 1, 2, 3]]), v)),
+            ("of a dense one", lambda v: v.to_sparse()),
+            ("by rows", lambda v: torch.sparse_csr_tensor(torch.tensor([0, 4]), torch.arange(4), v)),
+            ("empty", lambda v: torch.zeros(4, layout=torch.sparse_coo)),
+        )
+    },
+    "a number of memory without values": (
+        lambda net, x: x * float(torch.add(net.mean, 1, out=torch.empty(4, dtype=x.dtype)).sum()),
+        r"has no values yet \('__float__'\); use torch.zeros",
+    ),
     "copied as an object": (lambda net, x: x * copy.copy(net.mean)[:, None, None], "copy.copy"),
     "pickled": (lambda net, x: x * len(pickle.dumps(net.scale)), "copies or pickles a tensor"),
     "where a tensor lies": (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +202,27 @@ def test_attributes_are_the_networks(copied):
 def test_methods_that_call_the_network():
     model, net = pair(Own)
     assert torch.equal(model.confidence(image()), net.confidence(image()))
+
+
+def test_methods_that_return_the_network():
+    """`net = net.freeze()` handed out the plain network."""
+    net = pair(Fluent)[1]
+    assert net.freeze("conv") is net and not net.conv.weight.requires_grad and net.append(nn.ReLU()) is net
+    assert net.conv_of() is net.conv and net.freeze.__self__ is net
+    assert str(inspect.signature(net.freeze)) == str(inspect.signature(net._network.freeze))
+    assert isinstance(pickle.loads(pickle.dumps(net.freeze))("conv"), Accelerated)
+
+
+class Fluent(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(OrderedDict(conv=nn.Conv2d(1, 3, 3)))
+
+    def freeze(self, name: str) -> Fluent:
+        self.get_submodule(name).requires_grad_(False)
+        return self
+
+    def conv_of(self) -> nn.Module:
+        return self.conv
 
 
 def test_network_that_pickles_itself():
