@@ -172,6 +172,8 @@ def test_no_process_to_meet(monkeypatch):
 
 def sleep_until_interrupted(ready: Any) -> None:
     try:
+        # A shell that runs tests in the background has switched Ctrl-C off for all that they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         ready.set()
         time.sleep(60)
     except KeyboardInterrupt:
