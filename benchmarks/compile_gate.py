@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 # Everything is compiled afresh, so that ptxas reports on everything.
 _cache = tempfile.TemporaryDirectory(prefix="compile_gate_")
@@ -42,7 +43,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from compile_only import MI300, compile_only, read_code  # noqa: E402
+from compile_only import MI300, _Driver, compile_only, read_code  # noqa: E402
 from compile_rows import Row, RowFile, by_kernel, key, summary, table  # noqa: E402
 from compile_verdict import faults  # noqa: E402
 from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
@@ -114,13 +115,27 @@ def scenes(quick: bool) -> Iterator[Scene]:
 Case = tuple[str, Callable[[], object]]
 
 
-def record(scene: Scene, chip: int, quick: bool = False) -> list[tuple[Call, frozenset[str]]]:
-    """The distinct calls of our ops in a step, and the keys of their launches; `quick`: as for `keys_of`."""
+Recorded = list[tuple[Call, frozenset[str]]]
+
+
+def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int, Recorded]:
+    """By chip the distinct calls of our ops in a step, and the keys of their launches; `quick`: as for `keys_of`.
+
+    A step that has not asked which chip it is on makes the same calls on all of them.
+    """
     network = NETWORKS[scene.network]().train(scene.live)
     tile = (scene.tile or max(scene.size),) * 2
     shape = (1, network_channels(network), *scene.size)
-    calls = calls_of_step(network, shape, tile, chip, scene.training, DTYPES[scene.dtype])
-    return [(call, keys_of(call, chip, quick)) for call in calls]
+    found: dict[int, Recorded] = {}
+    with mock.patch.object(_Driver, "get_current_target", autospec=True, side_effect=_Driver.get_current_target) as ask:
+        calls, asked = None, 0
+        for chip in chips:
+            if calls is None or asked:
+                before = ask.call_count
+                calls = calls_of_step(network, shape, tile, chip, scene.training, DTYPES[scene.dtype])
+                asked = ask.call_count - before
+            found[chip] = [(call, keys_of(call, chip, quick)) for call in calls]
+    return found
 
 
 @functools.cache  # steps of a network have most of their calls in common
@@ -138,9 +153,7 @@ def network_channels(network: nn.Module) -> int:
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
-def wanted(
-    recorded: Iterable[tuple[str, list[tuple[Call, frozenset[str]]]]], seen: set[str]
-) -> list[tuple[str, Call, set[str]]]:
+def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tuple[str, Call, set[str]]]:
     """Of all calls those with a launch that is not among the `seen`: the scene, the call, the keys of what is new."""
     seen = set(seen)
     found = []
@@ -216,10 +229,11 @@ def main() -> int:
     show = functools.partial(track, console=Console(stderr=True))
     chips = [options.chip] if options.chip else CHIPS
     with ProcessPoolExecutor(options.jobs) as pool:
+        recorded = pool.map(record, chosen, itertools.repeat(chips), itertools.repeat(options.quick))
+        steps = list(show(recorded, "steps", len(chosen)))
         for chip in chips:
-            recorded = pool.map(record, chosen, itertools.repeat(chip), itertools.repeat(options.quick))
-            steps = show(recorded, f"sm_{chip} steps", len(chosen))
-            found = wanted(zip(map(str, chosen), steps, strict=True), file.keys.get(chip, set()))
+            calls_of = ((str(scene), step[chip]) for scene, step in zip(chosen, steps, strict=True))
+            found = wanted(calls_of, file.keys.get(chip, set()))
             calls = [entry for entry in found if not only or entry[1].name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
             compiled = pool.map(_compile, itertools.repeat(chip), chunks)

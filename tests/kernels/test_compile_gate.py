@@ -218,12 +218,21 @@ def _outer_stages() -> nn.Module:
     return model
 
 
+def _pair() -> nn.Module:
+    """Two convolutions that are one in inference where the chip has descriptors."""
+    return nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 256, 1), nn.BatchNorm2d(256))
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(BENCHMARKS))
     import compile_gate
 
     if sys.argv[1:] == ["step"]:
-        compile_gate.NETWORKS["resnet18"] = _outer_stages
+        compile_gate.NETWORKS |= {"resnet18": _outer_stages, "pair": _pair}
+        for training in (True, False):  # recorded for chips at once as for each alone
+            scene = compile_gate.Scene("pair", False, training, "bf16", (128, 96), 64)
+            alone = {chip: compile_gate.record(scene, [chip])[chip] for chip in compile_gate.CHIPS}
+            assert compile_gate.record(scene, compile_gate.CHIPS) == alone and alone[80] != alone[90]
         for chip in CHIPS:
             sys.argv[1:] = ["--quick", "--faults", "--chip", *chip]
             if compile_gate.main():
