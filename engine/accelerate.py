@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from .capture.arguments import Arguments, takes_a_list, write_back
+from .capture.arguments import Arguments, is_bag, of_bags, takes_a_list, write_back
 from .capture.program import Program, takes_single_images
 from .errors import GigamorphError
 from .execution.begin import begin
@@ -96,7 +97,7 @@ class Accelerated(Delegate):
         return f"accelerated: memory_budget={self.memory_budget}, tile={self.tile}"
 
     def plan_for(self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Plan:
-        """The plan that an image batch of this shape (N, C, H, W) will run with.
+        """The plan that an image batch of this shape (N, C, H, W), or bags (B, V, C, H, W), will run with.
 
         Args:
             dtype: of the image; None takes that of the parameters.
@@ -106,7 +107,9 @@ class Accelerated(Delegate):
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        return self._settings.plan_for(self._network, image_shape(shape), dtype, device)
+        *bag, channels, height, width = image_shape(shape)
+        call = of_bags(self._network, bag) if len(bag) == 2 else None
+        return self._settings.plan_for(self._network, (math.prod(bag), channels, height, width), dtype, device, call)
 
     @property
     def _settings(self) -> Settings:
@@ -147,9 +150,9 @@ class Accelerated(Delegate):
 
         Args:
             args: what the network's own forward takes. The first image among them, a tensor (N, C, H, W) on any
-                device or a pixel source, says the size; further tensors with these H and W as their last two axes
-                (images, masks) are read tile by tile as well, all other tensors (metadata) whole. Python values are
-                part of the recording.
+                device or a pixel source, says the size; if there is none, the first bag of images (B, V, C, H, W), as
+                of the views of an exam. Further tensors with these H and W as their last two axes (images, masks) are
+                read tile by tile as well, all other tensors (metadata) whole. Python values are part of the recording.
                 A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
                 batch, unless the network's forward is annotated to take a list or tuple. Images of unequal sizes are
                 taken one after the other and their outputs concatenated; with BatchNorm in training mode side by side,
@@ -162,7 +165,7 @@ class Accelerated(Delegate):
         """
         only = len(args) == 1 and not kwargs
         listed = only and isinstance(args[0], list | tuple)
-        if only and is_batch(args[0]) and not (listed and takes_a_list(self._network)):
+        if only and is_batch(args[0]) and not is_bag(args[0]) and not (listed and takes_a_list(self._network)):
             batches = as_batches(args[0])
             if listed:
                 self._refuse_views(batches[0])

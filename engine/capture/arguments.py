@@ -1,4 +1,8 @@
-"""What a network is called with: the image, further maps, tensors without image axes, and plain Python values."""
+"""What a network is called with: the image, further maps, tensors without image axes, and plain Python values.
+
+Bags of images (B, V, C, H, W), as of the views of an exam or the slices of a volume, are computed as the batch
+(B * V, C, H, W) that they are, and are given to the network as bags.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ class Arguments:
         key: tells calls apart that do different things with their tensors.
         call: the network's call, given the image, the maps and the other tensors: its result, and what is to be written
             back. The Python values are among its arguments, so that a recording knows what it depends on.
-        image: the first image.
+        image: the first image, or the images of the first bag.
         maps: tensors whose last two axes are the image's.
         others: all other tensors.
     """
@@ -68,16 +72,17 @@ class Arguments:
         """Take a call apart.
 
         Raises:
-            GigamorphError: if there is no image among the arguments.
+            GigamorphError: if there is no image among the arguments, or a bag that is no view of its images.
         """
         leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
-        first = next((n for n, leaf in enumerate(leaves) if _is_image(leaf)), None)
+        first = next((n for dims in (4, 5) for n, leaf in enumerate(leaves) if _is_image(leaf, dims)), None)
         if first is None:
             raise GigamorphError(
-                "there is no image among the arguments; give a float tensor (N, C, H, W) or a pixel source, also in "
-                f"dicts, lists and tuples ({_told(leaves)})"
+                "there is no image among the arguments; give a float tensor (N, C, H, W), a bag of images (B, V, C, "
+                f"H, W) or a pixel source, also in dicts, lists and tuples ({_told(leaves)})"
             )
-        image = as_batch(leaves[first])
+        bag = tuple(leaves[first].shape[:2]) if is_bag(leaves[first]) else ()
+        image = _images_of(leaves[first]) if bag else as_batch(leaves[first])
         size = tuple(image.shape[-2:])
         kinds: list[Any] = []
         maps: list[Tensor] = []
@@ -97,19 +102,28 @@ class Arguments:
                 kinds.append(_Value(leaf))
         values = tuple(kind.value if isinstance(kind, _Value) else None for kind in kinds)
         places = tuple(None if isinstance(kind, _Value) else kind for kind in kinds)
-        call = partial(_call, network, structure, values, places, len(maps))
-        return cls((str(structure), *kinds), call, image, maps, others)
+        call = partial(_call, network, structure, values, places, len(maps), bag)
+        return cls((str(structure), bag, *kinds), call, image, maps, others)
 
 
 def _call(
-    network: Callable[..., Any], structure: TreeSpec, values: tuple[Any, ...], places: Any, maps: int, *tensors: Tensor
+    network: Callable[..., Any],
+    structure: TreeSpec,
+    values: tuple[Any, ...],
+    places: Any,
+    maps: int,
+    bag: tuple[int, ...],
+    image: Tensor,
+    *rest: Tensor,
 ) -> tuple[Any, list[Change]]:
     """The network's call, and what it changes in the dicts and lists that it is given.
 
     Args:
         values: the Python values among the leaves of its arguments.
         places: says which of the image, the maps and the other tensors takes the place of which.
+        bag: (B, V), if the network takes the images in bags.
     """
+    tensors = (image.unflatten(0, bag) if bag else image, *rest)
     first = {"image": 0, "map": 1, "other": 1 + maps}
     leaves = [v if p is None else tensors[first[p[0]] + p[1]] for v, p in zip(values, places, strict=True)]
     args, kwargs = tree_unflatten(leaves, structure)
@@ -169,7 +183,28 @@ def _told(leaves: Sequence[Any]) -> str:
     return f"given: {', '.join(told[:4]) or 'nothing'}{' ...' if len(told) > 4 else ''}"
 
 
-def _is_image(leaf: Any) -> bool:
+def _is_image(leaf: Any, dims: int) -> bool:
     if isinstance(leaf, Tensor):
-        return leaf.dim() == 4 and leaf.is_floating_point()
+        return leaf.dim() == dims and leaf.is_floating_point()
     return isinstance(leaf, (PixelSource, PixelBatch))
+
+
+def is_bag(leaf: Any) -> bool:
+    """Whether something is images in bags (B, V, C, H, W)."""
+    return isinstance(leaf, Tensor) and leaf.dim() == 5
+
+
+def of_bags(network: Callable[..., Any], bag: Sequence[int]) -> Callable[[Tensor], Any]:
+    """The call of a network that takes bags (B, V, C, H, W), given a batch (B * V, C, H, W)."""
+    return lambda images: network(images.unflatten(0, tuple(bag)))
+
+
+def _images_of(bag: Tensor) -> Tensor:
+    """The images of bags (B, V, C, H, W) as a batch (B * V, C, H, W), on the same memory: a network may write to it."""
+    try:
+        return bag.view(-1, *bag.shape[2:])
+    except RuntimeError as error:
+        raise GigamorphError(
+            f"the bags of images of shape {tuple(bag.shape)} lie in memory with strides {bag.stride()}, and are no "
+            "view of one batch of images; give x.contiguous()"
+        ) from error

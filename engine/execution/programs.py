@@ -61,9 +61,20 @@ class Settings:
     fallback: str | None
     split: Any
 
-    def plan_for(self, network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Plan:
-        """The plan of an image batch (N, C, H, W), in the gradient mode that is on."""
-        program = capture(network, shape, dtype, device, branches=())
+    def plan_for(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        call: Callable[..., Any] | None = None,
+    ) -> Plan:
+        """The plan of an image batch (N, C, H, W), in the gradient mode that is on.
+
+        Args:
+            call: see `capture`.
+        """
+        program = capture(network, shape, dtype, device, call, branches=())
         return arrange(program, self.request(torch.is_grad_enabled()), shard=self.shard(program))[1]
 
     def request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:

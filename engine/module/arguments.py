@@ -69,16 +69,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
         raise GigamorphError(f"{name}={value!r} is not known; give {', '.join(known[:-1])} or {known[-1]}")
 
 
-def image_shape(shape: Any) -> tuple[int, int, int, int]:
-    """(N, C, H, W) of an image batch.
+def image_shape(shape: Any) -> tuple[int, ...]:
+    """(N, C, H, W) of an image batch, or (B, V, C, H, W) of bags of images.
 
     Raises:
-        GigamorphError: if these are not four whole positive numbers.
+        GigamorphError: if these are not four or five whole positive numbers.
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) != 4 or not all(is_whole(size) and size >= 1 for size in sizes):
-        raise GigamorphError(f"the shape {shape!r} is not (N, C, H, W) of an image batch")
-    return tuple(int(size) for size in sizes)  # pyright: ignore[reportReturnType]
+    if len(sizes) not in (4, 5) or not all(is_whole(size) and size >= 1 for size in sizes):
+        raise GigamorphError(f"the shape {shape!r} is not (N, C, H, W) of an image batch, or (B, V, C, H, W) of bags")
+    return tuple(int(size) for size in sizes)
 
 
 def tile_sides(tile: Any) -> tuple[int, int] | None:
