@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -110,8 +111,10 @@ class Recorder(TorchFunctionMode):
             return self.call(Tensor.clone, args[:1], {})
         if name in PLACES and self._seen_through():
             return func(*args, **kwargs)
-        if func == _GRAD and (_looks_for_a_profiler() or self._seen_through()):
-            return func(*args)
+        if func == _GRAD and (_reader() is nn.Module._wrapped_call_impl.__code__ or self._seen_through()):
+            return func(*args)  # PyTorch's profiler, which notes a module whose call begins
+        if func == _GRAD_FN and getattr(_reader(), "co_filename", "") == torch.utils.checkpoint.__file__:
+            return func(*args)  # before PyTorch 2.13 checkpointing asks so whether gradients are on
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
         if func is Tensor.new and args[1:] and isinstance(args[1], (int, np.integer, torch.Size)):
@@ -455,12 +458,12 @@ _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
 _GRAD_FN, _GRAD, _VERSION = (getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "_version"))
 
 
-def _looks_for_a_profiler() -> bool:
-    """Whether nobody's code reads an attribute, but PyTorch's profiler that notes a module whose call begins."""
+def _reader() -> types.CodeType | None:
+    """The code that reads an attribute of a tensor."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return frame is not None and frame.f_code is nn.Module._wrapped_call_impl.__code__
+    return None if frame is None else frame.f_code
 
 
 def _axes(item: Any) -> int:

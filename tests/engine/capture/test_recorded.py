@@ -21,6 +21,7 @@ from torch.autograd import Variable
 from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from gigamorph import accelerate
 from gigamorph.engine.errors import GigamorphError, UnsupportedError
@@ -255,6 +256,8 @@ def distributions(net: Any, x: Tensor) -> Tensor:
 
 
 MIDDLES: dict[str, Middle] = {
+    "checkpointed": lambda net, x: checkpoint(lambda y: net.scale * y.tanh(), x, use_reentrant=False),
+    "checkpointed, reentrant": lambda net, x: checkpoint(torch.tanh, x, use_reentrant=True) * net.scale,
     "distributions": distributions,
     "a scripted function": lambda net, x: scripted(x, power=1.5) + x * scripted(x.mean((2, 3), keepdim=True)),
     "tensors made by their class": made_by_class,
@@ -740,7 +743,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "forked": (lambda net, x: (_fork(), x)[1], "set_rng_state"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], "gradient inside the forward"),
     "checkpointed statistics": (
-        lambda net, x: torch.utils.checkpoint.checkpoint(net.norm, x, use_reentrant=False),
+        lambda net, x: checkpoint(net.norm, x, use_reentrant=False),
         "again in the backward",
     ),
     "a new layer": (lambda net, x: (setattr(net, "made", nn.ReLU()), x)[1], "in the forward"),
