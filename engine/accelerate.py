@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from .capture.arguments import Arguments, is_bag, of_bags, takes_a_list, write_back
+from .capture.arguments import Arguments, is_bag, takes_a_list, write_back
 from .capture.program import Program, takes_single_images
 from .errors import GigamorphError
 from .execution.begin import begin
@@ -107,9 +106,11 @@ class Accelerated(Delegate):
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        *bag, channels, height, width = image_shape(shape)
-        call = of_bags(self._network, bag) if len(bag) == 2 else None
-        return self._settings.plan_for(self._network, (math.prod(bag), channels, height, width), dtype, device, call)
+        shape, form = image_shape(shape), None
+        if len(shape) == 5:
+            given = Arguments.of(self._network, (torch.empty(shape, dtype=dtype, device="meta"),), {})
+            shape, form = given.image.shape, Form(given.key, given.call, given.inputs)
+        return self._settings.plan_for(self._network, shape, dtype, device, form)
 
     @property
     def _settings(self) -> Settings:
@@ -150,8 +151,8 @@ class Accelerated(Delegate):
 
         Args:
             args: what the network's own forward takes. The first image among them, a tensor (N, C, H, W) on any
-                device or a pixel source, says the size; if there is none, the first bag of images (B, V, C, H, W), as
-                of the views of an exam. Further tensors with these H and W as their last two axes (images, masks) are
+                device or a pixel source, says the size, or larger bags of images (B, V, C, H, W), as of the views of an
+                exam. Further tensors with these H and W as their last two axes (images, masks) are
                 read tile by tile as well, all other tensors (metadata) whole. Python values are part of the recording.
                 A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
                 batch, unless the network's forward is annotated to take a list or tuple. Images of unequal sizes are

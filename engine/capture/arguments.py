@@ -1,13 +1,14 @@
 """What a network is called with: the image, further maps, tensors without image axes, and plain Python values.
 
-Bags of images (B, V, C, H, W), as of the views of an exam or the slices of a volume, are computed as the batch
-(B * V, C, H, W) that they are, and are given to the network as bags.
+Bags of images (B, V, C, H, W), as of the views of an exam or the slices of a volume, are further maps, also where there
+is no other image: then one without memory stands for their size.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Arguments:
         key: tells calls apart that do different things with their tensors.
         call: the network's call, given the image, the maps and the other tensors: its result, and what is to be written
             back. The Python values are among its arguments, so that a recording knows what it depends on.
-        image: the first image, or the images of the first bag.
+        image: the first image; where bags of images are larger, a stand-in (1, 1, H, W) that nothing reads.
         maps: tensors whose last two axes are the image's.
         others: all other tensors.
     """
@@ -72,22 +73,24 @@ class Arguments:
         """Take a call apart.
 
         Raises:
-            GigamorphError: if there is no image among the arguments, or a bag that is no view of its images.
+            GigamorphError: if there is no image among the arguments.
         """
         leaves, structure = tree_flatten((tuple(args), dict(kwargs)))
-        first = next((n for dims in (4, 5) for n, leaf in enumerate(leaves) if _is_image(leaf, dims)), None)
-        if first is None:
+        first = next((leaf for leaf in leaves if _is_image(leaf)), None)
+        image = _stand_in(first, [leaf for leaf in leaves if is_bag(leaf)])
+        known: dict[int, tuple[str, int]] = {}  # one tensor may be several arguments
+        if image is None and first is not None:
+            known[id(first)] = "image", 0
+            image = as_batch(first)
+        if image is None:
             raise GigamorphError(
-                "there is no image among the arguments; give a float tensor (N, C, H, W), a bag of images (B, V, C, "
-                f"H, W) or a pixel source, also in dicts, lists and tuples ({_told(leaves)})"
+                "there is no image among the arguments; give a float tensor (N, C, H, W), a bag of images (B, V, C, H, "
+                f"W) or a pixel source, also in dicts, lists and tuples ({_told(leaves)})"
             )
-        bag = tuple(leaves[first].shape[:2]) if is_bag(leaves[first]) else ()
-        image = _images_of(leaves[first]) if bag else as_batch(leaves[first])
         size = tuple(image.shape[-2:])
         kinds: list[Any] = []
         maps: list[Tensor] = []
         others: list[Tensor] = []
-        known: dict[int, tuple[str, int]] = {id(leaves[first]): ("image", 0)}  # one tensor may be several arguments
         for leaf in leaves:
             if id(leaf) in known:
                 kinds.append(known[id(leaf)])
@@ -102,28 +105,19 @@ class Arguments:
                 kinds.append(_Value(leaf))
         values = tuple(kind.value if isinstance(kind, _Value) else None for kind in kinds)
         places = tuple(None if isinstance(kind, _Value) else kind for kind in kinds)
-        call = partial(_call, network, structure, values, places, len(maps), bag)
-        return cls((str(structure), bag, *kinds), call, image, maps, others)
+        call = partial(_call, network, structure, values, places, len(maps))
+        return cls((str(structure), *kinds), call, image, maps, others)
 
 
 def _call(
-    network: Callable[..., Any],
-    structure: TreeSpec,
-    values: tuple[Any, ...],
-    places: Any,
-    maps: int,
-    bag: tuple[int, ...],
-    image: Tensor,
-    *rest: Tensor,
+    network: Callable[..., Any], structure: TreeSpec, values: tuple[Any, ...], places: Any, maps: int, *tensors: Tensor
 ) -> tuple[Any, list[Change]]:
     """The network's call, and what it changes in the dicts and lists that it is given.
 
     Args:
         values: the Python values among the leaves of its arguments.
         places: says which of the image, the maps and the other tensors takes the place of which.
-        bag: (B, V), if the network takes the images in bags.
     """
-    tensors = (image.unflatten(0, bag) if bag else image, *rest)
     first = {"image": 0, "map": 1, "other": 1 + maps}
     leaves = [v if p is None else tensors[first[p[0]] + p[1]] for v, p in zip(values, places, strict=True)]
     args, kwargs = tree_unflatten(leaves, structure)
@@ -183,28 +177,29 @@ def _told(leaves: Sequence[Any]) -> str:
     return f"given: {', '.join(told[:4]) or 'nothing'}{' ...' if len(told) > 4 else ''}"
 
 
-def _is_image(leaf: Any, dims: int) -> bool:
-    if isinstance(leaf, Tensor):
-        return leaf.dim() == dims and leaf.is_floating_point()
-    return isinstance(leaf, (PixelSource, PixelBatch))
-
-
 def is_bag(leaf: Any) -> bool:
-    """Whether something is images in bags (B, V, C, H, W)."""
-    return isinstance(leaf, Tensor) and leaf.dim() == 5
+    """Whether something is bags of images (B, V, C, H, W)."""
+    return isinstance(leaf, Tensor) and leaf.dim() == 5 and not leaf.is_complex()
 
 
-def of_bags(network: Callable[..., Any], bag: Sequence[int]) -> Callable[[Tensor], Any]:
-    """The call of a network that takes bags (B, V, C, H, W), given a batch (B * V, C, H, W)."""
-    return lambda images: network(images.unflatten(0, tuple(bag)))
+def _stand_in(image: Any, bags: Sequence[Tensor]) -> Tensor | None:
+    """For the largest bag of images an image of its size, unless there is one that is as large."""
+    largest = max(bags, key=_pixels, default=None)
+    if largest is None or (image is not None and not isinstance(image, Tensor)):
+        return None
+    if image is not None and _pixels(image) >= _pixels(largest):
+        return None
+    if largest.layout != torch.strided:
+        raise GigamorphError(f"the bags of images are a tensor of layout {largest.layout}; give x.to_dense()")
+    kind = largest.dtype if largest.is_floating_point() else torch.get_default_dtype()
+    return torch.empty((), dtype=kind, device=largest.device).expand(1, 1, *largest.shape[-2:])
 
 
-def _images_of(bag: Tensor) -> Tensor:
-    """The images of bags (B, V, C, H, W) as a batch (B * V, C, H, W), on the same memory: a network may write to it."""
-    try:
-        return bag.view(-1, *bag.shape[2:])
-    except RuntimeError as error:
-        raise GigamorphError(
-            f"the bags of images of shape {tuple(bag.shape)} lie in memory with strides {bag.stride()}, and are no "
-            "view of one batch of images; give x.contiguous()"
-        ) from error
+def _pixels(image: Any) -> int:
+    return math.prod(image.shape[-2:])
+
+
+def _is_image(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.dim() == 4 and leaf.is_floating_point()
+    return isinstance(leaf, (PixelSource, PixelBatch))

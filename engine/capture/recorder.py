@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from ..errors import UnsupportedError
 from .aliases import Step
@@ -113,7 +114,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _GRAD and (_reader() is nn.Module._wrapped_call_impl.__code__ or self._seen_through()):
             return func(*args)  # PyTorch's profiler, which notes a module whose call begins
-        if func == _GRAD_FN and getattr(_reader(), "co_filename", "") == torch.utils.checkpoint.__file__:
+        if func == _GRAD_FN and getattr(_reader(), "co_filename", "") == checkpoint.__file__:
             return func(*args)  # before PyTorch 2.13 checkpointing asks so whether gradients are on
         if any(isinstance(a, Tensor) and a.is_meta for a in args) and self._seen_through():
             return func(*args, **kwargs)
@@ -202,6 +203,8 @@ class Recorder(TorchFunctionMode):
             name = "grad"
         if name == "resize_" and tensors and _ints(args[1:]) == tuple(tensors[0].shape):
             return
+        if name == "detach_" and tensors and tensors[0].requires_grad and id(tensors[0]) in self.values.first:
+            raise UnsupportedError(f"{self.values.where()} calls detach_() on what it is given; use x = x.detach()")
         if name in REFUSED and tensors:
             raise UnsupportedError(f"{self.values.where()} {REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:

@@ -36,7 +36,7 @@ from .reach import mentioned
 from .recorder import Recorder
 from .refusals import as_refusal
 from .state import Place, Snapshot
-from .trees import Around, TakenApart
+from .trees import TakenApart
 from .unseen import Unseen
 from .values import Values
 from .walk import imports_of_others, walk
@@ -319,16 +319,10 @@ class _Recording:
             program.reached[number] = values.reached(twin)
             return Ref(number)
 
-        def form(tensor: Tensor) -> Ref | Around:
-            root = values.bagged(values.twin(tensor))
-            if root is None or not any(root is each for each in given):
-                return leaf(tensor)
-            return Around(functools.partial(_unflattened, tensor.shape), [leaf(root)])
-
         for tensor in given:
             leaf(tensor)
         left.clear()
-        apart = TakenApart(form, snapshot.kept)
+        apart = TakenApart(leaf, snapshot.kept)
         output = apart.tree(result, "the result of the model")
         if not refs(output):
             raise UnsupportedError(
@@ -364,10 +358,6 @@ class _Recording:
         reads = [Read(functools.partial(take, state), value) for take, value in program.reads]
         constants = [v.constant for v in program.values if v.constant is not None and v.find is None]
         return Guard(snapshot, program.effects, reads, constants, self.values.twins, given)
-
-
-def _unflattened(shape: torch.Size, images: Tensor) -> Tensor:
-    return images.view(shape)
 
 
 def _nothing(_saved: Any) -> Any:

@@ -110,7 +110,7 @@ class Around:
     Attributes:
         make: makes it again, of those of a call.
         parts: what it is around, taken apart.
-        was: the one of the forward and what that is around; None where it is known that it is made again.
+        was: the one of the forward and what that is around; None once it is known that it is made again.
     """
 
     make: Callable[..., Any]
@@ -212,7 +212,7 @@ class TakenApart:
 
         def settle(leaf: Any) -> Any:
             if isinstance(leaf, Around):
-                return leaf if leaf.was is None else self._settled_around(leaf)
+                return self._settled_around(leaf)
             if not isinstance(leaf, Shared):
                 return leaf
             inner = self.settled(leaf.tree)

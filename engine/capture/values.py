@@ -145,14 +145,6 @@ class Values:
         self.know(tensor, number, Step(Tensor.detach, "detach", (known,), {}, known, (tensor,), 0))
         return tensor
 
-    def bagged(self, tensor: Tensor) -> Tensor | None:
-        """The batch of images that a tensor is in bags: all of it, on its memory, and in its graph."""
-        alias = self.aliases.of.get(id(tensor))
-        if alias is None or [step.name for step in alias.chain] != ["unflatten"]:
-            return None
-        root = alias.memory.root
-        return root if root.shape[1:] == tensor.shape[2:] and root.requires_grad == tensor.requires_grad else None
-
     def present(self, tensor: Tensor) -> int:
         """The number of a tensor's present value; a view whose memory was written to is made again."""
         alias = self.aliases.of.get(id(tensor))

@@ -67,14 +67,15 @@ class Settings:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        call: Callable[..., Any] | None = None,
+        form: Form | None = None,
     ) -> Plan:
         """The plan of an image batch (N, C, H, W), in the gradient mode that is on.
 
         Args:
-            call: see `capture`.
+            form: what is computed instead of the network's call.
         """
-        program = capture(network, shape, dtype, device, call, branches=())
+        form = form or Form((), network)
+        program = capture(network, shape, dtype, device, form.call, form.inputs, form.vectors, branches=())
         return arrange(program, self.request(torch.is_grad_enabled()), shard=self.shard(program))[1]
 
     def request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:

@@ -79,7 +79,7 @@ def _density(stage: Stage) -> float:
     """Values of a stage's widest block for a pixel of its largest source."""
     height, width = stage.extent
     values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
-    return max(math.prod(stage.maps.shape(v)) for v in values) / (height * width)
+    return max(1, *(math.prod(stage.maps.shape(v)) for v in values)) / (height * width)  # of no images none
 
 
 def rounded(side: float) -> int:

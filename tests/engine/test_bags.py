@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gigamorph import accelerate
-from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.errors import GigamorphError, UnsupportedError
 
 
 class Bags(nn.Module):
@@ -118,20 +118,20 @@ def test_bags_are_exact(kind, bags, views, size, tile, training, seed):
     close(found[1], found[0])
 
 
-def test_a_bag_that_is_returned_and_kept_lies_on_the_memory_of_what_was_given():
-    class Returns(Writes):
+def test_a_bag_that_is_kept_and_returned_is_the_one_that_was_given():
+    class Returns(Bags):
         def forward(self, x: Tensor) -> Any:
-            super().forward(x)
-            return x
+            self.last, same = x, getattr(self, "last", None) is x
+            return super().forward(x), x, x.is_leaf, same
 
-    net = accelerate(Returns().eval(), tile=16)
     x = torch.randn(2, 3, 2, 40, 33, dtype=torch.float64)
-    for grad in (False, True):
-        given = x.clone().requires_grad_(grad) * 1
-        result = net(given)
-        assert result.shape == given.shape
-        assert result.data_ptr() == net.last.data_ptr() == given.data_ptr()
-        assert result.requires_grad == net.last.requires_grad == grad
+    for net in (Returns(), accelerate(Returns(), tile=16)):
+        for bag in (x, x.clone().requires_grad_(), x.clone().requires_grad_() * 1):
+            for again in (False, True):
+                y, kept, is_leaf, same = net(bag)
+                assert net.last is bag and kept is bag and is_leaf == bag.is_leaf and same == again
+            if bag.requires_grad:
+                assert torch.autograd.grad(y.sum(), net.last)[0].abs().sum() > 0
 
 
 def test_bags_of_one_batch_of_images_are_told_apart():
@@ -142,15 +142,27 @@ def test_bags_of_one_batch_of_images_are_told_apart():
         close(net(x), stock(x))
 
 
-def test_the_image_is_what_has_four_axes_where_there_is_one():
+@pytest.mark.parametrize(
+    ("bag", "image", "tiles"),
+    [
+        ((2, 3, 2, 64, 64), (2, 2, 64, 64), 16),
+        ((2, 3, 2, 64, 64), (2, 3, 5, 2), 16),
+        ((2, 2, 2, 8, 9), (2, 2, 64, 64), 16),
+    ],
+    ids=["of one size", "marks of each image", "an image larger than those of the bag"],
+)
+def test_the_largest_says_the_tiles(bag, image, tiles):
     class Both(Bags):
-        def forward(self, priors: Tensor, x: Tensor) -> Tensor:
-            return self.head(self.features(x + priors.mean(1)))
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            y = other[:, 0] if other.shape[-1] == 2 else self.features(other)[:, None]
+            return super().forward(x) + y.mean((1, 2))[:, None]
 
     stock = Both().eval()
-    net = accelerate(copy.deepcopy(stock), tile=16)
-    priors, x = (torch.randn(*shape, 2, 40, 33, dtype=torch.float64) for shape in ((3, 5), (3,)))
-    close(net(priors, x), stock(priors, x))
+    net, totals = accelerate(copy.deepcopy(stock), tile=16), set()
+    net.on_tile = lambda event: totals.add(event.total)
+    x, other = (torch.randn(*shape, dtype=torch.float64) for shape in (bag, image))
+    close(net(x, other), stock(x, other))
+    assert totals == {tiles}
 
 
 def test_bags_are_computed_by_tiles_and_planned():
@@ -159,11 +171,38 @@ def test_bags_are_computed_by_tiles_and_planned():
     net(torch.randn(2, 3, 2, 64, 64, dtype=torch.float64)).sum().backward()
     assert len(events) >= 32
     plan = net.plan_for((2, 3, 2, 64, 64))
-    assert plan.image == (6, 2, 64, 64)
     assert plan.tiles == (4, 4)
 
 
-def test_bags_that_are_no_view_of_their_images_are_refused():
-    net = accelerate(Bags(), tile=16)
-    with pytest.raises(GigamorphError, match=r"\(2, 3, 2, 40, 33\).*x\.contiguous\(\)"):
-        net(torch.randn(3, 2, 2, 40, 33, dtype=torch.float64).transpose(0, 1))
+STRIDES = {
+    "some views": lambda x: x[:, 1:3],
+    "views first": lambda x: x.transpose(0, 1),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "one for all views": lambda x: x[:, :1].expand(-1, 3, -1, -1, -1),
+    "raw pixels": lambda x: (x * 100).to(torch.int16),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_bags_may_lie_anyhow(name):
+    stock = Bags().eval()
+    x = STRIDES[name](torch.randn(2, 4, 2, 40, 33, dtype=torch.float64))
+    if not x.is_floating_point():
+        stock.stem.register_forward_pre_hook(lambda _module, given: (given[0].double() / 100,))
+    close(accelerate(copy.deepcopy(stock), tile=16)(x), stock(x))
+
+
+def test_bags_without_images():
+    class Priors(Bags):
+        def forward(self, x: Tensor, priors: Tensor) -> Tensor:
+            f = [self.features(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for v in (x, priors)]
+            return self.pooled(torch.cat(f, 1))
+
+    stock = Priors().eval()
+    net = accelerate(copy.deepcopy(stock), tile=16)
+    x, none = (torch.randn(2, views, 2, 40, 33, dtype=torch.float64) for views in (3, 0))
+    close(net(x, none), stock(x, none))
+    with pytest.raises(UnsupportedError, match="statistics of no images"):
+        accelerate(Priors(), tile=16, batch_norm=None)(x, none)
+    with pytest.raises(GigamorphError, match=r"x.to_dense\(\)"):
+        accelerate(Bags(), tile=16)(x.to_sparse())

@@ -68,7 +68,8 @@ def numbered(maps: Maps, key: Sequence[Any], like: int) -> tuple[list[Any], list
 def _index(item: Any, number: int, device: torch.device) -> VectorOp:
     if isinstance(item, Ref):
         return VectorOp(lambda env: (env[item.value].to(device),), (item.value,), (number,))
-    return VectorOp(lambda _env: (torch.tensor(item, device=device),), (), (number,))
+    dtype = None if torch.tensor(item).numel() else torch.int64  # of an empty list
+    return VectorOp(lambda _env: (torch.tensor(item, dtype=dtype, device=device),), (), (number,))
 
 
 def _positions() -> Refusal:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...capture.trace import Op
-from .base import Env, Local, Maps, Node, Reduction, VectorOp, Whole, arguments, dimensions, replay, rule
+from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
 from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise
 from .promote import over_resident, resident
@@ -50,6 +50,8 @@ def moments(
     precise = bool(dims) and grid is None
     shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
     count = math.prod(maps.shape(value)[d] for d in axes)
+    if not math.prod(maps.shape(value)):
+        raise Refusal("statistics of no images; leave the layer out where there are none")
     dtype = exact(info.device) if precise else wide(info.dtype)
     mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
     reduction = Reduction(
