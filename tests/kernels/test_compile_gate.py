@@ -229,14 +229,14 @@ if __name__ == "__main__":
 
     if sys.argv[1:] == ["step"]:
         compile_gate.NETWORKS |= {"resnet18": _outer_stages, "pair": _pair}
-        for training in (True, False):  # recorded for chips at once as for each alone
-            scene = compile_gate.Scene("pair", False, training, "bf16", (128, 96), 64)
-            alone = {chip: compile_gate.record(scene, [chip])[chip] for chip in compile_gate.CHIPS}
-            assert compile_gate.record(scene, compile_gate.CHIPS) == alone and alone[80] != alone[90]
         for chip in CHIPS:
             sys.argv[1:] = ["--quick", "--faults", "--chip", *chip]
             if compile_gate.main():
                 sys.exit(1)
+        for training in (True, False):  # recorded for chips at once as for each alone
+            scene = compile_gate.Scene("pair", False, training, "bf16", (128, 96), 64)
+            alone = {chip: compile_gate.record(scene, [chip])[chip] for chip in compile_gate.CHIPS}
+            assert compile_gate.record(scene, compile_gate.CHIPS) == alone and alone[80] != alone[90]
         sys.exit()
     for planted, (launch, _) in PLANTED.items():
         rows = compile_gate.gate(90, [(planted, launch)])
