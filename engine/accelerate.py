@@ -152,8 +152,8 @@ class Accelerated(Delegate):
         Args:
             args: what the network's own forward takes. The first image among them, a tensor (N, C, H, W) on any
                 device or a pixel source, says the size, or larger bags of images (B, V, C, H, W), as of the views of an
-                exam. Further tensors with these H and W as their last two axes (images, masks) are
-                read tile by tile as well, all other tensors (metadata) whole. Python values are part of the recording.
+                exam. Further tensors with these H and W as their last two axes (images, masks) are read tile by tile as
+                well, all other tensors (metadata) whole. Python values are part of the recording.
                 A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
                 batch, unless the network's forward is annotated to take a list or tuple. Images of unequal sizes are
                 taken one after the other and their outputs concatenated; with BatchNorm in training mode side by side,
