@@ -14,7 +14,8 @@ bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mam
 in one tile. The table at the end holds the worst figures of each kernel, the last line those of all.
 
 All of it takes hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has
-for the chips.
+for the chips. A change of how kernels are launched compiles the new launches alone; a run of all steps leaves out what
+none of them launches any more.
 
     python benchmarks/compile_gate.py [--quick] [--only conv2d_forward,pool] [--network resnet50] [--chip 90]
         [--rows FILE] [--faults]
@@ -232,14 +233,16 @@ def main() -> int:
         recorded = pool.map(record, chosen, itertools.repeat(chips), itertools.repeat(options.quick))
         steps = list(show(recorded, "steps", len(chosen)))
         for chip in chips:
+            if not (options.quick or options.only or options.network):
+                file.leave_out(chip, {key for step in steps for _, keys in step[chip] for key in keys})
             calls_of = ((str(scene), step[chip]) for scene, step in zip(chosen, steps, strict=True))
-            found = wanted(calls_of, file.keys.get(chip, set()))
+            found = wanted(calls_of, file.keys(chip))
             calls = [entry for entry in found if not only or entry[1].name.partition("::")[2] in only]
             chunks = [calls[n : n + CHUNK] for n in range(0, len(calls), CHUNK)]
             compiled = pool.map(_compile, itertools.repeat(chip), chunks)
             for chunk, rows in zip(chunks, show(compiled, f"sm_{chip} kernels", len(chunks)), strict=True):
                 file.add(chip, set().union(*(keys for _, _, keys in chunk)), rows)
-    rows = [row for chip in chips for row in file.rows.get(chip, ())]
+    rows = [row for chip in chips for row in file.rows(chip)]
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table([row for row in rows if row.faults or not options.faults]))
     console.print(by_kernel(rows))

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import itertools
 import json
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 from recorded_step import Launch
 from rich.table import Table
+from triton.runtime.jit import JITFunction
+
+from gigamorph import kernels
 
 
 @dataclass
@@ -42,49 +48,82 @@ def key(launch: Launch) -> str:
 
 
 @functools.cache
-def _code() -> str:
-    """What rows stand for: the kernels, what judges them, Triton."""
+def _sources() -> dict[str, str]:
+    """By name, what a kernel's code and all that it calls hash to; of "", what did not compile, all of them."""
+    modules = (importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__))
+    found = {
+        value.__name__.strip("_"): value.cache_key
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, JITFunction)
+    }
+    return found | {"": " ".join(sorted(found.values()))}
+
+
+def _code(names: Iterable[str]) -> str:
+    """What rows of these kernels stand for: their code, what judges it, Triton. Not which launches there are."""
     here = Path(__file__).parent
-    files = [here / "compile_only.py", here / "compile_verdict.py", *sorted((here.parent / "kernels").rglob("*.py"))]
     code = hashlib.sha256(triton.__version__.encode())
-    for file in files:
-        code.update(file.read_bytes())
+    for file in "compile_only.py", "compile_verdict.py":
+        code.update((here / file).read_bytes())
+    for name in sorted(set(names)):
+        code.update(f"{name} {_sources().get(name)}".encode())
     return code.hexdigest()[:16]
 
 
-class RowFile:
-    """Rows and what they are of, a line for each few calls that were compiled; none of older code or another Triton.
+class Compiled(NamedTuple):
+    """A few calls that were compiled together: the keys of what is new in them, and the rows."""
 
-    Attributes:
-        rows: by chip.
-        keys: by chip, of the launches that need not be compiled again.
-    """
+    chip: int
+    keys: frozenset[str]
+    rows: list[Row]
+
+    @property
+    def code(self) -> str:
+        return _code(row.kernel for row in self.rows)
+
+    def line(self) -> str:
+        entry = {"chip": self.chip, "keys": sorted(self.keys), "rows": [asdict(row) for row in self.rows]}
+        return json.dumps({"code": self.code} | entry)
+
+
+class RowFile:
+    """What was compiled, a line for each few calls; none of older code or another Triton."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows: dict[int, list[Row]] = {}
-        self.keys: dict[int, set[str]] = {}
+        self.compiled: list[Compiled] = []
         for line in path.read_text().splitlines() if path and path.exists() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # cut off as it was written
                 continue
-            if entry["code"] == _code():
-                rows = [Row(**row | {"faults": tuple(row["faults"])}) for row in entry["rows"]]
-                self._take(entry["chip"], entry["keys"], rows)
+            rows = [Row(**row | {"faults": tuple(row["faults"])}) for row in entry["rows"]]
+            found = Compiled(entry["chip"], frozenset(entry["keys"]), rows)
+            if entry["code"] == found.code:
+                self.compiled.append(found)
+
+    def rows(self, chip: int) -> list[Row]:
+        return [row for one in self.compiled if one.chip == chip for row in one.rows]
+
+    def keys(self, chip: int) -> set[str]:
+        """Of launches that need not be compiled again."""
+        return {key for one in self.compiled if one.chip == chip for key in one.keys}
 
     def add(self, chip: int, keys: Iterable[str], rows: list[Row]) -> None:
-        keys = sorted(keys)
-        self._take(chip, keys, rows)
+        self.compiled.append(Compiled(chip, frozenset(keys), rows))
         if self.path:
-            entry = {"code": _code(), "chip": chip, "keys": keys, "rows": [asdict(row) for row in rows]}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write("\n" + json.dumps(entry))  # the line before may have been cut off
+                file.write("\n" + self.compiled[-1].line())  # the line before may have been cut off
 
-    def _take(self, chip: int, keys: Iterable[str], rows: list[Row]) -> None:
-        self.rows.setdefault(chip, []).extend(rows)
-        self.keys.setdefault(chip, set()).update(keys)
+    def leave_out(self, chip: int, launched: set[str]) -> None:
+        """Leave out what was compiled for a chip beside a launch that no step makes any more: none of `launched`."""
+        self.compiled = [one for one in self.compiled if one.chip != chip or one.keys <= launched]
+        if self.path and self.path.exists():
+            whole = self.path.with_name(self.path.name + ".new")
+            whole.write_text("\n".join(one.line() for one in self.compiled))
+            whole.replace(self.path)
 
 
 def table(rows: list[Row]) -> Table:

@@ -34,6 +34,7 @@ from .partial_sums import add_parts
 from .pointwise import act_grad
 from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
+from .tuning import roomy_registers
 from .windows import empty_map, nhwc
 
 
@@ -304,8 +305,10 @@ def launch_normalize_act_gradients(
     s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
     mean, rstd, weight, bias, plus = dense(mean, rstd, weight, bias, plus)
+    # Addresses of pixels that do not lie equally far apart take more than would fit.
+    options = roomy_registers(x.device, 128) if s.tile.FLAT else {}
     _normalize_act_gradients_kernel[s.grid](
-        *s.maps, mean, rstd, weight, bias, plus, sums, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
+        *s.maps, mean, rstd, weight, bias, plus, sums, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps, **options
     )
     return add_parts(sums, s.folds)
 

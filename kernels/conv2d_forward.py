@@ -34,7 +34,7 @@ from .conv2d_kernels import Product, Steps, Turn, conv2d_descriptor_kernel, conv
 from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map, dense
-from .tuning import Config, matmul_config, register_limit
+from .tuning import Config, matmul_config, register_limit, roomy_registers
 from .windows import (
     ConvGeometry,
     Phases,
@@ -140,6 +140,7 @@ def launch(
         1 + sum(t is not None for t in (residual, z, mask)),
         r * s,
         not {act, mask_act} <= CHEAP,
+        moments,
     )
     turn = None
     if taps is not None and config.form == "descriptor":
@@ -156,6 +157,8 @@ def launch(
     if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
         # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
         options |= register_limit(x.device, 128 if residual is not None else None)
+    elif config.form == "descriptor" and config.block_n <= 64 and mask is not None and residual is not None:
+        options |= roomy_registers(x.device, 128)
     if residual is not None and config.form != "descriptor":
         residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers

@@ -28,6 +28,7 @@ from .choice import run_fastest
 from .dtypes import sum_dtype
 from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
 from .tiles import MOST_NORM_CHANNELS
+from .tuning import roomy_registers
 from .windows import empty_map, nhwc
 
 
@@ -134,7 +135,8 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     if x.numel():
         s = _stream(x, y)
         weight, bias = dense(weight, bias)
-        _layer_norm_kernel[s.grid](*s.maps, weight, bias, *s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps)
+        options = {"num_warps": s.num_warps, **roomy_registers(x.device, 128)}
+        _layer_norm_kernel[s.grid](*s.maps, weight, bias, *s.share, EPS=eps, TILE=s.tile, **options)
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from .dtypes import accumulator, sum_dtype
 from .moments import merge_parts, moments_of_each, tile_moments
 from .precision import dot_precision
 from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
-from .tuning import linear_config
+from .tuning import linear_config, roomy_registers
 from .windows import ConvGeometry, empty_map, nhwc
 
 
@@ -141,6 +141,7 @@ def launch(
         ACC=accumulator(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **roomy_registers(x.device, 255),
     )
     if parts is None:
         return y.new_empty(0, dtype=sum_dtype(y.dtype)), y.new_empty(0, dtype=sum_dtype(y.dtype))

@@ -64,6 +64,11 @@ def register_limit(device: torch.device, registers: int | None) -> dict[str, int
     return {"maxnreg": registers} if capability(device) else {}
 
 
+def roomy_registers(device: torch.device, registers: int) -> dict[str, int | None]:
+    """The limit on sm_100, where the assembler, left alone, spills an address or two so that one more program fits."""
+    return register_limit(device, registers) if capability(device) >= 100 else {}
+
+
 @dataclass(frozen=True)
 class Config:
     """One launch configuration of a matrix kernel.
@@ -177,6 +182,7 @@ def matmul_config(
     epilogue_maps: int = 1,
     taps: int = 1,
     costly: bool = False,
+    moments: bool = False,
 ) -> Config:
     """The tile of an implicit matrix product.
 
@@ -195,6 +201,7 @@ def matmul_config(
         epilogue_maps: maps of the tile's size that the epilogue reads or writes through shared memory.
         taps: of the filter.
         costly: whether exp or erf is computed for every element, which takes registers.
+        moments: whether the epilogue gives those of the tile.
     """
     form = "descriptor" if described else "columns" if flattens(depth, taps) else "pointer"
     config = forced_config()
@@ -212,9 +219,13 @@ def matmul_config(
     if form == "columns":
         return _columns_config(itemsize, channels_out, taps * depth)
     if form == "pointer":
-        return _pointer_config(device, itemsize, lines * run, channels_out, depth, epilogue_maps)
+        maps = epilogue_maps + moments
+        return _pointer_config(device, itemsize, lines * run, channels_out, depth, maps, taps, costly)
+    # On sm_100 sums lie in a memory of their own, of which a thread gets whole rows: statistics take registers.
+    summed = moments and capability(device) >= 100
+    plain = not (costly or summed)
     block_k = power_of_two(depth, 16, 128 // itemsize)
-    wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and not costly and epilogue_maps <= 2
+    wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and plain and epilogue_maps <= 2
     block_n = power_of_two(channels_out, 16, 256 if wide else 128)
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
@@ -223,25 +234,36 @@ def matmul_config(
     if block_n == 256 and ragged(made.tiles(block_m, block_n)):
         block_n = 128
     block_m, block_n = fill_chip(made, block_m, block_n)
-    slim = half and not costly and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
+    slim = half and plain and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
     room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
     rows = box_rows(block_m, lines, block_n)
     # Of several rows, or of three maps, what is read would not fit in registers beside all sums.
-    parts = 2 if block_n > 64 and (rows > 1 or epilogue_maps > 2) else 1
+    parts = 2 if block_n > 64 and (rows > 1 or epilogue_maps > 2 or summed) else 1
     return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, rows, parts)
 
 
 def _pointer_config(
-    device: torch.device, itemsize: int, pixels: int, channels_out: int, depth: int, epilogue_maps: int
+    device: torch.device,
+    itemsize: int,
+    pixels: int,
+    channels_out: int,
+    depth: int,
+    epilogue_maps: int,
+    taps: int,
+    costly: bool,
 ) -> Config:
-    """Addresses take registers: a pointer per 16 bytes and thread for each operand, per element where not aligned."""
-    scattered = depth * itemsize % 16 > 0 or channels_out * itemsize % 16 > 0
+    """Addresses take registers: a pointer per 16 bytes and thread for each operand, per element where not aligned.
+
+    Aligned is what Triton knows to be: numbers of channels that 16 divides.
+    """
+    scattered = depth % 16 > 0 or channels_out % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
-    block_m = power_of_two(pixels, 64, 64 if scattered else 128)
-    block_k = power_of_two(depth, 16, max(16, (64 if scattered else 128) // itemsize))
+    block_m = power_of_two(pixels, 64, 64 if scattered or block_n <= 32 or (costly and epilogue_maps > 1) else 128)
+    short = scattered or (itemsize > 2 and taps > 1)
+    block_k = power_of_two(depth, 16, max(16, (64 if short else 128) // itemsize))
     full = block_m * block_n * itemsize >= 128 * 64 * 2
     wide = block_m * block_n * itemsize > 128 * 64 * 2 or (full and epilogue_maps > 1)
     num_warps = 8 if scattered or wide else 4
@@ -376,6 +398,8 @@ def wgrad_config(
     stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
     # Two programs of four warps share a multiprocessor. Beside the stages dz passes through shared memory.
     room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
+    if described and itemsize == 4 and capability(device) >= 100:  # operands are turned by way of two further stages
+        room -= 2 * stage
     return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
 
 

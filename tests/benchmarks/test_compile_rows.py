@@ -16,19 +16,42 @@ def compile_rows(monkeypatch):
     return compile_rows
 
 
-def test_rows_are_kept_until_code_changes(compile_rows, tmp_path, monkeypatch):
+@pytest.fixture
+def sources(compile_rows, monkeypatch):
+    """Kernels' code by name, in place of the package's own."""
+    found = {"conv": "1", "pool": "1", "": "1"}
+    monkeypatch.setattr(compile_rows, "_sources", lambda: found)
+    return found
+
+
+def test_rows_are_kept_until_their_kernels_code_changes(compile_rows, tmp_path, sources):
     path = tmp_path / "made" / "rows.jsonl"
-    row = compile_rows.Row("conv2d_forward", 90, "conv", registers=168, faults=("3 spills",))
+    conv = compile_rows.Row("conv2d_forward", 90, "conv", registers=168, faults=("3 spills",))
+    pool = compile_rows.Row("max_pool", 80, "pool")
     kept = compile_rows.RowFile(path)
-    kept.add(90, {"a", "b"}, [row])
+    kept.add(90, {"a", "b"}, [conv])
     with path.open("a") as file:
         file.write('\n{"code": "cut o')
-    kept.add(80, {"a"}, [])
+    kept.add(80, {"a"}, [pool])
 
     again = compile_rows.RowFile(path)
-    assert again.rows == {90: [row], 80: []} and again.keys == {90: {"a", "b"}, 80: {"a"}}
-    monkeypatch.setattr(compile_rows, "_code", lambda: "other")
-    assert compile_rows.RowFile(path).keys == {}
+    assert again.rows(90) == [conv] and again.rows(80) == [pool]
+    assert again.keys(90) == {"a", "b"} and again.keys(80) == {"a"}
+    sources["conv"] = "2"
+    changed = compile_rows.RowFile(path)
+    assert not changed.keys(90) and changed.rows(80) == [pool]
+
+
+def test_what_no_step_launches_any_more_is_left_out(compile_rows, tmp_path, sources):
+    path = tmp_path / "rows.jsonl"
+    rows = [compile_rows.Row(case, 90, "conv") for case in "abc"]
+    file = compile_rows.RowFile(path)
+    file.add(90, {"a", "b"}, rows[:1])
+    file.add(90, {"c"}, rows[1:2])
+    file.add(80, {"a"}, rows[2:])
+    file.leave_out(90, {"a", "c"})
+    for left in file, compile_rows.RowFile(path):
+        assert left.rows(90) == rows[1:2] and left.rows(80) == rows[2:]
 
 
 def test_nothing_compiled_is_a_failure(compile_rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gigamorph.kernels import tuning
@@ -85,6 +85,67 @@ def test_few_channels_are_flattened(
     """A first layer, 49 columns in one step; where a tap fills 16 channels, or there is one tap, nothing is gained."""
     config = tuning.matmul_config(hopper, torch.bfloat16, 1, 1, 2048 * 2048, filters, depth, False, 1, taps)
     assert (config.form, (config.block_m, config.block_n, config.block_k)) == (form, tile)
+
+
+@pytest.fixture
+def blackwell(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 100)
+    return hopper
+
+
+@pytest.mark.parametrize("filters", [64, 256, 512])
+def test_statistics_take_registers_on_blackwell_alone(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch, filters: int
+) -> None:
+    """Of 128 x 128 by four warps 40 to 67 registers spilled, of 128 x 256 by eight 9 to 39."""
+
+    def config(moments: bool) -> tuning.Config:
+        given = hopper, torch.bfloat16, 1, 256, 256, filters, 512, True, 1, 9
+        return tuning.matmul_config(*given, moments=moments)
+
+    assert config(True) == config(False)
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 100)
+    assert config(True).block_n <= 128
+    assert config(True).block_n < 128 or (config(True).num_warps, config(True).parts) == (8, 2)
+
+
+@given(run=st.integers(1, 600), filters=st.integers(1, 2048), depth=st.integers(1, 2048), taps=st.integers(1, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_stages_that_turn_operands_fit_on_blackwell(
+    blackwell: torch.device, run: int, filters: int, depth: int, taps: int
+) -> None:
+    """Weight gradients in float32 wanted 245,936 bytes of 232,448: 6 stages of 40,960, where 4 were asked for."""
+    config = tuning.wgrad_config(blackwell, torch.float32, run, filters, depth, taps, True)
+    stage = (config.block_m + config.block_n * taps) * config.block_k * 4
+    assert config.num_stages == 1 or (config.num_stages + 2) * stage <= tuning.shared_limit(blackwell)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "filters", "depth", "taps", "maps", "costly", "tile"),
+    [
+        (torch.bfloat16, 128, 128, 9, 1, False, (128, 128, 64)),
+        (torch.bfloat16, 88, 528, 1, 1, False, (64, 64, 32)),  # 8 channels at a time, which Triton does not know
+        (torch.float16, 384, 1536, 1, 2, True, (64, 128, 64)),
+        (torch.bfloat16, 16, 32, 9, 1, False, (64, 16, 32)),
+        (torch.float32, 512, 512, 9, 1, False, (128, 64, 16)),
+        (torch.float32, 512, 512, 1, 1, False, (128, 64, 32)),
+    ],
+)
+def test_addresses_fit_in_registers(
+    hopper: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    filters: int,
+    depth: int,
+    taps: int,
+    maps: int,
+    costly: bool,
+    tile: tuple[int, int, int],
+) -> None:
+    """By pointers, on sm_80: of all but the first and the last registers spilled, up to 180."""
+    monkeypatch.setattr(tuning, "_device_capability", lambda index: 80)
+    config = tuning.matmul_config(hopper, dtype, 1, 1, 128 * 128, filters, depth, False, maps, taps, costly)
+    assert (config.form, (config.block_m, config.block_n, config.block_k)) == ("pointer", tile)
 
 
 @given(
