@@ -137,12 +137,12 @@ class Accelerated(Delegate):
         check = None if self._checked is None else self._check
         return self._programs.prepare(self._network, images, self._settings, form, check, branches)
 
-    def _check(self, channels: int, device: torch.device) -> None:
+    def _check(self, axes: tuple[int, ...], device: torch.device) -> None:
         """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
         checked, state = self._checked if self._checked is not None else set(), self._state()
         if state not in checked:
             make = lambda twin, tile: Accelerated(twin, None, tile, None, "device", self.fallback)  # noqa: E731
-            verify_network(self._network, make, channels, device)
+            verify_network(self._network, make, axes, device)
             checked.add(state)
 
     @entrance
@@ -398,6 +398,8 @@ def accelerate(
     check_choice("batch_norm", batch_norm, ("frozen", None))
     check_choice("halos", halos, HALO_PLACES)
     check_choice("fallback", fallback, ("whole", None))
+    if not isinstance(verify, bool):
+        raise GigamorphError(f"verify={verify!r} is not known; give True or False")
     # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
     # runs: those of a step have its graph among their locals.
     importlib.import_module("torch._dynamo")
@@ -408,5 +410,5 @@ def accelerate(
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None:
             with contextlib.suppress(CannotVerify):  # it may stand after a reshape of the image
-                net._check(first.in_channels, net._device())
+                net._check((first.in_channels,), net._device())
     return net

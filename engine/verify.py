@@ -65,7 +65,7 @@ class CannotVerify(GigamorphError):
 def verify(
     network: nn.Module,
     accelerated: Callable[[nn.Module, tuple[int, int]], nn.Module],
-    channels: int,
+    axes: tuple[int, ...],
     device: torch.device,
 ) -> None:
     """Compare two steps on different small images, with and without gradients, and all that they leave after.
@@ -77,7 +77,7 @@ def verify(
     Args:
         network: the network in the mode that is to be checked.
         accelerated: makes the accelerated form of a copy, for a tile.
-        channels: of the image.
+        axes: between those of the batch and of the rows: an image's channels, or a bag's images and their channels.
 
     Raises:
         CannotVerify: if it cannot be copied, or ordinary PyTorch fails on the small images.
@@ -87,8 +87,8 @@ def verify(
     devices = [device] if device.type == "cuda" else []
     dice, plain = torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False)
     with dice, torch.inference_mode(False), torch.enable_grad(), plain:
-        images, expected = _first_that_runs(network, channels, device)
-        tile = tuple(-(-side // 3) for side in images[0].shape[2:])
+        images, expected = _first_that_runs(network, axes, device)
+        tile = tuple(-(-side // 3) for side in images[0].shape[-2:])
         shaken = [image * (1 + torch.finfo(image.dtype).eps * torch.randn_like(image)) for image in images]
         again = _run(_twin(network), shaken)
         noise = _distance(expected, again)
@@ -134,12 +134,12 @@ def _twin(network: nn.Module) -> nn.Module:
     return twin
 
 
-def _first_that_runs(network: nn.Module, channels: int, device: torch.device) -> tuple[list[Tensor], _Record]:
+def _first_that_runs(network: nn.Module, axes: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], _Record]:
     """Small images, one for each step, and what ordinary PyTorch makes of them."""
     failure = "?"
     for height, width in _SIZES:
         generator = torch.Generator().manual_seed(0)
-        shape = (_STEPS, _IMAGES, channels, height, width)
+        shape = (_STEPS, _IMAGES, *axes, height, width)
         images = list(torch.randn(shape, dtype=torch.float64, generator=generator).to(device))
         try:
             return images, _run(_twin(network), images)

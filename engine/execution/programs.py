@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 
 from ... import kernels
+from ..capture.arguments import is_bag
 from ..capture.program import Given, strides, wants
 from ..capture.trace import Program, capture, refuse_backward_hooks
 from ..cuda_graphs import buffers
@@ -116,14 +117,14 @@ class Programs:
         images: Sequence[ImageBatch],
         settings: Settings,
         form: Form | None = None,
-        check: Callable[[int, torch.device], None] | None = None,
+        check: Callable[[tuple[int, ...], torch.device], None] | None = None,
         branches: tuple[bool, ...] = (),
     ) -> tuple[Prepared, ...]:
         """The network made ready for image batches: one alone, or several that go through it side by side.
 
         Args:
             form: what is computed instead of the network's call.
-            check: called with the image's channels and the device before the network is recorded.
+            check: called with the axes between batch and rows, and the device, before the network is recorded.
             branches: those that the image is known to take; see `branches.py`.
         """
         form = form or Form((), network)
@@ -143,7 +144,8 @@ class Programs:
         if key.training:
             refuse_backward_hooks(network)
         if check is not None:
-            check(images[0].shape[1], key.device)
+            shape = next((bag.shape for bag in images[0].given if is_bag(bag)), images[0].shape)
+            check(tuple(shape[1:-2]), key.device)
         programs = [
             capture(
                 network,

@@ -249,8 +249,11 @@ def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> A
                 dynamic_shapes=(shapes,) if free else None,
                 verbose=False,
             )
-    except Exception as error:  # torch.onnx has many, with pages of text
-        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(error)}{_hint(free)}") from error
+    except Exception as error:  # torch.onnx has many, with pages of text around the first of them
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(cause)}{_hint(free)}") from error
 
 
 def _same(given: Tensor, wanted: Tensor, by: str) -> float:

@@ -31,8 +31,10 @@ def parse_bytes(size: int | float | str) -> int:
     """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
 
     Raises:
-        GigamorphError: if it is no size, or the size is not positive.
+        GigamorphError: if it is no size, the size is not positive, or a number without a unit is less than a MiB: its
+            unit was left out.
     """
+    bare = not isinstance(size, str) or size.strip()[-1:].isdecimal()
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
         if not match or match[2] not in _UNITS:
@@ -42,6 +44,8 @@ def parse_bytes(size: int | float | str) -> int:
         raise GigamorphError(f"memory size {size!r} is not understood; give bytes, or write it like 4GiB")
     if size < 1:
         raise GigamorphError(f"memory size {size} must be positive, a byte or more")
+    if bare and size < 1 << 20:
+        raise GigamorphError(f"memory size {size:g} is in bytes, too few for any image; write {size:g}GiB or so")
     return int(size)
 
 

@@ -206,3 +206,19 @@ def test_bags_without_images():
         accelerate(Priors(), tile=16, batch_norm=None)(x, none)
     with pytest.raises(GigamorphError, match=r"x.to_dense\(\)"):
         accelerate(Bags(), tile=16)(x.to_sparse())
+
+
+@pytest.mark.parametrize("kind", [Bags, OverViews])
+def test_bags_are_compared_with_pytorch_on_demand(kind: type[Bags]) -> None:
+    """That is, of as many views and channels, whatever the first convolution takes."""
+    net = accelerate(kind(), verify=True)
+    net(torch.rand(1, 3, 2, 40, 36, dtype=torch.float64))
+    assert len(net._checked) == 1
+
+
+def test_what_differs_on_bags_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = accelerate(Bags(), verify=True)
+    monkeypatch.setattr("gigamorph.engine.verify._LIMIT", 1e-30)  # rounding
+    monkeypatch.setattr("gigamorph.engine.verify._NOISE", 0)
+    with pytest.raises(GigamorphError, match=r"verify: .* differs .*image \(2, 3, 2, 97, 75\)"):
+        net(torch.rand(1, 3, 2, 40, 36, dtype=torch.float64))

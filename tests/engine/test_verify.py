@@ -176,7 +176,7 @@ class Restored(Stateful):
 def test_all_that_a_step_leaves_is_compared(fault, named):
     """Also what only the second step shows: weights that were taken over once."""
     network = Stateful()
-    check = lambda: verify(network, lambda twin, _tile: Restored(twin, fault), 3, torch.device("cpu"))  # noqa: E731
+    check = lambda: verify(network, lambda twin, _tile: Restored(twin, fault), (3,), torch.device("cpu"))  # noqa: E731
     if named is None:
         check()
     else:

@@ -117,7 +117,9 @@ def poisoned() -> Iterator[None]:
     def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return call
 

@@ -335,6 +335,8 @@ TF32 = {
     "cuda.matmul.allow_tf32 = True": ("tf32", "tf32"),
     "cudnn.allow_tf32 = True": ("tf32", "ieee"),
 }
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):  # cuDNN does not hear of it (pytorch/pytorch#179445)
+    TF32 |= dict.fromkeys(("fp32_precision = 'ieee'", "cudnn.fp32_precision = 'ieee'"), ("tf32", "ieee"))
 
 
 def test_float32_is_multiplied_as_stock_may():

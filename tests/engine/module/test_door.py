@@ -301,11 +301,20 @@ def test_tiles_that_are_not(tile):
         accelerate(Own(), tile=tile)
 
 
-@pytest.mark.parametrize("budget", [float("nan"), float("inf"), -5, -1.5, 0, True, "", "nan", "-3GiB", [3], b"1GiB"])
+BUDGETS_THAT_ARE_NOT = [float("nan"), float("inf"), -5, -1.5, 0, True, "", "nan", "-3GiB", [3], b"1GiB", 30, "30"]
+
+
+@pytest.mark.parametrize("budget", BUDGETS_THAT_ARE_NOT)
 def test_budgets_that_are_not(budget):
     with pytest.raises(GigamorphError, match="memory size"):
         accelerate(Own(), memory_budget=budget)
     assert accelerate(Own(), memory_budget=np.int64(10**9)).memory_budget == 10**9
+
+
+@pytest.mark.parametrize("verify", ["no", None, 1])
+def test_verify_is_true_or_false(verify):
+    with pytest.raises(GigamorphError, match="verify="):
+        accelerate(Own(), verify=verify)
 
 
 @pytest.mark.parametrize("model", [None, 3, "resnet18", nn.Conv2d, torch.relu, [Own()], object.__new__(Own)])

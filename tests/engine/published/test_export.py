@@ -16,6 +16,9 @@ from gigamorph.engine.published.export import Source, export_hub, export_onnx, o
 from gigamorph.engine.published.importing import Wishes, import_network
 
 timm = pytest.importorskip("timm")
+without_maximum = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="its torch.onnx has no adaptive_max_pool2d"
+)
 
 
 class Off(nn.Module):
@@ -89,6 +92,7 @@ def test_a_hugging_face_folder_of_others_is_read(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@without_maximum
 def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -127,6 +131,7 @@ def test_a_network_of_one_size_is_written_for_the_size_that_its_images_are_broug
         assert session.get_inputs()[0].shape == [1, 3, 64, 64]
 
 
+@without_maximum
 def test_what_onnx_runtime_cannot_run_is_told_in_one_line(folder, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
