@@ -31,10 +31,10 @@ def parse_bytes(size: int | float | str) -> int:
     """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
 
     Raises:
-        GigamorphError: if it is no size, the size is not positive, or a number without a unit is less than a MiB: its
+        GigamorphError: if it is no size, the size is not positive, or a text without a unit says less than a MiB: its
             unit was left out.
     """
-    bare = not isinstance(size, str) or size.strip()[-1:].isdecimal()
+    bare = isinstance(size, str) and size.strip()[-1:].isdecimal()
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
         if not match or match[2] not in _UNITS:
