@@ -141,7 +141,7 @@ class _Call:
             y = F.conv2d(x, weight.plain(), bias, stride, padding, dilation, groups)
             return _activate(y if residual is None else y.add_(residual), act)
         ops, x = torch.ops.mkldnn, _channels_last(x)
-        if residual is not None and residual.shape[2:].numel() == 1:  # PyTorch 2.11 adds nothing to maps of one pixel
+        if residual is not None and residual.shape[2:].numel() == 1:  # PyTorch 2.11 raises for a sum of one pixel
             y = ops._convolution_pointwise(x, packed, bias, *self.place, "none", [], "")
             return _activate(y.add_(residual), act)
         if residual is not None:

@@ -106,7 +106,7 @@ def test_a_sum_with_its_own_input_keeps_the_window_of_that():
 
 
 def test_a_sum_of_maps_of_one_pixel():
-    """ "could not create a memory" with PyTorch 2.11, as of a network's last maps where images are small."""
+    """As of a network's last maps where images are small: PyTorch 2.11 "could not create a memory"."""
     net, image = network(), torch.rand(2, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(accelerate(net)(image), net(image))
