@@ -95,7 +95,7 @@ def check(name: str, mode: str) -> dict[str, Any]:
     from exactness import randomize
 
     from gigamorph import GigamorphError, accelerate
-    from gigamorph.engine.capture.trace import capture
+    from gigamorph.engine.capture.recording import capture
     from gigamorph.engine.lowering.stages import lower
 
     torch.manual_seed(0)

@@ -183,6 +183,8 @@ def _noise(model: nn.Module, image: Tensor, truth: Step) -> dict[str, float]:
 class LastBits(TorchDispatchMode):
     """Changes each result of an operation in its last bit, up, down or not at all, also in the backward."""
 
+    sees_tiles = True
+
     def __init__(self, seed: int):
         super().__init__()
         self.dice = torch.Generator().manual_seed(seed)

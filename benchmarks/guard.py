@@ -1,4 +1,4 @@
-"""What the guard costs: the time in which a call finds that nothing has changed since the recording.
+"""What a call costs before the first tile: TorchDynamo's guards, and the look-up of the program.
 
 python benchmarks/guard.py [--json FILE]
 """
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from gigamorph import accelerate
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.meter import time_call
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.models.compat import make_torchvision_importable
 
 NETWORKS = ("resnet50", "efficientnet_b2", "convnext_tiny")
@@ -23,15 +24,16 @@ _ROUNDS = 200
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Milliseconds of one check (median and worst of rounds), and of the recording that it saves."""
+    """Milliseconds of a call up to its program (median and worst of rounds), and of the recording that it saves."""
     import timm
 
     model = timm.create_model(name).train()
-    guards = []
-    recorded, _ = time_call(lambda: guards.append(capture(model, (1, 3, 512, 512), torch.float32, "cpu").guard))
-    held = []
-    times = [1e3 * time_call(lambda: held.append(guards[0].holds()))[0] for _ in range(_ROUNDS)]
-    assert all(held)
+    recorded, _ = time_call(lambda: capture(model, (1, 3, 512, 512), torch.float32, "cpu"))
+    net, image = accelerate(model, tile=256), torch.zeros(1, 3, 512, 512)
+    program = net.open(image).program
+    found = []
+    times = [1e3 * time_call(lambda: found.append(net.open(image).program))[0] for _ in range(_ROUNDS)]
+    assert all(one is program for one in found)
     return {
         "network": name,
         "modules": sum(1 for _ in model.modules()),

@@ -36,6 +36,8 @@ FOREACH = 300  # tensors that a foreach kernel takes in one launch, about
 class Launches(TorchDispatchMode):
     """Counts launches; those made while `inside` apart."""
 
+    sees_tiles = True
+
     def __init__(self) -> None:
         super().__init__()
         self.inside, self.found = False, (Counter[str](), Counter[str]())

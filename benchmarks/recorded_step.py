@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from gigamorph import kernels
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import fused  # noqa: F401  registers our ops
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower

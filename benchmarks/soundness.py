@@ -3,7 +3,8 @@
 A module does whatever a forward may do: gradient modes, state, hooks, containers, call styles, and things that its user
 changes between steps. It is run with stock PyTorch and accelerated, in float64, and everything that can be seen is
 compared after every step (`tests/helpers/judge.py`). With --opinfo, instead: PyTorch's own samples of its operations,
-each between two convolutions. Verdicts:
+each between two convolutions. With --foreign: small kinds of Python code as authors of networks write it, counted apart
+(`tests/helpers/random_modules/foreign`). Verdicts:
 
     exact        everything agrees
     refused      by an error of gigamorph that names the place and the remedy; stock runs afterwards as before
@@ -13,18 +14,25 @@ each between two convolutions. Verdicts:
     lenient      it runs where stock raises
     stock fails  stock raises, and so do we; or stock's numbers say nothing. Not counted.
 
-    python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--json FILE] [--shrink]
+    python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--log FILE] [--json FILE] [--shrink]
+    python benchmarks/soundness.py --foreign --modules 500 [--only Config] [--log FILE] [--json FILE] [--shrink]
+    python benchmarks/soundness.py --opinfo [--only conv] [--log FILE] [--json FILE]
     python benchmarks/soundness.py --seed-of 17 [--shrink]
-    python benchmarks/soundness.py --opinfo [--only conv] [--json FILE]
+    python benchmarks/soundness.py --seed-of ConfigRead.vars_of#3 [--shrink]
+
+A run with --log can be stopped at any time; the same command continues it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -40,7 +48,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 KINDS = ("exact", "refused", "unclear", "wrong", "traceback", "lenient", "stock fails")
 BAD = ("wrong", "traceback", "unclear")
-CHUNK = 20
+CHUNK = 5
 SECONDS = 120  # for one module
 
 
@@ -79,27 +87,33 @@ def _judged(name: str, call: Any) -> Found:
         signal.alarm(0)
 
 
-def _modules(seeds: list[int], shrinks: bool) -> list[Found]:
-    from judge import judge, shrink
-    from random_modules import draw
+def _spec(name: str) -> Any:
+    """The module of a seed ("17"), or a scenario of a foreign piece ("ConfigRead.vars_of#3")."""
+    from random_modules import draw, draw_foreign
 
-    def one(seed: int) -> tuple[Any, str]:
-        spec = draw(seed)
+    piece, _, number = name.rpartition("#")
+    return draw_foreign(piece, int(number)) if piece else draw(int(number))
+
+
+def _modules(names: list[str], shrinks: bool) -> list[Found]:
+    from judge import judge, shrink
+
+    def one(name: str) -> tuple[Any, str]:
+        spec = _spec(name)
         verdict = judge(spec)
         if shrinks and verdict.kind in BAD:
             spec, verdict = shrink(spec, verdict)
         return verdict, str(spec) if verdict.kind in BAD else ""
 
-    return [_judged(str(seed), lambda seed=seed: one(seed)) for seed in seeds]
+    return [_judged(name, lambda name=name: one(name)) for name in names]
 
 
-def _stock(seeds: list[int], _shrinks: bool) -> None:
+def _stock(names: list[str], _shrinks: bool) -> None:
     """Modules with stock PyTorch alone: a few of its kernels crash (of norms in channels_last, for one)."""
     from judge import play_stock
-    from random_modules import draw
 
-    for seed in seeds:
-        play_stock(draw(seed))
+    for name in names:
+        play_stock(_spec(name))
 
 
 def _kills(work: Any, chunk: list[Any]) -> bool:
@@ -120,7 +134,7 @@ def _samples(names: list[str], _shrinks: bool) -> list[Found]:
     return found
 
 
-def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Iterator[tuple[int, list[Found]]]:
+def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Iterator[tuple[list[Any], list[Found]]]:
     """Chunks in processes; when one dies, what was in hand is tried one by one, and the element that kills is named."""
     waiting, suspects = chunks[::-1], []
     context = multiprocessing.get_context("spawn")
@@ -136,42 +150,45 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
                     queue.pop()
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     result = done.result()
-                    yield len(running.pop(done)), result
+                    yield running.pop(done), result
         except BrokenProcessPool:
             if queue is waiting:
                 suspects.extend([one] for chunk in running.values() for one in chunk)
             else:
                 (chunk,) = running.values()
                 kind = "stock fails" if work is _modules and _kills(_stock, chunk) else "traceback"
-                yield 1, [Found(str(chunk[0]), kind, "the process died", f"{kind}: the process died")]
+                yield chunk, [Found(str(chunk[0]), kind, "the process died", f"{kind}: the process died")]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class Log:
-    """Verdicts as they come, in a file beside the report: a long run that is ended goes on where it was."""
-
-    path: Path
-
-    def read(self) -> list[Found]:
-        return [Found(**json.loads(line)) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-
-    def add(self, found: list[Found]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(vars(one)) + "\n" for one in found))
+def _settings(given: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must have in common to be one."""
+    diff = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout
+    names = "modules", "seed", "opinfo", "foreign", "only"
+    of_source = {"commit": source["commit"], "diff": hashlib.sha256(diff).hexdigest()[:12], "torch": source["torch"]}
+    return of_source | {name: getattr(given, name) for name in names}
 
 
-def _print_one(seed: int, shrinks: bool) -> int:
+def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier run has judged, a line for each chunk; starts the file where there is none."""
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a line that was cut off is judged again
+    if lines and json.loads(lines[0]) != settings:
+        raise SystemExit(f"{path} is of another commit or of other settings; delete it, or choose another file")
+    path.write_text("".join(line + "\n" for line in lines or [json.dumps(settings)]))
+    return [json.loads(line) for line in lines[1:]]
+
+
+def _print_one(name: str, shrinks: bool) -> int:
     """One module, its source and its verdict."""
     import inspect
 
     from judge import judge, shrink
-    from random_modules import draw
     from random_modules.piece import PIECES
 
     _ready()
-    spec = draw(seed)
+    spec = _spec(name)
     verdict = judge(spec)
     if shrinks and verdict.kind in BAD:
         spec, verdict = shrink(spec, verdict)
@@ -191,14 +208,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--modules", type=int, default=2000, help="how many are drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seed-of", type=int, help="print and run this module alone")
+    parser.add_argument("--seed-of", help="print and run this module alone")
     parser.add_argument(
         "--shrink", action="store_true", help="and print the first of each reason without what is not needed"
     )
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
-    parser.add_argument("--only", default="", help="operations whose name has this in it")
+    parser.add_argument("--foreign", action="store_true", help="Python code as authors of networks write it")
+    parser.add_argument("--only", default="", help="operations, or foreign pieces, whose name has this in it")
     parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", type=Path, help="verdicts as they come; the same command continues a run")
     return parser.parse_args()
 
 
@@ -208,8 +227,14 @@ def _chunks(given: argparse.Namespace) -> tuple[Any, list[list[Any]]]:
         from opinfo_modules import operations
 
         return _samples, [[name] for name in operations() if given.only in name]
-    seeds = list(range(given.seed, given.seed + given.modules))
-    return _modules, [seeds[n : n + CHUNK] for n in range(0, len(seeds), CHUNK)]
+    names = [str(seed) for seed in range(given.seed, given.seed + given.modules)]
+    if given.foreign:
+        from random_modules import foreign_names
+
+        kinds = [name for name in foreign_names() if given.only in name]
+        random.Random(0).shuffle(kinds)
+        names = [f"{kinds[int(n) % len(kinds)]}#{int(n) // len(kinds)}" for n in names]
+    return _modules, [names[n : n + CHUNK] for n in range(0, len(names), CHUNK)]
 
 
 def _carry_out(
@@ -218,29 +243,30 @@ def _carry_out(
     workers: int,
     console: Any,
     *,
-    known: list[Found] | None = None,
-    log: Log | None = None,
+    known: list[dict[str, Any]] | None = None,
+    log: Path | None = None,
     shrinks: bool = False,
 ) -> list[Found]:
-    """The verdicts of all chunks, with those that are known, shown as they come."""
+    """The verdicts of all chunks, with those that are known, shown and logged as they come."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     texts = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[counts]}")
     columns = BarColumn(), MofNCompleteColumn(), texts[0], TimeRemainingColumn(), texts[1]
-    found, before = list(known or ()), len(known or ())
-    names = {one.name for one in found}
-    chunks = [left for chunk in chunks if (left := [one for one in chunk if str(one) not in names])]
+    found = [Found(**one) for line in known or () for one in line["found"]]
+    done, before = {name for line in known or () for name in line["chunk"]}, len(found)
+    chunks = [left for chunk in chunks if (left := [one for one in chunk if one not in done])]
     start = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(map(len, chunks)), rate="", counts="")
-        for count, result in _run(work, chunks, workers, shrinks):
+        for chunk, result in _run(work, chunks, workers, shrinks):
             found += result
             if log is not None:
-                log.add(result)
+                with log.open("a") as file:
+                    file.write(json.dumps({"chunk": chunk, "found": [vars(one) for one in result]}) + "\n")
             rate = f"{(len(found) - before) / (time.perf_counter() - start):.1f}/s"
             counts = Counter(one.kind for one in found)
             told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
-            progress.update(task, advance=count, rate=rate, counts=told)
+            progress.update(task, advance=len(chunk), rate=rate, counts=told)
     return found
 
 
@@ -269,7 +295,9 @@ def _report(
             for g in groups
         ],
     }
-    return report | ({"operations": _by_operation(found)} if given.opinfo else {})
+    if given.opinfo:
+        return report | {"operations": _by_name(found, "#")}
+    return report | ({"pieces": _by_name(found, ".")} if given.foreign else {})
 
 
 def main() -> int:
@@ -283,36 +311,33 @@ def main() -> int:
     from gigamorph.engine.bench.machine import provenance
 
     console, began = Console(soft_wrap=True), time.perf_counter()
-    source, log = provenance(), None
-    if given.json and not given.opinfo and not source["uncommitted_changes"]:
-        name = f".{source['commit'][:12]}.{given.seed}.{given.modules}.jsonl"
-        log = Log(given.json.with_suffix(name))
-    known = log.read() if log is not None else []
+    source = provenance()
+    known = _resume(given.log, _settings(given, source)) if given.log else []
     work, chunks = _chunks(given)
-    found = _carry_out(work, chunks, given.workers, console, known=known, log=log)
+    found = _carry_out(work, chunks, given.workers, console, known=known, log=given.log)
     seconds = time.perf_counter() - began
     groups = _by_reason(found)
     for group in groups[: given.first]:
         names = " ".join(one.name for one in group[:4])
         console.print(f"{len(group):>5}  {group[0].kind}: {group[0].reason[:150]}  [{names}]", markup=False)
     if given.shrink and not given.opinfo:
-        first = [[int(group[0].name)] for group in groups[: given.first]]
+        first = [[group[0].name] for group in groups[: given.first]]
         for small in _carry_out(work, first, given.workers, console, shrinks=True):
             console.print(f"{small.text}\n  {small.kind}: {small.reason}\n", markup=False)
     counts = Counter(one.kind for one in found)
-    rate = (len(found) - len(known)) / seconds
-    console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s, {rate:.1f} per s")
+    for name, kinds in (_by_name(found, ".") if given.foreign else {}).items():
+        console.print(f"{name:<24}", ", ".join(f"{kind} {kinds[kind]}" for kind in KINDS if kind in kinds))
+    console.print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + f"; {seconds:.0f} s")
     if given.json:
         given.json.write_text(json.dumps(_report(given, source, found, groups, seconds), indent=1) + "\n")
-    if log is not None:
-        log.path.unlink(missing_ok=True)
     return int(any(counts[kind] for kind in BAD))
 
 
-def _by_operation(found: list[Found]) -> dict[str, dict[str, int]]:
+def _by_name(found: list[Found], separator: str) -> dict[str, dict[str, int]]:
+    """Verdicts counted by what stands in front of the separator in a name."""
     table: dict[str, Counter[str]] = {}
     for one in found:
-        table.setdefault(one.name.split("#")[0], Counter())[one.kind] += 1
+        table.setdefault(one.name.split(separator)[0], Counter())[one.kind] += 1
     return {name: dict(counts) for name, counts in sorted(table.items())}
 
 

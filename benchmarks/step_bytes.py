@@ -38,6 +38,8 @@ MADE_OF_NOTHING = {"aten::zeros_like", "aten::ones_like", "aten::full_like", "at
 class Moved(TorchDispatchMode):
     """Counts launches and bytes by op."""
 
+    sees_tiles = True
+
     def __init__(self) -> None:
         super().__init__()
         self.launches, self.bytes = Counter[str](), Counter[str]()

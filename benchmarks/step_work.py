@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gigamorph import kernels
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import fused  # noqa: F401  registers our ops
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,30 +12,27 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
-from .capture.arguments import Arguments, is_bag, takes_a_list, write_back
-from .capture.program import Program, takes_single_images
+from .capture.arguments import is_bag, takes_a_list
+from .capture.graph import Graph
+from .capture.program import Given, takes_single_images
+from .capture.recording import capture, load_recorder, refuse_unready
 from .errors import GigamorphError
-from .execution.begin import begin
-from .execution.branches import following
 from .execution.evidence import Evidence, Score, find_evidence
 from .execution.forward import Forward
-from .execution.image_batch import ImageBatch
-from .execution.prepared import Prepared
-from .execution.programs import Form, Programs, Settings
+from .execution.programs import Inputs, Settings, check_alike
 from .execution.rows import check_rows
-from .execution.run import compute, run
+from .execution.run import run
+from .execution.runner import Call, Opened, Runner
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
-from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, tile_sides
+from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, refuse_wrapped, tile_sides
 from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
 from .module.entrance import entrance
-from .module.once import refuse_checkpoint
 from .planning.plan import Plan
+from .planning.search import arrange
 from .tiling.memory import parse_bytes
-from .tiling.memory_limit import MemoryLimit
-from .tiling.page_pool import PagePool
-from .tiling.scan import Pixels, TileEvent
+from .tiling.scan import TileEvent
 from .verify import CannotVerify
 from .verify import verify as verify_network
 
@@ -73,15 +68,14 @@ class Accelerated(Delegate):
         self.memory_budget, self.tile, self.batch_norm, self.halos = memory_budget, tile, batch_norm, halos
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
-        self._programs = Programs()
-        self._page_pool = PagePool()
+        self._runner = Runner(self._settings)
         self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
         self.seal()
         self._keep_frozen()
 
     def __getstate__(self) -> dict[str, Any]:
         # Recorded programs hold functions and fake shapes; they are made again in a moment.
-        return {**super().__getstate__(), "_programs": Programs(), "_page_pool": PagePool(), "on_tile": None}
+        return {**super().__getstate__(), "_runner": Runner(self._settings), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
@@ -106,11 +100,15 @@ class Accelerated(Delegate):
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        shape, form = image_shape(shape), None
-        if len(shape) == 5:
-            given = Arguments.of(self._network, (torch.empty(shape, dtype=dtype, device="meta"),), {})
-            shape, form = given.image.shape, Form(given.key, given.call, given.inputs)
-        return self._settings.plan_for(self._network, shape, dtype, device, form)
+        shape = image_shape(shape)
+        inputs = [Given(shape, dtype)] if len(shape) == 5 else []
+        if inputs:
+            call = lambda _image, bags: self._network(bags)  # noqa: E731
+            program = capture(self._network, (1, 1, *shape[-2:]), dtype, device, call, inputs)
+        else:
+            program = capture(self._network, shape, dtype, device)
+        settings = self._settings
+        return arrange(program, settings.request(torch.is_grad_enabled()), shard=settings.shard(program))[1]
 
     @property
     def _settings(self) -> Settings:
@@ -129,13 +127,6 @@ class Accelerated(Delegate):
     def _keep_frozen(self) -> None:
         if self.batch_norm == "frozen":  # the network itself may have been put in training mode, or got new layers
             freeze_batch_norm(self._network)
-
-    def _prepare(
-        self, images: Sequence[ImageBatch], form: Form | None = None, branches: tuple[bool, ...] = ()
-    ) -> tuple[Prepared, ...]:
-        self._keep_frozen()
-        check = None if self._checked is None else self._check
-        return self._programs.prepare(self._network, images, self._settings, form, check, branches)
 
     def _check(self, axes: tuple[int, ...], device: torch.device) -> None:
         """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
@@ -170,12 +161,10 @@ class Accelerated(Delegate):
             batches = as_batches(args[0])
             if listed:
                 self._refuse_views(batches[0])
-            return self._one_size(batches[0]) if len(batches) == 1 else self._several_sizes(batches)
-        given = Arguments.of(self._network, args, kwargs)
-        form = Form(given.key, given.call, given.inputs, given.vectors)
-        result, changes = self._one_size(given.image, form, given.maps, given.others)
-        write_back(args, kwargs, changes)
-        return result
+            if len(batches) > 1:
+                return self._several_sizes(batches)
+            return self.compute(_forward, self.call(batches[0]))
+        return self.compute(_forward, Call.of(self._network, args, kwargs))
 
     def _refuse_views(self, batch: Tensor | PixelBatch) -> None:
         """Refuse a list of images where the network's forward seems to take a list itself."""
@@ -183,94 +172,86 @@ class Accelerated(Delegate):
             "annotate its argument (`def forward(self, views: list[Tensor])`) if it takes a list; else give a tensor"
         )
         try:
-            (prepared,) = self._prepare([ImageBatch.of(self._network, batch)])
+            opened = self.open(batch)
         except Exception as error:
             error.add_note(f"A list of images is one batch to an accelerated network; {remedy}.")
             raise
-        if takes_single_images(prepared.staged.program):
+        if takes_single_images(opened.program):
             raise GigamorphError(
                 "a list of images is one batch to an accelerated network, whose forward takes single images out of it; "
                 + remedy
             )
 
-    def _one_size(
-        self,
-        x: Tensor | PixelBatch,
-        form: Form | None = None,
-        given: Sequence[Tensor | Pixels] = (),
-        vectors: Sequence[Tensor] = (),
-    ) -> Any:
-        return following(lambda branches: compute(self._open(x, form, given, vectors, branches=branches)))
+    def open(self, x: Tensor | PixelBatch, function: Any = None) -> Opened:
+        """The program of the network's call on an image batch; nothing of the call is done.
+
+        Args:
+            function: see `compute`; None is the network's forward.
+        """
+        call = self.call(x)
+        self._make_ready(call)
+        return self._runner.open(function or _forward, call, self._network)
 
     def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
         """The outputs of image batches of several sizes, concatenated."""
-        images = [ImageBatch.of(self._network, x) for x in batches]
-        (first,) = self._prepare(images[:1])
-        if any(isinstance(step, VectorOp) and step.share is not None for step in first.staged.steps):
+        first = self.open(batches[0], _rows)
+        if any(isinstance(step, VectorOp) and step.share is not None for step in first.prepared.staged.steps):
             if self.split is not None:
                 raise GigamorphError(
                     "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
                     'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
                 )
-            prepared = self._prepare(images)
-            for one in prepared:
-                check_rows(one.staged.program, first.staged.program)
-            forwards = self._begin(images, prepared)
-            run(forwards)
-            outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
-        else:
-            outputs, together, like = [], None, None
-            for x in batches:
-                output, together, like = following(partial(self._alone, x, together, like))
-                outputs.append(output)
+            others, runner = [self.open(x, _rows) for x in batches[1:]], self._runner
+
+            def side_by_side(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
+                graphs, inputs = [*graphs, *(o.graph for o in others)], [*inputs, *(o.inputs for o in others)]
+                prepared = runner.programs.prepare(graphs, inputs, runner.settings)
+                for one in prepared:
+                    check_rows(one.staged.program, prepared[0].staged.program)
+                forwards = runner.begin(call, inputs, prepared)
+                run(forwards)
+                outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
+                return [
+                    torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+                    for parts in zip(*outputs, strict=True)
+                ]
+
+            call = self.call(batches[0])
+            call.complete = side_by_side
+            return self.compute(_rows, call)
+        outputs, together = [], None
+        for x in batches:
+            call = self.call(x)
+            call.together, call.like = together, first.program
+            outputs.append(self.compute(_rows, call))
+            together = call.together
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
-    def _alone(
-        self, x: Tensor | PixelBatch, together: MemoryLimit | None, like: Program | None, branches: tuple[bool, ...]
-    ) -> tuple[Any, MemoryLimit | None, Program]:
-        """The output of one image batch of several, the limit that the next one shares, and the program for it."""
-        forward = self._open(x, together=together, branches=branches)
-        program = forward.prepared.staged.program
-        check_rows(program, like or program)
-        run([forward])
-        return forward.finish(), forward.memory_limit, program
-
-    def _open(
-        self,
-        x: Tensor | PixelBatch,
-        form: Form | None = None,
-        given: Sequence[Tensor | Pixels] = (),
-        vectors: Sequence[Tensor] = (),
-        together: MemoryLimit | None = None,
-        branches: tuple[bool, ...] = (),
-    ) -> Forward:
-        """The forward of an image batch, nothing of it computed yet.
+    def compute(self, function: Any, call: Call, *args: Any) -> Any:
+        """What a function of the network gives, its graph computed by tiles.
 
         Args:
-            form: what is computed instead of the network's call.
-            given: the further maps that it takes.
-            vectors: the further tensors without image axes.
-            together: see `Forward.keep_to_plan`.
-            branches: those that the image is known to take.
+            function: plain Python at module level; gets the network, `args`, and what the call is given.
+            call: the tensors, and how its graph is computed.
         """
-        images = [ImageBatch.of(self._network, x, (*given, *vectors))]
-        (forward,) = self._begin(images, self._prepare(images, form, branches), given, vectors, together)
-        return forward
+        self._make_ready(call)
+        return self._runner.compute(function, call, self._network, *args)
 
-    def _begin(
-        self,
-        images: Sequence[ImageBatch],
-        prepared: Sequence[Prepared],
-        given: Sequence[Tensor | Pixels] = (),
-        vectors: Sequence[Tensor] = (),
-        together: MemoryLimit | None = None,
-    ) -> list[Forward]:
-        """A forward for each image batch, on the parameters and buffers as they are now."""
-        program = prepared[0].staged.program
-        if program.updates or program.effects or program.hooks:
-            refuse_checkpoint()
-        self._programs.keep_captures_of(prepared)
-        return begin(self._network, images, prepared, self._page_pool, self.on_tile, given, vectors, together)
+    def call(self, batch: Tensor | PixelBatch) -> Call:
+        """A call of the network with an image batch, for `compute`."""
+        return Call.of(self._network, (batch,), {}, batch)
+
+    def _make_ready(self, call: Call) -> None:
+        self._keep_frozen()
+        refuse_wrapped(self._network)
+        refuse_unready(self._network)
+        runner = self._runner
+        runner.settings, runner.on_tile = self._settings, self.on_tile
+        if self._checked is not None:
+            shape = next((one.shape for one in call.further if is_bag(one)), call.batch.shape)
+            self._check(tuple(shape[1:-2]), call.batch.device)
+        if self.split is not None:
+            check_alike(self._network, call.batch, runner.settings)
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
         """Where in the image an output comes from: the class activation map, exact at any image size.
@@ -303,23 +284,59 @@ class Accelerated(Delegate):
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         self.need_all_rows("evidence")
-        with torch.inference_mode(False), torch.no_grad():
-            with torch.enable_grad():
-                batch = ImageBatch.of(self._network, as_batch(x))
-            images = [replace(batch, training=False, image_grad=False)]
 
-            def found(branches: tuple[bool, ...]) -> Evidence:
-                with torch.enable_grad():  # recorded without gradients, what is written in place would have none
-                    prepared = self._prepare(images, branches=branches)
-                (forward,) = self._begin(images, prepared)
-                return find_evidence(forward, score)
+        def found(forward: Forward) -> list[Any]:
+            with torch.no_grad():
+                raise _Found(find_evidence(forward, score))
 
-            return following(found)
+        # Recorded without gradients, what is written in place would have none.
+        with torch.inference_mode(False), torch.enable_grad():
+            call = self.call(as_batch(x))
+            call.batch, call.finish = replace(call.batch, training=False, image_grad=False), found
+            try:
+                self.compute(_forward, call)
+            except _Found as evidence:
+                return evidence.result
+        raise AssertionError
 
     def need_all_rows(self, name: str) -> None:
         """Refuse, by the caller's name, what one process cannot give if images are split over several."""
         if self.split is not None:
             raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again, without split")
+
+
+class _Found(Exception):
+    """Ends a call with a result of its own; what the network's call does besides is not done."""
+
+    def __init__(self, result: Any):
+        super().__init__("found")
+        self.result = result
+
+
+def _forward(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return network(*args, **kwargs)
+
+
+_TREES = dict, list, tuple
+
+
+def _rows(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`_forward` whose result can be concatenated; what cannot is refused while it is recorded."""
+    result = network(*args, **kwargs)
+    _refuse_others(result)
+    return result
+
+
+def _refuse_others(result: Any) -> None:
+    if isinstance(result, Tensor):
+        return
+    if not isinstance(result, _TREES):
+        raise TypeError(
+            "outputs of images of several sizes are concatenated, but this network returns "
+            f"{type(result).__name__}; call it for each image"
+        )
+    for part in result.values() if isinstance(result, dict) else result:
+        _refuse_others(part)
 
 
 class AcceleratedContainer(Container, Accelerated):
@@ -400,9 +417,7 @@ def accelerate(
     check_choice("fallback", fallback, ("whole", None))
     if not isinstance(verify, bool):
         raise GigamorphError(f"verify={verify!r} is not known; give True or False")
-    # Fake tensors import it at their first use, and it keeps the frames of its importer until the garbage collector
-    # runs: those of a step have its graph among their locals.
-    importlib.import_module("torch._dynamo")
+    load_recorder()
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     net = _kind_of(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
     if verify:

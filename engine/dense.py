@@ -6,35 +6,26 @@ labels, computes its own logits, and adds to the sums that the loss is made of.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .accelerate import Accelerated
-from .capture.program import Given
-from .capture.trace import Program, Ref, capture
-from .capture.trees import realize
+from .capture.dynamo import stand_in
 from .errors import GigamorphError
-from .execution.branches import following
-from .execution.programs import Form
-from .execution.run import compute, run
+from .execution.forward import Forward
+from .execution.image_batch import ImageTensor
+from .execution.run import run
 from .images.batches import PixelBatch, as_batch
-from .images.labels import Criterion, Labels, loss_of, with_loss
+from .images.labels import Criterion, Labels, with_loss
 from .images.pixels import PixelSource
 from .module.entrance import entrance
 from .tiling.map_files import sink
 
-_REMEMBERED = 16
-_OUTPUTS: WeakKeyDictionary[nn.Module, OrderedDict[Any, Any]] = WeakKeyDictionary()
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
 
 
@@ -66,15 +57,18 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     batch = as_batch(x)
     leaves, structure = tree_flatten(labels)
     given = [Labels(leaf) for leaf in leaves]
-    specs = tuple(Given(each.shape, each.dtype) for each in given)
+    call = net.call(batch)
     device = net._device()
-    dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
-    shapes = _outputs(net, tuple(batch.shape), dtype, device)
-
-    key = ("loss", specs, str(structure), _fingerprint(shapes, specs, device, criterion, structure))
-    call = partial(with_loss, net._network, criterion, structure)
-    values = [each.values if isinstance(each.values, Tensor) else each for each in given]
-    return following(lambda branches: compute(net._open(batch, Form(key, call, specs), values, branches=branches)))
+    tensors = list[Tensor]()
+    for each in given:
+        tensor = each.values
+        if not isinstance(tensor, Tensor) or tensor.device != device:
+            tensor = stand_in(each.shape, each.dtype, device)
+            call.regions[id(tensor)] = ImageTensor(each.values) if isinstance(each.values, Tensor) else each
+        call.roles[id(tensor)] = "map"
+        tensors.append(tensor)
+    call.args = (*call.args, *tensors)
+    return net.compute(with_loss, call, criterion, structure)
 
 
 @entrance
@@ -85,9 +79,12 @@ def map_shape(net: Accelerated, x: Images) -> tuple[int, ...]:
         net: the network; its output is a single tensor.
         x: an image batch as for the network, all of one size.
     """
-    batch = as_batch(x)
-    dtype = batch.dtype if isinstance(batch, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
-    return _outputs(net, tuple(batch.shape), dtype, net._device()).shape
+    opened = net.open(as_batch(x))
+    program = opened.program
+    shapes = [tuple(program.values[v].shape) for v in program.given_away()]
+    if len(shapes) != 1:
+        raise GigamorphError(f"the network returns {len(shapes)} tensors, not one map")
+    return shapes[0]
 
 
 @entrance
@@ -108,14 +105,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
     net.need_all_rows("write_map")
     batch = as_batch(x)
 
-    def with_output_written(image: Tensor) -> Tensor:
-        found = [t for t in tree_leaves(net._network(image)) if isinstance(t, Tensor)]
-        if not -len(found) <= output < len(found):
-            raise GigamorphError(f"output {output} does not exist; the network has {len(found)}")
-        return written(found[output])
-
-    def attempt(branches: tuple[bool, ...]) -> None:
-        forward = net._open(batch, Form(("written", output), with_output_written), branches=branches)
+    def compute_written(forward: Forward) -> list[Any]:
         network = forward.prepared.staged
         value = next(op for op in network.program.ops if op.name == "written").inputs[0]
         if value not in network.maps:
@@ -123,11 +113,22 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.observers[value]:
             run([forward])
-            forward.supposed.check(forward.env)  # else what was written is taken back
-        forward.finish()
+        return forward.finish()
 
     with torch.no_grad():
-        following(attempt)
+        call = net.call(batch)
+        call.finish = compute_written
+        try:
+            net.compute(_with_output_written, call, output)
+        except IndexError as error:
+            raise GigamorphError(f"output {output} does not exist; {error}") from error
+
+
+def _with_output_written(network: nn.Module, output: int, image: Tensor) -> Tensor:
+    found = [t for t in tree_leaves(network(image)) if isinstance(t, Tensor)]
+    if not -len(found) <= output < len(found):
+        raise IndexError("the network has no such output")
+    return written(found[output])
 
 
 def written(x: Tensor) -> Tensor:
@@ -137,74 +138,4 @@ def written(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
-def _outputs(net: Accelerated, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """What the network returns for an image size, with (shape, dtype) in place of tensors."""
-    known = _OUTPUTS.setdefault(net, OrderedDict())
-    key = (shape, dtype, device, torch.is_grad_enabled())
-    if key not in known or not known[key][0].holds():
-        program = capture(net._network, shape, dtype, device, branches=())
-        values = program.values
-        known[key] = (
-            program.guard,
-            tree_map(
-                lambda leaf: (
-                    _Shape(tuple(values[leaf.value].shape), values[leaf.value].dtype) if isinstance(leaf, Ref) else leaf
-                ),
-                program.output,
-            ),
-        )
-        if len(known) > _REMEMBERED:
-            known.popitem(last=False)
-    known.move_to_end(key)
-    return known[key][1]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-# A partial of a function and not a closure, so that a recording finds what the criterion depends on.
-def _loss_alone(criterion: Criterion, structure: TreeSpec, leaves: list[Any], form: TreeSpec, *tensors: Tensor) -> Any:
-    """The criterion on the network's outputs, which come before the labels; `leaves` tells where they are."""
-    left = iter(tensors)
-    result = [next(left) if isinstance(leaf, _Shape) else leaf for leaf in leaves]
-    outputs = realize(tree_unflatten(result, form), {})
-    return loss_of(criterion, structure, outputs, *left)
-
-
-def _fingerprint(
-    outputs: Any,
-    labels: Sequence[Given],
-    device: torch.device,
-    criterion: Criterion,
-    structure: TreeSpec,
-) -> str:
-    """What a criterion does now: all it calls, with all Python values.
-
-    A function that is made anew for each step, or that looks at values which change, is thus recorded again if and
-    only if it does something else. Tensors that it holds are told by their identity: the program keeps them alive; so
-    is a criterion that changes something.
-    """
-    leaves, form = tree_flatten(outputs)
-    first, *others = [leaf for leaf in leaves if isinstance(leaf, _Shape)]
-    inputs = [Given(each.shape, each.dtype) for each in others] + list(labels)
-    call = partial(_loss_alone, criterion, structure, leaves, form)
-    try:
-        program = capture(nn.Module(), first.shape, first.dtype, device, call, inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise GigamorphError(
-            f"the criterion does not take an output of shape {first.shape} and labels of "
-            f"{', '.join(str(shape) for shape, *_ in labels)}: {str(error).splitlines()[0]}"
-        ) from error
-    changes = bool(program.effects or program.updates)
-    return repr([_described(program), program.output, id(criterion) if changes else None])
-
-
-def _described(program: Program) -> list[Any]:
-    # An array's text is shortened, its bytes are not.
-    exact = lambda leaf: leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
-    calls = [(op.name, *tree_map(exact, (op.args, op.kwargs)), op.autocast) for op in program.ops]
-    constants = [(v, id(value.constant)) for v, value in enumerate(program.values) if value.constant is not None]
-    return [calls, constants]
+torch.compiler.allow_in_graph(written)

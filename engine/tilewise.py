@@ -6,15 +6,18 @@ without a graph and once more, batch by batch, in the backward: exact gradients 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import has_torch_function_unary
 
+from .capture.active import is_recorded
 from .errors import GigamorphError
 from .images.batches import PixelBatch, as_batch
 from .images.pixels import PixelSource
@@ -52,6 +55,7 @@ class Tilewise(nn.Module):
         skipped: Tensor | None,
     ):
         super().__init__()
+        self._key = _registered(self)
         self.module = module
         self._probed: tuple[Any, tuple[int, torch.dtype]] | None = None
         self.size, self.stride, self.batch_size, self.background = size, stride, batch_size, background
@@ -59,6 +63,10 @@ class Tilewise(nn.Module):
             self.skipped = skipped
         else:
             self.register_buffer("skipped", skipped)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._key = _registered(self)  # a copy's own
 
     def extra_repr(self) -> str:
         return f"size={self.size}, stride={self.stride}, batch_size={self.batch_size}"
@@ -78,29 +86,41 @@ class Tilewise(nn.Module):
                 shape or with NaN.
             ChangedError: in the backward, for an image or module that was changed in place after the forward.
         """
-        tiles = Tiles(self.module, Settings.of(self.module), self.size, self.stride, self.batch_size, self.background)
-        refuse_live_statistics(self.module)
-        image = x if isinstance(x, Tensor) else as_batch(x)
-        if len(image.shape) != 4:
-            raise GigamorphError(f"tilewise takes images (N, C, H, W), not a tensor of shape {tuple(image.shape)}")
-        n, channels, height, width = image.shape
-        rows, cols = tiles.grid(height, width)
-        if mask is not None:
-            if not isinstance(mask, Tensor):
-                raise GigamorphError(f"the mask is a {type(mask).__name__}; give a tensor, as torch.as_tensor makes it")
-            if tuple(mask.shape) not in ((rows, cols), (n, rows, cols)):
-                raise GigamorphError(
-                    f"the mask has shape {tuple(mask.shape)}; tiles of this image are a grid ({n}, {rows}, {cols})"
-                )
-            mask = mask.detach().expand(n, rows, cols)
+        if is_recorded():
+            image: Any = x
+            return embedding(image, mask, self.skipped, self._key, *(t for _, t in named_state(self.module)))
+        image, tiles = x if isinstance(x, Tensor) else as_batch(x), self._tiles()
+        mask = self._checked(tiles, image, mask)
         if isinstance(image, Tensor) and (has_torch_function_unary(image) or is_fake(image)):
             whole = None if mask is None else mask.unsqueeze(1)
             return embed_tiles(image, whole, self.skipped, tiles, *(t for _, t in named_state(self.module)))
         own = next(self.module.parameters(), image if isinstance(image, Tensor) else torch.empty(0))
         dtype = image.dtype if isinstance(image, Tensor) else own.dtype
-        result = self._result(tiles, channels, own.device, dtype)
+        result = self._result(tiles, image.shape[1], own.device, dtype)
         convert = lambda t: t.to(own.device, dtype)  # noqa: E731
         return embed(image, mask, self.skipped, tiles, self.module, result, convert)
+
+    def _tiles(self) -> Tiles:
+        """As they are now."""
+        given = self.module, Settings.of(self.module), self.size, self.stride, self.batch_size, self.background
+        return Tiles(*given, again=self._tiles)
+
+    def _checked(self, tiles: Tiles, image: Tensor | PixelBatch, mask: Any) -> Tensor | None:
+        """The mask as (N, h, w)."""
+        refuse_live_statistics(self.module)
+        if len(image.shape) != 4:
+            raise GigamorphError(f"tilewise takes images (N, C, H, W), not a tensor of shape {tuple(image.shape)}")
+        n, _, height, width = image.shape
+        rows, cols = tiles.grid(height, width)
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            raise GigamorphError(f"the mask is a {type(mask).__name__}; give a tensor, as torch.as_tensor makes it")
+        if tuple(mask.shape) not in ((rows, cols), (n, rows, cols)):
+            raise GigamorphError(
+                f"the mask has shape {tuple(mask.shape)}; tiles of this image are a grid ({n}, {rows}, {cols})"
+            )
+        return mask.detach().expand(n, rows, cols)
 
     def _result(self, tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         """What `probe` finds, looked at once for each state that it may depend on."""
@@ -111,6 +131,26 @@ class Tilewise(nn.Module):
         if self._probed is None or self._probed[0] != key:
             self._probed = key, probe(tiles, channels, device, dtype)
         return self._probed[1]
+
+
+_known: WeakValueDictionary[str, Tilewise] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _registered(module: Tilewise) -> str:
+    """A name by which a graph has the module: what Dynamo calls as it is takes tensors and constants."""
+    key = f"tilewise {next(_numbers)}"
+    _known[key] = module
+    return key
+
+
+@torch.compiler.allow_in_graph
+def embedding(x: Tensor, mask: Tensor | None, skipped: Tensor | None, key: str, *state: Tensor) -> Tensor:
+    """The embeddings of a module's tiles, for a recording, which has the module as one op."""
+    module = _known[key]
+    tiles = module._tiles()
+    mask = module._checked(tiles, x, mask)
+    return embed_tiles(x, None if mask is None else mask.unsqueeze(1), skipped, tiles, *state)
 
 
 def tilewise(

@@ -3,10 +3,12 @@
 import base64
 import functools
 import gc
+import logging
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,13 +19,17 @@ import torch
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
+# pytest records logs of every level, and TorchDynamo would write megabytes of traces for it.
+logging.getLogger("torch.__trace").disabled = True
+
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 # Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is imported, for the whole process, and
-# torchvision imports it.
+# torchvision and TorchDynamo import it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+import torch._dynamo  # noqa: E402
 
 # A CUDA build of torchvision on a CPU build of torch lacks this operator and cannot be imported (nor timm or
 # lightning after it). Defining it makes the import succeed; nothing here calls it.
@@ -41,7 +47,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # A look at all objects for garbage takes a fifth of a second or more here, where so much is imported: a few times less
 # often than usually.
-gc.set_threshold(700, 10, 100)
+gc.set_threshold(10_000, 20, 200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_recordings() -> Iterator[None]:
+    """What TorchDynamo keeps of the networks of a test file is dropped; what is left is not looked at for garbage."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
 
 
 PICTURE = base64.b64decode(  # of one pixel

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_flatten
 
+from .call_trees import Ref as Ref
 from .call_trees import bind, refs, tree_leaves
-from .trees import Made
-
-_OTHERS = 3  # circumstances that a program remembers besides its own
+from .higher_order import CustomFunction, TensorHook
 
 
 @dataclass(slots=True)
@@ -25,11 +24,10 @@ class Value:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    name: str | None = None  # parameter or buffer name
-    constant: Tensor | None = None  # a tensor that the model holds as a plain attribute
+    name: str | None = None  # of a tensor of the network's state
+    constant: Tensor | None = None  # a tensor that the graph holds
     trainable: bool = False  # a parameter or constant that wants a gradient
     differentiable: bool = True  # whether a gradient flows through it, if the forward was recorded with gradients
-    find: Callable[[], Tensor] | None = None  # where a constant is looked up that each call replaces
     order: tuple[int, ...] | None = None  # see `order`, as in stock's memory
 
     @property
@@ -57,36 +55,6 @@ class Op:
         return f"{self.name} in {self.module or 'the model'}"
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A tensor whose truth the recording supposes.
-
-    Attributes:
-        taken: what it is supposed to be.
-        where: module and line, for messages.
-    """
-
-    value: int
-    taken: bool
-    where: str = field(compare=False)
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What one recording of a program depends on, and what calls change there besides the tensors that they make.
-
-    Attributes:
-        effects, hooks, reads, guard: see `Program`.
-        constants: of each value the tensor that it is, and where the network has it.
-    """
-
-    effects: list[Any]
-    hooks: list[Any]
-    reads: list[Any]
-    guard: Any
-    constants: list[tuple[Any, Any]]
-
-
 @dataclass
 class Program:
     """The recorded forward.
@@ -96,19 +64,16 @@ class Program:
         inputs: further maps that are given from outside, with the image axes last.
         vectors: further tensors that are given from outside and have no image axes.
         grad: whether gradients were on; without, `Value.differentiable` says nothing.
-        output: the forward's result, a pytree with `Ref`s in place of tensors.
+        output: what the graph returns, in order: `Ref`s, and Python values.
+        single: whether the call returns one tensor and nothing else, where that was asked.
+        bound: the values that are there before a call, and which of its inputs each is.
         assigned: those of the updated tensors whose memory a call replaces (`tensor.data = ...`).
         updates: tensors from outside (parameters, buffers, constants, arguments) that a call writes to, with the value
             that they have at its end; (before, after).
-        effects: what else a call changes, see `state.Effect`.
-        hooks: those that it registers on its tensors, see `tensor_hooks.TensorHook`.
-        branches: truths of tensors that depend on the image, in the order in which the forward asks for them.
         stands_in: by the number of a value that is handed out in another form than it is computed in, the one that is.
         apart: values that are handed out, but that what goes on with them does not read.
-        reads: Python values that were taken from tensors of the network's state, see `guard.Read`.
+        reads: Python values that were taken from tensors of the network's state: how, and what they were.
         reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
-        places: where the network has its parameters and buffers, from the first forward on; see `begin.py`.
-        others: circumstances of other recordings that came to the same program, the latest first.
     """
 
     image: int
@@ -117,32 +82,23 @@ class Program:
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     grad: bool = True
-    output: Any = None
+    output: list[Any] = field(default_factory=list)
+    single: bool = False
+    bound: dict[int, int] = field(default_factory=dict)
     updates: list[tuple[int, int]] = field(default_factory=list)
     assigned: set[int] = field(default_factory=set)
-    effects: list[Any] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
-    reads: list[Any] = field(default_factory=list)
-    guard: Any = None
+    reads: list[tuple[Callable[[Callable[[int], Tensor]], Any], Any]] = field(default_factory=list)
     stands_in: dict[int, int] = field(default_factory=dict)
     apart: set[int] = field(default_factory=set)
     reached: dict[int, frozenset[int]] = field(default_factory=dict)
-    places: list[tuple[int, Any, str, str]] | None = None
-    others: list[Circumstances] = field(default_factory=list)
 
     def results(self) -> list[int]:
-        """All values that a call leaves: in its result, in tensors that it changes, in attributes; its branches."""
-        found = [*self.given_away(), *(after for _, after in self.updates), *(each.value for each in self.branches)]
-        return list(map(self.form, found))
+        """All values that a call leaves: in its result, and in tensors that it changes."""
+        return [self.form(v) for v in (*self.given_away(), *(after for _, after in self.updates))]
 
     def handed_out(self) -> list[int]:
-        """The values that someone outside gets hold of: in the result, in attributes, by a hook."""
+        """The values that someone outside gets hold of."""
         return list(map(self.form, self.given_away()))
-
-    def returned(self) -> list[int]:
-        """The values of the result."""
-        return list(map(self.form, refs(self.output)))
 
     def form(self, value: int) -> int:
         """The value in the form in which it is handed out."""
@@ -150,70 +106,43 @@ class Program:
 
     def given_away(self) -> list[int]:
         """The same, as they were recorded."""
-        return [*refs(self.output), *(v for each in (*self.effects, *self.hooks) for v in refs(each.tree))]
+        return refs(self.output)
 
-    def take_over(self, other: Program) -> bool:
-        """Whether another recording is the same but for its circumstances; the program goes by those then."""
-        mine, theirs = self._form(), other._form()
-        try:
-            same = bool(mine == theirs)
-        except (RuntimeError, ValueError):  # arrays or tensors among the arguments
-            same = False
-        if same:
-            # Those with a tensor or a layer that the network no longer has would keep it in memory.
-            known = [one for one in (self._circumstances(), *self.others) if one.guard.kept <= other.guard.kept]
-            self.others = known[:_OTHERS]
-            self._go_by(other._circumstances())
-        return same
-
-    def holds(self, given: Sequence[Any] = ()) -> bool:
-        """Whether any of its recordings still says what the forward would do; the program goes by that one then.
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether the Python values that the recording took from the network's state are the same now.
 
         Args:
-            given: the tensors that the call gets.
+            inputs: of the call.
         """
-        if self.guard.holds(given):
+        if not self.reads:
             return True
-        for place, other in enumerate(self.others):
-            if other.guard.holds(given):
-                self.others.insert(0, self._circumstances())
-                del self.others[place + 1]
-                self._go_by(other)
-                return True
-        return False
 
-    def _circumstances(self) -> Circumstances:
-        constants = [(value.constant, value.find) for value in self.values]
-        return Circumstances(self.effects, self.hooks, self.reads, self.guard, constants)
+        def now(number: int) -> Tensor:
+            constant = self.values[number].constant
+            return inputs[self.bound[number]] if constant is None else constant
 
-    def _go_by(self, one: Circumstances) -> None:
-        self.effects, self.hooks, self.reads, self.guard = one.effects, one.hooks, one.reads, one.guard
-        self.places = None
-        for value, (constant, find) in zip(self.values, one.constants, strict=False):
-            value.constant, value.find = constant, find
-
-    def _form(self) -> Any:
-        # Rules add values of their own behind those of the recording.
-        last = max((v for op in self.ops for v in (*op.inputs, *op.outputs)), default=0)
-        values = [
-            (v.shape, v.dtype, v.device, v.name, v.find or id(v.constant), v.trainable, v.differentiable, v.order)
-            for v in self.values[: last + 1]
-        ]
-        results = [refs(each.tree) for each in (*self.effects, *self.hooks)]
-        given = self.image, self.inputs, self.vectors, self.grad
-        leaves = (leaf for op in self.ops for leaf in tree_leaves((op.args, op.kwargs)))
-        numbers = [repr(leaf) for leaf in leaves if isinstance(leaf, (float, complex))]  # 0.0 equals -0.0
-        return given, self.ops, numbers, values, _exact(self.output), self.updates, results, self.branches
+        return all(same_value(take(now), value) for take, value in self.reads)
 
     def state(self) -> list[int]:
         """The values that are there before a call: parameters, buffers, constants."""
         return [v for v, value in enumerate(self.values) if value.name is not None or value.constant is not None]
 
 
-def _exact(tree: Any) -> Any:
-    """Equal to that of another tree of the same types in the same order: dicts do not compare it, 1 equals True."""
-    leaves, form = tree_flatten(tree, is_leaf=lambda part: isinstance(part, Made))  # whose class may compare anyhow
-    return [(type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf) for leaf in leaves], form
+class Watched:
+    """An argument of a call that may be another one in the next call."""
+
+    def now(self, _state: Callable[[int], Tensor]) -> Any:
+        """What it would be in a call now; the recording holds as long as that is equal."""
+        raise NotImplementedError
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two Python values of tensors are the same, zeros by their signs and NaN as itself."""
+    if isinstance(one, Watched):
+        return one == other
+    if isinstance(one, np.ndarray):
+        return isinstance(other, np.ndarray) and one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
+    return type(one) is type(other) and repr(one) == repr(other)
 
 
 def call(op: Op, env: Any) -> list[Tensor]:
@@ -233,8 +162,8 @@ _OTHER_ORDER = frozenset(
 
 def name_of(func: Callable[..., Any]) -> str:
     """What rules know a call by: the last part of its public name, or all of it where it has that part by chance."""
-    if isinstance(func, CustomFunction):
-        return func.name
+    if isinstance(func, (CustomFunction, TensorHook)):
+        return func.__name__
     whole = str(resolve_name(func) or getattr(func, "__name__", func)).removesuffix(".__get__")
     last, home = whole.rsplit(".", 1)[-1], getattr(func, "__module__", None) or "torch"
     if home.startswith("torch._ops"):
@@ -243,20 +172,6 @@ def name_of(func: Callable[..., Any]) -> str:
     other_order = plain in _OTHER_ORDER or plain.endswith(("_loss", "_logits", "_entropy"))
     chance = not home.startswith(("torch", "gigamorph")) or (other_order and isinstance(func, BuiltinFunctionType))
     return f"{home}.{last}" if chance else last
-
-
-@dataclass(frozen=True)
-class CustomFunction:
-    """The call of a custom `autograd.Function`."""
-
-    cls: type
-
-    @property
-    def name(self) -> str:
-        return f"autograd.Function '{self.cls.__name__}'"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cls.apply(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def place(module: str, line: str) -> str:

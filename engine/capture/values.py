@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UnsupportedError
@@ -22,47 +21,35 @@ class Values:
     """The program so far, and the value that each tensor without values stands for.
 
     Args:
-        model: the network.
         fake: makes tensors without values.
         device: of the image.
 
     Attributes:
-        path: modules whose forwards are running, the innermost last.
+        module: path of the module whose forward is running.
         line: of the network's code, of the call that is being recorded.
-        group: of the SyncBatchNorm whose forward is running.
-        weak: all tensors without values, to see whether any outlives the recording.
+        group: the processes that the next BatchNorm shares its statistics with.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeTensorMode, device: torch.device):
+    def __init__(self, fake: FakeTensorMode, device: torch.device):
         self.fake, self.device = fake, device
         self.entry_grad, self.entry_autocast = torch.is_grad_enabled(), self.autocast()
         self.program = Program(image=0, grad=self.entry_grad)
-        self.names: dict[int, str] = {}
-        for name, tensor in [
-            *model.named_buffers(remove_duplicate=False),
-            *model.named_parameters(remove_duplicate=False),
-        ]:
-            self.names[id(tensor)] = name
         self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
         self.reals: dict[int, Tensor] = {}  # id of a fake twin -> real tensor
         self.sharing: dict[int, list[Tensor]] = {}  # memory of real tensors -> those that lie there
         self.written: set[int] = set()  # such memory that has been written to
         self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
-        self.passing: list[Tensor] = []  # real tensors on arrays that the forward makes: no call leaves what it writes
         self.alive: list[Any] = []  # ids stay unique only while their objects live
-        self.weak: list[weakref.ref[Tensor]] = []
         self.aliases = Aliases()
-        self.path: list[str] = []
-        self.line = ""
-        self.group: Any = None
+        self.module, self.line, self.group = "", "", None
 
     def autocast(self) -> tuple[bool, torch.dtype]:
         kind = self.device.type
         return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def where(self) -> str:
-        return place(self.path[-1] if self.path else "", self.line)
+        return place(self.module, self.line)
 
     def given(self, what: Given) -> Tensor:
         """A tensor that comes from outside, without values."""
@@ -88,7 +75,6 @@ class Values:
         """A tensor without values has a number; `step` made it, where it is a view of another."""
         self.numbers[id(tensor)] = number
         self.alive.append(tensor)
-        self.weak.append(weakref.ref(tensor))
         self.aliases.add(tensor, step)
 
     def number(self, like: Tensor, differentiable: bool | None = None) -> int:
@@ -100,8 +86,12 @@ class Values:
         self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants, order=lies))
         return len(self.program.values) - 1
 
-    def twin(self, tensor: Tensor) -> Tensor:
-        """The fake tensor that stands for `tensor`; itself if it was made during the recording."""
+    def twin(self, tensor: Tensor, name: str | None = None) -> Tensor:
+        """The fake tensor that stands for `tensor`; itself if it was made during the recording.
+
+        Args:
+            name: of a tensor of the network's state; None for one that the graph holds itself.
+        """
         if id(tensor) in self.numbers:
             return tensor
         if id(tensor) in self.twins:
@@ -122,14 +112,9 @@ class Values:
             twin.requires_grad_(tensor.requires_grad)
         self.twins[id(tensor)], self.reals[id(twin)] = twin, tensor
         self.sharing.setdefault(memory, []).append(tensor)
-        name = self.names.get(id(tensor))
         number = self.first[id(twin)] = self.new_value(twin, name, None if name else tensor)
         self.program.values[number].trainable = tensor.requires_grad
         return twin
-
-    def known(self, tensor: Tensor) -> Tensor:
-        """The fake tensor that stands for `tensor`, if a call has read it; else itself."""
-        return self.twins.get(id(tensor), tensor)
 
     def _unseen(self, tensor: Tensor) -> Tensor:
         """A tensor that no recorded call made: `Variable(x)` is one on the memory of x."""
@@ -152,6 +137,11 @@ class Values:
             root = alias.memory.root
             self.numbers[id(tensor)] = self.again(alias, self.numbers[id(root)])[-1]
             alias.version = alias.memory.version
+        if id(tensor) not in self.numbers:
+            raise UnsupportedError(
+                f"{self.where()} makes tensors that cannot be followed (torch functions are switched off around the "
+                "call?); leave torch._C.DisableTorchFunction before it"
+            )
         return self.numbers[id(tensor)]
 
     def again(self, alias: Alias, value: int) -> list[int]:
@@ -245,7 +235,9 @@ class Values:
     def append(
         self, func: Any, name: str, args: Any, kwargs: Any, outputs: tuple[int, ...], mutated: tuple[int, ...]
     ) -> None:
-        state = self.autocast()
+        state, group = self.autocast(), None
+        if name == "batch_norm":
+            group, self.group = self.group, None
         self.program.ops.append(
             Op(
                 func=func,
@@ -255,10 +247,10 @@ class Values:
                 inputs=tuple(dict.fromkeys(refs((args, kwargs)))),
                 outputs=outputs,
                 mutated=mutated,
-                module=self.path[-1] if self.path else "",
+                module=self.module,
                 line=self.line,
                 autocast=None if state == self.entry_autocast else state,
-                group=self.group,
+                group=group,
             )
         )
 
@@ -282,10 +274,9 @@ class Values:
     def updates(self) -> list[tuple[int, int]]:
         """The tensors from outside that were written to: the value that each came with, and its last."""
         found = []
-        passing = {id(self.known(tensor)) for tensor in self.passing}
         for key, number in self.first.items():
             alias = self.aliases.of.get(key)
-            if key not in passing and alias is not None and self.numbers[key] != number:
+            if alias is not None and self.numbers[key] != number:
                 found.append((number, self.numbers[key]))
         return found
 
@@ -294,6 +285,5 @@ class Values:
         self.alive.clear()
         self.reals.clear()
         self.sharing.clear()
-        self.passing.clear()
         self.aliases = Aliases()
         self.twins.clear()

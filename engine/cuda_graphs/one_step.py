@@ -18,14 +18,13 @@ def is_one_step(staged: StagedProgram, stages: Sequence[TiledStage]) -> bool:
     Of an image that is not split; with halos on the device.
     """
     program = staged.program
-    written = {v for pair in program.updates for v in pair}
+    written = {before for before, _ in program.updates}  # what is there afterwards is handed out as the tensor itself
     graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
     return (
         not (program.inputs or program.vectors or program.assigned)
-        and not (program.effects or program.hooks or program.branches)
         and staged.place == "device"
         and all(tiled.tiles <= MOST_TILES and not tiled.random for tiled in stages)
-        and not any(op.group is not None or draws(op) or op.name == "module_hook" for op in program.ops)
+        and not any(op.group is not None or draws(op) or op.name == "tensor_hook" for op in program.ops)
         and not graphs
-        and written.isdisjoint((program.image, *program.returned()))
+        and written.isdisjoint((program.image, *program.handed_out()))
     )

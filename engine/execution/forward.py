@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..capture.program import call
-from ..capture.tensor_hooks import HookOrder
-from ..capture.trace import Op, bind, refs
-from ..capture.trees import realize
+from ..capture.program import Op, bind, call, refs
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import WholePasses
 from ..lowering.folding import Fold, fold_together
@@ -36,7 +33,6 @@ from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
-from .branches import Supposed
 from .image_batch import ImageTensor, as_uploaded
 from .prepared import Prepared
 from .saved_elsewhere import SavedElsewhere
@@ -89,10 +85,8 @@ class Forward:
         self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
-        self.supposed = Supposed(program, device)
         self.saved = SavedElsewhere(prepared.brought, prepared.staged.place)
         self._apart: dict[int, Tensor] = {}
-        self._shared: dict[int, Any] = {}  # see `trees.realize`
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
@@ -246,19 +240,10 @@ class Forward:
         part.memory_limit, part.gradients, part.single = self.memory_limit, self.gradients, self.single
         return part
 
-    def output(self) -> Any:
-        """What the network returns; the hooks of its tensors are registered.
-
-        Raises:
-            BranchError: if the image takes another branch than the recording.
-        """
-        program = self.prepared.staged.program
-        self.supposed.check(self.env)
-        order = HookOrder()
-        for hook in program.hooks:
-            hook.apply(self._bound, order)
+    def output(self) -> list[Any]:
+        """What the graph returns."""
         self._order_hooks()
-        return realize(self._bound(program.output), self._shared)
+        return self._bound(self.prepared.staged.program.output)
 
     def _order_hooks(self) -> None:
         """Hooks of tensors are called in the order of stock's backward: of those that are made later, first.
@@ -301,10 +286,9 @@ class Forward:
             left[v] = tensor.detach() if cut else tensor
         return bind(tree, left)
 
-    def finish(self) -> Any:
-        """The result, after what a call changes besides: buffers, arguments that it writes to, attributes."""
+    def finish(self) -> list[Any]:
+        """What the graph returns, after what it writes to: buffers, arguments."""
         program = self.prepared.staged.program
-        self.supposed.check(self.env)
         plain: list[tuple[Tensor, Tensor]] = []
         for before, after in program.updates:
             target = self.targets.get(before)
@@ -323,10 +307,7 @@ class Forward:
                 plain.append((target, self._result(after)))
             self.passed[after] = target
         _write(plain)
-        result = self.output()
-        for change in [effect.ready(self._bound, self._shared) for effect in program.effects]:
-            change()
-        return result
+        return self.output()
 
 
 def _write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -16,14 +16,14 @@ from ..tiling.scan import Pixels
 
 
 class ImageTensor:
-    """An image batch that is a tensor."""
+    """An image batch, or another map with the image axes last, that is a tensor."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self.shape = tensor.shape
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return self.tensor[:, :, top:bottom, left:right]
+        return self.tensor[..., top:bottom, left:right]
 
 
 @dataclass(frozen=True)

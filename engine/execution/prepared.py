@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ..capture.call_trees import refs
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..cuda_graphs import buffers
 from ..cuda_graphs.one_step import is_one_step
 from ..cuda_graphs.replay import Replays
@@ -47,7 +47,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """All that a prepared program was made for, besides what its guard looks at in the network.
+    """All that a prepared program was made for, besides its graph and further inputs.
 
     Attributes:
         shapes: of the images that go through the network side by side.
@@ -61,7 +61,6 @@ class ProgramKey:
         settings: tile, budget and place of the halos.
         triton: whether kernels run.
         world: the processes that this one works with.
-        form: what is computed instead of the network's call, and the further tensors that it takes.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -76,7 +75,6 @@ class ProgramKey:
     settings: tuple[Hashable, ...]
     triton: bool
     world: Hashable
-    form: tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,24 @@
-"""The programs of a network: recorded, planned and kept by all that they depend on."""
+"""The programs of a network: one for each graph, image size and setting, planned and kept."""
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from ... import kernels
-from ..capture.arguments import is_bag
-from ..capture.program import Given, strides, wants
-from ..capture.trace import Program, capture, refuse_backward_hooks
+from ..capture.graph import Graph
+from ..capture.program import Given, Program, strides, wants
 from ..cuda_graphs import buffers
 from ..errors import GigamorphError
-from ..module.arguments import refuse_wrapped
 from ..parallel.processes import check_same, world
-from ..planning.plan import Plan
 from ..planning.request import Request
 from ..planning.search import arrange
 from ..planning.together import arrange_together
@@ -31,25 +29,7 @@ from ..tiling.stage import TiledStage
 from .image_batch import ImageBatch
 from .prepared import Prepared, ProgramKey
 
-_REMEMBERED = 16  # image sizes whose program and plan are kept
-_VARIANTS = 4  # programs of one size, of different states of the network
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is computed with a network instead of its call alone.
-
-    Attributes:
-        key: tells it from others.
-        call: gets the image and further maps.
-        inputs: shapes and dtypes of those maps, whose image axes are the last two, and whether they want a gradient.
-        vectors: the same of tensors without image axes, which it gets after the maps.
-    """
-
-    key: Hashable
-    call: Callable[..., Any]
-    inputs: tuple[Given, ...] = ()
-    vectors: tuple[Given, ...] = ()
+_REMEMBERED = 16  # programs of one graph that are kept: image sizes, budgets
 
 
 @dataclass(frozen=True)
@@ -61,23 +41,6 @@ class Settings:
     halos: str
     fallback: str | None
     split: Any
-
-    def plan_for(
-        self,
-        network: nn.Module,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        form: Form | None = None,
-    ) -> Plan:
-        """The plan of an image batch (N, C, H, W), in the gradient mode that is on.
-
-        Args:
-            form: what is computed instead of the network's call.
-        """
-        form = form or Form((), network)
-        program = capture(network, shape, dtype, device, form.call, form.inputs, form.vectors, branches=())
-        return arrange(program, self.request(torch.is_grad_enabled()), shard=self.shard(program))[1]
 
     def request(self, training: bool, image_grad: bool = False, count_tile: bool = True) -> Request:
         given = self.memory_budget, self.tile, training, self.halos
@@ -98,72 +61,77 @@ class Settings:
         return shard
 
 
-class Programs:
-    """The programs of one network, the latest that were used.
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a graph in one call.
 
     Attributes:
-        kept: by what they were made for; of each several, for states of the network that the key does not tell.
+        flat: tensors and Python values, one for each of the graph's sources.
+        roles: by place "image", "map" or "vector"; other tensors are the network's state.
+        image: the batch.
     """
 
-    def __init__(self) -> None:
-        self.kept: OrderedDict[ProgramKey, list[tuple[Prepared, ...]]] = OrderedDict()
+    flat: Sequence[Any]
+    roles: Mapping[int, str]
+    image: ImageBatch
 
-    def __iter__(self) -> Iterator[Prepared]:
-        return (one for known in self.kept.values() for together in known for one in together)
-
-    def prepare(
-        self,
-        network: nn.Module,
-        images: Sequence[ImageBatch],
-        settings: Settings,
-        form: Form | None = None,
-        check: Callable[[tuple[int, ...], torch.device], None] | None = None,
-        branches: tuple[bool, ...] = (),
-    ) -> tuple[Prepared, ...]:
-        """The network made ready for image batches: one alone, or several that go through it side by side.
+    def key(self, counters: Collection[int]) -> tuple[Any, ...]:
+        """What a program depends on besides the graph and the network's state, at which the graph's guards look.
 
         Args:
-            form: what is computed instead of the network's call.
-            check: called with the axes between batch and rows, and the device, before the network is recorded.
-            branches: those that the image is known to take; see `branches.py`.
+            counters: inputs on which it does not depend.
         """
-        form = form or Form((), network)
-        if settings.split is not None:
-            _check_alike(network, images[0], settings)
-        key = _key(images, settings, form)
-        known = self.kept.setdefault(key, [])
-        self.kept.move_to_end(key)
-        for place, ready in enumerate(known):
-            pairs = zip(ready, images, strict=True)
-            if _goes(ready, branches) and all(one.staged.program.holds(image.given) for one, image in pairs):
-                known.insert(0, known.pop(place))
+        return tuple(
+            (Given.of(value), self.roles.get(place))
+            if isinstance(value, Tensor) and place in self.roles
+            else (type(value), value)
+            for place, value in enumerate(self.flat)
+            if place in self.roles or not (isinstance(value, Tensor) or place in counters)
+        )
+
+
+class Programs:
+    """The programs of one network, by graph and by what they were made for."""
+
+    def __init__(self) -> None:
+        self.kept: weakref.WeakKeyDictionary[Graph, OrderedDict[Any, tuple[Prepared, ...]]]
+        self.kept = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        return Programs, ()  # they are made again in a moment
+
+    def __iter__(self) -> Iterator[Prepared]:
+        return (one for known in self.kept.values() for together in known.values() for one in together)
+
+    def prepare(self, graphs: Sequence[Graph], given: Sequence[Inputs], settings: Settings) -> tuple[Prepared, ...]:
+        """Graphs made ready for image batches: one alone, or several that go through the network side by side."""
+        known = self.kept.setdefault(graphs[0], OrderedDict())
+        images = [one.image for one in given]
+        key = (
+            _key(images, settings),
+            tuple(one.key(graph.counters) for graph, one in zip(graphs, given, strict=True)),
+            tuple(graphs[1:]),
+        )
+        if key in known:
+            ready = known[key]
+            if all(one.staged.program.holds(each.flat) for one, each in zip(ready, given, strict=True)):
+                known.move_to_end(key)
                 return ready
-        if key.device.type == "cpu":
+        if images[0].device.type == "cpu":
             return_free_pages()  # of the last step, which would stay there beside what records and plans take
-        refuse_wrapped(network)
-        if key.training:
-            refuse_backward_hooks(network)
-        if check is not None:
-            shape = next((bag.shape for bag in images[0].given if is_bag(bag)), images[0].shape)
-            check(tuple(shape[1:-2]), key.device)
         programs = [
-            capture(
-                network,
-                *(one.shape, key.dtype, key.device, form.call, form.inputs, form.vectors, wants(one.image)),
-                branches=branches,
-                strides=strides(one.image),
-                given=one.given,
+            graph.program(
+                one.flat,
+                Given(one.image.shape, one.image.dtype, wants(one.image.image), strides(one.image.image)),
+                one.roles,
+                one.image.device,
             )
-            for one in images
+            for graph, one in zip(graphs, given, strict=True)
         ]
-        for ready in known:  # what a call changes may differ (a counter), and all else be the same
-            if all(one.staged.program.take_over(other) for one, other in zip(ready, programs, strict=True)):
-                return ready
-        known.insert(0, _planned(programs, key, settings))
-        del known[_VARIANTS:]
-        if len(self.kept) > _REMEMBERED:
-            self.kept.popitem(last=False)
-        return known[0]
+        known[key] = _planned(programs, key[0], settings)
+        if len(known) > _REMEMBERED:
+            known.popitem(last=False)
+        return known[key]
 
     def keep_captures_of(self, prepared: Sequence[Prepared]) -> None:
         """Forget what has been captured of all others: the plan has room for the tiles of one program."""
@@ -172,13 +140,7 @@ class Programs:
                 other.let_go()
 
 
-def _goes(together: Sequence[Prepared], branches: tuple[bool, ...]) -> bool:
-    """Whether programs follow branches that are known."""
-    taken = ([branch.taken for branch in one.staged.program.branches] for one in together)
-    return all(tuple(one[: len(branches)]) == branches for one in taken)
-
-
-def _check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:
+def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:
     """Refuse what differs among the processes that share an image: they would wait for each other, or be wrong.
 
     Of each weight and statistic the first value is looked at, which tells another seed or checkpoint.
@@ -200,7 +162,7 @@ def _check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> N
     )
 
 
-def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> ProgramKey:
+def _key(images: Sequence[ImageBatch], settings: Settings) -> ProgramKey:
     first = images[0]
     return ProgramKey(
         shapes=tuple(one.shape for one in images),
@@ -212,10 +174,9 @@ def _key(images: Sequence[ImageBatch], settings: Settings, form: Form) -> Progra
         strides=tuple(strides(one.image) for one in images),
         modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         autocast=Autocast.current(first.device),
-        settings=(settings.tile, settings.memory_budget, settings.halos),
+        settings=(settings.tile, settings.memory_budget, settings.halos, settings.fallback),
         triton=kernels.enabled(first.device),
         world=world(),
-        form=(form.key, form.inputs, form.vectors),
     )
 
 

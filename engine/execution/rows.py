@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch.utils._pytree import tree_leaves
-
 from ..capture.call_trees import Ref
 from ..capture.program import Program
-from ..capture.trees import Made, realize
 from ..errors import GigamorphError
 
 
@@ -24,13 +21,14 @@ def check_rows(program: Program, like: Program) -> None:
 def _rows(program: Program) -> list[tuple[int, ...]]:
     """The shape of a row of each output."""
     rows = []
-    for leaf in tree_leaves(program.output, is_leaf=lambda part: isinstance(part, Made)):
-        shape = tuple(program.values[leaf.value].shape) if isinstance(leaf, Ref) else ()
+    for leaf in program.output:
+        if not isinstance(leaf, Ref):
+            continue
+        shape = tuple(program.values[leaf.value].shape)
         if not shape:
-            kind = type(leaf.like if isinstance(leaf, Made) else realize(leaf, {})).__name__
             raise GigamorphError(
-                "outputs of images of several sizes are concatenated, but this network returns "
-                f"{'a number' if isinstance(leaf, Ref) else kind}; call it for each image"
+                "outputs of images of several sizes are concatenated, but this network returns a number; call it for "
+                "each image"
             )
         rows.append(shape[1:])
     return rows

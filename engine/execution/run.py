@@ -51,7 +51,7 @@ def _alone(
     forward = Forward(*given, alone=True, retained=retained)
     run([forward])
     forward.finish()
-    wanted = dict.fromkeys(prepared.staged.program.returned())
+    wanted = dict.fromkeys(prepared.staged.program.handed_out())
     return {v: forward.env[v] for v in wanted if v in forward.env}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from ..capture.higher_order import CALLED_WITH_NONE
 from ..cuda_graphs.whole import WholePasses
 from ..errors import GigamorphError
 from ..lowering.folding import Folded, Scaled
@@ -202,6 +203,8 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
             maker: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
             if maker in (Folded, Scaled):
                 edges += maker.inputs_of(node, output)
+            elif maker in CALLED_WITH_NONE:
+                edges += node.next_functions
             elif not maker.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore[reportOptionalMemberAccess]
                 raise unreached(f"{what} is made by {maker.__name__}")
             continue  # a stage sees to its own inputs

@@ -38,6 +38,7 @@ class Step(Protocol):
     """What is asked of a forward (forward.py)."""
 
     env: dict[int, Tensor]
+    passed: dict[int, Any]
     image: Tensor | None
     pixels: Pixels
     device: torch.device
@@ -105,7 +106,7 @@ class WholeStep:
         if self._work is None and not self.failed:
             program = forward.prepared.staged.program
             state = [forward.targets.get(v, forward.env.get(v)) for v in program.state()]
-            results = [forward.env[v] for v in dict.fromkeys(program.returned()) if v in forward.env]
+            results = [forward.env[v] for v in dict.fromkeys(program.handed_out()) if v in forward.env]
             lasting = {t.untyped_storage().data_ptr() for t in state if t is not None and t.numel()}
             self.failed = any(t.untyped_storage().data_ptr() in lasting for t in results) or _overlap(results)
 
@@ -207,6 +208,7 @@ class _Captured:
         for target in forward.targets.values():
             torch.autograd.graph.increment_version(target)  # a graph writes where PyTorch does not see it
         forward.env.update(zip(self.pairs[-1].results, made, strict=True))  # pyright: ignore[reportArgumentType]
+        forward.passed.update((v, forward.targets[b]) for b, v in self.program.updates if b in forward.targets)
         return (forward.output(),)
 
     def _load(self, forward: Step) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..capture.trace import Op, Ref, Value
+from ..capture.program import Op, Ref, Value
 from .folding import Fold
 from .geometry import Access, Window
 from .ops import Env, Local, VectorOp

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..capture.trace import Ref, Value
+from ..capture.program import Ref, Value
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
 from .stages import Stage, private_maps, readers_of, vector_inputs

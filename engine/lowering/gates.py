@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..capture.trace import Ref
+from ..capture.program import Ref
 from .conv_chains import Gated, channel_scale
 from .ops import Local, VectorOp
 from .ops.base import arguments

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..capture.trace import Op, Ref
+from ..capture.program import Op, Ref
 from .ops.base import Local, Maps, Refusal, arguments, find_rule
 
 _RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})

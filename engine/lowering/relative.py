@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..capture.trace import Op, Program, Ref
+from ..capture.program import Op, Program, Ref
 from .ops.base import Maps, arguments
 from .ops.runs import column_runs, is_per_position
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ..capture.trace import Op, Ref
+from ..capture.program import Op, Ref
 from .folding import fold_batch_norm
 from .gates import fold_gates
 from .onednn import fuse_on_cpu

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
-from ..capture.program import ancestors, given
-from ..capture.trace import Op, Program, Ref, place
+from ..capture.program import Op, Program, Ref, ancestors, given, place
 from ..errors import UnsupportedError
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
@@ -138,12 +137,6 @@ def _sort(
         for part in (*tokens.together(value), *moves.recorded(value)):
             sorting.add(part)
     program.apart |= _of_no_pass(maps, sorting.nodes, watched & {v for op in ops for v in op.inputs})
-    for hook in program.hooks:
-        if hook.value in program.apart:
-            raise UnsupportedError(
-                f"{hook.where} has a hook on a tensor that is computed in another form (tokens, a vector that is "
-                "spread over the image); register it on a map (N, C, H, W), or on a vector"
-            )
     return maps, sorting.nodes
 
 

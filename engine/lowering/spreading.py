@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..capture.trace import Op
+from ..capture.program import Op
 from .ops import Local, Maps, Node
 
 _COPIES = frozenset(

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..capture.trace import Op, Program, Ref
+from ..capture.program import Op, Program, Ref
 from ..errors import UnsupportedError
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
 from .ops.base import arguments
@@ -337,7 +337,7 @@ def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
     They come last, in the order of the calls: no range of stages that is computed again has them inside.
     """
-    wanted = set(maps.program.returned())
+    wanted = set(maps.program.handed_out())
     late: set[int] = set()
     for node in reversed(nodes):
         alone = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..capture.trace import Op, Ref, bind
+from ..capture.program import Op, Ref, bind
 from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
 from .ops.contract import labels

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..capture.call_trees import Ref
-from ..capture.trace import Program, capture
-from ..errors import GigamorphError
+from ..capture.program import Program
+from ..capture.recording import capture
+from ..errors import GigamorphError, from_network
 
 
 def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device: torch.device | str) -> Program:
@@ -33,9 +33,9 @@ def taking_images(model: nn.Module, name: str, shape: tuple[int, int, int, int])
     """What a network raises of images (N, C, H, W) inside becomes a `GigamorphError` of one line."""
     try:
         yield
-    except GigamorphError:
-        raise
-    except Exception as error:  # the network's own: whatever it raises is the answer
+    except Exception as error:
+        if not from_network(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0]
         raise GigamorphError(
             f"model {name!r} cannot take an image of {_sides(shape[1:])} (channels, height, width): "
@@ -52,12 +52,12 @@ def check_classifier(
         GigamorphError: with what it gives instead; see also `record`.
     """
     program = record(model, name, shape, device)
-    if not isinstance(program.output, Ref):
+    if not program.single:
         raise GigamorphError(
             f"model {name!r} gives several tensors or a container of them; a classifier gives its logits alone "
             "(images, classes)"
         )
-    given = tuple(program.values[program.output.value].shape)
+    given = tuple(program.values[program.output[0].value].shape)
     if given != (shape[0], classes):
         raise GigamorphError(
             f"model {name!r} gives {_sides(given)} for {shape[0]} image and {classes} classes; a classifier gives one "

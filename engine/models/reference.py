@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, GigamorphError
+from ..errors import DataError, GigamorphError, from_network
 from ..files import write_atomically
 from ..versions import versions_of_results
 from .folder import REFERENCE, read_description
@@ -58,9 +58,9 @@ def forward(network: nn.Module, image: Tensor, name: str) -> Any:
     try:
         with torch.no_grad():
             return network(image)
-    except GigamorphError:
-        raise
-    except Exception as error:  # the network's own: whatever it raises is the answer
+    except Exception as error:
+        if not from_network(error):
+            raise
         size = " x ".join(map(str, image.shape[1:]))
         raise GigamorphError(
             f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; give "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..capture.call_trees import Ref
 from ..errors import GigamorphError
 from .classifier import record
 
@@ -21,9 +20,9 @@ def check_segmenter(
         GigamorphError: with what it gives instead; see also `classifier.record`.
     """
     program = record(model, name, shape, device)
-    if not isinstance(program.output, Ref):
+    if not program.single:
         raise GigamorphError(f"model {name!r} gives several tensors or a container of them; {_WANTED}")
-    given = tuple(program.values[program.output.value].shape)
+    given = tuple(program.values[program.output[0].value].shape)
     if len(given) != 4 or given[:2] != (shape[0], classes) or (given[2:] == (1, 1) and shape[2:] != (1, 1)):
         told = " x ".join(map(str, given)) or "a single number"
         raise GigamorphError(f"model {name!r} gives {told} for {shape[0]} image and {classes} classes; {_WANTED}")

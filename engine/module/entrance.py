@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+import torch
+from torch import Tensor, fx
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import GigamorphError
+from ..errors import GigamorphError, UnsupportedError
 from . import turns
-from .once import refuse_transforms
 
 
 def entrance(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,9 +38,8 @@ _UNCOMPILED: list[Callable[..., Any]] = []  # of `_enter`, once it is made; a fu
 
 
 def _uncompiled() -> Callable[..., Any]:
-    if not _UNCOMPILED:  # imported late: it takes a second, and `accelerate` says why it comes before the first step
-        dynamo = importlib.import_module("torch._dynamo")
-        _UNCOMPILED.append(dynamo.disable(_enter, reason=_REASON))
+    if not _UNCOMPILED:  # it imports TorchDynamo, which takes a second
+        _UNCOMPILED.append(torch.compiler.disable(_enter, reason=_REASON))
     return _UNCOMPILED[0]
 
 
@@ -49,10 +47,11 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
     if method.__name__ == "forward":
         _refuse_hooks_within_a_wrapper(net)
     given = list(_tensors((args, kwargs)))
-    refuse_transforms(lambda: chain(given, net.parameters(), net.buffers()))
+    _refuse_tracing((args, kwargs))
+    _refuse_tangents(chain(given, net.parameters()))
     for tensor in given:
-        _refuse_attributes(tensor)
         _refuse_kind(tensor)
+        _refuse_attributes(tensor)
     image = given[0] if given else None
     if image is not None and not image.numel() and method.__name__ == "forward":
         device = net._device()
@@ -63,6 +62,28 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
     except RuntimeError as error:  # to look before would take longer than a small image
         _name_the_valueless(net, image, error)
         raise
+
+
+_TRACED = (
+    "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, torch.fx, ONNX, "
+    "fake tensors)"
+)
+
+
+def _refuse_tracing(given: Any) -> None:
+    """Refuse to be traced: no tracer can look into the tiles. (TorchDynamo says so of `torch.func` and `make_fx`.)"""
+    proxies = any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(given))
+    if proxies or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise UnsupportedError(f"{_TRACED}; give the network itself, whose parameters it shares")
+
+
+def _refuse_tangents(tensors: Iterable[Tensor]) -> None:
+    """Refuse dual tensors, whose tangents do not go through tiles."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise UnsupportedError(
+            "forward-mode differentiation (dual tensors) does not go through tiles; take first gradients "
+            "(backward, torch.autograd.grad), or do this with the network itself"
+        )
 
 
 def _refuse_hooks_within_a_wrapper(net: Any) -> None:
@@ -87,9 +108,11 @@ def _refuse_attributes(tensor: Tensor) -> None:
 
 def _refuse_kind(tensor: Tensor) -> None:
     """Refuse a tensor of a class whose ops give that class again (MONAI's MetaTensor); recordings see plain tensors."""
-    if type(tensor) in (Tensor, Parameter) or is_fake(tensor):
+    if type(tensor) in (Tensor, Parameter):
         return
     kind = type(tensor.detach().reshape(-1)[:0] * 1)
+    if kind.__module__.startswith("torch._subclasses"):
+        raise UnsupportedError(f"{_TRACED}; give the network itself, whose parameters it shares")
     if kind is not Tensor:
         raise GigamorphError(
             f"a tensor among the arguments is a {type(tensor).__name__}, and stock PyTorch's result would be a "

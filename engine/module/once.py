@@ -10,51 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from ..errors import ChangedError, UnsupportedError
 from . import turns
 
 _REMEDY = "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def refuse_transforms(tensors: Callable[[], Iterable[Tensor]]) -> None:
-    """Refuse a forward under `torch.func`, on dual tensors, or that is being traced: none can look into the tiles.
-
-    Args:
-        tensors: gives all that goes in: images, parameters, buffers.
-    """
-    if _functorch.peek_interpreter_stack() is not None:
-        raise UnsupportedError(
-            "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
-            + _REMEDY
-        )
-    modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
-    traced = any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
-    if traced or torch._C._get_tracing_state() is not None or _fx_traces():
-        raise UnsupportedError(
-            "an accelerated network computes by tiles, which cannot be traced (torch.jit.trace, torch.export, "
-            "torch.fx, ONNX, fake tensors); give the network itself, whose parameters it shares"
-        )
-    around = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-    if around:
-        raise UnsupportedError(
-            f"a TorchFunctionMode ({type(around[-1]).__name__}) around an accelerated network would see the calls of "
-            "its tiles, not its own; leave the mode before, or enter it in the network's forward"
-        )
-    # One level at most can be entered; outside of it there are no tangents.
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors()):
-        raise UnsupportedError(f"forward-mode differentiation (dual tensors) does not go through tiles; {_REMEDY}")
-
-
-def _fx_traces() -> bool:
-    """Whether `torch.fx` traces; its flag is each thread's own from PyTorch 2.14 on."""
-    flag: bool | None = getattr(_symbolic_trace, "_is_fx_tracing_flag", None)
-    return _symbolic_trace._get_is_fx_tracing() if flag is None else flag  # pyright: ignore
 
 
 def refuse_checkpoint() -> None:
@@ -144,4 +104,9 @@ def _named() -> Iterator[None]:
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    """Whether a gradient is several in one, as `torch.vmap` hands them on; such a tensor has no memory to look at."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False

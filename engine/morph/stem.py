@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..capture.trace import Op, Program, Ref, capture, refs
+from ..capture.call_trees import Ref, refs
+from ..capture.program import Op, Program
+from ..capture.recording import capture
 from ..errors import GigamorphError, MorphError
 from .running import eval_mode, failures
 

@@ -8,6 +8,7 @@ of the child a copy of the parent's?).
 from __future__ import annotations
 
 import operator
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..capture.process import unbound
-from ..capture.trace import module_paths
 from ..errors import MorphError
 from . import families
 from .custom import custom_name
@@ -36,6 +35,37 @@ from .running import eval_mode, first_line
 from .tensors import named_tensors
 
 _STORES = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep `path` equal to the stack of modules whose forward is running in this thread."""
+    mine = threading.get_ident()  # the hooks are the whole process's
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() == mine:
+            path.append(names.get(id(module), type(module).__name__))
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        if threading.get_ident() == mine:
+            path.pop()
+
+    hooks = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unbound(owner: type, name: str) -> Callable[..., Any]:
+    """A class method written in C, as `Function.apply` is from PyTorch 2.14 on, with its class as an argument."""
+    method = vars(owner)[name]
+    return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
 
 
 class Mismatch(Exception):
@@ -360,7 +390,7 @@ class Tracer(Primitives, TorchFunctionMode):
 def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
     """Custom autograd.Functions do not pass through a function mode: `call(its class, apply, arguments)` instead."""
     original = torch.autograd.Function.apply
-    plain = getattr(original, "__func__", None) or unbound(torch.autograd.Function, "apply")
+    plain = getattr(original, "__func__", None) or _unbound(torch.autograd.Function, "apply")
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         return call(cls, lambda *a, **k: plain(cls, *a, **k), args, kwargs)

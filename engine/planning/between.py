@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..capture.trace import Op, Value
+from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling import stored_maps

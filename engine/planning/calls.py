@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..capture.call_trees import Ref
-from ..capture.program import CustomFunction, Op, Value, call
+from ..capture.higher_order import CustomFunction, TensorHook
+from ..capture.program import Op, Value, call
 from ..lowering.stages import StagedProgram
 from ..tiling.scan import Autocast
 from .between import value_bytes
@@ -59,7 +60,7 @@ def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[in
         wanted: the values that want a gradient.
     """
     read = max((value_bytes(values[v]) for v in op.inputs), default=0)
-    if read < LEAST_BYTES or isinstance(op.func, CustomFunction) or not _of_torch(op):
+    if read < LEAST_BYTES or isinstance(op.func, (CustomFunction, TensorHook)) or not _of_torch(op):
         return Beside()
     key = _key(op, values, training, wanted)
     if key is None:

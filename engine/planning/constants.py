@@ -21,9 +21,9 @@ KERNEL_BYTES, MOST_WEIGHT_COPIES = 90_000, 78_000_000
 KERNEL_BYTES_16 = 140_000
 # Pages of libraries that a process first reads in a training step, and in inference (lesionnet, whose step is small).
 CODE_BYTES = {True: 5_000_000, False: 3_000_000}
-# Python's objects for a value of the recorded network, and of each choice of stored maps that was made for it (measured
-# on MobileNetV3, RegNetY and EfficientNet with 700 to 1100 values and 1 to 43 choices).
-VALUE_BYTES, CHOICE_BYTES = 10_000, 800
+# Objects for a value of the recorded network, TorchDynamo's graph and guards among them (31 to 44 kB on ResNet,
+# MobileNetV3, EfficientNet, DenseNet and RegNetY with 250 to 1300 values), and for each choice of stored maps.
+VALUE_BYTES, CHOICE_BYTES = 33_000, 800
 # The channels of a block in oneDNN's layouts; what is not a multiple is padded.
 CHANNEL_BLOCK = 16
 # The C library's heap keeps freed blocks that later ones do not fit into. How much of that it may keep under a budget

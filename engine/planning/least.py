@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import kernels
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..errors import BudgetError, NoRoomError
 from ..lowering.ops import Local, Maps, Node
 from ..tiling.memory import format_bytes, format_enough

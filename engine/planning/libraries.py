@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..capture.trace import Value
+from ..capture.program import Value
 from ..lowering.geometry import Window
 from ..lowering.ops import Local
 from ..lowering.stages import Packing

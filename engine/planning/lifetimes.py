@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..capture.trace import Op, Value
+from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram

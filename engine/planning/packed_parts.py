@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node
 from ..lowering.stages import Stage
 from .between import value_bytes

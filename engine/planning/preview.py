@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from ..capture.program import Given
-from ..capture.trace import Program, capture
+from ..capture.program import Given, Program
+from ..capture.recording import Recording, record_call
 from ..errors import GigamorphError
-from ..images.labels import Criterion, Labels, loss_of, with_loss
+from ..images.labels import Criterion, Labels, with_loss
 from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from .plan import Plan
@@ -64,30 +64,31 @@ def plan(
     check_choice("halos", halos, HALO_PLACES)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
-    call, loss, given = _with_loss(network, criterion, labels)
+    call, given = _with_loss(network, criterion, labels)
     request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
-        _, chosen = arrange(_program(network, shape, dtype, device, training, call, given), request)
+        recording = _recording(network, shape, dtype, device, training, call, given)
+        _, chosen = arrange(_program(recording, device, training), request)
         held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-        stock = held + stock_peak(network, shape, dtype, device, training, loss, given)
+        stock = held + stock_peak(recording, device, training)
     return replace(chosen, stock_bytes=stock)
 
 
 def _with_loss(
     network: nn.Module, criterion: Criterion | None, labels: Any
-) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, list[Given]]:
-    """The network's call with its loss, the loss of its output alone, and the tensors that both take besides."""
+) -> tuple[Callable[..., Any] | None, list[Given]]:
+    """The network's call with its loss, and the tensors that it takes in addition."""
     if criterion is None:
         if labels is not None:
             raise GigamorphError("labels are of a criterion; give both, or none")
-        return None, None, []
+        return None, []
     if labels is None:
         raise GigamorphError(
             "a criterion needs labels; give those that dense_loss gets, or tensors like them on the meta device"
         )
     leaves, structure = tree_flatten(labels)
     given = [Given(one.shape, one.dtype) for one in map(Labels, leaves)]
-    return partial(with_loss, network, criterion, structure), partial(loss_of, criterion, structure), given
+    return partial(with_loss, network, criterion, structure), given
 
 
 def plan_each(
@@ -102,7 +103,7 @@ def plan_each(
     check_network(model)
     network, shape, dtype, device = _asked(model, image_size, None, device)
     with _autocast_of(device, network):
-        program = _program(network, shape, dtype, device, training)
+        program = _program(_recording(network, shape, dtype, device, training), device, training)
         return arrange_each(program, Request(None, None, training), memory_budgets)
 
 
@@ -126,7 +127,7 @@ def _set_autocast(kind: str, enabled: bool, dtype: torch.dtype) -> None:
     torch.set_autocast_dtype(kind, dtype)
 
 
-def _program(
+def _recording(
     network: nn.Module,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -134,11 +135,17 @@ def _program(
     training: bool,
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
-) -> Program:
-    """The recorded forward, as on a device that need not be here: it is recorded where the network lies."""
+) -> Recording:
+    """The recorded forward, as on a device that need not be here: it is recorded where the network is."""
     lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
     with torch.set_grad_enabled(training):
-        program = capture(network, shape, dtype, lies, call, inputs, branches=())
+        return record_call(network, shape, dtype, lies, call, inputs)
+
+
+def _program(recording: Recording, device: torch.device, training: bool) -> Program:
+    """Its program, with all values on a device."""
+    with torch.set_grad_enabled(training):
+        program = recording.program()
     for value in program.values:
         value.device = device
     return program

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..capture.trace import Program
+from ..capture.program import Program
 from ..errors import BudgetError
 from ..lowering.rewrites import prepare
 from ..lowering.sorting import sort

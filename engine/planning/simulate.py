@@ -13,20 +13,19 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..capture.program import Given, Value
-from ..capture.state import Snapshot
-from ..capture.walk import walk
+from ..capture.program import Value
+from ..capture.recording import Recording
 from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
@@ -40,6 +39,8 @@ from .meta_attention import AttentionOfTheCPU
 
 class Meter(TorchDispatchMode):
     """Adds up the storages that come into being and subtracts them when they go."""
+
+    sees_tiles = True  # of an accelerated network; see `capture.dynamo`
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,45 +281,31 @@ def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: to
     return Halos(above, left)
 
 
-def stock_peak(
-    model: nn.Module,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    training: bool,
-    loss: Callable[..., Any] | None = None,
-    inputs: Sequence[Given] = (),
-) -> int:
+def stock_peak(recording: Recording, device: torch.device, training: bool) -> int:
     """Peak bytes of the same step in stock PyTorch on the whole image; what is given to it is not included.
 
     Args:
-        loss: what is made of the network's output and tensors like `inputs`; None takes sums of the output's.
+        recording: of the network's call, with its loss or without; then sums of the output are differentiated.
     """
     fake, device = FakeTensorMode(), device if is_here(device) else torch.device("cpu")
-    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
-    def twin(tensor: Tensor) -> Tensor:
-        if tensor.device.type == device.type and not tensor.is_inference():
-            return fake.from_tensor(tensor, static_shapes=True)
-        with fake, torch.inference_mode(False):
-            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            return like.requires_grad_(tensor.requires_grad)
+    def twin(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        with torch.inference_mode(False):
+            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            return like.requires_grad_(value.requires_grad)
 
-    twins: dict[str, Tensor] = {name: twin(tensor) for name, tensor in state.items()}
-    before = Snapshot(walk(model))
-    try:
-        with fake:
-            image = torch.empty(shape, dtype=dtype, device=device)
-            labels = [torch.empty(one.shape, dtype=one.dtype, device=device) for one in inputs]
-            with Meter() as meter, torch.set_grad_enabled(training):
-                meter.ignore(twins, image, labels)
-                output = torch.func.functional_call(model, twins, (image,))
-                output = output if loss is None else loss(output, *labels)
-                if training:
-                    roots = [t.sum() for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-                    leaves = [t for t in twins.values() if t.requires_grad]
-                    del output
-                    torch.autograd.grad(roots, leaves, allow_unused=True)
-    finally:
-        before.restore()  # what the forward keeps has no values
+    twins: dict[int, Any] = {}
+    with fake:
+        for value in recording.flat:
+            twins[id(value)] = twin(value)
+        with Meter() as meter, torch.set_grad_enabled(training):
+            meter.ignore(list(twins.values()))
+            output = recording.run(lambda value: twins[id(value)])
+            if training:
+                roots = [t.sum() for t in output if isinstance(t, Tensor) and t.requires_grad]
+                leaves = [t for t in twins.values() if isinstance(t, Tensor) and t.requires_grad]
+                del output
+                torch.autograd.grad(roots, leaves, allow_unused=True)
     return meter.peak

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
@@ -113,7 +113,7 @@ PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"
 def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, StagedProgram]]:
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
-    hooked = any(op.name == "module_hook" for op in maps.program.ops)  # of a segment they would see another graph
+    hooked = any(op.name == "tensor_hook" for op in maps.program.ops)  # of a segment they would see another graph
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node
 from .between import value_bytes
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..capture import trace
-from ..capture.trace import Op, Program
+from ..capture import program as trace
+from ..capture.program import Op, Program
 from ..errors import BudgetError, UnsupportedError
 from ..lowering.ops import VectorOp
 from ..lowering.sorting import sort
@@ -36,8 +36,6 @@ def arrange_together(
         UnsupportedError: if the sizes lead the network through different steps, or it keeps something of each image.
     """
     arranged = [sort(program, request.fallback) for program in programs]
-    for branch in programs[0].branches:
-        raise UnsupportedError(f"{branch.where} branches by an image's values, and each may go another way{_APART}")
     for op in _writes_of_images(programs[0]):
         raise UnsupportedError(
             f"{trace.place(op.module, op.line)}: '{op.name}' writes what it has of an image to a buffer{_APART}"
@@ -81,7 +79,7 @@ def _writes_of_images(program: Program) -> Iterator[Op]:
             made = op.outputs[:1] if op.name in ("batch_norm", "instance_norm") else op.outputs
             seen.update(made)
             makers.update(dict.fromkeys(made, op))
-    left = set(program.results()) - set(program.returned())
+    left = set(program.results()) - set(program.handed_out())
     yield from (makers[v] for v in sorted(left & seen) if v in makers)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..accelerate import Accelerated
 from ..datasets.views import MirroredSource
-from ..errors import DataError, GigamorphError
+from ..errors import DataError, GigamorphError, from_network
 from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, to_original
 from ..models.classifier import record
@@ -50,9 +50,9 @@ class Published:
             return compute()
         except DataError as error:  # it may have been found where the image has no name, as in an encoder of tiles
             raise error if name in str(error) else DataError(f"{name}: {error}") from error
-        except GigamorphError:
-            raise
-        except Exception:  # the network's own: whatever it raises is the answer
+        except Exception as raised:
+            if not from_network(raised):
+                raise
             shape = tuple(one.shape)[-3:]
             try:
                 with torch.no_grad():

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.trace import Op
+from ..capture.program import Op
 from ..errors import UnsupportedError
 from ..lowering.geometry import Cells, Window, needed, same
 from ..lowering.ops import Env, Local, Reduction, VectorOp
@@ -46,8 +46,7 @@ class _Splitter:
         self.stored = {v for stage in staged.stages for v in stage.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
         self.whole: set[int] = set(staged.program.results()) & self.stored  # those needed whole
-        hooked = any(op.name == "module_hook" for op in staged.program.ops)
-        if hooked or any(hook.value in staged.maps for hook in staged.program.hooks):
+        if any(op.name == "tensor_hook" and op.outputs[0] in staged.maps for op in staged.program.ops):
             raise UnsupportedError(
                 "there are backward hooks on maps, of which each process would have the gradient of its own band; "
                 "do not split the image over processes"

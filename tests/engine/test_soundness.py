@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from judge import BAD, judge, shrink
-from random_modules import Spec, Visit, draw
+from random_modules import Spec, Visit, draw, draw_foreign, foreign_names
 from random_modules.play import inputs
 from random_modules.spec import Part, smaller
 from torch import Tensor, nn
@@ -50,6 +50,12 @@ def stock(net: nn.Module, _tile: tuple[int, int]) -> nn.Module:
 def test_stock_is_judged_exact() -> None:
     kinds = Counter(judge(draw(seed), stock).kind for seed in range(32))
     assert set(kinds) <= {"exact", "stock fails"} and kinds["exact"] >= 24
+
+
+def test_stock_is_judged_exact_on_foreign_pieces() -> None:
+    names = random.Random(1).sample(foreign_names(), 48)
+    verdicts = {name: judge(draw_foreign(name, 0), stock) for name in names}
+    assert {name: v for name, v in verdicts.items() if v.kind != "exact"} == {}
 
 
 def test_a_seed_is_always_the_same_module() -> None:

@@ -20,6 +20,8 @@ def storage(tensor: Tensor) -> int:
 class Watch(TorchDispatchMode):
     """Fails on ops that a CUDA graph could not repeat with new inputs."""
 
+    sees_tiles = True
+
     def __init__(self, allowed: set[int]):
         super().__init__()
         self.allowed = allowed

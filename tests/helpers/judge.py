@@ -118,7 +118,10 @@ def _floats(seen: Seen) -> list[Tensor]:
 
 def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
     _reset()
-    player = Player(spec, make(spec.build(), spec.tile))
+    try:
+        player = Player(spec, make(spec.build(), spec.tile))
+    except GigamorphError as error:
+        return _refused(str(error), -1, "when accelerated: ")
     refusal, judged = "", _Noise(spec, stock)
     for number in range(len(spec.visits)):
         fails = number >= len(stock.seen)
@@ -218,12 +221,9 @@ class _Noise:
         if max(errors.values(), default=0.0) <= LIMIT:
             return []
         if self.noise is None:
-            left = state.left_behind()
-            kept = list(left["tally"]), dict(left["cache"])
+            restore = state.saved()
             self._measure()
-            left["tally"][:] = kept[0]
-            left["cache"].clear()
-            left["cache"].update(kept[1])
+            restore()
         assert self.noise is not None
         if self.plain is not None and number < len(self.plain):
             errors = distances(self.plain[number], seen)
@@ -293,6 +293,8 @@ class RoundedSums(TorchDispatchMode):
     Args:
         sign: 1.0 or -1.0; the two errors are opposite, so that one of them moves any zero over a kink.
     """
+
+    sees_tiles = True
 
     def __init__(self, sign: float):
         super().__init__()

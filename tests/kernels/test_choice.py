@@ -344,11 +344,9 @@ def test_float32_is_multiplied_as_stock_may():
     code = f"""
 import os, torch
 from gigamorph.kernels.precision import dot_precision
-from gigamorph.engine.capture.guard import process_state
 for setting in {list(TF32)}:
     if not os.fork():  # settings do not forget
         exec("torch.backends." + setting)
-        process_state()
         found = dot_precision(torch.float32), dot_precision(torch.float32, linear=True), dot_precision(torch.bfloat16)
         print(setting, *found, sep="; ", flush=True)
         os._exit(0)

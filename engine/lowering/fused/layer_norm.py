@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ....kernels.layer_norm import layer_norm, layer_norm_backward
 from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_backward
 from ....kernels.tiles import MOST_NORM_CHANNELS
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..ops import Block, Env, Local
 from ..ops.base import arguments
 from ..stages import Stage, private_maps, readers_of, vector_inputs

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Window
 from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
 from .circular import circular_pad

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from .base import Local, Maps, Node, Refusal, Whole, arguments, replay, rule
 from .promote import promoted, renamed
 

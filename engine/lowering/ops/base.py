@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op, Program, Value, bind
+from ...capture.program import Op, Program, Value, bind
 from ..geometry import Access, Cells, same
 from .names import ASSIGNMENTS, COMPARISONS
 

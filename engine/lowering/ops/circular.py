@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from ..geometry import Window
 from .base import Block, Env, Local, Maps, Node, Whole
 

@@ -11,33 +11,27 @@ Both are recorded once, on tensors without values, as lists of PyTorch's own ops
 
 What an op writes to (`grad[x < 0] = 0`) has to be the function's own; the lists write to a copy of it.
 
-A block is computed by these lists, not by the function: what its Python takes from a shape is of the whole map then.
-A function that uses anything besides torch (a list, a counter, a closure) may do what no list of ops shows; it is
-refused.
+A block is computed by these lists: what the function's Python takes from a shape is of the whole map then.
 """
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...capture.trace import Op, Ref, bind
+from ...capture.program import Op, Ref, bind
 from .base import Axes, Block, Env, Local, Maps, Refusal, rule
 
 _COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
 _WRITES = frozenset(f"aten::{name}" for name in "masked_fill_ index_put_ fill_ zero_ copy_".split())
 _VIEWS = frozenset(f"aten::{name}" for name in "view _unsafe_view expand unsqueeze squeeze permute t".split())
 _FOLDS = frozenset(f"aten::{name}" for name in "sum mean amax amin".split())  # over dimensions, all if none is named
-_NAMES_APART = ("LOAD_DEREF", "LOAD_CLOSURE", "IMPORT_NAME", "STORE_GLOBAL", "MAKE_FUNCTION", "LOAD_NAME")
 
 
 @dataclass(frozen=True)
@@ -245,34 +239,29 @@ class _Recorded(torch.autograd.Function):
 @rule("autograd.Function")
 def custom(op: Op, maps: Maps) -> Local:
     refusal = Refusal(f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
-    values = maps.program.values
-    value, *vectors = op.inputs
-    info = values[value]
-    leaves = tree_leaves((op.args[1:], op.kwargs))
-    plain = all(isinstance(leaf, int | float | str | Ref | None) for leaf in leaves)
-    single = all(v not in maps for v in vectors)
-    if op.args[0] != Ref(value) or not single or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
-        raise refusal
-    cls: Any = op.func.cls  # pyright: ignore[reportFunctionMemberAccess]
-    apart = cls.setup_context is not torch.autograd.Function.setup_context
-    if not all(map(_of_torch_alone, (cls.forward, cls.backward, *([cls.setup_context] if apart else [])))):
+    value = next(v for v in op.inputs if v in maps)
+    inputs = (value, *(v for v in op.inputs if v != value))  # what Dynamo hands over may come in another order
+    info = maps.program.values[value]
+    plain = all(isinstance(leaf, int | float | str | Ref | None) for leaf in tree_leaves((op.args, op.kwargs)))
+    single = all(v not in maps for v in inputs[1:])
+    if not single or not info.dtype.is_floating_point or not plain or len(op.outputs) != 1:
         raise refusal
     axes = tuple(axis - len(info.shape) for axis in maps.axes[value])
     try:
         with torch.inference_mode(False):  # its tensors have no gradients
-            both, found = _recorded(op, maps, axes)
+            both, found = _recorded(op, inputs, maps, axes)
     except Exception:  # whatever it raises on tensors without values
         raise refusal from None
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (_Recorded.apply(both, *(env[v] for v in op.inputs)),)
+        return (_Recorded.apply(both, *(env[v] for v in inputs)),)
 
     return Local(op, {value: maps.pointwise(value)}, (found,), run)
 
 
-def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
-    """The lists of a call, and the image axes of its result."""
-    values = [maps.program.values[v] for v in op.inputs]
+def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
+    """The lists of a call, and the image axes of its result; the first of the inputs is the map."""
+    values = [maps.program.values[v] for v in inputs]
     given = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in values]
     x, *vectors = given
     wanting = [
@@ -281,8 +270,8 @@ def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
     ]
     forms = [_Form(axes), *(_Form() for _ in vectors)]
     with torch.enable_grad(), _Recording(*zip(given, forms, strict=True)) as seen:
-        args, kwargs = bind((op.args, op.kwargs), dict(zip(op.inputs, given, strict=True)))
-        y = op.func(*args, **kwargs)
+        args, kwargs = bind((op.args, op.kwargs), dict(zip(inputs, given, strict=True)))
+        (y,) = op.func(*args, **kwargs)
         if not isinstance(y, Tensor) or any(y is t for t in given) or not y.requires_grad:
             raise Refusal("another result")
         forward, output, form = seen.calls, seen.number(y), seen.form(y)
@@ -309,18 +298,3 @@ def _recorded(op: Op, maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
 
 def _is_place(leaf: Any) -> bool:
     return isinstance(leaf, _Place)
-
-
-def _of_torch_alone(function: Any) -> bool:
-    """Whether a function's code names nothing besides its arguments, which have no objects for defaults, and torch."""
-    if not isinstance(function, FunctionType):
-        return False
-    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
-    if not all(isinstance(default, int | float | str | None) for default in defaults):
-        return False
-    for step in dis.get_instructions(function):
-        if step.opname in _NAMES_APART:
-            return False
-        if step.opname == "LOAD_GLOBAL" and function.__globals__.get(step.argval) not in (torch, F):
-            return False
-    return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from .base import Block, Env, Flat, Local, Maps, Node, Reduction, Run, VectorOp, Whole
 from .promote import renamed
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .attention import take_whole
 from .base import Block, Env, Local, Maps, Node, Refusal, arguments
 from .promote import renamed

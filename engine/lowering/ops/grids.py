@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from ..geometry import Cells, Window
 from .base import RULES, Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, need_nchw, rule
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...capture.trace import Op, Ref, bind, refs
+from ...capture.program import Op, Ref, bind, refs
 from ..geometry import Access, Gather, Window
 from .base import Block, Env, Local, Maps, Node, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted

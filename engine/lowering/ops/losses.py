@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
 from .pointwise import elementwise
 from .reductions import exact, vector

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from ..geometry import Access, Window
 from .base import (
     Axes,

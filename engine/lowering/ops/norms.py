@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...capture.corrected import memory_format
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from ...parallel.processes import Moments, merged
 from .base import (
     Block,

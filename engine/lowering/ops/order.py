@@ -5,7 +5,7 @@ A quantile is no sum over tiles. What is pooled so in multiple-instance heads is
 
 from __future__ import annotations
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from .base import Local, Maps, Whole, arguments, dimensions, replay, rule
 from .pointwise import only_maps
 from .reductions import axes_after

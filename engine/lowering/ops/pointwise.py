@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .base import (
     Axes,
     Block,

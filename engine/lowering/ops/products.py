@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Cells
 from .attention import asks_all, take_whole
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule

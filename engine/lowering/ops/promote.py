@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ...capture.trace import Op, Ref
+from ...capture.program import Op, Ref
 from ..geometry import Access, repeated, same
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, arguments
 

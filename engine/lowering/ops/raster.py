@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
 from .reductions import vector, wide

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
 from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Mirror
 from .base import Block, Env, Local, Maps
 from .constants import Constants

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Refusal, arguments
 from .constants import Constants

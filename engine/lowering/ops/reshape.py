@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Access, Gather, Window, same
 from .base import Block, Env, Flat, Local, Maps, Refusal, VectorOp, Whole, rule
 

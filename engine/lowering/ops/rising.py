@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .base import Env, Local, Maps, Node, Refusal, find_rule
 from .pointwise import ELEMENTWISE
 from .promote import over_resident, renamed, resident, spread_strip

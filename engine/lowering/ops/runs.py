@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from ..geometry import Gather, same
 from .base import Block, Env, Local, Maps, Refusal, rule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .base import Maps, Node
 from .reductions import ReductionCall, mapped, root, shifted_exp, squared, vector, wide
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
-from ...capture.trace import Op
+from ...capture.program import Op, Watched
 from ...errors import ChangedError, DataError, GigamorphError, UnsupportedError
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
@@ -89,7 +89,7 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Tiles(Watched):
     """How an image is cut into tiles, and what they go through; see `tilewise`."""
 
     module: nn.Module
@@ -98,6 +98,10 @@ class Tiles:
     stride: tuple[int, int]
     batch: int
     background: Background | None = None
+    again: Callable[[], Tiles] | None = field(default=None, compare=False)
+
+    def now(self, _state: Any) -> Tiles:
+        return self if self.again is None else self.again()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op
+from ...capture.program import Op
 from .base import Block, Env, Local, Maps, rule
 
 

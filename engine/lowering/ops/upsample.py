@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op, bind
+from ...capture.program import Op, bind
 from ..geometry import Gather, TransposedWindow
 from .base import Block, Env, Local, Maps, Refusal, arguments, need_nchw, pair, rule
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.trace import Op, bind
+from ...capture.program import Op, bind
 from ..geometry import Gather, Window
 from . import depthwise
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule

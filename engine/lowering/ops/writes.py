@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.trace import Op, Ref, bind, refs
+from ...capture.program import Op, Ref, bind, refs
 from ..geometry import Access, Gather, Window
 from .base import Block, Env, Local, Maps, Node, Refusal, arguments, rule
 from .indices import numbered, origins, spelt_out

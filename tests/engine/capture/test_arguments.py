@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gigamorph import accelerate
+from gigamorph.engine.capture.arguments import Arguments
 from gigamorph.engine.errors import GigamorphError, UnsupportedError
 
 Pair = collections.namedtuple("Pair", "image meta")
@@ -151,8 +152,10 @@ def test_a_random_number_as_a_python_value_is_refused_with_what_works():
     net = accelerate(stock, tile=8)
     with pytest.raises(UnsupportedError, match=r"random number.*give it as an argument"):
         net(image())
-    with pytest.raises(UnsupportedError, match="give them as arguments"):
+    state = np.random.get_state()[1].copy()
+    with pytest.raises(UnsupportedError, match=r"test_arguments.py:\d+ \(in forward\)") as caught:
         accelerate(Numpys(), tile=8)(image())
+    assert "\n" not in str(caught.value) and (np.random.get_state()[1] == state).all()
     for by in (0.5, 0.25):
         close(net(image(), by), stock(image(), by))
 
@@ -184,3 +187,16 @@ def test_frozen_norms_stay_frozen_where_the_network_itself_is_put_in_training_mo
     net(image())
     assert not any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules())
     assert all(int(m.num_batches_tracked) == 0 for m in model if isinstance(m, nn.BatchNorm2d))
+
+
+def test_what_is_read_by_region_is_given_to_the_network_without_memory():
+    """Tensors on another device than the network's; the others are its own arguments, by their roles."""
+    device, x = torch.device("meta"), torch.zeros(2, 1, 30, 20)
+    mask, weights = torch.zeros(2, 30, 20), torch.zeros(3, device="meta")
+    found = Arguments.of((x, {"mask": mask}), {"weights": weights, "power": 2}, device, torch.float32)
+    given, kept = found.args[0], found.args[1]["mask"]
+    assert found.image is x and found.traced is given and given.shape == x.shape and given.device == device
+    assert found.kwargs == {"weights": weights, "power": 2} and found.regions[id(kept)] is mask
+    assert [found.roles[id(tensor)] for tensor in (given, kept, weights)] == ["image", "map", "vector"]
+    chosen = Arguments.of((mask[:, None], x), {}, torch.device("cpu"), torch.float32, x)
+    assert chosen.image is x and chosen.roles[id(x)] == "image"

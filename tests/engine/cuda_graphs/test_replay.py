@@ -272,8 +272,8 @@ def test_recordings_are_few(remembered: Remembered, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", not torch.backends.cudnn.deterministic)
     again = step(net, x)
     assert len(remembered.benches) == 2
-    (((prepared,),),) = net._programs.kept.values()
-    (replays,) = prepared.replays.values()  # pyright: ignore
+    (prepared,) = net._runner.programs
+    (replays,) = prepared.replays.values()
     assert list(replays.benches.values()) == [remembered.benches[1]]
     assert all(torch.equal(a, b) for a, b in zip(first.outputs, again.outputs, strict=True))
 
@@ -435,7 +435,7 @@ def test_recordings_of_another_image_size_are_let_go(remembered: Remembered) -> 
     net = accelerate(build(), tile=16)
     for side in (96, 112):
         net(image(side, side)).sum().backward()
-    ((first,),), ((second,),) = net._programs.kept.values()
+    first, second = net._runner.programs
     assert not first.replays and second.replays
     assert not first.arena.chunks and second.arena.chunks
 
@@ -453,7 +453,7 @@ def test_the_captured_work_keeps_no_image(remembered: Remembered) -> None:
 def test_the_plan_counts_static_tensors(remembered: Remembered, norm: type[nn.Module]) -> None:
     net = accelerate(build(norm).train(), tile=32)
     net(image(6 * 32, 6 * 32)).sum().backward()
-    (((prepared,),),) = net._programs.kept.values()
+    (prepared,) = net._runner.programs
     held = [
         sum(t.nbytes for t in (*recording.inputs.values(), *recording.outputs.values()))
         for bench in remembered.benches

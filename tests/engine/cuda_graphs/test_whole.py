@@ -294,7 +294,7 @@ def test_the_captured_work_keeps_no_image_and_goes_with_another_size(remembered:
     del x
     gc.collect()
     assert gone() is None
-    (prepared,) = net._programs
+    (prepared,) = net._runner.programs
     (passes,) = prepared.whole.values()
     captured = weakref.ref(passes)
     del passes

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recordings import recordings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from gigamorph import accelerate
-from gigamorph.engine.capture import trace
-from gigamorph.engine.execution import programs
+from gigamorph.engine.capture import graph
 from gigamorph.engine.tiling.arena import arena
 
 
@@ -36,13 +36,13 @@ def test_what_a_step_has_left_is_given_back_before_the_next_size_is_recorded(mon
     found = arena()
     if found is None:
         pytest.skip("no arena")
-    net, left = accelerate(network()), []
+    net, left, program = accelerate(network()), [], graph.Graph.program
 
-    def capture(*args: Any, **kwargs: Any) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
         left.append(found.counts().spare)
-        return trace.capture(*args, **kwargs)
+        return program(*args, **kwargs)
 
-    monkeypatch.setattr(programs, "capture", capture)
+    monkeypatch.setattr(graph.Graph, "program", noted)
     step(net, 500, 500)
     assert found.counts().spare > 10 << 20
     step(net, 510, 500)
@@ -56,13 +56,12 @@ def test_the_plan_of_a_size_does_not_depend_on_those_before_it() -> None:
         net = accelerate(network(), memory_budget="24MiB")
         for size in sizes:
             step(net, size, 500)
-        ((prepared,),) = list(net._programs.kept.values())[-1]
-        plans.append(prepared.plan)
+        plans.append(list(net._runner.programs)[-1].plan)
     assert plans[0] == plans[1] and plans[0].tiles[0] > 1
 
 
 def test_shapes_that_pytorch_remembers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "_CACHED_SHAPES", 60)
+    monkeypatch.setattr(graph, "_CACHED_SHAPES", 60)
     net, sizes = accelerate(network(), tile=16), []
     FakeTensorMode.cache_clear()
     for number in range(12):
@@ -112,26 +111,19 @@ def test_a_map_that_the_network_keeps_is_freed_by_the_next_call(kind: type[Keepi
     assert [map_() is not None for map_ in kept] == [False] * (len(SIZES) - 1) + [True]
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """As long as there were recordings."""
-    found: list[int] = []
-    monkeypatch.setattr(programs, "capture", lambda *args, **kwargs: found.append(1) or trace.capture(*args, **kwargs))
-    return found
-
-
 @pytest.mark.parametrize("kind", [Keeping, Reading])
-def test_kept_maps_of_other_sizes(kind: type[Keeping], made: list[int]) -> None:
+def test_kept_maps_of_other_sizes(kind: type[Keeping]) -> None:
     """They had the network recorded again wherever the size changed, though no call looks at them."""
     net = kind().double()
     nets, counts = (net, accelerate(copy.deepcopy(net), tile=16)), []
-    for height, width in SIZES:
-        x = torch.randn(1, 1, height, width, dtype=torch.float64)
-        stock, ours = (one(x) for one in nets)
-        assert torch.allclose(stock, ours, rtol=1e-12, atol=1e-12)
-        counts.append(len(made))
-    if kind is Keeping:  # once for each size, and once for having kept nothing yet
-        assert counts == [1, 2, 3, 3, 4, 4, 4]
+    with recordings() as made:
+        for height, width in SIZES:
+            x = torch.randn(1, 1, height, width, dtype=torch.float64)
+            stock, ours = (one(x) for one in nets)
+            assert torch.allclose(stock, ours, rtol=1e-12, atol=1e-12)
+            counts.append(len(made))
+    if kind is Keeping:  # again where the height changes for the first time, and where the width does
+        assert counts == [1, 2, 2, 2, 3, 3, 3]
 
 
 class KeepsSize(nn.Module):
@@ -146,24 +138,16 @@ class KeepsSize(nn.Module):
         return self.layer(x).mean((2, 3))
 
 
-def test_circumstances_that_come_again(made: list[int]) -> None:
-    """Each recording of the same ops took the place of the one before: by turns they were recorded at every call."""
+def test_values_that_come_again() -> None:
+    """Recorded once for each; not by turns at every call."""
     net, counts = accelerate(KeepsSize(), tile=16), []
-    for number in range(14):
-        net.task, size = ("first", "second")[number % 2], (40, 45)[number // 2 % 2]
-        step(net, size, 33)
-        assert (net.size, net.done) == ((size, 33), (net.task, size))
-        counts.append(len(made))
-    assert counts[6:] == [5] * 8, counts
-
-
-def test_a_counter_leaves_few_circumstances(made: list[int]) -> None:
-    net = accelerate(KeepsSize(), tile=16)
-    for number in range(9):
-        net.task = str(number)
-        step(net, 40, 33)
-    ((prepared,),) = next(iter(net._programs.kept.values()))
-    assert len(prepared.staged.program.others) == 3 and len(made) == 9
+    with recordings() as made:
+        for number in range(14):
+            net.task, size = ("first", "second")[number % 2], (40, 45)[number // 2 % 2]
+            step(net, size, 33)
+            assert (net.size, net.done) == ((size, 33), (net.task, size))
+            counts.append(len(made))
+    assert counts[6:] == [counts[6]] * 8, counts
 
 
 GIVEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -176,7 +160,7 @@ GIVEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_circumstances_keep_nothing_that_the_network_has_no_longer(kind: str) -> None:
+def test_recordings_keep_nothing_that_the_network_has_no_longer(kind: str) -> None:
     make, get = GIVEN[kind]
     net, given = accelerate(KeepsSize(), tile=16), []
     for number in range(5):

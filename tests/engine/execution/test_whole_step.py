@@ -91,7 +91,7 @@ def image(seed: int = 1) -> Tensor:
 
 
 def is_captured(net: nn.Module) -> bool:
-    return any(one._work is not None for prepared in net._programs for one in prepared.steps)  # pyright: ignore
+    return any(one._work is not None for prepared in net._runner.programs for one in prepared.steps)  # pyright: ignore
 
 
 def assert_same_after(nets: Sequence[nn.Module], act: Callable[[nn.Module], Any]) -> None:
@@ -130,6 +130,8 @@ def test_steps_with_an_optimizer(
 
 class Activations(TorchDispatchMode):
     """Counts ReLUs that are computed, not differentiated."""
+
+    sees_tiles = True
 
     found = 0
 
@@ -457,7 +459,7 @@ def test_a_gradient_of_the_image_goes_another_way(graphs: Graphs) -> None:
     fast = accelerate(copy.deepcopy(stock))
     for _ in range(3):
         assert max(step_errors(*(step(net, image()) for net in (stock, fast))).values()) < LIMIT
-    assert not any(one._work for prepared in fast._programs for one in prepared.steps)
+    assert not any(one._work for prepared in fast._runner.programs for one in prepared.steps)
 
 
 class Deep(nn.Module):

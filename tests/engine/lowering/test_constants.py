@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from gigamorph.engine.capture.trace import Op, Program, Ref, Value
+from gigamorph.engine.capture.call_trees import Ref
+from gigamorph.engine.capture.program import Op, Program, Value
 from gigamorph.engine.lowering.ops import Block, Local, Maps
 from gigamorph.engine.lowering.ops.constants import Constants
 from gigamorph.engine.lowering.ops.window import interpolate

@@ -7,7 +7,7 @@ from exactness import assert_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.ops import Whole
 from gigamorph.engine.lowering.ops.contract import labels
 from gigamorph.engine.lowering.sorting import sort

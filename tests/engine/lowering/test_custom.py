@@ -397,15 +397,63 @@ def test_without_gradients(mode):
         torch.testing.assert_close(accelerate(net, tile=8)(x), net(x), rtol=1e-12, atol=1e-12)
 
 
-OTHERS = [Centred, Counted, CountedApart, CountedByDefault, Noisy, Ramp, Cutting, Overwriting, Placed]
+OTHERS = [Centred, Noisy, Ramp, Cutting, Placed]
+NO_RULE = r"\(test_custom.py:\d+\): no exact tile-by-tile rule for 'autograd.Function'"
 
 
 @pytest.mark.parametrize("function", OTHERS)
 def test_others_are_refused(function):
+    with pytest.raises(UnsupportedError, match=NO_RULE):
+        accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(Counted, r"in backward\) .*outside the scope"), (Overwriting, r"in forward\) .*mark_dirty")],
+)
+def test_others_that_cannot_be_recorded_are_refused(function, message):
     before = list(calls)
-    with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):
+    with pytest.raises(UnsupportedError, match=r"^test_custom.py:\d+ \(" + message):
         accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
     assert calls == before
+
+
+@pytest.mark.parametrize("function", [Centred, Counted, Ramp, Cutting, Overwriting, Placed])
+def test_others_are_exact_with_their_maps_whole(function):
+    x = torch.randn(2, 2, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_exact(network(function), x, tile=8, fallback="whole")
+
+
+@pytest.mark.parametrize("function", [CountedApart, CountedByDefault])
+def test_side_effects_in_the_forward_are_those_of_stock(function):
+    """They are done once in each call, and what they change is read in the next, at another size too."""
+    net = network(function)
+    accelerated = accelerate(net, tile=8)
+    for width in (20, 20, 25, 31):
+        found = []
+        for one in (net, accelerated):
+            calls[:] = [1] * width
+            x = torch.randn(1, 2, 24, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            y = one(x.requires_grad_())
+            y.square().sum().backward()
+            found.append((y.detach(), x.grad, len(calls)))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [(OfItsOutput, 1.5), (Swish,)], ids=lambda own: own[0].__name__)
+def test_functions_are_exact_at_several_sizes(own):
+    """From the second size on, sizes are numbers among the arguments of the recorded function."""
+    net = network(*own).eval()
+    accelerated = accelerate(net, tile=8)
+    for size in ((24, 20), (25, 31), (17, 40)):
+        x = torch.randn(1, 2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        found = []
+        for one in (net, accelerated):
+            leaf = x.clone().requires_grad_()
+            y = one(leaf)
+            y.square().sum().backward()
+            found.append((y.detach(), leaf.grad))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
 LEARNT = [
@@ -427,5 +475,5 @@ def test_functions_with_weights_are_exact(own, tile):
 @pytest.mark.parametrize("function", [OneOfAll, MeanOfAll, SquareOfSum, OfTheSum, WritesToItsWeight, ByColumn])
 def test_functions_that_take_no_position_by_itself_are_refused(function):
     network = learnt(function, torch.rand(10 if function is ByColumn else 4))
-    with pytest.raises(UnsupportedError, match=f"autograd.Function '{function.__name__}'"):
+    with pytest.raises(UnsupportedError, match=NO_RULE):
         accelerate(network, tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))

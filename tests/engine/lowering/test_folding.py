@@ -39,6 +39,8 @@ def either_way(request: pytest.FixtureRequest) -> None:
 class Count(TorchDispatchMode):
     """Counts what would be launches."""
 
+    sees_tiles = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()

@@ -121,7 +121,7 @@ def image(height: int, width: int) -> Tensor:
 
 
 def ops_of(net: nn.Module) -> list[str]:
-    (((prepared,),),) = net._programs.kept.values()
+    (prepared,) = net._runner.programs
     (stage,) = prepared.staged.stages  # pyright: ignore
     return [local.op.name for local in stage.locals]
 

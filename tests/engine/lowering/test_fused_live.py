@@ -92,7 +92,7 @@ def image(*shape: int) -> Tensor:
 
 
 def stages(net: nn.Module) -> list[Stage]:
-    (((prepared,),),) = net._programs.kept.values()
+    (prepared,) = net._runner.programs
     return prepared.staged.stages  # pyright: ignore
 
 

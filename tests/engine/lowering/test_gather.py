@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate, kernels
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import Stage, lower
 from gigamorph.engine.tiling import tile

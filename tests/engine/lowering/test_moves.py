@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.lowering.moves import _refined
 from gigamorph.engine.lowering.ops.base import Whole

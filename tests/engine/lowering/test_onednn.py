@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import onednn
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower

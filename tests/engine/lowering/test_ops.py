@@ -151,6 +151,8 @@ def test_bilinear_in_low_precision(align_corners):
 class Strides(TorchDispatchMode):
     """Those of the convolutions whose gradients are computed."""
 
+    sees_tiles = True
+
     def __init__(self):
         super().__init__()
         self.seen: list[tuple[int, ...]] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.cuda_graphs.signature import translates
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.tiling.stage import TiledStage

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import Op, Program, Ref, Value, capture
+from gigamorph.engine.capture.call_trees import Ref
+from gigamorph.engine.capture.program import Op, Program, Value
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.ops import Block, Local, Maps
 from gigamorph.engine.lowering.ops.window import interpolate
 from gigamorph.engine.lowering.stages import lower

@@ -6,7 +6,7 @@ from exactness import assert_exact, randomize
 from torch import nn
 from torch.nn import functional as F
 
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.folding import fold_batch_norm
 from gigamorph.engine.lowering.rewrites import in_place_runs
 from gigamorph.engine.lowering.stages import lower

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
-from gigamorph.engine.capture.trace import Op, capture
+from gigamorph.engine.capture.program import Op
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.stages import lower
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.ops.base import Local, Whole
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.lowering.stages import Stage, lower

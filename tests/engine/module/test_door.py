@@ -618,43 +618,6 @@ def test_threads_on_one_network():
         assert max(errors(named(want), named(have)).values()) <= LIMIT
 
 
-MET = [threading.Event(), threading.Event(), threading.Event()]
-
-
-class Met(nn.Conv2d):
-    """Recorded while another thread's module comes to its end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        MET[1].set()
-        MET[2].wait(20)
-        return super().forward(x)
-
-
-class Elsewhere(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        MET[0].set()
-        MET[1].wait(20)
-        return x
-
-
-def test_modules_in_other_threads_while_one_records():
-    """They were taken for the recorded network's, and either of the two failed."""
-    other, net = Elsewhere(), accelerate(nn.Sequential(Met(1, 1, 3)).double(), tile=16)
-    other.register_forward_hook(lambda *_: None)
-
-    def elsewhere() -> None:
-        try:
-            other(image())
-        finally:
-            MET[2].set()
-
-    def record() -> Tensor:
-        MET[0].wait(20)
-        return net(image())
-
-    torch.testing.assert_close(in_threads(elsewhere, record)[1], net._network(image()))
-
-
 def test_threads_on_two_networks_with_dropout():
     """Both passes over the tiles of a network draw the same masks, whatever the other network does."""
 
@@ -761,8 +724,15 @@ def test_what_autograd_visits_without_a_gradient(way: str):
         sum(out.sum() for out in network(x)).backward()  # pyright: ignore[reportAttributeAccessIssue]
     for a, b in zip(model.parameters(), net.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() <= LIMIT * a.grad.abs().max()
-    with pytest.raises(GigamorphError, match="this loss does not reach it"):
-        net(x)[0].sum().backward()
+    if way != "custom function":  # its graph is known, and is not run where no gradient comes
+        with pytest.raises(GigamorphError, match="this loss does not reach it"):
+            net(x)[0].sum().backward()
+        return
+    for network in (model, net):
+        network.zero_grad()
+        network(x)[0].sum().backward()
+    for a, b in zip(model.parameters(), net.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
 
 
 class StaleWeight(nn.Module):
@@ -820,7 +790,7 @@ def test_memory_that_two_tensors_of_the_network_share():
             self.weight.clamp_(-0.1, 0.1)
             return self.conv(x).mean((2, 3))
 
-    with pytest.raises(UnsupportedError, match="written to through another tensor"):
+    with pytest.raises(UnsupportedError, match="whose memory another tensor of the network shares"):
         accelerate(Shared(), tile=8)(torch.randn(1, 1, 20, 20))
 
 
@@ -900,14 +870,14 @@ class Swapped(Normalized):
 
 
 def test_function_modes():
-    """Within the forward they are recorded, around it refused; a device is a mode, too."""
+    """Within the forward and around it; a device is a mode, too."""
     model, net = pair(Swapped)
     agree(model, net)
     model, net = pair(Normalized)
     with torch.device("cpu"):
         agree(model, net)
-    with Tanh(), pytest.raises(UnsupportedError, match="TorchFunctionMode"):
-        net(image())
+    with Tanh():
+        agree(model, net)
 
 
 class Tags(Normalized):
@@ -919,11 +889,12 @@ class Tags(Normalized):
 
 @pytest.mark.parametrize("of_image", [True, False])
 def test_attributes_of_tensors(of_image):
-    """What a tensor carries besides its values goes neither in nor out."""
+    """What a forward sets at a tensor is there; what a tensor brings in addition to its values is refused."""
     model, net = pair(Tags)
     model.of_image = net.of_image = of_image
-    with pytest.raises(UnsupportedError, match="sets an attribute 'scale' of a tensor"):
-        net(image())
+    x, y = image(), image()
+    out, wanted = net(x), model(y)
+    assert (vars(out), vars(x)) == (vars(wanted), vars(y))
     x = image()
     x.scale = 3
     with pytest.raises(GigamorphError, match="'scale' of its own"):

@@ -123,6 +123,8 @@ def test_one_tensor_as_several_arguments() -> None:
 class _Outputs(TorchDispatchMode):
     """Notes the outputs of convolutions, and the gradients that ReLUs get beside their outputs."""
 
+    sees_tiles = True
+
     def __init__(self) -> None:
         super().__init__()
         self.maps: list[Tensor] = []

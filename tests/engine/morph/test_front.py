@@ -274,7 +274,7 @@ class TestStem:
             lambda x: 1 / (x + 9),
             lambda x: x.flip(3),
             lambda x: x.clamp(-1, 1),
-            lambda x: x + torch.arange(12.0, dtype=x.dtype).resize_(x.shape[-1]),
+            lambda x: x + torch.arange(12.0, dtype=x.dtype)[: x.shape[-1]],
             lambda x: x.floor_divide(2),
             lambda x: x.div(2, rounding_mode="floor"),
             lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),

@@ -39,7 +39,7 @@ class Net(nn.Module):
 def calls_of(net: Any, side: int) -> tuple[Any, list[Beside]]:
     """What was planned for an image, and what the calls between its stages take."""
     net(torch.rand(1, 1, side, side)).sum().backward()
-    (prepared,) = net._programs
+    (prepared,) = net._runner.programs
     staged, wanted = prepared.staged, prepared.staged.wanted(False)
     steps = (step for step in staged.steps if isinstance(step, Op))
     return prepared, [beside(step, staged.program.values, True, wanted) for step in steps]

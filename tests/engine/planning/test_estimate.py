@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gigamorph import plan
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import constants
 from gigamorph.engine.planning.estimate import Estimate

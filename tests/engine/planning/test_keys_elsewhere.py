@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate, plan
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.execution.saved_elsewhere import _Kept
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.planning.lifetimes import stored_peaks

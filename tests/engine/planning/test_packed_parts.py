@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gigamorph import accelerate, create_model, plan
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import onednn
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.planning.packed_parts import packed_bytes

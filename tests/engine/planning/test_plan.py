@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gigamorph import BudgetError, GigamorphError, accelerate, dense_loss, plan
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import preview, request
@@ -24,6 +24,8 @@ from gigamorph.engine.tiling.stage import TiledStage
 
 class CountCalls(TorchDispatchMode):
     """Convolutions that are computed forward."""
+
+    sees_tiles = True
 
     def __init__(self):
         super().__init__()
@@ -268,7 +270,7 @@ def test_a_loss_by_tiles_is_planned_as_it_is_computed() -> None:
     made = plan(net, (700, 600), "60MiB", criterion=F.cross_entropy, labels=labels.to("meta"))
     fast = accelerate(net, memory_budget="60MiB")
     dense_loss(fast, torch.rand(1, 1, 700, 600), labels, F.cross_entropy).backward()
-    (prepared,) = fast._programs
+    (prepared,) = fast._runner.programs
     assert made.peak_bytes == prepared.plan.peak_bytes and made.tile == prepared.plan.tile
     called = plan(net, (700, 600), "60MiB")
     whole = 8 * 700 * 600 * 4

@@ -11,7 +11,7 @@ from torch import nn
 
 from gigamorph import accelerate, create_model, plan
 from gigamorph.engine.accelerate import freeze_batch_norm
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.errors import BudgetError
 from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.planning.strategy import strategies

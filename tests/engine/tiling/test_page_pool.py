@@ -140,17 +140,17 @@ def test_steps_on_spare_pages_are_those_on_new_ones(live: nn.Module) -> None:
         new = step(accelerate(copy.deepcopy(live), memory_budget="1GiB", tile=16), x)
         found = step_errors(new, step(fast, x))
         assert max(found.values()) == 0, found
-        for pages in fast._page_pool.pages:
+        for pages in fast._runner.page_pool.pages:
             torch.frombuffer(pages, dtype=torch.float64).fill_(torch.nan)
-    assert fast._page_pool.bytes
+    assert fast._runner.page_pool.bytes
 
 
 def test_copies_of_a_network_have_pages_of_their_own(live: nn.Module) -> None:
     fast = accelerate(live, memory_budget="1GiB", tile=32)
     fast(torch.randn(1, 1, 64, 64, dtype=torch.float64)).sum().backward()
-    assert fast._page_pool.bytes
+    assert fast._runner.page_pool.bytes
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert not twin._page_pool.pages
+        assert not twin._runner.page_pool.pages
 
 
 def test_pages_go_with_the_network(live: nn.Module) -> None:

@@ -12,7 +12,7 @@ from exactness import errors, step
 from torch import Tensor, nn
 
 from gigamorph import accelerate
-from gigamorph.engine.capture.trace import capture
+from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import simulate

@@ -63,6 +63,8 @@ class Net(nn.Module):
 class Copies(TorchDispatchMode):
     """Counts copies of maps."""
 
+    sees_tiles = True
+
     maps = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,6 +4,7 @@
 network, always the same one.
 """
 
+from .foreign import draw_foreign, foreign_names
 from .spec import Spec, Visit, draw
 
-__all__ = ["Spec", "Visit", "draw"]
+__all__ = ["Spec", "Visit", "draw", "draw_foreign", "foreign_names"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import random
 import types
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import changes, state
+from .foreign.harness import around
 from .spec import Spec, Visit
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _APPLY = torch.autograd.Function.__dict__.get("apply")
 _RATE = 0.01
-_PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, complex)
+_PLAIN = (type(None), bool, int, str, bytes, torch.dtype, torch.device, complex, enum.Enum, type)
 _VALUES = (*_PLAIN, float, tuple, frozenset, nn.Module)  # which one of equal ones it is does not count
 
 
@@ -124,8 +126,10 @@ def look(net: nn.Module, usual: frozenset[str], seen: Seen | None = None) -> See
             held = {k: getattr(net, k) for k in {*held, *own} if k not in _INTERNAL}
             held["training"] = net.training
         seen.facts[f"type of '{name}'"] = type(module).__name__
-        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-        seen.facts[f"hooks of '{name}'"] = [len(kind) for kind in hooks]
+        held_by = (net, network) if module is network else (module,)  # what `accelerate` returned has hooks of its own
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        found = [{id(kind): len(kind) for kind in (vars(one)[key] for one in held_by)} for key in hooks]
+        seen.facts[f"hooks of '{name}'"] = [sum(kinds.values()) for kinds in found]
         for key, value in held.items():
             if key not in _INTERNAL or key == "training":
                 seen.add("attribute", f"{name}.{key}", value)
@@ -256,7 +260,7 @@ class Player:
         image, names = given["image"], list(given)
         modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
         self.phase = "forward"
-        with modes.get(visit.grad, torch.enable_grad)(), warnings.catch_warnings():
+        with modes.get(visit.grad, torch.enable_grad)(), warnings.catch_warnings(), around(self.network):
             warnings.simplefilter("ignore")
             if visit.style == "keyword":
                 result = self.net(**given)
@@ -315,8 +319,10 @@ def tensors_in(value: Any, depth: int = 0) -> list[Tensor]:
         inside = list(value.values())
     elif isinstance(value, (list, tuple)):
         inside = list(value)
-    elif dataclasses.is_dataclass(value) or (hasattr(value, "__dict__") and not callable(value)):
+    elif hasattr(value, "__dict__") and not callable(value):
         inside = list(vars(value).values())
+    elif dataclasses.is_dataclass(value):  # with slots
+        inside = [getattr(value, field.name) for field in dataclasses.fields(value)]
     else:
         return []
     return [t for one in inside for t in tensors_in(one, depth + 1)] if depth < 8 else []

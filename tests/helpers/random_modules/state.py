@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +23,50 @@ def _grid(height: int, width: int) -> Tensor:
     return ramp(height, 1) * ramp(1, width)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A value outside of networks that code of the foreign pieces reads or changes.
+
+    Attributes:
+        read: returns the value.
+        write: sets it.
+        first: returns the value of a new run.
+    """
+
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    first: Callable[[], Any]
+
+
+WATCHED: dict[str, Watched] = {}
+
+
 def reset() -> None:
-    """Forget what former networks left in this file."""
+    """Forget what former networks left in this file, and restore what is watched."""
     TALLY.clear()
     CACHE.clear()
     _grid.cache_clear()
+    for one in WATCHED.values():
+        one.write(one.first())
 
 
 def left_behind() -> dict[str, Any]:
-    """What networks have left in this file."""
-    return {"tally": TALLY, "cache": CACHE}
+    """What networks have left in this file, and what is watched."""
+    return {"tally": TALLY, "cache": CACHE, **{name: one.read() for name, one in WATCHED.items()}}
+
+
+def saved() -> Callable[[], None]:
+    """Saves what `left_behind` shows; the result restores it after other runs."""
+    tally, cache, watched = list(TALLY), dict(CACHE), {name: one.read() for name, one in WATCHED.items()}
+
+    def restore() -> None:
+        reset()
+        TALLY.extend(tally)
+        CACHE.update(cache)
+        for name, value in watched.items():
+            WATCHED[name].write(value)
+
+    return restore
 
 
 class OwnStatistics(Piece):

@@ -1,0 +1,61 @@
+"""The backend "gigamorph" of `torch.compile`: the graph that TorchDynamo makes of a network is computed by tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from .capture.dynamo import refuse_unguarded
+from .capture.graph import Graph
+from .errors import GigamorphError, UnsupportedError
+from .execution.programs import Settings
+from .execution.runner import Runner
+from .module.arguments import HALO_PLACES, check_choice, tile_sides
+from .tiling.memory import parse_bytes
+
+_OPTIONS = ("memory_budget", "tile", "halos", "fallback")
+
+
+def gigamorph(
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compute a graph by tiles, within a memory budget, with the outputs and gradients of the whole image.
+
+    ``torch.compile(net, backend="gigamorph", options={"memory_budget": "2GiB"})``. The image batch is the largest
+    floating-point tensor (N, C, H, W) among the arguments of the call; it is on the device of the network.
+
+    Args:
+        module: Dynamo's graph of torch-level calls.
+        examples: its inputs; only Dynamo's own description of them is read.
+        options: `memory_budget`, `tile`, `halos` and `fallback`, as of `gigamorph.accelerate`.
+        mode: there is none.
+
+    Raises:
+        GigamorphError: for unknown options.
+        UnsupportedError: for a graph that ends before the forward does (a graph break), unless `fallback` is "whole".
+    """
+    if mode is not None:
+        raise GigamorphError(f'the backend "gigamorph" has no mode {mode!r}; give options={{"memory_budget": "2GiB"}}')
+    given = dict(options or {})
+    for name in given:
+        if name not in _OPTIONS:
+            raise GigamorphError(f'the backend "gigamorph" has no option {name!r}; there are {", ".join(_OPTIONS)}')
+    budget, halos, fallback = given.get("memory_budget"), given.get("halos", "auto"), given.get("fallback")
+    check_choice("halos", halos, HALO_PLACES)
+    check_choice("fallback", fallback, ("whole", None))
+    limit = None if budget is None else parse_bytes(budget)
+    settings = Settings(limit, tile_sides(given.get("tile")), halos, fallback, None)
+    refuse_unguarded()
+    graph = Graph.of(module)
+    if graph.piece and settings.fallback is None:
+        raise UnsupportedError(
+            f'the forward is not one graph: {graph.piece}; change that line, or give options={{"fallback": "whole"}}'
+        )
+    runner = Runner(settings)
+    return lambda *inputs: runner.serve(graph, inputs)

@@ -1,0 +1,28 @@
+"""Whether the code that runs is recorded for a computation by tiles."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_open = 0
+_recorded = False  # Dynamo guards it: a truth value, and no number
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """What Dynamo interprets meanwhile is recorded."""
+    global _open, _recorded
+    _open, _recorded = _open + 1, True
+    try:
+        yield
+    finally:
+        _open -= 1
+        _recorded = _open > 0
+
+
+def is_recorded() -> bool:
+    """Whether Dynamo interprets this call for a recording; in `torch.compile` of another's it does not."""
+    return torch.compiler.is_compiling() and _recorded

@@ -1,0 +1,426 @@
+"""TorchDynamo as the recorder: a call of the network is compiled by a backend that keeps the graph.
+
+Dynamo interprets every operation of the forward, refuses what it cannot model, guards what it has read, and does after
+the graph what the forward does besides (attributes, lists, counters). So a backend that raises has changed nothing:
+`record` is one. `Compiled` is a callable whose graphs go to a backend that computes.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import itertools
+import mmap
+import os
+import re
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
+from .active import recorded
+from .averages import averages
+from .graph import Graph, dotted, quiet
+from .guards import more_guards
+from .less_logged import less_logged
+from .synchronized import synchronized
+
+Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
+
+GRAPHS = 64
+"""Recordings of one network that are kept; with one more all are dropped, and the present one is made again."""
+
+_TORCH = os.path.dirname(torch.__file__)
+_ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = tuple(os.path.join(_ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
+_PYTHON = os.path.dirname(os.__file__)
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def settings(scalars: bool = True) -> Iterator[None]:
+    """Dynamo's configuration while a network is recorded or called; as it was before afterwards.
+
+    Args:
+        scalars: whether numbers of tensors are in the graph; else they break it.
+    """
+    config = torch._dynamo.config
+    wanted = {
+        "skip_nnmodule_hook_guards": False,  # hooks that are added later count
+        "optimize_ddp": False,  # it splits the graph
+        "recompile_limit": GRAPHS,
+        "accumulated_recompile_limit": 1 << 20,
+        "fail_on_recompile_limit_hit": True,
+        "capture_scalar_outputs": scalars,
+        "specialize_float": True,
+        "suppress_errors": False,
+        "disable": False,
+        "allow_unspec_int_on_nn_module": True,  # counters
+        "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
+    }
+    # A stance that turns compilation off would run the whole image, in memory that it has not.
+    with (
+        config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
+        torch.compiler.set_stance("default"),
+        more_guards(),
+        less_logged(),
+        recorded(),
+        averages(),
+        synchronized(),
+    ):
+        yield
+
+
+class Compiled:
+    """A callable whose graphs are computed by `serve`.
+
+    Args:
+        function: plain Python, at module level; what it is given decides what is recorded.
+        serve: gets the graph and its inputs (tensors and numbers), and returns the outputs.
+        pieces: whether the graph may break; what stands between the pieces runs as plain Python.
+        dynamic: as of `torch.compile`; None makes sizes symbolic that change.
+    """
+
+    def __init__(self, function: types.FunctionType, serve: Serve, pieces: bool = False, dynamic: bool | None = None):
+        self.function, self.serve, self.pieces, self.dynamic = function, serve, pieces, dynamic
+        self._call: Callable[..., Any] | None = None
+        self._name = function.__name__ if dynamic is False else f"{function.__name__}_{next(_numbers)}"
+        self._end: weakref.finalize[..., Compiled] | None = None  # forgets what has been compiled
+        self._served: Exception | None = None  # what the computation has raised
+        self._modes: Sequence[Any] = ()  # dispatch modes of the caller's
+        self._hooks: list[Any] = []  # hooks on all modules, at which Dynamo's guards do not look
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result.
+
+        Raises:
+            UnsupportedError: for what Dynamo refuses, with the line of the user's code.
+        """
+        try:
+            with (
+                settings(scalars=not self.pieces),
+                quiet(),
+                _dispatch_modes_off() as self._modes,
+                _global_hooks() as hooks,
+            ):
+                if hooks != self._hooks:
+                    self._call, self._hooks = None, hooks
+                try:
+                    return self._compiled()(*args, **kwargs)
+                except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
+                    self._call = None
+                    return self._compiled()(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
+            raise refusal(error) from None
+        except Exception as error:
+            if isinstance(error, GigamorphError) or error is self._served or (self.pieces and _FROM not in str(error)):
+                raise  # ours, that of the computation, or the network's own
+            raise outside(error) from error
+        finally:
+            self._served = None
+
+    def _compiled(self) -> Callable[..., Any]:
+        if self._call is None:
+            # Dynamo keeps graphs by code object, and by its name which sizes and numbers have changed and are symbolic
+            # from then on: both are its own for each, so that graphs end with it, and no network changes another's.
+            code = self.function.__code__.replace(co_name=self._name)
+            # Dynamo itself would keep the code, and with it what it has compiled.
+            if self._end is not None:
+                self._end()
+            self._end = weakref.finalize(self, torch._dynamo.eval_frame.reset_code, code)
+            self._end.atexit = False
+            own = types.FunctionType(code, self.function.__globals__, self.function.__name__)
+            own.__kwdefaults__, own.__defaults__ = self.function.__kwdefaults__, self.function.__defaults__
+            held = weakref.ref(self)  # Dynamo keeps backends for good, and what they return as long as the code
+
+            def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+                return _there(held)._backend(module, examples)  # pyright: ignore
+
+            self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
+        return self._call
+
+    def _backend(self, module: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
+        refuse_unguarded()
+        graph, held = Graph.of(module), weakref.ref(self)
+
+        def run(*inputs: Any) -> Sequence[Any]:
+            compiled = _there(held)  # pyright: ignore
+            try:
+                with _dispatch_modes_on(compiled._modes):
+                    return compiled.serve(graph, inputs)
+            except Exception as error:
+                compiled._served = error
+                raise
+
+        return run
+
+
+def _there(held: weakref.ref[Compiled]) -> Compiled:
+    """The one whose call is running."""
+    compiled = held()
+    assert compiled is not None
+    return compiled
+
+
+@contextlib.contextmanager
+def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
+    """Without the `TorchDispatchMode`s of the caller's, under which Dynamo records nothing.
+
+    They see the ops of the tiles, so that only counters and logs make sense: PyTorch's own (`FlopCounterMode`), and
+    classes that say so by an attribute `sees_tiles = True`.
+
+    Raises:
+        UnsupportedError: for other modes.
+    """
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
+    for kind in map(type, modes):
+        if not kind.__module__.startswith("torch.") and not getattr(kind, "sees_tiles", False):
+            raise UnsupportedError(
+                f"the TorchDispatchMode {kind.__name__} around the call would see the ops of tiles; leave it before, "
+                "or set sees_tiles = True in its class if it only counts or logs"
+            )
+    for _ in modes:
+        _pop_mode()
+    try:
+        yield modes
+    finally:
+        for mode in modes:
+            _push_mode(mode)
+
+
+@contextlib.contextmanager
+def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            _pop_mode()
+
+
+_GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+
+
+@contextlib.contextmanager
+def _global_hooks() -> Iterator[list[Any]]:
+    """The caller's hooks on all modules, without those of `FlopCounterMode`, which Dynamo refuses."""
+    kept = [getattr(torch.nn.modules.module, f"_global_{kind}") for kind in _GLOBAL_HOOKS]
+    before = [dict(hooks) for hooks in kept]
+    for hooks in kept:
+        for key, hook in list(hooks.items()):
+            if str(getattr(hook, "__module__", "")).startswith("torch."):
+                del hooks[key]
+    try:
+        yield [list(hooks.items()) for hooks in kept]
+    finally:
+        for hooks, all_of_them in zip(kept, before, strict=True):
+            hooks.clear()
+            hooks.update(all_of_them)
+
+
+def refuse_unguarded() -> None:
+    """Refuse, while Dynamo makes a graph, what it would do wrongly in later calls.
+
+    It repeats the numbers of a `random.Random` that the forward has not made itself.
+
+    Raises:
+        UnsupportedError: with where the generator is.
+    """
+    tracing = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    effects = tracing.output.side_effects
+    for variable in effects.id_to_variable.values():
+        drawn = type(variable).__name__ == "RandomVariable" and effects.is_modified(variable)
+        if drawn and variable.source is not None:
+            raise UnsupportedError(
+                f"the forward draws from a random.Random ('{dotted(variable.source.name)}') that lasts from call to "
+                "call, so it is another program at each call; draw outside of the forward, and give the number as an "
+                "argument"
+            )
+
+
+@torch.compiler.substitute_in_graph(os.getenv)
+def _getenv(key: Any, default: Any = None) -> Any:
+    """`os.getenv` as Dynamo sees it: it makes no guards on what functions of the standard library read."""
+    return os.environ.get(key, default)
+
+
+class _Recorded(BaseException):  # Dynamo wraps an `Exception` of a backend's
+    """Ends the compilation of a call whose graph is known: nothing of it has run, no guard is made."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[Any]):
+        super().__init__("recorded")
+        self.graph, self.inputs = graph, inputs
+
+
+def record(function: types.FunctionType, *args: Any, **kwargs: Any) -> tuple[Graph, Sequence[Any]]:
+    """The graph of a call, for the sizes of its arguments, and its inputs; nothing of the call is done.
+
+    Raises:
+        UnsupportedError: for what Dynamo refuses.
+    """
+    try:
+        _Recording(function, _not_served, dynamic=False)(*args, **kwargs)
+    except _Recorded as found:
+        return found.graph, found.inputs
+    raise UnsupportedError("the forward makes no tensor of what it is given; there is nothing to compute")
+
+
+class _Recording(Compiled):
+    def _backend(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        given = [node.meta.get("grapharg") for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = [
+            found.example if isinstance(getattr(found, "example", None), Tensor) else example
+            for found, example in zip(given, examples, strict=True)
+        ]
+        refuse_unguarded()
+        raise _Recorded(Graph.of(module), [int(one) if isinstance(one, torch.SymInt) else one for one in inputs])
+
+
+def _not_served(_graph: Graph, _inputs: Sequence[Any]) -> Sequence[Any]:
+    raise AssertionError
+
+
+def refusal(error: Exception) -> Exception:
+    """What Dynamo raises as an error of one line: what, which line of the user's code, what to do."""
+    inner = getattr(error, "inner_exception", None)  # of a backend
+    if isinstance(inner, GigamorphError):
+        return inner
+    text = str(error)
+    if "functorch" in text:
+        return UnsupportedError(
+            "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
+            "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
+        )
+    if type(error).__name__ == "TorchRuntimeError" and isinstance(error.__context__, GigamorphError):
+        return error.__context__
+    where = _user_line(text)
+    raised = re.search(r"raised exception (\w+)\((.*)\)\s*$", text, re.MULTILINE)
+    if raised is not None:
+        return _own_error(raised[1], raised[2], where)
+    failed = re.search(r"got (\w+)\((.*)\)\s*$", text, re.MULTILINE)
+    if type(error).__name__ == "TorchRuntimeError" and failed is not None:
+        return _own_error(failed[1], failed[2], where)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    what = lines[0].rstrip(".")
+    explained = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explan")), "")
+    context = next((line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug")), "")
+    told = "; ".join(part.rstrip(".") for part in (what, explained or context) if part)
+    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {told}{_REMEDY}")
+
+
+_OUTSIDE = {  # what TorchDynamo finds around a call
+    "Detected that you are using FX": "an accelerated network computes by tiles, which cannot be traced "
+    "(torch.jit.trace, make_fx); give the network itself, whose parameters it shares",
+    "found no compiled frames": "TorchDynamo records nothing here; a debugger, or code of the process, has switched it "
+    "off",
+}
+_FROM = "from user code:"  # Dynamo adds it to what is raised while it records
+_REMEDY = '; change that line, or pass fallback="whole" to compute in pieces around it'
+
+
+def _user_line(text: str) -> str:
+    """The innermost line of the user's code."""
+    part = text.partition(_FROM)[2]
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', part)
+    own = [found for found in lines if _is_users(found[0])]
+    if not own:
+        return "the forward"
+    name, line, function = own[-1]
+    return f"{os.path.basename(name)}:{line} (in {function})"
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor Python's, nor one that calls a network by tiles."""
+    if file.startswith((_TORCH, "<", *_OURS)):
+        return False
+    return not file.startswith(_PYTHON) or "-packages" in file
+
+
+def outside(error: Exception) -> Exception:
+    """What TorchDynamo raises besides its own errors, as a refusal."""
+    text = next(iter(str(error).splitlines()), "")
+    told = next((say for part, say in _OUTSIDE.items() if part in text), None)
+    if told is None and _from_call(error):
+        return _own_error(type(error).__name__, text, _user_line(str(error)))
+    failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {type(error).__name__}: {text}"
+    return UnsupportedError(told or failed)
+
+
+def _from_call(error: Exception) -> bool:
+    """Whether an error is that of a call that Dynamo makes for the forward (`torch._assert`), not its own."""
+    if _FROM not in str(error) or not isinstance(error, AssertionError | ArithmeticError | ValueError | LookupError):
+        return False
+    last = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return not last.startswith(os.path.join(_TORCH, "_dynamo"))
+
+
+def _own_error(kind: str, arguments: str, where: str) -> Exception:
+    """What the forward itself raises of such an image: both a refusal and an error of the forward's own kind."""
+    found = getattr(builtins, kind, RuntimeError)
+    found = found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
+    try:
+        args = ast.literal_eval(f"({arguments},)") if arguments else ()
+    except (ValueError, SyntaxError):
+        args = (arguments,)
+    message = next(iter(" ".join(map(str, args)).splitlines()), "") or kind
+    own = by_name(kind)
+    if own is not None:  # raised by an op of ours, as an encoder of tiles
+        return own(message)
+    if issubclass(UnsupportedError, found) or issubclass(found, UnicodeError):
+        return UnsupportedError(f"{where} raises {kind}: {message}")
+    return forward_error(found, f"{message} ({where})")
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor without memory of its own, for images that are read by region; its values mean nothing.
+
+    Args:
+        shape: of any size.
+        device: where the network is.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    nbytes = max(1, count) * torch.empty((), dtype=dtype).element_size()
+    if device.type == "meta" or nbytes < 1 << 16:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if device.type == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        memory = mmap.mmap(-1, nbytes, flags=flags)
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
+    return _Window(torch.empty(1, dtype=dtype, device=device), shape).tensor()
+
+
+class _Window:
+    """A tensor that claims more memory of a GPU than it has; nothing reads it."""
+
+    _KINDS: ClassVar = {
+        torch.float32: "<f4",
+        torch.float64: "<f8",
+        torch.float16: "<f2",
+        torch.uint8: "|u1",
+        torch.int64: "<i8",
+    }
+
+    def __init__(self, first: Tensor, shape: Sequence[int]):
+        self.first, self.shape = first, tuple(shape)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        kind = self._KINDS.get(self.first.dtype)
+        if kind is None:
+            raise GigamorphError(f"an image of dtype {self.first.dtype} cannot be read by region on a GPU")
+        return {"shape": self.shape, "typestr": kind, "data": (self.first.data_ptr(), False), "version": 3}
+
+    def tensor(self) -> Tensor:
+        if self.first.dtype == torch.bfloat16:
+            return _Window(self.first.view(torch.float16), self.shape).tensor().view(torch.bfloat16)
+        return torch.as_tensor(self, device=self.first.device)

@@ -1,0 +1,449 @@
+"""Dynamo's graph of a forward, freed of Dynamo, and the program that it is at one image size.
+
+TorchDynamo hands over a flat list of torch-level calls: functions, methods, switches of gradient mode and autocast, and
+a few higher-order operators. `Graph.of` copies it. `Graph.program` runs it on fake tensors of one size under a recorder
+that numbers every tensor in single-assignment form: an in-place call makes a new value. A graph with symbolic sizes
+serves every size so, without tracing again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import UnsupportedError
+from .call_trees import tree_leaves
+from .higher_order import CALLED
+from .program import Given, Program, Ref, place
+from .recorder import Recorder
+from .refusals import as_refusal
+from .values import Values
+
+_CACHED_SHAPES = 4_000  # entries of PyTorch's cache of fake results, of some 2 KB each
+_TORCH = os.path.dirname(torch.__file__)
+_STEP = re.compile(r"(?:_modules|_parameters|_buffers)\[\s*['\"]([^'\"]+)['\"]\s*\]|\.(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of an earlier result among the arguments of a later instruction; inputs come first."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One call.
+
+    Attributes:
+        target: the function, or the name of a method of the first argument.
+        module: path of the module that makes the call.
+        line: file and line of the network's own code.
+    """
+
+    target: Callable[..., Any] | str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    module: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an input comes from.
+
+    Attributes:
+        name: of a parameter or buffer its dotted name; of other inputs Dynamo's expression for them.
+        state: whether it is the network's or a global, not an argument of the call.
+    """
+
+    name: str
+    state: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A graph of torch-level calls.
+
+    Attributes:
+        sources: of the inputs, in order.
+        instructions: the calls, in order.
+        output: a tree with `Slot`s.
+        single: whether the call returns one tensor and nothing else, as marked by `single`.
+        piece: why the graph ends before the call does; empty if it does not.
+        numbers: the slots of Python numbers: symbolic sizes and counters, and what is made of them.
+    """
+
+    sources: tuple[Source, ...]
+    instructions: tuple[Instruction, ...]
+    output: Any
+    single: bool
+    piece: str = ""
+    numbers: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> Graph:
+        """A copy of a graph module that holds nothing of Dynamo's."""
+        slots: dict[fx.Node, Slot] = {}
+        sources, instructions = list[Source](), list[Instruction]()
+        output, alone, numbers = None, False, set[int]()
+        for node in module.graph.nodes:
+            args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
+            if node.op == "output":
+                output = args[0]
+                continue
+            if node.target is single:
+                slots[node], alone = args[0], True
+                continue
+            slots[node] = Slot(len(sources) + len(instructions))
+            if isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
+                numbers.add(slots[node].number)
+            if node.op == "placeholder":
+                sources.append(_source(node))
+                continue
+            target: Any = node.target
+            if node.op in ("get_attr", "call_module"):
+                held = _attribute(module, str(target))
+                held = cls.of(held) if isinstance(held, fx.GraphModule) else held
+                target, args = (_held, (held,)) if node.op == "get_attr" else (held, args)
+            instructions.append(Instruction(target, args, kwargs, _module_of(node), _line_of(node)))
+        return cls(tuple(sources), tuple(instructions), output, alone, _break_of(module), frozenset(numbers))
+
+    @cached_property
+    def counters(self) -> frozenset[int]:
+        """The inputs that are numbers of which no tensor depends: the program is the same whatever they are."""
+        first, needed, mixed = len(self.sources), set[int](), set[int]()
+        for slot, step in enumerate(self.instructions, first):  # numbers that come of tensors
+            read = _slots((step.args, step.kwargs))
+            if slot in self.numbers and any(n not in self.numbers or n in mixed for n in read):
+                mixed.add(slot)
+        for slot, step in reversed(list(enumerate(self.instructions, first))):
+            if slot not in self.numbers or slot in needed or slot in mixed:
+                needed.update(_slots((step.args, step.kwargs)))
+        return frozenset(n for n in range(first) if n in self.numbers and n not in needed)
+
+    def counted(self, inputs: Sequence[Any]) -> dict[int, Any]:
+        """The outputs that depend on counters, by place, for these inputs."""
+        if not self.counters:
+            return {}
+        found: dict[int, Any] = {n: inputs[n] for n in self.numbers if n < len(self.sources)}
+        loose = set(self.counters)
+        for slot, step in enumerate(self.instructions, len(self.sources)):
+            if loose.intersection(_slots((step.args, step.kwargs))):
+                loose.add(slot)
+            if slot in self.numbers and all(n in found for n in _slots((step.args, step.kwargs))):
+                args, kwargs = _bound(step.args, found), _bound(step.kwargs, found)
+                call = getattr(args[0], step.target) if isinstance(step.target, str) else step.target
+                found[slot] = call(*(args[1:] if isinstance(step.target, str) else args), **kwargs)
+        leaves = enumerate(tree_leaves(self.output))
+        return {n: found[leaf.number] for n, leaf in leaves if type(leaf) is Slot and leaf.number in loose}
+
+    def run(self, inputs: Sequence[Any], before: Callable[[Instruction], None] | None = None) -> Any:
+        """The output for inputs, in the modes that are on.
+
+        Args:
+            inputs: one for each source.
+            before: called before each instruction.
+
+        Raises:
+            UnsupportedError: for higher-order operators without a rule, by name.
+        """
+        found = list(inputs)
+        for step in self.instructions:
+            if before is not None:
+                before(step)
+            args, kwargs = _bound(step.args, found), _bound(step.kwargs, found)
+            if isinstance(step.target, str):
+                found.append(getattr(args[0], step.target)(*args[1:], **kwargs))
+            else:
+                found.append(_callable(step)(*args, **kwargs))
+        return _bound(self.output, found)
+
+    def program(
+        self,
+        inputs: Sequence[Any],
+        image: Given,
+        roles: Mapping[int, str],
+        device: torch.device,
+        moved: torch.device | None = None,
+    ) -> Program:
+        """The program of a call, in the gradient mode, inference mode and autocast that are on.
+
+        Nothing is computed: the graph runs on fake tensors. The network and the process are unchanged.
+
+        Args:
+            inputs: real tensors and Python values, one for each source; of tensors only what is known without their
+                values is read, but for what the forward takes as Python values of the network's state.
+            image: what the image batch is like.
+            roles: by the place of an input "image", "map" or "vector"; other tensors are the network's state.
+            device: of the image.
+            moved: the device that stands in the place of "meta", where a plan is made for one that is not here.
+
+        Raises:
+            UnsupportedError: naming module, line and op of what cannot be recorded.
+        """
+        if len(FakeTensorMode.cache) > _CACHED_SHAPES:  # PyTorch keeps the results of every op and shape for good
+            FakeTensorMode.cache_clear()
+        values = Values(FakeTensorMode(allow_non_fake_inputs=False), device)
+        recorder, program = Recorder(values), values.program
+
+        def before(step: Instruction) -> None:
+            values.module, values.line = step.module, step.line
+
+        with (
+            _modes_restored(),
+            quiet(),
+            nothing_saved(),
+            _disable_current_modes(),
+            values.fake,
+            enable_python_dispatcher(),
+        ):
+            first = values.given(image)
+            program.image = values.numbers[id(first)]
+            twins = list[Any]()
+            for place, (value, source) in enumerate(zip(inputs, self.sources, strict=True)):
+                role = roles.get(place)
+                if not isinstance(value, Tensor):
+                    twins.append(value)
+                elif role == "image":
+                    twins.append(first)
+                elif role is not None:
+                    twins.append(values.given(Given.of(value)))
+                else:
+                    twins.append(values.twin(value, source.name))
+                if isinstance(value, Tensor):
+                    program.bound[values.numbers[id(twins[-1])]] = place
+            program.inputs = tuple(n for n, at in program.bound.items() if roles.get(at) == "map")
+            program.vectors = tuple(n for n, at in program.bound.items() if roles.get(at) == "vector")
+            try:
+                with recorder:
+                    graph = self if moved is None else self.on(moved)
+                    output = graph.run(twins, before)
+                self._finish(values, program, output, (first, *twins))
+            except Exception as error:
+                refusal = as_refusal(error, values.where())
+                raise refusal from (None if refusal is error else error)
+            finally:
+                values.forget()
+        return program
+
+    def _finish(self, values: Values, program: Program, output: Any, given: Sequence[Any]) -> None:
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            number = values.present(value)
+            program.reached[number] = values.reached(value)
+            return Ref(number)
+
+        for value in given:
+            leaf(value)
+        program.output = [leaf(value) for value in tree_leaves(output)]
+        program.single = self.single
+        program.updates = values.updates()
+
+    def on(self, device: torch.device) -> Graph:
+        """The graph with a device in the place of "meta"."""
+
+        def exchanged(tree: Any) -> Any:
+            kind = type(tree)
+            if kind is tuple or kind is list:
+                return kind([exchanged(part) for part in tree])
+            if kind is dict:
+                return {key: exchanged(part) for key, part in tree.items()}
+            if isinstance(tree, Graph):
+                return tree.on(device)
+            same = isinstance(tree, torch.device) and tree.type == "meta"
+            return device if same or (isinstance(tree, str) and tree == "meta") else tree
+
+        steps = (
+            Instruction(step.target, exchanged(step.args), exchanged(step.kwargs), step.module, step.line)
+            for step in self.instructions
+        )
+        return replace(self, instructions=tuple(steps))
+
+
+def single(result: Tensor) -> Tensor:
+    """Marks in a graph that the call returns this tensor alone."""
+    return result.view_as(result)
+
+
+torch.compiler.allow_in_graph(single)
+
+
+def _break_of(module: fx.GraphModule) -> str:
+    """Why a graph ends before the call does, and where."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    own = [frame for frame in reason.user_stack if not frame.filename.startswith(_TORCH)]
+    where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: " if own else ""
+    return where + (str(reason.reason).splitlines() or ["graph break"])[0]
+
+
+def _held(held: Any) -> Any:
+    return held
+
+
+def _callable(step: Instruction) -> Callable[..., Any]:
+    target, name = step.target, getattr(step.target, "__name__", "")
+    own = CALLED.get(name)
+    if own is not None:
+        return own
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        raise UnsupportedError(
+            f"{place(step.module, step.line)} uses the higher-order operator '{name}', for which there is no rule; "
+            "write it as plain PyTorch ops, or take it out of the forward"
+        )
+    if "functorch" in str(getattr(target, "__module__", "")):
+        raise UnsupportedError(
+            f"{place(step.module, step.line)} runs torch.func (vmap, grad, jvp) inside the forward; write the "
+            "dimension that it maps over into the ops"
+        )
+    return target  # pyright: ignore[reportReturnType]
+
+
+def _with_slots(tree: Any, slots: Mapping[fx.Node, Slot]) -> Any:
+    """Arguments of a node with slots in the place of nodes, and plain containers."""
+    if isinstance(tree, fx.Node):
+        return slots[tree]
+    if isinstance(tree, slice):
+        return slice(*(_with_slots(part, slots) for part in (tree.start, tree.stop, tree.step)))
+    if isinstance(tree, torch.Size) or type(tree) is tuple or isinstance(tree, list):
+        kind = list if isinstance(tree, list) else tuple
+        return kind([_with_slots(part, slots) for part in tree])
+    if isinstance(tree, tuple):  # a named tuple
+        return type(tree)(*(_with_slots(part, slots) for part in tree))
+    if isinstance(tree, dict):
+        return {key: _with_slots(part, slots) for key, part in tree.items()}
+    return tree
+
+
+def _bound(tree: Any, found: Any) -> Any:
+    kind = type(tree)
+    if kind is Slot:
+        return found[tree.number]
+    if kind is tuple or kind is list:
+        return kind([_bound(part, found) for part in tree])
+    if kind is dict:
+        return {key: _bound(part, found) for key, part in tree.items()}
+    if kind is slice:
+        return slice(*(_bound(part, found) for part in (tree.start, tree.stop, tree.step)))
+    if isinstance(tree, tuple) and kind is not torch.Size:
+        return kind(*(_bound(part, found) for part in tree))
+    return tree
+
+
+def _slots(tree: Any) -> list[int]:
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, tuple | list):
+        return [number for part in tree for number in _slots(part)]
+    return [tree.number] if type(tree) is Slot else []
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _source(node: fx.Node) -> Source:
+    """Where a placeholder comes from; one of a nested graph has no source."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return Source(node.name, False)
+    text = source.name if isinstance(source.name, str) else source.name()
+    of_module = "NN_MODULE" in source.guard_source.name or "_parameters[" in text or "_buffers[" in text
+    return Source(dotted(text), of_module or not text.startswith("L["))
+
+
+def dotted(expression: str) -> str:
+    """`L['network']._modules['stem']._parameters['weight']` as `stem.weight`; other expressions as they are."""
+    head = re.match(r"L\['\w+'\]", expression)
+    if head is None:
+        return expression
+    rest, found = expression[head.end() :], list[str]()
+    while rest:
+        step = re.match(r"\.?" + _STEP.pattern, rest)
+        if step is None:
+            return expression
+        found.append(step[1] or step[2])
+        rest = rest[step.end() :]
+    return ".".join(found) or expression
+
+
+def _module_of(node: fx.Node) -> str:
+    """The path of the innermost module whose forward makes the call."""
+    stack = node.meta.get("nn_module_stack")
+    path = next(reversed(stack.values()))[0] if stack else ""
+    found = dotted(path)
+    return "" if found.startswith("L[") else found
+
+
+def _line_of(node: fx.Node) -> str:
+    """The innermost line of code that is not PyTorch's."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    own = [(name, line) for name, line in lines if not name.startswith(_TORCH)]
+    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+@contextmanager
+def _modes_restored() -> Iterator[None]:
+    """Gradient mode and autocast as before, also where a graph ends within them."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # it would keep weights without values
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
+@contextmanager
+def nothing_saved() -> Iterator[None]:
+    """Hooks of the caller's on what autograd saves are not called: of a recording there is no backward."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
+    try:
+        hooks.__enter__()
+    except RuntimeError:  # such hooks are switched off
+        yield
+        return
+    try:
+        yield
+    finally:
+        hooks.__exit__()
+
+
+def _nothing(_saved: Any) -> Any:
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PyTorch prints whole tracebacks of errors on fake tensors that are the network's own."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,148 @@
+"""Operators of Dynamo's graphs that take graphs, and calls that do not show a recorder what they do.
+
+Checkpointed layers are taken inline: the tiles are computed again in the backward anyway. Custom autograd Functions and
+hooks of tensors come as graphs of their forward and backward, which the lowering reads (`lowering.ops.custom`,
+`lowering.ops.hooks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+
+@dataclass(frozen=True, eq=False)
+class CustomFunction:
+    """A custom `autograd.Function` as two graphs.
+
+    Attributes:
+        forward: the arguments to (outputs, what is saved for the backward).
+        backward: gradients of the outputs, and what was saved, to those of the arguments.
+        no_gradient: places of outputs that have no gradient.
+        dirty: places of outputs that are arguments written to.
+    """
+
+    forward: Any
+    backward: Any
+    no_gradient: tuple[int, ...] = ()
+    dirty: tuple[int, ...] = ()
+
+    name = "autograd.Function"
+    __name__ = "autograd.Function"
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        tensors = tuple(a for a in args if isinstance(a, Tensor))
+        if has_torch_function(tensors):
+            return handle_torch_function(self, tensors, *args)
+        return _Applied.apply(self, *args)  # pyright: ignore[reportReturnType]
+
+
+class _Applied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: CustomFunction, *args: Any) -> tuple[Any, ...]:
+        outputs, saved = function.forward.run(args)
+        ctx.function, ctx.places = function, [isinstance(value, Tensor) for value in saved]
+        ctx.others = [value for value in saved if not isinstance(value, Tensor)]
+        ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+        ctx.mark_non_differentiable(*(outputs[n] for n in function.no_gradient))
+        ctx.mark_dirty(*(outputs[n] for n in function.dirty))
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in outputs]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads):  # stock's backward would not come here
+            return (None,) * len(ctx.needs_input_grad)
+        grads = tuple(
+            torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None and like is not None else grad
+            for grad, like in zip(grads, ctx.shapes, strict=True)
+        )
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        saved = [next(tensors if is_tensor else others) for is_tensor in ctx.places]
+        return None, *ctx.function.backward.run([*grads, *saved])
+
+
+@dataclass(frozen=True, eq=False)
+class TensorHook:
+    """A hook of `Tensor.register_hook` as a graph.
+
+    Attributes:
+        body: the gradient to what stands in its place, or None.
+    """
+
+    body: Any
+
+    __name__ = "tensor_hook"
+
+    def __call__(self, x: Tensor, *held: Any) -> Tensor:
+        if has_torch_function((x,)):
+            return handle_torch_function(self, (x,), x, *held)
+        return _Hooked.apply(self, x, *held)  # pyright: ignore[reportReturnType]
+
+
+class _Hooked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hook: TensorHook, x: Tensor, *held: Any) -> Tensor:
+        ctx.hook, ctx.held = hook, held
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        if grad is not None:
+            found = ctx.hook.body.run([grad, *ctx.held])
+            found = found[0] if isinstance(found, (tuple, list)) else found
+            grad = grad if found is None else found
+        return None, grad, *(None for _ in ctx.held)
+
+
+def checkpointed(body: Any, *args: Any, **_options: Any) -> Any:
+    """A checkpointed part, taken inline: tiles are computed again in the backward anyway."""
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    if has_torch_function(tensors):
+        return handle_torch_function(checkpointed, tensors, body, *args)
+    return body.run(args)
+
+
+def _custom(forward: Any, backward: Any, *args: Any, **options: Any) -> Any:
+    places = tuple(options.get("non_differentiable_idx", ())), tuple(options.get("dirty_idx", ()))
+    return CustomFunction(forward, backward, *places)(*args)
+
+
+def _hooked(x: Tensor, body: Any, *held: Any) -> Tensor:
+    return TensorHook(body)(x, *held)
+
+
+def _data(tensor: Tensor) -> Tensor:
+    return tensor.data
+
+
+def _assign(tensor: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """`tensor.data = value`, as Dynamo writes it."""
+    if rest:
+        return tensor.set_(value, *rest)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    tensor.data = value
+    return tensor
+
+
+CALLED: dict[str, Callable[..., Any]] = {
+    "tag_activation_checkpoint": checkpointed,
+    "wrap_activation_checkpoint": checkpointed,
+    "invoke_subgraph": lambda body, _name, *args: body.run(args),
+    "autograd_function_apply": _custom,
+    "register_hook": _hooked,
+    "_get_data_attr": _data,
+    "set_": _assign,
+    "_lower_version_count_by_1": lambda tensor: tensor,
+}
+"""By the name of what Dynamo's graph calls: what is called in its place."""
+
+CALLED_WITH_NONE = (_Applied, _Hooked)
+"""Functions that do nothing where no gradient comes, as stock's backward would not come there."""

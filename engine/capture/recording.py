@@ -1,0 +1,135 @@
+"""The program of a network's call, recorded before there is an image; nothing of it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import UnsupportedError
+from .call_trees import tree_leaves
+from .dynamo import record, stand_in
+from .graph import Graph, single
+from .program import Given, Program
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded call: its graph, and what stands for its inputs.
+
+    Attributes:
+        flat: one for each source of the graph; images have no memory, the network's tensors are its own.
+        roles: see `Graph.program`.
+        image: what the image batch is like.
+        device: of the image.
+        moved: see `Graph.program`.
+    """
+
+    graph: Graph
+    flat: Sequence[Any]
+    roles: dict[int, str]
+    image: Given
+    device: torch.device
+    moved: torch.device | None
+
+    def program(self) -> Program:
+        """The program of the call, in the gradient mode and autocast that are on."""
+        return self.graph.program(self.flat, self.image, self.roles, self.device, self.moved)
+
+    def run(self, twin: Callable[[Any], Any]) -> list[Any]:
+        """The graph's outputs, computed as stock PyTorch does, on what `twin` makes of the inputs."""
+        graph = self.graph if self.moved is None else self.graph.on(self.moved)
+        return tree_leaves(graph.run([twin(value) for value in self.flat]))
+
+
+def record_call(
+    model: nn.Module,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Given] = (),
+    vectors: Sequence[Given] = (),
+    image_grad: bool = False,
+) -> Recording:
+    """Record a call of the model on an image batch, in the gradient mode and autocast that are on.
+
+    Args:
+        model: the network, in the training or evaluation mode that is to be recorded; it may be on the meta device.
+        shape: (N, C, H, W) of the image batch; any size, nothing of it is allocated.
+        dtype: of the image.
+        device: of the image; a network without values is recorded as if it were there, too.
+        call: what is recorded in place of the model's call, given the image, the `inputs` and the `vectors`.
+        inputs: further maps, with the image axes last.
+        vectors: further tensors that have no image axes.
+        image_grad: whether a gradient of the image is wanted.
+
+    Raises:
+        UnsupportedError: for what cannot be recorded.
+    """
+    refuse_unready(model)
+    device = torch.device(device)
+    held = [*model.parameters(), *model.buffers()]
+    lies = next((t.device for t in held if t.device.type != "meta"), held[0].device if held else device)
+    fake = next((t.fake_mode for t in held if isinstance(t, FakeTensor)), None)
+    with contextlib.nullcontext() if fake is None else fake:
+        made = stand_in if fake is None else torch.empty
+        image = made(shape, dtype=dtype, device=lies).requires_grad_(bool(image_grad))
+        like = (*inputs, *vectors)
+        given = [made(one.shape, dtype=one.dtype, device=lies).requires_grad_(bool(one.grad)) for one in like]
+    graph, flat = record(_called, model if call is None else call, image, tuple(given))
+    roles = {id(image): "image", **{id(t): "map" if n < len(inputs) else "vector" for n, t in enumerate(given)}}
+    found = {place: roles[id(value)] for place, value in enumerate(flat) if id(value) in roles}
+    batch = Given(tuple(shape), dtype, bool(image_grad))
+    return Recording(graph, flat, found, batch, device, device if lies.type == "meta" else None)
+
+
+def capture(
+    model: nn.Module,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Given] = (),
+    vectors: Sequence[Given] = (),
+    image_grad: bool = False,
+) -> Program:
+    """The program of a call; see `record_call`."""
+    return record_call(model, shape, dtype, device, call, inputs, vectors, image_grad).program()
+
+
+@functools.cache
+def load_recorder() -> None:
+    """Record one layer, so that no step's memory holds what TorchDynamo imports at its first use, some 30 MB."""
+    with contextlib.suppress(Exception):  # whatever prevents it is found again with the network
+        capture(nn.ReLU(), (1, 1, 4, 4), torch.float32, "cpu")
+
+
+def _called(call: Callable[..., Any], image: Tensor, further: tuple[Tensor, ...]) -> Any:
+    result = call(image, *further)
+    return single(result) if isinstance(result, Tensor) else result
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Refuse modules that cannot be recorded as they are.
+
+    Raises:
+        UnsupportedError: for TorchScript, lazy modules and backward hooks of the kind that PyTorch gave up.
+    """
+    for name, module in model.named_modules():
+        where = f"module '{name}'" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(f"{where} is TorchScript; give the plain eager module")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UnsupportedError(f"{where} is lazy; run the model once before")
+        if torch.is_grad_enabled() and module._backward_hooks and not module._is_full_backward_hook:
+            raise UnsupportedError(
+                f"{where} has a backward hook by register_backward_hook, which PyTorch has given up; use "
+                "register_full_backward_hook"
+            )

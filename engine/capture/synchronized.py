@@ -1,0 +1,67 @@
+"""SyncBatchNorm as Dynamo records it: the BatchNorm that it is, marked with its processes.
+
+Its own forward runs on GPUs alone, and exchanges tensors with collectives that a tile cannot make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..parallel.processes import world
+
+_lock = threading.Lock()
+_open: list[Any] = []  # for each context, the forward that a SyncBatchNorm had before
+_several: list[bool] = [False]  # whether there are other processes; Dynamo's guards look at it
+
+
+def shared(x: Tensor, name: str) -> Tensor:
+    """Marks in a graph that the statistics of the next BatchNorm are those of a group of processes, by its name."""
+    if has_torch_function((x,)):
+        return handle_torch_function(shared, (x,), x, name)
+    return x.view_as(x)
+
+
+torch.compiler.allow_in_graph(shared)
+
+
+def group_of(name: str) -> Any:
+    """The group that `shared` names, or None for a single process."""
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    return group if dist.get_world_size(group) > 1 else None
+
+
+@contextlib.contextmanager
+def synchronized() -> Iterator[None]:
+    """While Dynamo records, a SyncBatchNorm is a BatchNorm with a mark; elsewhere it stays what it is."""
+    with _lock:
+        _open.append(_open[0] if _open else nn.SyncBatchNorm.forward)
+        _several[0], nn.SyncBatchNorm.forward = world() > 1, _forward
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _open.pop()
+            if not _open:
+                nn.SyncBatchNorm.forward = before
+
+
+def _forward(self: nn.SyncBatchNorm, input: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return _open[0](self, input)
+    if self.training and _several[0]:
+        input = shared(input, _name_of(self.process_group))
+    return _BatchNorm.forward(self, input)
+
+
+@torch._dynamo.assume_constant_result
+def _name_of(group: Any) -> str:
+    return (group or dist.group.WORLD).group_name  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,200 @@
+"""Calls of a network whose graphs, as Dynamo hands them over, are computed by tiles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.arguments import Arguments
+from ..capture.call_trees import tree_leaves
+from ..capture.dynamo import Compiled
+from ..capture.graph import Graph
+from ..capture.program import Program
+from ..errors import UnsupportedError
+from ..module.once import refuse_checkpoint
+from ..tiling.memory_limit import MemoryLimit
+from ..tiling.page_pool import PagePool
+from ..tiling.scan import TileEvent
+from .begin import begin
+from .forward import Forward
+from .image_batch import ImageBatch, ImageTensor
+from .prepared import Prepared
+from .programs import Inputs, Programs, Settings
+from .rows import check_rows
+from .run import compute
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Call:
+    """A call of a network, while its graphs are computed.
+
+    Attributes:
+        args, kwargs: of the function that is recorded.
+        roles, regions: see `Arguments`.
+        batch: the image batch.
+        further: the other tensors of the call.
+        finish: gets a forward of which nothing is computed, and returns what its graph returns.
+        complete: gets graphs and their inputs, and returns what the graph returns, in the place of `finish`.
+        together: the memory limit of earlier calls, for the next one.
+        like: a program whose outputs have the same rows.
+        pieces: whether the call may come as several graphs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    roles: dict[int, str]
+    regions: dict[int, Any]
+    batch: ImageBatch
+    further: list[Tensor]
+    finish: Callable[[Forward], Sequence[Any]] = compute
+    complete: Callable[[Sequence[Graph], Sequence[Inputs]], Sequence[Any]] | None = None
+    together: MemoryLimit | None = None
+    like: Program | None = None
+    pieces: bool = False
+
+    @classmethod
+    def of(cls, network: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], batch: Any = None) -> Call:
+        """A call with these arguments, in the gradient mode that is on.
+
+        Args:
+            batch: which of the arguments is the image; None takes the first that can be.
+
+        Raises:
+            GigamorphError: if there is no image among them.
+        """
+        first = next(network.parameters(), torch.empty(0))
+        given = Arguments.of(args, kwargs, first.device, first.dtype, batch)
+        batch = ImageBatch.of(network, given.image, given.further)
+        return cls(given.args, given.kwargs, given.roles, given.regions, batch, given.further)
+
+    @property
+    def by_region(self) -> bool:
+        """Whether tensors without memory stand for what is read by region."""
+        return bool(self.regions) or self.batch.image is None or self.batch.image.device != self.batch.device
+
+
+class Opened(Exception):
+    """Ends a call whose program is known; what it does besides is not done.
+
+    Attributes:
+        graph, inputs: of the call.
+        prepared: its program with the plan.
+    """
+
+    def __init__(self, graph: Graph, inputs: Inputs, prepared: Prepared):
+        super().__init__("the program is known")
+        self.graph, self.inputs, self.prepared = graph, inputs, prepared
+
+    @property
+    def program(self) -> Program:
+        return self.prepared.staged.program
+
+
+class Runner:
+    """What computes the graphs of one network, and keeps between its calls: programs, spare pages, recordings.
+
+    Attributes:
+        settings: what plans have to keep to.
+        on_tile: called after each tile.
+    """
+
+    def __init__(self, settings: Settings, on_tile: Callable[[TileEvent], None] | None = None):
+        self.settings, self.on_tile = settings, on_tile
+        self.programs = Programs()
+        self.page_pool = PagePool()
+        self._compiled: dict[Any, Compiled] = {}
+        self._call: Call | None = None
+
+    def compute(self, function: FunctionType, call: Call, *args: Any) -> Any:
+        """What a function gives, its graphs computed by tiles.
+
+        Args:
+            function: plain Python at module level; gets `args` and what the call is given.
+            call: the tensors, and how its graph is computed.
+
+        Raises:
+            UnsupportedError: for what cannot be recorded or computed.
+        """
+        # Code between the pieces of a broken graph would read the values of what has no memory.
+        pieces = self.settings.fallback == "whole" and not call.by_region and call.complete is None
+        key = function, pieces
+        if key not in self._compiled:
+            self._compiled[key] = Compiled(function, self.serve, pieces)
+        call.pieces, before, self._call = pieces, self._call, call
+        try:
+            return self._compiled[key](*args, *call.args, **call.kwargs)
+        finally:
+            self._call = before
+
+    def open(self, function: FunctionType, call: Call, *args: Any) -> Opened:
+        """The graph and the program of a call; nothing of it is done."""
+
+        def found(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
+            raise Opened(graphs[0], inputs[0], self.programs.prepare(graphs, inputs, self.settings)[0])
+
+        call.complete = found
+        try:
+            self.compute(function, call, *args)
+        except Opened as opened:
+            return opened
+        raise UnsupportedError("the forward computes nothing of its image")
+
+    def serve(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of a graph for its inputs."""
+        outputs, counted = list(self._outputs(graph, flat)), graph.counted(flat)
+        return [counted.get(place, output) for place, output in enumerate(outputs)] if counted else outputs
+
+    def _outputs(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
+        call = self._call
+        roles = {} if call is None else self._roles(call, flat)
+        if call is None or (call.pieces and "image" not in roles.values()):
+            return self._serve_alone(graph, flat)
+        inputs = Inputs(flat, roles, call.batch)
+        if call.complete is not None:
+            return call.complete([graph], [inputs])
+        prepared = self.programs.prepare([graph], [inputs], self.settings)
+        if call.like is not None:
+            check_rows(prepared[0].staged.program, call.like)
+        (forward,) = self.begin(call, [inputs], prepared)
+        call.together = forward.memory_limit
+        return call.finish(forward)
+
+    def begin(self, call: Call, inputs: Sequence[Inputs], prepared: Sequence[Prepared]) -> list[Forward]:
+        """A forward for each image batch, on the parameters and buffers as they are now."""
+        if prepared[0].staged.program.updates:
+            refuse_checkpoint()
+        self.programs.keep_captures_of(prepared)
+        regions = {place: call.regions[id(v)] for place, v in enumerate(inputs[0].flat) if id(v) in call.regions}
+        return begin(inputs, prepared, self.page_pool, self.on_tile, regions, call.together)
+
+    @staticmethod
+    def _roles(call: Call, flat: Sequence[Any]) -> dict[int, str]:
+        return {place: call.roles[id(value)] for place, value in enumerate(flat) if id(value) in call.roles}
+
+    def _serve_alone(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of a graph that tells nothing of a call: its largest map is the image."""
+        given = {n: t for n, t in enumerate(flat) if isinstance(t, Tensor) and not graph.sources[n].state}
+        maps = [n for n, t in given.items() if t.dim() == 4 and t.is_floating_point() and t.numel()]
+        if not maps:
+            return tree_leaves(graph.run(flat))
+        place = max(maps, key=lambda n: given[n].shape[-2] * given[n].shape[-1])
+        image = given[place]
+        roles = {
+            n: "image" if n == place else "map" if t.dim() >= 3 and t.shape[-2:] == image.shape[-2:] else "vector"
+            for n, t in given.items()
+        }
+        image_grad = torch.is_grad_enabled() and image.requires_grad
+        training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat)
+        batch = ImageBatch(ImageTensor(image), image, image.dtype, image.device, training, image_grad, (image,))
+        inputs = Inputs(flat, roles, batch)
+        prepared = self.programs.prepare([graph], [inputs], self.settings)
+        (forward,) = self.begin(Call((), {}, {}, {}, batch, []), [inputs], prepared)
+        return compute(forward)

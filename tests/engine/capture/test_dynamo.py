@@ -1,0 +1,263 @@
+"""TorchDynamo as the recorder: how often it records, under which settings, what breaks a graph, and the backend."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from exactness import errors, randomize
+from torch import Tensor, nn
+
+from gigamorph import GigamorphError, TileEvent, UnsupportedError, accelerate
+from gigamorph.engine.capture.graph import Graph
+
+SIZES = [(33, 29), (40, 26), (21, 38)]
+
+
+class Net(nn.Module):
+    """Two convolutions around `middle`, a norm in training mode, dropout of a vector, a counter and what it keeps."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Tensor] = lambda _net, x: x) -> None:
+        super().__init__()
+        self.first, self.norm, self.act = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()
+        self.second, self.head = nn.Conv2d(4, 4, 3, 2), nn.Linear(4, 2)
+        self.middle, self.calls, self.seen = middle, 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.act(self.norm(self.first(x)))
+        self.seen.append(x.mean((0, 2, 3)).detach())
+        return self.head(self.second(self.middle(self, x)).mean((2, 3)))
+
+
+def network(middle: Callable[[Any, Tensor], Tensor] = lambda _net, x: x) -> Net:
+    torch.manual_seed(0)
+    return randomize(Net(middle)).double().train()
+
+
+def image(size: tuple[int, int] = SIZES[0]) -> Tensor:
+    return torch.randn(2, 1, *size, dtype=torch.float64)
+
+
+def agree(stock: nn.Module, ours: Any, own: nn.Module, sizes: Any = SIZES) -> None:
+    """Steps of both: outputs, gradients of weights and image, buffers."""
+    optimizers = [torch.optim.SGD(net.parameters(), 1e-2) for net in (stock, own)]
+    for size in sizes:
+        x, found = image(size), []
+        for called, net, optimizer in ((stock, stock, optimizers[0]), (ours, own, optimizers[1])):
+            given = x.clone().requires_grad_()
+            optimizer.zero_grad()
+            y = called(given)
+            y.square().mean().backward()
+            optimizer.step()
+            grads = {name: parameter.grad for name, parameter in net.named_parameters()}
+            found.append({"output": y.detach(), "image": given.grad, **grads, **dict(net.named_buffers())})
+        assert max(errors(*found).values()) <= 1e-11
+
+
+# -- how often it records -------------------------------------------------------------------------------------------
+
+
+def test_the_second_size_makes_sizes_symbolic(graphs: list[Graph]) -> None:
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, 2)).double()
+    twin = copy.deepcopy(stock)
+    ours, counts = accelerate(twin, tile=9), []
+    for size in (*SIZES, (52, 31), SIZES[0], (17, 23)):
+        agree(stock, ours, twin, [size, size])
+        counts.append(len(graphs))
+    assert counts == [1, 2, 2, 2, 2, 2]
+
+
+def test_hooks_that_are_added_later_are_seen(graphs: list[Graph]) -> None:
+    stock = network()
+    twin = copy.deepcopy(stock)
+    ours = accelerate(twin, tile=9)
+    agree(stock, ours, twin, SIZES[:1])
+    handles = [net.second.register_forward_hook(lambda _m, _x, y: y * 3) for net in (stock, twin)]
+    agree(stock, ours, twin, SIZES[:1])
+    for net in (stock, twin):
+        net.act.register_forward_pre_hook(lambda _m, x: (x[0] - 0.5,))
+    agree(stock, ours, twin, SIZES[:1])
+    for handle in handles:
+        handle.remove()
+    agree(stock, ours, twin, SIZES[:1])
+
+
+# -- settings of TorchDynamo ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stance(name: str) -> Iterator[None]:
+    with torch.compiler.set_stance(name):
+        yield
+
+
+@contextlib.contextmanager
+def config(**changes: Any) -> Iterator[None]:
+    with torch._dynamo.config.patch(**changes):
+        yield
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: stance("force_eager"),
+        lambda: stance("eager_on_recompile"),
+        lambda: stance("fail_on_recompile"),
+        lambda: config(disable=True),
+        lambda: config(suppress_errors=True),
+        lambda: config(recompile_limit=1, fail_on_recompile_limit_hit=False),
+    ],
+    ids=["force_eager", "eager_on_recompile", "fail_on_recompile", "disable", "suppress_errors", "recompile_limit"],
+)
+def test_settings_of_the_process_do_not_turn_tiling_off(around: Callable[[], Any]) -> None:
+    tiles: list[TileEvent] = []
+    stock = network()
+    twin = copy.deepcopy(stock)
+    ours = accelerate(twin, tile=9)
+    ours.on_tile = tiles.append
+    for size in SIZES:
+        with around():
+            agree(stock, ours, twin, [size])
+        assert len(tiles) > 8
+        tiles.clear()
+
+
+def settings() -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in torch._dynamo.config.get_config_copy().items()}
+
+
+def refused(net: Any, x: Tensor) -> Tensor:
+    net.calls += 10
+    net.seen.append(x)
+    net.norm(x)
+    noise = torch.rand(4, 1, 1, dtype=x.dtype)
+    return x * noise * 2 if x.mean() > 0 else x
+
+
+def test_settings_are_as_before_after_a_call() -> None:
+    with torch._dynamo.config.patch(recompile_limit=3, skip_nnmodule_hook_guards=True):
+        before = settings()
+        accelerate(network(), tile=9)(image()).sum().backward()
+        assert settings() == before
+        with pytest.raises(UnsupportedError):
+            accelerate(network(refused), tile=9)(image())
+        assert settings() == before
+
+
+def test_a_refused_forward_has_changed_nothing() -> None:
+    net = network(refused)
+    net.seen, net.calls = [torch.ones(1)], 4
+    buffers, weights = copy.deepcopy(dict(net.named_buffers())), copy.deepcopy(dict(net.named_parameters()))
+    x = image()
+    random, ours = torch.get_rng_state(), accelerate(net, tile=9)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=r"test_dynamo.py:\d+ \(in refused\)") as caught:
+            ours(x)
+        assert "\n" not in str(caught.value)
+        assert net.calls == 4 and len(net.seen) == 1
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+        assert all(torch.equal(weight, weights[name]) for name, weight in net.named_parameters())
+        assert torch.equal(torch.get_rng_state(), random)
+        assert net.norm.num_batches_tracked == buffers["norm.num_batches_tracked"]
+
+
+# -- graphs that break ----------------------------------------------------------------------------------------------
+
+
+def branching(_net: Any, x: Tensor) -> Tensor:
+    return x.relu() * 2 if x.mean() > 0 else x.sigmoid()
+
+
+def printing(_net: Any, x: Tensor) -> Tensor:
+    y = x.tanh()
+    print(f"a map of {y.shape[1]} channels")
+    return y + x
+
+
+@pytest.mark.parametrize("middle", [branching, printing], ids=lambda middle: middle.__name__)
+def test_a_graph_that_breaks(middle: Callable[[Any, Tensor], Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    stock = network(middle)
+    twin = copy.deepcopy(stock)
+    with pytest.raises(UnsupportedError, match=rf"test_dynamo.py:\d+ \(in {middle.__name__}\)") as caught:
+        accelerate(twin, tile=9)(image())
+    assert "\n" not in str(caught.value) and 'fallback="whole"' in str(caught.value)
+    tiles: list[TileEvent] = []
+    ours = accelerate(twin, tile=9, fallback="whole")
+    ours.on_tile = tiles.append
+    capsys.readouterr()
+    agree(stock, ours, twin, [SIZES[0], SIZES[0], *SIZES])
+    assert twin.calls == stock.calls and len(tiles) > 5 * 8
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (["a map of 4 channels"] * 10 if middle is printing else [])
+    for mean, wanted in zip(twin.seen, stock.seen, strict=True):
+        torch.testing.assert_close(mean, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_both_ways_of_a_branch() -> None:
+    stock = network(branching).eval()
+    ours = accelerate(copy.deepcopy(stock), tile=9, fallback="whole")
+    for number in range(4):
+        shift = torch.full((1, 4, 1, 1), float(3 * (-1) ** number), dtype=torch.float64).flatten()
+        for net in (stock, ours):
+            net.norm.bias.data.copy_(shift)
+        x = image()
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-11, atol=1e-11)
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def test_an_accelerated_network_in_a_compiled_function() -> None:
+    stock = network()
+    twin = copy.deepcopy(stock)
+    ours = accelerate(twin, tile=9)
+
+    @torch.compile(backend="eager")
+    def step(net: Any, x: Tensor) -> Tensor:
+        return net(x * 2).tanh() + 1
+
+    agree(stock, torch.compile(ours, backend="eager"), twin)
+    x = image()
+    torch.testing.assert_close(step(ours, x), stock(x * 2).tanh() + 1, rtol=1e-11, atol=1e-11)
+
+
+def test_the_backend() -> None:
+    stock = network()
+    twin = copy.deepcopy(stock)
+    agree(stock, torch.compile(twin, backend="gigamorph", options={"tile": 16}), twin)
+    assert twin.calls == stock.calls == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tiles": 16}, "no option 'tiles'; there are memory_budget, tile, halos, fallback"),
+        ({"halos": "nowhere"}, "halos"),
+        ({"tile": -3}, "tile"),
+    ],
+)
+def test_options_of_the_backend_that_are_not_known(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=match) as caught:
+        torch.compile(network(), backend="gigamorph", options=options)(image())
+    assert isinstance(caught.value.inner_exception, GigamorphError)
+
+
+def test_the_backend_has_no_mode() -> None:
+    with pytest.raises(Exception, match="no mode 'max-autotune'"):
+        torch.compile(network(), backend="gigamorph", mode="max-autotune")(image())
+
+
+@pytest.mark.parametrize("middle", [branching, printing], ids=lambda middle: middle.__name__)
+def test_the_backend_and_a_graph_that_breaks(middle: Callable[[Any, Tensor], Tensor]) -> None:
+    stock = network(middle)
+    twin = copy.deepcopy(stock)
+    with pytest.raises(Exception, match=r"the forward is not one graph: test_dynamo.py:\d+: .*\"fallback\": \"whole\""):
+        torch.compile(twin, backend="gigamorph", options={"tile": 16})(image())
+    options = {"tile": 16, "fallback": "whole"}
+    twin = copy.deepcopy(stock)
+    agree(stock, torch.compile(twin, backend="gigamorph", options=options), twin)
