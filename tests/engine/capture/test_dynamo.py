@@ -62,6 +62,12 @@ def agree(stock: nn.Module, ours: Any, own: nn.Module, sizes: Any = SIZES) -> No
 # -- how often it records -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests() -> None:
+    """PyTorch runs a forward without a backend, and without a word, once its code has eight graphs."""
+    torch._dynamo.reset()
+
+
 def test_the_second_size_makes_sizes_symbolic(graphs: list[Graph]) -> None:
     stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, 2)).double()
     twin = copy.deepcopy(stock)
