@@ -54,6 +54,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
     config = torch._dynamo.config
     wanted = {
         "skip_nnmodule_hook_guards": False,  # hooks that are added later count
+        "skip_no_tensor_aliasing_guards_on_parameters": False,  # weights that are tied later
         "optimize_ddp": False,  # it splits the graph
         "recompile_limit": GRAPHS,
         "accumulated_recompile_limit": 1 << 20,

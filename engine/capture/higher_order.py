@@ -132,6 +132,16 @@ def _assign(tensor: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return tensor
 
 
+def _made_by_class(*args: Any) -> Tensor:
+    """`torch.Tensor(...)`, whose constructor of old takes no fake tensors."""
+    if len(args) == 1 and isinstance(args[0], list | tuple) and not isinstance(args[0], torch.Size):
+        return torch.tensor(args[0], dtype=torch.get_default_dtype())
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args or (0,)
+    if all(isinstance(size, int) for size in sizes):
+        return torch.empty(sizes)
+    return torch.Tensor(*args)
+
+
 CALLED: dict[str, Callable[..., Any]] = {
     "tag_activation_checkpoint": checkpointed,
     "wrap_activation_checkpoint": checkpointed,
@@ -140,6 +150,7 @@ CALLED: dict[str, Callable[..., Any]] = {
     "register_hook": _hooked,
     "_get_data_attr": _data,
     "set_": _assign,
+    "Tensor": _made_by_class,
     "_lower_version_count_by_1": lambda tensor: tensor,
 }
 """By the name of what Dynamo's graph calls: what is called in its place."""
