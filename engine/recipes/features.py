@@ -37,6 +37,16 @@ class _Reached(Exception):
         self.output = output
 
 
+class _Stop:
+    """A forward hook that ends the forward while it is on."""
+
+    on = False
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.on:
+            raise _Reached(output)
+
+
 class UpTo(nn.Module):
     """A network up to the output of one of its modules.
 
@@ -51,22 +61,22 @@ class UpTo(nn.Module):
         if layer not in known:
             there = ", ".join(name for name in known if name and "." not in name)
             raise GigamorphError(f"layer {layer!r} is no module of the network, whose parts are {there}")
-        self.network, self.layer = network, layer
+        self.network, self.layer, self._stop = network, layer, _Stop()
+        if layer:
+            # Not in each forward: TorchDynamo cannot record how a handle is made.
+            network.get_submodule(layer).register_forward_hook(self._stop)
 
     def forward(self, x: Tensor) -> Any:
         if not self.layer:
             return self.network(x)
 
-        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-            raise _Reached(output)
-
-        handle = self.network.get_submodule(self.layer).register_forward_hook(stop)
+        self._stop.on = True
         try:
             self.network(x)
         except _Reached as reached:
             return reached.output
         finally:
-            handle.remove()
+            self._stop.on = False
         raise GigamorphError(f"layer {self.layer!r} is not used by the network's forward; name another")
 
 
