@@ -64,6 +64,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "suppress_errors": False,
         "disable": False,
         "allow_unspec_int_on_nn_module": True,  # counters
+        "enable_dynamo_decompositions": False,  # they write addcmul_ by a call that rounds otherwise
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
     # A stance that turns compilation off would run the whole image, in memory that it has not.

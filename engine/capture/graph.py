@@ -161,7 +161,7 @@ class Graph:
             UnsupportedError: for higher-order operators without a rule, by name.
         """
         found = list(inputs)
-        for step in self.instructions:
+        for step, last_read in zip(self.instructions, self._last_reads, strict=True):
             if before is not None:
                 before(step)
             args, kwargs = _bound(step.args, found), _bound(step.kwargs, found)
@@ -169,7 +169,21 @@ class Graph:
                 found.append(getattr(args[0], step.target)(*args[1:], **kwargs))
             else:
                 found.append(_callable(step)(*args, **kwargs))
+            del args, kwargs
+            for number in last_read:
+                found[number] = None
         return _bound(self.output, found)
+
+    @cached_property
+    def _last_reads(self) -> Sequence[Sequence[int]]:
+        """For each instruction, the slots that nothing reads after it."""
+        first, later = len(self.sources), set(_slots(self.output))
+        found = list[list[int]]()
+        for slot, step in reversed(list(enumerate(self.instructions, first))):
+            ended = {slot, *_slots((step.args, step.kwargs))} - later
+            found.append(list(ended))
+            later |= ended
+        return found[::-1]
 
     def program(
         self,

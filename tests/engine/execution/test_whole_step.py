@@ -488,7 +488,7 @@ def test_blocks_that_are_computed_again_are_captured(graphs: Graphs) -> None:
     stock, size = randomize(Deep()).double().train(), (210, 190)
     x = torch.randn(1, 1, *size, dtype=torch.float64)
     roomy = plan(stock, tuple(x.shape), 2**40, dtype=torch.float64, tile=size)
-    fast = accelerate(copy.deepcopy(stock), tile=size, memory_budget=int(0.38 * roomy.peak_bytes))
+    fast = accelerate(copy.deepcopy(stock), tile=size, memory_budget=int(0.4 * roomy.peak_bytes))
     found = fast.plan_for(tuple(x.shape), torch.float64, torch.device("cpu"))
     assert found.choice > 0 and found.capture_bytes and found.budget and found.peak_bytes <= found.budget
     for _ in range(3):

@@ -1,6 +1,7 @@
 """PyTorch's pointwise functions, one by one, as function, as method and in place, against stock."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ OTHER_TYPE = ("bitwise_left_shift", "bitwise_right_shift", "float_power", "ldexp
 
 def integer(x: Tensor) -> Tensor:
     return (x * 20).long()
+
+
+ASSIGNMENTS = {
+    "+=": operator.iadd,
+    "-=": operator.isub,
+    "*=": operator.imul,
+    "/=": operator.itruediv,
+    "//=": operator.ifloordiv,
+    "%=": operator.imod,
+    "**=": operator.ipow,
+    "&=": operator.iand,
+    "|=": operator.ior,
+    "^=": operator.ixor,
+    "<<=": operator.ilshift,
+    ">>=": operator.irshift,
+}
 
 
 def spellings(name: str, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -131,9 +148,7 @@ def test_operators(function):
 
 def assigned(x: Tensor, y: Tensor, kind: str) -> Tensor:
     """`x` after an assignment."""
-    scope = {"x": x.clone(), "y": y}
-    exec(f"x {kind} y", scope)
-    return scope["x"]
+    return ASSIGNMENTS[kind](x.clone(), y)
 
 
 def test_the_list_is_that_of_pytorch():

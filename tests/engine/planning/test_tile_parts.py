@@ -64,5 +64,5 @@ def test_parts_give_what_the_whole_gives(name: str, number: int, monkeypatch: py
     monkeypatch.setattr(PLAN, "strategies", lambda *given: [list(strategies(*given))[number]])
     tiled = accelerate(copy.deepcopy(net), tile=(32, 40))
     assert max(step_errors(step(net, image), step(tiled, image)).values()) <= LIMIT
-    ((prepared,),) = next(iter(tiled._programs.kept.values()))
+    (prepared,) = tiled._runner.programs
     assert len(prepared.stages) > 1 and prepared.plan.maps == "disk"
