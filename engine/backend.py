@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .capture.dynamo import refuse_unguarded
+from .capture.gaps import refuse_generators
 from .capture.graph import Graph
 from .errors import GigamorphError, UnsupportedError
 from .execution.programs import Settings
@@ -51,7 +51,7 @@ def gigamorph(
     check_choice("fallback", fallback, ("whole", None))
     limit = None if budget is None else parse_bytes(budget)
     settings = Settings(limit, tile_sides(given.get("tile")), halos, fallback, None)
-    refuse_unguarded()
+    refuse_generators()
     graph = Graph.of(module)
     if graph.piece and settings.fallback is None:
         raise UnsupportedError(

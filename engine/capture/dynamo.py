@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, overrides
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
 from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
 from .active import recorded
-from .averages import averages
-from .graph import Graph, dotted, quiet
-from .guards import more_guards
+from .gaps import Unguarded, gaps_closed, refuse_generators
+from .graph import Graph, quiet
 from .less_logged import less_logged
+from .substitutes import substitutes
 from .synchronized import synchronized
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
@@ -61,6 +61,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "fail_on_recompile_limit_hit": True,
         "capture_scalar_outputs": scalars,
         "specialize_float": True,
+        "allow_rnn": True,
         "suppress_errors": False,
         "disable": False,
         "allow_unspec_int_on_nn_module": True,  # counters
@@ -71,10 +72,10 @@ def settings(scalars: bool = True) -> Iterator[None]:
     with (
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
-        more_guards(),
+        gaps_closed(),
         less_logged(),
         recorded(),
-        averages(),
+        substitutes(),
         synchronized(),
     ):
         yield
@@ -98,6 +99,7 @@ class Compiled:
         self._served: Exception | None = None  # what the computation has raised
         self._modes: Sequence[Any] = ()  # dispatch modes of the caller's
         self._hooks: list[Any] = []  # hooks on all modules, at which Dynamo's guards do not look
+        self._unguarded = Unguarded()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result.
@@ -112,7 +114,7 @@ class Compiled:
                 _dispatch_modes_off() as self._modes,
                 _global_hooks() as hooks,
             ):
-                if hooks != self._hooks:
+                if hooks != self._hooks or self._unguarded.is_other():
                     self._call, self._hooks = None, hooks
                 try:
                     return self._compiled()(*args, **kwargs)
@@ -149,13 +151,14 @@ class Compiled:
         return self._call
 
     def _backend(self, module: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
-        refuse_unguarded()
+        refuse_generators()
+        self._unguarded.note()
         graph, held = Graph.of(module), weakref.ref(self)
 
         def run(*inputs: Any) -> Sequence[Any]:
             compiled = _there(held)  # pyright: ignore
             try:
-                with _dispatch_modes_on(compiled._modes):
+                with _dispatch_modes_on(compiled._modes), _function_modes_off():
                     return compiled.serve(graph, inputs)
             except Exception as error:
                 compiled._served = error
@@ -208,6 +211,17 @@ def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
             _pop_mode()
 
 
+@contextlib.contextmanager
+def _function_modes_off() -> Iterator[None]:
+    """Without the `TorchFunctionMode`s of the caller's, whose effect is in the graph."""
+    modes = [overrides._pop_mode() for _ in range(overrides._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            overrides._push_mode(mode)
+
+
 _GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
@@ -226,26 +240,6 @@ def _global_hooks() -> Iterator[list[Any]]:
         for hooks, all_of_them in zip(kept, before, strict=True):
             hooks.clear()
             hooks.update(all_of_them)
-
-
-def refuse_unguarded() -> None:
-    """Refuse, while Dynamo makes a graph, what it would do wrongly in later calls.
-
-    It repeats the numbers of a `random.Random` that the forward has not made itself.
-
-    Raises:
-        UnsupportedError: with where the generator is.
-    """
-    tracing = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
-    effects = tracing.output.side_effects
-    for variable in effects.id_to_variable.values():
-        drawn = type(variable).__name__ == "RandomVariable" and effects.is_modified(variable)
-        if drawn and variable.source is not None:
-            raise UnsupportedError(
-                f"the forward draws from a random.Random ('{dotted(variable.source.name)}') that lasts from call to "
-                "call, so it is another program at each call; draw outside of the forward, and give the number as an "
-                "argument"
-            )
 
 
 @torch.compiler.substitute_in_graph(os.getenv)
@@ -282,7 +276,7 @@ class _Recording(Compiled):
             found.example if isinstance(getattr(found, "example", None), Tensor) else example
             for found, example in zip(given, examples, strict=True)
         ]
-        refuse_unguarded()
+        refuse_generators()
         raise _Recorded(Graph.of(module), [int(one) if isinstance(one, torch.SymInt) else one for one in inputs])
 
 
@@ -352,7 +346,7 @@ def outside(error: Exception) -> Exception:
     told = next((say for part, say in _OUTSIDE.items() if part in text), None)
     if told is None and _from_call(error):
         return _own_error(type(error).__name__, text, _user_line(str(error)))
-    failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {type(error).__name__}: {text}"
+    failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {type(error).__name__}: {text}{_REMEDY}"
     return UnsupportedError(told or failed)
 
 

@@ -436,16 +436,11 @@ def _modes_restored() -> Iterator[None]:
 @contextmanager
 def nothing_saved() -> Iterator[None]:
     """Hooks of the caller's on what autograd saves are not called: of a recording there is no backward."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
-    try:
-        hooks.__enter__()
-    except RuntimeError:  # such hooks are switched off
-        yield
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield  # further hooks would be in the way of `torch.func` and `disable_saved_tensors_hooks`
         return
-    try:
+    with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
         yield
-    finally:
-        hooks.__exit__()
 
 
 def _nothing(_saved: Any) -> Any:

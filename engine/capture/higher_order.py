@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .recurrent import LAYERS
+
 
 @dataclass(frozen=True, eq=False)
 class CustomFunction:
@@ -152,6 +154,7 @@ CALLED: dict[str, Callable[..., Any]] = {
     "set_": _assign,
     "Tensor": _made_by_class,
     "_lower_version_count_by_1": lambda tensor: tensor,
+    **{name: getattr(torch, name) for name in LAYERS},
 }
 """By the name of what Dynamo's graph calls: what is called in its place."""
 

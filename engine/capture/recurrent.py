@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-_LAYERS = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+LAYERS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _BATCH_FIRST = 8  # the last argument of (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, ...)
 
 
 def of_one_step(name: str, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """What the call gives, computed of the first step of its sequences; None for other calls, and packed sequences."""
-    if name not in _LAYERS or kwargs or len(args) != _BATCH_FIRST + 1 or not isinstance(args[3], bool):
+    if name not in LAYERS or kwargs or len(args) != _BATCH_FIRST + 1 or not isinstance(args[3], bool):
         return None
     x, axis = args[0], int(args[_BATCH_FIRST])
     if x.dim() != 3 or x.shape[axis] < 2:

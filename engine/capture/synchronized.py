@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..parallel.processes import world
+from .active import is_recorded
 
 _lock = threading.Lock()
 _open: list[Any] = []  # for each context, the forward that a SyncBatchNorm had before
@@ -55,7 +56,7 @@ def synchronized() -> Iterator[None]:
 
 
 def _forward(self: nn.SyncBatchNorm, input: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not is_recorded():
         return _open[0](self, input)
     if self.training and _several[0]:
         input = shared(input, _name_of(self.process_group))

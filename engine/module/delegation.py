@@ -90,7 +90,12 @@ class Delegate(nn.Module):
 
     def seal(self) -> None:
         """From now on new attributes are the network's."""
-        self.__dict__["_sealed"] = True
+        self.__dict__["_sealed"] = frozenset((*self.__dict__, "_sealed"))
+
+    def hand_over(self) -> None:
+        """Give the network what was set past `__setattr__` (in `__dict__`, by `object.__setattr__`)."""
+        for name in [name for name in self.__dict__ if name not in self._sealed and not hasattr(type(self), name)]:
+            self._network.__dict__[name] = self.__dict__.pop(name)
 
     def _share(self) -> None:
         self.__dict__.update((name, getattr(self._network, name)) for name in _SHARED)

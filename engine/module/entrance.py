@@ -44,6 +44,7 @@ def _uncompiled() -> Callable[..., Any]:
 
 
 def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    net.hand_over()
     if method.__name__ == "forward":
         _refuse_hooks_within_a_wrapper(net)
     given = list(_tensors((args, kwargs)))

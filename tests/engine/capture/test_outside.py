@@ -255,15 +255,9 @@ IN_PIECES = {
     *("an array of Python's", "a context variable", "an array of objects", "a polynomial", "a scheduler"),
     "a number of all processes",
 }
-UNGUARDED = {"a class's class": "an attribute of a metaclass"}
 
 
-def case(name: str) -> Any:
-    reason = f"TorchDynamo: {UNGUARDED.get(name)} is not guarded"
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) if name in UNGUARDED else name
-
-
-@pytest.mark.parametrize("name", map(case, READ))
+@pytest.mark.parametrize("name", READ)
 def test_what_is_changed_between_calls_is_noticed(name):
     last, change = READ[name]
     torch.manual_seed(0)
@@ -284,16 +278,7 @@ def by_default(owner: Any) -> Last:
 
 
 @pytest.mark.parametrize(
-    "owner",
-    [
-        Settings,
-        TRAINER,
-        *(
-            pytest.param(one, marks=pytest.mark.xfail(strict=True, reason="TorchDynamo: a missing name is not guarded"))
-            for one in (settings, scaled)
-        ),
-    ],
-    ids=["a class", "an object", "an imported file", "a function"],
+    "owner", [Settings, TRAINER, settings, scaled], ids=["a class", "an object", "an imported file", "a function"]
 )
 def test_an_attribute_that_was_not_there_at_first(owner):
     stock = Network(by_default(owner))
@@ -373,11 +358,8 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
 }
 
 
-METHOD = pytest.mark.xfail(strict=True, reason="TorchDynamo: a method of Tensor that is replaced is not guarded")
-
-
 @pytest.mark.parametrize(
-    ("owner", "name"), [(torch.nn.functional, "relu"), pytest.param(Tensor, "sin", marks=METHOD)], ids=["relu", "sin"]
+    ("owner", "name"), [(torch.nn.functional, "relu"), (Tensor, "sin")], ids=["relu", "sin"]
 )
 def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Network(lambda net, x: torch.nn.functional.relu(x) + x.sin())
@@ -393,7 +375,7 @@ CHANGED_IN_PIECES = {"bytes", "an array of objects", "a scheduler", "an attribut
 
 @pytest.mark.filterwarnings("ignore:.*optimizer.step")
 @pytest.mark.parametrize("name", CHANGED)
-def test_what_a_forward_changes_is_changed_by_each_call(name, request: pytest.FixtureRequest):
+def test_what_a_forward_changes_is_changed_by_each_call(name):
     last, reset = CHANGED[name]
     torch.manual_seed(0)
     stock = Network(last)
@@ -402,8 +384,6 @@ def test_what_a_forward_changes_is_changed_by_each_call(name, request: pytest.Fi
     try:
         if options:
             refused(twin)
-        if name == "an attribute of a function":
-            request.applymarker(pytest.mark.xfail(strict=True, reason="TorchDynamo: a missing name is not guarded"))
         wanted = outputs(stock)
         reset()
         agree(wanted, outputs(accelerate(twin, tile=8, **options)))

@@ -813,9 +813,8 @@ def test_a_mask_that_is_too_short_is_refused():
         accelerate(network(lambda net, x: x[:, net.mean[:3] > -9]), tile=8)(torch.randn(1, 1, 16, 16).double())
 
 
-@pytest.mark.xfail(strict=True, reason="TorchDynamo: torch.set_default_dtype in a forward is not in the graph")
 def test_another_default_dtype():
-    agree(network(lambda net, x: x + _in_float16()))
+    refused(network(lambda net, x: x + _in_float16()))
 
 
 def test_a_profiler_with_stacks_may_look_on():

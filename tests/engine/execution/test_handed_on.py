@@ -322,7 +322,6 @@ def test_tensors_by_which_something_is_kept(made: Callable[..., Any]) -> None:
     compare(Looking(), {2: more}, lambda net: [])
 
 
-@pytest.mark.xfail(strict=True, reason="TorchDynamo: guards numbers by ==, to which 0.0 and -0.0 are the same")
 def test_the_sign_of_zero_counts() -> None:
     class Signed(Network):
         def __init__(self) -> None:
@@ -467,16 +466,11 @@ def _one_more_and_one_less(kept: dict[Any, float]) -> float:
     return kept[second]
 
 
-LOST = pytest.mark.xfail(strict=True, reason="TorchDynamo: move_to_end of an OrderedDict is not done after the graph")
 BOTH = _taken_out_and_put_back, _one_more_and_one_less
 
 
 @pytest.mark.parametrize(
-    "kind, use",
-    [
-        pytest.param(OrderedDict, _first_to_the_end, marks=LOST),
-        *((kind, use) for kind in (OrderedDict, dict) for use in BOTH),
-    ],
+    "kind, use", [(OrderedDict, _first_to_the_end), *((kind, use) for kind in (OrderedDict, dict) for use in BOTH)]
 )
 def test_the_order_of_a_dict_counts(kind: Any, use: Callable[[Any], float]) -> None:
     """A dict that was only brought into another order, as a cache is of what was used last, stayed in the old one."""
@@ -597,17 +591,14 @@ AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Use, Callable[[
     "dict of a user's": (dict, _user_dict, _counted_up, lambda one: one["count"]),
 }
 
-AROUND_REFUSED = {"method", "frozenset", "view of values", "view of items"}
-APART = pytest.mark.xfail(strict=True, reason="TorchDynamo: a kept view of an OrderedDict is of another one later on")
+AROUND_REFUSED = {"method", "frozenset", "view of values", "view of items", "view of an ordered dict"}
 
 
 def _put(item: int, to: list[int]) -> None:
     to.append(item)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=APART if kind == "view of an ordered dict" else ()) for kind in AROUND]
-)
+@pytest.mark.parametrize("kind", AROUND)
 def test_what_is_made_around_an_object_goes_with_it(kind: str) -> None:
     """The one in the attribute was made again, what is around it was not: a method of it changed another object."""
     make, around, use, count = AROUND[kind]

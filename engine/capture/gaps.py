@@ -1,0 +1,356 @@
+"""What TorchDynamo itself gets wrong, corrected or refused; each entry has a case in tests/engine/capture/test_gaps.py.
+
+It does otherwise than the forward what is corrected or refused here (`_break_at_...`: such a call breaks the graph, so
+it is refused, or runs as plain Python with ``fallback="whole"``). It does not guard everything on which a recording
+depends: guards are added here, and `Unguarded` is compared at each call where Dynamo has no guard to be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+import re
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .graph import dotted
+
+_open = threading.local()
+
+
+def _is_on() -> bool:
+    """Whether this thread records a network of ours: to other users of Dynamo nothing is changed."""
+    return bool(getattr(_open, "count", 0))
+
+
+@contextlib.contextmanager
+def gaps_closed() -> Iterator[None]:
+    """What this thread traces meanwhile is corrected, guarded or refused as this file says."""
+    _install()
+    _open.count = getattr(_open, "count", 0) + 1
+    _open.set, _open.kinds = set[tuple[type, str]](), set[type]()  # attributes of classes, and classes that are asked
+    _open.caller = ""  # the file of what calls PyTorch
+    try:
+        yield
+    finally:
+        _open.count -= 1
+
+
+def _dynamo(name: str) -> Any:
+    return importlib.import_module(f"torch._dynamo.{name}")
+
+
+@functools.cache
+def _install() -> None:
+    """Wrap functions of Dynamo; where nothing of ours is recorded they do what they did."""
+    variables, functions, guards = _dynamo("variables"), _dynamo("variables.functions"), _dynamo("guards")
+    missing = _dynamo("exc").ObservedAttributeError
+    for name in (
+        "UserDefinedClassVariable",
+        "UserDefinedObjectVariable",
+        "NNModuleVariable",
+        "UnspecializedNNModuleVariable",
+        "PythonModuleVariable",
+        "UserFunctionVariable",
+    ):
+        _failing(getattr(variables, name), "var_getattr", missing, _guard_attribute)
+    for name in ("PythonModuleVariable", "UserFunctionVariable"):
+        _after(getattr(variables, name), "call_obj_hasattr", _guard_asked)
+    _before(variables.UserDefinedClassVariable, "var_getattr", lambda one, *_given: _open.kinds.add(one.value))
+    for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
+        _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
+    _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
+    _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
+    _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
+    _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
+    _after(getattr(_dynamo("variables.user_defined"), "OrderedDictVariable", None), "call_method", _keep_order)
+    for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
+        if "call_function" in vars(getattr(functions, name)):
+            _before(getattr(functions, name), "call_function", _break_at_cache)
+    _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
+    _before(_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
+    _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
+    _before(variables.UserDefinedObjectVariable, "var_getattr", _break_at_class)
+    _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
+    _answer(guards, "profile_guard_manager", lambda _answer: 0.0)  # it empties the processor's caches with 32 MiB
+    _answer(_dynamo("variables.torch"), "tracing_state_functions", _not_compiling)
+
+
+def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
+    """Where a method raises the error, `then` is called with its arguments first."""
+    method = vars(kind).get(name)
+    if method is None:
+        return
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except error:
+            if _is_on():
+                then(*args)
+            raise
+
+    setattr(kind, name, wrapped)
+
+
+def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
+    method = vars(kind)[name]
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if _is_on():
+            first(*args)
+        return method(*args, **kwargs)
+
+    setattr(kind, name, wrapped)
+
+
+def _after(kind: Any, name: str, then: Callable[..., Any]) -> None:
+    method = getattr(kind, name, None)
+    if method is None:
+        return
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        if _is_on():
+            then(result, *args)
+        return result
+
+    setattr(kind, name, wrapped)
+
+
+def _answer(module: Any, name: str, answer: Callable[[Any], Any]) -> None:
+    """A function of a module's returns `answer` of what it returns."""
+    function = getattr(module, name, None)
+    if function is None:
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return answer(function(*args, **kwargs)) if _is_on() else function(*args, **kwargs)
+
+    setattr(module, name, wrapped)
+
+
+def _break(what: str, why: str) -> None:
+    """Break the graph here."""
+    errors = _dynamo("exc")
+    errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
+
+
+# Missing names. Dynamo guards that something is missing where the forward asks for it (`hasattr`, `in`, `dict.get`), but
+# not where the forward catches the error (`try: self.scale ... except AttributeError`), nor in an object's `__dict__`.
+
+
+def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
+    if variable.source:
+        _guard(variable, "HASATTR", attr=name)
+
+
+def _guard_asked(_result: Any, variable: Any, tx: Any, name: str) -> None:
+    _guard_attribute(variable, tx, name)
+
+
+def _guard_item(variable: Any, tx: Any, key: Any) -> None:
+    variable.install_dict_contains_guard(tx, [key])
+
+
+def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
+    if variable.source and args[0].is_python_constant():
+        key = args[0].as_python_constant()
+        _guard(variable, "DICT_CONTAINS" if key in variable.items.item_dict else "DICT_NOT_CONTAINS", key=key)
+
+
+def _guard(variable: Any, kind: str, **what: Any) -> None:
+    guards = _dynamo("guards")
+    guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
+
+
+# Numbers are guarded by ==, to which 0.0 and -0.0 are the same.
+
+
+def _guard_sign(_result: Any, builder: Any, guard: Any, *_hint: Any) -> None:
+    value = builder.get(guard)
+    if type(value) is float and value == 0:
+        sign = math.copysign(1, value)
+        code = [f"copysign(1, {builder.arg_ref(guard)}) == {sign}"]
+        manager = builder.get_guard_manager(guard)
+        manager.add_lambda_guard(lambda one: math.copysign(1, one) == sign, code, guard.user_stack)
+
+
+# A deque with a maximal length is taken for one without, and what was moved within an OrderedDict stays where it was.
+
+
+def _keep_length(variable: Any, builder: Any, value: Any) -> None:
+    length = getattr(value, "maxlen", None)
+    if length is not None:
+        constant = _dynamo("variables").ConstantVariable.create
+        variable.maxlen = constant(length)
+        source = _dynamo("source").AttrSource(builder.source, "maxlen")
+        guards = _dynamo("guards")
+        guards.install_guard(source.make_guard(guards.GuardBuilder.EQUALS_MATCH))
+
+
+def _forget_length(effects: Any, *_given: Any) -> None:
+    """What is left of the items is known; Dynamo refuses to write those of a deque with a length."""
+    constant = _dynamo("variables").ConstantVariable.create
+    for variable in effects.id_to_variable.values():
+        if type(variable).__name__ == "DequeVariable":
+            variable.maxlen = constant(None)
+
+
+def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -> None:
+    if name == "move_to_end":
+        variable._base_vt.should_reconstruct_all = True
+
+
+# Calls that are traced as others.
+
+
+def _break_at_cache(variable: Any, _tx: Any, args: Any, kwargs: Any) -> None:
+    """The cache of functools.lru_cache is not looked at: what the function reads of other places could change."""
+    if not hasattr(variable.wrapper_obj, "cache_info"):
+        return
+    given = [*variable.self_args(), *args, *kwargs.values()]
+    if not all(one.is_python_constant() for one in given) or not _is_pure(variable.wrapper_obj.__wrapped__, set()):
+        _break(
+            "functools.lru_cache",
+            "the function reads more than its arguments, and TorchDynamo would not keep what it has returned",
+        )
+
+
+_PURE = ("builtins", "collections", "functools", "itertools", "math", "numpy", "operator", "torch", "typing")
+_STATEFUL = re.compile("rand|seed|environ|default|is_|get_|cache_info")
+
+
+def _is_pure(function: Any, seen: set[int]) -> bool:
+    """Whether a function of plain Python reads nothing but its arguments, other such functions, and libraries."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__closure__:
+        return False
+    seen.add(id(function))
+    return all(_is_pure_name(name, function.__globals__, seen) for name in code.co_names)
+
+
+def _is_pure_name(name: str, names: dict[str, Any], seen: set[int]) -> bool:
+    if name not in names:  # an attribute, or a builtin
+        return not _STATEFUL.search(name)
+    value = names[name]
+    if isinstance(value, types.FunctionType) and (id(value) in seen or _is_pure(value, seen)):
+        return True
+    home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return str(home).partition(".")[0] in _PURE and not _STATEFUL.search(name)
+
+
+def _break_at_generator(*_given: Any) -> None:
+    _break("a generator that outlives the forward", "TorchDynamo would take all of its items at once")
+
+
+def _break_at_view(view: Any, *_given: Any) -> None:
+    if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _effects().id_to_variable.values()):
+        _break("a kept view of an OrderedDict", "TorchDynamo would make it of a copy")
+
+
+def _note_class(_effects: Any, variable: Any, name: str, *_given: Any) -> None:
+    if type(variable).__name__ == "UserDefinedClassVariable":
+        _open.set.add((variable.value, name))
+
+
+def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
+    """What the forward sets of a class is not seen where an object of the class is asked for it."""
+    if any((kind, name) in _open.set for kind in type(variable.value).__mro__ if _open.set):
+        _break(
+            f"'{name}' of a class is set and then read of an object", "TorchDynamo would read what it was; read the class's"
+        )
+
+
+# `torch.compiler.is_compiling()`. The forward is told what stock PyTorch tells it, that nothing compiles; PyTorch's own
+# functions, which are interpreted as well, take the ways that they have for a compiler.
+
+_COMPILING = ("is_compiling", "is_dynamo_compiling")
+_TORCH = os.path.dirname(torch.__file__)
+
+
+def _note_caller(variable: Any, tx: Any, *_given: Any) -> None:
+    _open.caller = tx.f_code.co_filename
+    if getattr(variable.value, "__name__", "") == "_set_default_dtype":
+        _break("torch.set_default_dtype", "it is not in TorchDynamo's graph; give dtype= to what makes tensors")
+
+
+def _not_compiling(told: Any) -> Any:
+    if _open.caller.startswith(_TORCH):
+        return told
+    return {function: False if function.__name__ in _COMPILING else answer for function, answer in told.items()}
+
+
+def refuse_generators() -> None:
+    """Refuse, while Dynamo makes a graph, numbers of a `random.Random` that the forward has not made itself.
+
+    Dynamo repeats them in later calls.
+
+    Raises:
+        UnsupportedError: with where the generator is.
+    """
+    effects = _effects()
+    for variable in effects.id_to_variable.values():
+        drawn = type(variable).__name__ == "RandomVariable" and effects.is_modified(variable)
+        if drawn and variable.source is not None:
+            raise UnsupportedError(
+                f"the forward draws from a random.Random ('{dotted(variable.source.name)}') that lasts from call to "
+                "call, so it is another program at each call; draw outside of the forward, and give the number as an "
+                "argument"
+            )
+
+
+def _effects() -> Any:
+    return _dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
+
+
+_METHODS = (types.FunctionType, types.BuiltinFunctionType, property, classmethod, staticmethod, functools.cached_property)
+_HEAP_TYPE = 1 << 9  # a class whose attributes can be set
+
+
+class Unguarded:
+    """What a recording depends on and no guard of Dynamo's looks at, to be compared before each call.
+
+    Methods of classes (a `forward` that is replaced in the class, `torch.Tensor.relu`), attributes of metaclasses, and
+    what of the process is taken for a constant.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[type, None] = {nn.Module: None, Tensor: None}
+        self._metaclasses: dict[type, None] = {}
+        self._before: Any = None
+
+    def is_other(self) -> bool:
+        """Whether something is not as it was when `note` was called last."""
+        return self._before is not None and self._now() != self._before
+
+    def note(self) -> None:
+        """Note what the graph depends on that Dynamo is making."""
+        held = (type(vars(variable).get("value")) for variable in _effects().id_to_variable.values())
+        for kind in (*held, *_open.kinds):
+            if not kind.__module__.startswith("torch."):
+                self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
+                self._metaclasses.update((one, None) for one in type(kind).__mro__ if one.__flags__ & _HEAP_TYPE)
+        self._before = self._now()
+
+    def _now(self) -> Any:
+        found: list[Any] = [sys.getrecursionlimit()]
+        for kind in self._classes:
+            found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
+        for kind in self._metaclasses:
+            found += vars(kind).values()
+        return found
