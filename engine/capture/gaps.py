@@ -70,6 +70,8 @@ def _install() -> None:
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
         _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
+    _after(variables.UnspecializedNNModuleVariable, "var_getattr", _guard_shadow)
+    _guard_twice(_dynamo("variables.builder"), guards)
     _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
     _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
     _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
@@ -173,9 +175,35 @@ def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
         _guard(variable, "DICT_CONTAINS" if key in variable.items.item_dict else "DICT_NOT_CONTAINS", key=key)
 
 
+def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
+    """An entry of a module's `__dict__` hides its parameter of that name."""
+    held = vars(variable.value)
+    if variable.source and name not in held and any(name in held.get(part, ()) for part in _HELD):
+        _guard(variable, "NOT_PRESENT_IN_GENERIC_DICT", attr=name)
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
+
+
 def _guard(variable: Any, kind: str, **what: Any) -> None:
     guards = _dynamo("guards")
     guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
+
+
+# One object that is read in two places, of the network and of a file: Dynamo guards the first alone.
+
+
+def _guard_twice(builder: Any, guards: Any) -> None:
+    make = builder.make_dupe_guard
+
+    def make_dupe_guard(source: Any, other: Any) -> Any:
+        found = make(source, other)
+        if found is None and _is_on() and other and other != source:
+            guards.install_guard(other.make_guard(guards.GuardBuilder.ID_MATCH))
+            return guards.GuardBuilder.ID_MATCH
+        return found
+
+    builder.make_dupe_guard = make_dupe_guard
 
 
 # Numbers are guarded by ==, to which 0.0 and -0.0 are the same.
@@ -221,7 +249,7 @@ def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -
 
 def _break_at_cache(variable: Any, _tx: Any, args: Any, kwargs: Any) -> None:
     """The cache of functools.lru_cache is not looked at: what the function reads of other places could change."""
-    if not hasattr(variable.wrapper_obj, "cache_info"):
+    if not hasattr(variable.wrapper_obj, "cache_info") or variable.wrapper_obj.__module__.partition(".")[0] == "torch":
         return
     given = [*variable.self_args(), *args, *kwargs.values()]
     if not all(one.is_python_constant() for one in given) or not _is_pure(variable.wrapper_obj.__wrapped__, set()):
@@ -254,8 +282,10 @@ def _is_pure_name(name: str, names: dict[str, Any], seen: set[int]) -> bool:
     return str(home).partition(".")[0] in _PURE and not _STATEFUL.search(name)
 
 
-def _break_at_generator(*_given: Any) -> None:
-    _break("a generator that outlives the forward", "TorchDynamo would take all of its items at once")
+def _break_at_generator(variable: Any, *_given: Any) -> None:
+    code = variable.get_code()
+    where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
+    _break(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
 
 
 def _break_at_view(view: Any, *_given: Any) -> None:
@@ -272,7 +302,8 @@ def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
     """What the forward sets of a class is not seen where an object of the class is asked for it."""
     if any((kind, name) in _open.set for kind in type(variable.value).__mro__ if _open.set):
         _break(
-            f"'{name}' of a class is set and then read of an object", "TorchDynamo would read what it was; read the class's"
+            f"'{name}' of a class is set and then read of an object",
+            "TorchDynamo would read what it was; read the class's",
         )
 
 
@@ -283,10 +314,8 @@ _COMPILING = ("is_compiling", "is_dynamo_compiling")
 _TORCH = os.path.dirname(torch.__file__)
 
 
-def _note_caller(variable: Any, tx: Any, *_given: Any) -> None:
+def _note_caller(_variable: Any, tx: Any, *_given: Any) -> None:
     _open.caller = tx.f_code.co_filename
-    if getattr(variable.value, "__name__", "") == "_set_default_dtype":
-        _break("torch.set_default_dtype", "it is not in TorchDynamo's graph; give dtype= to what makes tensors")
 
 
 def _not_compiling(told: Any) -> Any:
@@ -318,7 +347,14 @@ def _effects() -> Any:
     return _dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
 
 
-_METHODS = (types.FunctionType, types.BuiltinFunctionType, property, classmethod, staticmethod, functools.cached_property)
+_METHODS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    property,
+    classmethod,
+    staticmethod,
+    functools.cached_property,
+)
 _HEAP_TYPE = 1 << 9  # a class whose attributes can be set
 
 

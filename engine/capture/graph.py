@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from .values import Values
 
 _CACHED_SHAPES = 4_000  # entries of PyTorch's cache of fake results, of some 2 KB each
 _TORCH = os.path.dirname(torch.__file__)
+_OF_THE_PROCESS = re.compile("_?(set_(default|deterministic|float32|warn|flush|num|cudnn)|use_deterministic)")
 _STEP = re.compile(r"(?:_modules|_parameters|_buffers)\[\s*['\"]([^'\"]+)['\"]\s*\]|\.(\w+)")
 
 
@@ -320,6 +322,11 @@ def _callable(step: Instruction) -> Callable[..., Any]:
             f"{place(step.module, step.line)} uses the higher-order operator '{name}', for which there is no rule; "
             "write it as plain PyTorch ops, or take it out of the forward"
         )
+    if _OF_THE_PROCESS.match(name) and isinstance(target, types.FunctionType | types.BuiltinFunctionType):
+        raise UnsupportedError(
+            f"{place(step.module, step.line)} calls torch.{name}, which is a setting of the process; make it before "
+            "the network is called, or give dtype= and the like to the ops themselves"
+        )
     if "functorch" in str(getattr(target, "__module__", "")):
         raise UnsupportedError(
             f"{place(step.module, step.line)} runs torch.func (vmap, grad, jvp) inside the forward; write the "
@@ -422,12 +429,16 @@ def _modes_restored() -> Iterator[None]:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
     caching = torch.is_autocast_cache_enabled()
+    hooks = torch._C._autograd
+    switched_off = hooks._saved_tensors_hooks_get_disabled_error_message()
     torch.set_autocast_cache_enabled(False)  # it would keep weights without values
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
+        if switched_off is None:
+            hooks._saved_tensors_hooks_enable()
         for kind, enabled, dtype in before:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)

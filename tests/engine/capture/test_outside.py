@@ -358,9 +358,7 @@ CHANGED: dict[str, tuple[Last, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"), [(torch.nn.functional, "relu"), (Tensor, "sin")], ids=["relu", "sin"]
-)
+@pytest.mark.parametrize(("owner", "name"), [(torch.nn.functional, "relu"), (Tensor, "sin")], ids=["relu", "sin"])
 def test_a_call_of_pytorchs_that_is_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Network(lambda net, x: torch.nn.functional.relu(x) + x.sin())
     stock, x = copy.deepcopy(net), torch.randn(1, 1, 21, 17, dtype=torch.float64)
