@@ -188,8 +188,8 @@ def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
     for kind in map(type, modes):
         if not kind.__module__.startswith("torch.") and not getattr(kind, "sees_tiles", False):
             raise UnsupportedError(
-                f"the TorchDispatchMode {kind.__name__} around the network's call would see the ops of tiles; leave it before, "
-                "or set sees_tiles = True in its class if it only counts or logs"
+                f"the TorchDispatchMode {kind.__name__} around the network's call would see the ops of tiles; leave it "
+                "before, or set sees_tiles = True in its class if it only counts or logs"
             )
     for _ in modes:
         _pop_mode()
@@ -315,8 +315,8 @@ def refusal(error: Exception) -> Exception:
 _OUTSIDE = {  # what TorchDynamo finds around a call
     "Detected that you are using FX": "an accelerated network computes by tiles, which cannot be traced "
     "(torch.jit.trace, make_fx); give the network itself, whose parameters it shares",
-    "Guard failed on the same frame": "the network reads what TorchDynamo cannot guard in this mode, as arrays of numpy in "
-    "inference mode; call it under torch.no_grad()",
+    "Guard failed on the same frame": "the network reads what TorchDynamo cannot guard in this mode, as arrays of "
+    "numpy in inference mode; call it under torch.no_grad()",
     "found no compiled frames": "TorchDynamo records nothing here; a debugger, or code of the process, has switched it "
     "off",
 }
@@ -330,7 +330,7 @@ def _user_line(text: str) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', part)
     own = [found for found in lines if _is_users(found[0])]
     if not own:
-        return "the forward"
+        return "the network's forward"
     name, line, function = own[-1]
     return f"{os.path.basename(name)}:{line} (in {function})"
 

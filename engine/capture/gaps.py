@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import math
 import os
 import re
@@ -74,11 +75,13 @@ def _install() -> None:
     _guard_twice(_dynamo("variables.builder"), guards)
     _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
     _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
+    _before(_dynamo("variables.builder").VariableBuilder, "_wrap", _break_at_kept_view)
     _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
     _after(getattr(_dynamo("variables.user_defined"), "OrderedDictVariable", None), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
         if "call_function" in vars(getattr(functions, name)):
             _before(getattr(functions, name), "call_function", _break_at_cache)
+    _keep_effects(variables.TensorVariable)
     _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
     _before(_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
     _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
@@ -152,8 +155,8 @@ def _break(what: str, why: str) -> None:
     errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
 
 
-# Missing names. Dynamo guards that something is missing where the forward asks for it (`hasattr`, `in`, `dict.get`), but
-# not where the forward catches the error (`try: self.scale ... except AttributeError`), nor in an object's `__dict__`.
+# Missing names. Dynamo guards that something is missing where the forward asks for it (`hasattr`, `in`), but not where
+# the forward catches the error (`try: self.scale ... except AttributeError`), nor in an object's `__dict__`.
 
 
 def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
@@ -244,6 +247,25 @@ def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -
         variable._base_vt.should_reconstruct_all = True
 
 
+# After `Tensor.register_hook` what the forward sets is written to a copy that nothing reads.
+
+
+def _keep_effects(kind: Any) -> None:
+    method = getattr(kind, "_method_register_hook", None)
+    if method is None:
+        return
+
+    @functools.wraps(method)
+    def wrapped(variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        before = tx.output.side_effects
+        result = method(variable, tx, *args, **kwargs)
+        if _is_on():
+            tx.output.side_effects = before
+        return result
+
+    kind._method_register_hook = wrapped
+
+
 # Calls that are traced as others.
 
 
@@ -288,12 +310,19 @@ def _break_at_generator(variable: Any, *_given: Any) -> None:
     _break(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
 
 
+def _break_at_kept_view(_builder: Any, value: Any) -> None:
+    if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
+        _break("a view of a dict that is kept", "TorchDynamo would not see in it what is written to the dict")
+
+
 def _break_at_view(view: Any, *_given: Any) -> None:
     if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _effects().id_to_variable.values()):
         _break("a kept view of an OrderedDict", "TorchDynamo would make it of a copy")
 
 
-def _note_class(_effects: Any, variable: Any, name: str, *_given: Any) -> None:
+def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: Any) -> None:
+    if name == "forward" and type(value).__name__ == "DeletedVariable":
+        _break("the deletion of a module's forward", "TorchDynamo fails at it after the call")
     if type(variable).__name__ == "UserDefinedClassVariable":
         _open.set.add((variable.value, name))
 
@@ -380,7 +409,9 @@ class Unguarded:
         for kind in (*held, *_open.kinds):
             if not kind.__module__.startswith("torch."):
                 self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
-                self._metaclasses.update((one, None) for one in type(kind).__mro__ if one.__flags__ & _HEAP_TYPE)
+                self._metaclasses.update(
+                    (one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE
+                )
         self._before = self._now()
 
     def _now(self) -> Any:

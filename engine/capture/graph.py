@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C import _autograd
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -35,6 +36,9 @@ from .values import Values
 _CACHED_SHAPES = 4_000  # entries of PyTorch's cache of fake results, of some 2 KB each
 _TORCH = os.path.dirname(torch.__file__)
 _OF_THE_PROCESS = re.compile("_?(set_(default|deterministic|float32|warn|flush|num|cudnn)|use_deterministic)")
+_IN_PLACE = frozenset(
+    "iadd iand ifloordiv ilshift imod imul imatmul ior ipow irshift isub itruediv ixor setitem".split()
+)
 _STEP = re.compile(r"(?:_modules|_parameters|_buffers)\[\s*['\"]([^'\"]+)['\"]\s*\]|\.(\w+)")
 
 
@@ -98,9 +102,9 @@ class Graph:
     @classmethod
     def of(cls, module: fx.GraphModule) -> Graph:
         """A copy of a graph module that holds nothing of Dynamo's."""
-        slots: dict[fx.Node, Slot] = {}
+        slots: dict[fx.Node, Any] = {}  # constants and graphs stand for themselves
         sources, instructions = list[Source](), list[Instruction]()
-        output, alone, numbers = None, False, set[int]()
+        output, alone, numbers, free = None, False, set[int](), set[int]()
         for node in module.graph.nodes:
             args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
             if node.op == "output":
@@ -109,6 +113,10 @@ class Graph:
             if node.target is single:
                 slots[node], alone = args[0], True
                 continue
+            if node.op == "get_attr":
+                held = _attribute(module, str(node.target))
+                slots[node] = cls.of(held) if isinstance(held, fx.GraphModule) else held
+                continue
             slots[node] = Slot(len(sources) + len(instructions))
             if isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
                 numbers.add(slots[node].number)
@@ -116,12 +124,52 @@ class Graph:
                 sources.append(_source(node))
                 continue
             target: Any = node.target
-            if node.op in ("get_attr", "call_module"):
+            if node.op == "call_module":
                 held = _attribute(module, str(target))
-                held = cls.of(held) if isinstance(held, fx.GraphModule) else held
-                target, args = (_held, (held,)) if node.op == "get_attr" else (held, args)
+                target = cls.of(held) if isinstance(held, fx.GraphModule) else held
+            made = node.meta.get("example_value")
+            if isinstance(made, Tensor) and not made.requires_grad:
+                free.add(len(instructions))
             instructions.append(Instruction(target, args, kwargs, _module_of(node), _line_of(node)))
-        return cls(tuple(sources), tuple(instructions), output, alone, _break_of(module), frozenset(numbers))
+        made = cls(tuple(sources), tuple(instructions), output, alone, _break_of(module), frozenset(numbers))
+        for at, step in enumerate(instructions):
+            made = made._hooked_at_once(at, free) if getattr(step.target, "__name__", "") == "register_hook" else made
+        return made
+
+    def _hooked_at_once(self, at: int, free: set[int]) -> Graph:
+        """The graph with a tensor's hook right after the tensor, for it gets the gradient of earlier uses as well.
+
+        Args:
+            at: the place of the hook among the instructions.
+            free: places of those whose results have no gradient.
+
+        Raises:
+            UnsupportedError: if the hook reads what was computed in between, or the tensor was written to.
+        """
+        first, step = len(self.sources), self.instructions[at]
+        (tensor, *_), held = _slots(step.args[0]), _slots(step.args[1:])
+        begin = max(0, tensor + 1 - first)
+        readers = {
+            n for n in range(begin, at) if tensor in _slots((self.instructions[n].args, self.instructions[n].kwargs))
+        }
+        early = readers - free
+        between = [self.instructions[n] for n in early]
+        if not between:
+            return self
+        if any(map(_writes, between)) or any(begin + first <= number for number in held):
+            raise UnsupportedError(
+                f"{place(step.module, step.line)} registers a hook on a tensor after it was used, and the hook or a "
+                "write needs what was computed in between; register it right after the tensor is made"
+            )
+        names = {number: number + 1 for number in range(begin + first, at + first)} | {at + first: begin + first}
+        hooked = {**names, tensor: begin + first}  # of what reads it between the two
+        steps = [*self.instructions[:begin], step]
+        for n, one in enumerate(self.instructions[begin:], begin):
+            if n != at:
+                known = hooked if n in early else names
+                steps.append(replace(one, args=_renamed(one.args, known), kwargs=_renamed(one.kwargs, known)))
+        numbers = frozenset(names.get(number, number) for number in self.numbers)
+        return replace(self, instructions=tuple(steps), output=_renamed(self.output, names), numbers=numbers)
 
     @cached_property
     def counters(self) -> frozenset[int]:
@@ -163,18 +211,24 @@ class Graph:
             UnsupportedError: for higher-order operators without a rule, by name.
         """
         found = list(inputs)
-        for step, last_read in zip(self.instructions, self._last_reads, strict=True):
-            if before is not None:
-                before(step)
-            args, kwargs = _bound(step.args, found), _bound(step.kwargs, found)
-            if isinstance(step.target, str):
-                found.append(getattr(args[0], step.target)(*args[1:], **kwargs))
-            else:
-                found.append(_callable(step)(*args, **kwargs))
-            del args, kwargs
-            for number in last_read:
-                found[number] = None
-        return _bound(self.output, found)
+        try:
+            for step, last_read in zip(self.instructions, self._last_reads, strict=True):
+                if before is not None:
+                    before(step)
+                args, kwargs = _bound(step.args, found), _bound(step.kwargs, found)
+                if isinstance(step.target, str):
+                    found.append(getattr(args[0], step.target)(*args[1:], **kwargs))
+                else:
+                    found.append(_callable(step)(*args, **kwargs))
+                del args, kwargs
+                for number in last_read:
+                    found[number] = None
+            return _bound(self.output, found)
+        except BaseException:
+            for value in reversed(found[len(self.sources) :]):  # inference mode and autocast that are still entered
+                if hasattr(type(value), "__exit__"):
+                    value.__exit__(None, None, None)
+            raise
 
     @cached_property
     def _last_reads(self) -> Sequence[Sequence[int]]:
@@ -308,10 +362,6 @@ def _break_of(module: fx.GraphModule) -> str:
     return where + (str(reason.reason).splitlines() or ["graph break"])[0]
 
 
-def _held(held: Any) -> Any:
-    return held
-
-
 def _callable(step: Instruction) -> Callable[..., Any]:
     target, name = step.target, getattr(step.target, "__name__", "")
     own = CALLED.get(name)
@@ -335,7 +385,7 @@ def _callable(step: Instruction) -> Callable[..., Any]:
     return target  # pyright: ignore[reportReturnType]
 
 
-def _with_slots(tree: Any, slots: Mapping[fx.Node, Slot]) -> Any:
+def _with_slots(tree: Any, slots: Mapping[fx.Node, Any]) -> Any:
     """Arguments of a node with slots in the place of nodes, and plain containers."""
     if isinstance(tree, fx.Node):
         return slots[tree]
@@ -349,6 +399,27 @@ def _with_slots(tree: Any, slots: Mapping[fx.Node, Slot]) -> Any:
     if isinstance(tree, dict):
         return {key: _with_slots(part, slots) for key, part in tree.items()}
     return tree
+
+
+def _writes(step: Instruction) -> bool:
+    """Whether a call may write to a tensor."""
+    name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or "out" in step.kwargs
+
+
+def _renamed(tree: Any, names: Mapping[int, int]) -> Any:
+    return _bound(tree, _Renamed(names))
+
+
+class _Renamed:
+    """Slots in the place of slots, for `_bound`."""
+
+    def __init__(self, names: Mapping[int, int]):
+        self.names = names
+
+    def __getitem__(self, number: int) -> Slot:
+        return Slot(self.names.get(number, number))
 
 
 def _bound(tree: Any, found: Any) -> Any:
@@ -429,8 +500,7 @@ def _modes_restored() -> Iterator[None]:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
     caching = torch.is_autocast_cache_enabled()
-    hooks = torch._C._autograd
-    switched_off = hooks._saved_tensors_hooks_get_disabled_error_message()
+    switched_off = _autograd._saved_tensors_hooks_get_disabled_error_message()
     torch.set_autocast_cache_enabled(False)  # it would keep weights without values
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -438,7 +508,7 @@ def _modes_restored() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(caching)
         if switched_off is None:
-            hooks._saved_tensors_hooks_enable()
+            _autograd._saved_tensors_hooks_enable()
         for kind, enabled, dtype in before:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
@@ -447,7 +517,7 @@ def _modes_restored() -> Iterator[None]:
 @contextmanager
 def nothing_saved() -> Iterator[None]:
     """Hooks of the caller's on what autograd saves are not called: of a recording there is no backward."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if _autograd._top_saved_tensors_default_hooks(True) is None:
         yield  # further hooks would be in the way of `torch.func` and `disable_saved_tensors_hooks`
         return
     with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):

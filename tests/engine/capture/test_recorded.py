@@ -409,7 +409,7 @@ IN_PIECES = {
 }
 
 
-def refused(net: nn.Module, match: str = r"test_recorded.py:\d+|the forward cannot be recorded") -> None:
+def refused(net: nn.Module, match: str = r"test_recorded.py:\d+|the network's forward cannot be recorded") -> None:
     """By default, with nothing changed: stock runs as before."""
     before, x = copy.deepcopy(net), torch.randn(1, 1, 16, 16, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match=match) as caught:

@@ -591,7 +591,10 @@ AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Use, Callable[[
     "dict of a user's": (dict, _user_dict, _counted_up, lambda one: one["count"]),
 }
 
-AROUND_REFUSED = {"method", "frozenset", "view of values", "view of items", "view of an ordered dict"}
+AROUND_REFUSED = {
+    *("method", "frozenset"),
+    *("view of keys", "view of values", "view of items", "view of an ordered dict"),
+}
 
 
 def _put(item: int, to: list[int]) -> None:
