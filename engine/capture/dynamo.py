@@ -10,7 +10,9 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import itertools
+import logging
 import mmap
 import os
 import re
@@ -42,6 +44,7 @@ _ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
 _PYTHON = os.path.dirname(os.__file__)
 _numbers = itertools.count()
+log = logging.getLogger("gigamorph")
 
 
 @contextlib.contextmanager
@@ -69,6 +72,9 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
     # A stance that turns compilation off would run the whole image, in memory that it has not.
+    stance = torch._dynamo.eval_frame._stance.stance
+    if config.disable or stance == "force_eager":
+        _say_of("torch._dynamo.config.disable" if config.disable else f'torch.compiler.set_stance("{stance}")')
     with (
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
@@ -79,6 +85,11 @@ def settings(scalars: bool = True) -> Iterator[None]:
         synchronized(),
     ):
         yield
+
+
+@functools.cache
+def _say_of(setting: str) -> None:
+    log.warning("%s turns torch.compile off; accelerated networks are computed by tiles all the same", setting)
 
 
 class Compiled:

@@ -13,6 +13,7 @@ from exactness import errors, randomize
 from torch import Tensor, nn
 
 from gigamorph import GigamorphError, TileEvent, UnsupportedError, accelerate
+from gigamorph.engine.capture.dynamo import _say_of
 from gigamorph.engine.capture.graph import Graph
 
 SIZES = [(33, 29), (40, 26), (21, 38)]
@@ -131,6 +132,19 @@ def test_settings_of_the_process_do_not_turn_tiling_off(around: Callable[[], Any
             agree(stock, ours, twin, [size])
         assert len(tiles) > 8
         tiles.clear()
+
+
+@pytest.mark.parametrize("around", [lambda: stance("force_eager"), lambda: config(disable=True)])
+def test_settings_that_turn_compilation_off_are_told_once(
+    around: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_of.cache_clear()
+    net = accelerate(network(), tile=9)
+    for _ in range(2):
+        with around():
+            net(image())
+    (said,) = [one.getMessage() for one in caplog.records if one.name == "gigamorph"]
+    assert "turns torch.compile off; accelerated networks are computed by tiles" in said
 
 
 def settings() -> dict[str, Any]:
