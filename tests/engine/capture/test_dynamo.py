@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,7 +202,10 @@ def printing(_net: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("middle", [branching, printing], ids=lambda middle: middle.__name__)
-def test_a_graph_that_breaks(middle: Callable[[Any, Tensor], Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_that_breaks(
+    middle: Callable[[Any, Tensor], Tensor], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gigamorph")
     stock = network(middle)
     twin = copy.deepcopy(stock)
     with pytest.raises(UnsupportedError, match=rf"test_dynamo.py:\d+ \(in {middle.__name__}\)") as caught:
@@ -214,6 +219,8 @@ def test_a_graph_that_breaks(middle: Callable[[Any, Tensor], Tensor], capsys: py
     assert twin.calls == stock.calls and len(tiles) > 5 * 8
     lines = capsys.readouterr().out.splitlines()
     assert lines == (["a map of 4 channels"] * 10 if middle is printing else [])
+    told = [one.getMessage() for one in caplog.records if "a piece of the forward ends" in one.getMessage()]
+    assert re.search(r"test_dynamo.py:\d+: .*; \d+\.?\d* KiB of tensors are stored", told[0]), told
     for mean, wanted in zip(twin.seen, stock.seen, strict=True):
         torch.testing.assert_close(mean, wanted, rtol=1e-11, atol=1e-11)
 
