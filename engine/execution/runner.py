@@ -156,9 +156,7 @@ class Runner:
         if graph.piece and graph not in self._told:
             self._told.add(graph)
             size = format_bytes(sum(one.nbytes for one in outputs if isinstance(one, Tensor)))
-            log.info(
-                "a piece of the forward ends (%s); %s of tensors are stored for what follows", graph.piece, crossing
-            )
+            log.info("a piece of the forward ends (%s); %s of tensors are stored for the next", graph.piece, size)
         return [counted.get(place, output) for place, output in enumerate(outputs)] if counted else outputs
 
     def _outputs(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
