@@ -407,11 +407,8 @@ class Unguarded:
         """Note what the graph depends on that Dynamo is making."""
         held = (type(vars(variable).get("value")) for variable in _effects().id_to_variable.values())
         for kind in (*held, *_open.kinds):
-            if not kind.__module__.startswith("torch."):
-                self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
-                self._metaclasses.update(
-                    (one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE
-                )
+            self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
+            self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._before = self._now()
 
     def _now(self) -> Any:

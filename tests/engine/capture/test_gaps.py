@@ -31,7 +31,7 @@ class Mark(enum.Enum):
     HIGH = 2.0
 
 
-PLAIN, FACTOR = Act.forward, [1.0]
+PLAIN, SOFT, FACTOR = Act.forward, nn.Softsign.forward, [1.0]
 
 
 def _nothing(net: Any, step: int) -> None:
@@ -113,6 +113,10 @@ class Case:
 
 CASES = {
     "a class's forward is replaced": Case(lambda net, y: net.act(y), _class_forward),
+    "a forward of PyTorch's is replaced": Case(
+        lambda net, y: net.soft(y),
+        lambda net, step: setattr(nn.Softsign, "forward", SOFT if step != 1 else lambda self, x: x.tanh()),
+    ),
     "one object in two places": Case(
         lambda net, y: y * {Mark.LOW: 1, Mark.HIGH: 3}[Mark(net.mark.value)],
         lambda net, step: setattr(net, "mark", (Mark.LOW, Mark.HIGH, Mark.LOW)[step]),
@@ -167,6 +171,7 @@ class Net(nn.Module):
         self.conv, self.act, self.last_part = nn.Conv2d(1, 2, 3).double(), Act(), last
         self.mark, self.number, self.kept, self.own = Mark.LOW, 0.0, None, None
         self.last, self.table = collections.deque(maxlen=2), {}
+        self.soft = nn.Softsign()
         self.order = collections.OrderedDict(a=1.0, b=2.0, c=3.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def _seen(case: Case, compiled: Callable[[nn.Module], Callable[..., Any]]) -> li
         found.append(error)
     finally:
         sys.setrecursionlimit(limit)
-        Act.forward, Act.calls = PLAIN, 0
+        Act.forward, Act.calls, nn.Softsign.forward = PLAIN, 0, SOFT
         torch._dynamo.reset()
     return found
 
