@@ -17,6 +17,7 @@ each between two convolutions. With --foreign: small kinds of Python code as aut
     python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--log FILE] [--json FILE] [--shrink]
     python benchmarks/soundness.py --foreign --modules 500 [--only Config] [--log FILE] [--json FILE] [--shrink]
     python benchmarks/soundness.py --opinfo [--only conv] [--log FILE] [--json FILE]
+    python benchmarks/soundness.py --modules 10000 --fallback whole
     python benchmarks/soundness.py --seed-of 17 [--shrink]
     python benchmarks/soundness.py --seed-of ConfigRead.vars_of#3 [--shrink]
 
@@ -49,6 +50,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 KINDS = ("exact", "refused", "unclear", "wrong", "traceback", "lenient", "stock fails")
 BAD = ("wrong", "traceback", "unclear")
 CHUNK = 5
+_FALLBACK = "GIGAMORPH_SOUNDNESS_FALLBACK"  # tells processes of --fallback
 SECONDS = 120  # for one module
 
 
@@ -64,9 +66,11 @@ class Found:
 
 
 def _ready() -> None:
+    import judge
     import torch
 
     torch.set_num_threads(1)
+    judge.FALLBACK = os.environ.get(_FALLBACK)
 
 
 def _alarm(_signal: int, _frame: Any) -> None:
@@ -165,7 +169,7 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
 def _settings(given: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
     """What two runs must have in common to be one."""
     diff = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout
-    names = "modules", "seed", "opinfo", "foreign", "only"
+    names = "modules", "seed", "opinfo", "foreign", "only", "fallback"
     of_source = {"commit": source["commit"], "diff": hashlib.sha256(diff).hexdigest()[:12], "torch": source["torch"]}
     return of_source | {name: getattr(given, name) for name in names}
 
@@ -214,6 +218,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
     parser.add_argument("--foreign", action="store_true", help="Python code as authors of networks write it")
+    parser.add_argument("--fallback", choices=["whole"], help="as of accelerate: graphs may break")
     parser.add_argument("--only", default="", help="operations, or foreign pieces, whose name has this in it")
     parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
     parser.add_argument("--json", type=Path)
@@ -303,6 +308,8 @@ def _report(
 def main() -> int:
     given = _arguments()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if given.fallback:
+        os.environ[_FALLBACK] = given.fallback
     if given.seed_of is not None:
         return _print_one(given.seed_of, given.shrink)
 

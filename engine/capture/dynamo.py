@@ -30,7 +30,6 @@ from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
 from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
-from .less_logged import less_logged
 from .substitutes import substitutes
 from .synchronized import synchronized
 
@@ -79,7 +78,6 @@ def settings(scalars: bool = True) -> Iterator[None]:
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
         gaps_closed(),
-        less_logged(),
         recorded(),
         substitutes(),
         synchronized(),

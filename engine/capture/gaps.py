@@ -87,8 +87,11 @@ def _install() -> None:
     _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
     _before(variables.UserDefinedObjectVariable, "var_getattr", _break_at_class)
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
-    _answer(guards, "profile_guard_manager", lambda _answer: 0.0)  # it empties the processor's caches with 32 MiB
-    _answer(_dynamo("variables.torch"), "tracing_state_functions", _not_compiling)
+    _after(_dynamo("variables.torch"), "tracing_state_functions", _not_compiling)
+    _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
+    _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
+    _instead(_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
+    _instead(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
 
 
 def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
@@ -121,32 +124,32 @@ def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
     setattr(kind, name, wrapped)
 
 
-def _after(kind: Any, name: str, then: Callable[..., Any]) -> None:
-    method = getattr(kind, name, None)
-    if method is None:
-        return
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        if _is_on():
-            then(result, *args)
-        return result
-
-    setattr(kind, name, wrapped)
-
-
-def _answer(module: Any, name: str, answer: Callable[[Any], Any]) -> None:
-    """A function of a module's returns `answer` of what it returns."""
-    function = getattr(module, name, None)
+def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
+    """`then` is called with the result and the arguments; what it returns, if anything, is the result."""
+    function = getattr(owner, name, None)
     if function is None:
         return
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return answer(function(*args, **kwargs)) if _is_on() else function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        other = then(result, *args) if _is_on() else None
+        return result if other is None else other
 
-    setattr(module, name, wrapped)
+    setattr(owner, name, wrapped)
+
+
+def _instead(owner: Any, name: str, answer: Any) -> None:
+    """A function is not called; it has this answer."""
+    function = getattr(owner, name, None)
+    if function is None:
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return answer if _is_on() else function(*args, **kwargs)
+
+    setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
 
 
 def _break(what: str, why: str) -> None:
