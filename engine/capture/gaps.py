@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,8 @@ def _install() -> None:
     _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
     _before(variables.UserDefinedObjectVariable, "var_getattr", _break_at_class)
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
+    _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
+    _before(variables.TensorVariable, "var_getattr", _break_at_version)
     _after(_dynamo("variables.torch"), "tracing_state_functions", _not_compiling)
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
     _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
@@ -280,11 +283,11 @@ def _break_at_cache(variable: Any, _tx: Any, args: Any, kwargs: Any) -> None:
     if not all(one.is_python_constant() for one in given) or not _is_pure(variable.wrapper_obj.__wrapped__, set()):
         _break(
             "functools.lru_cache",
-            "the function reads more than its arguments, and TorchDynamo would not keep what it has returned",
+            "the function makes tensors or reads more than its arguments, and TorchDynamo would call it each time",
         )
 
 
-_PURE = ("builtins", "collections", "functools", "itertools", "math", "numpy", "operator", "torch", "typing")
+_PURE = ("builtins", "collections", "functools", "itertools", "math", "operator", "typing")  # no tensors to write to
 _STATEFUL = re.compile("rand|seed|environ|default|is_|get_|cache_info")
 
 
@@ -328,6 +331,17 @@ def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: An
         _break("the deletion of a module's forward", "TorchDynamo fails at it after the call")
     if type(variable).__name__ == "UserDefinedClassVariable":
         _open.set.add((variable.value, name))
+
+
+def _break_at_metaclass(variable: Any, *_given: Any) -> None:
+    kinds = inspect.getmro(type(variable.value))
+    if any("__call__" in vars(kind) for kind in kinds if kind.__module__ not in ("builtins", "abc", "enum")):
+        _break(f"a call of the class {variable.value.__name__}", "TorchDynamo leaves its metaclass's __call__ out")
+
+
+def _break_at_version(_variable: Any, _tx: Any, name: str) -> None:
+    if name == "_version":
+        _break("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
 
 
 def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
@@ -387,19 +401,21 @@ _METHODS = (
     staticmethod,
     functools.cached_property,
 )
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HEAP_TYPE = 1 << 9  # a class whose attributes can be set
 
 
 class Unguarded:
     """What a recording depends on and no guard of Dynamo's looks at, to be compared before each call.
 
-    Methods of classes (a `forward` that is replaced in the class, `torch.Tensor.relu`), attributes of metaclasses, and
-    what of the process is taken for a constant.
+    Methods of classes (a `forward` that is replaced in the class, `torch.Tensor.relu`), attributes of metaclasses, the
+    order of an OrderedDict, hooks among them, and what of the process is taken for a constant.
     """
 
     def __init__(self) -> None:
         self._classes: dict[type, None] = {nn.Module: None, Tensor: None}
         self._metaclasses: dict[type, None] = {}
+        self._ordered: dict[int, OrderedDict[Any, Any]] = {}
         self._before: Any = None
 
     def is_other(self) -> bool:
@@ -408,8 +424,11 @@ class Unguarded:
 
     def note(self) -> None:
         """Note what the graph depends on that Dynamo is making."""
-        held = (type(vars(variable).get("value")) for variable in _effects().id_to_variable.values())
-        for kind in (*held, *_open.kinds):
+        held = [vars(variable).get("value") for variable in _effects().id_to_variable.values()]
+        for one in held:
+            parts = [vars(one)[name] for name in _HOOKS] if isinstance(one, nn.Module) else [one]
+            self._ordered.update((id(part), part) for part in parts if isinstance(part, OrderedDict) and len(part) > 1)
+        for kind in (*map(type, held), *_open.kinds):
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._before = self._now()
@@ -420,4 +439,5 @@ class Unguarded:
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
         for kind in self._metaclasses:
             found += vars(kind).values()
+        found += map(list, self._ordered.values())
         return found

@@ -96,6 +96,30 @@ def _viewed(net: Any, y: Tensor) -> Tensor:
     return y * len(list(net.own))
 
 
+class Meta(type):
+    count = 0
+
+    def __call__(cls, *args: Any) -> Any:
+        Meta.count += 1
+        return super().__call__(*args)
+
+
+class Kind(metaclass=Meta):
+    pass
+
+
+def _ordered(act: nn.Module, step: int) -> None:
+    if step == 0:
+        act.register_forward_hook(lambda module, inputs, out: out * 2)
+        act.register_forward_hook(lambda module, inputs, out: out + 1)
+    else:
+        act._forward_hooks.move_to_end(next(iter(act._forward_hooks)))
+
+
+def _written(net: Any, step: int) -> None:
+    net.order_of.add_(1)
+
+
 @dataclass
 class Case:
     """What follows a convolution, what changes before each step, and what may come of it.
@@ -144,6 +168,22 @@ CASES = {
     "whether something compiles": Case(lambda net, y: y * 2 if torch.compiler.is_compiling() else y),
     "a queue with a length": Case(_queued),
     "an order": Case(_first_to_the_end),
+    "an order that is changed between calls": Case(
+        lambda net, y: y * next(iter(net.order.values())),
+        lambda net, step: net.order.move_to_end(next(iter(net.order))),
+    ),
+    "the order of hooks": Case(
+        lambda net, y: net.act(y),
+        lambda net, step: _ordered(net.act, step),
+    ),
+    "a metaclass that counts": Case(
+        lambda net, y: y * net.made(Kind()),
+        lambda net, step: setattr(Meta, "count", 0) if step == 0 else None,
+        exact=False,
+    ),
+    "how often a tensor was written to": Case(
+        lambda net, y: y * (1 + net.order_of._version), _written, exact=False, shown=False
+    ),
     "a hook after a use": Case(_hooked, shown=False),
     "an attribute after a hook": Case(_kept_after_a_hook),
     "a cached function": Case(
@@ -171,8 +211,11 @@ class Net(nn.Module):
         self.conv, self.act, self.last_part = nn.Conv2d(1, 2, 3).double(), Act(), last
         self.mark, self.number, self.kept, self.own = Mark.LOW, 0.0, None, None
         self.last, self.table = collections.deque(maxlen=2), {}
-        self.soft = nn.Softsign()
+        self.soft, self.order_of = nn.Softsign(), torch.ones(1, dtype=torch.float64)
         self.order = collections.OrderedDict(a=1.0, b=2.0, c=3.0)
+
+    def made(self, _kind: Kind) -> int:
+        return Meta.count
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_part(self, self.conv(x)).mean((2, 3))
