@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -114,7 +113,6 @@ class Runner:
         self.page_pool = PagePool()
         self._compiled: dict[Any, Compiled] = {}
         self._call: Call | None = None
-        self._told: weakref.WeakSet[Graph] = weakref.WeakSet()  # graphs that end early, and have been told of
 
     def compute(self, function: FunctionType, call: Call, *args: Any) -> Any:
         """What a function gives, its graphs computed by tiles.
@@ -153,8 +151,8 @@ class Runner:
     def serve(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
         """The outputs of a graph for its inputs."""
         outputs, counted = list(self._outputs(graph, flat)), graph.counted(flat)
-        if graph.piece and graph not in self._told:
-            self._told.add(graph)
+        if graph.piece and graph not in self.programs.told:
+            self.programs.told.add(graph)
             size = format_bytes(sum(one.nbytes for one in outputs if isinstance(one, Tensor)))
             log.info("a piece of the forward ends (%s); %s of tensors are stored for the next", graph.piece, size)
         return [counted.get(place, output) for place, output in enumerate(outputs)] if counted else outputs
