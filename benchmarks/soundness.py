@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 KINDS = ("exact", "refused", "unclear", "wrong", "traceback", "lenient", "stock fails")
 BAD = ("wrong", "traceback", "unclear")
 CHUNK = 5
-_FALLBACK = "GIGAMORPH_SOUNDNESS_FALLBACK"  # tells processes of --fallback
+_FALLBACK = "GIGAMORPH_SOUNDNESS_FALLBACK"  # passes --fallback to the worker processes
 SECONDS = 120  # for one module
 
 

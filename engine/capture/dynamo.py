@@ -124,7 +124,7 @@ class Compiled:
                 _global_hooks() as hooks,
             ):
                 if hooks != self._hooks or self._unguarded.is_other():
-                    self._call, self._hooks = None, hooks
+                    self._call, self._hooks, self._unguarded = None, hooks, Unguarded()
                 try:
                     return self._compiled()(*args, **kwargs)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore

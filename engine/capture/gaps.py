@@ -1,4 +1,4 @@
-"""What TorchDynamo itself gets wrong, corrected or refused; each entry has a case in tests/engine/capture/test_gaps.py.
+"""What TorchDynamo itself gets wrong, corrected or refused; the cases are in tests/engine/capture.
 
 It does otherwise than the forward what is corrected or refused here (`_break_at_...`: such a call breaks the graph, so
 it is refused, or runs as plain Python with ``fallback="whole"``). It does not guard everything on which a recording
@@ -90,7 +90,7 @@ def _install() -> None:
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, "var_getattr", _break_at_version)
-    _after(_dynamo("variables.torch"), "tracing_state_functions", _not_compiling)
+    _after(_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
     _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
     _instead(_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
@@ -353,8 +353,8 @@ def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
         )
 
 
-# `torch.compiler.is_compiling()`. The forward is told what stock PyTorch tells it, that nothing compiles; PyTorch's own
-# functions, which are interpreted as well, take the ways that they have for a compiler.
+# `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. PyTorch's own functions get True,
+# so that they choose the implementations that TorchDynamo can trace.
 
 _COMPILING = ("is_compiling", "is_dynamo_compiling")
 _TORCH = os.path.dirname(torch.__file__)
@@ -364,10 +364,10 @@ def _note_caller(_variable: Any, tx: Any, *_given: Any) -> None:
     _open.caller = tx.f_code.co_filename
 
 
-def _not_compiling(told: Any) -> Any:
+def _without_compiler(states: Any) -> Any:
     if _open.caller.startswith(_TORCH):
-        return told
-    return {function: False if function.__name__ in _COMPILING else answer for function, answer in told.items()}
+        return states
+    return {function: False if function.__name__ in _COMPILING else state for function, state in states.items()}
 
 
 def refuse_generators() -> None:
