@@ -13,7 +13,7 @@ import importlib
 import inspect
 import math
 import os
-import re
+import random
 import sys
 import threading
 import types
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
 from .graph import dotted
@@ -41,6 +42,7 @@ def gaps_closed() -> Iterator[None]:
     _install()
     _open.count = getattr(_open, "count", 0) + 1
     _open.set, _open.kinds = set[tuple[type, str]](), set[type]()  # attributes of classes, and classes that are asked
+    _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
     _open.caller = ""  # the file of what calls PyTorch
     try:
         yield
@@ -80,8 +82,7 @@ def _install() -> None:
     _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
     _after(getattr(_dynamo("variables.user_defined"), "OrderedDictVariable", None), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
-        if "call_function" in vars(getattr(functions, name)):
-            _before(getattr(functions, name), "call_function", _break_at_cache)
+        _keep_cached(getattr(functions, name))
     _keep_effects(variables.TensorVariable)
     _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
     _before(_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
@@ -275,39 +276,60 @@ def _keep_effects(kind: Any) -> None:
 # Calls that are traced as others.
 
 
-def _break_at_cache(variable: Any, _tx: Any, args: Any, kwargs: Any) -> None:
-    """The cache of functools.lru_cache is not looked at: what the function reads of other places could change."""
-    if not hasattr(variable.wrapper_obj, "cache_info") or variable.wrapper_obj.__module__.partition(".")[0] == "torch":
+def _keep_cached(kind: Any) -> None:
+    """A function of functools.lru_cache is called while Dynamo traces, and is asked again before each call.
+
+    Dynamo would trace the function, and so make a tensor that the forward writes to, or that depends on what has
+    changed since, at each call.
+    """
+    method = vars(kind).get("call_function")
+    if method is None:
         return
-    given = [*variable.self_args(), *args, *kwargs.values()]
-    if not all(one.is_python_constant() for one in given) or not _is_pure(variable.wrapper_obj.__wrapped__, set()):
-        _break(
-            "functools.lru_cache",
-            "the function makes tensors or reads more than its arguments, and TorchDynamo would call it each time",
-        )
+
+    @functools.wraps(method)
+    def wrapped(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        function = variable.wrapper_obj
+        home = str(getattr(function, "__module__", "")).partition(".")[0]
+        if not _is_on() or not hasattr(function, "cache_info") or home == "torch":
+            return method(variable, tx, args, kwargs)
+        given = [_known(one) for one in (*variable.self_args(), *args)]
+        named = {name: _known(one) for name, one in kwargs.items()}
+        effects = _effects()
+        if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
+            _break("functools.lru_cache", "what the function reads, the forward may have changed in the same call")
+        ask = functools.partial(function, *given, **named)
+        value = _asked(ask)
+        _open.cached.append((ask, value))
+        name = tx.output.install_global_by_id("cached", value)
+        return _dynamo("variables").VariableTracker.build(tx, value, _dynamo("source").GlobalSource(name))
+
+    kind.call_function = wrapped
 
 
-_PURE = ("builtins", "collections", "functools", "itertools", "math", "operator", "typing")  # no tensors to write to
-_STATEFUL = re.compile("rand|seed|environ|default|is_|get_|cache_info")
+def _known(variable: Any) -> Any:
+    """An argument's value; a symbolic size is a number of its own from here on."""
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    if variable.is_symnode_like():
+        return variable.evaluate_expr()
+    value = getattr(variable, "value", None)
+    if not isinstance(value, nn.Module):
+        _break("functools.lru_cache", f"a {variable.python_type_name()} as its argument is known only in the call")
+    return value
 
 
-def _is_pure(function: Any, seen: set[int]) -> bool:
-    """Whether a function of plain Python reads nothing but its arguments, other such functions, and libraries."""
-    code = getattr(function, "__code__", None)
-    if code is None or function.__closure__:
-        return False
-    seen.add(id(function))
-    return all(_is_pure_name(name, function.__globals__, seen) for name in code.co_names)
-
-
-def _is_pure_name(name: str, names: dict[str, Any], seen: set[int]) -> bool:
-    if name not in names:  # an attribute, or a builtin
-        return not _STATEFUL.search(name)
-    value = names[name]
-    if isinstance(value, types.FunctionType) and (id(value) in seen or _is_pure(value, seen)):
-        return True
-    home = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return str(home).partition(".")[0] in _PURE and not _STATEFUL.search(name)
+def _asked(ask: Callable[[], Any]) -> Any:
+    """What a cached function returns, if it returns that again."""
+    before = random.getstate(), torch.get_rng_state()
+    value, info = ask(), ask.func.cache_info()
+    if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
+        ask.func.cache_clear()
+        _break("functools.lru_cache", "the function draws random numbers")
+    if ask() is not value or info.currsize == info.maxsize:
+        _break("functools.lru_cache", f"its cache of {info.maxsize} is full")
+    if any(isinstance(one, Tensor) and not one.is_leaf for one in tree_leaves(value)):
+        _break("functools.lru_cache", "its tensor is made of weights, and its gradient can be taken once only")
+    return value
 
 
 def _break_at_generator(variable: Any, *_given: Any) -> None:
@@ -416,10 +438,13 @@ class Unguarded:
         self._classes: dict[type, None] = {nn.Module: None, Tensor: None}
         self._metaclasses: dict[type, None] = {}
         self._ordered: dict[int, OrderedDict[Any, Any]] = {}
+        self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._before: Any = None
 
     def is_other(self) -> bool:
         """Whether something is not as it was when `note` was called last."""
+        if any(ask() is not value for ask, value in self._cached):
+            return True
         return self._before is not None and self._now() != self._before
 
     def note(self) -> None:
@@ -431,6 +456,7 @@ class Unguarded:
         for kind in (*map(type, held), *_open.kinds):
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
+        self._cached += _open.cached
         self._before = self._now()
 
     def _now(self) -> Any:

@@ -189,7 +189,6 @@ CASES = {
     "a cached function": Case(
         lambda net, y: y * _cached(),
         lambda net, step: FACTOR.__setitem__(0, step + 1.0) or _uncached(step),
-        exact=False,
     ),
     "a class's attribute, read of an object": Case(
         _counted_by_class, lambda net, step: setattr(Act, "calls", 0) if step == 0 else None, exact=False

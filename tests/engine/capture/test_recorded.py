@@ -226,8 +226,23 @@ def into_a_mask(net: Any, x: Tensor) -> Tensor:
     return x
 
 
+@functools.lru_cache
+def _columns(height: int, width: int) -> Tensor:
+    return torch.linspace(-1, 1, width, dtype=torch.float64).expand(1, 1, height, width).contiguous()
+
+
 def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
+
+
+def cached_and_written(net: Any, x: Tensor) -> Tensor:
+    table = _table(x.shape[1])
+    table += 1
+    return x * table
+
+
+def cached_by_size(net: Any, x: Tensor) -> Tensor:
+    return x * _columns(*x.shape[2:])
 
 
 @torch.jit.script
@@ -301,6 +316,8 @@ MIDDLES: dict[str, Middle] = {
     "an item of a buffer": own_momentum,
     "new and from_numpy": shapes,
     "a cached table": cached,
+    "a cached table that is written to": cached_and_written,
+    "a cached table by size": cached_by_size,
     "channels written through a view": lambda net, x: _write(x * 1),
     "complex numbers": lambda net, x: torch.view_as_real(torch.complex(x, x.flip(1)).exp()).sum(-1),
     "Variable": variables,
@@ -397,6 +414,7 @@ def agree(stock: Base, change: Callable[[Any], None] | None = None, **options: A
     twin = copy.deepcopy(stock)
     _table.cache_clear()
     wanted = steps(stock, stock, change)
+    _table.cache_clear()
     got = steps(accelerate(twin, tile=(7, 10), **options), twin, change)
     _table.cache_clear()
     same(got, wanted)
