@@ -43,6 +43,7 @@ def gaps_closed() -> Iterator[None]:
     _open.count = getattr(_open, "count", 0) + 1
     _open.set, _open.kinds = set[tuple[type, str]](), set[type]()  # attributes of classes, and classes that are asked
     _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
+    _open.ordered = list[OrderedDict[Any, Any]]()  # that the forward reads
     _open.caller = ""  # the file of what calls PyTorch
     try:
         yield
@@ -59,6 +60,7 @@ def _install() -> None:
     """Wrap functions of Dynamo; where nothing of ours is recorded they do what they did."""
     variables, functions, guards = _dynamo("variables"), _dynamo("variables.functions"), _dynamo("guards")
     missing = _dynamo("exc").ObservedAttributeError
+    attribute = "tp_getattro_impl" if hasattr(variables.VariableTracker, "tp_getattro_impl") else "var_getattr"
     for name in (
         "UserDefinedClassVariable",
         "UserDefinedObjectVariable",
@@ -67,30 +69,30 @@ def _install() -> None:
         "PythonModuleVariable",
         "UserFunctionVariable",
     ):
-        _failing(getattr(variables, name), "var_getattr", missing, _guard_attribute)
+        _failing(getattr(variables, name), attribute, missing, _guard_attribute)
     for name in ("PythonModuleVariable", "UserFunctionVariable"):
         _after(getattr(variables, name), "call_obj_hasattr", _guard_asked)
-    _before(variables.UserDefinedClassVariable, "var_getattr", lambda one, *_given: _open.kinds.add(one.value))
+    _before(variables.UserDefinedClassVariable, attribute, lambda one, *_given: _open.kinds.add(one.value))
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
         _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
-    _after(variables.UnspecializedNNModuleVariable, "var_getattr", _guard_shadow)
+    _after(variables.UnspecializedNNModuleVariable, attribute, _guard_shadow)
     _guard_twice(_dynamo("variables.builder"), guards)
     _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
     _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
-    _before(_dynamo("variables.builder").VariableBuilder, "_wrap", _break_at_kept_view)
+    _before(_dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
     _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
-    _after(getattr(_dynamo("variables.user_defined"), "OrderedDictVariable", None), "call_method", _keep_order)
+    _after(getattr(variables, "OrderedDictVariable", None), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
         _keep_cached(getattr(functions, name))
     _keep_effects(variables.TensorVariable)
     _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
     _before(_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
     _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
-    _before(variables.UserDefinedObjectVariable, "var_getattr", _break_at_class)
+    _before(variables.UserDefinedObjectVariable, attribute, _break_at_class)
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
-    _before(variables.TensorVariable, "var_getattr", _break_at_version)
+    _before(variables.TensorVariable, attribute, _break_at_version)
     _after(_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
     _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
@@ -100,7 +102,7 @@ def _install() -> None:
 
 def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
     """Where a method raises the error, `then` is called with its arguments first."""
-    method = vars(kind).get(name)
+    method = getattr(kind, name, None)
     if method is None:
         return
 
@@ -117,7 +119,7 @@ def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., N
 
 
 def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
-    method = vars(kind)[name]
+    method = getattr(kind, name)
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -251,7 +253,7 @@ def _forget_length(effects: Any, *_given: Any) -> None:
 
 def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -> None:
     if name == "move_to_end":
-        variable._base_vt.should_reconstruct_all = True
+        getattr(variable, "_base_vt", variable).should_reconstruct_all = True
 
 
 # After `Tensor.register_hook` what the forward sets is written to a copy that nothing reads.
@@ -338,7 +340,10 @@ def _break_at_generator(variable: Any, *_given: Any) -> None:
     _break(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
 
 
-def _break_at_kept_view(_builder: Any, value: Any) -> None:
+def _note_value(_builder: Any, value: Any) -> None:
+    """What Dynamo reads for the first time."""
+    if isinstance(value, OrderedDict) and len(value) > 1:
+        _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
         _break("a view of a dict that is kept", "TorchDynamo would not see in it what is written to the dict")
 
@@ -451,8 +456,9 @@ class Unguarded:
         """Note what the graph depends on that Dynamo is making."""
         held = [vars(variable).get("value") for variable in _effects().id_to_variable.values()]
         for one in held:
-            parts = [vars(one)[name] for name in _HOOKS] if isinstance(one, nn.Module) else [one]
-            self._ordered.update((id(part), part) for part in parts if isinstance(part, OrderedDict) and len(part) > 1)
+            if isinstance(one, nn.Module):
+                _open.ordered.extend(hooks for name in _HOOKS if len(hooks := vars(one)[name]) > 1)
+        self._ordered.update((id(one), one) for one in _open.ordered)
         for kind in (*map(type, held), *_open.kinds):
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
