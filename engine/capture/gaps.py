@@ -169,8 +169,14 @@ def _break(what: str, why: str) -> None:
 
 
 def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
-    if variable.source:
+    if variable.source is None:
+        return
+    guards = _dynamo("guards")
+    if "attr" in inspect.signature(guards.GuardBuilder.HASATTR).parameters:
         _guard(variable, "HASATTR", attr=name)
+    else:  # before PyTorch 2.13
+        source = _dynamo("source").AttrSource(variable.source, name)
+        guards.install_guard(source.make_guard(guards.GuardBuilder.HASATTR))
 
 
 def _guard_asked(_result: Any, variable: Any, tx: Any, name: str) -> None:
