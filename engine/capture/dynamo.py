@@ -62,6 +62,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "accumulated_recompile_limit": 1 << 20,
         "fail_on_recompile_limit_hit": True,
         "capture_scalar_outputs": scalars,
+        "use_recursive_dict_tags_for_guards": False,
         "specialize_float": True,
         "allow_rnn": True,
         "suppress_errors": False,

@@ -8,6 +8,7 @@ depends: guards are added here, and `Unguarded` is compared at each call where D
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import importlib
 import inspect
@@ -23,11 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
 from .graph import dotted
 
+_BEFORE_2_13 = TorchVersion(torch.__version__) < "2.13"
 _open = threading.local()
 
 
@@ -70,7 +73,6 @@ def _install() -> None:
         "UserFunctionVariable",
     ):
         _failing(getattr(variables, name), attribute, missing, _guard_attribute)
-    for name in ("PythonModuleVariable", "UserFunctionVariable"):
         _after(getattr(variables, name), "call_obj_hasattr", _guard_asked)
     _before(variables.UserDefinedClassVariable, attribute, lambda one, *_given: _open.kinds.add(one.value))
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
@@ -82,7 +84,7 @@ def _install() -> None:
     _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
     _before(_dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
     _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
-    _after(getattr(variables, "OrderedDictVariable", None), "call_method", _keep_order)
+    _after(getattr(variables, "OrderedDictVariable", variables.ConstDictVariable), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
         _keep_cached(getattr(functions, name))
     _keep_effects(variables.TensorVariable)
@@ -266,9 +268,8 @@ def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -
 
 
 def _keep_effects(kind: Any) -> None:
-    method = getattr(kind, "_method_register_hook", None)
-    if method is None:
-        return
+    name = "_method_register_hook" if hasattr(kind, "_method_register_hook") else "method_register_hook"
+    method = getattr(kind, name)
 
     @functools.wraps(method)
     def wrapped(variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
@@ -278,7 +279,7 @@ def _keep_effects(kind: Any) -> None:
             tx.output.side_effects = before
         return result
 
-    kind._method_register_hook = wrapped
+    setattr(kind, name, wrapped)
 
 
 # Calls that are traced as others.
@@ -434,6 +435,7 @@ _METHODS = (
     staticmethod,
     functools.cached_property,
 )
+_LITERALS = (int, float, complex, str, bytes, tuple, enum.Enum, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HEAP_TYPE = 1 << 9  # a class whose attributes can be set
 
@@ -448,6 +450,7 @@ class Unguarded:
     def __init__(self) -> None:
         self._classes: dict[type, None] = {nn.Module: None, Tensor: None}
         self._metaclasses: dict[type, None] = {}
+        self._asked: dict[type, None] = {}  # of which an attribute is read that Dynamo takes for a constant
         self._ordered: dict[int, OrderedDict[Any, Any]] = {}
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._before: Any = None
@@ -469,12 +472,15 @@ class Unguarded:
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._cached += _open.cached
+        self._asked.update((one, None) for kind in _open.kinds for one in kind.__mro__)
         self._before = self._now()
 
     def _now(self) -> Any:
         found: list[Any] = [sys.getrecursionlimit()]
         for kind in self._classes:
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
+        for kind in self._asked if _BEFORE_2_13 else ():
+            found += [value for value in vars(kind).values() if isinstance(value, _LITERALS)]
         for kind in self._metaclasses:
             found += vars(kind).values()
         found += map(list, self._ordered.values())

@@ -105,8 +105,15 @@ class Graph:
         slots: dict[fx.Node, Any] = {}  # constants and graphs stand for themselves
         sources, instructions = list[Source](), list[Instruction]()
         output, alone, numbers, free = None, False, set[int](), set[int]()
+        inputs = sum(node.op == "placeholder" for node in module.graph.nodes)  # PyTorch 2.11 has some between calls
         for node in module.graph.nodes:
-            args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
+            try:
+                args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
+            except KeyError:
+                raise UnsupportedError(
+                    f"{place(_module_of(node), _line_of(node))} reads a tensor before a hook is registered on it, which "
+                    f"PyTorch {torch.__version__} records in the wrong order; register it first, or use PyTorch 2.13"
+                ) from None
             if node.op == "output":
                 output = args[0]
                 continue
@@ -117,7 +124,7 @@ class Graph:
                 held = _attribute(module, str(node.target))
                 slots[node] = cls.of(held) if isinstance(held, fx.GraphModule) else held
                 continue
-            slots[node] = Slot(len(sources) + len(instructions))
+            slots[node] = Slot(len(sources) if node.op == "placeholder" else inputs + len(instructions))
             if isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
                 numbers.add(slots[node].number)
             if node.op == "placeholder":
