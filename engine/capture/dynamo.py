@@ -62,6 +62,8 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "accumulated_recompile_limit": 1 << 20,
         "fail_on_recompile_limit_hit": True,
         "capture_scalar_outputs": scalars,
+        "skip_tensor_guards_with_matching_dict_tags": False,
+        "skip_guards_on_constant_func_defaults": False,
         "use_recursive_dict_tags_for_guards": False,
         "specialize_float": True,
         "allow_rnn": True,

@@ -75,6 +75,9 @@ def _install() -> None:
         _failing(getattr(variables, name), attribute, missing, _guard_attribute)
         _after(getattr(variables, name), "call_obj_hasattr", _guard_asked)
     _before(variables.UserDefinedClassVariable, attribute, lambda one, *_given: _open.kinds.add(one.value))
+    if _BEFORE_2_13:
+        _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
+        _before(variables.GetAttrVariable, "call_method", _guard_own_key)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
         _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
@@ -193,6 +196,25 @@ def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
     if variable.source and args[0].is_python_constant():
         key = args[0].as_python_constant()
         _guard(variable, "DICT_CONTAINS" if key in variable.items.item_dict else "DICT_NOT_CONTAINS", key=key)
+
+
+# Before PyTorch 2.13 literals of classes were taken for constants, and keys that a `__dict__` has not for missing.
+
+
+def _guard_literal(variable: Any, _tx: Any, name: str) -> None:
+    value = inspect.getattr_static(variable.value, name, None)
+    if variable.source is not None and isinstance(value, int | float | complex | str | bytes | enum.Enum):
+        guards = _dynamo("guards")
+        kind = guards.GuardBuilder.ID_MATCH if isinstance(value, enum.Enum) else guards.GuardBuilder.CONSTANT_MATCH
+        guards.install_guard(_dynamo("source").AttrSource(variable.source, name).make_guard(kind))
+
+
+def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) -> None:
+    owner = variable.obj
+    if variable.name == "__dict__" and name in ("get", "__contains__") and owner.source and hasattr(owner, "value"):
+        key = args[0].as_python_constant()
+        if key not in vars(owner.value):
+            _guard(owner, "NOT_PRESENT_IN_GENERIC_DICT", attr=key)
 
 
 def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
@@ -435,7 +457,6 @@ _METHODS = (
     staticmethod,
     functools.cached_property,
 )
-_LITERALS = (int, float, complex, str, bytes, tuple, enum.Enum, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HEAP_TYPE = 1 << 9  # a class whose attributes can be set
 
@@ -450,7 +471,6 @@ class Unguarded:
     def __init__(self) -> None:
         self._classes: dict[type, None] = {nn.Module: None, Tensor: None}
         self._metaclasses: dict[type, None] = {}
-        self._asked: dict[type, None] = {}  # of which an attribute is read that Dynamo takes for a constant
         self._ordered: dict[int, OrderedDict[Any, Any]] = {}
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._before: Any = None
@@ -472,15 +492,12 @@ class Unguarded:
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._cached += _open.cached
-        self._asked.update((one, None) for kind in _open.kinds for one in kind.__mro__)
         self._before = self._now()
 
     def _now(self) -> Any:
         found: list[Any] = [sys.getrecursionlimit()]
         for kind in self._classes:
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
-        for kind in self._asked if _BEFORE_2_13 else ():
-            found += [value for value in vars(kind).values() if isinstance(value, _LITERALS)]
         for kind in self._metaclasses:
             found += vars(kind).values()
         found += map(list, self._ordered.values())
