@@ -386,6 +386,9 @@ def _own_error(kind: str, arguments: str, where: str) -> Exception:
         return own(message)
     if issubclass(UnsupportedError, found) or issubclass(found, UnicodeError):
         return UnsupportedError(f"{where} raises {kind}: {message}")
+    if issubclass(found, AttributeError | NameError | TypeError):  # seldom the network's own
+        say = f"{where} raises {kind} in TorchDynamo: {message}"
+        return forward_error(found, f'{say}; if it does not without gigamorph, pass fallback="whole"')
     return forward_error(found, f"{message} ({where})")
 
 

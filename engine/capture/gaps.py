@@ -47,9 +47,14 @@ def gaps_closed() -> Iterator[None]:
     _open.set, _open.kinds = set[tuple[type, str]](), set[type]()  # attributes of classes, and classes that are asked
     _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
     _open.ordered = list[OrderedDict[Any, Any]]()  # that the forward reads
+    _open.filled = list[Any]()  # functions of functools.lru_cache that had cached nothing before
     _open.caller = ""  # the file of what calls PyTorch
     try:
         yield
+    except BaseException:
+        for function in _open.filled:
+            function.cache_clear()
+        raise
     finally:
         _open.count -= 1
 
@@ -78,6 +83,7 @@ def _install() -> None:
     if _BEFORE_2_13:
         _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
         _before(variables.GetAttrVariable, "call_method", _guard_own_key)
+        _before(variables.AutogradFunctionVariable, "call_apply", _break_at_twins)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
         _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
@@ -217,6 +223,12 @@ def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) 
             _guard(owner, "NOT_PRESENT_IN_GENERIC_DICT", attr=key)
 
 
+def _break_at_twins(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
+    nodes = [one.as_proxy().node for one in args if one.is_tensor()]
+    if len(set(nodes)) < len(nodes):
+        _break("autograd.Function.apply of one tensor twice", "only one of its gradients would be recorded")
+
+
 def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
     """An entry of a module's `__dict__` hides its parameter of that name."""
     held = vars(variable.value)
@@ -352,9 +364,12 @@ def _known(variable: Any) -> Any:
 def _asked(ask: Callable[[], Any]) -> Any:
     """What a cached function returns, if it returns that again."""
     before = random.getstate(), torch.get_rng_state()
+    info = ask.func.cache_info()
+    if not info.hits and not info.misses:
+        _open.filled.append(ask.func)
     value, info = ask(), ask.func.cache_info()
     if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
-        ask.func.cache_clear()
+        ask.func.cache_clear()  # in pieces it draws them now
         _break("functools.lru_cache", "the function draws random numbers")
     if ask() is not value or info.currsize == info.maxsize:
         _break("functools.lru_cache", f"its cache of {info.maxsize} is full")

@@ -111,8 +111,8 @@ class Graph:
                 args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
             except KeyError:
                 raise UnsupportedError(
-                    f"{place(_module_of(node), _line_of(node))} reads a tensor before a hook is registered on it, which "
-                    f"PyTorch {torch.__version__} records in the wrong order; register it first, or use PyTorch 2.13"
+                    f"{place(_module_of(node), _line_of(node))} reads a tensor before a hook is registered on it, which"
+                    f" PyTorch {torch.__version__} records in the wrong order; register it first, or use PyTorch 2.13"
                 ) from None
             if node.op == "output":
                 output = args[0]

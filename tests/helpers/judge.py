@@ -123,12 +123,12 @@ def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
         player = Player(spec, make(spec.build(), spec.tile))
     except GigamorphError as error:
         return _refused(str(error), -1, "when accelerated: ")
-    refusal, judged = "", _Noise(spec, stock)
+    refusal, judged, states = "", _Noise(spec, stock), list[Seen]()
     for number in range(len(spec.visits)):
         fails = number >= len(stock.seen)
         try:
             player.change(number)
-            before = _state(player)
+            player.before_call = lambda: states.append(_state(player))
             try:
                 seen = player.visit(number)
             except GigamorphError as error:
@@ -136,10 +136,13 @@ def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
                     return Verdict("stock fails", _told(error), number)
                 if player.phase != "forward":
                     return _refused(str(error), number, f"late, in the {player.phase}: ")
-                changed = _unequal(before, _state(player))
+                changed = _unequal(states[-1], _state(player))
                 if changed:
                     return Verdict("wrong", f"after the refusal: {changed}", number, str(error))
+                if player.call:  # stock has not made the earlier calls of this visit
+                    return _refused(str(error), number)
                 refusal = refusal or str(error)
+                player.before_call = None
                 if "forward" in vars(player.net):  # set on the accelerated network, of which stock knows nothing
                     return _refused(refusal, number)
                 player.net = player.network

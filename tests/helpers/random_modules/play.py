@@ -10,7 +10,7 @@ import types
 import warnings
 import weakref
 from collections import deque
-from collections.abc import KeysView, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,6 +198,8 @@ class Player:
 
     Attributes:
         phase: of the visit that is going on: "change", "forward", "backward" or "step".
+        call: which of the visit's calls it is, from 0 on.
+        before_call: called before each, if there is one.
     """
 
     def __init__(self, spec: Spec, net: nn.Module, bits: int = 0):
@@ -205,7 +207,8 @@ class Player:
         self.usual = frozenset(vars(net)) if "_network" in net.__dict__ else frozenset()
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters: list[Tensor] = []
-        self.phase = ""
+        self.phase, self.call = "", 0
+        self.before_call: Callable[[], None] | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -237,8 +240,8 @@ class Player:
         random.seed(1)
         np.random.seed(1)
         seen = Seen()
-        for call in range(visit.calls):
-            self._once(visit, number + 100 * call, seen)
+        for self.call in range(visit.calls):
+            self._once(visit, number + 100 * self.call, seen)
         if self.optimizer is not None and visit.grad == "train":
             self.phase = "step"
             self.optimizer.step()
@@ -259,6 +262,8 @@ class Player:
             given["image"] = leaf * 1.0
         image, names = given["image"], list(given)
         modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+        if self.before_call is not None:
+            self.before_call()
         self.phase = "forward"
         with modes.get(visit.grad, torch.enable_grad)(), warnings.catch_warnings(), around(self.network):
             warnings.simplefilter("ignore")
