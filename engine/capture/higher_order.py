@@ -152,7 +152,11 @@ CALLED: dict[str, Callable[..., Any]] = {
     "register_hook": _hooked,
     "_get_data_attr": _data,
     "set_": _assign,
-    "shallow_copy_data_": _assign,  # from PyTorch 2.14 on
+    "shallow_copy_data_": _assign,  # this and the next four from PyTorch 2.14 on
+    "mT": lambda tensor: tensor.mT,
+    "mH": lambda tensor: tensor.mH,
+    "numpy_T": lambda tensor: tensor.T,
+    "matrix_H": lambda tensor: tensor.H,
     "Tensor": _made_by_class,
     "_lower_version_count_by_1": lambda tensor: tensor,
     **{name: getattr(torch, name) for name in LAYERS},

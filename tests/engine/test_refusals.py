@@ -107,7 +107,7 @@ CASES = {
         r"constraints\.py",
     ),
     "boolean mask": (Call(lambda m, x: x * x[x > 0].mean()), r"'odd'.*data-dependent"),
-    "python random": (Call(python_dice), r"Random\.random"),
+    **({"python random": (Call(python_dice), r"Random\.random")} if torch.__version__ < "2.14" else {}),
     "numpy random": (Call(numpy_dice), r"data-dependent expression"),
     "assignment to a region": (Call(lambda m, x: x.clone().index_fill_(2, torch.tensor([1]), 0.0)), r"'odd'"),
     "roll of all": (Call(lambda m, x: x.roll(1) + x), r"'odd'.*without a dimension"),
