@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
 from .graph import dotted
 
-_BEFORE_2_13 = TorchVersion(torch.__version__) < "2.13"
+_BEFORE_2_13 = torch.__version__ < "2.13"  # versions are compared as such
 _open = threading.local()
 
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from .call_trees import tree_leaves
-from .higher_order import CALLED
+from .higher_order import CALLED, of_arrays
 from .program import Given, Program, Ref, place
 from .recorder import Recorder
 from .refusals import as_refusal
@@ -374,6 +374,8 @@ def _callable(step: Instruction) -> Callable[..., Any]:
     own = CALLED.get(name)
     if own is not None:
         return own
+    if type(target).__name__ == "numpy_operator_wrapper":
+        return of_arrays(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise UnsupportedError(
             f"{place(step.module, step.line)} uses the higher-order operator '{name}', for which there is no rule; "

@@ -7,6 +7,7 @@ hooks of tensors come as graphs of their forward and backward, which the lowerin
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -134,8 +135,21 @@ def _assign(tensor: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return tensor
 
 
-def _made_by_class(*args: Any) -> Tensor:
+def of_arrays(operator: Any) -> Callable[..., Any]:
+    """An operator of NumPy arrays as Dynamo writes it; PyTorch 2.15 hides its calls from function modes."""
+
+    array: Any = importlib.import_module("torch._numpy").ndarray
+
+    def call(*args: Any) -> Any:
+        result = operator.op(*(array(a) if isinstance(a, Tensor) else a for a in args))
+        return getattr(result, "tensor", result)
+
+    return call
+
+
+def _made_by_class(*args: Any, size: Any = None) -> Tensor:
     """`torch.Tensor(...)`, whose constructor of old takes no fake tensors."""
+    args = args if size is None else (*args, torch.Size(size))
     if len(args) == 1 and isinstance(args[0], list | tuple) and not isinstance(args[0], torch.Size):
         return torch.tensor(args[0], dtype=torch.get_default_dtype())
     sizes = args[0] if len(args) == 1 and isinstance(args[0], torch.Size) else args or (0,)

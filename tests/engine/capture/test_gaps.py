@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.torch_version import TorchVersion
 
 from gigamorph import UnsupportedError, accelerate
 
@@ -263,7 +262,7 @@ def test_exact_or_refused(name: str) -> None:
         assert _same(whole, wanted), whole
 
 
-@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="earlier versions are wrong elsewhere")
+@pytest.mark.skipif(torch.__version__[:4] not in ("2.13", "2.14"), reason="other versions are wrong elsewhere")
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.shown])
 def test_torchdynamo_is_still_wrong(name: str) -> None:
     """What fails here has been corrected in PyTorch: its entry in `gaps.py` is for older versions alone."""

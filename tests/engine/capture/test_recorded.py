@@ -771,7 +771,6 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1],
         "data is not allocated",
     ),
-    "a size by the class": (lambda net, x: x * torch.Tensor(torch.Size([1, 1])).fill_(0.5), "expected|broadcast|rule"),
     "old constructors": (lambda net, x: x * len(torch.FloatTensor(2, 3)), "use plain PyTorch"),
 }
 EXACT: dict[str, Middle] = {
