@@ -83,6 +83,7 @@ def _install() -> None:
         _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
         _before(variables.GetAttrVariable, "call_method", _guard_own_key)
         _before(variables.AutogradFunctionVariable, "call_apply", _break_at_twins)
+        _before(variables.UserDefinedObjectVariable, attribute, _break_at_truth)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
         _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
@@ -226,6 +227,11 @@ def _break_at_twins(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
     nodes = [one.as_proxy().node for one in args if one.is_tensor()]
     if len(set(nodes)) < len(nodes):
         _break("autograd.Function.apply of one tensor twice", "only one of its gradients would be recorded")
+
+
+def _break_at_truth(variable: Any, _tx: Any, name: str) -> None:
+    if name == "__bool__" and hasattr(type(variable.value), name):
+        _break("the truth value of an object with __bool__", "what it depends on would not be guarded")
 
 
 def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
@@ -426,7 +432,7 @@ def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
 # `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. PyTorch's own functions get True,
 # so that they choose the implementations that TorchDynamo can trace.
 
-_COMPILING = ("is_compiling", "is_dynamo_compiling")
+_COMPILING = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 _TORCH = os.path.dirname(torch.__file__)
 
 
