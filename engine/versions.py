@@ -23,7 +23,7 @@ class Tested(NamedTuple):
     """The last that parts of them pass with."""
 
 
-TESTED = {"torch": Tested("2.11", "2.14", "2.15"), "triton": Tested("3.6", "3.8", "3.9")}
+TESTED = {"torch": Tested("2.11", "2.14", "2.15"), "triton": Tested("3.6", "3.8", "3.8")}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -96,7 +96,7 @@ class Programs:
     def __init__(self) -> None:
         self.kept: weakref.WeakKeyDictionary[Graph, OrderedDict[Any, tuple[Prepared, ...]]]
         self.kept = weakref.WeakKeyDictionary()
-        self.told: weakref.WeakSet[Graph] = weakref.WeakSet()  # graphs that end early, of which the log has told
+        self.logged: weakref.WeakSet[Graph] = weakref.WeakSet()  # graphs whose early end is in the log
 
     def __reduce__(self) -> Any:
         return Programs, ()  # they are made again in a moment

@@ -151,8 +151,8 @@ class Runner:
     def serve(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
         """The outputs of a graph for its inputs."""
         outputs, counted = list(self._outputs(graph, flat)), graph.counted(flat)
-        if graph.piece and graph not in self.programs.told:
-            self.programs.told.add(graph)
+        if graph.piece and graph not in self.programs.logged:
+            self.programs.logged.add(graph)
             size = format_bytes(sum(one.nbytes for one in outputs if isinstance(one, Tensor)))
             log.info("a piece of the forward ends (%s); %s of tensors are stored for the next", graph.piece, size)
         return [counted.get(place, output) for place, output in enumerate(outputs)] if counted else outputs

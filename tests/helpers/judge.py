@@ -128,7 +128,7 @@ def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
         fails = number >= len(stock.seen)
         try:
             player.change(number)
-            player.before_call = lambda: states.append(_state(player))
+            player.before_call = lambda: states.__setitem__(slice(None), [_state(player)])
             try:
                 seen = player.visit(number)
             except GigamorphError as error:
@@ -136,7 +136,7 @@ def _compare(spec: Spec, stock: _Run, make: Make) -> Verdict:
                     return Verdict("stock fails", _told(error), number)
                 if player.phase != "forward":
                     return _refused(str(error), number, f"late, in the {player.phase}: ")
-                changed = _unequal(states[-1], _state(player))
+                changed = _unequal(states[0], _state(player))
                 if changed:
                     return Verdict("wrong", f"after the refusal: {changed}", number, str(error))
                 if player.call:  # stock has not made the earlier calls of this visit

@@ -231,6 +231,10 @@ def _columns(height: int, width: int) -> Tensor:
     return torch.linspace(-1, 1, width, dtype=torch.float64).expand(1, 1, height, width).contiguous()
 
 
+def sized_by_the_class(net: Any, x: Tensor) -> Tensor:
+    return x * torch.Tensor(torch.Size([1, 1])).fill_(0.5)
+
+
 def cached(net: Any, x: Tensor) -> Tensor:
     return x + _table(x.shape[1])
 
@@ -771,6 +775,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
         lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1],
         "data is not allocated",
     ),
+    **({"a size by the class": (sized_by_the_class, "expected|broadcast|rule")} if torch.__version__ < "2.15" else {}),
     "old constructors": (lambda net, x: x * len(torch.FloatTensor(2, 3)), "use plain PyTorch"),
 }
 EXACT: dict[str, Middle] = {
