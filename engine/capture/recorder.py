@@ -269,7 +269,28 @@ class Recorder(TorchFunctionMode):
         else:
             means = [*args[1:3], *(kwargs.get(n) for n in ("running_mean", "running_var"))]
         live = kwargs.get(flag, args[place] if len(args) > place else flag == "use_input_stats")
-        return [t for t in means if isinstance(t, Tensor)] if live else []
+        found = [t for t in means if isinstance(t, Tensor)] if live else []
+        for tensor in found:
+            self._refuse_saved(tensor)
+        return found
+
+    def _refuse_saved(self, running: Tensor) -> None:
+        """A norm that updates its running statistics after a call with a gradient saved them.
+
+        That counts no version, so PyTorch's gradient of the earlier call takes the updated statistics, in silence.
+        """
+        values = self.values.program.values
+        same = {self.values.present(running)}
+        for op in self.values.program.ops:
+            if same.isdisjoint(op.inputs) or same & set(op.mutated):
+                continue
+            if _views(op):
+                same |= set(op.outputs)
+            elif any(values[v].differentiable for v in op.outputs):
+                raise UnsupportedError(
+                    f"{self.values.where()} updates running statistics that '{op.name}' used before in this forward, "
+                    "of which PyTorch's gradient is wrong; use the norm in one mode in each forward"
+                )
 
     def _record(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]

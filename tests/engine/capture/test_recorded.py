@@ -522,6 +522,39 @@ def test_a_function_of_pytorch_that_is_replaced(monkeypatch):
     same(fast(x).detach(), stock(x).detach())
 
 
+def of_one_norm(net: Any, x: Tensor, first: bool, second: bool) -> Tensor:
+    """One norm's statistics twice, each time of the batch or running."""
+    for live in (first, second):
+        x = F.batch_norm(x, net.norm.running_mean, net.norm.running_var, training=live)
+    return x
+
+
+@pytest.mark.parametrize("way", ["two", "through a view", "without a gradient", "frozen last"])
+def test_one_norm_in_two_modes(way):
+    """Refused where PyTorch's gradient takes statistics that were updated after the call that they are of."""
+    middles: dict[str, Middle] = {
+        "two": lambda net, x: of_one_norm(net, x, False, True),
+        "through a view": lambda net, x: of_one_norm(net, x * net.norm.running_var.reshape(4, 1, 1), True, True),
+        "without a gradient": lambda net, x: of_one_norm(net, x, True, True) * (1 + silent_stem(net, x).mean()),
+        "frozen last": lambda net, x: of_one_norm(net, x, True, False),
+    }
+    torch.manual_seed(0)
+    stock = type("Case", (Base,), {"middle": middles[way]})().double()
+    twin, x = copy.deepcopy(stock), torch.randn(2, 1, 22, 26, dtype=torch.float64)
+    net = accelerate(twin, tile=9)
+    if way in ("two", "through a view"):
+        with pytest.raises(UnsupportedError, match="updates running statistics that"):
+            net(x)
+        return
+    for called in (stock, net):
+        called(x).sum().backward()
+    for one, other in zip(stock.parameters(), twin.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=LIMIT, atol=LIMIT)
+    for one, other in zip(stock.buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(one, other, rtol=LIMIT, atol=LIMIT)
+
+
 class Tied(nn.Module):
     """One weight and one running mean under two names each."""
 
