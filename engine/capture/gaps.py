@@ -104,6 +104,10 @@ def _install() -> None:
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, attribute, _break_at_version)
+    for name in ("call_str", "call_repr"):
+        _before(variables.BuiltinVariable, name, _break_at_text)
+    _before(variables.ExceptionVariable, attribute, _break_at_arguments)
+    _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
     _after(_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
     _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
@@ -130,7 +134,9 @@ def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., N
 
 
 def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
-    method = getattr(kind, name)
+    method = getattr(kind, name, None)
+    if method is None:
+        return
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -418,6 +424,21 @@ def _break_at_metaclass(variable: Any, *_given: Any) -> None:
 def _break_at_version(_variable: Any, _tx: Any, name: str) -> None:
     if name == "_version":
         _break("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
+
+
+def _break_at_text(_builtin: Any, _tx: Any, value: Any, *_given: Any) -> None:
+    if type(value).__name__ in ("ExceptionVariable", "UserDefinedExceptionObjectVariable"):
+        _break_at_exception()
+
+
+def _break_at_arguments(_variable: Any, _tx: Any, name: str) -> None:
+    if name == "args":
+        _break_at_exception()
+
+
+def _break_at_exception(*_given: Any) -> None:
+    """`raise` and `except` are as in Python, the texts of what Python itself raises are not, nor is `__str__`."""
+    _break("the text of an exception", "TorchDynamo has other texts than Python; use its class alone")
 
 
 def _break_at_class(variable: Any, _tx: Any, name: str) -> None:

@@ -96,6 +96,27 @@ def _viewed(net: Any, y: Tensor) -> Tensor:
     return y * len(list(net.own))
 
 
+def _texts(net: Any, y: Tensor) -> Tensor:
+    try:
+        net.table["b"] = net.table.pop("b") + 1
+    except KeyError as error:
+        net.own = error
+        y = y * len(str(error))
+    return y
+
+
+def _own_text(net: Any, y: Tensor) -> Tensor:
+    try:
+        raise Low("a")
+    except Low as error:
+        return y * len(str(error))
+
+
+class Low(Exception):
+    def __str__(self) -> str:
+        return "too low"
+
+
 class Meta(type):
     count = 0
 
@@ -195,6 +216,8 @@ CASES = {
     ),
     "a generator that is kept": Case(_generated, exact=False, shown=False),
     "a view of a dict that is kept": Case(_viewed, exact=False),
+    "the text of an exception": Case(_texts, exact=False),
+    "the text of an exception of one's own": Case(_own_text, exact=False),
 }
 
 
