@@ -30,7 +30,7 @@ from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
 from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
-from .substitutes import substitutes
+from .substitutes import SAYING, substitutes
 from .synchronized import synchronized
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
@@ -71,6 +71,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "disable": False,
         "allow_unspec_int_on_nn_module": True,  # counters
         "enable_dynamo_decompositions": False,  # they write addcmul_ by a call that rounds otherwise
+        "reorderable_logging_functions": set(SAYING) if scalars else set(),
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
     # A stance that turns compilation off would run the whole image, in memory that it has not.

@@ -109,6 +109,7 @@ def _install() -> None:
     _before(variables.ExceptionVariable, attribute, _break_at_arguments)
     _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
     _after(_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
+    _without_size_guards()
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
     _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
     _instead(_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
@@ -175,7 +176,7 @@ def _instead(owner: Any, name: str, answer: Any) -> None:
     setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
 
 
-def _break(what: str, why: str) -> None:
+def break_graph(what: str, why: str) -> None:
     """Break the graph here."""
     errors = _dynamo("exc")
     errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
@@ -232,12 +233,12 @@ def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) 
 def _break_at_twins(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
     nodes = [one.as_proxy().node for one in args if one.is_tensor()]
     if len(set(nodes)) < len(nodes):
-        _break("autograd.Function.apply of one tensor twice", "only one of its gradients would be recorded")
+        break_graph("autograd.Function.apply of one tensor twice", "only one of its gradients would be recorded")
 
 
 def _break_at_truth(variable: Any, _tx: Any, name: str) -> None:
     if name == "__bool__" and hasattr(type(variable.value), name):
-        _break("the truth value of an object with __bool__", "what it depends on would not be guarded")
+        break_graph("the truth value of an object with __bool__", "what it depends on would not be guarded")
 
 
 def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
@@ -344,13 +345,13 @@ def _keep_cached(kind: Any) -> None:
     def wrapped(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         function = variable.wrapper_obj
         home = str(getattr(function, "__module__", "")).partition(".")[0]
-        if not _is_on() or not hasattr(function, "cache_info") or home == "torch":
+        if not _is_on() or not hasattr(function, "cache_info") or home in ("torch", "einops"):  # of shapes alone
             return method(variable, tx, args, kwargs)
         given = [_known(one) for one in (*variable.self_args(), *args)]
         named = {name: _known(one) for name, one in kwargs.items()}
         effects = _effects()
         if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
-            _break("functools.lru_cache", "what the function reads, the forward may have changed in the same call")
+            break_graph("functools.lru_cache", "what the function reads, the forward may have changed in the same call")
         ask = functools.partial(function, *given, **named)
         value = _asked(ask)
         _open.cached.append((ask, value))
@@ -368,7 +369,7 @@ def _known(variable: Any) -> Any:
         return variable.evaluate_expr()
     value = getattr(variable, "value", None)
     if not isinstance(value, nn.Module):
-        _break("functools.lru_cache", f"a {variable.python_type_name()} as its argument is known only in the call")
+        break_graph("functools.lru_cache", f"a {variable.python_type_name()} as its argument is known only in the call")
     return value
 
 
@@ -381,18 +382,18 @@ def _asked(ask: Callable[[], Any]) -> Any:
     value, info = ask(), ask.func.cache_info()
     if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
         ask.func.cache_clear()  # in pieces it draws them now
-        _break("functools.lru_cache", "the function draws random numbers")
+        break_graph("functools.lru_cache", "the function draws random numbers")
     if ask() is not value or info.currsize == info.maxsize:
-        _break("functools.lru_cache", f"its cache of {info.maxsize} is full")
+        break_graph("functools.lru_cache", f"its cache of {info.maxsize} is full")
     if any(isinstance(one, Tensor) and not one.is_leaf for one in tree_leaves(value)):
-        _break("functools.lru_cache", "its tensor is made of weights, and its gradient can be taken once only")
+        break_graph("functools.lru_cache", "its tensor is made of weights, and its gradient can be taken once only")
     return value
 
 
 def _break_at_generator(variable: Any, *_given: Any) -> None:
     code = variable.get_code()
     where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
-    _break(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
+    break_graph(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
 
 
 def _note_value(_builder: Any, value: Any) -> None:
@@ -400,17 +401,17 @@ def _note_value(_builder: Any, value: Any) -> None:
     if isinstance(value, OrderedDict) and len(value) > 1:
         _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
-        _break("a view of a dict that is kept", "TorchDynamo would not see in it what is written to the dict")
+        break_graph("a view of a dict that is kept", "TorchDynamo would not see in it what is written to the dict")
 
 
 def _break_at_view(view: Any, *_given: Any) -> None:
     if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _effects().id_to_variable.values()):
-        _break("a kept view of an OrderedDict", "TorchDynamo would make it of a copy")
+        break_graph("a kept view of an OrderedDict", "TorchDynamo would make it of a copy")
 
 
 def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: Any) -> None:
     if name == "forward" and type(value).__name__ == "DeletedVariable":
-        _break("the deletion of a module's forward", "TorchDynamo fails at it after the call")
+        break_graph("the deletion of a module's forward", "TorchDynamo fails at it after the call")
     if type(variable).__name__ == "UserDefinedClassVariable":
         _open.set.add((variable.value, name))
 
@@ -418,12 +419,12 @@ def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: An
 def _break_at_metaclass(variable: Any, *_given: Any) -> None:
     kinds = inspect.getmro(type(variable.value))
     if any("__call__" in vars(kind) for kind in kinds if kind.__module__ not in ("builtins", "abc", "enum")):
-        _break(f"a call of the class {variable.value.__name__}", "TorchDynamo leaves its metaclass's __call__ out")
+        break_graph(f"a call of the class {variable.value.__name__}", "TorchDynamo leaves its metaclass's __call__ out")
 
 
 def _break_at_version(_variable: Any, _tx: Any, name: str) -> None:
     if name == "_version":
-        _break("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
+        break_graph("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
 
 
 def _break_at_text(_builtin: Any, _tx: Any, value: Any, *_given: Any) -> None:
@@ -438,13 +439,13 @@ def _break_at_arguments(_variable: Any, _tx: Any, name: str) -> None:
 
 def _break_at_exception(*_given: Any) -> None:
     """`raise` and `except` are as in Python, the texts of what Python itself raises are not, nor is `__str__`."""
-    _break("the text of an exception", "TorchDynamo has other texts than Python; use its class alone")
+    break_graph("the text of an exception", "TorchDynamo has other texts than Python; use its class alone")
 
 
 def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
     """What the forward sets of a class is not seen where an object of the class is asked for it."""
     if any((kind, name) in _open.set for kind in type(variable.value).__mro__ if _open.set):
-        _break(
+        break_graph(
             f"'{name}' of a class is set and then read of an object",
             "TorchDynamo would read what it was; read the class's",
         )
@@ -465,6 +466,23 @@ def _without_compiler(states: Any) -> Any:
     if _open.caller.startswith(_TORCH):
         return states
     return {function: False if function.__name__ in _COMPILING else state for function, state in states.items()}
+
+
+# Which of its convolutions PyTorch would choose decides the layout of a fake map, and is guarded by the map's size. The
+# layouts of maps by tiles are their own.
+
+
+def _without_size_guards() -> None:
+    select = torch._C._select_conv_backend
+
+    @functools.wraps(select)
+    def wrapped(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _is_on():
+            known = ([n.node.hint if isinstance(n, torch.SymInt) else n for n in of] for of in (x.shape, x.stride()))
+            x = torch.empty_strided(*known, dtype=x.dtype, device=x.device)
+        return select(x, weight, *args, **kwargs)
+
+    torch._C._select_conv_backend = wrapped  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_generators() -> None:

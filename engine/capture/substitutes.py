@@ -1,7 +1,9 @@
-"""Calls that Dynamo records by another name, since it cannot find the result's shape of the call itself.
+"""Calls that Dynamo records otherwise than the forward makes them.
 
-`F.batch_norm` of a norm whose running statistics are means over all batches (`momentum=None`): its momentum comes of a
-counter, a number without a value. Recurrent layers: without values PyTorch goes through every step of a sequence.
+By another name, since the result's shape cannot be found of the call itself: `F.batch_norm` of a norm whose running
+statistics are means over all batches (`momentum=None`), so that its momentum comes of a counter, a number without a
+value; recurrent layers, of which PyTorch without values goes through every step of a sequence. After the graph: what
+the forward prints, warns and logs.
 """
 
 from __future__ import annotations
@@ -10,14 +12,21 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .gaps import break_graph
 from .recurrent import LAYERS, of_one_step
+
+SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
+"""Functions that are called after the graph, where Dynamo's setting names them: not in pieces."""
 
 _SIGNATURE = inspect.signature(F.batch_norm)
 _on: list[None] = []  # an item for each context that is open
@@ -65,6 +74,12 @@ def _install() -> None:
     _substitute(F.batch_norm, batch_norm, _has_no_value)
     for name in LAYERS:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
+    misc = importlib.import_module("torch._dynamo.variables.misc")
+    _instead(misc.DebuggingVariable, "call_function", _say)
+    _instead(misc.LoggingLoggerVariable, "call_method", _log)
+    functions = importlib.import_module("torch._dynamo.variables.functions")
+    _instead(functions.SkipFunctionVariable, "call_function", _isinstance)
+    _instead(misc.NumpyVariable, "call_function", _product)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -77,3 +92,67 @@ def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any
         return calls(other).call_function(tx, list(args), kwargs)
 
     calls._get_handlers().setdefault(function, record)
+
+
+def _say(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """Dynamo alone would forget keywords, and what inlined functions say."""
+    if not all(map(_is_sayable, (*args, *kwargs.values()))):
+        break_graph(f"{function.value.__name__} in the forward", "its arguments are known only in the call")
+    given = {name: one.as_python_constant() for name, one in kwargs.items()}
+    name = tx.output.install_global("said", functools.partial(function.value, **given))
+    source = importlib.import_module("torch._dynamo.source").GlobalSource(name)
+    tx.output.root_tx.debug_locals.append((type(function)(function.value, source=source), list(args)))
+    return importlib.import_module("torch._dynamo.variables").ConstantVariable.create(None)
+
+
+def _log(logger: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    levels = ("debug", "info", "warning", "warn", "error", "critical", "log")
+    if name not in levels or not torch._dynamo.config.reorderable_logging_functions:
+        return None
+    misc = importlib.import_module("torch._dynamo.variables.misc")
+    return _say(misc.DebuggingVariable(getattr(logger.value, name)), tx, args, kwargs)
+
+
+def _is_sayable(variable: Any) -> bool:
+    """Constants, sizes, and texts of them."""
+    parts = getattr(variable, "sym_args", None)
+    if parts is not None:
+        return all(map(_is_sayable, (*parts, *variable.sym_kwargs.values())))
+    if type(variable).__name__ in ("SizeVariable", "TupleVariable"):
+        return all(map(_is_sayable, variable.items))
+    return variable.is_python_constant() or variable.is_symnode_like()
+
+
+def _instead(kind: Any, name: str, other: Callable[..., Any]) -> None:
+    """`other` is called while something of ours is recorded, unless it returns None."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def wrapped(*args: Any) -> Any:
+        result = other(*args) if _on else None
+        return method(*args) if result is None else result
+
+    setattr(kind, name, wrapped)
+
+
+def _isinstance(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.jit.isinstance` with a class is Python's."""
+    if function.value is not torch.jit.isinstance or not isinstance(args[1].as_python_constant(), type):
+        return None
+    return (
+        importlib.import_module("torch._dynamo.variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
+    )
+
+
+def _product(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """`numpy.prod` of sizes is a number; Dynamo would make a tensor of it."""
+    if function.value is not np.prod or kwargs or len(args) != 1 or not _is_sayable(args[0]):
+        return None
+    return importlib.import_module("torch._dynamo.variables").UserFunctionVariable(_times).call_function(tx, args, {})
+
+
+def _times(sizes: Any) -> Any:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -81,6 +81,14 @@ def test_the_second_size_makes_sizes_symbolic(graphs: list[Graph]) -> None:
     assert counts == [1, 2, 2, 2, 2, 2]
 
 
+def test_sizes_at_which_pytorch_chooses_another_convolution(graphs: list[Graph]) -> None:
+    """In float32 of one image it does so at 20,480 values; that makes no graph of its own."""
+    ours = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), tile=64)
+    for size in ((60, 60), (61, 62), (80, 81), (150, 170), (40, 41)):
+        ours(torch.randn(1, 1, *size)).sum().backward()
+    assert len(graphs) == 2
+
+
 def test_hooks_that_are_added_later_are_seen(graphs: list[Graph]) -> None:
     stock = network()
     twin = copy.deepcopy(stock)
