@@ -47,7 +47,7 @@ def gaps_closed() -> Iterator[None]:
     _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
     _open.ordered = list[OrderedDict[Any, Any]]()  # that the forward reads
     _open.filled = list[Any]()  # functions of functools.lru_cache that had cached nothing before
-    _open.caller = ""  # the file of what calls PyTorch
+    _open.caller = ""  # the package of what calls PyTorch
     try:
         yield
     except BaseException:
@@ -451,19 +451,19 @@ def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
         )
 
 
-# `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. PyTorch's own functions get True,
-# so that they choose the implementations that TorchDynamo can trace.
+# `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. Libraries that then choose what
+# TorchDynamo can trace, with the same results, get True.
 
 _COMPILING = ("is_compiling", "is_dynamo_compiling", "is_exporting")
-_TORCH = os.path.dirname(torch.__file__)
+_ASKING = ("torch", "transformers")
 
 
 def _note_caller(_variable: Any, tx: Any, *_given: Any) -> None:
-    _open.caller = tx.f_code.co_filename
+    _open.caller = str(tx.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _without_compiler(states: Any) -> Any:
-    if _open.caller.startswith(_TORCH):
+    if _open.caller in _ASKING:
         return states
     return {function: False if function.__name__ in _COMPILING else state for function, state in states.items()}
 
