@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -92,11 +94,11 @@ def test_exact(call: Callable[[Any, Tensor], Tensor]) -> None:
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_libraries_that_ask_whether_something_compiles_are_answered() -> None:
+def test_libraries_that_ask_whether_something_compiles_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """They choose what TorchDynamo can trace; the network's own code gets what stock PyTorch answers."""
-    theirs: dict[str, Any] = {"__name__": "transformers.asking", "torch": torch}
-    exec("def factor(): return 2 if torch.compiler.is_compiling() else 3", theirs)
-    factor = theirs["factor"]
-    (stock, _), (_, fast) = both(lambda part, x: x * 2), both(lambda part, x: x * factor())
+    theirs: Any = types.ModuleType("transformers")
+    monkeypatch.setitem(sys.modules, "transformers", theirs)
+    exec("import torch\ndef factor(): return 2 if torch.compiler.is_compiling() else 3", vars(theirs))
+    (stock, _), (_, fast) = both(lambda part, x: x * 2), both(lambda part, x: x * theirs.factor())
     x = torch.randn(1, 1, 13, 20, dtype=torch.float64)
     torch.testing.assert_close(fast(x), stock(x), rtol=1e-12, atol=1e-12)
