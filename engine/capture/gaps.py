@@ -104,6 +104,8 @@ def _install() -> None:
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, attribute, _break_at_version)
+    checkpoints = _dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
+    _before(checkpoints, "_call_function", _break_at_reentrant)
     for name in ("call_str", "call_repr"):
         _before(variables.BuiltinVariable, name, _break_at_text)
     _before(variables.ExceptionVariable, attribute, _break_at_arguments)
@@ -425,6 +427,19 @@ def _break_at_metaclass(variable: Any, *_given: Any) -> None:
 def _break_at_version(_variable: Any, _tx: Any, name: str) -> None:
     if name == "_version":
         break_graph("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
+
+
+def _break_at_reentrant(_checkpoint: Any, _tx: Any, args: Any, kwargs: Any) -> None:
+    """Of a reentrant checkpoint PyTorch gives no gradients where none of its inputs wants one."""
+    reentrant = kwargs.get("use_reentrant")
+    if reentrant is not None and reentrant.as_python_constant() is False:
+        return
+    maps = [one.as_proxy().node.meta["example_value"] for one in args[1:] if one.is_tensor()]
+    if torch.is_grad_enabled() and not any(one.requires_grad for one in maps):
+        break_graph(
+            "a reentrant checkpoint of inputs without gradients",
+            "stock PyTorch leaves out the gradients of its weights; pass use_reentrant=False",
+        )
 
 
 def _break_at_text(_builtin: Any, _tx: Any, value: Any, *_given: Any) -> None:

@@ -795,6 +795,10 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "a kept handle": (lambda net, x: (net.seen.append(x.register_hook(lambda g: g)), x)[1], "cannot be recorded"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], r"test_recorded.py:\d+"),
     "checkpointed statistics": (lambda net, x: checkpoint(net.norm, x, use_reentrant=False), "again in the backward"),
+    "checkpointed without a gradient": (
+        lambda net, x: checkpoint(lambda y: net.scale * y.tanh(), x.detach(), use_reentrant=True),
+        "pass use_reentrant=False",
+    ),
     "vmap": (lambda net, x: torch.vmap(lambda row: row * 2)(x), "torch.func"),
     "a branch for the compiler": (
         lambda net, x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
