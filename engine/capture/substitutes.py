@@ -80,6 +80,7 @@ def _install() -> None:
     functions = importlib.import_module("torch._dynamo.variables.functions")
     _instead(functions.SkipFunctionVariable, "call_function", _isinstance)
     _instead(misc.NumpyVariable, "call_function", _product)
+    _instead(functions.UserFunctionVariable, "call_function", _captured)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -156,3 +157,11 @@ def _times(sizes: Any) -> Any:
     for size in sizes:
         result *= size
     return result
+
+
+def _captured(function: Any, _tx: Any, args: Any, _kwargs: Any) -> Any:
+    """Hooks of transformers that capture outputs are installed now, once, with a lock that Dynamo does not know."""
+    if getattr(function.fn, "__name__", "") != "maybe_install_capturing_hooks":
+        return None
+    function.fn(args[0].value)
+    return importlib.import_module("torch._dynamo.variables").ConstantVariable.create(None)
