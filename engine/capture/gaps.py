@@ -47,6 +47,7 @@ def gaps_closed() -> Iterator[None]:
     _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
     _open.ordered = list[OrderedDict[Any, Any]]()  # that the forward reads
     _open.filled = list[Any]()  # functions of functools.lru_cache that had cached nothing before
+    _open.builtins = dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]]()  # and where code looks for them
     _open.caller = ""  # the package of what calls PyTorch
     try:
         yield
@@ -104,6 +105,10 @@ def _install() -> None:
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, attribute, _break_at_version)
+    _before(variables.UserDefinedObjectVariable, attribute, _guard_delegated)
+    translator = _dynamo("symbolic_convert").InstructionTranslatorBase
+    _before(translator, "load_builtin_from_argval", _note_builtin)
+    _before(translator, "COMPARE_OP", _guard_compared)
     checkpoints = _dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
     _before(checkpoints, "_call_function", _break_at_reentrant)
     for name in ("call_str", "call_repr"):
@@ -253,6 +258,15 @@ def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
+def _guard_delegated(variable: Any, _tx: Any, name: str) -> None:
+    """An attribute that a class's own `__getattr__` finds, until the object has one itself."""
+    kind = type(variable.value)
+    if variable.source is None or getattr(kind, "__getattr__", nn.Module.__getattr__) is nn.Module.__getattr__:
+        return
+    if name not in getattr(variable.value, "__dict__", {name}) and not hasattr(kind, name):
+        _guard(variable, "NOT_PRESENT_IN_GENERIC_DICT", attr=name)
+
+
 def _guard(variable: Any, kind: str, **what: Any) -> None:
     guards = _dynamo("guards")
     guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
@@ -272,6 +286,40 @@ def _guard_twice(builder: Any, guards: Any) -> None:
         return found
 
     builder.make_dupe_guard = make_dupe_guard
+
+
+def _guard_compared(tx: Any, instruction: Any) -> None:
+    """Objects that `is` compares; Dynamo guards their types."""
+    if instruction.argval not in ("is", "is not"):
+        return
+    pair = [variable.realize() for variable in tx.stack[-2:]]
+    if not any(variable.is_python_constant() for variable in pair):
+        _guard_identity(pair)
+
+
+def _guard_identity(variables: Any) -> None:
+    for variable in variables:
+        if variable.source is not None and _is_mutable(variable):
+            _guard(variable, "ID_MATCH")
+
+
+def _is_mutable(variable: Any) -> bool:
+    """A list, a dict, a set or an object of a class; modules and tensors are guarded otherwise."""
+    kinds = [kind.__name__ for kind in type(variable).__mro__]
+    known = any(name in kinds for name in ("ListVariable", "ConstDictVariable", "SetVariable", "DequeVariable"))
+    return known or (
+        "UserDefinedObjectVariable" in kinds and not isinstance(getattr(variable, "value", None), nn.Module)
+    )
+
+
+def _guard_distinct(effects: Any) -> None:
+    """What the forward writes to shows where the same object has another name, which it may get later."""
+    given = (one for one in effects.id_to_variable.values() if type(one.mutation_type).__name__.endswith("Existing"))
+    held = [one for one in given if one.source is not None and _is_mutable(one)]
+    for written in filter(effects.is_modified, held):
+        alike = [one for one in held if one.python_type() is written.python_type()]
+        if len(alike) > 1:
+            _guard_identity(alike)
 
 
 # Numbers are guarded by ==, to which 0.0 and -0.0 are the same.
@@ -398,8 +446,15 @@ def _break_at_generator(variable: Any, *_given: Any) -> None:
     break_graph(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
 
 
-def _note_value(_builder: Any, value: Any) -> None:
+def _note_builtin(tx: Any, name: str) -> None:
+    if not str(tx.f_globals.get("__name__")).startswith("torch."):
+        _open.builtins[id(tx.f_globals), name] = tx.f_globals, tx.f_builtins
+
+
+def _note_value(builder: Any, value: Any) -> None:
     """What Dynamo reads for the first time."""
+    if type(value) is object:  # all that can be asked of it is whether it is another
+        _dynamo("guards").install_guard(builder.source.make_guard(_dynamo("guards").GuardBuilder.ID_MATCH))
     if isinstance(value, OrderedDict) and len(value) > 1:
         _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
@@ -547,6 +602,7 @@ class Unguarded:
         self._metaclasses: dict[type, None] = {}
         self._ordered: dict[int, OrderedDict[Any, Any]] = {}
         self._cached: list[tuple[Callable[[], Any], Any]] = []
+        self._builtins: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self._before: Any = None
 
     def is_other(self) -> bool:
@@ -566,6 +622,8 @@ class Unguarded:
             self._classes.update((one, None) for one in kind.__mro__ if one.__flags__ & _HEAP_TYPE)
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._cached += _open.cached
+        self._builtins.update(_open.builtins)
+        _guard_distinct(_effects())
         self._before = self._now()
 
     def _now(self) -> Any:
@@ -575,4 +633,5 @@ class Unguarded:
         for kind in self._metaclasses:
             found += vars(kind).values()
         found += map(list, self._ordered.values())
+        found += [own.get(name, python.get(name)) for (_, name), (own, python) in self._builtins.items()]
         return found

@@ -172,6 +172,7 @@ CALLED: dict[str, Callable[..., Any]] = {
     "numpy_T": lambda tensor: tensor.T,
     "matrix_H": lambda tensor: tensor.H,
     "Tensor": _made_by_class,
+    "new_full": Tensor.new_full,
     "_lower_version_count_by_1": lambda tensor: tensor,
     **{name: getattr(torch, name) for name in LAYERS},
 }

@@ -56,6 +56,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, values: Values):
         self.values = values
         self.entry_inference = torch.is_inference_mode_enabled()
+        self.entry_dtype = torch.get_default_dtype()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,6 +105,8 @@ class Recorder(TorchFunctionMode):
             result = of_one_step(name, func, args, kwargs)
             result = func(*args, **kwargs) if result is None else result
         outputs = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
+        if torch.get_default_dtype() != self.entry_dtype:
+            kwargs = self._with_dtype(name, tensors, outputs, kwargs)
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
             return result  # a real tensor; it is a constant where it is used
         # Of fake tensors in a list PyTorch counts no versions.
@@ -118,6 +121,18 @@ class Recorder(TorchFunctionMode):
             self.values.program.reads += [(a.now, a) for a in args if isinstance(a, Watched)]
             self._record(func, args, kwargs, tensors, outputs, written)
         return result
+
+    def _with_dtype(self, name: str, tensors: list[Tensor], outputs: list[Tensor], kwargs: Any) -> Any:
+        """The keywords of a call under another default dtype than the forward began with: NumPy's arrays."""
+        floating = [t for t in outputs if t.is_floating_point() or t.is_complex()]
+        if not floating or "dtype" in kwargs or any(t.is_floating_point() or t.is_complex() for t in tensors):
+            return kwargs
+        if tensors:
+            raise UnsupportedError(
+                f"{self.values.where()} computes '{name}' of integers in another default dtype than the forward began "
+                "with; convert them first (x.to(torch.float64))"
+            )
+        return {**kwargs, "dtype": floating[0].dtype}
 
     @contextlib.contextmanager
     def _no_inference(self) -> Iterator[None]:

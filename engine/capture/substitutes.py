@@ -80,6 +80,8 @@ def _install() -> None:
     functions = importlib.import_module("torch._dynamo.variables.functions")
     _instead(functions.SkipFunctionVariable, "call_function", _isinstance)
     _instead(misc.NumpyVariable, "call_function", _product)
+    torch.compiler.allow_in_graph(new_full)
+    _instead(importlib.import_module("torch._dynamo.variables").TensorVariable, "call_method", _filled)
     _instead(functions.UserFunctionVariable, "call_function", _captured)
 
 
@@ -157,6 +159,19 @@ def _times(sizes: Any) -> Any:
     for size in sizes:
         result *= size
     return result
+
+
+def _filled(x: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """`Tensor.new_full` of a tensor's number, which has no value yet."""
+    fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
+    if name != "new_full" or fill is None or not fill.is_tensor():
+        return None
+    calls = importlib.import_module("torch._dynamo.variables").TorchInGraphFunctionVariable
+    return calls(new_full).call_function(tx, [x, *args], kwargs)
+
+
+def new_full(x: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
+    return x.new_empty(size, **kwargs)
 
 
 def _captured(function: Any, _tx: Any, args: Any, _kwargs: Any) -> Any:

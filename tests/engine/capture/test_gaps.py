@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,43 @@ class Low(Exception):
         return "too low"
 
 
+MISSING = object()
+
+
+class Node:
+    """Settings that ask their parent for what they have not."""
+
+    def __init__(self, parent: Any = None, **settings: Any) -> None:
+        vars(self).update(settings, parent=parent)
+
+    def __getattr__(self, name: str) -> Any:
+        parent = vars(self)["parent"]
+        if parent is None:
+            raise AttributeError(name)
+        return getattr(parent, name)
+
+
+def _two_lists(net: Any, y: Tensor) -> Tensor:
+    net.first.append(2.0)
+    y = y * sum(net.second)
+    net.first.pop()
+    return y
+
+
+def _of_the_parent(net: Any, step: int) -> None:
+    if step == 0:
+        net.node = Node(Node(Node(gain=2.0)))
+    else:
+        (net.node, net.node.parent)[step % 2].gain = 2.0 + step
+
+
+def _shadowed(net: Any, step: int) -> None:
+    if step == 1:
+        globals()["len"] = lambda value: 7
+    else:
+        globals().pop("len", None)
+
+
 class Meta(type):
     count = 0
 
@@ -216,6 +254,23 @@ CASES = {
     ),
     "a generator that is kept": Case(_generated, exact=False, shown=False),
     "a view of a dict that is kept": Case(_viewed, exact=False),
+    "an object that is another": Case(
+        lambda net, y: y * 3 if net.own is MISSING else y,
+        lambda net, step: setattr(net, "own", object() if step == 1 else MISSING),
+    ),
+    "two lists that are one": Case(
+        _two_lists,
+        lambda net, step: (
+            vars(net).update(first=[1.0], second=[1.0]) if step == 0 else setattr(net, "second", net.first)
+        ),
+    ),
+    "settings with parents": Case(lambda net, y: y * net.node.gain, _of_the_parent),
+    "a builtin that a module hides": Case(lambda net, y: y * len(net.order), _shadowed),
+    "arrays of Python's numbers": Case(
+        lambda net, y: y * torch.from_numpy(np.array([0.3, 0.7]) * 0.1).view(2, 1, 1) * np.exp(net.number + 0.1),
+        lambda net, step: setattr(net, "number", 0.1 * step),
+        shown=False,
+    ),
     "the text of an exception": Case(_texts, exact=False),
     "the text of an exception of one's own": Case(_own_text, exact=False),
 }
@@ -261,6 +316,7 @@ def _seen(case: Case, compiled: Callable[[nn.Module], Callable[..., Any]]) -> li
     finally:
         sys.setrecursionlimit(limit)
         Act.forward, Act.calls, nn.Softsign.forward = PLAIN, 0, SOFT
+        globals().pop("len", None)
         torch._dynamo.reset()
     return found
 

@@ -426,7 +426,7 @@ def agree(stock: Base, change: Callable[[Any], None] | None = None, **options: A
 
 # TorchDynamo refuses these in a whole graph.
 IN_PIECES = {
-    *("channels by a mask", "an index of its own", "filled by state", "a copy of a buffer"),
+    *("channels by a mask", "an index of its own", "a copy of a buffer"),
     *("what the backward reads, on the host", "a generator of its own", "Variable"),
 }
 
