@@ -106,6 +106,8 @@ def _install() -> None:
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, attribute, _break_at_version)
     _before(variables.UserDefinedObjectVariable, attribute, _guard_delegated)
+    _before(variables.SymNodeVariable, attribute, _break_at_class_of_size)
+    _before(variables.BuiltinVariable, "_call_min_max_binary", _break_at_extreme)
     translator = _dynamo("symbolic_convert").InstructionTranslatorBase
     _before(translator, "load_builtin_from_argval", _note_builtin)
     _before(translator, "COMPARE_OP", _guard_compared)
@@ -497,6 +499,17 @@ def _break_at_reentrant(_checkpoint: Any, _tx: Any, args: Any, kwargs: Any) -> N
         )
 
 
+def _break_at_class_of_size(_size: Any, _tx: Any, name: str) -> None:
+    if name == "__class__":
+        break_graph("__class__ of a size", "TorchDynamo would answer with a class of its own; use type()")
+
+
+def _break_at_extreme(_builtin: Any, _tx: Any, *pair: Any) -> None:
+    """`max(size, 0.5)` is a float, or still an int."""
+    if any(one.is_symnode_like() for one in pair) and len({one.python_type() for one in pair}) > 1:
+        break_graph("min or max of a size and a float", "TorchDynamo would return a float")
+
+
 def _break_at_text(_builtin: Any, _tx: Any, value: Any, *_given: Any) -> None:
     if type(value).__name__ in ("ExceptionVariable", "UserDefinedExceptionObjectVariable"):
         _break_at_exception()
@@ -629,6 +642,7 @@ class Unguarded:
     def _now(self) -> Any:
         found: list[Any] = [sys.getrecursionlimit()]
         for kind in self._classes:
+            found += () if kind.__module__.startswith("torch.") else vars(kind)  # names that may hide others
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
         for kind in self._metaclasses:
             found += vars(kind).values()

@@ -277,7 +277,7 @@ class Graph:
         recorder, program = Recorder(values), values.program
 
         def before(step: Instruction) -> None:
-            values.module, values.line = step.module, step.line
+            values.module, values.line, values.called = step.module, step.line, step.target
 
         with (
             _modes_restored(),

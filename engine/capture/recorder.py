@@ -59,7 +59,12 @@ class Recorder(TorchFunctionMode):
         self.entry_dtype = torch.get_default_dtype()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(self.values.called, "__name__", "")
+        if func is getattr(F, name, None) and func is not self.values.called and callable(self.values.called):
+            raise UnsupportedError(
+                f"{self.values.where()} calls PyTorch's '{name}', in whose place torch.nn.functional has another "
+                "function, which would act twice; put PyTorch's own back, and call the other by a name of its own"
+            )
         if func is checkpointed:
             return self._checkpointed(*args)
         if func in OF_PARTS and "out" not in kwargs:

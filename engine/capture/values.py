@@ -27,6 +27,7 @@ class Values:
     Attributes:
         module: path of the module whose forward is running.
         line: of the network's code, of the call that is being recorded.
+        called: what the graph calls there.
         group: the processes that the next BatchNorm shares its statistics with.
     """
 
@@ -43,6 +44,7 @@ class Values:
         self.alive: list[Any] = []  # ids stay unique only while their objects live
         self.aliases = Aliases()
         self.module, self.line, self.group = "", "", None
+        self.called: Any = None
 
     def autocast(self) -> tuple[bool, torch.dtype]:
         kind = self.device.type

@@ -264,6 +264,13 @@ CASES = {
             vars(net).update(first=[1.0], second=[1.0]) if step == 0 else setattr(net, "second", net.first)
         ),
     ),
+    "a class's attribute that hides a layer": Case(
+        lambda net, y: net.soft(y),
+        lambda net, step: (
+            setattr(Net, "soft", nn.Tanh()) if step == 1 else vars(Net).get("soft") and delattr(Net, "soft")
+        ),
+    ),
+    "the class of a size": Case(lambda net, y: y * 2 if y.shape[2].__class__ is int else y, shown=False),
     "settings with parents": Case(lambda net, y: y * net.node.gain, _of_the_parent),
     "a builtin that a module hides": Case(lambda net, y: y * len(net.order), _shadowed),
     "arrays of Python's numbers": Case(
@@ -317,6 +324,7 @@ def _seen(case: Case, compiled: Callable[[nn.Module], Callable[..., Any]]) -> li
         sys.setrecursionlimit(limit)
         Act.forward, Act.calls, nn.Softsign.forward = PLAIN, 0, SOFT
         globals().pop("len", None)
+        vars(Net).get("soft") and delattr(Net, "soft")
         torch._dynamo.reset()
     return found
 

@@ -522,6 +522,15 @@ def test_a_function_of_pytorch_that_is_replaced(monkeypatch):
     same(fast(x).detach(), stock(x).detach())
 
 
+@pytest.mark.parametrize("fallback", [None, "whole"])
+def test_a_function_in_the_place_of_the_one_that_it_calls(monkeypatch, fallback):
+    """PyTorch hands on what is at the place of its function, so that the other one would act twice."""
+    own, net = F.interpolate, nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2)).double()
+    monkeypatch.setattr(F, "interpolate", lambda x, *args, **kwargs: own(x, *args, **kwargs) * 2)
+    with pytest.raises(UnsupportedError, match="'interpolate', in whose place"):
+        accelerate(net, tile=8, fallback=fallback)(torch.randn(1, 1, 18, 21, dtype=torch.float64))
+
+
 def of_one_norm(net: Any, x: Tensor, first: bool, second: bool) -> Tensor:
     """One norm's statistics twice, each time of the batch or running."""
     for live in (first, second):
