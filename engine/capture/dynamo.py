@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, overrides
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
 from .active import recorded
@@ -113,6 +114,7 @@ class Compiled:
         self._modes: Sequence[Any] = ()  # dispatch modes of the caller's
         self._hooks: list[Any] = []  # hooks on all modules, at which Dynamo's guards do not look
         self._unguarded = Unguarded()
+        self._graphs, self._static = 0, False  # recordings, and whether each is of one size
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result.
@@ -120,6 +122,24 @@ class Compiled:
         Raises:
             UnsupportedError: for what Dynamo refuses, with the line of the user's code.
         """
+        try:
+            return self._called(*args, **kwargs)
+        except UnsupportedError as error:
+            if self._static or not self._graphs or self._served is not None:
+                raise
+            self._static = True  # what Dynamo cannot do with symbolic sizes it may do with known ones
+            try:
+                result = self._called(*args, **kwargs)
+            except UnsupportedError:
+                self._static = False
+                raise
+            log.info("each image size is recorded by itself: %s", error)
+            return result
+        finally:
+            self._served = None
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        self._served = None
         try:
             with (
                 settings(scalars=not self.pieces),
@@ -129,19 +149,18 @@ class Compiled:
             ):
                 if hooks != self._hooks or self._unguarded.is_other():
                     self._call, self._hooks, self._unguarded = None, hooks, Unguarded()
-                try:
-                    return self._compiled()(*args, **kwargs)
-                except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
-                    self._call = None
-                    return self._compiled()(*args, **kwargs)
+                with _sizes_known(args, kwargs) if self._static else contextlib.nullcontext():
+                    try:
+                        return self._compiled()(*args, **kwargs)
+                    except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
+                        self._call = None
+                        return self._compiled()(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
             raise refusal(error) from None
         except Exception as error:
             if isinstance(error, GigamorphError) or error is self._served or (self.pieces and _FROM not in str(error)):
                 raise  # ours, that of the computation, or the network's own
             raise outside(error) from error
-        finally:
-            self._served = None
 
     def _compiled(self) -> Callable[..., Any]:
         if self._call is None:
@@ -167,6 +186,7 @@ class Compiled:
         refuse_generators()
         self._unguarded.note()
         graph, held = Graph.of(module), weakref.ref(self)
+        self._graphs += 1
 
         def run(*inputs: Any) -> Sequence[Any]:
             compiled = _there(held)  # pyright: ignore
@@ -178,6 +198,22 @@ class Compiled:
                 raise
 
         return run
+
+
+@contextlib.contextmanager
+def _sizes_known(args: Any, kwargs: Any) -> Iterator[None]:
+    """Without symbolic sizes of the tensors that the forward gets."""
+    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    before = [set(vars(tensor)) for tensor in tensors]
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor)
+    marked = [set(vars(tensor)) - names for tensor, names in zip(tensors, before, strict=True)]
+    try:
+        yield
+    finally:
+        for tensor, names in zip(tensors, marked, strict=True):
+            for name in names:
+                vars(tensor).pop(name, None)
 
 
 def _there(held: weakref.ref[Compiled]) -> Compiled:

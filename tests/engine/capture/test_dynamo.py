@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,18 @@ class Net(nn.Module):
         x = self.act(self.norm(self.first(x)))
         self.seen.append(x.mean((0, 2, 3)).detach())
         return self.head(self.second(self.middle(self, x)).mean((2, 3)))
+
+
+class Sized(nn.Module):
+    """A number of the map's size, and of how often it is called."""
+
+    def __init__(self, of_sizes: Callable[[int, int], int]) -> None:
+        super().__init__()
+        self.of_sizes, self.calls = of_sizes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return (x * self.of_sizes(*x.shape[2:]) + self.calls) / 100
 
 
 def network(middle: Callable[[Any, Tensor], Tensor] = lambda _net, x: x) -> Net:
@@ -88,6 +101,30 @@ def test_sizes_at_which_pytorch_chooses_another_convolution(graphs: list[Graph])
     for size in ((60, 60), (61, 62), (80, 81), (150, 170), (40, 41)):
         ours(torch.randn(1, 1, *size)).sum().backward()
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    "of_sizes",
+    [
+        lambda h, w: len(str((h, w))),
+        lambda h, w: {"30": 2, "41": 3}.get(str(h), 5),
+        lambda h, w: divmod(h, 7)[1] + math.gcd(h, w) + sorted((h, w))[0],
+        lambda h, w: len(f"{h:d} {w:04d}"),
+    ],
+)
+def test_sizes_that_must_be_known(of_sizes: Callable[[int, int], int], graphs: list[Graph]) -> None:
+    """Each is recorded by itself, once; the counter of the network stays symbolic."""
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), Sized(of_sizes), nn.Conv2d(4, 2, 3)).double()
+    twin = copy.deepcopy(stock)
+    ours = accelerate(twin, tile=9)
+    sizes = ((30, 26), (41, 26), (30, 26), (101, 33), (41, 26), (30, 26))
+    agree(stock, ours, twin, sizes)
+    made = len(graphs)
+    agree(stock, ours, twin, sizes)
+    assert len(graphs) == made <= 2 * len(set(sizes))
+    x = image()
+    ours(x)
+    assert not vars(x)
 
 
 def test_hooks_that_are_added_later_are_seen(graphs: list[Graph]) -> None:
