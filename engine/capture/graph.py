@@ -308,6 +308,10 @@ class Graph:
                 with recorder:
                     graph = self if moved is None else self.on(moved)
                     output = graph.run(twins, before)
+                if torch.is_grad_enabled() != values.entry_grad:
+                    raise UnsupportedError(
+                        "the forward leaves gradients switched on or off for what follows; use a with block"
+                    )
                 self._finish(values, program, output, (first, *twins))
             except Exception as error:
                 refusal = as_refusal(error, values.where())

@@ -804,6 +804,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "a kept handle": (lambda net, x: (net.seen.append(x.register_hook(lambda g: g)), x)[1], "cannot be recorded"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], r"test_recorded.py:\d+"),
     "checkpointed statistics": (lambda net, x: checkpoint(net.norm, x, use_reentrant=False), "again in the backward"),
+    "gradients that stay off": (lambda net, x: (torch.set_grad_enabled(False), x)[1], "leaves gradients switched"),
     "checkpointed without a gradient": (
         lambda net, x: checkpoint(lambda y: net.scale * y.tanh(), x.detach(), use_reentrant=True),
         "pass use_reentrant=False",
