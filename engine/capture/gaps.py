@@ -559,11 +559,12 @@ def _without_size_guards() -> None:
     select = torch._C._select_conv_backend
 
     @functools.wraps(select)
-    def wrapped(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         if _is_on():
+            x, *rest = args or (kwargs.pop("input"),)
             known = ([n.node.hint if isinstance(n, torch.SymInt) else n for n in of] for of in (x.shape, x.stride()))
-            x = torch.empty_strided(*known, dtype=x.dtype, device=x.device)
-        return select(x, weight, *args, **kwargs)
+            args = (torch.empty_strided(*known, dtype=x.dtype, device=x.device), *rest)
+        return select(*args, **kwargs)
 
     torch._C._select_conv_backend = wrapped  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -617,6 +618,9 @@ class Unguarded:
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._builtins: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self._before: Any = None
+        slots = getattr(_dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
+        if slots is not None:
+            slots.cache_clear()  # special methods of classes, which may have others now
 
     def is_other(self) -> bool:
         """Whether something is not as it was when `note` was called last."""

@@ -121,6 +121,15 @@ class Low(Exception):
 MISSING = object()
 
 
+class Asked:
+    """An object that is true until its class gets a length."""
+
+
+def _without_length() -> None:
+    if "__len__" in vars(Asked):
+        del Asked.__len__  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Node:
     """Settings that ask their parent for what they have not."""
 
@@ -270,6 +279,10 @@ CASES = {
             setattr(Net, "soft", nn.Tanh()) if step == 1 else vars(Net).get("soft") and delattr(Net, "soft")
         ),
     ),
+    "the truth of an object whose class gets a length": Case(
+        lambda net, y: y * 2 if net.asked else y,
+        lambda net, step: setattr(Asked, "__len__", lambda asked: 0) if step == 1 else _without_length(),
+    ),
     "the class of a size": Case(lambda net, y: y * 2 if y.shape[2].__class__ is int else y, shown=False),
     "settings with parents": Case(lambda net, y: y * net.node.gain, _of_the_parent),
     "a builtin that a module hides": Case(lambda net, y: y * len(net.order), _shadowed),
@@ -279,7 +292,7 @@ CASES = {
         shown=False,
     ),
     "the text of an exception": Case(_texts, exact=False),
-    "the text of an exception of one's own": Case(_own_text, exact=False),
+    "the text of an exception of one's own": Case(_own_text, exact=False, shown=torch.__version__ < "2.14"),
 }
 
 
@@ -295,6 +308,7 @@ class Net(nn.Module):
         self.conv, self.act, self.last_part = nn.Conv2d(1, 2, 3).double(), Act(), last
         self.mark, self.number, self.kept, self.own = Mark.LOW, 0.0, None, None
         self.last, self.table = collections.deque(maxlen=2), {}
+        self.asked = Asked()
         self.soft, self.order_of = nn.Softsign(), torch.ones(1, dtype=torch.float64)
         self.order = collections.OrderedDict(a=1.0, b=2.0, c=3.0)
 
@@ -324,6 +338,7 @@ def _seen(case: Case, compiled: Callable[[nn.Module], Callable[..., Any]]) -> li
         sys.setrecursionlimit(limit)
         Act.forward, Act.calls, nn.Softsign.forward = PLAIN, 0, SOFT
         globals().pop("len", None)
+        _without_length()
         vars(Net).get("soft") and delattr(Net, "soft")
         torch._dynamo.reset()
     return found
