@@ -302,7 +302,8 @@ def _guard_compared(tx: Any, instruction: Any) -> None:
 def _guard_identity(variables: Any) -> None:
     for variable in variables:
         if variable.source is not None and _is_mutable(variable):
-            _guard(variable, "ID_MATCH")
+            if not _BEFORE_2_13 or not issubclass(variable.python_type(), dict):  # there dicts have no such guard
+                _guard(variable, "ID_MATCH")
 
 
 def _is_mutable(variable: Any) -> bool:
@@ -317,7 +318,8 @@ def _is_mutable(variable: Any) -> bool:
 def _guard_distinct(effects: Any) -> None:
     """What the forward writes to shows where the same object has another name, which it may get later."""
     given = (one for one in effects.id_to_variable.values() if type(one.mutation_type).__name__.endswith("Existing"))
-    held = [one for one in given if one.source is not None and _is_mutable(one)]
+    named = (one for one in given if one.source is not None and getattr(one.source, "member", "") not in _HOOKS)
+    held = [one for one in named if _is_mutable(one)]
     for written in filter(effects.is_modified, held):
         alike = [one for one in held if one.python_type() is written.python_type()]
         if len(alike) > 1:
