@@ -15,6 +15,7 @@ import inspect
 import math
 import os
 import random
+import re
 import sys
 import threading
 import types
@@ -301,9 +302,9 @@ def _guard_compared(tx: Any, instruction: Any) -> None:
 
 def _guard_identity(variables: Any) -> None:
     for variable in variables:
-        if variable.source is not None and _is_mutable(variable):
-            if not _BEFORE_2_13 or not issubclass(variable.python_type(), dict):  # there dicts have no such guard
-                _guard(variable, "ID_MATCH")
+        unguardable = _BEFORE_2_13 and issubclass(variable.python_type(), dict)
+        if variable.source is not None and _is_mutable(variable) and not unguardable:
+            _guard(variable, "ID_MATCH")
 
 
 def _is_mutable(variable: Any) -> bool:
@@ -315,11 +316,19 @@ def _is_mutable(variable: Any) -> bool:
     )
 
 
+def _lasts(source: Any) -> bool:
+    """Whether it is of the network or of a file; but for arguments of the call and a module's own tables."""
+    name = str(source.name() if callable(source.name) else source.name)
+    return not name.startswith("L['") or (name.startswith("L['network']") and not _TABLES.search(name))
+
+
+_TABLES = re.compile(r"\b_(parameters|buffers|modules|\w+_hooks)\b('\])?$")
+
+
 def _guard_distinct(effects: Any) -> None:
     """What the forward writes to shows where the same object has another name, which it may get later."""
     given = (one for one in effects.id_to_variable.values() if type(one.mutation_type).__name__.endswith("Existing"))
-    named = (one for one in given if one.source is not None and getattr(one.source, "member", "") not in _HOOKS)
-    held = [one for one in named if _is_mutable(one)]
+    held = [one for one in given if one.source is not None and _is_mutable(one) and _lasts(one.source)]
     for written in filter(effects.is_modified, held):
         alike = [one for one in held if one.python_type() is written.python_type()]
         if len(alike) > 1:
