@@ -14,6 +14,7 @@ import importlib
 import inspect
 import logging
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,7 +124,9 @@ def _is_sayable(variable: Any) -> bool:
         return all(map(_is_sayable, (*parts, *variable.sym_kwargs.values())))
     if type(variable).__name__ in ("SizeVariable", "TupleVariable"):
         return all(map(_is_sayable, variable.items))
-    return variable.is_python_constant() or variable.is_symnode_like()
+    if variable.is_python_constant():  # but for what the forward may still change
+        return not isinstance(variable.as_python_constant(), list | dict | set | deque)
+    return variable.is_symnode_like()
 
 
 def _instead(kind: Any, name: str, other: Callable[..., Any]) -> None:
@@ -131,9 +134,9 @@ def _instead(kind: Any, name: str, other: Callable[..., Any]) -> None:
     method = getattr(kind, name)
 
     @functools.wraps(method)
-    def wrapped(*args: Any) -> Any:
-        result = other(*args) if _on else None
-        return method(*args) if result is None else result
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = other(*args, **kwargs) if _on else None
+        return method(*args, **kwargs) if result is None else result
 
     setattr(kind, name, wrapped)
 
@@ -174,9 +177,10 @@ def new_full(x: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
     return x.new_empty(size, **kwargs)
 
 
-def _captured(function: Any, _tx: Any, args: Any, _kwargs: Any) -> Any:
+def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """Hooks of transformers that capture outputs are installed now, once, with a lock that Dynamo does not know."""
-    if getattr(function.fn, "__name__", "") != "maybe_install_capturing_hooks":
+    named = getattr(function.fn, "__module__", ""), getattr(function.fn, "__name__", "")
+    if named != ("transformers.utils.output_capturing", "maybe_install_capturing_hooks"):
         return None
     function.fn(args[0].value)
     return importlib.import_module("torch._dynamo.variables").ConstantVariable.create(None)

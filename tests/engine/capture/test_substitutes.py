@@ -68,6 +68,18 @@ def test_what_it_says_of_values_is_refused() -> None:
         fast(torch.zeros(1, 1, 13, 20, dtype=torch.float64))
 
 
+def test_what_it_says_of_a_list_that_it_changes_is_refused() -> None:
+    def last(part: Any, x: Tensor) -> Tensor:
+        print(part.sizes)
+        part.sizes.append(x.shape[2])
+        return x
+
+    stock, _ = both(last)
+    stock[1].sizes = [1, 2]
+    with pytest.raises(UnsupportedError, match="print in the forward"):
+        accelerate(stock, tile=8)(torch.zeros(1, 1, 13, 20, dtype=torch.float64))
+
+
 def rearranged(part: Any, x: Tensor) -> Tensor:
     x = einops.rearrange(einops.rearrange(x, "b (g c) h w -> b g c h w", g=2), "b g c h w -> b (c g) h w")
     return x * einops.reduce(x, "b c h w -> b c 1 1", "mean")
