@@ -59,8 +59,9 @@ class Recorder(TorchFunctionMode):
         self.entry_dtype = torch.get_default_dtype()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(self.values.called, "__name__", "")
-        if func is getattr(F, name, None) and func is not self.values.called and callable(self.values.called):
+        kwargs, called = kwargs or {}, self.values.called
+        name = getattr(called, "__name__", "")
+        if func is getattr(F, name, None) and func is not called and called.__module__ == F.__name__:
             raise UnsupportedError(
                 f"{self.values.where()} calls PyTorch's '{name}', in whose place torch.nn.functional has another "
                 "function, which would act twice; put PyTorch's own back, and call the other by a name of its own"
