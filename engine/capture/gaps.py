@@ -60,15 +60,15 @@ def gaps_closed() -> Iterator[None]:
         _open.count -= 1
 
 
-def _dynamo(name: str) -> Any:
+def of_dynamo(name: str) -> Any:
     return importlib.import_module(f"torch._dynamo.{name}")
 
 
 @functools.cache
 def _install() -> None:
     """Wrap functions of Dynamo; where nothing of ours is recorded they do what they did."""
-    variables, functions, guards = _dynamo("variables"), _dynamo("variables.functions"), _dynamo("guards")
-    missing = _dynamo("exc").ObservedAttributeError
+    variables, functions, guards = of_dynamo("variables"), of_dynamo("variables.functions"), of_dynamo("guards")
+    missing = of_dynamo("exc").ObservedAttributeError
     attribute = "tp_getattro_impl" if hasattr(variables.VariableTracker, "tp_getattro_impl") else "var_getattr"
     for name in (
         "UserDefinedClassVariable",
@@ -87,21 +87,21 @@ def _install() -> None:
         _before(variables.AutogradFunctionVariable, "call_apply", _break_at_twins)
         _before(variables.UserDefinedObjectVariable, attribute, _break_at_truth)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
-        _failing(variables.ConstDictVariable, name, _dynamo("exc").ObservedKeyError, _guard_item)
-    _after(getattr(_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
+        _failing(variables.ConstDictVariable, name, of_dynamo("exc").ObservedKeyError, _guard_item)
+    _after(getattr(of_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
     _after(variables.UnspecializedNNModuleVariable, attribute, _guard_shadow)
-    _guard_twice(_dynamo("variables.builder"), guards)
+    _guard_twice(of_dynamo("variables.builder"), guards)
     _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
-    _after(_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
-    _before(_dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
-    _before(_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
+    _after(of_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
+    _before(of_dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
+    _before(of_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
     _after(getattr(variables, "OrderedDictVariable", variables.ConstDictVariable), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
         _keep_cached(getattr(functions, name))
     _keep_effects(variables.TensorVariable)
     _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
-    _before(_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
-    _before(_dynamo("side_effects").SideEffects, "store_attr", _note_class)
+    _before(of_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
+    _before(of_dynamo("side_effects").SideEffects, "store_attr", _note_class)
     _before(variables.UserDefinedObjectVariable, attribute, _break_at_class)
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
@@ -109,20 +109,20 @@ def _install() -> None:
     _before(variables.UserDefinedObjectVariable, attribute, _guard_delegated)
     _before(variables.SymNodeVariable, attribute, _break_at_class_of_size)
     _before(variables.BuiltinVariable, "_call_min_max_binary", _break_at_extreme)
-    translator = _dynamo("symbolic_convert").InstructionTranslatorBase
+    translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
     _before(translator, "load_builtin_from_argval", _note_builtin)
     _before(translator, "COMPARE_OP", _guard_compared)
-    checkpoints = _dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
+    checkpoints = of_dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
     _before(checkpoints, "_call_function", _break_at_reentrant)
     for name in ("call_str", "call_repr"):
         _before(variables.BuiltinVariable, name, _break_at_text)
     _before(variables.ExceptionVariable, attribute, _break_at_arguments)
     _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
-    _after(_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
+    _after(of_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
     _without_size_guards()
     _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
-    _instead(_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
-    _instead(_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
+    _instead(of_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
+    _instead(of_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
     _instead(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
 
 
@@ -188,7 +188,7 @@ def _instead(owner: Any, name: str, answer: Any) -> None:
 
 def break_graph(what: str, why: str) -> None:
     """Break the graph here."""
-    errors = _dynamo("exc")
+    errors = of_dynamo("exc")
     errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
 
 
@@ -199,11 +199,11 @@ def break_graph(what: str, why: str) -> None:
 def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
     if variable.source is None:
         return
-    guards = _dynamo("guards")
+    guards = of_dynamo("guards")
     if "attr" in inspect.signature(guards.GuardBuilder.HASATTR).parameters:
         _guard(variable, "HASATTR", attr=name)
     else:  # before PyTorch 2.13
-        source = _dynamo("source").AttrSource(variable.source, name)
+        source = of_dynamo("source").AttrSource(variable.source, name)
         guards.install_guard(source.make_guard(guards.GuardBuilder.HASATTR))
 
 
@@ -227,9 +227,9 @@ def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
 def _guard_literal(variable: Any, _tx: Any, name: str) -> None:
     value = inspect.getattr_static(variable.value, name, None)
     if variable.source is not None and isinstance(value, int | float | complex | str | bytes | enum.Enum):
-        guards = _dynamo("guards")
+        guards = of_dynamo("guards")
         kind = guards.GuardBuilder.ID_MATCH if isinstance(value, enum.Enum) else guards.GuardBuilder.CONSTANT_MATCH
-        guards.install_guard(_dynamo("source").AttrSource(variable.source, name).make_guard(kind))
+        guards.install_guard(of_dynamo("source").AttrSource(variable.source, name).make_guard(kind))
 
 
 def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) -> None:
@@ -271,7 +271,7 @@ def _guard_delegated(variable: Any, _tx: Any, name: str) -> None:
 
 
 def _guard(variable: Any, kind: str, **what: Any) -> None:
-    guards = _dynamo("guards")
+    guards = of_dynamo("guards")
     guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
 
 
@@ -353,16 +353,16 @@ def _guard_sign(_result: Any, builder: Any, guard: Any, *_hint: Any) -> None:
 def _keep_length(variable: Any, builder: Any, value: Any) -> None:
     length = getattr(value, "maxlen", None)
     if length is not None:
-        constant = _dynamo("variables").ConstantVariable.create
+        constant = of_dynamo("variables").ConstantVariable.create
         variable.maxlen = constant(length)
-        source = _dynamo("source").AttrSource(builder.source, "maxlen")
-        guards = _dynamo("guards")
+        source = of_dynamo("source").AttrSource(builder.source, "maxlen")
+        guards = of_dynamo("guards")
         guards.install_guard(source.make_guard(guards.GuardBuilder.EQUALS_MATCH))
 
 
 def _forget_length(effects: Any, *_given: Any) -> None:
     """What is left of the items is known; Dynamo refuses to write those of a deque with a length."""
-    constant = _dynamo("variables").ConstantVariable.create
+    constant = of_dynamo("variables").ConstantVariable.create
     for variable in effects.id_to_variable.values():
         if type(variable).__name__ == "DequeVariable":
             variable.maxlen = constant(None)
@@ -419,7 +419,7 @@ def _keep_cached(kind: Any) -> None:
         value = _asked(ask)
         _open.cached.append((ask, value))
         name = tx.output.install_global_by_id("cached", value)
-        return _dynamo("variables").VariableTracker.build(tx, value, _dynamo("source").GlobalSource(name))
+        return of_dynamo("variables").VariableTracker.build(tx, value, of_dynamo("source").GlobalSource(name))
 
     kind.call_function = wrapped
 
@@ -467,7 +467,7 @@ def _note_builtin(tx: Any, name: str) -> None:
 def _note_value(builder: Any, value: Any) -> None:
     """What Dynamo reads for the first time."""
     if type(value) is object:  # all that can be asked of it is whether it is another
-        _dynamo("guards").install_guard(builder.source.make_guard(_dynamo("guards").GuardBuilder.ID_MATCH))
+        of_dynamo("guards").install_guard(builder.source.make_guard(of_dynamo("guards").GuardBuilder.ID_MATCH))
     if isinstance(value, OrderedDict) and len(value) > 1:
         _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
@@ -600,7 +600,7 @@ def refuse_generators() -> None:
 
 
 def _effects() -> Any:
-    return _dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
+    return of_dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
 
 
 _METHODS = (
@@ -629,7 +629,7 @@ class Unguarded:
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._builtins: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self._before: Any = None
-        slots = getattr(_dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
+        slots = getattr(of_dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
         if slots is not None:
             slots.cache_clear()  # special methods of classes, which may have others now
 

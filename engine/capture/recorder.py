@@ -298,7 +298,7 @@ class Recorder(TorchFunctionMode):
     def _refuse_saved(self, running: Tensor) -> None:
         """A norm that updates its running statistics after a call with a gradient saved them.
 
-        That counts no version, so PyTorch's gradient of the earlier call takes the updated statistics, in silence.
+        That counts no version, so PyTorch's gradient of the earlier call takes the updated statistics.
         """
         values = self.values.program.values
         same = {self.values.present(running)}

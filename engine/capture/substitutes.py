@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import logging
 import warnings
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .gaps import break_graph
+from .gaps import break_graph, of_dynamo
 from .recurrent import LAYERS, of_one_step
 
 SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
@@ -75,20 +74,20 @@ def _install() -> None:
     _substitute(F.batch_norm, batch_norm, _has_no_value)
     for name in LAYERS:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
-    misc = importlib.import_module("torch._dynamo.variables.misc")
+    misc = of_dynamo("variables.misc")
     _instead(misc.DebuggingVariable, "call_function", _say)
     _instead(misc.LoggingLoggerVariable, "call_method", _log)
-    functions = importlib.import_module("torch._dynamo.variables.functions")
+    functions = of_dynamo("variables.functions")
     _instead(functions.SkipFunctionVariable, "call_function", _isinstance)
     _instead(misc.NumpyVariable, "call_function", _product)
     torch.compiler.allow_in_graph(new_full)
-    _instead(importlib.import_module("torch._dynamo.variables").TensorVariable, "call_method", _filled)
+    _instead(of_dynamo("variables").TensorVariable, "call_method", _filled)
     _instead(functions.UserFunctionVariable, "call_function", _captured)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
     torch.compiler.allow_in_graph(other)
-    calls = importlib.import_module("torch._dynamo.variables").TorchInGraphFunctionVariable
+    calls = of_dynamo("variables").TorchInGraphFunctionVariable
 
     def record(_variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not _on or not applies(args, kwargs):
@@ -104,16 +103,16 @@ def _say(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         break_graph(f"{function.value.__name__} in the forward", "its arguments are known only in the call")
     given = {name: one.as_python_constant() for name, one in kwargs.items()}
     name = tx.output.install_global("said", functools.partial(function.value, **given))
-    source = importlib.import_module("torch._dynamo.source").GlobalSource(name)
+    source = of_dynamo("source").GlobalSource(name)
     tx.output.root_tx.debug_locals.append((type(function)(function.value, source=source), list(args)))
-    return importlib.import_module("torch._dynamo.variables").ConstantVariable.create(None)
+    return of_dynamo("variables").ConstantVariable.create(None)
 
 
 def _log(logger: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     levels = ("debug", "info", "warning", "warn", "error", "critical", "log")
     if name not in levels or not torch._dynamo.config.reorderable_logging_functions:
         return None
-    misc = importlib.import_module("torch._dynamo.variables.misc")
+    misc = of_dynamo("variables.misc")
     return _say(misc.DebuggingVariable(getattr(logger.value, name)), tx, args, kwargs)
 
 
@@ -145,16 +144,14 @@ def _isinstance(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """`torch.jit.isinstance` with a class is Python's."""
     if function.value is not torch.jit.isinstance or not isinstance(args[1].as_python_constant(), type):
         return None
-    return (
-        importlib.import_module("torch._dynamo.variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
-    )
+    return of_dynamo("variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
 
 
 def _product(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """`numpy.prod` of sizes is a number; Dynamo would make a tensor of it."""
     if function.value is not np.prod or kwargs or len(args) != 1 or not _is_sayable(args[0]):
         return None
-    return importlib.import_module("torch._dynamo.variables").UserFunctionVariable(_times).call_function(tx, args, {})
+    return of_dynamo("variables").UserFunctionVariable(_times).call_function(tx, args, {})
 
 
 def _times(sizes: Any) -> Any:
@@ -169,7 +166,7 @@ def _filled(x: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
     if name != "new_full" or fill is None or not fill.is_tensor():
         return None
-    calls = importlib.import_module("torch._dynamo.variables").TorchInGraphFunctionVariable
+    calls = of_dynamo("variables").TorchInGraphFunctionVariable
     return calls(new_full).call_function(tx, [x, *args], kwargs)
 
 
@@ -183,4 +180,4 @@ def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     if named != ("transformers.utils.output_capturing", "maybe_install_capturing_hooks"):
         return None
     function.fn(args[0].value)
-    return importlib.import_module("torch._dynamo.variables").ConstantVariable.create(None)
+    return of_dynamo("variables").ConstantVariable.create(None)
