@@ -613,6 +613,7 @@ _METHODS = (
 )
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HEAP_TYPE = 1 << 9  # a class whose attributes can be set
+_PYTHONS = {"__slotnames__", "__annotations__", "__annotations_cache__"}  # Python adds them on first use, as by a copy
 
 
 class Unguarded:
@@ -657,10 +658,11 @@ class Unguarded:
     def _now(self) -> Any:
         found: list[Any] = [sys.getrecursionlimit()]
         for kind in self._classes:
-            found += () if kind.__module__.startswith("torch.") else vars(kind)  # names that may hide others
+            if not kind.__module__.startswith("torch."):
+                found += (name for name in vars(kind) if name not in _PYTHONS)  # they may hide others
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
         for kind in self._metaclasses:
-            found += vars(kind).values()
+            found += (value for name, value in vars(kind).items() if name not in _PYTHONS)
         found += map(list, self._ordered.values())
         found += [own.get(name, python.get(name)) for (_, name), (own, python) in self._builtins.items()]
         return found

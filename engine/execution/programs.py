@@ -113,11 +113,13 @@ class Programs:
             tuple(one.key(graph.counters) for graph, one in zip(graphs, given, strict=True)),
             tuple(graphs[1:]),
         )
-        if key in known:
-            ready = known[key]
-            if all(one.staged.program.holds(each.flat) for one, each in zip(ready, given, strict=True)):
-                known.move_to_end(key)
-                return ready
+        ready = known.get(key, ())
+        holds = bool(ready) and all(p.staged.program.holds(each.flat) for p, each in zip(ready, given, strict=True))
+        if settings.split is not None:  # if one has recorded again, all plan: they wait for each other there
+            holds = spatial_group(settings.split).all_agree(holds, images[0].device)
+        if holds:
+            known.move_to_end(key)
+            return ready
         if images[0].device.type == "cpu":
             return_free_pages()  # of the last step, which would stay there beside what records and plans take
         programs = [

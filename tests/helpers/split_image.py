@@ -159,6 +159,16 @@ def programs_in_shards(programs: Sequence[Program]) -> list[float]:
     return found
 
 
+def after_one_records_again() -> list[Tensor]:
+    """What a network gives before and after one process alone records it again, with other random numbers in each."""
+    torch.manual_seed(dist.get_rank())
+    fast = accelerate(network("frozen"), tile=32, split=True)
+    before = fast(image((40, 40))).detach()
+    if dist.get_rank() == 1:
+        torch.compiler.reset()
+    return [before, fast(image((40, 40))).detach()]
+
+
 def rows_read(size: tuple[int, int]) -> tuple[int, int]:
     """The first and the last row of an image that this process reads in a step."""
     rows: list[int] = []

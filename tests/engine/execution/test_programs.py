@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import copyreg
 import gc
 import itertools
 import weakref
@@ -148,6 +149,35 @@ def test_values_that_come_again() -> None:
             assert (net.size, net.done) == ((size, 33), (net.task, size))
             counts.append(len(made))
     assert counts[6:] == [counts[6]] * 8, counts
+
+
+class Annotated(nn.Module):
+    """A class with what Python adds to it when its objects are copied, and when its annotations are read."""
+
+    scale: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Conv2d(1, 2, 3), Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean((2, 3)) * self.table.factor
+
+
+class Table:
+    factor = 2.0
+
+
+def test_a_copy_of_the_network_does_not_have_it_recorded_again() -> None:
+    net = accelerate(Annotated(), tile=16)
+    with recordings() as made:
+        step(net, 40, 33)
+        for kind in (Annotated, Table, Tensor, nn.Module):
+            copyreg._slotnames(kind)  # pyright: ignore[reportAttributeAccessIssue]
+            assert kind.__annotations__ is not None
+        copy.deepcopy(net)
+        step(net, 40, 33)
+    assert len(made) == 1
 
 
 GIVEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {

@@ -13,6 +13,7 @@ from processes import in_processes
 from random_net import programs
 from split_image import (
     NETS,
+    after_one_records_again,
     dense,
     dropout_in_the_head,
     enough_memory,
@@ -66,7 +67,7 @@ def drawn(count: int) -> list[Any]:
 def two(tmp_path_factory) -> list[list[Any]]:
     tasks = [(in_shards, *case) for case in TWO]
     tasks += [(refusals,), (dropout_in_the_head, True), (rows_read, (400, 30)), (in_ddp_too, (97, 83)), (dense, True)]
-    tasks += [(enough_memory,)]
+    tasks += [(enough_memory,), (after_one_records_again,)]
     return in_processes(2, tmp_path_factory.mktemp("two"), tasks)
 
 
@@ -127,6 +128,12 @@ def test_refusals(two):
 def test_a_budget_that_is_too_small_names_one_that_is_enough_for_all(two):
     (said, enough), (other, _) = two[len(TWO) + 5]
     assert said == other and "processes that share an image of 160 x 120" in said and enough, said
+
+
+@pytest.mark.slow
+def test_one_process_that_records_again_does_not_stop_the_others(two):
+    for before, after in two[len(TWO) + 6]:
+        assert torch.equal(before, after)
 
 
 @pytest.mark.slow
