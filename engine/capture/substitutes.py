@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from .gaps import break_graph, of_dynamo
@@ -83,6 +84,7 @@ def _install() -> None:
     torch.compiler.allow_in_graph(new_full)
     _instead(of_dynamo("variables").TensorVariable, "call_method", _filled)
     _instead(functions.UserFunctionVariable, "call_function", _captured)
+    _instead(of_dynamo("variables").TensorVariable, "as_python_constant", _known)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -159,6 +161,40 @@ def _times(sizes: Any) -> Any:
     for size in sizes:
         result *= size
     return result
+
+
+def _known(x: Any) -> bool | None:
+    """A condition of tensors or arrays that nothing given changes, as of sizes; Dynamo would not branch on it."""
+    asking = sys._getframe(2)
+    if not {asking.f_code, asking.f_back.f_code if asking.f_back else None} & _jumps():
+        return None
+    before = torch.get_rng_state()
+    try:
+        value = bool(_value(x.proxy.node))
+    except (ValueError, RuntimeError):
+        return None
+    drawn = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return None if drawn else value
+
+
+def _value(node: fx.Node) -> Any:
+    """What a node gives: of constants alone, and not written to since."""
+    example = node.meta.get("example_value")
+    tensor = getattr(example, "tensor", example)  # of an array
+    if node.op not in ("call_function", "call_method") or example is None:
+        raise ValueError(node.op)
+    if isinstance(tensor, Tensor) and (tensor._version or tensor.device.type != "cpu"):
+        raise ValueError("written to")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+    return node.target(*args, **kwargs) if callable(node.target) else getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+@functools.cache
+def _jumps() -> set[Any]:
+    """The code of Dynamo that branches."""
+    translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
+    return {vars(translator)[name].__code__ for name in vars(translator) if "JUMP" in name and "_IF_" in name}
 
 
 def _filled(x: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:

@@ -85,14 +85,24 @@ def rearranged(part: Any, x: Tensor) -> Tensor:
     return x * einops.reduce(x, "b c h w -> b c 1 1", "mean")
 
 
+def divides(part: Any, x: Tensor) -> Tensor:
+    left = np.array(x.shape[2:]) % np.power(2, 3)
+    if (left > 3).any():
+        x = x * float(left.max())
+    if np.sqrt(x.shape[2]) > 4 and torch.tensor(x.shape[2:]).prod() > 100:
+        x = x * 2
+    return x
+
+
 @pytest.mark.parametrize(
     "call",
     [
         lambda part, x: x * 2 if torch.jit.isinstance(x, Tensor) else x,
         lambda part, x: x * int(np.prod(x.shape[2:])) / np.prod((2, 3)),
         rearranged,
+        divides,
     ],
-    ids=["torch.jit.isinstance", "numpy.prod", "einops"],
+    ids=["torch.jit.isinstance", "numpy.prod", "einops", "branches of arrays"],
 )
 def test_exact(call: Callable[[Any, Tensor], Tensor]) -> None:
     stock, fast = both(call)
@@ -104,6 +114,26 @@ def test_exact(call: Callable[[Any, Tensor], Tensor]) -> None:
             y = net(given)
             gradients.append([y.detach(), *torch.autograd.grad(y.square().sum(), given)])
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def written(part: Any, x: Tensor) -> Tensor:
+    many = torch.zeros(1)
+    view = many[0]
+    view.add_(x.shape[2])
+    return x * 2 if many > 0 else x
+
+
+def drawn(part: Any, x: Tensor) -> Tensor:
+    return x * 2 if torch.rand(1) > 0.5 else x
+
+
+@pytest.mark.parametrize("call", [written, drawn, lambda part, x: x * 2 if x.mean() > 0 else x])
+def test_branches_of_what_is_not_known_are_refused(call: Callable[[Any, Tensor], Tensor]) -> None:
+    _, fast = both(call)
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedError, match="branching"):
+        fast(torch.ones(1, 1, 13, 20, dtype=torch.float64))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_libraries_that_ask_whether_something_compiles_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
