@@ -186,7 +186,7 @@ def _value(node: fx.Node) -> Any:
         raise ValueError(node.op)
     if isinstance(tensor, Tensor) and (tensor._version or tensor.device.type != "cpu"):
         raise ValueError("written to")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     return node.target(*args, **kwargs) if callable(node.target) else getattr(args[0], node.target)(*args[1:], **kwargs)
 
 

@@ -72,6 +72,8 @@ _ASKED_OF_THE_NETWORK = (
     "zero_grad",
 )
 
+_ASKS = "network's method"  # name of an attribute of a method that only asks the network
+
 
 class Delegate(nn.Module):
     """Stands for a network, with a forward of its own.
@@ -124,13 +126,20 @@ class Delegate(nn.Module):
         return hasattr(type(self), name) and name not in _ASKED_OF_THE_NETWORK
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_own(name):
+        if name == "forward" and isinstance(value, MethodType) and value.__self__ in (self, self._network):
+            self.__dict__.pop("forward", None)
+            if (
+                value.__func__ is not type(self).forward
+            ):  # another method of the network, which is computed by tiles too
+                function = vars(value.__func__).get(_ASKS, value.__func__)
+                self._network.forward = MethodType(function, self._network)
+        elif self._is_own(name):
             object.__setattr__(self, name, value)
         else:
             setattr(self._network, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if self._is_own(name):
+        if self._is_own(name) and (name != "forward" or name in self.__dict__):
             object.__delattr__(self, name)
         else:
             delattr(self._network, name)
@@ -170,6 +179,7 @@ def _asked(name: str, of_network: Callable[..., Any]) -> Callable[..., Any]:
         result = getattr(network, name)(*args, **kwargs)
         return self if result is network else result
 
+    vars(method)[_ASKS] = of_network
     return method
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -684,6 +686,45 @@ def test_hooks_within_a_replaced_forward():
     net.forward = lambda x: original(x + 1)
     with pytest.raises(GigamorphError, match="register the hooks on what accelerate"):
         net(image(1, 1, 20, 20))
+
+
+class Modes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 3)
+        self.forward = self.in_training
+
+    def in_training(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean((2, 3))
+
+    def in_test(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu().mean((2, 3))
+
+
+def test_a_method_in_the_place_of_forward_is_computed_by_tiles() -> None:
+    stock = Modes().double()
+    fast, x, tiles = accelerate(copy.deepcopy(stock), tile=16), image(1, 1, 60, 50), []
+    fast.on_tile = tiles.append
+    changes: list[Callable[[Any], Any]] = [
+        lambda net: None,
+        lambda net: setattr(net, "forward", net.in_test),
+        lambda net: setattr(net, "forward", MethodType(functools.wraps(Modes.in_test)(twice), net)),
+        lambda net: setattr(net, "forward", net.in_training),
+    ]
+    for change in changes:
+        tiles.clear()
+        change(stock)
+        change(fast)
+        assert max(errors(named([stock(x)]), named([fast(x)])).values()) < LIMIT
+        assert len(tiles) > 4
+    del stock.forward, fast.forward
+    for net in (stock, fast):
+        with pytest.raises(NotImplementedError):
+            net(x)
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    return net.layer(x).amax((2, 3)) * 2
 
 
 class TwoHeads(nn.Module):
