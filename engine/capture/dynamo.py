@@ -381,12 +381,15 @@ def _user_line(text: str) -> str:
     if not own:
         return "the network's forward"
     name, line, function = own[-1]
+    cell = re.search(r"<ipython-input-(\d+)|ipykernel_\d+", name)
+    if cell is not None:
+        return f"cell {cell[1] or 'of the notebook'}, line {line} (in {function})"
     return f"{os.path.basename(name)}:{line} (in {function})"
 
 
 def _is_users(file: str) -> bool:
     """Whether a file is neither PyTorch's, nor Python's, nor one that calls a network by tiles."""
-    if file.startswith((_TORCH, "<", *_OURS)):
+    if file.startswith((_TORCH, "<frozen", "<eval_with_key", *_OURS)):
         return False
     return not file.startswith(_PYTHON) or "-packages" in file
 

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -232,6 +233,78 @@ def test_a_refused_forward_has_changed_nothing() -> None:
         assert all(torch.equal(weight, weights[name]) for name, weight in net.named_parameters())
         assert torch.equal(torch.get_rng_state(), random)
         assert net.norm.num_batches_tracked == buffers["norm.num_batches_tracked"]
+
+
+@contextlib.contextmanager
+def traced(start: Callable[[Any], None]) -> Iterator[None]:
+    """Under a debugger's or profiler's function."""
+
+    def see(_frame: Any, _event: str, _arg: Any) -> Any:
+        return see
+
+    start(see)
+    try:
+        yield
+    finally:
+        start(None)
+
+
+@contextlib.contextmanager
+def reset() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: traced(sys.settrace),
+        lambda: traced(sys.setprofile),
+        reset,
+        lambda: torch.autograd.detect_anomaly(),
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        warnings.catch_warnings,
+    ],
+    ids=["settrace", "setprofile", "torch.compiler.reset", "detect_anomaly", "profiler", "warnings"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_around_a_step(around: Callable[[], Any]) -> None:
+    stock = network()
+    twin = copy.deepcopy(stock)
+    ours = accelerate(twin, tile=9)
+    for size in SIZES:
+        with around():
+            if around is warnings.catch_warnings:
+                warnings.simplefilter("error")
+            agree(stock, ours, twin, [size])
+
+
+WITHOUT_A_FILE = """
+from torch import nn
+class Typed(nn.Conv2d):
+    def forward(self, x):
+        x = super().forward(x) * 2
+        return x if self.padding[0] or x.mean() > 0 else -x
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("<string>", "<string>:6 (in forward)"),
+        ("<ipython-input-12-0123456789ab>", "cell 12, line 6 (in forward)"),
+        ("/tmp/ipykernel_4711/1234567.py", "cell of the notebook, line 6 (in forward)"),
+    ],
+)
+def test_code_without_a_file(name: str, said: str) -> None:
+    """Of a notebook's cell, or of `exec`."""
+    made: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(WITHOUT_A_FILE, name, "exec"), made)
+    stock = made["Typed"](1, 2, 3, padding=1).double()
+    x = image()
+    torch.testing.assert_close(accelerate(copy.deepcopy(stock), tile=9)(x), stock(x), rtol=1e-11, atol=1e-11)
+    with pytest.raises(UnsupportedError, match=re.escape(said)):
+        accelerate(made["Typed"](1, 2, 3).double(), tile=9)(x)
 
 
 # -- graphs that break ----------------------------------------------------------------------------------------------
