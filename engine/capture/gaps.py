@@ -107,6 +107,7 @@ def _install() -> None:
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
     _before(variables.TensorVariable, attribute, _break_at_version)
     _before(variables.UserDefinedObjectVariable, attribute, _guard_delegated)
+    _after(variables.UserDefinedObjectVariable, "_check_for_getattr", _as_function)
     _before(variables.SymNodeVariable, attribute, _break_at_class_of_size)
     _before(variables.BuiltinVariable, "_call_min_max_binary", _break_at_extreme)
     translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
@@ -268,6 +269,30 @@ def _guard_delegated(variable: Any, _tx: Any, name: str) -> None:
         return
     if name not in getattr(variable.value, "__dict__", {name}) and not hasattr(kind, name):
         _guard(variable, "NOT_PRESENT_IN_GENERIC_DICT", attr=name)
+
+
+# Attributes of a dict that are its items: Dynamo calls Python functions alone for what an object has not.
+
+
+def _as_function(found: Any, variable: Any) -> Any:
+    """For `__getattr__ = dict.get`, and for `self.__dict__ = self`."""
+    if getattr(variable.value, "__dict__", None) is variable.value:
+        return _own_item
+    return {dict.get: _got, dict.__getitem__: _item}.get(found) if type(found) is type(dict.get) else None
+
+
+def _got(self: Any, name: str) -> Any:
+    return dict.get(self, name)
+
+
+def _item(self: Any, name: str) -> Any:
+    return dict.__getitem__(self, name)
+
+
+def _own_item(self: Any, name: str) -> Any:
+    if name not in self:
+        raise AttributeError(name)
+    return self[name]
 
 
 def _guard(variable: Any, kind: str, **what: Any) -> None:

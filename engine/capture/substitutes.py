@@ -85,6 +85,9 @@ def _install() -> None:
     _instead(of_dynamo("variables").TensorVariable, "call_method", _filled)
     _instead(functions.UserFunctionVariable, "call_function", _captured)
     _instead(of_dynamo("variables").TensorVariable, "as_python_constant", _known)
+    if sys.version_info < (3, 12):  # since then without a lock
+        kind = of_dynamo("variables").UserDefinedObjectVariable
+        _instead(kind, "tp_getattro_impl" if hasattr(kind, "tp_getattro_impl") else "var_getattr", _property)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -161,6 +164,23 @@ def _times(sizes: Any) -> Any:
     for size in sizes:
         result *= size
     return result
+
+
+def _property(one: Any, tx: Any, name: str) -> Any:
+    """A `functools.cached_property` that is read for the first time, without its lock, which Dynamo does not know."""
+    found = inspect.getattr_static(type(one.value), name, None)
+    if not isinstance(found, functools.cached_property) or name in vars(one.value):
+        return None
+    variables = of_dynamo("variables")
+    given = [one, variables.UserFunctionVariable(found.func), variables.ConstantVariable.create(name)]
+    return variables.UserFunctionVariable(_once).call_function(tx, given, {})
+
+
+def _once(instance: Any, func: Callable[..., Any], name: str) -> Any:
+    held = instance.__dict__
+    if name not in held:
+        held[name] = func(instance)
+    return held[name]
 
 
 def _known(x: Any) -> bool | None:

@@ -1,5 +1,6 @@
 """What a forward did not find, and finds later: TorchDynamo by itself notices none of these."""
 
+import functools
 import os
 
 import pytest
@@ -63,6 +64,53 @@ class OwnDict(Net):
         self.scale = 5.0
 
 
+class Got(dict):
+    __getattr__ = dict.get
+
+
+class ItsItems(dict):
+    def __init__(self, **items: float) -> None:
+        super().__init__(**items)
+        self.__dict__ = self
+
+
+class ItemsByGet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Got(base=1.0)
+
+    def factor(self) -> float:
+        return self.config.base * (self.config.scale or 3.0)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def add(self) -> None:
+        self.config["scale"] = 5.0
+
+
+class ItemsOfItself(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = ItsItems(base=1.0)
+
+    def factor(self) -> float:
+        return self.config.base * getattr(self.config, "scale", 3.0)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def add(self) -> None:
+        self.config.base, self.config.scale = 2.0, 5.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Cached(Net):
+    @functools.cached_property
+    def scale(self) -> float:
+        return 3.0 + len(self.table)
+
+    def factor(self) -> float:
+        return self.scale
+
+    def add(self) -> None:
+        self.__dict__.pop("scale", None)
+        self.table["a"] = 1.0
+
+
 class Environment(Net):
     def factor(self) -> float:
         return float(os.getenv("GIGAMORPH_TEST_SCALE", "3"))
@@ -71,7 +119,7 @@ class Environment(Net):
         os.environ["GIGAMORPH_TEST_SCALE"] = "5"
 
 
-@pytest.mark.parametrize("kind", [Attribute, OfTheClass, Item, OwnDict, Environment])
+@pytest.mark.parametrize("kind", [Attribute, OfTheClass, Item, OwnDict, ItemsByGet, ItemsOfItself, Cached, Environment])
 def test_what_was_missing_is_found_later(kind: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIGAMORPH_TEST_SCALE", "3")
     monkeypatch.delenv("GIGAMORPH_TEST_SCALE")
