@@ -378,6 +378,7 @@ def _user_line(text: str) -> str:
     part = text.partition(_FROM)[2]
     lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', part)
     own = [found for found in lines if _is_users(found[0])]
+    own = [found for found in own if found[0] != "<string>"] or own  # libraries make code by exec
     if not own:
         return "the network's forward"
     name, line, function = own[-1]
