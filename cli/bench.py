@@ -39,15 +39,20 @@ _peers: Any = click.option(
     metavar="NAME",
     help="Compare these: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
 )
-_models: Any = click.option(
+_several: Any = click.option(
     "--model",
     "models",
     multiple=True,
     default=["resnet18"],
     show_default=True,
     metavar="SPEC",
+    callback=options.named,
     help="As in gigamorph plan; may be given several times.",
 )
+
+
+def _models(command: Any) -> Any:
+    return _several(options.trust(command))
 
 
 def _task(command: Any) -> Any:
@@ -205,7 +210,7 @@ def infer(
 
 
 @bench.command()
-@click.option("--model", default="resnet18", show_default=True, metavar="SPEC", help="As in gigamorph plan.")
+@options.model
 @click.option(
     "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
+from . import options
 from .import_ import _parse_size
 
 
@@ -12,6 +13,7 @@ from .import_ import _parse_size
 @click.option("--to", required=True, type=click.Choice(["huggingface", "onnx"]), help="What is written.")
 @click.option("--out", required=True, type=click.Path(), help="Folder, or .onnx file.")
 @click.option("--size", metavar="HxW", callback=_parse_size, help="ONNX for one image of this size alone.")
+@options.trust
 def export(source: str, to: str, out: str, size: tuple[int, int] | None) -> None:
     """Write the network of a checkpoint of gigamorph train or a folder of gigamorph import.
 

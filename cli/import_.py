@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -80,7 +81,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 )
 @click.option("--licence", default="", help="Of the weights, to be kept with them.")
 @click.option("--size", metavar="HxW", callback=_parse_size, help="Of the image that the import is checked by.")
-@click.option("--trust", is_flag=True, help="Open a pickled module, which runs the code in it, in its own process.")
+@options.trust_pickles
 @options.flips("Average over the mirrored image too. Repeatable; SOURCES are folders then.")
 def import_(
     sources: tuple[str, ...],
@@ -114,7 +115,11 @@ def import_(
     from ..engine.errors import GigamorphError
     from ..engine.models.folder import Preprocessing, is_folder, require_no_run
     from ..engine.published.importing import Wishes, import_ensemble, import_network
+    from ..engine.trust import trust_named
 
+    for source in sources:
+        if not Path(source).exists():
+            trust_named(source)
     if flips or len(sources) > 1:
         for source in sources:
             if not is_folder(source):

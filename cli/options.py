@@ -105,14 +105,44 @@ def channels_of(model: str, channels: int) -> int:
     return read_description(model).preprocessing.channels if is_folder(model) else channels
 
 
-model: Any = click.option(
+def named(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """What is typed is trusted: a module of the user's own in it is imported, also where a file names it."""
+    from ..engine.trust import trust_named
+
+    for text in value if isinstance(value, tuple) else (value,):
+        trust_named(text)
+    return value
+
+
+def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    if value:
+        from ..engine.trust import ALL, trust
+
+        trust(ALL)
+    return value
+
+
+_TRUST = "Import modules that only a file names, which runs their code: if you trust who made it."
+trust: Any = click.option("--trust", is_flag=True, expose_value=False, callback=_trust, help=_TRUST)
+trust_pickles: Any = click.option(
+    "--trust", is_flag=True, callback=_trust, help=f"{_TRUST} A pickled module is opened, in a process of its own."
+)
+_model: Any = click.option(
     "--model",
     default="resnet18",
     show_default=True,
     metavar="SPEC",
+    callback=named,
     help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory of your own (see gigamorph train), "
     "with arguments as in timm:NAME?global_pool=max; or a folder of gigamorph import, with its weights.",
 )
+
+
+def model(command: Any) -> Any:
+    """``--model``, with ``--trust`` for a folder that is one."""
+    return _model(trust(command))
+
+
 memory_budget: Any = click.option(
     "--memory-budget",
     metavar="SIZE",

@@ -99,6 +99,7 @@ _OF_A_MODEL = (
         help="DICOMweb store to which results go at the end, as dicomweb+https://host/dicom-web; each once.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."),
+    options.trust,
     options.memory_budget,
     options.device,
 )

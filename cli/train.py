@@ -177,10 +177,16 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     "--log",
     multiple=True,
     metavar="NAME",
+    callback=options.named,
     help="Besides log.csv: csv, tensorboard, wandb, mlflow, or module:name of a Lightning logger. Repeatable.",
 )
 @click.option(
-    "--callback", "callbacks", multiple=True, metavar="MODULE:NAME", help="A callback of Lightning. Repeatable."
+    "--callback",
+    "callbacks",
+    multiple=True,
+    metavar="MODULE:NAME",
+    callback=options.named,
+    help="A callback of Lightning. Repeatable.",
 )
 @click.option(
     "--resume",
@@ -267,7 +273,10 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
             table = _KEYS.get(name)
             put(values, f"{table}.{name}" if table else name, _plain(name, value))
     for setting in given["settings"]:
-        put(values, *parse_value(setting))
+        key, value = parse_value(setting)
+        if key in ("model", "log", "callbacks"):  # typed, as by the option
+            options.named(ctx, ctx.command.params[0], tuple(value) if isinstance(value, list) else value)
+        put(values, key, value)
     config = make_config(values, source or "options", tell.warn)
     if config.stages and ctx.get_parameter_source("epochs") is not ParameterSource.DEFAULT:
         raise click.UsageError("--epochs: each of the stages has its own; set stages in the file")

@@ -35,6 +35,7 @@ from .words import counted
 @click.option("--identifiers", is_flag=True, help="Name patients and files; exams are numbered otherwise.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the server; by default one that is free.")
 @click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@options.trust
 @options.memory_budget
 @options.device
 def view(

@@ -61,6 +61,10 @@ class DataError(GigamorphError):
     """An image, table or weights file cannot be used; the message names the file."""
 
 
+class UntrustedError(GigamorphError, PermissionError):
+    """A file names code of its own, which is not run unless the user trusts it."""
+
+
 class MorphError(GigamorphError):
     """A network cannot be grown as asked without changing its function; nothing has been changed."""
 

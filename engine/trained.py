@@ -19,6 +19,7 @@ from .recipes.networks import open_classifier
 from .tiling.memory import parse_bytes
 from .train.classify import prediction
 from .train.data import Images
+from .trust import trusted
 
 Image = str | Path | PixelSource
 
@@ -130,6 +131,7 @@ def load(
     memory_budget: int | str | None = None,
     device: torch.device | str | None = None,
     flips: Sequence[str] = (),
+    trust: bool = False,
 ) -> Trained | TrainedMasks:
     """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
 
@@ -141,8 +143,10 @@ def load(
         device: where it is computed; None takes the GPU, or the CPU if there is none.
         flips: of "left-right", "up-down" and "both": probabilities are averaged over these mirror images too, as by
             `gigamorph predict --flip`.
+        trust: whether a module that only the file names is imported, which runs its code; see `gigamorph.engine.trust`.
 
     Raises:
+        UntrustedError: the network is of such a module, and neither this nor your configuration trusts it.
         DataError: if it is no checkpoint, or what was trained classifies no whole images and gives no masks.
     """
     try:
@@ -152,13 +156,14 @@ def load(
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     flips = [flips] if isinstance(flips, str) else flips
-    if gives_masks(path):
-        if flips:
-            raise GigamorphError(f"{path}: is a network of masks, which are not averaged over mirror images")
-        segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
-        segmenter.net.eval()
-        return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
-    net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen, flips=flips)
+    with trusted(trust):
+        if gives_masks(path):
+            if flips:
+                raise GigamorphError(f"{path}: is a network of masks, which are not averaged over mirror images")
+            segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
+            segmenter.net.eval()
+            return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
+        net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen, flips=flips)
     net.eval()
     return Trained(net, tuple(classes), opened)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.accelerate import Accelerated, accelerate
     from .engine.dense import dense_loss, write_map
-    from .engine.errors import BudgetError, DataError, GigamorphError, MorphError, UnsupportedError
+    from .engine.errors import BudgetError, DataError, GigamorphError, MorphError, UnsupportedError, UntrustedError
     from .engine.images.open import open_pixels
     from .engine.images.pixels import Normalize, PixelSource
     from .engine.models import create_model
@@ -48,7 +48,7 @@ if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine
 _HOMES = {
     "accelerate": "Accelerated accelerate",
     "dense": "dense_loss write_map",
-    "errors": "BudgetError DataError GigamorphError MorphError UnsupportedError",
+    "errors": "BudgetError DataError GigamorphError MorphError UnsupportedError UntrustedError",
     "images.open": "open_pixels",
     "images.pixels": "Normalize PixelSource",
     "models": "create_model",
@@ -115,6 +115,7 @@ __all__ = [  # noqa: RUF022  (by use, not by letter)
     "DataError",
     "MorphError",
     "UnsupportedError",
+    "UntrustedError",
 ]
 
 

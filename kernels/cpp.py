@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .cache import cache_folder
+from .cache import cache_folder, is_private, make_private
 
 COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE = 120  # seconds for the compiler, which takes one or two
@@ -25,24 +26,39 @@ def built(source: Path, compiling: Sequence[str] = (), linking: Sequence[str] = 
         compiling, linking: options of each step.
 
     Raises:
-        OSError: if there is no compiler, it fails, or the cache cannot be written.
+        OSError: if there is no compiler, it fails, or the cache cannot be written, or others can write to it.
         subprocess.SubprocessError: if it does not end.
     """
-    steps = " ".join((torch.__version__, *compiling, "", *linking))
-    digest = hashlib.sha256(source.read_bytes() + steps.encode()).hexdigest()[:16]
-    target = cache_folder() / source.stem / f"{source.stem}-{digest}.so"
-    if target.exists():
-        return target
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+    machine = platform.machine(), torch.backends.cpu.get_cpu_capability(), *platform.libc_ver()
+    steps = " ".join((torch.__version__, *machine, *compiling, "", *linking))
+    digest = hashlib.sha256(source.read_bytes() + steps.encode()).hexdigest()[:16]
+    folder = cache_folder() / source.stem
+    target = folder / f"{source.stem}-{digest}-{_version(compiler)}.so"
+    there = [target] if compiler is not None else folder.glob(f"{source.stem}-{digest}-*.so")
+    if found := next((one for one in there if one.exists() and is_private(one)), None):
+        return found
     if compiler is None:
         raise OSError("no C++ compiler; install g++ or set CXX")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as own:
+    make_private(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
         compiled, made = Path(own) / "compiled.o", Path(own) / target.name
         _run([compiler, "-std=c++20", "-fPIC", *compiling, "-c", str(source), "-o", str(compiled)])
         _run([compiler, "-shared", str(compiled), *linking, "-o", str(made)])
+        made.chmod(0o700)
         made.replace(target)
+    if not is_private(target):
+        raise OSError(f"others can write into {folder}; set GIGAMORPH_CACHE to a folder that only you can write to")
     return target
+
+
+def _version(compiler: str | None) -> str:
+    """Which build of a compiler it is, without running it."""
+    if compiler is None:
+        return ""
+    path = os.path.realpath(compiler)
+    found = os.stat(path)
+    return hashlib.sha256(f"{path} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:8]
 
 
 def _run(command: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .cache import cache_folder
+from .cache import cache_folder, is_private, make_private
 
 Times = dict[str, list[float]]  # candidate -> milliseconds of each round
 
@@ -98,7 +98,7 @@ class MeasurementFile:
     def add(self, new: Measurement) -> None:
         """Append it, unless another process has measured the same meanwhile; that stands, so that all choose alike."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self.path.parent)
             with open(self.path, "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._read()
@@ -129,6 +129,11 @@ class MeasurementFile:
     def _read(self) -> None:
         """Take in the lines that have come since the last time."""
         try:
+            if not is_private(self.path):
+                _warn_once(
+                    self.path, f"{self.path}: others can write to it; set GIGAMORPH_CACHE to a folder of your own"
+                )
+                return
             with open(self.path, "rb") as file:
                 file.seek(self._read_to)
                 text = file.read()

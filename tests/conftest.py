@@ -25,6 +25,9 @@ logging.getLogger("torch.__trace").disabled = True
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+# Tests name networks of their own modules in options and checkpoints; test_trust.py has its own setting.
+os.environ.setdefault("GIGAMORPH_TRUST", "*")
+
 # Without a GPU, kernels run in Triton's interpreter. It is chosen when Triton is imported, for the whole process, and
 # torchvision and TorchDynamo import it.
 if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze_batch_norm
-from ..models import create_model
+from ..models import build_model
 from ..morph.origin import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
 from .meter import NvmlPeak, measure
@@ -95,7 +95,7 @@ class Work:
 
     def _warm(self) -> None:
         """Have the libraries load what they need; it would count as the step's memory otherwise."""
-        small = create_model("lesionnet", in_channels=1).eval()
+        small = build_model("lesionnet", in_channels=1).eval()
         for net in (small, accelerate(small, tile=_WARM // 2)):
             loss_of(net(torch.rand(1, 1, _WARM, _WARM))).backward()
 

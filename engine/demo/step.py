@@ -19,7 +19,7 @@ from ..bench.results import OK
 from ..errors import GigamorphError
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
-from ..models import create_model
+from ..models import build_model
 
 _TURNS, _STEPS = 4, 4  # the first steps of a process give the heap's pages back to see what there is besides
 
@@ -74,7 +74,7 @@ class Server:
         """The first step."""
         torch.manual_seed(0)
         self.device, self.stock = device, budget is None
-        network = create_model(model, classes, 1).to(device)
+        network = build_model(model, classes, 1).to(device)
         self.source = open_pixels(image)
         self.net = network if budget is None else accelerate(network, memory_budget=budget)
         # The first use of each operation loads libraries; a small image does that without the memory of a large one.

@@ -21,6 +21,8 @@ def pretrained_state(name: str) -> dict[str, Tensor]:
         DataError: they cannot be had. GigamorphError: timm is not there.
     """
     timm, spec = _timm(name), Spec.parse(name)
+    if ":" in spec.name:
+        raise GigamorphError(f"{name}: is not a network of timm's, whose names have no colon; name a file or folder")
     try:
         return dict(timm.create_model(spec.name, pretrained=True).state_dict())
     except Exception as error:  # of the network, the hub and its cache

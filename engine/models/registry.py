@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
+from ..trust import require_trusted, trust_named
 from .checkpoints import read_state
 from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
@@ -41,7 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights: str | Path | None = None) -> nn.Module:
-    """Build a network.
+    """Build a network that you name; a module of your own in the name is trusted from then on.
 
     Args:
         spec: a name in `MODELS`, ``timm:NAME``, or ``module:factory``: a function or class of a module that Python can
@@ -59,6 +63,17 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
         GigamorphError: if the network is unknown or cannot be built.
         DataError: if the weights do not fit.
     """
+    if not is_folder(spec):
+        trust_named(spec)
+    return build_model(spec, num_classes, in_channels, weights)
+
+
+def build_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights: str | Path | None = None) -> nn.Module:
+    """The same for a name that may come from a file, whose module is imported only if the user trusts it.
+
+    Raises:
+        UntrustedError: it is neither in a registry nor trusted, see `trust`.
+    """
     model = _of_folder(Path(spec)) if is_folder(spec) else _build(Spec.parse(spec), num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
@@ -75,7 +90,7 @@ def open_checked(folder: str | Path) -> nn.Module:
         GigamorphError: it cannot be built, or is an ensemble.
     """
     with torch.random.fork_rng(devices=[]):
-        network = create_model(str(folder)).float().eval()  # its factory may make others
+        network = build_model(str(folder)).float().eval()  # its factory may make others
         require_stored_logits(network, Path(folder))
     return network
 
@@ -149,6 +164,10 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
         raise GigamorphError(
             f"model {str(spec)!r} would be downloaded; fetch its files yourself and give them to gigamorph import"
         )
+    if reads := [name for name in _READS if name in spec.arguments]:  # some versions of timm run what is in such a file
+        raise GigamorphError(
+            f"model {str(spec)!r}: {reads[0]} names a file, which a model's name cannot; give --weights"
+        )
     given = {"num_classes": num_classes, "in_chans": in_channels, **spec.arguments}
     try:
         return timm.create_model(spec.name, **given)
@@ -159,15 +178,45 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
         raise GigamorphError(f"timm cannot build {name!r}: {first_line(error)}{hint}") from error
 
 
-def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
+_READS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+_LAYOUTS = __name__.removesuffix("models.registry") + "published.layouts."
+
+
+def factory_of(spec: Spec) -> Any:
+    """The function or class of a module that makes a network, within `working_directory_on_path`.
+
+    Raises:
+        UntrustedError: the module is neither of a registry nor trusted.
+        GigamorphError: there is none.
+    """
     make_torchvision_importable()
+    what = f"model {str(spec)!r}"
+    if not _registered(spec):
+        require_trusted(what, spec.kind)
+    factory = imported(what, spec.kind, spec.name)
+    if not callable(factory):
+        raise GigamorphError(f"{what} is a {type(factory).__name__}, not a function or class that makes a network")
+    return factory
+
+
+def _registered(spec: Spec) -> bool:
+    """Whether it is a network of torchvision's registry, or one of ours that was published with weights."""
+    if spec.kind.startswith(_LAYOUTS):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(spec.kind)
+        found = getattr(sys.modules.get(spec.kind), spec.name, None)
+        return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == spec.kind
+    if f"{spec.kind}.".startswith("torchvision.models."):
+        from torchvision import models
+
+        return spec.name in models.list_models() and _of_torchvision(models.get_model_builder(spec.name))
+    return False
+
+
+def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     text = str(spec)
     with working_directory_on_path():  # what it imports as it is called lies there too
-        factory = imported(f"model {text!r}", spec.kind, spec.name)
-        if not callable(factory):
-            raise GigamorphError(
-                f"model {text!r} is a {type(factory).__name__}, not a function or class that makes a network"
-            )
+        factory = factory_of(spec)
         try:
             taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):

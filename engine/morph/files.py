@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..models import create_model
+from ..models import build_model
 from ..models.folder import is_folder, read_description
 from ..models.registry import open_checked
 from .copying import cast, duplicate
@@ -82,10 +82,10 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
         channels = read_description(spec).preprocessing.channels
         open_checked(spec)  # what grows from it keeps a function that was proved
     if weights is None:
-        return Grown(create_model(spec, classes, channels), channels=channels)
+        return Grown(build_model(spec, classes, channels), channels=channels)
     path = _weights_path(Path(weights))
     state = read_weights(path)
-    network = create_model(spec, classes, channels)
+    network = build_model(spec, classes, channels)
     recipe = recipe_of(path)
     try:
         network = apply(recipe, network) if recipe.morphs else network

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DataError, MorphError
-from ..models import create_model
+from ..models import build_model
 from .files import SUFFIXES, read_weights, recipe_of
 from .head import HeadStep, SplitClassStep
 from .inputs import InputsStep
@@ -45,11 +45,11 @@ class Origin:
         if inputs and inputs[-1].channels != channels:
             raise DataError(f"{weights}: its network takes images of {inputs[-1].channels} channels, not {channels}")
         began = len(inputs[0].matrix) if inputs else channels
-        head = _last_weight(create_model(spec, 2, began)).removesuffix("weight")
+        head = _last_weight(build_model(spec, 2, began)).removesuffix("weight")
         rows = {t.shape[0] for name, t in read_weights(weights).items() if name.startswith(head) and t.ndim >= 2}
         heads = any(isinstance(m.step, HeadStep | SplitClassStep) for m in recipe.morphs)
         for classes in range(1, max(rows, default=1) + 1) if heads else sorted(rows):
-            if matches(recipe, create_model(spec, classes, began)):
+            if matches(recipe, build_model(spec, classes, began)):
                 return cls(recipe, classes, began)
         raise MorphError(
             f"{weights}: it did not begin as {spec!r}, or not with {began} image channels; give the model that the "
@@ -67,7 +67,7 @@ class Origin:
 
     def build(self, spec: str, classes: int | None = None) -> nn.Module:
         """The grown network with random weights; with another number of outputs its last layer is a new one."""
-        network = apply(self.recipe, create_model(spec, self.classes, self.channels))
+        network = apply(self.recipe, build_model(spec, self.classes, self.channels))
         if classes is not None:
             _set_outputs(network, classes)
         return network
@@ -81,7 +81,7 @@ def create_grown(spec: str, classes: int, channels: int) -> nn.Module:
     """
     base, plus, file = spec.rpartition("+")
     if not plus or Path(file).suffix not in (*SUFFIXES, ".ckpt"):
-        return create_model(spec, classes, channels)
+        return build_model(spec, classes, channels)
     origin = Origin.of_file(base, file, channels)
     if origin is None:
         raise MorphError(f"{file}: holds no recipe of a grown network; omit it, or give a file of gigamorph morph")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GigamorphError
-from ..models import create_model
+from ..models import build_model
 from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.own_code import nothing_fetched
@@ -192,7 +192,7 @@ def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say
     wanted, chosen = _wanted(spec, found.state.tensors, wishes)
     description = import_state(spec, found.state, wanted, (), folder, chosen, say)
     image = Reference.read(folder).image
-    network = create_model(str(folder)).eval()
+    network = build_model(str(folder)).eval()
     with torch.no_grad():
         given = network(image)
     if image.shape[1] == 1 and channels_in(spec, found.state.tensors) == 3:  # they were summed for grey images

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GigamorphError
 from ..files import write_atomically
-from ..models import create_model
+from ..models import build_model
 from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
@@ -113,7 +113,7 @@ def import_state(
         versions=versions_of_results(),
     )
     write_description(folder, description)
-    create_model(str(folder))  # what cannot be opened again is not written
+    build_model(str(folder))  # what cannot be opened again is not written
     return description
 
 
@@ -185,7 +185,7 @@ def _alone(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:
         return alone
     kept = replace(spec, arguments={**arguments, "num_classes": asked})
     try:
-        create_model(str(kept), asked, channels)
+        build_model(str(kept), asked, channels)
     except GigamorphError:  # it takes no num_classes
         return alone
     return kept
@@ -200,7 +200,7 @@ def _built(
     are others.
     """
     prefix, columns = "", None if known is None else known.columns if known.predicts else 0
-    own = own_tensors(create_model(str(spec), 2 if columns is None else columns, channels))
+    own = own_tensors(build_model(str(spec), 2 if columns is None else columns, channels))
     tensors = unwrapped(tensors, own)
     if columns is None:
         prefix = common_prefix(own, tensors)
@@ -211,7 +211,7 @@ def _built(
             if shape and own[name].shape and own[name].shape[0] == 2 != shape[0] and shape[1:] == own[name].shape[1:]
         ]
         columns = int(spec.arguments.get("num_classes", follow[-1] if follow else 2))
-    return create_model(str(spec), columns, channels), tensors, prefix, columns
+    return build_model(str(spec), columns, channels), tensors, prefix, columns
 
 
 def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
@@ -223,7 +223,7 @@ def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
     plain, made = str(replace(spec, results=())), {}
     for channels in (1, 3):
         with contextlib.suppress(GigamorphError):  # a first convolution in groups of 3 takes no grey images
-            made[channels] = own_tensors(create_model(plain, 2, channels))
+            made[channels] = own_tensors(build_model(plain, 2, channels))
     if len(made) < 2:
         return next(iter(made), None)
     own, other = made.values()

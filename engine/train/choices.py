@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import DataError
 from ..models.folder import is_folder
-from ..models.own_code import imported, working_directory_on_path
+from ..models.own_code import working_directory_on_path
 from ..models.pretrained import TIMM
-from ..models.registry import create_model
+from ..models.registry import build_model, factory_of
 from ..models.spec import Spec
 from ..morph.files import recipe_of
 from .loggers import require_callbacks, require_loggers
@@ -50,7 +50,7 @@ def check_choices(
     spec = None if is_folder(options.model) else Spec.parse(options.model)
     if not named and spec is not None and spec.kind not in ("", "timm"):  # the user's code may take long: called once
         with working_directory_on_path():
-            imported(f"model {options.model!r}", spec.kind, spec.name)
+            factory_of(spec)
         return
     model = _without_values(options.model, channels)
     for stage in stages if named else ():
@@ -79,9 +79,9 @@ def _without_values(name: str, channels: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return create_model(name, in_channels=channels)
+                return build_model(name, in_channels=channels)
         except Exception:
-            return create_model(name, in_channels=channels)
+            return build_model(name, in_channels=channels)
 
 
 def _grown(weights: str | None) -> bool:

@@ -15,6 +15,7 @@ from ..errors import GigamorphError
 from ..models.compat import make_torchvision_importable
 from ..models.own_code import imported, working_directory_on_path
 from ..models.weights import first_line
+from ..trust import require_trusted
 
 make_torchvision_importable()
 
@@ -199,6 +200,7 @@ def make_callbacks(names: Sequence[str]) -> list[Callback]:
 
 def _found(name: str, what: str) -> Any:
     module, _, attribute = name.partition(":")
+    require_trusted(f"{what} {name!r}", module)
     with working_directory_on_path():
         return imported(f"{what} {name!r}", module, attribute)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError
-from ..models import create_model
+from ..models import build_model
 from ..models.outputs import Outputs, set_outputs
 from ..morph.origin import Origin
 from .head_rows import start_from
@@ -46,7 +46,7 @@ def build_network(record: dict[str, Any], weights: str | Path | None = None, spl
     if "grown" in record:
         model = Origin.from_record(record["grown"]).build(options["model"], target.width)
     else:
-        model = create_model(options["model"], target.width, record["channels"])
+        model = build_model(options["model"], target.width, record["channels"])
     if weights is not None:
         start_from(model, weights, target)
     model = model.to(options["device"])

@@ -24,7 +24,7 @@ from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...files import write_atomically
 from ...images.pixels import Normalize
-from ...models import create_model
+from ...models import build_model
 from ...train.loop import check_stages, run_stages
 from ...train.run import Run, seed_of
 from ...train.stages import Stage
@@ -172,7 +172,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
 
 def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) -> nn.Module:
     torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
-    network = create_model(config.model, max(2, classes), config.channels)
+    network = build_model(config.model, max(2, classes), config.channels)
     if weights is not None:
         load_pretrained(network, weights)
     return network

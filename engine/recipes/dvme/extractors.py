@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ...models import create_model
+from ...models import build_model
 from ..weights import load_pretrained
 
 
@@ -45,7 +45,7 @@ class Extractor(nn.Module):
 
 def make_extractor(model: str, channels: int, weights: str | Path | None = None, blocks: int = 0) -> Extractor:
     """An extractor of a network by its name, as for `create_model`; see `load_pretrained` for the file of weights."""
-    extractor = Extractor(create_model(model, 2, channels), blocks)
+    extractor = Extractor(build_model(model, 2, channels), blocks)
     if weights is not None:
         load_pretrained(extractor.network, weights)
     return extractor

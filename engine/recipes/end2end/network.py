@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ...models import create_model
+from ...models import build_model
 from ...models.resnet import ResNet
 from ..features import UpTo, evaluating
 from ..weights import load_pretrained
@@ -38,7 +38,7 @@ class Maps(nn.Module):
 
 def features(spec: str, channels: int, weights: str | Path | None = None, layer: str | None = None) -> nn.Module:
     """The backbone ``spec`` up to its last maps, or up to a module's: (N, channels, H, W) -> (N, C, h, w)."""
-    net = create_model(spec, 2, channels)
+    net = build_model(spec, 2, channels)
     if layer is not None:
         maps, named = UpTo(net, layer), net
     elif isinstance(net, ResNet):

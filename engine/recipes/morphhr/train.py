@@ -19,7 +19,7 @@ from ...errors import GigamorphError, MorphError
 from ...evaluate.cases import Cases
 from ...evaluate.read import write_cases
 from ...evaluate.roc import delong_interval
-from ...models import create_model
+from ...models import build_model
 from ...morph.files import Grown, save_network
 from ...morph.recipe import Recipe, apply
 from ...train.loop import Trained, check_stages, run_stages
@@ -67,7 +67,7 @@ class _Data:
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
     """The network of a checkpoint's record, and what opens images for it."""
     config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
-    network = create_model(config.model, len(record["classes"]), config.channels)
+    network = build_model(config.model, len(record["classes"]), config.channels)
     images = child_images if record["full"] else parent_images
     return apply(recipe, network), lambda records: images(records, config)
 
@@ -94,7 +94,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         )
     weights = find_weights(config.weights, config.mean, config.std, run)
     torch.manual_seed(run.seed)
-    parent = Grown(create_model(config.model, len(target.names), config.channels), channels=config.channels)
+    parent = Grown(build_model(config.model, len(target.names), config.channels), channels=config.channels)
     if weights is not None:
         load_pretrained(parent.network, weights)
     _check(parent, config, run)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ...models import create_model
+from ...models import build_model
 from ...train.checkpoint import save_torch
 from ...train.loop import run_stages
 from ...train.run import Run, seed_of
@@ -31,7 +31,7 @@ def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool 
     if weights and config.weights == "timm":
         network = _of_timm(config)
     else:
-        network = create_model(config.model, 2, config.channels)
+        network = build_model(config.model, 2, config.channels)
         path = find_weights(config.weights, config.mean, config.std) if weights else None
         if path is not None:
             load_pretrained(network, path)
@@ -43,7 +43,7 @@ def _of_timm(config: SiameseConfig) -> nn.Module:
     kind, _, name = config.model.partition(":")
     if kind != "timm":
         raise GigamorphError('weights = "timm" are of a model timm:NAME; name one as model, or a file as weights')
-    create_model(config.model, 2, config.channels)  # complains where timm or the model is missing
+    build_model(config.model, 2, config.channels)  # complains where timm or the model is missing
     import timm
 
     try:
