@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from .errors import GigamorphError
+from .parsing import parse_json
 
 T = TypeVar("T")
 
@@ -54,6 +54,8 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise GigamorphError(f"{source}: is no TOML: {error}") from error
+    except RecursionError:
+        raise GigamorphError(f"{source}: {_DEEP}") from None
 
 
 def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
@@ -63,11 +65,30 @@ def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
         raise GigamorphError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
     except _Twice as error:
         raise GigamorphError(f"{source}: {error}") from error
+    except RecursionError:
+        raise GigamorphError(f"{source}: {_DEEP}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise GigamorphError(f"{source}: holds no table of keys and values")
+    _require_bounded(found, source)
     return _as_toml(found)
+
+
+_DEEP = "is nested too deeply; write a table of keys and values"
+_MOST = 100_000  # values of a configuration
+
+
+def _require_bounded(found: Any, source: str) -> None:
+    """Refuse what Python cannot go through, and a YAML file whose aliases make billions of values of a few lines."""
+    left, count = [(found, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > _MOST or depth > 100:
+            raise GigamorphError(f"{source}: has more than {_MOST} values, or {_DEEP}")
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += ((part, depth + 1) for part in parts)
 
 
 class _Twice(GigamorphError):
@@ -92,13 +113,14 @@ def _require_once(keys: Sequence[str]) -> None:
 
 def _parsed_json(text: str, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_table)
-    except json.JSONDecodeError as error:
-        raise GigamorphError(f"{source}: is no JSON: {error}") from error
+        found = parse_json(text, object_pairs_hook=_table)
     except _Twice as error:
         raise GigamorphError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise GigamorphError(f"{source}: is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise GigamorphError(f"{source}: holds no table of keys and values")
+    _require_bounded(found, source)
     return _as_toml(found)
 
 

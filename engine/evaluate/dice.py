@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..datasets.masks import Classes
 from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
+from ..parsing import parse_json
 from ..versions import versions
 from .bootstrap import Array, Resamples, listed
 from .read import read_rows_of
@@ -50,7 +50,7 @@ def classes_of_masks(rows: Rows) -> Classes | None:
 def _noted(predictions: Path) -> bool:
     """Whether `gigamorph predict` notes that 255 is the class 1."""
     try:
-        return bool(json.loads(predictions.with_suffix(".json").read_text())["masks"]["binary"])
+        return bool(parse_json(predictions.with_suffix(".json").read_text())["masks"]["binary"])
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

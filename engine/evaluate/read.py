@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..datasets.tables.generic import SPLIT_NAMES, own_name, whole
 from ..datasets.tables.values import box_around, number, side
 from ..errors import DataError
 from ..files import write_atomically
+from ..parsing import parse_json
 from . import odds
 from .cases import Cases, Level
 from .froc import Marked
@@ -224,7 +224,7 @@ def note_of(predictions: Path) -> dict[str, Any]:
     """What `gigamorph predict` notes of the network beside its tables; nothing of other predictions."""
     beside = "predictions.csv" if predictions.name in _MERGED else predictions.name
     with contextlib.suppress(OSError, ValueError):
-        note = json.loads(predictions.with_name(beside).with_suffix(".json").read_text())
+        note = parse_json(predictions.with_name(beside).with_suffix(".json").read_text())
         return note if isinstance(note, dict) else {}
     return {}
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import write_atomically
+from ..parsing import parse_json
 from .cases import Cases
 
 _FILE = "calibration.json"
@@ -91,7 +92,7 @@ def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: S
         DataError: if it cannot be read, or belongs to another checkpoint or other mirror images.
     """
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = parse_json(Path(path).read_text())
         found = Calibration(**{**stored, "flips": tuple(stored.get("flips", ()))})
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..parsing import parse_json
 from .numpy_weights import STAND_INS, Array, as_tensors
 from .weights import first_line, forms, some, subtree, unwrapped
 
@@ -110,7 +110,7 @@ def read_state(path: str | Path, prefix: str = "") -> State:
 def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     """The weights in the files that an index of Hugging Face names, and these files."""
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        weight_map = dict(parse_json(index.read_text())["weight_map"])
         shards = tuple(index.parent / Path(name).name for name in dict.fromkeys(weight_map.values()))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{index}: not a readable index of weights: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..images.pixels import Normalize
+from ..parsing import parse_json
 from .folds import fold_checkpoints
 from .outputs import Outputs
 from .weights import sha256
@@ -184,7 +185,7 @@ def read_description(folder: str | Path) -> Description:
     """
     path = Path(folder) / DESCRIPTION
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except FileNotFoundError as error:
         require_no_run(folder)
         raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
 from ..errors import GigamorphError
+from ..parsing import parse_literal
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -66,8 +66,8 @@ def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return parse_literal(text)
+    except ValueError:
         return text
 
 

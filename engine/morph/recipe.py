@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
+from ..parsing import parse_json
 from ..tiling.memory import large_blocks_on_own_pages
 
 # Imported so that all steps are known.
@@ -100,7 +101,7 @@ class Recipe:
             MorphError: the text is no recipe, or of a later version.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise MorphError(f"the recipe is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:

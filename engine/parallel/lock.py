@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import GigamorphError
+from ..parsing import parse_json
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def cannot_write(path: Path, error: OSError, advice: str) -> GigamorphError:
 
 def _holder(path: Path) -> str:
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
         return f"process {found['pid']} on {found['host']} (since {found['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..parallel.lock import cannot_write, held, hold
+from ..parsing import parse_json
 from .job import Job
 from .options import RunOptions
 from .parts import read_parts
@@ -205,7 +206,7 @@ class RunFolder:
 
 def _read_description(path: Path) -> dict[str, Any] | None:
     try:
-        found = {"kind": "predict", "flip": [], **json.loads(path.read_text(encoding="utf-8"))}
+        found = {"kind": "predict", "flip": [], **parse_json(path.read_text(encoding="utf-8"))}
         return found | {name: found[name] for name in ("model", "checkpoint", "rows", "table")}
     except FileNotFoundError:
         return None

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..parallel.lock import cannot_write
+from ..parsing import parse_json
 
 ROWS = 10_000
 """Rows of a part."""
@@ -176,7 +177,7 @@ def _lines(data: bytes) -> tuple[list[Row], int]:
     rows, end = [], 0
     while (stop := data.find(b"\n", end)) >= 0:
         try:
-            row = json.loads(data[end:stop])
+            row = parse_json(data[end:stop])
         except ValueError:  # what a machine left that lost its power before the sync
             break
         if not isinstance(row, dict):

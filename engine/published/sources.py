@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..models.folder import Description, Preprocessing, require_no_run
 from ..models.outputs import Outputs
 from ..models.spec import Spec
 from ..models.weights import first_line
+from ..parsing import parse_json
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _SHARDED = tuple(name + INDEX for name in _NAMES[:2])
@@ -62,7 +62,7 @@ def hub_folder(path: Path) -> HubFolder | None:
     if not config.is_file():
         return None
     try:
-        found = json.loads(config.read_text())
+        found = parse_json(config.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{config}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):

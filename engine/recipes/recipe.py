@@ -17,6 +17,7 @@ from ..datasets.tables import Finding, Record
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..images.rawfile import brief
+from ..parsing import parse_json
 from ..train.data import Images
 from ..train.run import Run
 from ..train.splits import hash_of_reading
@@ -90,7 +91,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         write_atomically(path, lambda p: p.write_text(text), "run's record")
         return
     try:
-        stored = json.loads(path.read_text())
+        stored = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); name another folder") from error
     if stored.get("split_sha256") != note["split_sha256"]:
@@ -160,7 +161,7 @@ def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
     """The rows of the synthetic task with a seed, and how long it took; those of a run before where it ended."""
     path = run.out / "rows.json"
     if run.out.exists():
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = parse_json(path.read_text()) if path.is_file() else {}
         if found.get("recipe") != recipe.name:
             raise GigamorphError(f"{run.out}: holds no seed of recipe {recipe.name}; name another folder")
         if found["rows"] is not None:

@@ -17,6 +17,7 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate.read import write_cases
 from ..files import write_atomically
+from ..parsing import parse_json
 from .data import Data, samples_of
 from .metrics import COUNTS, Prediction, as_cases
 
@@ -72,7 +73,7 @@ def summarise(out: Path, count: int) -> Iterator[str]:
 
     Each image of ``out_of_fold.csv`` was predicted by the run that did not learn from its patient.
     """
-    metrics = [json.loads((out / f"fold{number + 1}" / "metrics.json").read_text()) for number in range(count)]
+    metrics = [parse_json((out / f"fold{number + 1}" / "metrics.json").read_text()) for number in range(count)]
     found: dict[str, dict[str, float | int]] = {}
     for part in ("val", "test"):
         for name in [key for key in metrics[0].get(part, ()) if key not in COUNTS]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from ...errors import DataError
+from ...parsing import parse_json
 from . import values
 from .base import DataSet
 from .files import Files
@@ -69,7 +69,7 @@ def _outlines(files: Files) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
     for place, row in zip(table.places, table.rows, strict=True):
         try:
-            finding = _finding(json.loads(row["region_shape_attributes"] or "{}"))
+            finding = _finding(parse_json(row["region_shape_attributes"] or "{}"))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{table.path}, {place}: region_shape_attributes are damaged ({error})") from error
         if finding:

@@ -5,9 +5,8 @@ A row of the clinical table belongs to the images of its exam (acc_anon) and sid
 
 from __future__ import annotations
 
-import ast
-
 from ...errors import DataError
+from ...parsing import parse_literal
 from . import values
 from .base import DataSet
 from .files import Files
@@ -85,10 +84,10 @@ def _boxes(text: str, place: str) -> tuple[Finding, ...]:
     if not text or text in ("[]", "()"):
         return ()
     try:
-        value = ast.literal_eval(text)
+        value = parse_literal(text)
         rows = value if isinstance(value[0], list | tuple) else [value]
         boxes: list[Box] = [(int(top), int(bottom), int(left), int(right)) for top, left, bottom, right in rows]
-    except (ValueError, SyntaxError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise DataError(f"{place}: ROI_coords {text!r} are no boxes; fetch the table again") from error
     boxes = [(max(top, 0), bottom, max(left, 0), right) for top, bottom, left, right in boxes]
     return tuple(Finding(box=box) for box in boxes if box[0] < box[1] and box[2] < box[3])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ...images.levels import White, parse_white
+from ...parsing import parse_json
 from . import values
 from .cells import is_number, no_number, read_rows
 from .folders import Unlisted, image_files, walk
@@ -384,7 +385,7 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
     found = []
     if row.get("findings"):
         try:
-            found = [Finding.from_json(item, path.parent) for item in json.loads(row["findings"])]
+            found = [Finding.from_json(item, path.parent) for item in parse_json(row["findings"])]
         except (TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, {place}: findings are not a JSON list of findings ({error})") from error
     if row.get("mask_path"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from pathlib import Path
+
+from ...parsing import parse_json
 
 log = logging.getLogger("gigamorph")
 _MADE_BY = {
@@ -52,7 +53,7 @@ def made_by(folder: Path) -> str:
         for command, groups in _MADE_BY.items():
             if any(all((folder / name).is_file() for name in group) for group in groups):
                 return command
-        note = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        note = parse_json((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     kind = note.get("kind", "predict") if isinstance(note, dict) and "checkpoint" in note else ""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-
 from ...errors import DataError
+from ...parsing import parse_literal
 from . import values
 from .base import DataSet
 from .files import Files
@@ -55,8 +54,8 @@ def _findings(files: Files) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
     for place, row in zip(table.places, table.rows, strict=True):
         try:
-            kinds = [str(kind) for kind in ast.literal_eval(row["finding_categories"])]
-        except (ValueError, SyntaxError) as error:
+            kinds = [str(kind) for kind in parse_literal(row["finding_categories"])]
+        except ValueError as error:
             text = f"finding_categories {row['finding_categories']!r} are no list"
             raise DataError(f"{table.path}, {place}: {text}; fetch it again") from error
         sides = [values.number(row[name]) for name in ("ymin", "ymax", "xmin", "xmax")]

@@ -1,0 +1,35 @@
+"""Texts that anybody may have written, as plain values."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+_DEEP = "it is nested too deeply"
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply for Python.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError(_DEEP) from None
+
+
+def parse_literal(text: str) -> Any:
+    """`ast.literal_eval`.
+
+    Raises:
+        ValueError: the text is not a literal of Python, or is nested too deeply for Python.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    except (RecursionError, MemoryError):
+        raise ValueError(_DEEP) from None

@@ -1,0 +1,86 @@
+"""Texts that are nested too deeply, or grow: one line each, in every place that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+
+from gigamorph.engine.config import read_values
+from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.models.checkpoints import read_state
+from gigamorph.engine.models.folder import read_description
+from gigamorph.engine.models.spec import Spec
+from gigamorph.engine.morph.recipe import Recipe
+from gigamorph.engine.parsing import parse_json, parse_literal
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, DEEP[:-1], '{"a":' * 100_000, "nonsense", "", "(" * 100_000, "-" * 100_000 + "1"]
+)
+@pytest.mark.parametrize("parse", [parse_json, parse_literal])
+def test_what_cannot_be_parsed_is_a_value_error(parse: Callable[[str], Any], text: str) -> None:
+    with pytest.raises(ValueError):
+        parse(text)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.toml", "a.yaml"])
+@pytest.mark.parametrize("depth", [500, 5_000, 100_000])
+def test_configurations_that_are_deep(name: str, depth: int, tmp_path: Path) -> None:
+    text = "[" * depth + "]" * depth
+    path = tmp_path / name
+    path.write_text(f"a = {text}" if name == "a.toml" else f'{{"a": {text}}}')
+    if name == "a.yaml" and depth > 5_000:
+        return  # PyYAML needs quadratic time for it
+    try:
+        found = read_values(path)
+    except GigamorphError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert depth == 500 and found
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]\n", "a: &a {b: *a}\n"])
+def test_aliases_of_aliases(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(GigamorphError, match="nested too deeply") as caught:
+        read_values(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_are_few_are_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a [1, 2]\nb: *a\n")
+    assert read_values(path) == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_a_folder_a_recipe_a_model_and_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.json").write_text(DEEP)
+    (tmp_path / "model.safetensors.index.json").write_text(DEEP)
+    for read in (
+        lambda: read_description(tmp_path),
+        lambda: Recipe.from_json(DEEP),
+        lambda: read_state(tmp_path / "model.safetensors.index.json"),
+    ):
+        with pytest.raises(GigamorphError) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert Spec.parse(f"resnet18?width={DEEP}").arguments["width"] == DEEP
+    assert run("plan", "--model", tmp_path, "--size", "64x64") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_findings_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("image_path,label,patient_id,findings\na.png,0,1," + DEEP[:30_000] + DEEP[-30_000:] + "\n")
+    assert run("train", table, "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err.count("\n") == 1
