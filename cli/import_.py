@@ -117,9 +117,7 @@ def import_(
     from ..engine.published.importing import Wishes, import_ensemble, import_network
     from ..engine.trust import trust_named
 
-    for source in sources:
-        if not Path(source).exists():
-            trust_named(source)
+    trust_named(*(source for source in sources if not Path(source).exists()))
     if flips or len(sources) > 1:
         for source in sources:
             if not is_folder(source):

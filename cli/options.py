@@ -109,8 +109,7 @@ def named(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     """What is typed is trusted: a module of the user's own in it is imported, also where a file names it."""
     from ..engine.trust import trust_named
 
-    for text in value if isinstance(value, tuple) else (value,):
-        trust_named(text)
+    trust_named(*(value if isinstance(value, tuple) else (value,)))
     return value
 
 

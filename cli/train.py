@@ -260,6 +260,7 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
     """The file's values, the options' over them, and those of -o over both; of a run that goes on its own file's."""
     from ..engine.config import parse_value, put, read_values
     from ..engine.train.config import make_config, read_saved
+    from ..engine.trust import trust_named
 
     values: dict[str, Any] = {}
     source = given["config"]
@@ -275,7 +276,7 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
     for setting in given["settings"]:
         key, value = parse_value(setting)
         if key in ("model", "log", "callbacks"):  # typed, as by the option
-            options.named(ctx, ctx.command.params[0], tuple(value) if isinstance(value, list) else value)
+            trust_named(*map(str, value if isinstance(value, list) else [value]))
         put(values, key, value)
     config = make_config(values, source or "options", tell.warn)
     if config.stages and ctx.get_parameter_source("epochs") is not ParameterSource.DEFAULT:

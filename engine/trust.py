@@ -33,11 +33,12 @@ def trust(*modules: str) -> None:
     os.environ[VARIABLE] = ",".join(dict.fromkeys((*known, *modules)))
 
 
-def trust_named(text: str) -> None:
-    """`trust` for the module in a text such as ``nets:tiny?width=32`` that the user has typed."""
-    module, colon, _ = text.partition("?")[0].partition(":")
-    if colon and module not in ("", "timm", "hf-hub", "hf_hub"):
-        trust(module)
+def trust_named(*texts: str) -> None:
+    """`trust` for the modules in texts such as ``nets:tiny?width=32`` that the user has typed."""
+    for text in texts:
+        module, colon, _ = text.partition("?")[0].partition(":")
+        if colon and module not in ("", "timm", "hf-hub", "hf_hub"):
+            trust(module)
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _configuration() -> Path | None:
-    """The user's own file; None where there is no home."""
+    """Path of the user's configuration file, or None if the account has no home directory."""
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(base, "gigamorph", "config.toml") if os.path.isabs(base) else None
 
@@ -94,8 +95,8 @@ def _configured(path: Path) -> list[str]:
     except OSError:
         return []
     except ValueError as error:
-        raise UntrustedError(f"{path}: is no TOML ({error}); correct it, or remove it") from error
+        raise UntrustedError(f"{path}: is not valid TOML ({error}); correct or remove it") from error
     names = found.get("trust", [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UntrustedError(f'{path}: trust is no list of modules; write trust = ["nets"]')
-    return [name for name in names if name != ALL]
+        raise UntrustedError(f'{path}: trust must be a list of modules, as in trust = ["nets"]')
+    return names

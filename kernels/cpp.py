@@ -26,7 +26,7 @@ def built(source: Path, compiling: Sequence[str] = (), linking: Sequence[str] = 
         compiling, linking: options of each step.
 
     Raises:
-        OSError: if there is no compiler, it fails, or the cache cannot be written, or others can write to it.
+        OSError: there is no compiler, or it fails; or the cache is read-only, or other accounts can write to it.
         subprocess.SubprocessError: if it does not end.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)

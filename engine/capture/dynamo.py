@@ -7,7 +7,6 @@ the graph what the forward does besides (attributes, lists, counters). So a back
 
 from __future__ import annotations
 
-import ast
 import builtins
 import contextlib
 import functools
@@ -28,6 +27,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
+from ..parsing import parse_literal
 from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
@@ -418,8 +418,8 @@ def _own_error(kind: str, arguments: str, where: str) -> Exception:
     found = getattr(builtins, kind, RuntimeError)
     found = found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
     try:
-        args = ast.literal_eval(f"({arguments},)") if arguments else ()
-    except (ValueError, SyntaxError):
+        args = parse_literal(f"({arguments},)") if arguments else ()
+    except ValueError:
         args = (arguments,)
     message = next(iter(" ".join(map(str, args)).splitlines()), "") or kind
     own = by_name(kind)

@@ -48,7 +48,7 @@ def _refuse_to_fetch(url: str, *_: Any, **__: Any) -> None:
 
 
 def imported(what: str, module_name: str, name: str) -> Any:
-    """``name`` of a module, within `working_directory_on_path`.
+    """``name`` of a module; for the user's own, within `working_directory_on_path`.
 
     Args:
         what: for messages, as in "model 'nets:tiny'".

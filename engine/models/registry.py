@@ -8,7 +8,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,12 @@ _READS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_
 _LAYOUTS = __name__.removesuffix("models.registry") + "published.layouts."
 
 
-def factory_of(spec: Spec) -> Any:
-    """The function or class of a module that makes a network, within `working_directory_on_path`.
+@contextlib.contextmanager
+def factory_of(spec: Spec) -> Iterator[Any]:
+    """The function or class of a module that makes a network.
+
+    The working directory is on Python's path while the context is open, since the user's own factory may import more
+    when it is called. It is not for networks of a registry: anybody may have made the folder.
 
     Raises:
         UntrustedError: the module is neither of a registry nor trusted.
@@ -191,12 +195,15 @@ def factory_of(spec: Spec) -> Any:
     """
     make_torchvision_importable()
     what = f"model {str(spec)!r}"
+    path = contextlib.nullcontext()
     if not _registered(spec):
         require_trusted(what, spec.kind)
-    factory = imported(what, spec.kind, spec.name)
-    if not callable(factory):
-        raise GigamorphError(f"{what} is a {type(factory).__name__}, not a function or class that makes a network")
-    return factory
+        path = working_directory_on_path()
+    with path:
+        factory = imported(what, spec.kind, spec.name)
+        if not callable(factory):
+            raise GigamorphError(f"{what} is a {type(factory).__name__}, not a function or class that makes a network")
+        yield factory
 
 
 def _registered(spec: Spec) -> bool:
@@ -215,8 +222,7 @@ def _registered(spec: Spec) -> bool:
 
 def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     text = str(spec)
-    with working_directory_on_path():  # what it imports as it is called lies there too
-        factory = factory_of(spec)
+    with factory_of(spec) as factory:
         try:
             taken = inspect.signature(factory).parameters
         except (TypeError, ValueError):

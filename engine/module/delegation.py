@@ -131,7 +131,7 @@ class Delegate(nn.Module):
             if (
                 value.__func__ is not type(self).forward
             ):  # another method of the network, which is computed by tiles too
-                function = vars(value.__func__).get(_ASKS, value.__func__)
+                function = getattr(value.__func__, "__dict__", {}).get(_ASKS, value.__func__)
                 self._network.forward = MethodType(function, self._network)
         elif self._is_own(name):
             object.__setattr__(self, name, value)

@@ -47,7 +47,7 @@ def activation(text: str) -> nn.Module:
             call = call.func
         options.pop("inplace", None)  # the value before the activation is needed as well
         return ACTIVATIONS[call.id if isinstance(call, ast.Name) else ""](**options)
-    except (SyntaxError, ValueError, KeyError, TypeError):
+    except (SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
         names = ", ".join(ACTIVATIONS)
         raise MorphError(f"{text!r} is not an activation like 'GELU' or 'ELU(alpha=0.5)'; known: {names}") from None
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..errors import DataError
 from ..models.folder import is_folder
-from ..models.own_code import working_directory_on_path
 from ..models.pretrained import TIMM
 from ..models.registry import build_model, factory_of
 from ..models.spec import Spec
@@ -49,9 +48,8 @@ def check_choices(
         return
     spec = None if is_folder(options.model) else Spec.parse(options.model)
     if not named and spec is not None and spec.kind not in ("", "timm"):  # the user's code may take long: called once
-        with working_directory_on_path():
-            factory_of(spec)
-        return
+        with factory_of(spec):
+            return
     model = _without_values(options.model, channels)
     for stage in stages if named else ():
         trainable_names(model, stage)

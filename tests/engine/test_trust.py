@@ -16,7 +16,8 @@ from commands import run
 import gigamorph
 from gigamorph.cli.main import _COMMANDS
 from gigamorph.engine.datasets.phantom import write_phantoms
-from gigamorph.engine.models import build_model, create_model, load_weights
+from gigamorph.engine.models import build_model, create_model, load_weights, registry
+from gigamorph.engine.morph.activation import activation
 from gigamorph.engine.trust import VARIABLE
 
 EVIL = """
@@ -236,5 +237,25 @@ def test_a_package_is_trusted_with_its_parts_and_not_with_its_namesakes(place: P
         build_model("dlx:Net")
 
 
-def test_networks_of_torchvision_need_no_trust(place: Path) -> None:
+def test_networks_of_torchvision_need_no_trust_and_import_nothing_of_the_folder(place: Path, monkeypatch) -> None:
+    paths: list[list[str]] = []
+    imported = registry.imported
+    monkeypatch.setattr(registry, "imported", lambda *given: paths.append(list(sys.path)) or imported(*given))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     assert isinstance(build_model("torchvision.models:resnet18"), torch.nn.Module)
+    assert isinstance(create_model("evil:Net"), torch.nn.Module)
+    assert [str(place) in path for path in paths] == [False, True]
+
+
+def test_settings_that_are_typed_are_trusted(trained: Path, place: Path, capsys) -> None:
+    command = ["train", trained / "phantoms.csv", "--print-config", "-o"]
+    assert run(*command, "model=mine:Net") == 0 and os.environ[VARIABLE] == "mine"
+    assert run(*command, 'log=["others:Log"]') == 0 and os.environ[VARIABLE] == "mine,others"
+    capsys.readouterr()
+    assert run(*command, "model=3") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_activation_that_is_nested_too_deeply() -> None:
+    with pytest.raises(gigamorph.MorphError):
+        activation("(" * 100_000)
