@@ -11,8 +11,10 @@ from commands import run
 
 from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.models import build_model
 from gigamorph.engine.recipes.claims import Effect, Rule, Synthetic
 from gigamorph.engine.recipes.recipe import Recipe
+from gigamorph.engine.trust import VARIABLE
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,19 @@ def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, c
     assert run(*command[:-1], tmp_path / "b") == 0
     a, b = (json.loads((tmp_path / name / "claim.json").read_text()) for name in "ab")
     assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_networks_of_the_synthetic_task_need_no_trust(toy, tmp_path, monkeypatch):
+    module = sys.modules["gigamorph.engine.recipes.toy"]
+    own = module.RECIPE
+
+    def rows(run):
+        build_model("gigamorph.engine.recipes.morphhr.synthetic:SmallNet")
+        return own.synthetic.rows(run)
+
+    monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))
+    monkeypatch.delenv(VARIABLE)
+    assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "a") == 0
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "1,1", "-1"])
