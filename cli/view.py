@@ -18,7 +18,7 @@ from .words import counted
 @click.option(
     "--table", type=click.Path(exists=True, dir_okay=False), help="The csv that was predicted from: findings, masks."
 )
-@click.option("--out", type=click.Path(file_okay=False), help="Folder of the page; by default SOURCE/view.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for --static; by default SOURCE/view.")
 @click.option(
     "--static",
     is_flag=True,
@@ -57,8 +57,8 @@ def view(
     SOURCE is a folder of gigamorph predict, or its predictions.csv, or the folder of a cross-validation. Images are
     shown down to their own pixels, with probability, label and split, boxes of findings and evidence; the page says
     its keys. Of masks (gigamorph train --task masks) the prediction lies over the image, with the outlines of the masks
-    of --table. Tiles are made as they are looked at, by a server that is reached from this machine only; Ctrl-C ends
-    it.
+    of --table. A server makes tiles as they are looked at, and answers only at the address that is printed, with its
+    random token, on this machine; Ctrl-C ends it. Nothing is written without --static.
 
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """
@@ -67,9 +67,11 @@ def view(
     from ..engine.models.folder import digest_of
     from ..engine.view.evidence import Evidence
     from ..engine.view.exams import read_exams
-    from ..engine.view.server import make_server
+    from ..engine.view.server import PageServer
     from ..engine.view.site import Site
 
+    if out is not None and not static:
+        raise click.UsageError("--out is the folder of --static; add --static")
     exams = read_exams(source, table=table, split=split)[:most]
     note = note_of(table_in(Path(source)))
     predicted_by, flips = note.get("sha256"), note.get("flip", ())
@@ -77,10 +79,10 @@ def view(
         raise DataError(f"{evidence}: is another network than that whose predictions {source} has; name that")
     maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device, flips=flips)
     site = Site(exams, maps, identifiers=identifiers)
-    folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
-    page = site.write_page(folder)
     told = f"{counted(len(exams), 'exam')}, {counted(len(site.views), 'image')}"
     if static:
+        folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
+        page = site.write_page(folder)
         written = 0
 
         def done(number: int) -> None:
@@ -97,10 +99,9 @@ def view(
             raise Stopped from error
         click.echo(f"{told}{f', {there} of them there already' if there else ''}; {page}")
         return
-    server = make_server(site, folder, port)
-    address = f"http://127.0.0.1:{server.server_address[1]}/"
-    click.echo(f"{told}; {address} (Ctrl-C ends it)")
+    server = PageServer(site, port)
+    click.echo(f"{told}; {server.address} (Ctrl-C ends it)")
     if browser:
-        click.launch(address)
+        click.launch(server.address)
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -261,7 +261,7 @@ def _truth(row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict
     found = {}
     for name in names:
         cell = row.get(LABEL + name, "")
-        if cell:
+        if cell and cell.lower() != "nan":
             found[name] = float(cell)
         elif name in record.labels:
             found[name] = record.labels[name]

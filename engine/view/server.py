@@ -1,12 +1,14 @@
-"""A small server of this machine alone: a viewer's page, and its tiles and maps when they are asked for."""
+"""A small server for this machine's browser: a viewer's page, and its tiles and maps when the page asks for them."""
 
 from __future__ import annotations
 
+import hmac
 import re
+import secrets
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import GigamorphError
 from .site import PAGE, Site
@@ -17,54 +19,121 @@ _TYPES = {
     ".css": "text/css",
     ".png": "image/png",
 }
-_TILE = re.compile(r"/(?:tiles/(\d+)|masks/(\d+)/(predicted|reference))/(\d+)/(\d+)_(\d+)\.png")
-_EVIDENCE = re.compile(r"/evidence/(\d+)\.js")
+_TEXT = "text/plain; charset=utf-8"
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+# Few digits, so that no request makes a number that takes long to compute with.
+_TILE = re.compile(
+    r"(?:tiles/([0-9]{1,9})|masks/([0-9]{1,9})/(predicted|reference))/([0-9]{1,2})/([0-9]{1,9})_([0-9]{1,9})\.png"
+)
+_EVIDENCE = re.compile(r"evidence/([0-9]{1,9})\.png")
 
 
-def make_server(site: Site, folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of the page in a folder, which is reached from this machine only; port 0 takes one that is free.
+class PageServer(ThreadingHTTPServer):
+    """Serves a site to those who know its address, which holds a random token.
+
+    The token is in the path and not in a cookie: browsers send a cookie to every port of this machine.
+
+    Args:
+        port: 0 takes one that is free.
+
+    Attributes:
+        address: of the page.
 
     Raises:
-        GigamorphError: the port is taken.
+        GigamorphError: the port is taken. DataError: an image cannot be opened.
     """
-    files = {"/" + path.name for path in PAGE.iterdir()} | {"/data.js"}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            # Pages of elsewhere that resolve their name to this machine must not read its images.
-            if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
-                self.send_error(HTTPStatus.FORBIDDEN)
-                return
-            place = "/index.html" if self.path == "/" else self.path.partition("?")[0]
-            try:
-                body = (folder / place[1:]).read_bytes() if place in files else _made(site, place)
-            except (IndexError, FileNotFoundError):
-                self.send_error(HTTPStatus.NOT_FOUND)
-                return
-            except GigamorphError as error:
-                self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)[:200].encode("ascii", "replace").decode())
-                return
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", _TYPES.get(Path(place).suffix, "text/plain; charset=utf-8"))
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+    def __init__(self, site: Site, port: int) -> None:
+        self.site = site
+        self.files = {path.name: path.read_bytes() for path in PAGE.iterdir()}
+        self.files[""] = self.files["index.html"] = site.page("png").encode()
+        self.root = f"/{secrets.token_urlsafe(32)}/"
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise GigamorphError(f"port {port} cannot be opened ({error.strerror}); give another --port") from error
+        own = f":{self.server_port}"
+        ends = (own, "") if self.server_port == 80 else (own,)  # browsers leave out the port of http
+        self.hosts = {name + end for name in ("127.0.0.1", "localhost") for end in ends}
+        self.address = f"http://127.0.0.1{own}{self.root}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    default_request_version = "HTTP/1.0"  # HTTP/0.9 has no headers
+
+    def parse_request(self) -> bool:
+        """Requests of all methods are checked before they are looked at."""
+        if not super().parse_request():
+            return False
+        refusal = self._refusal()
+        if refusal:
+            self.send_error(HTTPStatus.FORBIDDEN, refusal)
+        return not refusal
+
+    def _refusal(self) -> str:
+        """Why a request is refused; empty if the user or the page itself sent it."""
+        server = cast(PageServer, self.server)
+        hosts, origins, sites = (self.headers.get_all(name, []) for name in ("Host", "Origin", "Sec-Fetch-Site"))
+        if len(hosts) != 1 or hosts[0] not in server.hosts:  # names of other pages may resolve to this machine
+            return f"this is no address of gigamorph view, which is at port {server.server_port} of 127.0.0.1"
+        # Pages do not link to themselves: only the user opens them.
+        senders = {"none"} if self.headers.get("Sec-Fetch-Mode") == "navigate" else {"none", "same-origin"}
+        if {*origins} - {f"http://{hosts[0]}"} or {*sites} - senders:
+            return "another page asks for this; copy the address that gigamorph view printed into a new tab"
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            return "a request must have no body"
+        if not hmac.compare_digest(self.path[: len(server.root)].encode("latin-1"), server.root.encode()):
+            return "open the whole address that gigamorph view printed"
+        return ""
+
+    def do_GET(self) -> None:
+        server = cast(PageServer, self.server)
+        name = self.path[len(server.root) :]
+        try:
+            body = server.files[name] if name in server.files else _made(server.site, name)
+        except (IndexError, FileNotFoundError):
+            self.send_error(HTTPStatus.NOT_FOUND)
+        except GigamorphError as error:
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+        else:
+            self._answer(HTTPStatus.OK, _TYPES.get(Path(name or "index.html").suffix, _TEXT), body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """One line of text, which is not in the status line: names of files may hold anything."""
+        status = HTTPStatus(code)
+        line = " ".join((message or status.phrase).split())
+        self._answer(status, _TEXT, f"{code:d}: {line}\n".encode(errors="replace"))
+
+    def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise GigamorphError(f"port {port} cannot be opened ({error.strerror}); give another --port") from error
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
-def _made(site: Site, place: str) -> bytes:
+def _made(site: Site, name: str) -> bytes:
     """A tile or a map, by its name."""
-    if found := _TILE.fullmatch(place):
+    if found := _TILE.fullmatch(name):
         image, masked, which = found.groups()[:3]
         level, column, row = map(int, found.groups()[3:])
         return site.tiles_of(int(image or masked), which or "").tile(level, column, row)
-    if found := _EVIDENCE.fullmatch(place):
-        return site.evidence(int(found[1])).encode()
-    raise IndexError(place)
+    if found := _EVIDENCE.fullmatch(name):
+        return site.evidence(int(found[1]))
+    raise IndexError(name)

@@ -1,4 +1,4 @@
-"""The folder of a viewer: one page, what it shows, and tiles and evidence, written ahead or made when asked for."""
+"""A viewer's page with what it shows, and tiles and evidence, written ahead into a folder or made when asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import GigamorphError
+from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..report.figure import class_colour
 from .evidence import Evidence
@@ -51,7 +51,7 @@ class Site:
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
-        """Write the page and what it shows, without tiles and evidence; returns the page's path.
+        """Write the page with what it shows, without tiles and evidence; returns the page's path.
 
         Of tiles and evidence that are there, those of other images or of files that have changed are removed.
 
@@ -60,10 +60,10 @@ class Site:
             DataError: an image cannot be opened.
         """
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
-        ours = {"data.js", *(path.name for path in PAGE.iterdir())}  # data.js comes last: a full disk leaves it out
-        if there and "data.js" not in there and not ours.issuperset(there):
+        ours = {path.name for path in PAGE.iterdir()}
+        if there and "view.js" not in there and not ours.issuperset(there):
             raise GigamorphError(f"{out}: holds other files; name another --out")
-        text = "const DATA = " + json.dumps(self._data()) + ";\n"  # opens all images: if one fails, nothing is written
+        text = self.page("js")  # opens all images: if one fails, nothing is written
         parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
         current = {part.path for part in parts if is_current(part.path, part.note)}
         with _written(out):
@@ -71,11 +71,27 @@ class Site:
                 for path in sorted(out.glob(pattern)):
                     if path.suffix != ".made" and path not in current:
                         remove(path)
+            (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote what is shown, maybe names, there
             out.mkdir(parents=True, exist_ok=True)
-            for path in PAGE.iterdir():
-                shutil.copyfile(path, out / path.name)
-        write_atomically(out / "data.js", lambda path: path.write_text(text, encoding="utf-8"), "page")
-        return out / "index.html"
+            for name in ours - {"index.html"}:
+                shutil.copyfile(PAGE / name, out / name)
+        page = out / "index.html"  # last, so that no page shows what is missing
+        write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"), "page")
+        return page
+
+    def page(self, maps: str) -> str:
+        """index.html, which holds what it shows as JSON.
+
+        Args:
+            maps: suffix of the files in evidence/: "png", or "js" for a page that is opened from files, where no script
+                may read the pixels of a picture.
+
+        Raises:
+            DataError: an image cannot be opened, or a number of it is not finite, which JSON cannot express.
+        """
+        # Names may hold anything, also the end of the element.
+        text = json.dumps(self._data(maps)).replace("<", "\\u003c")
+        return (PAGE / "index.html").read_text(encoding="utf-8").replace("DATA", text)
 
     def write_all(self, out: Path, done: Callable[[int], object]) -> int:
         """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image.
@@ -112,7 +128,7 @@ class Site:
         if self._evidence is not None:
             path = out / "evidence" / f"{number}.js"
             note = note_of((shown, self._evidence.made_by), (own.path,))
-            yield _Part(path, note, lambda: path.write_text(self.evidence(number)))
+            yield _Part(path, note, lambda: path.write_text(_script(number, self.evidence(number))))
 
     def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
         """Of an image, or of its "predicted" mask or its "reference"; the last ones that were asked for are kept.
@@ -134,15 +150,18 @@ class Site:
             self._kept.move_to_end((number, which))
             return self._kept[number, which]
 
-    def evidence(self, number: int) -> str:
-        """A script that hands the page an image's map: from files no other way is open."""
+    def evidence(self, number: int) -> bytes:
+        """An image's map as a grey PNG.
+
+        Raises:
+            IndexError: there is none.
+        """
         if self._evidence is None:
             raise IndexError("no evidence was asked for")
         view = self.views[number]
-        picture = base64.b64encode(png(self._evidence.of(view, view.open())[None])).decode()
-        return f'gotEvidence({number}, "data:image/png;base64,{picture}");\n'
+        return png(self._evidence.of(view, view.open())[None])
 
-    def _data(self) -> dict[str, Any]:
+    def _data(self, maps: str) -> dict[str, Any]:
         numbers = iter(range(len(self.views)))
         exams = [
             {
@@ -152,7 +171,8 @@ class Site:
             }
             for number, exam in enumerate(self.exams)
         ]
-        return {"exams": exams, "tile": TILE, "evidence": self._evidence is not None, "classes": self._classes()}
+        evidence = None if self._evidence is None else maps
+        return {"exams": exams, "tile": TILE, "evidence": evidence, "classes": self._classes()}
 
     def _classes(self) -> dict[str, str]:
         """Colours of the classes of masks by their names; none where no masks are shown."""
@@ -163,7 +183,7 @@ class Site:
     def _shown(self, view: View, number: int) -> dict[str, Any]:
         source, own = view.open(), view.record
         pyramid = Pyramid(source)
-        return {
+        found = {
             "number": number,
             "name": own.path.name if self._identifiers else "",
             "side": own.laterality or "",
@@ -180,6 +200,15 @@ class Site:
             "dice": {} if view.masks is None else dict(view.masks.dice),
             "masks": [] if view.masks is None else list(view.masks.files),
         }
+        try:
+            json.dumps(found, allow_nan=False)
+        except ValueError as error:
+            raise DataError(f"{own.path}: a prediction, label or outline is not finite; correct the table") from error
+        return found
+
+
+def _script(number: int, picture: bytes) -> str:
+    return f'gotEvidence({number}, "data:image/png;base64,{base64.b64encode(picture).decode()}");\n'
 
 
 def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:

@@ -1,7 +1,7 @@
 """`gigamorph view`: pages that are looked at in headless Chromium, from files and from the server."""
 
+import contextlib
 import csv
-import json
 import os
 import re
 import shutil
@@ -10,16 +10,20 @@ import threading
 import time
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import browser
 import pytest
 from commands import run
 from forked import command as forked
+from hostile import hostile
+from viewed import shown
 
 from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.datasets.tables.left_out import made_by
+from gigamorph.engine.view.evidence import Evidence
 from gigamorph.engine.view.exams import read_exams
-from gigamorph.engine.view.server import make_server
+from gigamorph.engine.view.server import PageServer
 from gigamorph.engine.view.site import Site
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
@@ -111,24 +115,28 @@ def test_images_that_are_elsewhere_are_told_with_the_remedy(predicted, tmp_path,
 
 
 def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
-    text = (static / "data.js").read_text()
+    text = (static / "index.html").read_text()
     assert "PHANTOM" not in text and '"P0' not in text and "Exam 1" in text
-    data = json.loads(text.removeprefix("const DATA = ").rstrip(";\n"))
+    data = shown(text)
     errors = [exam["error"] for exam in data["exams"]]
     assert errors == sorted(errors, reverse=True) and len(errors) == 3
     assert all([v["view"] for v in exam["views"]] == ["CC", "CC", "MLO", "MLO"] for exam in data["exams"])
     with_findings = [view for exam in data["exams"] for view in exam["views"] if view["boxes"]]
     assert with_findings and all(view["truth"]["1"] == 1 for view in with_findings)
     out = predicted / "named"
+    out.mkdir()
+    for name in ("index.html", "view.js", "data.js"):
+        (out / name).write_text("")  # of an earlier version, with names
     assert run("view", predicted / "predictions", "--identifiers", "--most", "1", "--static", "--out", out) == 0
-    assert "PHANTOM" in (out / "data.js").read_text()
+    assert "PHANTOM" in (out / "index.html").read_text() and not (out / "data.js").exists()
+    assert made_by(out) == "view"  # so that it is left out of a folder of images
     assert (out / "openseadragon.LICENSE.txt").read_text().startswith("Copyright")
     (predicted / "other").mkdir()
     (predicted / "other" / "mine.txt").write_text("")
     assert run("view", predicted / "predictions", "--static", "--out", predicted / "other") == 2
     assert "holds other files" in capsys.readouterr().err
     (predicted / "half").mkdir()
-    (predicted / "half" / "index.html").write_text("")  # the disk was full
+    (predicted / "half" / "view.css").write_text("")  # the disk was full
     assert run("view", predicted / "predictions", "--most", "1", "--static", "--out", predicted / "half") == 0
     capsys.readouterr()
     assert run("view", predicted / "run", "--static", "--out", predicted / "none") == 2
@@ -206,28 +214,82 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
 @chromium
 def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
     exams = read_exams(predicted / "predictions", table=predicted / "phantoms" / "phantoms.csv", split="test")
-    site = Site(exams, None, identifiers=False)
-    site.write_page(predicted / "served")
-    server = make_server(site, predicted / "served", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
-        assert not (predicted / "served" / "tiles").exists()
-        with urlopen(f"{address}/tiles/0/0/0_0.png") as answer:
+    with served(Site(exams, None, identifiers=False)) as address, browser.browser() as page:
+        with urlopen(f"{address}tiles/0/0/0_0.png") as answer:
             assert answer.read().startswith(b"\x89PNG")
-        for place in ("/tiles/0/0/9_0.png", "/tiles/99/0/0_0.png", "/../run/best.ckpt", "/evidence/0.js"):
+        for place in ("tiles/0/0/9_0.png", "tiles/99/0/0_0.png", "../run/best.ckpt", "evidence/0.png"):
             with pytest.raises(HTTPError, match="404"):
                 urlopen(address + place)
-        with pytest.raises(HTTPError, match="403"):  # a page elsewhere whose name leads here
-            urlopen(Request(address, headers={"Host": "elsewhere.example:80"}))
-        with browser.browser() as page:
-            page.open(address)
-            page.wait(LOADED.replace("return ", "return state.shown.length > 0 && "))
-            assert page.run("return getComputedStyle(document.querySelector('.evidence')).display") == "none"
+        page.open(address)
+        page.wait(LOADED.replace("return ", "return state.shown.length > 0 && "))
+        assert page.run("return getComputedStyle(document.querySelector('.evidence')).display") == "none"
+        assert page.errors() == []
+
+
+@chromium
+def test_evidence_from_the_server_is_that_of_the_files(static, predicted):
+    exams = read_exams(predicted / "predictions", table=predicted / "phantoms" / "phantoms.csv")
+    maps = Evidence(predicted / "run" / "best.ckpt", memory_budget=None, device="cpu")
+    painted = "const {values} = state.maps.get(0); return [values.length, ...values]"
+    with served(Site(exams, maps, identifiers=False)) as address, browser.browser() as page:
+        found = []
+        for place in (address, f"file://{static}/index.html"):
+            page.open(place)
+            page.wait(PAINTED)
+            found.append(page.run(painted))
             assert page.errors() == []
-    finally:
-        server.shutdown()
-        server.server_close()
+            if place == address:
+                page.reload()
+                page.wait(PAINTED)
+    assert found[0] == found[1] and found[0][0] > 1000 and max(found[0][1:]) > 0
+
+
+@contextlib.contextmanager
+def served(site):
+    with PageServer(site, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server.address
+        finally:
+            server.shutdown()
+
+
+NAMES = "index.html data.js data.json view.js view.css evidence/0.js evidence/0.png tiles/0/0/0_0.png".split()
+
+
+@chromium
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_page_of_another_origin_reads_nothing(static, predicted, host):
+    """Of the same site, which is this host at any port, and of another; without the token and with it.
+
+    The same page reads files of its own origin in all its ways.
+    """
+    given = ["--table", predicted / "phantoms" / "phantoms.csv", "--evidence", predicted / "run" / "best.ckpt"]
+    viewer = forked("view", predicted / "predictions", *given, "--no-browser", "--identifiers")
+    with contextlib.ExitStack() as stack:
+        stack.callback(viewer.end)
+        port, page = (stack.enter_context(entered) for entered in (hostile(static), browser.browser()))
+        address = printed_address(viewer)
+        root = re.match(r"http://[^/]+/", address)[0]
+        page.open(f"http://{host}:{port}/")
+        ways = page.run("return Object.keys(WAYS)")
+        read = {}
+        for base in ("/own/", address, root):
+            page.run(f"begin('{base}', ['', ...{NAMES}])")
+            (read[base],) = page.wait("return read && [read]")
+        assert {name.split(" ")[0] for name in read["/own/"]} == set(ways)
+        assert (read[address], read[root]) == ({}, {})
+        page.errors()
+        page.open(address)  # the user himself
+        page.wait(PAINTED)
+        assert "P0" in page.run("return document.getElementById('name').textContent") and page.errors() == []
+
+
+def printed_address(viewer):
+    while "\n" not in viewer.output:
+        assert viewer.poll() is None, viewer.error
+        time.sleep(0.02)
+    return re.search(r"http://127\.0\.0\.1:\d+/\S*", viewer.output)[0]
 
 
 def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_path, monkeypatch, capsys):
@@ -243,19 +305,17 @@ def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_pa
     assert capsys.readouterr().err.splitlines()[-1] == told
 
 
-def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
+def test_the_command_serves_until_ctrl_c(predicted, tmp_path, capsys):
     """A process of its own, as at a shell: it says where the page is, and ends with nothing but that said."""
-    process = forked("view", predicted / "predictions", "--no-browser", "--out", tmp_path)
+    process = forked("view", predicted / "predictions", "--no-browser")
     # An answer and the end take a second of computing; on a machine that others use as well that may be minutes.
     long = 600
     try:
-        while "\n" not in process.output:
-            assert process.poll() is None, process.error
-            time.sleep(0.02)
-        told = process.output
-        address = re.search(r"http://127\.0\.0\.1:\d+/", told)[0]
+        address, told = printed_address(process), process.output
         assert told.startswith("3 exams, 12 images; ") and "Ctrl-C ends it" in told
-        for place, begin in (("", b"<!doctype html>"), ("data.js", b"const DATA"), ("tiles/0/0/0_0.png", b"\x89PNG")):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{43}/", address)
+        assert not (predicted / "predictions" / "view").exists()
+        for place, begin in (("", b"<!doctype html>"), ("tiles/0/0/0_0.png", b"\x89PNG")):
             with urlopen(address + place, timeout=long) as answer:
                 assert answer.read().startswith(begin)
         os.kill(process.pid, signal.SIGINT)
@@ -263,3 +323,5 @@ def test_the_command_serves_until_ctrl_c(predicted, tmp_path):
         assert (process.output, process.error) == (told, "")
     finally:
         process.end()
+    assert run("view", predicted / "predictions", "--no-browser", "--out", tmp_path) == 2
+    assert "--out is the folder of --static; add --static" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """`gigamorph view` of predicted masks: areas and outlines over the images, looked at in headless Chromium."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import browser
 import pytest
 from commands import run
 from predicted_masks import write_predicted
+from viewed import shown
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def static(tmp_path_factory):
 
 
 def test_the_page_has_masks_beside_its_images(static):
-    data = json.loads((static / "data.js").read_text().removeprefix("const DATA = ").rstrip(";\n"))
+    data = shown((static / "index.html").read_text())
     assert list(data["classes"]) == ["mass", "cyst"] and len(set(data["classes"].values())) == 2
     views = [view for exam in data["exams"] for view in exam["views"]]
     for view in views:

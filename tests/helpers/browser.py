@@ -44,6 +44,10 @@ class Browser:
     def open(self, url: str) -> None:
         self._ask("POST", f"{self._session}/url", {"url": url})
 
+    def reload(self) -> None:
+        """As the browser's own button does."""
+        self._ask("POST", f"{self._session}/refresh", {})
+
     def run(self, script: str) -> Any:
         """What a script returns."""
         return self._ask("POST", f"{self._session}/execute/sync", {"script": script, "args": []})

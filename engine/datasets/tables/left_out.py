@@ -12,7 +12,7 @@ log = logging.getLogger("gigamorph")
 _MADE_BY = {
     "train": (("last.ckpt",), ("best.ckpt",)),
     "eval": (("report.html", "metrics.json"),),
-    "view": (("index.html", "data.js"),),
+    "view": (("index.html", "view.js"),),
 }
 """Files that tell it, all of one of the groups."""
 UNREAD = {

@@ -1,7 +1,9 @@
 "use strict";
 // The page works from files, where a script can read neither other files nor the pixels of pictures: tiles are shown as
-// pictures, and maps come as scripts that hand over a data URL.
+// pictures, and maps come as scripts that hand over a data URL. The server has no scripts with data, which pages of
+// elsewhere could load: maps are pictures there.
 const byId = (id) => document.getElementById(id);
+const DATA = JSON.parse(byId("data").textContent);
 const state = { at: 0, order: [], shown: [], maps: new Map() };
 
 function largest(exam) {
@@ -29,43 +31,46 @@ function sorted(how) {
   return key ? numbers.sort((a, b) => key(b) - key(a) || a - b) : numbers;
 }
 
-function told(view) {
-  const lines = [`<div class="mark">${escaped([view.side, view.view].filter(Boolean).join(" ") || "image")}</div>`];
-  lines.push(...(masked ? toldMasks(view) : toldPredictions(view)));
-  if (view.split) lines.push(`<div>${escaped(view.split)}</div>`);
-  if (view.name) lines.push(`<div>${escaped(view.name)}</div>`);
-  return lines.join("");
+// An element of a class; names of tables are among its parts only as texts.
+function made(tag, className, ...parts) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...parts);
+  return element;
 }
 
-function toldMasks(view) {
+function lines(view) {
+  return [
+    made("div", "mark", [view.side, view.view].filter(Boolean).join(" ") || "image"),
+    ...(masked ? maskLines(view) : predictionLines(view)),
+    ...[view.split, view.name].filter(Boolean).map((text) => made("div", "", text)),
+  ];
+}
+
+function maskLines(view) {
   return Object.entries(DATA.classes).map(([name, colour]) => {
     const share = view.predicted[name], dice = view.dice[name];
+    const swatch = made("span", "swatch");
+    swatch.style.background = colour;
     const parts = [];
     if (share !== undefined) parts.push(`${(100 * share).toPrecision(3)} % of the image`);
-    if (dice !== undefined) parts.push(`<span class="${dice < 0.5 ? "wrong" : ""}">Dice ${dice.toFixed(3)}</span>`);
-    return `<div><span class="swatch" style="background: ${colour}"></span>${escaped(name)}: ${parts.join(", ") || "not known"}</div>`;
+    if (dice !== undefined) parts.push(made("span", dice < 0.5 ? "wrong" : "", `Dice ${dice.toFixed(3)}`));
+    if (parts.length > 1) parts.splice(1, 0, ", ");
+    return made("div", "", swatch, `${name}: `, ...(parts.length ? parts : ["not known"]));
   });
 }
 
-function toldPredictions(view) {
-  const lines = [];
+function predictionLines(view) {
   const names = Object.keys(view.predicted);
   const shown = view.numbers || names.length > 2 || main(view)[0] !== names[1] ? names : [names[1]];
-  for (const name of shown) {
+  return shown.map((name) => {
     const value = view.predicted[name], truth = view.truth[name];
     const wrong = truth !== undefined && !view.numbers && Math.abs(value - truth) > 0.5;
     const number = view.numbers ? value.toPrecision(4) : value.toFixed(3);
     const known = truth === undefined ? "" : `, label ${truth}`;
     const what = view.numbers ? name : `p(${name})`;
-    lines.push(`<div class="${wrong ? "wrong" : ""}">${escaped(what)} = ${number}${known}</div>`);
-  }
-  return lines;
-}
-
-function escaped(text) {
-  const node = document.createElement("span");
-  node.textContent = text;
-  return node.innerHTML;
+    return made("div", wrong ? "wrong" : "", `${what} = ${number}${known}`);
+  });
 }
 
 function show() {
@@ -75,7 +80,7 @@ function show() {
   const off = exam.error === null ? "" : masked ? `Dice ${(1 - exam.error).toFixed(3)}` : `error ${exam.error.toFixed(3)}`;
   byId("name").textContent = [exam.name, off].filter(Boolean).join(", ");
   const root = byId("views");
-  root.innerHTML = "";
+  root.replaceChildren();
   // Right breasts at the left, left ones at the right, a row for each view, as radiologists hang them.
   const sides = new Set(exam.views.map((view) => view.side));
   const hung = sides.has("R") && sides.has("L");
@@ -84,9 +89,8 @@ function show() {
   const rows = hung ? hangingRows(exam.views) : [];
   // All cells first: a viewer opens at the size that its cell has then.
   const cells = exam.views.map((view, i) => {
-    const cell = document.createElement("div");
-    cell.className = "view";
-    cell.innerHTML = `<div class="image"></div><div class="told${hung && view.side === "L" ? " right" : ""}">${told(view)}</div>`;
+    const told = made("div", hung && view.side === "L" ? "told right" : "told", ...lines(view));
+    const cell = made("div", "view", made("div", "image"), told);
     if (hung) {
       cell.style.gridColumn = view.side === "L" ? 2 : 1;
       cell.style.gridRow = rows[i];
@@ -136,11 +140,7 @@ function opened(element, view) {
   viewer.addHandler("open", () => {
     hang(viewer, view);
     for (const [left, top, right, bottom, what] of view.boxes) {
-      const box = document.createElement("div");
-      box.className = "box";
-      const name = document.createElement("span");
-      name.textContent = what;
-      box.append(name);
+      const box = made("div", "box", made("span", "", what));
       const w = view.width;
       viewer.addOverlay({ element: box, location: new OpenSeadragon.Rect(left / w, top / w, (right - left) / w, (bottom - top) / w) });
     }
@@ -185,12 +185,14 @@ function place({ viewport }) {
 
 function ask(number) {
   if (state.maps.has(number)) return placed(number);
+  const place = `evidence/${number}.${DATA.evidence}`;
+  if (DATA.evidence !== "js") return gotEvidence(number, place);
   const script = document.createElement("script");
-  script.src = `evidence/${number}.js`;
+  script.src = place;
   document.head.append(script);
 }
 
-// Called by the scripts in evidence/.
+// The scripts in evidence/ call it.
 function gotEvidence(number, url) {
   const image = new Image();
   image.onload = () => {
@@ -212,8 +214,7 @@ function placed(number) {
   const one = state.shown.find((shown) => shown.view.number === number);
   if (!one || one.canvas) return;
   const map = state.maps.get(number);
-  one.canvas = document.createElement("canvas");
-  one.canvas.className = "map";
+  one.canvas = made("canvas", "map");
   one.canvas.width = map.width;
   one.canvas.height = map.height;
   one.viewer.addOverlay({ element: one.canvas, location: new OpenSeadragon.Rect(0, 0, 1, one.view.height / one.view.width) });
