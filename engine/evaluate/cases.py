@@ -34,6 +34,7 @@ class Cases:
             truth and scores are two.
         names: of the rows. patients, exams, sides: "" where not known.
         columns: further values of each row, by which it can be put into subgroups.
+        ordered: whether the order of "classes" means anything, as that of grades does.
     """
 
     outputs: tuple[str, ...]
@@ -47,6 +48,7 @@ class Cases:
     level: Level = "image"
     probable: bool = True
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ordered: bool = True
 
     def __post_init__(self) -> None:
         for name in ("truth", "scores"):
@@ -112,6 +114,11 @@ class Cases:
             sides=pick(self.sides),
             columns={name: pick(values) for name, values in self.columns.items()},
         )
+
+    def in_order(self, outputs: tuple[str, ...]) -> Cases:
+        """The same with the outputs in another order."""
+        columns = [self.outputs.index(name) for name in outputs]
+        return replace(self, outputs=outputs, truth=self.truth[:, columns], scores=self.scores[:, columns])
 
     def labelled(self) -> Cases:
         """The rows of which some truth is known."""
@@ -189,7 +196,7 @@ class Cases:
             return members.reduce(np.maximum, self.scores)
         # One breast's probabilities as a whole, so that they still add up to 1: that of the highest expected class.
         expected = odds.probabilities(self.scores) @ np.arange(len(self.outputs))
-        best = np.lexsort((-expected, members.group))
+        best = np.lexsort((*self.scores.T, -expected, members.group))  # of equal ones whichever row is first
         return self.scores[best[members.starts]]
 
 

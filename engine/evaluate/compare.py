@@ -32,6 +32,8 @@ def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
         DataError: if outputs differ, or a row has two truths.
     """
     first, second = first.labelled(), second.labelled()
+    if sorted(first.outputs) == sorted(second.outputs):
+        second = second.in_order(first.outputs)
     if first.outputs != second.outputs or first.kind != second.kind:
         raise DataError(
             f"the two predictions are of other outputs: {', '.join(first.outputs)}; {', '.join(second.outputs)}"

@@ -10,10 +10,10 @@ import numpy as np
 from ..datasets.masks import Classes
 from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
-from ..parsing import parse_json
 from ..versions import versions
 from .bootstrap import Array, Resamples, listed
-from .read import read_rows_of
+from .class_names import in_order
+from .read import note_of, read_rows_of
 from .report import format_value, no_interval
 
 DICE = "dice_"
@@ -44,15 +44,11 @@ def classes_of_masks(rows: Rows) -> Classes | None:
     others = [name.removeprefix(DICE) for name in rows.header if name.startswith(DICE)]
     if not others:
         return None
-    return Classes(tuple(names) or ("background", *others), binary=_noted(rows.path))
-
-
-def _noted(predictions: Path) -> bool:
-    """Whether `gigamorph predict` notes that 255 is the class 1."""
-    try:
-        return bool(parse_json(predictions.with_suffix(".json").read_text())["masks"]["binary"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+    names = names or ["background", *others]
+    noted = note_of(rows.path).get("masks")
+    noted = noted if isinstance(noted, dict) else {}
+    order, _ = in_order(names, noted.get("classes", names))
+    return Classes(tuple(order), binary=bool(noted.get("binary")))
 
 
 def dice_of(rows: Rows) -> tuple[list[str], Array]:

@@ -258,9 +258,11 @@ def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
     rows = rows[np.lexsort((cases.predicted[rows], cases.labels[rows]))]
     labels, predicted = cases.labels[rows], cases.predicted[rows]
     classes = max(2, len(cases.outputs))
-    value = quadratic_kappa(labels, predicted, classes) if len(labels) else None
+    value = quadratic_kappa(labels, predicted, classes) if len(labels) and cases.ordered else None
     found: dict[str, Any] = {"value": value}
-    if value is None:
+    if not cases.ordered:
+        found["why"] = "not defined: the names of the classes tell no order; number them from 0"
+    elif value is None:
         found["why"] = "all rows have one class, and are predicted to have it"
     else:
         confusion = Confusion(labels, predicted, classes)

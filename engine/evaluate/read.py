@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..files import write_atomically
 from ..parsing import parse_json
 from . import odds
 from .cases import Cases, Level
+from .class_names import in_order, positive_of
 from .froc import Marked
 from .join import KEYS, join, place_of
 
@@ -62,28 +64,31 @@ def read_cases(
     _choose_split(rows, split)
     if not rows.rows:
         raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
-    names, scores, probable = _scores(rows, score, label)
+    scored = _scores(rows, score, label)
     if score is None and any(name.startswith(VALUE) for name in rows.header):
-        kind, outputs, truth = "numbers", tuple(names), _measured(rows, label, names)
+        names = scored.names
+        told = {
+            "kind": "numbers",
+            "outputs": tuple(names),
+            "truth": _measured(rows, label, names),
+            "scores": scored.values,
+        }
     else:
-        kind, outputs, truth, scores = _truth(rows, label, names, scores)
+        told = _truth(rows, label, scored)
     keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in KEYS}
     levels: list[Level] = [level for level, column in _NAMES.items() if column in rows.header]
     level = levels[0] if levels else "image"
     used = {*_NAMES.values(), *KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE, VALUE)))}
     return Cases(
-        outputs=outputs,
-        truth=truth,
-        scores=scores,
+        **told,
         names=tuple(
             row.get(_NAMES[level]) or f"{path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
         ),
         patients=keys["patient_id"],
         exams=keys["exam_id"],
         sides=keys["laterality"],
-        kind=kind,
         level=level,
-        probable=probable,
+        probable=scored.probable,
         columns={
             name: tuple(row[name] for row in rows.rows)
             for name in (*rows.header, "laterality")
@@ -110,6 +115,8 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
         labels = truth if several else cases.labels[:, None]
         for i, name in enumerate(cases.names):
             known = ["" if np.isnan(v) or (v < 0 and not several) else digits(v) for v in labels[i]]
+            if cases.kind == "classes":
+                known = [outputs[number] if number >= 0 else "" for number in labels[i]]
             keys = (cases.patients[i], cases.exams[i], cases.sides[i])
             values = [repr(float(value)) for value in scores[i]]
             writer.writerow([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
@@ -205,6 +212,7 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
     return boxes, without, known
 
 
+_NO_NAMES: Mapping[str, float] = {}
 _MERGED = ("breasts.csv", "exams.csv")  # of the images in predictions.csv
 _TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
 
@@ -304,13 +312,33 @@ def _choose_split(rows: Rows, split: str | None) -> None:
     rows.rows[:] = [rows.rows[n] for n in kept]
 
 
-def _scores(rows: Rows, score: str | None, label: str | None) -> tuple[list[str], Array, bool]:
-    """Names of the outputs, scores (rows, outputs), and whether they are log-odds."""
+@dataclass(frozen=True)
+class _Scored:
+    """The columns of scores.
+
+    Attributes:
+        names: of the outputs; of classes in an order that does not depend on that of the columns.
+        values: (rows, outputs), log-odds where `probable`.
+        others: classes that have columns of the same kind, if one column was asked for.
+    """
+
+    names: list[str]
+    values: Array
+    probable: bool
+    others: frozenset[str] = frozenset()
+
+
+def _scores(rows: Rows, score: str | None, label: str | None) -> _Scored:
     if score is not None:
         rows.require(score)
+        prefix = next((one for one in (ODDS, PROBABILITY) if score.startswith(one)), "")
         values = _table(rows, [score])
+        name = (label or (score if prefix else "label")).removeprefix(prefix if label is None else LABEL)
+        others = frozenset(one.removeprefix(prefix) for one in rows.header if prefix and one.startswith(prefix))
+        if prefix == ODDS:
+            return _Scored([name], values, True, others)
         probable = bool(((values >= 0) & (values <= 1)).all())
-        return [(label or "label").removeprefix(LABEL)], odds.of_probabilities(values) if probable else values, probable
+        return _Scored([name], odds.of_probabilities(values) if probable else values, probable, others)
     for prefix in (VALUE, ODDS, PROBABILITY, SCORE):
         columns = [name for name in rows.header if name.startswith(prefix)]
         if columns:
@@ -319,33 +347,55 @@ def _scores(rows: Rows, score: str | None, label: str | None) -> tuple[list[str]
                 if not ((values >= 0) & (values <= 1)).all():
                     raise DataError(f"{rows.path}: columns p_... hold numbers below 0 or above 1: no probabilities")
                 values = odds.of_probabilities(values)
-            return [name.removeprefix(prefix) for name in columns], values, prefix not in (SCORE, VALUE)
+            return _Scored([name.removeprefix(prefix) for name in columns], values, prefix not in (SCORE, VALUE))
     there = ", ".join(rows.header)
     raise DataError(f"{rows.path}: has no column log_odds_NAME, p_NAME or score_NAME, but {there}; name one: --score")
 
 
-def _truth(rows: Rows, label: str | None, names: list[str], scores: Array) -> tuple[Any, tuple[str, ...], Array, Array]:
-    """Kind, outputs, truth and scores of these."""
+def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
+    """Kind, outputs, truth, scores and whether classes are ordered."""
+    names, scores = scored.names, scored.values
     several = [LABEL + name for name in names]
     if label is None and len(names) > 1 and set(several) <= set(rows.header):
-        return "labels", tuple(names), _numbers(rows, several), scores
+        return {"kind": "labels", "outputs": tuple(names), "truth": _numbers(rows, several), "scores": scores}
     single = len(names) == 1 and ("label" not in rows.header or any(row.get(several[0]) for row in rows.rows))
     column = label or (several[0] if single else "label")
     rows.require(column)
     if len(names) == 1:
-        return "binary", (names[0],), _numbers(rows, [column]), scores
-    numbers = {str(number): number for number in range(len(names))} | {name: n for n, name in enumerate(names)}
+        by_name = {names[0]: 1.0} | dict.fromkeys(scored.others - {names[0]}, 0.0) if scored.others else {}
+        return {"kind": "binary", "outputs": (names[0],), "truth": _numbers(rows, [column], by_name), "scores": scores}
+    order, is_ordered = in_order(names, note_of(rows.path).get("classes", ()))
+    numbers = {name: number for number, name in enumerate(order)}
+    positive = numbers[_positive(rows, names, order)] if len(names) == 2 else 0
+    if len(names) == 2 and not all(name.isdecimal() for name in names):
+        numbers = {"0": 1 - positive, "1": positive} | numbers
     found = []
     for place, row in zip(rows.places, rows.rows, strict=True):
         name = row[column] if row[column] in numbers else whole(row[column])
         if name and name not in numbers:
-            raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(names)}")
+            raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(order)}")
         found.append(numbers.get(name, -1))
     labels = np.array(found)
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(names))[labels])
+    scores = scores[:, [names.index(name) for name in order]]
     if len(names) == 2:
-        return "binary", (names[1],), truth[:, 1:], scores[:, 1:]
-    return "classes", tuple(names), truth, scores
+        own = [positive]
+        return {"kind": "binary", "outputs": (order[positive],), "truth": truth[:, own], "scores": scores[:, own]}
+    return {"kind": "classes", "outputs": tuple(order), "truth": truth, "scores": scores, "ordered": is_ordered}
+
+
+def _positive(rows: Rows, names: Sequence[str], order: Sequence[str]) -> str:
+    """The positive one of two classes, of columns `names`: by its name, else the second of the training's `order`."""
+    note = note_of(rows.path)
+    found = positive_of(order) or (order[1] if list(order) == note.get("classes") else None)
+    if found is None:
+        columns = [prefix + name for name in order for prefix in (ODDS, PROBABILITY, SCORE)]
+        asked = " or ".join(f"--score {name}" for name in columns if name in rows.header)
+        told = f"the names {' and '.join(order)} do not tell which class is the positive one"
+        raise DataError(f"{rows.path}: {told}; name its column: {asked}")
+    if found != names[1] and not found.isdecimal() and "sha256" in note and "classes" not in note:
+        raise DataError(f"{rows.path}: an older gigamorph predict wrote its labels as numbers; predict again, --resume")
+    return found
 
 
 def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
@@ -364,13 +414,13 @@ def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
     return found
 
 
-def _numbers(rows: Rows, columns: Sequence[str]) -> Array:
-    """Labels 1, 0, or NaN where the cell is empty."""
+def _numbers(rows: Rows, columns: Sequence[str], by_name: Mapping[str, float] = _NO_NAMES) -> Array:
+    """Labels 1, 0, or NaN where the cell is empty; names of classes as `by_name` says."""
     found = np.full((len(rows.rows), len(columns)), np.nan)
     for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
         for j, column in enumerate(columns):
             if row[column]:
-                known = number(row[column])
+                known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
                 if known not in (0, 1):
                     raise DataError(
                         f"{rows.path}, {place}: {column} {row[column]!r} is neither 1 nor 0, nor empty; where classes "

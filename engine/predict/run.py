@@ -139,7 +139,7 @@ class _Predict(PredictJob):
             identifiers=options.identifiers,
             outputs=outputs,
         )
-        told: dict[str, str] = {}
+        told: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
         if options.calibration is not None:
             split = options.calibration.split or "not known"
             told["calibrated_on"] = f"{options.calibration.images} images, split {split}"

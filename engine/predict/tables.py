@@ -54,14 +54,14 @@ def write_tables(
     header = _header(classes, outputs)
     called = [] if calibration is None else ["called"]
     images = _noted(_images(index, results, calibration, identifiers, outputs), labelled)
-    rows = ([*_row(one), *_called(one, calibration)] for one in images)
+    rows = ([*_row(one, classes), *_called(one, calibration)] for one in images)
     write_csv(out / "predictions.csv", [*header, *called], rows)
     levels: tuple[Level, ...] = ("breast", "exam")
     for level in levels:
         found = _together(index, level, outputs, calibration)
         if level == "exam" and outputs is not None and outputs.views is not None:
             found = _noted(found, exams)
-        write_csv(out / f"{level}s.csv", [level, *header[1:]], map(_row, found))
+        write_csv(out / f"{level}s.csv", [level, *header[1:]], (_row(one, classes) for one in found))
     if len(labelled) > MEASURED:
         return {}
 
@@ -191,8 +191,9 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
-def _row(found: Prediction) -> list[object]:
-    label = "" if found.label is None else found.label
+def _row(found: Prediction, classes: Sequence[str]) -> list[object]:
+    """By the names of the classes, so that the order of columns says nothing."""
+    label = "" if found.label is None else classes[found.label]
     keys: tuple[object, ...] = (
         found.image,
         found.patient,

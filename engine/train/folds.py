@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from ..datasets.tables import Record
 from ..errors import DataError
-from ..evaluate.read import write_cases
+from ..evaluate.read import note_of, write_cases
 from ..files import write_atomically
 from ..parsing import parse_json
 from .data import Data, samples_of
@@ -62,10 +63,14 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
 
 
 def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -> None:
-    """``val.csv``: what a run says of the images that it did not learn from; patients as the table names them."""
+    """``val.csv``: what a run says of the images that it did not learn from; patients as the table names them.
+
+    Beside it ``val.json`` has the order of the classes, which their names in the table do not tell.
+    """
     known = zip(predictions, samples_of(data.val), strict=True)
     named = [found if record.patient_known else replace(found, patient="") for found, record in known]
     write_cases(out / "val.csv", as_cases(named, data.classes))
+    _write_json(out / "val.json", {"classes": list(data.classes)})
 
 
 def summarise(out: Path, count: int) -> Iterator[str]:
@@ -89,13 +94,19 @@ def summarise(out: Path, count: int) -> Iterator[str]:
             writer.writeheader()
             writer.writerows(rows)
 
-    text = json.dumps({"folds": count, **found}, indent=1) + "\n"
-    write_atomically(out / "folds.json", lambda path: path.write_text(text), "metrics")
+    _write_json(out / "folds.json", {"folds": count, **found})
     write_atomically(out / "out_of_fold.csv", table, "table")
+    if note := note_of(out / "fold1" / "val.csv"):
+        _write_json(out / "out_of_fold.json", note)
     for name, one in found.items():
         yield f"{name}: {one['mean']:.4f} +- {one['std']:.4f} over {one['folds']} folds"
     samples = "exams" if "exam" in rows[0] else "images"
     yield f"{out}/folds.json, out_of_fold.csv ({len(rows)} {samples}); networks in {out}/fold1/best.ckpt ..."
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=1) + "\n"
+    write_atomically(path, lambda part: part.write_text(text), path.stem)
 
 
 def _rows(path: Path, fold: int) -> Iterator[dict[str, str]]:

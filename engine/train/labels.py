@@ -10,11 +10,12 @@ import numpy as np
 from ..datasets.kinds import kinds_told
 from ..datasets.tables import Record
 from ..errors import DataError
+from ..evaluate.class_names import positive_of
 from .target import Kind, Target
 
 
 def check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Callable[[str], object]) -> None:
-    """Refuse labels that are one but for their spelling; tell in which order names are taken for grades."""
+    """Refuse labels that are one but for their spelling; warn of the order in which names are taken."""
     spelt: dict[str, str] = {}
     for name in names:
         other = spelt.setdefault(" ".join(name.split()).casefold(), name)
@@ -23,6 +24,9 @@ def check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Calla
                 f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
                 "all in data.classes"
             )
+    if kind == "classes" and len(names) == 2 and positive_of(names) == names[0]:
+        told = f"of views of a breast that differ, {names[1]} counts, as the second class"
+        warn(f'{told}; make it the first: -o \'data.classes=["{names[1]}", "{names[0]}"]\'')
     if kind == "ordinal" and not all(name.isdigit() for name in names):
         told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
         warn(f"the order taken is {' < '.join(names)}; another one is given by -o 'data.classes={told}'")

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..evaluate import odds as of
 from ..evaluate.cases import Cases, Level
+from ..evaluate.class_names import positive_number
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Prediction:
 
 
 def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases:
-    """Predictions as what `gigamorph.engine.evaluate` measures; of two classes the second against the first."""
+    """Predictions as what `gigamorph.engine.evaluate` measures; of two classes the positive one (`positive_number`)."""
     exclusive = all(p.exclusive for p in predictions)
     labels = np.array([-1 if p.label is None or not exclusive else p.label for p in predictions])
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(classes))[labels])
@@ -59,10 +60,11 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
     numbers = any(p.numbers for p in predictions)
     scores = np.array([p.log_odds for p in predictions], np.float64)
     binary = exclusive and len(classes) == 2
+    used = [positive_number(classes)] if binary else list(range(len(classes)))
     return Cases(
-        outputs=tuple(classes[1:] if binary else classes),
-        truth=truth[:, 1:] if binary else truth,
-        scores=scores[:, 1:] if binary else scores,
+        outputs=tuple(classes[n] for n in used),
+        truth=truth[:, used],
+        scores=scores[:, used],
         names=tuple(p.image for p in predictions),
         patients=tuple(p.patient for p in predictions),
         exams=tuple(p.exam for p in predictions),

@@ -16,6 +16,7 @@ from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
+from ..evaluate.class_names import positive_number
 from ..models.outputs import Activation, Head, Outputs
 from ..models.views import Views
 from .options import Loss
@@ -194,11 +195,12 @@ class Target:
         return odds.of_logits(values.numpy()) if self.outputs is None else self.outputs.log_odds(values).numpy()
 
     def cases(self, records: Sequence[Record], scores: Array) -> Cases:
-        """Predictions with what is known of the images, for `gigamorph.engine.evaluate`; of two classes the second."""
+        """Predictions with what is known of the images, for `engine.evaluate`; of two classes the positive one."""
         truth, names = self.truth(records), self.names
         classes = self.kind in ("classes", "ordinal")
         if classes and len(names) == 2:
-            truth, scores, names = truth[:, 1:], scores[:, 1:], names[1:]
+            number = positive_number(names)
+            truth, scores, names = truth[:, [number]], scores[:, [number]], (names[number],)
         binary = classes and len(names) == 1
         return Cases(
             outputs=names,

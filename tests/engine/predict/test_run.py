@@ -30,6 +30,7 @@ from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.predict.ahead import Ahead
 from gigamorph.engine.predict.index import Index
 from gigamorph.engine.predict.parts import read_parts
@@ -380,6 +381,28 @@ def test_a_wrong_table_is_one_line_before_anything_is_written(tmp_path, text, me
     with pytest.raises(DataError, match=message):
         predict(archives.stub, [tmp_path / "t.csv"], tmp_path / "out", HERE)
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_written_by_name(table, tmp_path):
+    """Numbers said something only together with the order of the columns."""
+    text = table.read_text().splitlines()
+    cells = [line.split(",") for line in text[1:]]
+    for row in cells:
+        row[4] = {"0": "cancer", "1": "normal"}[row[4]]
+    given = table.parent / "named.csv"
+    given.write_text("\n".join([text[0], *map(",".join, cells)]) + "\n")
+
+    def opener(*, device):
+        return Classifier(archives.Sum(), ("cancer", "normal"), functools.partial(ImageDataset, channels=1))
+
+    predict(opener, [given], tmp_path / "out", HERE)
+    written = rows(tmp_path / "out" / "predictions.csv")
+    assert [row["label"] for row in written] == [row[4] for row in cells]
+    assert {row["label"] for row in rows(tmp_path / "out" / "breasts.csv")} <= {"cancer", "normal"}
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["classes"] == ["cancer", "normal"]
+    cases = read_cases(tmp_path / "out" / "predictions.csv")
+    assert cases.outputs == ("cancer",)
+    assert cases.truth[:, 0].tolist() == [float(row[4] == "cancer") for row in cells]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -9,6 +9,7 @@ from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.datasets.views import DownsampledSource
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.train.classify import prediction
+from gigamorph.engine.train.labels import check_names
 from gigamorph.engine.train.metrics import Prediction, as_cases, auc_of, per_breast, scores
 
 
@@ -66,3 +67,16 @@ def test_of_three_classes_the_area_is_the_mean_and_the_breast_adds_up_to_one():
     breast = per_breast(rows)[0]
     assert breast.probabilities == pytest.approx((0.5, 0.4, 0.1)) and breast.label == 1
     assert expit(as_cases(rows, ("x", "y", "z")).at("exam").scores[0]) == pytest.approx([0.5, 0.4, 0.1])
+
+
+def test_the_positive_class_is_so_by_its_name():
+    """Sorted names number normal 1, which was taken for the positive class."""
+    found = [Prediction("a.png", (1.0, -1.0), label=0), Prediction("b.png", (-2.0, 2.0), label=1)]
+    cases = as_cases(found, ("cancer", "normal"))
+    assert cases.outputs == ("cancer",)
+    assert cases.truth[:, 0].tolist() == [1, 0] and cases.scores[:, 0].tolist() == [1, -2]
+    warned = []
+    check_names("t.csv", ["cancer", "normal"], "classes", warned.append)
+    assert warned[0].endswith("""make it the first: -o 'data.classes=["normal", "cancer"]'""")
+    check_names("t.csv", ["benign", "malignant"], "classes", warned.append)
+    assert len(warned) == 1
