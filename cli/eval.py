@@ -6,7 +6,6 @@ import base64
 import datetime
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
     from ..engine.evaluate.cases import Cases
     from ..engine.evaluate.evaluate import Settings
+    from ..engine.evaluate.read import Parts
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -39,6 +39,15 @@ def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | No
         raise click.BadParameter(f"{value!r} is no threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
 
 
+def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value in (None, "all"):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if not set(parts) <= {"train", "val", "test"}:
+        raise click.BadParameter(f"{value!r}: write train, val, test, several with commas, or all", ctx, param)
+    return ",".join(parts)
+
+
 @click.command()
 @click.argument("predictions", type=click.Path(exists=True))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for metrics, plots and report.")
@@ -53,7 +62,13 @@ def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | No
     metavar="COLUMN",
     help="Column of the score, larger for 1; by default log_odds_NAME, else p_NAME, else score_NAME.",
 )
-@click.option("--split", type=click.Choice(["train", "val", "test", "all"]), help="Evaluate the images of one split.")
+@click.option(
+    "--split",
+    callback=_parse_splits,
+    metavar="SPLIT",
+    help="Which rows are measured: train, val or test, several with commas, or all, which leaves train out. Whatever "
+    "is fitted is fitted on the rows of val.",
+)
 @click.option(
     "--level",
     "levels",
@@ -139,8 +154,8 @@ def eval(
     PREDICTIONS is the csv of gigamorph predict, its folder, or any csv with a column of scores and one of labels. An
     image is a row; a breast is the mean probability of its views; an exam is the highest of its breasts; of the folder
     of a network trained with --views exams are rows, combined as in the training. metrics.json,
-    plots and report.html, which holds them all, come into --out; of two classes calibration.json as well, for gigamorph
-    predict --calibration.
+    plots and report.html, which holds them all, come into --out; of two classes calibration.json as well, fitted on the
+    rows of split val, for gigamorph predict --calibration. Training rows are measured only where --split names them.
 
     Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients; with
     --table the images that are furthest off are drawn.
@@ -153,23 +168,26 @@ def eval(
         raise click.UsageError("--modality needs the readers: --reader COLUMN")
     from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
-    from ..engine.evaluate.read import note_of, read_cases
+    from ..engine.evaluate.read import read_parts
 
     _refuse(Path(out), overwrite)
     predictions = str(_chosen(Path(predictions), levels))
 
-    def read(path: str) -> Cases:
-        return read_cases(path, table=table, label=label, score=score, split=split)
+    def read(path: str) -> Parts:
+        return read_parts(path, table=table, label=label, score=score, split=split)
+
+    def noted(rows: dict[str, Any], **others: str | None) -> dict[str, Any]:
+        return {"split": split, "rows": rows, **_source(Path(predictions), table=table, **others)}
 
     masks = read_dice(predictions, split)
     if masks is not None:
         if any(one is not None for one in (label, score, other, marks, reader, *levels, *by, *threshold)):
             raise click.UsageError("of predicted masks only --table, --split, --resamples and --seed can be said")
-        notes = {"split": split, **_source(Path(predictions), table=table)}
-        lines = _measure_dice(out, masks, notes, table, resamples, seed)
+        lines = _measure_dice(out, masks[0], noted(masks[1]), table, resamples, seed)
         _tell(out, lines, as_json)
         return
-    images = read(predictions)
+    parts = read(predictions)
+    images = parts.measured
     if reader is None:
         _warn_of_repeats(images)
     settings = Settings(
@@ -183,20 +201,17 @@ def eval(
         **threshold,
     )
     if reader is not None:
-        notes = {"split": split, **_source(Path(predictions), table=table)}
-        lines = _compare_readers(out, images, notes, reader=reader, modality=modality, covariance=covariance)
+        how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
+        lines = _compare_readers(out, images, noted(parts.rows), **how)
     elif images.kind == "numbers":
         if other is not None or marks is not None or threshold or by:
             raise click.UsageError("--compare, --marks, --threshold and --by are of classes and labels, not of numbers")
-        lines = _measure_numbers(out, images, settings, {"split": split, **_source(Path(predictions), table=table)})
+        lines = _measure_numbers(out, images, settings, noted(parts.rows))
     else:
-        notes = {"split": split, **_source(Path(predictions), table=table, compared_with=other, marks=marks)}
-        compared = None if other is None else read(other)
-        lines = _measure(out, images, settings, notes, compared, None if marks is None else (marks, str(table)))
-        if split == "train" and images.kind == "binary":
-            lines.append("no calibration.json: a network is surer of the images that it was trained with; take others")
-        else:
-            lines += _keep_calibration(out, images, note_of(Path(predictions)))
+        notes = noted(parts.rows, compared_with=other, marks=marks)
+        compared = None if other is None else read(other).measured
+        marked = None if marks is None else (marks, str(table))
+        lines = _measure(out, parts, settings, notes, compared, marked, Path(predictions))
     _tell(out, lines, as_json)
 
 
@@ -258,48 +273,73 @@ def _warn_of_repeats(images: Cases) -> None:
 
 
 def _measure(
-    out: str, images: Cases, settings: Settings, notes: dict[str, Any], other: Cases | None, marks: Any
+    out: str,
+    parts: Parts,
+    settings: Settings,
+    notes: dict[str, Any],
+    other: Cases | None,
+    marks: Any,
+    predictions: Path,
 ) -> list[str]:
     """Write the measures of classes or labels; lines for people."""
     from ..engine.evaluate.evaluate import evaluate
-    from ..engine.evaluate.read import read_marks
-    from ..engine.evaluate.report import headline, write_report
+    from ..engine.evaluate.read import note_of, read_marks
+    from ..engine.evaluate.report import headline, rows_line, write_report
 
-    marked, without = (None, 0) if marks is None else read_marks(marks[0], marks[1], images)
-    found = evaluate(images, settings, other=other, marked=marked)
+    marked, without = (None, 0) if marks is None else read_marks(marks[0], marks[1], parts.measured)
+    found = evaluate(parts.measured, settings, other=other, marked=marked, validation=parts.validation)
     if marked is not None:
         found["froc"]["findings_without_place"] = without
     found |= notes
     _clear(out)
-    page = write_report(out, images, found)
-    return [*headline(found), f"{page}, metrics.json and plots"]
+    calibrated, lines = _fit_calibration(out, parts, found, note_of(predictions))
+    what = ["thresholds"] * _are_chosen(found) + ["calibration.json"] * calibrated
+    if parts.validation is not None and what:
+        found["rows"] = {**parts.rows, "fitted": {"what": what, "rows": len(parts.validation)}}
+    page = write_report(out, parts.measured, found)
+    return [rows_line(found["rows"]), *headline(found), f"{page}, metrics.json and plots", *lines]
 
 
-def _keep_calibration(out: str, images: Cases, note: dict[str, Any]) -> list[str]:
-    """Of two classes by a network that is known, unless the predictions are calibrated; lines for people."""
+def _are_chosen(found: dict[str, Any]) -> bool:
+    """Whether thresholds were taken of validation rows, if there are any."""
+    outputs = [output for level in found["levels"].values() for output in level["outputs"].values()]
+    return any(
+        output.get("threshold", {}).get("from", "given") != "given"
+        or any("threshold" in point for point in output.get("sensitivity_at_specificity", ()))
+        for output in outputs
+    )
+
+
+def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Of two classes by a network that is known, unless the predictions are calibrated: whether there is one; lines for
+    people."""
     from ..engine.errors import DataError
     from ..engine.evaluate.recalibration import write_calibration
 
+    images = parts.measured
     sample = "exam" if "views" in note else "image"
     if images.kind != "binary" or images.level != sample or "sha256" not in note or "calibrated_on" in note:
-        return []
+        return False, []
     try:
-        write_calibration(
-            out, images, json.loads((Path(out) / "metrics.json").read_text()), note["sha256"], note.get("flip", ())
-        )
+        if parts.validation is None:
+            raise DataError("it is fitted on rows of split val, of which there are none")
+        if note.get("classes", [None, *images.outputs])[1:] != list(images.outputs):
+            raise DataError(f"the training takes {note['classes'][1]} for the positive class, by its place")
+        write_calibration(out, parts.validation, found, note["sha256"], note.get("flip", ()))
     except DataError as error:
-        return [f"no calibration.json: {error}"]
-    return []
+        return False, [f"no calibration.json: {error}"]
+    return True, []
 
 
 def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[str, Any]) -> list[str]:
     """Write the measures of numbers; lines for people."""
     from ..engine.evaluate.numbers import evaluate_numbers, numbers_headline, write_numbers_report
+    from ..engine.evaluate.report import rows_line
 
     found = evaluate_numbers(images, settings) | notes
     _clear(out)
     page = write_numbers_report(out, images, found)
-    return [*numbers_headline(found), f"{page}, metrics.json and plots"]
+    return [rows_line(found["rows"]), *numbers_headline(found), f"{page}, metrics.json and plots"]
 
 
 def _measure_dice(
@@ -308,24 +348,26 @@ def _measure_dice(
     """Write the Dice of masks; lines for people."""
     from ..engine.evaluate.dice import dice_headline, evaluate_dice
     from ..engine.evaluate.dice_report import write_dice_report
+    from ..engine.evaluate.report import rows_line
 
     found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
     _clear(out)
     page = write_dice_report(out, rows, found, table)
     undrawn = table is not None and "mask" not in rows.header
     told = [f"{rows.path.name} has no column mask: no image is drawn"] if undrawn else []
-    return [*dice_headline(found), *told, f"{page}, metrics.json and plots"]
+    return [rows_line(found["rows"]), *dice_headline(found), *told, f"{page}, metrics.json and plots"]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:
     """Write a readers' study (MRMC), `how` being what `study_of` takes; lines for people."""
     from ..engine.evaluate.readers import study_of
     from ..engine.evaluate.readers_report import reader_headline, write_reader_report
+    from ..engine.evaluate.report import rows_line
 
     study = study_of(images, **how)
     _clear(out)
     page = write_reader_report(out, study, notes)
-    return [*reader_headline(study), f"{page} and metrics.json"]
+    return [rows_line(notes["rows"]), *reader_headline(study), f"{page} and metrics.json"]
 
 
 def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:

@@ -23,19 +23,16 @@ SHARE = "share_"
 _UNDEFINED = "not defined: no image has the class, in its mask or its prediction"
 
 
-def read_dice(path: str | Path, split: str | None) -> Rows | None:
-    """The rows of a csv that `gigamorph predict` wrote of masks; None if it has no column dice_NAME.
+def read_dice(path: str | Path, split: str | None) -> tuple[Rows, dict[str, dict[str, int]]] | None:
+    """The rows of a csv that `gigamorph predict` wrote of masks, and their counts; None if it has no column dice_NAME.
 
     Args:
-        split: as in `read_cases`.
+        split: as in `read.read_parts`, which has the counts.
 
     Raises:
         DataError: several splits at once, a patient in two, or no rows.
     """
-    rows = read_rows_of(Path(path), split, only_with=DICE)
-    if rows is not None and not rows.rows:
-        raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
-    return rows
+    return read_rows_of(Path(path), split, only_with=DICE)
 
 
 def classes_of_masks(rows: Rows) -> Classes | None:

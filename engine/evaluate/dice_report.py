@@ -19,7 +19,7 @@ from ..report.figure import class_colour, open_axes, png
 from ..report.page import Table, write_page
 from .dice import DICE, SHARE, classes_of_masks, dice_of, patients_of
 from .mask_pictures import picture_of
-from .report import SOURCES, format_value
+from .report import facts_of, format_value
 
 Array = NDArray[np.float64]
 LISTED, PICTURED = 20, 6
@@ -54,7 +54,7 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
         "masks.html",
         pictures,
         title=found.get("predictions") or "predictions",
-        facts_of=[(name, found[key]) for key, name in SOURCES.items() if found.get(key)],
+        facts_of=facts_of(found),
         overview=_overview(found),
         patients=found["patients"],
         without=found["rows_without_patient"],

@@ -12,10 +12,11 @@ from . import froc, odds
 from .bootstrap import Resamples
 from .cases import LEVELS, Cases, Level
 from .compare import UnpairedError, compare
-from .measures import measure_classes, measure_mean, measure_output
+from .measures import measure_classes, measure_mean, measure_output, threshold_at
 from .subgroups import subgroups
 
 RATES = (0.8, 0.9, 0.95)
+POINTS = ("sensitivity_at_specificity", "specificity_at_sensitivity")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def evaluate(
     *,
     other: Cases | None = None,
     marked: Sequence[froc.Marked] | None = None,
+    validation: Cases | None = None,
 ) -> dict[str, Any]:
     """Measure predictions at each level; plain values, which go into JSON as they are.
 
@@ -58,6 +60,8 @@ def evaluate(
         images: with their scores; those without a label count where another view of their breast has one.
         other: another prediction of the same images, to be compared.
         marked: marks and lesions, for FROC.
+        validation: images of split val, whose threshold at the middle rate others are called from where none was fixed
+            before. Only rows of split val, or without a split, have thresholds of their own.
 
     Raises:
         DataError: if nothing can be measured at any level, for all rows are of one class or none has a label; unknown
@@ -76,7 +80,8 @@ def evaluate(
     there = at_levels(images, settings.levels)
     for level, cases in there.items():
         labelled = cases.labelled()
-        found["levels"][level] = _at_level(labelled, settings) | {"without_label": len(cases) - len(labelled)}
+        chosen = _Thresholds(labelled, settings, None if validation is None else at_level(validation, level))
+        found["levels"][level] = _at_level(labelled, settings, chosen) | {"without_label": len(cases) - len(labelled)}
         if other is not None:
             found["levels"][level]["comparison"] = _compared(labelled, other, settings)
     compared = [one["comparison"] for one in found["levels"].values() if "comparison" in one]
@@ -90,6 +95,11 @@ def evaluate(
         found["froc"] = froc.measure(marked, count=settings.resamples, seed=settings.seed, **options)
     found["versions"] = versions("gigamorph", "numpy", "scipy", "scikit-learn")
     return found
+
+
+def at_level(images: Cases, level: Level) -> Cases:
+    """The rows at a level."""
+    return images.at(level)
 
 
 def at_levels(images: Cases, levels: Sequence[Level] | None = None) -> dict[Level, Cases]:
@@ -118,13 +128,44 @@ def _compared(cases: Cases, other: Cases, settings: Settings) -> dict[str, Any]:
         return {"unpaired": str(error)}
 
 
-def _at_level(cases: Cases, settings: Settings) -> dict[str, Any]:
+class _Thresholds:
+    """From which score on the rows of a level are called: one that was fixed before, or that of validation rows."""
+
+    def __init__(self, cases: Cases, settings: Settings, validation: Cases | None) -> None:
+        self._cases, self._settings = cases, settings
+        self.own = set(cases.columns.get("split", ())) <= {"", "val"}
+        """Whether thresholds may be those of the measured rows."""
+        self._validation = None if self.own else validation
+
+    def of(self, column: int) -> dict[str, Any] | None:
+        """threshold and log_odds as in `thresholds.threshold`, and where they are from; None where there are none."""
+        settings = self._settings
+        if settings.threshold is not None or settings.log_odds is not None:
+            return {"threshold": settings.threshold, "log_odds": settings.log_odds, "from": "given"}
+        if self._validation is None or not settings.rates:
+            return None
+        rate = settings.rates[len(settings.rates) // 2]
+        found = threshold_at(self._validation, column, rate)
+        return None if found is None else {**found, "from": f"split val, specificity {rate:g}"}
+
+    def score(self, limit: dict[str, Any] | None) -> float | None:
+        """The score that `of` is; None where no row is called, too."""
+        given = limit or {"threshold": None}
+        return score_of(self._cases, Settings(threshold=given["threshold"], log_odds=given.get("log_odds")))
+
+
+def _at_level(cases: Cases, settings: Settings, chosen: _Thresholds) -> dict[str, Any]:
     resamples = Resamples(cases.clusters, settings.resamples, settings.seed)
-    threshold = score_of(cases, settings)
-    outputs = {
-        name: measure_output(cases, column, resamples, settings.rates, threshold)
-        for column, name in enumerate(cases.outputs)
-    }
+    outputs = {}
+    for column, name in enumerate(cases.outputs):
+        limit = chosen.of(column)
+        outputs[name] = measure_output(cases, column, resamples, settings.rates, chosen.score(limit))
+        if limit is not None:
+            outputs[name]["threshold"] = limit
+        if not chosen.own:
+            for point in (p for key in POINTS for p in outputs[name].get(key, ())):
+                point.pop("threshold")
+                point.pop("log_odds", None)
     found: dict[str, Any] = {
         "rule": LEVELS[cases.level],
         "rows": len(cases),
@@ -136,23 +177,25 @@ def _at_level(cases: Cases, settings: Settings) -> dict[str, Any]:
     if cases.kind != "labels" and cases.probable:
         found |= measure_classes(cases, resamples)
     if settings.by:
-        found["subgroups"] = {by: _subgroups(cases, by, outputs, settings) for by in settings.by}
+        found["subgroups"] = {by: _subgroups(cases, by, outputs, settings, chosen) for by in settings.by}
     return found
 
 
-def _subgroups(cases: Cases, by: str, outputs: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _subgroups(
+    cases: Cases, by: str, outputs: dict[str, Any], settings: Settings, chosen: _Thresholds
+) -> dict[str, Any]:
     """By output: the threshold that all subgroups share, and their rows."""
     found = {}
     for column, name in enumerate(cases.outputs):
         if "undefined" in outputs[name]:
             continue
-        shared, limit = score_of(cases, settings), {"threshold": settings.threshold, "log_odds": settings.log_odds}
-        if shared is None:
+        limit = outputs[name].get("threshold")
+        if limit is None and chosen.own:
             limit = outputs[name]["sensitivity_at_specificity"][len(settings.rates) // 2]
-            given = Settings(threshold=limit["threshold"], log_odds=limit.get("log_odds"))
-            shared = score_of(cases, given)
+        shared = chosen.score(limit)
         rows = subgroups(cases, column, by, shared, count=settings.resamples, seed=settings.seed)
-        found[name] = {"threshold": limit["threshold"], "log_odds": limit.get("log_odds"), "rows": rows}
+        told = limit or {}
+        found[name] = {"threshold": told.get("threshold"), "log_odds": told.get("log_odds"), "rows": rows}
     return found
 
 

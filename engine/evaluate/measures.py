@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -206,9 +206,18 @@ class _Scored:
 
 def _operating_points(scored: _Scored, at: Sequence[float], around: dict[str, Spread]) -> dict[str, list[Measure]]:
     """Sensitivity at each specificity and back, with the threshold: rows with that score or more are called."""
-    false, true, thresholds = roc_curve(scored.truth, scored.ranks, drop_intermediate=False)
-    distinct, negatives = np.unique(scored.odds), int((scored.truth == 0).sum())
     found: dict[str, list[Measure]] = {"sensitivity_at_specificity": [], "specificity_at_sensitivity": []}
+    for name, fixed, rate, value, limit in _on_the_curve(scored.truth, scored.odds, scored.probable, at):
+        found[f"{name}_at_{fixed}"].append({"at": rate, "value": value, **limit, **around[f"{name} {rate}"].listed()})
+    return found
+
+
+def _on_the_curve(
+    truth: Array, scores: Array, probable: bool, at: Sequence[float]
+) -> Iterator[tuple[str, str, float, float, dict[str, Any]]]:
+    """(what is measured, what is fixed, at which rate, value, threshold) of each point of the ROC curve."""
+    false, true, thresholds = roc_curve(truth, roc.ranks(scores), drop_intermediate=False)
+    distinct, negatives = np.unique(scores), int((truth == 0).sum())
     for rate in at:
         best = int(np.flatnonzero(1 - false >= rate - 1e-12)[-1])
         enough = int(np.flatnonzero(true >= rate - 1e-12)[0])
@@ -219,10 +228,16 @@ def _operating_points(scored: _Scored, at: Sequence[float], around: dict[str, Sp
             rank = thresholds[place]
             score = float(distinct[int(rank)]) if np.isfinite(rank) else None  # None: above all scores
             lower = float(distinct[int(rank) - 1]) if score is not None and rank > 0 else None
-            limit = few_digits(score, lower, scored.probable)
-            point = {"at": rate, "value": value, **limit, **around[f"{name} {rate}"].listed()}
-            found[f"{name}_at_{fixed}"].append(point)
-    return found
+            yield name, fixed, rate, value, few_digits(score, lower, probable)
+
+
+def threshold_at(cases: Cases, column: int, specificity: float) -> dict[str, Any] | None:
+    """The highest threshold of an output that reaches a specificity, as `thresholds.threshold`; None of one class."""
+    known = ~np.isnan(cases.truth[:, column])
+    truth, scores = cases.truth[known, column], cases.scores[known, column]
+    if not 0 < truth.sum() < len(truth):
+        return None
+    return next(_on_the_curve(truth, scores, cases.probable, [specificity]))[-1]
 
 
 def _share(scored: _Scored, name: str, value: float, around: Spread, clusters: NDArray[Any]) -> Measure:

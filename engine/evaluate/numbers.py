@@ -20,7 +20,7 @@ from ..versions import versions
 from .bootstrap import Resamples, listed
 from .cases import Cases
 from .evaluate import Settings, at_levels
-from .report import SOURCES, format_value
+from .report import facts_of, format_value
 
 Array = NDArray[np.float64]
 _ROUNDING = 1e-12
@@ -154,7 +154,7 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
         "numbers.html",
         pictures,
         title=found.get("predictions") or "predictions",
-        facts_of=[(name, found[key]) for key, name in SOURCES.items() if found.get(key)],
+        facts_of=facts_of(found),
         levels=levels,
         resamples=found["resamples"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,27 +33,48 @@ _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "
 """The column that names the rows, by which it is known what they are."""
 
 
-def read_cases(
+@dataclass(frozen=True)
+class Parts:
+    """The rows of a table by what they are for.
+
+    Attributes:
+        measured: those that are measured.
+        validation: those of split val, on which alone anything is fitted; None where there are none.
+        rows: how many are "measured" and "left_out", by their split; "" for those without one.
+    """
+
+    measured: Cases
+    validation: Cases | None
+    rows: dict[str, dict[str, int]]
+
+
+def read_cases(path: str | Path, **options: Any) -> Cases:
+    """The rows that are measured; arguments and errors are those of `read_parts`."""
+    return read_parts(path, **options).measured
+
+
+def read_parts(
     path: str | Path,
     *,
     table: str | Path | None = None,
     label: str | None = None,
     score: str | None = None,
     split: str | None = None,
-) -> Cases:
+) -> Parts:
     """The images of a csv with their truth and scores; those without a label too. Of breasts.csv the breasts.
 
     The scores are the columns log_odds_NAME, else p_NAME (of few digits in older files: ties), else score_NAME, which
-    only rank. The truth is the column label (number or name of the class), or label_NAME for each NAME: several labels
-    at once. Columns value_NAME are predicted numbers, whose truth is label_NAME.
+    only rank. The truth is the column label (name of the class, or 1 and 0), or label_NAME for each NAME: several
+    labels at once. Columns value_NAME are predicted numbers, whose truth is label_NAME.
 
     Args:
         table: csv of the images, joined by image_path, or by patient, exam and side to breasts and exams: labels of
             images whose predictions have none, and columns by which to make subgroups.
         label: column of the truth, 1 or 0, instead.
-        score: column of the score instead: the probability of label 1 if all values are from 0 to 1, else any number
-            that is larger for 1, which then only ranks.
-        split: train, val or test, of which the rows are; "all" takes all. None is for files that hold one split only.
+        score: column of the score instead: log-odds of log_odds_NAME, the probability of label 1 (or of the class
+            NAME of p_NAME) if all values are from 0 to 1, else any number that is larger for 1, which then only ranks.
+        split: which rows are measured: train, val and test, several with commas between them, or "all" but those of
+            train. None is for files that hold one split only, which is not train.
 
     Raises:
         DataError: what is wrong, with file and line: columns, labels, scores, a patient in two splits.
@@ -61,9 +83,16 @@ def read_cases(
     rows = _read(path)
     if table is not None:
         join(rows, _read(Path(table)), Path(table))
-    _choose_split(rows, split)
-    if not rows.rows:
-        raise DataError(f"{path}: holds no rows of split {split}" if split else f"{path}: holds no predictions")
+    measured, counts = _choose_split(rows, split)
+    validation = [n for n, row in enumerate(rows.rows) if row.get("split") == "val"]
+    used = sorted({*measured, *validation})
+    _keep_rows(rows, used)
+    cases = _cases(rows, label, score)
+    own = [bool(n) for n in np.isin(used, measured)]
+    return Parts(cases.where(own), cases.where(np.isin(used, validation)) if validation else None, counts)
+
+
+def _cases(rows: Rows, label: str | None, score: str | None) -> Cases:
     scored = _scores(rows, score, label)
     if score is None and any(name.startswith(VALUE) for name in rows.header):
         names = scored.names
@@ -82,7 +111,7 @@ def read_cases(
     return Cases(
         **told,
         names=tuple(
-            row.get(_NAMES[level]) or f"{path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
+            row.get(_NAMES[level]) or f"{rows.path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
         ),
         patients=keys["patient_id"],
         exams=keys["exam_id"],
@@ -274,26 +303,37 @@ def _add_own_names(rows: Rows) -> None:
                 row[own] = row[name]
 
 
-def read_rows_of(path: Path, split: str | None, *, only_with: str) -> Rows | None:
-    """The rows of a split, as in `read_cases`; None of a csv without a column whose name begins with ``only_with``."""
+def read_rows_of(path: Path, split: str | None, *, only_with: str) -> tuple[Rows, dict[str, dict[str, int]]] | None:
+    """The rows that are measured and the counts of `Parts`; None of a csv without a column that begins with
+    ``only_with``."""
     rows = _read(path)
     if not any(name.startswith(only_with) for name in rows.header):
         return None
-    _choose_split(rows, split)
-    return rows
+    measured, counts = _choose_split(rows, split)
+    _keep_rows(rows, measured)
+    return rows, counts
 
 
-def _choose_split(rows: Rows, split: str | None) -> None:
-    """Keep the rows of the split; `DataError` for a patient in two, and for several splits at once."""
+def _keep_rows(rows: Rows, numbers: Sequence[int]) -> None:
+    rows.places[:] = [rows.places[n] for n in numbers]
+    rows.rows[:] = [rows.rows[n] for n in numbers]
+
+
+def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, dict[str, int]]]:
+    """The numbers of the rows that are measured, and the counts of `Parts`.
+
+    Raises:
+        DataError: there are none, a patient is in two splits, or several splits are there of which none is named.
+    """
     if not rows.rows:
         raise DataError(f"{rows.path}: holds no predictions")
     if "split" not in rows.header:
         if split not in (None, "all"):
             raise DataError(f"{rows.path}: has no column split; leave --split out, or give the table with --table")
-        return
+        return list(range(len(rows.rows))), {"measured": {"": len(rows.rows)}, "left_out": {}}
     for row in rows.rows:
         row["split"] = SPLIT_NAMES.get(row["split"].lower(), row["split"])
-    given = {row["split"] for row in rows.rows}
+    there = Counter(row["split"] for row in rows.rows)
     if "patient_id" in rows.header:
         check_leaks(
             [
@@ -302,14 +342,21 @@ def _choose_split(rows: Rows, split: str | None) -> None:
                 if row["split"] in SPLITS and row["patient_id"]
             ]
         )
-    if split == "all" or (split is None and len(given) == 1):
-        return
-    if split is None:
-        names = ", ".join(sorted(name or "none" for name in given))
+    if split is None and len(there) > 1:
+        names = ", ".join(sorted(name or "none" for name in there))
         raise DataError(f"{rows.path}: holds images of several splits ({names}); say which with --split test")
-    kept = [n for n, row in enumerate(rows.rows) if row["split"] == split]
-    rows.places[:] = [rows.places[n] for n in kept]
-    rows.rows[:] = [rows.rows[n] for n in kept]
+    wanted = set(there) - {"train"} if split in (None, "all") else set(split.split(","))
+    found = [n for n, row in enumerate(rows.rows) if row["split"] in wanted]
+    if not found and split in (None, "all"):
+        told = "all rows are of split train, on which the network has learnt; to measure them all the same"
+        raise DataError(f"{rows.path}: {told}: --split train")
+    if not found:
+        raise DataError(f"{rows.path}: holds no rows of split {split}")
+    order = sorted(there, key=lambda name: (*SPLITS, name).index(name))
+    return found, {
+        "measured": {name: there[name] for name in order if name in wanted},
+        "left_out": {name: there[name] for name in order if name not in wanted},
+    }
 
 
 @dataclass(frozen=True)

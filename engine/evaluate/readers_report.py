@@ -11,7 +11,7 @@ from typing import Any
 from ..files import write_atomically
 from ..report.page import Table, write_page
 from .readers import Analysis, Estimate, ReaderStudy
-from .report import SOURCES, format_p
+from .report import facts_of, format_p
 
 _KINDS = {
     "random_readers_random_cases": "new readers and new cases",
@@ -24,7 +24,7 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
     """Write ``metrics.json`` and ``report.html`` into `out`; returns the page's path.
 
     Args:
-        source: what is known of where the readings came from, under the keys of `report.SOURCES`.
+        source: what is known of where the readings came from, under the keys of `report.SOURCES`, and "rows".
 
     Raises:
         GigamorphError: if a file cannot be written.
@@ -39,7 +39,7 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
         "readers.html",
         {},
         title=source.get("predictions") or "readings",
-        facts_of=[(name, source[key]) for key, name in SOURCES.items() if source.get(key)],
+        facts_of=facts_of(source),
         counts=f"{len(readers)} readers, {study.cases} cases, {study.positives} positive",
         covariance={"delong": "DeLong's", "jackknife": "the jackknife's"}[study.covariance],
         analyses=[(words, _table(analysis)) for words, analysis in _analyses(study)],

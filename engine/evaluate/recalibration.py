@@ -1,6 +1,6 @@
 """A calibration that was measured, kept in ``calibration.json``, so that it can be applied to further predictions.
 
-Of two classes: log-odds z become a + b z, with Cox's intercept a and slope b of the images that were evaluated (Platt,
+Of two classes: log-odds z become a + b z, with Cox's intercept a and slope b of the validation images (Platt,
 1999), and an image is called where z reaches the threshold.
 """
 
@@ -49,29 +49,34 @@ class Calibration:
 def write_calibration(
     out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str, flips: Sequence[str] = ()
 ) -> Path:
-    """Write the calibration of evaluated samples into a folder.
+    """Write the calibration that is fitted on validation samples into a folder.
 
     There is one of log-odds of two classes that rank better than chance and do not part the classes. The threshold is
-    that of the middle of the specificities that were evaluated.
+    theirs at the middle of the specificities that were evaluated.
 
     Args:
-        images: what the network takes as one sample: images, or exams of several views.
-        found: of `evaluate`, with the split that was evaluated.
+        images: what the network takes as one sample: images, or exams of several views; of split val alone.
+        found: of `evaluate`, of these or other samples.
         sha256, flips: of the checkpoint, and over which mirror images it averaged.
 
     Raises:
         DataError: there is none; why.
     """
     from .calibration import slope_and_intercept  # whose libraries those who only apply one do without
+    from .measures import threshold_at
 
     known = images.labelled()
     if images.kind != "binary" or not images.probable:
         raise DataError("it is of log-odds of two classes")
+    splits = set(images.columns.get("split", ())) - {"val"}
+    if splits:
+        raise DataError(f"it is fitted on rows of split val alone, not of {' and '.join(sorted(splits)) or 'none'}")
     [name] = images.outputs
     points = (
         found["levels"].get(images.level, {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
     )
-    threshold = points[len(points) // 2].get("log_odds") if points else None
+    limit = threshold_at(images, 0, points[len(points) // 2]["at"]) if points else None
+    threshold = (limit or {}).get("log_odds")
     if threshold is None:
         raise DataError(f"no threshold was measured of the {images.level}s")
     fitted = slope_and_intercept(known.truth[:, 0], known.scores[:, 0])
@@ -79,7 +84,8 @@ def write_calibration(
         raise DataError("the log-odds part the two classes, to which no slope can be fitted; more images may")
     if fitted[0] <= 0:
         raise DataError(f"the log-odds rank worse than chance (slope {fitted[0]:.3g})")
-    one = Calibration(name, *fitted, float(threshold), len(known), found.get("split"), sha256, tuple(flips))
+    split = "val" if "split" in images.columns else found.get("split")
+    one = Calibration(name, *fitted, float(threshold), len(known), split, sha256, tuple(flips))
     path = Path(out) / _FILE
     write_atomically(path, lambda p: p.write_text(json.dumps(asdict(one), indent=1) + "\n"), "calibration")
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,36 @@ def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
     text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
     return write_page(out / "report.html", "evaluation.html", _pictures(images, found), **_content(found))
+
+
+def rows_line(rows: Mapping[str, Any]) -> str:
+    """Which rows were measured and left out, and on which anything was fitted; the first line of a report.
+
+    Args:
+        rows: "measured" and "left_out", see `read.Parts`; "fitted", what is fitted by "what" on how many rows, if
+            anything is.
+    """
+
+    def told(counts: Mapping[str, int]) -> list[str]:
+        return [f"{count} of {name}" if name else f"{count} without a split" for name, count in counts.items()]
+
+    first, *others = told(rows["measured"])
+    number, _, rest = first.partition(" ")
+    rest = rest.replace("of ", "of split ", 1) if rest.startswith("of ") else rest
+    lines = [", ".join([f"measured: {number} rows {rest}", *others])]
+    if rows["left_out"]:
+        lines.append(f"left out: {', '.join(told(rows['left_out']))}")
+    fitted = rows.get("fitted")
+    lines.append(
+        f"fitted on {fitted['rows']} rows of split val: {', '.join(fitted['what'])}" if fitted else "nothing is fitted"
+    )
+    return "; ".join(lines)
+
+
+def facts_of(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a page says of where its figures came from: which rows first, then `SOURCES`."""
+    rows = [("rows", rows_line(found["rows"]))] if "rows" in found else []
+    return rows + [(name, found[key]) for key, name in SOURCES.items() if found.get(key)]
 
 
 def headline(found: dict[str, Any]) -> list[str]:
@@ -102,7 +132,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     froc = found.get("froc")
     return {
         "title": found.get("predictions") or "predictions",
-        "facts_of": [(name, found[key]) for key, name in SOURCES.items() if found.get(key)],
+        "facts_of": facts_of(found),
         "overview": _overview(found),
         "compared": _compared(found),
         "levels": [_level(level, one) for level, one in found["levels"].items()],
@@ -173,13 +203,16 @@ def _output(output: dict[str, Any]) -> Table:
         ("specificity_at_sensitivity", "sensitivity", "specificity"),
     ):
         for point in output[key]:
-            rows.append([f"{told} at {fixed} {point['at']:g}", format_value(point), _threshold(point)])
+            limit = _threshold(point) if "threshold" in point else ""
+            rows.append([f"{told} at {fixed} {point['at']:g}", format_value(point), limit])
     for area in output["partial_auc"]:
         told = f"partial AUC, {area['over']} {area['from']:g} to 1"
         raw = f"{area['raw']['value']:.4f} of {1 - area['from']:.4g}"
         rows.append([told, f"{format_value(area)}; raw {raw}", ""])
     for key, measure in output.get("at_threshold", {}).items():
-        rows.append([f"{_NAMES[key]} at the threshold given", format_value(measure), ""])
+        limit = output["threshold"]
+        which = "the threshold given" if limit["from"] == "given" else f"the threshold of {limit['from']}"
+        rows.append([f"{_NAMES[key]} at {which}", format_value(measure), _threshold(limit)])
     for key, text in (("pf1", "probabilistic F1"), ("brier", "Brier score"), ("ece", "expected calibration error")):
         if key in output:
             rows.append([text, format_value(output[key]), ""])

@@ -478,7 +478,7 @@ def test_real_mammograms_from_index_to_report_at_native_resolution(real_data, tm
     given = [tmp_path / "run" / "last.ckpt", tmp_path / "t.csv", "--heatmaps"]
     assert run("predict", *given, "--out", tmp_path / "out") == 0
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 2
-    measured = ["--split", "all", "--resamples", "20", "--out", tmp_path / "measured"]
+    measured = ["--split", "train", "--resamples", "20", "--out", tmp_path / "measured"]
     assert run("eval", tmp_path / "out", "--table", tmp_path / "t.csv", *measured) == 0
     assert "2 images, 1 positive, 2 patients" in capsys.readouterr().out
     assert (tmp_path / "measured" / "report.html").is_file()

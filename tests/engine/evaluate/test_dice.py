@@ -29,7 +29,7 @@ def values(table):
 
 
 def test_means_and_intervals_are_those_of_patients_drawn_again(table):
-    found = evaluate_dice(read_dice(table, "test"), resamples=4000)
+    found = evaluate_dice(read_dice(table, "test")[0], resamples=4000)
     each = values(table)
     means = np.nanmean(each, 0)
     assert [found["dice_mass"]["value"], found["dice_cyst"]["value"]] == pytest.approx(means)
@@ -44,7 +44,7 @@ def test_means_and_intervals_are_those_of_patients_drawn_again(table):
 def test_a_class_that_no_image_has_is_not_defined(table):
     """That is another thing than an interval that there is none of."""
     table.write_text("image_path,patient_id,dice_mass,dice_cyst\n0.png,p,0.5,\n1.png,q,0.6,\n")
-    found = evaluate_dice(read_dice(table, None), resamples=50)
+    found = evaluate_dice(read_dice(table, None)[0], resamples=50)
     assert found["dice_cyst"]["value"] is None and found["dice_cyst"]["bootstrap"] is None
     assert dice_headline(found)[1].startswith("cyst: Dice not defined: no image has the class")
 
@@ -54,10 +54,10 @@ def test_bad_tables_are_refused_in_one_line(table):
         read_dice(table, None)
     table.write_text("image_path,dice_mass\n0.png,1.5\n")
     with pytest.raises(DataError, match=r"line 2: dice_mass '1\.5' is no number from 0 to 1"):
-        evaluate_dice(read_dice(table, None))
+        evaluate_dice(read_dice(table, None)[0])
     table.write_text("image_path,dice_mass\n0.png,\n")
     with pytest.raises(DataError, match="no image has a Dice"):
-        evaluate_dice(read_dice(table, None))
+        evaluate_dice(read_dice(table, None)[0])
     table.write_text("image_path,p_1\n0.png,0.5\n")
     assert read_dice(table, None) is None
 

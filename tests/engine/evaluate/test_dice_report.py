@@ -55,7 +55,7 @@ def test_patients_count_the_same_in_the_mean_of_patients(tmp_path):
             )
         )
     )
-    table = read_dice(tmp_path / "p.csv", None)
+    table, _ = read_dice(tmp_path / "p.csv", None)
     found = evaluate_dice(table, resamples=50)
     assert found["dice_<b>"]["value"] == pytest.approx(np.mean([0.2, 0.4, 0.6, 1.0, 0.5]))
     assert found["per_patient"]["dice_<b>"]["value"] == pytest.approx(np.mean([0.4, 1.0, 0.5]))
