@@ -190,6 +190,8 @@ def eval(
     images = parts.measured
     if reader is None:
         _warn_of_repeats(images)
+        for line in parts.warnings:
+            click.echo(f"warning: {line}", err=True)
     settings = Settings(
         levels=tuple(levels) or None,
         rates=rates,
@@ -263,12 +265,12 @@ def _clear(out: str) -> None:
 
 def _warn_of_repeats(images: Cases) -> None:
     """Each row counts, which of a table of its own may not be meant."""
-    seen: set[str] = set()
-    repeated = [name for name in images.names if name in seen or seen.add(name)]
+    seen: set[tuple[str, str]] = set()
+    frames = images.columns.get("frame", ("",) * len(images))
+    repeated = [one for one in zip(images.names, frames, strict=True) if one in seen or seen.add(one)]
     if repeated:
-        told = (
-            f"{len(repeated)} of {len(images)} rows are of an image that is there before ({repeated[0]}); each counts"
-        )
+        first = repeated[0][0]
+        told = f"{len(repeated)} of {len(images)} rows are of an image that is there before ({first}); each counts"
         click.echo(f"warning: {told}", err=True)
 
 

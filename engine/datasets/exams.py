@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .dataset import ImageDataset
 from .tables import Record
+from .unplaced import unplaced
 
 
 def exam_of(record: Record) -> tuple[str, ...]:
@@ -20,7 +21,7 @@ def exam_of(record: Record) -> tuple[str, ...]:
 
 
 class ExamDataset(Dataset[dict[str, Any]]):
-    """Exams of a data set of images, in the order of their first image.
+    """Exams of a data set of images, in the order of their first image; without images that are in none (`unplaced`).
 
     An item is dict(views=[PixelSource], image=PixelSource, label=int, index=int, record=Record), where image is the
     view with the most pixels, and the record that of the exam, see `samples`.
@@ -34,7 +35,11 @@ class ExamDataset(Dataset[dict[str, Any]]):
     def __init__(self, images: ImageDataset, *, numbers: bool = False) -> None:
         self._images, self.records = images, images.records
         exams: dict[tuple[str, ...], list[int]] = {}
+        patients = [record.patient_id if record.patient_known else "" for record in self.records]
+        left_out = set(unplaced(patients, [record.exam_id or "" for record in self.records]))
         for number, record in enumerate(images.records):
+            if number in left_out:
+                continue
             exams.setdefault(exam_of(record), []).append(number)
         self._exams = list(exams.values())
         self.samples = [_together([self.records[i] for i in views], numbers) for views in self._exams]

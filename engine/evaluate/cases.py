@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..datasets.unplaced import unplaced
 from ..errors import DataError
 from . import odds
 from .checks import NotANumber
@@ -123,6 +124,15 @@ class Cases:
     def labelled(self) -> Cases:
         """The rows of which some truth is known."""
         return self.where(~np.isnan(self.truth).all(1))
+
+    def placed(self, level: Level) -> Cases:
+        """Without the rows that are in no breast or exam, see `engine.datasets.unplaced`."""
+        missing: set[int] = set()
+        if self.level != "exam" and level != "image":
+            missing.update(unplaced(self.patients, self.exams))
+        if self.level == "image" and level == "breast":
+            missing.update(unplaced(self.patients, self.sides))
+        return self.where([row not in missing for row in range(len(self))]) if missing else self
 
     def at(self, level: Level) -> Cases:
         """The images' breasts or exams, by `LEVELS`; images without patient (or, for breasts, side) stay single."""

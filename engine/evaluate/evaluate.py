@@ -81,7 +81,10 @@ def evaluate(
     for level, cases in there.items():
         labelled = cases.labelled()
         chosen = _Thresholds(labelled, settings, None if validation is None else at_level(validation, level))
-        found["levels"][level] = _at_level(labelled, settings, chosen) | {"without_label": len(cases) - len(labelled)}
+        found["levels"][level] = _at_level(labelled, settings, chosen) | {
+            "without_label": len(cases) - len(labelled),
+            "left_out": len(images) - len(images.placed(level)),
+        }
         if other is not None:
             found["levels"][level]["comparison"] = _compared(labelled, other, settings)
     compared = [one["comparison"] for one in found["levels"].values() if "comparison" in one]
@@ -98,20 +101,19 @@ def evaluate(
 
 
 def at_level(images: Cases, level: Level) -> Cases:
-    """The rows at a level."""
-    return images.at(level)
+    """The rows at a level, without those that are in none of its breasts or exams."""
+    return images.placed(level).at(level)
 
 
 def at_levels(images: Cases, levels: Sequence[Level] | None = None) -> dict[Level, Cases]:
     """The rows at each of these levels; None takes their own, and those above at which there are fewer."""
     if levels is not None:
-        return {level: images.at(level) for level in levels}
+        return {level: at_level(images, level) for level in levels}
     if images.level != "image":
         return {images.level: images}
-    breasts = images.at("breast")
-    exams = breasts.at("exam")
+    breasts, exams = at_level(images, "breast"), at_level(images, "exam")
     found: dict[Level, Cases] = {"image": images}
-    if len(breasts) < len(images):
+    if len(breasts) < len(images.placed("breast")):
         found["breast"] = breasts
     if len(exams) < len(breasts):
         found["exam"] = exams
@@ -123,7 +125,7 @@ def _compared(cases: Cases, other: Cases, settings: Settings) -> dict[str, Any]:
     if other.level not in ("image", cases.level):
         return {"unpaired": f"the other prediction is of {other.level}s, and has no {cases.level}s"}
     try:
-        return compare(cases, other.at(cases.level), count=settings.resamples, seed=settings.seed)
+        return compare(cases, at_level(other, cases.level), count=settings.resamples, seed=settings.seed)
     except UnpairedError as error:
         return {"unpaired": str(error)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
-from ..datasets.tables.generic import SPLIT_NAMES, own_name, whole
+from ..datasets.tables.generic import SPLIT_NAMES, known, own_name, whole
 from ..datasets.tables.values import box_around, number, side
+from ..datasets.unplaced import unplaced, unplaced_line
 from ..errors import DataError
 from ..files import write_atomically
 from ..parsing import parse_json
@@ -41,11 +42,13 @@ class Parts:
         measured: those that are measured.
         validation: those of split val, on which alone anything is fitted; None where there are none.
         rows: how many are "measured" and "left_out", by their split; "" for those without one.
+        warnings: what people should know of them, a line each.
     """
 
     measured: Cases
     validation: Cases | None
     rows: dict[str, dict[str, int]]
+    warnings: tuple[str, ...] = ()
 
 
 def read_cases(path: str | Path, **options: Any) -> Cases:
@@ -89,7 +92,18 @@ def read_parts(
     _keep_rows(rows, used)
     cases = _cases(rows, label, score)
     own = [bool(n) for n in np.isin(used, measured)]
-    return Parts(cases.where(own), cases.where(np.isin(used, validation)) if validation else None, counts)
+    chosen = cases.where(np.isin(used, validation)) if validation else None
+    return Parts(cases.where(own), chosen, counts, tuple(_warnings(rows, cases)))
+
+
+def _warnings(rows: Rows, cases: Cases) -> Iterator[str]:
+    """Of images that are in no breast or exam."""
+    if cases.level != "image":
+        return
+    for column, values in (("laterality", cases.sides), ("exam_id", cases.exams)):
+        if found := unplaced(cases.patients, values):
+            first = f"{cases.names[found[0]]}, {rows.places[found[0]]}"
+            yield f"{rows.path}: {unplaced_line(column, len(found), first)}"
 
 
 def _cases(rows: Rows, label: str | None, score: str | None) -> Cases:
@@ -198,8 +212,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
         else:
             places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
         scores[number].append(_number(row, "score", found, place))
-    lesions, without, known = _lesions(Path(table), wanted)
-    if found.rows and not known & {place_of(row["image_path"], Path()) for row in found.rows}:
+    lesions, without, there = _lesions(Path(table), wanted)
+    if found.rows and not there & {place_of(row["image_path"], Path()) for row in found.rows}:
         raise DataError(
             f"{marks}: none of its {len(found.rows)} marks is of an image of {table} (not "
             f"{found.rows[0]['image_path']}); paths of marks begin in the folder where gigamorph runs"
@@ -287,9 +301,15 @@ def _read(path: Path) -> Rows:
         raise DataError(f"{path}: no such file")
     rows = read_rows(path)
     _add_own_names(rows)
-    if "laterality" in rows.header:
+    for key in (key for key in KEYS if key in rows.header):
         for row in rows.rows:
-            row["laterality"] = side(row["laterality"]) or row["laterality"]
+            row[key] = known(row[key])
+    if "laterality" in rows.header:
+        for place, row in zip(rows.places, rows.rows, strict=True):
+            sides = [side(one) for one in row["laterality"].split("+")]  # of exams both
+            if row["laterality"] and None in sides:
+                raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
+            row["laterality"] = "+".join(filter(None, sides))
     return rows
 
 

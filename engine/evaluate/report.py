@@ -234,6 +234,9 @@ def _threshold(point: dict[str, Any]) -> str:
 def _notes(one: dict[str, Any]) -> list[str]:
     """Why there are no intervals, and whose rows count as patients."""
     notes = []
+    if one["left_out"]:
+        which = "whose side or exam is not known, but that of others of their patient"
+        notes.append(f"Images left out, {which}: {one['left_out']}.")
     if one["rows_without_patient"]:
         notes.append(f"{_patients(one)[0].upper()}{_patients(one)[1:]}.")
     for name, output in one["outputs"].items():

@@ -38,6 +38,7 @@ create unique index of_numbers on numbers (kind, number);
 create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
+create table known (level text, patient text, primary key (level, patient)) without rowid;
 create table stored (key text primary key) without rowid;
 create table places (place blob primary key, source integer, label integer) without rowid;
 create table names (name text primary key collate nocase) without rowid;
@@ -269,6 +270,16 @@ class Index:
     def forget(self) -> None:
         """Drop the items that were kept."""
         self._base.execute("delete from items")
+
+    def know(self, level: Level, patients: Iterable[str]) -> None:
+        """Patients of whom an image says its breast's side, or its exam."""
+        told = ((level, patient) for patient in patients)
+        with self._together():
+            self._base.executemany("insert or ignore into known values (?, ?)", told)
+
+    def knows(self, level: Level, patient: str) -> bool:
+        """Whether the patient is one of these."""
+        return self._one("select count(*) from known where level = ? and patient = ?", level, patient)[0] > 0
 
     def groups(self, level: Level) -> Iterator[list[Any]]:
         """The items that were kept, those of a breast or exam together, in the order of their first."""

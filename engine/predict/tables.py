@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets.tables.cells import escape
+from ..datasets.unplaced import unplaced_line
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically
@@ -25,6 +27,7 @@ from .views import combined
 MEASURED = 200_000
 """Labelled images that are measured here; more are measured of the table, by `gigamorph eval`."""
 _TOGETHER = 4096
+log = logging.getLogger("gigamorph")
 
 
 def write_tables(
@@ -86,6 +89,8 @@ def _images(
         if outputs is not None and not outputs.exclusive:
             told = [truth_of(row.record, outputs.names) for row, _ in some]
             found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, told, strict=True)]
+        index.know("breast", {one.patient for one in found if one.patient and one.laterality})
+        index.know("exam", {one.patient for one in found if one.patient and one.exam})
         index.keep((_breast(one), _exam(one), one) for one in found)
         yield from found
 
@@ -93,18 +98,34 @@ def _images(
 def _together(
     index: Index, level: Level, outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
-    """The images of each breast or exam as one."""
+    """The images of each breast or exam as one; without those that are in none (`unplaced`), of which it warns."""
+    groups = _placed(index, level)
     if outputs is not None and outputs.views is not None:
-        yield from (combined(outputs, calibration, level, group) for group in index.groups(level))
+        yield from (combined(outputs, calibration, level, group) for group in groups)
         return
     merged = per_breast if level == "breast" else per_exam
     batch: list[Prediction] = []
-    for group in index.groups(level):
+    for group in groups:
         batch += group
         if len(batch) >= _TOGETHER:
             yield from merged(batch)
             batch = []
     yield from merged(batch)
+
+
+def _placed(index: Index, level: Level) -> Iterator[list[Prediction]]:
+    left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
+    for group in index.groups(level):
+        one = group[0]  # of a group all or none have a side, or an exam
+        if one.patient and not one.exam and index.knows("exam", one.patient):
+            left_out["exam_id"] += [view.image for view in group]
+        elif level == "breast" and one.patient and not one.laterality and index.knows("breast", one.patient):
+            left_out["laterality"].append(one.image)
+        else:
+            yield group
+    for column, images in left_out.items():
+        if images and (level == "exam" or column == "laterality"):
+            log.warning(unplaced_line(column, len(images), images[0]))
 
 
 def _noted(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:

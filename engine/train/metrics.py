@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..datasets.unplaced import unplaced
 from ..evaluate import odds as of
 from ..evaluate.cases import Cases, Level
 from ..evaluate.class_names import positive_number
@@ -133,7 +134,12 @@ def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
     name, measure = ("mae", mae_of) if any(p.numbers for p in known) else ("auc", auc_of)
     if predictions and predictions[0].level == "exam":
         return {"exams": len(known), f"{name}_exam": measure(known)}
-    breasts = per_breast(known)
+    left_out = {
+        n
+        for values in ([p.exam for p in known], [p.laterality for p in known])
+        for n in unplaced([p.patient for p in known], values)
+    }
+    breasts = per_breast([p for n, p in enumerate(known) if n not in left_out])
     return {
         "images": len(known),
         f"{name}_image": measure(known),

@@ -13,10 +13,11 @@ from pathlib import Path
 from ...errors import DataError
 from ...images.levels import White, parse_white
 from ...parsing import parse_json
+from ..unplaced import WHAT, unplaced, unplaced_line
 from . import values
 from .cells import is_number, no_number, read_rows
 from .folders import Unlisted, image_files, walk
-from .left_out import CONVERTED, is_left_out, made_by, tell_unread
+from .left_out import CONVERTED, is_left_out, log, made_by, tell_unread
 from .mask_names import masks_among, names_masks
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
@@ -88,6 +89,7 @@ def read_table(
             raise DataError(f"{path}, {place}: label {row['label']!r} is none of the classes {', '.join(names)}")
         records.append(to_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
     _refuse_duplicates(path, rows, records)
+    _warn_of_unplaced(path, [place for place, _ in rows], records)
     if skip_missing:
         return Table(skip_absent(path, records), names, masks=masks)
     if check_files:
@@ -312,8 +314,8 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     split = row.get("split", "").lower()
     if split and split not in SPLIT_NAMES:
         raise DataError(f"{path}, {place}: split {row['split']!r} is none of {', '.join(SPLITS)}")
-    side = values.side(row.get("laterality", ""))
-    if row.get("laterality") and side is None:
+    side = values.side(_filled(row, "laterality") or "")
+    if _filled(row, "laterality") and side is None:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
     frame = whole(_filled(row, "frame") or "")
     if frame and not frame.isdecimal():
@@ -347,8 +349,12 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
 
 def _filled(row: dict[str, str], column: str) -> str | None:
     """What a row says in a column; nothing where programs wrote that nothing is known."""
-    text = row.get(column, "")
-    return text if text and text.lower() not in _NOTHING else None
+    return known(row.get(column, "")) or None
+
+
+def known(text: str) -> str:
+    """A cell, empty where programs wrote that nothing is known (nan, None)."""
+    return "" if text.lower() in _NOTHING else text
 
 
 def _spelt(spelling: Callable[[str], str | None], text: str) -> str | None:
@@ -400,6 +406,14 @@ def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], recor
         if image in seen:
             raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[image]}; keep one of them")
         seen[image] = place
+
+
+def _warn_of_unplaced(path: Path, places: Sequence[str], records: Sequence[Record]) -> None:
+    patients = [record.patient_id if record.patient_known else "" for record in records]
+    for column in WHAT:
+        if found := unplaced(patients, [getattr(record, column) or "" for record in records]):
+            first = f"{records[found[0]].path}, {places[found[0]]}"
+            log.warning("%s: %s", path, unplaced_line(column, len(found), first))
 
 
 def _refuse_missing(path: Path, records: list[Record]) -> None:

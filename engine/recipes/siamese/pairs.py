@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...datasets.dataset import open_record
 from ...datasets.tables import Record
+from ...datasets.unplaced import unplaced
 from ...datasets.views import MirroredSource
 from ...errors import DataError
 from ...images.affine import Map
@@ -38,18 +39,26 @@ def find_pairs(
     """The pairs of a table in their order.
 
     Args:
-        skip_unpaired: omit images without a counterpart, and of several of one side and view all but the first.
+        skip_unpaired: omit images without side, view, exam (where others of their patient have one) or counterpart, and
+            of several of one side and view all but the first.
         say: told of how many.
 
     Raises:
-        DataError: an image without side or view; or, unless they are to be omitted, two images of one side and view of
-            an exam, or an image without its contralateral view.
+        DataError: unless they are to be omitted, an image without side, view or exam, two images of one side and view
+            of an exam, or an image without its contralateral view.
     """
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
     further: list[Record] = []
-    for record in records:
-        if record.laterality not in ("L", "R") or not record.view:
-            raise DataError(f"{record.path}: the table gives no laterality (L, R) or no view; pairs need both")
+    examless = set(unplaced([r.patient_id for r in records], [r.exam_id or "" for r in records]))
+    for number, record in enumerate(records):
+        if record.laterality is None or not record.view or number in examless:
+            if not skip_unpaired:
+                told = "the table gives no laterality (L, R), view or exam, where others of its patient have one"
+                raise DataError(
+                    f"{record.path}: {told}; fill it in, or leave such images out with skip_unpaired = true"
+                )
+            further.append(record)
+            continue
         sides = found.setdefault((record.patient_id, record.exam_id or "", record.view), {})
         if record.laterality in sides and skip_unpaired:
             further.append(record)

@@ -128,7 +128,7 @@ def test_a_run_from_table_to_tables(
 
     assert commands.run("predict", checkpoint, table, "--out", tmp_path / "p") == 0
     assert "per exam" in capsys.readouterr().out
-    exams = read_cases(tmp_path / "p" / "exams.csv", split="all")
+    exams = read_cases(tmp_path / "p" / "exams.csv", split="train,val,test")
     assert exams.level == "exam" and len(exams) == 8
     trained, paths = load(checkpoint), rows(table)
     own = {row["patient_id"]: [table.parent / r["image_path"] for r in paths if r["patient_id"] == row["patient_id"]]
@@ -155,12 +155,23 @@ def test_a_run_from_table_to_tables(
     graded.write_text(
         "\n".join([f"{lines[0]},grade", *(f"{line},{'ab'[i % 8 > 3]}" for i, line in enumerate(lines[1:]))])
     )
-    evaluated = ["eval", tmp_path / "p", "--table", graded, "--by", "grade", "--split", "all", "--resamples", "20"]
+    evaluated = [
+        "eval",
+        tmp_path / "p",
+        "--table",
+        graded,
+        "--by",
+        "grade",
+        "--split",
+        "train,val,test",
+        "--resamples",
+        "20",
+    ]
     assert commands.run(*evaluated, "--out", tmp_path / "e") == 0
     measured = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert measured["levels"].keys() == {"exam"} and "grade" in json.dumps(measured)
     capsys.readouterr()
-    named = ["eval", tmp_path / "p" / "predictions.csv", "--split", "all", "--resamples", "20"]
+    named = ["eval", tmp_path / "p" / "predictions.csv", "--split", "train,val,test", "--resamples", "20"]
     assert commands.run(*named, "--out", tmp_path / "images") == 0
     assert f"takes an exam's views as one ({views}), which exams.csv has" in " ".join(capsys.readouterr().err.split())
     assert commands.run(*named, "--level", "image", "--overwrite", "--out", tmp_path / "images") == 0
@@ -214,7 +225,10 @@ def test_folds_of_exams_predict_the_mean_of_their_probabilities_of_an_exam(
     if not flips:
         assert float(rows(tmp_path / "p" / "predictions.csv")[0]["p_1"]) == pytest.approx(float(alone[1]), abs=1e-5)
     assert len(list((tmp_path / "p" / "heatmaps").iterdir())) == len(rows(table))
-    assert commands.run("eval", tmp_path / "p", "--split", "all", "--resamples", "20", "--out", tmp_path / "e") == 0
+    assert (
+        commands.run("eval", tmp_path / "p", "--split", "train,val,test", "--resamples", "20", "--out", tmp_path / "e")
+        == 0
+    )
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["levels"].keys() == {"exam"}
 
 
