@@ -14,6 +14,7 @@ from click import exceptions
 
 from ..engine.versions import OWN
 from .stopped import Commands, noted
+from .streams import guarded
 
 _COMMANDS = {
     "bench": "Measure how large, how fast, in how much memory; against stock PyTorch and its remedies.",
@@ -62,37 +63,19 @@ _HELP = getattr(exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; errors of gigamorph are one line and exit code 2, Ctrl-C is 130."""
+    """Run the command line; errors of gigamorph are one line and exit code 2, Ctrl-C is 130.
+
+    Where the output takes nothing more the work is done to its end, and the code is that of `Lost`.
+    """
     # Read when torch is first imported. By default idle OpenMP threads spin; where others use the same cores, that made
     # the many short operations of a step by tiles 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        code = _run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, as `| head` does, has enough
-        _send_output_nowhere()
-        code = 141  # as of a process that SIGPIPE has ended
-    except OSError as error:
-        if error.filename is not None or not _output_is_lost():
-            raise
-        print(f"error: the output cannot be written: {error.strerror}; send it elsewhere", file=sys.stderr)
-        code = 2
-    sys.exit(code)
-
-
-def _output_is_lost() -> bool:
-    """Whether standard output takes nothing more (a full disk, a terminal that is gone); if so, it goes nowhere."""
-    try:
-        print(flush=True)  # what was refused is forgotten: it takes something new to see
-    except OSError:
-        _send_output_nowhere()
-        return True
-    return False
-
-
-def _send_output_nowhere() -> None:
-    """Python flushes it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with guarded() as lost:
+        try:
+            code = _run(args)
+        except SystemExit as end:  # of click, and of libraries
+            code = end.code
+    sys.exit(code or lost.exit_code())
 
 
 def _run(args: list[str] | None) -> int:
@@ -116,8 +99,6 @@ def _code(args: list[str] | None, pressed: Callable[[], bool]) -> int:
         told = " ".join(error.format_message().split()).removesuffix(".")
         print(f"error: {told}{f' ({of} --help)' if of else ''}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        raise
     except Exception as error:
         if pressed():
             return _stopped()

@@ -76,3 +76,5 @@ class Commands(click.RichGroup):
         except KeyboardInterrupt:  # click would print an empty line
             click.echo("stopped by Ctrl-C", err=True)
             raise Exit(130) from None
+        except BrokenPipeError as error:  # of no output (see `streams`): click would end without a word
+            raise RuntimeError("a process that this one has started has ended") from error

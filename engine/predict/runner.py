@@ -120,7 +120,7 @@ class _Runner:
     def _work(self) -> None:
         options, meter, folder = self._options, self._watch.meter, self._folder
         found = self._index.work(options.shard[0], failed=options.retry_failed)
-        name = hashlib.sha256(f"{os.path.abspath(folder.path)}\0{folder.shard}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(f"{os.path.abspath(folder.path)}\0{folder.shard}")).hexdigest()[:16]
         staging = Path(tempfile.gettempdir()) / f"gigamorph-{name}"
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir(mode=0o700)

@@ -78,8 +78,8 @@ def find_weights(weights: str, mean: Sequence[float], std: Sequence[float], run:
 
 
 def _fetched() -> tuple[Path, Path]:
-    keras = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-    return Path(torch.hub.get_dir()) / "checkpoints", keras / "models"
+    keras = os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")  # it stays so for an account without a home
+    return Path(torch.hub.get_dir()) / "checkpoints", Path(keras) / "models"
 
 
 def _check_digest(path: Path, known: Published, digest: str) -> None:

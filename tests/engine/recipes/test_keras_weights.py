@@ -240,3 +240,17 @@ def test_the_normalisation_is_bound_to_the_file(tmp_path, monkeypatch):
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     monkeypatch.setitem(PUBLISHED, RESNET, keras_weights("there", digest))
     assert find_weights(RESNET, mean, std) == fetched
+
+
+def test_weights_of_an_account_without_a_home(tmp_path, monkeypatch):
+    """As in a container whose user has no entry."""
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "KERAS_HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GigamorphError, match="no such file; name another"):
+        find_weights("mine.h5", (0.0,), (1.0,))
