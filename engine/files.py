@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import itertools
 import os
 import re
-import tempfile
-from collections.abc import Callable
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import GigamorphError
@@ -32,15 +37,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
     """
     path = Path(path)
     _refuse_device(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_UMASK)  # temporary files are private, what the user asked for is not
-        os.replace(temporary, path)
+        with whole_or_absent(path) as temporary:
+            write(temporary)
+            os.chmod(temporary, 0o666 & ~_UMASK)  # also of a library that makes its files private
     except Exception as error:
         number = _system_error(error)
         if number is None and not isinstance(error, OSError | RuntimeError):
@@ -50,10 +51,64 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         unknown = None if isinstance(error, OSError) else errno.ENOSPC  # torch's zip writer does not say it
         remedy = _REMEDIES.get(number or unknown, "name a folder that can be written")
         raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, which becomes ``path`` if all goes well and is removed if not."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_START = secrets.token_hex(4)  # another process may have had the number of this one
+_COUNT = itertools.count()
+_TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-([0-9a-f]{8})[0-9a-f]+\.part(\.[^.]*)?")
+_FORGOTTEN = 86_400.0  # seconds without a change, after which a file of a process that cannot be seen is left over
+_seen: set[str] = set()  # folders
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside ``path`` for a file or folder that is not whole yet.
+
+    It says who writes it. The first one in a folder removes what processes that were killed have left there.
+    """
+    folder = os.path.abspath(path.parent)
+    if folder not in _seen:
+        _seen.add(folder)
+        _remove_left_over(folder)
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{_START}{next(_COUNT):x}.part{path.suffix}")
+
+
+def _remove_left_over(folder: str) -> None:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None or not _is_left_over(entry, found[1], int(found[2]), found[3]):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _is_left_over(entry: os.DirEntry[str], host: str, process: int, start: str) -> bool:
+    if host == _HOST:
+        if process == os.getpid():
+            return start != _START
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            pass
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN
 
 
 def require_writable(path: str | Path, what: str = "file") -> None:

@@ -12,10 +12,11 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DataError
+from ..files import whole_or_absent
 from ..images.affine import Affine
 from ..images.levels import White, require_numbers
 from ..images.pixels import ImageSource
-from ..images.writers import whole_or_absent, write_png, write_tiff
+from ..images.writers import write_png, write_tiff
 from .dataset import open_record
 from .masks import open_inside
 from .tables.file_names import stem_of

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..files import whole_or_absent
 from ..images.levels import require_numbers
 from ..images.pixels import ImageSource, PixelSource, steps_of
-from ..images.writers import PNG_PIXELS, whole_or_absent, write_png
+from ..images.writers import PNG_PIXELS, write_png
 from .grey import odd_range
 from .views import DownsampledSource, NormalizedSource
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,17 +74,6 @@ def write_png(path: Path, shape: tuple[int, int], read: ReadRegion) -> None:
     if shape[0] * shape[1] > PNG_PIXELS:
         raise DataError(f"{path}: {shape[0]} x {shape[1]} pixels are too many for a PNG; write tiff")
     path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(read(0, shape[0], 0, shape[1])), level=4))
-
-
-@contextmanager
-def whole_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` if all goes well and is removed if not."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

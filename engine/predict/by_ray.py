@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import GigamorphError
+from ..files import temporary_name
 from .devices import Outcome, Reading, compute_here
 from .job import Start
 from .rows import Work
@@ -56,7 +57,8 @@ def compute_by_ray(
     if first is None:
         return
     work = chain([first], work)
-    listed = Path(tempfile.mkdtemp(prefix=".work-", dir=shared))
+    listed = temporary_name(shared / "work")
+    listed.mkdir(mode=0o700)
     try:
         while given := {one.key: one for one in islice(work, _AT_ONCE)}:
             yield from _all_of(

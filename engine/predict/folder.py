@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GigamorphError
-from ..files import write_atomically
+from ..files import temporary_name, write_atomically
 from ..parallel.lock import cannot_write, held, hold
 from ..parsing import parse_json
 from .job import Job
@@ -220,7 +220,7 @@ def _write_once(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file that several processes may write first, whole. `FileExistsError` if one has."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f".{path.name}.{os.getpid()}")
+        own = temporary_name(path)
         handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         try:
             os.write(handle, data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
 from ..datasets.tables import SPLITS, Record
 from ..dense import map_shape, write_map
 from ..errors import DataError
+from ..files import temporary_name, whole_or_absent
 from ..images.derived import header_of
 from ..images.dicom_results import made_of, own_code, segment, segmentation, source_header
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
-from ..images.writers import whole_or_absent, write_png, write_tiff
+from ..images.writers import write_png, write_tiff
 from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
 from ..train.heatmap import overlay_name
@@ -148,7 +148,7 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
     assert item is not None
     source, record = item["image"], work.row.record
     own = segmenter.target.stored(record, source) if masks_of(record) else None
-    raw = wanted.out / "masks" / f".{work.name}.{os.getpid()}.npy"
+    raw = temporary_name(wanted.out / "masks" / f"{work.name}.npy")
     try:
         with naming(work.row.name):
             write_map(segmenter.net, source, raw)

@@ -116,8 +116,6 @@ class Parts:
         """Go on where the last process stopped."""
         if not self._folder.is_dir():
             return
-        for path in self._folder.glob(".*.parquet*"):  # half a part
-            path.unlink()
         parts = {int(path.stem) for path in self._folder.glob("[0-9]*.parquet")}
         journals = sorted(int(path.stem[1:]) for path in self._folder.glob("_[0-9]*.jsonl"))
         for number in journals:

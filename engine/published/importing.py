@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GigamorphError
+from ..files import temporary_name
 from ..models import build_model
 from ..models.checkpoints import State, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
@@ -223,7 +223,8 @@ def new_folder(out: str | Path, keep: bool = True) -> Iterator[Path]:
         raise GigamorphError(f"{out}: already exists; name another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        aside = temporary_name(out)
+        aside.mkdir(mode=0o700)
     except OSError as error:
         raise GigamorphError(f"{out}: cannot be written: {error.strerror}") from error
     try:
