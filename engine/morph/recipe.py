@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
+from ..files import temporary_name
 from ..parsing import parse_json
 from ..tiling.memory import large_blocks_on_own_pages
 
@@ -210,7 +210,7 @@ def grow_file(recipe: Recipe, model: nn.Module, source: str | Path, target: str 
 
 
 def _grow_file(recipe: Recipe, model: nn.Module, source: Path, target: Path) -> None:
-    between = [target.with_name(f".{target.name}.{secrets.token_hex(4)}.safetensors") for _ in recipe.morphs[1:]]
+    between = [temporary_name(target.with_suffix(".safetensors")) for _ in recipe.morphs[1:]]
     model, state = _hollow(model), read_state(source)
     try:
         for number, morph in enumerate(recipe.morphs, 1):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import MorphError
+from ..files import whole_or_absent
 from ..models.weights import first_line
 
 # Names of dtypes in the safetensors format.
@@ -205,17 +205,13 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
         MorphError: the system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with whole_or_absent(path) as temporary, temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
         raise MorphError(f"{path}: cannot be written: {_first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
