@@ -21,6 +21,7 @@ from ..errors import GigamorphError
 from ..images.batches import PixelBatch, as_batch
 from ..images.pixels import PixelSource
 from .dynamo import stand_in
+from .refusals import BACKBONE
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Arguments:
         if image is None:
             raise GigamorphError(
                 "there is no image among the arguments; give a float tensor (N, C, H, W), a bag of images (B, V, C, H, "
-                f"W) or a pixel source, also in dicts, lists and tuples ({_given(leaves)})"
+                f"W) or a pixel source, also in dicts, lists and tuples ({_given(leaves)}){_of_detector(leaves)}"
             )
         size, roles, regions, further = tuple(image.shape[-2:]), dict[int, str](), dict[int, Any](), list[Tensor]()
         for leaf in leaves:
@@ -110,6 +111,12 @@ def takes_a_list(network: Any) -> bool:
     kind = None if first is None else first.annotation
     told = getattr(kind, "__name__", "") if isinstance(kind, type) and not get_args(kind) else str(kind)
     return re.match(r"(typing\.|collections\.abc\.)?(list|tuple|sequence|iterable)\b", told, re.IGNORECASE) is not None
+
+
+def _of_detector(leaves: Sequence[Any]) -> str:
+    """What to do where images (C, H, W) are in a list."""
+    images = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3]
+    return f"; of a detector that takes lists {BACKBONE}" if images else ""
 
 
 def _given(leaves: Sequence[Any]) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, overrides
+from torch import Tensor, fx, nn, overrides
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +31,8 @@ from ..parsing import parse_literal
 from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
+from .lines import TORCH, frames, module_of, users
+from .refusals import BACKBONE
 from .substitutes import SAYING, substitutes
 from .synchronized import synchronized
 
@@ -39,10 +41,6 @@ Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
 GRAPHS = 64
 """Recordings of one network that are kept; with one more all are dropped, and the present one is made again."""
 
-_TORCH = os.path.dirname(torch.__file__)
-_ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_OURS = tuple(os.path.join(_ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
-_PYTHON = os.path.dirname(os.__file__)
 _numbers = itertools.count()
 log = logging.getLogger("gigamorph")
 
@@ -156,7 +154,7 @@ class Compiled:
                         self._call = None
                         return self._compiled()(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
-            raise refusal(error) from None
+            raise refusal(error, _network_of(args, kwargs)) from None
         except Exception as error:
             if isinstance(error, GigamorphError) or error is self._served or (self.pieces and _FROM not in str(error)):
                 raise  # ours, that of the computation, or the network's own
@@ -333,8 +331,12 @@ def _not_served(_graph: Graph, _inputs: Sequence[Any]) -> Sequence[Any]:
     raise AssertionError
 
 
-def refusal(error: Exception) -> Exception:
-    """What Dynamo raises as an error of one line: what, which line of the user's code, what to do."""
+def _network_of(args: Any, kwargs: Any) -> nn.Module | None:
+    return next((one for one in tree_leaves((args, kwargs)) if isinstance(one, nn.Module)), None)
+
+
+def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
+    """What Dynamo raises as an error of one line: what, which module and line of the user's code, what to do."""
     inner = getattr(error, "inner_exception", None)  # of a backend
     if isinstance(inner, GigamorphError):
         return inner
@@ -358,7 +360,20 @@ def refusal(error: Exception) -> Exception:
     explained = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explan")), "")
     context = next((line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug")), "")
     told = "; ".join(part.rstrip(".") for part in (what, explained or context) if part)
-    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {told}{_REMEDY}")
+    module = module_of(frames(text.partition(_FROM)[2]), network)
+    where = f"{where} in module '{module}'" if module else where
+    if "data-dependent" in text and isinstance(getattr(network, "backbone", None), nn.Module):
+        return UnsupportedError(f"{where} takes sizes from what is in the image, as detectors do (NMS); {BACKBONE}")
+    remedy = next((f"; {say}, {_WHOLE}" for part, say in _REMEDIES.items() if part in told), _REMEDY)
+    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {told}{remedy}")
+
+
+_REMEDIES = {
+    "checkpoint_sequential": "call torch.utils.checkpoint.checkpoint for one part after the other",
+    "copy.deepcopy() on tensors": "copy tensors by clone(), and modules when the network is made",
+    "FakeQuantize": "its observers take statistics of whole maps: train the network by tiles before prepare_qat",
+    "Observer": "its observers take statistics of whole maps: train the network by tiles before prepare_qat",
+}
 
 
 _OUTSIDE = {  # what TorchDynamo finds around a call
@@ -370,29 +385,20 @@ _OUTSIDE = {  # what TorchDynamo finds around a call
     "off",
 }
 _FROM = "from user code:"  # Dynamo adds it to what is raised while it records
-_REMEDY = '; change that line, or pass fallback="whole" to compute in pieces around it'
+_WHOLE = 'or pass fallback="whole" to compute in pieces around it'
+_REMEDY = f"; change that line, {_WHOLE}"
 
 
 def _user_line(text: str) -> str:
     """The innermost line of the user's code."""
-    part = text.partition(_FROM)[2]
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', part)
-    own = [found for found in lines if _is_users(found[0])]
-    own = [found for found in own if found[0] != "<string>"] or own  # libraries make code by exec
-    if not own:
+    own = users(frames(text.partition(_FROM)[2]))
+    if own is None:
         return "the network's forward"
-    name, line, function = own[-1]
+    name, line, function = own
     cell = re.search(r"<ipython-input-(\d+)|ipykernel_\d+", name)
     if cell is not None:
         return f"cell {cell[1] or 'of the notebook'}, line {line} (in {function})"
     return f"{os.path.basename(name)}:{line} (in {function})"
-
-
-def _is_users(file: str) -> bool:
-    """Whether a file is neither PyTorch's, nor Python's, nor one that calls a network by tiles."""
-    if file.startswith((_TORCH, "<frozen", "<eval_with_key", *_OURS)):
-        return False
-    return not file.startswith(_PYTHON) or "-packages" in file
 
 
 def outside(error: Exception) -> Exception:
@@ -410,7 +416,7 @@ def _from_call(error: Exception) -> bool:
     if _FROM not in str(error) or not isinstance(error, AssertionError | ArithmeticError | ValueError | LookupError):
         return False
     last = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return not last.startswith(os.path.join(_TORCH, "_dynamo"))
+    return not last.startswith(os.path.join(TORCH, "_dynamo"))
 
 
 def _own_error(kind: str, arguments: str, where: str) -> Exception:

@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import UnsupportedError
 from .call_trees import tree_leaves
 from .higher_order import CALLED, of_arrays
+from .lines import frames, users
 from .program import Given, Program, Ref, place
 from .recorder import Recorder
 from .refusals import as_refusal
 from .values import Values
 
 _CACHED_SHAPES = 4_000  # entries of PyTorch's cache of fake results, of some 2 KB each
-_TORCH = os.path.dirname(torch.__file__)
 _OF_THE_PROCESS = re.compile("_?(set_(default|deterministic|float32|warn|flush|num|cudnn)|use_deterministic)")
 _IN_PLACE = frozenset(
     "iadd iand ifloordiv ilshift imod imul imatmul ior ipow irshift isub itruediv ixor setitem".split()
@@ -368,8 +368,8 @@ def _break_of(module: fx.GraphModule) -> str:
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return ""
-    own = [frame for frame in reason.user_stack if not frame.filename.startswith(_TORCH)]
-    where = f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: " if own else ""
+    own = users([(frame.filename, frame.lineno or 0, frame.name) for frame in reason.user_stack])
+    where = f"{os.path.basename(own[0])}:{own[1]}: " if own else ""
     return where + (str(reason.reason).splitlines() or ["graph break"])[0]
 
 
@@ -500,11 +500,9 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _line_of(node: fx.Node) -> str:
-    """The innermost line of code that is not PyTorch's."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    own = [(name, line) for name, line in lines if not name.startswith(_TORCH)]
-    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+    """The innermost line of code that is neither PyTorch's nor Python's."""
+    own = users(frames(node.meta.get("stack_trace") or ""))
+    return f"{os.path.basename(own[0])}:{own[1]}" if own else ""
 
 
 @contextmanager

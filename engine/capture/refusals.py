@@ -21,6 +21,7 @@ REFUSED = {
     "resize_as_": "changes the size of a tensor in place; make a new one",
     "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
 }
+BACKBONE = "accelerate the part that takes the memory: net.backbone = accelerate(net.backbone, ...)"
 # What errors about tensors without values have in them.
 _FAKE = (
     "FakeTensor",

@@ -1,7 +1,9 @@
 """What cannot be computed exactly is refused before any work, in one line that names the module and the remedy."""
 
+import copy
 import random
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from gigamorph import GigamorphError, UnsupportedError, accelerate
 
@@ -215,3 +218,151 @@ def test_an_unused_branch_is_no_reason_to_refuse():
 def test_arguments(options, pattern):
     with pytest.raises(GigamorphError, match=pattern):
         accelerate(nn.Conv2d(3, 4, 3), **options)
+
+
+# -- refusals whose remedy is not the line alone ----------------------------------------------------------------------
+
+BOUND = torch.from_numpy  # by a name of this module
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def said(net: nn.Module, *given: object) -> str:
+    """Its refusal, which is one line."""
+    with pytest.raises(GigamorphError) as caught:
+        accelerate(net, tile=8)(*given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def agree_whole(net: nn.Module, x: Tensor) -> None:
+    """What the refusal proposes: the map whole."""
+    other = accelerate(copy.deepcopy(net), tile=8, fallback="whole")
+    torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"])
+def test_a_detector_is_refused_as_one(name):
+    """Its backbone is computed by tiles."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    net = getattr(detection, name)(weights=None, weights_backbone=None).double().eval()
+    remedy = "net.backbone = accelerate(net.backbone, ...)"
+    told = said(net, images(1, 3, 96, 96))
+    assert told.endswith(remedy) and "NMS" in told and re.match(r"\w+\.py:\d+ \(in \w+\)", told), told
+    assert said(net, [images(3, 96, 96)]).endswith(remedy)
+    x = images(1, 3, 96, 128)
+    wanted = net.backbone(x)
+    net.backbone = accelerate(net.backbone, tile=32)
+    found = net.backbone(x)
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+
+
+class Copying(nn.Module):
+    """A copy of what a tensor is in, and its convolution's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = {"x": self.conv(x)}
+        return copy.deepcopy(found)["x"]
+
+
+class Cloning(Copying):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).clone()
+
+
+def test_a_deepcopy_is_refused_with_the_line_of_the_user():
+    net = Net(Copying()).double()
+    told = said(net, images(1, 3, 24, 24))
+    assert re.match(r"test_refusals\.py:\d+ \(in forward\) in module 'odd' cannot be recorded", told), told
+    assert "copy tensors by clone()" in told
+    other = Net(Cloning()).double()
+    x = images(1, 3, 24, 24)
+    torch.testing.assert_close(accelerate(copy.deepcopy(other), tile=8)(x), other(x), rtol=1e-10, atol=1e-10)
+
+
+class Lines(nn.Module):
+    """What Python's own copying does with a tensor is in a graph; its file is Python's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return copy.copy(x.flip(3)) + x
+
+
+def test_a_line_of_a_graph_is_the_users():
+    told = said(Net(Lines()).double(), images(1, 3, 24, 24))
+    assert "test_refusals.py:" in told and "copy.py" not in told, told
+
+
+class Parts(nn.Module):
+    def __init__(self, in_sequence: bool):
+        super().__init__()
+        self.in_sequence = in_sequence
+        self.parts = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_sequence:
+            return checkpoint_sequential(self.parts, 2, x, use_reentrant=False)
+        for first in (0, 2):
+            x = checkpoint(self.parts[first : first + 2], x, use_reentrant=False)
+        return x
+
+
+def test_checkpoints_in_sequence():
+    net = Net(Parts(True)).double()
+    x = images(1, 3, 24, 24)
+    told = said(net, x)
+    assert re.match(r"test_refusals\.py:\d+ \(in forward\) in module 'odd'", told), told
+    assert "call torch.utils.checkpoint.checkpoint for one part after the other" in told
+    agree_whole(net, x)
+    other = Net(Parts(False)).double()
+    torch.testing.assert_close(accelerate(copy.deepcopy(other), tile=8)(x), other(x), rtol=1e-10, atol=1e-10)
+
+
+def test_from_numpy_by_another_name():
+    weights = np.ones((4, 1, 1))
+    net = Net(Call(lambda m, x: x * BOUND(weights))).double()
+    x = images(1, 3, 24, 24)
+    torch.testing.assert_close(accelerate(copy.deepcopy(net), tile=8)(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+class Strided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.coarse = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.clone()
+        found[:, :, ::2, ::2] = self.coarse(x)
+        return found
+
+
+def test_an_assignment_to_every_second_row():
+    net = Net(Strided()).double()
+    x = images(1, 3, 24, 24)
+    told = said(net, x)
+    assert "'odd'" in told and "test_refusals.py:" in told and 'fallback="whole"' in told, told
+    agree_whole(net, x)
+
+
+def test_observers_of_a_quantization():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    net = Net(nn.Conv2d(4, 4, 3, padding=1)).train()
+    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    x = images(1, 3, 24, 24).float()
+    before = accelerate(copy.deepcopy(net), tile=8)
+    torch.testing.assert_close(before(x), net(x), rtol=1e-4, atol=1e-5)  # the remedy
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = quantization.prepare_qat(net)
+    told = said(net, x)
+    assert re.match(r"test_refusals\.py:\d+ \(in forward\) in module 'first", told), told
+    assert "train the network by tiles before prepare_qat" in told
+    other = accelerate(copy.deepcopy(net), tile=8, fallback="whole")
+    torch.testing.assert_close(other(x), net(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,51 @@
+"""Which line of a recording is the user's, for refusals."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+
+import torch
+from torch import nn
+
+TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = tuple(os.path.join(_ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
+_PYTHON = os.path.join(os.path.dirname(os.__file__), "")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
+
+Frame = tuple[str, int, str]
+"""File, line and function."""
+
+
+def frames(text: str) -> list[Frame]:
+    """The frames of a traceback, the innermost last."""
+    return [(file, int(line), function or "") for file, line, function in _FRAME.findall(text)]
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor Python's, nor one that calls a network by tiles."""
+    if file.startswith((TORCH, "<frozen", "<eval_with_key", *_OURS)):
+        return False
+    return not file.startswith(_PYTHON) or "-packages" in file
+
+
+def users(found: list[Frame]) -> Frame | None:
+    """The innermost frame of the user's code, or of a library that is not PyTorch."""
+    own = [frame for frame in found if is_users(frame[0])]
+    own = [frame for frame in own if frame[0] != "<string>"] or own  # libraries make code by exec
+    return own[-1] if own else None
+
+
+def module_of(found: list[Frame], network: nn.Module | None) -> str:
+    """The path of the module in whose forward the innermost frame is; of several of one class the first."""
+    modules = [] if network is None else list(network.named_modules())
+    for file, line, _ in reversed(found):
+        for path, module in modules:
+            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+            if code is None or code.co_filename != file:
+                continue
+            if code.co_firstlineno <= line <= max(number or 0 for *_, number in code.co_lines()):
+                return path
+    return ""
