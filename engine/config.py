@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from .errors import GigamorphError
+from .errors import DataError, GigamorphError
 from .parsing import parse_json
 
 T = TypeVar("T")
@@ -225,6 +225,29 @@ def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:
     return _build(cls, values, source, "")
 
 
+def check_plain(values: Mapping[str, Any], cls: type, source: str) -> None:
+    """Refuse values of a file of which one that a class has is missing or of another type; others may be there too.
+
+    Raises:
+        DataError: as `load_config`.
+    """
+    try:
+        _build(cls, _of_class(_plain(values, ()), cls), source, "")
+    except GigamorphError as error:
+        raise DataError(str(error)) from error
+
+
+def _of_class(value: Any, wanted: Any) -> Any:
+    """What of plain containers a type has keys for."""
+    for one in (wanted, *get_args(wanted)):
+        if is_dataclass(one) and isinstance(value, dict):
+            types = get_type_hints(one)
+            return {key: _of_class(own, types[key]) for key, own in value.items() if key in types}
+        if is_dataclass(one) and isinstance(value, list):
+            return [_of_class(own, one) for own in value]
+    return value
+
+
 def _build(cls: Any, values: dict[str, Any], source: str, place: str) -> Any:
     types = get_type_hints(cls)
     known = [own.name for own in fields(cls) if own.init]
@@ -271,13 +294,15 @@ def _value(wanted: Any, value: Any, source: str, key: str) -> Any:
             return tuple(_value(inner[0], item, source, f"{key}[{i}]") for i, item in enumerate(value))
         if len(inner) == len(value):
             return tuple(_value(t, v, source, f"{key}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is list and isinstance(value, list):
+        return [_value(get_args(wanted)[0], item, source, f"{key}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         inner = get_args(wanted)[1]
         given = without_nulls(value)
         return {str(k): v if inner is Any else _value(inner, v, source, f"{key}.{k}") for k, v in given.items()}
     if is_dataclass(wanted) and isinstance(value, dict):
         return _build(wanted, value, source, f"{key}.")
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if wanted in (bool, int, float, str) and type(value) is wanted:
         return value

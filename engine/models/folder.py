@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..config import check_plain, from_plain
 from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..images.pixels import Normalize
@@ -24,6 +25,7 @@ from .weights import sha256
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, REFERENCE = "model.json", "model.safetensors", "reference.safetensors"
+_CHANNELS, _LONGEST = 4096, 2**15
 UNITS = "grey, 0 black to 1 white"
 
 PerImage = Literal["minmax", "standard"]
@@ -63,6 +65,8 @@ class Preprocessing:
                 f"preprocessing per_image {self.per_image!r}, fit {self.fit!r}: take one of "
                 f"{', '.join(get_args(PerImage))} or none, and one of {', '.join(get_args(Fit))}"
             )
+        if not 0 < self.channels <= _CHANNELS or (self.size and not 0 < min(self.size) <= max(self.size) <= _LONGEST):
+            raise GigamorphError(f"preprocessing channels {self.channels}, size {self.size}: these are no images")
         self.normalize.per_channel(self.channels)
 
     @property
@@ -118,21 +122,65 @@ class Description:
         return found | {name: getattr(self, name) for name in rest}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Description:
-        """The inverse of `to_json`."""
+    def from_json(cls, found: dict[str, Any], source: str) -> Description:
+        """The inverse of `to_json`; ``source`` is what messages call it.
+
+        Raises:
+            GigamorphError: a key is missing, or of another type or range.
+        """
+        check_plain(found, _Written, source)
         given = {key: value for key, value in found["input"].items() if key != "units"}
+        try:
+            outputs, preprocessing = Outputs.from_json(found["outputs"]), from_plain(given, Preprocessing, source)
+        except GigamorphError as error:
+            raise DataError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
         return cls(
-            model=found.get("model", ""),
-            outputs=Outputs.from_json(found["outputs"]),
-            preprocessing=Preprocessing(**given),
+            model=found.get("model") or "",
+            outputs=outputs,
+            preprocessing=preprocessing,
             source=found["source"],
-            key_map=tuple((theirs, ours) for theirs, ours in found.get("key_map", ())),
+            key_map=tuple((theirs, ours) for theirs, ours in found.get("key_map") or ()),
             licence=found["licence"],
             reference=found["reference"],
             versions=found["versions"],
-            members=tuple(found.get("members", ())),
+            members=tuple(found.get("members") or ()),
             flips=tuple((bool(x), bool(y)) for x, y in found["flips"]),
         )
+
+
+@dataclass(frozen=True)
+class _Head:
+    name: str
+    activation: str
+    outputs: int
+    classes: tuple[str, ...]
+    center: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation == "number" and not len(self.center) == len(self.spread) == self.outputs:
+            raise DataError(f"key 'outputs': center and spread of {self.outputs} numbers are needed")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What ``model.json`` holds, by its keys."""
+
+    outputs: tuple[_Head, ...]
+    input: dict[str, Any]
+    flips: tuple[tuple[bool, bool], ...]
+    licence: str
+    source: dict[str, Any]
+    reference: dict[str, Any]
+    versions: dict[str, Any]
+    model: str = ""
+    key_map: tuple[tuple[str, str], ...] = ()
+    members: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, there in (("outputs", self.outputs), ("flips", self.flips), ("model", self.model or self.members)):
+            if not there:
+                raise DataError(f"key '{key}' is empty")
 
 
 def require_logits(folder: str | Path, description: Description) -> None:
@@ -195,9 +243,9 @@ def read_description(folder: str | Path) -> Description:
     if version != FORMAT:
         raise DataError(f"{path}: is of format {version!r}, not {FORMAT}; import it again with this gigamorph")
     try:
-        return Description.from_json(found)
-    except (KeyError, TypeError, ValueError, GigamorphError) as error:
-        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error}); import it again") from error
+        return Description.from_json(found, str(path))
+    except GigamorphError as error:
+        raise DataError(f"{error}; import it again") from error
 
 
 def write_description(folder: str | Path, description: Description) -> None:

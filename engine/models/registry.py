@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
 from ..trust import require_trusted, trust_named
+from .bounded import bounded
 from .checkpoints import read_state
 from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
@@ -130,7 +131,7 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
             raise GigamorphError(f"model {str(spec)!r}: {name} is {value!r}, no whole number")
     try:
         return make(**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
-    except TypeError as error:
+    except Exception as error:  # of a width that is negative, or for which there is no memory
         raise GigamorphError(f"model {str(spec)!r} cannot be built: {first_line(error)}") from error
 
 
@@ -143,10 +144,11 @@ def _of_folder(folder: Path) -> nn.Module:
         )
     spec = Spec.parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
-    with nothing_fetched():
-        model = _build(spec, columns, description.preprocessing.channels, folder)
     path = check_weights(folder, description)
-    load_exactly(model, read_state(path).tensors, path)
+    weights = read_state(path).tensors
+    with nothing_fetched(), bounded(weights):
+        model = _build(spec, columns, description.preprocessing.channels, folder)
+    load_exactly(model, weights, path)
     set_outputs(model, description.outputs)
     return model
 
@@ -171,7 +173,7 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     given = {"num_classes": num_classes, "in_chans": in_channels, **spec.arguments}
     try:
         return timm.create_model(spec.name, **given)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         near = [] if timm.is_model(spec.name) else difflib.get_close_matches(spec.name, timm.list_models(), 3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         name = str(spec).removeprefix("timm:")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,15 +258,25 @@ def recipe_of(weights: str | Path) -> Recipe:
     if weights.suffix == ".safetensors":
         text = SafetensorsFile(weights).metadata.get("recipe")
         if text is not None:
-            try:
-                return Recipe.from_json(text)
-            except MorphError as error:
-                raise MorphError(f"{weights}: {error}") from error
+            return _recipe_in(text, weights)
     elif weights.suffix == ".ckpt":  # of gigamorph train
-        grown = read_torch(weights).get("gigamorph", {}).get("grown")
-        return Recipe.from_json(grown["recipe"]) if grown else Recipe()
+        found = read_torch(weights)
+        record = found.get("gigamorph") if isinstance(found, dict) else None
+        grown = record.get("grown") if isinstance(record, dict) else None
+        if grown is None:
+            return Recipe()
+        return _recipe_in(grown.get("recipe") if isinstance(grown, dict) else None, weights)
     beside = recipe_path(weights)
     return Recipe.load(beside) if beside.exists() else Recipe()
+
+
+def _recipe_in(text: Any, weights: Path) -> Recipe:
+    if not isinstance(text, str):
+        raise MorphError(f"{weights}: key 'grown.recipe' is missing or no text; take another copy of the file")
+    try:
+        return Recipe.from_json(text)
+    except MorphError as error:
+        raise MorphError(f"{weights}: {error}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from ..train.inputs import images
 from ..train.mask_target import MaskTarget, dice, dice_scores
 from ..train.network import restore_network, target_of
 from ..train.splits import with_splits
+from ..train.stored import preprocessing_of
 from .ahead import Opened
 from .delivery import Document
 from .index import Index
@@ -111,12 +112,13 @@ def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) 
     record, target = stored["gigamorph"], target_or_none(stored)
     if target is None:
         raise DataError(f"{path}: is no network of masks; train one with --task masks")
-    trained = restore_network(stored, memory_budget=memory_budget, device=device)
-    net = accelerate(Classes(trained._network), memory_budget, batch_norm=record["options"]["batch_norm"])
+    prepared = preprocessing_of(record, path)
+    trained = restore_network(stored, path, memory_budget=memory_budget, device=device)
+    net = accelerate(Classes(trained._network), memory_budget, batch_norm=record["options"].get("batch_norm"))
     return Segmenter(
         net,
         target,
-        lambda records: images(with_splits(records, record), record["channels"], record["preprocessing"]),
+        lambda records: images(with_splits(records, record), record["channels"], prepared),
         sum(record["split"].get(name, 0) for name in SPLITS),
     )
 

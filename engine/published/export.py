@@ -22,6 +22,7 @@ from ..models.spec import Spec
 from ..models.weights import first_line, sha256
 from ..train.checkpoint import load_checkpoint
 from ..train.network import outputs_of_record, restore_network
+from ..train.stored import preprocessing_of
 from ..versions import versions_of_results
 from .importing import new_folder
 from .reference import fixed_image
@@ -62,8 +63,8 @@ def open_source(path: str | Path) -> Source:
         raise GigamorphError(
             f"{path}: is a recipe's; only networks of gigamorph train and gigamorph import are written"
         )
-    net = restore_network(stored, memory_budget=None, device="cpu")
-    given = record["preprocessing"]
+    given = preprocessing_of(record, path)
+    net = restore_network(stored, path, memory_budget=None, device="cpu")
     normalize = given["normalize"]
     description = Description(
         model=record["options"]["model"],

@@ -16,6 +16,7 @@ from ..predict.predictor import Classifier
 from ..train.checkpoint import load_checkpoint
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
+from ..train.stored import preprocessing_of
 from .ensemble import Ensemble, Member, Published
 from .open import count_of, learnt
 
@@ -52,7 +53,7 @@ def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, fl
         stored = load_checkpoint(path)
         records.append(stored["gigamorph"])
         _require_alike(path, records)
-        net = restore_network(stored, memory_budget=memory_budget, device=device)
+        net = restore_network(stored, path, memory_budget=memory_budget, device=device)
         members.append(Member(Published(net, str(path)), _preprocessing(records[-1]), _outputs(records[-1])))
     first = records[0]
     grey = {**first["preprocessing"], "normalize": Normalize().to_dict()}
@@ -85,6 +86,9 @@ def _require_alike(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """That the last of the records, which is a checkpoint's, can be averaged with the first."""
     first, own = records[0], records[-1]
     one = "; name the checkpoint of one fold"
+    if "options" not in own:
+        raise DataError(f"{path}: is no checkpoint of gigamorph train --folds{one}")
+    preprocessing_of(own, path)
     if target_of(own).kind == "masks":
         raise DataError(f"{path}: is a network of masks, which are not averaged over folds{one}")
     if _learnt(own) != _learnt(first):

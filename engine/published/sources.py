@@ -84,7 +84,7 @@ def _described(path: Path, found: Mapping[str, Any]) -> HubFolder:
     size = about.get("input_size") or (3,)
     arguments.setdefault("in_chans", size[0])
     if "gigamorph" in found:  # written by gigamorph export
-        ours = Description.from_json(found["gigamorph"])
+        ours = Description.from_json(found["gigamorph"], f"{path / 'config.json'}: gigamorph")
         spec = Spec("timm", found["architecture"], arguments)
         return HubFolder(weights_in(path), spec, ours.preprocessing, (), ours.licence, ours.outputs)
     labels = found.get("label_names") or about.get("label_names") or found.get("labels") or ()

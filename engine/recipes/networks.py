@@ -9,9 +9,11 @@ from pathlib import Path
 from ..accelerate import Accelerated, accelerate
 from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
-from ..errors import DataError
+from ..errors import DataError, UntrustedError
+from ..models.bounded import bounded
 from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs, outputs_of, set_outputs
+from ..models.weights import first_line
 from ..predict.predictor import Classifier
 from ..published.ensemble import Ensemble, Member, Published
 from ..published.folds import open_folds
@@ -21,6 +23,7 @@ from ..train.data import Images
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
 from ..train.splits import with_splits
+from ..train.stored import REMEDY, preprocessing_of
 from . import get_recipe
 
 
@@ -73,17 +76,24 @@ def _of_checkpoint(path: str | Path, memory_budget: int | None, device: str) -> 
                 f"{path}: is a network of masks, which tells no classes of images; gigamorph predict writes its masks, "
                 "gigamorph view shows them"
             )
+        prepared = preprocessing_of(record, path)
         return Classifier(
-            Published(restore_network(stored, memory_budget=memory_budget, device=device), str(path)),  # type: ignore[arg-type]
+            Published(restore_network(stored, path, memory_budget=memory_budget, device=device), str(path)),  # type: ignore[arg-type]
             record["classes"],
-            lambda records: images(with_splits(records, record), record["channels"], record["preprocessing"]),
+            lambda records: images(with_splits(records, record), record["channels"], prepared),
             sum(record["split"].get(name, 0) for name in SPLITS),
         )
     restore = get_recipe(record["recipe"]).restore if "recipe" in record else None
     if restore is None:
         raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
-    network, opened = restore(record)
-    network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
+    try:
+        with bounded(stored["state_dict"]):
+            network, opened = restore(record)
+        network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
+    except UntrustedError:
+        raise
+    except Exception as error:  # each recipe reads its own keys
+        raise DataError(f"{path}: its network cannot be built as recorded ({first_line(error)}); {REMEDY}") from error
     net, outputs = accelerate(network.to(device), memory_budget, fallback="whole"), target_of(record).outputs
     if outputs is not None:
         set_outputs(net, outputs)

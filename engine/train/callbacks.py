@@ -56,11 +56,13 @@ class Epochs(Callback):
 
     def __init__(self, interrupt: Interrupt) -> None:
         self._interrupt = interrupt
+        self.began = False  # what a checkpoint holds has been restored, and batches come
         self._began = self._saved = self._drawn = time.monotonic()
         self.at_end = EndOfEpoch(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_clock(pl_module)
+        self.began = True
 
     def _start_clock(self, module: pl.LightningModule) -> None:
         self._began = time.monotonic()

@@ -11,9 +11,11 @@ import torch
 
 from ..errors import DataError
 from ..files import write_atomically
+from ..models.checkpoints import is_state
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..morph.files import ENDING, SUFFIXES, recipe_of
+from .stored import REMEDY, require_record
 
 make_torchvision_importable()
 
@@ -49,7 +51,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a gigamorph checkpoint without running any code in it.
 
     Raises:
-        DataError: if it cannot be read or is not a checkpoint of `run_stages`.
+        DataError: if it cannot be read or is not a checkpoint of `run_stages`; or what is used of its record lacks, or
+            is of another type or range.
     """
     path = Path(path)
     if path.name.endswith(ENDING) or (path.suffix in SUFFIXES and path.is_file() and recipe_of(path).morphs):
@@ -68,6 +71,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a readable checkpoint: {told}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
         raise DataError(f"{path}: not written by gigamorph train; gigamorph train --init starts from weights")
+    require_record(checkpoint["gigamorph"], path)
+    weights = checkpoint.get("state_dict")
+    if weights != {} and not is_state(weights):
+        raise DataError(f"{path}: key 'state_dict' is missing or no table of tensors; {REMEDY}")
     return checkpoint
 
 

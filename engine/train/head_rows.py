@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..models.checkpoints import read_state
 from ..models.folder import folder_of, read_description, require_logits
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
+from .stored import read_record
 from .target import Target
 
 log = logging.getLogger("gigamorph")
@@ -74,8 +74,8 @@ def _names(weights: str | Path) -> tuple[list[str], bool]:
         return outputs.names if outputs.predicts else [], any(h.activation == "ordinal" for h in outputs.heads)
     if path.suffix == ".safetensors":
         return [], False
-    record = read_state(path).rest.get("gigamorph")
-    if not isinstance(record, dict) or "classes" not in record:
+    record = read_record(path)
+    if record is None or "classes" not in record:
         return [], False
     target = record.get("target", {"names": record["classes"]})
     return _with_attention(target["names"], target.get("views")), target.get("kind") == "ordinal"

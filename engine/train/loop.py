@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import GigamorphError
+from ..errors import DataError, GigamorphError
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..parallel.lock import hold
@@ -33,6 +33,7 @@ from .run import Run
 from .schedules import factor_of
 from .stages import Stage, freeze, require_deal, restored, trainable_names
 from .state import State
+from .stored import REMEDY, stored_state
 from .task import Task
 
 make_torchvision_importable()
@@ -194,6 +195,11 @@ def _fit(
             trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
         except MisconfigurationException as error:  # of callbacks, as one that logs where there is no logger
             raise GigamorphError(f"{first_line(error)} (callbacks that log need one: --log csv)") from error
+        except Exception as error:
+            if epochs.began or not goes_on or isinstance(error, GigamorphError):
+                raise
+            told = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{run.out / 'last.ckpt'}: the run cannot go on with it ({told}); {REMEDY}") from error
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:
@@ -202,6 +208,7 @@ def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]
 
 
 def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: str) -> State:
+    state = stored_state(stored, task.module, path)
     for name, value in record["settings"].items():
         before = stored["gigamorph"]["settings"].get(name)
         if name == "stages" and _extends(value, before):
@@ -209,7 +216,6 @@ def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: s
         if before != value:
             raise GigamorphError(f"{path}: was begun with other {name}; resume with the same")
     _take(task, stored, path)
-    state = State(**stored["gigamorph"]["state"])
     state.losses = state.losses[task.group.turn :: task.group.at_once]
     return state
 
@@ -231,4 +237,7 @@ def _take(task: Task, stored: dict[str, Any], path: str) -> None:
         task.module.load_state_dict({k.removeprefix("net."): v for k, v in stored["state_dict"].items()})
     except RuntimeError as error:
         raise GigamorphError(f"{path}: belongs to another network; resume with the same") from error
-    task.load_state(stored["gigamorph"]["task"])
+    try:
+        task.load_state(stored["gigamorph"]["task"])
+    except (KeyError, TypeError) as error:  # each recipe reads its own keys
+        raise DataError(f"{path}: key 'task': {first_line(error)}; {REMEDY}") from error

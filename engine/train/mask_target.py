@@ -42,7 +42,7 @@ class MaskTarget(Target):
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> MaskTarget:
-        return cls(tuple(values["names"]), binary=values["binary"])
+        return cls(tuple(values["names"]), binary=bool(values.get("binary")))
 
     @property
     def outputs(self) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..accelerate import Accelerated, accelerate
-from ..errors import DataError, GigamorphError
+from ..errors import DataError, GigamorphError, MorphError
 from ..models import build_model
+from ..models.bounded import bounded
 from ..models.outputs import Outputs, set_outputs
 from ..morph.origin import Origin
 from .head_rows import start_from
@@ -40,32 +44,53 @@ def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
 
 
-def build_network(record: dict[str, Any], weights: str | Path | None = None, split: Any = False) -> Accelerated:
-    """The accelerated network that a checkpoint's record describes, on its device, without trained parameters."""
+def build_network(
+    record: dict[str, Any],
+    weights: str | Path | None = None,
+    split: Any = False,
+    trained: Mapping[str, Tensor] | None = None,
+) -> Accelerated:
+    """The accelerated network that a checkpoint's record describes, on its device, without trained parameters.
+
+    Args:
+        trained: the parameters that it will get; a network that is far larger is refused before it takes memory.
+    """
     options, target = record["options"], target_of(record)
-    if "grown" in record:
-        model = Origin.from_record(record["grown"]).build(options["model"], target.width)
-    else:
-        model = build_model(options["model"], target.width, record["channels"])
+    with contextlib.nullcontext() if trained is None else bounded(trained):
+        if "grown" in record:
+            model = Origin.from_record(record["grown"]).build(options["model"], target.width)
+        else:
+            model = build_model(options["model"], target.width, record["channels"])
     if weights is not None:
         start_from(model, weights, target)
     model = model.to(options["device"])
-    net = accelerate(model, memory_budget=options["memory_budget"], batch_norm=options["batch_norm"], split=split)
+    net = accelerate(model, memory_budget=options["memory_budget"], batch_norm=options.get("batch_norm"), split=split)
     if target.outputs is not None:
         set_outputs(net, target.outputs)
     return net
 
 
-def restore_network(checkpoint: dict[str, Any], *, memory_budget: int | None, device: str) -> Accelerated:
-    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device."""
+def restore_network(
+    checkpoint: dict[str, Any], path: str | Path, *, memory_budget: int | None, device: str
+) -> Accelerated:
+    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device.
+
+    Raises:
+        DataError: it cannot be built, or the parameters do not fit it; naming the file.
+    """
     record = checkpoint["gigamorph"]
     here = {**record["options"], "memory_budget": memory_budget, "device": device}
-    net = build_network({**record, "options": here})
+    trained = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
     try:
-        net.load_state_dict({key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()})
+        net = build_network({**record, "options": here}, trained=trained)
+        net.load_state_dict(trained)
+    except GigamorphError as error:
+        if type(error) not in (DataError, GigamorphError, MorphError):
+            raise  # of the place where it is computed, or of code that is not trusted
+        raise DataError(f"{path}: {error}") from error
     except RuntimeError as error:
         raise DataError(
-            f"the checkpoint's weights are not those of {here['model']!r} as it is built today: "
+            f"{path}: the checkpoint's weights are not those of {here['model']!r} as it is built today: "
             f"{str(error).strip().splitlines()[-1].strip()}"
         ) from error
     return net

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, GigamorphError
-from ..models.checkpoints import read_state
 from ..models.folder import digest_of
 from ..parallel.process_group import ProcessGroup
 from ..versions import versions_of_results
 from .data import Data
 from .options import TrainOptions
 from .splits import hash_of, hash_of_reading, hash_of_truth
+from .stored import read_record, scale_of
 
 # Where and in how much memory a step is computed does not change what it computes.
 _FREE = ("memory_budget", "device", "weights", "split_image")
@@ -61,8 +61,8 @@ def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | N
     path = Path(weights)
     if not path.is_file() or path.suffix == ".safetensors":
         return None
-    record = read_state(path).rest.get("gigamorph")
-    before = record.get("preprocessing", {}).get("normalize") if isinstance(record, dict) else None
+    record = read_record(path) or {}
+    before = scale_of(record, path)
     now = preprocessing.get("normalize")
     if before is None or now is None or len(before["mean"]) != len(now["mean"]):
         return None

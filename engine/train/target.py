@@ -76,7 +76,7 @@ class Target:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Target:
         """The inverse of `to_plain`."""
-        center, spread = tuple(values["center"]), tuple(values["spread"])
+        center, spread = tuple(values.get("center") or ()), tuple(values.get("spread") or ())
         return cls(tuple(values["names"]), values["kind"], center, spread, values.get("views"))
 
     def measured_on(self, records: Sequence[Record]) -> Target:

@@ -34,7 +34,7 @@ def trained(table, tmp_path_factory):
 def classes_of(trained, image):
     """By stock PyTorch, the whole image at once."""
     stored = load_checkpoint(trained / "best.ckpt")
-    model = restore_network(stored, memory_budget=None, device="cpu")._network.eval()
+    model = restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")._network.eval()
     with torch.no_grad():
         return model(torch.from_numpy(image)[None, None].float() / 255).argmax(1)[0].numpy()
 

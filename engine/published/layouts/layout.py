@@ -11,6 +11,7 @@ from ...models.checkpoints import State
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
 from ...train.network import outputs_of_record
+from ...train.stored import preprocessing_of, record_of
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ def trained(state: State) -> Part | None:
     Raises:
         GigamorphError: it has grown, is a recipe's, or was trained on images that a folder cannot describe.
     """
-    record = state.rest.get("gigamorph")
-    if not isinstance(record, dict):
+    record = record_of(state)
+    if record is None:
         return None
     if "options" not in record or "grown" in record:
         what = "has a network that has grown" if "grown" in record else "is a recipe's"
         raise GigamorphError(f"{state.path}: {what}, which is used as it is and not imported")
-    given = record["preprocessing"]
+    given = preprocessing_of(record, state.path)
     other = [n for n in ("for_processing", "white") if given.get(n)] + ["downsample"] * (given["downsample"] != 1)
     if other:
         raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot say")

@@ -16,11 +16,13 @@ def write(folder, *changes, target=None):
     text = f"[data]\nfolds = {len(changes)}\n"
     for number, change in enumerate(changes, 1):
         target = target or Target(("a", "b"), "classes")
-        scale = {"normalize": {"mean": [0.1], "std": [0.2]}, "voi": "auto"}
+        scale = {"normalize": {"mean": [0.1], "std": [0.2]}, "voi": "auto", "flip": "auto", "downsample": 1}
         record = {"classes": list(target.names), "target": target.to_plain(), "channels": 1, "preprocessing": scale}
+        record |= {"options": {"model": "lesionnet", "device": "cpu", "seed": 0}, "versions": {}}
+        record |= {"split": {"sha256": "", "train": 1, "val": 1, "test": 1}}
         fold = folder / f"fold{number}"
         fold.mkdir(parents=True)
-        torch.save({"gigamorph": record | change}, fold / "best.ckpt")
+        torch.save({"gigamorph": record | change, "state_dict": {}}, fold / "best.ckpt")
         (fold / "metrics.json").write_text("{}")
         (fold / "config.toml").write_text(text)
     (folder / "config.toml").write_text(text)
@@ -30,7 +32,11 @@ def write(folder, *changes, target=None):
 @pytest.mark.parametrize(
     ("target", "change", "said"),
     [
-        (None, {"classes": ["a", "c"]}, "fold2/best.ckpt: learnt classes a, c, fold 1 classes a, b"),
+        (
+            None,
+            {"classes": ["a", "c"], "target": Target(("a", "c")).to_plain()},
+            "fold2/best.ckpt: learnt classes a, c, fold 1 classes a, b",
+        ),
         (None, {"channels": 3}, "takes images with another channels than fold 1"),
         (MaskTarget(("a", "b")), {}, "fold1/best.ckpt: is a network of masks"),
         (

@@ -102,7 +102,7 @@ def test_a_network_that_is_built_otherwise_today(whole):
     stored = load_checkpoint(whole / "best.ckpt")
     stored["gigamorph"]["options"]["model"] = "lesionnet"
     with pytest.raises(DataError, match="weights are not those of 'lesionnet' as it is built today"):
-        restore_network(stored, memory_budget=None, device="cpu")
+        restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")
 
 
 def hold_folder(out, ready):

@@ -55,7 +55,7 @@ def test_a_grown_network_is_trained_on_restored_resumed_and_grown_on(name, tmp_p
     assert fitted.net[0].out_channels == 8 and fitted.metrics["best_epoch"] == 1
     stored = load_checkpoint("run/best.ckpt")
     (tmp_path / name).unlink()  # the checkpoint is whole without it
-    net = restore_network(stored, memory_budget=None, device="cpu")
+    net = restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")
     image = torch.rand(1, 1, 40, 40)
     with torch.no_grad():
         assert torch.equal(net.eval()(image), fitted.net.eval()(image))

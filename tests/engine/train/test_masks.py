@@ -137,7 +137,7 @@ def test_a_run_learns_and_its_checkpoint_knows_the_task(table, tmp_path):
     assert found.metrics["test"]["dice_bright"] > 0.6 and len(found.overlaps["test"]) == 1
     stored = load_checkpoint(tmp_path / "run" / "best.ckpt")
     assert target_of(stored["gigamorph"]) == MaskTarget(("tissue", "grey", "bright"))
-    restored = restore_network(stored, memory_budget=None, device="cpu")
+    restored = restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")
     for name, value in restored.state_dict().items():
         assert torch.equal(value, found.net.state_dict()[name])
     card = (tmp_path / "run" / "model_card.md").read_text()

@@ -143,7 +143,8 @@ def test_a_run_of_each_kind_learns_and_is_opened_again(target, columns, measure,
     found = fit(data, options, tmp_path / "run")
     assert found.metrics["test"]["images"] == 6 and found.metrics["test"][measure] is not None
     assert f"val_{measure}" in (tmp_path / "run" / "log.csv").read_text()
-    net = restore_network(load_checkpoint(tmp_path / "run" / "best.ckpt"), memory_budget=None, device="cpu")
+    best = tmp_path / "run" / "best.ckpt"
+    net = restore_network(load_checkpoint(best), best, memory_budget=None, device="cpu")
     assert net.gigamorph_outputs == target.outputs
     image = data.test[0]["image"]
     with torch.no_grad():
