@@ -65,7 +65,16 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def _host() -> str:
+    """Whose numbers of processes these are: containers of one name may have their own."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+_HOST = _host()
 _START = secrets.token_hex(4)  # another process may have had the number of this one
 _COUNT = itertools.count()
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-([0-9a-f]{8})[0-9a-f]+\.part(\.[^.]*)?")
