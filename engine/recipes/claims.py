@@ -19,9 +19,9 @@ from ..train.run import Run
 
 Row = dict[str, Any]
 SEEN = (0, 1, 2)
-"""Seeds that were looked at while tasks and settings were chosen."""
+"""Seeds that were looked at while tasks and settings were chosen, unless a task names others."""
 HELD_OUT = (20, 21, 22, 23, 24, 25, 26)
-"""Seeds that were not: they were run after task and rule were committed."""
+"""Seeds that were not: they are run after task and rule are committed."""
 CEILING = 0.98
 WINS = 0.8
 LEAST = 0.005
@@ -53,20 +53,17 @@ class Rule:
     Attributes:
         effects: all of which the claim says.
         floors: (column, least mean over the seeds).
-        chance: columns whose interval over the seeds holds 0.5.
         beside: effects that are measured and reported, of which the claim says nothing.
         ceiling: what the mean of every column of an effect is below.
     """
 
     effects: tuple[Effect, ...]
     floors: tuple[tuple[str, float], ...]
-    chance: tuple[str, ...] = ()
     beside: tuple[Effect, ...] = ()
     ceiling: float = CEILING
 
     def __str__(self) -> str:
         parts = [f"the mean of {column} is at least {least:g}" for column, least in self.floors]
-        parts += [f"0.5 lies in the interval of {column}" for column in self.chance]
         told = "; ".join(effect.name for effect in self.effects)
         return (
             f"Over the seeds, with 95 % intervals (Student's t): {'; '.join(parts)}; no mean of a compared column is "
@@ -84,6 +81,13 @@ class Synthetic:
     rule: Rule
     rows: Callable[[Run], list[Row]]
     """(run) -> rows of plain numbers and texts, for `run.seed`; writes into `run.out`."""
+    seen: tuple[int, ...] = SEEN
+    held_out: tuple[int, ...] = HELD_OUT
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those over which the claim is judged."""
+        return (*self.seen, *self.held_out)
 
 
 def over_seeds(rows: Sequence[Row], column: str, where: Mapping[str, Any] | None = None) -> dict[int, float]:
@@ -111,10 +115,6 @@ def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool | None, list[Row]]:
     for column, least in rule.floors:
         values = list(over_seeds(rows, column).values())
         lines.append(_line(f"{column} at least {least:g}", values, float(np.mean(values)) >= least))
-    for column in rule.chance:
-        values = list(over_seeds(rows, column).values())
-        line = _line(f"{column} at chance", values, False)
-        lines.append({**line, "holds": None if line["low"] is None else line["low"] <= 0.5 <= line["high"]})
     for effect in (*rule.effects, *rule.beside):
         ours, control = (over_seeds(rows, column, effect.where) for column in (effect.ours, effect.control))
         values = [ours[seed] - control[seed] for seed in ours]

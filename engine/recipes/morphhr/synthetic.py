@@ -1,9 +1,15 @@
-"""The claim on phantoms: a label that only full resolution shows, for which the parent's knowledge is of use.
+"""The claim on phantoms: a label that full resolution shows well and shrunk images show faintly.
 
 Every image has a row of specks, upright or across; the label is which. For the parent's first training, on shrunk
-images, each speck fills a cell of r x r pixels. In the task each speck is a single pixel, and the rest of its cell is
-darker, so that the cell's mean is unchanged: shrinking removes all of it. What the trunk knows of rows serves the
-morphed child as soon as its front shows it the specks; a child with a new front has to learn both.
+images, each speck fills a cell of r x r pixels. In the task each speck is a single pixel, and its cell is only a little
+brighter in the mean: that is what the parent, fine-tuned on shrunk images, has to go by. Few images are there to learn
+from. The morphed child begins as the parent, so that its gradients show its front where rows are; a child with a new
+front has to learn what rows look like through it.
+
+In an earlier task shrinking removed all of the row. The parent's features were then silent where the label is and gave
+the front no gradient: networks learnt the training images by heart, or put out one number for all. At the rate of 1e-2
+that the front had, Adam moves the stem's sums by (rate x inputs of a filter) in a step, more than their spread, and
+within 80 steps all filters of the stem were below zero on all images, where ReLU has no gradient.
 """
 
 from __future__ import annotations
@@ -32,9 +38,10 @@ from .images import parent_images
 from .train import train
 
 HEIGHT, WIDTH, FACTOR = 128, 96, 4
-IMAGES = {"source": 600, "train": 800, "val": 60, "test": 160}
+IMAGES = {"source": 600, "train": 400, "val": 60, "test": 160}
 _ROW = 8  # specks
 _COARSE, _FINE = 0.4, 0.4  # of the full grey range
+FAINT = 0.1  # what a cell of the task is brighter than the tissue, in the mean
 _BLANK = 0.3  # share of the images of the task that show no row, so that no network can be perfect
 _FULL = 65535
 
@@ -46,14 +53,10 @@ CONFIG = Config(
     factor=FACTOR,
     filters=16,
     arms=("finetune", "direct", "scratch", "morph"),
-    augment="",
+    augment="flip",
     flips=False,
-    low=(Stage("finetune", 1, 3e-4, optimizer="adamw", batch_size=8),),
-    high=(
-        Stage("front", 4, 1e-2, trainable=("stem",), optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
-        Stage("all", 1, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),
-    ),
-    direct=(Stage("all", 5, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),),
+    low=(Stage("finetune", 3, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),),
+    high=(Stage("all", 8, 1e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),),
 )
 _PARENT = (Stage("source", 4, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),)
 
@@ -67,7 +70,7 @@ class SmallNet(LesionNet):
 
 
 def phantom(seed: tuple[int, ...], *, upright: bool, fine: bool) -> np.ndarray:
-    """uint16 (HEIGHT, WIDTH): tissue with a row of specks, whose cells keep their mean if they are fine."""
+    """uint16 (HEIGHT, WIDTH): tissue with a row of specks, which fill their cells or are fine: single pixels."""
     rng = np.random.default_rng([*seed, 9])
     image = PhantomImage(HEIGHT, WIDTH, seed=seed).read(0, HEIGHT, 0, WIDTH).astype(np.float64) / 4095
     r, (rows, columns) = FACTOR, (_ROW, 1) if upright else (1, _ROW)
@@ -79,8 +82,8 @@ def phantom(seed: tuple[int, ...], *, upright: bool, fine: bool) -> np.ndarray:
     for i in range(0 if blank else _ROW):
         cell = np.full((r, r), _COARSE)
         if fine:
-            cell = np.full((r, r), -_FINE / (r * r - 1))
-            cell[int(rng.integers(r)), int(rng.integers(r))] = _FINE
+            cell = np.full((r, r), FAINT - _FINE / (r * r - 1))
+            cell[int(rng.integers(r)), int(rng.integers(r))] = FAINT + _FINE
         top, left = (y + i * r, x) if upright else (y, x + i * r)
         image[top : top + r, left : left + r] += cell
     return np.rint(np.clip(image, 0, 1) * _FULL).astype(np.uint16)
@@ -149,14 +152,15 @@ def _epochs_to(wanted: float, scores: Sequence[float]) -> int | None:
 
 
 SYNTHETIC = Synthetic(
-    "A label that only full resolution shows is learnt by the morphed child better than with a new front, while the "
-    "parent stays at chance. (AUC on 160 test images. The parent itself, trained on at full resolution, and the "
-    "child whose stem is deepened as by NetMorph are measured beside.)",
+    "A label that shrunk images show faintly is learnt at full resolution: the morphed child is better than its "
+    "parent, fine-tuned on shrunk images, and than the child with a new front. (AUC on 160 test images. The parent "
+    "itself, trained on at full resolution, and the child whose stem is deepened as by NetMorph are measured beside.)",
     Rule(
-        effects=(Effect("morph", "new_front"),),
-        floors=(("morph", 0.75),),
-        chance=("parent",),
+        effects=(Effect("morph", "parent"), Effect("morph", "new_front")),
+        floors=(("morph", 0.85),),
         beside=(Effect("morph", "direct"), Effect("deepened", "morph")),
     ),
     rows,
+    seen=(),
+    held_out=tuple(range(40, 50)),
 )
