@@ -15,6 +15,7 @@ from ..datasets.tables import Finding, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
 from ..datasets.views import MirroredSource
 from ..errors import DataError
+from ..evaluate.class_names import positive_of
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
 from ..evaluate.join import elsewhere
 from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
@@ -227,7 +228,7 @@ def _view(
     if not columns:
         return _scored(rows, place, row, record)
     predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
-    return View(record, predicted, _truth(row, record, list(predicted)), numbers)
+    return View(record, predicted, _truth(rows, place, row, record, list(predicted)), numbers)
 
 
 def _masked(
@@ -253,23 +254,25 @@ def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> V
     predicted = {
         name.removeprefix("log_odds_"): 0.5 * (1 + math.tanh(_number(rows, place, row, name) / 2)) for name in columns
     }
-    return View(record, predicted, _truth(row, record, list(predicted)))
+    return View(record, predicted, _truth(rows, place, row, record, list(predicted)))
 
 
-def _truth(row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:
+def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:
     """What the predictions' own columns, or else the table, say."""
     found = {}
     for name in names:
         cell = row.get(LABEL + name, "")
         if cell and cell.lower() != "nan":
-            found[name] = float(cell)
+            found[name] = _number(rows, place, row, LABEL + name)
         elif name in record.labels:
             found[name] = record.labels[name]
     label = row.get("label", "")
     if found or not label:
         return found
-    numbers = {str(number): name for number, name in enumerate(names)}
-    true = label if label in names else numbers.get(label)
+    true = label if label in names else None
+    if true is None and label in ("0", "1") and len(names) == 2 and (positive := positive_of(names)):
+        # Tables of other programs. The order of columns says nothing.
+        true = next(name for name in names if (name == positive) == (label == "1"))
     return {} if true is None else {name: float(name == true) for name in names}
 
 

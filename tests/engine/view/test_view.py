@@ -85,6 +85,28 @@ def test_exams_of_a_table_the_worst_first(tmp_path):
         read_exams(tmp_path.parent)
 
 
+@pytest.mark.parametrize(
+    ("columns", "label", "truth"),
+    [
+        ("p_malignant,p_benign", "1", {"malignant": 1, "benign": 0}),
+        ("p_benign,p_malignant", "0", {"malignant": 0, "benign": 1}),
+        ("p_lobular,p_ductal", "1", {}),
+        ("p_lobular,p_ductal", "ductal", {"lobular": 0, "ductal": 1}),
+        ("p_b,p_a,p_c", "1", {}),
+    ],
+)
+def test_labels_are_classes_by_their_names(columns, label, truth, tmp_path):
+    cells = ",".join(["0.5"] * len(columns.split(",")))
+    (tmp_path / "predictions.csv").write_text(f"image_path,label,{columns}\na.npy,{label},{cells}\n")
+    assert read_exams(tmp_path)[0].views[0].truth == truth
+
+
+def test_a_label_that_is_not_a_number_is_refused(tmp_path):
+    (tmp_path / "predictions.csv").write_text("image_path,label_a,p_a\na.npy,often,0.5\n")
+    with pytest.raises(DataError, match=r"predictions\.csv, line 2: label_a 'often'"):
+        read_exams(tmp_path)
+
+
 def test_a_table_of_other_images_is_refused(tmp_path):
     """Without a word there would be no findings, as if there were none to find."""
     for name in ("a", "b"):
