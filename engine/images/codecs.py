@@ -57,6 +57,14 @@ class Frame(NamedTuple):
         return self.rows * self.columns * self.samples * self.bits_allocated // 8
 
 
+def most_encoded(decoded: int) -> int:
+    """Bytes that a code stream of `decoded` bytes of pixels may have: twice as many, and 16 MiB for what else it says.
+
+    More is never read at once, so a few pixels with gigabytes behind them take no memory.
+    """
+    return 2 * decoded + 16 * 2**20
+
+
 def is_known(syntax: str) -> bool:
     """Whether `decode` knows this transfer syntax; pydicom does the others."""
     return syntax in _JPEG | _JPEG_LS | _JPEG_2000 | {RLE}
@@ -198,11 +206,28 @@ def jpeg_bits(data: bytes) -> int:
 
 def jpeg_2000_size(data: bytes) -> tuple[int, int, int] | None:
     """(rows, columns, samples) in the SIZ segment, which opens every code stream (ISO 15444-1 A.5.1)."""
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(data) < start + 42:
+    start = _code_stream(data)
+    if data[start : start + 4] != b"\xff\x4f\xff\x51" or len(data) < start + 42:
         return None
     right, bottom, left, top, tile_width, tile_height = struct.unpack(">6I", data[start + 8 : start + 32])
     # A damaged tile size makes millions of tiles; real ones are as large as the image or 64 and more.
     if tile_width < min(64, right - left) or tile_height < min(64, bottom - top):
         return -1, -1, -1
     return bottom - top, right - left, int.from_bytes(data[start + 40 : start + 42], "big")
+
+
+def _code_stream(data: bytes) -> int:
+    """Where a JPEG 2000 code stream starts: behind the boxes of a JP2 file (ISO 15444-1 I.4), else at once.
+
+    Boxes are passed over by their lengths: others may hold what looks like a code stream.
+    """
+    place = 0
+    while data[4:8] == b"jP  " and place + 16 <= len(data):
+        length, kind, long = struct.unpack(">I4sQ", data[place : place + 16])
+        head, length = (16, long) if length == 1 else (8, length)
+        if kind == b"jp2c":
+            return place + head
+        if length < head:
+            break
+        place += length
+    return place

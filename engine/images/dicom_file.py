@@ -21,6 +21,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
     UID,
@@ -65,14 +66,17 @@ def quietly() -> Iterator[None]:
 
 
 class DicomFile(io.BufferedReader):
-    """A file open for pydicom: no read asks for more memory than the file has bytes. `deflated` is where, if at all,
-    a deflate stream starts."""
+    """A file open for pydicom: no read asks for more memory than the file has bytes, and pydicom inflates nothing.
+
+    `deflated` is where, if at all, a deflate stream starts.
+    """
 
     deflated: int | None = None
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
             raise DataError(f"{path}: is no regular file; name an image")
+        self.path = path
         try:
             self._bytes: Any = path.open("rb", buffering=0)
             super().__init__(self._bytes)
@@ -82,7 +86,9 @@ class DicomFile(io.BufferedReader):
         self.seek(0)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > 2**16:
+        if size is None or size < 0:  # pydicom would inflate all of it, without a limit
+            raise DataError(f"{self.path}: is deflated behind an unusual header; save it uncompressed")
+        if size > 2**16:
             size = min(size, max(0, self.size - self.tell()))
         return super().read(size)
 
@@ -227,6 +233,9 @@ class StoredFrames:
         """The code stream of a frame: the values of its items, put together."""
         assert self.ranges is not None
         start, end = (int(place) for place in self.ranges[index])
+        if end - start > codecs.most_encoded(self.frame.nbytes):
+            told = f"{end - start} bytes for {self.frame.nbytes} bytes of pixels"
+            raise DataError(f"{self.path}: frame {index} has {told}; it is damaged")
         data, place, parts = FileBytes(self.path).read(start, end - start), 0, []
         while place < len(data):
             tag, length = struct.unpack("<II", data[place : place + 8]) if place + 8 <= len(data) else (0, 0)
@@ -263,11 +272,14 @@ class StoredFrames:
     def _by_pydicom(self, index: int) -> np.ndarray:
         codecs.check_size(self.frame.nbytes, self.path.stat().st_size, str(self.path))
         try:
-            with self.path.open("rb") as file:
-                ds = dcmread(file)
+            with DicomFile(self.path) as file:
+                ds, _ = read_header(file, self.path)
             # All bits as they are: pydicom would interpret signs and unused bits, and the table does that here.
             ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
-            return pixel_array(ds, index=index, raw=True)
+            ds.NumberOfFrames, ds.PixelData = 1, encapsulate([self._data(index)], has_bot=False)
+            return pixel_array(ds, raw=True)
+        except DataError:
+            raise
         except Exception as error:  # missing plugin, damaged data: pydicom raises errors of every kind
             raise DataError(f"{self.path}: pixel data cannot be decoded ({one_line(error)}); convert it") from error
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -23,6 +22,7 @@ from pydicom.valuerep import DA
 
 from ..errors import DataError
 from ..versions import OWN
+from .dicom_file import DicomFile, read_header
 from .dicomweb import Instance, is_dicomweb
 
 MAKER = "gigamorph"
@@ -47,7 +47,8 @@ def source_header(image: str | Path, advice: str) -> Dataset:
         header = Instance(str(image)).header
     else:
         try:
-            header = dcmread(image, stop_before_pixels=True)
+            with DicomFile(Path(image)) as file:
+                header, _ = read_header(file, Path(image))
         except Exception as error:  # pydicom has many
             raise DataError(f"{image}: is no DICOM file, {advice}") from error
     for keyword in MAY_BE_EMPTY:

@@ -183,6 +183,9 @@ class TiffPixels:
         """(rows, columns, samples), decoded."""
         page = self._page
         count = int(self._counts[index])
+        decoded = math.prod(self._size) * page.samplesperpixel * self.dtype.itemsize
+        if count > codecs.most_encoded(decoded):
+            raise DataError(f"{self.path}: segment {index} has {count} bytes for {decoded} of pixels; it is damaged")
         data = self._bytes.read(int(self._offsets[index]), count) if count else None
         if data is not None:
             self._check(data, index)

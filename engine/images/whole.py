@@ -18,6 +18,14 @@ from .rawfile import one_line
 
 # Channels that count as pixels, by the colour type in the header; alpha is dropped.
 _CHANNELS = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}
+# Bytes that may follow the last row before it counts as damage.
+_SURPLUS = 2**16
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# First row and column, and steps, of the passes: of a plain PNG and of an interlaced one.
+_PASSES = (
+    ((0, 0, 1, 1),),
+    ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)),
+)
 _BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
@@ -62,13 +70,23 @@ class WholeFile:
         """Set shape, dtype, full and steps from the header."""
         raise NotImplementedError
 
-    def _decode(self, data: bytes) -> np.ndarray:
+    def _decode(self) -> np.ndarray:
         """(rows, columns) or (rows, columns, samples)."""
         raise NotImplementedError
 
+    def _start(self, count: int) -> bytes:
+        """The first bytes of the file, as many as there are: what follows an image may be any amount."""
+        with self.path.open("rb") as file:
+            return file.read(min(count, self.path.stat().st_size))
+
+    @property
+    def _most(self) -> int:
+        """Bytes of the file that are read at most."""
+        return codecs.most_encoded(math.prod(self.shape) * self.dtype.itemsize)
+
     def _decoded(self) -> np.ndarray:
         try:
-            pixels = self._decode(self.path.read_bytes())
+            pixels = self._decode()
         except DataError:
             raise
         except OSError as error:
@@ -94,38 +112,70 @@ class PngPixels(WholeFile):
             head = file.read(33)
         if len(head) < 33 or head[12:16] != b"IHDR":
             raise DataError(f"{self.path}: damaged PNG header; fetch the file again")
-        width, height, bits, colour = struct.unpack(">IIBB", head[16:26])
-        if bits not in _BITS.get(colour, ()) or not width or not height:
+        width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", head[16:29])
+        if interlaced > 1 or bits not in _BITS.get(colour, ()) or not width or not height:
             raise DataError(f"{self.path}: damaged PNG header; fetch the file again")
         self.shape = (_CHANNELS[colour], height, width)
         # Fewer than 8 bits are spread over 8 by the decoder.
         self.dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
         self.full = 65535.0 if bits == 16 else 255.0
         self.steps = (f"PNG, {bits} bits",)
+        samples = _SAMPLES[colour]
+        passes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in _PASSES[interlaced]]
+        # Each row has a byte before its pixels that names its filter.
+        self._inflated = sum(rows * (1 + -(-columns * bits * samples // 8)) for rows, columns in passes if columns > 0)
 
-    def _decode(self, data: bytes) -> np.ndarray:
-        return imagecodecs.png_decode(data)
+    def _decode(self) -> np.ndarray:
+        """By libpng, which inflates all that it gets, to a thousand times as much: so it is tried before."""
+        chunks = self._chunks()
+        packed = b"".join(chunk[8:-4] for chunk in chunks if chunk[4:8] == b"IDAT")
+        try:
+            imagecodecs.deflate_decode(packed, out=self._inflated + _SURPLUS)
+        except imagecodecs.DeflateError as error:
+            raise DataError(
+                f"{self.path}: damaged PNG, or one with more pixels than its header says; fetch the file again"
+            ) from error
+        return imagecodecs.png_decode(b"".join(chunks))
+
+    def _chunks(self) -> list[bytes]:
+        """The file up to its end marker, without the chunks that a decoder of grey and colour need not know."""
+        found, held = [b"\x89PNG\r\n\x1a\n"], 0
+        with self.path.open("rb") as file:
+            file.seek(8)
+            while True:
+                head = file.read(8)
+                length, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"")
+                if kind[:1].islower():  # such chunks may be left out (ISO 15948, 5.4)
+                    file.seek(length + 4, 1)
+                    continue
+                held += length
+                if not kind or held > self._most:
+                    raise DataError(f"{self.path}: damaged or truncated PNG; fetch the file again")
+                found.append(head + file.read(length + 4))
+                if kind == b"IEND":
+                    return found
 
 
 class JpegPixels(WholeFile):
     """A JPEG or JPEG-LS file of any bits; grey or RGB."""
 
     def _describe(self) -> None:
-        data = self.path.read_bytes()
+        data = self._start(codecs.most_encoded(0))
         size = codecs.jpeg_size(data)
         if size is not None and size[2] == 4:
             raise DataError(f"{self.path}: is a JPEG of four colours (CMYK); save it as grey or RGB")
         if size is None or not all(size) or size[2] not in (1, 3):
             raise DataError(f"{self.path}: damaged JPEG header; fetch the file again")
-        if not codecs.ends(data):
-            raise DataError(f"{self.path}: ends early (no end marker); fetch the file again")
         bits = codecs.jpeg_bits(data)
         self.shape = (size[2], size[0], size[1])
         self.dtype = np.dtype(np.uint8 if bits <= 8 else np.uint16)
         self.full = float(2**bits - 1)
         self.steps = (f"JPEG, {bits} bits",)
+        if not codecs.ends(data) and not codecs.ends(self._start(self._most)):
+            raise DataError(f"{self.path}: ends early (no end marker); fetch the file again")
 
-    def _decode(self, data: bytes) -> np.ndarray:
+    def _decode(self) -> np.ndarray:
+        data = self._start(self._most)
         if codecs.jpeg_process(data) == 0xF7:  # JPEG-LS
             return imagecodecs.jpegls_decode(data)
         return imagecodecs.jpeg8_decode(data)

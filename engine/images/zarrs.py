@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ class ZarrPixels:
         try:
             found: Any = zarr.open(str(path), mode="r")
             array, axes = (found, None) if isinstance(found, zarr.Array) else _full_resolution(found, path)
-            self._array = array
+            from .zarr_codecs import bounded
+
+            self._array = bounded(array)
             self._describe(axes)
         except DataError:
             raise
@@ -112,6 +115,7 @@ class ZarrPixels:
         index = list(self._index)
         for axis, place, step in zip(self._axes[-2:], (row, column), self._size, strict=True):
             index[axis] = slice(place * step, (place + 1) * step)
+        self._check_chunks(index)
         try:
             values = np.asarray(self._array[tuple(index)])
         except Exception as error:  # every codec has its own exceptions
@@ -120,6 +124,21 @@ class ZarrPixels:
             ) from error
         values = values.transpose(self._order)
         return values if values.ndim == 3 else values[None]
+
+    def _check_chunks(self, index: list[int | slice]) -> None:
+        """`DataError` if a chunk's file is longer than a chunk may be: zarr reads it whole. Only local files are asked."""
+        array = self._array
+        sides = array.shards or array.chunks
+        most = codecs.most_encoded(math.prod(sides) * self.dtype.itemsize)
+        spans = [at if isinstance(at, slice) else slice(at, at + 1) for at in index]
+        places = (
+            range((at.start or 0) // side, -(-min(length, at.stop or length) // side))
+            for at, side, length in zip(spans, sides, array.shape, strict=True)
+        )
+        for place in itertools.product(*places) if isinstance(self.path, Path) else ():
+            path = self.path / array.path / array.metadata.encode_chunk_key(place)
+            if path.is_file() and path.stat().st_size > most:
+                raise DataError(f"{path}: has more bytes than a chunk may have ({most}); fetch {self.path} again")
 
 
 def _full_resolution(group: Any, path: Path) -> tuple[Any, list[str]]:

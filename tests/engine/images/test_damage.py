@@ -3,10 +3,14 @@
 Never a crash, a hang, an image that is silently black, or an error that is not ours.
 """
 
+import gzip
+import itertools
 import json
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +18,26 @@ from typing import Any
 
 import image_files
 import imagecodecs
+import numcodecs
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from fuzz import DEPTH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import BIG, DEFLATED, EXPLICIT, JPEG, RLE, corpus, damage, encode, item, picture, write_dicom
+from PIL import Image
 from pydicom.sequence import Sequence
 
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images.dicom_results import source_header
 from gigamorph.engine.images.open import open_pixels
 
 # Damaged headers make pydicom warn before we raise.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 MiB = 2**20
+GIB = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +102,10 @@ def test_bytes_changed_and_cut_off(sound: dict[str, bytes], tmp_path: Path, data
 # ---------------------------------------------------------------------------------------------- hostile files
 
 
-def _png(width: int, height: int, data: bytes) -> bytes:
-    """A grey 8-bit PNG whose compressed pixels are `data`."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+def _png(width: int, height: int, data: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A grey 8-bit PNG whose compressed pixels are `data`, with further chunks before them."""
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    chunks = [head, *more, (b"IDAT", data), (b"IEND", b"")]
     parts = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
@@ -109,15 +119,20 @@ def _patch(path: Path, old: bytes, new: bytes) -> Path:
     return path
 
 
-def _deflated(path: Path, zeros: int, rows: int) -> Path:
+def _zeros(count: int, bits: int, first: bytes = b"") -> bytes:
+    """A deflate stream, zlib's or gzip's (by zlib's wbits) of some bytes and so many zeros; its checksum is wrong."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, bits)
+    head = stream.compress(first) + stream.flush(zlib.Z_FULL_FLUSH)
+    zeros = stream.compress(bytes(MiB)) + stream.flush(zlib.Z_FULL_FLUSH)
+    return head + count // MiB * zeros + stream.flush()
+
+
+def _deflated(path: Path, zeros: int, rows: int, columns: int = 0) -> Path:
     """A deflated file that goes on for `zeros` bytes."""
-    write_dicom(path, picture(12), DEFLATED, Rows=rows, Columns=rows)
+    write_dicom(path, picture(12), DEFLATED, Rows=rows, Columns=columns or rows)
     data = path.read_bytes()
     start = 144 + struct.unpack("<I", data[140:144])[0]
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    parts = [stream.compress(zlib.decompress(data[start:], -15))]
-    parts += [stream.compress(bytes(MiB)) for _ in range(zeros // MiB)]
-    path.write_bytes(data[:start] + b"".join(parts) + stream.flush())
+    path.write_bytes(data[:start] + _zeros(zeros, -15, zlib.decompress(data[start:], -15)))
     return path
 
 
@@ -267,23 +282,136 @@ def test_hostile_files(tmp_path: Path) -> None:
 
 def _bomb(path: Path) -> Path:
     """A sound image with four gigabytes of zeros behind it."""
-    data = write_dicom(path, picture(12), DEFLATED).read_bytes()
-    start = 144 + struct.unpack("<I", data[140:144])[0]
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    image = stream.compress(zlib.decompress(data[start:], -15)) + stream.flush(zlib.Z_FULL_FLUSH)
-    zeros = stream.compress(bytes(16 * MiB)) + stream.flush(zlib.Z_FULL_FLUSH)
-    path.write_bytes(data[:start] + image + 256 * zeros + stream.flush())
-    return path
+    return _deflated(path, 4 * GIB, 37, 53)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_sound_files_with_traps_are_read(tmp_path: Path) -> None:
     """A directory that is its own successor ends, and what follows the pixels is not inflated."""
     traps = [_bomb(tmp_path / "bomb.dcm"), _tiff_circle(tmp_path / "circle.tif")]
+    text = b"Comment\0\0" + _zeros(GIB, zlib.MAX_WBITS)
+    traps.append(image_files.write_bytes(tmp_path / "text.png", _png(9, 9, zlib.compress(bytes(90)), (b"zTXt", text))))
+    for name, content in (
+        ("tail.png", imagecodecs.png_encode(picture(16))),
+        ("tail.jpg", imagecodecs.jpeg8_encode(picture(8))),
+    ):
+        traps.append(image_files.write_bytes(tmp_path / name, content))
+        os.truncate(traps[-1], 3 * GIB)
     for found in open_all(traps, 512 * MiB):
         assert found["error"] is None, found
         assert found["grown"] < 100 * MiB, found
         assert found["seconds"] < 5, found
+
+
+def _chunk(path: Path, content: bytes | bytearray | None, **options: Any) -> Path:
+    """A zarr array whose only chunk is replaced; None makes a sparse file of it."""
+    image_files.write_zarr(path, picture(16), (37, 53), **options)
+    chunk = next(file for file in path.rglob("*") if file.is_file() and not file.name.endswith((".json", ".zarray")))
+    chunk.write_bytes(content or chunk.read_bytes())
+    if content is None:
+        os.truncate(chunk, 3 * GIB)
+    return path
+
+
+def _deflated_late(path: Path) -> Path:
+    """The transfer syntax is behind a long element, where it is easily overlooked."""
+    data = _deflated(path, GIB, 37).read_bytes()
+    version = data.index(b"\2\0\1\0OB")
+    size = struct.unpack("<I", data[140:144])[0] + 9000
+    long = b"\2\0\1\0OB\0\0" + struct.pack("<I", 9002) + bytes(9000)
+    path.write_bytes(data[:140] + struct.pack("<I", size) + data[144:version] + long + data[version + 12 :])
+    return path
+
+
+def _large_segment(path: Path) -> Path:
+    """A strip of 3 GiB; what there is of it is the file's end, and zeros that take no space."""
+    _tiff_tag(path, 279, 3 * GIB, compression="zlib")
+    os.truncate(path, 4 * GIB)
+    return path
+
+
+def _long_frame(path: Path) -> Path:
+    """A compressed frame in a fragment of 3 GiB."""
+    write_dicom(path, picture(12), JPEG + "70", offsets="none")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\xff\xd8") - 4
+    data[place : place + 4] = struct.pack("<I", 3 * GIB)
+    path.write_bytes(data)
+    os.truncate(path, place + 4 + 3 * GIB)
+    with path.open("ab") as file:
+        file.write(b"\xfe\xff\xdd\xe0\0\0\0\0")
+    return path
+
+
+def _two_streams(path: Path) -> Path:
+    """A JP2 file whose code stream is larger than what looks like one before it."""
+    small = encode(picture(12), JPEG + "90", 12)
+    data = imagecodecs.jpeg2k_encode(picture(12), level=0, codecformat="JP2", bitspersample=12, reversible=True)
+    size, large = struct.pack(">II", 53, 37), struct.pack(">II", 12000, 12000)
+    data, place = data.replace(size, large), data.index(b"jp2h") - 4
+    stream = data[:place] + struct.pack(">I4s", 8 + len(small), b"uuid") + small + data[place:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("image_files.encode", lambda *_: stream)
+        return write_dicom(path, picture(12), JPEG + "90")
+
+
+PACKED: dict[str, Callable[[Path], Path]] = {
+    "png": lambda path: image_files.write_bytes(path, _png(9, 9, _zeros(GIB, zlib.MAX_WBITS, bytes(90)))),
+    "deflated": _deflated_late,
+    "frame": _long_frame,
+    "stream": _two_streams,
+    "segment": _large_segment,
+    "gzip": lambda path: _chunk(path, _zeros(GIB, 31, picture(16).tobytes()), compressors=[zarr.codecs.GzipCodec()]),
+    "gzips": lambda path: _chunk(
+        path,
+        gzip.compress(picture(16).tobytes()) + _zeros(GIB, 31),
+        compressors=[zarr.codecs.GzipCodec()],
+    ),
+    "zstd": lambda path: _chunk(path, imagecodecs.zstd_encode(bytes(GIB // 2))),
+    "zlib": lambda path: _chunk(path, _zeros(GIB, zlib.MAX_WBITS), version=2, compressors=[numcodecs.Zlib()]),
+    "blosc": lambda path: _chunk(
+        path, imagecodecs.blosc_encode(bytes(GIB // 2), compressor="zlib"), version=2, compressors=[numcodecs.Blosc()]
+    ),
+    "shard": lambda path: _chunk(path, None, shards=(37, 53)),
+    "chunk": lambda path: _chunk(path, None),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_what_is_packed_takes_no_more_memory_than_the_header_says(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name) for name, write in PACKED.items()]
+    for found in open_all(paths, 1024 * MiB):
+        assert found["error"] == "DataError", found
+        assert found["name"] in found["message"], found
+        assert "\n" not in found["message"], found
+        assert found["grown"] < 100 * MiB, found
+        assert found["seconds"] < 5, found
+
+
+def test_a_result_of_a_deflated_image_reads_its_header_alone(tmp_path: Path) -> None:
+    path = _bomb(tmp_path / "bomb.dcm")
+    tracemalloc.start()
+    assert source_header(path, "").Rows == 37
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * MiB
+
+
+def test_png_files_of_all_kinds_are_as_libpng_reads_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, (mode, shape) in enumerate(itertools.product(("1", "L", "I;16", "RGB", "RGBA", "P"), ((1, 1), (9, 2)))):
+        path = tmp_path / f"{number}.png"
+        values = rng.integers(0, 256, (*shape, 4), np.uint8)
+        if mode == "I;16":
+            picture_of = Image.fromarray(values[..., :2].copy().view(np.uint16)[..., 0])
+        else:
+            picture_of = Image.fromarray(values).convert("RGB" if mode == "P" else mode)
+        picture_of = picture_of.quantize(7) if mode == "P" else picture_of
+        picture_of.save(path, "PNG", **({"transparency": 1} if mode == "P" else {}))
+        expected = imagecodecs.png_decode(path.read_bytes()).reshape(*shape, -1)
+        stored = open_pixels(path).stored
+        found = stored.read(0, shape[0], 0, shape[1])
+        np.testing.assert_array_equal(found, expected.transpose(2, 0, 1)[: len(found)])
 
 
 def test_a_jpeg_of_four_colours_is_not_called_damaged(tmp_path: Path) -> None:
