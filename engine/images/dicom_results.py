@@ -90,7 +90,7 @@ def segmentation(
 
     fractional = pixels.dtype.kind == "f"
     with made_of(image, "a DICOM SEG"):
-        return highdicom.seg.Segmentation(
+        found = highdicom.seg.Segmentation(
             source_images=[header],
             pixel_array=pixels[None],
             segmentation_type="FRACTIONAL" if fractional else "BINARY",
@@ -107,6 +107,9 @@ def segmentation(
             transfer_syntax_uid=RLELossless if fractional else ExplicitVRLittleEndian,
             omit_empty_frames=False,
         )
+    # Of images that are not in a frame of reference (PS3.3 C.7.6.1); highdicom leaves it out.
+    found.PatientOrientation = header.get("PatientOrientation") or ""
+    return found
 
 
 def segment(number: int, label: str, category: Code, kind: Code) -> Any:

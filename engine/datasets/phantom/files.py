@@ -16,6 +16,7 @@ from ..tables.schema import Box
 from .image import Lesion, PhantomImage
 
 SPACING = 0.1  # millimetres
+_VIEWS = {"CC": ("399162004", "cranio-caudal"), "MLO": ("399368009", "medio-lateral oblique")}
 _STRIP = 256, 2048  # rows and columns that are made at a time for DICOM
 _MOST = 2**32 - 2  # bytes of an element of explicit length
 
@@ -94,6 +95,13 @@ def _turned(values: np.ndarray, laterality: str) -> np.ndarray:
     return values if laterality == "L" else values[:, ::-1]
 
 
+def _coded(value: str, meaning: str) -> Dataset:
+    """An item of a code sequence, of SNOMED CT."""
+    ds = Dataset()
+    ds.CodeValue, ds.CodingSchemeDesignator, ds.CodeMeaning = value, "SCT", meaning
+    return ds
+
+
 def header(shape: tuple[int, int], patient: str, study: str, laterality: str, view: str) -> Dataset:
     """The data set of a phantom mammogram without its pixels."""
     ds = Dataset()
@@ -109,17 +117,23 @@ def header(shape: tuple[int, int], patient: str, study: str, laterality: str, vi
     ds.Modality, ds.PresentationIntentType = "MG", "FOR PRESENTATION"
     ds.Manufacturer, ds.SeriesDescription = "gigamorph", "phantom"
     ds.PatientID = ds.PatientName = patient
-    ds.PatientBirthDate, ds.PatientSex, ds.PatientIdentityRemoved = "", "F", "YES"
+    ds.PatientBirthDate, ds.PatientSex = "", "F"
     ds.StudyDate, ds.StudyTime, ds.StudyID, ds.AccessionNumber = "20000101", "000000", "1", ""
     ds.ReferringPhysicianName, ds.SeriesNumber, ds.InstanceNumber = "", 1, 1
     ds.BodyPartExamined, ds.BurnedInAnnotation, ds.LossyImageCompression = "BREAST", "NO", "00"
     ds.ImageLaterality, ds.ViewPosition = laterality, view
+    ds.PositionerType, ds.OrganExposed, ds.DetectorType = "MAMMOGRAPHIC", "BREAST", ""
+    ds.AnatomicRegionSequence = [_coded("76752008", "Breast")]
+    ds.ViewCodeSequence = [_coded(*_VIEWS[view])]
+    ds.ViewCodeSequence[0].ViewModifierCodeSequence = []
+    ds.AcquisitionContextSequence = []
     side = {"CC": {"L": "R", "R": "L"}, "MLO": {"L": "FR", "R": "FL"}}[view][laterality]
     ds.PatientOrientation = ["A" if laterality == "L" else "P", side]
     ds.ImagerPixelSpacing = [SPACING, SPACING]
     ds.Rows, ds.Columns = shape
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", -1
     ds.PixelPaddingValue = 0
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
     ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = 2048, 4096, "LINEAR"  # the full range

@@ -15,6 +15,7 @@ from gigamorph.engine.datasets.splits import check_leaks
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import read_info
+from gigamorph.engine.images.mammography import VIEW_CODES
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import PixelSource
 
@@ -101,7 +102,15 @@ def test_files_are_mammograms_and_read_back(table: Path) -> None:
         source = open_pixels(record.path)
         expected = (phantom.pixels / 4095).astype(np.float32)
         np.testing.assert_array_equal(source.read(0, 640, 0, 480)[0].numpy(), expected)
-        stored = dcmread(record.path).pixel_array
+        ds = dcmread(record.path)
+        # What dciodvfy of dicom3tools demands of a mammogram.
+        assert ds.AnatomicRegionSequence[0].CodeValue == "76752008" and "DetectorType" in ds
+        assert (ds.PositionerType, ds.OrganExposed) == ("MAMMOGRAPHIC", "BREAST")
+        assert (ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign) == ("LOG", -1)
+        assert VIEW_CODES[ds.ViewCodeSequence[0].CodeValue] == record.view
+        assert ds.ViewCodeSequence[0].ViewModifierCodeSequence == ds.AcquisitionContextSequence == []
+        assert "PatientIdentityRemoved" not in ds  # or it needs a DeidentificationMethod
+        stored = ds.pixel_array
         np.testing.assert_array_equal(stored if record.laterality == "L" else stored[:, ::-1], phantom.pixels)
         box = record.extra["cluster"]
         assert box == ("" if phantom.cluster is None else " ".join(map(str, phantom.cluster)))

@@ -48,6 +48,7 @@ def check(path, tmp_path, kind) -> pydicom.Dataset:
     else:
         np.testing.assert_array_equal(frame, heat >= REGION)
     assert seg.get_segment_description(1).segment_label == "malignant"
+    assert seg.PatientOrientation == source.get("PatientOrientation", "")  # dciodvfy of dicom3tools demands it
     # Where the chest wall is on the right in the file, so is the map's left.
     mirrored = found.source.to_original.xx < 0
     columns = np.flatnonzero(frame.max(0) > 0.5)
