@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,7 @@ from .train import scores_line
 from .words import counted
 
 if TYPE_CHECKING:
-    from ..engine.datasets.tables import Record
     from ..engine.predict.options import Summary
-    from ..engine.predict.predictor import Classifier
     from ..engine.predict.run import Options
 
 _MANY = 100
@@ -103,7 +100,7 @@ def predict(
         )
     own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration, "precision": precision}
     chosen = Options(**own, **run.options)
-    with runner.watching(run.as_json, chosen.device, _grey) as watch:
+    with runner.watching(run.as_json, chosen.device) as watch:
         found = predicted(run.opener, images, out, chosen, watch)
     if run.as_json:
         runner.tell_end(found)
@@ -130,14 +127,3 @@ def _tell(options: Options, out: Path, found: Summary) -> None:
         measured = found.scores.get(split, {})
         if any(measured.get(name) is not None for name in ("auc_image", "mae_image")):
             click.echo(f"{note}: {scores_line(measured)}")
-
-
-def _grey(warn: Callable[[str], object], classifier: Classifier, records: Sequence[Record]) -> None:
-    """Look at the grey scale of a few images."""
-    from ..engine.datasets.dataset import ImageDataset
-    from ..engine.datasets.grey import grey_warnings
-
-    data = classifier.open_images(records)
-    if isinstance(data, ImageDataset):
-        for text in grey_warnings(data, option=""):
-            warn(text)

@@ -15,10 +15,12 @@ from .words import counted
 
 def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, precision: Any, run: runner.Run) -> None:
     """Write the masks of images, and their table."""
+    from ..engine.predict.job import opened_with_white
     from ..engine.predict.masks import MaskOptions, open_segmenter
     from ..engine.predict.masks import predict_masks as predicted
 
     opener = functools.partial(open_segmenter, run.checkpoint, memory_budget=run.memory_budget)
+    opener = functools.partial(opened_with_white, opener, run.options["white"])
     options = MaskOptions(identifiers=identifiers, precision=precision, **run.options)
     with runner.watching(run.as_json, options.device) as watch:
         found = predicted(opener, images, out, options, watch)

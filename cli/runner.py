@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from .progress import ProgressView
 from .stopped import Stopped
 
 if TYPE_CHECKING:
+    from ..engine.datasets.tables import Record
     from ..engine.predict.options import Summary, Watch
     from ..engine.predict.predictor import Opener
     from ..engine.train.progress import Progress
@@ -99,6 +100,7 @@ _OF_A_MODEL = (
         help="DICOMweb store to which results go at the end, as dicomweb+https://host/dicom-web; each once.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."),
+    options.white,
     options.trust,
     options.memory_budget,
     options.device,
@@ -140,6 +142,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         from ..engine.models.folder import digest_of
         from ..engine.models.folds import fold_checkpoints
+        from ..engine.predict.job import opened_with_white
         from ..engine.published.folds import look_at_folds
         from ..engine.recipes.networks import open_predictor
         from ..engine.train.checkpoint import load_checkpoint
@@ -154,7 +157,18 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
                 click.echo(told)
         if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
             raise click.UsageError("--overwrite removes a run and all its shards; leave out --resume and --shard")
-        names = ("resume", "overwrite", "retry_failed", "shard", "devices", "device", "workers", "flips", "store")
+        names = (
+            "resume",
+            "overwrite",
+            "retry_failed",
+            "shard",
+            "devices",
+            "device",
+            "workers",
+            "flips",
+            "store",
+            "white",
+        )
         chosen = {
             "model": digest_of(checkpoint),
             "checkpoint": Path(checkpoint).name,
@@ -164,6 +178,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             **{name: given.pop(name) for name in names},
         }
         opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
+        opener = functools.partial(opened_with_white, opener, chosen["white"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
     for option in reversed(_OF_A_MODEL):
@@ -176,31 +191,36 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def watching(as_json: bool, device: str, look: Callable[..., object] | None = None) -> Iterator[Watch]:
-    """Who draws a run, or tells it as lines of JSON.
-
-    Args:
-        look: warn -> what a `Watch` calls with some images; takes the function that warns first.
-    """
+def watching(as_json: bool, device: str) -> Iterator[Watch]:
+    """Who draws a run, or writes it as lines of JSON; it warns of some images' grey scale."""
     from ..engine.parallel.launch import terminated_as_interrupted
     from ..engine.predict.options import Watch
     from ..engine.train.progress import Meter
 
-    def looked(told: Callable[[str], object]) -> Callable[..., object]:
-        return lambda *args: None if look is None else look(told, *args)
-
     if as_json:
         lines = _Lines()
         with terminated_as_interrupted():
-            yield Watch(Meter(lines), lines.warn, lines.failed, looked(lines.warn))
+            yield Watch(Meter(lines), lines.warn, lines.failed, functools.partial(_look, lines.warn))
         return
     try:
         with terminated_as_interrupted(), ProgressView(device=device) as view:
             meter = Meter(view)
-            yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), looked(warn))
+            yield Watch(
+                meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), functools.partial(_look, warn)
+            )
     except KeyboardInterrupt as error:
         click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
         raise Stopped from error
+
+
+def _look(told: Callable[[str], object], network: Any, records: Sequence[Record]) -> None:
+    """Look at the grey scale of a few images."""
+    from ..engine.datasets.dataset import dataset_in
+    from ..engine.datasets.grey import grey_warnings
+
+    data = dataset_in(network.open_images(records))
+    for text in () if data is None else grey_warnings(data):
+        told(text)
 
 
 def tell_end(found: Summary) -> None:

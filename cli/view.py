@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
@@ -35,6 +36,7 @@ from .words import counted
 @click.option("--identifiers", is_flag=True, help="Name patients and files; exams are numbered otherwise.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of the server; by default one that is free.")
 @click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@options.white
 @options.trust
 @options.memory_budget
 @options.device
@@ -49,6 +51,7 @@ def view(
     identifiers: bool,
     port: int,
     browser: bool,
+    white: Any,
     memory_budget: int | None,
     device: str,
 ) -> None:
@@ -72,12 +75,18 @@ def view(
 
     if out is not None and not static:
         raise click.UsageError("--out is the folder of --static; add --static")
-    exams = read_exams(source, table=table, split=split)[:most]
     note = note_of(table_in(Path(source)))
     predicted_by, flips = note.get("sha256"), note.get("flip", ())
     if evidence is not None and predicted_by not in (None, digest_of(evidence)):
         raise DataError(f"{evidence}: is another network than that whose predictions {source} has; name that")
-    maps = None if evidence is None else Evidence(evidence, memory_budget=memory_budget, device=device, flips=flips)
+    grey = dict(note.get("grey", {}))
+    grey |= {} if white is None else {"white": white}
+    maps = None
+    if evidence is not None:
+        how: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "flips": flips}
+        maps = Evidence(evidence, white=grey.get("white"), **how)
+        grey = {**maps.grey, **grey}
+    exams = read_exams(source, table=table, split=split, grey=grey)[:most]
     site = Site(exams, maps, identifiers=identifiers)
     told = f"{counted(len(exams), 'exam')}, {counted(len(site.views), 'image')}"
     if static:

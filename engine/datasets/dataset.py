@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,23 @@ def open_record(
         laterality=record.laterality,
         **options,
     )
+
+
+def with_white(records: Sequence[Record], white: White | None) -> list[Record]:
+    """The records, with this white level where they have none; None changes nothing."""
+    return [replace(one, white=white) if one.white is None else one for one in records]
+
+
+def grey_of(images: object) -> dict[str, Any]:
+    """How images become grey values where their table does not say, as `open_record` takes it; empty if not known."""
+    data = dataset_in(images)
+    return {} if data is None else {"voi": data.voi, "white": data.white, "for_processing": data.for_processing}
+
+
+def dataset_in(images: object) -> ImageDataset | None:
+    """Images of records, also those that something else holds as its ``data``; None of others."""
+    data = getattr(images, "data", images)
+    return data if isinstance(data, ImageDataset) else None
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

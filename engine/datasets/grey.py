@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import DataError
-from ..images.levels import DARK, WHITES, highest, sample_rows
+from ..images.levels import DARK, WHITES, sample_rows
 from ..images.pixels import ImageSource
 from .dataset import ImageDataset
 from .kinds import kind_of_file
@@ -18,44 +19,65 @@ _LOOKED_AT = 4
 # Rounding, and resampling with kernels that overshoot, make floats a little brighter than white.
 _BRIGHT = 1.5
 _UNLIKE = 2.0
+_SATURATED = 0.9
 
 
-def odd_range(source: ImageSource, most: float, option: str = "--white {white}, or ") -> str:
-    """What is odd about the range of an image whose largest grey value is `most`, and the remedy; empty if nothing is.
+class Seen(NamedTuple):
+    """What a look at some rows of an image has found.
 
-    DICOM files say themselves what their values mean, and colour is not judged. option: of the command, which says
-    where white is besides a column of the table; empty if it has none.
+    Attributes:
+        least, most: of its grey values.
+        bright: the grey value that a thousandth of them exceeds: single pixels make no image bright.
+        white: share of them that are white.
     """
-    if source.stored.self_describing or source.stored.shape[0] != 1:
+
+    source: ImageSource
+    least: float
+    most: float
+    bright: float
+    white: float
+
+
+def odd_range(source: ImageSource, most: float, bright: float | None = None, white: float = 0.0) -> str:
+    """What is odd about an image whose largest grey value is `most`, and the remedy; empty if nothing is.
+
+    Colour is not judged. bright, white: as of `Seen`; where they are not known, DICOM files are not judged.
+    """
+    described = source.stored.self_describing
+    if source.stored.shape[0] != 1 or (described and bright is None):
         return ""
+    bright = most if bright is None else bright
     value = float(f"{most * source.full:.5g}")  # as it is stored, without the rounding of what was done since
-    remedy = next((f"{white:g}" for white in WHITES if white >= value), f"{value:g}")
-    column = "a column white" if option else f"{remedy} in a column white of the table"
-    remedy = f"say where white is: {option.format(white=remedy)}{column}"
-    if most > _BRIGHT:
+    remedy = next((f"{level:g}" for level in WHITES if level >= value), f"{value:g}")
+    remedy = f"say where white is: --white {remedy}, or a column white"
+    if described:
+        remedy = "choose another grey scale (--voi), or look at it: gigamorph data preview"
+    elif most > _BRIGHT:
         return f"grey values reach {value:g}, and white is {source.full:g}; {remedy}"
-    if 0 < most <= DARK:
-        return f"grey values reach only {value:g} of {source.full:g}, nearly black; {remedy}"
+    if white > _SATURATED:
+        return f"{white:.0%} of the pixels are white; {remedy}"
+    if 0 < bright <= DARK:
+        reach = f"{float(f'{bright * source.full:.5g}'):g} of {source.full:g}"
+        return f"grey values reach only {reach}, nearly black; {remedy}"
     return ""
 
 
-def grey_warnings(images: ImageDataset, option: str = "--white {white}, or ") -> list[str]:
-    """What a look at a few of the images tells about their grey scale, and about mean and std that do not fit it.
+def grey_warnings(images: ImageDataset) -> list[str]:
+    """What a look at a few of the images finds about their grey scale, and about mean and std that do not fit it.
 
-    Read are some rows of up to four images of each kind of file, spread over the table. Those that are damaged or
-    hold no numbers are passed over: whoever uses them names them. option: see `odd_range`.
+    Some rows of up to four images of each kind of file are read, spread over the table. Those that are damaged or
+    hold no numbers are passed over: whoever uses them names them.
     """
     found = []
     by_kind = {kind: _looked_at(images, numbers) for kind, numbers in _kinds(images.records).items()}
     ranges = [seen for some in by_kind.values() for seen in some]
-    odd = [text for source, _, most in ranges if (text := odd_range(source, most, option))]
+    odd = [(seen, text) for seen in ranges if (text := odd_range(seen.source, *seen[2:]))]
     if odd:
-        number = next(n for n, (source, _, most) in enumerate(ranges) if odd_range(source, most))
         more = f" (and {len(odd) - 1} more of {len(ranges)} that were looked at)" if len(odd) > 1 else ""
-        found.append(f"{ranges[number][0].name}{more}: {odd[0]}")
+        found.append(f"{odd[0][0].source.name}{more}: {odd[0][1]}")
     found += _unlike(by_kind)
     if ranges and images.normalize is not None:
-        least, most = min(low for _, low, _ in ranges), max(high for _, _, high in ranges)
+        least, most = min(seen.least for seen in ranges), max(seen.most for seen in ranges)
         found += _misfits(images.normalize.mean, images.normalize.std, least, most)
     return found
 
@@ -73,15 +95,15 @@ def _kinds(records: Sequence[Record]) -> dict[str, list[int]]:
     return found
 
 
-def _looked_at(images: ImageDataset, numbers: Sequence[int]) -> list[tuple[ImageSource, float, float]]:
+def _looked_at(images: ImageDataset, numbers: Sequence[int]) -> list[Seen]:
     """What `_range` says of some of these images."""
     chosen = sorted({round(place) for place in np.linspace(0, len(numbers) - 1, _LOOKED_AT)})
     return [seen for place in chosen if (seen := _range(images, numbers[place]))]
 
 
-def _unlike(by_kind: Mapping[str, Sequence[tuple[ImageSource, float, float]]]) -> list[str]:
+def _unlike(by_kind: Mapping[str, Sequence[Seen]]) -> list[str]:
     """Whether the kinds of files, each on its own scale from black to white, use unlike shares of it."""
-    reach = {kind: float(np.median([most for _, _, most in some])) for kind, some in by_kind.items() if some}
+    reach = {kind: float(np.median([seen.most for seen in some])) for kind, some in by_kind.items() if some}
     if len(reach) < 2 or max(reach.values()) <= _UNLIKE * min(reach.values()):
         return []
     told = ", ".join(f"{value:.2g} in {kind}" for kind, value in reach.items())
@@ -91,16 +113,20 @@ def _unlike(by_kind: Mapping[str, Sequence[tuple[ImageSource, float, float]]]) -
     ]
 
 
-def _range(images: ImageDataset, number: int) -> tuple[ImageSource, float, float] | None:
-    """An image without normalisation, and the least and largest grey value of what was read of it."""
+def _range(images: ImageDataset, number: int) -> Seen | None:
+    """An image without normalisation, and what was read of it."""
     try:
         source = images.opened(images.records[number], None)
         _, height, width = source.shape
         strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
     except DataError:
         return None
-    least, most = min(float(strip.min()) for strip in strips), max(highest(strip) for strip in strips)
-    return (source, least, most) if np.isfinite([least, most]).all() else None  # the network refuses it by name
+    values = np.concatenate([strip.flatten().numpy() for strip in strips])
+    least, most = float(values.min()), float(values.max())
+    if not np.isfinite([least, most]).all():
+        return None  # the network refuses it by name
+    bright = float(np.partition(values, last := int(0.999 * (len(values) - 1)))[last])
+    return Seen(source, least, most, bright, float((values >= 1).mean()))
 
 
 def _misfits(mean: Sequence[float], std: Sequence[float], least: float, most: float) -> list[str]:

@@ -118,7 +118,7 @@ class _Explain(Job):
     def described(self) -> dict[str, Any]:
         options = self._options
         given = {"method": options.method, "class": options.label or "", "format": sorted(options.formats)}
-        return {**given, "flip": list(options.flips)}
+        return {**given, "flip": list(options.flips), "white": options.white}
 
     def differs(self, name: str, before: Any) -> str:
         return super().differs(name, before or "the default")
@@ -129,6 +129,9 @@ class _Explain(Job):
         label = self._options.label
         if label is not None and label not in self.classes:
             raise DataError(f"{options.checkpoint}: has no class {label!r}; there are {', '.join(self.classes)}")
+
+    def look(self, index: Index, watch: Watch) -> None:
+        watch.looked(self._classifier, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         self._out, self._secret = out, secret()

@@ -132,9 +132,8 @@ class PngPixels(WholeFile):
         try:
             imagecodecs.deflate_decode(packed, out=self._inflated + _SURPLUS)
         except imagecodecs.DeflateError as error:
-            raise DataError(
-                f"{self.path}: damaged PNG, or one with more pixels than its header says; fetch the file again"
-            ) from error
+            told = "damaged or truncated image, or more pixels in it than its header says"
+            raise DataError(f"{self.path}: {told}; fetch the file again") from error
         return imagecodecs.png_decode(b"".join(chunks))
 
     def _chunks(self) -> list[bytes]:
@@ -150,7 +149,7 @@ class PngPixels(WholeFile):
                     continue
                 held += length
                 if not kind or held > self._most:
-                    raise DataError(f"{self.path}: damaged or truncated PNG; fetch the file again")
+                    raise DataError(f"{self.path}: damaged or truncated image; fetch the file again")
                 found.append(head + file.read(length + 4))
                 if kind == b"IEND":
                     return found

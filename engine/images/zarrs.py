@@ -126,7 +126,7 @@ class ZarrPixels:
         return values if values.ndim == 3 else values[None]
 
     def _check_chunks(self, index: list[int | slice]) -> None:
-        """`DataError` if a chunk's file is longer than a chunk may be: zarr reads it whole. Only local files are asked."""
+        """`DataError` if a chunk's file is longer than a chunk may be: zarr reads it whole. Local files only."""
         array = self._array
         sides = array.shards or array.chunks
         most = codecs.most_encoded(math.prod(sides) * self.dtype.itemsize)

@@ -206,7 +206,7 @@ class RunFolder:
 
 def _read_description(path: Path) -> dict[str, Any] | None:
     try:
-        found = {"kind": "predict", "flip": [], **parse_json(path.read_text(encoding="utf-8"))}
+        found = {"kind": "predict", "flip": [], "white": None, **parse_json(path.read_text(encoding="utf-8"))}
         return found | {name: found[name] for name in ("model", "checkpoint", "rows", "table")}
     except FileNotFoundError:
         return None

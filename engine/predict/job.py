@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from ..datasets.dataset import grey_of, with_white
 from ..datasets.tables import Record
 from ..files import write_atomically
+from ..images.levels import White
 from .ahead import Opened
 from .delivery import Document
 from .index import Index
@@ -144,6 +147,12 @@ class Job:
         raise NotImplementedError
 
 
+def opened_with_white(opener: Callable[..., Any], white: White | None, *, device: str) -> Any:
+    """What an opener opens, which takes this white level of images of which the table does not say; None: its own."""
+    found = opener(device=device)
+    return replace(found, open_images=lambda records: found.open_images(with_white(records, white)))
+
+
 class PredictJob(Job):
     """What runs of `gigamorph predict` share, whatever their network says of an image.
 
@@ -177,6 +186,8 @@ class PredictJob(Job):
         options = self._options
         note: dict[str, Any] = {"checkpoint": options.checkpoint, "sha256": options.model}
         note |= {"flip": list(options.flips)} if options.flips else {}
+        note["grey"] = grey_of(self._network.open_images([]))
+        note["grey"] |= {} if options.white is None else {"white": options.white}
         note |= {"precision": options.precision} if options.precision != "fp32" else {}
         note |= more
         write_atomically(out / "predictions.json", lambda path: path.write_text(json.dumps(note) + "\n"), "note")

@@ -263,7 +263,8 @@ class _Masks(PredictJob):
     _wanted: Wanted
 
     def described(self) -> dict[str, Any]:
-        return {"identifiers": self._options.identifiers, "precision": self._options.precision}
+        own = self._options
+        return {"identifiers": own.identifiers, "precision": own.precision, "white": own.white}
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..images.levels import White
 from ..train.precision import Precision
 from ..train.progress import Meter
 
@@ -32,6 +33,7 @@ class RunOptions:
         address: of that; None takes RAY_ADDRESS, or starts one on this machine.
         flips: mirror images that the opened network averages over, by name; the folder keeps them.
         precision: of what is computed; "bf16" and "fp16" are autocast's, and the folder keeps it.
+        white: the white level with which images are opened of which the table does not say, for messages and notes.
         store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
     """
 
@@ -50,6 +52,7 @@ class RunOptions:
     flips: tuple[str, ...] = ()
     precision: Precision = "fp32"
     store: str = ""
+    white: White | None = None
 
     @property
     def here(self) -> bool:

@@ -81,6 +81,7 @@ class _Predict(PredictJob):
             "heatmaps": options.heatmaps,
             "identifiers": options.identifiers,
             "flip": list(options.flips),
+            "white": options.white,
             "precision": options.precision,
             "drawn": hashlib.sha256(drawn.encode()).hexdigest() if drawn else "",
         }

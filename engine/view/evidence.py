@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
+from ..datasets.dataset import grey_of, with_white
+from ..images.levels import White
 from ..images.pixels import PixelSource
 from ..models.folder import digest_of
 from ..recipes.networks import open_classifier
@@ -25,16 +27,26 @@ class Evidence:
     Args:
         checkpoint: of gigamorph train, or a folder of gigamorph import.
         flips: mirror images over which its predictions are averaged.
+        white: of images of which the table does not say; None takes the network's own.
     """
 
     def __init__(
-        self, checkpoint: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
+        self,
+        checkpoint: str | Path,
+        *,
+        memory_budget: int | None,
+        device: str,
+        flips: Sequence[str] = (),
+        white: White | None = None,
     ) -> None:
         opened = open_classifier(checkpoint, memory_budget=memory_budget, device=device, flips=flips)
         self._net, _, self._open = opened
+        self.grey = grey_of(self._open([]))
+        """How the network's images become grey values; empty if not known."""
         self._net.eval()
         self._lock = threading.Lock()
-        self.made_by = (digest_of(checkpoint), tuple(flips))
+        self._white: White | None = white
+        self.made_by = (digest_of(checkpoint), tuple(flips), white)
         """Of what the maps are made, besides the images."""
 
     def of(self, view: View, shown: PixelSource) -> NDArray[np.uint8]:
@@ -44,7 +56,7 @@ class Evidence:
             DataError: if the image cannot be read. GigamorphError: the network has no map to explain.
         """
         with self._lock:
-            found, _, _ = explain_class(self._net, self._open([view.record])[0]["image"])
+            found, _, _ = explain_class(self._net, self._open(with_white([view.record], self._white))[0]["image"])
         return on_shown(found, shown)
 
 

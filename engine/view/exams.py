@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class View:
             class but the background takes.
         truth: by name, what is known of them; of several classes 1 of the true one and 0 of the others.
         masks: of an image whose mask was predicted.
+        grey: how it becomes grey values where its record does not say, as `open_record` takes it.
     """
 
     record: Record
@@ -57,6 +59,7 @@ class View:
     truth: Mapping[str, float] = field(default_factory=dict)
     numbers: bool = False
     masks: PredictedMask | None = None
+    grey: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> float | None:
@@ -77,7 +80,7 @@ class View:
         """
         if remedy := elsewhere(str(self.record.path)):
             raise DataError(f"{self.record.path}: is not beside the predictions, {remedy}")
-        source = open_record(self.record)
+        source = open_record(self.record, **self.grey)
         return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
 
     def mask(self, which: str, source: PixelSource) -> Mask:
@@ -131,7 +134,13 @@ class Exam:
         return max(known) if known else None
 
 
-def read_exams(source: str | Path, *, table: str | Path | None = None, split: str | None = None) -> list[Exam]:
+def read_exams(
+    source: str | Path,
+    *,
+    table: str | Path | None = None,
+    split: str | None = None,
+    grey: Mapping[str, Any] | None = None,
+) -> list[Exam]:
     """The exams of a predictions.csv, or of a folder that holds one; those that are furthest off first.
 
     Args:
@@ -139,6 +148,7 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
         table: csv that was predicted from: findings, and labels that the predictions lack; of predicted exams their
             images.
         split: keep only the images of this split.
+        grey: as `View.grey`.
 
     Raises:
         DataError: if there are no predictions, or a table is wrong.
@@ -155,7 +165,7 @@ def read_exams(source: str | Path, *, table: str | Path | None = None, split: st
     for place, row in zip(rows.places, rows.rows, strict=True):
         if split is not None and row.get("split") != split:
             continue
-        view = _view(rows, place, row, known, classes)
+        view = replace(_view(rows, place, row, known, classes), grey=grey or {})
         own = view.record
         # Images of patients who are not known stand for themselves.
         key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", row["image_path"])

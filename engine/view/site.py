@@ -115,7 +115,7 @@ class Site:
         """An image's tiles, those of its masks, and its map."""
         view = self.views[number]
         own = view.record
-        shown = (own.frame, own.white, own.laterality, own.chest_wall, TILE)
+        shown = (own.frame, own.white, own.laterality, own.chest_wall, sorted(view.grey.items()), TILE)
 
         def tiles(path: Path, which: str = "", classes: object = None, files: Sequence[Path] = ()) -> _Part:
             note = note_of((shown, which, classes), (own.path, *files))

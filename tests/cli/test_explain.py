@@ -106,7 +106,7 @@ def test_predict_and_explain_draw_the_same_and_predict_says_the_same_with_heat_m
 
 def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
     path = sorted((table.parent / "images").iterdir())[0]
-    np.save(tmp_path / "a.npy", np.zeros((64, 64), np.float32))
+    np.save(tmp_path / "a.npy", np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64))
     cases = [
         ([path, "--class", "cancer"], "has no class 'cancer'; there are 0, 1"),
         ([tmp_path / "a.npy", "--format", "seg"], "is no DICOM file"),

@@ -1,0 +1,111 @@
+"""One image has the same grey values in training, prediction, explanation and the viewer."""
+
+import importlib
+import keyword
+from pathlib import Path
+
+import click
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from image_files import picture, write_bytes, write_dicom
+
+from gigamorph.cli.main import cli
+from gigamorph.engine.datasets.dataset import grey_of
+from gigamorph.engine.datasets.grey import grey_warnings
+from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.images.pixels import as_stored
+from gigamorph.engine.models.folder import Preprocessing
+from gigamorph.engine.predict.job import opened_with_white
+from gigamorph.engine.predict.predictor import Classifier
+from gigamorph.engine.published.images import PublishedImages
+from gigamorph.engine.train.inputs import images
+from gigamorph.engine.view.exams import View
+
+GREY = picture(12)
+PREPARED = {"normalize": {"mean": [0.0], "std": [1.0]}, "voi": "none", "flip": "auto", "downsample": 1}
+
+AUTO = {**PREPARED, "voi": "auto"}
+
+
+def _saved(path: Path, values: np.ndarray) -> Path:
+    np.save(path, values)
+    return path
+
+
+def _tiff(path: Path) -> Path:
+    tifffile.imwrite(path, GREY)
+    return path
+
+
+FILES = {
+    "dicom": lambda path: write_dicom(path / "a.dcm", GREY, WindowCenter=500, WindowWidth=100),
+    "png16": lambda path: write_bytes(path / "a.png", imagecodecs.png_encode(GREY)),
+    "png8": lambda path: write_bytes(path / "a8.png", imagecodecs.png_encode(picture(8))),
+    "tiff": lambda path: _tiff(path / "a.tif"),
+    "float": lambda path: _saved(path / "a.npy", GREY.astype(np.float32)),
+    "int64": lambda path: _saved(path / "b.npy", GREY.astype(np.int64)),
+}
+
+
+def test_every_command_that_reads_images_has_the_same_option() -> None:
+    commands = {}
+    for name in cli.list_commands(click.Context(cli)):
+        module = f"{name}_" if keyword.iskeyword(name) else name
+        commands[name] = getattr(importlib.import_module(f"gigamorph.cli.{module}"), module)
+    commands |= {f"data {name}": command for name, command in commands.pop("data").commands.items()}
+    helps = {
+        name: parameter.help
+        for name, command in commands.items()
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and "--white" in parameter.opts
+    }
+    # A grey scale of DICOM, or images and a network, are of what reads pixels.
+    reading = {
+        name
+        for name, command in commands.items()
+        if {"voi", "images", "evidence"} & {one.name for one in command.params}
+    }
+    assert set(helps) >= {"train", "predict", "explain", "view", "data check", "data preview", "data convert"}
+    assert reading - set(helps) - {"import"} == set()  # import notes the grey scale of a network, and reads no image
+    assert len(set(helps.values())) == 1
+
+
+def test_a_look_warns_once_of_images_of_all_kinds_that_are_black_or_white(tmp_path: Path) -> None:
+    dark = GREY.copy()
+    dark[0, 0] = 65535  # a single bright pixel makes no image bright
+    paths = [write_bytes(tmp_path / f"{n}.png", imagecodecs.png_encode(dark)) for n in range(3)]
+    found = PublishedImages([Record(path, 0, "P") for path in paths], like := Preprocessing(), like)
+    text = grey_warnings(found.data)
+    assert len(text) == 1
+    assert "0.png (and 2 more of 3 that were looked at): grey values reach only" in text[0]
+    assert "--white 65535" in text[0]
+    white = write_dicom(tmp_path / "w.dcm", GREY + 1, WindowCenter=1, WindowWidth=1)
+    assert "of the pixels are white; choose another" in grey_warnings(images([Record(white, 0, "P")], 1, AUTO))[0]
+
+
+@pytest.mark.parametrize("white", [4095.0, "auto", None])
+@pytest.mark.parametrize("kind", list(FILES))
+def test_all_commands_see_the_same_grey_values(tmp_path: Path, kind: str, white: float | str | None) -> None:
+    path = FILES[kind](tmp_path)
+    record = Record(path, 0, "P1")
+    trained = images([record], 1, {**PREPARED, **({} if white is None else {"white": white})})
+    seen = {"train": trained[0]["image"]}
+    # A published network says nothing of white: --white does.
+    published = Classifier(
+        torch.nn.Identity(), ["a"], lambda found: PublishedImages(found, like := Preprocessing(voi="none"), like)
+    )
+    opened = opened_with_white(lambda device: published, white, device="cpu")
+    seen["predict"] = opened.open_images([record])[0]["image"]
+    seen["explain"] = as_stored(seen["predict"])
+    seen["view"] = View(record, {}, grey=grey_of(trained)).open()
+    _, height, width = seen["train"].shape
+    values = {name: source.read(0, height, 0, width) for name, source in seen.items()}
+    for name, found in values.items():
+        assert torch.equal(found, values["train"]), name
+    if white == 4095 and kind not in ("dicom", "png8"):
+        assert values["view"].max() == 1
+    elif kind == "png16" and white is None:
+        assert values["view"].max() == pytest.approx(4095 / 65535)
