@@ -21,7 +21,7 @@ from ..models.registry import open_checked
 from .copying import cast, duplicate
 from .front import FrontStep
 from .front_layers import downsampler
-from .head import HeadStep, SplitClassStep
+from .head import HeadStep, OldOutputs, SplitClassStep
 from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
 from .report import Difference, Report
@@ -136,7 +136,7 @@ def compare_networks(parent: Grown, child: Grown, size: tuple[int, int] | None =
     """Compare two networks by the relation that their recipes give: child(x) against parent(what it would have seen).
 
     A front shrinks the parent's images, changed inputs mix its channels, a grown head is compared in its old outputs
-    (in probabilities if it is a softmax).
+    (in their probabilities if a class was split).
 
     Args:
         parent: one network.
@@ -205,40 +205,29 @@ def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: 
     heads = [step for step in steps if isinstance(step, HeadStep | SplitClassStep)]
     if not heads:
         return parent, child
-    softmax = [isinstance(step, SplitClassStep) or step.kind == "softmax" for step in heads]
-    if any(softmax) != all(softmax):
-        raise MorphError("the head grew both by independent outputs and by softmax classes; compare one growth a time")
-    before = _Kept(parent, [], softmax[0])
-    work = cast(duplicate(before), torch.float32).eval()
+    split = any(isinstance(step, SplitClassStep) for step in heads)
+    softmax = split or any(step.kind == "softmax" for step in heads if isinstance(step, HeadStep))
+    work = cast(duplicate(parent), torch.float32).eval()
     with torch.no_grad(), failures("the first network cannot be run"):
-        width = work(example.float()).shape[1]
+        width = output_tensors(work(example.float()))[0].shape[1]
     undo: list[tuple[int, int | None]] = []
     for step in heads:
-        split = isinstance(step, SplitClassStep)
-        undo.append((width, step.index if split else None))
-        width = width + len(step.shares) - 1 if split else step.outputs
-    return before, _Kept(child, undo[::-1], softmax[0])
+        parts = isinstance(step, SplitClassStep)
+        undo.append((width, step.index if parts else None))
+        width = width + len(step.shares) - 1 if parts else step.outputs
+    one, other = (OldOutputs(_First(n), [1], [u], softmax, split) for n, u in ((parent, []), (child, undo[::-1])))
+    return one, other
 
 
-class _Kept(nn.Module):
-    """Outputs or probabilities (N, classes, ...) of a network, with the growth of its head undone.
+class _First(nn.Module):
+    """The first tensor (N, classes, ...) of what a network returns."""
 
-    `undo` has, the last growth first, the number of outputs before it, and the class whose parts the new ones are.
-    """
-
-    def __init__(self, network: nn.Module, undo: Sequence[tuple[int, int | None]], softmax: bool) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.undo, self.softmax = network, undo, softmax
+        self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        y = output_tensors(self.network(x))[0]
-        if self.softmax:
-            y = y.softmax(1)
-        for width, index in self.undo:
-            y, added = y[:, :width], y[:, width:]
-            if index is not None:
-                y = y.index_add(1, torch.tensor([index], device=y.device), added.sum(1, keepdim=True))
-        return y
+        return output_tensors(self.network(x))[0]
 
 
 def _weights_path(path: Path) -> Path:

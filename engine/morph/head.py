@@ -1,10 +1,11 @@
-"""More outputs of a classifier: independent ones, silent softmax classes, or a class split into several."""
+"""More outputs of a classifier: independent ones, softmax classes of a stated prior, or a class split into several."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from .example import Example, as_inputs
 from .report import Report
 from .running import failures, output_tensors
 from .step import EditAt
+from .stock import stock
 from .surgery import CONVS, morphed, plain
 from .verify import OtherFunction
 
-SILENT = -1e4  # a logit so low that its softmax is zero in every float format, and which all of them can hold
+PRIOR = 0.01  # probability of a new softmax class, by default
 # What to do where the network makes something else of its head's outputs.
 KINDS = {
     "independent": "if a softmax follows, the kind is 'softmax'",
@@ -27,34 +29,75 @@ KINDS = {
 }
 
 
+@torch.inference_mode(False)
 def grow_head(
-    model: nn.Module, example: Example, path: str, outputs: int, kind: str = "independent", *, inplace: bool = False
+    model: nn.Module,
+    example: Example,
+    path: str,
+    outputs: int,
+    kind: str = "independent",
+    *,
+    prior: float | None = None,
+    inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Give the classifier `path` more outputs, after the old ones.
+    """Give the classifier `path` more outputs, after the old ones, which stay what they are.
+
+    The new rows of weights are zero, so that a new output is the same number for every image, its bias.
+
+    - "independent", each output its own sigmoid or regression: the bias is log(prior / (1 - prior)), the logit of the
+      prior, or 0 without a prior.
+    - "softmax": the bias is log(prior / (1 - n prior)) + L for n new classes, where L is the mean over the example of
+      log(sum(exp(old logits))). On an image whose own sum is exp(L) a new class has the probability `prior`, so that
+      its cross-entropy is -log(prior). The logits of the old classes stay exactly. Their probabilities are multiplied
+      by 1 - n prior there, on other images by 1 / (1 + n exp(bias) / sum(exp(old logits))), all of an image by the
+      same factor. The report says which range that is on the example: give one of typical images.
 
     Args:
         model: the network; a copy is changed unless `inplace`.
         example: an input batch.
         path: the last linear layer or convolution.
         outputs: how many it shall have.
-        kind: "independent" (each its own sigmoid or regression): the old outputs stay, the new ones begin at zero.
-            "softmax": the old probabilities stay; the new ones are zero by a bias of -10^4 and get no gradient until
-            that bias is raised. The terms of the softmax stay bit for bit, and their sum has zeros added, which PyTorch
-            orders anew from as many classes on as a CPU's vector holds (8 with AVX2): then the last bit may differ. To
-            begin with live classes, use `split_class`.
+        kind: "independent" or "softmax", see above.
+        prior: probability of each new class at the start, above 0 and below 1; 0.01 by default for a softmax.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: no plain layer, fewer outputs than now, or a network that does more with the outputs than select
-            them, e.g. a softmax after an "independent" head.
+        MorphError: no plain layer, fewer outputs than now, a prior out of range, or a network that does more with the
+            outputs than select them, e.g. a softmax after an "independent" head.
     """
     if not isinstance(outputs, int):
         raise MorphError(f"outputs {outputs!r}: give a whole number")
     if kind not in KINDS:
         raise MorphError(f"a head of kind {kind!r}; one of {', '.join(KINDS)}")
-    step = HeadStep(path, outputs, kind)
+    if prior is not None and not 0 < prior < 1:
+        raise MorphError(f"prior {prior!r}: give a probability above 0 and below 1")
+    step, view = HeadStep(path, outputs, kind, 0.0), _View(example, kind == "softmax")
     with _says_what_follows(path, KINDS[kind]):
-        return morphed(model, step, example, inplace=inplace, view=_View(example, kind == "softmax"))
+        if kind == "independent":
+            step = replace(step, bias=math.log(prior / (1 - prior)) if prior else 0.0)
+            return morphed(model, step, example, inplace=inplace, view=view)
+        step, line = _with_prior(stock(model), step, view, PRIOR if prior is None else prior)
+        child, report = morphed(model, step, example, inplace=inplace, view=view)
+    return child, replace(report, changes=[*report.changes, line])
+
+
+def _with_prior(model: nn.Module, step: HeadStep, view: _View, prior: float) -> tuple[HeadStep, str]:
+    """The step with the bias that gives new classes that probability on the example, and a line that says what became
+    of the others'.
+    """
+    new, found = view.new_classes(model, step)
+    if new * prior >= 1:
+        raise MorphError(f"prior {prior}: the {new} new classes have {new * prior:g} together; it must be less than 1")
+    odds = math.log(prior / (1 - new * prior))
+    step = replace(step, bias=odds - float(found.mean()))
+    _, found = view.new_classes(model, step)
+    if abs(float(found.mean()) - odds) > 1e-3:
+        raise MorphError("the probabilities do not follow the bias") from OtherFunction()
+    factors = 1 - new / (new + (-found).exp())
+    return step, (
+        f"{new} new classes of probability {prior:g}, bias {step.bias:.4g}; the old logits stay, and the old "
+        f"probabilities are multiplied by {float(factors.min()):.4g} to {float(factors.max()):.4g} on the example"
+    )
 
 
 def split_class(
@@ -85,9 +128,8 @@ def split_class(
     if len(parts) != into or into < 2 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-9:
         raise MorphError(f"class {index} into {into} parts with shares {shares}: give 2 or more, with sum 1")
     step = SplitClassStep(path, index, tuple(parts))
-    members = {"index": index, "parts": into - 1}
     with _says_what_follows(path, "only classes of a softmax can be split"):
-        return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, **members))
+        return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, index))
 
 
 @contextmanager
@@ -105,18 +147,16 @@ def _says_what_follows(path: str, remedy: str) -> Iterator[None]:
 
 
 def _grown_rows(
-    path: str, weight: Tensor, bias: Tensor | None, outputs: int, kind: str
+    path: str, weight: Tensor, bias: Tensor | None, outputs: int, value: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (outputs, ...) and bias with new rows of zeros; the bias -10^4 for a softmax."""
+    """Weight (outputs, ...) and bias with new rows of zeros, and that value in the bias."""
     new = outputs - len(weight)
     if new < 1:
         raise MorphError(f"module '{path}' has {len(weight)} outputs already; give more than that")
-    if bias is None and kind == "softmax":
+    if bias is None and value:
         bias = weight.new_zeros(len(weight))
     weight = torch.cat([weight, weight.new_zeros(new, *weight.shape[1:])])
-    if bias is not None:
-        bias = torch.cat([bias, bias.new_full((new,), SILENT if kind == "softmax" else 0.0)])
-    return weight, bias
+    return weight, None if bias is None else torch.cat([bias, bias.new_full((new,), value)])
 
 
 def _split_rows(
@@ -141,11 +181,13 @@ class HeadStep(EditAt, op="head"):
 
     outputs: int
     kind: str
+    bias: float | None = None  # of the new rows; recipes of a softmax that lack it had -10^4
 
     def edit(self, model: nn.Module) -> list[str]:
         head = _head(model, self.path)
+        bias = self.bias if self.bias is not None else -1e4 if self.kind == "softmax" else 0.0
         with torch.no_grad():
-            return _set(head, self.path, *_grown_rows(self.path, head.weight, head.bias, self.outputs, self.kind))
+            return _set(head, self.path, *_grown_rows(self.path, head.weight, head.bias, self.outputs, bias))
 
 
 @dataclass(frozen=True)
@@ -183,62 +225,91 @@ def _set(head: Any, path: str, weight: Tensor, bias: Tensor | None) -> list[str]
 
 
 class _View:
-    """Makes of (parent, child) two networks whose outputs are what the morph keeps."""
+    """Makes of (parent, child) two networks whose outputs are what the morph preserves."""
 
-    def __init__(self, example: Example, softmax: bool, index: int = 0, parts: int = 0) -> None:
-        self.example, self.softmax, self.index, self.parts = example, softmax, index, parts
+    def __init__(self, example: Example, softmax: bool, index: int | None = None) -> None:
+        self.example, self.softmax, self.index = example, softmax, index
 
     def __call__(self, parent: nn.Module, child: nn.Module) -> tuple[nn.Module, nn.Module]:
         old, new = (_outputs(net, self.example) for net in (parent, child))
-        axes: list[int | None] = []
-        for a, b in zip(old, new, strict=True):
-            other = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
-            axes.append(other[0] if other else None)
-        if all(axis is None for axis in axes):
-            raise MorphError("no output of the network grew with its head; name the last layer")
-        sizes = [None if axis is None else a.shape[axis] for a, axis in zip(old, axes, strict=True)]
-        arguments = (axes, sizes, self.softmax, self.index, self.parts)
-        return _Kept(parent, *arguments), _Kept(child, *arguments)
+        axes = _grown_axes(old, new)
+        undo = [[] if axis is None else [(a.shape[axis], self.index)] for a, axis in zip(old, axes, strict=True)]
+        none: list[Any] = [[] for _ in axes]
+        arguments = (self.softmax, self.index is not None)
+        return OldOutputs(parent, axes, none, *arguments), OldOutputs(child, axes, undo, *arguments)
+
+    def new_classes(self, model: nn.Module, step: HeadStep) -> tuple[int, Tensor]:
+        """How many there are, and log(p / (1 - n p)) of their probability p, for each row of the example's outputs."""
+        child = step.repeat(cast(duplicate(model), torch.float32))  # whose bias is not rounded
+        old, new = _outputs(model, self.example), _outputs(child, self.example)
+        found, count = [], 0
+        for before, after, axis in zip(old, new, _grown_axes(old, new), strict=True):
+            if axis is None:
+                continue
+            count = after.shape[axis] - before.shape[axis]
+            p = _probabilities(after, axis)
+            p = (after.softmax(axis) if p is None else p).select(axis, before.shape[axis]).reshape(-1)
+            found.append(p.log() - (1 - count * p).log())
+        return count, torch.cat(found)
 
 
-class _Kept(nn.Module):
-    """The old outputs, or their probabilities; those of split classes are added up again."""
+class OldOutputs(nn.Module):
+    """The outputs of a network with the growth of its head undone: old ones, or what stays of their probabilities.
+
+    `undo` has for each output, the last growth first, the number of classes before it, and the class whose parts the
+    new ones are, if it was split. Parts are added up. Of a softmax with new classes the logits stay; where the network
+    returns probabilities, those of the old classes are divided by their sum. `split`: logits become probabilities.
+    """
 
     def __init__(
         self,
         network: nn.Module,
-        axes: list[int | None],
-        sizes: list[int | None],
+        axes: Sequence[int | None],
+        undo: Sequence[Sequence[tuple[int, int | None]]],
         softmax: bool,
-        index: int,
-        parts: int,
+        split: bool,
     ) -> None:
         super().__init__()
-        self.network, self.axes, self.sizes = network, axes, sizes
-        self.softmax, self.index, self.parts = softmax, index, parts
+        self.network, self.axes, self.undo, self.softmax, self.split = network, axes, undo, softmax, split
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        results = []
-        for tensor, axis, size in zip(
-            output_tensors(self.network(*args, **kwargs)), self.axes, self.sizes, strict=True
-        ):
-            if axis is not None and size is not None:
-                tensor = _probabilities(tensor, axis) if self.softmax else tensor
-                kept, added = tensor.narrow(axis, 0, size), tensor.narrow(axis, size, tensor.shape[axis] - size)
-                if self.parts and added.shape[axis]:
-                    at = torch.tensor([self.index], device=tensor.device)
-                    kept = kept.index_add(axis, at, added.sum(axis, keepdim=True))
-                tensor = kept
-            results.append(tensor)
-        return results
+        outputs = output_tensors(self.network(*args, **kwargs))
+        return [
+            y if axis is None else self._old(y, axis, undo)
+            for y, axis, undo in zip(outputs, self.axes, self.undo, strict=True)
+        ]
+
+    def _old(self, y: Tensor, axis: int, undo: Sequence[tuple[int, int | None]]) -> Tensor:
+        p = _probabilities(y, axis) if self.softmax else None
+        if p is None and self.split:
+            p = y.softmax(axis)
+        result = y if p is None else p
+        for width, index in undo:
+            result, added = result.split([width, result.shape[axis] - width], axis)
+            if index is not None:
+                at = torch.tensor([index], device=y.device)
+                result = result.index_add(axis, at, added.sum(axis, keepdim=True))
+            elif p is not None:
+                result = result / result.sum(axis, keepdim=True)
+        return result
 
 
-def _probabilities(x: Tensor, axis: int) -> Tensor:
-    """Softmax of logits; probabilities and their logarithms as probabilities."""
+def _probabilities(x: Tensor, axis: int) -> Tensor | None:
+    """Probabilities, of themselves or of their logarithms; None for logits."""
     for p in (x, x.exp()):
         if (p >= 0).all() and ((p.sum(axis) - 1).abs() < 1e-3).all():
             return p
-    return x.softmax(axis)
+    return None
+
+
+def _grown_axes(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[int | None]:
+    """Of each output the axis along which it grew."""
+    axes: list[int | None] = []
+    for a, b in zip(old, new, strict=True):
+        axes.append(next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None))
+    if all(axis is None for axis in axes):
+        raise MorphError("no output of the network grew with its head; name the last layer")
+    return axes
 
 
 def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
