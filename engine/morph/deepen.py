@@ -70,7 +70,8 @@ def insert_identity(
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: an even kernel, or an output that is not one batch of channels.
+        MorphError: an even kernel, an output that is not one batch of channels, or a BatchNorm that would see one
+            value per channel on the example.
     """
     at = site(model, path, example)
     _check_kernel(path, spatial(kernel, at.dims, "kernel"))
@@ -152,7 +153,8 @@ def insert_residual(
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: an even kernel, or an output that is not one batch of channels.
+        MorphError: an even kernel, an output that is not one batch of channels, or a BatchNorm that would see one
+            value per channel on the example.
     """
     activation(act)
     at = site(model, path, example)
@@ -310,3 +312,8 @@ def _check_kernel(path: str, kernel: tuple[int, ...]) -> None:
 def _check_norm(path: str, at: Site) -> None:
     if at.dims == 0 and at.rank > 2:
         raise MorphError(f"module '{path}' has its channels on the last axis, where BatchNorm cannot be; norm=False")
+    if at.values < 2:
+        raise MorphError(
+            f"after module '{path}' a channel has one value on this example, of which BatchNorm takes no statistics in "
+            "train mode; norm=False (--no-norm), or give an example of the size and batch that you train on"
+        )

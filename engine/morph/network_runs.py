@@ -68,10 +68,8 @@ class NetworkRuns:
         self.trained_on: Inputs | None = None
         self.untrained = ""
 
-    def run(
-        self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0, least: int = 1
-    ) -> None:
-        """All runs; `train` gives train mode's inputs, of a seed and a batch of `least` or more; None: no such runs."""
+    def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
+        """All runs; `train` gives train mode's inputs, of a seed and a least batch; None: no such runs."""
         counter, norms = FlopCounterMode(display=False), _Norms()
         counter.mod_tracker = _NoModules()
         devices = sorted({x.device.index or 0 for x in inputs.tensors if x.is_cuda})
@@ -90,7 +88,7 @@ class NetworkRuns:
                 self.flops = counter.get_total_flops()
                 if callable(train):
                     batch = min(TRAIN_BATCH, -(-STATISTICS // max(norms.fewest, 1))) if norms.fewest else 1
-                    train = train(seed, max(batch, least))
+                    train = train(seed, batch)
                 if train is not None and not self.untrained:
                     self._train(work, inputs, train, dtype, short)
 

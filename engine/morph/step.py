@@ -26,6 +26,9 @@ class Step:
 
     op: ClassVar[str] = ""  # its name in recipes
 
+    def __post_init__(self) -> None:
+        check_seed(getattr(self, "seed", 0))
+
     def __init_subclass__(cls, op: str | None = None) -> None:
         if op is not None:
             cls.op = op
@@ -78,6 +81,12 @@ class EditAll(Edit):
     @property
     def where(self) -> tuple[str, ...]:
         return self.paths
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what PyTorch's and NumPy's generators do not take."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise MorphError(f"seed {seed!r}: give a whole number from 0 to {(1 << 32) - 1}")
 
 
 def known() -> list[str]:

@@ -12,15 +12,22 @@ def stock(model: nn.Module, inplace: bool = False) -> nn.Module:
     """The network itself, with its ordinary forward.
 
     Raises:
-        MorphError: no network, or an accelerated one is to be changed in place.
+        MorphError: no network, one without weights, or an accelerated one is to be changed in place.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MorphError(f"the model is a {type(model).__name__}; give an nn.Module")
-    if not isinstance(model, Accelerated):
-        return model
-    if inplace:
-        raise MorphError("inplace=True wants the network itself, not the accelerated one; take what the morph returns")
-    return model.__dict__["_network"]
+    if isinstance(model, Accelerated):
+        if inplace:
+            raise MorphError(
+                "inplace=True wants the network itself, not the accelerated one; take what the morph returns"
+            )
+        model = model.__dict__["_network"]
+    if name := next((name for name, p in model.named_parameters() if p.is_meta), ""):
+        raise MorphError(
+            f"'{name}' is on the meta device and has no values, so that no function can be compared; give the network "
+            "its weights, or grow a weights file by its recipe (recipe.grow_file)"
+        )
+    return model
 
 
 def as_given(child: nn.Module, model: nn.Module) -> nn.Module:

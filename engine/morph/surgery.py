@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -197,11 +197,14 @@ def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Site:
-    """What a module gives: channels, the image axes after them (0: channels on the last axis), and all its axes."""
+    """What a module gives: channels, the image axes after them (0: channels on the last axis), all its axes, and how
+    many values a channel has on the example's batch.
+    """
 
     channels: int
     dims: int
     rank: int
+    values: int = field(compare=False)
 
 
 @torch.inference_mode(False)
@@ -287,7 +290,7 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
     width, first = latest
     shape, dims = result.shape, result.ndim - 2
     if not dims:
-        return Site(shape[1], 0, 2)
+        return Site(shape[1], 0, 2, shape[0])
     on_first, on_last = shape[1] == width, shape[-1] == width
     if axis is not None:
         if axis not in (1, result.ndim - 1):
@@ -299,7 +302,8 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
         first = on_first if not first else on_first or not on_last
     if first and dims > 3:
         raise MorphError(f"module '{path}' gives {result.ndim} axes; at most 5 are possible")
-    return Site(shape[1], dims, result.ndim) if first else Site(shape[-1], 0, result.ndim)
+    channels = shape[1 if first else -1]
+    return Site(channels, dims if first else 0, result.ndim, result.numel() // channels)
 
 
 def conv_class(dims: int) -> type[nn.Module]:

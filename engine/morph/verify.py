@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import MorphError
 from .example import Example, Inputs, as_inputs
-from .network_runs import TRAIN_BATCH, NetworkRuns, distance
+from .network_runs import NetworkRuns, distance
 from .report import Certificate, Difference, Report, worst
 from .step import Step
 from .tensors import named_tensors
@@ -134,10 +134,8 @@ def _check(
     theirs = None if child_example is None else as_inputs(child_example)
     pair = _Pair(parent, child, as_inputs(example), theirs, outputs, seed, train)
     own, other = pair.run()
-    if other.untrained and theirs is None:  # norms that are new may want more images than the parent's own
-        own, other = pair.run(TRAIN_BATCH)
     if other.untrained:
-        raise MorphError(other.untrained)
+        raise MorphError(f"{other.untrained}; the parent can, on the same batch")
     if own.shapes != other.shapes:
         raise MorphError(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
     found: dict[str, float | None] = dict.fromkeys(("float64_train", "float32_train", "noise_train"))
@@ -169,27 +167,27 @@ class _Pair:
     def stateful(self) -> bool:
         return any(True for net in (self.parent, self.child) for _ in net.buffers())
 
-    def run(self, batch: int = 1) -> tuple[NetworkRuns, NetworkRuns]:
-        """Runs of parent and child, in train mode with at least `batch` images where the inputs are drawn."""
+    def run(self) -> tuple[NetworkRuns, NetworkRuns]:
+        """Runs of parent and child."""
         given = self.given
         if self.theirs is not None:
             own = NetworkRuns(self.parent, "the parent", None, self.stateful)
             own.run(given, given if self.train else None)
         else:
-            own, given = self._run_parent(batch)
+            own, given = self._run_parent()
         other = NetworkRuns(self.child, "the child", self.outputs, self.stateful)
         trained_on = None if own.untrained or not self.train else self.theirs or own.trained_on
         other.run(self.theirs or given, trained_on)
         return own, other
 
-    def _run_parent(self, batch: int) -> tuple[NetworkRuns, Inputs]:
+    def _run_parent(self) -> tuple[NetworkRuns, Inputs]:
         """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those."""
         refused: MorphError | None = None
         tried: list[tuple[NetworkRuns, Inputs]] = []
         for draw in (self.given.random, self.given.own):
             network, inputs = NetworkRuns(self.parent, "the parent", None, self.stateful), draw(self.seed)
             try:
-                network.run(inputs, draw if self.train else None, self.seed, batch)
+                network.run(inputs, draw if self.train else None, self.seed)
             except MorphError as error:
                 refused = refused or error
                 continue

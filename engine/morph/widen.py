@@ -25,7 +25,7 @@ from .report import Certificate, Report
 from .spaces import OUTPUT, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
 from .standard import standard_name
-from .step import Step
+from .step import Step, check_seed
 from .stock import as_given, stock
 from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
@@ -77,8 +77,8 @@ def widen(
         The wider network and the report of its checks.
 
     Raises:
-        MorphError: a space cannot be widened thus (the message names the op and module), or a check failed; then
-            nothing has been changed.
+        MorphError: a space cannot be widened thus (the message names the op and module), nothing would get wider, or a
+            check failed; then nothing has been changed.
     """
     if counts is None and factor is None and free is None:
         raise MorphError("widen: give counts, a factor or free channels")
@@ -91,7 +91,10 @@ def widen(
     spaces = find_spaces(model, inputs, groups=groups)
     if factor is not None:
         _require_growable(spaces)
+    check_seed(seed)
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
+    if not chosen and not any(map(any, new.values())):
+        raise MorphError("widen: every space has the width that was asked for; nothing would change")
     step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
     child, maps = step.check(spaces)
     changes = [

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph.decompose import decompose, split_parallel
-from gigamorph.engine.morph.deepen import insert_identity
+from gigamorph.engine.morph.deepen import insert_identity, insert_residual
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.head import grow_head
 from gigamorph.engine.morph.inputs import to_grey
@@ -186,3 +186,56 @@ def test_a_factor_for_a_network_of_which_nothing_can_grow() -> None:
     model = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(MorphError, match=r"nothing can be widened.*module '0'"):
         widen(model, X, factor=2)
+
+
+SMALL = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("insert", [insert_residual, insert_identity])
+@pytest.mark.parametrize("path", ["2", "3", "4"])
+def test_a_batch_norm_that_would_see_one_value_is_refused(insert: Any, path: str) -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(MorphError, match=f"'{path}' a channel has one value on this example.*norm=False"):
+        insert(SMALL, image, path, norm=True)
+    insert(SMALL, image, path, norm=False)
+    child, _ = insert(SMALL, torch.zeros(2, 1, 8, 8), path, norm=True)
+    child.train()(torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("wanted", [{"factor": 1}, {"counts": {0: 4}}, {"counts": {}}, {"free": {0: 0}}])
+def test_a_widening_to_the_present_width_says_so(wanted: Any) -> None:
+    with pytest.raises(MorphError, match="every space has the width that was asked for"):
+        widen(SMALL, torch.zeros(1, 1, 8, 8), **wanted)
+
+
+@pytest.mark.parametrize("seed", [-3, 2**40, 1.5])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x, seed: widen(m, x, factor=2, seed=seed),
+        lambda m, x, seed: insert_residual(m, x, "0", seed=seed),
+        lambda m, x, seed: front(m, x, 2, seed=seed),
+        lambda m, x, seed: decompose(m, x, "0", (3, 1), seed=seed),
+        lambda m, x, seed: split_parallel(m, x, "0", seed=seed),
+    ],
+)
+def test_a_seed_out_of_range_is_one_line(run: Any, seed: Any) -> None:
+    with pytest.raises(MorphError, match=f"^seed {seed}: give a whole number from 0 to 4294967295$"):
+        run(SMALL, torch.zeros(1, 1, 8, 8), seed)
+
+
+@pytest.mark.parametrize("image", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: widen(m, x, factor=2),
+        lambda m, x: merge(m, x),
+        lambda m, x: insert_residual(m, x, "0"),
+        lambda m, x: front(m, x, 2),
+        lambda m, x: grow_head(m, x, "4", 5, "softmax"),
+    ],
+)
+def test_a_network_without_weights_is_one_line(run: Any, image: str) -> None:
+    model = copy.deepcopy(SMALL).to("meta")
+    with pytest.raises(MorphError, match=r"^'0.weight' is on the meta device and has no values"):
+        run(model, torch.zeros(1, 1, 8, 8, device=image))

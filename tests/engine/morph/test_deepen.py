@@ -167,12 +167,12 @@ def test_residual_learns_at_the_second_step(norm: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["2", "3", "4"])
-def test_norms_that_are_new_are_checked_on_as_many_images_as_they_need(path: str) -> None:
+def test_norms_that_are_new_are_checked_on_the_example_s_batch(path: str) -> None:
     """One image gives a BatchNorm behind the pooling a single value, which train mode refuses."""
     torch.manual_seed(0)
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *pooled)
-    child, report = insert_residual(model, torch.zeros(1, 1, 8, 8), path)
+    child, report = insert_residual(model, torch.zeros(2, 1, 8, 8), path)
     assert report.difference.float64_train == 0
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(*both(model, child, x, True))
