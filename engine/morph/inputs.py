@@ -73,7 +73,15 @@ def to_rgb(
 ) -> tuple[nn.Module, Report]:
     """Turn a network for grey images into one for RGB: child(y) = parent(sum of weights * channels).
 
-    The default weights are exact in stored numbers; `example` is an RGB batch. Errors as in `mix_inputs`.
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: an RGB batch, input of the child.
+        weights: of the three channels; the default ones are exact in stored numbers.
+        paths: the convolutions that read the image; found by a run if not given.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: see `mix_inputs`.
     """
     return mix_inputs(model, example, [list(weights)], paths=paths, inplace=inplace)
 
@@ -83,7 +91,15 @@ def add_planes(
 ) -> tuple[nn.Module, Report]:
     """Let the network read further image planes (a prior examination, a mask), which count for nothing at first.
 
-    `example` is an input of the child, the old channels first. Errors as in `mix_inputs`.
+    Args:
+        model: the network; a copy is changed unless `inplace`.
+        example: an input of the child, the old channels first.
+        planes: how many.
+        paths: the convolutions that read the image; found by a run if not given.
+        inplace: change `model` itself after the check.
+
+    Raises:
+        MorphError: see `mix_inputs`.
     """
     old = example.shape[1] - planes
     if planes < 1 or old < 1:

@@ -1,4 +1,5 @@
 import functools
+import inspect
 import json
 import re
 import shlex
@@ -11,8 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
+import gigamorph
 from gigamorph.cli.morph import morph
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.morph.operations import GIVEN, OPERATIONS
 from gigamorph.engine.morph.store import read_state, write_state
 
 run = functools.partial(commands.run, "morph")
@@ -112,7 +115,16 @@ def test_groups_get_wider(folder):
         ("input", ["--planes", 2]),
         ("head", ["--outputs", 4]),
         ("head", ["--outputs", 4, "--kind", "softmax", "--at", "fc"]),
-        ("head", ["--split", 1, "--into", 3]),
+        ("head", ["--split", 1, "--into", 3, "--shares", "0.5,0.25,0.25"]),
+        ("head", ["--outputs", 3, "--kind", "softmax", "--prior", 0.05]),
+        ("widen", ["--factor", "layer1.*=2", "--factor", "conv1=1.5", "--round-to", 4, "--ignore", "layer1.1"]),
+        ("widen", ["--factor", 1.5, "--noise", 0.1, "--no-train"]),
+        ("deepen", ["--at", "layer1.1", "--hidden", 3, "--kernel", "1x3"]),
+        ("deepen", ["--at", "layer1.1", "--how", "module", "--between", "pair"]),
+        ("deepen", ["--at", "layer1.1", "--how", "activation", "--act", "GELU"]),
+        ("decompose", ["--at", "layer1.0.conv1", "--kernels", "1,3", "--act", "ReLU"]),
+        ("decompose", ["--at", "conv1", "--kernels", "3x1,5x7"]),
+        ("split", ["--at", "layer1.0.conv1", "--seed", 3]),
     ],
 )
 def test_every_command_keeps_the_function(command, more, folder, capsys):
@@ -137,6 +149,50 @@ def test_identity_with_batch_norm_is_said_to_differ_in_train_mode(folder, capsys
     assert grow("deepen", "a", "b", "--at", "layer1.0", "--how", "identity", "--norm") == 0
     assert run("verify", "a.safetensors", "b.safetensors", *NET) == 0
     assert "in train mode they differ by" in capsys.readouterr().out
+
+
+def test_the_table_has_every_argument_of_every_public_morph(capsys):
+    """What a function takes, its command takes, with a help; what grows a network is in the table."""
+    in_table = {}
+    for operation in OPERATIONS:
+        options = {o: p.help for p in morph.commands[operation.name].params for o in (*p.opts, *p.secondary_opts)}
+        for key in operation.functions:
+            function = operation.function(key)
+            in_table[function.__name__] = function
+            for name, parameter in inspect.signature(function).parameters.items():
+                if name in GIVEN:
+                    continue
+                option = next(o for o, p in operation.parameters(key).items() if p.name == name)
+                assert options[f"--{option.replace('_', '-')}"], f"{operation.name} {key}: {name} has no help"
+                assert parameter.kind is not parameter.VAR_KEYWORD
+    grows = {
+        name
+        for name in gigamorph.__all__
+        if "Report]" in str(getattr(getattr(gigamorph, name), "__annotations__", {}).get("return", ""))
+    }
+    assert grows - {"deepen"} <= set(in_table)  # which calls three that are in it
+    assert {f.__module__.rpartition(".")[2] for f in in_table.values()} >= {"decompose", "activation", "merge"}
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("widen", ["--factor", 2, "--seed", -3], "seed -3: give a whole number from 0 to 4294967295"),
+        ("widen", ["--factor", 2, "--seed", 2**40], "seed 1099511627776: give"),
+        ("widen", ["--factor", 1], "every space has the width that was asked for"),
+        ("widen", ["--factor", "a=b"], "write FACTOR or PATTERN=FACTOR"),
+        ("deepen", ["--at", "layer1.0", "--seed", -3], "seed -3"),
+        ("deepen", ["--how", "pair"], "deepen pair needs --at"),
+        ("deepen", ["--at", "layer1.0", "--how", "pair", "--norm"], "deepen pair has no --norm"),
+        ("decompose", ["--at", "conv1", "--kernels", "a"], "write K,K"),
+        ("head", ["--outputs", 4, "--split", 1], "say what shall be done"),
+        ("kernel", ["--at", "conv1"], "kernel needs --kernel"),
+    ],
+)
+def test_what_an_option_cannot_be_is_one_line(command, more, message, folder, capsys):
+    assert grow(command, "a", "b", *more) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "b.safetensors").exists()
 
 
 def one_error(capsys):
@@ -260,6 +316,15 @@ def test_merge_gives_the_narrow_weights_back(folder, capsys):
 def test_every_help_has_an_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"Example: gigamorph morph {command}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+def test_every_example_in_a_help_runs(operation, folder):
+    source = "rgb" if "--channels 3" in operation.example else "a"
+    if operation.name == "merge":
+        assert grow("widen", "a", "w", "--factor", 2) == 0
+        source = "w"
+    assert grow(operation.name, source, "b", *operation.example.split()) == 0
 
 
 def test_a_terminal_gets_tables(folder):

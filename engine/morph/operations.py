@@ -1,0 +1,190 @@
+"""The table of all morphs: a command of `gigamorph morph` each, and the functions of Python that it calls.
+
+Options, their types and their help come from the functions' signatures and docstrings, so that no argument is missing.
+Nothing here imports PyTorch before a function is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+GIVEN = ("model", "example", "inplace")  # what the command itself gives every function
+AT = {"path": "at", "paths": "at"}  # options that are called otherwise than the argument
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An option of a command.
+
+    Attributes:
+        option: its name.
+        annotation: the argument's type, as the function writes it.
+        defaults: the argument's default by the function's key; `inspect.Parameter.empty`: it has none.
+        help: what the docstring says.
+    """
+
+    option: str
+    annotation: str
+    defaults: dict[str, Any]
+    help: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A command.
+
+    Attributes:
+        name: of the command.
+        help: what it does.
+        functions: "module.function" in this package by key.
+        example: options of an example.
+        choice: the option whose value is the key; without one, or without its value, the function is called whose
+            required arguments are given.
+        default: the key without that option.
+        names: further options that are called otherwise than the argument.
+        last_layer: whether the last layer is meant where no module is named.
+    """
+
+    name: str
+    help: str
+    functions: Mapping[str, str]
+    example: str
+    choice: str = ""
+    default: str = ""
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    last_layer: bool = False
+
+    def function(self, key: str) -> Callable[..., Any]:
+        """The function of that key."""
+        module, name = self.functions[key].split(".")
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+
+    def parameters(self, key: str) -> dict[str, inspect.Parameter]:
+        """Arguments of a function by the option's name."""
+        found = inspect.signature(self.function(key)).parameters
+        names = {**AT, **self.names}
+        return {names.get(name, name): p for name, p in found.items() if name not in GIVEN}
+
+    def arguments(self) -> list[Argument]:
+        """The options of the command, those of all its functions."""
+        made: dict[str, Argument] = {}
+        for key in self.functions:
+            for option, p in self.parameters(key).items():
+                fresh = Argument(option, str(p.annotation).removesuffix(" | None"), {}, _help(self, key, p.name))
+                made.setdefault(option, fresh).defaults[key] = p.default
+        return list(made.values())
+
+    def required(self, key: str) -> set[str]:
+        """Options without which a function cannot be called."""
+        missing = {o for o, p in self.parameters(key).items() if p.default is inspect.Parameter.empty}
+        return missing - ({"at"} if self.last_layer else set())
+
+    def chosen(self, value: str | None, given: Iterable[str]) -> str | None:
+        """The key of the function that is meant; None where that is not clear."""
+        if value or self.default in self.functions:
+            return value or self.default
+        fitting = [key for key in self.functions if self.required(key) and self.required(key) <= set(given)]
+        return fitting[0] if len(fitting) == 1 else None
+
+
+OPERATIONS = (
+    Operation(
+        "widen",
+        "Widen all channel spaces by a factor, or some as --space says; gigamorph morph spaces lists them.",
+        {"": "widen.widen"},
+        "--factor 1.5",
+        names={"counts": "space"},
+    ),
+    Operation(
+        "deepen",
+        "Put a new layer or block after a module. An identity with BatchNorm is exact in eval mode only; all others in "
+        "train mode too.",
+        {
+            "residual": "deepen.insert_residual",
+            "pair": "deepen.insert_pair",
+            "identity": "deepen.insert_identity",
+            "activation": "activation.insert_activation",
+            "module": "decompose.insert_module",
+        },
+        "--at layer1.0",
+        "how",
+        "residual",
+    ),
+    Operation(
+        "decompose",
+        "Split a convolution or linear layer into two in sequence.",
+        {"": "decompose.decompose"},
+        "--at layer1.0.conv1 --kernels 1,3",
+    ),
+    Operation(
+        "split",
+        "Split a convolution or linear layer into the sum of two.",
+        {"": "decompose.split_parallel"},
+        "--at layer1.0.conv1",
+    ),
+    Operation(
+        "kernel",
+        "Enlarge the kernels of convolutions.",
+        {"": "kernel_size.grow_kernel"},
+        "--at conv1 --kernel 9",
+    ),
+    Operation(
+        "front",
+        "Make a network that was trained on shrunk images read them at full size. The sides of its images must be "
+        "multiples of the factor. --size is that of the small images.",
+        {"": "front.front"},
+        "--factor 4",
+        names={"r": "factor", "size": "image"},
+    ),
+    Operation(
+        "input",
+        "Change the image channels that a network reads. With --to grey the network takes grey values, and sees what "
+        "the old one saw of them repeated in three channels and normalised by --mean and --std.",
+        {"grey": "inputs.to_grey", "rgb": "inputs.to_rgb", "planes": "inputs.add_planes"},
+        "--channels 3 --to grey",
+        "to",
+    ),
+    Operation(
+        "head",
+        "Give the classifier more outputs, or split a class into several: --outputs 4, or --split 1 --into 3.",
+        {"outputs": "head.grow_head", "split": "head.split_class"},
+        "--outputs 4 --kind softmax",
+        names={"index": "split"},
+        last_layer=True,
+    ),
+    Operation(
+        "merge",
+        "Fold channels that are exact copies of each other into one: the inverse of widen, until they are trained.",
+        {"": "merge.merge"},
+        "",
+    ),
+)
+
+
+def import_all() -> None:
+    """Import all morphs, so that their steps can be read from recipes."""
+    for operation in OPERATIONS:
+        for key in operation.functions:
+            operation.function(key)
+
+
+def _help(operation: Operation, key: str, name: str) -> str:
+    """What the function's docstring says of an argument, or that of another morph with the same one."""
+    own = [operation.function(key), *(operation.function(k) for k in operation.functions)]
+    every = [o.function(k) for o in OPERATIONS for k in o.functions]
+    return next((text for f in [*own, *every] if (text := _documented(f).get(name))), "")
+
+
+@cache
+def _documented(function: Callable[..., Any]) -> dict[str, str]:
+    """The arguments in a docstring, each as one line."""
+    doc = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", f"{doc}\n", re.M)
+    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.M)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
