@@ -21,8 +21,8 @@ class Inputs:
 
     Attributes:
         tensors: all tensors among them, in order.
-        form: where they stand, as plain data: positional and keyword arguments with {"tensor": i} for each. None: they
-            are the positional arguments.
+        form: where they are, as plain data: positional and keyword arguments with {"tensor": i} for each. None: they
+            are the positional arguments. {"calls": [...]}: such a form for each of several calls.
     """
 
     tensors: tuple[Tensor, ...]
@@ -33,6 +33,8 @@ class Inputs:
         given = self.tensors if tensors is None else tensors
         if self.form is None:
             return model(*given)
+        if "calls" in self.form:
+            return [Inputs(self.tensors, form).call(model, given) for form in self.form["calls"]]
         args, kwargs = _decoded(self.form, given)
         return model(*args, **kwargs)
 
@@ -56,7 +58,20 @@ class Inputs:
 
     def first(self) -> Inputs:
         """The first of the batch; a tensor of another length belongs to no batch."""
-        return replace(self, tensors=tuple(x[:1] if self._batched(x) else x for x in self.tensors))
+        if self.form is not None and "calls" in self.form:
+            return self
+        return replace(self, tensors=tuple(x[:1] if self.batched(x) else x for x in self.tensors))
+
+    def and_calls(self, others: Sequence[Inputs]) -> Inputs:
+        """One call with the first of the batch, and one with each of the others, one after the other."""
+        if not others:
+            return self
+        tensors: list[Tensor] = []
+        calls = []
+        for one in (self.first(), *others):
+            args, kwargs = (one.tensors, {}) if one.form is None else _decoded(one.form, one.tensors)
+            calls.append({"args": [_encoded(x, tensors) for x in args], "kwargs": _encoded(kwargs, tensors)["dict"]})
+        return Inputs(tuple(tensors), {"calls": calls})
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Copies that a forward may write to, floating ones in that dtype."""
@@ -88,9 +103,10 @@ class Inputs:
 
     def _drawn(self, draw: Any, batch: int) -> Inputs:
         repeats = -(-batch // max(self.batch, 1))
-        return replace(self, tensors=tuple(draw(x, repeats if self._batched(x) else 1) for x in self.tensors))
+        return replace(self, tensors=tuple(draw(x, repeats if self.batched(x) else 1) for x in self.tensors))
 
-    def _batched(self, x: Tensor) -> bool:
+    def batched(self, x: Tensor) -> bool:
+        """Whether it has one entry for each example of the batch."""
         return x.ndim > 0 and x.shape[0] == self.batch
 
 

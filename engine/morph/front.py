@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
 from .copying import cast, duplicate
+from .example import as_inputs
 from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
+from .other_sizes import other_inputs
 from .report import Report
 from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
 from .step import Step
 from .stock import as_given, stock
 from .tensors import as_ordered
-from .verify import verified_report
+from .verify import OtherFunction, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")
@@ -95,18 +97,34 @@ def front(
     height, width = size or (r * example.shape[2], r * example.shape[3])
     stem = find_stem(model, example)
     large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
-    step = _fitting_step(model, stem, large, example.shape[1], r, mode, downsample, filters, act, seed)
-    if inplace and not (step.at and step.at[0]):
-        raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
-    child = step.repeat(duplicate(model))
+    asked = (example.shape[1], r, mode, downsample, filters, act, seed)
+    step = _fitting_step(model, stem, large, *asked)
+    try:
+        step, child, report = _grown(step, model, large, inplace)
+    except OtherFunction:  # it branches by the image's own size
+        if step.mode == "fold" or not step.at:
+            raise
+        step, child, report = _grown(_before_all(model, stem, *asked), model, large, inplace)
     before = view(model, (1, example.shape[1], height // r, width // r), example)
     after = view(child, (1, example.shape[1], height, width), example)
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
-    changes.append(f"the child's image sides must be multiples of {r}")
-    report = _verified(step, model, child, large, changes)
+    changes += [f"the child's image sides must be multiples of {r}", *report.changes]
+    report = replace(report, changes=changes)
     if inplace:
         child = step.repeat(model)
     return as_given(child, given), FrontReport(**vars(report), stem=stem, before=before, after=after)
+
+
+def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[FrontStep, nn.Module, Report]:
+    if inplace and not (step.at and step.at[0]):
+        raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
+    child = step.repeat(duplicate(model))
+    return step, child, _verified(step, model, child, large)
+
+
+def _before_all(model: nn.Module, stem: Stem, *asked: Any) -> FrontStep:
+    """A front before the whole network, which then sees images of the small size only."""
+    return plan_front(model, replace(stem, others=("the image's size",)), *asked)
 
 
 def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> FrontStep:
@@ -125,7 +143,7 @@ def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> F
             "front: the network's results have other shapes on the large image, as if it asked for the image's "
             "size (upsampling to it?); mode='stages', 'residual' or 'keep' puts the front before all of it"
         )
-    return plan_front(model, replace(stem, others=("the image's size",)), *asked)
+    return _before_all(model, stem, *asked)
 
 
 def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
@@ -139,13 +157,15 @@ def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> 
     return shapes[0] == shapes[1]
 
 
-def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor, changes: list[str]) -> Report:
+def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor) -> Report:
     """The report that the child computes on large images what the network does on the shrunk ones."""
     if step.mode in ("fold", "stages") and step.r & (step.r - 1):
         model = cast(duplicate(model), torch.float64)  # weights over r² are rounded: compare with float64 weights
         child = step.repeat(duplicate(model))
     parent = nn.Sequential(downsampler(step.downsample, step.r), model)
-    return verified_report(step, parent, child, large, changes=changes, seed=step.seed)
+    inputs = as_inputs(large)
+    others = other_inputs(parent, inputs, step.r) | other_inputs(child, inputs, step.r)
+    return verified_report(step, parent, child, large, seed=step.seed, others=others)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .attributes import head_changes
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
 from .fold import fold
+from .other_sizes import other_inputs
 from .report import Certificate, Report
 from .spaces import GROUPS, Spaces, find_spaces
 from .step import Step
@@ -51,15 +52,17 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
     """
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
-    child, found = _merge(model, inputs)
-    step = MergeStep(inputs.shapes, tuple(found.passes), tuple(found.groups), inputs.kinds, inputs.form)
+    others = other_inputs(model, inputs)
+    followed = inputs.and_calls(others.ways)
+    child, found = _merge(model, followed)
+    step = MergeStep(followed.shapes, tuple(found.passes), tuple(found.groups), followed.kinds, followed.form)
     changes, certificate = [*found.changes, *head_changes(model, child)], found.certificate
     if certificate.violations:  # the function is compared where that rounding does not hide anything
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
         exact = cast(duplicate(model), torch.float64)
-        report = verified_report(step, exact, _merge(exact, inputs)[0], example, changes=changes)
+        report = verified_report(step, exact, _merge(exact, followed)[0], example, changes=changes, others=others)
     else:
-        report = verified_report(step, model, child, example, changes=changes, certificate=certificate)
+        report = verified_report(step, model, child, example, changes=changes, certificate=certificate, others=others)
     return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 

@@ -67,6 +67,7 @@ class NetworkRuns:
         self.flops = 0
         self.trained_on: Inputs | None = None
         self.untrained = ""
+        self.works: dict[torch.dtype, nn.Module] = {}
 
     def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
         """All runs; `train` gives train mode's inputs, of a seed and a least batch; None: no such runs."""
@@ -91,6 +92,14 @@ class NetworkRuns:
                     train = train(seed, batch)
                 if train is not None and not self.untrained:
                     self._train(work, inputs, train, dtype, short)
+                self.works[dtype] = work
+
+    def again(self, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+        """Eval mode on other inputs, in float64; the statistics are those that train mode left, if it was run."""
+        if dtype not in self.works:
+            self.works[dtype] = seen_in(self.model, dtype)
+        with torch.no_grad(), torch.random.fork_rng([]), full_precision():
+            return self._call(self.works[dtype], inputs, dtype, False)
 
     def _train(self, work: nn.Module, inputs: Inputs, train: Inputs, dtype: torch.dtype, short: str) -> None:
         self.trained_on = train

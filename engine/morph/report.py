@@ -91,6 +91,7 @@ class Report:
     flops: tuple[int, int]  # before, after: multiplications and additions of one eval forward on the example
     changes: list[str] = field(default_factory=list)  # one line for each space, layer, ... that is new or grew
     certificate: Certificate | None = None
+    others: tuple[str, ...] = ()  # shapes of further inputs on which eval mode is equal in float64
 
     @property
     def transform(self) -> str:
@@ -105,6 +106,8 @@ class Report:
         ]
         if self.certificate is not None:
             lines.append(f"certificate: {self.certificate}")
+        if self.others:
+            lines.append(f"equal too on: {'; '.join(self.others)}")
         return "\n".join([*lines, *(f"  {line}" for line in self.changes)])
 
 

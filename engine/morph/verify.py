@@ -14,17 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import MorphError
 from .example import Example, Inputs, as_inputs
 from .network_runs import NetworkRuns, distance
-from .report import Certificate, Difference, Report, worst
+from .other_sizes import Others, other_inputs
+from .report import FLOAT64_ROUNDOFF, Certificate, Difference, Report, worst
 from .step import Step
 from .tensors import named_tensors
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
+HALF_LIMIT = NOISE_RATIO * 4 * 2.0**-8  # in half precision, as coarse as bfloat16
 NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
 
 
@@ -94,18 +97,25 @@ def verified_report(
     seed: int = 0,
     train: bool = True,
     compare_train: bool = True,
+    others: Others | None = None,
 ) -> Report:
-    """The report of a morph, after `require_equal`; `compare_train=False` runs no train mode at all."""
+    """The report of a morph, after `require_equal`; `compare_train=False` runs no train mode at all.
+
+    Eval mode is compared on the `others` too, by default those that parent and child give: a second size, and one for
+    each way that a forward takes by size.
+    """
     if certificate is not None and certificate.violations:
         _refuse_not_finite(parent)
         raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
-    found = _check(parent, child, example, child_example, outputs, seed, compare_train)
+    if others is None and child_example is None:
+        others = other_inputs(parent, as_inputs(example)) | other_inputs(child, as_inputs(example))
+    found = _check(parent, child, example, child_example, outputs, seed, compare_train, others)
     if math.isnan(found.difference.float64):
         _refuse_not_finite(parent)
     _require(found.difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
     lines = [*(changes or []), *([f"train mode was not compared: {found.untrained}"] if found.untrained else [])]
-    return Report(step, found.difference, parameters, found.flops, lines, certificate)
+    return Report(step, found.difference, parameters, found.flops, lines, certificate, found.sizes)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -115,11 +125,14 @@ def count_parameters(model: nn.Module) -> int:
 
 @dataclass
 class _Found:
-    """What a comparison found: `flops` of parent and child, and why train mode was not compared."""
+    """What a comparison found: `flops` of parent and child, why train mode was not compared, and which other inputs
+    were.
+    """
 
     difference: Difference
     flops: tuple[int, int]
     untrained: str
+    sizes: tuple[str, ...]
 
 
 def _check(
@@ -130,6 +143,7 @@ def _check(
     outputs: Callable[[Any], Any] | None,
     seed: int,
     train: bool,
+    others: Others | None = None,
 ) -> _Found:
     theirs = None if child_example is None else as_inputs(child_example)
     pair = _Pair(parent, child, as_inputs(example), theirs, outputs, seed, train)
@@ -148,7 +162,51 @@ def _check(
             )
         noise = distance(own.runs[f"float64 {mode}"], own.runs[f"float32 {mode}"])
         found[f"noise_{mode}"] = max(noise, NOISE_FLOOR) if math.isfinite(noise) else noise
-    return _Found(Difference(**found), (own.flops, other.flops), own.untrained)  # pyright: ignore[reportArgumentType]
+    difference = Difference(**found)  # pyright: ignore[reportArgumentType]
+    sizes = _compare_others(own, other, others, seed) if others and difference.float64 <= FLOAT64_LIMIT else []
+    return _Found(difference, (own.flops, other.flops), own.untrained, tuple(sizes))
+
+
+def _compare_others(own: NetworkRuns, other: NetworkRuns, others: Others, seed: int) -> list[str]:
+    """Compare eval mode on other inputs, in float64, and in halves where the forward differs; what was compared.
+
+    Raises:
+        MorphError: the child's function differs on one, or it cannot be run on what the parent takes.
+    """
+    cases = [(x, torch.float64) for x in others.all] + [(others.example, dtype) for dtype in others.halves]
+    compared = []
+    for inputs, dtype in cases:
+        drawn, where = inputs.random(seed), _described(inputs, dtype)
+        try:
+            want = own.again(drawn, dtype)
+        except MorphError:
+            continue  # the parent takes no such input
+        try:
+            have = other.again(drawn, dtype)
+        except MorphError as error:
+            raise OtherFunction(f"on {where} {error}; the parent can, the original is unchanged") from error
+        if [t.shape for t in want] != [t.shape for t in have]:
+            raise OtherFunction(f"on {where} the child's results have other shapes; the original is unchanged")
+        off = distance(want, have)
+        if off <= FLOAT64_LIMIT or math.isnan(off):
+            compared += [] if math.isnan(off) else [where]
+            continue
+        limit = HALF_LIMIT
+        if dtype == torch.float64:
+            noise = max(distance(want, own.again(drawn, torch.float32)), NOISE_FLOOR)
+            limit = NOISE_RATIO * noise * FLOAT64_ROUNDOFF
+        if not off <= limit:
+            raise OtherFunction(
+                f"on {where} the child's function differs from its parent's by {off:.1e}, though not on the example: "
+                "the forward goes by the size of its input there; the original is unchanged"
+            )
+        compared.append(where)
+    return compared
+
+
+def _described(inputs: Inputs, dtype: torch.dtype) -> str:
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in inputs.shapes)
+    return shapes if dtype == torch.float64 else f"{shapes} in {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)

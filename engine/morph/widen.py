@@ -21,6 +21,7 @@ from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
+from .other_sizes import Others, other_inputs
 from .report import Certificate, Report
 from .spaces import OUTPUT, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
@@ -88,14 +89,16 @@ def widen(
         raise MorphError(f"noise {noise!r}: give 0 or a positive number, relative to the weights' standard deviation")
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
-    spaces = find_spaces(model, inputs, groups=groups)
+    others = other_inputs(model, inputs)
+    followed = inputs.and_calls(others.ways)
+    spaces = find_spaces(model, followed, groups=groups)
     if factor is not None:
         _require_growable(spaces)
     check_seed(seed)
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
     if not chosen and not any(map(any, new.values())):
         raise MorphError("widen: every space has the width that was asked for; nothing would change")
-    step = WidenStep(inputs.shapes, chosen, new, split, noise, seed, groups, inputs.kinds, inputs.form)
+    step = WidenStep(followed.shapes, chosen, new, split, noise, seed, groups, followed.kinds, followed.form)
     child, maps = step.check(spaces)
     changes = [
         f"space {s.id} ({s.key}): {s.width} -> {width_after(s, chosen.get(s.key), new.get(s.key))}"
@@ -112,7 +115,7 @@ def widen(
         changes.append(f"this is what {name} builds: load the weights there, without a recipe")
     if unread:
         changes.append(f"not reached by this example, and as wide as they were: {unread}")
-    report = _verified(step, model, child, inputs, changes, certificate, train, unread)
+    report = _verified(step, model, child, inputs, others, changes, certificate, train, unread)
     return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
@@ -128,6 +131,7 @@ def _verified(
     model: nn.Module,
     child: nn.Module,
     inputs: Inputs,
+    others: Others,
     changes: list[str],
     certificate: Certificate,
     train: bool,
@@ -143,11 +147,19 @@ def _verified(
     proof: Certificate | None = certificate
     if step.noise:
         model, proof = cast(duplicate(model), torch.float64), None
-        child, _ = step.grow(find_spaces(model, inputs, groups=step.groups))
+        child, _ = step.grow(find_spaces(model, inputs.and_calls(others.ways), groups=step.groups))
     try:
         with large_blocks_on_own_pages():
             return verified_report(
-                step, model, child, inputs, changes=changes, certificate=proof, seed=step.seed, compare_train=train
+                step,
+                model,
+                child,
+                inputs,
+                changes=changes,
+                certificate=proof,
+                seed=step.seed,
+                compare_train=train,
+                others=others,
             )
     except MorphError as error:
         if not unread:

@@ -138,10 +138,17 @@ class Sometimes(nn.Module):
         return self.head(self.large(x) if x.shape[-1] > 8 else x)
 
 
+class Never(Sometimes):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x))
+
+
 def test_layers_that_the_example_does_not_reach_are_named() -> None:
     spaces = find_spaces(Sometimes(), X)
     assert spaces.unread() == ["large"]
-    _, report = widen(Sometimes(), X, factor=2)
+    child, _ = widen(Sometimes(), X, factor=2)  # which finds the larger image by itself
+    assert child.large.weight.shape[:2] == (8, 8)
+    _, report = widen(Never(), X, factor=2)
     assert any("not reached" in line and "'large'" in line for line in report.changes)
     assert not find_spaces(small(), X).unread()
 
