@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_optimizer
 from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import find_spaces
-from gigamorph.engine.morph.widen import widen
+from gigamorph.engine.morph.widen import WidenStep, widen
 
 LIMIT = 100.0  # times the network's own sensitivity to a relative perturbation of 2^-52 of its parameters
 
@@ -530,3 +531,77 @@ def test_refusals() -> None:
     deeper, report = insert_identity(model, X.double(), "3")
     with pytest.raises(MorphError, match="'identity'"):
         grow_ema(copy.deepcopy(model), model, deeper, report)
+
+
+# Of each optimizer, the largest relative differences of its state that docs/morph.md gives, by the split.
+APPROXIMATE: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
+    "SGD": (partial(torch.optim.SGD, momentum=0.9), {"momentum_buffer": 0.50}),
+    "Adam": (partial(torch.optim.Adam, amsgrad=True), {"exp_avg": 0.37, "exp_avg_sq": 0.48, "max_exp_avg_sq": 0.48}),
+    "Adamax": (torch.optim.Adamax, {"exp_avg": 0.38, "exp_inf": 0.39}),
+    "RMSprop": (
+        partial(torch.optim.RMSprop, momentum=0.9, centered=True),
+        {"square_avg": 0.64, "momentum_buffer": 1.90, "grad_avg": 0.40},
+    ),
+    "Adagrad": (torch.optim.Adagrad, {"sum": 0.58}),
+    "Adadelta": (torch.optim.Adadelta, {"square_avg": 0.79, "acc_delta": 1.07}),
+}
+FIRST = {"exp_avg", "grad_avg"}  # means of gradients
+
+
+def _states(kind: str, split: str) -> tuple[WidenStep, nn.Module, Any, Any, Any]:
+    """The step, the child, and the state of the parent's, the grown and the reference optimizer, in float64.
+
+    The reference is the state that the child's optimizer would have, had the network been as wide in all steps.
+    """
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+    make = APPROXIMATE[kind][0]
+    optimizer = make(model.parameters(), lr=1e-2)
+    step, reference, wide = None, None, None
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        x, y = torch.randn(8, 1, 10, 10, generator=generator).double(), torch.randint(0, 3, (8,), generator=generator)
+        step = step or widen(model, x, factor=2, split=split)[1].step
+        assert isinstance(step, WidenStep)
+        child, _ = step.grow(step.spaces_of(model))
+        F.cross_entropy(child.train()(x), y).backward()
+        wide = wide or copy.deepcopy(child)
+        reference = reference or make(wide.parameters(), lr=1e-300)
+        for p, q in zip(wide.parameters(), child.parameters(), strict=True):
+            p.grad = q.grad
+        reference.step()
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+    child, report = widen(model, x, factor=2, split=split)
+    grown = grow_optimizer(optimizer, model, child, report, "commute" if split == "kraft" else "plain")
+    assert wide is not None and reference is not None and step is not None
+    states = ([o.state[p] for p in m.parameters()] for o, m in ((optimizer, model), (grown, child), (reference, wide)))
+    return step, model, *states
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_state_is_exact_with_equal_powers_of_two(kind: str) -> None:
+    _, _, _, grown, reference = _states(kind, "kraft")
+    for have, want in zip(grown, reference, strict=True):
+        for key in APPROXIMATE[kind][1]:
+            torch.testing.assert_close(have[key], want[key], rtol=1e-12, atol=1e-15 * float(want[key].abs().max()))
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_state_is_approximate_with_random_shares(kind: str) -> None:
+    step, model, parent, grown, reference = _states(kind, "sterbenz")
+    maps = step.tensor_maps(model)
+    for key, bound in APPROXIMATE[kind][1].items():
+        pairs = [(have[key], want[key]) for have, want in zip(grown, reference, strict=True)]
+        off = max(float((have - want).abs().max() / want.abs().max()) for have, want in pairs)
+        assert 0.8 * bound < off < bound + 0.01, f"docs/morph.md gives {bound:.2f} for {key}"
+        if key not in FIRST:
+            continue
+        for (name, _), old, *states in zip(model.named_parameters(), parent, grown, reference, strict=True):
+            made = maps.get(name)
+            if made is not None and made.parents is not None and made.columns is None:
+                for state in states:  # the sum over the copies of a channel is the parent's
+                    total = torch.zeros_like(old[key]).index_add_(made.axis or 0, made.parents, state[key])
+                    torch.testing.assert_close(total, old[key], rtol=1e-10, atol=1e-14)
