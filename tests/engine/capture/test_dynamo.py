@@ -128,21 +128,6 @@ def test_sizes_that_must_be_known(of_sizes: Callable[[int, int], int], graphs: l
     assert not vars(x)
 
 
-def test_hooks_that_are_added_later_are_seen(graphs: list[Graph]) -> None:
-    stock = network()
-    twin = copy.deepcopy(stock)
-    ours = accelerate(twin, tile=9)
-    agree(stock, ours, twin, SIZES[:1])
-    handles = [net.second.register_forward_hook(lambda _m, _x, y: y * 3) for net in (stock, twin)]
-    agree(stock, ours, twin, SIZES[:1])
-    for net in (stock, twin):
-        net.act.register_forward_pre_hook(lambda _m, x: (x[0] - 0.5,))
-    agree(stock, ours, twin, SIZES[:1])
-    for handle in handles:
-        handle.remove()
-    agree(stock, ours, twin, SIZES[:1])
-
-
 # -- settings of TorchDynamo ----------------------------------------------------------------------------------------
 
 

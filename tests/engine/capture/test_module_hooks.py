@@ -123,6 +123,24 @@ def test_a_write_in_place_behind_a_hook_fails_as_in_stock() -> None:
             each(image)
 
 
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", ["stem", "stem.0", "act", "two.conv", "head"])
+def test_the_first_hook_of_a_module_counts_from_the_next_call_on(place: str, kind: str) -> None:
+    stock = randomize(Net()).double().eval()
+    ours, image = accelerate(copy.deepcopy(stock), tile=16), torch.randn(1, 1, 30, 30, dtype=torch.float64)
+    for net in (stock, ours):
+        net(image)
+
+    def tripled(_module: nn.Module, given: Any, *results: Tensor) -> Any:
+        return results[0] * 3 if results else (given[0] * 3,)
+
+    handles = [getattr(net.get_submodule(place), kind)(tripled) for net in (stock, ours)]
+    torch.testing.assert_close(ours(image), stock(image), rtol=1e-11, atol=1e-11)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(ours(image), stock(image), rtol=1e-11, atol=1e-11)
+
+
 def test_hooks_that_come_and_go() -> None:
     torch.manual_seed(0)
     stock = Net().double()

@@ -137,6 +137,10 @@ def test_files(tmp_path, kind):
         area = found["levels"]["breast"]["outputs"]["cancer"]["auc"]["value"]
         assert lines[0].startswith(f"breast level: AUC {area:.3f} (")
         assert page.index(f"{area:.3f}") < page.index("<img")  # first what matters
+        told = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+        for what, fixed in (("sensitivity", "specificity"), ("specificity", "sensitivity")):
+            for point in found["levels"]["breast"]["outputs"]["cancer"][f"{what}_at_{fixed}"]:
+                assert f"{what} at {fixed} {point['at']:g} {point['value']:.3f}" in told
     if kind == "labels":
         assert any("b: one class only" in line for line in lines)
         assert found["levels"]["breast"]["mean_auc"]["left_out"] == ["b"] and "mean without b" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -188,6 +189,16 @@ def test_what_a_loss_does_not_reach_has_no_gradient(either_way: None) -> None:
     net.c[0].weight.register_hook(lambda grad: None)
     with pytest.raises(GigamorphError, match=r"has a hook, and this loss does not reach it"):
         net(x)[0].sum().backward()
+
+
+def test_folded_weights_are_those_that_the_network_has_in_each_call(either_way: None) -> None:
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).double().eval()
+    ours, x = accelerate(copy.deepcopy(stock), tile=8), torch.randn(1, 1, 20, 20, dtype=torch.float64)
+    for seed in range(3):
+        randomize(stock, seed)
+        ours.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), stock(x), rtol=1e-11, atol=1e-11)
 
 
 def test_frozen_layers_want_no_gradient(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,13 @@ def test_a_split_of_ones_own_is_85_to_15_and_90_to_10(tmp_path):
     assert patients(split_records(records, third, Run(tmp_path))) == {"test": 100, "train": 200, "val": 100}
 
 
+@pytest.mark.parametrize("split", ["table", "drawn"])
+def test_the_seed_of_the_run_draws_the_patients(tmp_path, split):
+    """All of a split that is drawn; those of val where the table has none."""
+    one, again, other = (split_records(official(), Config(split=split), Run(tmp_path, seed=n)) for n in (3, 3, 4))
+    assert one == again != other
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_has_the_settings(name):
     config = get_recipe(name).config()

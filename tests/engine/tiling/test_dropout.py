@@ -1,14 +1,18 @@
 """Random layers: what pass 1 drew is what pass 2 differentiates, and small draws are stock PyTorch's own."""
 
 import copy
+import sys
+from itertools import chain
 
 import pytest
 import torch
 from exactness import assert_exact
+from sync_norms import with_segments
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import GigamorphError, accelerate
+from gigamorph.engine.execution.checkpoint import Checkpointed
 from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.lowering.ops.base import RULES
 
@@ -32,11 +36,12 @@ def test_gradient_of_the_mask_that_was_drawn(p, tile):
     assert not torch.equal(mask[0, 0], mask[0, 1]) and not torch.equal(mask[0], mask[1])
 
 
-def test_tiles_draw_different_masks():
+@pytest.mark.parametrize(("rows", "columns"), [(2, 4), (4, 2)])
+def test_tiles_draw_different_masks(rows, columns):
     net = accelerate(nn.Sequential(nn.Dropout(0.5)).train(), tile=8)
-    drawn = net(torch.ones(1, 1, 16, 16))[0, 0]
-    tiles = [drawn[i : i + 8, j : j + 8] for i in (0, 8) for j in (0, 8)]
-    assert all(not torch.equal(a, b) for i, a in enumerate(tiles) for b in tiles[:i])
+    drawn = net(torch.ones(1, 1, 8 * rows, 8 * columns))[0, 0]
+    tiles = [tile for strip in drawn.split(8) for tile in strip.split(8, 1)]
+    assert len(tiles) == 8 and all(not torch.equal(a, b) for i, a in enumerate(tiles) for b in tiles[:i])
 
 
 def test_gradients_by_finite_differences():
@@ -75,6 +80,27 @@ def test_gradients_by_finite_differences():
         weight -= 2e-6 * nudge
         slope = (above - loss(x)) / 2e-6
     assert torch.allclose(slope, (weight.grad * nudge).sum(), rtol=1e-7)
+
+
+def test_what_is_computed_again_between_two_stored_maps_draws_the_same(monkeypatch):
+    ran, run = [], Checkpointed.run
+    monkeypatch.setattr(Checkpointed, "run", staticmethod(lambda *given: (ran.append(1), run(*given))))
+    monkeypatch.setattr(sys.modules["gigamorph.engine.planning.search"], "strategies", with_segments)
+    torch.manual_seed(0)
+    layers = [
+        (nn.Conv2d(n, 3, 3, s, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.Dropout(0.4)) for n, s in ((1, 1), (3, 2), (3, 1))
+    ]
+    net = accelerate(nn.Sequential(*chain(*layers), nn.AdaptiveAvgPool2d(1)).double().train(), tile=(4, 6))
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return net(x).square().sum()
+
+    x, direction = image(2, 1, 26, 22).requires_grad_(), image(2, 1, 26, 22)
+    loss(x).backward()
+    with torch.no_grad():
+        slope = (loss(x + 1e-6 * direction) - loss(x - 1e-6 * direction)) / 2e-6
+    assert ran and torch.allclose(slope, (x.grad * direction).sum(), rtol=1e-6)
 
 
 def test_draws_follow_the_seed_and_move_the_generator():

@@ -1,4 +1,4 @@
-"""What becomes of freed memory."""
+"""How many bytes a text says, and what becomes of freed memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,26 @@ import pytest
 import torch
 
 from gigamorph.engine.tiling import memory
-from gigamorph.engine.tiling.memory import freed_pages_kept, note_capture, peak_bytes, return_free_pages, used_bytes
+from gigamorph.engine.tiling.memory import (
+    freed_pages_kept,
+    note_capture,
+    parse_bytes,
+    peak_bytes,
+    return_free_pages,
+    used_bytes,
+)
 
 MIB = 1 << 20
+
+
+@pytest.mark.parametrize("thousand", [("", 1000), ("i", 1024)])
+def test_sizes_by_their_units(thousand: tuple[str, int]) -> None:
+    """GB are decimal and GiB binary, in letters of any case, with the B or without."""
+    i, base = thousand
+    for power, letter in enumerate("KMGT", 1):
+        for text in (f"3{letter}{i}B", f"3 {letter.lower()}{i}", f" 3.0{letter}{i}b "):
+            assert parse_bytes(text) == 3 * base**power
+    assert parse_bytes(f"1.5G{i}B") == 1.5 * base**3 and parse_bytes(base**3) == base**3
 
 
 def grow_and_free() -> int:

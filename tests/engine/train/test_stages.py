@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from forked import Forked
@@ -19,7 +20,7 @@ from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze, train_mode, trainable_names
-from gigamorph.engine.train.task import Score
+from gigamorph.engine.train.task import Score, Task
 
 STAGES = (
     Stage("head", 2, 1e-2, trainable=("head",), batch_norm="trainable", batch_size=2, accumulate=2),
@@ -226,6 +227,60 @@ def test_decay_is_on_weights_only_and_dropout_is_set():
     assert [p.ndim for p in decayed["params"]] == [4] and len(others["params"]) == 7
     with pytest.raises(GigamorphError, match="'tail' names no parameter"):
         make_optimizer(net, replace(stage, undecayed=("tail",)))
+
+
+# ------------------------------------------------------------------------------------------------------ a plain loop
+
+
+class Line(Task):
+    """Seven points, in their order, through which a line is to go: four batches."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.module, self.points = torch.nn.Linear(3, 1).double(), torch.randn(7, 4, dtype=torch.float64)
+
+    def examples(self, epoch):
+        return self.points
+
+    def order(self, count, generator):
+        return np.arange(count)
+
+    def loss(self, batch):
+        points = torch.stack(list(batch))
+        return F.mse_loss(self.module(points[:, :3])[:, 0], points[:, 3])
+
+
+FACTORS = {
+    "constant": lambda step, steps: 1.0,
+    "linear": lambda step, steps: 1 - step / steps,
+    "cosine": lambda step, steps: (1 + math.cos(math.pi * step / steps)) / 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "schedule", "decay"),
+    [(1, "cosine", None), (3, "constant", None), (3, "linear", None), (2, "constant", 0.5)],
+)
+def test_a_stage_is_a_plain_loop(accumulate, schedule, decay, tmp_path):
+    """Rates by the step; the last step of an epoch is of the batches that are left; averages take in each step."""
+    expected = Line()
+    batches = expected.points.split(2)
+    chunks = [batches[first : first + accumulate] for first in range(0, len(batches), accumulate)] * 2  # epochs
+    optimizer = torch.optim.SGD(expected.module.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    average = [p.detach().clone() for p in expected.module.parameters()]
+    for step, chunk in enumerate(chunks):
+        optimizer.zero_grad()
+        torch.stack([expected.loss(batch) for batch in chunk]).mean().backward()
+        optimizer.param_groups[0]["lr"] = 0.1 * FACTORS[schedule](step, len(chunks))
+        optimizer.step()
+        share = 0 if decay is None else min(decay, (2 + step) / (11 + step))
+        average = [
+            share * a + (1 - share) * p.detach() for a, p in zip(average, expected.module.parameters(), strict=True)
+        ]
+    task, own = Line(), {"schedule": schedule, "warmup": 0.0, "average": decay, "optimizer": "sgd"}
+    run_stages(task, [Stage("s", 2, 0.1, batch_size=2, accumulate=accumulate, **own)], Run(tmp_path))
+    for have, want in zip(task.module.parameters(), average, strict=True):
+        torch.testing.assert_close(have.detach(), want, rtol=1e-12, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------- scripted
