@@ -57,7 +57,8 @@ def odd_range(source: ImageSource, most: float, bright: float | None = None, whi
     if white > _SATURATED:
         return f"{white:.0%} of the pixels are white; {remedy}"
     if 0 < bright <= DARK:
-        reach = f"{float(f'{bright * source.full:.5g}'):g} of {source.full:g}"
+        shown = most if most <= DARK else bright
+        reach = f"{shown * source.full:.5g} of {source.full:g}"
         return f"grey values reach only {reach}, nearly black; {remedy}"
     return ""
 

@@ -20,7 +20,7 @@ from ..errors import DataError
 from .rawfile import one_line
 
 RLE = "1.2.840.10008.1.2.5"
-_JPEG, _JPEG_LS, _JPEG_2000 = (
+_JPEG, _JPEG_LS, JPEG_2000 = (
     {f"1.2.840.10008.1.2.4.{end}" for end in ends.split()} for ends in ("50 51 57 70", "80 81", "90 91 201 202 203")
 )
 # Frames are decoded whole. A claim above this is damage or a bomb if it comes from a thousandth of the bytes or fewer
@@ -30,6 +30,7 @@ _SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO, LARGEST_BYTES = 64 * 2**20, 1032, 4 * 2**3
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Two bytes of PackBits stand for 128 at most.
 _RLE_RATIO = 64
+_SIZ = b"\xff\x4f\xff\x51"
 
 
 class Frame(NamedTuple):
@@ -67,7 +68,7 @@ def most_encoded(decoded: int) -> int:
 
 def is_known(syntax: str) -> bool:
     """Whether `decode` knows this transfer syntax; pydicom does the others."""
-    return syntax in _JPEG | _JPEG_LS | _JPEG_2000 | {RLE}
+    return syntax in _JPEG | _JPEG_LS | JPEG_2000 | {RLE}
 
 
 def check_size(decoded: int, stored: int, name: str) -> None:
@@ -105,7 +106,7 @@ def decode(data: bytes, syntax: str, frame: Frame, name: str) -> np.ndarray:
     if pixels.shape != frame.shape:
         raise DataError(f"{name}: decodes to {pixels.shape}, the header says {frame.shape}; it is damaged")
     # The decoder leaves out what it cannot find; an image of one value takes next to no bytes.
-    if syntax in _JPEG_2000 and len(data) > 1024 + pixels.size // 64 and pixels.min() == pixels.max():
+    if syntax in JPEG_2000 and len(data) > 1024 + pixels.size // 64 and pixels.min() == pixels.max():
         raise DataError(f"{name}: {len(data)} bytes decode to pixels of one value; they are damaged")
     return pixels
 
@@ -155,7 +156,7 @@ def _rle(data: bytes, frame: Frame) -> np.ndarray:
 
 def _declared(data: bytes, syntax: str) -> tuple[int, int, int] | None:
     """(rows, columns, samples) as the code stream says; None if it says nothing."""
-    return jpeg_2000_size(data) if syntax in _JPEG_2000 else jpeg_size(data)
+    return jpeg_2000_size(data) if syntax in JPEG_2000 else jpeg_size(data)
 
 
 def ends(data: bytes) -> bool:
@@ -207,13 +208,21 @@ def jpeg_bits(data: bytes) -> int:
 def jpeg_2000_size(data: bytes) -> tuple[int, int, int] | None:
     """(rows, columns, samples) in the SIZ segment, which opens every code stream (ISO 15444-1 A.5.1)."""
     start = _code_stream(data)
-    if data[start : start + 4] != b"\xff\x4f\xff\x51" or len(data) < start + 42:
+    if data[start : start + 4] != _SIZ or len(data) < start + 42:
         return None
     right, bottom, left, top, tile_width, tile_height = struct.unpack(">6I", data[start + 8 : start + 32])
     # A damaged tile size makes millions of tiles; real ones are as large as the image or 64 and more.
     if tile_width < min(64, right - left) or tile_height < min(64, bottom - top):
         return -1, -1, -1
     return bottom - top, right - left, int.from_bytes(data[start + 40 : start + 42], "big")
+
+
+def jpeg_2000_sample(data: bytes) -> tuple[int, bool] | None:
+    """(bits, whether they are signed) of the first component (Ssiz, ISO 15444-1 A.5.1); None if nothing says it."""
+    start = _code_stream(data)
+    if data[start : start + 4] != _SIZ or len(data) < start + 43:
+        return None
+    return (data[start + 42] & 0x7F) + 1, bool(data[start + 42] & 0x80)
 
 
 def _code_stream(data: bytes) -> int:

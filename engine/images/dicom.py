@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.uid import UID
 
 from ..errors import DataError
@@ -22,8 +23,11 @@ from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_he
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
 from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
-from .rawfile import RawPixels, brief, one_line
+from .rawfile import RawPixels, brief, one_line, warn_once
 from .slide import SlidePixels
+
+_SQUARE = 0.001
+"""Relative difference of the sides of a pixel that counts as square."""
 
 __all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
 
@@ -52,6 +56,7 @@ def _opened(
                 f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
                 "for it with for_processing=True (--for-processing)"
             )
+        _warn_of_contradictions(ds, path)
         if info.matrix is not None:
             return SlidePixels(ds, info, locate(), voi=voi, plane=frame)
         _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
@@ -60,6 +65,21 @@ def _opened(
         raise
     except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
         raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
+
+
+def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
+    """Of a presentation that is not the one of PhotometricInterpretation, and of pixels that are not square."""
+    shape, photometric = str(ds.get("PresentationLUTShape") or ""), str(ds.get("PhotometricInterpretation") or "")
+    if (shape, photometric) in (("IDENTITY", "MONOCHROME1"), ("INVERSE", "MONOCHROME2")):
+        told = f"PresentationLUTShape {shape} and {photometric} contradict each other"
+        warn_once(f"{path}: {told}; {photometric} is believed, look at the image: gigamorph data preview")
+    for keyword in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        sides = ds.get(keyword)
+        pair = [float(side) for side in sides] if isinstance(sides, MultiValue) and len(sides) == 2 else [1.0, 1.0]
+        if min(pair) <= 0 or max(pair) > (1 + _SQUARE) * min(pair):
+            told = f"pixels are not square ({keyword} {pair[0]:g}, {pair[1]:g})"
+            warn_once(f"{path}: {told}; they are taken as they are stored, resample the image first")
+            return
 
 
 def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None:

@@ -33,7 +33,7 @@ from pydicom.uid import (
 
 from ..errors import DataError
 from . import codecs
-from .rawfile import FileBytes, one_line
+from .rawfile import FileBytes, one_line, warn_once
 
 # A deflated header is looked for in this many inflated bytes; images' headers have kilobytes.
 _INFLATED_HEADER = 16 * 2**20
@@ -305,6 +305,8 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
         if length != 0xFFFFFFFF:
             raise DataError(f"{path}: compressed pixel data without fragments; the file is damaged")
         ranges = _frame_ranges(ds, file, place, count, path)
+        if syntax in codecs.JPEG_2000:
+            _believe_sign(ds, file.at(int(ranges[0, 0]) + 8, 2**16), path)
     else:
         end = place + frame.nbytes * count
         if length == 0xFFFFFFFF:
@@ -331,6 +333,21 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
         swapped=big and allocated == 8 and vr == b"OW",
         ranges=ranges,
     )
+
+
+def _believe_sign(ds: Dataset, stream: bytes, path: Path) -> None:
+    """Correct a header that says otherwise than its JPEG 2000 stream whether pixels are signed; warns of it.
+
+    A stream of more bits than are stored holds words as they are in memory, whatever their sign.
+    """
+    sample = codecs.jpeg_2000_sample(stream)
+    header = int(ds.get("PixelRepresentation") or 0)
+    if sample is None or sample[1] == bool(header) or sample[0] > int(ds.BitsStored):
+        return
+    ds.PixelRepresentation = int(sample[1])
+    kinds = ("unsigned", "signed")
+    told = f"the header says {kinds[header]} pixels, its JPEG 2000 stream {kinds[1 - header]} ones"
+    warn_once(f"{path}: {told}; the stream is believed, correct the header")
 
 
 def _pixel_element(stream: Any, big: bool, implicit: bool, path: Path) -> tuple[int, int, bytes]:

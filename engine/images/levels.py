@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, float32
 
 from ..errors import DataError
-from .stored import StoredPixels
+from .stored import StoredPixels, is_wide
 
 White = float | Literal["auto"]
 """The stored value that is white, or the least of `WHITES` that no pixel exceeds."""
@@ -52,13 +52,17 @@ def require_side(laterality: str | None) -> None:
 
 
 def find_white(stored: StoredPixels) -> float:
-    """The least of `WHITES` that no pixel exceeds, but no more than the file's own white; reads the whole image."""
+    """The least of `WHITES` that no pixel exceeds, but no more than the file's own white; reads the whole image.
+
+    Of integers of more than 16 bits that exceed all of them, the largest pixel.
+    """
     integer = np.dtype(str(stored.dtype).removeprefix("torch.")).kind in "ui"
     least = 255.0 if integer else 1.0
     if integer and stored.full <= least:
         return stored.full
     most = largest(stored)
-    found = next((white for white in WHITES if white >= max(most, least)), stored.full)
+    beyond = most if is_wide(stored.dtype) else stored.full
+    found = next((white for white in WHITES if white >= max(most, least)), beyond)
     return min(found, stored.full) if integer else max(found, most)
 
 

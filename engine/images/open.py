@@ -50,7 +50,8 @@ def open_pixels(
         0; such files are refused without it.
     for_processing: accept DICOM images that are not meant for display (raw detector values).
     white: the value that is white in files other than DICOM, by default the largest of their type (1 for floats);
-        4095 for 12 bits in a 16-bit PNG; "auto" takes the least of 255, 1023, 4095, 16383, 65535 that no pixel exceeds.
+        4095 for 12 bits in a 16-bit PNG; "auto" takes the least of 255, 1023, 4095, 16383, 65535 that no pixel exceeds
+        and is the default of integers of more than 16 bits, whose largest pixel is white if it exceeds all of these.
     laterality: "L" or "R" tells that a file other than DICOM is a mammogram. The chest wall is where the breast is and,
         where that is unclear, where it is as the breast is hung: on the right of a right one.
 

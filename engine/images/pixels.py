@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import DataError
 from .affine import Affine, Map
 from .levels import White, brighter_half, find_white, highest, require_side, require_white, sample_rows
-from .stored import StoredPixels, integer_dtype
+from .stored import StoredPixels, integer_dtype, is_wide
 
 
 @runtime_checkable
@@ -118,6 +118,8 @@ class ImageSource:
         self.normalize = normalize or Normalize()
         self.flip = flip
         self.white: White | None = None if stored.self_describing else white
+        if self.white is None and is_wide(stored.dtype) and not stored.self_describing:
+            self.white = "auto"
         self.laterality = None if stored.self_describing else laterality
         self.shape = (channels, height, width)
         self._mean, self._std = self.normalize.per_channel(channels)

@@ -6,7 +6,9 @@ memory, so a scan over a map ends with the whole image resident, and a file that
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 import re
 import threading
@@ -21,6 +23,13 @@ from .arrays import channels_first
 from .stored import full_range
 
 _LONGEST = 160
+_log = logging.getLogger("gigamorph")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, once in each process: a file is opened many times."""
+    _log.warning("%s", text)
 
 
 def one_line(error: Exception) -> str:

@@ -70,8 +70,17 @@ def integer_dtype(dtype: np.dtype | torch.dtype) -> np.dtype | None:
     return np.dtype(name) if name in ("uint8", "uint16") else None
 
 
+def is_wide(dtype: np.dtype | torch.dtype) -> bool:
+    """Whether these are integers of more than 16 bits: no detector has as many, so their type does not say white."""
+    kind = "f" if isinstance(dtype, torch.dtype) and dtype.is_floating_point else getattr(dtype, "kind", "i")
+    return kind in "iu" and dtype.itemsize > 2
+
+
 def full_range(dtype: np.dtype | torch.dtype) -> float:
-    """The value that means white: 1 for floats and booleans, the largest value of integers."""
+    """The value that means white: 1 for floats and booleans, the largest value of integers.
+
+    Of more than 16 bits that is only an upper limit: `ImageSource` looks for the white of such an image.
+    """
     if isinstance(dtype, torch.dtype):
         return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
     return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from image_files import picture, write_bytes, write_dicom
+from image_files import JPEG, picture, write_bytes, write_dicom
 
 from gigamorph.cli.main import cli
 from gigamorph.engine.datasets.dataset import grey_of
 from gigamorph.engine.datasets.grey import grey_warnings
 from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
 from gigamorph.engine.models.folder import Preprocessing
 from gigamorph.engine.predict.job import opened_with_white
@@ -109,3 +110,69 @@ def test_all_commands_see_the_same_grey_values(tmp_path: Path, kind: str, white:
         assert values["view"].max() == 1
     elif kind == "png16" and white is None:
         assert values["view"].max() == pytest.approx(4095 / 65535)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bool", ">i8"]
+)
+def test_arrays_of_all_types_reach_white(tmp_path: Path, dtype: str) -> None:
+    values = np.linspace(0, 1, 40).reshape(5, 8)
+    wide = np.dtype(dtype).kind in "iu"
+    path = _saved(tmp_path / "a.npy", (values * 4095 if wide else np.rint(values)).astype(dtype))
+    source = open_pixels(path)
+    assert (source.full, float(source.read(0, 5, 0, 8).max())) == (4095.0 if wide else 1.0, 1.0)
+    if wide:
+        large = _saved(tmp_path / "b.npy", (values * 200_000).astype(dtype))
+        assert open_pixels(large).read(0, 5, 0, 8).max() == 1
+        assert open_pixels(path, white=8190).read(0, 5, 0, 8).max() == 0.5
+
+
+def test_negative_values_are_below_black(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "a.npy", np.array([[-1000, 0, 4095]], np.int16))
+    assert open_pixels(path).read(0, 1, 0, 3).flatten().tolist() == pytest.approx([-1000 / 32767, 0, 4095 / 32767])
+
+
+@pytest.mark.parametrize("syntax", ["90", "201"])
+def test_a_jpeg_2000_stream_is_believed_about_the_sign(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, syntax: str
+) -> None:
+    bits = 12 if syntax == "90" else 16
+    pixels = picture(bits)
+    right = write_dicom(tmp_path / "a.dcm", pixels, JPEG + syntax, bits)
+    wrong = write_dicom(tmp_path / "b.dcm", pixels, JPEG + syntax, bits, PixelRepresentation=1)
+    expected = open_pixels(right).read(0, 37, 0, 53)
+    assert not caplog.messages
+    for _ in range(2):
+        assert torch.equal(open_pixels(wrong).read(0, 37, 0, 53), expected)
+    assert len(caplog.messages) == 1
+    assert "b.dcm: the header says signed pixels, its JPEG 2000 stream unsigned ones" in caplog.messages[0]
+
+
+def test_a_signed_stream_under_an_unsigned_header(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.arange(-32768, 32768, 16, dtype=np.int16).reshape(64, 64)
+    stream = imagecodecs.jpeg2k_encode(values, level=0, codecformat="J2K", reversible=True)
+    monkeypatch.setattr("image_files.encode", lambda *_: stream)
+    path = write_dicom(tmp_path / "a.dcm", values.view(np.uint16), JPEG + "90", 16)
+    found = open_pixels(path).read(0, 64, 0, 64)[0].numpy()
+    np.testing.assert_allclose(found, (values + 32768.0) / 65535, atol=1e-5)
+    assert "unsigned pixels, its JPEG 2000 stream signed ones" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [
+        ({"PresentationLUTShape": "INVERSE"}, "INVERSE and MONOCHROME2 contradict"),
+        ({"PresentationLUTShape": "IDENTITY", "PhotometricInterpretation": "MONOCHROME1"}, "IDENTITY and MONOCHROME1"),
+        ({"PixelAspectRatio": [2, 1]}, "pixels are not square (PixelAspectRatio 2, 1)"),
+        ({"ImagerPixelSpacing": [0.1, 0.2]}, "not square (ImagerPixelSpacing 0.1, 0.2)"),
+        ({"PresentationLUTShape": "IDENTITY", "PixelSpacing": [0.1, 0.1]}, ""),
+    ],
+)
+def test_contradictions_of_the_header_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, elements: dict, message: str
+) -> None:
+    open_pixels(write_dicom(tmp_path / "a.dcm", GREY, **elements))
+    assert len(caplog.messages) == bool(message)
+    assert message in caplog.text
