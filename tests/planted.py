@@ -675,8 +675,8 @@ def confirm(known: dict[str, Any], copy: Path) -> None:
 
 
 def _row(name: str, one: dict[str, Any]) -> str:
-    told = "caught" if one["caught"] else "MISSED"
-    return f"{name:<38} {told}  {one['seconds']:6.1f} s  {one.get('by', one['why'])}"
+    word = "caught" if one["caught"] else "MISSED"
+    return f"{name:<38} {word}  {one['seconds']:6.1f} s  {one.get('by', one['why'])}"
 
 
 def main() -> int:

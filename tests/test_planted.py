@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def test_each_fault_can_be_planted() -> None:
-    assert [told for fault in FAULTS if (told := PLANTED["broken"](fault))] == []
+    assert [why for fault in FAULTS if (why := PLANTED["broken"](fault))] == []
 
 
 def test_names_are_unique_and_every_package_has_a_fault() -> None:
