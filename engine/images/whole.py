@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ class WholeFile:
         return pixels
 
 
+def _chunk(kind: bytes, data: bytes | memoryview) -> bytes:
+    """A chunk of a PNG file (ISO 15948, 5.3)."""
+    return b"".join((struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))))
+
+
 class PngPixels(WholeFile):
     """A PNG file; grey, or colour with alpha dropped."""
 
@@ -126,15 +132,20 @@ class PngPixels(WholeFile):
         self._inflated = sum(rows * (1 + -(-columns * bits * samples // 8)) for rows, columns in passes if columns > 0)
 
     def _decode(self) -> np.ndarray:
-        """By libpng, which inflates all that it gets, to a thousand times as much: so it is tried before."""
+        """By libpng, which inflates all that it gets, to a thousand times as much: so it gets what is inflated here."""
         chunks = self._chunks()
         packed = b"".join(chunk[8:-4] for chunk in chunks if chunk[4:8] == b"IDAT")
         try:
-            imagecodecs.deflate_decode(packed, out=self._inflated + _SURPLUS)
+            rows = imagecodecs.deflate_decode(packed, out=self._inflated + _SURPLUS)
         except imagecodecs.DeflateError as error:
-            told = "damaged or truncated image, or more pixels in it than its header says"
-            raise DataError(f"{self.path}: {told}; fetch the file again") from error
-        return imagecodecs.png_decode(b"".join(chunks))
+            raise DataError(
+                f"{self.path}: damaged PNG, or one with more pixels than its header says; fetch the file again"
+            ) from error
+        stored = memoryview(zlib.compress(rows, 0))  # which libpng only copies
+        del rows, packed
+        parts = [_chunk(b"IDAT", stored[start : start + 2**30]) for start in range(0, len(stored), 2**30)]
+        head = [chunk for chunk in chunks if chunk[4:8] not in (b"IDAT", b"IEND")]
+        return imagecodecs.png_decode(b"".join((*head, *parts, _chunk(b"IEND", b""))))
 
     def _chunks(self) -> list[bytes]:
         """The file up to its end marker, without the chunks that a decoder of grey and colour need not know."""
