@@ -60,7 +60,7 @@ def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
         if len(ran) == 4:
             raise KeyboardInterrupt
         morph = 0.9 + 1e-4 * seed
-        row = {"seed": seed, "parent": 0.4 + 0.01 * seed, "direct": 0.6, "new_front": 0.5, "morph": morph}
+        row = {"seed": seed, "parent": 0.4 + 0.01 * (seed - 40), "direct": 0.6, "new_front": 0.5, "morph": morph}
         row["deepened"] = morph
         where = {"commit": "c" * 40, "uncommitted_changes": len(ran) == 2}
         return {"rows": [row], "seconds": 1.0, "cpu_seconds": 1.0, "provenance": where}
@@ -69,9 +69,9 @@ def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         recipes.main()
     recipes.main()
-    assert ran == [0, 1, 2, 20, 1, 20, *range(21, 27)]  # 1 was of a state that was not committed
+    assert ran == [40, 41, 42, 43, 41, 43, *range(44, 50)]  # 41 was of a state that was not committed
     found = json.loads((tmp_path / "recipes.json").read_text())["morphhr"]
-    assert len(found["seeds"]) == 10 and found["holds"] is True and "20 *" in (tmp_path / "page.md").read_text()
+    assert len(found["seeds"]) == 10 and found["holds"] is True and "40 *" in (tmp_path / "page.md").read_text()
     recipes.main()
     assert len(ran) == 12
     monkeypatch.setattr(recipes, "task_of", lambda name: "another")

@@ -85,7 +85,7 @@ def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     own = [float(mark["score"]) for mark in marks if mark["image_path"] == str(path)]
     assert own == sorted(own, reverse=True) and own[0] == pytest.approx(evidence.max().item(), rel=1e-4)
     capsys.readouterr()
-    options = ["--table", table, "--split", "all", "--level", "image", "--resamples", "50"]
+    options = ["--table", table, "--split", "train,val,test", "--level", "image", "--resamples", "50"]
     marked = ["--marks", tmp_path / "e" / "marks.csv", "--out", tmp_path / "v"]
     assert run("eval", tmp_path / "p" / "predictions.csv", *options, *marked) == 0
     froc = json.loads((tmp_path / "v" / "metrics.json").read_text())["froc"]
