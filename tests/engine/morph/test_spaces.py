@@ -147,7 +147,7 @@ def _layer_norm(x: Tensor, shape: Any) -> Tensor:
         (lambda m, x: _conv(m, x, m.channels), (16, 8, [8])),
         (lambda m, x: _conv(m, x, groups=len(m.taken)), (8, 8, [8])),
         (lambda m, x: _conv(m, _conv(m, x, m.taps), m.taps), (8, 16, [8])),
-        (lambda m, x: _conv(m, x, m.taps).view(-1, m.taps, 8, 8), (8, 16, [8])),
+        (lambda m, x: _conv(m, x, m.taps).view(len(x), m.taps, 8, 8), (8, 16, [8])),
         (lambda m, x: F.group_norm(x, m.taps), (8, 16, [8])),
         (lambda m, x: _layer_norm(x, m.shape), (8, 8, [16])),
         (lambda m, x: _layer_norm(x, (m.channels,)), (16, 8, [8])),
@@ -181,6 +181,13 @@ def test_attributes_that_give_a_size_follow(call: Callable[[Any, Tensor], Tensor
 def test_sizes_that_are_written_down_freeze(call: Callable[[Any, Tensor], Tensor], why: str) -> None:
     space = spaces_of(lambda n, x: n.s(x), s=Sized(call))["a.weight:0"]
     assert why in space.frozen and "module 's'" in space.frozen
+
+
+def test_a_view_that_takes_other_sizes_into_its_batch_is_refused() -> None:
+    """On those the child's function would be another one."""
+    model = Net(lambda n, x: n.s(x), s=Sized(lambda m, x: _conv(m, x, m.taps).view(-1, m.taps, 8, 8)))
+    with pytest.raises(MorphError, match=r"on 2 x 3 x \d+ x \d+ the child's function differs"):
+        widen(model, X, {"a.weight:0": 16})
 
 
 def test_one_attribute_for_two_spaces_freezes_them() -> None:
