@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ SMALL = 2**25
 BLOCK = 2**20
 """Bytes that are fetched together of a larger file."""
 _HELD = 16  # blocks
+_REFERENCE = re.compile(r"(?<![^:/])reference:(//|:)", re.IGNORECASE)
 _WITH_RANGES: dict[str, bool] = {}  # of web servers that were asked
 # What a further try does not change; each file system has its own errors besides.
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotADirectoryError)
@@ -36,11 +38,13 @@ def tried(url: str, call: Callable[[], T]) -> T:
     """What a call gives that goes over a network, at the third try at the latest.
 
     Raises:
-        DataError: that the file cannot be fetched, and why.
+        DataError: that the file cannot be fetched, and why; or what the call raises.
     """
     for left in reversed(range(_TRIES)):
         try:
             return call()
+        except DataError:
+            raise
         except Exception as error:
             if not left or (isinstance(error, _FINAL) and _status(error) < 500):
                 raise DataError(f"{url}: cannot be fetched ({said(error)})") from error
@@ -65,6 +69,19 @@ def _status(error: Exception) -> int:
         return 0
     status = getattr(error.__cause__, "status", 503)
     return 503 if status in (408, 429) else status
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+        DataError: it is fsspec's ``reference``, whose files hold templates of Jinja, which many versions run as code.
+    """
+    import fsspec
+
+    if _REFERENCE.search(url):
+        raise DataError(f"{url}: a file of references may run code, and is not opened; name the files it refers to")
+    return fsspec.url_to_fs(url)
 
 
 class RemoteFile:
@@ -196,10 +213,8 @@ class RemoteFile:
                 return False
 
     def _open_system(self) -> Any:
-        import fsspec
-
         if self._process != os.getpid():  # connections do not go over to forked processes
-            self._system, self._path = fsspec.url_to_fs(self.url)
+            self._system, self._path = file_system(self.url)
             self._process = os.getpid()
         return self._system
 

@@ -42,7 +42,8 @@ class ZarrPixels:
         except ImportError as error:
             raise DataError(f"{path}: is a zarr array; pip install 'zarr>=3' to read it") from error
         try:
-            found: Any = zarr.open(str(path), mode="r")
+            # As a text, a folder that is called "zip::a" would be a URL.
+            found: Any = zarr.open(path if isinstance(path, Path) else str(path), mode="r")
             array, axes = (found, None) if isinstance(found, zarr.Array) else _full_resolution(found, path)
             from .zarr_codecs import bounded
 

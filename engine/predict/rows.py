@@ -17,7 +17,7 @@ from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search
-from ..images.remote import is_url, said, tried
+from ..images.remote import file_system, is_url, said, tried
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,29 @@ def fetch(url: str, folder: Path) -> Path:
     Raises:
         DataError: if it cannot be had, after three tries where its place was not reached.
     """
-    import fsspec
-
     name = url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0]
     target = folder / (name if name.strip(".") else "image")
 
     def get() -> Path:
-        system, path = fsspec.url_to_fs(url)
-        system.get(path, str(target), recursive=system.isdir(path))
+        system, path = file_system(url)
+        names = system.find(path) if system.isdir(path) else [path]
+        # One target for each file, since older versions of fsspec follow ".." in the names that they list.
+        system.get(names, [str(target / _below(path, name)) for name in names])
         return target
 
     return tried(url, get)
+
+
+def _below(folder: str, name: str) -> PurePosixPath:
+    """The path of a file that a store lists, from its folder on.
+
+    Raises:
+        ValueError: it is outside.
+    """
+    found = PurePosixPath(name.strip("/")).relative_to(folder.strip("/"))
+    if ".." in found.parts:
+        raise ValueError(f"{name!r} is outside of its folder")
+    return found
 
 
 def _in_store(url: str) -> Iterator[Row]:
@@ -163,8 +175,6 @@ def _of_url(record: Record, url: str) -> Row:
 
 def _listed(url: str, left: LeftOut) -> Iterator[str]:
     """The images below a folder of an fsspec file system; of an image itself alone."""
-    import fsspec
-
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables are read from this machine only; fetch it")
     own, mark, rest = url.partition("::")
@@ -172,11 +182,13 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
         yield url  # whether it is there is seen when it is read, as of a table's images
         return
     try:
-        system, path = fsspec.url_to_fs(url)
+        system, path = file_system(url)
         if own.rstrip("/").lower().endswith(".zarr") or not system.isdir(path):
             yield url
             return
         names = sorted(system.find(path))
+    except DataError:
+        raise
     except Exception as error:  # each file system has its own
         raise DataError(f"{url}: cannot be listed ({said(error)})") from error
     protocol = own.partition("://")[0]

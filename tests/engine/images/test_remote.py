@@ -1,7 +1,14 @@
 """Files that fsspec reaches are read as those on the disk are, and no more of them is fetched than is asked for."""
 
+import contextlib
+import io
+import json
 import pickle
+import tarfile
+import tempfile
 import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -9,10 +16,13 @@ import image_files
 import numpy as np
 import pytest
 import range_server
+from fsspec.implementations.reference import ReferenceFileSystem
 
+from gigamorph.engine.datasets.tables.images_alone import LeftOut
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images import remote
 from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.predict.rows import fetch, rows_of
 
 WRITERS = image_files.corpus()
 
@@ -100,3 +110,81 @@ def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(system, "cat_file", failing)
     assert open_pixels(url).read(0, 37, 0, 53).shape == (1, 37, 53) and len(calls) == 3
+
+
+def fetched(url: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(url, Path(folder))
+
+
+def references(path: Path, monkeypatch) -> list[Path]:
+    """A file of references whose template would run code in many versions of fsspec; which such files are opened."""
+    path.write_text(json.dumps({"version": 1, "templates": {"u": "{{ 1 }}"}, "refs": {"a.npy": ["{{u}}", 0, 1]}}))
+    opened: list[Path] = []
+    monkeypatch.setattr(ReferenceFileSystem, "__init__", lambda *_, **__: opened.append(path))
+    return opened
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "reference://a.npy::file://{}",
+        "reference://a.zarr::file://{}",
+        "reference::file://{}",
+        "simplecache::reference://a.npy::file://{}",
+        "simplecache::reference::file://{}",
+        "generic://reference://a.npy::{}",
+    ],
+)
+@pytest.mark.parametrize("how", [open_pixels, lambda url: list(rows_of(url, None, Counter(), LeftOut())), fetched])
+def test_a_file_of_references_is_never_opened(how, url, tmp_path, monkeypatch):
+    opened = references(tmp_path / "refs.json", monkeypatch)
+    with contextlib.suppress(DataError):
+        how(url.format(tmp_path / "refs.json"))
+    assert not opened
+
+
+def test_a_file_of_references_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"refs\.json: a file of references may run code, and is not opened; name"):
+        fetch(f"reference://a.npy::file://{tmp_path}/refs.json", tmp_path)
+
+
+def test_a_folder_that_is_called_like_a_url_is_a_folder(tmp_path, monkeypatch):
+    """zarr takes "reference::refs.json" for a URL."""
+    opened = references(tmp_path / "refs.json", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    values = image_files.picture(12, (32, 48))
+    image_files.write_zarr(Path("a.zarr"), values, (16, 16))
+    folder = Path("a.zarr").rename("reference::refs.json")
+    assert open_pixels(folder).shape == (1, 32, 48)
+    assert not opened
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_members_of_an_archive_stay_in_their_folder(kind, tmp_path):
+    """Older versions of fsspec write the last where its name leads."""
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    names = ["a.zarr/zarr.json", "a.zarr/c/0", "a.zarr/../../outside"]
+    path = tmp_path / f"a.{kind}"
+    with zipfile.ZipFile(path, "w") if kind == "zip" else tarfile.open(path, "w") as archive:
+        for name in names:
+            if isinstance(archive, zipfile.ZipFile):
+                archive.writestr(name, b"x")
+            else:
+                member = tarfile.TarInfo(name)
+                member.size = 1
+                archive.addfile(member, io.BytesIO(b"x"))
+    with contextlib.suppress(DataError):
+        fetch(f"{kind}://a.zarr::file://{path}", folder)
+    written = {str(own.relative_to(folder)) for own in tmp_path.rglob("*") if own.is_file() and own != path}
+    assert written <= set(names[:2])
+
+
+def test_what_a_store_lists_outside_of_a_folder_is_not_fetched(tmp_path, monkeypatch):
+    system = fsspec.filesystem("memory")
+    system.pipe("/listed/a.zarr/zarr.json", b"x")
+    monkeypatch.setattr(type(system), "find", lambda *_, **__: ["/listed/a.zarr/zarr.json", "/listed/a.zarr/../../b"])
+    with pytest.raises(DataError, match=r"cannot be fetched \(ValueError: '/listed/a.zarr/../../b' is outside"):
+        fetch("memory://listed/a.zarr", tmp_path)
+    assert not list(tmp_path.iterdir())
