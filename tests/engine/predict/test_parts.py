@@ -152,3 +152,18 @@ def test_floats_come_back_bit_for_bit(tmp_path):
     parts.pack()
     assert pq.read_table(tmp_path)["value"].to_pylist() == values
     assert json.dumps(values[2]) == "-3.0000000000000004"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("column", ["name", "mask", "heatmap"])
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "link/a"])
+def test_names_of_files_that_lead_elsewhere_are_refused(name, column, packed, tmp_path):
+    """What a run overwrites it removes, by the names in its parts."""
+    parts = Parts(tmp_path / "1-of-1", pa.schema([("key", pa.string()), (column, pa.string())]))
+    parts.append({"key": "1", column: "a..b"})
+    parts.append({"key": "2", column: name})
+    parts.sync()
+    if packed:
+        parts.pack()
+    with pytest.raises(GigamorphError, match=rf"names the file '{name}', which is elsewhere; name another --out"):
+        kept(tmp_path)
