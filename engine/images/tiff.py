@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,20 @@ class TiffPixels:
                 raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
             offsets, counts = own.dataoffsets, own.databytecounts
             page = own if isinstance(own, tifffile.TiffPage) else page
-            # A plane of OME-TIFF may lie in another file.
-            local = isinstance(self.path, Path)
-            self._bytes = FileBytes(Path(own.parent.filehandle.path) if local else self.path)
+            self._bytes = FileBytes(self.path if own.parent is tif else self._beside(own.parent))
         self._page, self._offsets, self._counts = page, self._places(offsets), self._places(counts)
         self._contiguous = series.dataoffset is not None or (page.is_contiguous and page.is_memmappable)
         if series.dataoffset is not None:
             self._bytes = FileBytes(self.path)
+
+    def _beside(self, other: tifffile.TiffFile) -> Path:
+        """The file of a plane of OME-TIFF that is in another one; any path may be written there."""
+        found = Path(os.path.abspath(other.filehandle.path))
+        if not found.is_relative_to(os.path.abspath(self.path.parent)):
+            raise DataError(
+                f"{self.path}: plane {self.frame} is in {found}, outside of its folder; put them into one folder"
+            )
+        return found
 
     def _places(self, values: Any) -> np.ndarray:
         """int64 of a tag's offsets or lengths, which may have any type in a damaged file."""

@@ -76,9 +76,18 @@ def _layers(group: Any, name: str, path: Path) -> dict[str, dict[str, Array]]:
         if match is None:
             raise DataError(f"{path}: weight {weight!r} of layer {name!r} is of no kind that ResNet-50 and VGG have")
         parameter = _TODAY.get(match[1], match[1])
-        found.setdefault(weight[: match.start()].rpartition("/")[2], {})[parameter] = np.asarray(group[weight])
+        found.setdefault(weight[: match.start()].rpartition("/")[2], {})[parameter] = _values(
+            group[weight], weight, path
+        )
     # TensorFlow numbers a layer of a second model anew (conv1_1/kernel:0): its group has its true name.
     return {name: next(iter(found.values()))} if len(found) == 1 else found
+
+
+def _values(stored: Any, name: str, path: Path) -> Array:
+    """A dataset that the file itself holds: links and datasets of HDF5 may be those of any file of the disk."""
+    if stored.file.filename != str(path) or stored.external or stored.is_virtual:
+        raise DataError(f"{path}: weight {name!r} is in another file; save all weights in one")
+    return np.asarray(stored)
 
 
 def _names(group: Any, attribute: str, path: Path) -> list[str]:

@@ -567,3 +567,31 @@ def test_real_chest_film(real_data: Path) -> None:
     assert source.shape[0] == 1
     assert 0.9 < whole.max() <= 1
     assert 0.2 < whole.mean() < 0.8
+
+
+@pytest.mark.parametrize("name", ["second.ome.tif", "sub/second.ome.tif", "../second.ome.tif", "{}/second.ome.tif"])
+def test_planes_of_ome_tiff_are_read_from_its_folder_alone(name, tmp_path):
+    """Its XML may name any file of the disk."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    name = name.format(tmp_path)
+    inside = not name.startswith(("..", "/"))
+    (folder / name).parent.mkdir(exist_ok=True)
+    tifffile.imwrite(folder / name, np.full((16, 16), 7, np.uint8))
+    planes = "".join(
+        f'<TiffData FirstZ="{z}" IFD="0" PlaneCount="1"><UUID FileName="{own}">urn:uuid:{z}</UUID></TiffData>'
+        for z, own in enumerate(["first.ome.tif", name])
+    )
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="16" SizeY="16" SizeC="1" '
+        f'SizeZ="2" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>{planes}</Pixels></Image></OME>'
+    )
+    with tifffile.TiffWriter(folder / "first.ome.tif", ome=False) as file:
+        file.write(np.zeros((16, 16), np.uint8), description=xml, metadata=None)
+    assert open_pixels(folder / "first.ome.tif", frame=0).stored.read(0, 16, 0, 16).max() == 0
+    if inside:
+        assert open_pixels(folder / "first.ome.tif", frame=1).stored.read(0, 16, 0, 16).min() == 7
+    else:
+        with pytest.raises(DataError, match=r"plane 1 is in .*second\.ome\.tif, outside of its folder; put them into"):
+            open_pixels(folder / "first.ome.tif", frame=1)

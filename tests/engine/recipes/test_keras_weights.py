@@ -14,6 +14,7 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.models import create_model
 from gigamorph.engine.recipes.end2end.network import features
+from gigamorph.engine.recipes.keras_file import read_keras
 from gigamorph.engine.recipes.published_weights import PUBLISHED, keras_weights
 from gigamorph.engine.recipes.weights import find_weights, load_pretrained
 
@@ -254,3 +255,27 @@ def test_weights_of_an_account_without_a_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GigamorphError, match="no such file; name another"):
         find_weights("mine.h5", (0.0,), (1.0,))
+
+
+@pytest.mark.parametrize("how", ["external", "link", "virtual"])
+def test_values_of_other_files_are_not_read(how, tmp_path):
+    """A dataset of HDF5 may be the bytes of any file of the disk."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(16))
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = np.zeros(2)
+    path = keras.write(tmp_path / "w.h5", {"conv": {"bias": np.zeros(2)}})
+    with h5py.File(path, "a") as file:
+        name = str(file["conv"].attrs["weight_names"][0], "ascii")
+        group = file["conv"]
+        del group[name]
+        if how == "external":
+            group.create_dataset(name, (2,), "f8", external=[(str(secret), 0, 16)])
+        elif how == "link":
+            group[name] = h5py.ExternalLink(str(tmp_path / "other.h5"), "x")
+        else:
+            layout = h5py.VirtualLayout((2,), "f8")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "x", (2,))
+            group.create_virtual_dataset(name, layout)
+    with pytest.raises(DataError, match=r"w\.h5: weight 'conv/bias:0' is in another file; save all weights in one"):
+        read_keras(path)
