@@ -51,22 +51,24 @@ def parse_config(text: str, cls: type[T], source: str) -> T:
 
 def _parsed(text: str, source: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        found = tomllib.loads(text)
+    except ValueError as error:  # also of a number that is too long
         raise GigamorphError(f"{source}: is no TOML: {error}") from error
     except RecursionError:
         raise GigamorphError(f"{source}: {_DEEP}") from None
+    _require_bounded(found, source)
+    return found
 
 
 def _parsed_yaml(text: str, source: str) -> dict[str, Any]:
     try:
         found = yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        raise GigamorphError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
     except _Twice as error:
         raise GigamorphError(f"{source}: {error}") from error
     except RecursionError:
         raise GigamorphError(f"{source}: {_DEEP}") from None
+    except Exception as error:  # its constructors have many: a month 13, a number that is too long
+        raise GigamorphError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -80,13 +82,15 @@ _MOST = 100_000  # values of a configuration
 
 
 def _require_bounded(found: Any, source: str) -> None:
-    """Refuse what Python cannot go through, and a YAML file whose aliases make billions of values of a few lines."""
+    """Refuse what Python cannot go through or print, and YAML whose aliases make billions of values of a few lines."""
     left, count = [(found, 0)], 0
     while left:
         value, depth = left.pop()
         count += 1
         if count > _MOST or depth > 100:
             raise GigamorphError(f"{source}: has more than {_MOST} values, or {_DEEP}")
+        if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to print a long one
+            raise GigamorphError(f"{source}: holds a whole number of more than 64 bits")
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         left += ((part, depth + 1) for part in parts)
 
@@ -155,7 +159,7 @@ def parse_value(text: str) -> tuple[str, Any]:
         raise GigamorphError(f"{text!r} is no setting; write KEY=VALUE, as in optimizer.lr=1e-3")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return key.strip(), value.strip()
 
 

@@ -84,3 +84,27 @@ def test_findings_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     table.write_text("image_path,label,patient_id,findings\na.png,0,1," + DEEP[:30_000] + DEEP[-30_000:] + "\n")
     assert run("train", table, "--out", tmp_path / "run") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "a = " + "1" * 5_000),
+        ("a.json", '{"a": ' + "1" * 5_000 + "}"),
+        *(("a.yaml", f"a: {one}") for one in ("1" * 5_000, "2001-99-99", "2001-01-01T00:00:00+99:99")),
+        *(("a.yaml", f'a: !!{kind} "x"') for kind in ("int", "float", "bool", "timestamp")),
+    ],
+)
+def test_values_that_cannot_be_made(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(GigamorphError, match=f"{name}: is no {name[2:].upper()}: ") as caught:
+        read_values(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "a = [0x{}]"), ("a.yaml", "a: 0x{}"), ("a.json", '{{"a": {}}}')])
+def test_numbers_that_are_too_long_to_be_printed(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text.format("1" * 4_000))
+    with pytest.raises(GigamorphError, match=f"{name}: holds a whole number of more than 64 bits$"):
+        read_values(tmp_path / name)
