@@ -145,7 +145,7 @@ def _as_toml(value: Any) -> Any:
 
 
 def _number_or_text(text: str) -> float | str:
-    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text) else text
+    return float(text) if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+", text) else text
 
 
 def parse_value(text: str) -> tuple[str, Any]:

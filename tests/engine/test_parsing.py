@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 from commands import run
 
-from gigamorph.engine.config import read_values
+from gigamorph.engine.config import parse_value, read_values
+from gigamorph.engine.datasets.tables.cells import escape, is_number, read_rows
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.models.checkpoints import read_state
 from gigamorph.engine.models.folder import read_description
@@ -108,3 +111,19 @@ def test_numbers_that_are_too_long_to_be_printed(name: str, text: str, tmp_path:
     (tmp_path / name).write_text(text.format("1" * 4_000))
     with pytest.raises(GigamorphError, match=f"{name}: holds a whole number of more than 64 bits$"):
         read_values(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [is_number, lambda cell: parse_value(f"a={cell}"), lambda cell: escape(f"-{cell}")])
+def test_long_cells_are_read_in_linear_time(read: Callable[[str], Any]) -> None:
+    began = time.process_time()
+    read("1" * 100_000 + "x")
+    assert time.process_time() - began < 1
+
+
+def test_long_cells_of_a_configuration_and_a_table(tmp_path: Path) -> None:
+    began = time.process_time()
+    (tmp_path / "a.json").write_text(json.dumps({"a": "1" * 100_000 + "x"}))
+    read_values(tmp_path / "a.json")
+    (tmp_path / "a.csv").write_text(f'image_path,label\n"a{" " * 100_000}b\n \r\n c",1\n')
+    assert read_rows(tmp_path / "a.csv").rows[0]["image_path"] == f"a{' ' * 100_000}b c"
+    assert time.process_time() - began < 1

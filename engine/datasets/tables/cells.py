@@ -23,10 +23,10 @@ EXCEL = (".xlsx", ".xls")
 csv.field_size_limit(2**27)
 # What a spreadsheet takes for a formula, perhaps escaped already.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
 _UTF16 = "utf-16"
-_BREAKS = re.compile(r"\s*[\r\n]+\s*")
+_BREAKS = re.compile(r"[\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _clean(cell: str) -> str:
     cell = cell.strip()
     if cell.startswith("'") and _FORMULA.match(cell):
         cell = cell[1:]
-    return _BREAKS.sub(" ", cell) if "\n" in cell or "\r" in cell else cell
+    return " ".join(filter(None, map(str.strip, _BREAKS.split(cell)))) if _BREAKS.search(cell) else cell
 
 
 def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
