@@ -6,10 +6,13 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+# What a terminal obeys, but for colours and moves of the cursor: names of files could set its title or the clipboard.
+_CONTROL = re.compile(r"(\x1b\[[0-?]*[ -/]*[@-~])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _NAMES = ("stdin", "stdout", "stderr")
 
 
@@ -50,6 +53,14 @@ class _Output(io.FileIO):
             return len(memoryview(data).cast("B"))
 
 
+class _Text(io.TextIOWrapper):
+    """Writes control characters as ``\\x1b``."""
+
+    def write(self, text: str, /) -> int:
+        super().write(_CONTROL.sub(lambda found: found[1] or f"\\x{ord(found[0]):02x}", text))
+        return len(text)
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[Lost]:
     """Inside, no standard stream is closed, and none raises an error for what is written to it.
@@ -85,7 +96,7 @@ def _guarded(stream: TextIO, lost: Lost) -> TextIO:
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
-    return io.TextIOWrapper(
+    return _Text(
         output if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(output),  # PYTHONUNBUFFERED
         encoding=stream.encoding,
         errors="backslashreplace" if stream.errors == "strict" else stream.errors,

@@ -164,3 +164,11 @@ def test_letters_that_an_encoding_lacks(tmp_path: Path) -> None:
         assert run("plan", "--model", tmp_path / "Brüste", *SIZE) == 2
         assert run("recipe", "list") == 0
     assert "Br\\xfcste" in written.read_text() or "Brüste" in written.read_text()
+
+
+def test_what_a_name_would_have_a_terminal_do(tmp_path: Path) -> None:
+    """Set its title or the clipboard, that is; colours, which click removes here, pass."""
+    (tmp_path / "t.csv").write_text("image_path,label\na\x1b]52;c;cm0=\x07\x9d0;b\x1b[31m.png,1\n")
+    with streams("utf-8", "file", tmp_path) as written:
+        run("data", "check", tmp_path / "t.csv")
+    assert "a\\x1b]52;c;cm0=\\x07\\x9d0;b.png" in written.read_text()
