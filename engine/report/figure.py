@@ -6,7 +6,10 @@ import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter
 
 from ..files import write_atomically
 
@@ -41,9 +44,19 @@ def open_axes(*axes: Axes) -> None:
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG, with everything that is drawn in it."""
+    counted = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if not _is_named(axis)]
+    powers = {text for axis in counted for text in axis.get_ticklabels(which="both")}  # of ten, on logarithmic axes
+    for text in figure.findobj(Text):
+        if text not in powers:
+            text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]  (names of files may hold dollars)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _is_named(axis: Axis) -> bool:
+    """Whether its ticks have names that are given, no numbers."""
+    return isinstance(axis.get_major_formatter(), FuncFormatter)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from bench_results import everything
 from jinja2 import UndefinedError
+from matplotlib.text import Text
 
 from gigamorph.engine.bench.report import write_report as write_bench
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate
 from gigamorph.engine.evaluate.report import write_report as write_evaluation
+from gigamorph.engine.report.figure import panel, png
 from gigamorph.engine.report.page import Table, render, write_page
 
 BAD = "<img src=x onerror=alert(1)>\"'&"
@@ -77,3 +79,16 @@ def test_what_predictions_and_tables_say_is_text(tmp_path):
             window.resize(390, 800)  # a phone: only tables may be wider than it
             window.open(page.as_uri())
             assert window.run("return document.documentElement.scrollWidth") <= 390 and window.errors() == []
+
+
+@pytest.mark.parametrize("name", ["$x_{", "$\\frac$", "\\$5", "US$ or A$"])
+def test_names_are_text_in_figures(name):
+    """To matplotlib what is between two dollars is a formula, and a faulty one an error."""
+    figure, axes = panel(4, 3, f"{name} $")
+    axes.plot([1, 1000], [0, 1], label=f"{name} $")
+    axes.set(xscale="log", xlabel=f"{name} $")
+    axes.set_yticks([0, 1], [f"{name} $", "b"])
+    axes.legend()
+    assert png(figure)[:4] == b"\x89PNG"
+    shown = {text.get_text() for text in figure.findobj(Text) if text.get_parse_math()}
+    assert "$\\mathdefault{10^{2}}$" in shown and f"{name} $" not in shown
