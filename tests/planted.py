@@ -436,7 +436,7 @@ FAULTS = (
     Fault(
         "last-breasts-dropped",
         "engine/predict/tables.py",
-        "            batch = []\n    yield from merged(batch)\n",
+        "            batch = []\n    yield from merged(batch, classes)\n",
         "            batch = []\n",
         "tests/engine/predict/test_run.py",
         "breasts.csv and exams.csv lack all rows after the last full batch.",

@@ -30,9 +30,12 @@ class ExamDataset(Dataset[dict[str, Any]]):
         records: of all images.
         samples: of the exams: the first view's record, with the highest class of the views; of labels the highest that
             is known of each; of numbers the mean of what is known. Side and view are empty.
+
+    Args:
+        positive: the class that is the highest; None takes that of the highest number.
     """
 
-    def __init__(self, images: ImageDataset, *, numbers: bool = False) -> None:
+    def __init__(self, images: ImageDataset, *, numbers: bool = False, positive: int | None = None) -> None:
         self._images, self.records = images, images.records
         exams: dict[tuple[str, ...], list[int]] = {}
         patients = [record.patient_id if record.patient_known else "" for record in self.records]
@@ -42,7 +45,7 @@ class ExamDataset(Dataset[dict[str, Any]]):
                 continue
             exams.setdefault(exam_of(record), []).append(number)
         self._exams = list(exams.values())
-        self.samples = [_together([self.records[i] for i in views], numbers) for views in self._exams]
+        self.samples = [_together([self.records[i] for i in views], numbers, positive) for views in self._exams]
 
     def set_epoch(self, epoch: int) -> None:
         """As `ImageDataset.set_epoch`."""
@@ -58,11 +61,11 @@ class ExamDataset(Dataset[dict[str, Any]]):
         return {"views": views, "image": largest, "label": sample.label, "index": index, "record": sample}
 
 
-def _together(records: Sequence[Record], numbers: bool) -> Record:
+def _together(records: Sequence[Record], numbers: bool, positive: int | None) -> Record:
     labels = {}
     for name in dict.fromkeys(name for record in records for name in record.labels):
         known = [record.labels[name] for record in records if not math.isnan(record.labels.get(name, math.nan))]
         if known:
             labels[name] = sum(known) / len(known) if numbers else max(known)
-    label = max(record.label for record in records)
+    label = max((record.label for record in records), key=lambda number: (number == positive, number))
     return replace(records[0], label=label, labels=labels, laterality=None, view=None)

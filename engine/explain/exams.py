@@ -46,12 +46,13 @@ def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -
         which: the class; None takes the second of two, else the most probable one.
     """
     predictions = [view.prediction for view in views]
-    (exam,) = per_exam(predictions)
+    (exam,) = per_exam(predictions, classes)
     number = which
     if number is None:
         two = exam.exclusive and len(classes) == 2
         number = 1 if two else int(np.argmax(exam.log_odds))
-    worse = max(per_breast(predictions), key=lambda breast: breast.log_odds[number])
+    # Of several classes the exam is that breast whose expected class is the highest, whichever class is explained.
+    worse = next(one for one in per_breast(predictions, classes) if one.log_odds[number] == exam.log_odds[number])
     own = [
         view
         for view in views

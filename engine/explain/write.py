@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, Opener, check_numbers, naming, open_one, renamed
 from ..predict.rows import Row, Work
 from ..predict.runner import run
-from ..predict.tables import prediction_of
+from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
 from ..train.heatmap import overlay_name, write_overlay
@@ -158,6 +159,8 @@ class _Explain(Job):
             for row, result in index.joined(results):
                 view = _view(row, result, index, classes)
                 own = view.prediction
+                if own.patient and own.exam:
+                    index.know("exam", [own.patient])
                 index.keep([(None, (own.patient, own.exam) if own.patient else None, view)])
                 for mark in result["marks"]:
                     yield [
@@ -176,7 +179,7 @@ class _Explain(Job):
         # Numbers are not combined as probabilities are; a network that combines views itself does it otherwise.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
-        exams = (views for views in index.groups("exam") if len(views) > 1)
+        exams = (views for views in placed(index, "exam", attrgetter("prediction")) if len(views) > 1)
         first = next(exams, None)
         if first is not None:
             which = None if label is None else classes.index(label)

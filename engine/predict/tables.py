@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def write_tables(
     write_csv(out / "predictions.csv", [*header, *called], rows)
     levels: tuple[Level, ...] = ("breast", "exam")
     for level in levels:
-        found = _together(index, level, outputs, calibration)
+        found = _together(index, level, classes, outputs, calibration)
         if level == "exam" and outputs is not None and outputs.views is not None:
             found = _noted(found, exams)
         write_csv(out / f"{level}s.csv", [level, *header[1:]], (_row(one, classes) for one in found))
@@ -70,7 +70,8 @@ def write_tables(
 
     def measured(split: str) -> dict[str, float | int | None]:
         own = [one for one in exams if one.split == split]
-        return scores([one for one in labelled if one.split == split]) | (scores(own) if own else {})
+        images = [one for one in labelled if one.split == split]
+        return scores(images, classes) | (scores(own, classes) if own else {})
 
     return {split: measured(split) for split in ("test", "val", "train", "")}
 
@@ -96,29 +97,37 @@ def _images(
 
 
 def _together(
-    index: Index, level: Level, outputs: Outputs | None, calibration: Calibration | None
+    index: Index, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
     """The images of each breast or exam as one; without those that are in none (`unplaced`), of which it warns."""
-    groups = _placed(index, level)
+    groups = placed(index, level)
     if outputs is not None and outputs.views is not None:
-        yield from (combined(outputs, calibration, level, group) for group in groups)
+        yield from (combined(outputs, classes, calibration, level, group) for group in groups)
         return
     merged = per_breast if level == "breast" else per_exam
     batch: list[Prediction] = []
     for group in groups:
         batch += group
         if len(batch) >= _TOGETHER:
-            yield from merged(batch)
+            yield from merged(batch, classes)
             batch = []
-    yield from merged(batch)
+    yield from merged(batch, classes)
 
 
-def _placed(index: Index, level: Level) -> Iterator[list[Prediction]]:
+def placed(
+    index: Index, level: Level, prediction: Callable[[Any], Prediction] = lambda item: item
+) -> Iterator[list[Any]]:
+    """The items of each breast or exam that were kept, without those that are in none (`unplaced`), of which it warns.
+
+    Args:
+        index: also knows the patients of whom an image says side and exam.
+        prediction: of an item.
+    """
     left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
     for group in index.groups(level):
-        one = group[0]  # of a group all or none have a side, or an exam
+        one = prediction(group[0])  # of a group all or none have a side, or an exam
         if one.patient and not one.exam and index.knows("exam", one.patient):
-            left_out["exam_id"] += [view.image for view in group]
+            left_out["exam_id"] += [prediction(item).image for item in group]
         elif level == "breast" and one.patient and not one.laterality and index.knows("breast", one.patient):
             left_out["laterality"].append(one.image)
         else:

@@ -14,7 +14,11 @@ from ..train.metrics import Prediction, per_breast, per_exam
 
 
 def combined(
-    outputs: Outputs, calibration: Calibration | None, level: Level, views: Sequence[Prediction]
+    outputs: Outputs,
+    classes: Sequence[str],
+    calibration: Calibration | None,
+    level: Level,
+    views: Sequence[Prediction],
 ) -> Prediction:
     """The views of a breast or an exam as one, combined by what the network gave of each as in its training.
 
@@ -24,7 +28,7 @@ def combined(
         level: "breast" or "exam".
         views: of one breast or exam, each with its row.
     """
-    [found] = (per_breast if level == "breast" else per_exam)(views)
+    [found] = (per_breast if level == "breast" else per_exam)(views, classes)
     rows = torch.tensor([view.row for view in views], dtype=torch.float64)
     log_odds = outputs.log_odds(outputs.together(rows))[0].tolist()
     if calibration is not None:

@@ -40,7 +40,7 @@ class Classification(TargetTask[Prediction]):
         return prediction(item, logits[0], self.target.outputs)
 
     def measures(self, found: Sequence[Prediction]) -> dict[str, float | int | None]:
-        return scores(found)
+        return scores(found, self.target.names)
 
     def loss_of(self, found: Prediction) -> float:
         """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)), weighted as in training; of

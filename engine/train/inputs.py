@@ -158,7 +158,9 @@ def training_data(
 
 
 def _samples(part: ImageDataset, target: Target) -> ImageDataset | ExamDataset:
-    return part if target.views is None else ExamDataset(part, numbers=target.kind == "numbers")
+    if target.views is None:
+        return part
+    return ExamDataset(part, numbers=target.kind == "numbers", positive=target.positive)
 
 
 def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> list[Record]:

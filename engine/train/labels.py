@@ -10,7 +10,6 @@ import numpy as np
 from ..datasets.kinds import kinds_told
 from ..datasets.tables import Record
 from ..errors import DataError
-from ..evaluate.class_names import positive_of
 from .target import Kind, Target
 
 
@@ -24,9 +23,6 @@ def check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Calla
                 f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
                 "all in data.classes"
             )
-    if kind == "classes" and len(names) == 2 and positive_of(names) == names[0]:
-        told = f"of views of a breast that differ, {names[1]} counts, as the second class"
-        warn(f'{told}; make it the first: -o \'data.classes=["{names[1]}", "{names[0]}"]\'')
     if kind == "ordinal" and not all(name.isdigit() for name in names):
         told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
         warn(f"the order taken is {' < '.join(names)}; another one is given by -o 'data.classes={told}'")

@@ -77,35 +77,38 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
     )
 
 
-def per_breast(predictions: Sequence[Prediction]) -> list[Prediction]:
+def per_breast(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[Prediction]:
     """The mean probability of the views of each breast (patient, exam, side); its label is the highest of its views'.
 
-    Images without patient or laterality stay single. The order is that of each breast's first image.
+    Images without patient or laterality stay single. The order is that of each breast's first image. Of two classes the
+    highest one is the positive one by its name (`positive_number`).
     """
-    return _grouped(predictions, "breast")
+    return _grouped(predictions, classes, "breast")
 
 
-def per_exam(predictions: Sequence[Prediction]) -> list[Prediction]:
+def per_exam(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[Prediction]:
     """The views of each exam (patient, exam) as one: the highest of its breasts, each the mean of its views.
 
-    Of several classes that exclude each other the highest add up to more than 1. Images without patient stay single.
+    Of two classes the highest breast is that of the positive one. Images without patient stay single.
     """
-    return _grouped(predictions, "exam")
+    return _grouped(predictions, classes, "exam")
 
 
-def _grouped(predictions: Sequence[Prediction], level: Level) -> list[Prediction]:
+def _grouped(predictions: Sequence[Prediction], classes: Sequence[str], level: Level) -> list[Prediction]:
     if not predictions:
         return []
-    classes = [str(number) for number in range(len(predictions[0].log_odds))]
     breasts = as_cases(predictions, classes).at(level)
-    scores = breasts.scores if breasts.kind != "binary" else np.concatenate([-breasts.scores, breasts.scores], 1)
+    scores, labels = breasts.scores, breasts.labels
+    if breasts.kind == "binary":
+        scores = np.concatenate([-scores, scores], 1)
+        if positive_number(classes) == 0:
+            scores, labels = scores[:, ::-1], np.where(labels < 0, labels, 1 - labels)
     exclusive = breasts.kind in ("binary", "classes")
-    labels = breasts.labels if exclusive else [-1] * len(breasts)
     return [
         Prediction(
             image=breasts.names[i],
             log_odds=tuple(scores[i].tolist()),
-            label=None if label < 0 else int(label),
+            label=None if label < 0 or not exclusive else int(label),
             patient=breasts.patients[i],
             laterality=breasts.sides[i],
             view=breasts.columns["view"][i],
@@ -125,7 +128,7 @@ SMALLER = ("mae_image", "mae_breast", "mae_exam")
 SHOWN = {"auc_image": "AUC", "mae_image": "MAE", "auc_exam": "AUC", "mae_exam": "MAE", "dice": "Dice"}
 
 
-def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
+def scores(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[str, float | int | None]:
     """Measures per image and per breast with the counts, over the predictions whose truth is known; of exams per exam.
 
     AUC (of several classes or labels the mean); of numbers the mean absolute error (mae). None where not defined.
@@ -139,7 +142,7 @@ def scores(predictions: Sequence[Prediction]) -> dict[str, float | int | None]:
         for values in ([p.exam for p in known], [p.laterality for p in known])
         for n in unplaced([p.patient for p in known], values)
     }
-    breasts = per_breast([p for n, p in enumerate(known) if n not in left_out])
+    breasts = per_breast([p for n, p in enumerate(known) if n not in left_out], classes)
     return {
         "images": len(known),
         f"{name}_image": measure(known),

@@ -56,6 +56,12 @@ class Target:
         return len(self.names) - (self.kind == "ordinal")
 
     @property
+    def positive(self) -> int | None:
+        """The number of the positive one of two classes; None of others."""
+        exclusive = self.kind in ("classes", "ordinal")
+        return positive_number(self.names) if exclusive and len(self.names) == 2 else None
+
+    @property
     def width(self) -> int:
         """Outputs of the network, of which one may be the attention that a view gets."""
         return self.columns if self.outputs is None else self.outputs.width
@@ -197,9 +203,8 @@ class Target:
     def cases(self, records: Sequence[Record], scores: Array) -> Cases:
         """Predictions with what is known of the images, for `engine.evaluate`; of two classes the positive one."""
         truth, names = self.truth(records), self.names
-        classes = self.kind in ("classes", "ordinal")
-        if classes and len(names) == 2:
-            number = positive_number(names)
+        classes, number = self.kind in ("classes", "ordinal"), self.positive
+        if number is not None:
             truth, scores, names = truth[:, [number]], scores[:, [number]], (names[number],)
         binary = classes and len(names) == 1
         return Cases(

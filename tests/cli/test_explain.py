@@ -154,3 +154,25 @@ def test_explanations_go_on_where_they_were_and_are_shared_out(table, checkpoint
     end = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert end["event"] == "end" and end["complete"]
     assert (tmp_path / "shards" / "marks.csv").read_bytes() == (out / "marks.csv").read_bytes()
+
+
+def test_an_image_without_an_exam_makes_no_further_exam(table, checkpoint, tmp_path, caplog):
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows):
+        row |= {"image_path": str(table.parent / row["image_path"]), "exam_id": "" if number == 2 else "e"}
+        row |= {"patient_id": f"p{number // 6}"}
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for command in ("predict", "explain"):
+        caplog.clear()
+        assert run(command, checkpoint, tmp_path / "t.csv", "--out", tmp_path / command) == 0
+        assert "1 image without an exam" in caplog.text
+    found = []
+    for command in ("predict", "explain"):
+        with (tmp_path / command / "exams.csv").open(newline="") as file:
+            found.append([row for row in csv.DictReader(file) if row["exam_id"]])
+    assert [float(row["log_odds_1"]) for row in found[0]] == [float(row["log_odds"]) for row in found[1]]
+    assert [row["patient_id"] for row in found[1]] == ["p0", "p1"]

@@ -10,6 +10,7 @@ import torch
 
 from gigamorph.engine.datasets.exams import ExamDataset
 from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.train.target import Target
 
 
 class Source:
@@ -57,6 +58,13 @@ def test_views_of_an_exam_are_one_sample() -> None:
     assert item["record"] is exams.samples[0] and item["label"] == 2 and exams.records is images.records
     exams.set_epoch(3)
     assert images.epoch == 3 and len(exams) == 5
+
+
+def test_of_two_classes_the_positive_one_counts() -> None:
+    images = Images([record(0, "p", "1", 0), record(1, "p", "1", 1), record(2, "q", "1", 1)])
+    assert [one.label for one in ExamDataset(images).samples] == [1, 1]  # type: ignore[arg-type]
+    positive = Target(("cancer", "normal")).positive
+    assert [one.label for one in ExamDataset(images, positive=positive).samples] == [0, 1]  # type: ignore[arg-type]
 
 
 def test_labels_are_the_highest_and_numbers_the_mean_of_what_is_known() -> None:
