@@ -6,7 +6,7 @@ import contextlib
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -386,13 +386,13 @@ class _Scored:
     Attributes:
         names: of the outputs; of classes in an order that does not depend on that of the columns.
         values: (rows, outputs), log-odds where `probable`.
-        others: classes that have columns of the same kind, if one column was asked for.
+        labels: if one column was asked for, the names of the classes that have columns of its kind: 1 of its own.
     """
 
     names: list[str]
     values: Array
     probable: bool
-    others: frozenset[str] = frozenset()
+    labels: Mapping[str, float] = field(default_factory=dict)
 
 
 def _scores(rows: Rows, score: str | None, label: str | None) -> _Scored:
@@ -401,11 +401,13 @@ def _scores(rows: Rows, score: str | None, label: str | None) -> _Scored:
         prefix = next((one for one in (ODDS, PROBABILITY) if score.startswith(one)), "")
         values = _table(rows, [score])
         name = (label or (score if prefix else "label")).removeprefix(prefix if label is None else LABEL)
-        others = frozenset(one.removeprefix(prefix) for one in rows.header if prefix and one.startswith(prefix))
+        labels = {
+            one.removeprefix(prefix): float(one == score) for one in rows.header if prefix and one.startswith(prefix)
+        }
         if prefix == ODDS:
-            return _Scored([name], values, True, others)
+            return _Scored([name], values, True, labels)
         probable = bool(((values >= 0) & (values <= 1)).all())
-        return _Scored([name], odds.of_probabilities(values) if probable else values, probable, others)
+        return _Scored([name], odds.of_probabilities(values) if probable else values, probable, labels)
     for prefix in (VALUE, ODDS, PROBABILITY, SCORE):
         columns = [name for name in rows.header if name.startswith(prefix)]
         if columns:
@@ -429,7 +431,9 @@ def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
     column = label or (several[0] if single else "label")
     rows.require(column)
     if len(names) == 1:
-        by_name = {names[0]: 1.0} | dict.fromkeys(scored.others - {names[0]}, 0.0) if scored.others else {}
+        # A label of the name of the scored class says of it yes or no, also where it is called 0.
+        own = {LABEL + name for name, is_scored in scored.labels.items() if is_scored}
+        by_name = {} if column in own else scored.labels
         return {"kind": "binary", "outputs": (names[0],), "truth": _numbers(rows, [column], by_name), "scores": scores}
     order, is_ordered = in_order(names, note_of(rows.path).get("classes", ()))
     numbers = {name: number for number, name in enumerate(order)}

@@ -66,6 +66,22 @@ def test_where_names_do_not_tell_the_score_is_asked_for(tmp_path, capsys):
     np.testing.assert_allclose(cases.scores[:, 0], logit([row[2] for row in rows]))
 
 
+def test_a_column_of_truth_beside_a_column_of_score_is_known_by_the_classes(tmp_path):
+    """The name of the truth's column was taken for that of the scored class, and all labels for the other one."""
+    rows = [(n, n % 2, ["cancer", "normal"][n % 2], (n + 1) % 2, 0.1 * n, 1 - 0.1 * n, 0.1 * n) for n in range(4)]
+    header = "image_path truth named label_0 p_0 p_1 p_cancer".split()
+    path = write(tmp_path / "p.csv", header, rows)
+    for label, score, wanted in [
+        ("truth", "p_1", [0, 1, 0, 1]),
+        ("truth", "p_0", [1, 0, 1, 0]),
+        ("label_0", "p_0", [1, 0, 1, 0]),
+        (None, "p_0", [1, 0, 1, 0]),
+    ]:
+        assert read_cases(path, label=label, score=score).truth[:, 0].tolist() == wanted, (label, score)
+    path = write(tmp_path / "q.csv", [*header, "p_normal"], [(*row, 1 - row[-1]) for row in rows])
+    assert read_cases(path, label="named", score="p_cancer").truth[:, 0].tolist() == [1, 0, 1, 0]
+
+
 def test_the_note_of_a_prediction_tells_the_order_of_the_training(tmp_path):
     rows = [("x.png", "b", 0.1, 0.9), ("y.png", "a", 0.7, 0.3)]
     path = write(tmp_path / "predictions.csv", ["image_path", "label", "p_b", "p_a"], rows)
