@@ -70,22 +70,24 @@ def split_columns(
     if split not in SPLITS:
         raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
     result = weight.new_empty((weight.shape[0], len(columns), *weight.shape[2:]))
-    result[:, columns == FREE] = 0
     deviation = float(weight.double().std(unbiased=False)) if noise else 0.0
     groups = _by_copies(columns, weight.shape[1])
+    several = [(old, places) for old, places in groups if len(places) > 1]
+    once = any(len(places) == 1 for _, places in groups)
     for rows in _blocks(weight):
-        for old, places in groups:
-            source, copies = weight[rows, old], len(places)
-            if copies < 2:
-                parts = [source] * copies
-            elif split == "kraft":
-                parts = split_kraft(source, copies)
-            else:
-                parts = split_sterbenz(source, copies, generator)
-            if noise and copies > 1:
+        if once:
+            torch.index_select(weight[rows], 1, columns.clamp(min=0), out=result[rows])
+        for old, places in several:
+            source, copies = _columns(weight[rows], old), len(places)
+            parts = split_kraft(source, copies) if split == "kraft" else split_sterbenz(source, copies, generator)
+            if noise:
                 parts = _add_noise(parts, noise * deviation, generator)
             for place, part in zip(places, parts, strict=True):
-                result[rows, place] = part
+                if isinstance(place, slice):
+                    result[rows, place] = part
+                else:
+                    result[rows].index_copy_(1, place, part)
+    result[:, columns == FREE] = 0
     return result
 
 
@@ -106,6 +108,11 @@ def _index(places: Tensor) -> Index:
     """A slice if the places count up one by one, which reads and writes without a list."""
     first = int(places[0])
     return slice(first, first + len(places)) if bool((places.diff() == 1).all()) else places
+
+
+def _columns(weight: Tensor, places: Index) -> Tensor:
+    """Columns (axis 1); `index_select` reads a list of them in a third of the time that indexing takes."""
+    return weight[:, places] if isinstance(places, slice) else weight.index_select(1, places)
 
 
 def _blocks(weight: Tensor) -> list[slice]:
@@ -137,7 +144,7 @@ def certify(weight: Tensor, grown: Tensor, columns: Tensor) -> Certificate:
     groups = _by_copies(columns, weight.shape[1])
     for rows in _blocks(weight):
         for old, places in groups:
-            violations += _violations(weight[rows, old], [grown[rows, place] for place in places])
+            violations += _violations(_columns(weight[rows], old), [_columns(grown[rows], p) for p in places])
     return Certificate(weight.numel(), violations)
 
 
@@ -145,6 +152,8 @@ def _violations(want: Tensor, parts: list[Tensor]) -> int:
     """How many sums over the parts are not exactly `want`."""
     if not parts:
         return int((want != 0).sum())
+    if len(parts) == 1 and torch.equal(parts[0], want):
+        return 0
     if len(parts) == 2:
         # If s is a + b rounded, s minus the larger of them is exact (Dekker), and equal to the other only if s is too.
         a, b = parts
