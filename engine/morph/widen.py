@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MorphError
-from ..tiling.memory import freed_pages_kept, large_blocks_on_own_pages, return_free_pages
+from ..tiling.memory import freed_pages_kept, return_free_pages
 from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
 from .copying import cast, duplicate
@@ -108,8 +108,7 @@ def widen(
     unread = _listed(spaces.unread()) if chosen or new else ""
     del spaces  # whose labels may take as much memory as the network
     return_free_pages()
-    with large_blocks_on_own_pages():
-        certificate = step.fill(child, model, maps)
+    certificate = step.fill(child, model, maps)
     changes += head_changes(model, child)
     if name := standard_name(child):
         changes.append(f"this is what {name} builds: load the weights there, without a recipe")
@@ -149,18 +148,17 @@ def _verified(
         model, proof = cast(duplicate(model), torch.float64), None
         child, _ = step.grow(find_spaces(model, inputs.and_calls(others.ways), groups=step.groups))
     try:
-        with large_blocks_on_own_pages():
-            return verified_report(
-                step,
-                model,
-                child,
-                inputs,
-                changes=changes,
-                certificate=proof,
-                seed=step.seed,
-                compare_train=train,
-                others=others,
-            )
+        return verified_report(
+            step,
+            model,
+            child,
+            inputs,
+            changes=changes,
+            certificate=proof,
+            seed=step.seed,
+            compare_train=train,
+            others=others,
+        )
     except MorphError as error:
         if not unread:
             raise
