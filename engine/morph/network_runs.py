@@ -1,4 +1,4 @@
-"""One network run on the inputs of a comparison: in both precisions; in eval mode, train mode, eval mode again."""
+"""One network run on the inputs of a comparison: in both precisions; in eval mode and train mode."""
 
 from __future__ import annotations
 
@@ -58,19 +58,22 @@ class NetworkRuns:
         flops: of one eval forward.
         trained_on: the inputs of train mode.
         untrained: why it could not be run in train mode.
+        inputs: those of eval mode.
     """
 
-    def __init__(self, model: nn.Module, who: str, outputs: Callable[[Any], Any] | None, stateful: bool) -> None:
-        self.model, self.who, self.outputs, self.stateful = model, who, outputs, stateful
+    def __init__(self, model: nn.Module, who: str, outputs: Callable[[Any], Any] | None) -> None:
+        self.model, self.who, self.outputs = model, who, outputs
         self.runs: Runs = {}
         self.shapes: list[tuple[int, ...]] = []
         self.flops = 0
         self.trained_on: Inputs | None = None
         self.untrained = ""
+        self.inputs: Inputs | None = None
         self.works: dict[torch.dtype, nn.Module] = {}
 
     def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
         """All runs; `train` gives train mode's inputs, of a seed and a least batch; None: no such runs."""
+        self.inputs = inputs
         counter, norms = FlopCounterMode(display=False), _Norms()
         counter.mod_tracker = _NoModules()
         devices = sorted({x.device.index or 0 for x in inputs.tensors if x.is_cuda})
@@ -91,7 +94,7 @@ class NetworkRuns:
                     batch = min(TRAIN_BATCH, -(-STATISTICS // max(norms.fewest, 1))) if norms.fewest else 1
                     train = train(seed, batch)
                 if train is not None and not self.untrained:
-                    self._train(work, inputs, train, dtype, short)
+                    self._train(work, train, dtype, short)
                 self.works[dtype] = work
 
     def again(self, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
@@ -101,16 +104,18 @@ class NetworkRuns:
         with torch.no_grad(), torch.random.fork_rng([]), full_precision():
             return self._call(self.works[dtype], inputs, dtype, False)
 
-    def _train(self, work: nn.Module, inputs: Inputs, train: Inputs, dtype: torch.dtype, short: str) -> None:
+    def after(self) -> list[Tensor]:
+        """Eval mode on the same inputs, in float64, with the statistics that train mode left."""
+        assert self.inputs is not None
+        return self.again(self.inputs, torch.float64)
+
+    def _train(self, work: nn.Module, train: Inputs, dtype: torch.dtype, short: str) -> None:
         self.trained_on = train
         with NoDropout():
             try:
                 self.runs[f"{short} train"] = self._call(work, train, dtype, True)
             except MorphError as error:
                 self.untrained = str(error)
-                return
-            if self.stateful and dtype == torch.float64:  # with the statistics that the train step left
-                self.runs["float64 after"] = self._call(work, inputs, dtype, False)
 
     def _call(self, work: nn.Module, inputs: Inputs, dtype: torch.dtype, training: bool) -> list[Tensor]:
         torch.manual_seed(0)

@@ -30,6 +30,7 @@ from .tracer import module_paths
 
 Lengths = tuple[int, ...]
 LARGE = (1031, 4111)  # sides beyond thresholds that networks have, primes so that no stride divides them
+SMALL = 64  # sides of an image that most networks take
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -42,12 +43,14 @@ class Others:
         second: inputs of another size and batch; None if the network takes none.
         ways: inputs on which the forward runs its ops in another order than on the example.
         halves: precisions in which it does.
+        alike: whether it runs the very same ops on the second as on the example.
     """
 
     example: Inputs
     second: Inputs | None = None
     ways: list[Inputs] = field(default_factory=list)
     halves: list[torch.dtype] = field(default_factory=list)
+    alike: bool = False
 
     @property
     def all(self) -> list[Inputs]:
@@ -58,7 +61,9 @@ class Others:
         """These and those of another network on the same example."""
         known = {x.shapes for x in self.all}
         ways = [*self.ways, *(x for x in more.all if x.shapes not in known)]
-        return Others(self.example, self.second, ways, [*dict.fromkeys([*self.halves, *more.halves])])
+        halves = [*dict.fromkeys([*self.halves, *more.halves])]
+        same = self.second is not None and more.second is not None and self.second.shapes == more.second.shapes
+        return Others(self.example, self.second, ways, halves, same and self.alike and more.alike)
 
 
 def other_inputs(model: nn.Module, example: Inputs, multiple: int = 1) -> Others:
@@ -95,7 +100,9 @@ class _Search:
             second = next((k for k in self._seconds() if k != (self.base, 1) and not self._way(*k).failed), None)
             if second is not None:
                 self.found.second = resized(self.example, *second)
-            self._way(self.base, self.batch)
+            whole = self._way(self.base, self.batch)
+            if second is not None:
+                self.found.alike = self._way(*second).branches == first.branches == whole.branches
             if first.asks:
                 self._search()
             known = set(first.pairs)
@@ -113,8 +120,14 @@ class _Search:
     def _seconds(self) -> Iterator[tuple[Lengths, int]]:
         """Odd, not square and in another batch; what a network with strides or fixed shapes may want instead."""
         batch = 2 if self.batch == 1 else 1
-        mixed = tuple(n + n // 4 | 1 if i % 2 == 0 else max(n - n // 4, 1) for i, n in enumerate(self.base))
-        for lengths in (mixed, tuple(n + 32 * (i + 1) for i, n in enumerate(self.base)), self.base):
+        halved = self.base  # of a large image a part will do, which costs less
+        while max(halved, default=0) >= 2 * SMALL:
+            halved = tuple(n // 2 for n in halved)
+        reduced, mixed = (
+            tuple(n + n // 4 | 1 if i % 2 == 0 else max(n - n // 4, 1) for i, n in enumerate(sides))
+            for sides in (halved, self.base)
+        )
+        for lengths in (reduced, mixed, tuple(n + 32 * (i + 1) for i, n in enumerate(self.base)), self.base):
             yield self._fitting(lengths), batch
             yield self._fitting(lengths), 1
 
@@ -229,6 +242,11 @@ class _Way:
     failed: bool = False
     asks: bool = False  # for sizes
     asks_dtype: bool = False
+
+    @property
+    def branches(self) -> tuple[Any, Any]:
+        """What tells apart two runs that take other branches."""
+        return self.pairs, {(c.key, c.outcome) for c in self.compared}
 
 
 def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> _Way:

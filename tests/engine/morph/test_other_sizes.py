@@ -172,3 +172,8 @@ def test_a_network_of_one_size() -> None:
 def test_nothing_is_searched_where_no_size_is_read() -> None:
     found = other_inputs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), as_inputs(X))
     assert found.second is not None and not found.ways and not found.halves
+
+
+def test_the_second_size_of_a_large_image_is_a_small_one() -> None:
+    found = other_inputs(nn.Conv2d(3, 8, 3), as_inputs(torch.zeros(1, 3, 448, 512)))
+    assert found.second is not None and found.second.shapes == ((2, 3, 71, 48),) and found.alike

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import resnet18
+from gigamorph.engine.morph.example import as_inputs
+from gigamorph.engine.morph.other_sizes import other_inputs
 from gigamorph.engine.morph.report import Certificate
 from gigamorph.engine.morph.splits import certify
 from gigamorph.engine.morph.step import Step, to_json
 from gigamorph.engine.morph.verify import compare, require_equal, verified_report
+from gigamorph.engine.morph.widen import widen
 
 X = torch.zeros(1, 3, 32, 32)
 
@@ -106,6 +109,55 @@ def test_errors_of_the_running_statistics_are_stopped() -> None:
     child[1].momentum = 0.2
     with pytest.raises(MorphError, match="float64"):
         require_equal(model, child, X)
+
+
+class OneOfTwoNorms(nn.Module):
+    """Images of `least` columns and more are normalised by another layer than narrow ones."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.large, self.small = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.least = least
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.large if not self.least or x.shape[-1] >= self.least else self.small
+        return norm(self.conv(x)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("least", [32, 0])
+def test_running_statistics_are_compared_where_the_second_size_reads_others(least: int) -> None:
+    """With 0 the second size reads the statistics that the train step left, with 32 those of the other layer."""
+    model, child = OneOfTwoNorms(least).eval(), OneOfTwoNorms(least).eval()
+    child.large.momentum = 0.2
+    assert other_inputs(model, as_inputs(X)).alike is (least == 0)
+    with pytest.raises(MorphError, match=r"differs from its parent's by .* in float64") as caught:
+        verified_report(Step(), model, child, X)
+    assert "though not on the example" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), nn.ReLU()])
+def test_a_widening_runs_its_parent_as_rarely_as_it_can(layer: nn.Module) -> None:
+    """Once to follow it; in eval and train mode in both precisions; in float64 on a second size."""
+    ran: list[tuple[torch.dtype, bool, int]] = []
+
+    class Counts(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.out_channels == 8 and x.device.type == "cpu":
+                ran.append((x.dtype, self.training, len(x)))
+            return super().forward(x)
+
+    model = nn.Sequential(Counts(3, 8, 3), layer, nn.Conv2d(8, 4, 3)).eval()
+    widen(model, X, {"0.weight:0": 12})
+    single, double = torch.float32, torch.float64
+    assert ran == [
+        (single, False, 1),  # the labels
+        (single, False, 1),
+        (single, True, 1),
+        (double, False, 1),
+        (double, True, 1),
+        (double, False, 2),
+    ]
 
 
 def test_a_child_that_is_right_in_float64_only_is_stopped() -> None:
