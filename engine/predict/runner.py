@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
+from ..files import temporary_name
 from ..images.dicomweb import service_of
 from ..images.parallel import available_cpus
 from ..parallel.launch import need_gpus
@@ -120,9 +119,7 @@ class _Runner:
     def _work(self) -> None:
         options, meter, folder = self._options, self._watch.meter, self._folder
         found = self._index.work(options.shard[0], failed=options.retry_failed)
-        name = hashlib.sha256(os.fsencode(f"{os.path.abspath(folder.path)}\0{folder.shard}")).hexdigest()[:16]
-        staging = Path(tempfile.gettempdir()) / f"gigamorph-{name}"
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        staging = temporary_name(Path(tempfile.gettempdir()) / "gigamorph")  # nobody can make it before
         staging.mkdir(mode=0o700)
         workers = default_workers(options) if options.workers is None else options.workers
         reading = Reading(workers, staging, forgiving=options.max_failures is not None)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zipfile
@@ -511,7 +512,27 @@ def test_images_in_memory_in_an_archive_and_on_a_server_are_those_on_the_disk(ta
         written = rows(out / "predictions.csv")
         assert found.done == 4 and [row["log_odds_1"] for row in written] == expected, source
         assert written[3]["image_path"].split("::")[0].endswith("/0003.npy") and "://" in written[3]["image_path"]
-    assert not [path for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("gigamorph-*") if os.listdir(path)]
+    own = f"-{os.getpid()}-"
+    assert not [path for path in Path(tempfile.gettempdir()).glob(".gigamorph.*") if own in path.name]
+
+
+def test_the_folder_of_fetched_files_cannot_be_made_before(table, tmp_path, monkeypatch):
+    """Its name was a hash of that of --out, and a file of that name, as of another account, stopped the run."""
+    names, make = [], os.mkdir
+
+    def noted(path, *args, **kwargs):
+        if Path(path).parent == tmp_path / "temporary":
+            names.append((Path(path).name, args))
+        return make(path, *args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(os, "mkdir", noted)
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert predict(archives.tiny, [table], tmp_path / "out", replace(HERE, workers=0)).done == 12
+    assert len({name for name, _ in names}) == 2 and all(args == (0o700,) for _, args in names)
+    assert not os.listdir(tmp_path / "temporary")
 
 
 def test_a_store_that_cannot_be_reached_and_a_file_that_is_not_there(table, server, tmp_path, monkeypatch):
