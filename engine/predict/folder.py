@@ -21,7 +21,7 @@ from ..parallel.lock import cannot_write, held, hold
 from ..parsing import parse_json
 from .job import Job
 from .options import RunOptions
-from .parts import read_parts
+from .parts import read_results
 
 _OF_TRAINING = ("last.ckpt", "log.csv", "folds.json")
 """What tells a folder of `gigamorph train`, whose quarantine.csv is of its own images."""
@@ -142,7 +142,7 @@ class RunFolder:
         job, out = self._job, self.path
         try:
             of_images = [pattern for pattern in job.files if "{name}" in pattern]
-            for rows in read_parts(self.parts, [job.named]) if of_images else ():
+            for rows in read_results(self.parts, [job.named]) if of_images else ():
                 for name in (pattern.format(name=row[job.named]) for row in rows for pattern in of_images):
                     (out / name).unlink(missing_ok=True)
             own = [name for name in job.files if name not in of_images]

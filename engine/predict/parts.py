@@ -152,7 +152,7 @@ def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[l
     """The rows of all shards below a folder, some at a time, those in journals too; other processes may write there.
 
     Raises:
-        GigamorphError: if a part cannot be read, or names a file of an image that is elsewhere.
+        GigamorphError: if a part cannot be read.
     """
     for shard in sorted(path for path in folder.glob("*-of-*") if path.is_dir()):
         names = sorted(shard.glob("[0-9]*.parquet"))
@@ -160,7 +160,7 @@ def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[l
             try:
                 with pq.ParquetFile(path) as file:
                     for batch in file.iter_batches(ROWS, columns=None if columns is None else list(columns)):
-                        yield _checked(batch.to_pylist(), path)
+                        yield batch.to_pylist()
             except (OSError, pa.ArrowException) as error:
                 said = " ".join(str(error).split())[:160]
                 raise GigamorphError(
@@ -169,15 +169,20 @@ def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[l
         for path in sorted(shard.glob("_[0-9]*.jsonl")):
             if shard / f"{path.stem[1:]}.parquet" not in names:
                 with contextlib.suppress(FileNotFoundError):  # it has just become a part, which another run reads
-                    yield _checked(_lines(path.read_bytes())[0], path)
+                    yield _lines(path.read_bytes())[0]
 
 
-def _checked(rows: list[Row], path: Path) -> list[Row]:
-    """Rows whose names of files are plain names: by these files are removed, and sent to a store."""
-    for name in (str(row[column]) for row in rows for column in _NAMES if row.get(column) is not None):
-        if os.path.basename(name) != name:
-            raise GigamorphError(f"{path}: names the file {name!r}, which is elsewhere; name another --out")
-    return rows
+def read_results(folder: Path, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
+    """`read_parts` of results, whose names are those of files: by these files are removed, and sent to a store.
+
+    Raises:
+        GigamorphError: if a part cannot be read, or names a file that is elsewhere.
+    """
+    for rows in read_parts(folder, columns):
+        for name in (str(row[column]) for row in rows for column in _NAMES if row.get(column) is not None):
+            if os.path.basename(name) != name:
+                raise GigamorphError(f"{folder}: names the file {name!r}, which is elsewhere; name another --out")
+        yield rows
 
 
 def _lines(data: bytes) -> tuple[list[Row], int]:

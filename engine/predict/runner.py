@@ -28,7 +28,7 @@ from .folder import RunFolder
 from .index import Index
 from .job import FAILURES, Job, Result
 from .options import RunOptions, Summary, Watch
-from .parts import Parts, read_parts
+from .parts import Parts, read_parts, read_results
 from .precision import in_precision, start_in_precision
 from .rows import Row, Work
 from .tables import write_failures
@@ -112,7 +112,7 @@ class _Runner:
     def _know(self) -> None:
         """What is done and what failed, by all shards."""
         named = self._job.named
-        for rows in read_parts(self._folder.parts, ["key", named] if named else ["key"]):
+        for rows in read_results(self._folder.parts, ["key", named] if named else ["key"]):
             self._index.add_done((row["key"], row.get(named)) for row in rows)
         self._index.add_failed(row for rows in read_parts(self._folder.quarantine) for row in rows)
 
@@ -225,7 +225,7 @@ class _Runner:
         summary.images, summary.done, summary.failed = images, done, failed
 
     def _results(self) -> Iterator[Result]:
-        return (row for rows in read_parts(self._folder.parts) for row in rows)
+        return (row for rows in read_results(self._folder.parts) for row in rows)
 
     def _tables(self, *, only_if_complete: bool = False) -> None:
         index, out = self._index, self._folder.path

@@ -11,7 +11,7 @@ import pytest
 
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict import parts as module
-from gigamorph.engine.predict.parts import Parts, read_parts
+from gigamorph.engine.predict.parts import Parts, read_parts, read_results
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.float64())])
 CALLS = ("write", "fsync", "replace", "open", "ftruncate", "lseek")
@@ -166,4 +166,4 @@ def test_names_of_files_that_lead_elsewhere_are_refused(name, column, packed, tm
     if packed:
         parts.pack()
     with pytest.raises(GigamorphError, match=rf"names the file '{name}', which is elsewhere; name another --out"):
-        kept(tmp_path)
+        list(read_results(tmp_path))
