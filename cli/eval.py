@@ -270,8 +270,8 @@ def _warn_of_repeats(images: Cases) -> None:
     repeated = [one for one in zip(images.names, frames, strict=True) if one in seen or seen.add(one)]
     if repeated:
         first = repeated[0][0]
-        told = f"{len(repeated)} of {len(images)} rows are of an image that is there before ({first}); each counts"
-        click.echo(f"warning: {told}", err=True)
+        repeats = f"{len(repeated)} of {len(images)} rows are of an image that is there before ({first}); each counts"
+        click.echo(f"warning: {repeats}", err=True)
 
 
 def _measure(
@@ -356,8 +356,8 @@ def _measure_dice(
     _clear(out)
     page = write_dice_report(out, rows, found, table)
     undrawn = table is not None and "mask" not in rows.header
-    told = [f"{rows.path.name} has no column mask: no image is drawn"] if undrawn else []
-    return [rows_line(found["rows"]), *dice_headline(found), *told, f"{page}, metrics.json and plots"]
+    notes_of_images = [f"{rows.path.name} has no column mask: no image is drawn"] if undrawn else []
+    return [rows_line(found["rows"]), *dice_headline(found), *notes_of_images, f"{page}, metrics.json and plots"]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:

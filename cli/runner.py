@@ -200,27 +200,26 @@ def watching(as_json: bool, device: str) -> Iterator[Watch]:
     if as_json:
         lines = _Lines()
         with terminated_as_interrupted():
-            yield Watch(Meter(lines), lines.warn, lines.failed, functools.partial(_look, lines.warn))
+            yield Watch(Meter(lines), lines.warn, lines.failed, functools.partial(_warn_of_grey, lines.warn))
         return
     try:
         with terminated_as_interrupted(), ProgressView(device=device) as view:
             meter = Meter(view)
-            yield Watch(
-                meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), functools.partial(_look, warn)
-            )
+            look = functools.partial(_warn_of_grey, warn)
+            yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), look)
     except KeyboardInterrupt as error:
         click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
         raise Stopped from error
 
 
-def _look(told: Callable[[str], object], network: Any, records: Sequence[Record]) -> None:
-    """Look at the grey scale of a few images."""
+def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence[Record]) -> None:
+    """Look at the grey scale of a few images, and warn of an unusual one."""
     from ..engine.datasets.dataset import dataset_in
     from ..engine.datasets.grey import grey_warnings
 
     data = dataset_in(network.open_images(records))
     for text in () if data is None else grey_warnings(data):
-        told(text)
+        warn(text)
 
 
 def tell_end(found: Summary) -> None:

@@ -92,7 +92,7 @@ def _guarded(stream: TextIO, lost: Lost) -> TextIO:
         return stream
     try:
         output = _Output(stream.fileno(), lost)
-    except ValueError:  # it is no file of the system
+    except ValueError:  # not a file of the system
         return stream
     with contextlib.suppress(OSError):
         stream.flush()

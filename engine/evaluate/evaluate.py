@@ -196,8 +196,8 @@ def _subgroups(
             limit = outputs[name]["sensitivity_at_specificity"][len(settings.rates) // 2]
         shared = chosen.score(limit)
         rows = subgroups(cases, column, by, shared, count=settings.resamples, seed=settings.seed)
-        told = limit or {}
-        found[name] = {"threshold": told.get("threshold"), "log_odds": told.get("log_odds"), "rows": rows}
+        own = limit or {}
+        found[name] = {"threshold": own.get("threshold"), "log_odds": own.get("log_odds"), "rows": rows}
     return found
 
 

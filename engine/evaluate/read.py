@@ -110,20 +110,20 @@ def _cases(rows: Rows, label: str | None, score: str | None) -> Cases:
     scored = _scores(rows, score, label)
     if score is None and any(name.startswith(VALUE) for name in rows.header):
         names = scored.names
-        told = {
+        fields = {
             "kind": "numbers",
             "outputs": tuple(names),
             "truth": _measured(rows, label, names),
             "scores": scored.values,
         }
     else:
-        told = _truth(rows, label, scored)
+        fields = _truth(rows, label, scored)
     keys = {key: tuple(row.get(key, "") for row in rows.rows) for key in KEYS}
     levels: list[Level] = [level for level, column in _NAMES.items() if column in rows.header]
     level = levels[0] if levels else "image"
     used = {*_NAMES.values(), *KEYS, *(c for c in rows.header if c.startswith((ODDS, PROBABILITY, SCORE, VALUE)))}
     return Cases(
-        **told,
+        **fields,
         names=tuple(
             row.get(_NAMES[level]) or f"{rows.path}, {place}" for row, place in zip(rows.rows, rows.places, strict=True)
         ),
@@ -368,8 +368,8 @@ def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, d
     wanted = set(there) - {"train"} if split in (None, "all") else set(split.split(","))
     found = [n for n, row in enumerate(rows.rows) if row["split"] in wanted]
     if not found and split in (None, "all"):
-        told = "all rows are of split train, on which the network has learnt; to measure them all the same"
-        raise DataError(f"{rows.path}: {told}: --split train")
+        reason = "all rows are of split train, on which the network has learnt; to measure them all the same"
+        raise DataError(f"{rows.path}: {reason}: --split train")
     if not found:
         raise DataError(f"{rows.path}: holds no rows of split {split}")
     order = sorted(there, key=lambda name: (*SPLITS, name).index(name))
@@ -462,8 +462,8 @@ def _positive(rows: Rows, names: Sequence[str], order: Sequence[str]) -> str:
     if found is None:
         columns = [prefix + name for name in order for prefix in (ODDS, PROBABILITY, SCORE)]
         asked = " or ".join(f"--score {name}" for name in columns if name in rows.header)
-        told = f"the names {' and '.join(order)} do not tell which class is the positive one"
-        raise DataError(f"{rows.path}: {told}; name its column: {asked}")
+        reason = f"the names {' and '.join(order)} do not tell which class is the positive one"
+        raise DataError(f"{rows.path}: {reason}; name its column: {asked}")
     if found != names[1] and not found.isdecimal() and "sha256" in note and "classes" not in note:
         raise DataError(f"{rows.path}: an older gigamorph predict wrote its labels as numbers; predict again, --resume")
     return found

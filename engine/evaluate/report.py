@@ -58,15 +58,15 @@ def rows_line(rows: Mapping[str, Any]) -> str:
             anything is.
     """
 
-    def told(counts: Mapping[str, int]) -> list[str]:
+    def by_split(counts: Mapping[str, int]) -> list[str]:
         return [f"{count} of {name}" if name else f"{count} without a split" for name, count in counts.items()]
 
-    first, *others = told(rows["measured"])
+    first, *others = by_split(rows["measured"])
     number, _, rest = first.partition(" ")
     rest = rest.replace("of ", "of split ", 1) if rest.startswith("of ") else rest
     lines = [", ".join([f"measured: {number} rows {rest}", *others])]
     if rows["left_out"]:
-        lines.append(f"left out: {', '.join(told(rows['left_out']))}")
+        lines.append(f"left out: {', '.join(by_split(rows['left_out']))}")
     fitted = rows.get("fitted")
     lines.append(
         f"fitted on {fitted['rows']} rows of split val: {', '.join(fitted['what'])}" if fitted else "nothing is fitted"

@@ -71,14 +71,14 @@ def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
     """Of a presentation that is not the one of PhotometricInterpretation, and of pixels that are not square."""
     shape, photometric = str(ds.get("PresentationLUTShape") or ""), str(ds.get("PhotometricInterpretation") or "")
     if (shape, photometric) in (("IDENTITY", "MONOCHROME1"), ("INVERSE", "MONOCHROME2")):
-        told = f"PresentationLUTShape {shape} and {photometric} contradict each other"
-        warn_once(f"{path}: {told}; {photometric} is believed, look at the image: gigamorph data preview")
+        conflict = f"PresentationLUTShape {shape} and {photometric} contradict each other"
+        warn_once(f"{path}: {conflict}; {photometric} is believed, look at the image: gigamorph data preview")
     for keyword in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         sides = ds.get(keyword)
         pair = [float(side) for side in sides] if isinstance(sides, MultiValue) and len(sides) == 2 else [1.0, 1.0]
         if min(pair) <= 0 or max(pair) > (1 + _SQUARE) * min(pair):
-            told = f"pixels are not square ({keyword} {pair[0]:g}, {pair[1]:g})"
-            warn_once(f"{path}: {told}; they are taken as they are stored, resample the image first")
+            sides = f"pixels are not square ({keyword} {pair[0]:g}, {pair[1]:g})"
+            warn_once(f"{path}: {sides}; they are taken as they are stored, resample the image first")
             return
 
 

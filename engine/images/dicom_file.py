@@ -234,8 +234,8 @@ class StoredFrames:
         assert self.ranges is not None
         start, end = (int(place) for place in self.ranges[index])
         if end - start > codecs.most_encoded(self.frame.nbytes):
-            told = f"{end - start} bytes for {self.frame.nbytes} bytes of pixels"
-            raise DataError(f"{self.path}: frame {index} has {told}; it is damaged")
+            sizes = f"{end - start} bytes for {self.frame.nbytes} bytes of pixels"
+            raise DataError(f"{self.path}: frame {index} has {sizes}; it is damaged")
         data, place, parts = FileBytes(self.path).read(start, end - start), 0, []
         while place < len(data):
             tag, length = struct.unpack("<II", data[place : place + 8]) if place + 8 <= len(data) else (0, 0)
@@ -346,8 +346,8 @@ def _believe_sign(ds: Dataset, stream: bytes, path: Path) -> None:
         return
     ds.PixelRepresentation = int(sample[1])
     kinds = ("unsigned", "signed")
-    told = f"the header says {kinds[header]} pixels, its JPEG 2000 stream {kinds[1 - header]} ones"
-    warn_once(f"{path}: {told}; the stream is believed, correct the header")
+    conflict = f"the header says {kinds[header]} pixels, its JPEG 2000 stream {kinds[1 - header]} ones"
+    warn_once(f"{path}: {conflict}; the stream is believed, correct the header")
 
 
 def _pixel_element(stream: Any, big: bool, implicit: bool, path: Path) -> tuple[int, int, bytes]:

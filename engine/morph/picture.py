@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..report.figure import png
 from ..tiling.memory import format_bytes
 from .planner import Growth, Row, short
 from .store import atomic
@@ -41,10 +41,9 @@ def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
     Raises:
         MorphError: the file cannot be written.
     """
-    buffer = BytesIO()
-    draw(growth, title).savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    picture = png(draw(growth, title))
     with atomic(path) as file:
-        file.write(buffer.getvalue())
+        file.write(picture)
 
 
 def _beside(row: Row) -> str:

@@ -273,9 +273,9 @@ class Index:
 
     def know(self, level: Level, patients: Iterable[str]) -> None:
         """Patients of whom an image says its breast's side, or its exam."""
-        told = ((level, patient) for patient in patients)
+        known = ((level, patient) for patient in patients)
         with self._together():
-            self._base.executemany("insert or ignore into known values (?, ?)", told)
+            self._base.executemany("insert or ignore into known values (?, ?)", known)
 
     def knows(self, level: Level, patient: str) -> bool:
         """Whether the patient is one of these."""

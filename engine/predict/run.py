@@ -140,11 +140,11 @@ class _Predict(PredictJob):
             identifiers=options.identifiers,
             outputs=outputs,
         )
-        told: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
+        note: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
         if options.calibration is not None:
             split = options.calibration.split or "not known"
-            told["calibrated_on"] = f"{options.calibration.images} images, split {split}"
+            note["calibrated_on"] = f"{options.calibration.images} images, split {split}"
         if outputs is not None and outputs.views is not None:
-            told["views"] = outputs.views
-        self.write_note(out, **told)
+            note["views"] = outputs.views
+        self.write_note(out, **note)
         return scores

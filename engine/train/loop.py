@@ -198,8 +198,8 @@ def _fit(
         except Exception as error:
             if epochs.began or not goes_on or isinstance(error, GigamorphError):
                 raise
-            told = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"{run.out / 'last.ckpt'}: the run cannot go on with it ({told}); {REMEDY}") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{run.out / 'last.ckpt'}: the run cannot go on with it ({reason}); {REMEDY}") from error
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run
+from commands import run, train_and_import
 
 import gigamorph
 from gigamorph.cli.main import _COMMANDS
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.models import build_model, create_model, load_weights, registry
 from gigamorph.engine.morph.activation import activation
 from gigamorph.engine.trust import VARIABLE
@@ -60,10 +59,7 @@ class Run:
 def trained(tmp_path_factory) -> Path:
     """A folder with a table of images, a checkpoint, and an imported network."""
     folder = tmp_path_factory.mktemp("trained")
-    table = write_phantoms(folder, patients=6, height=128, width=96, seed=1)
-    options = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "4", "--out", folder / "run"]
-    assert run("train", table, *options) == 0
-    assert run("import", "lesionnet", "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
+    train_and_import(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gigamorph.cli.main import main
+from gigamorph.engine.datasets.phantom import write_phantoms
 
 
 def run(*args: object) -> int | str | None:
@@ -21,3 +22,12 @@ def rows(path: str | Path) -> list[dict[str, str]]:
     """The rows of a csv file."""
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def train_and_import(folder: Path) -> Path:
+    """The table of phantoms that a small network, in ``run`` and imported in ``net``, was trained on."""
+    table = write_phantoms(folder, patients=6, height=128, width=96, seed=1)
+    options = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "4", "--out", folder / "run"]
+    assert run("train", table, *options) == 0
+    assert run("import", "lesionnet", "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
+    return table

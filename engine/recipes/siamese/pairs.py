@@ -53,9 +53,9 @@ def find_pairs(
     for number, record in enumerate(records):
         if record.laterality is None or not record.view or number in examless:
             if not skip_unpaired:
-                told = "the table gives no laterality (L, R), view or exam, where others of its patient have one"
+                reason = "the table gives no laterality (L, R), view or exam, where others of its patient have one"
                 raise DataError(
-                    f"{record.path}: {told}; fill it in, or leave such images out with skip_unpaired = true"
+                    f"{record.path}: {reason}; fill it in, or leave such images out with skip_unpaired = true"
                 )
             further.append(record)
             continue

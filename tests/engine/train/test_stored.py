@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run
+from commands import run, train_and_import
 
 import gigamorph
 from gigamorph.cli.main import _COMMANDS
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.models import build_model, create_model
 from gigamorph.engine.models.checkpoints import read_state
@@ -47,12 +46,8 @@ JUNK: dict[str, Any] = {
 def folder(tmp_path_factory) -> Path:
     """Images, a run, its predictions, an imported network."""
     folder = tmp_path_factory.mktemp("stored")
-    table = write_phantoms(folder, patients=6, height=128, width=96, seed=1)
-    options = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "4", "--out", folder / "run"]
-    assert run("train", table, *options) == 0
-    best = folder / "run" / "best.ckpt"
-    assert run("import", "lesionnet", "--weights", best, "--out", folder / "net") == 0
-    assert run("predict", best, table, "--out", folder / "predictions") == 0
+    table = train_and_import(folder)
+    assert run("predict", folder / "run" / "best.ckpt", table, "--out", folder / "predictions") == 0
     return folder
 
 
