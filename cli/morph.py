@@ -99,6 +99,7 @@ class _Morph(click.RichCommand):
         """Open, grow, save, and show the report."""
         from ..engine.morph.files import add_morph, check_target, save_network
         from .morph_table import show_report
+        from .progress import StageView
 
         operation = self.operation
         own = {a.option: given.pop(a.option) for a in operation.arguments()}
@@ -116,7 +117,8 @@ class _Morph(click.RichCommand):
             own.setdefault("at", _last_layer(parent.network))
         image = _image(chosen, parent.example(given["size"]), own)
         arguments = {parameters[name].name: value for name, value in own.items()}
-        child, report = operation.function(chosen)(parent.network, image, **arguments)
+        with StageView("gigamorph.morph"):
+            child, report = operation.function(chosen)(parent.network, image, **arguments)
         recipe = save_network(given["out"], add_morph(parent, child, report))
         show_report(report)
         click.echo(f"written: {given['out']}, {recipe}")
@@ -216,9 +218,11 @@ def verify(first: str, second: str, model: str, classes: int, channels: int, siz
     Example: gigamorph morph verify a.safetensors d.safetensors --model resnet18
     """
     from ..engine.morph.files import compare_networks, open_network, verdict
+    from .progress import StageView
 
     networks = [open_network(model, path, classes, channels) for path in (first, second)]
-    difference = compare_networks(networks[0], networks[1], size)
+    with StageView("gigamorph.morph"):
+        difference = compare_networks(networks[0], networks[1], size)
     equal, text = verdict(difference)
     click.echo(text)
     click.echo(f"difference: {difference}")

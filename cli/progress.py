@@ -1,12 +1,13 @@
-"""Draws `Progress` reports: a live bar on a terminal, plain lines elsewhere."""
+"""Draws `Progress` reports, and the stages that a logger names: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
@@ -91,6 +92,43 @@ class ProgressView:
             left = seconds / done * (progress.images - progress.image - progress.part)
             parts.append(f"{_clock(left)} left in this stage")
         return ", ".join(parts[1:] if self._bar is None else parts)
+
+
+class StageView(logging.Handler):
+    """A context manager that shows the info messages of a logger as the stage of the work, on standard error.
+
+    On a terminal: one line with the stage, memory in use and time. Elsewhere: a line where the last one is
+    ``interval`` seconds ago.
+    """
+
+    def __init__(self, logger: str, console: Console | None = None, interval: float = 10.0) -> None:
+        super().__init__(logging.INFO)
+        self._log, self._interval = logging.getLogger(logger), interval
+        self._console = console or Console(stderr=True)
+        self._shown = time.monotonic()
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("")
+        self._level = self._log.level
+
+    def __enter__(self) -> StageView:
+        self._log.setLevel(min(self._log.getEffectiveLevel(), logging.INFO))
+        self._log.addHandler(self)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bar.stop()
+        self._log.removeHandler(self)
+        self._log.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.getMessage()} ({format_bytes(used_bytes('cpu'))})"
+        self._bar.update(self._task, description=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._shown >= self._interval:
+            self._shown = now
+            self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def _title(progress: Progress) -> str:

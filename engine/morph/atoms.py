@@ -82,8 +82,7 @@ class Atoms:
         keep = (a != b) & (a != FIXED) & (b != FIXED)
         if not keep.any():
             return
-        pairs = np.unique(np.stack([a[keep], b[keep]]), axis=1)
-        a, b = pairs
+        a, b = np.divmod(np.unique(a[keep] * self.size + b[keep]), self.size)  # each pair once, as one number
         if len(np.unique(b)) == len(b) and not np.isin(a, b).any():  # each b is hung below an a that stays a root
             self._hang(b, a)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ from .copying import seen_in
 from .example import Inputs
 from .precision import full_precision, in_dtype
 from .running import failures, output_tensors
+
+log = logging.getLogger("gigamorph.morph")
 
 STATISTICS = 64  # values of which a batch statistic is taken at least: fewer would magnify rounding
 TRAIN_BATCH = 4  # at most so many images for that
@@ -120,8 +123,10 @@ class NetworkRuns:
     def _call(self, work: nn.Module, inputs: Inputs, dtype: torch.dtype, training: bool) -> list[Tensor]:
         torch.manual_seed(0)
         work.train(training)
+        mode = "train" if training else "eval"
+        log.info("running %s in %s, %s mode", self.who, str(dtype).removeprefix("torch."), mode)
         given = inputs.to(dtype)
-        with failures(f"{self.who} cannot be run in {'train' if training else 'eval'} mode"), in_dtype(dtype):
+        with failures(f"{self.who} cannot be run in {mode} mode"), in_dtype(dtype):
             result = inputs.call(work, given)
             result = self.outputs(result) if self.outputs else result
         return [t.detach().double() for t in output_tensors(result)]

@@ -7,6 +7,7 @@ says which size goes the other way. The smallest inputs that run ops in another 
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import sys
@@ -27,6 +28,8 @@ from .families import op_name, reads_no_values
 from .running import eval_mode
 from .tensors import named_tensors, of_kind
 from .tracer import module_paths
+
+log = logging.getLogger("gigamorph.morph")
 
 Lengths = tuple[int, ...]
 LARGE = (1031, 4111)  # sides beyond thresholds that networks have, primes so that no stride divides them
@@ -93,6 +96,7 @@ class _Search:
         self.found = Others(self.example)
 
     def run(self) -> Others:
+        log.info("looking for branches by image size, batch and precision")
         with suppress(_NotFollowed):
             first = self._way(self.base, 1)
             if first.failed:

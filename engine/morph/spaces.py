@@ -7,6 +7,7 @@ Where that fails, the channels that the failing op read are frozen with the op's
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from .running import first_line, output_leaves
 from .stock import stock
 from .tensors import fill, named_tensors, of_kind, resized
 from .tracer import Mismatch
+
+log = logging.getLogger("gigamorph.morph")
 
 TRIALS = 60
 GROUPS = ("more", "wider")
@@ -109,6 +112,7 @@ class Spaces:
         Raises:
             Mismatch: an op of the child would not compute copies of what the parent's computes.
         """
+        log.info("checking the widened network op by op")
         plan = make_plan(self.found, copies)
         child = skeleton(self.followed, plan, self.found)
         return child, run_child(child, self.found, plan, self.inputs, self.outputs)
@@ -176,6 +180,7 @@ def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tup
     for x in given.tensors:
         found.input_vids.append(found.number(no_atoms(x.shape)))
         found.set_label(x, Label(found.input_vids[-1], no_atoms(x.shape)))
+    log.info("following the channels through one forward")
     try:
         result = found.forward(given)
     except MorphError:

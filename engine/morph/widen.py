@@ -6,6 +6,7 @@ rows and which columns is decided by `spaces` alone; nothing here knows an archi
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
 from .verify import verified_report
 from .widths import Counts, choose_counts, width_after
+
+log = logging.getLogger("gigamorph.morph")
 
 
 @torch.inference_mode(False)
@@ -218,6 +221,7 @@ class WidenStep(Step, op="widen"):
 
     def fill(self, child: nn.Module, parent: nn.Module, maps: Mapping[str, ParameterMap]) -> Certificate:
         """Give the child that `check` made its weights; the certificate of all splits."""
+        log.info("splitting weights")
         originals, certificate = named_tensors(parent), Certificate()
         grown: dict[int, Tensor] = {}
         for name, made in maps.items():

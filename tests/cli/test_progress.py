@@ -1,9 +1,13 @@
 import io
+import logging
 
 import pytest
+import torch
 from rich.console import Console
 
-from gigamorph.cli.progress import ProgressView
+from gigamorph.cli.progress import ProgressView, StageView
+from gigamorph.engine.models import create_model
+from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.progress import Meter
 
 
@@ -65,3 +69,31 @@ def test_a_resumed_epoch_estimates_from_its_own_images_only(clock):
         clock.now += 5
         meter.image_done()
     assert "image 91/100" in text.getvalue() and "0:45 left" in text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_stages_of_a_morph_are_shown_while_it_runs(terminal):
+    parent, out = create_model("lesionnet"), io.StringIO()
+    with StageView("gigamorph.morph", Console(file=out, force_terminal=terminal, width=100), interval=0):
+        widen(parent, torch.zeros(1, 1, 64, 64), factor=2)
+    shown = out.getvalue()
+    assert "MiB" in shown or "GiB" in shown
+    if terminal:  # whose picture is drawn a few times a second: which stages these are is a matter of time
+        return
+    stages = [line.partition(" (")[0] for line in shown.splitlines()]
+    assert stages[:3] == [
+        "looking for branches by image size, batch and precision",
+        "following the channels through one forward",
+        "checking the widened network op by op",
+    ]
+    runs = ["float32, eval mode", "float32, train mode", "float64, eval mode", "float64, train mode"]
+    for who in ("the parent", "the child"):
+        assert [s for s in stages if s.startswith(f"running {who}")][:4] == [f"running {who} in {run}" for run in runs]
+    assert not logging.getLogger("gigamorph.morph").handlers
+
+
+def test_a_short_morph_prints_no_stages():
+    out = io.StringIO()
+    with StageView("gigamorph.morph", Console(file=out)):
+        widen(create_model("lesionnet"), torch.zeros(1, 1, 64, 64), factor=2)
+    assert not out.getvalue()
