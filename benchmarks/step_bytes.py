@@ -2,11 +2,10 @@
 
     env -u TRITON_INTERPRET python benchmarks/step_bytes.py [--network resnet50] [--frozen] [--json FILE]
 
-`step_work.py` counts what tiles do. Here a whole step of `accelerate` runs on the CPU, in one tile, in bfloat16, with
-the graph of a GPU (its ops computed by PyTorch), its graphs kept and its maps taken as they lie, as on a GPU that has
-no budget. Of each op that is no view every tensor counts that it reads or writes, once; of the gradients of a live norm
-what they read twice. The step runs in two sizes: what grows with the pixels is told for each pixel, what does not
-(weights and their gradients) beside it.
+A whole step of `accelerate` runs on the CPU, in one tile, in bfloat16, with the graph of a GPU (its ops computed by
+PyTorch). Its graphs are stored, as on a GPU that has no budget. Of each op that is not a view, every tensor that it
+reads or writes counts once; what the gradients of a norm in training mode read twice counts twice. The step runs in two
+sizes: what grows with the pixels is printed per pixel, what does not (weights and their gradients) next to it.
 """
 
 from __future__ import annotations
