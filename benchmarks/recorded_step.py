@@ -38,7 +38,7 @@ from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.planning import simulate
-from gigamorph.engine.planning.sides import stage_sides
+from gigamorph.engine.planning.candidate_tiles import stage_sides
 from gigamorph.engine.tiling.stage import TiledStage
 from gigamorph.kernels import choice
 from gigamorph.kernels.measurements import Measurement, MeasurementFile

@@ -17,7 +17,7 @@ from .capture.graph import Graph
 from .capture.program import Given, takes_single_images
 from .capture.recording import capture, load_recorder, refuse_unready
 from .errors import GigamorphError
-from .execution.evidence import Evidence, Score, find_evidence
+from .execution.class_activation import Evidence, Score, find_evidence
 from .execution.forward import Forward
 from .execution.programs import Inputs, Settings, check_alike
 from .execution.rows import check_rows
@@ -28,7 +28,7 @@ from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
 from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, refuse_wrapped, tile_sides
 from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
-from .module.entrance import entrance
+from .module.preconditions import entrance
 from .planning.plan import Plan
 from .planning.search import arrange
 from .tiling.memory import parse_bytes

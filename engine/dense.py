@@ -23,7 +23,7 @@ from .execution.run import run
 from .images.batches import PixelBatch, as_batch
 from .images.labels import Criterion, Labels, with_loss
 from .images.pixels import PixelSource
-from .module.entrance import entrance
+from .module.preconditions import entrance
 from .tiling.map_files import sink
 
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]

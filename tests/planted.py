@@ -258,7 +258,7 @@ FAULTS = (
     # -- module ----------------------------------------------------------------------------------------------------
     Fault(
         "weights-replaced-after-the-forward",
-        "engine/module/once.py",
+        "engine/module/first_order.py",
         "        _refuse_moved(ctx.memory)\n",
         "",
         "tests/engine/test_accelerate.py::test_weights_replaced_before_backward",

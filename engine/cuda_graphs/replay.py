@@ -21,7 +21,7 @@ from collections.abc import Hashable, Mapping
 from torch import Tensor
 
 from ..tiling.halos import Rect, area
-from ..tiling.record import Kept
+from ..tiling.record import PassState
 from ..tiling.reduce import Consumers
 from ..tiling.scan import Scan
 from ..tiling.stage import TiledStage
@@ -61,7 +61,7 @@ class Replays:
         return None if bench is None else ReplayedForward(bench, self.kind, self.executor, vectors)
 
     def backward(
-        self, scan: Scan, kept: Kept, consumers: Consumers, stored: Mapping[int, Tensor]
+        self, scan: Scan, kept: PassState, consumers: Consumers, stored: Mapping[int, Tensor]
     ) -> ReplayedBackward | None:
         """Pass 2 of a step."""
         bench = self._bench(scan, kept.vectors)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tiling.forward import Gathered
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore, copy_all, cut
-from ..tiling.record import Kept, Read, Recorded, WindowGrads, run_tile
+from ..tiling.record import PassState, Read, Recorded, WindowGrads, run_tile
 from ..tiling.reduce import Consumer, Consumers
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
@@ -112,7 +112,7 @@ class ReplayedBackward:
         bench: Bench,
         kinds: Kinds,
         executor: Executor,
-        kept: Kept,
+        kept: PassState,
         consumers: Consumers,
         stored: Mapping[int, Tensor],
     ):
@@ -190,7 +190,7 @@ def _differentiate(
     scan, outline, vectors = bench.scan, recording.outline, bench.vectors()
     for value in leaves:
         vectors[value].requires_grad_()
-    kept = Kept(HaloStore("device"), 0, vectors, leaves, sources, needs, [], sums=bench.sums)
+    kept = PassState(HaloStore("device"), 0, vectors, leaves, sources, needs, [], sums=bench.sums)
     consumers = _buffered_consumers(bench, form, recording)
     place, entering = (recording.i, recording.j), recording.halos("halo", outline.entering)
     stored = {name[1]: tensor for name, tensor in recording.inputs.items() if name[0] == "kept"}

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..tiling.backward import BackwardPass
 from ..tiling.forward import ForwardPass
 from ..tiling.halos import copies
-from ..tiling.record import Kept
+from ..tiling.record import PassState
 from ..tiling.scan import Scan, StoredMap
 from ..tiling.stage import TiledStage
 from .buffers import Executor, GraphBuffers, captured_if_it_fits
@@ -90,7 +90,7 @@ class Replayed:
         over: there will be no backward any more.
     """
 
-    def __init__(self, captured: _Captured, kept: Kept | None):
+    def __init__(self, captured: _Captured, kept: PassState | None):
         self.kept, self.over = kept, False
         self._captured: _Captured | None = captured
 
@@ -120,7 +120,7 @@ class _Captured:
         self.scan: Scan | None = None
         self.first: Callable[[], None] | None = None
         self.results: tuple[Tensor, ...] = ()
-        self.kept: Kept | None = None
+        self.kept: PassState | None = None
         self.second: dict[Form, Callable[[], None]] = {}
         self.sums: dict[Form, dict[int, Tensor]] = {}
         self.latest: weakref.ref[Replayed] | None = None

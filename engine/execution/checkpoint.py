@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..module import turns
-from ..module.once import note_memory, once
+from ..module import locks
+from ..module.first_order import note_memory, once
 from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
@@ -49,18 +49,18 @@ class Checkpointed(torch.autograd.Function):
         note_memory(ctx, tensors)
         for tensor, wanted in zip(tensors, ctx.needs_input_grad[3:], strict=True):
             add_reader(tensor, int(wanted))
-        ctx.segments, ctx.inputs, ctx.turn = segments, inputs, turns.current()
+        ctx.segments, ctx.inputs, ctx.turn = segments, inputs, locks.current()
         ctx.images = [one.image is not None for one in outer]
         ctx.outer = [one.part({}, None) for one in outer]
         inner = _inner_forwards(outer, inputs, ctx.images, tensors)
-        with turns.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
+        with locks.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
             ctx.random_state = None
             if not outer[0].alone:  # what is captured draws nothing, and may not ask for the state
                 ctx.generators = generators_of(outer[0].prepared.staged.program)
                 ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
             for number in segments[0].steps:
                 step_together(inner, number)
-            ctx.drawn = turns.drawn()
+            ctx.drawn = locks.drawn()
         return tuple(one.env[v] for one, segment in zip(inner, segments, strict=True) for v in segment.outputs)
 
     @staticmethod
@@ -100,11 +100,11 @@ def _drawing_the_same(ctx: Any, device: torch.device) -> Iterator[None]:
         yield
         return
     gpus = [device] if device.type == "cuda" else []
-    with turns.RANDOM, torch.random.fork_rng(devices=gpus):
+    with locks.RANDOM, torch.random.fork_rng(devices=gpus):
         set_random_state(ctx.random_state[0], device)
         with as_they_were(ctx.generators, ctx.random_state[1]):
             yield
-        turns.check_drawn(ctx.drawn)
+        locks.check_drawn(ctx.drawn)
 
 
 def _inner_forwards(

@@ -34,9 +34,9 @@ from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
 from .image_batch import ImageTensor, as_uploaded
+from .offloaded import OffloadedTensors
 from .prepared import Prepared
-from .saved_elsewhere import SavedElsewhere
-from .stage_function import OwnNode, StageFunction, Way
+from .stage_function import ExecutionMode, OwnNode, StageFunction
 
 
 class Forward:
@@ -85,7 +85,7 @@ class Forward:
         self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
-        self.saved = SavedElsewhere(prepared.brought, prepared.staged.place)
+        self.saved = OffloadedTensors(prepared.brought, prepared.staged.place)
         self._apart: dict[int, Tensor] = {}
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
@@ -141,7 +141,7 @@ class Forward:
     def stage(self, number: int, deferred: bool = False) -> None:
         """Run the stage at a place among the steps; see `Scan.deferred`."""
         scan, tensors, vectors = self.scan(number, deferred)
-        how = Way(*self._captured(number), self.prepared.shard)
+        how = ExecutionMode(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
             places = {v: place for place, v in enumerate(tensors)}
             how = how._replace(parameters=self._parameters(scan.tiled.stage))

@@ -16,10 +16,10 @@ from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
-from ..planning.between import brought
 from ..planning.calls import backward_bytes
-from ..planning.captured import keeps_graphs
 from ..planning.estimate import bytes_in_files
+from ..planning.graph_memory import keeps_graphs
+from ..planning.interstage import brought
 from ..planning.plan import Plan
 from ..tiling.memory import available_bytes
 from ..tiling.scan import Autocast

@@ -19,9 +19,9 @@ from ..capture.program import Given, Program, strides, wants
 from ..cuda_graphs import buffers
 from ..errors import GigamorphError
 from ..parallel.processes import check_same, world
+from ..planning.multi_size import arrange_together
 from ..planning.request import Request
 from ..planning.search import arrange
-from ..planning.together import arrange_together
 from ..tiling.memory import return_free_pages
 from ..tiling.scan import Autocast
 from ..tiling.spatial import SpatialShard, spatial_group

@@ -17,7 +17,7 @@ from ..capture.dynamo import Compiled
 from ..capture.graph import Graph
 from ..capture.program import Program
 from ..errors import UnsupportedError
-from ..module.once import refuse_checkpoint
+from ..module.first_order import refuse_checkpoint
 from ..tiling.memory import format_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool

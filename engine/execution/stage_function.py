@@ -16,18 +16,18 @@ from ..lowering.folding import Folded, Scaled
 from ..lowering.geometry import Access
 from ..lowering.ops import Local
 from ..lowering.stages import Stage
-from ..module import turns
-from ..module.once import note_memory, once
+from ..module import locks
+from ..module.first_order import note_memory, once
 from ..tiling.arena import in_arena
 from ..tiling.backward import BackwardPass, Replay
 from ..tiling.forward import ForwardPass
 from ..tiling.scan import Scan
 from ..tiling.spatial import SpatialShard
 from ..tiling.stored_maps import add_reader
-from .saved_elsewhere import Elsewhere, SavedElsewhere
+from .offloaded import OffloadedTensor, OffloadedTensors
 
 
-class Way(NamedTuple):
+class ExecutionMode(NamedTuple):
     """How a stage is computed: by captured passes, by captured tiles, with other processes; with which parameters."""
 
     whole: WholePasses | None = None
@@ -43,13 +43,13 @@ class StageFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         scan: Scan,
-        how: Way,
-        saved: SavedElsewhere,
+        how: ExecutionMode,
+        saved: OffloadedTensors,
         sources: dict[int, int],
         *tensors: Tensor,
     ):
         """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
-        ctx.how, ctx.sources, ctx.turn = how, sources, turns.current()
+        ctx.how, ctx.sources, ctx.turn = how, sources, locks.current()
         note_memory(ctx, how.parameters)
         wants = ctx.needs_input_grad[4:]
         wanted = [v for v, place in sources.items() if wants[place]]
@@ -73,7 +73,7 @@ class StageFunction(torch.autograd.Function):
         reread = [t for v, t in zip(tiled.stage.results, results, strict=True) if v in tiled.reread]
         ctx.count = len(tensors)
         packed = {n: saved.pack(vector) for n, vector in enumerate(vectors, count)}
-        ctx.elsewhere = {n: one for n, one in packed.items() if isinstance(one, Elsewhere)}
+        ctx.elsewhere = {n: one for n, one in packed.items() if isinstance(one, OffloadedTensor)}
         ctx.save_for_backward(*(None if n in ctx.elsewhere else t for n, t in enumerate(tensors)), *reread)
         # Stored maps and vectors autograd keeps between the passes, and lets them go when it can.
         ctx.scan, ctx.kept = scan.without_maps(), kept

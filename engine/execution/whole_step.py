@@ -26,8 +26,8 @@ from torch import Tensor
 from ..cuda_graphs.buffers import Executor, GraphBuffers, captured_if_it_fits
 from ..cuda_graphs.recording import switches
 from ..images.batches import StoredBatch
-from ..module import turns
-from ..module.once import note_memory, once
+from ..module import locks
+from ..module.first_order import note_memory, once
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
@@ -303,7 +303,7 @@ class CapturedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: _Captured, read: Sequence[Tensor], *parameters: Tensor):
-        ctx.work, ctx.turn, ctx.waiting, ctx.used = work, turns.current(), Waiting(), False
+        ctx.work, ctx.turn, ctx.waiting, ctx.used = work, locks.current(), Waiting(), False
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parameters, *read)  # in the backward it is told if one of them has changed
         note_memory(ctx, (*parameters, *read))

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ..capture.program import Op, Program, Ref
 from ..errors import UnsupportedError
+from .nodes import apply_rule, makes, reads, sort
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
 from .ops.base import arguments
-from .sorting import apply_rule, makes, reads, sort
 from .spreading import before_spreading
 
 

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch import multiprocessing as torch_processes
 
 from ..errors import GigamorphError
-from .roll import is_lost, meet
+from .process_registry import is_lost, meet
 
 PATIENCE = 7200.0
 """Seconds that a process waits for another, which may have far larger images."""

@@ -21,7 +21,7 @@ from ..capture.higher_order import CustomFunction, TensorHook
 from ..capture.program import Op, Value, call
 from ..lowering.stages import StagedProgram
 from ..tiling.scan import Autocast
-from .between import value_bytes
+from .interstage import value_bytes
 from .simulate import Meter, on_devices
 
 LEAST_BYTES = 1 << 20  # of what a call reads; what smaller ones take counts for nothing

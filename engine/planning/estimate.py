@@ -31,13 +31,13 @@ from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import TiledStage
 from . import constants
-from .at_once import AtOnce
-from .between import value_bytes
-from .captured import captured
-from .libraries import cpu_libraries, gpu_libraries, least_cpu_libraries
+from .candidate_tiles import stage_sides
+from .graph_memory import captured
+from .interstage import value_bytes
+from .library_overhead import cpu_libraries, gpu_libraries, least_cpu_libraries
 from .lifetimes import made_whole, stored_times
+from .peak_memory import AtOnce
 from .plan import AtPeak, Plan
-from .sides import stage_sides
 from .simulate import halo_shape, tile_peak, tile_weights
 from .strategy import stage_cost
 from .tile_peaks import Known, TilePeak

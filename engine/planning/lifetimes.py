@@ -14,8 +14,8 @@ from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram
-from .between import COPIES, LOOKS, brought, takes, value_bytes
 from .calls import Beside, beside
+from .interstage import COPIES, LOOKS, brought, takes, value_bytes
 
 _KEEPS_PLACES = COPIES - {"gather"}  # of what these read autograd keeps nothing but places; see `between.COPIES`
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`

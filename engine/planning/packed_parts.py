@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node
 from ..lowering.stages import Stage
-from .between import value_bytes
+from .interstage import value_bytes
 
 _PARTS = (2, 3, 4, 6, 8)  # a part has about such a share of the weights
 _WORTH = 1 << 20  # bytes of weights, below which parts save nothing to speak of

@@ -57,8 +57,8 @@ class Plan:
             the one taken.
         choice: which of them is taken.
         replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are not replayed.
-        capture_bytes: what the whole step takes besides where it is captured as one graph (`captured.py`); 0 if it is
-            not. Steps of which it cannot be asked, such as one with hooks of parameters, replay tiles if that fits.
+        capture_bytes: what the whole step takes in addition if it is captured as one graph (`graph_memory.py`), else
+            0. Steps that cannot be captured, such as one with hooks of parameters, replay tiles if that fits.
         op_by_op: whether a GPU waits for the host at each op of each tile: neither the step nor its passes nor tiles
             are captured.
         apart_bytes: what of the most whole maps, strips and tile of all stages is never there at once; the peak

@@ -11,19 +11,19 @@ import torch
 
 from ..capture.program import Program
 from ..errors import BudgetError
+from ..lowering.nodes import sort
 from ..lowering.rewrites import prepare
-from ..lowering.sorting import sort
 from ..lowering.stages import StagedProgram
 from ..tiling.memory import format_bytes, format_enough
 from ..tiling.spatial import SpatialShard
 from ..tiling.spatial_program import split_network
 from . import constants
+from .candidate_tiles import sides_worth_trying
 from .estimate import Estimate
-from .least import least_bytes, refuse_hopeless
 from .lifetimes import stored_peak
+from .lower_bound import least_bytes, refuse_hopeless
 from .plan import Choice, Plan
 from .request import Request
-from .sides import sides_worth_trying
 from .strategy import Strategy, strategies
 from .tile_peaks import Known
 

@@ -29,11 +29,11 @@ from ..capture.recording import Recording
 from ..lowering.stages import Stage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
-from ..tiling.record import Kept, Recorded, consumers_of, run_tile
+from ..tiling.record import PassState, Recorded, consumers_of, run_tile
 from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
-from .between import value_bytes
+from .interstage import value_bytes
 from .meta_attention import AttentionOfTheCPU
 
 
@@ -203,7 +203,7 @@ def _tile_peak(
     for one in accumulators:
         if one.reduction.kind == "moments":
             one.total = torch.empty(values[one.reduction.outputs[0]].shape, device=image.device)
-    kept = Kept(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
+    kept = PassState(HaloStore("device"), 0, vectors, leaves, inputs, needs, accumulators)
     grads = [torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in stage.results]
     consumers = consumers_of(scan, kept, grads)
     below = _entering(stage, tiled, i + 1, j, scan.memory_format).above

@@ -27,7 +27,7 @@ from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
-from .between import brought, value_bytes
+from .interstage import brought, value_bytes
 from .lifetimes import stored_peaks
 from .packed_parts import cuts_by_weights, packed_bytes
 from .tile_parts import cuts_by_outputs

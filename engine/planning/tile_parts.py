@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node
-from .between import value_bytes
+from .interstage import value_bytes
 
 _PARTS = (2, 3, 4, 6, 9, 13, 20)
 

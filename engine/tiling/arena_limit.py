@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from .arena import Arena
 from .memory import mapped_bytes, new_blocks_on_own_pages, resident_bytes, trim_heap
-from .memory_limit import Kept, MemoryLimit
+from .memory_limit import MemoryLimit, RecordedTiles
 from .page_pool import PagePool
 
 _SLACK = (
@@ -80,7 +80,7 @@ class ArenaLimit(MemoryLimit):
             if used - counts.spare <= most or not self._drop():
                 return used
 
-    def must_keep(self, kept: Kept) -> None:
+    def must_keep(self, kept: RecordedTiles) -> None:
         super().must_keep(kept)
         self._after = self._gradients
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .forward import ForwardReplays, passed_on
 from .halos import copies, cut, memory_order
-from .record import Kept, Read, Recorded, WindowGrads, consumers_of, has_grad
+from .record import PassState, Read, Recorded, WindowGrads, consumers_of, has_grad
 from .reduce import Consumers
 from .scan import Reader, Scan
 from .stored_maps import can_be_taken, has_readers, let_rows_go, new_map, on_pages
@@ -29,7 +29,7 @@ class Replay(ForwardReplays, Protocol):
     """What computes tiles that are like earlier ones (cuda_graphs/), in both passes."""
 
     def backward(
-        self, scan: Scan, kept: Kept, consumers: Consumers, stored: Mapping[int, Tensor]
+        self, scan: Scan, kept: PassState, consumers: Consumers, stored: Mapping[int, Tensor]
     ) -> BackwardReplay | None:
         """May put tensors of its own into `kept.sums`, which are used again in the next step."""
         ...
@@ -52,7 +52,7 @@ class BackwardPass:
     def __init__(
         self,
         scan: Scan,
-        kept: Kept,
+        kept: PassState,
         vectors: Sequence[Tensor],
         stored: Mapping[int, Tensor],
         replay: Replay | None = None,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..lowering.geometry import AxisSchedule
-from ..module import turns
+from ..module import locks
 from .grid import new_accumulator
 from .halos import HaloStore, Rect, cut, empty_like_layout
-from .record import Kept, Read, Recorded, consumers_of, run_tile
+from .record import PassState, Read, Recorded, consumers_of, run_tile
 from .reduce import Accumulator
 from .scan import Reader, Scan
 from .stored_maps import can_be_taken, new_map
@@ -125,13 +125,13 @@ class ForwardPass:
         self.stored: dict[int, Tensor] = {}
         self.seed = 0
         if tiled.random:
-            with turns.RANDOM:
+            with locks.RANDOM:
                 self.seed = int(torch.randint(2**62, ()))
-        self.kept: Kept | None = None
+        self.kept: PassState | None = None
         if leaves or inputs:
             needs = tiled.needs_grad({*inputs, *leaves})
             store = HaloStore(scan.halo_place)
-            self.kept = Kept(store, self.seed, self.env, leaves, inputs, needs, self.accumulators)
+            self.kept = PassState(store, self.seed, self.env, leaves, inputs, needs, self.accumulators)
 
     def run(self) -> tuple[Tensor, ...]:
         """Values of the reductions, then the stored maps."""
@@ -195,7 +195,7 @@ def _deferrable(scan: Scan) -> bool:
     return not (tiled.stage.reductions or tiled.with_halo or tiled.random or tiled.unvalued or scan.retained)
 
 
-def _defer(scan: Scan, kept: Kept | None) -> tuple[Tensor, ...]:
+def _defer(scan: Scan, kept: PassState | None) -> tuple[Tensor, ...]:
     """What pass 1 would leave, without it: stored maps have a shape but no values."""
     values = scan.tiled.stage.program.values
     if kept is not None:

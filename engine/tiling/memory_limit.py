@@ -17,13 +17,13 @@ _FIRST, _EVERY = 3, 32  # steps before which the heap gives back, to see what el
 _GROWN_SHARE = 0.02  # of a limit, what may come into being between two steps before that is looked at again
 
 
-class Kept(Protocol):
+class RecordedTiles(Protocol):
     """What has graphs of tiles, by their place, in the order in which they were made."""
 
     recorded: dict[Any, Any]
 
 
-class Besides:
+class ProcessBaseline:
     """What a process holds besides its steps.
 
     To see it, the heap has to give back what a step has left, whose pages the next one then has to get again: for small
@@ -58,7 +58,7 @@ class Besides:
         return max(self.first, self.bytes - left)
 
 
-_besides = Besides()
+_baseline = ProcessBaseline()
 
 
 class MemoryLimit:
@@ -90,7 +90,7 @@ class MemoryLimit:
         self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
         spare = self._spare()
         if strict:
-            self._base = _besides.before(limit, held, gradients, spare, left)
+            self._base = _baseline.before(limit, held, gradients, spare, left)
         else:
             self._base = resident_bytes() - spare - held - gradients
         self.bytes = self._base + limit
@@ -98,7 +98,7 @@ class MemoryLimit:
         self._alone = False
         self._before = 0  # bytes of this process at the last call of `keep`
         self._worth = 0  # bytes of this process from which on the heap may have something to give back
-        self._kept: list[weakref.ref[Kept]] = []  # weak: their graphs have hooks that lead here
+        self._kept: list[weakref.ref[RecordedTiles]] = []  # weak: their graphs have hooks that lead here
 
     def _spare(self) -> int:
         """Bytes that this process holds and nobody uses, as far as that is known."""
@@ -163,11 +163,11 @@ class MemoryLimit:
                 return True
         return False
 
-    def may_drop(self, kept: Kept) -> None:
+    def may_drop(self, kept: RecordedTiles) -> None:
         """These graphs may go where memory is short: the earlier pass 1 has made them, the later they are needed."""
         self._kept.append(weakref.ref(kept))
 
-    def must_keep(self, kept: Kept) -> None:
+    def must_keep(self, kept: RecordedTiles) -> None:
         """They may not any more."""
         self._kept = [ref for ref in self._kept if ref() is not kept]
 
@@ -184,4 +184,4 @@ class MemoryLimit:
             if self._alone:
                 self._alone = False
                 new_blocks_on_own_pages(False)
-            self._worth, _besides.after = 0, resident_bytes()
+            self._worth, _baseline.after = 0, resident_bytes()

@@ -25,7 +25,7 @@ WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows 
 
 
 @dataclass
-class Kept:
+class PassState:
     """What pass 1 leaves for pass 2.
 
     Attributes:
@@ -105,7 +105,7 @@ def run_tile(
                 tile.blocks.pop(value, None)
 
 
-def consumers_of(scan: Scan, kept: Kept, grads: Sequence[Tensor | None] | None = None) -> Consumers:
+def consumers_of(scan: Scan, kept: PassState, grads: Sequence[Tensor | None] | None = None) -> Consumers:
     """For each map, what is taken from it and, in pass 2, the gradients of that."""
     stage = scan.tiled.stage
     consumers: Consumers = {}
@@ -154,7 +154,7 @@ class Recorded:
     def __init__(
         self,
         scan: Scan,
-        kept: Kept,
+        kept: PassState,
         place: tuple[int, int],
         halos: Halos,
         read: Read,
@@ -287,7 +287,7 @@ class Recorded:
             return stored
         return cut(stored, self.tile.tiled.axes(value), rect).to(self.scan.device, non_blocking=True)
 
-    def differentiate(self, consumers: Consumers, kept: Kept, returned: Returned) -> WindowGrads:
+    def differentiate(self, consumers: Consumers, kept: PassState, returned: Returned) -> WindowGrads:
         """Add the tile's gradients to the sums and to the halos' gradients; those of sources are returned."""
         tile = self.tile
         tile.returned = returned

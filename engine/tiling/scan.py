@@ -26,7 +26,7 @@ from torch import Tensor
 from ... import kernels
 from ..images.batches import StoredBatch
 from ..lowering.stages import Stage
-from ..module import turns
+from ..module import locks
 from .arena import in_arena
 from .halos import Rect, area, copy_all, cut, memory_order
 from .memory_limit import MemoryLimit
@@ -302,11 +302,11 @@ class Scan:
                 yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
-        with turns.RANDOM, torch.random.fork_rng(devices=devices), self.autocast.enter():
+        with locks.RANDOM, torch.random.fork_rng(devices=devices), self.autocast.enter():
             torch.manual_seed((seed + i * self.tiled.cols.steps + j) % 2**63)
             yield
             if self.device.type == "cpu":
-                turns.check_drawn(drawn.setdefault((i, j), turns.drawn()))
+                locks.check_drawn(drawn.setdefault((i, j), locks.drawn()))
 
     def after_tile(self, phase: str, i: int, j: int, done: int, maps: Iterable[Tensor | None]) -> None:
         """Keep to the limit of memory, and tell `on_tile`; `maps` are those that the pass writes to."""

@@ -1,4 +1,4 @@
-"""A run of columns for each row of the last two dimensions, which begins where the row says (../relative.py)."""
+"""A run of columns for each row of the last two dimensions, starting where that row says (../relative_positions.py)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.recording import capture
-from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.planning.strategy import strategies
 
 PLAN = sys.modules["gigamorph.engine.planning.search"]

@@ -531,7 +531,7 @@ def test_objects_that_are_more_than_their_attributes_are_made_again(make: Callab
     compare(Makes(), {}, look, calls=3)
 
 
-class Way(enum.Enum):
+class ExecutionMode(enum.Enum):
     FIRST = 1.0
     SECOND = 2.0
 
@@ -541,7 +541,7 @@ def test_an_enum_is_kept_as_it_is() -> None:
 
     class Turning(Network):
         def forward(self, x: Tensor) -> Tensor:
-            self.kept = Way.SECOND if self.kept is Way.FIRST else Way.FIRST
+            self.kept = ExecutionMode.SECOND if self.kept is ExecutionMode.FIRST else ExecutionMode.FIRST
             return self.end(self.first(x), self.kept.value)
 
     compare(Turning(), {}, lambda net: [net.kept])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gigamorph import BudgetError, GigamorphError, UnsupportedError, accelerate
 from gigamorph.engine.planning.strategy import strategies
 
-PLAN = sys.modules["gigamorph.engine.planning.together"]
+PLAN = sys.modules["gigamorph.engine.planning.multi_size"]
 Shape = tuple[int, int, int, int]
 SIZES: list[Shape] = [(1, 2, 61, 43), (2, 2, 20, 37), (1, 2, 9, 30)]
 

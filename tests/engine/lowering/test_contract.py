@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.capture.recording import capture
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.ops import Whole
 from gigamorph.engine.lowering.ops.contract import labels
-from gigamorph.engine.lowering.sorting import sort
 
 
 class Contraction(nn.Module):

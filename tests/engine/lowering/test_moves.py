@@ -17,8 +17,8 @@ from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.lowering.moves import _refined
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.ops.base import Whole
-from gigamorph.engine.lowering.sorting import sort
 
 CHANNELS = 6
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.ops.base import Local, Whole
-from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.lowering.stages import Stage, lower
 
 H, W, WIDTH, HEADS = 12, 20, 8, 2

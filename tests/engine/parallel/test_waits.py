@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.parallel import launch
-from gigamorph.engine.parallel.roll import Roll
+from gigamorph.engine.parallel.process_registry import Roll
 
 SECONDS = 3.0
 
@@ -129,7 +129,7 @@ def test_a_process_that_hangs_is_named_by_all_that_wait_for_it(tmp_path):
 
 
 def test_who_was_cut_off_by_one_that_waited_too_long_names_the_same_process(monkeypatch):
-    monkeypatch.setattr("gigamorph.engine.parallel.roll._MOMENT", 0.2)
+    monkeypatch.setattr("gigamorph.engine.parallel.process_registry._MOMENT", 0.2)
     store, errors = dist.HashStore(), ("Timed out waiting 3000ms for recv", "Connection closed by peer")
     waiting = [Roll(store, rank, 3, timedelta(seconds=SECONDS), again=False) for rank in range(2)]
     for rank in range(3):

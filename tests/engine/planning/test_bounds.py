@@ -21,17 +21,17 @@ from gigamorph.engine.capture.program import Program
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.execution.prepared import Prepared
 from gigamorph.engine.lowering import onednn
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.rewrites import prepare
-from gigamorph.engine.lowering.sorting import sort
 from gigamorph.engine.lowering.stages import Stage, lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import constants
+from gigamorph.engine.planning.candidate_tiles import sides_worth_trying
 from gigamorph.engine.planning.estimate import Estimate
-from gigamorph.engine.planning.least import least_bytes
-from gigamorph.engine.planning.libraries import cpu_libraries
+from gigamorph.engine.planning.library_overhead import cpu_libraries
+from gigamorph.engine.planning.lower_bound import least_bytes
 from gigamorph.engine.planning.request import Request
 from gigamorph.engine.planning.search import arrange
-from gigamorph.engine.planning.sides import sides_worth_trying
 from gigamorph.engine.planning.simulate import Meter
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.engine.tiling.stage import TiledStage
@@ -179,7 +179,7 @@ def test_kernels_of_other_sizes_do_not_pile_up() -> None:
     code = """
 import os
 from gigamorph import accelerate
-from gigamorph.engine.planning.libraries import _kernel_bytes
+from gigamorph.engine.planning.library_overhead import _kernel_bytes
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], _kernel_bytes(1000))
 """
     env = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}

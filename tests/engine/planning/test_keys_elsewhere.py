@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate, plan
 from gigamorph.engine.capture.recording import capture
-from gigamorph.engine.execution.saved_elsewhere import _Kept
-from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.execution.offloaded import _Kept
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.planning.lifetimes import stored_peaks
 from gigamorph.engine.planning.strategy import Strategy, every_strategy, strategies
 from gigamorph.engine.tiling import stored_maps

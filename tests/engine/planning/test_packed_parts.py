@@ -13,7 +13,7 @@ from torch import nn
 from gigamorph import accelerate, create_model, plan
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import onednn
-from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.planning.packed_parts import packed_bytes
 from gigamorph.engine.planning.strategy import strategies
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
-from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.stages import Stage, crossing, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
 from gigamorph.engine.planning import lifetimes

@@ -13,7 +13,7 @@ from gigamorph import accelerate, create_model, plan
 from gigamorph.engine.accelerate import freeze_batch_norm
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.errors import BudgetError
-from gigamorph.engine.lowering.sorting import sort
+from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.planning.strategy import strategies
 
 PLAN = sys.modules["gigamorph.engine.planning.search"]  # the package's attribute of that name is the function

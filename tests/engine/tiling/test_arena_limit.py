@@ -19,7 +19,7 @@ class Process:
         for one in (module, memory_limit):
             patch.setattr(one, "resident_bytes", lambda: self.besides + self.in_use + self.spare)
             patch.setattr(one, "trim_heap", self.trim)
-        patch.setattr(memory_limit, "_besides", memory_limit.Besides())
+        patch.setattr(memory_limit, "_baseline", memory_limit.ProcessBaseline())
 
     def trim(self) -> None:
         self.trims += 1

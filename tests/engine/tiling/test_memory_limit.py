@@ -29,7 +29,7 @@ class Machine:
         self.used, self.trimmed = 1000, []
         patch.setattr(module, "resident_bytes", lambda: self.used)
         patch.setattr(module, "trim_heap", lambda: self.trimmed.append(self.used))
-        patch.setattr(module, "_besides", module.Besides())
+        patch.setattr(module, "_baseline", module.ProcessBaseline())
 
 
 def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_what_else_goes_between_steps_is_not_the_budgets(monkeypatch: pytest.Mon
     limits = []
     for machine.used in (1000, 1000, 1000, 700, 1000):  # of which 300 are held
         limits.append(MemoryLimit(2000, held=300, left=0, work=100, page_pool=PagePool(), strict=True))
-        module._besides.after = machine.used + 400
+        module._baseline.after = machine.used + 400
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2400, 2400]
 
 
@@ -206,7 +206,7 @@ def test_what_libraries_keep_of_a_step_stays_within_the_limit_of_the_next(monkey
     limits = []
     for machine.used in (1000, 1060, 1060, 1300, 900, 1000):
         limits.append(MemoryLimit(2000, held=300, left=80, work=100, page_pool=PagePool(), strict=True))
-        module._besides.after = machine.used - 60
+        module._baseline.after = machine.used - 60
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2920, 2600, 2620]
 
 
@@ -230,14 +230,16 @@ def test_gradients_of_steps_before_are_of_the_limit(monkeypatch: pytest.MonkeyPa
         machine.used = 1000 + gradients
         limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True, gradients=gradients)
         ends.append(limit.bytes)
-        module._besides.after = machine.used
+        module._baseline.after = machine.used
     assert ends == [1200] * 6
     assert len(machine.trimmed) == 3  # gradients that come and go are no reason to look again
 
 
 def test_a_step_tells_its_limit_of_gradients_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
-    monkeypatch.setattr(module.Besides, "before", lambda self, limit, held, gradients, *_: told.append(gradients) or 0)
+    monkeypatch.setattr(
+        module.ProcessBaseline, "before", lambda self, limit, held, gradients, *_: told.append(gradients) or 0
+    )
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1))
     fast = accelerate(net, memory_budget="200MiB")
     for _ in range(2):

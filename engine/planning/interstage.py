@@ -2,7 +2,7 @@
 
 What calls make whole of maps between two stages, as keys and values, the backward alone needs again once the stage that
 it was made for is through. Where stored maps are kept elsewhere, so is what autograd saves of this
-(`execution/saved_elsewhere.py`).
+(`execution/offloaded.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..cuda_graphs.one_step import MARGIN
 from ..tiling.stage import TiledStage
-from .between import value_bytes
+from .interstage import value_bytes
 from .plan import Plan
 
 

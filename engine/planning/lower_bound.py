@@ -12,8 +12,8 @@ from ..errors import BudgetError, NoRoomError
 from ..lowering.ops import Local, Maps, Node
 from ..tiling.memory import format_bytes, format_enough
 from . import constants
-from .between import value_bytes
-from .libraries import convolutions, least_cpu_libraries
+from .interstage import value_bytes
+from .library_overhead import convolutions, least_cpu_libraries
 from .request import Request
 
 

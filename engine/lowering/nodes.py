@@ -15,11 +15,11 @@ from ..errors import UnsupportedError
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
 from .ops.base import arguments
+from .ops.broadcasts import rise
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
-from .ops.rising import rise
 from .ops.unread import with_zeros
-from .relative import Relative
+from .relative_positions import Relative
 from .tokens import NotApart, Tokens
 
 # Calls that read a map only for its dtype and device.

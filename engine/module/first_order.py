@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ChangedError, UnsupportedError
-from . import turns
+from . import locks
 
 _REMEDY = "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
 
@@ -62,7 +62,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of a function by tiles: it takes its turn, and cannot be differentiated in turn.
 
     `torch.autograd.function.once_differentiable` would let it be where no incoming gradient wants a gradient, and thus
-    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`turns.current()`), `ctx.memory`
+    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`locks.current()`), `ctx.memory`
     by `note_memory`.
     """
 
@@ -74,7 +74,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "take one gradient after the other"
             )
         _refuse_moved(ctx.memory)
-        with _named(), turns.again(ctx.turn):
+        with _named(), locks.again(ctx.turn):
             came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
             with torch.no_grad():
                 results = backward(ctx, *grads)

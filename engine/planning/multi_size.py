@@ -9,8 +9,8 @@ from dataclasses import replace
 from ..capture import program as trace
 from ..capture.program import Op, Program
 from ..errors import BudgetError, UnsupportedError
+from ..lowering.nodes import sort
 from ..lowering.ops import VectorOp
-from ..lowering.sorting import sort
 from ..lowering.stages import StagedProgram
 from ..tiling.memory import format_bytes
 from .estimate import Estimate

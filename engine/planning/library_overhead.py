@@ -16,7 +16,7 @@ from ..lowering.ops import Local
 from ..lowering.stages import Packing
 from ..tiling.stage import TiledStage
 from . import constants
-from .between import value_bytes
+from .interstage import value_bytes
 from .simulate import halo_shape
 
 # How many kernels oneDNN keeps; it reads that before its first. Its own 1024 are 90 MB after a hundred image sizes;

@@ -42,7 +42,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class OffloadedTensor:
     """A saved tensor that lies elsewhere."""
 
     kept: _Kept
@@ -55,7 +55,7 @@ class Elsewhere:
         return self.kept.bring(self.device).as_strided(self.shape, self.strides, self.offset)
 
 
-class SavedElsewhere:
+class OffloadedTensors:
     """The tensors of one forward that are saved elsewhere.
 
     Args:
@@ -81,14 +81,14 @@ class SavedElsewhere:
             if not kept.values:
                 del self._kept[_address(tensor)]
 
-    def pack(self, tensor: Tensor) -> Tensor | Elsewhere:
+    def pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """What is to be kept of a tensor."""
         kept = self._kept.get(_address(tensor)) if self._kept else None
         if kept is None:
             return tensor
         memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
         kept.write(memory)
-        return Elsewhere(kept, tensor.device, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return OffloadedTensor(kept, tensor.device, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def saving(self, read: Collection[int]) -> contextlib.AbstractContextManager[None]:
         """While a call runs that reads these values: what autograd saves for it goes elsewhere."""
@@ -97,8 +97,8 @@ class SavedElsewhere:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
 
 
-def _unpack(saved: Tensor | Elsewhere) -> Tensor:
-    return saved.bring() if isinstance(saved, Elsewhere) else saved
+def _unpack(saved: Tensor | OffloadedTensor) -> Tensor:
+    return saved.bring() if isinstance(saved, OffloadedTensor) else saved
 
 
 def _address(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import GigamorphError, UnsupportedError
-from . import turns
+from . import locks
 
 
 def entrance(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +58,7 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
         device = net._device()
         return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
     try:
-        with turns.turn(net):
+        with locks.turn(net):
             return method(net, *args, **kwargs)
     except RuntimeError as error:  # to look before would take longer than a small image
         _name_the_valueless(net, image, error)
