@@ -93,6 +93,8 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_record_with_anything_else_in_it_is_opened_or_refused_in_one_line(loader, folder, tmp_path) -> None:
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
+    if loader != "resume":  # the others read no state of an optimizer, which is most of the file
+        checkpoint = {key: checkpoint[key] for key in ("gigamorph", "state_dict")}
     refused = 0
     for place in (*places(checkpoint["gigamorph"]), ("grown",), ("average",), ("recipe",)):
         for name, junk in JUNK.items():
