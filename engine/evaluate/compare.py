@@ -60,15 +60,19 @@ def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
 
 def _keys(first: Cases, second: Cases) -> tuple[Sequence[Key], Sequence[Key]]:
     """What tells the rows of each apart: names, or patient, exam, side and view."""
-    names = [(name,) for name in first.names], [(name,) for name in second.names]
+    of_frames = first.level == "image" and "frame" in first.columns and "frame" in second.columns
+    names = [
+        list(zip(cases.names, cases.columns["frame"] if of_frames else ("",) * len(cases), strict=True))
+        for cases in (first, second)
+    ]
     if set(first.names) & set(second.names):
-        return names
+        return names[0], names[1]
     known = [_known(cases) for cases in (first, second)]
     both = [what for what in known[0] if any(known[0][what]) and any(known[1][what])]
     if "patient" not in both:
-        return names
+        return names[0], names[1]
     keys = [list(zip(*(of[what] for what in both), strict=True)) for of in known]
-    return (keys[0], keys[1]) if all(len(set(of)) == len(of) for of in keys) else names
+    return (keys[0], keys[1]) if all(len(set(of)) == len(of) for of in keys) else (names[0], names[1])
 
 
 def known_keys(cases: Cases) -> list[Key] | None:

@@ -18,6 +18,7 @@ from ..files import write_atomically
 from ..report.figure import class_colour, open_axes, png
 from ..report.page import Table, write_page
 from .dice import DICE, SHARE, classes_of_masks, dice_of, patients_of
+from .join import ImageRecords
 from .mask_pictures import picture_of
 from .report import facts_of, format_value
 
@@ -113,7 +114,7 @@ def _pictures(rows: Rows, numbers: Sequence[int], table: Path) -> dict[str, byte
     rows.require("image_path")
     classes = classes_of_masks(rows)
     assert classes is not None
-    known = {one.path.absolute(): one for one in read_table(table, labels=False, check_files=False).records}
+    known = ImageRecords(read_table(table, labels=False, check_files=False).records, table)
     found = {}
     for i, n in enumerate(numbers):
         record = _record(rows, n, known, table)
@@ -121,10 +122,10 @@ def _pictures(rows: Rows, numbers: Sequence[int], table: Path) -> dict[str, byte
     return found
 
 
-def _record(rows: Rows, number: int, known: dict[Path, Record], table: Path) -> Record:
+def _record(rows: Rows, number: int, known: ImageRecords, table: Path) -> Record:
     name = rows.rows[number]["image_path"]
     for folder in (Path(), rows.path.parent):
-        if (record := known.get((folder / name).absolute())) is not None:
+        if (record := known.find(folder / name, rows.rows[number])) is not None:
             return record
     raise DataError(
         f"{rows.path}, {rows.places[number]}: {name} is not in {table}; give the table it was predicted from"

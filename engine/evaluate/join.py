@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..datasets.tables import Record
 from ..datasets.tables.cells import Rows
+from ..datasets.tables.generic import whole
 from ..errors import DataError
 
 KEYS = ("patient_id", "exam_id", "laterality")
@@ -64,6 +66,38 @@ def _is_one(name: str) -> bool:
     return name in (*KEYS, "split") or name.startswith("label")
 
 
+class ImageRecords:
+    """The records of a table, by file and frame.
+
+    Args:
+        table: their table.
+    """
+
+    def __init__(self, records: Sequence[Record], table: str | Path) -> None:
+        self._table = table
+        self._frames: dict[Path, dict[int | None, Record]] = {}
+        for record in records:
+            self._frames.setdefault(record.path.absolute(), {})[record.frame] = record
+
+    def find(self, path: Path, row: Mapping[str, str]) -> Record | None:
+        """The record of a row of predictions, whose frame counts where both name one; None if there is none.
+
+        Raises:
+            DataError: the table has several frames of the file, and the row does not say which.
+        """
+        found = self._frames.get(path.absolute(), {})
+        cell = frame_of(row)
+        frame = int(cell) if cell.isdecimal() else None
+        if frame is None and len(found) > 1 and None not in found:
+            raise DataError(f"{path} has several frames in {self._table}; predict again, which names the frame of each")
+        return found.get(frame, next(iter(found.values()), None) if frame is None else found.get(None))
+
+
+def frame_of(row: Mapping[str, str]) -> str:
+    """The frame that a row names; "" if none."""
+    return whole(row.get("frame", ""))
+
+
 def place_of(image: str, folder: Path) -> str:
     """The path of an image that a table in a folder names."""
     return os.path.abspath(folder / image)
@@ -86,4 +120,5 @@ def _keys_of(rows: Rows) -> tuple[str, ...]:
 
 
 def _key(row: Mapping[str, str], keys: Sequence[str], folder: Path) -> tuple[str, ...]:
-    return tuple(place_of(row[name], folder) if name == "image_path" else row[name] for name in keys)
+    cells = {**row, "frame": frame_of(row)}
+    return tuple(place_of(row[name], folder) if name == "image_path" else cells[name] for name in keys)

@@ -26,10 +26,12 @@ from . import odds
 from .cases import Cases, Level
 from .class_names import in_order, positive_of
 from .froc import Marked
-from .join import KEYS, join, place_of
+from .join import KEYS, frame_of, join, place_of
 
 Array = NDArray[np.float64]
 ODDS, PROBABILITY, SCORE, VALUE, LABEL = "log_odds_", "p_", "score_", "value_", "label_"
+ImageKey = tuple[str, str]
+"""Path and frame; "" where frames are not told apart."""
 _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "exam"}
 """The column that names the rows, by which it is known what they are."""
 
@@ -195,14 +197,26 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     boxes = {"top", "bottom", "left", "right"} <= set(found.header)
     if not boxes:
         found.require("row", "column")
-    wanted = {place_of(name, Path()): number for number, name in enumerate(images.names)}
+    of_frames = "frame" in found.header and "frame" in images.columns
+    frames = images.columns["frame"] if of_frames else ("",) * len(images)
+    wanted = {
+        (place_of(name, Path()), frame): number
+        for number, (name, frame) in enumerate(zip(images.names, frames, strict=True))
+    }
     if len(wanted) < len(images):
-        raise DataError(f"{images.names[0]}: an image or its frames are there twice; marks are of images of one frame")
+        raise DataError(
+            f"{images.names[0]}: an image or its frames are there twice; leave one out, or name the frame in a column "
+            "of predictions and marks"
+        )
+
+    def key(row: Mapping[str, str]) -> ImageKey:
+        return place_of(row["image_path"], Path()), frame_of(row) if of_frames else ""
+
     places: list[list[tuple[float, float]]] = [[] for _ in wanted]
     outlines: list[list[list[float]]] = [[] for _ in wanted]
     scores: list[list[float]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):
-        number = wanted.get(place_of(row["image_path"], Path()))
+        number = wanted.get(key(row))
         if number is None:
             continue  # of another split
         sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
@@ -212,8 +226,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
         else:
             places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
         scores[number].append(_number(row, "score", found, place))
-    lesions, without, there = _lesions(Path(table), wanted)
-    if found.rows and not there & {place_of(row["image_path"], Path()) for row in found.rows}:
+    lesions, without, there = _lesions(Path(table), wanted, of_frames)
+    if found.rows and not there & {key(row) for row in found.rows}:
         raise DataError(
             f"{marks}: none of its {len(found.rows)} marks is of an image of {table} (not "
             f"{found.rows[0]['image_path']}); paths of marks begin in the folder where gigamorph runs"
@@ -230,14 +244,17 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     ], without
 
 
-def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[float]]], int, set[str]]:
+def _lesions(
+    table: Path, wanted: dict[ImageKey, int], of_frames: bool
+) -> tuple[list[list[Sequence[float]]], int, set[ImageKey]]:
     """The boxes of each image, how many findings have none, and all images of the table."""
     boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
     without, known = 0, set()
     for record in read_table(table, labels=False, check_files=False).records:
-        place = place_of(str(record.path), Path())
-        known.add(place)
-        number = wanted.get(place)
+        frame = str(record.frame) if of_frames and record.frame is not None else ""
+        key = place_of(str(record.path), Path()), frame
+        known.add(key)
+        number = wanted.get(key)
         if number is None:
             continue
         for finding in record.findings:
@@ -249,9 +266,11 @@ def _lesions(table: Path, wanted: dict[str, int]) -> tuple[list[list[Sequence[fl
                 without += 1
             else:
                 boxes[number].append(box)
-    missing = next((name for name in wanted if name not in known), None)
+    missing = next((one for one in wanted if one not in known), None)
     if missing is not None:
-        raise DataError(f"{table}: has no row of {missing}; give the table that was predicted from")
+        name, frame = missing
+        missed = f"{name}, frame {frame}" if frame else name
+        raise DataError(f"{table}: has no row of {missed}; give the table that was predicted from")
     return boxes, without, known
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,17 @@ class View:
     mark: Mark | None
 
 
-def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -> list[object]:
+def combined(
+    views: Sequence[View], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
+) -> list[object]:
     """What `HEADER` names of one exam, without its number.
 
     Args:
         which: the class; None takes the second of two, else the most probable one.
+        frame: the column frame at the end, where files have several.
     """
-    predictions = [view.prediction for view in views]
+    # By their numbers, for the path does not tell apart the frames of a file.
+    predictions = [replace(view.prediction, image=str(number)) for number, view in enumerate(views)]
     (exam,) = per_exam(predictions, classes)
     number = which
     if number is None:
@@ -55,10 +59,8 @@ def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -
     worse = next(one for one in per_breast(predictions, classes) if one.log_odds[number] == exam.log_odds[number])
     own = [
         view
-        for view in views
-        if (
-            view.prediction.laterality == worse.laterality if worse.laterality else view.prediction.image == worse.image
-        )
+        for view, one in zip(views, predictions, strict=True)
+        if (one.laterality == worse.laterality if worse.laterality else one.image == worse.image)
     ]
     z = exam.log_odds[number]
     slopes = [_log_slope(view.prediction.log_odds[number]) - _log_slope(worse.log_odds[number]) for view in own]
@@ -77,20 +79,24 @@ def combined(views: Sequence[View], classes: Sequence[str], which: int | None) -
         len(own),
     ]
     if not adds:
-        return [*row, "", "", "", ""]
+        return [*row, "", "", "", "", *("" for _ in frame)]
     most, view = max(adds, key=lambda one: one[0])
     assert view.mark is not None
-    return [*row, view.prediction.image, f"{view.mark.row:.2f}", f"{view.mark.column:.2f}", repr(float(most))]
+    mark = view.mark
+    own = [f"{mark.row:.2f}", f"{mark.column:.2f}", repr(float(most))]
+    return [*row, view.prediction.image, *own, *(view.prediction.reading.get(name, "") for name in frame)]
 
 
 def _log_slope(log_odds: float) -> float:
     return float(log_expit(log_odds) + log_expit(-log_odds))
 
 
-def write_exams(path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None) -> None:
+def write_exams(
+    path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
+) -> None:
     """``exams.csv``: a row for each exam, of several views."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
+        writer.writerow([*HEADER, *frame])
         for number, group in enumerate(exams, 1):
-            writer.writerow([number, *(escape(cell) for cell in combined(group, classes, which))])
+            writer.writerow([number, *(escape(cell) for cell in combined(group, classes, which, frame))])

@@ -154,6 +154,7 @@ class _Explain(Job):
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         assert self.classes is not None
         classes, label = self.classes, self._options.label
+        frame = ["frame"] if "frame" in index.reading else []  # a mark is in pixels of the file, however it is read
 
         def marks() -> Iterator[list[str]]:
             for row, result in index.joined(results):
@@ -165,6 +166,7 @@ class _Explain(Job):
                 for mark in result["marks"]:
                     yield [
                         row.name,
+                        *(own.reading.get(name, "") for name in frame),
                         result["class"],
                         f"{mark['row']:.2f}",
                         f"{mark['column']:.2f}",
@@ -172,7 +174,7 @@ class _Explain(Job):
                     ]
 
         if self._options.method == "activation":
-            write_atomically(out / "marks.csv", lambda path: _write_marks(path, marks()), "table")
+            write_atomically(out / "marks.csv", lambda path: _write_marks(path, frame, marks()), "table")
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._classifier.net)
@@ -184,7 +186,7 @@ class _Explain(Job):
         if first is not None:
             which = None if label is None else classes.index(label)
             every = itertools.chain([first], exams)
-            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which), "table")
+            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which, frame), "table")
         return {}
 
 
@@ -267,8 +269,8 @@ def _read(path: Path) -> Dataset:
         raise DataError(f"{path}: cannot be read ({one_line(error)}); explain its image again") from error
 
 
-def _write_marks(path: Path, rows: Iterator[list[str]]) -> None:
+def _write_marks(path: Path, frame: Sequence[str], rows: Iterator[list[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_path", "class", "row", "column", "score"])
+        writer.writerow(["image_path", *frame, "class", "row", "column", "score"])
         writer.writerows(rows)

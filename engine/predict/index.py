@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..datasets.tables import Record
+from ..datasets.tables import READING, Record, reading_of
 from ..datasets.tables.generic import is_absent
 from ..datasets.tables.images_alone import LeftOut
 from ..errors import DataError, GigamorphError
@@ -68,6 +68,7 @@ class Index:
         self._alone = itertools.count()
         self.rows = self.images = 0
         self.sha256 = ""
+        self._reading = set[str]()
 
     def __enter__(self) -> Index:
         return self
@@ -126,6 +127,11 @@ class Index:
             digest.update(key.encode())
         self.sha256 = digest.hexdigest()
         return told
+
+    @property
+    def reading(self) -> list[str]:
+        """Which columns of `READING` the rows fill."""
+        return [name for name in READING if name in self._reading]
 
     def resolve(self, change: Callable[[list[Record]], Sequence[Record]]) -> None:
         """Replace all records by what becomes of them together; of as many as are in memory at once."""
@@ -312,6 +318,7 @@ class Index:
             for row in rows:
                 self._take(row.record.patient_id)
                 self._take(row.record.exam_id)
+                self._reading.update(reading_of(row.record))
                 yield self._key(row), pickle.dumps(row, 5), row.pixels
 
         self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told())

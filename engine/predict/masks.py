@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..accelerate import Accelerated, accelerate
 from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
-from ..datasets.tables import SPLITS, Record
+from ..datasets.tables import SPLITS, Record, reading_of
 from ..dense import map_shape, write_map
 from ..errors import DataError
 from ..files import temporary_name, whole_or_absent
@@ -292,7 +292,7 @@ class _Masks(PredictJob):
                     of_split[1] += 1
                 yield [*self._who(row, result, index), *_measures(result, shape, len(names))]
 
-        keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "mask"]
+        keys = ["image_path", *index.reading, "patient_id", "exam_id", "laterality", "view", "split", "mask"]
         header = [*keys, *(f"share_{name}" for name in names), *(f"dice_{name}" for name in names[1:])]
         write_csv(out / "predictions.csv", header, rows())
         self.write_note(out, masks={"classes": list(names), "binary": self._network.target.binary})
@@ -307,7 +307,9 @@ class _Masks(PredictJob):
     def _who(self, row: Row, result: Result, index: Index) -> list[str]:
         own, patient = row.record, patient_of(row, result, index, self._options.identifiers)
         side, view = own.laterality or result["laterality"], own.view or result["view"]
-        return [row.name, patient, own.exam_id or "", side, view, own.split or "", f"masks/{result['mask']}"]
+        reading = reading_of(own)
+        how = (reading.get(name, "") for name in index.reading)
+        return [row.name, *how, patient, own.exam_id or "", side, view, own.split or "", f"masks/{result['mask']}"]
 
 
 def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> Dataset:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..datasets.tables import reading_of
 from ..datasets.tables.cells import escape
 from ..datasets.unplaced import unplaced_line
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
@@ -42,6 +43,8 @@ def write_tables(
 ) -> dict[str, dict[str, float | int | None]]:
     """Write the tables of all rows that have a result, and of the failures.
 
+    predictions.csv has the columns by which the same pixels are read again (`Index.reading`).
+
     Args:
         index: also holds what does not fit into memory.
         identifiers: header_patient is a name; otherwise it is numbered.
@@ -57,8 +60,8 @@ def write_tables(
     header = _header(classes, outputs)
     called = [] if calibration is None else ["called"]
     images = _noted(_images(index, results, calibration, identifiers, outputs), labelled)
-    rows = ([*_row(one, classes), *_called(one, calibration)] for one in images)
-    write_csv(out / "predictions.csv", [*header, *called], rows)
+    rows = ([*_row(one, classes, index.reading), *_called(one, calibration)] for one in images)
+    write_csv(out / "predictions.csv", [header[0], *index.reading, *header[1:], *called], rows)
     levels: tuple[Level, ...] = ("breast", "exam")
     for level in levels:
         found = _together(index, level, classes, outputs, calibration)
@@ -174,6 +177,7 @@ def prediction_of(
         split=own.split or "",
         exclusive=result["exclusive"],
         row=tuple(result.get("row") or ()),
+        reading=reading_of(own),
     )
     if calibration is None:
         return found
@@ -221,11 +225,12 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
-def _row(found: Prediction, classes: Sequence[str]) -> list[object]:
+def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ()) -> list[object]:
     """By the names of the classes, so that the order of columns says nothing."""
     label = "" if found.label is None else classes[found.label]
     keys: tuple[object, ...] = (
         found.image,
+        *(found.reading.get(name, "") for name in reading),
         found.patient,
         found.exam,
         found.laterality,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..datasets.tables import Record
+from ..datasets.tables import Record, reading_of
 from ..errors import BudgetError
 from ..evaluate import odds
 from ..images.derived import header_of
@@ -119,4 +119,5 @@ def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = N
         exam=exam,
         split=record.split or "",
         level="exam" if together else "image",
+        reading={} if together else reading_of(record),
     )

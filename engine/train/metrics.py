@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..datasets.tables import READING
 from ..datasets.unplaced import unplaced
 from ..evaluate import odds as of
 from ..evaluate.cases import Cases, Level
@@ -38,6 +39,8 @@ class Prediction:
     level: Level = "image"
     row: tuple[float, ...] = ()
     """What the network gave, where views are combined by that."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """Which pixels of the file it is of, see `reading_of`."""
 
     @property
     def known(self) -> bool:
@@ -62,6 +65,7 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
     scores = np.array([p.log_odds for p in predictions], np.float64)
     binary = exclusive and len(classes) == 2
     used = [positive_number(classes)] if binary else list(range(len(classes)))
+    reading = [name for name in READING if any(name in p.reading for p in predictions)]
     return Cases(
         outputs=tuple(classes[n] for n in used),
         truth=truth[:, used],
@@ -73,7 +77,11 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
         kind="binary" if binary else "classes" if exclusive else "numbers" if numbers else "labels",
         level=predictions[0].level if predictions else "image",
         probable=not numbers,
-        columns={"view": tuple(p.view for p in predictions), "split": tuple(p.split for p in predictions)},
+        columns={
+            "view": tuple(p.view for p in predictions),
+            "split": tuple(p.split for p in predictions),
+            **{name: tuple(p.reading.get(name, "") for p in predictions) for name in reading},
+        },
     )
 
 

@@ -12,13 +12,14 @@ import numpy as np
 
 from ..datasets.dataset import open_record
 from ..datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
-from ..datasets.tables import Finding, Record, read_table
+from ..datasets.tables import READING, Finding, Record, read_table, reading_of
 from ..datasets.tables.cells import Rows, no_number, read_rows
+from ..datasets.tables.generic import to_record
 from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.class_names import positive_of
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
-from ..evaluate.join import elsewhere
+from ..evaluate.join import ImageRecords, elsewhere
 from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
@@ -159,7 +160,8 @@ def read_exams(
     if "exam" in rows.header and "image_path" not in rows.header:
         _expand(rows, table, records)
     rows.require("image_path")
-    known = {record.path.absolute(): record for record in records}
+    known = ImageRecords(records, table or "")
+    there = {record.path.absolute() for record in records}
     classes = classes_of_masks(rows)
     exams: dict[tuple[str, ...], list[View]] = {}
     for place, row in zip(rows.places, rows.rows, strict=True):
@@ -168,11 +170,12 @@ def read_exams(
         view = replace(_view(rows, place, row, known, classes), grey=grey or {})
         own = view.record
         # Images of patients who are not known stand for themselves.
-        key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", row["image_path"])
+        alone = row["image_path"], "" if own.frame is None else f"frame {own.frame}"
+        key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", *alone)
         exams.setdefault(key, []).append(view)
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
-    if known and not any(view.record.path.absolute() in known for views in exams.values() for view in views):
+    if there and not any(view.record.path.absolute() in there for views in exams.values() for view in views):
         remedy = elsewhere(rows.rows[0]["image_path"]) or "give the table that was predicted from"
         raise DataError(f"{table}: names none of the images of {path}; {remedy}")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
@@ -188,7 +191,7 @@ def _expand(rows: Rows, table: str | Path | None, records: Sequence[Record]) -> 
     for record in records:
         images.setdefault((record.patient_id, record.exam_id or ""), []).append(record)
     found = [
-        (place, {**row, "image_path": str(one.path), "laterality": one.laterality or "", "view": one.view or ""})
+        (place, {**row, **_cells(one)})
         for place, row in zip(rows.places, rows.rows, strict=True)
         for one in images.get((row["patient_id"], row["exam_id"]), ())
     ]
@@ -196,6 +199,12 @@ def _expand(rows: Rows, table: str | Path | None, records: Sequence[Record]) -> 
         raise DataError(f"{table}: names none of the exams of {rows.path}; give the table that they are of")
     rows.header.append("image_path")
     rows.places[:], rows.rows[:] = map(list, zip(*found, strict=True))
+
+
+def _cells(record: Record) -> dict[str, str]:
+    """Of an image, in a row of its exam."""
+    own = {"image_path": str(record.path), "laterality": record.laterality or "", "view": record.view or ""}
+    return {**own, **reading_of(record)}
 
 
 def _records(table: Path) -> Sequence[Record]:
@@ -207,13 +216,15 @@ def _place(view: View) -> tuple[int, str, int]:
     return _VIEWS.get(own.view or "", 2), own.view or "", _SIDES.get(own.laterality or "", 2)
 
 
-def _view(
-    rows: Rows, place: str, row: Mapping[str, str], known: Mapping[Path, Record], classes: Classes | None
-) -> View:
+def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, classes: Classes | None) -> View:
     path = Path(row["image_path"])
     if not path.is_absolute() and not path.exists() and (rows.path.parent / path).exists():
         path = rows.path.parent / path
-    own = known.get(path.absolute())
+    try:
+        own = known.find(path, row)
+    except DataError as error:
+        raise DataError(f"{rows.path}, {place}: {error}") from error
+    read = to_record(rows.path, place, {name: row.get(name, "") for name in ("image_path", *READING)}, -1)
     patient = row.get("patient_id", "")
     record = Record(
         path,
@@ -224,9 +235,9 @@ def _view(
         view=row.get("view") or (own.view if own else None),
         exam_id=row.get("exam_id") or None,
         findings=own.findings if own else (),
-        frame=own.frame if own else None,
-        white=own.white if own else None,
-        chest_wall=own.chest_wall if own else None,
+        frame=own.frame if own and read.frame is None else read.frame,
+        white=own.white if own and read.white is None else read.white,
+        chest_wall=read.chest_wall or (own.chest_wall if own else None),
         labels=own.labels if own else {},
         patient_known=bool(patient) and Path(patient).name != path.name,
     )

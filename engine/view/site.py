@@ -185,7 +185,7 @@ class Site:
         pyramid = Pyramid(source)
         found = {
             "number": number,
-            "name": own.path.name if self._identifiers else "",
+            "name": own.path.name + ("" if own.frame is None else f", frame {own.frame}") if self._identifiers else "",
             "side": own.laterality or "",
             "view": own.view or "",
             "split": own.split or "",

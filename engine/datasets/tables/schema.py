@@ -119,6 +119,17 @@ class Table:
     """Files of a folder without labels that are left out, because they are masks by their names."""
 
 
+READING = ("frame", "white", "chest_wall")
+"""Columns that say which pixels of a file are read, and how."""
+
+
+def reading_of(record: Record) -> dict[str, str]:
+    """The cells of the columns `READING` that a record fills."""
+    white = "" if record.white is None else _plain(record.white)
+    cells = ("" if record.frame is None else str(record.frame), white, record.chest_wall or "")
+    return {name: cell for name, cell in zip(READING, cells, strict=True) if cell}
+
+
 def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[str]) -> Path:
     """Write records as a csv file that `read_table` reads back; returns its path.
 
@@ -170,9 +181,10 @@ def _plain(value: float | str) -> str:
 def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]:
     findings = [finding.to_json(folder) for finding in record.findings]
     label = "" if record.label < 0 else classes[record.label] if classes else str(record.label)
+    reading = reading_of(record)
     return {
         "image_path": relative(record.path, folder),
-        "frame": "" if record.frame is None else str(record.frame),
+        "frame": reading.get("frame", ""),
         "label": label,
         # Who reads this again sees that the image stands for its patient.
         "patient_id": record.patient_id if record.patient_known else relative(record.path, folder),
@@ -183,8 +195,8 @@ def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]
         "density": record.density or "",
         "birads": record.birads or "",
         "manufacturer": record.manufacturer or "",
-        "white": "" if record.white is None else _plain(record.white),
-        "chest_wall": record.chest_wall or "",
+        "white": reading.get("white", ""),
+        "chest_wall": reading.get("chest_wall", ""),
         "findings": json.dumps(findings) if findings else "",
         **{LABEL_PREFIX + name: _plain(value) for name, value in record.labels.items() if not math.isnan(value)},
         **record.extra,

@@ -51,3 +51,10 @@ def test_the_positive_class_chooses_the_breast_whatever_its_number():
     views = [view("a", "L", (0.9, 0.1), 1), view("b", "R", (0.2, 0.8), 1)]
     found = row(views, ("cancer", "normal"))
     assert found["laterality"] == "L" and float(found["probability"]) == pytest.approx(0.1)
+
+
+def test_frames_of_one_file_whose_side_is_not_known_stand_for_themselves():
+    """They have the same path; the exam is that of the higher one, not of both."""
+    views = [view("a", "", (0.6, 0.4), 1, adds=3.0), view("a", "", (0.1, 0.9), 1, adds=0.5)]
+    found = row(views, ("normal", "cancer"))
+    assert found["views"] == 1 and float(found["adds"]) == pytest.approx(0.5)
