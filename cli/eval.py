@@ -48,6 +48,10 @@ def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None)
     return ",".join(parts)
 
 
+def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(name.strip() for name in value.split(","))
+
+
 @click.command()
 @click.argument("predictions", type=click.Path(exists=True))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for metrics, plots and report.")
@@ -61,6 +65,13 @@ def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None)
     "--score",
     metavar="COLUMN",
     help="Column of the score, larger for 1; by default log_odds_NAME, else p_NAME, else score_NAME.",
+)
+@click.option(
+    "--classes",
+    callback=_parse_classes,
+    metavar="NAMES",
+    help="Order of three or more classes, the lowest first, with commas: kappa and the highest of an exam go by it. By "
+    "default that of the training, if it was stated, or of numbers.",
 )
 @click.option(
     "--split",
@@ -132,6 +143,7 @@ def eval(
     table: str | None,
     label: str | None,
     score: str | None,
+    classes: tuple[str, ...] | None,
     split: str | None,
     levels: tuple[Any, ...],
     by: tuple[str, ...],
@@ -174,14 +186,14 @@ def eval(
     predictions = str(_chosen(Path(predictions), levels))
 
     def read(path: str) -> Parts:
-        return read_parts(path, table=table, label=label, score=score, split=split)
+        return read_parts(path, table=table, label=label, score=score, split=split, classes=classes)
 
     def noted(rows: dict[str, Any], **others: str | None) -> dict[str, Any]:
         return {"split": split, "rows": rows, **_source(Path(predictions), table=table, **others)}
 
     masks = read_dice(predictions, split)
     if masks is not None:
-        if any(one is not None for one in (label, score, other, marks, reader, *levels, *by, *threshold)):
+        if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, *threshold)):
             raise click.UsageError("of predicted masks only --table, --split, --resamples and --seed can be said")
         lines = _measure_dice(out, masks[0], noted(masks[1]), table, resamples, seed)
         _tell(out, lines, as_json)
@@ -286,7 +298,7 @@ def _measure(
     """Write the measures of classes or labels; lines for people."""
     from ..engine.evaluate.evaluate import evaluate
     from ..engine.evaluate.read import note_of, read_marks
-    from ..engine.evaluate.report import headline, rows_line, write_report
+    from ..engine.evaluate.report import headline, order_line, rows_line, write_report
 
     marked, without = (None, 0) if marks is None else read_marks(marks[0], marks[1], parts.measured)
     found = evaluate(parts.measured, settings, other=other, marked=marked, validation=parts.validation)
@@ -299,7 +311,8 @@ def _measure(
     if parts.validation is not None and what:
         found["rows"] = {**parts.rows, "fitted": {"what": what, "rows": len(parts.validation)}}
     page = write_report(out, parts.measured, found)
-    return [rows_line(found["rows"]), *headline(found), f"{page}, metrics.json and plots", *lines]
+    told = [line for line in (rows_line(found["rows"]), order_line(found)) if line]
+    return [*told, *headline(found), f"{page}, metrics.json and plots", *lines]
 
 
 def _are_chosen(found: dict[str, Any]) -> bool:

@@ -37,14 +37,18 @@ def positive_number(names: Sequence[str]) -> int:
     return 1 if found is None else list(names).index(found)
 
 
-def in_order(names: Sequence[str], noted: Sequence[str] = ()) -> tuple[list[str], bool]:
+def in_order(names: Sequence[str], noted: Sequence[str] = (), *, stated: bool = False) -> tuple[list[str], bool]:
     """Names of classes in an order that does not depend on theirs, and whether that order means anything.
 
-    It does where a note beside the predictions tells it, and where the names are numbers; others are sorted, as
-    `gigamorph.engine.datasets.tables.read_table` numbers them.
+    It does where the names are numbers, or a note beside the predictions has an order that somebody stated. Without
+    one, `gigamorph.engine.datasets.tables.read_table` sorts the names, so a sorted note says nothing.
+
+    Args:
+        noted: the order of the training.
+        stated: it is known to be stated, as that of ordinal classes.
     """
     if sorted(noted) == sorted(names):
-        return list(noted), True
+        return list(noted), stated or list(noted) != sorted(names) or all(name.isdecimal() for name in names)
     if all(name.isdecimal() for name in names):
         return sorted(names, key=int), True
     return sorted(names), False

@@ -73,6 +73,7 @@ def evaluate(
     found: dict[str, Any] = {
         "kind": images.kind,
         "outputs": list(images.outputs),
+        **({"ordered": images.ordered} if images.kind == "classes" else {}),
         "resamples": settings.resamples,
         "seed": settings.seed,
         "levels": {},

@@ -6,7 +6,7 @@ import contextlib
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def read_parts(
     label: str | None = None,
     score: str | None = None,
     split: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Parts:
     """The images of a csv with their truth and scores; those without a label too. Of breasts.csv the breasts.
 
@@ -80,6 +81,7 @@ def read_parts(
             NAME of p_NAME) if all values are from 0 to 1, else any number that is larger for 1, which then only ranks.
         split: which rows are measured: train, val and test, several with commas between them, or "all" but those of
             train. None is for files that hold one split only, which is not train.
+        classes: names of three or more classes, the lowest first; by default in the order of the training.
 
     Raises:
         DataError: what is wrong, with file and line: columns, labels, scores, a patient in two splits.
@@ -93,9 +95,20 @@ def read_parts(
     used = sorted({*measured, *validation})
     _keep_rows(rows, used)
     cases = _cases(rows, label, score)
+    if classes is not None:
+        cases = _stated(cases, tuple(classes), path)
     own = [bool(n) for n in np.isin(used, measured)]
     chosen = cases.where(np.isin(used, validation)) if validation else None
     return Parts(cases.where(own), chosen, counts, tuple(_warnings(rows, cases)))
+
+
+def _stated(cases: Cases, classes: tuple[str, ...], path: Path) -> Cases:
+    """Several classes in the order that is given."""
+    if cases.kind != "classes":
+        raise DataError(f"{path}: has no three classes whose order --classes can state; leave it out")
+    if sorted(classes) != sorted(cases.outputs):
+        raise DataError(f"{path}: has the classes {', '.join(cases.outputs)}; name each once in --classes")
+    return replace(cases.in_order(classes), ordered=True)
 
 
 def _warnings(rows: Rows, cases: Cases) -> Iterator[str]:
@@ -454,7 +467,8 @@ def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
         own = {LABEL + name for name, is_scored in scored.labels.items() if is_scored}
         by_name = {} if column in own else scored.labels
         return {"kind": "binary", "outputs": (names[0],), "truth": _numbers(rows, [column], by_name), "scores": scores}
-    order, is_ordered = in_order(names, note_of(rows.path).get("classes", ()))
+    note = note_of(rows.path)
+    order, is_ordered = in_order(names, note.get("classes", ()), stated=note.get("ordered") is True)
     numbers = {name: number for number, name in enumerate(order)}
     positive = numbers[_positive(rows, names, order)] if len(names) == 2 else 0
     if len(names) == 2 and not all(name.isdecimal() for name in names):

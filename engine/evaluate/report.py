@@ -74,9 +74,22 @@ def rows_line(rows: Mapping[str, Any]) -> str:
     return "; ".join(lines)
 
 
+def order_line(found: Mapping[str, Any]) -> str | None:
+    """In which order several classes are taken; None of others."""
+    if found.get("kind") != "classes":
+        return None
+    if found["ordered"]:
+        return f"classes in the order {' < '.join(found['outputs'])}"
+    return (
+        f"the names of the classes tell no order: no kappa, and breasts and exams take the last of "
+        f"{', '.join(found['outputs'])}; state the order, the lowest first, with --classes"
+    )
+
+
 def facts_of(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What a page says of where its figures came from: which rows first, then `SOURCES`."""
     rows = [("rows", rows_line(found["rows"]))] if "rows" in found else []
+    rows += [("order", line)] if (line := order_line(found)) else []
     return rows + [(name, found[key]) for key, name in SOURCES.items() if found.get(key)]
 
 

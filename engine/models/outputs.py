@@ -127,6 +127,11 @@ class Outputs:
         return len(self.heads) == 1 and own
 
     @property
+    def ordered(self) -> bool:
+        """Whether the names are classes in an order."""
+        return self.heads[0].activation == "ordinal"
+
+    @property
     def numbers(self) -> bool:
         """Whether what is predicted are numbers, no probabilities."""
         return any(head.activation == "number" for head in self.heads)

@@ -141,6 +141,8 @@ class _Predict(PredictJob):
             outputs=outputs,
         )
         note: dict[str, Any] = {} if self.classes is None else {"classes": list(self.classes)}
+        if outputs is not None and outputs.ordered:
+            note["ordered"] = True
         if options.calibration is not None:
             split = options.calibration.split or "not known"
             note["calibrated_on"] = f"{options.calibration.images} images, split {split}"

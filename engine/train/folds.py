@@ -70,7 +70,7 @@ def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -
     known = zip(predictions, samples_of(data.val), strict=True)
     named = [found if record.patient_known else replace(found, patient="") for found, record in known]
     write_cases(out / "val.csv", as_cases(named, data.classes))
-    _write_json(out / "val.json", {"classes": list(data.classes)})
+    _write_json(out / "val.json", {"classes": list(data.classes), "ordered": data.target.kind == "ordinal"})
 
 
 def summarise(out: Path, count: int) -> Iterator[str]:

@@ -23,9 +23,10 @@ def check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Calla
                 f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
                 "all in data.classes"
             )
-    if kind == "ordinal" and not all(name.isdigit() for name in names):
+    if not all(name.isdigit() for name in names) and (kind == "ordinal" or len(names) > 2):
         told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
-        warn(f"the order taken is {' < '.join(names)}; another one is given by -o 'data.classes={told}'")
+        of = "" if kind == "ordinal" else ", by which breasts and exams have the highest class of their images"
+        warn(f"the order taken is {' < '.join(names)}{of}; another one is given by -o 'data.classes={told}'")
 
 
 def labels_told(target: Target, train: Sequence[Record], val: Sequence[Record], table: Path) -> list[str]:

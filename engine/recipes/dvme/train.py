@@ -15,7 +15,9 @@ from ...config import from_plain
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
+from ...errors import DataError
 from ...evaluate import odds
+from ...evaluate.class_names import in_order
 from ...evaluate.read import write_cases
 from ...images.pixels import Normalize
 from ...train.loop import check_stages
@@ -53,6 +55,11 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
     labels = {name: [r.label for r in own] for name, own in parts.items()}
     classes = len(read.classes)
+    if config.metric == "kappa" and classes > 2 and not in_order(read.classes)[1]:
+        names = ", ".join(read.classes)
+        raise DataError(
+            f"{table}: metric kappa needs an order, which the names {names} do not tell; number them from 0"
+        )
     check_parts(labels, classes)
     for number, own in enumerate(config.extractors):
         run.say(f"extractor {own.name}")

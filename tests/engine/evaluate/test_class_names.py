@@ -179,3 +179,54 @@ def test_predictions_that_are_written_and_read_keep_their_classes(tmp_path):
         assert back.outputs == cases.outputs == ("x", "y", "z")
         np.testing.assert_array_equal(back.truth, cases.truth)
         assert [line.split(",")[4] for line in (tmp_path / "q.csv").read_text().splitlines()[1:]] == list("xyzx")
+
+
+GRADES = ["normal", "benign", "cancer"]
+
+
+def graded(folder, note=None):
+    """Predictions of which one is two grades off, and another one grade."""
+    rows = [(n, GRADES[n % 3], *np.eye(3)[n % 3]) for n in range(9)]
+    rows += [(9, "normal", 0, 0, 1), (10, "cancer", 0, 1, 0)]
+    path = write(folder / "predictions.csv", ["image_path", "label", *(f"p_{name}" for name in GRADES)], rows)
+    if note is not None:
+        path.with_suffix(".json").write_text(json.dumps(note))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("note", "order"),
+    [
+        (None, None),
+        ({"classes": sorted(GRADES)}, None),
+        ({"classes": GRADES}, GRADES),
+        ({"classes": sorted(GRADES), "ordered": True}, sorted(GRADES)),
+    ],
+)
+def test_sorted_names_of_a_training_are_no_order(note, order, tmp_path, capsys):
+    """An alphabet's order was taken for one of grades."""
+    path, image = graded(tmp_path, note), Settings(levels=("image",), resamples=5)
+    assert run("eval", path, "--out", tmp_path / "out", "--resamples", 5) == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
+    if order is None:
+        assert "tell no order: no kappa, and breasts and exams take the last of benign, cancer, normal; state" in said
+        assert found["levels"]["image"]["kappa"]["value"] is None and found["ordered"] is False
+    else:
+        assert f"classes in the order {' < '.join(order)}\n" in said and found["ordered"] is True
+    given = ["--classes", ",".join(GRADES)]
+    assert run("eval", path, "--out", tmp_path / "stated", "--resamples", 5, *given) == 0
+    assert "classes in the order normal < benign < cancer\n" in capsys.readouterr().out
+    stated = json.loads((tmp_path / "stated" / "metrics.json").read_text())["levels"]["image"]["kappa"]["value"]
+    grades = graded(tmp_path, {"classes": GRADES})
+    assert stated == evaluate(read_cases(grades), image)["levels"]["image"]["kappa"]["value"]
+    if order == sorted(GRADES):
+        assert stated != found["levels"]["image"]["kappa"]["value"]
+
+
+def test_an_order_of_other_classes_is_one_line(tmp_path):
+    path = graded(tmp_path)
+    with pytest.raises(DataError, match=r"has the classes benign, cancer, normal; name each once in --classes"):
+        read_cases(path, classes=["normal", "benign", "benign"])
+    two = write(tmp_path / "two.csv", ["image_path", "label", "p_0", "p_1"], [("x", 0, 0.6, 0.4)])
+    with pytest.raises(DataError, match="has no three classes whose order --classes can state"):
+        read_cases(two, classes=["0", "1"])

@@ -317,6 +317,8 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     refused("class 1 has no training images", "\n".join(x.replace(",1,", ",0,") if ",train" in x else x for x in lines))
     one = "\n".join(x.replace(",1,", ",0,") if ",val" in x else x for x in lines)
     refused("split val has images of one class only", one)
+    named = text.replace(",0,", ",high,").replace(",1,", ",low,").replace(",low,", ",mid,", 1)
+    refused("needs an order, which the names high, low, mid do not tell", named, config=replace(SMALL, metric="kappa"))
     assert not (tmp_path / "bad").exists()
     wild = replace(SMALL, lr=1e30)
     refused("stage '(linear|dvme)', epoch .*: the (loss|gradient|score) is", error=GigamorphError, config=wild)

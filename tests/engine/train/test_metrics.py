@@ -101,3 +101,13 @@ def test_the_positive_class_decides_of_breasts_and_exams_whatever_its_number():
     [exam] = per_exam(first, ["cancer", "normal"])
     assert exam.probabilities[0] == pytest.approx(expit([3.0, 2.0]).mean()) and exam.label == 0
     assert scores(first, ["cancer", "normal"]) == scores(second, ["normal", "cancer"])
+
+
+def test_the_order_of_three_names_is_reported():
+    warned: list[str] = []
+    check_names("t.csv", ["0", "1", "2"], "classes", warned.append)
+    assert not warned
+    check_names("t.csv", ["benign", "cancer", "normal"], "classes", warned.append)
+    assert warned[0].startswith(
+        "the order taken is benign < cancer < normal, by which breasts and exams have the highest"
+    )
