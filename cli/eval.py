@@ -329,6 +329,7 @@ def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[s
     """Of two classes by a network that is known, unless the predictions are calibrated: whether there is one; lines for
     people."""
     from ..engine.errors import DataError
+    from ..engine.evaluate.class_names import positive_number
     from ..engine.evaluate.recalibration import write_calibration
 
     images = parts.measured
@@ -338,8 +339,9 @@ def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[s
     try:
         if parts.validation is None:
             raise DataError("it is fitted on rows of split val, of which there are none")
-        if note.get("classes", [None, *images.outputs])[1:] != list(images.outputs):
-            raise DataError(f"the training takes {note['classes'][1]} for the positive class, by its place")
+        classes = note.get("classes", [None, *images.outputs])
+        if len(classes) != 2 or (None not in classes and [classes[positive_number(classes)]] != list(images.outputs)):
+            raise DataError(f"{images.outputs[0]} is not the positive class of a network of two classes; omit --score")
         write_calibration(out, parts.validation, found, note["sha256"], note.get("flip", ()))
     except DataError as error:
         return False, [f"no calibration.json: {error}"]

@@ -23,7 +23,7 @@ from .words import counted
     help="activation: what each place adds to the log-odds; gradient: how much each pixel moves them.",
 )
 @click.option(
-    "--class", "name", metavar="NAME", help="Class to explain; by default the second of two, else the likeliest."
+    "--class", "name", metavar="NAME", help="Class to explain; by default the positive one of two, else the likeliest."
 )
 @click.option(
     "--format",
@@ -40,8 +40,9 @@ def explain(
 ) -> None:
     """Show where a prediction comes from, on every pixel of the file as stored.
 
-    Of two classes the second is explained, of more the most probable one. Class and probability are written in the
-    picture, and its colours are on one scale for all images, so that a negative is grey.
+    Of two classes the positive one by its name is explained, as gigamorph eval takes it, of more the most probable one.
+    Class and probability are written in the picture, and its colours are on one scale for all images, so that a
+    negative is grey.
 
     IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path. Maps are computed by tiles and
     equal those of the whole image. What is done stays done and may be shared out, as in gigamorph predict. marks.csv

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..parsing import parse_json
 from .cases import Cases
+from .class_names import positive_number
 
 _FILE = "calibration.json"
 
@@ -25,11 +26,12 @@ class Calibration:
     """What predictions of a network become.
 
     Attributes:
-        output: name of the second class.
+        output: name of the positive class.
         threshold: log-odds before the calibration, from which on an image is called.
         images: how many it was measured on, of which split of a training.
         sha256: of the checkpoint that predicted them.
         flips: mirror images over which it averaged.
+        number: which of the checkpoint's two classes the positive one is; not stored.
     """
 
     output: str
@@ -40,10 +42,20 @@ class Calibration:
     split: str | None
     sha256: str
     flips: tuple[str, ...] = ()
+    number: int = field(default=1, repr=False)
 
     def __call__(self, log_odds: float) -> float:
-        """Calibrated log-odds of the second class."""
+        """Calibrated log-odds of the positive class."""
         return self.intercept + self.slope * log_odds
+
+    def both(self, log_odds: Sequence[float]) -> tuple[float, float]:
+        """Calibrated log-odds of the two classes of the checkpoint."""
+        z = self(log_odds[self.number])
+        return (z, -z) if self.number == 0 else (-z, z)
+
+    def calls(self, log_odds: Sequence[float]) -> bool:
+        """Whether calibrated log-odds of the two classes reach the threshold."""
+        return log_odds[self.number] >= self(self.threshold)
 
 
 def write_calibration(
@@ -87,7 +99,8 @@ def write_calibration(
     split = "val" if "split" in images.columns else found.get("split")
     one = Calibration(name, *fitted, float(threshold), len(known), split, sha256, tuple(flips))
     path = Path(out) / _FILE
-    write_atomically(path, lambda p: p.write_text(json.dumps(asdict(one), indent=1) + "\n"), "calibration")
+    stored = {name: value for name, value in asdict(one).items() if name != "number"}
+    write_atomically(path, lambda p: p.write_text(json.dumps(stored, indent=1) + "\n"), "calibration")
     return path
 
 
@@ -95,7 +108,7 @@ def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: S
     """The calibration in a file, for a checkpoint and its classes.
 
     Raises:
-        DataError: if it cannot be read, or belongs to another checkpoint or other mirror images.
+        DataError: if it cannot be read, or belongs to another checkpoint, the other class or other mirror images.
     """
     try:
         stored = parse_json(Path(path).read_text())
@@ -104,9 +117,13 @@ def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: S
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is no {_FILE} of gigamorph eval") from error
-    if found.sha256 != sha256 or classes[1:] != [found.output]:
+    if found.sha256 != sha256 or len(classes) != 2 or found.output not in classes:
         raise DataError(f"{path}: was measured on predictions of another checkpoint; evaluate those of this one")
+    number = positive_number(classes)
+    if found.output != classes[number]:
+        told = f"{path}: is of the class {found.output}; the positive one of this checkpoint is {classes[number]}"
+        raise DataError(f"{told}; evaluate without --score")
     if found.flips != tuple(flips):
         how = " and ".join(f"--flip {name}" for name in found.flips) or "no --flip"
         raise DataError(f"{path}: was measured on predictions with {how}; predict as they were, or evaluate others")
-    return found
+    return replace(found, number=number)

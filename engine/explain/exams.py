@@ -16,6 +16,7 @@ import numpy as np
 from scipy.special import expit, log_expit
 
 from ..datasets.tables.cells import escape
+from ..evaluate.class_names import positive_number
 from ..train.metrics import Prediction, per_breast, per_exam
 from .marks import Mark
 
@@ -45,7 +46,7 @@ def combined(
     """What `HEADER` names of one exam, without its number.
 
     Args:
-        which: the class; None takes the second of two, else the most probable one.
+        which: the class; None takes the positive one of two, else the most probable one.
         frame: the column frame at the end, where files have several.
     """
     # By their numbers, for the path does not tell apart the frames of a file.
@@ -54,7 +55,7 @@ def combined(
     number = which
     if number is None:
         two = exam.exclusive and len(classes) == 2
-        number = 1 if two else int(np.argmax(exam.log_odds))
+        number = positive_number(classes) if two else int(np.argmax(exam.log_odds))
     # Of several classes the exam is that breast whose expected class is the highest, whichever class is explained.
     worse = next(one for one in per_breast(predictions, classes) if one.log_odds[number] == exam.log_odds[number])
     own = [

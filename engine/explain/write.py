@@ -35,7 +35,7 @@ from ..predict.rows import Row, Work
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
-from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of
+from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
 from .exams import View, write_exams
 from .marks import Mark, find_marks
@@ -70,7 +70,7 @@ class Options(RunOptions):
 
     Attributes:
         method: of `METHODS`.
-        label: the class whose map it is; None takes the second of two, else the most probable one.
+        label: the class whose map it is; None takes the positive one of two, else the most probable one.
         formats: of png, tif, seg and binary-seg.
     """
 
@@ -205,7 +205,8 @@ class Explaining:
         assert opened.item is not None
         work, options, classes = opened.work, self._options, self._classifier.classes
         source, image = opened.item["image"], work.row.name
-        output = None if options.label is None else classes.index(options.label)
+        heads = outputs_of(self.net)
+        output = positive_class(classes, heads) if options.label is None else classes.index(options.label)
         with naming(image):
             found, logits, which = METHODS[options.method](self.net, source, output)
         check_numbers(logits, image)

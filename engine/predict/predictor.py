@@ -20,7 +20,7 @@ from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
 from ..train.classify import prediction
 from ..train.data import Images
-from ..train.explanation import caption, explain_class
+from ..train.explanation import caption, explain_class, positive_class
 from ..train.heatmap import overlay_name, write_overlay
 from .ahead import Opened
 from .job import texts
@@ -120,7 +120,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
     net, source = classifier.net, item["image"]
     with naming(work.row.name):
         if wanted.heatmaps:
-            explained, logits, which = explain_class(net, source)
+            explained, logits, which = explain_class(net, source, positive_class(classifier.classes, outputs_of(net)))
         else:
             with torch.no_grad():
                 explained, logits, which = None, net(source)[0], 0
@@ -153,9 +153,8 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
     if explained is not None:
         log_odds = found.log_odds[which]
         if wanted.calibration is not None:
-            z = wanted.calibration(found.log_odds[1])
-            log_odds = (-z, z)[which]
-            explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=z)
+            log_odds = wanted.calibration.both(found.log_odds)[which]
+            explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=log_odds)
         name = overlay_name(work.name, as_stored(source).shape)
         text = caption(classifier.classes[which], log_odds, found.numbers)
         write_overlay(explained, wanted.out / "heatmaps" / name, stored=True, caption=text)

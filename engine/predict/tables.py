@@ -181,8 +181,7 @@ def prediction_of(
     )
     if calibration is None:
         return found
-    log_odds = calibration(found.log_odds[1])
-    return replace(found, log_odds=(-log_odds, log_odds))
+    return replace(found, log_odds=calibration.both(found.log_odds))
 
 
 def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
@@ -213,7 +212,7 @@ def _exam(found: Prediction) -> tuple[str, ...] | None:
 
 
 def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
-    return [] if calibration is None else [int(found.log_odds[1] >= calibration(calibration.threshold))]
+    return [] if calibration is None else [int(calibration.calls(found.log_odds))]
 
 
 def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:

@@ -32,6 +32,5 @@ def combined(
     rows = torch.tensor([view.row for view in views], dtype=torch.float64)
     log_odds = outputs.log_odds(outputs.together(rows))[0].tolist()
     if calibration is not None:
-        z = calibration(log_odds[1])
-        log_odds = [-z, z]
+        log_odds = calibration.both(log_odds)
     return replace(found, log_odds=tuple(log_odds), level=level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..accelerate import Accelerated
 from ..errors import GigamorphError
+from ..evaluate.class_names import positive_number
 from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, as_stored, to_original
 from ..models.outputs import Outputs, outputs_of
@@ -217,6 +218,16 @@ def caption(label: str, log_odds: float, number: bool = False) -> str:
     if number:
         return f"{label}: {log_odds:.4g}"
     return f"{label}: probability {expit(log_odds):.3f}, log-odds {log_odds:+.2f}"
+
+
+def positive_class(classes: Sequence[str], heads: Outputs | None) -> int | None:
+    """The number of the positive one of two classes, by its name; None of others, as `explain_class` takes it.
+
+    Args:
+        heads: what the network gives, where it is not one softmax; of several heads nothing is known.
+    """
+    exclusive = heads is None or heads.exclusive
+    return positive_number(classes) if exclusive and len(classes) == 2 else None
 
 
 def class_of(outputs: Tensor, which: int | None, heads: Outputs | None = None) -> int:

@@ -14,8 +14,9 @@ from ..datasets.dataset import grey_of, with_white
 from ..images.levels import White
 from ..images.pixels import PixelSource
 from ..models.folder import digest_of
+from ..models.outputs import outputs_of
 from ..recipes.networks import open_classifier
-from ..train.explanation import Explanation, explain_class
+from ..train.explanation import Explanation, explain_class, positive_class
 from .exams import View, stored_place
 
 SIDE = 256
@@ -40,7 +41,8 @@ class Evidence:
         white: White | None = None,
     ) -> None:
         opened = open_classifier(checkpoint, memory_budget=memory_budget, device=device, flips=flips)
-        self._net, _, self._open = opened
+        self._net, classes, self._open = opened
+        self._class = positive_class(classes, outputs_of(self._net))
         self.grey = grey_of(self._open([]))
         """How the network's images become grey values; empty if not known."""
         self._net.eval()
@@ -56,7 +58,8 @@ class Evidence:
             DataError: if the image cannot be read. GigamorphError: the network has no map to explain.
         """
         with self._lock:
-            found, _, _ = explain_class(self._net, self._open(with_white([view.record], self._white))[0]["image"])
+            image = self._open(with_white([view.record], self._white))[0]["image"]
+            found, _, _ = explain_class(self._net, image, self._class)
         return on_shown(found, shown)
 
 

@@ -49,8 +49,11 @@ def test_of_three_classes_the_breast_is_the_one_that_the_exam_is(which):
 
 def test_the_positive_class_chooses_the_breast_whatever_its_number():
     views = [view("a", "L", (0.9, 0.1), 1), view("b", "R", (0.2, 0.8), 1)]
-    found = row(views, ("cancer", "normal"))
+    found = row(views, ("cancer", "normal"), 1)
     assert found["laterality"] == "L" and float(found["probability"]) == pytest.approx(0.1)
+    found = row(views, ("cancer", "normal"))
+    assert found["laterality"] == "L" and float(found["probability"]) == pytest.approx(0.9)
+    assert found["class"] == "cancer"
 
 
 def test_frames_of_one_file_whose_side_is_not_known_stand_for_themselves():
