@@ -266,6 +266,10 @@ class _Masks(PredictJob):
         own = self._options
         return {"identifiers": own.identifiers, "precision": own.precision, "white": own.white}
 
+    def key(self, row: Row, model: str) -> str:
+        # By the table's masks too, with which the result compares.
+        return row.key("\0".join([model, *map(str, masks_of(row.record))]))
+
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         try:
             (out / "masks").mkdir(parents=True, exist_ok=True)

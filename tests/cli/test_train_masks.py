@@ -140,3 +140,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
             assert "value.png: holds 9, and no mask holds 2; correct it" in refused("train", other, *FAST)
         assert said in refused("predict", best, other, "--device", "cpu")
     assert "it is not exported" in refused("export", best, "--to", "onnx")
+
+
+def test_a_resumed_run_compares_all_images_with_the_masks_of_its_table(trained, table, tmp_path):
+    """Those that were done before the table named masks had no Dice."""
+    plain = table.parent / "plain.csv"
+    plain.write_text("image_path\n" + "\n".join(row["image_path"] for row in rows(table)[:3]) + "\n")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run("predict", trained / "best.ckpt", plain, "--out", out) == 0
+    assert run("predict", trained / "best.ckpt", table, "--out", out, "--resume") == 0
+    assert run("predict", trained / "best.ckpt", table, "--out", whole) == 0
+    dice = [
+        [{k: v for k, v in row.items() if k.startswith("dice_")} for row in rows(own / "predictions.csv")]
+        for own in (out, whole)
+    ]
+    assert dice[0] == dice[1] and any(dice[0][0].values())
