@@ -30,7 +30,7 @@ from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, check_numbers, naming, open_one, renamed
+from ..predict.predictor import Classifier, Opener, check_numbers, headed, naming, open_one
 from ..predict.rows import Row, Work
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
@@ -222,7 +222,6 @@ class Explaining:
             _write(found, work.row.place, self._out, work.name, one, classes[which], said)
         marks = find_marks(found) if options.method == "activation" else []
         told = prediction(opened.item, logits, outputs)
-        headed = told.patient != work.row.record.patient_id
         return {
             "key": work.key,
             "model": options.model,
@@ -232,9 +231,7 @@ class Explaining:
             "class": classes[which],
             "log_odds": list(told.log_odds),
             "exclusive": told.exclusive,
-            "header_patient": renamed(told.patient, self._secret) if headed else None,
-            "laterality": told.laterality,
-            "view": told.view,
+            **headed(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
 

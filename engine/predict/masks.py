@@ -21,7 +21,6 @@ from ..datasets.tables import SPLITS, Record, reading_of
 from ..dense import map_shape, write_map
 from ..errors import DataError
 from ..files import temporary_name, whole_or_absent
-from ..images.derived import header_of
 from ..images.dicom_results import made_of, own_code, segment, segmentation, source_header
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
@@ -39,7 +38,7 @@ from .delivery import Document
 from .index import Index
 from .job import PredictJob, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import Wanted, naming, renamed
+from .predictor import Wanted, headed, naming
 from .rows import Row, Work
 from .runner import run
 from .tables import patient_of, write_csv
@@ -166,15 +165,11 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
         raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
     finally:
         raw.unlink(missing_ok=True)
-    header = header_of(source)
-    patient = getattr(header, "patient_id", None) if Path(record.patient_id).name == record.path.name else None
     return {
         "key": work.key,
         "model": wanted.model,
         "image_path": work.row.name,
-        "header_patient": renamed(patient, wanted.secret) if patient else None,
-        "laterality": getattr(header, "laterality", None) or "",
-        "view": getattr(header, "view", None) or "",
+        **headed(source, wanted.secret),
         "pixels": source.shape[-2] * source.shape[-1],
         "name": work.name,
         "mask": target.name,

@@ -16,6 +16,7 @@ from ..accelerate import Accelerated
 from ..datasets.tables import Record
 from ..errors import BudgetError, DataError, GigamorphError, NoRoomError
 from ..evaluate.recalibration import Calibration
+from ..images.derived import header_of
 from ..images.pixels import as_stored
 from ..models.outputs import outputs_of
 from ..train.classify import prediction
@@ -39,8 +40,8 @@ RESULTS = pa.schema(
     ]
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
-and header_exam stand for a patient and a study that only a DICOM header names; row is what the network gave, where it
-combines views by that."""
+and header_exam stand for the patient and the study that a DICOM header names, laterality and view are its own; row is
+what the network gave, where it combines views by that."""
 OpenImages = Callable[[Sequence[Record]], Images]
 """Records -> their images."""
 
@@ -127,17 +128,15 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
     check_numbers(logits, work.row.name)
     outputs = outputs_of(net)
     found = prediction(item, logits, outputs)
-    record = work.row.record
+    record, header = work.row.record, header_of(source)
     result = {
         "key": work.key,
         "model": wanted.model,
         "image_path": work.row.name,
         "patient_id": record.patient_id,
-        "header_patient": None,
+        **headed(source, wanted.secret),
         "exam_id": record.exam_id or "",
-        "header_exam": None,
-        "laterality": found.laterality,
-        "view": found.view,
+        "header_exam": renamed(header.study_uid, wanted.secret) if getattr(header, "study_uid", None) else None,
         "split": found.split,
         "label": found.label,
         "log_odds": list(found.log_odds),
@@ -146,10 +145,6 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "pixels": source.shape[-2] * source.shape[-1],
         "heatmap": None,
     }
-    if found.patient != record.patient_id:
-        result["header_patient"] = renamed(found.patient, wanted.secret)
-        if found.exam != (record.exam_id or ""):
-            result["header_exam"] = renamed(found.exam, wanted.secret)
     if explained is not None:
         log_odds = found.log_odds[which]
         if wanted.calibration is not None:
@@ -192,6 +187,21 @@ def check_numbers(logits: torch.Tensor, image: str) -> None:
             f"{image}: the network gives no number ({', '.join(map(str, logits.tolist()))}); look at its pixels: "
             "gigamorph data preview"
         )
+
+
+def headed(source: Any, secret: bytes | None) -> dict[str, str | None]:
+    """What the header of an image says, whatever a table does: the table of a resumed run may say something else.
+
+    Returns:
+        Columns of `RESULTS`: header_patient (a header without a patient has its study in the place), laterality, view.
+    """
+    header = header_of(source)
+    patient = getattr(header, "patient_id", None) or getattr(header, "study_uid", None)
+    return {
+        "header_patient": renamed(patient, secret) if patient else None,
+        "laterality": getattr(header, "laterality", None) or "",
+        "view": getattr(header, "view", None) or "",
+    }
 
 
 def renamed(patient: str, secret: bytes | None) -> str:

@@ -187,7 +187,7 @@ def prediction_of(
 def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
     """As the table says; where it does not, as the header does (`header_patient`), see `prediction_of`."""
     patient = row.record.patient_id
-    if Path(patient).name != row.record.path.name or not result["header_patient"]:
+    if _names_patient(row) or not result["header_patient"]:
         return patient
     patient = result["header_patient"]
     return patient if identifiers else index.numbered("P", patient)
@@ -196,9 +196,13 @@ def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool
 def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
     """As the table says; where it names neither exam nor patient, the study of the header (`header_exam`)."""
     exam = result.get("header_exam")
-    if row.record.exam_id or not exam:
+    if row.record.exam_id or not exam or _names_patient(row):
         return row.record.exam_id or ""
     return exam if identifiers else index.numbered("E", exam)
+
+
+def _names_patient(row: Row) -> bool:
+    return Path(row.record.patient_id).name != row.record.path.name
 
 
 def _breast(found: Prediction) -> tuple[str, ...] | None:

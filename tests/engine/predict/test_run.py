@@ -698,3 +698,20 @@ def test_the_state_of_a_run_is_told(damaged, tmp_path):
     assert pa.types.is_list(
         pq.read_schema(next((tmp_path / "out" / "parts").rglob("*.parquet"))).field("log_odds").type
     )
+
+
+def test_a_resumed_run_with_another_table_names_all_patients_as_that_does(tmp_path):
+    """Images that were done with a table of patients and views kept these, or had none, with a table that has none."""
+    write_phantoms(tmp_path / "p", patients=3, height=160, width=128, seed=1)
+    images = sorted((tmp_path / "p" / "images").iterdir())
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "image_path,patient_id,view\n" + "".join(f"{image},X{n},ML\n" for n, image in enumerate(images[:3]))
+    )
+    predict(archives.stub, [table], tmp_path / "out", HERE)
+    predict(archives.stub, images, tmp_path / "out", replace(HERE, resume=True))
+    predict(archives.stub, images, tmp_path / "whole", HERE)
+    for name in ("predictions.csv", "breasts.csv", "exams.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    kept = pq.read_table(tmp_path / "out" / "parts").to_pylist()
+    assert not any((row["header_patient"] or "").startswith("PHANTOM") for row in kept)
