@@ -1,0 +1,53 @@
+"""What a training says of its validation images, `gigamorph predict` says of them too with its best checkpoint."""
+
+import csv
+
+import pytest
+from commands import rows, run
+
+from gigamorph.engine.datasets.phantom import write_phantoms
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Phantoms with exams."""
+    table = write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=4, height=128, width=96, seed=1)
+    found = rows(table)
+    for row in found:
+        row["exam_id"] = "E"
+        del row["split"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    return table
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-o", "average=0.9", "--augment", "flip=left-right", "--precision", "bf16"], ["--views", "mean"]],
+    ids=["images", "exams"],
+)
+def test_validation_rows_are_those_of_predict(table, tmp_path, options):
+    fast = [
+        "--model",
+        "lesionnet",
+        "--mean",
+        "auto",
+        "--std",
+        "auto",
+        "--folds",
+        "2",
+        "--epochs",
+        "1",
+        "--accumulate",
+        "4",
+    ]
+    assert run("train", table, *fast, *options, "--quiet", "--out", tmp_path / "run") == 0
+    own, out = tmp_path / "run" / "fold1", tmp_path / "predicted"
+    assert run("predict", own / "best.ckpt", table, "--out", out) == 0
+    key, name = ("exam", "exams.csv") if "--views" in options else ("image_path", "predictions.csv")
+    found, validated = {row[key]: row for row in rows(out / name)}, rows(own / "val.csv")
+    assert len(validated) >= 2
+    for row in validated:
+        assert float(row["log_odds_1"]) == pytest.approx(float(found[row[key]]["log_odds_1"]), rel=1e-5, abs=1e-6)
