@@ -6,6 +6,7 @@ import ast
 import json
 from typing import Any
 
+_DIGITS = 18
 _DEEP = "it is nested too deeply"
 
 
@@ -19,6 +20,11 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError(_DEEP) from None
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text is a whole number from 0 that files and data bases hold too; Python makes none of 4300 digits."""
+    return text.isdecimal() and len(text) <= _DIGITS
 
 
 def parse_literal(text: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..errors import GigamorphError
+from ..files import write_atomically
 from ..report.figure import png
 from ..report.page import Table, render, write_page
 from ..tiling.memory import format_bytes
@@ -73,7 +74,8 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
     sections.append(_runs(runs))
     pictures = {name: png(figure) for one in sections for name, figure in one.figures.items()}
     page = write_page(folder / "report.html", "bench.html", pictures, intro=_INTRO, sections=sections)
-    (folder / "report.md").write_text(render("bench.md", intro=_INTRO, sections=sections))
+    text = render("bench.md", intro=_INTRO, sections=sections)
+    write_atomically(folder / "report.md", lambda p: p.write_text(text, encoding="utf-8"), "report")
     return page
 
 

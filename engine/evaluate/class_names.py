@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..parsing import is_whole
+
 POSITIVE = frozenset(
     "malignant malignancy cancer carcinoma positive pos abnormal suspicious disease diseased case yes true".split()
 )
@@ -48,7 +50,7 @@ def in_order(names: Sequence[str], noted: Sequence[str] = (), *, stated: bool = 
         stated: it is known to be stated, as that of ordinal classes.
     """
     if sorted(noted) == sorted(names):
-        return list(noted), stated or list(noted) != sorted(names) or all(name.isdecimal() for name in names)
-    if all(name.isdecimal() for name in names):
+        return list(noted), stated or list(noted) != sorted(names) or all(map(is_whole, names))
+    if all(map(is_whole, names)):
         return sorted(names, key=int), True
     return sorted(names), False

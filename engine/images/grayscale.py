@@ -13,6 +13,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from ..errors import DataError
+from ..parsing import is_whole
 from .rawfile import brief
 
 
@@ -155,7 +156,7 @@ def _choice(voi: str, names: dict[str, list[str]], name: str) -> tuple[str, int]
         return voi, 0
     kind, _, which = voi.partition(":")
     check_voi(voi)
-    if which.isdecimal() and int(which) < len(names[kind]):
+    if is_whole(which) and int(which) < len(names[kind]):
         return kind, int(which)
     spelt = [each.casefold() for each in names[kind]]
     if which.casefold() in spelt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -198,7 +199,7 @@ def require_logits(folder: str | Path, description: Description) -> None:
 
 def is_folder(path: str | Path) -> bool:
     """Whether a text is the path of a network's folder."""
-    return (Path(path) / DESCRIPTION).is_file()
+    return os.path.isfile(Path(path) / DESCRIPTION)  # Path.is_file raises where a name is too long
 
 
 def folder_of(path: str | Path) -> Path | None:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from .unet import UNet
 from .weights import common_prefix, first_line, load_exactly, subtree, unwrapped
 
 log = logging.getLogger("gigamorph")
+
+_LONGEST = 4096
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lesionnet": LesionNet,
@@ -75,7 +78,7 @@ def build_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights: 
     Raises:
         UntrustedError: it is neither in a registry nor trusted, see `trust`.
     """
-    model = _of_folder(Path(spec)) if is_folder(spec) else _build(Spec.parse(spec), num_classes, in_channels)
+    model = _of_folder(Path(spec)) if is_folder(spec) else _build(_parse(spec), num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -94,6 +97,12 @@ def open_checked(folder: str | Path) -> nn.Module:
         network = build_model(str(folder)).float().eval()  # its factory may make others
         require_stored_logits(network, Path(folder))
     return network
+
+
+def _parse(text: str) -> Spec:
+    if len(text) > _LONGEST:
+        raise GigamorphError(f"model {text[:60]!a}...: a name must have at most {_LONGEST} characters, not {len(text)}")
+    return Spec.parse(text)
 
 
 def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
@@ -115,9 +124,9 @@ def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -
         return _factory(spec, num_classes, in_channels, folder)
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
-        hint = "; a folder of gigamorph import has a model.json" if Path(spec.name).is_dir() else ""
+        hint = "; a folder of gigamorph import has a model.json" if os.path.isdir(spec.name) else ""
         file = Path(spec.name.removesuffix(".py") + ".py")
-        if file.is_file():
+        if os.path.isfile(file):
             hint = f"; of {file} name the function or class too, as in {file.stem}:factory"
         if spec.name.endswith(".ckpt"):
             hint = f"; gigamorph import {spec.name} --out FOLDER makes a folder of a checkpoint, which is a model"
@@ -142,7 +151,7 @@ def _of_folder(folder: Path) -> nn.Module:
             f"{folder}: is an ensemble of {len(description.members)} networks, which predicts; name one of its "
             f"members, as {folder / description.members[0]}"
         )
-    spec = Spec.parse(description.model)
+    spec = _parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
     path = check_weights(folder, description)
     weights = read_state(path).tensors

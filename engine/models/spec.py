@@ -34,8 +34,11 @@ class Spec:
         """The spec of a text.
 
         Raises:
-            GigamorphError: an argument without a name or value, or given twice; a result without a name.
+            GigamorphError: an argument without a name or value, or given twice; a result without a name; a text that
+                cannot be printed in one line.
         """
+        if not text.isprintable():
+            raise GigamorphError(f"model {text[:60]!a}: a name must be printable; write other characters as %0A")
         rest, mark, named = text.partition("#")
         results = tuple(unquote(one) for one in named.split(",")) if mark else ()
         if "" in results or len(set(results)) < len(results):

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..parallel.lock import cannot_write
-from ..parsing import parse_json
+from ..parsing import is_whole, parse_json
 
 ROWS = 10_000
 """Rows of a part."""
@@ -118,8 +118,8 @@ class Parts:
         """Go on where the last process stopped."""
         if not self._folder.is_dir():
             return
-        parts = {int(path.stem) for path in self._folder.glob("[0-9]*.parquet")}
-        journals = sorted(int(path.stem[1:]) for path in self._folder.glob("_[0-9]*.jsonl"))
+        parts = _numbers(path.stem for path in self._folder.glob("*.parquet"))
+        journals = sorted(_numbers(path.stem[1:] for path in self._folder.glob("_*.jsonl")))
         for number in journals:
             if number in parts:
                 self._journal(number).unlink()
@@ -183,6 +183,11 @@ def read_results(folder: Path, columns: Sequence[str] | None = None) -> Iterator
             if os.path.basename(name) != name:
                 raise GigamorphError(f"{folder}: names the file {name!r}, which is elsewhere; name another --out")
         yield rows
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
+    """Of parts; others may have put files of other names beside them."""
+    return {int(name) for name in names if is_whole(name)}
 
 
 def _lines(data: bytes) -> tuple[list[Row], int]:

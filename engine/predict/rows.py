@@ -18,6 +18,7 @@ from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, place_of, search
 from ..images.remote import file_system, is_url, said, tried
+from ..parsing import is_whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Row:
     def pixels(self) -> int:
         """Rows times columns as the table says (`gigamorph data index` writes them); 0 where it does not."""
         sides = [self.record.extra.get(name, "") for name in ("rows", "columns")]
-        return int(sides[0]) * int(sides[1]) if all(side.isdecimal() for side in sides) else 0
+        return int(sides[0]) * int(sides[1]) if all(map(is_whole, sides)) else 0
 
 
 @dataclass(frozen=True)

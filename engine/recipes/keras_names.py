@@ -15,7 +15,7 @@ from ..models.resnet_v1 import EPS, OLD_EPS
 from .keras_file import Array, read_keras
 
 _OLD = re.compile(r"(res|bn)([2-5])([a-z])_branch(1|2a|2b|2c)")
-_NEW = re.compile(r"conv([2-5])_block(\d+)_([0-3])_(conv|bn)")
+_NEW = re.compile(r"conv([2-5])_block(\d{1,3})_([0-3])_(conv|bn)")
 _STEM = {"conv1": "conv1", "bn_conv1": "bn1", "conv1_conv": "conv1", "conv1_bn": "bn1"}
 _VGG = re.compile(r"block([1-5])_conv(\d)")
 _BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..files import write_atomically
+from .markdown import markdown
 
 _NUMBER = re.compile(r"[+\-−]?\.?\d(?![\da-f]{11})")  # a commit is no number
 
@@ -50,7 +51,7 @@ class Table:
 
 
 def render(template: str, **content: Any) -> str:
-    """The text of a template; in ``.html`` everything from outside is escaped."""
+    """The text of a template; in ``.html`` everything is escaped, in ``.md`` what goes through ``markdown``."""
     return _ENVIRONMENT.get_template(template).render(**content)
 
 
@@ -82,6 +83,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    made.filters["markdown"] = markdown
     made.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-")
     return made
 

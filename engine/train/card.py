@@ -18,6 +18,7 @@ from ..evaluate.evaluate import Settings, evaluate
 from ..evaluate.numbers import evaluate_numbers, numbers_headline
 from ..evaluate.report import format_value, no_interval
 from ..files import write_atomically
+from ..report.markdown import markdown
 from ..versions import versions_of_results
 
 _COUNTED = ("view", "laterality", "density", "manufacturer")
@@ -64,19 +65,19 @@ def write_card(path: str | Path, card: Card) -> Path:
 
 
 def _lines(card: Card) -> list[str]:
-    measured = [*card.measured] or _numbers(card)
+    measured = [*map(markdown, card.measured or _numbers(card))]
     found = {
         name: _evaluated(cases, card.resamples) for name, cases in card.predictions.items() if cases.kind != "numbers"
     }
     return [
-        f"# Model card: {card.title}",
+        f"# Model card: {markdown(card.title)}",
         "",
         "Written by gigamorph at the end of training, from what it knows. It names no patient and no file.",
         *_section("Model", _facts(card.model)),
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
         *_section("Results", measured or _results(found, card.resamples)),
-        *(_section("What it goes by", card.pictures) if card.pictures else ()),
+        *(_section("What it goes by", [*map(markdown, card.pictures)]) if card.pictures else ()),
         *_section("Intended use and limits", _limits(card, found)),
         *_section("Versions", _facts(versions_of_results())),
     ]
@@ -87,12 +88,12 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _facts(facts: Mapping[str, Any]) -> list[str]:
-    return [f"- {name}: {value}" for name, value in facts.items()]
+    return [markdown(f"- {name}: {value}") for name, value in facts.items()]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |" for cells in lines]
+    return ["| " + " | ".join(map(markdown, cells)) + " |" for cells in lines]
 
 
 def _data(card: Card) -> list[str]:
@@ -109,7 +110,7 @@ def _data(card: Card) -> list[str]:
         told = ", ".join(f"{value} {count}" for value, count in sorted(values.items(), key=str) if value is not None)
         if told:
             missing = f", not known {values[None]}" if values[None] else ""
-            known.append(f"- {column}: {told}{missing}")
+            known.append(markdown(f"- {column}: {told}{missing}"))
     unknown = sum(not record.patient_known for part in card.records.values() for record in part)
     leaks = "No patient is in two splits."
     if unknown:
@@ -161,7 +162,7 @@ def _results(found: Mapping[str, dict[str, Any] | str], resamples: int) -> list[
                 notes.append(
                     f"- {split}, {level}: {at['rows_without_patient']} rows without a patient count as one each."
                 )
-    notes = list(dict.fromkeys(notes))
+    notes = list(dict.fromkeys(map(markdown, notes)))
     if not rows:
         return [*(notes or ["No images were held out, so nothing was measured."])]
     header = ["split", "level", "output", "rows", "positive", "AUC", "average precision", "sensitivity at 0.9"]

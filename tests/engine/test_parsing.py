@@ -8,17 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import run
 
 from gigamorph.engine.config import parse_value, read_values
+from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.datasets.tables.cells import escape, is_number, read_rows
-from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.models.checkpoints import read_state
+from gigamorph.engine.errors import DataError, GigamorphError
+from gigamorph.engine.evaluate.class_names import in_order
+from gigamorph.engine.models.checkpoints import State, read_state
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.spec import Spec
 from gigamorph.engine.morph.recipe import Recipe
 from gigamorph.engine.parsing import parse_json, parse_literal
+from gigamorph.engine.published.layouts import mammoscreen
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -127,3 +133,43 @@ def test_long_cells_of_a_configuration_and_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f'image_path,label\n"a{" " * 100_000}b\n \r\n c",1\n')
     assert read_rows(tmp_path / "a.csv").rows[0]["image_path"] == f"a{' ' * 100_000}b c"
     assert time.process_time() - began < 1
+
+
+LONG = "9" * 5_000
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        *(("frame", one) for one in (LONG, "1.0e300", "9" * 25)),
+        *(("label", one) for one in (LONG, "5.0e300", "9" * 25, str(10**12))),
+        *(("findings", f'[{{""box"": [0, {one}, 0, 1]}}]') for one in ("1e999", "Infinity", LONG)),
+        *(("findings", f'[{{""outline"": [[0, {one}], [0, 1]]}}]') for one in ("1e999", "NaN")),
+    ],
+)
+def test_numbers_of_a_table_that_are_too_large(column: str, cell: str, tmp_path: Path) -> None:
+    row = {"image_path": "a.png", "patient_id": "1", "label": "1", "frame": "", "findings": "", column: cell}
+    table = tmp_path / "a.csv"
+    table.write_text(",".join(row) + "\n" + ",".join(f'"{value}"' for value in row.values()) + "\nb.png,2,0,,\n")
+    began = time.process_time()
+    with pytest.raises(DataError) as caught:
+        read_table(table, check_files=False)
+    assert str(caught.value).startswith(str(table)) and time.process_time() - began < 1
+
+
+def test_values_of_a_parquet_table_that_python_has_not(tmp_path: Path) -> None:
+    table, whole = tmp_path / "a.parquet", pa.array([2**60], pa.int64())
+    for odd in (whole.cast(pa.timestamp("ms")), whole.view(pa.duration("s")), pa.array([b"\xff"]).view(pa.string())):
+        pq.write_table(pa.table({"image_path": ["a.png"], "odd": odd}), table)
+        with pytest.raises(DataError) as caught:
+            read_rows(table)
+        assert str(table) in str(caught.value) and "\n" not in str(caught.value)
+    pq.write_table(pa.table({"image_path": ["a.png"], "odd": pa.array([[b"a", b"b"]])}), table)
+    assert read_rows(table).rows[0]["odd"]
+
+
+def test_numbers_in_the_names_of_weights(tmp_path: Path) -> None:
+    names = ("net0.backbone.conv_stem.weight", "net0.linear.weight", f"net{LONG}.linear.weight")
+    state = State(tmp_path, dict.fromkeys(names, torch.zeros(1)))
+    assert mammoscreen.recognises(state) and [part.name for part in mammoscreen.parts(state)] == ["net0"]
+    assert in_order([LONG, "1"]) == (["1", LONG], False)

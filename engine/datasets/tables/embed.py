@@ -87,7 +87,7 @@ def _boxes(text: str, place: str) -> tuple[Finding, ...]:
         value = parse_literal(text)
         rows = value if isinstance(value[0], list | tuple) else [value]
         boxes: list[Box] = [(int(top), int(bottom), int(left), int(right)) for top, left, bottom, right in rows]
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, OverflowError, TypeError, IndexError) as error:
         raise DataError(f"{place}: ROI_coords {text!r} are no boxes; fetch the table again") from error
     boxes = [(max(top, 0), bottom, max(left, 0), right) for top, bottom, left, right in boxes]
     return tuple(Finding(box=box) for box in boxes if box[0] < box[1] and box[2] < box[3])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ...images.levels import White, parse_white
-from ...parsing import parse_json
+from ...parsing import is_whole, parse_json
 from ..unplaced import WHAT, unplaced, unplaced_line
 from . import values
 from .cells import is_number, no_number, read_rows
@@ -268,14 +268,15 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     odd = [label for label in sorted(found) if label.lower() == "nan"]
     unknown = {label for label in found if label.lower() in _UNKNOWN}
     if unknown != found and all(is_number(_pointed(label)) for label in found - unknown):
-        odd += [label for label in sorted(found) if not label.isdecimal()]
+        odd += [label for label in sorted(found) if not is_whole(label)]
     if odd:
         raise DataError(
             f"{path}: label {odd[0]} is no class; number classes 0, 1, ... or name them, leave rows of unknown label "
             "out, and make classes of a score by a threshold"
         )
-    if all(label.isdecimal() for label in found):
-        names = [str(number) for number in range(max(int(label) for label in found) + 1)]
+    if all(map(is_whole, found)):
+        most = len(found) + _FEW + 1  # of labels that leave numbers out the first are named
+        names = [str(number) for number in range(min(max(map(int, found)) + 1, most))]
         absent = [name for name in names if name not in found]
         if found <= {"0", "1"}:  # one class may be absent from a small table
             return ["0", "1"]
@@ -289,6 +290,7 @@ def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -
     return sorted(found)
 
 
+_FEW = 3
 _NAMED = 12  # classes that a message names
 _NOTHING = ("nan", "#n/a", "none", "null")
 """What Python, Excel and SQL write where nothing is known."""
@@ -318,7 +320,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     if _filled(row, "laterality") and side is None:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
     frame = whole(_filled(row, "frame") or "")
-    if frame and not frame.isdecimal():
+    if frame and not is_whole(frame):
         raise DataError(f"{path}, {place}: frame {row['frame']!r} is no number from 0")
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} is neither left nor right")
@@ -392,7 +394,7 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
     if row.get("findings"):
         try:
             found = [Finding.from_json(item, path.parent) for item in parse_json(row["findings"])]
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(f"{path}, {place}: findings are not a JSON list of findings ({error})") from error
     if row.get("mask_path"):
         found.append(Finding(mask=_placed(path.parent, row["mask_path"])))
@@ -426,4 +428,4 @@ def _refuse_missing(path: Path, records: list[Record]) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:_FEW]) + (", ..." if len(names) > _FEW else "")

@@ -19,7 +19,7 @@ _KINDS = {
     "ARCH": "architectural distortion",
     "ASYM": "asymmetry",
 }
-_PLACE = re.compile(r"\s+(\d+)\s+(\d+)(?:\s+(\d+))?\s*")
+_PLACE = re.compile(r"\s+(\d{1,9})\s+(\d{1,9})(?:\s+(\d{1,9}))?\s*")
 
 
 def read(files: Files) -> list[Record]:

@@ -34,7 +34,7 @@ def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, s
                     for cells in batch.to_pylist():
                         number += 1
                         yield f"row {number}", {name: _text(cell) for name, cell in cells.items()}
-            except (OSError, pyarrow.ArrowException) as error:
+            except Exception as error:  # dates, durations and text that Python cannot hold raise errors of many kinds
                 raise DataError(f"{path}: is damaged after row {number} ({one_line(error)}); write it again") from error
 
     return file.schema_arrow.names, rows()
@@ -48,4 +48,4 @@ def _text(cell: Any) -> str:
         return str(int(cell))
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))
-    return json.dumps(cell) if isinstance(cell, list | dict) else str(cell).strip()
+    return json.dumps(cell, default=str) if isinstance(cell, list | dict) else str(cell).strip()

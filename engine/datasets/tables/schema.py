@@ -49,7 +49,7 @@ class Finding:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], folder: Path) -> Finding:
-        """The inverse of `to_json`. KeyError, TypeError or ValueError if the values are of another form."""
+        """The inverse of `to_json`. KeyError, TypeError, ValueError or OverflowError if they are of another form."""
         unknown = set(values) - {"kind", "box", "outline", "mask", "pathology", "birads"}
         if unknown:
             raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
@@ -59,10 +59,13 @@ class Finding:
             if not (0 <= top < bottom and 0 <= left < right):
                 raise ValueError(f"box {box} is not top, bottom, left, right")
             box = top, bottom, left, right
+        outline = tuple((float(row), float(column)) for row, column in values.get("outline", ()))
+        if not all(math.isfinite(side) for point in outline for side in point):
+            raise ValueError("an outline is not finite")
         return cls(
             kind=str(values.get("kind", "")),
             box=box,
-            outline=tuple((float(row), float(column)) for row, column in values.get("outline", ())),
+            outline=outline,
             mask=folder / values["mask"] if values.get("mask") else None,
             pathology=str(values.get("pathology", "")),
             birads=str(values.get("birads", "")),

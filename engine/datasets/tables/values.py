@@ -38,6 +38,8 @@ def box_around(top: float, bottom: float, left: float, right: float) -> Box:
 
     `ValueError` if none of them does, because the points are above or left of the image, or no numbers.
     """
+    if not all(map(math.isfinite, (top, bottom, left, right))):
+        raise ValueError(f"rows {top:g} to {bottom:g}, columns {left:g} to {right:g} are not in an image")
     box = max(math.floor(top), 0), math.floor(bottom) + 1, max(math.floor(left), 0), math.floor(right) + 1
     if box[0] >= box[1] or box[2] >= box[3]:
         raise ValueError(f"rows {top:g} to {bottom:g}, columns {left:g} to {right:g} are not in an image")
@@ -45,12 +47,12 @@ def box_around(top: float, bottom: float, left: float, right: float) -> Box:
 
 
 def number(text: str) -> float | None:
-    """The number that the text is; None if it is none, or nan."""
+    """The number that the text is; None if it is none, or not finite."""
     try:
         found = float(text)
     except ValueError:
         return None
-    return None if math.isnan(found) else found
+    return found if math.isfinite(found) else None
 
 
 def truth(text: str) -> float | None:

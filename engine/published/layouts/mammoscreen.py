@@ -26,7 +26,7 @@ def recognises(state: State) -> bool:
 
 def parts(state: State) -> list[Part]:
     """Its networks."""
-    found = sorted({int(m[1]) for name in state.tensors if (m := re.match(r"net(\d+)\.", name))})
+    found = sorted({int(m[1]) for name in state.tensors if (m := re.match(r"net(\d{1,3})\.", name))})
     return [
         Part(
             name=f"net{i}",

@@ -1,6 +1,7 @@
 """Tables that were damaged on their way: a `DataError` that names a file, or records; never another error."""
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from gigamorph.engine.errors import DataError
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """One of the accidents that happen to files."""
     data = bytearray(content)
-    kind = rng.randrange(6)
+    kind = rng.randrange(7)
     if kind == 0:
         return bytes(data[: rng.randrange(len(data) + 1)])
     if kind == 1:
@@ -32,6 +33,10 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
         column = rng.randrange(12)
         cut = [b",".join(cell for n, cell in enumerate(line.split(b",")) if n != column) for line in lines]
         return b"".join(c if rng.random() < 0.9 else line for c, line in zip(cut, lines, strict=True))
+    if kind == 5:  # a number that Python cannot make, or that is not finite
+        numbers = [match.span() for match in re.finditer(rb"\d+(\.\d+)?", content)] or [(0, 0)]
+        first, last = rng.choice(numbers)
+        return content[:first] + rng.choice([b"9" * 5000, b"9" * 25, b"1e999", b"inf", b"nan"]) + content[last:]
     return content.replace(rng.choice([b",", b";", b'"', b"\n", b" "]), rng.choice([b"", b",", b"\x00", b"\xff"]))
 
 

@@ -167,3 +167,13 @@ def test_names_of_files_that_lead_elsewhere_are_refused(name, column, packed, tm
         parts.pack()
     with pytest.raises(GigamorphError, match=rf"names the file '{name}', which is elsewhere; name another --out"):
         list(read_results(tmp_path))
+
+
+def test_files_of_other_names_beside_parts_are_left_alone(tmp_path):
+    (tmp_path / "1-of-1").mkdir()
+    for name in ("1x.parquet", "_1x.jsonl", f"{'9' * 200}.parquet"):
+        (tmp_path / "1-of-1" / name).write_bytes(b"")
+    parts = Parts(tmp_path / "1-of-1", SCHEMA)
+    parts.append(row(0))
+    parts.close()
+    assert (tmp_path / "1-of-1" / "_00000001.jsonl").stat().st_size and (tmp_path / "1-of-1" / "_1x.jsonl").exists()

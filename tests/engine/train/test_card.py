@@ -1,9 +1,11 @@
 """The model card tells what is known, and no patient and no path."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from sklearn.metrics import roc_auc_score
 
 from gigamorph.engine.datasets.tables import Record
@@ -92,3 +94,26 @@ def test_two_images_have_no_interval_but_a_reason(tmp_path):
     nobody = Cases(**{**vars(cases), "patients": ("", "")})
     text = write_card(tmp_path / "other.md", card(records={"test": two}, predictions={"test": nobody})).read_text()
     assert "- test, image: 2 rows without a patient count as one each" in text
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\n# No heading\n[a](javascript:alert(1)) | `y` **z** &lt; __init__ \\[b](c)"
+
+
+def test_names_are_text_in_markdown(tmp_path):
+    """A renderer shows them as they are, and makes nothing of them."""
+    test = records("test", 40, view=HOSTILE)
+    made = card(
+        title=HOSTILE,
+        model={"architecture": HOSTILE, HOSTILE: 1},
+        classes=("benign", HOSTILE),
+        records={"test": test},
+        predictions={"test": replace(predicted(test), outputs=(HOSTILE,))},
+        pictures=[f"- {HOSTILE}"],
+    )
+    text = write_card(tmp_path / "card.md", made).read_text()
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    flat = [one for token in tokens for one in (token, *(token.children or ()))]
+    assert {one.type for one in flat if one.level and not one.type.startswith(("t", "paragraph", "list"))} <= {"inline"}
+    shown = ["".join(one.content for one in token.children) for token in tokens if token.type == "inline"]
+    assert sum(" ".join(HOSTILE.splitlines()) in line for line in shown) >= 8
+    assert sum(token.type == "heading_open" for token in tokens) == 8
