@@ -7,14 +7,18 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...errors import DataError
+from .packed import FACTOR, most_of
 from .parquet import PARQUET, parquet_rows
 
 EXCEL = (".xlsx", ".xls")
@@ -25,6 +29,7 @@ csv.field_size_limit(2**27)
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
+_EXCEL_MEMORY = 4 * 2**30
 _UTF16 = "utf-16"
 _BREAKS = re.compile(r"[\r\n]+")
 
@@ -147,7 +152,8 @@ def _clean(cell: str) -> str:
 def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
     """(number of the line where it ends, cells) of every row."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with _opened(path) as file:
+            data = file.read()
         encoding = _encoding(data)
         if encoding != _UTF16 and b"\0" in data:
             raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
@@ -189,7 +195,7 @@ def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """What `_csv` gives of a file in UTF-8 or UTF-16, without holding it."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _opened(path) as file:
             encoding = _encoding(file.read(2))
             file.seek(0)
             text = io.TextIOWrapper(file, encoding=encoding, newline="")  # pyright: ignore[reportArgumentType]
@@ -218,21 +224,56 @@ def _without_zeros(lines: Iterable[str], path: Path) -> Iterator[str]:
 
 def _excel(path: Path, sheet: str | None) -> list[tuple[int, list[str]]]:
     try:
-        import python_calamine
+        import python_calamine  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise DataError(
             f"{path}: reading Excel files needs python-calamine: pip install python-calamine, or save it as csv"
         ) from error
-    try:
-        book = python_calamine.CalamineWorkbook.from_path(str(path))
-        name = next((n for n in book.sheet_names if sheet and n.lower() == sheet.lower()), book.sheet_names[0])
-        rows = book.get_sheet_by_name(name).to_python(skip_empty_area=False)
-    except Exception as error:  # damaged files show in errors of many kinds
-        raise DataError(f"{path}: is not a readable Excel file ({' '.join(str(error).split())})") from error
-    return [(number, [_text(cell) for cell in row]) for number, row in enumerate(rows, 1)]
+    child = Path(__file__).with_name("excel_child.py")
+    command = [sys.executable, "-P", str(child), str(path), sheet or "", str(_EXCEL_MEMORY)]
+    run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    said = run.stderr.decode(errors="replace")
+    if run.returncode == 1 and "MemoryError" not in said:
+        raise DataError(f"{path}: is not a readable Excel file ({' '.join(said.split())})")
+    if run.returncode:
+        raise DataError(f"{path}: needs more than {_EXCEL_MEMORY // 2**30} GiB to be read; save it as csv")
+    return list(enumerate(json.loads(run.stdout), 1))
 
 
-def _text(cell: object) -> str:
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return str(cell)
+def _opened(path: Path) -> BinaryIO:
+    """A file, unpacked if it is packed: up to what tables are packed to, however little it was made of."""
+    if path.suffix != ".gz":
+        return path.open("rb")
+    return io.BufferedReader(_Unpacked(path))
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, gzip.GzipFile(path)
+        self._left = most_of(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"{self._path}: unpacks to more than {FACTOR} times its size; unpack it yourself if it is sound"
+            )
+        return count
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._left = most_of(self._path)
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
