@@ -7,6 +7,7 @@ A place in a store is its own URL after ``dicomweb+``, as in ``dicomweb+https://
 from __future__ import annotations
 
 import io
+import netrc
 import os
 import re
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import DataError
 from .rawfile import brief, one_line
@@ -370,7 +371,18 @@ def connect(service: str) -> Any:
     from requests import Session
 
     class Plain(Session):
-        """Wildcards and commas of searches as they are: a store need not decode them, and Orthanc does not."""
+        """Wildcards and commas of searches as they are: a store need not decode them, and Orthanc does not.
+
+        It logs in only where .netrc names the host: a table names hosts too, and "default" means each of them.
+        """
+
+        def prepare_request(self, request: Any) -> Any:
+            request.auth = _login(request.url) or _no_login
+            return super().prepare_request(request)
+
+        def rebuild_auth(self, prepared_request: Any, response: Any) -> None:  # of a redirect, maybe to another host
+            prepared_request.headers.pop("Authorization", None)
+            prepared_request.prepare_auth(_login(prepared_request.url) or _no_login)
 
         def request(self, method: Any, url: Any, *args: Any, **options: Any) -> Any:
             place, mark, query = str(url).partition("?")
@@ -384,3 +396,21 @@ def connect(service: str) -> Any:
         raise DataError(f"{service}: is no URL of a DICOMweb store ({one_line(error)})") from error
     client.set_http_retry_params(retry=False)
     return client
+
+
+def _login(url: str) -> tuple[str, str] | None:
+    """User and password of .netrc for the host of a URL; those of its "default" are for no host in particular."""
+    from requests.utils import get_netrc_auth
+
+    host = urlsplit(url).hostname
+    paths = map(os.path.expanduser, [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"])
+    try:
+        path = next(filter(os.path.exists, paths), None)
+        return get_netrc_auth(url) if path is not None and host in netrc.netrc(path).hosts else None
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return None
+
+
+def _no_login(prepared: Any) -> Any:
+    """Stands where requests would look for a login itself."""
+    return prepared

@@ -1,5 +1,8 @@
 """Images in a DICOMweb store: what is found, what is fetched, and what a store's answers may be."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pydicom
 import pytest
@@ -200,3 +203,37 @@ def test_without_the_libraries_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dicomweb_client", None)
     with pytest.raises(DataError, match=r"DICOMweb needs dicomweb-client: pip install 'gigamorph\[dicomweb\]'"):
         list(search("dicomweb+http://nowhere.test/without"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("machine 127.0.0.1 login ann password secret", ["Basic YW5uOnNlY3JldA==", None]),
+        ("machine localhost login ann password secret", [None, "Basic YW5uOnNlY3JldA=="]),
+        ("default login ann password secret", [None, None]),
+        ("machine", [None, None]),
+    ],
+)
+def test_a_login_goes_to_the_hosts_that_netrc_names(text, sent, tmp_path, monkeypatch):
+    """A host that a table names, and one that it redirects to, are sent no login of another or of any host."""
+    found = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found.append(self.headers["Authorization"])
+            self.send_response(302 if len(found) == 1 else 404)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/studies")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "netrc").write_text(text)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = dicomweb.connect(f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(requests.HTTPError):
+            client.search_for_studies(limit=1)
+        server.shutdown()
+    assert found == sent
