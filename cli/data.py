@@ -320,6 +320,7 @@ def convert(
 def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[str, Any]) -> None:
     """table.csv, unlabelled.csv and table.json; what is in them is told."""
     from ..engine.datasets.tables import DATA_SETS, write_table
+    from ..engine.files import write_atomically
 
     labelled = [record for record in records if record.label >= 0]
     unlabelled = [record for record in records if record.label < 0]
@@ -337,7 +338,8 @@ def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[st
         "images": counts,
         **notes,
     }
-    (out / "table.json").write_text(json.dumps(meaning, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(meaning, indent=2) + "\n"
+    write_atomically(out / "table.json", lambda path: path.write_text(text, encoding="utf-8"), "description")
     if table.label_rule:
         click.echo(f"label {table.label_rule}")
         click.echo(f"split: {meaning['split']}")

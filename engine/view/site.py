@@ -74,7 +74,8 @@ class Site:
             (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote what is shown, maybe names, there
             out.mkdir(parents=True, exist_ok=True)
             for name in ours - {"index.html"}:
-                shutil.copyfile(PAGE / name, out / name)
+                # Not through a link that others have put there.
+                write_atomically(out / name, lambda path, name=name: shutil.copyfile(PAGE / name, path), "page")
         page = out / "index.html"  # last, so that no page shows what is missing
         write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"), "page")
         return page

@@ -85,6 +85,17 @@ def test_what_is_there_and_current_is_not_written_again(predicted, static, tmp_p
     ]
 
 
+def test_links_in_the_folder_are_replaced_and_not_written_through(predicted, static, tmp_path):
+    page = shutil.copytree(static, tmp_path / "page")
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in ("view.css", "view.js", "index.html"):
+        (page / name).unlink()
+        (page / name).symlink_to(mine)
+    assert run("view", predicted / "predictions", "--static", "--no-browser", "--out", page) == 0
+    assert mine.read_text() == "mine" and not (page / "view.css").is_symlink()
+
+
 def test_evidence_is_of_the_network_that_predicted(predicted, tmp_path, capsys):
     other = tmp_path / "other.ckpt"
     other.write_bytes((predicted / "run" / "last.ckpt").read_bytes() + b"0")
