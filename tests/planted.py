@@ -443,9 +443,9 @@ FAULTS = (
     ),
     Fault(
         "not-called-at-the-threshold",
-        "engine/predict/tables.py",
-        "int(found.log_odds[1] >= calibration(calibration.threshold))",
-        "int(found.log_odds[1] > calibration(calibration.threshold))",
+        "engine/evaluate/recalibration.py",
+        "return log_odds[self.number] >= self(self.threshold)",
+        "return log_odds[self.number] > self(self.threshold)",
         "tests/cli/test_train_predict.py::test_a_calibration_is_applied_to_probabilities_calls_and_pictures",
         "The image that the threshold was chosen at is not called.",
     ),
