@@ -28,7 +28,7 @@ from archive import CLASSES, Sleeper, compressed_phantom, one_count
 from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import ImageSource
-from gigamorph.engine.predict.ahead import DecodedPixels
+from gigamorph.engine.predict.decoders import DecodedPixels
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
 

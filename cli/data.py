@@ -13,8 +13,8 @@ import rich_click as click
 from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
-from .stopped import Stopped
-from .words import counted
+from .interrupts import Stopped
+from .numerals import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     from ..engine.datasets.index import index_folder
     from ..engine.datasets.tables import write_table
     from ..engine.errors import DataError
-    from .count import Count
+    from .counter import Count
 
     outputs.require_no_labels(out)
     with Count("headers") as count:
@@ -145,7 +145,7 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     from ..engine.datasets.check import KINDS, check_images
     from ..engine.datasets.tables.generic import labels_of
     from ..engine.predict.tables import write_csv
-    from .count import Count
+    from .counter import Count
 
     table = _open(source, dataset, check_files=False, labels=False)
     records = table.records

@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from . import options
-from .words import counted
+from .numerals import counted
 
 
 @click.command()
@@ -69,7 +69,7 @@ def phantom(
     """
     from ..engine.datasets.phantom import write_phantoms
     from ..engine.images.parallel import available_cpus
-    from .count import Count
+    from .counter import Count
 
     images = patients * 2 * breasts
     with Count("pixels", images * size[0] * size[1]) as count:

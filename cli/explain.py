@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from . import runner
-from .words import counted
+from .numerals import counted
 
 
 @click.command()

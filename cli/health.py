@@ -16,7 +16,7 @@ from ..engine.tiling.memory import available_bytes, format_bytes
 from ..engine.versions import TESTED, versions
 from ..kernels import winograd
 from ..kernels.choice import failures
-from .words import counted
+from .numerals import counted
 
 PACKAGES = ("gigamorph", "torch", "triton", "lightning", "torchvision", "timm", "pydicom", "imagecodecs", "numpy")
 _SAFE_LIGHTNING = (2, 6, 6)

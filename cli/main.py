@@ -13,7 +13,7 @@ import rich_click as click
 from click import exceptions
 
 from ..engine.versions import OWN
-from .stopped import Commands, noted
+from .interrupts import Commands, noted
 from .streams import guarded
 
 _COMMANDS = {

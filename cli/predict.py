@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from . import options, runner
+from .numerals import counted
 from .predict_masks import predict_masks
 from .train import scores_line
-from .words import counted
 
 if TYPE_CHECKING:
     from ..engine.predict.options import Summary

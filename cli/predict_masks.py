@@ -9,8 +9,8 @@ from typing import Any
 import rich_click as click
 
 from . import runner
+from .numerals import counted
 from .train import scores_line
-from .words import counted
 
 
 def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, precision: Any, run: runner.Run) -> None:

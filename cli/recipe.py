@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from . import options
-from .starting import stopping
+from .processes import stopping
 
 if TYPE_CHECKING:
     from ..engine.recipes.recipe import Claim

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from . import options
+from .interrupts import Stopped
 from .progress import ProgressView
-from .stopped import Stopped
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record

@@ -12,10 +12,10 @@ import rich_click as click
 from click.core import ParameterSource
 
 from . import options
-from .elsewhere import TrainCommand
-from .starting import Teller, count_processes, goes_on, leads, start, stopping
+from .foreign_options import TrainCommand
+from .numerals import counted
+from .processes import Teller, count_processes, goes_on, leads, start, stopping
 from .train_recipe import begin_recipe, refuse_others
-from .words import counted
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
@@ -229,7 +229,7 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
-        from ..engine.train.choices import check_steps
+        from ..engine.train.option_checks import check_steps
 
         check_steps(config.options())
         click.echo(to_toml(config), nl=False)
@@ -306,11 +306,11 @@ def _train(
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.predict.tables import write_csv
-    from ..engine.train.choices import check_choices
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data
     from ..engine.train.masks import write_overlaps
+    from ..engine.train.option_checks import check_choices
     from .progress import ProgressView
 
     resume = resume or goes_on(out)
@@ -418,8 +418,8 @@ def _require_as_many(out: Path, folds: int) -> None:
 
 def _read_for_folds(table: str, config: TrainConfig, device: str, count: int, tell: Teller) -> Chosen:
     """What all folds take: read once, and told once."""
-    from ..engine.train.choices import check_choices
     from ..engine.train.inputs import choose_images
+    from ..engine.train.option_checks import check_choices
 
     at_once = 1 if config.split is True else count // max(1, config.split)
     chosen = replace(config.options(), device=options.usable_device(device))

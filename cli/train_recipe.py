@@ -10,7 +10,7 @@ from typing import Any
 import rich_click as click
 from click.core import ParameterSource
 
-from .starting import Teller, count_processes, goes_on, start
+from .processes import Teller, count_processes, goes_on, start
 
 _OF_RECIPES = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),

@@ -9,9 +9,9 @@ from typing import Any
 import rich_click as click
 
 from . import options
-from .count import Count
-from .stopped import Stopped
-from .words import counted
+from .counter import Count
+from .interrupts import Stopped
+from .numerals import counted
 
 
 @click.command()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .dataset import ImageDataset
 from .tables import Record
-from .unplaced import unplaced
+from .unknown_views import unplaced
 
 
 def exam_of(record: Record) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..datasets.unplaced import unplaced
+from ..datasets.unknown_views import unplaced
 from ..errors import DataError
 from . import odds
 from .checks import NotANumber
@@ -126,7 +126,7 @@ class Cases:
         return self.where(~np.isnan(self.truth).all(1))
 
     def placed(self, level: Level) -> Cases:
-        """Without the rows that are in no breast or exam, see `engine.datasets.unplaced`."""
+        """Without the rows that are in no breast or exam, see `engine.datasets.unknown_views`."""
         missing: set[int] = set()
         if self.level != "exam" and level != "image":
             missing.update(unplaced(self.patients, self.exams))

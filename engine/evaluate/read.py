@@ -18,7 +18,7 @@ from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows
 from ..datasets.tables.generic import SPLIT_NAMES, known, own_name, whole
 from ..datasets.tables.values import box_around, number, side
-from ..datasets.unplaced import unplaced, unplaced_line
+from ..datasets.unknown_views import unplaced, unplaced_line
 from ..errors import DataError
 from ..files import write_atomically
 from ..parsing import parse_json

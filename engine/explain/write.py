@@ -25,7 +25,7 @@ from ..images.pixels import as_stored
 from ..images.rawfile import one_line
 from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
-from ..predict.ahead import Opened
+from ..predict.decoders import Opened
 from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit, texts

@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..images.affine import Affine
 from ..images.levels import White
 from ..images.parallel import available_cpus
-from .ahead import Opened
+from .decoders import Opened
 from .index import Index
 from .job import Job, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch

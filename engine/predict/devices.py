@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import BudgetError, DataError, GigamorphError
-from .ahead import Ahead, Opened, end_with
+from .decoders import Ahead, Opened, end_with
 from .job import Result, Start, Unit
 from .rows import Work
 

@@ -14,7 +14,7 @@ from ..datasets.dataset import grey_of, with_white
 from ..datasets.tables import Record
 from ..files import write_atomically
 from ..images.levels import White
-from .ahead import Opened
+from .decoders import Opened
 from .delivery import Document
 from .index import Index
 from .options import RunOptions, Scores, Watch

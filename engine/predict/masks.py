@@ -33,7 +33,7 @@ from ..train.mask_target import MaskTarget, dice, dice_scores
 from ..train.network import restore_network, target_of
 from ..train.splits import with_splits
 from ..train.stored import preprocessing_of
-from .ahead import Opened
+from .decoders import Opened
 from .delivery import Document
 from .index import Index
 from .job import PredictJob, Result, Start, Unit, texts

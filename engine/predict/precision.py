@@ -8,7 +8,7 @@ import torch
 
 from ..datasets.tables import Record
 from ..train.precision import AUTOCAST, Precision
-from .ahead import Opened
+from .decoders import Opened
 from .job import Result, Start, Unit
 from .rows import Work
 

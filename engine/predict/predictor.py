@@ -23,7 +23,7 @@ from ..train.classify import prediction
 from ..train.data import Images
 from ..train.explanation import caption, explain_class, positive_class
 from ..train.heatmap import overlay_name, write_overlay
-from .ahead import Opened
+from .decoders import Opened
 from .job import texts
 from .rows import Work
 

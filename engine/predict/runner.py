@@ -20,8 +20,8 @@ from ..files import temporary_name
 from ..images.dicomweb import service_of
 from ..images.parallel import available_cpus
 from ..parallel.launch import need_gpus
-from .ahead import Opened
 from .by_ray import compute_by_ray
+from .decoders import Opened
 from .delivery import deliver
 from .devices import Outcome, Reading, compute_here, compute_in_processes
 from .folder import RunFolder

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..datasets.tables import reading_of
 from ..datasets.tables.cells import escape
-from ..datasets.unplaced import unplaced_line
+from ..datasets.unknown_views import unplaced_line
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
 from ..files import write_atomically

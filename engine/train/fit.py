@@ -31,9 +31,9 @@ from .metrics import Prediction, as_cases
 from .network import build_network
 from .options import TrainOptions
 from .progress import Report
-from .proposal import proposal
 from .record import make_record, require_same, scale_told
 from .run import Run
+from .run_preview import proposal
 
 log = logging.getLogger("gigamorph")
 

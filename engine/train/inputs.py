@@ -21,10 +21,10 @@ from ..images.levels import White
 from ..images.pixels import Normalize
 from ..models.views import Views
 from .data import Data, samples_of
+from .data_statistics import normalize_of, unreadable
 from .folds import draw_folds
 from .labels import check_names, labels_told
 from .mask_target import read_masks
-from .survey import normalize_of, unreadable
 from .target import Kind, Target
 
 

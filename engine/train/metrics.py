@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..datasets.tables import READING
-from ..datasets.unplaced import unplaced
+from ..datasets.unknown_views import unplaced
 from ..evaluate import odds as of
 from ..evaluate.cases import Cases, Level
 from ..evaluate.class_names import positive_number

@@ -18,9 +18,9 @@ from ..files import write_atomically
 from ..report.figure import class_colour
 from .evidence import Evidence
 from .exams import Exam, View
-from .kept import is_current, mark, note_of, remove
 from .masks import MaskTiles
 from .pyramid import TILE, Pyramid, png
+from .written_parts import is_current, mark, note_of, remove
 
 PAGE = Path(__file__).parent / "page"
 _KEPT = 36

@@ -11,7 +11,7 @@ import pytest
 from commands import rows
 from rich.console import Console
 
-from gigamorph.cli.count import Count
+from gigamorph.cli.counter import Count
 from gigamorph.cli.data import data
 from gigamorph.cli.picture import show_picture
 from gigamorph.engine.datasets.augment import Augment, augmented

@@ -20,7 +20,7 @@ from hostile import hostile
 from viewed import shown
 
 from gigamorph.engine.datasets.phantom import write_phantoms
-from gigamorph.engine.datasets.tables.left_out import made_by
+from gigamorph.engine.datasets.tables.skipped import made_by
 from gigamorph.engine.view.evidence import Evidence
 from gigamorph.engine.view.exams import read_exams
 from gigamorph.engine.view.server import PageServer

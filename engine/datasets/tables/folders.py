@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from .file_names import suffix_of
-from .left_out import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made, tell_unread
+from .skipped import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made, tell_unread
 
 SUFFIXES = {
     *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),

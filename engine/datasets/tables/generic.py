@@ -13,13 +13,13 @@ from pathlib import Path
 from ...errors import DataError
 from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
-from ..unplaced import WHAT, unplaced, unplaced_line
+from ..unknown_views import WHAT, unplaced, unplaced_line
 from . import values
 from .cells import is_number, no_number, read_rows
 from .folders import Unlisted, image_files, walk
-from .left_out import CONVERTED, is_left_out, log, made_by, tell_unread
 from .mask_names import masks_among, names_masks
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
+from .skipped import CONVERTED, is_left_out, log, made_by, tell_unread
 
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},

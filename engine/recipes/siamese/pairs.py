@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...datasets.dataset import open_record
 from ...datasets.tables import Record
-from ...datasets.unplaced import unplaced
+from ...datasets.unknown_views import unplaced
 from ...datasets.views import MirroredSource
 from ...errors import DataError
 from ...images.affine import Map

@@ -11,13 +11,13 @@ from torch import Generator, Tensor, nn
 
 from ...errors import GigamorphError
 from ...train.task import Task
-from .ahead import Ahead
 from .augment import jittered, mirrored
 from .config import SiameseConfig
 from .judge import Judge
 from .mixture import Mixture
 from .network import Embedding, distance, soft_contrastive
 from .patches import stacked
+from .prefetch import Ahead
 
 _BATCH = 128
 _COLLAPSED = 1e-3  # of the embeddings' standard deviation, which is 1 / sqrt(dim) for evenly spread ones

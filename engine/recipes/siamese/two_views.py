@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ...errors import GigamorphError
 from ...train.task import Task
-from .ahead import Ahead
 from .augment import cropped, jittered, mirrored
 from .config import SiameseConfig
+from .prefetch import Ahead
 
 _LOOKED_AT = 512  # patches by which a collapse is seen
 _COLLAPSED = 1e-3  # of the projections' standard deviation, which is 1 / sqrt(dim) for evenly spread ones

@@ -13,7 +13,7 @@ from commands import rows
 
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.predict.ahead import Opened
+from gigamorph.engine.predict.decoders import Opened
 from gigamorph.engine.predict.precision import in_precision, start_in_precision
 from gigamorph.engine.predict.predictor import Predicting, Wanted, start_predicting
 from gigamorph.engine.predict.rows import Row, Work

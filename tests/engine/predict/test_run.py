@@ -32,7 +32,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
-from gigamorph.engine.predict.ahead import Ahead
+from gigamorph.engine.predict.decoders import Ahead
 from gigamorph.engine.predict.index import Index
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.predictor import Classifier

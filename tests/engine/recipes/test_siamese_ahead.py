@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gigamorph.engine.recipes.siamese.ahead import Ahead
 from gigamorph.engine.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.recipes.siamese.network import Embedding
+from gigamorph.engine.recipes.siamese.prefetch import Ahead
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
 from gigamorph.engine.train.loop import run_stages

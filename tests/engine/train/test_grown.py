@@ -18,9 +18,9 @@ from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.origin import Origin, create_grown
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.choices import _without_values, check_choices
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
+from gigamorph.engine.train.option_checks import _without_values, check_choices
 from gigamorph.engine.train.options import Optimizer, TrainOptions
 
 OPTIONS = TrainOptions(model="grown_nets:small", epochs=1, accumulate=3, seed=5)

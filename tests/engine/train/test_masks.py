@@ -25,7 +25,7 @@ from gigamorph.engine.train.mask_target import MaskLoss, MaskTarget, dice
 from gigamorph.engine.train.masks import Segmentation
 from gigamorph.engine.train.network import restore_network, target_of
 from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
-from gigamorph.engine.train.proposal import proposal
+from gigamorph.engine.train.run_preview import proposal
 
 MASKS = Labels("masks")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import rich_click as click
 
-from .stopped import Stopped
+from .interrupts import Stopped
 
 _OF_A_PROCESS = 300 * 2**20  # what a process holds that has imported PyTorch and Lightning
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gigamorph.engine.datasets.exams import ExamDataset
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.tables.values import side
-from gigamorph.engine.datasets.unplaced import unplaced
+from gigamorph.engine.datasets.unknown_views import unplaced
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.predict.run import Options, predict
