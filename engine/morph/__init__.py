@@ -1,13 +1,13 @@
-"""Function-preserving growth: wider, deeper, larger kernels, a front for larger images; the same function.
+"""Function-preserving growth of trained networks: wider, deeper, larger kernels, or a front for larger images.
 
-A morph makes a child of a parent, checks it (`verify`) and reports its `step`, which a `recipe` keeps and repeats.
+A morph builds a child from a parent, checks it (`verify`) and reports its `step`. A `recipe` stores and repeats steps.
 
-- More channels: `widen`, and back: `merge` (`ties`, `fold`). `spaces` says which may grow. For that `tracer` follows
-  the unmodified forward: `parent_run` learns which channels belong together, `child_check` proves that a child computes
-  copies of what its parent does. `op_rules` and `movement` say what an op does, in the steps of `primitives`.
+- Channels: `widen` adds them and `merge` (`ties`, `fold`) removes copies. `spaces` lists which channels can grow.
+  `tracer` follows the unmodified forward: `parent_run` groups channels that grow together, and `child_check` proves
+  that a child computes copies of its parent's values. `op_rules` and `movement` express each op in `primitives`.
 - Local morphs (`surgery`): `deepen`, `activation`, `decompose`, `kernel_size`, `inputs`, `head`; and `front`.
-- What is called and how: `example` (arguments), `copying` (deep copies, views in another dtype), `precision`, `stock`
+- Calling a network: `example` (arguments), `copying` (deep copies, views in another dtype), `precision`, `stock`
   (accelerated networks), `custom` (functions that users declare).
-- After growing: `standard` (does a library build just this?), `origin` (what a grown file began as), `optimizer`
-  carries the training state over, `files` and `store` keep networks, `planner` tells costs.
+- After growing: `standard` finds a library function that builds the same network, `origin` finds the network that a
+  grown file began as, `optimizer` maps the training state, `files` and `store` save networks, `planner` computes costs.
 """

@@ -1,7 +1,7 @@
-"""Union-find over channels: which of them can only grow together, and which cannot grow at all.
+"""Union-find over channels: which channels must grow together, and which cannot grow.
 
-An atom is one index of one parameter axis, e.g. row 5 of `conv1.weight`. Atoms that meet in an op are united: they
-are copied equally often. Atom 0 stands for a fixed size (pixels, constants): whatever is united with it is frozen.
+An atom is one index of one parameter axis, e.g. row 5 of `conv1.weight`. Atoms that meet in an op are united: all of
+them get the same number of copies. Atom 0 represents a fixed size (pixels, constants); atoms united with it are frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FIXED = 0
 
 
 class Atoms:
-    """Numpy arrays `parent` and `reason` (index into `reasons`, 0 = not frozen), grown by doubling."""
+    """Union-find in NumPy arrays `parent` and `reason` (index into `reasons`, 0 = not frozen) that grow by doubling."""
 
     def __init__(self) -> None:
         self.size = 1
@@ -24,10 +24,10 @@ class Atoms:
         self.reason = np.zeros(1024, dtype=np.int64)
         self.reasons = ["", "its size is fixed"]
         self.reason[FIXED] = 1
-        self.fine: Atoms | None = None  # the same without what statistics over channels unite, if that is anything
+        self.fine: Atoms | None = None  # the same without the unions by statistics over channels; None without any
 
     def new(self, count: int) -> np.ndarray:
-        """`count` fresh atoms, each alone."""
+        """Create `count` atoms, each in its own class."""
         if self.fine is not None:
             self.fine.new(count)
         start, self.size = self.size, self.size + count
@@ -41,7 +41,7 @@ class Atoms:
         return fresh
 
     def roots(self, atoms: np.ndarray | Tensor) -> np.ndarray:
-        """The class of each atom, named by its root."""
+        """Return the root of each atom, which identifies its class."""
         root = self.parent[np.asarray(atoms)]
         while True:
             above = self.parent[root]
@@ -50,11 +50,11 @@ class Atoms:
             root = above
 
     def frozen(self, root: int) -> str:
-        """Why the class cannot grow; empty if it can."""
+        """Return why the class cannot grow; empty if it can."""
         return self.reasons[self.reason[root]]
 
     def freeze(self, atoms: np.ndarray | Tensor, why: str) -> None:
-        """Freeze the classes of these atoms, unless they are frozen already."""
+        """Freeze the classes of these atoms that are not frozen yet."""
         roots = np.unique(self.roots(np.unique(np.asarray(atoms))))
         roots = roots[self.reason[roots] == 0]
         if len(roots):
@@ -62,13 +62,13 @@ class Atoms:
             self.reason[roots] = len(self.reasons) - 1
 
     def channels(self, atoms: np.ndarray) -> np.ndarray:
-        """Finer classes: of the channels that are one and the same, not of those that only count together."""
+        """Return the finer classes: channels that are copies of each other, not those that only need equal counts."""
         return (self.fine or self).roots(atoms)
 
     def unite(self, first: np.ndarray | Tensor, second: np.ndarray | Tensor, why: str, statistic: bool = False) -> None:
-        """Unite two arrays of atoms position by position; `why` is the reason where one of them is FIXED.
+        """Unite two arrays of atoms elementwise; `why` is the reason for a freeze where one of them is FIXED.
 
-        `statistic`: they are other channels, of which only the counts have to be equal.
+        With `statistic` the two are different channels that only need equal counts.
         """
         if statistic and self.fine is None:
             self.fine = copy.deepcopy(self)
@@ -79,19 +79,19 @@ class Atoms:
             fixed = one == FIXED
             if fixed.any():
                 self.freeze(other[fixed], why)
-        keep = (a != b) & (a != FIXED) & (b != FIXED)
-        if not keep.any():
+        mask = (a != b) & (a != FIXED) & (b != FIXED)
+        if not mask.any():
             return
-        a, b = np.divmod(np.unique(a[keep] * self.size + b[keep]), self.size)  # each pair once, as one number
-        if len(np.unique(b)) == len(b) and not np.isin(a, b).any():  # each b is hung below an a that stays a root
-            self._hang(b, a)
+        a, b = np.divmod(np.unique(a[mask] * self.size + b[mask]), self.size)  # encode each pair as one number
+        if len(np.unique(b)) == len(b) and not np.isin(a, b).any():  # each b gets one parent, which stays a root
+            self._attach(b, a)
             return
         for x, y in zip(a, b, strict=True):
             rx, ry = self.roots(np.array([x, y]))
             if rx != ry:
-                self._hang(np.array([max(rx, ry)]), np.array([min(rx, ry)]))
+                self._attach(np.array([max(rx, ry)]), np.array([min(rx, ry)]))
 
-    def _hang(self, below: np.ndarray, above: np.ndarray) -> None:
+    def _attach(self, below: np.ndarray, above: np.ndarray) -> None:
         self.parent[below] = above
-        passed = (self.reason[below] != 0) & (self.reason[above] == 0)
-        self.reason[above[passed]] = self.reason[below[passed]]
+        inherits = (self.reason[below] != 0) & (self.reason[above] == 0)
+        self.reason[above[inherits]] = self.reason[below[inherits]]

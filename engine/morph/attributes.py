@@ -1,7 +1,7 @@
-"""Sizes that a module keeps as an attribute and gives to functional calls, as in `F.conv2d(..., groups=self.channels)`.
+"""Sizes that a module stores as attributes and passes to functional calls, e.g. `F.conv2d(..., groups=self.channels)`.
 
-Which attribute it is cannot be told from the number: others may be equal to it. So all that are equal are replaced by
-ints that know where they are from, and the program is run again: what then arrives at the call has a name.
+The number alone does not identify the attribute, because others may have the same value. So all attributes of that
+value are replaced by ints that know their source, and the program runs again: the call then receives a named int.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Named(int):
-    """An int, equal to it in every way, that knows the module and attribute that it is from."""
+    """An int that also stores the module and attribute that it came from."""
 
     source: tuple[str, str]
 
@@ -23,7 +23,7 @@ class Named(int):
 
 
 def name_ints(module: nn.Module, path: str, value: int) -> bool:
-    """Replace the module's attributes of this value by `Named` ones, inside lists and tuples too; whether any was."""
+    """Replace attributes of this value by `Named` ints, also in lists and tuples of one; return whether any exists."""
     found = False
     for key, old in list(vars(module).items()):
         if key == "training":
@@ -40,7 +40,7 @@ def name_ints(module: nn.Module, path: str, value: int) -> bool:
 
 
 def unname_ints(module: nn.Module) -> None:
-    """Make plain ints of what `name_ints` left."""
+    """Replace the `Named` ints of a module by plain ints."""
     for key, old in list(vars(module).items()):
         if isinstance(old, Named):
             module.__dict__[key] = int(old)
@@ -49,22 +49,22 @@ def unname_ints(module: nn.Module) -> None:
 
 
 def set_int(module: nn.Module, key: str, value: int) -> None:
-    """Set an attribute that `name_ints` would replace."""
+    """Set an attribute that `name_ints` can replace: an int, or a list or tuple of one."""
     old = vars(module)[key]
     module.__dict__[key] = _like(old, value) if isinstance(old, list | tuple) else value
 
 
 def get_int(module: nn.Module, key: str) -> int:
-    """The value of such an attribute."""
+    """Return the value of an attribute that `name_ints` can replace."""
     old = vars(module)[key]
     return old[0] if isinstance(old, list | tuple) else old
 
 
-HEAD_SIZES = ("num_features", "head_hidden_size")  # what timm's `reset_classifier` builds a new head for
+HEAD_SIZES = ("num_features", "head_hidden_size")  # timm's `reset_classifier` reads them to build a new head
 
 
 def follow_head(parent: nn.Module, child: nn.Module) -> None:
-    """Let a timm network's own record of what its classifier reads follow the classifier's new width."""
+    """Update the attributes in which a timm network stores its classifier's input width."""
     old = _head(parent)
     if old is None:
         return
@@ -76,7 +76,7 @@ def follow_head(parent: nn.Module, child: nn.Module) -> None:
 
 
 def head_changes(parent: nn.Module, child: nn.Module) -> list[str]:
-    """What of it follows, and what says the parent's widths still, as lines of a report."""
+    """Return report lines on the attributes that `follow_head` updates, and on those that still hold the old widths."""
     pairs = [(key, vars(parent).get(key), vars(child).get(key)) for key in HEAD_SIZES]
     lines = [f"attribute {key}: {before} -> {after}" for key, before, after in pairs if before != after]
     if "feature_info" in vars(child):

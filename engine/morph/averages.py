@@ -1,4 +1,4 @@
-"""Averaged weights of a network that has grown: they are widened as the weights are, by the same linear map."""
+"""Widening of averaged weights (EMA): they grow by the same linear map as the weights of the network."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ Averaged = TypeVar("Averaged", bound=nn.Module)
 
 @torch.inference_mode(False)
 def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
-    """An average of the parent's weights, widened by the same linear map as the weights themselves.
+    """Widen an average of the parent's weights by the same linear map as the weights.
 
-    The shares are drawn by seed and name, so that an average of widened weights is the widened average. New channels
-    have no history and get the child's weights.
+    Seed and tensor name determine the shares, so the average of widened weights equals the widened average. New
+    channels have no history and get the child's weights.
 
     Args:
         average: a network of the parent's architecture (an EMA or momentum copy) or an `AveragedModel` of one; it is
             not changed.
         parent: the network before the widening.
-        child: the network after it.
-        report: of that widening.
+        child: the network after the widening.
+        report: the report of the widening.
 
     Raises:
-        MorphError: another morph than widening, an average of another architecture, or a failed check.
+        MorphError: the morph is not a widening, the average has another architecture, or a check fails.
     """
     parent, child = stock(parent), stock(child)
-    average = stock(average)  # pyright: ignore[reportAssignmentType]  of the same class, or what was accelerated
+    average = stock(average)  # pyright: ignore[reportAssignmentType]  the same class, or the network it accelerates
     step = report.step
     if not isinstance(step, WidenStep):
-        raise MorphError(f"averages are mapped through widening only, not '{report.transform}'; begin a new average")
+        raise MorphError(f"averages can follow a widening only, not '{report.transform}'; start a new average")
     if isinstance(average, AveragedModel):
         module = average.module
-        average.module = nn.Module()  # do not copy the weights only to replace them
+        average.module = nn.Module()  # avoids a copy of weights that are replaced below
         try:
             wrapper = copy.deepcopy(average)
         finally:
@@ -53,8 +53,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
         return wrapper
     shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
     if shapes[0] != shapes[1]:
-        raise MorphError("the average has other parameters than the parent; give an average of that very network")
-    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there; then come the weights.
+        raise MorphError("the average has other parameters than the parent; give an average of the parent's weights")
+    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there before the weights are set.
     grown = step.repeat(duplicate(average).float().cpu())
     maps = step.tensor_maps(duplicate(parent).float().cpu())
     targets, sources = child.state_dict(), average.state_dict()

@@ -1,8 +1,8 @@
-"""Where runs of one class end: copies of a run are laid out as wholes, so the same runs must be seen everywhere.
+"""Borders between runs of channels of one class: each run is copied as a block, so all tensors need the same runs.
 
-Channels of one class that lie side by side are copied as a whole (0 1 2 0 1 2). Where LayerNorm has made one class of
-two concatenated maps, though, each map is copied by itself before they are concatenated, and whatever reads the result
-has to be laid out likewise: the seam is a border of its runs, and of all that meets it.
+Adjacent channels of one class are copied as a block (0 1 2 0 1 2). If LayerNorm unites two concatenated maps into one
+class, each map is copied separately before the concatenation, and every reader needs that layout. So the seam between
+the maps is a border of the runs, in every tensor that meets them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from .atoms import FIXED, Atoms
 
 
 class Borders:
-    """Collects which neighbours met which; `find` then tells where the borders are."""
+    """Collects pairs of adjacent channels that meet in ops; `find` computes the borders from them."""
 
     def __init__(self, atoms: Atoms):
         self.atoms = atoms
-        self.cuts: list[np.ndarray] = []  # (2, n): intervals of atoms with a border in them
-        self.steps: list[np.ndarray] = []  # (4, n): two intervals each, of which both have borders or none
+        self.cuts: list[np.ndarray] = []  # (2, n): intervals of atoms that contain a border
+        self.steps: list[np.ndarray] = []  # (4, n): pairs of intervals; both contain a border, or neither
 
     def cut(self, last: np.ndarray, first: np.ndarray) -> None:
-        """A border between neighbours: the end of one part and the start of the next."""
+        """Add borders between neighbours: `last` ends one part, `first` starts the next."""
         low, high = np.minimum(last, first).reshape(-1), np.maximum(last, first).reshape(-1)
         inside = (low < high) & (low != FIXED) & (self._axis(low) == self._axis(high))
         self.cuts.append(np.stack([low, high])[:, inside])
 
     def meet(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Two arrays of atoms of one shape meet position by position: neighbours in one are neighbours in the other."""
+        """Record that two arrays of atoms of one shape meet elementwise, so they have the same neighbours."""
         for axis in range(a.ndim):
             size = a.shape[axis]
             ends = [
@@ -36,8 +36,8 @@ class Borders:
             self.step(ends[0], ends[1])
 
     def step(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> None:
-        """`meet` for given pairs of neighbours: (left, right) of each array."""
-        moving = (a[0] != a[1]) & (b[0] != b[1])  # a repeated channel has no neighbour to tell about
+        """Do the same as `meet` for given pairs of neighbours, (left, right) of each array."""
+        moving = (a[0] != a[1]) & (b[0] != b[1])  # a repeated channel adds no information
         for left, right in (a, b):
             moving &= (left != FIXED) & (right != FIXED)
         if not moving.any():
@@ -53,7 +53,7 @@ class Borders:
             self.steps.append(np.unique(pairs, axis=1))
 
     def find(self) -> np.ndarray:
-        """Of each atom, whether a run ends there; within classes only, they are borders anyway."""
+        """Return for each atom whether a run ends there; boundaries between classes are not included."""
         roots = self.atoms.roots(np.arange(self.atoms.size))
         border = np.zeros(self.atoms.size + 1, dtype=bool)
         for low, high in self.cuts:
@@ -62,7 +62,7 @@ class Borders:
             return border
         steps = np.unique(np.concatenate(self.steps, 1), axis=1)
         steps = steps[:, (roots[steps[0]] == roots[steps[1]]) & (roots[steps[2]] == roots[steps[3]])]
-        while True:  # every round adds a border
+        while True:  # terminates, because every round adds a border
             before = np.concatenate([[0], np.cumsum(border)])
             in_a, in_b = before[steps[1]] > before[steps[0]], before[steps[3]] > before[steps[2]]
             if (in_a == in_b).all():
@@ -74,7 +74,7 @@ class Borders:
         return np.searchsorted(self.atoms.starts, atoms, side="right")
 
     def _seams(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Neighbours from two axes, or back to the front of one (unless all go backwards: that is a flip)."""
+        """Return where neighbours come from two axes, or jump back on one axis; if all go backwards it is a flip."""
         other = self._axis(left) != self._axis(right)
         back = (right < left) & ~other
         return other | (back if (right > left)[~other].any() else np.zeros_like(back))

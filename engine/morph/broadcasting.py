@@ -1,4 +1,4 @@
-"""Tensors that are broadcast together: whose channels are united there, and which can no longer grow."""
+"""Broadcasting of labelled tensors: which channels it unites, and which it freezes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from .primitives import Shape
 
 
 def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, where: str) -> Tensor:
-    """Unite the atoms of broadcast operands; the atoms of the result.
+    """Unite the atoms of broadcast operands, and return the atoms of the result.
 
     Args:
-        labels: of the operands.
-        shape: of the result.
-        where: what messages call the op.
+        labels: labels of the operands.
+        shape: shape of the result.
+        atoms: union-find over the channels.
+        borders: borders between runs of channels.
+        where: name of the op in messages.
     """
     operands = [_Operand.of(label, len(shape)) for label in labels]
-    # Which axis of a parameter has channels is a guess: against channels that are known, it is one over places.
+    # The channel axis of a parameter is a guess. If it conflicts with known channels, it is an axis of positions.
     known: set[int] = set().union(*(operand.varies for operand in operands if not operand.stored))
     for i, operand in enumerate(operands):
         if operand.stored and operand.varies and operand.stretched(shape) & known:
-            atoms.freeze(operand.atoms, f"it lies along an axis that has no channels ({where})")
+            atoms.freeze(operand.atoms, f"it runs along an axis that has no channels ({where})")
             operands[i] = operand.without_channels()
-    # After a concatenation along the tokens only their meeting shows that all tokens have the same channels.
+    # After a concatenation along the tokens, only this op shows that all tokens have the same channels.
     operands.sort(key=lambda operand: len(operand.varies) > 1)
     main = set().union(*(operand.varies for operand in operands))
     for operand in operands:
@@ -53,9 +55,7 @@ def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, wher
 
 @dataclass(frozen=True)
 class _Operand:
-    """One of several tensors that meet: atoms (without the repeats of expanded axes), size, the axes along which its
-    channels lie, and whether it is a parameter itself.
-    """
+    """One operand: its atoms (expanded axes have size 1), its size, its channel axes, and whether it is a parameter."""
 
     atoms: Tensor
     size: Shape
@@ -64,7 +64,7 @@ class _Operand:
 
     @classmethod
     def of(cls, label: Label, ndim: int) -> _Operand:
-        """With `ndim` axes, as broadcasting aligns them."""
+        """Build the operand with `ndim` axes, aligned as in broadcasting."""
         atoms = compact(known_atoms(label))
         atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
         size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
@@ -74,9 +74,9 @@ class _Operand:
         return replace(self, atoms=no_atoms((1,) * len(self.size)), varies=set())
 
     def stretched(self, shape: Shape) -> set[int]:
-        """Axes along which it is repeated to get that shape."""
+        """Return the axes along which broadcasting to `shape` repeats it."""
         return {a for a, s in enumerate(shape) if self.size[a] == 1 and s > 1}
 
     def one_channel(self) -> bool:
-        """Whether all of it is one channel that may grow."""
+        """Return whether it is a single channel that may grow."""
         return not self.varies and self.atoms.numel() > 0 and int(self.atoms.reshape(-1)[0]) != FIXED

@@ -1,8 +1,8 @@
-"""Second run, of the widened program: every op must find each of its values among the parent's, or the run stops.
+"""Second run, of the widened child: every value of every op must be a copy of a value of the parent, or the run stops.
 
-The check of the intertwining condition op'(E h) = E op(h), op by op: the child's element carries the number of the
-parent's value that it equals, and no op passes on a number that its own operands do not prove. Nothing is computed;
-linear weights get their maps here (which parent column each column copies), everything else comes from the plan.
+It checks the intertwining condition op'(E h) = E op(h) op by op. Each element of the child carries the number of the
+parent's value that it equals, and an op only passes on numbers that its own operands prove. Nothing is computed. The
+run derives the column maps of linear weights (the parent column that each column copies); the plan gives the rest.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .primitives import LinearCall, Shape
 from .running import first_line, output_leaves
 from .tracer import Fault, Mismatch, Tracer
 
-RUNS = 5  # one to see that an attribute has to follow, one to see which, one to see that all is well; two to spare
+RUNS = 5  # one detects that an attribute must follow, one finds which, one confirms the result; two are spare
 R = TypeVar("R", bound=Record)
 
 
 class ChildCheck(Tracer):
-    """Runs `child`, a copy of the parent whose vectors have the new sizes, against the parent's log."""
+    """Run `child`, a copy of the parent with vectors of the new sizes, against the parent's log."""
 
     real = False
 
@@ -53,9 +53,9 @@ class ChildCheck(Tracer):
         self.followed_parameters |= found.parameters.keys()
         self.plan = plan
         self.position = 0
-        self.records: list[Record] = []  # of the op that is followed; the next one first
+        self.records: list[Record] = []  # remaining records of the current op, the next one first
         self.maps: dict[str, ParameterMap] = {}
-        self.again = False  # an attribute had the parent's value when it was read
+        self.rerun = False  # an attribute still had the parent's value when it was read
         self.modules = dict(child.named_modules())
         for (name, axis), parents in plan.parents.items():
             self.maps[name] = ParameterMap(axis, parents, plan.free[name, axis])
@@ -73,7 +73,7 @@ class ChildCheck(Tracer):
     def parameter_label(self, name: str, tensor: Tensor) -> Label:
         old = self.found.parameters.get(name)
         if old is None:
-            raise Mismatch(f"'{name}' is read, which the parent does not")
+            raise Mismatch(f"the child reads '{name}', but its parent does not")
         vids = old.vids
         made = self.maps.get(name)
         if made is not None and made.axis is not None and made.parents is not None:
@@ -97,9 +97,9 @@ class ChildCheck(Tracer):
         return entry
 
     def _next(self, kind: type[R]) -> R:
-        """The record of the parent's step that this one repeats."""
+        """Return the record of the parent's step that this step repeats."""
         if not self.records or not isinstance(self.records[0], kind):
-            raise Mismatch("the op is called otherwise than in the parent", self.latest)
+            raise Mismatch("the op is called differently than in the parent", self.latest)
         return self.records.pop(0)  # pyright: ignore[reportReturnType]
 
     # ---------------------------------------------------------------- primitive steps
@@ -142,7 +142,7 @@ class ChildCheck(Tracer):
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
         at = record.index.find(label.slabs(axes))
         if bool((at == MISSING).any()):
-            raise Mismatch("a reduced slab is no copy of one of the parent's", [label.vids])
+            raise Mismatch("a reduced slab is not a copy of a slab of the parent", [label.vids])
         size = label.vids.shape
         return [Label(row_vids(at, base, shape, axes, keeps, size), None) for base, shape in record.outputs]
 
@@ -152,7 +152,7 @@ class ChildCheck(Tracer):
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
         slabs = label.slabs(axes)
         if bool((slabs == FREE).any()):
-            raise Mismatch("a statistic over channels would see new channels", [label.vids])
+            raise Mismatch("a statistic over channels would include new channels", [label.vids])
         row = record.bags.find(slabs)
         if bool((row < 0).any()):
             what = "an extreme misses channels" if extreme else "a mean over channels needs equal counts"
@@ -160,7 +160,7 @@ class ChildCheck(Tracer):
         shape = [1 if a in axes else s for a, s in enumerate(label.vids.shape)]
         return Label((record.base + row).reshape(shape), None)
 
-    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
+    def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
         record = self._next(RowsRecord)
         slabs = label.slabs(axes)
         ((base, old),) = record.outputs
@@ -179,7 +179,7 @@ class ChildCheck(Tracer):
         return [Label(vids, None) for vids in record.outputs]
 
     def pick(self, name: str, label: Label, results: list[Label]) -> None:
-        """Nothing to check: the labels say what was picked."""
+        """Do nothing: the labels already show which elements were picked."""
 
     # ---------------------------------------------------------------- linear ops
 
@@ -204,11 +204,11 @@ class ChildCheck(Tracer):
         return Label(torch.where(free.reshape(view), FREE, picked).movedim(0, call.axis), None)
 
     def _dense(self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
-        """Columns are copied as the channels are that they read: (parent's output channel of each, which are free)."""
+        """Copy columns like the channels that they read; return the parent's output channels, and the free ones."""
         at = record.index.find(slabs)
         if bool((at == MISSING).any()):
             bad = int((at == MISSING).nonzero()[0])
-            raise Mismatch(f"input channel {bad} is no copy of one of the parent's", [label.vids])
+            raise Mismatch(f"input channel {bad} is not a copy of a channel of the parent", [label.vids])
         columns = _distribute(at, record.index.find(record.inputs))
         if columns is None:
             raise Mismatch("input channels of the parent are missing", [label.vids, record.inputs])
@@ -219,7 +219,7 @@ class ChildCheck(Tracer):
     def _whole_groups(
         self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord
     ) -> tuple[Tensor, Tensor, int]:
-        """Whole groups are copied: (parent's output channel of each, which are free, number of groups)."""
+        """Copy whole groups; return the parent's output channel of each, the free ones, and the number of groups."""
         groups = record.groups
         inside, outside = len(record.inputs) // groups, len(record.outputs) // groups
         parents, free = self.plan.rows(call.name, 0, self.found.shapes[call.name][0])
@@ -231,19 +231,19 @@ class ChildCheck(Tracer):
         source = blocks[:, 0] // width
         whole = torch.equal(blocks, source[:, None] * width + torch.arange(width))
         if not whole or bool((marks != marks[:, :1]).any()):
-            raise Mismatch("groups are not copied as wholes", [label.vids])
+            raise Mismatch("a group is copied in part, not as a whole", [label.vids])
         new = slabs.reshape(now, inside, -1)
         empty = marks[:, 0]
         arrives = (new == record.inputs.reshape(groups, inside, -1)[source]).flatten(1).all(1)
         nothing = (new == FREE).any(2).all(1)
         if not bool(torch.where(empty, nothing, arrives).all()):
-            raise Mismatch("a group's input channels are not those of the group it copies", [label.vids])
+            raise Mismatch("the input channels of a group are not those of the group that it copies", [label.vids])
         self.maps.setdefault(call.name, ParameterMap())
         rows = (source[:, None] * outside + torch.arange(outside)).reshape(-1)
         return rows, empty.repeat_interleave(outside), now
 
     def _inside_groups(self, name: str, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
-        """Channels are copied within their group, in all groups alike: (parent's output channel of each, free ones)."""
+        """Copy channels within groups, equally in all groups; return parent channels and free ones."""
         groups, channels = record.groups, len(record.outputs)
         parents, free = self.plan.rows(name, 0, channels)
         if len(slabs) % groups or len(parents) % groups:
@@ -256,14 +256,14 @@ class ChildCheck(Tracer):
             at = index.find(new)
             columns = None if bool((at == MISSING).any()) else _distribute(at, index.find(before))
             if columns is None:
-                raise Mismatch("a group's input channels are not those of the same group", [slabs])
+                raise Mismatch("the input channels of a group are not those of the same group of the parent", [slabs])
             self._columns(name, 1, columns)
         return parents, free
 
     def _columns(self, name: str, axis: int, columns: Tensor) -> None:
         made = self.maps.setdefault(name, ParameterMap())
         if made.columns is not None and not torch.equal(made.columns, columns):
-            raise Mismatch(f"'{name}' is shared by calls whose inputs are widened differently", self.latest)
+            raise Mismatch(f"calls with differently widened inputs share '{name}'", self.latest)
         made.columns_axis, made.columns = axis, columns
 
     def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
@@ -275,14 +275,14 @@ class ChildCheck(Tracer):
             source = path, what
         elif source is None and isinstance(given, Named):
             source = given.source
-        self.again |= type(self.modules[path]).forward not in _PLAIN  # those read it here and nowhere else
+        self.rerun |= type(self.modules[path]).forward not in _PLAIN  # a plain layer reads it only here
         if source is not None:
             self.found.sources[self.position, what] = source
             set_int(self.modules[source[0]], source[1], wanted)
             return
         running = dict.fromkeys(self.path or [""])
         if not sum(name_ints(self.modules[p], p, given) for p in running):
-            raise Mismatch(f"{what} is {given} whatever the width", [*self.latest, label.vids])
+            raise Mismatch(f"{what} is {given} at every width", [*self.latest, label.vids])
 
     def _owner(self, name: str, inputs: int, outputs: int, groups: int) -> None:
         module = self.modules[name.rpartition(".")[0]]
@@ -298,43 +298,43 @@ class ChildCheck(Tracer):
             return super().forward(inputs)
         except (Mismatch, Fault):
             raise
-        except Exception as error:  # the network's code may raise anything at another width
+        except Exception as error:  # at another width the network's code may raise anything
             raise Mismatch(f"its forward fails at another width: {first_line(error)}", self.latest) from error
 
     def finish(self, result: Any, old_result: list[Any]) -> dict[str, ParameterMap]:
-        """Check the outputs; the maps of all tensors that change."""
+        """Check the outputs, and return the maps of all tensors that change."""
         if self.position != len(self.found.log):
             raise Mismatch("the child runs fewer ops than its parent")
         flat = output_leaves(result)
         if len(flat) != len(old_result):
-            raise Mismatch("the child returns another structure than its parent")
+            raise Mismatch("the child returns a different structure than its parent")
         for leaf, old in zip(flat, old_result, strict=True):
             if isinstance(leaf, Tensor):
                 vids = self.need(leaf).vids
                 if not isinstance(old, Tensor) or vids.shape != old.shape or not torch.equal(vids, old):
                     raise Mismatch("an output would change", [vids])
             elif isinstance(old, Tensor) or not np.array_equal(leaf, old):
-                raise Mismatch("an output that is no tensor would change")
+                raise Mismatch("an output that is not a tensor would change")
         return {name: m for name, m in self.maps.items() if m.changes(self.found.shapes[name])}
 
 
 def run_child(
     child: nn.Module, found: ParentRun, plan: Plan, inputs: Inputs, outputs: list[Any]
 ) -> dict[str, ParameterMap]:
-    """Check a child whose vectors have the plan's sizes; it gets the attributes that go with them.
+    """Check a child whose vectors have the plan's sizes, and set its attributes to these sizes.
 
     Args:
-        child: a copy of the parent, as `Spaces.check` makes it.
+        child: a copy of the parent, as `Spaces.check` builds it.
         found: the parent's run.
         plan: copies of each channel.
-        inputs: of the parent's run.
+        inputs: the inputs of the parent's run.
         outputs: vids of the parent's outputs.
 
     Returns:
         The maps of all tensors that change.
 
     Raises:
-        Mismatch: an op of the child would not compute copies of what the parent's computes.
+        Mismatch: an op of the child would not compute copies of the parent's values.
     """
     try:
         for left in reversed(range(RUNS)):
@@ -345,12 +345,12 @@ def run_child(
             try:
                 maps = run.finish(run.forward(given), outputs)
             except Mismatch as error:
-                if run.again and left:
-                    continue  # it may have read the attribute too
+                if run.rerun and left:
+                    continue  # the failing op may have read the attribute too
                 raise Mismatch(f"{error} ({run.where_now})", error.vids) from error
-            if not run.again:
+            if not run.rerun:
                 return maps
-        raise Mismatch("sizes that modules keep as attributes contradict one another")
+        raise Mismatch("sizes that modules store as attributes contradict each other")
     finally:
         for module in child.modules():
             unname_ints(module)
@@ -363,19 +363,22 @@ _SIZED |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
-    """Whether plain arguments are the same; `Named` ints count as ints."""
+    """Return whether plain arguments are equal; `Named` ints count as ints."""
     a = [int(x) if isinstance(x, Named) else x for x in a]
     return len(a) == len(b) and all(type(x) is type(y) and (x == y or (x != x and y != y)) for x, y in zip(a, b))  # noqa: B905
 
 
 def _distribute(at: Tensor, canonical: Tensor) -> Tensor | None:
-    """Parent's column of each new one; equal columns of the parent share the copies in order. None if one gets none."""
+    """Return the parent's column of each new column; equal columns of the parent share the copies in order.
+
+    The result is None if a column of the parent gets no copy.
+    """
     columns = at.clone()
     values, counts = torch.unique(canonical, return_counts=True)
     for value in values[counts > 1].tolist():
         members = (canonical == value).nonzero().reshape(-1)
-        places = (at == value).nonzero().reshape(-1)
-        columns[places] = members[torch.arange(len(places)) * len(members) // max(len(places), 1)]
+        indices = (at == value).nonzero().reshape(-1)
+        columns[indices] = members[torch.arange(len(indices)) * len(members) // max(len(indices), 1)]
     seen = torch.zeros(len(canonical), dtype=torch.bool)
     seen[columns[columns >= 0]] = True
     return columns if bool(seen.all()) else None

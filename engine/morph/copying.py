@@ -1,4 +1,4 @@
-"""Copies of a network: deep ones, and views that share its parameters and give them in another dtype when asked."""
+"""Copies of a network: deep copies, and views that share its parameters and cast them when they are read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _STORES = ("_parameters", "_buffers", "_modules")
 
 
 def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy; what a hook has computed (the old `nn.utils.weight_norm`) is copied too, without its graph.
+    """Return a deep copy, including tensors that hooks computed (the old `nn.utils.weight_norm`), without their graph.
 
-    What cannot be copied (a lock, an open file, a compiled function) is shared with the network.
+    The copy shares objects that cannot be copied (a lock, an open file, a compiled function).
 
     Args:
         model: any network.
-        shared: id of a tensor -> what the copy has in its place.
+        shared: id of a tensor -> the object that the copy gets instead.
     """
     memo: dict[int, Any] = dict(shared or {})
     for module in model.modules():
@@ -28,7 +28,7 @@ def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
                 memo.setdefault(id(value), value.detach().clone())
     try:
         return copy.deepcopy(model, dict(memo))
-    except (TypeError, NotImplementedError, AttributeError):  # what pickle, and so deepcopy, refuses
+    except (TypeError, NotImplementedError, AttributeError):  # raised by pickle, which deepcopy uses
         for module in model.modules():
             for key, value in vars(module).items():
                 if key not in _STORES:
@@ -37,7 +37,7 @@ def duplicate(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.M
 
 
 def _share_uncopyable(value: Any, memo: dict[int, Any]) -> None:
-    """Add to the memo what in an attribute cannot be copied, as itself: the least part of it that cannot."""
+    """Add the smallest parts of an attribute that cannot be copied to the memo, so that the copy shares them."""
     if isinstance(value, Tensor | nn.Module) or id(value) in memo or _copies(value, memo):
         return
     if isinstance(value, Mapping):
@@ -55,40 +55,40 @@ def _share_uncopyable(value: Any, memo: dict[int, Any]) -> None:
 def _copies(value: Any, memo: dict[int, Any]) -> bool:
     try:
         copy.deepcopy(value, dict(memo))
-    except Exception:  # its own __reduce__ may raise anything
+    except Exception:  # a custom __reduce__ may raise anything
         return False
     return True
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)` that also casts tensors held as plain attributes; in place."""
+    """Cast a model in place like `model.to(dtype)`, including tensors in plain attributes."""
     model.to(dtype)
     for module in model.modules():
         _cast_attributes(module, dtype)
     return model
 
 
-def seen_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy that shares the parameters and gives them in that dtype, each as a tensor of its own when it is read.
+def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy that shares the parameters and casts each to `dtype` when it is read.
 
-    Everything else is copied, so that a forward may change it. No more than the parameters in use are in memory twice.
+    Everything else is copied, so a forward may change it. Only the parameters in use are in memory twice.
     """
     work = duplicate(model, {id(p): p for p in model.parameters()})
     for module in work.modules():
-        if isinstance(module, torch.jit.ScriptModule):  # its copy has parameters of its own, which only it can read
+        if isinstance(module, torch.jit.ScriptModule):  # its copy has its own parameters, which only TorchScript reads
             module.to(dtype)
             continue
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[key] = buffer.to(dtype)
         _cast_attributes(module, dtype)
-        seen = _Seen(module._parameters, dtype)
-        if isinstance(module, nn.RNNBase):  # keeps a list of its own
-            for key, p in seen.items():
+        casting = _CastParameters(module._parameters, dtype)
+        if isinstance(module, nn.RNNBase):  # stores a separate list of its weights
+            for key, p in casting.items():
                 module._parameters[key] = p
             module._init_flat_weights()
-        elif seen:
-            module.__dict__["_parameters"] = seen
+        elif casting:
+            module.__dict__["_parameters"] = casting
     return work
 
 
@@ -98,8 +98,8 @@ def _cast_attributes(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, key, value.to(dtype))
 
 
-class _Seen(dict[str, Any]):
-    """Parameters that are cast when they are read."""
+class _CastParameters(dict[str, Any]):
+    """Dictionary of parameters that casts each one when it is read."""
 
     def __init__(self, parameters: Mapping[str, Any], dtype: torch.dtype) -> None:
         super().__init__(parameters)

@@ -1,4 +1,4 @@
-"""What the morph engine is told of custom autograd Functions, which it cannot look into."""
+"""Declarations of custom autograd Functions, which the morph engine cannot trace."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ KINDS = ("elementwise", "channelwise")
 
 
 def declare(function: type[torch.autograd.Function], kind: str) -> None:
-    """Say what a custom Function does, so that the channels that it meets can grow; undeclared ones are frozen.
+    """Declare how a custom Function maps its inputs, so that channels that pass through it can grow.
 
-    A wrong declaration is found out by the numeric check of each morph, as far as its random inputs show it.
+    Channels that meet an undeclared Function are frozen. The numeric check of each morph finds a wrong declaration if
+    its random inputs expose it.
 
     Args:
-        function: the class whose `apply` a forward calls.
-        kind: "elementwise": each element of its one output depends on the elements of its tensors at the same
-            (broadcast) position. "channelwise": its first tensor is a map (N, C, ...), its one output has these
-            channels on axis 1; each depends on that channel of the map and of its other tensors, vectors (C).
+        function: the subclass of `torch.autograd.Function` that the forward applies.
+        kind: "elementwise": each element of the single output depends on the elements of the input tensors at the
+            same (broadcast) position. "channelwise": the first tensor is a map (N, C, ...), and the single output has
+            these channels on axis 1. Each output channel depends on that channel of the map and of the other tensors,
+            which are vectors (C).
 
     Raises:
-        MorphError: no such class or kind.
+        MorphError: `function` is not a subclass of `torch.autograd.Function`, or `kind` is unknown.
     """
     if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
-        raise MorphError(f"{function!r} is no class of torch.autograd.Function")
+        raise MorphError(f"{function!r} is not a subclass of torch.autograd.Function")
     if kind not in KINDS:
-        raise MorphError(f"kind {kind!r} is unknown; take one of {', '.join(KINDS)}")
+        raise MorphError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
     families.DECLARED[custom_name(function)] = kind
 
 
 def custom_name(function: type) -> str:
-    """The name under which its calls are followed."""
+    """Return the name of the Function in the trace."""
     return f"{function.__module__}.{function.__qualname__}"

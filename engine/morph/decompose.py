@@ -1,8 +1,8 @@
-"""One layer into two: in sequence (TYPE-I, K = K2 * K1) or in parallel (TYPE-II, K = K1 + K2).
+"""Decomposition of one layer into two: in sequence (TYPE-I, K = K2 * K1) or in parallel (TYPE-II, K = K1 + K2).
 
-Padding belongs to the first layer as a whole: layers that pad for themselves are wrong at the borders. A first layer
-of one tap without a bias is the exception, since it leaves zeros zero. The stride belongs to the second layer, unless
-that has one tap; the dilation to both.
+The first layer takes all of the padding, because separate paddings would be wrong at the borders. If the first layer
+has one tap and no bias, it maps zeros to zeros, and the second layer pads. The second layer takes the stride, unless it
+has one tap. Both layers take the dilation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .factors import factorise, factorise_stable, fewest_middle
 from .kernel_size import numeric_padding, pad_kernel, set_padding
 from .report import Report
 from .step import EditAt
-from .surgery import CONVS, follow, morphed, placed, plain, replace, site, spatial
+from .surgery import CONVS, cast_like, follow, morphed, plain, replace, site, spatial
 
 METHODS = ("orthogonal", "stable")
 BETWEEN = ("pact", "pair")
@@ -45,29 +45,30 @@ def decompose(
     seed: int = 0,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Split a convolution or linear layer into two (TYPE-I), exact in eval and train mode, borders included.
+    """Split a convolution or linear layer into two in sequence (TYPE-I); exact in eval and train mode and at borders.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
-        path: the layer; the two are `path.0` and the last of `path`.
-        kernels: of the two layers; k1 + k2 - 1 is the old kernel or larger by an even number. Unused by a linear
-            layer.
-        middle: channels between the two, per group; by default the fewest that the condition allows, and a quarter
-            more where the linear system would be badly conditioned.
-        method: "orthogonal", or "stable", which needs only twice the channels of the smaller side: one factor holds K
-            twice, the other identity + D and -D with D random. Both are dense, without the zeros by which NetMorph
-            pads, and "stable" is exact in stored numbers.
-        act: an activation between the two.
-        between: "pact" puts it there as a PAct, "pair" as phi(x) - phi(-x) on twice the channels.
-        seed: of the random factor.
+        path: the layer; the two new layers are `path.0` and the last child of `path`.
+        kernels: kernel sizes of the two layers. k1 + k2 - 1 must equal the old kernel or exceed it by an even number.
+            A linear layer ignores them.
+        middle: channels between the two, per group. The default is the minimum, plus a quarter if the linear system
+            would be badly conditioned.
+        method: "orthogonal", or "stable", which needs only twice the channels of the smaller side. In "stable" one
+            factor holds K twice, the other holds identity + D and -D with D random. Both methods give dense kernels,
+            without NetMorph's padding by zeros; "stable" is exact in the stored numbers.
+        act: an activation between the two layers.
+        between: how to insert `act`: "pact" as a PAct, "pair" as phi(x) - phi(-x) on twice the channels.
+        seed: seed of the random factor.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: no plain layer, too few middle channels, sizes that do not fit, or padding="same" that is uneven.
+        MorphError: the module is not a plain layer, `middle` is too small, the sizes do not fit, or padding="same" is
+            uneven.
     """
     if method not in METHODS or between not in BETWEEN:
-        raise MorphError(f"method {method!r}, between {between!r}: one of {METHODS} and one of {BETWEEN}")
+        raise MorphError(f"unknown method {method!r} or between {between!r}; choose from {METHODS} and from {BETWEEN}")
     if act is not None:
         activation(act) if between == "pact" else paired(act)
     step = DecomposeStep(path, _sizes(kernels), middle, method, act, between, seed)
@@ -87,13 +88,13 @@ def insert_module(
     seed: int = 0,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Put x / 2 + F(x) after a module, F a dense pair of convolutions with an activation that is x / 2 at first.
+    """Insert x / 2 + F(x) after a module; F is a dense pair of convolutions with an activation, and starts as x / 2.
 
-    This is the residual module of Modularized Morphing (Wei et al. 2017): the identity is split into two halves
-    (TYPE-II), and one of them into two convolutions (TYPE-I). Arguments and errors as in `decompose`.
+    This is the residual module of Modularized Morphing (Wei et al. 2017). It splits the identity into two halves
+    (TYPE-II), and one of them into two convolutions (TYPE-I). Arguments and errors are those of `decompose`.
     """
     if between not in BETWEEN:
-        raise MorphError(f"between {between!r}: one of {BETWEEN}")
+        raise MorphError(f"unknown between {between!r}; choose from {BETWEEN}")
     activation(act) if between == "pact" else paired(act)
     at = site(model, path, example)
     step = ModuleStep(path, at.channels, at.dims, _sizes(kernels), middle, act, between, seed)
@@ -103,19 +104,20 @@ def insert_module(
 def split_parallel(
     model: nn.Module, example: Example, path: str, *, seed: int = 0, inplace: bool = False
 ) -> tuple[nn.Module, Report]:
-    """Split a convolution or linear layer into the sum of two of the same shape (TYPE-II).
+    """Split a convolution or linear layer into the sum of two layers of the same shape (TYPE-II).
 
-    Every weight is split at random so that the two parts add up to it exactly (Sterbenz): exact in eval and train
-    mode on the stored numbers. The two are `path.branches.0` and `path.branches.1`, and may be morphed on.
+    Each weight is split at random into two parts that add up to it exactly (Sterbenz), so the morph is exact in eval
+    and train mode on the stored numbers. The layers are `path.branches.0` and `path.branches.1`; both can be morphed
+    further.
 
     Raises:
-        MorphError: no plain layer.
+        MorphError: the module is not a plain layer.
     """
     return morphed(model, ParallelStep(path, seed), example, inplace=inplace)
 
 
 class Parallel(nn.Module):
-    """The sum of its branches, each on the same input."""
+    """Sum of several branches of the same input."""
 
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class Parallel(nn.Module):
 
 
 class Scale(nn.Module):
-    """x times a constant."""
+    """Multiplication by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ class Scale(nn.Module):
 
 @dataclass(frozen=True)
 class DecomposeStep(EditAt, op="decompose"):
-    """See `decompose`."""
+    """Step of `decompose`."""
 
     kernels: Sizes
     middle: int | None
@@ -159,16 +161,16 @@ class DecomposeStep(EditAt, op="decompose"):
     def edit(self, model: nn.Module) -> list[str]:
         old = plain(model, self.path, *CONVS, nn.Linear)
         try:
-            parts = _Two(self.kernels, self.middle, self.method, self.act, self.between, self.seed).of(old)
+            parts = _Decomposition(self.kernels, self.middle, self.method, self.act, self.between, self.seed).of(old)
         except MorphError as error:
             raise MorphError(f"module '{self.path}': {error}") from None
-        replace(model, self.path, nn.Sequential(*(placed(part, model, self.path) for part in parts)))
+        replace(model, self.path, nn.Sequential(*(cast_like(part, model, self.path) for part in parts)))
         return [f"{self.path}: {tuple(old.weight.shape)} -> {', '.join(_name(part) for part in parts)}"]
 
 
 @dataclass(frozen=True)
 class ModuleStep(EditAt, op="module"):
-    """See `insert_module`; `dims` counts the image axes, 0 where channels are on the last axis."""
+    """Step of `insert_module`; `dims` is the number of image axes, 0 if the channels are on the last axis."""
 
     channels: int
     dims: int
@@ -182,23 +184,23 @@ class ModuleStep(EditAt, op="module"):
         sizes = [spatial(k, self.dims, "kernel") for k in self.kernels]
         whole = tuple(a + b - 1 for a, b in zip(*sizes, strict=True))
         if any(k % 2 == 0 for k in whole):
-            raise MorphError(f"after module '{self.path}': kernels {sizes} make {whole}, which has no centre tap")
+            raise MorphError(f"after module '{self.path}': kernels {sizes} compose to {whole}; k1 + k2 - 1 must be odd")
         half = layer(self.channels, self.channels, whole).double()
         with torch.no_grad():
             half.weight.copy_(dirac(half.weight) / 2)
             half.bias.zero_()
         try:
-            parts = _Two(self.kernels, self.middle, "orthogonal", self.act, self.between, self.seed).of(half)
+            parts = _Decomposition(self.kernels, self.middle, "orthogonal", self.act, self.between, self.seed).of(half)
         except MorphError as error:
             raise MorphError(f"after module '{self.path}': {error}") from None
         body = nn.Sequential(*parts)
-        follow(model, self.path, placed(Parallel(Scale(0.5), body), model, self.path))
+        follow(model, self.path, cast_like(Parallel(Scale(0.5), body), model, self.path))
         return [f"{self.path}: followed by x / 2 + {', '.join(_name(part) for part in parts)}"]
 
 
 @dataclass(frozen=True)
 class ParallelStep(EditAt, op="parallel"):
-    """See `split_parallel`."""
+    """Step of `split_parallel`."""
 
     seed: int
 
@@ -207,13 +209,13 @@ class ParallelStep(EditAt, op="parallel"):
         other = copy.deepcopy(old)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
-            for here, there in zip(old.parameters(), other.parameters(), strict=True):
-                share = (torch.rand(here.shape, generator=generator, dtype=torch.float64) / 2 + 0.5).to(here)
-                part = here * share
-                low, high = torch.minimum(here / 2, here), torch.maximum(here / 2, here)
-                part = torch.minimum(torch.maximum(part, low), high)  # w / 2 <= part <= w, so that w - part is exact
-                there.copy_(here - part)
-                here.copy_(part)
+            for w, rest in zip(old.parameters(), other.parameters(), strict=True):
+                share = (torch.rand(w.shape, generator=generator, dtype=torch.float64) / 2 + 0.5).to(w)
+                part = w * share
+                low, high = torch.minimum(w / 2, w), torch.maximum(w / 2, w)
+                part = torch.minimum(torch.maximum(part, low), high)  # w / 2 <= part <= w makes w - part exact
+                rest.copy_(w - part)
+                w.copy_(part)
         replace(model, self.path, Parallel(old, other))
         return [f"{self.path}: {_name(old)} -> the sum of two"]
 
@@ -222,8 +224,8 @@ class ParallelStep(EditAt, op="parallel"):
 
 
 @dataclass(frozen=True)
-class _Two:
-    """How one layer becomes two; see `decompose`."""
+class _Decomposition:
+    """Settings of a decomposition of one layer into two; see `decompose`."""
 
     kernels: Sizes
     middle: int | None
@@ -233,7 +235,7 @@ class _Two:
     seed: int
 
     def of(self, old: Any) -> list[nn.Module]:
-        """The layers that take the place of `old`."""
+        """Build the layers that replace `old`."""
         dims = old.weight.ndim - 2
         first, second = (spatial(k, dims, "kernel") for k in self.kernels)
         size = tuple(old.weight.shape[2:])
@@ -241,7 +243,7 @@ class _Two:
         if any(e < 0 or e % 2 for e in extra):
             raise MorphError(
                 f"kernels {first} and {second} compose to {tuple(e + k for e, k in zip(extra, size, strict=True))}; "
-                f"that must be {size} or larger by an even number"
+                f"the result must be {size} or exceed it by an even number"
             )
         weight = old.weight.detach()
         pieces = list(weight.chunk(getattr(old, "groups", 1)))
@@ -267,17 +269,17 @@ class _Two:
     def _factors(
         self, pieces: list[Tensor], first: tuple[int, ...], second: tuple[int, ...], extra: list[int]
     ) -> list[list[Tensor]]:
-        """The two kernels of each group."""
+        """Return the two kernels of each group."""
         if self.method == "stable":
             pairs = [factorise_stable(piece, first, second, self.seed + i) for i, piece in enumerate(pieces)]
             if self.middle not in (None, len(pairs[0][0])):
-                raise MorphError(f"the stable form has {len(pairs[0][0])} middle channels, not {self.middle}")
+                raise MorphError(f"method 'stable' has {len(pairs[0][0])} middle channels, not {self.middle}")
             return pairs
         middle = self.middle
         if middle is None:
             outputs, inputs = pieces[0].shape[:2]
             middle = fewest_middle(outputs, inputs, first, second)
-            transposed = all(k == 1 for k in first) or all(k == 1 for k in second)  # the inverse is the transpose
+            transposed = all(k == 1 for k in first) or all(k == 1 for k in second)  # then the inverse is the transpose
             middle += 0 if transposed else -(-middle // 4)
         whole = [pad_kernel(piece, [(e // 2, e // 2) for e in extra]) if extra else piece for piece in pieces]
         return [factorise(piece, first, second, middle, self.seed + i) for i, piece in enumerate(whole)]
@@ -285,13 +287,13 @@ class _Two:
 
 def _sizes(kernels: tuple[Size, Size]) -> Sizes:
     if not isinstance(kernels, Sequence) or len(kernels) != 2:
-        raise MorphError(f"kernels {kernels!r}: give two, one for each layer, such as (1, 3)")
+        raise MorphError(f"kernels must be two sizes, one for each layer, e.g. (1, 3), not {kernels!r}")
     first, second = (tuple(k) if isinstance(k, Sequence) else k for k in kernels)
     return first, second
 
 
 def _like(old: Any, weight: Tensor, kernel: tuple[int, ...]) -> Any:
-    """A layer of the same kind, groups and dilation with this weight; stride 1, no padding."""
+    """Build a layer of the same class, groups and dilation with this weight, with stride 1 and without padding."""
     bias = old.bias is not None
     if isinstance(old, nn.Linear):
         new: Any = nn.Linear(weight.shape[1], weight.shape[0], bias)
@@ -306,12 +308,12 @@ def _like(old: Any, weight: Tensor, kernel: tuple[int, ...]) -> Any:
 def _share_geometry(
     old: Any, layers: list[Any], first: tuple[int, ...], second: tuple[int, ...], extra: list[int]
 ) -> None:
-    """Give the two layers the stride, the padding and the padding mode of the old one."""
+    """Set stride, padding and padding mode of the two layers to those of the old layer."""
     ends = numeric_padding(old)
     if any(p != q for p, q in ends):
-        raise MorphError(f"padding='same' pads {ends} unevenly; write the padding as a layer of its own")
+        raise MorphError(f"padding='same' pads {ends} unevenly; use a separate padding layer")
     padding = tuple(p + d * e // 2 for (p, _), d, e in zip(ends, old.dilation, extra, strict=True))
-    # One tap reads the same grid as the layer after it: it then carries the stride, or leaves the padding to it.
+    # A layer of one tap reads the same grid as the other: the first then takes the stride, or the second the padding.
     strided = layers[0] if all(k == 1 for k in second) else layers[1]
     padded = layers[1] if all(k == 1 for k in first) and strided is layers[1] else layers[0]
     strided.stride = old.stride

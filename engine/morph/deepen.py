@@ -1,7 +1,7 @@
-"""More layers after any module: identity convolutions, antisymmetric pairs, residual blocks that start at zero.
+"""Deepening: identity convolutions, antisymmetric pairs and residual blocks that start at zero, after any module.
 
-What each is exact in: the identity with BatchNorm in eval mode (bit for bit); the pair over the reals, in both modes,
-up to the accuracy of the activation; the residual block bit for bit in both modes.
+The identity with BatchNorm is bit-exact in eval mode. The pair is exact over the reals in both modes, up to the
+accuracy of the activation. The residual block is bit-exact in both modes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .activation import PAct, activation, paired
 from .example import Example
 from .report import Report
 from .step import EditAt
-from .surgery import BATCH_NORMS, Site, conv_class, follow, module_at, morphed, placed, site, spatial
+from .surgery import BATCH_NORMS, Site, cast_like, conv_class, follow, module_at, morphed, site, spatial
 
 HOW = ("residual", "pair", "identity")
 
@@ -25,20 +25,20 @@ HOW = ("residual", "pair", "identity")
 def deepen(
     model: nn.Module, example: Example, path: str, how: str = "residual", **options: Any
 ) -> tuple[nn.Module, Report]:
-    """A new layer or block after the module at `path`.
+    """Insert a new layer or block after the module at `path`.
 
     Args:
-        model: the network; a copy is changed unless ``inplace=True``.
+        model: the network; the morph changes a copy unless ``inplace=True``.
         example: an input batch.
-        path: a module whose output is one tensor; it becomes `path.0`.
+        path: a module that outputs one tensor; it becomes `path.0`.
         how: "residual" (`insert_residual`), "pair" (`insert_pair`) or "identity" (`insert_identity`).
-        options: of that function.
+        options: further arguments of that function.
 
     Raises:
-        MorphError: another `how`, or as of that function.
+        MorphError: `how` is unknown, or that function raises it.
     """
     if how not in HOW:
-        raise MorphError(f"how={how!r} is unknown; take one of {', '.join(HOW)}")
+        raise MorphError(f"unknown how={how!r}; choose from {', '.join(HOW)}")
     insert: Any = {"residual": insert_residual, "pair": insert_pair, "identity": insert_identity}[how]
     return insert(model, example, path, **options)
 
@@ -53,25 +53,25 @@ def insert_identity(
     act: str | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Put an identity convolution (a linear layer where channels stand last) after the module at `path`.
+    """Insert an identity convolution (a linear layer if the channels are on the last axis) after the module at `path`.
 
-    Without BatchNorm it is bit-exact in both modes. BatchNorm gets running_var = 1 - eps, which makes eval mode
-    bit-exact; train mode, which normalises by the batch, then differs, and the report says by how much. Directly
-    after another BatchNorm with scale g and shift b it gets that one's statistics, mean b and variance g^2, which
-    keeps train mode too but for eps / variance (about 5e-6), and eval mode up to rounding.
+    Without BatchNorm it is bit-exact in both modes. A BatchNorm gets running_var = 1 - eps, which makes eval mode
+    bit-exact. Train mode normalises by the batch and then differs; the report states by how much. Directly after
+    another BatchNorm with scale g and shift b, the new one gets mean b and variance g^2. Train mode is then preserved
+    up to eps / variance (about 5e-6), and eval mode up to rounding.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
-        path: a module whose output is one tensor; it becomes `path.0`.
-        kernel: odd, one number or one per image axis.
+        path: a module that outputs one tensor; it becomes `path.0`.
+        kernel: odd size, one number or one per image axis.
         norm: add a BatchNorm.
-        act: add this activation: as it is for a ReLU after a ReLU, as a PAct otherwise.
+        act: add this activation, as a PAct unless a ReLU follows a ReLU.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: an even kernel, an output that is not one batch of channels, or a BatchNorm that would see one
-            value per channel on the example.
+        MorphError: the kernel is even, the output is not one batch of channels, or BatchNorm would get one value per
+            channel on the example.
     """
     at = site(model, path, example)
     _check_kernel(path, spatial(kernel, at.dims, "kernel"))
@@ -90,21 +90,21 @@ def insert_pair(
     *,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Put a real non-linear layer of twice the channels after `path`: phi([x, -x]), then the difference, which is x.
+    """Insert a non-linear layer of twice the channels after `path`: phi([x, -x]), then the difference, which equals x.
 
-    phi(x) - phi(-x) = x for ReLU, GELU, SiLU, Hardswish, Softplus and LogSigmoid, and a multiple of x for LeakyReLU
-    and PReLU. All weights get a gradient from the first step. Exact in eval and train mode.
+    phi(x) - phi(-x) is x for ReLU, GELU, SiLU, Hardswish, Softplus and LogSigmoid, and a multiple of x for LeakyReLU
+    and PReLU. All weights get a gradient from the first step. The morph is exact in eval and train mode.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
-        path: a module whose output is one tensor; it becomes `path.0`.
+        path: a module that outputs one tensor; it becomes `path.0`.
         act: the activation, see `activation.activation`.
-        kernel: of the first of the two layers; odd.
+        kernel: odd kernel size of the first of the two layers.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: an activation without that property, an even kernel, or an output that is no batch of channels.
+        MorphError: the activation lacks that property, the kernel is even, or the output is not a batch of channels.
     """
     paired(act)
     at = site(model, path, example)
@@ -114,7 +114,7 @@ def insert_pair(
 
 
 class Residual(nn.Module):
-    """x + body(x)."""
+    """Residual block x + body(x)."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -136,25 +136,26 @@ def insert_residual(
     seed: int = 0,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Put a residual block after `path` whose last scale is zero: bit-exact in eval and train mode.
+    """Insert a residual block with a last scale of zero after `path`; bit-exact in eval and train mode.
 
-    With BatchNorm: convolution, BatchNorm, activation, convolution, BatchNorm with scale and shift zero. Without:
-    convolution, activation, convolution of zeros. At the first step only the zeros get a gradient, at the next all.
+    With BatchNorm the block is convolution, BatchNorm, activation, convolution, and BatchNorm with scale and shift
+    zero. Without BatchNorm it is convolution, activation, and a convolution of zeros. In the first step only the zeros
+    get a gradient, from the second step on all weights do.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
-        path: a module whose output is one tensor; it becomes `path.0`, the block `path.1`.
+        path: a module that outputs one tensor; it becomes `path.0`, the block `path.1`.
         act: the activation, see `activation.activation`.
-        kernel: odd, one number or one per image axis.
-        hidden: channels inside of the block; as many as outside by default.
-        norm: with BatchNorm.
-        seed: of the random weights.
+        kernel: odd size, one number or one per image axis.
+        hidden: channels inside the block; by default as many as outside.
+        norm: use BatchNorm.
+        seed: seed of the random weights.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: an even kernel, an output that is not one batch of channels, or a BatchNorm that would see one
-            value per channel on the example.
+        MorphError: the kernel is even, the output is not one batch of channels, or BatchNorm would get one value per
+            channel on the example.
     """
     activation(act)
     at = site(model, path, example)
@@ -163,7 +164,7 @@ def insert_residual(
         _check_norm(path, at)
     hidden = at.channels if hidden is None else hidden
     if hidden < 1:
-        raise MorphError(f"module '{path}': a block of {hidden} hidden channels; give at least 1")
+        raise MorphError(f"after module '{path}': hidden must be at least 1, not {hidden}")
     step = ResidualStep(path, at.channels, at.dims, _plain(kernel), act, hidden, norm, seed)
     return morphed(model, step, example, inplace=inplace)
 
@@ -173,7 +174,7 @@ def insert_residual(
 
 @dataclass(frozen=True)
 class IdentityStep(EditAt, op="identity"):
-    """See `insert_identity`; `dims` counts the image axes, 0 where channels are on the last axis."""
+    """Step of `insert_identity`; `dims` is the number of image axes, 0 if the channels are on the last axis."""
 
     channels: int
     dims: int
@@ -188,13 +189,13 @@ class IdentityStep(EditAt, op="identity"):
             conv.weight.copy_(dirac(conv.weight))
             if conv.bias is not None:
                 conv.bias.zero_()
-        added: list[nn.Module] = [placed(conv, model, self.path)]
+        added: list[nn.Module] = [cast_like(conv, model, self.path)]
         if self.norm:
-            added.append(placed(_neutral_norm(old, self.channels, self.dims), model, self.path))
+            added.append(cast_like(_neutral_norm(old, self.channels, self.dims), model, self.path))
         if self.act is not None:
             phi = activation(self.act)
             idempotent = type(old) is type(phi) and isinstance(old, nn.ReLU | nn.ReLU6)
-            added.append(phi if idempotent else placed(PAct(phi, self.channels, self.dims), model, self.path))
+            added.append(phi if idempotent else cast_like(PAct(phi, self.channels, self.dims), model, self.path))
         follow(model, self.path, *added)
         norm, act = ", BatchNorm" * self.norm, f", {self.act}" if self.act else ""
         return [f"{self.path}: followed by an identity {_name(conv)}{norm}{act}"]
@@ -202,7 +203,7 @@ class IdentityStep(EditAt, op="identity"):
 
 @dataclass(frozen=True)
 class PairStep(EditAt, op="pair"):
-    """See `insert_pair`."""
+    """Step of `insert_pair`."""
 
     channels: int
     dims: int
@@ -221,15 +222,15 @@ class PairStep(EditAt, op="pair"):
             second.weight.copy_(torch.cat([eye, -eye], 1))
             first.bias.zero_()
             second.bias.zero_()
-            second.double().weight.mul_(scale)  # rounded once, when it gets the network's dtype
-        follow(model, self.path, *(placed(new, model, self.path) for new in (first, phi, second)))
+            second.double().weight.mul_(scale)  # so that the cast to the network's dtype is the only rounding
+        follow(model, self.path, *(cast_like(new, model, self.path) for new in (first, phi, second)))
         what = f"{_name(first)}, {self.act}, {_name(second)}"
         return [f"{self.path}: followed by {what} with phi(x) - phi(-x) = x"]
 
 
 @dataclass(frozen=True)
 class ResidualStep(EditAt, op="residual"):
-    """See `insert_residual`."""
+    """Step of `insert_residual`."""
 
     channels: int
     dims: int
@@ -252,22 +253,22 @@ class ResidualStep(EditAt, op="residual"):
             body = [first, _batch_norm(self.dims, self.hidden), activation(self.act), last, zero]
         for parameter in zero.parameters():
             nn.init.zeros_(parameter)
-        follow(model, self.path, placed(Residual(nn.Sequential(*body)), model, self.path))
-        return [f"{self.path}: followed by a residual block of {self.hidden} hidden channels whose last scale is zero"]
+        follow(model, self.path, cast_like(Residual(nn.Sequential(*body)), model, self.path))
+        return [f"{self.path}: followed by a residual block of {self.hidden} hidden channels with a last scale of zero"]
 
 
 # -- layers ------------------------------------------------------------------------------------------------------
 
 
 def layer(inputs: int, outputs: int, kernel: tuple[int, ...], bias: bool = True) -> Any:
-    """A convolution of stride 1 that keeps the size, or a linear layer where there are no image axes."""
+    """Build a convolution of stride 1 that preserves the size, or a linear layer if there are no image axes."""
     if not kernel:
         return nn.Linear(inputs, outputs, bias)
     return conv_class(len(kernel))(inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel), bias=bias)
 
 
 def dirac(weight: Tensor) -> Tensor:
-    """The identity of the shape of `weight` (out, in, *kernel): 1 at the centre tap of channel i to i, else 0."""
+    """Return the identity in the shape of `weight` (out, in, *kernel): 1 at the centre tap from i to i, 0 elsewhere."""
     result = torch.zeros_like(weight)
     centre = tuple(k // 2 for k in weight.shape[2:])
     index = torch.arange(min(weight.shape[:2]), device=weight.device)
@@ -280,10 +281,10 @@ def _batch_norm(dims: int, channels: int) -> Any:
 
 
 def _neutral_norm(old: nn.Module, channels: int, dims: int) -> nn.Module:
-    """A BatchNorm that is the identity in eval mode; after another one, whose output it knows, nearly in train mode."""
-    norm = _batch_norm(dims, channels).double()  # rounded once, when it gets the network's dtype
+    """Build a BatchNorm that is the identity in eval mode, and nearly in train mode if it follows a BatchNorm."""
+    norm = _batch_norm(dims, channels).double()  # so that the cast to the network's dtype is the only rounding
     with torch.no_grad():
-        # A subclass may do more than normalise.
+        # Subclasses are excluded, because they may do more than normalise.
         if isinstance(old, BATCH_NORMS) and type(old) in BATCH_NORMS and old.affine:
             norm = norm.to(old.weight.device)
             square = old.weight.double() ** 2
@@ -306,14 +307,16 @@ def _plain(kernel: int | tuple[int, ...]) -> int | tuple[int, ...]:
 
 def _check_kernel(path: str, kernel: tuple[int, ...]) -> None:
     if any(k % 2 == 0 for k in kernel):
-        raise MorphError(f"after module '{path}': a kernel of {kernel} has no centre tap; give odd numbers")
+        raise MorphError(f"after module '{path}': kernel {kernel} must be odd, so that it has a centre tap")
 
 
 def _check_norm(path: str, at: Site) -> None:
     if at.dims == 0 and at.rank > 2:
-        raise MorphError(f"module '{path}' has its channels on the last axis, where BatchNorm cannot be; norm=False")
+        raise MorphError(
+            f"module '{path}' has its channels on the last axis, so BatchNorm cannot follow; use norm=False"
+        )
     if at.values < 2:
         raise MorphError(
-            f"after module '{path}' a channel has one value on this example, of which BatchNorm takes no statistics in "
-            "train mode; norm=False (--no-norm), or give an example of the size and batch that you train on"
+            f"after module '{path}' each channel has one value on this example, too few for BatchNorm in train mode; "
+            "use norm=False (--no-norm), or an example of the size and batch of your training"
         )

@@ -1,4 +1,4 @@
-"""What a network is called with: an example's tensors, their places among the arguments, and other values for them."""
+"""Arguments of a network: an example's tensors, their positions among the arguments, and other values for them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Inputs:
     """The arguments of a call.
 
     Attributes:
-        tensors: all tensors among them, in order.
-        form: where they are, as plain data: positional and keyword arguments with {"tensor": i} for each. None: they
-            are the positional arguments. {"calls": [...]}: such a form for each of several calls.
+        tensors: all tensors among the arguments, in order.
+        form: the arguments as plain data, positional and keyword ones, with {"tensor": i} for each tensor. None: the
+            tensors are the positional arguments. {"calls": [...]}: one form for each of several calls.
     """
 
     tensors: tuple[Tensor, ...]
     form: Any = None
 
     def call(self, model: nn.Module, tensors: Sequence[Tensor] | None = None) -> Any:
-        """The model's result for these arguments, or for other tensors in their places."""
+        """Call the model with these arguments, or with other tensors at their positions, and return its result."""
         given = self.tensors if tensors is None else tensors
         if self.form is None:
             return model(*given)
@@ -40,30 +40,30 @@ class Inputs:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the tensors."""
+        """Shapes of the tensors."""
         return tuple(tuple(x.shape) for x in self.tensors)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Their dtypes by name, as a step keeps them; none if all are floating, whose precision does not matter."""
+        """Names of the dtypes, as a step stores them; empty if all are floating, because their precision is free."""
         if all(x.is_floating_point() for x in self.tensors):
             return ()
         return tuple(str(x.dtype).removeprefix("torch.") for x in self.tensors)
 
     @property
     def batch(self) -> int:
-        """Length of the batch: the first tensor's."""
+        """Batch size: the length of the first tensor."""
         first = self.tensors[0]
         return first.shape[0] if first.ndim else 1
 
     def first(self) -> Inputs:
-        """The first of the batch; a tensor of another length belongs to no batch."""
+        """Return the first example of the batch; tensors of another length stay whole."""
         if self.form is not None and "calls" in self.form:
             return self
         return replace(self, tensors=tuple(x[:1] if self.batched(x) else x for x in self.tensors))
 
     def and_calls(self, others: Sequence[Inputs]) -> Inputs:
-        """One call with the first of the batch, and one with each of the others, one after the other."""
+        """Return inputs of several calls in sequence: the first example of the batch, then each of the others."""
         if not others:
             return self
         tensors: list[Tensor] = []
@@ -74,11 +74,11 @@ class Inputs:
         return Inputs(tuple(tensors), {"calls": calls})
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Copies that a forward may write to, floating ones in that dtype."""
+        """Return copies of the tensors that a forward may write to, floating ones in `dtype`."""
         return tuple(x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in self.tensors)
 
     def random(self, seed: int, batch: int = 1) -> Inputs:
-        """Normal random numbers, float64, for at least `batch` examples; integers stay what they are."""
+        """Return normal random numbers in float64 for at least `batch` examples; integers do not change."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(x: Tensor, repeats: int) -> Tensor:
@@ -90,7 +90,7 @@ class Inputs:
         return self._drawn(draw, batch)
 
     def own(self, seed: int, batch: int = 1) -> Inputs:
-        """The example's own values, float64; of further examples of a batch each value shrunk by up to a half."""
+        """Return the example's values in float64; further examples of the batch shrink each value by up to a half."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(x: Tensor, repeats: int) -> Tensor:
@@ -106,7 +106,7 @@ class Inputs:
         return replace(self, tensors=tuple(draw(x, repeats if self.batched(x) else 1) for x in self.tensors))
 
     def batched(self, x: Tensor) -> bool:
-        """Whether it has one entry for each example of the batch."""
+        """Return whether the tensor has one entry for each example of the batch."""
         return x.ndim > 0 and x.shape[0] == self.batch
 
 
@@ -114,17 +114,18 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any] | Inputs
 
 
 def as_inputs(example: Example) -> Inputs:
-    """The arguments that an example stands for: a tensor, a tuple or list of positional, a dict of keyword arguments.
+    """Convert an example to `Inputs`.
 
-    Tensors may stand inside of lists and dicts, beside numbers, texts and None.
+    It is a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. Lists and dicts may contain
+    tensors, numbers, strings and None.
 
     Raises:
-        MorphError: anything else is among them, or no tensor, or one without elements.
+        MorphError: the example contains another type, no tensor, or a tensor without elements.
     """
     found = _inputs_of(example)
     for x in found.tensors:
         if x.numel() == 0:
-            raise MorphError(f"the example has a tensor of {tuple(x.shape)}, without elements; give at least one image")
+            raise MorphError(f"the example has an empty tensor of shape {tuple(x.shape)}; give at least one image")
     return found
 
 
@@ -148,12 +149,12 @@ def _inputs_of(example: Example) -> Inputs:
         "kwargs": {k: _encoded(x, tensors) for k, x in kwargs.items()},
     }
     if not tensors:
-        raise MorphError("there is no tensor in the example; give the network's inputs")
+        raise MorphError("the example contains no tensor; give the network's inputs")
     return Inputs(tuple(tensors), None if len(tensors) == len(args) and _all_tensors(args) else form)
 
 
 def stand_ins(shapes: Sequence[Sequence[int]], kinds: Sequence[str], form: Any) -> Inputs:
-    """Inputs of these shapes, `kinds` and form: random numbers on the CPU, zeros where they are no floating ones."""
+    """Create inputs of these shapes, `kinds` and form on the CPU: random numbers, or zeros for other than floats."""
     generator = torch.Generator().manual_seed(0)
     dtypes = [getattr(torch, kind) for kind in kinds] or [torch.float32] * len(shapes)
     tensors = tuple(
@@ -168,7 +169,7 @@ def _all_tensors(args: list[Any]) -> bool:
 
 
 def _encoded(value: Any, tensors: list[Tensor]) -> Any:
-    """As plain data; a tensor goes to `tensors`."""
+    """Encode a value as plain data; its tensors are appended to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
@@ -178,8 +179,8 @@ def _encoded(value: Any, tensors: list[Tensor]) -> Any:
         return {"dict": {str(k): _encoded(v, tensors) for k, v in value.items()}}
     if not isinstance(value, PLAIN) or (isinstance(value, float) and not math.isfinite(value)):
         raise MorphError(
-            f"there is a {type(value).__name__} in the example; tensors, numbers, texts, None, and lists and dicts of "
-            "these can be"
+            f"the example contains a {type(value).__name__}; use tensors, numbers, strings, None, and lists and dicts "
+            "of these"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""What the morph engine knows of each op, by name; an op in none of these families is a barrier.
+"""Families of ops by name; an op in none of them is a barrier.
 
 Names are the last part of the public name without underscores, so `add`, `add_` and `__iadd__` are `add` and `iadd`.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.overrides import resolve_name
 
-# Data movement: run on the labels themselves.
+# Data movement: these ops run on the labels.
 MOVE = frozenset(
     """
     view reshape view_as reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose t T mT H swapaxes
@@ -20,7 +20,7 @@ MOVE = frozenset(
     diagonal adjoint split_with_sizes unsafe_chunk unsafe_split
     """.split()
 )
-# Of these, the ones that pick by fixed indices: along a channel axis they fix its size.
+# Ops of MOVE that pick by fixed indices: they fix the size of a channel axis.
 PICKS = frozenset(
     """
     split tensor_split unbind narrow select getitem roll index_select repeat tile repeat_interleave unfold rot90
@@ -43,18 +43,18 @@ ELEMENTWISE = frozenset(
     bitwise_or bitwise_not xlogy logaddexp heaviside ldexp
     """.split()
 )
-# Of these, the ones whose tensors all move.
+# Ops of MOVE that move all of their tensors.
 JOINS = frozenset("cat concat concatenate stack hstack vstack view_as reshape_as expand_as".split())
 FACTORIES = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
 DROPOUT = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout".split())
-# Each output row along the image axes is a function of the same channel's input: op -> number of image axes.
+# Each output channel is a function of the same input channel along the image axes: op -> number of image axes.
 SPATIAL = {
     **{f"{kind}_pool{n}d": n for kind in ("avg", "max", "lp", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)},
     **{f"{kind}_pool{n}d_with_indices": n for kind in ("max", "adaptive_max", "fractional_max") for n in (1, 2, 3)},
 }
 RESIZE = frozenset("interpolate upsample upsample_nearest upsample_bilinear".split())
-# Reductions and scans along given axes. Over channels, a mean keeps its value if all channels are copied equally
-# often, a maximum always; the others need the very same channels.
+# Reductions and scans along given axes. Over channels, a mean is preserved if all channels are copied equally often,
+# and a maximum always; the others need unchanged channels.
 MEANS = frozenset(["mean"])
 EXTREMES = frozenset("amax amin".split())
 ROWS = frozenset(
@@ -67,16 +67,16 @@ CONVOLUTIONS = {
     **{f"conv{n}d": (n, False) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": (n, True) for n in (1, 2, 3)},
 }
-# Products of which one operand may be a stored matrix: then they are linear ops on channels.
+# Products; with a stored matrix as one operand they are linear ops on channels.
 PRODUCTS = frozenset("matmul mm rmatmul addmm einsum".split())
-# Of a stored matrix, these give its transpose.
+# Ops that return the transpose of a stored matrix.
 TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute".split())
-# Variances: over channels a mean of squares, if they are divided by the number itself.
+# Variances; over channels they are a mean of squares if they divide by the count without a correction.
 VARIANCES = frozenset("var std var_mean std_mean".split())
 DECLARED: dict[str, str] = {}  # custom Functions by name -> "elementwise" or "channelwise", see `custom.declare`
 NORMS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm".split())
 
-# Read no values.
+# Ops that read no values.
 METADATA = frozenset(
     """
     size shape dim ndim ndimension numel nelement stride dtype device layout requires_grad len element_size itemsize
@@ -87,14 +87,14 @@ METADATA = frozenset(
 
 
 def op_name(func: Callable[..., Any]) -> tuple[str, str]:
-    """The name as above, and the name as written."""
+    """Return the name as in these families, and the name as written."""
     full = resolve_name(func) or getattr(func, "__name__", repr(func))
     written = full.removesuffix(".__get__").removesuffix(".__set__").rsplit(".", 1)[-1]
     return written.strip("_") or written, written
 
 
 def writes(written: str) -> bool:
-    """Whether an op, by its name as written, changes its first tensor in place."""
+    """Return whether an op, by its name as written, changes its first tensor in place."""
     if not written.startswith("__"):
         return written.endswith("_")
     return written == "__setitem__" or written in _IN_PLACE
@@ -106,5 +106,5 @@ _IN_PLACE = frozenset(
 
 
 def reads_no_values(name: str) -> bool:
-    """Whether the op asks for the shape, type or state of a tensor only."""
+    """Return whether the op reads only the shape, type or state of a tensor."""
     return name in METADATA or (name.startswith("is_") and name not in ("is_nonzero", "is_same_size"))

@@ -1,7 +1,7 @@
-"""Grown networks in files: weights with their recipe, opened by the name of the network they began as, and compared.
+"""Files of grown networks: save and open weights with their recipe, and compare two networks.
 
-A safetensors file carries the recipe in its header, so that one file is whole; `b.recipe.json` beside it is the same
-text for people. A torch file has its own beside it, `b.pt.recipe.json`, the only copy.
+A safetensors file stores the recipe in its header, so it is complete; `b.recipe.json` in the same folder repeats the
+text for people. The recipe of a torch file is only in `b.pt.recipe.json`.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from .verify import FLOAT64_LIMIT, NOISE_RATIO, compare
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ENDING = ".recipe.json"
-SIDE = 64  # of the images that checks take, before any front
-PREFIXES = ("net.", "module.")  # of a checkpoint of gigamorph train, of DistributedDataParallel
+SIDE = 64  # side of the images for checks, before any front
+PREFIXES = ("net.", "module.")  # of names in a checkpoint of gigamorph train, and of DistributedDataParallel
 
 
 @dataclass
 class Grown:
-    """A network with its weights, and the morphs that made it."""
+    """A network with its weights, and the recipe of the morphs that built it."""
 
     network: nn.Module
     recipe: Recipe = field(default_factory=Recipe)
-    channels: int = 1  # of the images that it takes
+    channels: int = 1  # channels of its input images
 
     @property
     def shrink(self) -> int:
-        """How much larger its images are than those of the network that it began as, by its fronts."""
+        """Factor by which its fronts enlarged the images, relative to the original network."""
         product = 1
         for morph in self.recipe.morphs:
             product *= morph.step.r if isinstance(morph.step, FrontStep) else 1
         return product
 
     def example(self, size: tuple[int, int] | None = None) -> Tensor:
-        """A blank image for checks, (1, C, H, W), in the dtype of the weights."""
+        """Create a blank image for checks, (1, C, H, W), in the dtype of the weights."""
         side = SIDE * self.shrink
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(1, self.channels, *(size or (side, side)), dtype=dtype)
 
 
 def recipe_path(weights: str | Path) -> Path:
-    """`b.recipe.json` for `b.safetensors`, `b.pt.recipe.json` for `b.pt`: no two files share one."""
+    """Return `b.recipe.json` for `b.safetensors` and `b.pt.recipe.json` for `b.pt`, so that no two files share one."""
     path = Path(weights)
     return path.with_suffix(ENDING) if path.suffix == ".safetensors" else path.with_name(path.name + ENDING)
 
@@ -69,19 +69,19 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
     """Build a network, repeat the morphs of its recipe if it has one, and load its weights.
 
     Args:
-        spec: the network that it began as, see `create_model`.
-        weights: its file, or the recipe beside it; None leaves the weights random, or those of the folder that `spec`
-            names.
-        classes: outputs that it began with.
-        channels: image channels that it began with.
+        spec: the original network before any morph, see `create_model`.
+        weights: the weights file, or the recipe file next to it. With None the weights are random, or those of the
+            folder `spec`.
+        classes: number of outputs of the original network.
+        channels: image channels of the original network.
 
     Raises:
-        GigamorphError: no such network, or a folder's whose code has changed since its import; or the file is missing,
-            damaged or another network's; the message names it.
+        GigamorphError: the network is unknown, the code of a folder changed since its import, or the file is missing,
+            damaged or belongs to another network; the message names it.
     """
     if is_folder(spec):
         channels = read_description(spec).preprocessing.channels
-        open_checked(spec)  # what grows from it keeps a function that was proved
+        open_checked(spec)  # growth must start from the function that the import checked
     if weights is None:
         return Grown(build_model(spec, classes, channels), channels=channels)
     path = _weights_path(Path(weights))
@@ -98,7 +98,7 @@ def open_network(spec: str, weights: str | Path | None, classes: int = 2, channe
 
 
 def add_morph(parent: Grown, child: nn.Module, report: Report) -> Grown:
-    """The child with the parent's recipe and one morph more."""
+    """Return the child with the parent's recipe plus one morph."""
     recipe = Recipe(list(parent.recipe.morphs))
     recipe.add(report, parent.network, child)
     step = report.step
@@ -106,52 +106,52 @@ def add_morph(parent: Grown, child: nn.Module, report: Report) -> Grown:
 
 
 def save_network(path: str | Path, grown: Grown) -> Path:
-    """Write weights and recipe; either both files are new or both are what they were.
+    """Write weights and recipe; either both files are replaced or neither.
 
     Returns:
-        The recipe's path.
+        The path of the recipe.
 
     Raises:
         MorphError: a file cannot be written.
     """
     check_target(path)
     text = grown.recipe.to_json()
-    beside = recipe_path(path)
-    with atomic(beside) as file:  # it takes its place after the weights have taken theirs
+    target = recipe_path(path)
+    with atomic(target) as file:  # replaces its target after the weights have replaced theirs
         file.write(text.encode())
         write_state(path, grown.network.state_dict(), {"recipe": text})
-    return beside
+    return target
 
 
 def check_target(path: str | Path) -> None:
-    """Refuse early what cannot be written."""
+    """Raise early if `path` cannot be written."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise MorphError(f"{path}: end the name in {', '.join(SUFFIXES)}")
+        raise MorphError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise MorphError(f"{path}: there is no folder {path.parent}")
+        raise MorphError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def compare_networks(parent: Grown, child: Grown, size: tuple[int, int] | None = None) -> Difference:
-    """Compare two networks by the relation that their recipes give: child(x) against parent(what it would have seen).
+    """Compare two networks by the relation that their recipes define, child(x) against parent(transformed x).
 
-    A front shrinks the parent's images, changed inputs mix its channels, a grown head is compared in its old outputs
-    (in their probabilities if a class was split).
+    A front shrinks the images for the parent, and changed inputs mix its channels. A grown head is compared in its old
+    outputs (in their probabilities if a class was split).
 
     Args:
-        parent: one network.
-        child: another, whose recipe goes on from the parent's, or which takes and gives the same.
+        parent: the first network.
+        child: the second network. Its recipe continues the parent's, or both networks have the same inputs and outputs.
         size: (height, width) of the child's images.
 
     Raises:
-        MorphError: their recipes relate them in no way, or a network cannot be run.
+        MorphError: the recipes do not relate the networks, or a network cannot be run.
     """
     ours, theirs = ([m.step for m in g.recipe.morphs] for g in (parent, child))
     common = 0
     while common < min(len(ours), len(theirs)) and ours[common] == theirs[common]:
         common += 1
     if any(isinstance(step, _RELATED) for step in ours[common:]):
-        raise MorphError("the second network's recipe does not go on from the first's; give them in that order")
+        raise MorphError("the second network's recipe does not continue the first's; give the networks in that order")
     steps = theirs[common:]
     example = child.example(size)
     one, other = _heads(_shrunk(parent.network, steps), child.network, steps, example)
@@ -159,10 +159,10 @@ def compare_networks(parent: Grown, child: Grown, size: tuple[int, int] | None =
 
 
 def verdict(difference: Difference) -> tuple[bool, str]:
-    """Whether two networks are equal in eval mode, and a line that says how far.
+    """Return whether two networks are equal in eval mode, and a line that describes how equal they are.
 
-    New weights that had to be computed (folded normalisation, factors of a kernel) are rounded once when stored; that
-    moves the function by about the rounding of a float32 forward, also if it is run in float64.
+    Computed weights (folded normalisation, factors of a kernel) are rounded once when they are stored. This changes the
+    function by about the rounding of a float32 forward, also if it runs in float64.
     """
     d = difference
     evaluated = _level(d.float64_eval, d.float32_eval, d.noise_eval)
@@ -183,7 +183,7 @@ def _level(float64: float, float32: float, noise: float) -> int:
     limit = NOISE_RATIO * noise
     if float64 <= FLOAT64_LIMIT and float32 <= limit:
         return _EQUAL
-    # In float32 the rounding of the weights and that of the forward come together.
+    # In float32 the rounding of the weights and the rounding of the forward add up.
     return _ROUNDED if float64 <= limit and float32 <= 2 * limit else _DIFFERENT
 
 
@@ -191,7 +191,7 @@ _RELATED = (FrontStep, InputsStep, HeadStep, SplitClassStep)
 
 
 def _shrunk(network: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    """The parent after what its images became."""
+    """Return the parent behind the transforms of its images."""
     for step in steps:
         if isinstance(step, FrontStep):
             network = nn.Sequential(downsampler(step.downsample, step.r), network)
@@ -201,7 +201,7 @@ def _shrunk(network: nn.Module, steps: Sequence[Step]) -> nn.Module:
 
 
 def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Both in what the growth of heads keeps."""
+    """Wrap both networks so that they return the outputs that the growth of heads preserves."""
     heads = [step for step in steps if isinstance(step, HeadStep | SplitClassStep)]
     if not heads:
         return parent, child
@@ -220,7 +220,7 @@ def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: 
 
 
 class _First(nn.Module):
-    """The first tensor (N, classes, ...) of what a network returns."""
+    """Network that returns only its first tensor (N, classes, ...)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -231,18 +231,18 @@ class _First(nn.Module):
 
 
 def _weights_path(path: Path) -> Path:
-    """The weights that a recipe stands beside."""
+    """Return the weights file that belongs to a recipe file; any other path is returned unchanged."""
     if not path.name.endswith(ENDING):
         return path
     name = path.name.removesuffix(ENDING)
     weights = path.with_name(name if Path(name).suffix in SUFFIXES else f"{name}.safetensors")
     if not weights.is_file():
-        raise MorphError(f"{path}: there are no weights {weights.name} beside it")
+        raise MorphError(f"{path}: its weights {weights.name} are missing; put them in the same folder")
     return weights
 
 
 def recipe_of(weights: str | Path) -> Recipe:
-    """The recipe in a weights file or checkpoint, or beside it; an empty one if the network never grew."""
+    """Read the recipe in a weights file or checkpoint, or next to it; it is empty if the network never grew."""
     weights = Path(weights)
     if weights.suffix == ".safetensors":
         text = SafetensorsFile(weights).metadata.get("recipe")
@@ -255,13 +255,13 @@ def recipe_of(weights: str | Path) -> Recipe:
         if grown is None:
             return Recipe()
         return _recipe_in(grown.get("recipe") if isinstance(grown, dict) else None, weights)
-    beside = recipe_path(weights)
-    return Recipe.load(beside) if beside.exists() else Recipe()
+    target = recipe_path(weights)
+    return Recipe.load(target) if target.exists() else Recipe()
 
 
 def _recipe_in(text: Any, weights: Path) -> Recipe:
     if not isinstance(text, str):
-        raise MorphError(f"{weights}: key 'grown.recipe' is missing or no text; take another copy of the file")
+        raise MorphError(f"{weights}: key 'grown.recipe' is missing or not a string; use another copy of the file")
     try:
         return Recipe.from_json(text)
     except MorphError as error:
@@ -269,7 +269,7 @@ def _recipe_in(text: Any, weights: Path) -> Recipe:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All weights of a file, by the names that they have in the network itself."""
+    """Read all weights of a file, under the names that they have in the network."""
     state = dict(read_state(path))
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
@@ -278,7 +278,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """All weights, in the dtype of the file; older files lack BatchNorm's counter, which no result depends on."""
+    """Load all weights in the dtype of the file; BatchNorm's counter may be missing, as in older files."""
     own = network.state_dict()
     state |= {n: t for n, t in own.items() if n not in state and n.endswith("num_batches_tracked")}
     problems = [f"'{name}' is missing" for name in own if name not in state]
@@ -291,8 +291,8 @@ def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise MorphError(
-            f"the weights do not fit the network: {problems[0]}{more}; give the model, classes and channels that it "
-            "began with, and keep its recipe beside it"
+            f"the weights do not fit the network: {problems[0]}{more}; give the model, classes and channels of the "
+            "original network, and put its recipe in the same folder"
         )
     try:
         network.load_state_dict(state, strict=True, assign=True)

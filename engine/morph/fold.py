@@ -1,4 +1,4 @@
-"""Folding tied channels into one, with its proof: the given network must pass, op by op, as the result widened."""
+"""Folding of tied channels into one; an op-by-op check proves that the given network is a widening of the result."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .tracer import Fault, Mismatch
 
 
 def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
-    """The narrower network, and how its sums of outgoing weights are rounded.
+    """Fold channels; return the narrower network, and a certificate of the sums of outgoing weights.
 
     Args:
-        spaces: of the network.
-        folds: what becomes one.
-        tied: whether rows have to be equal; if not, the first one is kept.
+        spaces: the channel spaces of the network.
+        folds: the units that are folded into one.
+        tied: whether rows must be equal; otherwise the first row of each set is used.
 
     Raises:
-        Mismatch: the parent is no widening of it.
+        Mismatch: the given network is not a widening of the narrower one.
     """
     index = _Indices.of(spaces, folds)
     parents = named_tensors(spaces.model)
     small: dict[str, Tensor] = {name: tensor.detach() for name, tensor in parents.items()}
-    for (name, axis), kept in [*index.kept_rows.items(), *index.kept_columns.items()]:
-        small[name] = small[name].index_select(axis, kept.to(small[name].device))
+    for (name, axis), remaining in [*index.remaining_rows.items(), *index.remaining_columns.items()]:
+        small[name] = small[name].index_select(axis, remaining.to(small[name].device))
     wider = spaces.found.groups == "wider"
     child = _with_tensors(spaces.model, small, index.sizes, wider)
     try:
@@ -51,69 +51,69 @@ def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Ce
     for name, made in maps.items():
         value, part = _folded(name, parents[name].detach(), made, index, tied)
         if value.shape != small[name].shape:
-            raise Mismatch(f"'{name}' would be folded otherwise")
+            raise Mismatch(f"'{name}' would be folded differently")
         small[name] = value
         certificate += part
-    left = [name for name, _ in (*index.kept_rows, *index.kept_columns) if name not in maps]
+    left = [name for name, _ in (*index.remaining_rows, *index.remaining_columns) if name not in maps]
     if left:
         raise Mismatch(f"'{left[0]}' would not be folded back")
     return _with_tensors(spaces.model, small, index.sizes, wider), certificate
 
 
 def _folded(name: str, value: Tensor, made: ParameterMap, index: _Indices, tied: bool) -> tuple[Tensor, Certificate]:
-    """One tensor of the narrower network, from the map by which the given one would be its widening."""
+    """Fold one tensor, given the map of the widening from the narrower network to the given one."""
     axis = made.axis
     if axis is not None and made.parents is not None:
         rows = index.rows.get((name, axis))
         if rows is None or not torch.equal(made.parents, rows):
-            raise Mismatch(f"'{name}' would be folded otherwise")
-        narrow = value.index_select(axis, index.kept_rows[name, axis].to(value.device))
+            raise Mismatch(f"'{name}' would be folded differently")
+        narrow = value.index_select(axis, index.remaining_rows[name, axis].to(value.device))
         if tied and not torch.equal(narrow.index_select(axis, made.parents.to(value.device)), value):
             raise Mismatch(f"the rows of '{name}' are not equal")
         value = narrow
     if made.columns is None or made.columns_axis is None:
         return value, Certificate()
-    if len(made.columns) != value.shape[made.columns_axis]:  # of other groups
-        raise Mismatch(f"'{name}' would be folded otherwise")
+    if len(made.columns) != value.shape[made.columns_axis]:  # the columns are of other groups
+        raise Mismatch(f"'{name}' would be folded differently")
     return add_columns(value, made.columns, made.columns_axis)
 
 
 @dataclass
 class _Indices:
-    """Which slices of each tensor stay.
+    """Slices of each tensor that remain after a fold.
 
     Attributes:
-        kept_rows: rows that are kept.
-        rows: of each old row the kept one, by its new place.
-        kept_columns: columns that are kept.
-        sizes: by module and attribute, sizes that functional calls are given.
+        remaining_rows: rows that remain.
+        rows: for each old row, the new index of the row that replaces it.
+        remaining_columns: columns that remain.
+        sizes: sizes that modules pass to functional calls, by module and attribute.
     """
 
-    kept_rows: dict[Axis, Tensor] = field(default_factory=dict)
+    remaining_rows: dict[Axis, Tensor] = field(default_factory=dict)
     rows: dict[Axis, Tensor] = field(default_factory=dict)
-    kept_columns: dict[Axis, Tensor] = field(default_factory=dict)
+    remaining_columns: dict[Axis, Tensor] = field(default_factory=dict)
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spaces: Spaces, folds: Folds) -> _Indices:
-        """The k-th row or column of a unit is folded into the k-th one of the unit that represents it."""
+        """Build the indices: row or column k of a unit is folded into row or column k of its representative."""
         found, result = spaces.found, cls()
         unit, into = _representatives(spaces, folds)
         for axis, atoms in found.axes.items():
-            if (folded := _fold_places(unit[atoms].tolist(), into)) is not None:
-                result.kept_rows[axis], result.rows[axis] = folded
+            if (folded := _fold_indices(unit[atoms].tolist(), into)) is not None:
+                result.remaining_rows[axis], result.rows[axis] = folded
         for axis, atoms in found.columns.items():
-            if (folded := _fold_places(unit[atoms].tolist(), into)) is not None:
-                result.kept_columns[axis] = folded[0]
+            if (folded := _fold_indices(unit[atoms].tolist(), into)) is not None:
+                result.remaining_columns[axis] = folded[0]
         for where, source in found.sources.items():
-            if (folded := _fold_places(unit[found.sized[where]].tolist(), into)) is not None:
+            if (folded := _fold_indices(unit[found.sized[where]].tolist(), into)) is not None:
                 before = get_int(spaces.model.get_submodule(source[0]), source[1])
                 result.sizes[source] = before * len(folded[0]) // len(found.sized[where])
         return result
 
 
 def _representatives(spaces: Spaces, folds: Folds) -> tuple[np.ndarray, dict[int, int]]:
-    """The unit of each atom, and of each unit that is folded the one that stands for it."""
+    """Return the unit of each atom, and the representative of each unit that is folded."""
     found = spaces.found
     every = np.arange(found.atoms.size)
     unit = roots = found.atoms.roots(every)
@@ -128,44 +128,43 @@ def _representatives(spaces: Spaces, folds: Folds) -> tuple[np.ndarray, dict[int
     return unit, into
 
 
-def _fold_places(names: list[int], into: dict[int, int]) -> tuple[Tensor, Tensor] | None:
-    """Places of an axis that are kept and, of each old place, the new one; None if all stay."""
+def _fold_indices(names: list[int], into: dict[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Return the indices of an axis that remain, and the new index of each old one; None if all remain."""
     if not any(n in into for n in names):
         return None
-    kept = [i for i, n in enumerate(names) if n not in into]
+    remaining = [i for i, n in enumerate(names) if n not in into]
     rank: dict[int, int] = {}
-    place: dict[tuple[int, int], int] = {}
-    for new, i in enumerate(kept):
-        place[names[i], rank.setdefault(names[i], 0)] = new
+    position: dict[tuple[int, int], int] = {}
+    for new, i in enumerate(remaining):
+        position[names[i], rank.setdefault(names[i], 0)] = new
         rank[names[i]] += 1
     seen: dict[int, int] = {}
     back = []
     for n in names:
         k: int = seen.get(n, -1) + 1
         seen[n] = k
-        if (into.get(n, n), k) not in place:
-            raise Mismatch("tied channels are read differently often")
-        back.append(place[into.get(n, n), k])
-    return torch.tensor(kept), torch.tensor(back)
+        if (into.get(n, n), k) not in position:
+            raise Mismatch("tied channels are read different numbers of times")
+        back.append(position[into.get(n, n), k])
+    return torch.tensor(remaining), torch.tensor(back)
 
 
 def _prove(reduced: Spaces, rows: dict[Axis, Tensor]) -> dict[str, ParameterMap]:
-    """Check that copying the reduced network's rows thus is a widening; its maps, with those of the columns."""
+    """Check that copying these rows of the reduced network is a widening; return its maps, including columns."""
     found = reduced.found
     plan = make_plan(found, {})
     for axis, parents in rows.items():
         if axis not in found.axes:
-            raise Mismatch(f"'{axis[0]}' is used otherwise at another width")
+            raise Mismatch(f"'{axis[0]}' is used differently at another width")
         plan.parents[axis], plan.free[axis] = parents, torch.zeros(len(parents), dtype=torch.bool)
     wide = skeleton(reduced.model, plan, found)
     return run_child(wide, found, plan, reduced.inputs, reduced.outputs)
 
 
 def add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Certificate]:
-    """Columns with the same number added; a violation is a sum that the weight's type cannot hold.
+    """Add the columns with the same number; a violation is a sum that the weight's dtype cannot represent.
 
-    Sums are distilled in float64 (error-free two-sums, repeated), so that a sum that is representable comes out
-    as it is, however its parts are ordered.
+    Repeated error-free two-sums in float64 distil the sums, so a representable sum is exact in any order of its parts.
     """
     parts = weight.cpu().double().movedim(axis, 0)
     counts = torch.bincount(columns)
@@ -196,7 +195,7 @@ def add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Cer
 def _with_tensors(
     model: nn.Module, values: dict[str, Tensor], sizes: dict[tuple[str, str], int], wider: bool
 ) -> nn.Module:
-    """A copy of the model with other tensors, some of them smaller, and its modules' sizes set to that."""
+    """Copy the model with other tensors, some of them smaller, and set the sizes of its modules accordingly."""
     old = named_tensors(model)
     changed = {id(old[name]): value for name, value in values.items() if value.shape != old[name].shape}
     child = duplicate(model, {id(t): t for t in old.values()})
@@ -210,10 +209,10 @@ def _with_tensors(
 
 
 def _fit(module: nn.Module, shapes: dict[str, Shapes], wider: bool) -> None:
-    """Set the sizes that a module keeps as attributes."""
+    """Set the sizes that a module stores as attributes."""
     for before, after in shapes.values():
         if isinstance(module, nn.GroupNorm) and module.num_channels == before.numel():
-            module.num_groups = module.num_groups * after.numel() // before.numel()  # groups keep their width
+            module.num_groups = module.num_groups * after.numel() // before.numel()  # the width of a group is constant
         resize_attributes(module, before, after)
     if "weight" not in shapes:
         return

@@ -1,16 +1,16 @@
-"""The front for larger images: child(x) == parent(downsample(x)), borders included (MorphHR, arXiv 2101.07945).
+"""Front for larger images: child(x) == parent(downsample(x)), also at borders (MorphHR, arXiv 2101.07945).
 
-A network that was trained on images shrunk by a factor r gets a front that reads the image at full size and leaves
-everything after it with exactly its old inputs. Where each pixel of the small image comes from its own r x r cell of
-the large one, shrinking and the first convolution K are one convolution: K ⊗ b, with kernel, stride and padding r times
-as large, where b is the cell's weights (1/r² each for the mean). At a border K then reads r times as many zeros, so it
-agrees there too. Weights that overlap their neighbours' cells (antialiasing) do not agree at borders, and mirrored
-padding does not commute with the mean; these are refused, and the downsampler can be kept as a layer.
+A network that was trained on images shrunk by a factor r gets a front. The front reads the image at full size, and all
+later layers get exactly their old inputs. If each pixel of the small image comes from its own r x r cell of the large
+image, shrinking and the first convolution K are one convolution K ⊗ b. Here b holds the weights of a cell (1/r² each
+for the mean), and kernel, stride and padding are r times as large. At a border K ⊗ b reads r times as many zeros, so it
+agrees there too. Weights that overlap neighbouring cells (antialiasing) do not agree at borders, and mirrored padding
+does not commute with the mean. These cases are refused; the downsampler can stay as a layer instead.
 
-In stages the same mean is made by ordinary strided convolutions: for r = 2^j, j times 3x3/2 with the 2x2 mean in the
-taps [1:, 1:], which never read the padding. Each stage has extra random filters; what comes after reads them with
-weight zero, so that they change nothing and learn from the first step on. The residual front keeps the downsampler D
-and learns D(x) + gamma * g(x) from gamma = 0; it is exact in train mode whatever batch statistics g has.
+Stages compute the same mean by ordinary strided convolutions: for r = 2^j, j times 3x3/2 with the 2x2 mean in the taps
+[1:, 1:], which never read the padding. Each stage has extra random filters. The next layer reads them with weight zero,
+so they change nothing and learn from the first step. The residual front uses the downsampler D and learns
+D(x) + gamma * g(x) from gamma = 0; it is exact in train mode for any batch statistics of g.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DOWNSAMPLERS = ("area", "bilinear", "antialias")
 
 @dataclass(frozen=True)
 class FrontReport(Report):
-    """A morph's report with the stem that was found and what parent and child see of their images."""
+    """Report of a front, with the stem of the parent and the views of parent and child."""
 
     step: FrontStep
     stem: Stem = None  # pyright: ignore[reportAssignmentType]
@@ -65,32 +65,32 @@ def front(
     size: tuple[int, int] | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, FrontReport]:
-    """Give a network a front for images r times as large in both directions.
+    """Add a front for images r times as large in both directions.
 
-    The sides of the child's images must be multiples of r (crop or pad them); it then computes what the parent does on
-    the shrunk image.
+    The sides of the child's images must be multiples of r (crop or pad them). The child then computes what the parent
+    computes on the shrunk image.
 
     Args:
-        model: a network that takes one image batch; it stays as it is unless `inplace`.
+        model: a network that takes one image batch; it is not changed unless `inplace`.
         example: an image batch (N, C, H, W) of the parent's size.
-        r: factor, at least 2.
-        mode: ``"fold"`` (one convolution in place of each stem convolution), ``"stages"`` (strided convolutions
-            before the stem, one for each prime factor of r), ``"residual"`` (the downsampler plus a learnt branch) or
+        r: the factor, at least 2.
+        mode: ``"fold"`` (one convolution replaces each stem convolution), ``"stages"`` (strided convolutions before
+            the stem, one for each prime factor of r), ``"residual"`` (the downsampler plus a learnt branch) or
             ``"keep"`` (the downsampler as first layer).
         downsample: how the parent's images were shrunk: ``"area"`` (mean of r x r pixels), ``"bilinear"`` or
             ``"antialias"`` (bilinear with antialiasing: only for "residual" and "keep").
         filters: filters of each stage; those beyond the image's channels are random.
-        act: activation after each stage, as torch.nn prints it, or None. In "stages" it is a P-activation: the
-            identity on the channels that carry the image, until it is learnt.
-        seed: of the random filters.
-        size: (height, width) of the child's images, for the report; r times the example's by default.
-        inplace: also change `model` itself, once all checks have passed.
+        act: activation after each stage, as torch.nn prints it, or None. In "stages" it is a P-activation, which starts
+            as the identity on the channels that carry the image.
+        seed: seed of the random filters.
+        size: (height, width) of the child's images, for the report; by default r times the example's.
+        inplace: also change `model` itself after all checks.
 
     Returns:
-        The child, and a report with the stem that was found, receptive field, stride and activation memory.
+        The child, and a report with the stem, receptive field, stride and activation memory.
 
     Raises:
-        MorphError: what is asked cannot be exact; nothing has changed.
+        MorphError: the front cannot be exact; nothing is changed.
     """
     _check_arguments(example, r, mode, downsample, size)
     given, model = model, stock(model, inplace)
@@ -101,7 +101,7 @@ def front(
     step = _fitting_step(model, stem, large, *asked)
     try:
         step, child, report = _grown(step, model, large, inplace)
-    except OtherFunction:  # it branches by the image's own size
+    except OtherFunction:  # the forward branches by the size of the image
         if step.mode == "fold" or not step.at:
             raise
         step, child, report = _grown(_before_all(model, stem, *asked), model, large, inplace)
@@ -117,22 +117,25 @@ def front(
 
 def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[FrontStep, nn.Module, Report]:
     if inplace and not (step.at and step.at[0]):
-        raise MorphError("this front stands before the whole network, which cannot become it; use inplace=False")
+        raise MorphError("this front wraps the whole network, which cannot be done in place; use inplace=False")
     child = step.repeat(duplicate(model))
     return step, child, _verified(step, model, child, large)
 
 
 def _before_all(model: nn.Module, stem: Stem, *asked: Any) -> FrontStep:
-    """A front before the whole network, which then sees images of the small size only."""
+    """Plan a front before the whole network, which then only gets images of the small size."""
     return plan_front(model, replace(stem, others=("the image's size",)), *asked)
 
 
 def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> FrontStep:
-    """The front before the stem, or before the whole network where that goes by the image's own size.
+    """Plan the front before the stem, or before the whole network if its output shapes depend on the image's size.
 
-    A segmentation network that upsamples its result to the size of the image has to see the shrunk one.
+    For example, a segmentation network that upsamples its result to the image's size must get the shrunk image.
 
     Args:
+        model: the network.
+        stem: its stem.
+        large: an image batch of the child.
         asked: further arguments of `plan_front`.
     """
     step = plan_front(model, stem, *asked)
@@ -140,14 +143,14 @@ def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> F
         return step
     if step.mode == "fold":
         raise MorphError(
-            "front: the network's results have other shapes on the large image, as if it asked for the image's "
-            "size (upsampling to it?); mode='stages', 'residual' or 'keep' puts the front before all of it"
+            "front: the network returns other shapes on the large image, probably because it upsamples to the image's "
+            "size; use mode='stages', 'residual' or 'keep', which put the front before the whole network"
         )
     return _before_all(model, stem, *asked)
 
 
 def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
-    """Whether the child's results on the large image have the shapes of the parent's on the shrunk one."""
+    """Return whether the child on the large image and the parent on the shrunk image return the same shapes."""
     shapes = []
     small = downsampler(step.downsample, step.r)(large.float())
     for network, image in ((model, small), (step.repeat(duplicate(model)), large)):
@@ -158,9 +161,9 @@ def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> 
 
 
 def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor) -> Report:
-    """The report that the child computes on large images what the network does on the shrunk ones."""
+    """Check that the child on large images equals the network on shrunk ones, and return the report."""
     if step.mode in ("fold", "stages") and step.r & (step.r - 1):
-        model = cast(duplicate(model), torch.float64)  # weights over r² are rounded: compare with float64 weights
+        model = cast(duplicate(model), torch.float64)  # weights / r² are rounded, so the comparison uses float64
         child = step.repeat(duplicate(model))
     parent = nn.Sequential(downsampler(step.downsample, step.r), model)
     inputs = as_inputs(large)
@@ -170,10 +173,11 @@ def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor
 
 @dataclass(frozen=True)
 class FrontStep(Step, op="front"):
-    """See `front`; `at` are the convolutions that are replaced, none means before the whole network.
+    """Step of `front`.
 
-    A fold has no more than the first five, a kept downsampler `channels` and `out` too. `channels` of the image go in,
-    `out` channels come out; `norm` says whether the branch of a residual front has BatchNorm.
+    `at` lists the convolutions that it replaces; if it is empty the front is before the whole network. Mode "fold" has
+    only the first five fields, mode "keep" also `channels` and `out`. `channels` of the image go in, `out` channels
+    come out. `norm` is whether the branch of a residual front has BatchNorm.
     """
 
     mode: str
@@ -189,7 +193,7 @@ class FrontStep(Step, op="front"):
 
     @property
     def extra(self) -> int:
-        """Filters beyond the image's channels that reach the stem."""
+        """Number of filters beyond the image's channels that reach the stem."""
         return 0 if self.out is None or self.channels is None else self.out - self.channels
 
     def repeat(self, model: nn.Module) -> nn.Module:
@@ -223,14 +227,14 @@ class FrontStep(Step, op="front"):
         return (stages if self.mode == "stages" else residual)(self.r, self.downsample, of, like)
 
     def describe(self, child: nn.Module) -> list[str]:
-        """What is new, for the report."""
+        """Return report lines on the new layers."""
         if self.mode == "fold":
             return [_folded_line(path, _conv_at(child, path)) for path in self.at]
         where = f"conv '{self.at[0]}'" if self.at else "the network"
         what = {
             "stages": f"{len(prime_factors(self.r))} stages ({self.downsample})",
-            "residual": f"the {self.downsample} downsampler, kept, plus a branch with gamma = 0",
-            "keep": f"the {self.downsample} downsampler, kept as a layer",
+            "residual": f"the {self.downsample} downsampler plus a branch with gamma = 0",
+            "keep": f"the {self.downsample} downsampler as a layer",
         }
         extra = f"; {self.extra} random filters with zero outgoing weight" if self.extra > 0 else ""
         return [f"before {where}: {what[self.mode]}{extra}"]
@@ -243,11 +247,11 @@ def _check_arguments(example: Tensor, r: int, mode: str, downsample: str, size: 
     if not isinstance(example, Tensor) or example.dim() != 4:
         raise MorphError("front: the example must be one image batch (N, C, H, W)")
     if not isinstance(r, int) or r < 2:
-        raise MorphError(f"front: r={r!r} must be an integer of at least 2")
+        raise MorphError(f"front: r must be an integer of at least 2, not {r!r}")
     if mode not in MODES:
-        raise MorphError(f"front: mode={mode!r} is not known; take one of {', '.join(MODES)}")
+        raise MorphError(f"front: unknown mode={mode!r}; choose from {', '.join(MODES)}")
     if downsample not in DOWNSAMPLERS:
-        raise MorphError(f"front: downsample={downsample!r} is not known; take one of {', '.join(DOWNSAMPLERS)}")
+        raise MorphError(f"front: unknown downsample={downsample!r}; choose from {', '.join(DOWNSAMPLERS)}")
     for side, name in zip(size or (), ("height", "width"), strict=False):
         if side % r or side < r:
             raise MorphError(
@@ -256,13 +260,13 @@ def _check_arguments(example: Tensor, r: int, mode: str, downsample: str, size: 
             )
     if mode in ("fold", "stages") and downsample == "antialias":
         raise MorphError(
-            f"front: mode='{mode}' cannot be exact for an antialiased downsampler, whose filters overlap and are cut "
-            "off at the borders; mode='residual' or 'keep' keeps it as a layer"
+            f"front: mode='{mode}' cannot be exact with antialiasing, because its filters overlap and are cut off at "
+            "the borders; use mode='residual' or 'keep'"
         )
     if mode == "stages" and downsample == "bilinear" and r % 4 == 0:
         raise MorphError(
-            f"front: bilinear shrinking by {r} takes the middle 2 x 2 of each cell, which no chain of stages computes; "
-            "mode='fold' does"
+            f"front: mode='stages' cannot compute bilinear shrinking by {r}, which reads the middle 2 x 2 pixels of "
+            "each cell; use mode='fold'"
         )
 
 
@@ -277,19 +281,19 @@ def plan_front(
     act: str | None,
     seed: int,
 ) -> FrontStep:
-    """What a front of that kind is on this stem; arguments as of `front`, `channels` are the image's."""
+    """Plan the step of a front on this stem; `channels` is the number of image channels, the rest is as in `front`."""
     if mode == "fold":
         _require_foldable(model, stem)
         return FrontStep(mode, r, downsample, seed, stem.convs)
-    alone = len(stem.convs) == 1 and not stem.others
-    if alone:
+    single_conv = len(stem.convs) == 1 and not stem.others
+    if single_conv:
         channels = _conv_at(model, stem.convs[0]).in_channels
     if mode == "stages" and filters < channels:
-        raise MorphError(f"front: filters={filters} are fewer than the {channels} channels that they must carry")
-    step = FrontStep(mode, r, downsample, seed, stem.convs if alone else (), channels, channels)
+        raise MorphError(f"front: filters={filters} must be at least {channels}, the number of image channels")
+    step = FrontStep(mode, r, downsample, seed, stem.convs if single_conv else (), channels, channels)
     if mode == "stages":
-        # Extra filters of the last stage end in zero columns of the stem; without such a stem it has none.
-        widen = alone and stem.plain[0] and _conv_at(model, stem.convs[0]).groups == 1
+        # Zero columns of the stem read the extra filters of the last stage; without a plain stem there are no extras.
+        widen = single_conv and stem.plain[0] and _conv_at(model, stem.convs[0]).groups == 1
         return replace(step, filters=filters, act=act, out=filters if widen else channels)
     if mode == "residual":
         norm = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
@@ -298,40 +302,40 @@ def plan_front(
 
 
 def _require_foldable(model: nn.Module, stem: Stem) -> None:
-    remedy = "mode='residual' or 'keep' keeps the downsampler, mode='stages' puts convolutions before it"
+    remedy = "use mode='residual' or 'keep' to keep the downsampler, or mode='stages' to put convolutions before it"
     if stem.others:
-        raise MorphError(f"front: the image is also read by {stem.others[0]}, which cannot be folded; {remedy}")
+        raise MorphError(f"front: {stem.others[0]} also reads the image and cannot be folded; {remedy}")
     for path, plain in zip(stem.convs, stem.plain, strict=True):
         conv = _conv_at(model, path)
         if not plain:
             raise MorphError(
-                f"module '{path}' ({type(conv).__name__}) is no plain convolution with a stored weight of its own, so "
-                f"it cannot be folded; {remedy}"
+                f"module '{path}' ({type(conv).__name__}) is not a plain convolution with its own stored weight, so it "
+                f"cannot be folded; {remedy}"
             )
         if conv.padding_mode not in ("zeros", "circular"):
             raise MorphError(
-                f"module '{path}' pads by padding_mode='{conv.padding_mode}', which does not commute with shrinking at "
-                f"the borders; {remedy}"
+                f"module '{path}' has padding_mode='{conv.padding_mode}', which does not commute with shrinking at the "
+                f"borders; {remedy}"
             )
 
 
 def _folded_line(path: str, conv: nn.Conv2d) -> str:
     kernel, stride, padding = ("{}x{}".format(*v) for v in (conv.kernel_size, conv.stride, conv.padding))
-    return f"conv '{path}' with the downsampler in it: kernel {kernel}, stride {stride}, padding {padding}"
+    return f"conv '{path}' now includes the downsampler: kernel {kernel}, stride {stride}, padding {padding}"
 
 
 def _conv_at(model: nn.Module, path: str) -> nn.Conv2d:
     try:
         conv = model.get_submodule(path)
     except AttributeError as error:
-        raise MorphError(f"front: the network has no module '{path}'; is it the architecture of the recipe?") from error
+        raise MorphError(f"front: the network has no module '{path}'; use the architecture of the recipe") from error
     if not isinstance(conv, nn.Conv2d):
         raise MorphError(f"front: module '{path}' is a {type(conv).__name__}, not a convolution")
     return conv
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put `new` wherever `old` stands (a shared module stands at several places)."""
+    """Replace `old` by `new` under all names that it has."""
     if model is old:
         return new
     for module in [m for m in model.modules() if m is not new]:

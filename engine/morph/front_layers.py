@@ -1,6 +1,7 @@
-"""The layers of a front: downsamplers, a convolution with one folded into it, stages, and a branch that starts at zero.
+"""Layers of a front: downsamplers, folded convolutions, stages, and a residual branch that starts at zero.
 
-All are exact at the borders too: a stage's mean never reads the padding, and a folded convolution pads r times as much.
+All are exact at the borders too: the mean of a stage never reads the padding, and a folded convolution pads r times as
+much.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .tensors import channels_last
 
 
 class Resize(nn.Module):
-    """(N, C, rH, rW) -> (N, C, H, W), bilinear; antialiased on request."""
+    """Bilinear resize (N, C, rH, rW) -> (N, C, H, W), optionally antialiased."""
 
     def __init__(self, r: int, antialias: bool) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Resize(nn.Module):
 
 
 class ResidualFront(nn.Module):
-    """down(x) + gamma * branch(x), with one gamma for each channel, zero at the start."""
+    """down(x) + gamma * branch(x), with one gamma per channel that starts at zero."""
 
     def __init__(self, down: nn.Module, branch: nn.Module, channels: int, like: Tensor) -> None:
         super().__init__()
@@ -44,16 +45,16 @@ class ResidualFront(nn.Module):
 
 
 def downsampler(name: str, r: int) -> nn.Module:
-    """The layer that shrinks by r: the mean of each r x r cell ("area"), or bilinear without or with antialiasing."""
+    """Build the layer that shrinks by r: the mean of each r x r cell ("area"), "bilinear" or "antialias"."""
     if name == "area" or (name == "bilinear" and r == 2):  # the same function
         return nn.AvgPool2d(r)
     return Resize(r, antialias=name == "antialias")
 
 
 def cell_weights(downsample: str, r: int) -> Tensor:
-    """Weights of a cell's r pixels along one axis, float64."""
+    """Return the weights of a cell's r pixels along one axis, in float64."""
     cell = torch.full((r,), 1 / r, dtype=torch.float64)
-    if downsample == "bilinear":  # without antialiasing: the one or two pixels in the middle
+    if downsample == "bilinear":  # without antialiasing it reads the one or two middle pixels
         cell.zero_()
         cell[(r - 1) // 2] += 0.5
         cell[r // 2] += 0.5
@@ -61,18 +62,18 @@ def cell_weights(downsample: str, r: int) -> Tensor:
 
 
 def folded(conv: nn.Conv2d, r: int, downsample: str) -> nn.Conv2d:
-    """One convolution for `conv` after the downsampler; a dilated kernel becomes a dense one with zeros."""
+    """Build one convolution that equals `conv` after the downsampler; a dilated kernel becomes dense, with zeros."""
     weight = conv.weight.detach()
     kernel = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     dense = weight.new_zeros(*weight.shape[:2], *kernel, dtype=torch.float64)
     dense[:, :, :: conv.dilation[0], :: conv.dilation[1]] = weight.double()
-    # float64 until the end: each weight is rounded once, and not at all for r = 2^j.
+    # In float64 until the end, so that each weight is rounded only once, and not at all for r = 2^j.
     cell = cell_weights(downsample, r)
     cells = torch.outer(cell, cell).reshape(1, 1, r, r).to(dense.device)
     large = torch.kron(dense, cells)
     padding, ahead = [0, 0], [0, 0]
     for axis in (0, 1):
-        if conv.padding == "same":  # of an even kernel, one more at the end: taps of zero at the front make it even
+        if conv.padding == "same":  # an even kernel pads one more at the end; zero taps at the front make it symmetric
             total = kernel[axis] - 1
             padding[axis] = (total - total // 2) * r
             ahead[axis] = (total % 2) * r
@@ -97,7 +98,7 @@ def folded(conv: nn.Conv2d, r: int, downsample: str) -> nn.Conv2d:
 
 
 def prime_factors(r: int) -> list[int]:
-    """Prime factors, ascending."""
+    """Return the prime factors of r in ascending order."""
     factors, p = [], 2
     while r > 1:
         while r % p == 0:
@@ -109,50 +110,50 @@ def prime_factors(r: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Filters:
-    """What the convolutions of a front are: `filters` in each but the last of the stages, which has `out`."""
+    """Configuration of a front's convolutions: each has `filters`, but the last stage has `out`."""
 
-    channels: int  # of the image
+    channels: int  # image channels
     filters: int
     out: int
     act: str | None
     norm: bool
-    generator: torch.Generator  # of the random ones
+    generator: torch.Generator  # for the random filters
 
 
-def stages(r: int, downsample: str, of: Filters, like: Tensor) -> nn.Sequential:
-    """A strided convolution for each prime factor of r; the first channels carry the shrunk image through all."""
-    layers, width, factors = nn.Sequential(), of.channels, prime_factors(r)
+def stages(r: int, downsample: str, spec: Filters, like: Tensor) -> nn.Sequential:
+    """Build a strided convolution for each prime factor of r; the first channels carry the shrunk image."""
+    layers, width, factors = nn.Sequential(), spec.channels, prime_factors(r)
     for number, factor in enumerate(factors):
-        out = of.out if number == len(factors) - 1 else of.filters
-        conv = _stage(width, out, factor, like, of.generator)
-        _set_cell(conv, of.channels, cell_weights(downsample, factor))
+        out = spec.out if number == len(factors) - 1 else spec.filters
+        conv = _stage(width, out, factor, like, spec.generator)
+        _set_cell(conv, spec.channels, cell_weights(downsample, factor))
         layers.append(conv)
-        if of.act is not None:
-            pact = PAct(activation(of.act), out)
+        if spec.act is not None:
+            pact = PAct(activation(spec.act), out)
             with torch.no_grad():
-                pact.a[of.channels :] = 1  # the new filters change nothing yet: they may be non-linear from the start
+                pact.a[spec.channels :] = 1  # the extra filters change nothing yet, so they can be non-linear at once
             layers.append(pact.to(like.device, like.dtype))
         width = out
     return layers
 
 
-def residual(r: int, downsample: str, of: Filters, like: Tensor) -> ResidualFront:
-    """The downsampler plus gamma times a branch of random strided convolutions, gamma zero."""
-    layers, width = nn.Sequential(), of.channels
+def residual(r: int, downsample: str, spec: Filters, like: Tensor) -> ResidualFront:
+    """Build the downsampler plus gamma = 0 times a branch of random strided convolutions."""
+    layers, width = nn.Sequential(), spec.channels
     for factor in prime_factors(r):
-        layers.append(_stage(width, of.filters, factor, like, of.generator))
-        if of.norm:
-            layers.append(nn.BatchNorm2d(of.filters, dtype=like.dtype, device=like.device))
-        if of.act is not None:
-            layers.append(activation(of.act).to(like.device, like.dtype))
-        width = of.filters
-    end = _new_conv(like, width, of.channels, 1)
-    _randomize(end, of.generator)
-    return ResidualFront(downsampler(downsample, r), layers.append(end), of.channels, like)
+        layers.append(_stage(width, spec.filters, factor, like, spec.generator))
+        if spec.norm:
+            layers.append(nn.BatchNorm2d(spec.filters, dtype=like.dtype, device=like.device))
+        if spec.act is not None:
+            layers.append(activation(spec.act).to(like.device, like.dtype))
+        width = spec.filters
+    end = _new_conv(like, width, spec.channels, 1)
+    _randomize(end, spec.generator)
+    return ResidualFront(downsampler(downsample, r), layers.append(end), spec.channels, like)
 
 
 def add_zero_columns(conv: nn.Conv2d, count: int) -> None:
-    """Let a convolution read `count` more channels, with weight zero."""
+    """Extend a convolution by `count` input channels with weight zero."""
     weight = conv.weight.detach()
     zeros = weight.new_zeros(weight.shape[0], count, *weight.shape[2:])
     wider = torch.cat([weight, zeros], 1).contiguous(memory_format=channels_last(weight) or torch.contiguous_format)
@@ -161,19 +162,19 @@ def add_zero_columns(conv: nn.Conv2d, count: int) -> None:
 
 
 def _new_conv(like: Tensor, *args: Any, **kwargs: Any) -> nn.Conv2d:
-    """A Conv2d with memory but without values, so that no global random number is drawn."""
+    """Allocate a Conv2d without initial values, so that the global random generator does not advance."""
     return nn.utils.skip_init(nn.Conv2d, *args, dtype=like.dtype, device=like.device, **kwargs)  # pyright: ignore
 
 
 def _stage(inputs: int, out: int, factor: int, like: Tensor, generator: torch.Generator) -> nn.Conv2d:
-    """A convolution that shrinks by a prime: 3x3/2 for two, otherwise a kernel as large as the stride."""
+    """Build a convolution that shrinks by a prime: 3x3/2 for two, otherwise kernel size equals stride."""
     conv = _new_conv(like, inputs, out, 3, 2, 1) if factor == 2 else _new_conv(like, inputs, out, factor, factor)
     _randomize(conv, generator)
     return conv
 
 
 def _randomize(conv: nn.Conv2d, generator: torch.Generator) -> None:
-    """He initialisation from a generator of its own."""
+    """Apply He initialisation with the given generator."""
     weight = conv.weight
     std = (2 / weight[0].numel()) ** 0.5
     with torch.no_grad():
@@ -183,9 +184,9 @@ def _randomize(conv: nn.Conv2d, generator: torch.Generator) -> None:
 
 
 def _set_cell(conv: nn.Conv2d, channels: int, cell: Tensor) -> None:
-    """The first `channels` filters shrink one channel each and read nothing else."""
+    """Set the first `channels` filters so that each shrinks one channel and reads nothing else."""
     with torch.no_grad():
         conv.weight[:channels] = 0
-        offset = conv.kernel_size[0] - len(cell)  # 3x3/2 with padding 1: its taps [1:, 1:] never read the padding
+        offset = conv.kernel_size[0] - len(cell)  # the taps [1:, 1:] of 3x3/2 with padding 1 never read the padding
         for c in range(channels):
             conv.weight[c, c, offset:, offset:] = torch.outer(cell, cell).to(conv.weight)

@@ -1,4 +1,4 @@
-"""More outputs of a classifier: independent ones, softmax classes of a stated prior, or a class split into several."""
+"""Growth of a classifier: independent outputs, softmax classes with a given prior, or a class split into several."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .stock import stock
 from .surgery import CONVS, morphed, plain
 from .verify import OtherFunction
 
-PRIOR = 0.01  # probability of a new softmax class, by default
-# What to do where the network makes something else of its head's outputs.
+PRIOR = 0.01  # default probability of a new softmax class
+# Advice for a network that processes the outputs of its head differently.
 KINDS = {
-    "independent": "if a softmax follows, the kind is 'softmax'",
-    "softmax": "if no softmax follows, the kind is 'independent'",
+    "independent": "if a softmax follows, use kind 'softmax'",
+    "softmax": "if no softmax follows, use kind 'independent'",
 }
 
 
@@ -40,39 +40,39 @@ def grow_head(
     prior: float | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Give the classifier `path` more outputs, after the old ones, which stay what they are.
+    """Append outputs to the classifier `path`; the old outputs do not change.
 
-    The new rows of weights are zero, so that a new output is the same number for every image, its bias.
+    The new weight rows are zero, so a new output equals its bias on every image.
 
-    - "independent", each output its own sigmoid or regression: the bias is log(prior / (1 - prior)), the logit of the
-      prior, or 0 without a prior.
+    - "independent", each output has its own sigmoid or regression: the bias is log(prior / (1 - prior)), the logit of
+      the prior, or 0 without a prior.
     - "softmax": the bias is log(prior / (1 - n prior)) + L for n new classes, where L is the mean over the example of
-      log(sum(exp(old logits))). On an image whose own sum is exp(L) a new class has the probability `prior`, so that
-      its cross-entropy is -log(prior). The logits of the old classes stay exactly. Their probabilities are multiplied
-      by 1 - n prior there, on other images by 1 / (1 + n exp(bias) / sum(exp(old logits))), all of an image by the
-      same factor. The report says which range that is on the example: give one of typical images.
+      log(sum(exp(old logits))). On an image with sum exp(L) a new class has the probability `prior` and therefore the
+      cross-entropy -log(prior). The logits of the old classes do not change. Their probabilities are multiplied by
+      1 - n prior there, and on other images by 1 / (1 + n exp(bias) / sum(exp(old logits))), the same factor for all
+      old classes of an image. The report states the range of this factor on the example, so give typical images.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
         path: the last linear layer or convolution.
-        outputs: how many it shall have.
-        kind: "independent" or "softmax", see above.
-        prior: probability of each new class at the start, above 0 and below 1; 0.01 by default for a softmax.
+        outputs: the new number of outputs.
+        kind: "independent" or "softmax".
+        prior: initial probability of each new class, above 0 and below 1; for a softmax 0.01 by default.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: no plain layer, fewer outputs than now, a prior out of range, or a network that does more with the
-            outputs than select them, e.g. a softmax after an "independent" head.
+        MorphError: the module is not a plain layer, `outputs` is not larger than now, the prior is out of range, or
+            the network does more with the outputs than select them, e.g. a softmax after an "independent" head.
     """
     if not isinstance(outputs, int):
-        raise MorphError(f"outputs {outputs!r}: give a whole number")
+        raise MorphError(f"outputs must be an integer, not {outputs!r}")
     if kind not in KINDS:
-        raise MorphError(f"a head of kind {kind!r}; one of {', '.join(KINDS)}")
+        raise MorphError(f"unknown kind {kind!r} of a head; choose from {', '.join(KINDS)}")
     if prior is not None and not 0 < prior < 1:
-        raise MorphError(f"prior {prior!r}: give a probability above 0 and below 1")
+        raise MorphError(f"prior must be above 0 and below 1, not {prior!r}")
     step, view = HeadStep(path, outputs, kind, 0.0), _View(example, kind == "softmax")
-    with _says_what_follows(path, KINDS[kind]):
+    with _explain_failure(path, KINDS[kind]):
         if kind == "independent":
             step = replace(step, bias=math.log(prior / (1 - prior)) if prior else 0.0)
             return morphed(model, step, example, inplace=inplace, view=view)
@@ -82,20 +82,18 @@ def grow_head(
 
 
 def _with_prior(model: nn.Module, step: HeadStep, view: _View, prior: float) -> tuple[HeadStep, str]:
-    """The step with the bias that gives new classes that probability on the example, and a line that says what became
-    of the others'.
-    """
+    """Return the step with the bias that gives new classes the prior on the example, and a report line on old ones."""
     new, found = view.new_classes(model, step)
     if new * prior >= 1:
-        raise MorphError(f"prior {prior}: the {new} new classes have {new * prior:g} together; it must be less than 1")
+        raise MorphError(f"prior {prior}: the {new} new classes have {new * prior:g} together, which must be below 1")
     odds = math.log(prior / (1 - new * prior))
     step = replace(step, bias=odds - float(found.mean()))
     _, found = view.new_classes(model, step)
     if abs(float(found.mean()) - odds) > 1e-3:
-        raise MorphError("the probabilities do not follow the bias") from OtherFunction()
+        raise MorphError("the probabilities do not depend on the bias as a softmax does") from OtherFunction()
     factors = 1 - new / (new + (-found).exp())
     return step, (
-        f"{new} new classes of probability {prior:g}, bias {step.bias:.4g}; the old logits stay, and the old "
+        f"{new} new classes of probability {prior:g}, bias {step.bias:.4g}; the old logits do not change, and the old "
         f"probabilities are multiplied by {float(factors.min()):.4g} to {float(factors.max()):.4g} on the example"
     )
 
@@ -110,49 +108,52 @@ def split_class(
     shares: Sequence[float] | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Split one softmax class into several that add up to its probability; all other probabilities stay.
+    """Split one softmax class into several that add up to its probability; all other probabilities stay the same.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
         path: the last linear layer or convolution.
-        index: the class; it becomes the first part, the others come after all old classes.
+        index: the class; it becomes the first part, the other parts follow after all old classes.
         into: the number of parts.
-        shares: of the parts; they add up to 1. Equal by default.
+        shares: shares of the parts, with sum 1; equal by default.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: no plain layer, no such class, or shares that are not positive or do not add up to 1.
+        MorphError: the module is not a plain layer, the class does not exist, or the shares are not positive or do not
+            add up to 1.
     """
     parts = [1 / into] * into if shares is None and into > 1 else list(shares or [])
     if len(parts) != into or into < 2 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-9:
-        raise MorphError(f"class {index} into {into} parts with shares {shares}: give 2 or more, with sum 1")
+        raise MorphError(
+            f"cannot split class {index} into {into} parts with shares {shares}; give 2 or more parts, with sum 1"
+        )
     step = SplitClassStep(path, index, tuple(parts))
-    with _says_what_follows(path, "only classes of a softmax can be split"):
+    with _explain_failure(path, "only classes of a softmax can be split"):
         return morphed(model, step, example, inplace=inplace, rounded=True, view=_View(example, True, index))
 
 
 @contextmanager
-def _says_what_follows(path: str, remedy: str) -> Iterator[None]:
-    """Of a head another function is no fault of the engine's: the network makes something else of its outputs."""
+def _explain_failure(path: str, remedy: str) -> Iterator[None]:
+    """Turn a failed check into an explanation: the network processes the outputs of its head differently."""
     try:
         yield
     except MorphError as error:
         if not isinstance(error.__cause__, OtherFunction):
             raise
         raise MorphError(
-            f"module '{path}': the function differs, since the network makes something else of these outputs than this "
-            f"keeps; {remedy}; the original is unchanged"
+            f"module '{path}': the function differs, because the network processes these outputs in a way that this "
+            f"morph does not preserve; {remedy}; the original is unchanged"
         ) from error
 
 
 def _grown_rows(
     path: str, weight: Tensor, bias: Tensor | None, outputs: int, value: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (outputs, ...) and bias with new rows of zeros, and that value in the bias."""
+    """Append rows of zeros to the weight (outputs, ...), and `value` to the bias."""
     new = outputs - len(weight)
     if new < 1:
-        raise MorphError(f"module '{path}' has {len(weight)} outputs already; give more than that")
+        raise MorphError(f"module '{path}' already has {len(weight)} outputs; give a larger number")
     if bias is None and value:
         bias = weight.new_zeros(len(weight))
     weight = torch.cat([weight, weight.new_zeros(new, *weight.shape[1:])])
@@ -162,7 +163,7 @@ def _grown_rows(
 def _split_rows(
     path: str, weight: Tensor, bias: Tensor | None, index: int, shares: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias with row `index` as often as there are shares, each logit plus the logarithm of its share."""
+    """Repeat row `index` of weight and bias once per share, and add the logarithm of the share to each logit."""
     if not 0 <= index < len(weight):
         raise MorphError(f"module '{path}' has no class {index}; it has {len(weight)}")
     bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -177,11 +178,11 @@ def _split_rows(
 
 @dataclass(frozen=True)
 class HeadStep(EditAt, op="head"):
-    """See `grow_head`."""
+    """Step of `grow_head`."""
 
     outputs: int
     kind: str
-    bias: float | None = None  # of the new rows; recipes of a softmax that lack it had -10^4
+    bias: float | None = None  # bias of the new rows; None in old recipes means -10^4 for a softmax
 
     def edit(self, model: nn.Module) -> list[str]:
         head = _head(model, self.path)
@@ -192,7 +193,7 @@ class HeadStep(EditAt, op="head"):
 
 @dataclass(frozen=True)
 class SplitClassStep(EditAt, op="split_class"):
-    """See `split_class`."""
+    """Step of `split_class`."""
 
     index: int
     shares: tuple[float, ...]
@@ -206,7 +207,7 @@ class SplitClassStep(EditAt, op="split_class"):
 def _head(model: nn.Module, path: str) -> Any:
     head = plain(model, path, nn.Linear, *CONVS)
     if getattr(head, "groups", 1) != 1:
-        raise MorphError(f"module '{path}' is a grouped convolution; a head with one group is needed")
+        raise MorphError(f"module '{path}' is a grouped convolution; the head must have one group")
     return head
 
 
@@ -221,11 +222,11 @@ def _set(head: Any, path: str, weight: Tensor, bias: Tensor | None) -> list[str]
     return [line]
 
 
-# -- what shall stay ---------------------------------------------------------------------------------------------
+# -- preserved outputs -------------------------------------------------------------------------------------------
 
 
 class _View:
-    """Makes of (parent, child) two networks whose outputs are what the morph preserves."""
+    """Wraps (parent, child) so that both return the outputs that the morph preserves."""
 
     def __init__(self, example: Example, softmax: bool, index: int | None = None) -> None:
         self.example, self.softmax, self.index = example, softmax, index
@@ -239,8 +240,8 @@ class _View:
         return OldOutputs(parent, axes, none, *arguments), OldOutputs(child, axes, undo, *arguments)
 
     def new_classes(self, model: nn.Module, step: HeadStep) -> tuple[int, Tensor]:
-        """How many there are, and log(p / (1 - n p)) of their probability p, for each row of the example's outputs."""
-        child = step.repeat(cast(duplicate(model), torch.float32))  # whose bias is not rounded
+        """Return their number n, and log(p / (1 - n p)) of their probability p for each row of the outputs."""
+        child = step.repeat(cast(duplicate(model), torch.float32))  # in float32, so that the bias is not rounded
         old, new = _outputs(model, self.example), _outputs(child, self.example)
         found, count = [], 0
         for before, after, axis in zip(old, new, _grown_axes(old, new), strict=True):
@@ -254,11 +255,11 @@ class _View:
 
 
 class OldOutputs(nn.Module):
-    """The outputs of a network with the growth of its head undone: old ones, or what stays of their probabilities.
+    """Network with the growth of its head undone: it returns the old outputs, or their preserved probabilities.
 
-    `undo` has for each output, the last growth first, the number of classes before it, and the class whose parts the
-    new ones are, if it was split. Parts are added up. Of a softmax with new classes the logits stay; where the network
-    returns probabilities, those of the old classes are divided by their sum. `split`: logits become probabilities.
+    `undo` lists for each output, the last growth first, the number of classes before the growth, and the class that was
+    split, if any. The parts of a split class are added up. The old logits of a softmax do not change; if the network
+    returns probabilities, those of the old classes are divided by their sum. With `split`, logits become probabilities.
     """
 
     def __init__(
@@ -295,7 +296,7 @@ class OldOutputs(nn.Module):
 
 
 def _probabilities(x: Tensor, axis: int) -> Tensor | None:
-    """Probabilities, of themselves or of their logarithms; None for logits."""
+    """Return the probabilities if x contains probabilities or their logarithms; None for logits."""
     for p in (x, x.exp()):
         if (p >= 0).all() and ((p.sum(axis) - 1).abs() < 1e-3).all():
             return p
@@ -303,12 +304,12 @@ def _probabilities(x: Tensor, axis: int) -> Tensor | None:
 
 
 def _grown_axes(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[int | None]:
-    """Of each output the axis along which it grew."""
+    """Return for each output the axis along which it grew, or None."""
     axes: list[int | None] = []
     for a, b in zip(old, new, strict=True):
         axes.append(next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None))
     if all(axis is None for axis in axes):
-        raise MorphError("no output of the network grew with its head; name the last layer")
+        raise MorphError("no output of the network grew with this layer; name the last layer")
     return axes
 
 

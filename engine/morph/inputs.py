@@ -1,8 +1,8 @@
-"""Other image channels: RGB to grey, grey to RGB, further planes; in general child(y) = parent(A y + b) at each pixel.
+"""Changes of the image channels: RGB to grey, grey to RGB, more planes; child(y) = parent(A y + b) at each pixel.
 
-The matrix and the offset are folded into the convolutions that read the image. The offset cannot go to their bias: they
-pad with zeros *after* it was added, so the bias would be wrong at the borders (by 7 % for ImageNet's means). It goes to
-one more input channel, of constant ones, which gets the same padding as the image.
+The matrix and the offset are folded into the convolutions that read the image. The bias cannot absorb the offset: zero
+padding comes *after* the offset, so the bias would be wrong at the borders (by 7 % for ImageNet's means). Instead the
+offset is the weight of an extra input channel of ones, which gets the same padding as the image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .surgery import CONVS, morphed, plain, replace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-KRAFT_THIRDS = (0.5, 0.25, 0.25)  # add up to 1, and times a weight are exact
+KRAFT_THIRDS = (0.5, 0.25, 0.25)  # sum 1, and products with a weight are exact
 
 Matrix = Sequence[Sequence[float]]
 
@@ -40,24 +40,24 @@ def to_grey(
     paths: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Turn a network for normalised RGB images into one for grey images, exact at the borders too.
+    """Convert a network for normalised RGB images to grey images; exact at the borders too.
 
-    With a grey image g = y * grey_std + grey_mean, child(y) = parent((g - mean) / std), all channels g. A channel of
-    ones is added unless every mean equals grey_mean.
+    With a grey image g = y * grey_std + grey_mean, child(y) = parent((g - mean) / std), where all channels are g. The
+    morph adds a channel of ones unless every mean equals grey_mean.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: a grey batch (N, 1, ...), input of the child.
         mean, std: normalisation of the parent, one number per channel.
         grey_mean, grey_std: normalisation of the child.
-        paths: the convolutions that read the image; found by a run if not given.
+        paths: the convolutions that read the image; by default a run finds them.
         inplace: change `model` itself after the check.
 
     Raises:
         MorphError: see `mix_inputs`.
     """
     if len(mean) != len(std) or not all(std):
-        raise MorphError(f"mean {tuple(mean)} and std {tuple(std)} need as many numbers, no std zero")
+        raise MorphError(f"mean {tuple(mean)} and std {tuple(std)} must have the same length, and no std may be zero")
     matrix = [[grey_std / s] for s in std]
     offset = [(grey_mean - m) / s for m, s in zip(mean, std, strict=True)]
     return mix_inputs(model, example, matrix, offset, paths=paths, inplace=inplace)
@@ -71,13 +71,13 @@ def to_rgb(
     paths: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Turn a network for grey images into one for RGB: child(y) = parent(sum of weights * channels).
+    """Convert a network for grey images to RGB: child(y) = parent(sum of weights * channels).
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an RGB batch, input of the child.
-        weights: of the three channels; the default ones are exact in stored numbers.
-        paths: the convolutions that read the image; found by a run if not given.
+        weights: weights of the three channels; the default is exact in stored numbers.
+        paths: the convolutions that read the image; by default a run finds them.
         inplace: change `model` itself after the check.
 
     Raises:
@@ -89,13 +89,13 @@ def to_rgb(
 def add_planes(
     model: nn.Module, example: Tensor, planes: int, *, paths: Sequence[str] | None = None, inplace: bool = False
 ) -> tuple[nn.Module, Report]:
-    """Let the network read further image planes (a prior examination, a mask), which count for nothing at first.
+    """Add image planes (a prior examination, a mask) to the input; their weights start at zero.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input of the child, the old channels first.
-        planes: how many.
-        paths: the convolutions that read the image; found by a run if not given.
+        planes: number of new planes.
+        paths: the convolutions that read the image; by default a run finds them.
         inplace: change `model` itself after the check.
 
     Raises:
@@ -103,7 +103,9 @@ def add_planes(
     """
     old = example.shape[1] - planes
     if planes < 1 or old < 1:
-        raise MorphError(f"the example has {example.shape[1]} channels, too few for {planes} new planes; give both")
+        raise MorphError(
+            f"the example has {example.shape[1]} channels, too few for {planes} new planes; give old and new channels"
+        )
     matrix = [[float(i == j) for j in range(old + planes)] for i in range(old)]
     return mix_inputs(model, example, matrix, paths=paths, inplace=inplace)
 
@@ -117,18 +119,20 @@ def mix_inputs(
     paths: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """child(y) = parent(matrix @ y + offset) at each pixel, in eval and train mode, whatever the padding.
+    """Mix the input channels: child(y) = parent(matrix @ y + offset) at each pixel.
+
+    The morph is exact in eval and train mode for any padding.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: a batch of the child, (N, columns of the matrix, ...).
-        matrix: a row per channel of the parent, a column per channel of the child.
-        offset: a number per channel of the parent; an offset costs one more input channel, of ones.
-        paths: the convolutions that read the image; found by a run if not given.
+        matrix: one row per channel of the parent, one column per channel of the child.
+        offset: one number per channel of the parent; an offset adds an input channel of ones.
+        paths: the convolutions that read the image; by default a run finds them.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: the image is not read by plain convolutions alone, or sizes do not fit.
+        MorphError: another module than plain convolutions reads the image, or sizes do not fit.
     """
     rows = tuple(tuple(float(v) for v in row) for row in matrix)
     shift = tuple(float(v) for v in offset) if offset is not None else (0.0,) * len(rows)
@@ -152,13 +156,16 @@ def mix_inputs(
 
 
 def mixed_weight(weight: Tensor, matrix: Matrix, offset: Sequence[float] | None = None, groups: int = 1) -> Tensor:
-    """(out, in / groups, *kernel) -> (out, columns of the matrix [+ 1 for the ones], *kernel), rounded once."""
+    """Fold the matrix into a weight (out, in / groups, *kernel), with one rounding.
+
+    The result is (out, columns of the matrix [+ 1 for the ones], *kernel).
+    """
     columns = torch.tensor(matrix, dtype=torch.float64)
     if offset is not None:
         columns = torch.cat([columns, torch.tensor(offset, dtype=torch.float64)[:, None]], 1)
     outputs, inputs = weight.shape[:2]
     if len(columns) != inputs * groups:
-        raise MorphError(f"a weight for {inputs * groups} channels, but a matrix of {len(columns)} rows")
+        raise MorphError(f"the weight reads {inputs * groups} channels, but the matrix has {len(columns)} rows")
     columns = columns.to(weight.device).reshape(groups, inputs, -1)
     parts = weight.double().reshape(groups, outputs // groups, inputs, -1)
     mixed = torch.einsum("goik,gic->gock", parts, columns)
@@ -166,7 +173,7 @@ def mixed_weight(weight: Tensor, matrix: Matrix, offset: Sequence[float] | None 
 
 
 def image_convs(model: nn.Module, image: Tensor) -> list[str]:
-    """Paths of the convolutions whose input is the image itself.
+    """Return the paths of the convolutions that read the image directly.
 
     Raises:
         MorphError: there is none, or the model cannot be run on the image.
@@ -188,19 +195,19 @@ def image_convs(model: nn.Module, image: Tensor) -> list[str]:
         for hook in hooks:
             hook.remove()
     if not found:
-        raise MorphError("no convolution reads the image directly; name those that see nothing but the image: paths=")
+        raise MorphError("no convolution reads the image directly; name those that read only the image in paths=")
     return list(dict.fromkeys(found))
 
 
 class OnesChannel(nn.Module):
-    """Adds a last channel of ones."""
+    """Layer that appends a channel of ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x, [0, 0] * (x.ndim - 2) + [0, 1], value=1.0)
 
 
 class Mix(nn.Module):
-    """matrix @ y + offset at each pixel."""
+    """Layer that computes matrix @ y + offset at each pixel."""
 
     def __init__(self, matrix: Matrix, offset: Sequence[float], dims: int) -> None:
         super().__init__()
@@ -213,14 +220,14 @@ class Mix(nn.Module):
 
 
 def _exact(matrix: Matrix, offset: Sequence[float]) -> bool:
-    """Whether the new weights are old ones times powers of two, and therefore not rounded."""
+    """Return whether the new weights are old weights times powers of two, and therefore not rounded."""
     powers = all(v == 0 or abs(math.frexp(v)[0]) == 0.5 for row in matrix for v in row)
     return powers and not any(offset) and all(sum(v != 0 for v in column) <= 1 for column in zip(*matrix, strict=True))
 
 
 @dataclass(frozen=True)
 class InputsStep(EditAll, op="inputs"):
-    """See `mix_inputs`."""
+    """Step of `mix_inputs`."""
 
     matrix: tuple[tuple[float, ...], ...]
     offset: tuple[float, ...]
@@ -238,7 +245,7 @@ class InputsStep(EditAll, op="inputs"):
         conv = plain(model, path, *CONVS)
         before = conv.in_channels
         if before != len(self.matrix):
-            raise MorphError(f"module '{path}' reads {before} channels, the matrix has {len(self.matrix)} rows")
+            raise MorphError(f"module '{path}' reads {before} channels, but the matrix has {len(self.matrix)} rows")
         with torch.no_grad():
             weight = mixed_weight(conv.weight, self.matrix, shift, conv.groups)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)

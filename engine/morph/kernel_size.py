@@ -1,9 +1,9 @@
-"""Larger kernels: new taps of zero around the old ones, and as much more padding, so that every old tap stays put.
+"""Larger kernels: zero taps around the old ones, and more padding, so that every old tap reads the same pixel.
 
-An output reads position o * stride - padding + dilation * tap. With t taps put before the first one and dilation * t
-added to the padding, each old tap reads what it read, for every padding mode, stride and dilation; the new ones count
-for nothing. Growth by an even number is symmetric. By an odd number the padding is uneven, which padding="same" may
-do by itself and a padding layer does otherwise. Exact over the reals on the stored weights, in eval and train mode.
+An output reads position o * stride - padding + dilation * tap. With t new taps before the first one and dilation * t
+more padding, each old tap reads the same position, for every padding mode, stride and dilation. The new taps are zero.
+Growth by an even number is symmetric. Growth by an odd number needs uneven padding, from padding="same" or a padding
+layer. The morph is exact over the reals on the stored weights, in eval and train mode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .report import Report
 from .step import EditAll
 from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
 
-Taps = list[tuple[int, int]]  # per image axis: zeros before and after the old taps
+Taps = list[tuple[int, int]]  # number of zeros before and after the old taps, per image axis
 
 _PADS = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
@@ -40,18 +40,18 @@ def grow_kernel(
     *,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Give the convolutions at `paths` a kernel of size `kernel`.
+    """Enlarge the kernels of the convolutions at `paths` to `kernel`.
 
     Args:
-        model: the network; a copy is changed unless `inplace`.
+        model: the network; the morph changes a copy unless `inplace`.
         example: an input batch.
         paths: one or several convolutions or transposed convolutions.
-        kernel: the new size, one number or one per image axis, nowhere smaller than the old one.
+        kernel: the new size, one number or one per image axis, at least the old size on each axis.
         inplace: change `model` itself after the check.
 
     Raises:
-        MorphError: no plain convolution, a smaller kernel, a transposed convolution grown by an odd number, or a
-            padding mode that cannot pad so much on the example's size.
+        MorphError: a module is not a plain convolution, the kernel is smaller, a transposed convolution grows by an odd
+            number, or the padding mode cannot pad that much on the example's size.
     """
     names = (paths,) if isinstance(paths, str) else tuple(paths)
     step = KernelStep(names, tuple(kernel) if isinstance(kernel, Sequence) else kernel)
@@ -59,12 +59,12 @@ def grow_kernel(
 
 
 def pad_kernel(weight: Tensor, taps: Taps) -> Tensor:
-    """(..., *kernel) with zeros before and after the taps of each image axis."""
+    """Pad a weight (..., *kernel) with zeros before and after the taps of each image axis."""
     return F.pad(weight, [n for pair in reversed(taps) for n in pair])
 
 
 def numeric_padding(conv: Any) -> list[tuple[int, int]]:
-    """Padding before and after each image axis, whatever way the convolution states it."""
+    """Return the padding before and after each image axis as numbers, also for "valid" and "same"."""
     if conv.padding == "valid":
         return [(0, 0)] * len(conv.kernel_size)
     if conv.padding == "same":
@@ -76,13 +76,13 @@ def numeric_padding(conv: Any) -> list[tuple[int, int]]:
 def _growth(path: str, old: Sequence[int], new: Sequence[int]) -> list[int]:
     growth = [b - a for a, b in zip(old, new, strict=True)]
     if min(growth) < 0:
-        raise MorphError(f"module '{path}': kernel {tuple(old)} cannot shrink to {tuple(new)}; give a larger one")
+        raise MorphError(f"module '{path}': kernel {tuple(old)} cannot shrink to {tuple(new)}; give a larger size")
     return growth
 
 
 @dataclass(frozen=True)
 class KernelStep(EditAll, op="kernel"):
-    """See `grow_kernel`."""
+    """Step of `grow_kernel`."""
 
     kernel: int | tuple[int, ...]
 
@@ -96,14 +96,16 @@ def _grow_one(model: nn.Module, path: str, kernel: int | tuple[int, ...]) -> str
     new = spatial(kernel, len(old), "kernel")
     growth = _growth(path, old, new)
     if not any(growth):
-        raise MorphError(f"module '{path}' has a kernel of {old} already")
+        raise MorphError(f"module '{path}' already has kernel {old}; give a larger size")
     if isinstance(conv, TRANSPOSED) and any(g % 2 for g in growth):
-        raise MorphError(f"module '{path}': a transposed convolution grows by an even number, not {old} to {new}")
+        raise MorphError(
+            f"module '{path}': a transposed convolution must grow by an even number, not from {old} to {new}"
+        )
     line = f"{path}: kernel {' x '.join(map(str, old))} -> {' x '.join(map(str, new))}"
     taps: Taps = [(g // 2, g - g // 2) for g in growth]
     steps = conv.dilation
     if conv.padding == "same":
-        # torch pads the smaller half of d (k - 1) in front; the old taps must move by as much as that half grows.
+        # PyTorch pads the smaller half of d (k - 1) in front; the old taps must move by the growth of that half.
         moved = [d * (n - 1) // 2 - d * (k - 1) // 2 for d, k, n in zip(steps, old, new, strict=True)]
         if all(m % d == 0 for m, d in zip(moved, steps, strict=True)):
             _resize(conv, [(m // d, g - m // d) for m, d, g in zip(moved, steps, growth, strict=True)], new, "same")
@@ -126,7 +128,7 @@ def _resize(conv: Any, taps: Taps, kernel: tuple[int, ...], padding: Any) -> Non
 
 
 def set_padding(conv: Any, kernel: tuple[int, ...], padding: Any) -> None:
-    """Set kernel size and padding, and what the constructor derives from them for the modes other than zeros."""
+    """Set kernel size and padding, and the attribute that the constructor derives from them for padding modes."""
     conv.kernel_size, conv.padding = kernel, padding
     if isinstance(conv, CONVS):
         amounts = numeric_padding(conv)

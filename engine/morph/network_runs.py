@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import MorphError
-from .copying import seen_in
+from .copying import view_in_dtype
 from .example import Inputs
 from .precision import full_precision, in_dtype
 from .running import failures, output_tensors
@@ -83,7 +83,7 @@ class NetworkRuns:
         with torch.no_grad(), torch.random.fork_rng(devices), full_precision():
             for dtype in (torch.float32, torch.float64):
                 short = str(dtype).removeprefix("torch.")
-                work = seen_in(self.model, dtype)
+                work = view_in_dtype(self.model, dtype)
                 # As it will be run: function modes switch PyTorch's fast paths off, which read weights past modules.
                 fast = has_fast_path(self.model)
                 with nullcontext() if fast or self.flops else counter, norms:
@@ -103,7 +103,7 @@ class NetworkRuns:
     def again(self, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
         """Eval mode on other inputs, in float64; the statistics are those that train mode left, if it was run."""
         if dtype not in self.works:
-            self.works[dtype] = seen_in(self.model, dtype)
+            self.works[dtype] = view_in_dtype(self.model, dtype)
         with torch.no_grad(), torch.random.fork_rng([]), full_precision():
             return self._call(self.works[dtype], inputs, dtype, False)
 

@@ -1,4 +1,4 @@
-"""What each op does to labels, in primitive steps: convolutions, norms, reductions, poolings, elementwise functions."""
+"""Rules of ops on labels in primitive steps: convolutions, norms, reductions, poolings, elementwise functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NORM_SIZED = ("input", "weight", "bias", "running_mean", "running_var", "num_gr
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: its name, arguments, the tensors among them with their labels, and the outputs' shapes."""
+    """One call of an op: name, arguments, the tensors among them with their labels, and the shapes of the outputs."""
 
     name: str
     args: tuple[Any, ...]
@@ -33,18 +33,18 @@ class Call:
     tensors: list[Tensor]
     labels: list[Label]
     shapes: list[Shape]
-    plain: bool  # one output, of the operands' broadcast shape
+    plain: bool  # whether it has one output of the operands' broadcast shape
 
     def arguments(self, names: str) -> dict[str, Any]:
-        """Positional and named arguments by name."""
+        """Return positional and keyword arguments by name."""
         return dict(zip(names.split(), self.args, strict=False)) | self.kwargs
 
 
 def output_labels(run: Primitives, call: Call) -> list[Label]:
-    """The labels of an op's outputs."""
+    """Return the labels of an op's outputs."""
     name, labels, shapes = call.name, call.labels, call.shapes
     if not shapes:
-        return run.barrier(labels, [], f"its values are read by '{name}'")
+        return run.barrier(labels, [], f"'{name}' reads its values")
     ndim, one = call.tensors[0].ndim, len(shapes) == 1
     if name in ("max", "min") and len(labels) == 2 and call.plain:
         return [run.elementwise(labels)]
@@ -63,7 +63,7 @@ def output_labels(run: Primitives, call: Call) -> list[Label]:
     if name in families.PRODUCTS:
         made = _product(run, call)
         labels = [run.need(t) for t in call.tensors] if made is None else labels
-        return made or run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to keep copies")
+        return made or run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to preserve copies")
     if name == "glu":
         return [_glu(run, call)]
     if name in families.SPATIAL or name in families.RESIZE:
@@ -73,7 +73,7 @@ def output_labels(run: Primitives, call: Call) -> list[Label]:
         return [_norm(run, call)]
     if name in families.ROWS and len(labels) == 1:
         return _reduce(run, call)
-    return run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to keep copies")
+    return run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to preserve copies")
 
 
 def _linear(run: Primitives, call: Call) -> list[Label]:
@@ -81,7 +81,7 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     last = "output_padding groups dilation" if transposed else "dilation groups"
     given = call.arguments(f"input weight bias stride padding {last}")
     stored = run.matrix(given["weight"]) if call.name == "linear" else None
-    weight, turned = stored or (run.stored_name(given["weight"]), False)
+    weight, transposed_matrix = stored or (run.stored_name(given["weight"]), False)
     if weight is None:
         return run.barrier(call.labels, call.shapes, f"the weight of '{call.name}' is computed in the forward")
     plain = {k: v for k, v in given.items() if k not in ("input", "weight", "bias", "groups")}
@@ -90,14 +90,14 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     spatial = families.CONVOLUTIONS[call.name][0] if call.name != "linear" else 0
     axis = (x.vids.ndim - spatial - 1) % x.vids.ndim
     groups = given.get("groups", 1) if call.name != "linear" else 1
-    out = run.linear(x, LinearCall(weight, axis, transposed or turned, groups, call.shapes[0]))
+    out = run.linear(x, LinearCall(weight, axis, transposed or transposed_matrix, groups, call.shapes[0]))
     if given.get("bias") is not None:
         out = run.elementwise([out, run.need(given["bias"]).on_axis(axis, out.vids.ndim)])
     return [out]
 
 
 def _product(run: Primitives, call: Call) -> list[Label] | None:
-    """A product of which one operand is a stored matrix; None for any other."""
+    """Return the labels of a product with one stored matrix; None for any other product."""
     tensors = call.tensors[::-1] if call.name == "rmatmul" else call.tensors
     if call.name == "einsum":
         return _einsum(run, call)
@@ -108,25 +108,27 @@ def _product(run: Primitives, call: Call) -> list[Label] | None:
         stored = run.matrix(matrix)
         if stored is None or run.matrix(x) is not None:
             continue
-        label, (weight, turned) = run.need(x), stored
+        label, (weight, transposed_matrix) = run.need(x), stored
         axis = max(label.vids.ndim - (2 if first else 1), 0)
-        out = run.linear(label, LinearCall(weight, axis, turned if first else not turned, 1, call.shapes[0]))
+        out = run.linear(
+            label, LinearCall(weight, axis, transposed_matrix if first else not transposed_matrix, 1, call.shapes[0])
+        )
         return [run.elementwise([out, *(run.need(b) for b in bias)]) if bias else out]
     return None
 
 
 def _einsum(run: Primitives, call: Call) -> list[Label] | None:
-    """`...c,oc->...o` in any order of the axes: one axis of a map is summed over with a stored matrix."""
+    """Return the labels of `...c,oc->...o` in any axis order: a stored matrix contracts one axis of a map."""
     text = call.args[0]
-    place = next((i for i, t in enumerate(call.tensors) if run.matrix(t) is not None), None)
-    if not isinstance(text, str) or "->" not in text or len(call.tensors) != 2 or place is None:
+    position = next((i for i, t in enumerate(call.tensors) if run.matrix(t) is not None), None)
+    if not isinstance(text, str) or "->" not in text or len(call.tensors) != 2 or position is None:
         return None
-    if run.matrix(call.tensors[1 - place]) is not None:
+    if run.matrix(call.tensors[1 - position]) is not None:
         return None
-    label = run.need(call.tensors[1 - place])
+    label = run.need(call.tensors[1 - position])
     left, out = text.replace(" ", "").split("->")
     subscripts = left.split(",")
-    w, x = subscripts[place], subscripts[1 - place]
+    w, x = subscripts[position], subscripts[1 - position]
     if "..." in x + out:
         rest = "".join(chr(0x3B1 + i) for i in range(label.vids.ndim - len(x.replace("...", ""))))
         x, out = x.replace("...", rest), out.replace("...", rest)
@@ -136,9 +138,9 @@ def _einsum(run: Primitives, call: Call) -> list[Label] | None:
     moved = x.replace(summed[0], new[0])
     if sorted(moved) != sorted(out):
         return None
-    weight, turned = run.matrix(call.tensors[place]) or ("", False)
+    weight, transposed_matrix = run.matrix(call.tensors[position]) or ("", False)
     shape = tuple(call.shapes[0][out.index(c)] for c in moved)
-    linear = LinearCall(weight, x.index(summed[0]), (w.index(new[0]) == 1) != turned, 1, shape)
+    linear = LinearCall(weight, x.index(summed[0]), (w.index(new[0]) == 1) != transposed_matrix, 1, shape)
     made = run.linear(label, linear)
     order = [moved.index(c) for c in out]
     return [Label(made.vids.permute(order), None if made.atoms is None else made.atoms.permute(order))]
@@ -155,7 +157,7 @@ def _glu(run: Primitives, call: Call) -> Label:
 
 
 def _divided_by_the_number(call: Call) -> bool:
-    """Whether a variance is the mean of squares, without a correction."""
+    """Return whether a variance is the mean of squares, without a correction."""
     if "correction" in call.kwargs:
         return call.kwargs["correction"] == 0
     flags = [a for a in call.args[1:3] if isinstance(a, bool)]
@@ -171,10 +173,10 @@ def _reduce(run: Primitives, call: Call) -> list[Label]:
     known = known or name in ("max", "min")
     variance = name in families.VARIANCES and _divided_by_the_number(call)
     if (known or variance) and run.along_channels(label, axes):
-        places = len(call.shapes) - 1 if known else 0  # of the extremes
-        made = [run.statistic(label, axes, not (variance or name in families.MEANS)) for _ in call.shapes[places:]]
+        indices = len(call.shapes) - 1 if known else 0  # extremes also return indices
+        made = [run.statistic(label, axes, not (variance or name in families.MEANS)) for _ in call.shapes[indices:]]
         made = [out if keeps else out.reshape([out.vids.shape[a] for a in out.others(axes)]) for out in made]
-        return [*made, *(run.places(label, axes, shape) for shape in call.shapes[1 : 1 + places])]
+        return [*made, *(run.indices(label, axes, shape) for shape in call.shapes[1 : 1 + indices])]
     return run.rows(label, axes, call.shapes, keeps)
 
 
@@ -214,7 +216,7 @@ def _group_norm(run: Primitives, x: Label, given: int, affine: list[Label]) -> L
 
 
 def _moment(run: Primitives, x: Label, axes: list[int], over_channels: bool) -> Label:
-    """A mean or variance along axes, which are kept with size 1."""
+    """Label a mean or variance along axes, which get size 1."""
     if over_channels:
         return run.statistic(x, axes, False)
     shape = tuple(1 if i in axes else s for i, s in enumerate(x.vids.shape))
@@ -222,14 +224,14 @@ def _moment(run: Primitives, x: Label, axes: list[int], over_channels: bool) -> 
 
 
 def _axes(call: Call, ndim: int) -> list[int]:
-    """The axes of a reduction or scan."""
+    """Return the axes of a reduction or scan."""
     name = call.name
     at = {"norm": 2, "normalize": 2, "topk": 2}.get(name, 1)
     given = call.kwargs.get("dim", call.kwargs.get("axis", call.args[at] if len(call.args) > at else None))
     if given is None and name == "normalize":
         given = 1
     if given is None and name in ("softmax", "log_softmax", "softmin"):
-        given = 0 if ndim in (0, 1, 3) else 1  # what PyTorch takes, with a warning
+        given = 0 if ndim in (0, 1, 3) else 1  # PyTorch's default, with a warning
     if given is None and name in ("topk", "sort", "argsort"):
         given = -1
     if given is None or isinstance(given, bool):

@@ -1,6 +1,6 @@
-"""First run, of the parent: numbers every value, unites the atoms that must grow together, and keeps a log.
+"""First run, of the parent: number every value, unite the atoms that must grow together, and write a log.
 
-Sound or not, what it unites or freezes only decides what is attempted: `ChildCheck` checks every op by itself.
+Soundness does not depend on the unions and freezes. They only decide what is attempted; `ChildCheck` checks every op.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ Axis = tuple[str, int]  # parameter or buffer name, axis
 
 
 class ParentRun(Tracer):
-    """Labels with value numbers and atoms; what it learnt is in `log`, `atoms`, `axes` and `atom_of`."""
+    """Run that labels values with numbers and atoms; its results are `log`, `atoms`, `axes` and `atom_of`."""
 
     def __init__(self, model: nn.Module, table: Table, groups: str = "more"):
         super().__init__(model, table)
         self.groups = groups
-        self.has_groups = False  # some might get wider
+        self.has_groups = False  # whether some groups could get wider
         self.atoms = Atoms()
         self.borders = Borders(self.atoms)
         self.axes: dict[Axis, np.ndarray] = {}  # atoms of every parameter axis that might grow
         self.columns: dict[Axis, np.ndarray] = {}  # atoms that arrive at a linear op's input axis
         self.linear_names: set[str] = set()
-        self.fixed: dict[str, str] = {}  # matrices that are read by other than linear ops
+        self.fixed: dict[str, str] = {}  # matrices that ops other than linear ones read, with the reason
         self.log: list[Entry] = []
         self.constants: dict[bytes, int] = {}
         self.next_vid = 0
         self.blocks: list[Tensor] = []  # atom of every vid, in order
         self.input_vids: list[Tensor] = []
-        # Sizes among an op's arguments, by the op's place in the log and the argument's name: the channels that they
-        # go with, and (found by the second run) the module and attribute that they are from.
+        # Sizes among an op's arguments, by the op's index in the log and the argument's name: their channels, and the
+        # module and attribute that they come from, which the second run finds.
         self.sized: dict[tuple[int, str], np.ndarray] = {}
         self.sources: dict[tuple[int, str], tuple[str, str]] = {}
         self.shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
@@ -66,14 +66,14 @@ class ParentRun(Tracer):
     # ---------------------------------------------------------------- numbers
 
     def number(self, atoms: Tensor) -> Tensor:
-        """Fresh vids for values with these atoms."""
+        """Create new vids for values with these atoms."""
         vids = torch.arange(self.next_vid, self.next_vid + atoms.numel()).reshape(atoms.shape)
         self.next_vid += atoms.numel()
         self.blocks.append(atoms.reshape(-1))
         return vids
 
     def atom_of(self) -> Tensor:
-        """The atom of every vid."""
+        """Return the atom of every vid."""
         return torch.cat(self.blocks) if self.blocks else torch.zeros(0, dtype=torch.int64)
 
     def constant_vid(self, value: float) -> int:
@@ -144,7 +144,7 @@ class ParentRun(Tracer):
     def _joined(self, labels: list[Label]) -> tuple[Label, ElementwiseRecord]:
         shape = torch.broadcast_shapes(*(label.vids.shape for label in labels))
         small = tuple(i for i, label in enumerate(labels) if label.vids.numel() < math.prod(shape))
-        small = small if 2 <= len(small) < len(labels) else ()  # these are joined first, at their own small size
+        small = small if 2 <= len(small) < len(labels) else ()  # small operands are joined first, at their own size
         inner = None
         if small:
             first, inner = self._joined([labels[i] for i in small])
@@ -154,7 +154,7 @@ class ParentRun(Tracer):
         columns = [label.vids.expand(shape) for label in labels]
         join = Join(self.table, columns)
         base = first_vid(vids)
-        if join.main is None and vids.numel():  # equal operands make equal values
+        if join.main is None and vids.numel():  # equal operands give equal values
             vids = vids.reshape(-1)[join.find(columns)].reshape(shape)
         return Label(vids, atoms), ElementwiseRecord(join, base, small, inner)
 
@@ -202,14 +202,14 @@ class ParentRun(Tracer):
         self._record(StatisticRecord(bags, base, axes))
         return Label((base + bags.find(slabs)).reshape(shape), atoms)
 
-    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
+    def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
         vids = self.number(no_atoms(shape))
         self._record(RowsRecord(Rows(label.slabs(axes)), ((first_vid(vids), shape),), axes))
         return Label(vids, no_atoms(shape))
 
     def _unite_slabs(self, atoms: Tensor, extreme: bool) -> None:
-        """What is reduced over its channels (rows of atoms) counts together, or cannot grow."""
-        if not bool((atoms != atoms[:1]).any()):  # all rows are of the same channels
+        """Require equal counts of channels (rows of atoms) that a statistic reduces, or freeze them."""
+        if not bool((atoms != atoms[:1]).any()):  # all rows have the same channels
             if extreme:
                 return
             atoms = atoms[:1]
@@ -242,7 +242,7 @@ class ParentRun(Tracer):
     def linear(self, label: Label, call: LinearCall) -> Label:
         name, others = call.name, label.others([call.axis])
         if name in self.parameters:
-            self._fix(name, f"{self.where_now} uses '{name}', which others read as a whole")
+            self._fix(name, f"{self.where_now} uses '{name}', which other ops read as a whole")
         self.linear_names.add(name)
         if varies(known_atoms(label), others) or name in self.fixed:
             why = self.fixed.get(name, "a linear op runs across its channels")
@@ -257,7 +257,7 @@ class ParentRun(Tracer):
             rows = self._dense(call, arriving)
         else:
             self.size("groups", call.groups, call.groups, label, call.axis)
-            inside = self.shapes[name][1]  # input channels in a group; output channels of a transposed one
+            inside = self.shapes[name][1]  # input channels per group, or output channels if transposed
             self.has_groups |= inside > 1 and not call.transposed
             wider = self.groups == "wider" and inside > 1 and not call.transposed
             rows = (self._wider_groups if wider else self._more_groups)(call, arriving)
@@ -273,7 +273,7 @@ class ParentRun(Tracer):
         return self.axes[name, axis]
 
     def _dense(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """Atoms of the output channels of a linear op of one group."""
+        """Return the atoms of the output channels of a linear op with one group."""
         rows_axis, columns_axis = call.axes
         rows = self._new_axis(call.name, rows_axis)
         seen = self.columns.setdefault((call.name, columns_axis), arriving)
@@ -282,7 +282,7 @@ class ParentRun(Tracer):
         return rows
 
     def _wider_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """The same places of all groups are copied alike, within their group."""
+        """Unite channels at the same index of all groups, which are copied equally within their groups."""
         rows = self._new_axis(call.name, 0)
         own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
         why = f"a grouped convolution reads fixed channels ({self.where_now})"
@@ -294,7 +294,7 @@ class ParentRun(Tracer):
         return rows
 
     def _more_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """Groups are copied as wholes."""
+        """Unite the channels within each group, because groups are copied as a whole."""
         rows = self._new_axis(call.name, 0)
         own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
         why = f"a grouped convolution reads fixed channels ({self.where_now})"
@@ -325,19 +325,20 @@ class ParentRun(Tracer):
         first, *others = [compact(part) for part in parts]
         for part in others:
             if part.shape != first.shape:
-                self.freeze(essential(atoms), "its chunks are of unequal size")
+                self.freeze(essential(atoms), "its chunks have unequal sizes")
             elif not torch.equal(part, first):
                 self.atoms.unite(first.numpy(), part.numpy(), f"a chunk ({self.where_now})")
 
 
 def first_vid(vids: Tensor) -> int:
-    """The first of fresh value numbers; 0 if there are none."""
+    """Return the first of new value numbers; 0 if there are none."""
     return int(vids.reshape(-1)[0]) if vids.numel() else 0
 
 
 def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
-    """The axis of a parameter that can grow, a guess: of vectors, tables (N, C) and (1, N, C), maps (C, H, W) with or
-    without a batch of one.
+    """Guess the axis of a parameter that can grow.
+
+    It knows vectors, tables (N, C) and (1, N, C), and maps (C, H, W) with or without a batch of one.
     """
     if not tensor.ndim:
         return None

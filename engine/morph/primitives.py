@@ -1,4 +1,4 @@
-"""The primitive steps that every op is made of; the parent's run and the check of a child do each in their own way."""
+"""Interface of the primitive steps that make up every op; the parent's run and the check of a child implement it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LinearCall:
-    """A linear op of the stored weight `name` on channel `axis` of its input; `shape` is the parent's output's."""
+    """A linear op with the stored weight `name` on `axis` of its input; `shape` is the parent's output shape."""
 
     name: str
     axis: int
@@ -25,69 +25,69 @@ class LinearCall:
 
     @property
     def axes(self) -> tuple[int, int]:
-        """The weight's axes of output and of input channels, as in a convolution of one group."""
+        """Axes of output and input channels of the weight, as in a convolution of one group."""
         return (1, 0) if self.transposed else (0, 1)
 
 
 class Primitives(ABC):
-    """What becomes of labels in each primitive step."""
+    """Primitive steps on labels."""
 
     @abstractmethod
     def need(self, tensor: Tensor) -> Label:
-        """The tensor's label, for a constant by its values."""
+        """Return the tensor's label; for a constant it is derived from the values."""
 
     @abstractmethod
     def stored_name(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer."""
+        """Return the name of a parameter or buffer; None for other tensors."""
 
     @abstractmethod
     def matrix(self, tensor: Tensor) -> tuple[str, bool] | None:
-        """The name of a stored matrix, and whether the tensor is its transpose; None for any other tensor."""
+        """Return the name of a stored matrix, and whether the tensor is its transpose; None for other tensors."""
 
     @abstractmethod
     def constant_vid(self, value: float) -> int:
-        """The vid of a constant."""
+        """Return the vid of a constant."""
 
     @abstractmethod
     def elementwise(self, labels: list[Label]) -> Label:
-        """A function of the elements at the same broadcast position."""
+        """Apply a function of the elements at the same broadcast position."""
 
     @abstractmethod
     def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
-        """A function of each slab along `axes`; `keeps`: the output has as many axes as the input."""
+        """Apply a function of each slab along `axes`; with `keeps` the output has as many axes as the input."""
 
     @abstractmethod
     def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
-        """A mean-like function (or extreme) of the multiset of each slab along `axes`; they are kept with size 1."""
+        """Apply a mean-like function (or extreme) of the multiset of each slab along `axes`, which get size 1."""
 
     @abstractmethod
-    def places(self, label: Label, axes: list[int], shape: Shape) -> Label:
-        """Where in each slab along `axes` something is found: other numbers as soon as the slab is another one."""
+    def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
+        """Label indices into each slab along `axes`, e.g. of its maximum; they differ as soon as the slab differs."""
 
     @abstractmethod
     def linear(self, label: Label, call: LinearCall) -> Label:
-        """A linear op on channels."""
+        """Apply a linear op to channels."""
 
     @abstractmethod
     def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
-        """Any function at all of the very same values."""
+        """Apply an unknown function, which needs unchanged values."""
 
     @abstractmethod
     def along_channels(self, label: Label, axes: list[int]) -> bool:
-        """Whether channels of the parent lie along these axes."""
+        """Return whether these axes contain a channel axis of the parent."""
 
     @abstractmethod
     def agree(self, values: list[Any]) -> None:
-        """Plain arguments that must be the same in both runs."""
+        """Record or compare plain arguments, which must be the same in both runs."""
 
     @abstractmethod
     def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
-        """An argument that goes with the number of channels on an axis, and what it has to be at this width."""
+        """Handle an argument that depends on the number of channels on an axis; `wanted` is its value at this width."""
 
     @abstractmethod
     def group_count(self, channels: int, groups: int) -> int:
-        """Number of groups of a group norm at this width."""
+        """Return the number of groups of a group norm at this width."""
 
     @abstractmethod
     def pick(self, name: str, label: Label, results: list[Label]) -> None:
-        """After data movement that picks by fixed indices."""
+        """Handle a data movement that picks by fixed indices."""

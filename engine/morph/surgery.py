@@ -1,7 +1,7 @@
-"""Local morphs: find a module by its path, replace it, and do all of it on a copy that must pass the check.
+"""Local morphs: find a module by its path, replace it in a copy of the network, and check the copy.
 
-Every local morph is an `Edit`, a step that changes a network in place, so that it can be repeated on a fresh network
-whose weights are loaded afterwards.
+Every local morph is an `Edit`, a step that changes a network in place. So it can be repeated on a new network that gets
+its weights afterwards.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PASSED_OVER = 1e-3  # relative difference of two ways to compute the same, beyond any rounding of float32
-# These say where channels are.
-_TOLD = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVS, *TRANSPOSED, *BATCH_NORMS)
+BYPASS_LIMIT = 1e-3  # relative difference between fast path and layers, far above the rounding of float32
+# Layers with a known channel axis.
+_CHANNEL_LAYERS = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVS, *TRANSPOSED, *BATCH_NORMS)
 
 
 @torch.inference_mode(False)
@@ -51,20 +51,20 @@ def morphed(
     train: bool = True,
     view: Pair | None = None,
 ) -> tuple[nn.Module, Report]:
-    """Apply an edit to a copy, check it, and give the copy, or the network itself after the same edit.
+    """Apply an edit to a copy, check it, and return the copy, or the network itself after the same edit.
 
     Args:
         model: the parent.
         step: the edit.
         example: an input of the child.
-        inplace: change `model` after the check has passed.
-        rounded: the new weights are computed, not copied or split, and therefore rounded: the function is compared
-            on float64 copies, in which that rounding is 1e-16. In the network's own dtype they are rounded once.
+        inplace: change `model` after the check.
+        rounded: whether new weights are computed and rounded, not copied or split. If so, the comparison uses float64
+            copies, where that rounding is 1e-16. In the network's own dtype the weights are rounded once.
         train: whether the morph is exact in train mode too.
-        view: makes of (parent, child) the two networks that shall be equal, where inputs or outputs changed.
+        view: maps (parent, child) to the two networks that must be equal, if inputs or outputs changed.
 
     Raises:
-        MorphError: the edit is not possible or not exact here; `model` is untouched.
+        MorphError: the edit is not possible or not exact here; `model` is not changed.
     """
     given, model = model, stock(model, inplace)
     parent = cast(duplicate(model), torch.float64) if rounded else model
@@ -77,11 +77,11 @@ def morphed(
         cause = error.__cause__
         if isinstance(cause, AttributeError | LookupError):
             raise MorphError(
-                f"{_where(step)}: the network's code needs the module that was replaced to be of its old class "
+                f"{_where(step)}: the network's code needs the replaced module to have its old class "
                 f"({type(cause).__name__}: {cause}); the original is unchanged"
             ) from cause
         raise MorphError(f"{_where(step)}: {error}") from error
-    _refuse_passed_over(child, parent, example)
+    _refuse_bypassed(child, parent, example)
     if inplace:
         step.change(model)
         return model, report
@@ -91,10 +91,10 @@ def morphed(
     return as_given(child, given), report
 
 
-def _refuse_passed_over(child: nn.Module, parent: nn.Module, example: Example) -> None:
-    """Refuse what PyTorch's fast path would not run in eval mode: it goes by the weights of the layers it knows.
+def _refuse_bypassed(child: nn.Module, parent: nn.Module, example: Example) -> None:
+    """Refuse insertions that PyTorch's fast path would skip in eval mode, because it reads only known layers' weights.
 
-    What is new does nothing yet, so that no comparison with the parent shows it; with other weights it does something.
+    New parts do nothing yet, so a comparison with the parent cannot show this. Random weights make them visible.
     """
     if not has_fast_path(child):
         return
@@ -115,10 +115,10 @@ def _refuse_passed_over(child: nn.Module, parent: nn.Module, example: Example) -
             layer_by_layer = output_tensors(inputs.call(work, inputs.to(dtype)))
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-    if distance([t.double() for t in layer_by_layer], [t.double() for t in as_run]) > PASSED_OVER:
+    if distance([t.double() for t in layer_by_layer], [t.double() for t in as_run]) > BYPASS_LIMIT:
         raise MorphError(
-            "in eval mode PyTorch's fast path of nn.TransformerEncoderLayer passes over what is inserted here; insert "
-            "it elsewhere, or call torch.backends.mha.set_fastpath_enabled(False) now and wherever the child is used"
+            "in eval mode PyTorch's fast path of nn.TransformerEncoderLayer skips the module inserted here; choose "
+            "another module, or call torch.backends.mha.set_fastpath_enabled(False) now and wherever the child is used"
         )
 
 
@@ -130,22 +130,22 @@ def _where(step: Edit) -> str:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module called `path`, which is not the model itself."""
+    """Return the module at `path`, which must not be the model itself."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         raise MorphError(f"the model has no module '{path}'; print(model) shows the names") from None
     if module is model:
-        raise MorphError("the model itself cannot be replaced; name a module inside of it")
+        raise MorphError("the model itself cannot be replaced; name a module inside it")
     return module
 
 
 def replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where the module at `path` is, under all its names, in its training mode; parts of it keep theirs."""
+    """Replace the module at `path` by `new`, under all its names; new modules get its training mode."""
     old = module_at(model, path)
-    kept = {id(module) for module in old.modules()}
+    unchanged = {id(module) for module in old.modules()}
     for module in new.modules():
-        if id(module) not in kept:
+        if id(module) not in unchanged:
             module.training = old.training
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
@@ -153,12 +153,12 @@ def replace(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def follow(model: nn.Module, path: str, *added: nn.Module) -> None:
-    """Run `added` right after the module at `path`, which becomes `path.0`."""
+    """Insert `added` directly after the module at `path`, which becomes `path.0`."""
     replace(model, path, nn.Sequential(module_at(model, path), *added))
 
 
 def plain(model: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
-    """The module at `path`, refused unless it is one of `kinds` whose stored weight is the weight it computes with."""
+    """Return the module at `path`; it must be one of `kinds`, and compute with its stored weight."""
     module = module_at(model, path)
     kind = next((k for k in kinds if isinstance(module, k)), None)
     if kind is None:
@@ -167,7 +167,7 @@ def plain(model: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
     for method in ("forward", "_conv_forward"):
         if getattr(type(module), method, None) is not getattr(kind, method, None):
             raise MorphError(
-                f"module '{path}' ({type(module).__name__}) has its own {method}; put a plain {kind.__name__}"
+                f"module '{path}' ({type(module).__name__}) overrides {method}; replace it by a plain {kind.__name__}"
             )
     if parametrize.is_parametrized(module) or module._forward_pre_hooks:
         raise MorphError(f"module '{path}' computes its weight (parametrization or hook); remove that first")
@@ -176,7 +176,7 @@ def plain(model: nn.Module, path: str, *kinds: type[nn.Module]) -> Any:
 
 
 def refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Refuse if a parameter of `module` belongs to another module as well: the two would come apart."""
+    """Refuse if another module shares a parameter of `module`, because a morph would untie them."""
     own = {id(p) for p in module.parameters()}
     inside = {id(m) for m in module.modules()}
     for name, other in model.named_modules():
@@ -184,8 +184,8 @@ def refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
             raise MorphError(f"module '{path}' shares a weight with '{name}'; a morph would untie them")
 
 
-def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
-    """`new` in dtype, memory format and on the device of the weights at `path`, or of the model's."""
+def cast_like(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
+    """Convert `new` to the dtype, memory format and device of the weights at `path`, or else of the model's."""
     like = next((p for m in (module_at(model, path), model) for p in m.parameters() if p.is_floating_point()), None)
     if like is None:
         return new
@@ -197,8 +197,13 @@ def placed(new: nn.Module, model: nn.Module, path: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Site:
-    """What a module gives: channels, the image axes after them (0: channels on the last axis), all its axes, and how
-    many values a channel has on the example's batch.
+    """Output of a module.
+
+    Attributes:
+        channels: number of channels.
+        dims: number of image axes after the channels; 0 if the channels are on the last axis.
+        rank: number of all axes.
+        values: number of values per channel on the example's batch.
     """
 
     channels: int
@@ -209,17 +214,19 @@ class Site:
 
 @torch.inference_mode(False)
 def site(model: nn.Module, path: str, example: Example) -> Site:
-    """Where the channels of the output of `path` are, from one run of a copy on the example.
+    """Find the channels in the output of the module at `path`, from one run of a copy on the example.
 
     Raises:
-        MorphError: the module is not called, gives no single tensor, gives several widths, or its channel axis
-            cannot be told.
+        MorphError: the module is not called, does not return a single tensor, returns several widths, or has an
+            ambiguous channel axis.
     """
     model = stock(model)
-    axis = None if isinstance(module_at(model, path), _TOLD) else _followed_axis(model, path, as_inputs(example))
+    axis = (
+        None if isinstance(module_at(model, path), _CHANNEL_LAYERS) else _followed_axis(model, path, as_inputs(example))
+    )
     work = duplicate(model).eval()
     target = module_at(work, path)
-    known: list[tuple[int, bool]] = [(-1, True)]  # of the latest layer: width, channels on axis 1
+    known: list[tuple[int, bool]] = [(-1, True)]  # the latest layer's width, and whether its channels are on axis 1
     found: set[Site] = set()
 
     def look(module: nn.Module, _args: Any, result: Any) -> None:
@@ -229,12 +236,12 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
             known[0] = layer
         if module is target:
             if not batch:
-                raise MorphError(f"module '{path}' does not give one batch of features; name another one")
+                raise MorphError(f"module '{path}' does not return one batch of features; name another module")
             found.add(_site(path, result, known[0], layer is not None, axis))
 
     if isinstance(target, torch.jit.ScriptModule):
         raise MorphError(
-            f"module '{path}' is TorchScript, which takes nothing in it or after it; give the eager module"
+            f"module '{path}' is TorchScript, so nothing can be inserted in it or after it; give the eager module"
         )
     hooks = [m.register_forward_hook(look) for m in work.modules() if not isinstance(m, torch.jit.ScriptModule)]
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
@@ -246,15 +253,15 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         for hook in hooks:
             hook.remove()
     if not found:
-        raise MorphError(f"module '{path}' is not called in the forward; nothing can be put after it")
+        raise MorphError(f"module '{path}' is not called in the forward; name a module that is")
     if len(found) > 1:
         widths = ", ".join(str(s.channels) for s in sorted(found, key=lambda s: s.channels))
-        raise MorphError(f"module '{path}' is called several times with other widths ({widths}); name another one")
+        raise MorphError(f"module '{path}' is called several times with different widths ({widths}); name another one")
     return found.pop()
 
 
 def _followed_axis(model: nn.Module, path: str, inputs: Inputs) -> int | None:
-    """The axis along which the output's channels lie, as the labels say; None where they do not say it."""
+    """Return the channel axis of the output according to the labels, or None if they do not determine it."""
     work = duplicate(model)
     axes: list[int] = []
 
@@ -262,7 +269,7 @@ def _followed_axis(model: nn.Module, path: str, inputs: Inputs) -> int | None:
         label = getattr(result, "_morph_label", None)
         if label is not None:
             axes.extend(a for a in range(result.ndim) if varies(label.atoms, [a]))
-        raise MorphError("seen")  # what comes after it need not be followed
+        raise MorphError("seen")  # stops the run, because later ops are not needed
 
     target = module_at(work, path)
     if isinstance(target, torch.jit.ScriptModule):
@@ -274,7 +281,7 @@ def _followed_axis(model: nn.Module, path: str, inputs: Inputs) -> int | None:
 
 
 def _layer(module: nn.Module, result: Tensor) -> tuple[int, bool] | None:
-    """Width of a layer's output and whether it stands on axis 1; None for what is no such layer."""
+    """Return the width of a layer's output, and whether it is on axis 1; None for a module of unknown width."""
     if isinstance(module, nn.Linear):
         return module.out_features, result.ndim == 2
     if type(module).forward is nn.LayerNorm.forward:
@@ -294,25 +301,25 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
     on_first, on_last = shape[1] == width, shape[-1] == width
     if axis is not None:
         if axis not in (1, result.ndim - 1):
-            raise MorphError(f"module '{path}' gives {tuple(shape)} with channels on axis {axis}; name another one")
+            raise MorphError(f"module '{path}' returns {tuple(shape)} with channels on axis {axis}; name another one")
         first = axis == 1
     elif not certain:
-        if (width < 0 and dims == 1) or (not first and on_first == on_last):  # of an image, they are on axis 1
-            raise MorphError(f"module '{path}' gives {tuple(shape)}, whose channel axis cannot be told; name a layer")
+        if (width < 0 and dims == 1) or (not first and on_first == on_last):  # an image has them on axis 1
+            raise MorphError(f"module '{path}' returns {tuple(shape)} with an ambiguous channel axis; name a layer")
         first = on_first if not first else on_first or not on_last
     if first and dims > 3:
-        raise MorphError(f"module '{path}' gives {result.ndim} axes; at most 5 are possible")
+        raise MorphError(f"module '{path}' returns {result.ndim} axes; at most 5 are supported")
     channels = shape[1 if first else -1]
     return Site(channels, dims if first else 0, result.ndim, result.numel() // channels)
 
 
 def conv_class(dims: int) -> type[nn.Module]:
-    """The pointwise-mixing layer for `dims` image axes: Linear, Conv1d, Conv2d or Conv3d."""
+    """Return the layer class for `dims` image axes: Linear, Conv1d, Conv2d or Conv3d."""
     return (nn.Linear, *CONVS)[dims]
 
 
 def spatial(value: int | Iterable[int], dims: int, name: str) -> tuple[int, ...]:
-    """One number, or one per image axis."""
+    """Expand one number, or one number per image axis, to a tuple of `dims` numbers."""
     values = tuple(value) if isinstance(value, Iterable) else (value,) * dims
     if len(values) != dims or any(not isinstance(v, int) or v < 1 for v in values):
         raise MorphError(f"{name} {value!r} does not fit {dims} image axes; give one positive number or one per axis")

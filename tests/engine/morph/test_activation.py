@@ -155,7 +155,7 @@ class Mixed(Branches):
     [
         ("nothing", "no module 'nothing'"),
         ("", "the model itself"),
-        ("relu", "several times with other widths"),
+        ("relu", "several times with different widths"),
         ("unused", "not called"),
     ],
 )
@@ -171,5 +171,5 @@ def test_channels_on_the_last_axis_are_found() -> None:
     square = torch.randn(1, 2, 6, 4)  # 6 rows as well as 6 channels
     _, report = insert_activation(Branches(), square, "act", "Tanh")
     assert (report.step.channels, report.step.dims) == (6, 0)
-    with pytest.raises(MorphError, match="channel axis cannot be told"):
+    with pytest.raises(MorphError, match="ambiguous channel axis"):
         insert_activation(Mixed(), square, "act", "Tanh")

@@ -195,7 +195,7 @@ SMALL = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPo
 @pytest.mark.parametrize("path", ["2", "3", "4"])
 def test_a_batch_norm_that_would_see_one_value_is_refused(insert: Any, path: str) -> None:
     image = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(MorphError, match=f"'{path}' a channel has one value on this example.*norm=False"):
+    with pytest.raises(MorphError, match=f"'{path}' each channel has one value on this example.*norm=False"):
         insert(SMALL, image, path, norm=True)
     insert(SMALL, image, path, norm=False)
     child, _ = insert(SMALL, torch.zeros(2, 1, 8, 8), path, norm=True)

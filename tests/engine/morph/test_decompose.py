@@ -230,10 +230,10 @@ def test_shapes_alone_on_the_meta_device() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": (3, 3), "middle": 3}, "'0': 3 middle channels are too few.*give 12 or more"),
+        ({"kernels": (3, 3), "middle": 3}, "'0': 3 middle channels are too few.*use 12 or more"),
         ({"kernels": (2, 2)}, r"'0': kernels \(2, 2\) and \(2, 2\) compose to \(3, 3\)"),
-        ({"kernels": (5, 2)}, "larger by an even number"),
-        ({"kernels": (3, 3), "method": "stable"}, r"'0': the stable form needs \(5, 5\)"),
+        ({"kernels": (5, 2)}, "exceed it by an even number"),
+        ({"kernels": (3, 3), "method": "stable"}, r"'0': method 'stable' needs \(5, 5\)"),
         ({"kernels": (5, 1), "method": "stable", "middle": 5}, "has 8 middle channels, not 5"),
         ({"kernels": (3, 3), "act": "Tanh", "between": "pair"}, "not a multiple of x"),
         ({"method": "best"}, "method 'best'"),

@@ -223,12 +223,15 @@ def test_channels_on_the_last_axis(insert: Any, options: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda m, x: insert_identity(m, x, "conv", 2), r"'conv': a kernel of \(2, 2\) has no centre tap"),
+        (
+            lambda m, x: insert_identity(m, x, "conv", 2),
+            r"'conv': kernel \(2, 2\) must be odd, so that it has a centre tap",
+        ),
         (lambda m, x: insert_identity(m, x, "linear", 1, norm=True), "'linear' has its channels on the last axis"),
         (lambda m, x: insert_identity(m, x, "linear", (3, 3)), "does not fit 0 image axes"),
         (lambda m, x: insert_pair(m, x, "conv", "Tanh"), "not a multiple of x"),
         (lambda m, x: insert_pair(m, x, "conv.weight"), "no module 'conv.weight'"),
-        (lambda m, x: insert_residual(m, x, "conv", hidden=0), "give at least 1"),
+        (lambda m, x: insert_residual(m, x, "conv", hidden=0), "hidden must be at least 1, not 0"),
         (lambda m, x: insert_residual(m, x[:, :1], "conv"), "cannot be run on the example"),
     ],
 )

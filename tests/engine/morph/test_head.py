@@ -124,7 +124,7 @@ def test_a_network_that_ends_with_softmax(after: nn.Module) -> None:
     model, x = Net(3, True, "linear", after), torch.randn(2, 1, 6, 7)
     grow_head(model, x, "head", 5, "softmax")
     split_class(model, x, "head", 1, 3)
-    with pytest.raises(MorphError, match=r"'head': the function differs, .* the kind is 'softmax'"):
+    with pytest.raises(MorphError, match=r"'head': the function differs, .* use kind 'softmax'"):
         grow_head(model, x, "head", 5)
 
 
@@ -167,7 +167,7 @@ def test_a_rectified_head_cannot_be_a_softmax() -> None:
     model = Net(3, True, "conv", nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     x = torch.randn(2, 1, 6, 7)
     grow_head(model, x, "head", 4)
-    with pytest.raises(MorphError, match=r"'head': the function differs, .* the kind is 'independent'"):
+    with pytest.raises(MorphError, match=r"'head': the function differs, .* use kind 'independent'"):
         grow_head(model, x, "head", 4, "softmax")
     with pytest.raises(MorphError, match="only classes of a softmax"):
         split_class(model, x, "head", 0)

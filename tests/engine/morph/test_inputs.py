@@ -158,7 +158,7 @@ def test_all_that_read_the_image_are_found() -> None:
         (Twice(), lambda m: to_grey(m, torch.rand(1, 3, 8, 8)), "do not fit"),
         (Twice(), lambda m: to_rgb(m, torch.rand(1, 3, 8, 8)), "cannot be run"),
         (Twice(), lambda m: to_rgb(m, torch.rand(1, 3, 8, 8), paths=["a"]), "'a' reads 3 channels"),
-        (Twice(), lambda m: to_grey(m, torch.rand(1, 1, 8, 8), std=(1, 1, 0)), "no std zero"),
+        (Twice(), lambda m: to_grey(m, torch.rand(1, 1, 8, 8), std=(1, 1, 0)), "no std may be zero"),
         (Twice(), lambda m: add_planes(m, torch.rand(1, 3, 8, 8), 3), "too few for 3 new planes"),
     ],
 )

@@ -145,15 +145,15 @@ def test_refusals() -> None:
     tied = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
     tied[1].weight = tied[0].weight
     assert "module '0' shares a weight with '1'" in refused(tied)
-    assert "module '0' (Own) has its own forward" in refused(nn.Sequential(Own(2, 2, 3)))
+    assert "module '0' (Own) overrides forward" in refused(nn.Sequential(Own(2, 2, 3)))
     assert "module '0'" in refused(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(2, 2, 3))))
     assert "module '0' is a ReLU" in refused(nn.Sequential(nn.ReLU()))
     assert "cannot shrink" in refused(nn.Sequential(nn.Conv2d(2, 2, 3)), kernel=1)
-    assert "has a kernel of (3, 3) already" in refused(nn.Sequential(nn.Conv2d(2, 2, 3)), kernel=3)
+    assert "already has kernel (3, 3)" in refused(nn.Sequential(nn.Conv2d(2, 2, 3)), kernel=3)
     assert "no module '4'" in refused(net(), "4")
     wide = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
     assert "the child cannot be run" in refused(wide, kernel=13)  # reflection of more than the image
-    assert "of its old class" in refused(Reader(), "conv", 3)
+    assert "to have its old class" in refused(Reader(), "conv", 3)
 
 
 def test_a_module_with_two_names_grows_once() -> None:
