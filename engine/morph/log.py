@@ -1,4 +1,4 @@
-"""What the parent's run leaves for the check of a child: an entry per op, and in it a record per primitive step."""
+"""Log of the parent's run for the check of a child: one entry per op, with one record per primitive step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .lookup import Bags, Join, Rows
 
 @dataclass(frozen=True, slots=True)
 class ElementwiseRecord:
-    """A function of operands position by position: `base` + the position that `join` finds is the result's vid."""
+    """An elementwise function: the vid of a result is `base` + the position that `join` finds."""
 
     join: Join
     base: int
-    first: tuple[int, ...] = ()  # operands that were joined before the others, at their own small size
-    inner: ElementwiseRecord | None = None  # the record of that
+    first: tuple[int, ...] = ()  # small operands that were joined before the others, at their own size
+    inner: ElementwiseRecord | None = None  # the record of that first join
 
 
 @dataclass(frozen=True, slots=True)
 class RowsRecord:
-    """A function of slabs along `axes`: `index` finds the parent's slab; of each output the first vid and the shape."""
+    """A function of slabs along `axes`: `index` finds the parent's slab; `outputs` are pairs of first vid and shape."""
 
     index: Rows
     outputs: tuple[tuple[int, tuple[int, ...]], ...]
@@ -33,7 +33,7 @@ class RowsRecord:
 
 @dataclass(frozen=True, slots=True)
 class StatisticRecord:
-    """A mean or an extreme of slabs along `axes`: `base` + the parent's slab that `bags` finds is the vid."""
+    """A mean or an extreme of slabs along `axes`: the vid is `base` + the parent's slab that `bags` finds."""
 
     bags: Bags
     base: int
@@ -42,7 +42,7 @@ class StatisticRecord:
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """A linear op: the input's channels as rows of vids, the output's vids with the channels first."""
+    """A linear op: input channels as rows of vids, and the vids of the output with the channels first."""
 
     inputs: Tensor
     index: Rows
@@ -53,7 +53,7 @@ class LinearRecord:
 
 @dataclass(frozen=True, slots=True)
 class BarrierRecord:
-    """Any function of the very same values: vids that it read and vids that it gave."""
+    """An unknown function, which needs unchanged values: the vids that it read and those that it returned."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -62,14 +62,14 @@ class BarrierRecord:
 
 @dataclass(frozen=True, slots=True)
 class AlongChannelsRecord:
-    """Whether channels lie along the axes of a reduction."""
+    """Whether the axes of a reduction contain a channel axis."""
 
     found: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsRecord:
-    """Plain arguments."""
+    """Plain arguments of an op."""
 
     values: list[Any]
 
@@ -102,8 +102,8 @@ class Entry:
     where: str
     structure: TreeSpec | None = None
     outputs: list[tuple[tuple[int, ...], torch.dtype] | None] = field(default_factory=list)
-    constants: list[Any] = field(default_factory=list)  # outputs that are no tensors
-    plain: bool = False  # one output, of the operands' broadcast shape
-    in_place: int | None = None  # which of the tensors among the arguments is the result
-    changed: bool = False  # that tensor; `x.float()` gives x itself and leaves it as it is
+    constants: list[Any] = field(default_factory=list)  # outputs that are not tensors
+    plain: bool = False  # whether it has one output of the operands' broadcast shape
+    in_place: int | None = None  # index of the argument tensor that is the result
+    changed: bool = False  # whether that tensor changed; `x.float()` may return x itself without a change
     records: list[Record] = field(default_factory=list)

@@ -1,7 +1,7 @@
-"""Finding old values among new ones: elements by their value numbers, rows by hashes that are then compared in full.
+"""Lookup of new values among old ones: elements by value number, rows by hashes that are then compared in full.
 
-A value number (vid) names one scalar that the parent computes. An element of the child carries the vid of the value
-that it equals, or FREE. Every lookup ends with a comparison, so that a hash or a stale table entry cannot deceive.
+A value number (vid) identifies one scalar that the parent computes. An element of the child carries the vid of the
+value that it equals, or FREE. Every lookup ends with a comparison, so hash collisions and stale table entries do no harm.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-FREE = -1  # the vid of an element that is no copy of anything
-MISSING = -2  # the position of a value that is not there
+FREE = -1  # vid of an element that is not a copy
+MISSING = -2  # position of a value that was not found
 
 
 class Table:
@@ -22,7 +22,7 @@ class Table:
         self.data = torch.zeros(1 << 16, dtype=torch.int64)
 
     def find(self, old: Tensor, new: Tensor) -> Tensor:
-        """Position in `old` (n) of each element of `new` (m): a canonical one, or MISSING; FREE stays FREE."""
+        """Return a canonical position in `old` (n) of each element of `new` (m), or MISSING; FREE stays FREE."""
         if old.numel() == 0:
             return torch.full_like(new, MISSING)
         top = int(max(old.max(), new.max() if new.numel() else 0)) + 1
@@ -36,14 +36,14 @@ class Table:
 
 
 class Join:
-    """Positions of tuples of vids: what an elementwise op of several operands computes."""
+    """Positions of tuples of vids, which identify the results of an elementwise op of several operands."""
 
     def __init__(self, table: Table, columns: list[Tensor]):
-        """`columns`: one vid tensor per operand, all of the output's shape (expanded views will do)."""
+        """Index `columns`, one vid tensor per operand, all of the output's shape (expanded views are allowed)."""
         self.table = table
         self.columns = columns
-        self.main: int | None = None  # an operand whose values differ everywhere finds the position alone
-        self.first: int | None = None  # its first value, if it counts up from there, as fresh values do
+        self.main: int | None = None  # an operand with distinct values, which alone determines the position
+        self.first: int | None = None  # its first value, if its values count up by one, as new vids do
         n = columns[0].numel()
         distinct = [i for i, c in enumerate(columns) if _storage_size(c) == n > 0]
         for i in distinct:
@@ -59,7 +59,7 @@ class Join:
                 return
 
     def find(self, columns: list[Tensor]) -> Tensor:
-        """Position (m) in the old output of each new element; FREE if an operand is, MISSING if there is none."""
+        """Return the position (m) in the old output of each new element; FREE if an operand is FREE, else MISSING."""
         new = [c.reshape(-1) for c in columns]
         main = self.main
         if main is None:
@@ -94,7 +94,7 @@ class Join:
 
 
 class Rows:
-    """Positions of rows of vids (K, M): what an op computes that reads whole slabs."""
+    """Positions of rows of vids (K, M), which identify the results of an op that reads whole slabs."""
 
     def __init__(self, rows: Tensor):
         self.rows = rows
@@ -104,7 +104,7 @@ class Rows:
         self.hashes, self.order = (rows * self.weights).sum(1).sort(stable=True)
 
     def find(self, rows: Tensor) -> Tensor:
-        """Old row (first of equal ones) of each new row; FREE if an element of it is, else MISSING."""
+        """Return the first equal old row of each new row; FREE if one of its elements is FREE, else MISSING."""
         if rows.shape[1] != self.rows.shape[1] or not len(self.rows):
             return torch.full((len(rows),), MISSING)
         hashes = (rows * self.weights).sum(1)
@@ -114,9 +114,9 @@ class Rows:
 
 
 class Bags:
-    """Positions of rows of vids (K, M) by what they hold: the same values in the same proportions, or just the same.
+    """Positions of rows of vids (K, M) by content: the same values in the same proportions, or only the same values.
 
-    A mean keeps its value if all that it is taken of is copied equally often, an extreme however often.
+    A mean is preserved if all of its values are copied equally often; an extreme is preserved by any copies.
     """
 
     def __init__(self, rows: Tensor, extreme: bool):
@@ -124,7 +124,7 @@ class Bags:
         self.extreme = extreme
 
     def find(self, rows: Tensor) -> Tensor:
-        """Old row (first of equal ones) of each new row (K', M'), which holds no FREE; MISSING if there is none."""
+        """Return the first equal old row of each new row (K', M') without FREE; MISSING if there is none."""
         old, new = self.rows, rows.sort(1).values
         if not (old.numel() and new.numel()):
             return torch.full((len(new),), MISSING)
@@ -134,24 +134,24 @@ class Bags:
             old, new = (torch.cat([r[:, :1].expand(-1, width - r.shape[1]), r], 1) for r in (old, new))
         else:
             common = math.gcd(old.shape[1], new.shape[1])
-            old, new = (_thinned(r, r.shape[1] // common, mark) for r, mark in ((old, -3), (new, -4)))  # never equal
+            old, new = (_thinned(r, r.shape[1] // common, mark) for r, mark in ((old, -3), (new, -4)))  # marks differ
         return Rows(old).find(new)
 
 
 def _distinct(rows: Tensor) -> Tensor:
-    """Sorted rows with each value once, the least one as often as fills the row."""
+    """Return sorted rows with each value once, filled up with the smallest value."""
     repeated = torch.nn.functional.pad(rows[:, 1:] == rows[:, :-1], (1, 0))
     return torch.where(repeated, rows[:, :1], rows).sort(1).values
 
 
 def _thinned(rows: Tensor, times: int, otherwise: int) -> Tensor:
-    """Every `times`-th of sorted values that all occur in multiples of that, else a row of `otherwise`."""
+    """Return every `times`-th sorted value if all values occur in multiples of `times`, else a row of `otherwise`."""
     parts = rows.reshape(len(rows), -1, times)
     return parts[..., 0].where((parts == parts[..., :1]).flatten(1).all(1, keepdim=True), otherwise)
 
 
 def _storage_size(tensor: Tensor) -> int:
-    """Number of elements without those that an expanded view repeats."""
+    """Return the number of elements, without those that an expanded view repeats."""
     size = 1
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         size *= length if stride else 1

@@ -1,9 +1,8 @@
-"""Merging: the exact inverse of widening, where the copies of a channel are still copies.
+"""Merging: the exact inverse of widening, as long as the copies of a channel are still equal.
 
-Channels are folded if everything that belongs to them is equal in the stored numbers: rows of weights, biases, norm
-parameters, running statistics. Their outgoing weights are added. The proof is that of widening, read backwards: the
-network that was given must pass, op by op, as a widening of the one that is returned, and its rows and columns must be
-that widening's. So channels that only look alike are left as they are.
+Channels are folded if all of their stored numbers are equal: rows of weights, biases, norm parameters, running
+statistics. Their outgoing weights are added. The proof is the check of a widening in reverse: the given network must
+pass, op by op, as a widening of the returned one, with the same rows and columns. Other similar channels do not change.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .report import Certificate, Report
 from .spaces import GROUPS, Spaces, find_spaces
 from .step import Step
 from .stock import as_given, stock
-from .ties import Folds, Units, find_ties, kept_width
+from .ties import Folds, Units, find_ties, width_after_fold
 from .tracer import Mismatch
 from .verify import verified_report
 from .widen import replace_contents
@@ -35,29 +34,29 @@ from .widen import replace_contents
 @torch.inference_mode(False)
 @freed_pages_kept()
 def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple[nn.Module, Report]:
-    """A narrower network that computes the same function, with every set of tied channels folded into one.
+    """Fold every set of tied channels into one; the narrower network computes the same function.
 
     Args:
-        model: any eager network, e.g. one that was widened; untouched unless `inplace`.
-        example: its input, a tuple of positional or a dict of keyword arguments; a small image will do unless a linear
-            layer wants the real size.
-        inplace: put the result into `model` after all checks have passed.
+        model: any eager network, e.g. a widened one; it is not changed unless `inplace`.
+        example: its input, a tuple of positional or a dict of keyword arguments. A small image is enough unless a
+            linear layer needs the real size.
+        inplace: put the result into `model` after all checks.
 
     Returns:
-        The narrower network and the report. Sums of outgoing weights are exact after a Kraft or Sterbenz split; if
-        some had to be rounded (trained since), the report says how many, and has no certificate.
+        The narrower network and the report. Sums of outgoing weights are exact after a Kraft or Sterbenz split. If
+        some must be rounded (after training), the report states how many and has no certificate.
 
     Raises:
-        MorphError: no channels are tied, or folding any of them would change the function; nothing has been changed.
+        MorphError: no channels are tied, or folding any of them would change the function; nothing is changed.
     """
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
     others = other_inputs(model, inputs)
-    followed = inputs.and_calls(others.ways)
+    followed = inputs.and_calls(others.branching)
     child, found = _merge(model, followed)
     step = MergeStep(followed.shapes, tuple(found.passes), tuple(found.groups), followed.kinds, followed.form)
     changes, certificate = [*found.changes, *head_changes(model, child)], found.certificate
-    if certificate.violations:  # the function is compared where that rounding does not hide anything
+    if certificate.violations:  # compare in float64, where this rounding hides nothing
         changes.append(f"{certificate.violations} of {certificate.entries} sums of outgoing weights are rounded")
         exact = cast(duplicate(model), torch.float64)
         report = verified_report(step, exact, _merge(exact, followed)[0], example, changes=changes, others=others)
@@ -68,13 +67,14 @@ def merge(model: nn.Module, example: Example, *, inplace: bool = False) -> tuple
 
 @dataclass(frozen=True)
 class MergeStep(Step, op="merge"):
-    """See `merge`; its passes in order, each with the meaning of groups under which its spaces were found.
+    """Step of `merge`.
 
     Attributes:
         example: shapes of the inputs.
-        kinds: their dtypes, if not all are floating.
-        form: their places among the arguments, if they are not the positional ones; see `Inputs`.
-        passes: of each space that is folded, by its key, for each unit the first one that is equal.
+        passes: the passes in order; for each folded space, by its key, the first equal unit of each unit.
+        groups: the `groups` argument of `find_spaces` in each pass.
+        kinds: dtypes of the inputs, if not all are floating.
+        form: positions of the inputs among the arguments, if they are not the positional ones; see `Inputs`.
     """
 
     example: tuple[tuple[int, ...], ...]
@@ -89,7 +89,7 @@ class MergeStep(Step, op="merge"):
             spaces = find_spaces(model, inputs, groups=groups)
             for key, first in folds.items():
                 if len(first) not in (len(Units.of(spaces, spaces[key], fine).names) for fine in (False, True)):
-                    raise MorphError(f"space {key} has another width than in the network that was merged")
+                    raise MorphError(f"space {key} has another width than in the merged network; use its architecture")
             try:
                 model, _ = fold(spaces, folds, tied=False)
             except Mismatch as error:
@@ -99,7 +99,7 @@ class MergeStep(Step, op="merge"):
 
 @dataclass
 class _Passes:
-    """What was folded in each pass, with which meaning of groups, in words, and the sums of weights."""
+    """Result of all passes: folds, `groups` arguments, report lines, and the certificate of the sums of weights."""
 
     passes: list[Folds] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
@@ -108,11 +108,11 @@ class _Passes:
 
 
 def _merge(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, _Passes]:
-    """The child, after as many passes as fold something."""
+    """Fold in passes until nothing can be folded; return the child and the passes."""
     child, done = model, _Passes()
     reason = "no two channels are exact copies of each other; there is nothing to merge"
     untried = list(GROUPS)
-    while untried:  # copies in one layer may become equal only after those in the layer before have been folded
+    while untried:  # copies in one layer may only become equal after the previous layer is folded
         groups, *others = untried
         spaces = find_spaces(child, inputs, groups=groups)
         try:
@@ -125,7 +125,7 @@ def _merge(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, _Passes]:
         child, folds, certificate = result
         for space in spaces:
             if space.key in folds:
-                width = kept_width(spaces, space, folds)
+                width = width_after_fold(spaces, space, folds)
                 done.changes.append(f"space {space.id} ({space.key}): {space.width} -> {width}")
         done.passes.append(folds)
         done.groups.append(groups)
@@ -137,13 +137,13 @@ def _merge(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, _Passes]:
 
 
 def _fold_most(spaces: Spaces, ties: Mapping[str, list[Folds]]) -> tuple[nn.Module, Folds, Certificate] | None:
-    """Fold all that is tied, or as many spaces as pass the proof; None if nothing is tied.
+    """Fold all tied channels, or those spaces that pass the proof; None if nothing is tied.
 
-    Spaces that cannot grow are folded when no other can be: where a shuffle wants an even number of channels, whether
-    a space is found free depends on the widths that were tried. The proof does not.
+    Frozen spaces are folded only if no other space can be. If a shuffle needs an even number of channels, the tried
+    widths decide whether a space counts as frozen; the proof does not depend on them.
 
     Raises:
-        Mismatch: none passes.
+        Mismatch: no space passes.
     """
     reason: Mismatch | None = None
     for frozen in (False, True):
@@ -164,7 +164,7 @@ def _fold_most(spaces: Spaces, ties: Mapping[str, list[Folds]]) -> tuple[nn.Modu
 
 
 def _fold_some(spaces: Spaces, tied: list[list[Folds]]) -> tuple[nn.Module, Folds, Certificate] | None:
-    """Fold one space after the other, those that pass the proof; None if none does."""
+    """Fold the spaces that pass the proof one after the other; None if none passes."""
     done: Folds = {}
     best = None
     for kinds in tied:

@@ -1,4 +1,4 @@
-"""Data movement needs no meaning: the very op is run on the labels, on value numbers and atoms alike."""
+"""Data movement on labels: the op itself runs on the value numbers and on the atoms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .labels import Label
 
 @dataclass(frozen=True)
 class Movement:
-    """One call that moves data; `labels` are those of the tensors that it moves, by id, others are indices."""
+    """One call that moves data; `labels` has the labels of the moved tensors by id; other tensors are indices."""
 
     name: str
     func: Callable[..., Any]
@@ -26,7 +26,7 @@ class Movement:
     in_place: bool
 
     def run(self, fill: int | None) -> list[Label]:
-        """The labels of its outputs; `fill` is the vid of the constant that a pad writes."""
+        """Return the labels of its outputs; `fill` is the vid of the constant that a pad writes."""
         vids = self._on(lambda label: label.vids, fill)
         if any(label.atoms is None for label in self.labels.values()):
             return [Label(v, None) for v in vids]
@@ -44,7 +44,7 @@ class Movement:
             return [pad_labels(args, kwargs, fill)]
         try:
             out = self.func(*args, **kwargs)
-        except (RuntimeError, NotImplementedError):  # no kernel for integers
+        except (RuntimeError, NotImplementedError):  # the op has no kernel for integers
             args, kwargs = tree_map(self._as_doubles, (args, kwargs))
             out = tree_map(lambda t: t.long(), self.func(*args, **kwargs))
         return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
@@ -55,13 +55,13 @@ class Movement:
 
 
 def pad_value(args: Any, kwargs: Any) -> float:
-    """The constant that `F.pad` writes."""
+    """Return the constant that `F.pad` writes."""
     value = kwargs.get("value", args[3] if len(args) > 3 else None)
     return 0.0 if value is None else float(value)
 
 
 def pad_labels(args: Any, kwargs: Any, fill: int | None) -> Tensor:
-    """`F.pad` of labels; padding with a constant gives vid `fill` and the neighbour's atom (0 beside channels)."""
+    """Apply `F.pad` to labels; constant padding gets vid `fill` and the neighbour's atom (0 next to channels)."""
     given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
     labels, pad, mode = given["input"], list(given["pad"]), given.get("mode", "constant")
     if mode != "constant":

@@ -1,4 +1,4 @@
-"""One network run on the inputs of a comparison: in both precisions; in eval mode and train mode."""
+"""Runs of one network for a comparison: in float32 and float64, in eval and train mode."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .running import failures, output_tensors
 
 log = logging.getLogger("gigamorph.morph")
 
-STATISTICS = 64  # values of which a batch statistic is taken at least: fewer would magnify rounding
-TRAIN_BATCH = 4  # at most so many images for that
+STATISTICS = 64  # minimum number of values per batch statistic; fewer would magnify rounding
+TRAIN_BATCH = 4  # maximum batch for that purpose
 
 Runs = dict[str, list[Tensor]]  # "float32 eval" -> outputs in float64
 
 
 class NoDropout(TorchFunctionMode):
-    """Dropout of any kind passes its input through: masks of copies are drawn apart, so paths are not preserved."""
+    """Function mode that disables dropout: copies draw separate masks, so random paths are not preserved."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if "dropout" in name:
             return args[0] if args else kwargs["input"]
-        if name == "bernoulli_":  # stochastic depth draws its mask thus; p has been divided out by its caller
+        if name == "bernoulli_":  # the mask of stochastic depth; its caller has already divided by p
             return args[0].fill_(1)
         return func(*args, **kwargs)
 
 
 class _NoModules(ModuleTracker):
-    """All counts as one: PyTorch's own hooks cannot take a view of a parameter that is made without gradients."""
+    """Module tracker without hooks: PyTorch's hooks fail on a view of a parameter made without gradients."""
 
     def __enter__(self) -> _NoModules:
         return self
@@ -53,15 +53,15 @@ class _NoModules(ModuleTracker):
 
 
 class NetworkRuns:
-    """One of the two networks, and what it returned.
+    """One of the two networks, and its outputs.
 
     Attributes:
         runs: outputs by dtype and mode.
-        shapes: of the eval outputs.
-        flops: of one eval forward.
-        trained_on: the inputs of train mode.
-        untrained: why it could not be run in train mode.
-        inputs: those of eval mode.
+        shapes: shapes of the eval outputs.
+        flops: FLOPs of one eval forward.
+        trained_on: the inputs in train mode.
+        untrained: why it could not run in train mode; empty if it could.
+        inputs: the inputs in eval mode.
     """
 
     def __init__(self, model: nn.Module, who: str, outputs: Callable[[Any], Any] | None) -> None:
@@ -75,7 +75,13 @@ class NetworkRuns:
         self.works: dict[torch.dtype, nn.Module] = {}
 
     def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
-        """All runs; `train` gives train mode's inputs, of a seed and a least batch; None: no such runs."""
+        """Run the network in all modes.
+
+        Args:
+            inputs: the inputs in eval mode.
+            train: the inputs in train mode, or a function of seed and minimum batch; None skips train mode.
+            seed: seed of these inputs.
+        """
         self.inputs = inputs
         counter, norms = FlopCounterMode(display=False), _Norms()
         counter.mod_tracker = _NoModules()
@@ -84,12 +90,12 @@ class NetworkRuns:
             for dtype in (torch.float32, torch.float64):
                 short = str(dtype).removeprefix("torch.")
                 work = view_in_dtype(self.model, dtype)
-                # As it will be run: function modes switch PyTorch's fast paths off, which read weights past modules.
+                # Function modes disable PyTorch's fast paths, which users' calls take and which bypass modules.
                 fast = has_fast_path(self.model)
                 with nullcontext() if fast or self.flops else counter, norms:
                     self.runs[f"{short} eval"] = self._call(work, inputs, dtype, False)
                 self.shapes = [tuple(t.shape) for t in self.runs[f"{short} eval"]]
-                if fast and not self.flops:  # whose fused ops are not counted
+                if fast and not self.flops:  # the counter does not count fused ops, so count a run without them
                     with NoDropout(), counter:
                         self._call(work, inputs, dtype, False)
                 self.flops = counter.get_total_flops()
@@ -100,17 +106,17 @@ class NetworkRuns:
                     self._train(work, train, dtype, short)
                 self.works[dtype] = work
 
-    def again(self, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-        """Eval mode on other inputs, in float64; the statistics are those that train mode left, if it was run."""
+    def run_eval(self, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+        """Run eval mode on other inputs; return float64. If train mode ran before, its running statistics are used."""
         if dtype not in self.works:
             self.works[dtype] = view_in_dtype(self.model, dtype)
         with torch.no_grad(), torch.random.fork_rng([]), full_precision():
             return self._call(self.works[dtype], inputs, dtype, False)
 
-    def after(self) -> list[Tensor]:
-        """Eval mode on the same inputs, in float64, with the statistics that train mode left."""
+    def run_eval_after_training(self) -> list[Tensor]:
+        """Run eval mode on the same inputs in float64, with the running statistics after train mode."""
         assert self.inputs is not None
-        return self.again(self.inputs, torch.float64)
+        return self.run_eval(self.inputs, torch.float64)
 
     def _train(self, work: nn.Module, train: Inputs, dtype: torch.dtype, short: str) -> None:
         self.trained_on = train
@@ -132,12 +138,12 @@ class NetworkRuns:
         return [t.detach().double() for t in output_tensors(result)]
 
     def finite(self) -> bool:
-        """Whether all outputs are."""
+        """Return whether all outputs are finite."""
         return all(bool(t.isfinite().all()) for tensors in self.runs.values() for t in tensors)
 
 
 class _Norms(TorchDispatchMode):
-    """Of how few values per channel and image a norm over the batch takes its statistics; 0: there is no such norm."""
+    """Dispatch mode that finds the fewest values per channel and image of any batch norm; 0 without a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,12 +157,12 @@ class _Norms(TorchDispatchMode):
 
 
 def has_fast_path(model: nn.Module) -> bool:
-    """Whether PyTorch may compute modules of it in eval mode by one fused op that reads the weights of their parts."""
+    """Return whether PyTorch may run modules of the network in eval mode as one fused op on the submodules' weights."""
     return any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in model.modules())
 
 
 def distance(want: list[Tensor], have: list[Tensor]) -> float:
-    """Largest relative difference of a list of tensors in the maximum norm; nan if anything is not finite."""
+    """Return the largest relative difference of two lists of tensors in the maximum norm; nan if any is not finite."""
     worst = 0.0
     for a, b in zip(want, have, strict=True):
         if not a.numel():

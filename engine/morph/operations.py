@@ -1,7 +1,7 @@
-"""The table of all morphs: a command of `gigamorph morph` each, and the functions of Python that it calls.
+"""Table of all morphs: the commands of `gigamorph morph`, and the Python functions that they call.
 
-Options, their types and their help come from the functions' signatures and docstrings, so that no argument is missing.
-Nothing here imports PyTorch before a function is asked for.
+Options, their types and their help come from the signatures and docstrings of the functions, so no argument is missing.
+This module imports PyTorch only when a function is requested.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-GIVEN = ("model", "example", "inplace")  # what the command itself gives every function
-AT = {"path": "at", "paths": "at"}  # options that are called otherwise than the argument
+GIVEN = ("model", "example", "inplace")  # arguments that the command passes to every function
+AT = {"path": "at", "paths": "at"}  # argument -> option, where the names differ
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Argument:
     """An option of a command.
 
     Attributes:
-        option: its name.
-        annotation: the argument's type, as the function writes it.
-        defaults: the argument's default by the function's key; `inspect.Parameter.empty`: it has none.
-        help: what the docstring says.
+        option: name of the option.
+        annotation: type annotation of the argument.
+        defaults: default of the argument by the function's key; `inspect.Parameter.empty` if it has none.
+        help: description in the docstring.
     """
 
     option: str
@@ -40,15 +40,14 @@ class Operation:
     """A command.
 
     Attributes:
-        name: of the command.
-        help: what it does.
+        name: name of the command.
+        help: description of the command.
         functions: "module.function" in this package by key.
         example: options of an example.
-        choice: the option whose value is the key; without one, or without its value, the function is called whose
-            required arguments are given.
-        default: the key without that option.
-        names: further options that are called otherwise than the argument.
-        last_layer: whether the last layer is meant where no module is named.
+        choice: the option that selects the key. Without it, the required arguments that are given select the function.
+        default: the key if that option is omitted.
+        names: further pairs of argument and option with different names.
+        last_layer: whether the command uses the last layer if no module is named.
     """
 
     name: str
@@ -61,18 +60,18 @@ class Operation:
     last_layer: bool = False
 
     def function(self, key: str) -> Callable[..., Any]:
-        """The function of that key."""
+        """Import and return the function of a key."""
         module, name = self.functions[key].split(".")
         return getattr(importlib.import_module(f".{module}", __package__), name)
 
     def parameters(self, key: str) -> dict[str, inspect.Parameter]:
-        """Arguments of a function by the option's name."""
+        """Return the arguments of a function by the name of the option."""
         found = inspect.signature(self.function(key)).parameters
         names = {**AT, **self.names}
         return {names.get(name, name): p for name, p in found.items() if name not in GIVEN}
 
     def arguments(self) -> list[Argument]:
-        """The options of the command, those of all its functions."""
+        """Return the options of the command, which are those of all its functions."""
         made: dict[str, Argument] = {}
         for key in self.functions:
             for option, p in self.parameters(key).items():
@@ -81,12 +80,12 @@ class Operation:
         return list(made.values())
 
     def required(self, key: str) -> set[str]:
-        """Options without which a function cannot be called."""
+        """Return the options that a function requires."""
         missing = {o for o, p in self.parameters(key).items() if p.default is inspect.Parameter.empty}
         return missing - ({"at"} if self.last_layer else set())
 
     def chosen(self, value: str | None, given: Iterable[str]) -> str | None:
-        """The key of the function that is meant; None where that is not clear."""
+        """Return the key of the selected function; None if the selection is ambiguous."""
         if value or self.default in self.functions:
             return value or self.default
         fitting = [key for key in self.functions if self.required(key) and self.required(key) <= set(given)]
@@ -96,15 +95,15 @@ class Operation:
 OPERATIONS = (
     Operation(
         "widen",
-        "Widen all channel spaces by a factor, or some as --space says; gigamorph morph spaces lists them.",
+        "Widen all channel spaces by a factor, or single spaces by --space; gigamorph morph spaces lists them.",
         {"": "widen.widen"},
         "--factor 1.5",
         names={"counts": "space"},
     ),
     Operation(
         "deepen",
-        "Put a new layer or block after a module. An identity with BatchNorm is exact in eval mode only; all others in "
-        "train mode too.",
+        "Insert a new layer or block after a module. An identity with BatchNorm is exact in eval mode only; all others "
+        "are exact in train mode too.",
         {
             "residual": "deepen.insert_residual",
             "pair": "deepen.insert_pair",
@@ -136,23 +135,23 @@ OPERATIONS = (
     ),
     Operation(
         "front",
-        "Make a network that was trained on shrunk images read them at full size. The sides of its images must be "
-        "multiples of the factor. --size is that of the small images.",
+        "Let a network that was trained on shrunk images read them at full size. The sides of its images must be "
+        "multiples of the factor. --size is the size of the small images.",
         {"": "front.front"},
         "--factor 4",
         names={"r": "factor", "size": "image"},
     ),
     Operation(
         "input",
-        "Change the image channels that a network reads. With --to grey the network takes grey values, and sees what "
-        "the old one saw of them repeated in three channels and normalised by --mean and --std.",
+        "Change the image channels that a network reads. With --to grey the network reads grey values, and computes "
+        "what the old one computes from three equal channels, normalised by --mean and --std.",
         {"grey": "inputs.to_grey", "rgb": "inputs.to_rgb", "planes": "inputs.add_planes"},
         "--channels 3 --to grey",
         "to",
     ),
     Operation(
         "head",
-        "Give the classifier more outputs, or split a class into several: --outputs 4, or --split 1 --into 3.",
+        "Add outputs to the classifier, or split a class into several: --outputs 4, or --split 1 --into 3.",
         {"outputs": "head.grow_head", "split": "head.split_class"},
         "--outputs 4 --kind softmax",
         names={"index": "split"},
@@ -160,7 +159,7 @@ OPERATIONS = (
     ),
     Operation(
         "merge",
-        "Fold channels that are exact copies of each other into one: the inverse of widen, until they are trained.",
+        "Fold exact copies of channels into one. This is the inverse of widen, until the copies are trained.",
         {"": "merge.merge"},
         "",
     ),
@@ -168,14 +167,14 @@ OPERATIONS = (
 
 
 def import_all() -> None:
-    """Import all morphs, so that their steps can be read from recipes."""
+    """Import all morphs, which registers their steps for recipes."""
     for operation in OPERATIONS:
         for key in operation.functions:
             operation.function(key)
 
 
 def _help(operation: Operation, key: str, name: str) -> str:
-    """What the function's docstring says of an argument, or that of another morph with the same one."""
+    """Return the description of an argument in the function's docstring, or in that of another morph with it."""
     own = [operation.function(key), *(operation.function(k) for k in operation.functions)]
     every = [o.function(k) for o in OPERATIONS for k in o.functions]
     return next((text for f in [*own, *every] if (text := _documented(f).get(name))), "")
@@ -183,7 +182,7 @@ def _help(operation: Operation, key: str, name: str) -> str:
 
 @cache
 def _documented(function: Callable[..., Any]) -> dict[str, str]:
-    """The arguments in a docstring, each as one line."""
+    """Return the arguments described in a docstring, each as one line."""
     doc = inspect.getdoc(function) or ""
     section = re.search(r"^Args:\n((?:    .*\n|\n)*)", f"{doc}\n", re.M)
     entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.M)

@@ -1,13 +1,13 @@
-"""Optimizer state of a network that has grown, by the adjoint rule.
+"""Optimizer state of a grown network, by the adjoint rule.
 
 If every consumer splits a space's copies with the same shares s (sum 1), the gradients of the child are those of the
-parent, g' = diag(s_o) g[ro][:, ri]: rows scaled by their shares, columns copied unscaled. A momentum is a sum of
-gradients and grows like them, a second moment with s_o^2; both are then what the child would have had, had it been
-trained from the start. Mapping them like weights is wrong by a third, and clearing them makes the loss jump.
+parent, g' = diag(s_o) g[ro][:, ri]: rows are scaled by their shares, columns are copied. A momentum is a sum of
+gradients and maps like them, and a second moment maps with s_o^2. Both then equal the state of a child that was trained
+from the start. Mapping them like weights is wrong by a third, and clearing them makes the loss jump.
 
-With `lr="commute"` each tensor gets its own rates as well, so that training commutes with the morph: the child stays
-the widened parent, step by step (to check a set-up, or to compare widths at equal rates). Its copies then stay copies
-and nothing is gained; `lr="plain"` keeps the rates, and copies part in the first step.
+With `lr="commute"` each tensor also gets its own rates, so that training commutes with the morph: the child remains the
+widened parent in every step (to check a set-up, or to compare widths at equal rates). Its copies then stay equal and
+training gains nothing. `lr="plain"` does not change the rates, and copies differ after the first step.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .step import Step
 from .stock import stock
 from .widen import WidenStep
 
-RATES = (SGD, Adam, AdamW)  # whose rates per tensor are known under which training commutes
-# State of a parameter's shape -> power of the gradient that it is a mean of. Of any optimizer that keeps no other:
-# SGD, the Adam family with NAdam, RAdam, Adamax and LAMB, Lion, Adagrad, RMSprop.
+RATES = (SGD, Adam, AdamW)  # optimizers with known rates per tensor that make training commute
+# State with a parameter's shape -> the power of the gradient in this mean. It covers SGD, the Adam family with NAdam,
+# RAdam, Adamax and LAMB, Lion, Adagrad and RMSprop.
 MOMENTS = {
     "momentum_buffer": 1,
     "exp_avg": 1,
@@ -47,15 +47,15 @@ MOMENTS = {
     "square_avg": 2,
     "sum": 2,
 }
-# Momentum of steps that have been divided by the gradient's size, in which the shares cancel.
+# Momentum of steps that are divided by the gradient's magnitude, so the shares cancel.
 STEPS = {"RMSprop": {"momentum_buffer": 0}, "RMSpropTF": {"momentum_buffer": 0}, "Adadelta": {"acc_delta": 0}}
 
 Rates = Literal["plain", "commute"]
 
 
 @dataclass(frozen=True)
-class _Factors:
-    """By what the rates of one tensor are multiplied."""
+class _RateFactors:
+    """Factors of the rates of one tensor."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -66,62 +66,62 @@ class _Factors:
 def grow_optimizer(
     optimizer: Optimizer, parent: nn.Module, child: nn.Module, report: Report, lr: Rates = "plain"
 ) -> Optimizer:
-    """An optimizer for the child that goes on where the parent's stands.
+    """Create an optimizer for the child that continues the state of the parent's optimizer.
 
     Args:
-        optimizer: on parameters of `parent`; it is not changed. Any whose state is means of gradients or of their
-            squares: of torch.optim all but Adafactor, ASGD, LBFGS, Muon, Rprop and SparseAdam, timm's LAMB.
-        parent: the network before the morph, with the weights that it had then.
-        child: the network after it, with the weights that it had then, on the device where it will be trained.
-        report: of that morph. Widening maps all state, see above. After other morphs a parameter that is still there
-            with its values keeps its state, also under a new name; new ones start without, at step 0, and so do those
-            that `merge` has folded.
-        lr: "plain" keeps learning rates, weight decays and the groups. "commute" makes groups of tensors with the same
-            factors of learning rate, weight decay and eps; the factors are in `initial_lr` too. With "plain" a schedule
-            goes on if it is given the result, `scheduler.optimizer = ...`, and so are those inside of a SequentialLR;
-            with "commute" it has to be made anew, which may set rates at once.
+        optimizer: an optimizer of the parameters of `parent`; it is not changed. Its state must consist of means of
+            gradients or of their squares: all of torch.optim except Adafactor, ASGD, LBFGS, Muon, Rprop and SparseAdam,
+            and timm's LAMB.
+        parent: the network before the morph, with its weights of that time.
+        child: the network after the morph, with its weights of that time, on the device of its training.
+        report: the report of the morph. Widening maps all state. After other morphs a parameter that still exists with
+            its values retains its state, also under a new name. New parameters, and those that `merge` folded, start
+            without state at step 0.
+        lr: "plain" does not change learning rates, weight decays and groups. "commute" groups tensors with the same
+            factors of learning rate, weight decay and eps, also in `initial_lr`. With "plain" a schedule continues
+            after `scheduler.optimizer = ...`, which must also be set inside a SequentialLR. With "commute" create a new
+            schedule, which may change the rates at once.
 
     Returns:
-        An optimizer of the same class. A parameter that stands where one of the parent's stood (a grown head, the two
-        halves of a split layer) is in that one's group, or left out as that one was; a new one is in the group of the
-        nearest one with as many axes.
+        An optimizer of the same class. A parameter that replaces one of the parent's (a grown head, the two halves of a
+        split layer) is in the same group, or in none if that one was in none. A new parameter is in the group of the
+        nearest one with the same number of axes.
 
     Raises:
-        MorphError: an optimizer with other state; a parameter that is not the parent's; a child that has been trained
-            on, of another morph than widening; "plain" where copies would
-            never part; or "commute" where no factor per tensor makes training commute (another optimizer than SGD, Adam
-            and AdamW, uneven copies, other splits than equal powers of two, new channels, Adam with coupled weight
-            decay, other morphs).
+        MorphError: the optimizer has other state, or holds a parameter that is not the parent's; the child was trained
+            after another morph than widening; with "plain" copies would stay equal; or with "commute" no factor per
+            tensor makes training commute (another optimizer than SGD, Adam and AdamW, uneven copies, other splits than
+            equal powers of two, new channels, Adam with coupled weight decay, other morphs).
     """
     if not isinstance(optimizer, Optimizer) or not isinstance(report, Report):
         kinds = f"{type(optimizer).__name__} and {type(report).__name__}"
         raise MorphError(f"grow_optimizer got {kinds}; give the parent's optimizer and the morph's report")
     if lr not in ("plain", "commute"):
-        raise MorphError(f"lr '{lr}' is unknown; take 'plain' or 'commute'")
+        raise MorphError(f"unknown lr '{lr}'; choose 'plain' or 'commute'")
     if lr == "commute" and type(optimizer) not in RATES:
         known = ", ".join(o.__name__ for o in RATES)
-        raise MorphError(f"optimizer {type(optimizer).__name__}: lr='commute' knows {known}; take lr='plain'")
+        raise MorphError(f"optimizer {type(optimizer).__name__}: lr='commute' supports {known}; use lr='plain'")
     powers = _powers(optimizer)
     parent, child = stock(parent), stock(child)
     names = _names(optimizer, parent)
-    growth = _Growth.of(report.step, parent, child)
+    growth = _ParameterMapping.of(report.step, parent, child)
     _require_rates(lr, report.step, growth.maps)
 
     groups: list[dict[str, Any]] = []
-    origin: list[dict[str, Any]] = []  # the parent's group of each
+    origin: list[dict[str, Any]] = []  # the parent's group of each of `groups`
     state: dict[Tensor, dict[str, Any]] = {}
     for group in optimizer.param_groups:
-        made: dict[_Factors, list[str]] = {}
+        made: dict[_RateFactors, list[str]] = {}
         for p in group["params"]:
             name = names[id(p)]
             if name not in growth.heirs:
                 continue
             target, change = growth.target(name, p), growth.maps.get(name)
-            factors = _factors(type(optimizer), group, change, name) if lr == "commute" else _Factors()
+            factors = _rate_factors(type(optimizer), group, change, name) if lr == "commute" else _RateFactors()
             made.setdefault(factors, []).append(growth.heirs[name])
             if p in optimizer.state:
                 state[target] = _grown_state(optimizer.state[p], powers, target, change, growth.split)
-        for factors, members in (made or {_Factors(): []}).items():
+        for factors, members in (made or {_RateFactors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
     _add_new(growth, parent, groups, origin)
@@ -129,26 +129,26 @@ def grow_optimizer(
 
 
 def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
-    """Share s_o of each row of a widened tensor in the gradient of the row that it copies; zero for new rows.
+    """Return the share s_o of each row of a widened tensor in the gradient of the row that it copies.
 
     Args:
-        made: of the tensor.
-        split: "kraft": exact, but not after a flip (it changes the order of the copies), nor for uneven parts under
-            a statistic over channels (its gradient reaches all copies alike).
-            "sterbenz": 1/c, since each weight has shares of its own: the mean, and the sums are exact.
+        made: the map of the tensor.
+        split: "kraft": exact, except after a flip (it changes the order of the copies), and for uneven parts under a
+            statistic over channels (its gradient reaches all copies equally). "sterbenz": 1/c, the mean of the shares,
+            because each weight has its own shares; the sums are exact.
 
     Returns:
-        float64 (rows), or None if no rows are copied.
+        float64 (rows), zero for new rows, or None if no rows are copied.
     """
     if made.parents is None or made.free is None:
         return None
-    kept = ~made.free
-    counts = torch.bincount(made.parents[kept])
+    copied = ~made.free
+    counts = torch.bincount(made.parents[copied])
     shares = torch.zeros(len(made.parents), dtype=torch.float64)
     if split != "kraft":
-        shares[kept] = 1.0 / counts[made.parents[kept]].double()
+        shares[copied] = 1.0 / counts[made.parents[copied]].double()
         return shares
-    rows = kept.nonzero().reshape(-1)
+    rows = copied.nonzero().reshape(-1)
     order = rows[torch.argsort(made.parents[rows], stable=True)]
     starts = torch.cumsum(counts, 0) - counts
     rank = torch.arange(len(order)) - starts[made.parents[order]]
@@ -163,10 +163,10 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
 
 
 def _powers(optimizer: Optimizer) -> dict[str, int]:
-    """Of each state of a parameter's shape the power of the gradient.
+    """Return the power of the gradient for each state with a parameter's shape.
 
     Raises:
-        MorphError: one of them is not known.
+        MorphError: a state is unknown.
     """
     name = type(optimizer).__name__
     known = MOMENTS | STEPS.get(name, {})
@@ -174,16 +174,16 @@ def _powers(optimizer: Optimizer) -> dict[str, int]:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim and (key not in known or value.shape != p.shape):
                 raise MorphError(
-                    f"optimizer {name}: what its state '{key}' becomes of a grown network is not known; begin a new one"
+                    f"optimizer {name}: cannot map its state '{key}' to a grown network; create a new optimizer"
                 )
     return known
 
 
 def _names(optimizer: Optimizer, parent: nn.Module) -> dict[int, str]:
-    """The name of each of the parent's parameters, by id.
+    """Return the name of each of the parent's parameters, by id.
 
     Raises:
-        MorphError: the optimizer holds another one.
+        MorphError: the optimizer holds another parameter.
     """
     names = {id(p): name for name, p in parent.named_parameters()}
     for group in optimizer.param_groups:
@@ -191,22 +191,22 @@ def _names(optimizer: Optimizer, parent: nn.Module) -> dict[int, str]:
             if id(p) not in names:
                 raise MorphError(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not the parent's; "
-                    "give the parent itself, not a copy, and grow it without `inplace`; what a loss learns needs an "
-                    "optimizer of its own"
+                    "give the parent itself, not a copy, grow it without `inplace`, and use a separate optimizer for "
+                    "parameters of a loss"
                 )
     return names
 
 
 @dataclass(frozen=True)
-class _Growth:
-    """What a morph makes of the parent's parameters.
+class _ParameterMapping:
+    """Mapping of the parent's parameters to the child's.
 
     Attributes:
         targets: the child's parameters by name.
-        maps: of each that is widened, by name.
-        heirs: the child's name of each that is still there.
-        origins: the parent's name of each of the child's that stands where another stood; empty for widening.
-        split: of outgoing weights; empty for other morphs than widening.
+        maps: the map of each widened parameter, by name.
+        heirs: parent's name -> child's name, for each parameter that still exists.
+        origins: child's name -> parent's name, for each parameter that replaces another; empty for widening.
+        split: split of outgoing weights; empty for other morphs than widening.
     """
 
     targets: Mapping[str, Tensor]
@@ -216,7 +216,7 @@ class _Growth:
     split: str
 
     @classmethod
-    def of(cls, step: Step, parent: nn.Module, child: nn.Module) -> _Growth:
+    def of(cls, step: Step, parent: nn.Module, child: nn.Module) -> _ParameterMapping:
         targets = dict(child.named_parameters())
         if isinstance(step, WidenStep):
             same_names = {name: name for name, _ in parent.named_parameters()}
@@ -227,50 +227,56 @@ class _Growth:
         return cls(targets, {}, found.heirs, found.origins, "")
 
     def target(self, name: str, p: Tensor) -> Tensor:
-        """The child's parameter that one of the parent's has become."""
+        """Return the child's parameter for one of the parent's."""
         target = self.targets.get(self.heirs[name])
         shape = self.maps[name].shape(p.shape) if name in self.maps else tuple(p.shape)
         if target is None or tuple(target.shape) != shape:
-            raise MorphError(f"'{name}' of the child has not the shape {shape} of this report; give its own child")
+            raise MorphError(
+                f"'{name}' of the child does not have the shape {shape} of this report; give its own child"
+            )
         return target
 
 
 def _require_rates(lr: Rates, step: Step, maps: Mapping[str, ParameterMap]) -> None:
-    """Refuse "commute" where only rates per element would do, and "plain" where copies would stay copies."""
+    """Refuse "commute" if it needs rates per element, and "plain" if copies would stay equal."""
     if not isinstance(step, WidenStep):
         if lr == "commute":
-            raise MorphError(f"training commutes with widening only, not with '{step.op}'; take lr='plain'")
+            raise MorphError(f"training commutes with widening only, not with '{step.op}'; use lr='plain'")
     elif lr == "commute":
         if step.split != "kraft" or step.noise or any(any(n) for n in step.free.values()):
-            raise MorphError("training commutes only with widen(split='kraft') without noise or new channels")
+            raise MorphError(
+                "training commutes only with widen(split='kraft') without noise or new channels; use lr='plain'"
+            )
     elif step.split == "kraft" and not step.noise and maps:
         raise MorphError(
-            "copies with equal powers of two would stay equal for good under lr='plain'; widen with split='sterbenz' "
-            "or noise"
+            "copies with equal powers of two would always stay equal with lr='plain'; widen with split='sterbenz' or "
+            "noise"
         )
 
 
-def _factors(kind: type[Optimizer], group: Mapping[str, Any], made: ParameterMap | None, name: str) -> _Factors:
+def _rate_factors(
+    kind: type[Optimizer], group: Mapping[str, Any], made: ParameterMap | None, name: str
+) -> _RateFactors:
     rows = columns = 1.0
     if made is not None:
         shares = gradient_shares(made, "kraft")
         if shares is not None:
-            rows = _one(shares, name)
+            rows = _uniform_power(shares, name)
         if made.columns is not None:
             counts = torch.bincount(made.columns)
-            columns = _one(1.0 / counts[made.columns].double(), name)
+            columns = _uniform_power(1.0 / counts[made.columns].double(), name)
     if kind is SGD:
-        return _Factors(lr=columns / rows, weight_decay=rows / columns)
+        return _RateFactors(lr=columns / rows, weight_decay=rows / columns)
     if group["weight_decay"] and not group.get("decoupled_weight_decay", kind is AdamW):
         raise MorphError("Adam's coupled weight decay does not commute with widening; use AdamW or no weight decay")
-    return _Factors(lr=columns, weight_decay=1.0 / columns, eps=rows)
+    return _RateFactors(lr=columns, weight_decay=1.0 / columns, eps=rows)
 
 
-def _one(values: Tensor, name: str) -> float:
+def _uniform_power(values: Tensor, name: str) -> float:
     if bool((values != values[0]).any()) or math.frexp(float(values[0]))[0] != 0.5:
         raise MorphError(
-            f"'{name}' has channels that are copied unevenly or to another number than a power of two: no rate per "
-            "tensor makes training commute; widen each space by a factor of 2, 4, ..."
+            f"the copies of channels of '{name}' are uneven or not a power of two, so no rate per tensor makes "
+            "training commute; widen each space by a factor of 2, 4, ..."
         )
     return float(values[0])
 
@@ -284,15 +290,15 @@ def _grown_state(
             moment = value.detach() if made is None else _grown_moment(value.detach(), made, powers[key], split)
             result[key] = moment.clone().to(new.device)
         else:
-            result[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # the step's number
+            result[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # e.g. the step number
     return result
 
 
 def _grown_moment(moment: Tensor, made: ParameterMap, power: int, split: str) -> Tensor:
-    """A mean of gradients (power 1) or of their squares (power 2), as the child would have it.
+    """Map a mean of gradients (power 1) or of their squares (power 2) to the child.
 
-    New channels have no gradient yet. Their first moment is zero; their second is the mean of the others, because
-    from zero Adam's first step would be (1 - beta1) / sqrt(1 - beta2), about three, times the learning rate.
+    New channels have no gradient yet. Their first moment is zero. Their second moment is the mean of the others,
+    because from zero Adam's first step would be (1 - beta1) / sqrt(1 - beta2), about three, times the learning rate.
     """
     result = moment
     fresh = torch.zeros((), dtype=torch.bool, device=moment.device)
@@ -316,7 +322,7 @@ def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
     return values.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
-def _scaled(group: Mapping[str, Any], factors: _Factors) -> dict[str, Any]:
+def _scaled(group: Mapping[str, Any], factors: _RateFactors) -> dict[str, Any]:
     result = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     by = {"lr": factors.lr, "initial_lr": factors.lr, "weight_decay": factors.weight_decay, "eps": factors.eps}
     for key, factor in by.items():
@@ -326,16 +332,16 @@ def _scaled(group: Mapping[str, Any], factors: _Factors) -> dict[str, Any]:
 
 
 def _add_new(
-    growth: _Growth,
+    growth: _ParameterMapping,
     parent: nn.Module,
     groups: list[dict[str, Any]],
     origin: list[dict[str, Any]],
 ) -> None:
-    """Put each parameter that is no heir into a group.
+    """Add each parameter that is not an heir to a group.
 
-    One that stands where a parent's stood belongs to that one's group, or to none if the optimizer had left that out.
-    Another is new: it goes to the nearest trained one of its kind, so that the rates of its part of the network
-    hold for it.
+    A parameter that replaces one of the parent's belongs to that one's group, or to none if the optimizer does not hold
+    that one. A new parameter belongs to the group of the nearest trained one of its kind, so that it gets the rates of
+    its part of the network.
     """
     names = {id(p): name for name, p in parent.named_parameters()}
     trained = {names[id(p)]: (p, group) for group, old in zip(groups, origin, strict=True) for p in old["params"]}
@@ -354,7 +360,7 @@ def _add_new(
 
 
 def _distance(name: str, p: Tensor, other: str, q: Tensor) -> tuple[bool, bool, int]:
-    """Of a new parameter from a trained one: as many axes, a vector or not, near in the network."""
+    """Order trained parameters by distance from a new one: number of axes, whether a vector, names in common."""
     vector = [sum(side > 1 for side in t.shape) <= 1 for t in (p, q)]
     return p.ndim != q.ndim, vector[0] != vector[1], -shared_prefix(name, other)
 
@@ -371,10 +377,10 @@ def _construct(
     for group in groups:
         members = group["params"]
         group["params"] = [(n, targets[n]) for n in members] if named else [targets[n] for n in members]
-    if named:  # PyTorch has no empty group beside named ones; elsewhere it keeps its place in lists of rates
+    if named:  # PyTorch allows no empty group next to named ones; without names it stays in lists of rates
         groups = [group for group in groups if group["params"]]
     kind = type(optimizer).__name__
-    with failures(f"optimizer {kind} cannot be made anew of its groups and defaults; begin a new one"):
+    with failures(f"optimizer {kind} cannot be rebuilt from its groups and defaults; create a new optimizer"):
         result = type(optimizer)(groups, **defaults)
     for target, entries in state.items():
         result.state[target] = entries

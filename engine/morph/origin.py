@@ -1,4 +1,4 @@
-"""What a grown network's file says of the network that it began as, so that it is built again for another purpose."""
+"""Original network of a grown file: find its outputs and channels, and build the grown network from it again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .recipe import Recipe, apply, matches
 
 @dataclass(frozen=True)
 class Origin:
-    """The morphs of a network, and outputs and image channels of the one that it began as."""
+    """The morphs of a grown network, and the outputs and image channels of its original network."""
 
     recipe: Recipe
     classes: int
@@ -27,16 +27,16 @@ class Origin:
 
     @classmethod
     def of_file(cls, spec: str, weights: str | Path, channels: int) -> Origin | None:
-        """The origin of the network in a weights file; None if the file is of a network that never grew.
+        """Find the origin of the network in a weights file; None if that network never grew.
 
         Args:
-            spec: the network that it began as, see `create_model`.
+            spec: the original network, see `create_model`.
             weights: a file of `gigamorph morph`, or a checkpoint of a grown network that was trained.
-            channels: image channels that the network shall have now.
+            channels: image channels of the grown network.
 
         Raises:
-            MorphError: the file cannot be read, or did not begin as a `spec`.
-            DataError: its network takes other images.
+            MorphError: the file cannot be read, or its network was not grown from `spec`.
+            DataError: its network has another number of image channels.
         """
         recipe = recipe_of(weights) if Path(weights).is_file() else Recipe()
         if not recipe.morphs:
@@ -52,21 +52,21 @@ class Origin:
             if matches(recipe, build_model(spec, classes, began)):
                 return cls(recipe, classes, began)
         raise MorphError(
-            f"{weights}: it did not begin as {spec!r}, or not with {began} image channels; give the model that the "
-            "first gigamorph morph was given"
+            f"{weights}: its network was not grown from {spec!r} with {began} image channels; give the model that the "
+            "first gigamorph morph received"
         )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Origin:
-        """What `record` gave."""
+        """Restore an origin from the data of `record`."""
         return cls(Recipe.from_json(record["recipe"]), record["classes"], record["channels"])
 
     def record(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
+        """Return the origin as plain data for a checkpoint."""
         return {"recipe": self.recipe.to_json(), "classes": self.classes, "channels": self.channels}
 
     def build(self, spec: str, classes: int | None = None) -> nn.Module:
-        """The grown network with random weights; with another number of outputs its last layer is a new one."""
+        """Build the grown network with random weights; another number of outputs replaces its last layer."""
         network = apply(self.recipe, build_model(spec, self.classes, self.channels))
         if classes is not None:
             _set_outputs(network, classes)
@@ -74,24 +74,24 @@ class Origin:
 
 
 def create_grown(spec: str, classes: int, channels: int) -> nn.Module:
-    """`create_model`, or for ``resnet18+wide.safetensors`` the network of that file, with its weights.
+    """Create a model like `create_model`; ``resnet18+wide.safetensors`` loads the grown network of that file.
 
     Raises:
-        GigamorphError: no such network, or the file is not one that it became.
+        GigamorphError: the network is unknown, or the file's network was not grown from it.
     """
     base, plus, file = spec.rpartition("+")
     if not plus or Path(file).suffix not in (*SUFFIXES, ".ckpt"):
         return build_model(spec, classes, channels)
     origin = Origin.of_file(base, file, channels)
     if origin is None:
-        raise MorphError(f"{file}: holds no recipe of a grown network; omit it, or give a file of gigamorph morph")
+        raise MorphError(f"{file}: contains no recipe of a grown network; omit it, or give a file of gigamorph morph")
     network = origin.build(base)
     network.load_state_dict(read_weights(file))
     return network
 
 
 def _last_weight(network: nn.Module) -> str:
-    """Name of the weight of the last layer, the classifier."""
+    """Return the name of the weight of the last layer, the classifier."""
     return [name for name, p in network.named_parameters() if name.endswith("weight") and p.ndim >= 2][-1]
 
 

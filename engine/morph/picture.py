@@ -1,4 +1,4 @@
-"""What can grow, what cannot, and why, as a picture: one bar per channel space, in the order of the forward."""
+"""Picture of the channel spaces: one bar per space in the order of the forward, with its cost or why it is frozen."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from .store import atomic
 
 _ROW = 0.26  # inches
 _GROWS, _FROZEN = "#3a7d44", "#b0b0b0"
-_REASON = 90  # characters
+_REASON = 90  # maximum number of characters
 
 
 def draw(growth: Growth, title: str = "") -> Figure:
-    """Bars as long as the spaces are wide; beside them the cost of a channel, or why there can be none."""
+    """Draw one bar per space, as long as the space is wide, with the cost of a channel or the reason of a freeze."""
     rows = growth.rows
     figure = Figure(figsize=(12, 1.2 + _ROW * max(len(rows), 3)))
     axes = figure.subplots()
     widths = [row.space.width for row in rows]
     axes.barh(range(len(rows)), widths, height=0.8, color=[_FROZEN if r.cost is None else _GROWS for r in rows])
     for y, row in enumerate(rows):
-        axes.annotate(_beside(row), (row.space.width, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            _annotation(row), (row.space.width, y), (4, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.set_yticks(range(len(rows)), [f"{row.space.id}  {row.space.key}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 2.2 * max([1, *widths]))  # room for the text
@@ -36,7 +38,7 @@ def draw(growth: Growth, title: str = "") -> Figure:
 
 
 def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
-    """Write it as PNG, whole or not at all.
+    """Write the picture as a PNG file; a failure leaves no partial file.
 
     Raises:
         MorphError: the file cannot be written.
@@ -46,7 +48,7 @@ def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
         file.write(picture)
 
 
-def _beside(row: Row) -> str:
+def _annotation(row: Row) -> str:
     costs = row.per_channel()
     if costs is None:
         why = row.space.frozen

@@ -1,8 +1,8 @@
-"""What growth will cost, before anything is done: parameters, FLOPs and activation memory per space and channel.
+"""Cost of growth before it happens: parameters, FLOPs and activation memory per space and channel.
 
-Each figure is the difference of two networks, the parent and the one with a single step more in that space; the latter
-exists as shapes only (`Spaces.check`, then one forward on fake tensors). So cost of every kind is counted, whatever
-the architecture: both sides of a channel, norms, groups, and a flattened map in front of a linear layer.
+Each figure is the difference between the parent and a network with one more step in that space. That network exists as
+shapes only (`Spaces.check`, then one forward on fake tensors). So every cost counts for any architecture: both sides of
+a channel, norms, groups, and a flattened map in front of a linear layer.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .widths import Counts, choose_counts
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a network, or of the difference of two."""
+    """Cost of a network, or the difference of two costs."""
 
     parameters: int
     flops: int  # multiplications and additions of a forward
-    activation_bytes: int  # what stock autograd keeps between forward and backward
+    activation_bytes: int  # memory that stock autograd stores between forward and backward
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(
@@ -51,23 +51,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """A space, and what the smallest step in it costs; no cost where it is frozen."""
+    """A space and the cost of its smallest step; the cost is None if the space is frozen."""
 
     space: Space
-    step: int  # channels that it grows by at once
+    step: int  # number of channels in the smallest step
     cost: Cost | None
 
     def per_channel(self) -> tuple[float, float, float] | None:
-        """Parameters, FLOPs and activation bytes of one more channel, on average over the step."""
+        """Return parameters, FLOPs and activation bytes of one more channel, averaged over the step."""
         c = self.cost
         return None if c is None else tuple(n / self.step for n in (c.parameters, c.flops, c.activation_bytes))  # pyright: ignore
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The table: what the network costs, and each of its spaces. `print` it."""
+    """Table of the costs of a network and of each of its spaces; `print` shows it."""
 
-    shape: tuple[int, ...]  # of the image batch that FLOPs and memory are for
+    shape: tuple[int, ...]  # shape of the image batch for FLOPs and memory
     total: Cost
     rows: list[Row]
     spaces: Spaces = field(repr=False)
@@ -81,10 +81,10 @@ class Growth:
         free: Mapping[int | str, int] | None = None,
         seed: int = 0,
     ) -> Cost:
-        """What the network would cost after `widen` with the same arguments; nothing is computed.
+        """Predict the cost of the network after `widen` with the same arguments, without computing weights.
 
         Raises:
-            MorphError: a space cannot be widened thus.
+            MorphError: a space cannot be widened in this way.
         """
         chosen, new = choose_counts(self.spaces, counts or {}, factor, free or {}, seed)
         child, _ = check_counts(self.spaces, chosen, new)
@@ -106,16 +106,16 @@ _WIDTHS = (3, 6, 5, 10, 8, 10)
 
 @torch.inference_mode(False)
 def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None = None) -> Growth:
-    """Cost of every channel space of a network.
+    """Compute the cost of every channel space of a network.
 
     Args:
         model: any eager network that takes one image batch; it is not changed.
-        example: an image batch (N, C, H, W); a small one will do, unless a linear layer wants the real size.
-        size: (height, width) of the images that FLOPs and memory are for; the example's by default. Nothing of that
-            size is allocated.
+        example: an image batch (N, C, H, W); a small one is enough unless a linear layer needs the real size.
+        size: (height, width) of the images for FLOPs and memory; by default the example's. Nothing of that size is
+            allocated.
 
     Raises:
-        MorphError: the network cannot be followed, or does not take images of that size.
+        MorphError: the network cannot be followed, or does not accept images of that size.
     """
     shape = (1, *example.shape[1:-2], *(size or example.shape[-2:]))
     spaces = find_spaces(model, example)
@@ -130,7 +130,7 @@ def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None 
 
 
 def cells(row: Row) -> list[str]:
-    """Id, width, step and cost per channel, as text."""
+    """Return id, width, step and cost per channel as text."""
     costs = row.per_channel()
     space = row.space
     if costs is None:
@@ -147,14 +147,14 @@ def cells(row: Row) -> list[str]:
 
 
 def where(row: Row) -> str:
-    """The first members of a space, and why it cannot grow if it cannot."""
+    """Return the first members of a space, and the reason if it cannot grow."""
     members = [f"{name}:{axis}" for name, axis in row.space.members]
     text = ", ".join(members[:2]) + (f" and {len(members) - 2} more" if len(members) > 2 else "")
     return f"{text}  [{row.space.frozen}]" if row.space.frozen else text
 
 
 def short(number: float) -> str:
-    """With a decimal prefix: 1.8 G."""
+    """Format a number with a decimal prefix, e.g. 1.8 G."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= factor:
             return f"{number / factor:.3g} {prefix}"
@@ -162,7 +162,7 @@ def short(number: float) -> str:
 
 
 def _step_cost(spaces: Spaces, space: Space, shape: tuple[int, ...]) -> Cost:
-    """After the smallest step: one more copy of the first class, or of all where only equal counts are possible."""
+    """Return the cost after the smallest step: one more copy of the first class, or of all if counts must be equal."""
     for classes in (space.order[:1], space.order):
         try:
             return _cost_after(spaces, dict.fromkeys(classes, (2, 0)), shape)
@@ -177,14 +177,16 @@ def _cost_after(spaces: Spaces, copies: Copies, shape: tuple[int, ...]) -> Cost:
     try:
         child, _ = spaces.check(copies)
     except Mismatch as error:
-        raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
+        raise MorphError(
+            f"these counts would change the function: {error}; choose others, nothing was changed"
+        ) from None
     return _cost_of(child, shape, spaces.inputs.tensors[0])
 
 
 def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
     def blank(tensor: Tensor) -> Tensor:
-        # One stored number stands for the whole tensor: the shape is all that counts, and no view of a weight that
-        # autograd keeps (a linear layer's transpose) counts as an activation.
+        # One stored number represents the whole tensor, because only its shape matters. So a view of a weight that
+        # autograd stores (a linear layer's transpose) does not count as an activation.
         if not isinstance(tensor, nn.Parameter):
             return tensor
         return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
@@ -193,17 +195,17 @@ def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
     counter = FlopCounterMode(display=False)
     with failures(f"the network cannot be run on images of {shape}"):
         try:
-            kept = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
+            stored = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
         except DataDependentOutputException as error:
             raise MorphError(
-                "the forward goes by a value of a tensor (.item(), bool), so that its cost cannot be counted without "
-                "computing it; widen() does not need that"
+                "the forward depends on a value of a tensor (.item(), bool), so its cost cannot be counted without "
+                "computing it; use widen() without a plan"
             ) from error
-    return Cost(count_parameters(child), counter.get_total_flops(), kept)
+    return Cost(count_parameters(child), counter.get_total_flops(), stored)
 
 
 class _Counted(nn.Module):
-    """Counts FLOPs inside of whatever modes its caller has entered."""
+    """Wrapper that counts FLOPs inside the modes of its caller."""
 
     def __init__(self, body: nn.Module, counter: FlopCounterMode) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Arithmetic as a check wants it: no TF32, no autocast, and float64 where a forward asks for float32 by name."""
+"""Arithmetic for checks: no TF32, no autocast, and float64 where a forward requests float32 by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """TF32, autocast and the like off: a Dirac convolution in TF32 rounds its input to 10 bits."""
+    """Disable TF32, autocast and similar settings; a Dirac convolution in TF32 would round its input to 10 bits."""
     backends: Any = torch.backends
     settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
     before = [s.fp32_precision for s in settings]
@@ -28,9 +28,9 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def in_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """For a network that was cast to float64: tensors that its forward makes or casts to float32 are float64 too.
+    """Let a network that was cast to float64 create and cast to float64 where its forward requests float32.
 
-    `x.float() / 255`, `torch.zeros(...)`, `dtype=torch.float32`; nothing is changed for other dtypes.
+    This covers `x.float() / 255`, `torch.zeros(...)` and `dtype=torch.float32`. Other dtypes change nothing.
     """
     if dtype is not torch.float64:
         yield
@@ -45,7 +45,7 @@ def in_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class _Doubles(TorchDispatchMode):
-    """At this level PyTorch's fast paths stay open, which a function mode closes."""
+    """Dispatch mode, because a function mode would disable PyTorch's fast paths."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

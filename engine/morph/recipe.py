@@ -1,9 +1,9 @@
-"""Recipes: the morphs that made a network, as JSON, from which its architecture is rebuilt without its code or pickles.
+"""Recipes: the morphs of a network as JSON, which rebuild its architecture without the code that grew it or pickles.
 
-A grown network has other shapes than its constructor gives. Its recipe lists each morph's step (`Report.step`, see
-`step`) with SHA-256 hashes of the state dict before and after. `apply` repeats the steps on a fresh
-network, whatever its weights; the grown weights then load with `load_state_dict(strict=True)`. `grow` repeats them on
-weights alone and `grow_file` on a file, of which no more is in memory than the tensors that a step makes.
+A grown network has other shapes than its constructor creates. Its recipe lists the step of each morph (`Report.step`,
+see `step`) with SHA-256 hashes of the state dict before and after. `apply` repeats the steps on a new network with any
+weights; the grown weights then load with `load_state_dict(strict=True)`. `grow` repeats the steps on weights only, and
+`grow_file` on a file, with only the new tensors of a step in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state
 from .tensors import fill, named_tensors, of_kind
 from .widen import WidenStep
 
-import_all()  # so that all steps are known
+import_all()  # registers all steps
 
 FORMAT = "gigamorph recipe"
 VERSION = 1
@@ -40,7 +40,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """SHA-256 of a state dict: of its names and shapes, and of its values too."""
+    """SHA-256 hashes of a state dict: one of names and shapes, one that includes the values."""
 
     shapes: str
     contents: str
@@ -57,12 +57,12 @@ class Morph:
 
 @dataclass
 class Recipe:
-    """The morphs of a network, in order; between them it may have been trained."""
+    """The morphs of a network in order; the network may be trained between them."""
 
     morphs: list[Morph] = field(default_factory=list)
 
     def add(self, report: Report, parent: nn.Module, child: nn.Module) -> None:
-        """Append a morph that has just been made.
+        """Append a morph directly after it was made.
 
         Raises:
             MorphError: the step is not plain JSON, or the parent has other shapes than the last child.
@@ -80,16 +80,18 @@ class Recipe:
         self.morphs.append(Morph(step, before, fingerprint(child.state_dict())))
 
     def require_contents(self, state: Mapping[str, Tensor]) -> None:
-        """Check that weights are those which the last morph made, bit for bit; not so once they have been trained.
+        """Check that weights equal those of the last morph bit for bit; trained weights do not.
 
         Raises:
-            MorphError: they are not.
+            MorphError: the weights differ.
         """
         if self.morphs and fingerprint(state).contents != self.morphs[-1].child.contents:
-            raise MorphError("the weights are not those that the recipe's last morph made (trained since, or damaged)")
+            raise MorphError(
+                "the weights differ from those of the recipe's last morph; they were trained or are damaged"
+            )
 
     def to_json(self) -> str:
-        """The recipe as text."""
+        """Return the recipe as JSON text."""
         morphs = [{"step": to_json(m.step), "parent": asdict(m.parent), "child": asdict(m.child)} for m in self.morphs]
         return json.dumps({"format": FORMAT, "version": VERSION, "morphs": morphs}, indent=1)
 
@@ -98,16 +100,18 @@ class Recipe:
         """Read a recipe from text.
 
         Raises:
-            MorphError: the text is no recipe, or of a later version.
+            MorphError: the text is not a recipe, or has a later version.
         """
         try:
             data = parse_json(text)
         except ValueError as error:
             raise MorphError(f"the recipe is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise MorphError(f'the JSON is no recipe: it lacks "format": "{FORMAT}"')
+            raise MorphError(f'the JSON is not a recipe: it lacks "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise MorphError(f"the recipe has version {data.get('version')}, this gigamorph reads {VERSION}; update it")
+            raise MorphError(
+                f"the recipe has version {data.get('version')}, but this gigamorph reads {VERSION}; update gigamorph"
+            )
         try:
             return cls([cls._morph(number, morph) for number, morph in enumerate(data["morphs"], 1)])
         except (KeyError, TypeError, ValueError) as error:
@@ -122,21 +126,21 @@ class Recipe:
         return Morph(step, Fingerprint(**data["parent"]), Fingerprint(**data["child"]))
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file, which is replaced only by a complete one."""
+        """Write the recipe to a file; only a complete file replaces an old one."""
         with atomic(path) as file:
             file.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read it from a file.
+        """Read a recipe from a file.
 
         Raises:
-            MorphError: the file is missing, damaged or no recipe; the message names it.
+            MorphError: the file is missing, damaged or not a recipe; the message names it.
         """
         try:
             return cls.from_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise MorphError(f"{path}: cannot be read: {error}") from error
+            raise MorphError(f"{path}: cannot read the recipe: {error}") from error
         except MorphError as error:
             raise MorphError(f"{path}: {error}") from error
 
@@ -157,11 +161,11 @@ def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
 
     Args:
         recipe: the morphs.
-        model: a fresh network as the first parent was constructed; it is copied, not changed. Its weights do not
-            matter; those of the result are to be loaded.
+        model: a new network, constructed like the first parent; it is copied, not changed. Its weights do not matter;
+            load the grown weights into the result.
 
     Raises:
-        MorphError: the network is not of the first parent's architecture, or a morph is unknown.
+        MorphError: the network does not have the first parent's architecture, or a morph is unknown.
     """
     model = duplicate(model)
     for number, morph in enumerate(recipe.morphs, 1):
@@ -170,25 +174,25 @@ def apply(recipe: Recipe, model: nn.Module) -> nn.Module:
 
 
 def matches(recipe: Recipe, model: nn.Module) -> bool:
-    """Whether a network has the parameters of the one that the recipe began with."""
+    """Return whether a network has the parameter names and shapes of the recipe's first parent."""
     return not recipe.morphs or _shapes(layout(model.state_dict())) == recipe.morphs[0].parent.shapes
 
 
 @torch.inference_mode(False)
 def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The grown weights from the parent's: a mapping for `store.write_state`, which makes one tensor at a time.
+    """Grow the parent's weights; return a mapping for `store.write_state` that computes one tensor at a time.
 
-    In memory are the tensors that a morph makes or changes; the others are read from `state` when they are asked for.
-    The steps are repeated, not checked: do that with `verify.compare`, or make the morph on a network first.
+    Only tensors that a morph creates or changes are in memory; the others are read from `state` on request. The steps
+    are repeated without a check. Use `verify.compare` for that, or run the morph on a network first.
 
     Args:
-        recipe: the morphs; the weights need not be those that it was recorded with.
-        model: a network of the parent's architecture; its own weights do not matter, and it is not changed. On the
-            meta device (``with torch.device("meta")``) it takes no memory.
+        recipe: the morphs; the weights may differ from the recorded ones.
+        model: a network of the parent's architecture; its weights do not matter, and it is not changed. On the meta
+            device (``with torch.device("meta")``) it needs no memory.
         state: the parent's weights, e.g. from `store.read_state`; they are not changed.
 
     Raises:
-        MorphError: the weights do not fit the network, or as for `apply`.
+        MorphError: the weights do not fit the network, or `apply` would raise it.
     """
     model = _hollow(model)
     for number, morph in enumerate(recipe.morphs, 1):
@@ -198,12 +202,12 @@ def grow(recipe: Recipe, model: nn.Module, state: Mapping[str, Tensor]) -> Mappi
 
 @torch.inference_mode(False)
 def grow_file(recipe: Recipe, model: nn.Module, source: str | Path, target: str | Path) -> None:
-    """`grow` from a weights file to another (or the same), whose header gets the recipe if it is a safetensors file.
+    """Run `grow` from a weights file to another (or the same); a safetensors file gets the recipe in its header.
 
-    Several morphs go through intermediate files beside the target, so that each has one step's tensors in memory.
+    Several morphs use intermediate files next to the target, so that only the tensors of one step are in memory.
 
     Raises:
-        MorphError: as for `grow`, or a file cannot be read or written; the target is what it was.
+        MorphError: `grow` would raise it, or a file cannot be read or written; the target is not changed.
     """
     with large_blocks_on_own_pages():
         _grow_file(recipe, model, Path(source), Path(target))
@@ -247,33 +251,33 @@ def _named(morph: Morph, number: int) -> Iterator[None]:
 def _check_parent(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
     if _shapes(parts) != morph.parent.shapes:
         raise MorphError(
-            f"recipe step {number} ({morph.step.op}): the network has other parameter names or shapes than the one "
-            "that was grown; construct it with the same arguments"
+            f"recipe step {number} ({morph.step.op}): the network has other parameter names or shapes than the "
+            "recorded parent; construct it with the same arguments"
         )
 
 
 def _check_child(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
     if _shapes(parts) != morph.child.shapes:
         raise MorphError(
-            f"recipe step {number} ({morph.step.op}) did not give the recorded parameter names and shapes; is the "
-            "recipe damaged?"
+            f"recipe step {number} ({morph.step.op}) did not give the recorded parameter names and shapes; the recipe "
+            "may be damaged"
         )
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes but no memory."""
+    """Return a copy with tensors that have shapes but no memory."""
     return duplicate(model, {id(t): of_kind(t, _hollow_tensor(t)) for t in named_tensors(model).values()})
 
 
 def _hollow_tensor(tensor: Tensor) -> Tensor:
-    """One number, with strides of zero."""
+    """Return a tensor of the same shape that stores one number, with strides of zero."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _grow(
     model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], nn.Module]:
-    """The child's weights, and the child without weights."""
+    """Return the child's weights, and the child without weights."""
     if isinstance(morph.step, WidenStep):
         return _widened(model, morph.step, morph, number, state)
     return _edited(model, morph, number, state)
@@ -282,8 +286,8 @@ def _grow(
 def _edited(
     model: nn.Module, morph: Morph, number: int, state: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], nn.Module]:
-    """A local morph: run it on a network that holds the weights, and see which tensors are new or were written to."""
-    # A file's tensors are private maps of it, without memory until they are touched. Others must not be written to.
+    """Run a local morph on a network that holds the weights, and find the tensors that are new or were written to."""
+    # Tensors of a file are private memory maps without memory until access. Other tensors must not be written to.
     private = isinstance(state, SafetensorsFile)
     try:
         loaded = state if private else {name: state[name].clone() for name in state}
@@ -291,7 +295,7 @@ def _edited(
     except RuntimeError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or first_line(error)
         raise MorphError(f"the weights do not fit the network: {reason}") from error
-    before = model.state_dict(keep_vars=True)  # kept until the end, so that no id is given twice
+    before = model.state_dict(keep_vars=True)  # held until the end, so that no id is reused
     origin = {id(tensor): (name, tensor._version) for name, tensor in before.items()}
     child = _repeat(model, morph, number)
     parts: dict[str, Layout] = {}
@@ -310,10 +314,10 @@ def _edited(
 def _widened(
     model: nn.Module, step: WidenStep, morph: Morph, number: int, state: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Tensor], nn.Module]:
-    """A widening: each tensor of the child is made of the parent's tensor of that name alone."""
+    """Run a widening; each tensor of the child depends only on the parent's tensor of the same name."""
     parts = dict(layout(state))
     if _shapes(parts) != _shapes(layout(model.state_dict())):
-        raise MorphError("the weights do not fit the network: other names or shapes")
+        raise MorphError("the weights do not fit the network: they have other names or shapes")
     _check_parent(parts, morph, number)
     with _named(morph, number):
         child, maps = step.check(step.spaces_of(model))

@@ -1,4 +1,4 @@
-"""What a morph reports: how far child and parent differ, what was certified, what it cost."""
+"""Report of a morph: difference between child and parent, certificate, and cost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FLOAT64_ROUNDOFF = 2.0**-29  # unit roundoff of float64 over that of float32
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences of all outputs, child against parent; nan if the networks give nan or inf.
+    """Largest relative differences of all outputs, child against parent; nan if the networks return nan or inf.
 
     Each is the maximum norm of the difference over the maximum norm of the parent's output. `noise` is the parent's
-    float32 output against its own float64 output, at least 4 * 2^-24. `train` covers live statistics and those left;
-    it is None where train mode was not compared.
+    float32 output against its own float64 output, at least 4 * 2^-24. `train` covers train mode and the running
+    statistics after it; it is None if train mode was not compared.
     """
 
     float64_eval: float
@@ -45,14 +45,14 @@ class Difference:
     def float64_ratio(self) -> float:
         """float64 difference over the parent's own noise scaled to float64's roundoff, the worse of the two modes.
 
-        A few units say that the difference is rounding, magnified by the network itself: where BatchNorm in train
-        mode has a handful of values per channel, correct morphs differ by 1e-12 and more.
+        A ratio of a few units means that the difference is rounding, magnified by the network: if BatchNorm in train
+        mode has only a few values per channel, correct morphs differ by 1e-12 and more.
         """
         ratios = self.float64_eval / self.noise_eval, ratio(self.float64_train, self.noise_train)
         return worst(*ratios) / FLOAT64_ROUNDOFF
 
     def in_eval(self) -> Difference:
-        """Of eval mode alone."""
+        """Return the differences of eval mode only."""
         return replace(self, float64_train=None, float32_train=None, noise_train=None)
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Exact check of `S E = I` on the stored numbers: how many weights were summed up, and how many sums were off."""
+    """Exact check of `S E = I` on the stored numbers: the number of sums of weights, and of violations."""
 
     entries: int = 0
     violations: int = 0
@@ -83,13 +83,13 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a morph did and how exactly; `step` repeats it on a fresh network."""
+    """Result of a morph and its checks; `step` repeats the morph on a new network."""
 
     step: Step
     difference: Difference
     parameters: tuple[int, int]  # before, after
-    flops: tuple[int, int]  # before, after: multiplications and additions of one eval forward on the example
-    changes: list[str] = field(default_factory=list)  # one line for each space, layer, ... that is new or grew
+    flops: tuple[int, int]  # before, after; multiplications and additions of one eval forward on the example
+    changes: list[str] = field(default_factory=list)  # one line per space, layer, ... that is new or grew
     certificate: Certificate | None = None
     others: tuple[str, ...] = ()  # shapes of further inputs on which eval mode is equal in float64
 

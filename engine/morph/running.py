@@ -1,4 +1,4 @@
-"""Running a network: the tensors that it returns, eval mode, any error as one line."""
+"""Helpers to run a network: its output tensors, eval mode, and errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import GigamorphError, MorphError
 
 
 def output_leaves(result: Any) -> list[Any]:
-    """What a network returns, flat: tensors and plain values, and the tensors that any other object in it holds."""
+    """Flatten the result of a network: tensors, plain values, and tensors in attributes of other objects."""
     leaves: list[Any] = []
     for leaf in tree_flatten(result)[0]:
         leaves += _held(leaf, set()) if _is_holder(leaf) else [leaf]
@@ -21,28 +21,28 @@ def output_leaves(result: Any) -> list[Any]:
 
 
 def output_tensors(result: Any) -> list[Tensor]:
-    """The tensors among the `output_leaves`.
+    """Return the tensors among the `output_leaves`.
 
     Raises:
-        MorphError: there is none, so that nothing could be compared.
+        MorphError: the result contains no tensor to compare.
     """
     tensors = [leaf for leaf in output_leaves(result) if isinstance(leaf, Tensor)]
     if not tensors:
         raise MorphError(
-            f"the network returns a {type(result).__name__} without a tensor that could be compared; let it return "
-            "tensors, alone or in tuples, lists, dictionaries or dataclasses"
+            f"the network returns a {type(result).__name__} without a tensor to compare; let it return tensors, "
+            "directly or in tuples, lists, dictionaries or dataclasses"
         )
     return tensors
 
 
 def _is_holder(leaf: Any) -> bool:
-    """Whether there can be tensors in its attributes."""
+    """Return whether an object may have tensors in its attributes."""
     plain = leaf is None or isinstance(leaf, Tensor | bool | int | float | complex | str | bytes | type)
     return not plain and (hasattr(leaf, "__dict__") or hasattr(type(leaf), "__slots__"))
 
 
 def _held(holder: Any, seen: set[int]) -> list[Tensor]:
-    """The tensors in an object's attributes, in their order."""
+    """Return the tensors in an object's attributes, in order."""
     seen.add(id(holder))
     slots = [name for kind in type(holder).__mro__ for name in getattr(kind, "__slots__", ())]
     values = [*getattr(holder, "__dict__", {}).values(), *(getattr(holder, name, None) for name in slots)]
@@ -57,7 +57,7 @@ def _held(holder: Any, seen: set[int]) -> list[Tensor]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back to the mode each was in."""
+    """Set every module to eval mode, and restore the mode of each afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -70,10 +70,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def failures(what: str) -> Iterator[None]:
-    """Whatever the network's code raises, as a MorphError `what`: its first line.
+    """Convert exceptions of the network's code to a MorphError of `what` and their first line.
 
     Raises:
-        MorphError: see above; our own errors pass as they are.
+        MorphError: the network's code raised an exception; errors of gigamorph are not converted.
     """
     try:
         yield
@@ -84,5 +84,5 @@ def failures(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line of text, or its kind if it has none."""
+    """Return the first line of an error's text, or its class name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

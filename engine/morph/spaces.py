@@ -1,8 +1,8 @@
-"""Channel spaces: which channels of a network can be widened, which only together, which not and why.
+"""Channel spaces: channels of a network that can be widened, alone or together, and the reasons for frozen ones.
 
-No architecture is known here. One forward of the unmodified network is followed value by value (`ParentRun`), and what
-it suggests is tried on paper: every space is widened by uneven counts and the whole program is checked (`ChildCheck`).
-Where that fails, the channels that the failing op read are frozen with the op's name and place, and it is tried again.
+This module knows no architecture. It follows one forward of the unmodified network value by value (`ParentRun`). Then
+it widens every space by uneven counts, without weights, and checks the whole program (`ChildCheck`). If the check
+fails, the input channels of the failing op are frozen with the op's name and module, and the trial is repeated.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ log = logging.getLogger("gigamorph.morph")
 
 TRIALS = 60
 GROUPS = ("more", "wider")
-OUTPUT = "an output of the network"  # the reason why a space is frozen
+OUTPUT = "an output of the network"  # reason of a frozen space
 
 
 @dataclass(frozen=True)
 class Space:
     """Channels that occur on the same parameter axes.
 
+    A class is a set of channels that need equal counts: a group of a grouped convolution, all channels under a
+    LayerNorm, or a single channel.
+
     Attributes:
         id: number, in the order of the forward.
-        members: parameter or buffer name and axis; the same channels may lie on several.
-        classes: one number per channel of the first member's part; equal numbers must be copied equally often.
-        unit: channels per class (a group of a grouped convolution, all channels under a LayerNorm, else 1).
-        frozen: why it cannot be widened, with the module; empty if it can.
-        key: a name that lasts: the first member, and where several spaces lie on it the first channel's index.
+        members: pairs of parameter or buffer name and axis; the same channels may occur on several axes.
+        classes: the class of each channel; channels of one class must be copied equally often.
+        frozen: why the space cannot be widened, with the module; empty if it can.
+        key: a stable name: the first member, plus the index of the first channel if several spaces share that member.
     """
 
     id: int
@@ -64,13 +66,13 @@ class Space:
 
     @property
     def order(self) -> list[int]:
-        """Its classes, each once, in the order of the channels."""
+        """Its distinct classes in the order of the channels."""
         return list(dict.fromkeys(self.classes))
 
 
 @dataclass(eq=False)
 class Spaces:
-    """All spaces of a network, and what widening needs of the parent's run."""
+    """All spaces of a network, and the data of the parent's run that widening needs."""
 
     spaces: list[Space]
     found: ParentRun = field(repr=False)
@@ -86,7 +88,7 @@ class Spaces:
         return len(self.spaces)
 
     def __getitem__(self, key: int | str) -> Space:
-        """By id, by key, or by the name of a parameter with the axis (`conv1.weight:0`)."""
+        """Find a space by id, by key, or by parameter name and axis (`conv1.weight:0`)."""
         for space in self.spaces:
             if key in (space.id, space.key):
                 return space
@@ -96,21 +98,21 @@ class Spaces:
         raise MorphError(f"no channel space '{key}'; see the table of find_spaces, or gigamorph morph spaces")
 
     def growable(self) -> list[Space]:
-        """The spaces that can be widened."""
+        """Return the spaces that can be widened."""
         return [s for s in self.spaces if not s.frozen]
 
     def unread(self) -> list[str]:
-        """Modules with parameters none of which this example's forward has read, by path."""
+        """Return the paths of modules with parameters that the forward of this example did not read."""
         read = self.found.parameters.keys() | self.found.linear_names
         own = {n.rpartition(".")[0]: True for n, p in self.followed.named_parameters() if p.is_floating_point()}
         used = {name.rpartition(".")[0] for name in read}
         return [path for path in own if path not in used]
 
     def check(self, copies: Copies) -> tuple[nn.Module, dict[str, ParameterMap]]:
-        """The child with the new sizes but without new weights, and the maps of all tensors that change.
+        """Return the child with the new sizes but without new weights, and the maps of all tensors that change.
 
         Raises:
-            Mismatch: an op of the child would not compute copies of what the parent's computes.
+            Mismatch: an op of the child would not compute copies of the parent's values.
         """
         log.info("checking the widened network op by op")
         plan = make_plan(self.found, copies)
@@ -126,26 +128,26 @@ class Spaces:
         return "\n".join(lines)
 
 
-@torch.inference_mode(False)  # its tensors have no versions, by which writes are noticed
+@torch.inference_mode(False)  # inference tensors have no version counters, which detect writes
 def find_spaces(model: nn.Module, *example: Any, groups: str = "more") -> Spaces:
-    """All channel spaces of a network.
+    """Find all channel spaces of a network.
 
-    Frozen though they could grow by other means: maps of which a grouped convolution's group, of more than one channel,
-    reads parts of two that are concatenated. Copies of the whole group would have to lie in both maps at once.
+    Two concatenated maps are frozen if one group of a grouped convolution, with more than one channel, reads parts of
+    both. They could grow by other means, but copies of the whole group would need channels of both maps at once.
 
     Args:
-        model: any eager network; it is run in eval mode, on the CPU (as a copy if it is elsewhere), and not changed.
-        example: its inputs, or one example of any kind that `as_inputs` takes; one small image will do, unless a
-            linear layer wants the real size.
-        groups: how convolutions whose groups have several input channels grow. "more": whole groups are copied
-            (ResNeXt 32x4d to 64x4d), a class is a group. "wider": channels are copied within their group (to 32x8d), a
-            class is the same place in all groups; transposed ones still get more.
+        model: any eager network; it runs in eval mode on the CPU (as a copy if it is on another device), unchanged.
+        example: its inputs, or one example of any kind that `as_inputs` accepts. One small image is enough unless a
+            linear layer needs the real size.
+        groups: growth of convolutions with several input channels per group. "more": whole groups are copied (ResNeXt
+            32x4d to 64x4d), and a class is a group. "wider": channels are copied within their group (to 32x8d), and a
+            class is the same index in all groups; transposed convolutions still get more groups.
 
     Raises:
         MorphError: the forward cannot be followed (TorchScript, custom autograd functions, in-place writes to views).
     """
     if groups not in GROUPS:
-        raise MorphError(f"groups '{groups}' is unknown; take one of {', '.join(GROUPS)}")
+        raise MorphError(f"unknown groups '{groups}'; choose from {', '.join(GROUPS)}")
     model = stock(model)
     given = as_inputs(example[0] if len(example) == 1 else example)
     found, result, inputs, followed = labelled_run(model, given, groups=groups)
@@ -165,13 +167,13 @@ def find_spaces(model: nn.Module, *example: Any, groups: str = "more") -> Spaces
 
 
 def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tuple[ParentRun, Any, Inputs, nn.Module]:
-    """One labelled run of a network, in eval mode and on the CPU: the run, its result, its inputs, what was run.
+    """Run a network with labels, in eval mode on the CPU; return the run, its result, its inputs and the network.
 
     Raises:
         MorphError: the forward cannot be followed.
     """
     _require_eager(model)
-    followed = _on_cpu(model) if _elsewhere(model) else model
+    followed = _on_cpu(model) if _is_off_cpu(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     first = example.first()
     inputs = replace(first, tensors=tuple(x.cpu() for x in first.to(dtype)))
@@ -189,7 +191,7 @@ def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tup
         text = f"{first_line(error)} (after {found.where_now})"
         shapes = ", ".join(" x ".join(map(str, x.shape)) for x in given.tensors)
         raise MorphError(
-            f"the network cannot be run on an example of {shapes}: {text}; give one that it takes "
+            f"the network cannot be run on an example of {shapes}: {text}; give an example of a valid size "
             "(gigamorph morph --size HxW)"
         ) from error
     return found, result, inputs, followed
@@ -200,14 +202,14 @@ def _require_eager(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise MorphError(f"module '{name}' is TorchScript; give the plain eager module")
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
-            raise MorphError(f"module '{name}' is lazy; run the model once before")
+            raise MorphError(f"module '{name}' is lazy; run the model once before you morph it")
         if hasattr(module, "_orig_mod"):
             raise MorphError("the model is compiled; give the network itself, model._orig_mod, and compile the child")
         if "quantized" in type(module).__module__:
-            raise MorphError(f"module '{name}' is quantised; morph the network before it is quantised")
+            raise MorphError(f"module '{name}' is quantised; morph the network before you quantise it")
 
 
-def _elsewhere(model: nn.Module) -> bool:
+def _is_off_cpu(model: nn.Module) -> bool:
     return any(t.device.type not in ("cpu", "meta") for t in [*model.parameters(), *model.buffers()])
 
 
@@ -221,7 +223,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 
 
 def _classes(found: ParentRun) -> list[int]:
-    """Classes that are not frozen."""
+    """Return the classes that are not frozen."""
     if not found.axes:
         return []
     roots = np.unique(np.concatenate([found.atoms.roots(a) for a in found.axes.values()]))
@@ -229,14 +231,14 @@ def _classes(found: ParentRun) -> list[int]:
 
 
 def _try(spaces: Spaces) -> None:
-    """Freeze what does not pass the check at uneven counts."""
+    """Freeze channels that do not pass the check at uneven counts."""
     found = spaces.found
     atom_of = found.atom_of()
     for _ in range(TRIALS):
         classes = _classes(found)
         if not classes:
             return
-        counts = np.random.default_rng(0).integers(2, 4, len(classes))  # a count of 1 would leave a class untried
+        counts = np.random.default_rng(0).integers(2, 4, len(classes))  # a count of 1 would not test a class
         try:
             spaces.check({c: (int(k), 0) for c, k in zip(classes, counts, strict=True)})
             return
@@ -244,14 +246,14 @@ def _try(spaces: Spaces) -> None:
             vids = torch.cat([v.reshape(-1) for v in error.vids]) if error.vids else torch.zeros(0, dtype=torch.int64)
             blamed = np.unique(found.atoms.roots(atom_of[torch.unique(vids[vids >= 0])]))
             blamed = [int(r) for r in blamed if not found.atoms.frozen(int(r))]
-            if not blamed:  # the op read nothing that can grow: find out who breaks it
-                blamed = [c for s in _group(found) if not s.frozen and not _alone(spaces, s) for c in s.order]
+            if not blamed:  # the op read no channel that can grow, so find the spaces that break it
+                blamed = [c for s in _group(found) if not s.frozen and not _can_widen(spaces, s) for c in s.order]
             found.atoms.freeze(np.array(blamed or classes), str(error))
     found.atoms.freeze(np.array(_classes(found) or [0]), f"no widening passed in {TRIALS} trials")
 
 
-def _alone(spaces: Spaces, space: Space) -> bool:
-    """Whether one space can be widened while all others stay."""
+def _can_widen(spaces: Spaces, space: Space) -> bool:
+    """Return whether one space can be widened without the others."""
     try:
         spaces.check(dict.fromkeys(space.order, (2, 0)))
     except Mismatch:
@@ -260,7 +262,7 @@ def _alone(spaces: Spaces, space: Space) -> bool:
 
 
 def _group(found: ParentRun) -> list[Space]:
-    """Classes that lie on the same axes, and are frozen for the same reason, are one space."""
+    """Group classes into spaces: classes on the same axes that are frozen for the same reason, or not frozen."""
     roots = {axis: found.atoms.roots(atoms) for axis, atoms in found.axes.items()}
     texts: dict[str, int] = {}
     kind = np.array([texts.setdefault(text, len(texts)) for text in found.atoms.reasons])[found.atoms.reason]
@@ -276,9 +278,9 @@ def _group(found: ParentRun) -> list[Space]:
             parts.setdefault(k, {})[axis] = classes[kinds == k]
     spaces: list[Space] = []
     keys: set[str] = set()
-    for k, places in parts.items():
-        narrowest = min(places.values(), key=len)
-        members = tuple(sorted(places, key=lambda m: m[0] not in found.linear_names))
+    for k, axes in parts.items():
+        narrowest = min(axes.values(), key=len)
+        members = tuple(sorted(axes, key=lambda m: m[0] not in found.linear_names))
         name, axis = members[0]
         key = f"{name}:{axis}"
         if key in keys:
@@ -290,9 +292,9 @@ def _group(found: ParentRun) -> list[Space]:
 
 
 def skeleton(model: nn.Module, plan: Plan, found: ParentRun) -> nn.Module:
-    """A copy of the model that shares its tensors, except those whose size the plan gives.
+    """Copy the model; the copy shares its tensors, except those that the plan resizes.
 
-    Weights of linear ops have that size alone, as their values are not read.
+    Resized weights of linear ops have no values, because the check does not read them.
     """
     tensors = named_tensors(model)
     made: dict[int, Tensor] = {}
@@ -319,13 +321,13 @@ def skeleton(model: nn.Module, plan: Plan, found: ParentRun) -> nn.Module:
 
 
 def _sized(tensor: Tensor, axis: int, length: int) -> Tensor:
-    """A tensor of another length along an axis, without memory of its own."""
+    """Return a tensor of another length along an axis, without own memory."""
     shape = [length if a == axis else s for a, s in enumerate(tensor.shape)]
     return of_kind(tensor, tensor.detach().new_zeros(()).expand(shape))
 
 
 def resize_attributes(module: nn.Module, before: Sequence[int], after: Sequence[int]) -> None:
-    """Attributes that repeat the length of a module's vector, or the width of an embedding's table."""
+    """Update attributes that repeat the length of a module's vector, or the width of an embedding's table."""
     if isinstance(module, nn.Embedding):
         module.embedding_dim = after[1]
     if sum(side > 1 for side in before) > 1:

@@ -1,4 +1,4 @@
-"""Whether a grown network is one that its library has a function for: ResNet-50 widened inside is wide_resnet50_2."""
+"""Search for a library function that builds a grown network: ResNet-50 widened inside blocks is wide_resnet50_2."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-MOST = 40  # functions that are tried; each builds a network without memory
+MOST = 40  # maximum number of functions to try; each builds a network without memory
 
 
 def standard_name(network: nn.Module) -> str:
-    """The function, of the module that defines the network's class, that builds this very network; "" if none does.
+    """Return the name of the function that builds the same network; "" if there is none.
 
-    It is called with `num_classes` only. Equal are names and shapes of all parameters, and all layers as they print.
+    It searches the module that defines the network's class, and calls functions with `num_classes` only. Networks are
+    the same if names and shapes of all parameters and the printed layers are equal.
     """
     module = sys.modules.get(type(network).__module__)
     shapes = {name: t.shape for name, t in network.state_dict().items()}
@@ -26,7 +27,7 @@ def standard_name(network: nn.Module) -> str:
         try:
             with torch.device("meta"), _Unfilled():
                 made = build(num_classes=outputs[0]) if outputs else build()
-        except Exception:  # it wants other arguments, or cannot be built without memory
+        except Exception:  # it needs other arguments, or cannot build without memory
             continue
         if type(made) is not type(network) or {n: t.shape for n, t in made.state_dict().items()} != shapes:
             continue
@@ -36,7 +37,7 @@ def standard_name(network: nn.Module) -> str:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills tensors with values: of tensors without memory that is most of a network's construction."""
+    """Function mode that skips filling tensors, which is most of the construction time of a network without memory."""
 
     FILLS = frozenset("uniform_ normal_ fill_ zero_ copy_ erfinv_ mul_ add_ sub_ div_ clamp_".split())
 

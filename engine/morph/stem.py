@@ -1,4 +1,4 @@
-"""What a network does first with its image, how far it sees, and what it stores: read off its recorded program.
+"""Stem, receptive field and activation memory of a network, from its recorded program.
 
 The stem is the set of convolutions that read the image, directly or after steps that commute with averaging over
 pixels (subtracting a mean, dividing by a deviation, repeating a channel).
@@ -22,7 +22,7 @@ from .running import eval_mode, failures
 
 Shape = tuple[int, int, int, int]
 
-# In-place and operator spellings of these are stripped before the look-up.
+# Names without in-place and operator spellings, which are stripped before the look-up.
 _SCALING = frozenset({"add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide"})
 _CARRYING = frozenset(
     "neg negative to type type_as float double half bfloat16 contiguous clone detach alias "
@@ -32,10 +32,10 @@ _CARRYING = frozenset(
 
 @dataclass(frozen=True)
 class Stem:
-    """What reads the image: paths of convolutions, the pixelwise affine steps before them, and other readers.
+    """Readers of the image: paths of convolutions, the pixelwise affine steps before them, and other readers.
 
     A convolution is plain if its call is one ordinary `conv2d` with its own stored weight (no computed weight, no
-    padding of its own making, no hooks, no second use); only such ones can be folded with a downsampler.
+    custom padding, no hooks, no second use). Only plain convolutions can be folded with a downsampler.
     """
 
     convs: tuple[str, ...]
@@ -53,11 +53,11 @@ class Stem:
 
 @dataclass(frozen=True)
 class View:
-    """What a network sees of its image, (rows, columns), and what stock autograd stores of it for a backward pass."""
+    """Image size, receptive field and stride (rows, columns), and the activation memory of stock autograd."""
 
     size: tuple[int, int]
     field: tuple[int, int]  # receptive field of the convolutions and poolings, in image pixels
-    stride: tuple[int, int]  # image pixels from one position of the coarsest map to the next
+    stride: tuple[int, int]  # image pixels between adjacent positions of the coarsest map
     activation_bytes: int
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def find_stem(model: nn.Module, example: Tensor) -> Stem:
 
     Args:
         model: any network that takes one image batch; it is not changed.
-        example: an image batch (N, C, H, W) that it takes; only shape and device count.
+        example: an image batch (N, C, H, W) that it accepts; only shape and device matter.
 
     Raises:
         MorphError: the network does not read its image or cannot be recorded.
@@ -84,7 +84,7 @@ def find_stem(model: nn.Module, example: Tensor) -> Stem:
 
 
 def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
-    """Receptive field, stride and activation memory on images of `shape`; nothing of that size is allocated.
+    """Compute receptive field, stride and activation memory on images of `shape` without allocating that size.
 
     Raises:
         MorphError: the network cannot be recorded at that size.
@@ -94,7 +94,7 @@ def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
 
 
 def record(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Program:
-    """The program of the network in eval mode, with refusals as a MorphError."""
+    """Record the program of the network in eval mode; refusals become a MorphError."""
     try:
         with eval_mode(model), failures(f"the network cannot be run on an image of {tuple(shape)}"):
             return capture(model, shape, _dtype(model, example), example.device)
@@ -105,25 +105,25 @@ def record(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Program
 
 
 def _dtype(model: nn.Module, example: Tensor) -> torch.dtype:
-    """That of the network's weights: as in every check, the example stands for a shape and a device."""
+    """Return the dtype of the network's weights, because the example only determines shape and device."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
 
 
 def activation_bytes(model: nn.Module, shape: Shape, example: Tensor) -> int:
-    """Bytes that stock autograd keeps between forward and backward in eval mode, each storage once, weights not."""
+    """Return the bytes that stock autograd stores for backward in eval mode; each storage once, without weights."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    kept: dict[int, Any] = {}
+    stored: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):  # parameters are saved as they are: real
+        if isinstance(tensor, FakeTensor):  # excludes parameters, which are real tensors
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage
+            stored[storage._cdata] = storage
         return tensor
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with eval_mode(model), torch.enable_grad(), fake, saving:
         model(torch.empty(shape, dtype=_dtype(model, example), device=example.device))
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in stored.values())
 
 
 def _stem(model: nn.Module, program: Program) -> Stem:
@@ -137,9 +137,9 @@ def _stem(model: nn.Module, program: Program) -> Stem:
         else:
             readers.append(op)
     if any(isinstance(leaf, Ref) and leaf.value in affine for leaf in tree_leaves(program.output)):
-        raise MorphError("the network returns its image; a front cannot keep that")
+        raise MorphError("the network returns its image, which a front cannot preserve; return only what it computes")
     if not readers:
-        raise MorphError("the network does not read its image; is it a network that takes one image batch?")
+        raise MorphError("the network does not read its image; give a network that takes one image batch")
     modules = dict(model.named_modules(remove_duplicate=False))
     convs = [op for op in readers if isinstance(modules.get(op.module), nn.Conv2d)]
     paths = tuple(dict.fromkeys(op.module for op in convs))
@@ -152,11 +152,11 @@ def _plain_name(op: Op) -> str:
     name = op.name.strip("_")
     if name[:1] == "i" and name[1:] in _SCALING | {"truediv"}:  # __itruediv__
         name = name[1:]
-    return {"truediv": "div", "radd": "add", "rmul": "mul"}.get(name, name)  # not rdiv: that is no affine map
+    return {"truediv": "div", "radd": "add", "rmul": "mul"}.get(name, name)  # rdiv is missing: it is not affine
 
 
 def _is_affine(op: Op, program: Program, affine: set[int]) -> bool:
-    """Whether a step maps each pixel by one affine map, the same at all pixels: such a step commutes with averaging."""
+    """Return whether a step applies the same affine map to each pixel, so that it commutes with averaging."""
     height_width = program.values[program.image].shape[-2:]
     name = _plain_name(op)
     if any(program.values[out].shape[-2:] != height_width for out in op.outputs):
@@ -164,7 +164,7 @@ def _is_affine(op: Op, program: Program, affine: set[int]) -> bool:
     images = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, Ref) and leaf.value in affine]
     constants = [program.values[n] for n in op.inputs if n not in affine]
     if any(len(v.shape) >= 1 and (*([1] * 2), *v.shape)[-2:] != (1, 1) for v in constants):
-        return False  # an operand that differs from pixel to pixel
+        return False  # an operand varies over the pixels
     if name in _SCALING:
         if not name.startswith(("mul", "div", "true")):
             return True
@@ -185,7 +185,7 @@ def _is_plain(module: nn.Conv2d, path: str, program: Program, affine: set[int]) 
     calls = [op for op in program.ops if op.module == path and op.name == "conv2d"]
     names = {program.values[op.inputs[1]].name for op in calls}
     uses = [op for op in program.ops if names.intersection(program.values[n].name for n in op.inputs)]
-    pads = [op for op in program.ops if op.module == path and op.name == "pad"]  # padding_mode other than zeros
+    pads = [op for op in program.ops if op.module == path and op.name == "pad"]  # of padding modes other than zeros
     entered = {op.outputs[0] for op in pads if affine.intersection(op.inputs)}
     return all(op.name == "conv2d" and op.module == path and op.inputs[0] in affine | entered for op in uses)
 
@@ -195,7 +195,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _reach(program: Program) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Receptive field and stride by the rule field += (kernel - 1) * dilation * stride, the largest over all maps."""
+    """Return the largest receptive field and stride of all maps: field += (kernel - 1) * dilation * stride."""
     seen: dict[int, list[tuple[int, int]]] = {program.image: [(1, 1), (1, 1)]}  # per axis: field, stride
     for op in program.ops:
         states = [seen[n] for n in op.inputs if n in seen]
@@ -213,7 +213,7 @@ def _reach(program: Program) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _window(op: Op, program: Program) -> list[tuple[int, int, int]]:
-    """Per axis: taps from first to last, stride, upsampling; (1, 1, 1) for what looks at one position."""
+    """Return per axis the extent of the taps, stride and upsampling; (1, 1, 1) for an op that reads one position."""
 
     def argument(index: int, name: str, default: Any) -> tuple[int, int]:
         value = op.kwargs.get(name, op.args[index] if len(op.args) > index else default)

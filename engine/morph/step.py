@@ -1,6 +1,6 @@
-"""A morph as data: a dataclass of plain values that repeats it, and its form in JSON (`to_json`, `from_json`).
+"""Steps: a dataclass of plain values that repeats a morph, and its JSON form (`to_json`, `from_json`).
 
-Each kind of morph has its own step beside the function that makes it; a recipe is a list of them.
+Each kind of morph defines its step in the module of its function; a recipe is a list of steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _KINDS: dict[str, type[Step]] = {}
 
 @dataclass(frozen=True)
 class Step:
-    """What a morph did: enough to do it again to any network of the parent's architecture.
+    """Description of a morph that can be repeated on any network of the parent's architecture.
 
-    Fields hold numbers, texts, None, tuples of these, and dictionaries with texts as keys.
+    Fields are numbers, strings, None, tuples of these, and dictionaries with strings as keys.
     """
 
-    op: ClassVar[str] = ""  # its name in recipes
+    op: ClassVar[str] = ""  # name in recipes
 
     def __post_init__(self) -> None:
         check_seed(getattr(self, "seed", 0))
@@ -36,23 +36,23 @@ class Step:
 
     @property
     def where(self) -> tuple[str, ...]:
-        """Paths of the modules that it changes, where it names them."""
+        """Paths of the modules that it changes, if it names them."""
         return ()
 
     def repeat(self, model: nn.Module) -> nn.Module:
-        """The grown network; `model` may become it. Its weights do not matter, and may be on the meta device."""
+        """Return the grown network, which may be `model` itself; its weights do not matter and may be meta tensors."""
         raise NotImplementedError
 
 
 class Edit(Step):
-    """A morph that changes some modules of a network and leaves all others as they are."""
+    """A morph that changes only some modules of a network."""
 
     def edit(self, model: nn.Module) -> list[str]:
-        """Change `model` in place, unchecked; lines that say what changed."""
+        """Change `model` in place without a check; return lines that describe the changes."""
         raise NotImplementedError
 
     def change(self, model: nn.Module) -> list[str]:
-        """`edit`, after which PyTorch's generator is where it was: layers draw weights before they get their own."""
+        """Run `edit` and restore PyTorch's generator, because new layers draw weights that are then replaced."""
         with torch.random.fork_rng([]):
             return self.edit(model)
 
@@ -63,7 +63,7 @@ class Edit(Step):
 
 @dataclass(frozen=True)
 class EditAt(Edit):
-    """An edit of one module, or right after it."""
+    """An edit at one module, or directly after it."""
 
     path: str
 
@@ -84,27 +84,27 @@ class EditAll(Edit):
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what PyTorch's and NumPy's generators do not take."""
+    """Refuse seeds that PyTorch's or NumPy's generators do not accept."""
     if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-        raise MorphError(f"seed {seed!r}: give a whole number from 0 to {(1 << 32) - 1}")
+        raise MorphError(f"seed must be an integer from 0 to {(1 << 32) - 1}, not {seed!r}")
 
 
 def known() -> list[str]:
-    """Names of the morphs that a recipe may hold, of all modules that have been imported."""
+    """Return the names of the morphs that a recipe may contain, from all imported modules."""
     return sorted(_KINDS)
 
 
 def to_json(step: Step) -> dict[str, Any]:
-    """The step as JSON: its name under "op" and its fields, without those that have their default."""
+    """Return the step as JSON: its name under "op", and its fields that differ from their default."""
     values = {f.name: (getattr(step, f.name), f.default) for f in fields(step)}
     return {"op": step.op} | {name: value for name, (value, default) in values.items() if value is not default}
 
 
 def from_json(data: Mapping[str, Any]) -> Step:
-    """The step that `to_json` gave.
+    """Restore a step from the data of `to_json`.
 
     Raises:
-        MorphError: an unknown morph, or fields that are missing or not its own.
+        MorphError: the morph is unknown, or a field is missing or unknown.
     """
     kind = _KINDS.get(data["op"])
     if kind is None:
@@ -118,7 +118,7 @@ def from_json(data: Mapping[str, Any]) -> Step:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, inside of others too."""
+    """Convert lists to tuples recursively."""
     if isinstance(value, list):
         return tuple(_frozen(v) for v in value)
     return {k: _frozen(v) for k, v in value.items()} if isinstance(value, dict) else value

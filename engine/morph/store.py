@@ -1,9 +1,8 @@
-"""State dicts in files: read lazily, written atomically, a safetensors file one tensor at a time.
+"""State dicts in files: lazy reads and atomic writes, one tensor at a time for safetensors files.
 
-A source is any mapping from names to tensors: a plain state dict, a `SafetensorsFile` that reads a tensor when it is
-asked for, or a `Computed` mapping that makes one. `write_state` takes all three, so that a file grows into another one
-with a single tensor in memory. A file is written beside its target and then put in its place: whatever fails, the
-target is what it was.
+A source is any mapping from names to tensors: a plain state dict, a `SafetensorsFile` that reads a tensor on request,
+or a `Computed` mapping that computes one. `write_state` accepts all three, so a file can grow into another one with a
+single tensor in memory. A temporary file next to the target replaces it at the end, so a failure never changes the target.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ _CHUNK = 1 << 24  # bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape and dtype of a tensor that need not exist yet."""
+    """Shape and dtype of a tensor, which may not exist yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -65,18 +64,18 @@ class Layout:
 
 
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """The layout of every tensor of a source, without reading any of a lazy one."""
+    """Return the layout of every tensor of a source, without reading a lazy source."""
     if isinstance(tensors, Computed):
         return tensors.layout
     return {name: Layout(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
 class Computed(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, and not kept.
+    """Mapping that computes tensors on request and does not store them.
 
     Args:
-        layout: what there is.
-        make: gives the tensor of a name.
+        layout: layout of each tensor by name.
+        make: computes the tensor of a name.
     """
 
     def __init__(self, layout: dict[str, Layout], make: Callable[[str], Tensor]) -> None:
@@ -87,8 +86,8 @@ class Computed(Mapping[str, Tensor]):
         tensor = self._make(name)
         if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
             raise MorphError(
-                f"tensor '{name}' came out as {tensor.dtype} {tuple(tensor.shape)} instead of {expected.dtype} "
-                f"{expected.shape}"
+                f"tensor '{name}' is {tensor.dtype} {tuple(tensor.shape)}, but {expected.dtype} {expected.shape} was "
+                "expected"
             )
         return tensor
 
@@ -100,7 +99,7 @@ class Computed(Mapping[str, Tensor]):
 
 
 class SafetensorsFile(Computed):
-    """A safetensors file as a mapping; only the tensor that is asked for is in memory, for as long as it is held.
+    """A safetensors file as a mapping; only requested tensors are in memory, as long as they are referenced.
 
     Raises:
         MorphError: the file is missing or damaged.
@@ -123,27 +122,27 @@ class SafetensorsFile(Computed):
             raise MorphError(f"{self.path}: no such file") from error
         except MorphError:
             raise
-        except Exception as error:  # the library's own error class, and those of the system
+        except Exception as error:  # the library's own error class, or an error of the system
             raise MorphError(f"{self.path}: not a readable safetensors file: {_first_line(error)}") from error
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in _DTYPES:
-            raise MorphError(f"{self.path}: tensor '{name}' has the dtype {dtype}, which torch cannot hold")
+            raise MorphError(f"{self.path}: tensor '{name}' has dtype {dtype}, which PyTorch does not support")
         return _DTYPES[dtype]
 
     def _read(self, name: str) -> Tensor:
-        # Opened anew each time: the library maps the file into memory, and pages once read stay while it is open.
+        # Opened for each tensor, because the library maps the file into memory and holds its pages while it is open.
         with self._open() as file:
             return file.get_tensor(name)
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors file, lazily, or of a file that torch.save wrote (mapped into memory if possible).
+    """Read the tensors of a .safetensors file lazily, or of a torch.save file (memory-mapped if possible).
 
-    A torch file may hold the state dict itself or under "state_dict", "model" or "model_state_dict".
+    A torch file may contain the state dict directly, or under "state_dict", "model" or "model_state_dict".
 
     Raises:
-        MorphError: the file is missing, damaged, or holds no state dict.
+        MorphError: the file is missing, damaged, or contains no state dict.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -154,12 +153,12 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise MorphError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), path)")
+        raise MorphError(f"{path}: contains no state dict; save one with torch.save(model.state_dict(), path)")
     return loaded
 
 
 def read_torch(path: str | Path) -> Any:
-    """What torch.save wrote to a file, without running any code in it, mapped into memory if possible.
+    """Read a torch.save file without running code from it, memory-mapped if possible.
 
     Raises:
         MorphError: the file is missing or damaged.
@@ -167,11 +166,11 @@ def read_torch(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"  # files of torch before 1.6 cannot be mapped
+            zipped = file.read(2) == b"PK"  # files of PyTorch before 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError as error:
         raise MorphError(f"{path}: no such file") from error
-    except Exception as error:  # zip, pickle and torch have their own errors for a damaged file
+    except Exception as error:  # zip, pickle and PyTorch raise different errors for a damaged file
         raise MorphError(f"{path}: not a readable weights file: {first_line(error)}") from error
 
 
@@ -179,12 +178,12 @@ def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """Write a source to a .safetensors file, one tensor at a time, or to a .pt or .pth file, all at once.
 
     Args:
-        path: the target; it is replaced only by a complete file.
-        tensors: the source; it may read the target's present file.
-        metadata: texts for the header of a safetensors file.
+        path: the target; only a complete file replaces it.
+        tensors: the source; it may read the current file at the target.
+        metadata: strings for the header of a safetensors file.
 
     Raises:
-        MorphError: the file cannot be written; the target is what it was.
+        MorphError: the file cannot be written; the target is not changed.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -194,15 +193,15 @@ def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with atomic(path) as file:
             torch.save({name: tensors[name] for name in tensors}, file)
     else:
-        raise MorphError(f"{path}: end the name in .safetensors, .pt or .pth")
+        raise MorphError(f"{path}: the name must end in .safetensors, .pt or .pth")
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write in; it takes the place of `path` when all has been written, and is removed otherwise.
+    """Open a temporary file that replaces `path` when it is complete, and is removed otherwise.
 
     Raises:
-        MorphError: the system refuses.
+        MorphError: the file cannot be written.
     """
     path = Path(path)
     try:
@@ -210,18 +209,18 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer raises RuntimeError for a full disk
         raise MorphError(f"{path}: cannot be written: {_first_line(error)}") from error
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they stand in a file (little endian)."""
+    """Return the values of a tensor as bytes in file order (little endian)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """8 bytes of header length, the header as JSON, the values without gaps; wide dtypes first, for alignment."""
+    """Write 8 bytes of header length, the header as JSON, and the values without gaps; wide dtypes first to align."""
     parts = layout(tensors)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -229,7 +228,7 @@ def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata:
     for name in names:
         part = parts[name]
         if part.dtype not in _NAMES:
-            raise MorphError(f"tensor '{name}' is {part.dtype}, which the safetensors format cannot hold")
+            raise MorphError(f"tensor '{name}' is {part.dtype}, which the safetensors format does not support")
         start, end = end, end + part.nbytes
         header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -240,7 +239,7 @@ def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata:
         values = tensor_bytes(tensors[name])
         for start in range(0, len(values), _CHUNK):
             file.write(values[start : start + _CHUNK])
-        del values  # before the next tensor comes
+        del values  # frees the memory before the next tensor is made
 
 
 def _first_line(error: BaseException) -> str:

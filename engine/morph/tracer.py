@@ -1,8 +1,8 @@
-"""One run of a network's unmodified forward under a TorchFunctionMode that labels every element it computes.
+"""Run of a network's unmodified forward under a TorchFunctionMode that labels every element it computes.
 
-`Tracer` follows the calls, `op_rules` and `movement` say what each does to labels, and the two subclasses do the
-primitive steps: `ParentRun` (which channels belong together, a record of all values) and `ChildCheck` (is every value
-of the child a copy of the parent's?).
+`Tracer` follows the calls, and `op_rules` and `movement` map each call to labels. Two subclasses implement the
+primitive steps: `ParentRun` groups channels and records all values, and `ChildCheck` checks that every value of the
+child is a copy of one of the parent's.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _STORES = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """Keep `path` equal to the stack of modules whose forward is running in this thread."""
-    mine = threading.get_ident()  # the hooks are the whole process's
+    """Maintain `path` as the stack of modules that run their forward in this thread."""
+    mine = threading.get_ident()  # the hooks are global to the process
     names = {id(module): name for name, module in model.named_modules()}
 
     def enter(module: nn.Module, _args: Any) -> None:
@@ -63,13 +63,13 @@ def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 
 def _unbound(owner: type, name: str) -> Callable[..., Any]:
-    """A class method written in C, as `Function.apply` is from PyTorch 2.14 on, with its class as an argument."""
+    """Return a class method written in C (`Function.apply` from PyTorch 2.14 on) as a function of its class."""
     method = vars(owner)[name]
     return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
 
 
 class Mismatch(Exception):
-    """A value of the child is no copy of a parent's value; `vids` are what the failing op read."""
+    """Error: a value of the child is not a copy of a parent's value; `vids` are the inputs of the failing op."""
 
     def __init__(self, message: str, vids: list[Tensor] | None = None):
         super().__init__(message)
@@ -77,13 +77,13 @@ class Mismatch(Exception):
 
 
 class Fault(MorphError):
-    """Following an op failed, not the op: an error of this engine, which must not pass for one of the network."""
+    """Error of this engine while it follows an op; it must not be mistaken for an error of the network."""
 
 
 class Tracer(Primitives, TorchFunctionMode):
-    """Base of both runs: labels, the calls, the refusals."""
+    """Base of both runs: it labels tensors, follows calls, and refuses calls that cannot be followed."""
 
-    real = True  # whether outputs are computed
+    real = True  # whether the run computes outputs
 
     def __init__(self, model: nn.Module, table: Table):
         super().__init__()
@@ -92,13 +92,13 @@ class Tracer(Primitives, TorchFunctionMode):
         self.path: list[str] = []
         self.where_now = "the model"
         self.latest: list[Tensor] = []  # vids that the latest op read
-        self.failed: Exception | None = None  # what the latest op that failed raised
+        self.failed: Exception | None = None  # the exception of the latest op that failed
         self.names: dict[int, str] = {}
         for name, t in named_tensors(model).items():
             if t.is_floating_point():
                 self.names.setdefault(id(t), name)
         self.parameters: dict[str, Label] = {}
-        self.followed_parameters: set[str] = {""}  # "": tensors that are none; the weights of linear ops are not in it
+        self.followed_parameters: set[str] = {""}  # without weights of linear ops; "" means tensors without a name
         plain = [v for m in model.modules() for k, v in vars(m).items() if k not in _STORES and _full(v)]
         self.held = {id(t) for t in [*tree_flatten(plain)[0], *model.parameters(), *model.buffers()]}
 
@@ -112,7 +112,7 @@ class Tracer(Primitives, TorchFunctionMode):
         tensor._morph_label = label  # pyright: ignore[reportAttributeAccessIssue]
 
     def label(self, tensor: Tensor) -> Label | None:
-        """The tensor's label; None for a constant."""
+        """Return the tensor's label; None for a constant."""
         if id(tensor) in self.names:
             name = self.names[id(tensor)]
             if name not in self.parameters:
@@ -120,7 +120,7 @@ class Tracer(Primitives, TorchFunctionMode):
             return self.parameters[name]
         label: Label | None = getattr(tensor, "_morph_label", None)
         whole: Tensor | None = getattr(tensor, "_morph_transposed", None)
-        if label is None and whole is not None:  # it is read otherwise than by a product
+        if label is None and whole is not None:  # another op than a product reads the transposed weight
             stored = self.need(whole)
             label = Label(stored.vids.t(), None if stored.atoms is None else stored.atoms.t(), tensor._version)
             self.set_label(tensor, label)
@@ -132,7 +132,7 @@ class Tracer(Primitives, TorchFunctionMode):
         return label
 
     def followed(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a parameter or comes from the inputs or parameters."""
+        """Return whether the tensor is a parameter, or depends on inputs or parameters."""
         return id(tensor) in self.names or hasattr(tensor, "_morph_label") or hasattr(tensor, "_morph_transposed")
 
     def matrix(self, tensor: Tensor) -> tuple[str, bool] | None:
@@ -141,19 +141,19 @@ class Tracer(Primitives, TorchFunctionMode):
         return (name, whole is not tensor) if name is not None and whole.ndim == 2 else None
 
     def need(self, tensor: Tensor) -> Label:
-        """The tensor's label, for a constant by its values."""
+        """Return the tensor's label; for a constant it is derived from the values."""
         label = self.label(tensor)
         if label is not None:
             return label
         if id(tensor) not in self.held and not getattr(tensor, "_morph_constant", False):
             raise MorphError(
-                f"{self.where()} uses a tensor that was made outside of any recorded call (scripted or "
-                "custom code?); give the plain eager module"
+                f"{self.where()} uses a tensor that no recorded call created (scripted or custom code?); give the "
+                "plain eager module"
             )
         return self.constant_label(tensor)
 
     def weight(self, tensor: Tensor) -> Label:
-        """A label for the weight of a linear op, whose elements are not followed unless it is computed."""
+        """Return a label for the weight of a linear op; its elements are followed only if it is computed."""
         name = self.names.get(id(getattr(tensor, "_morph_transposed", tensor)))
         return self.need(tensor) if name is None else Label(torch.empty(0, dtype=torch.int64), None, parameter=name)
 
@@ -162,15 +162,15 @@ class Tracer(Primitives, TorchFunctionMode):
 
     @abstractmethod
     def parameter_label(self, name: str, tensor: Tensor) -> Label:
-        """The label of a parameter or buffer that is read for the first time."""
+        """Create the label of a parameter or buffer at its first read."""
 
     @abstractmethod
     def constant_label(self, tensor: Tensor) -> Label:
-        """A label by values."""
+        """Create a label from values."""
 
     @abstractmethod
     def begin(self, name: str, scalars: list[Any]) -> Entry:
-        """The log's entry of the op that now follows."""
+        """Begin an op, and return its entry in the log."""
 
     # ---------------------------------------------------------------- dispatch
 
@@ -186,7 +186,7 @@ class Tracer(Primitives, TorchFunctionMode):
             raise Fault(f"{self.where_now} could not be followed: {text}; report this") from error
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The op itself; what it raises is the network's affair."""
+        """Call the op; its exceptions count as errors of the network."""
         try:
             return func(*args, **kwargs)
         except Exception as error:
@@ -225,7 +225,7 @@ class Tracer(Primitives, TorchFunctionMode):
         return self._compute(name, func, args, kwargs, tensors, leaves)
 
     def _constants(self, result: Any) -> Any:
-        """Results that no input or parameter has a part in."""
+        """Mark results that do not depend on inputs or parameters."""
         for t in tree_flatten(result)[0]:
             if isinstance(t, Tensor) and id(t) not in self.held and id(t) not in self.names:
                 t._morph_constant = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -249,7 +249,7 @@ class Tracer(Primitives, TorchFunctionMode):
     def _compute(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], leaves: list[Any]) -> Any:
         scalars = [a for a in leaves if not isinstance(a, Tensor)]
         entry = self.begin(name, scalars)
-        weight = self._weight_place(name, tensors)
+        weight = self._weight_index(name, tensors)
         labels = [self.weight(t) if i == weight else self.need(t) for i, t in enumerate(tensors)]
         result = None
         if self.real:
@@ -272,7 +272,7 @@ class Tracer(Primitives, TorchFunctionMode):
             if entry.in_place is not None:
                 target = tensors[entry.in_place]
                 if entry.changed:
-                    target.zero_()  # tells the other views that it has changed
+                    target.zero_()  # increases the version counter of the other views
                 result = target
             else:
                 result = tree_unflatten(
@@ -287,8 +287,8 @@ class Tracer(Primitives, TorchFunctionMode):
             self.set_label(t, Label(label.vids, label.atoms))
         return result
 
-    def _weight_place(self, name: str, tensors: list[Tensor]) -> int | None:
-        """Which of the tensors is the weight of a linear op."""
+    def _weight_index(self, name: str, tensors: list[Tensor]) -> int | None:
+        """Return the index of the tensor that is the weight of a linear op, or None."""
         if name in families.CONVOLUTIONS or name == "linear":
             return 1
         if name not in families.PRODUCTS:
@@ -326,14 +326,14 @@ class Tracer(Primitives, TorchFunctionMode):
         return result
 
     def _looked_up(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
-        """Table and places of an embedding that only reads rows; None where these are computed, or rescaled."""
+        """Return table and indices of an embedding that only reads rows; None if they are computed or rescaled."""
         given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
         if self.followed(given["input"]) or given.get("max_norm") is not None:
             return None
         return given["weight"], given["input"]
 
     def _data(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """`x.data`: its values, frozen, since what is written to them would not be noticed at `x`."""
+        """Follow `x.data` with frozen channels, because writes to it would not be noticed at `x`."""
         if len(args) > 1:
             raise MorphError(
                 f"{self.where()} replaces a tensor's '.data', which cannot be followed; write it out of place"
@@ -353,7 +353,7 @@ class Tracer(Primitives, TorchFunctionMode):
             if atoms is not None:
                 assert source.atoms is not None
                 atoms[index] = source.atoms
-        else:  # the atoms stay: a constant fits any number of copies
+        else:  # the atoms do not change, because a constant fits any number of copies
             vids[index] = self.constant_vid(float(value))
         if any(isinstance(i, Tensor) and self.label(i) is not None for i in tree_flatten(index)[0]):
             raise MorphError(f"{self.where()} writes to a tensor at computed indices; this cannot be followed")
@@ -361,7 +361,7 @@ class Tracer(Primitives, TorchFunctionMode):
         return target
 
     def _custom(self, cls: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A custom autograd.Function: any function of its arguments, unless something else was declared of it."""
+        """Follow a custom autograd.Function; without a declaration it counts as an unknown function."""
 
         def func(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
@@ -379,7 +379,7 @@ class Tracer(Primitives, TorchFunctionMode):
     # ---------------------------------------------------------------- the run
 
     def forward(self, inputs: Inputs) -> Any:
-        """Run the model under this mode, in eval mode without gradients; errors name the place."""
+        """Run the model under this mode, in eval mode without gradients; errors name the module."""
         custom = _custom_functions(self._custom)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         with eval_mode(self.model), torch.no_grad(), module_paths(self.model, self.path), custom, in_dtype(dtype), self:
@@ -388,7 +388,7 @@ class Tracer(Primitives, TorchFunctionMode):
 
 @contextmanager
 def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
-    """Custom autograd.Functions do not pass through a function mode: `call(its class, apply, arguments)` instead."""
+    """Redirect custom autograd.Functions, which bypass function modes, to `call(class, apply, args, kwargs)`."""
     original = torch.autograd.Function.apply
     plain = getattr(original, "__func__", None) or _unbound(torch.autograd.Function, "apply")
 
@@ -407,12 +407,12 @@ def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
 
 
 def _full(value: Any) -> bool:
-    """Whether there can be a tensor in it."""
+    """Return whether a value may contain a tensor."""
     return not (value is None or isinstance(value, bool | int | float | str) or (isinstance(value, dict) and not value))
 
 
 def _transposes(name: str, args: tuple[Any, ...], matrix: Tensor) -> bool:
-    """Whether a movement gives the transpose of a matrix."""
+    """Return whether a movement transposes a matrix."""
     if matrix.ndim != 2:
         return False
     axes = tree_flatten(args[1:])[0]

@@ -1,11 +1,11 @@
-"""The numeric check of a morph: parent and child against each other, with the parent's own rounding as the measure.
+"""Numeric check of a morph: compare parent and child, relative to the parent's own rounding noise.
 
-Both networks are run on the same random inputs in float64 and float32, in eval mode and in train mode (live batch
-statistics, dropout off), and then in float64 in eval mode on a second size, or again on the same inputs where that runs
-other ops; this shows the running statistics that the train step left. They are run as views that share the parameters
-and cast them one at a time, so that no copy of a network is made for it.
-The float32 difference of a correct morph is as large as the parent's own rounding noise, its distance to itself in
-float64, because only the order of the sums is new; no morph may promise bit equality.
+Both networks run on the same random inputs in float64 and float32, in eval mode and in train mode (batch statistics,
+dropout off). Then they run in float64 in eval mode on a second size, or on the same inputs if the second size runs
+other ops. This last run shows the running statistics after the train step. The networks run as views that share the
+parameters and cast them one at a time, so the check makes no copy of a network.
+The float32 difference of a correct morph is about the parent's rounding noise, its own distance between float32 and
+float64, because only the order of the sums changes. No morph may promise bit equality.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .step import Step
 from .tensors import named_tensors
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
-NOISE_RATIO = 8.0  # float32: times the parent's own rounding noise
-HALF_LIMIT = NOISE_RATIO * 4 * 2.0**-8  # in half precision, as coarse as bfloat16
-NOISE_FLOOR = 4 * 2.0**-24  # four unit roundoffs of float32; no network's noise counts as less
+NOISE_RATIO = 8.0  # limit of the float32 difference over the parent's own rounding noise
+HALF_LIMIT = NOISE_RATIO * 4 * 2.0**-8  # limit in half precision, for the roundoff of bfloat16
+NOISE_FLOOR = 4 * 2.0**-24  # minimum noise of any network: four unit roundoffs of float32
 
 
 class OtherFunction(MorphError):
-    """The child computes something else than its parent."""
+    """Error: the child computes another function than its parent."""
 
 
 def compare(
@@ -46,24 +46,24 @@ def compare(
     seed: int = 0,
     train: bool = True,
 ) -> Difference:
-    """Differences of two networks in float64 and float32, in eval and train mode; both stay untouched.
+    """Compare two networks in float64 and float32, in eval and train mode; neither is changed.
 
-    Train mode is not compared where the parent cannot be run in it on the example (if it wants targets then).
+    Train mode is not compared if the parent cannot run in train mode on the example, e.g. because it needs targets.
 
     Args:
-        parent: the network before.
-        child: the network after.
-        example: the parent's inputs, see `as_inputs`. Floating-point tensors are replaced by random ones of that shape
-            and device, in train mode with a batch of up to 4 if statistics are taken of few values; by the example's
-            own values if the parent fails on random ones or returns nan or inf.
-        child_example: the child's inputs where they differ from the parent's (another size or channels); then both
-            are taken as they are, and a network with BatchNorm needs a batch of at least 2.
-        outputs: makes of the child's result what shall equal the parent's result; default: the result.
-        seed: of the random inputs.
+        parent: the network before the morph.
+        child: the network after the morph.
+        example: the parent's inputs, see `as_inputs`. Random tensors of the same shape and device replace
+            floating-point ones, in train mode with a batch of up to 4 if statistics have few values. If the parent fails on random
+            values or returns nan or inf, the example's own values are used.
+        child_example: the child's inputs if they differ from the parent's (another size or channels). Then both are
+            used unchanged, and a network with BatchNorm needs a batch of at least 2.
+        outputs: maps the child's result to the part that must equal the parent's result; by default the whole result.
+        seed: seed of the random inputs.
         train: whether to compare train mode.
 
     Raises:
-        MorphError: the results have other structures or shapes, or a network cannot be run.
+        MorphError: the results have different structures or shapes, or a network cannot be run.
     """
     return _check(parent, child, example, child_example, outputs, seed, train).difference
 
@@ -78,9 +78,9 @@ def require_equal(
     seed: int = 0,
     train: bool = True,
 ) -> Difference:
-    """`compare`, and a MorphError if float64 differs by more than 1e-10 or float32 by more than 8 times the noise.
+    """Compare two networks; raise MorphError if float64 differs by over 1e-10 or float32 by over 8 times the noise.
 
-    `train=False` requires it of eval mode only, for morphs that are exact there alone.
+    With `train=False` the limits hold for eval mode only, for morphs that are exact only there.
     """
     return _require(compare(parent, child, example, child_example, outputs=outputs, seed=seed), train)
 
@@ -100,10 +100,10 @@ def verified_report(
     compare_train: bool = True,
     others: Others | None = None,
 ) -> Report:
-    """The report of a morph, after `require_equal`; `compare_train=False` runs no train mode at all.
+    """Check a morph like `require_equal`, and return its report; `compare_train=False` skips train mode.
 
-    Eval mode is compared on the `others` too, by default those that parent and child give: a second size, and one for
-    each way that a forward takes by size.
+    Eval mode is also compared on `others`. By default these are the inputs that parent and child determine: a second
+    size, and one input for each branch of a forward by size.
     """
     if certificate is not None and certificate.violations:
         _refuse_not_finite(parent)
@@ -120,15 +120,13 @@ def verified_report(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
+    """Return the number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 @dataclass
 class _Found:
-    """What a comparison found: `flops` of parent and child, why train mode was not compared, and which other inputs
-    were.
-    """
+    """Result of a comparison: difference, FLOPs of parent and child, why train mode was skipped, and other inputs."""
 
     difference: Difference
     flops: tuple[int, int]
@@ -150,7 +148,7 @@ def _check(
     pair = _Pair(parent, child, as_inputs(example), theirs, outputs, seed, train)
     own, other = pair.run()
     if other.untrained:
-        raise MorphError(f"{other.untrained}; the parent can, on the same batch")
+        raise MorphError(f"{other.untrained}, but the parent can on the same batch; the original is unchanged")
     if own.shapes != other.shapes:
         raise MorphError(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
     found: dict[str, float | None] = dict.fromkeys(("float64_train", "float32_train", "noise_train"))
@@ -160,7 +158,7 @@ def _check(
         noise = distance(own.runs[f"float64 {mode}"], own.runs[f"float32 {mode}"])
         found[f"noise_{mode}"] = max(noise, NOISE_FLOOR) if math.isfinite(noise) else noise
     difference = Difference(**found)  # pyright: ignore[reportArgumentType]
-    left = pair.stateful and difference.float64_train is not None  # statistics by the train step
+    left = pair.stateful and difference.float64_train is not None  # running statistics still to be compared
     sizes: list[str] = []
     try:
         if others and difference.float64 <= FLOAT64_LIMIT:
@@ -169,10 +167,10 @@ def _check(
             left = left and not read
             sizes += _compare_others(own, other, [(others.example, dtype) for dtype in others.halves], seed)
     except OtherFunction:
-        if not (left and distance(own.after(), other.after()) > FLOAT64_LIMIT):
+        if not (left and distance(own.run_eval_after_training(), other.run_eval_after_training()) > FLOAT64_LIMIT):
             raise
     if left:
-        off = worst(distance(own.after(), other.after()), difference.float64_train)
+        off = worst(distance(own.run_eval_after_training(), other.run_eval_after_training()), difference.float64_train)
         difference = replace(difference, float64_train=off)
     return _Found(difference, (own.flops, other.flops), own.untrained, tuple(sizes))
 
@@ -180,36 +178,36 @@ def _check(
 def _compare_others(
     own: NetworkRuns, other: NetworkRuns, cases: list[tuple[Inputs, torch.dtype]], seed: int
 ) -> list[str]:
-    """Compare eval mode on other inputs; what was compared.
+    """Compare eval mode on other inputs, and return descriptions of those that were compared.
 
     Raises:
-        MorphError: the child's function differs on one, or it cannot be run on what the parent takes.
+        MorphError: the child differs on one of them, or cannot run on an input that the parent accepts.
     """
     compared = []
     for inputs, dtype in cases:
         drawn, where = inputs.random(seed), _described(inputs, dtype)
         try:
-            want = own.again(drawn, dtype)
+            want = own.run_eval(drawn, dtype)
         except MorphError:
-            continue  # the parent takes no such input
+            continue  # the parent does not accept this input
         try:
-            have = other.again(drawn, dtype)
+            have = other.run_eval(drawn, dtype)
         except MorphError as error:
-            raise OtherFunction(f"on {where} {error}; the parent can, the original is unchanged") from error
+            raise OtherFunction(f"on {where} {error}, but the parent can; the original is unchanged") from error
         if [t.shape for t in want] != [t.shape for t in have]:
-            raise OtherFunction(f"on {where} the child's results have other shapes; the original is unchanged")
+            raise OtherFunction(f"on {where} the child returns other shapes; the original is unchanged")
         off = distance(want, have)
         if off <= FLOAT64_LIMIT or math.isnan(off):
             compared += [] if math.isnan(off) else [where]
             continue
         limit = HALF_LIMIT
         if dtype == torch.float64:
-            noise = max(distance(want, own.again(drawn, torch.float32)), NOISE_FLOOR)
+            noise = max(distance(want, own.run_eval(drawn, torch.float32)), NOISE_FLOOR)
             limit = NOISE_RATIO * noise * FLOAT64_ROUNDOFF
         if not off <= limit:
             raise OtherFunction(
-                f"on {where} the child's function differs from its parent's by {off:.1e}, though not on the example: "
-                "the forward goes by the size of its input there; the original is unchanged"
+                f"on {where} the child's function differs from its parent's by {off:.1e}, but not on the example: the "
+                "forward branches by the size of its input; the original is unchanged"
             )
         compared.append(where)
     return compared
@@ -222,7 +220,7 @@ def _described(inputs: Inputs, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A parent and its child, and on what they are run; without inputs of the child's own both take the parent's."""
+    """A parent, its child and their inputs; both use the parent's inputs unless the child has its own."""
 
     parent: nn.Module
     child: nn.Module
@@ -237,7 +235,7 @@ class _Pair:
         return any(True for net in (self.parent, self.child) for _ in net.buffers())
 
     def run(self) -> tuple[NetworkRuns, NetworkRuns]:
-        """Runs of parent and child."""
+        """Run parent and child."""
         given = self.given
         if self.theirs is not None:
             own = NetworkRuns(self.parent, "the parent", None)
@@ -250,7 +248,7 @@ class _Pair:
         return own, other
 
     def _run_parent(self) -> tuple[NetworkRuns, Inputs]:
-        """Its runs on random numbers, or where these are nothing that it takes, on the example's own; and those."""
+        """Run the parent on random values, or on the example's if it refuses these; return run and inputs."""
         refused: MorphError | None = None
         tried: list[tuple[NetworkRuns, Inputs]] = []
         for draw in (self.given.random, self.given.own):
@@ -270,23 +268,23 @@ class _Pair:
 
 
 def _refuse_not_finite(parent: nn.Module) -> None:
-    """Say which weights are no numbers, where that is why a check failed."""
+    """Raise an error that names a weight with NaN or infinite numbers, if there is one."""
     for name, tensor in named_tensors(parent).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise MorphError(f"'{name}' of the network holds NaN or infinite numbers, so that nothing can be told")
+            raise MorphError(f"'{name}' of the network contains NaN or infinite numbers, so outputs cannot be compared")
 
 
 def _require(difference: Difference, train: bool = True) -> Difference:
     d = difference if train else difference.in_eval()
     if math.isnan(d.float64):
         raise MorphError(
-            "nothing can be told: the networks return nan or inf, on random inputs and on the example's own values; "
-            "give an example of values that they take; the original is unchanged"
+            "outputs cannot be compared: the networks return nan or inf on random inputs and on the example's values; "
+            "give an example with valid values; the original is unchanged"
         )
     if not d.float64 <= FLOAT64_LIMIT:
         if d.float64_ratio <= NOISE_RATIO:
             raise MorphError(
-                f"the parent magnifies rounding so much on this example that nothing can be told: float64 differs by "
+                f"the parent magnifies rounding too much on this example for a comparison: float64 differs by "
                 f"{d.float64:.1e} (limit {FLOAT64_LIMIT:.0e}), which is its own noise; give a larger image or batch; "
                 "the original is unchanged"
             )

@@ -1,7 +1,7 @@
-"""Widening: more channels in any space, by copies whose outgoing weights are split, and by new channels that add zero.
+"""Widening: more channels in any space, by copies with split outgoing weights, and by new channels that add zero.
 
-Rows of weights are copied, columns are split so that their stored parts add up to the column. Which parameters, which
-rows and which columns is decided by `spaces` alone; nothing here knows an architecture.
+Rows of weights are copied. Columns are split so that the stored parts add up to the column. `spaces` alone determines
+the parameters, rows and columns; this module knows no architecture.
 """
 
 from __future__ import annotations
@@ -55,52 +55,53 @@ def widen(
     train: bool = True,
     inplace: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """A wider network that computes the same function.
+    """Widen a network; the wider network computes the same function.
 
     Args:
-        model: any eager network; untouched unless `inplace`.
-        example: its input, a tuple of positional or a dict of keyword arguments; a small image will do unless a linear
-            layer wants the real size.
-        counts: per space (id, key, or "parameter:axis") its new width, or the number of copies of each of its classes
-            in the order of `Space.order`.
-        factor: for all other spaces that can grow: the new width is the nearest possible one to factor x width. Which
-            channels get the additional copies is drawn by `seed`. Or one for each module of some, by path or by a
-            pattern as in a shell ({"layer3.*": 2, "layer4.*": 1.5}), the first that fits; other spaces stay.
-        free: per space a number of new random channels, whose outgoing weights are zero.
-        ignore: modules, by path or pattern, whose channels no factor widens.
-        round_to: what the widths by a factor are a multiple of where a space allows it, 8 for tensor cores.
-        split: of outgoing weights, "sterbenz" (random, breaks the symmetry of copies) or "kraft" (powers of two).
-        noise: null-space noise on top, relative to each weight's standard deviation; then S E = I holds to rounding.
-        seed: for all that is drawn.
-        groups: "more" groups, or each of them "wider"; see `find_spaces`.
-        train: compare parent and child in train mode too; omit it for a network whose train mode runs what the
-            example does not reach.
-        inplace: put the result into `model` after all checks have passed.
+        model: any eager network; it is not changed unless `inplace`.
+        example: its input, a tuple of positional or a dict of keyword arguments. A small image is enough unless a
+            linear layer needs the real size.
+        counts: per space (id, key, or "parameter:axis") the new width, or the number of copies of each class in the
+            order of `Space.order`.
+        factor: for all other spaces that can grow: the new width is the possible width nearest to factor x width, and
+            `seed` selects the channels with additional copies. A mapping gives factors for some modules, by path or
+            shell pattern ({"layer3.*": 2, "layer4.*": 1.5}); the first match counts, other spaces do not change.
+        free: per space a number of new random channels with outgoing weights of zero.
+        ignore: modules, by path or pattern, that no factor widens.
+        round_to: widths by a factor are a multiple of this number if the space allows it; 8 suits tensor cores.
+        split: split of outgoing weights, "sterbenz" (random, breaks the symmetry of copies) or "kraft" (powers of two).
+        noise: additional null-space noise, relative to each weight's standard deviation; S E = I then holds up to
+            rounding.
+        seed: seed of all random choices.
+        groups: "more" groups, or each group "wider"; see `find_spaces`.
+        train: compare parent and child in train mode too; disable it if train mode runs modules that the example does
+            not reach.
+        inplace: put the result into `model` after all checks.
 
     Returns:
         The wider network and the report of its checks.
 
     Raises:
-        MorphError: a space cannot be widened thus (the message names the op and module), nothing would get wider, or a
-            check failed; then nothing has been changed.
+        MorphError: a space cannot be widened in this way (the message names the op and module), nothing would get
+            wider, or a check fails; nothing is changed.
     """
     if counts is None and factor is None and free is None:
         raise MorphError("widen: give counts, a factor or free channels")
     if split not in SPLITS:
-        raise MorphError(f"split '{split}' is unknown; take one of {', '.join(SPLITS)}")
+        raise MorphError(f"unknown split '{split}'; choose from {', '.join(SPLITS)}")
     if not isinstance(noise, int | float) or not 0 <= noise < math.inf:
-        raise MorphError(f"noise {noise!r}: give 0 or a positive number, relative to the weights' standard deviation")
+        raise MorphError(f"noise must be 0 or positive, relative to the weights' standard deviation, not {noise!r}")
     inputs = as_inputs(example)
     given, model = model, stock(model, inplace)
     others = other_inputs(model, inputs)
-    followed = inputs.and_calls(others.ways)
+    followed = inputs.and_calls(others.branching)
     spaces = find_spaces(model, followed, groups=groups)
     if factor is not None:
         _require_growable(spaces)
     check_seed(seed)
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
     if not chosen and not any(map(any, new.values())):
-        raise MorphError("widen: every space has the width that was asked for; nothing would change")
+        raise MorphError("widen: every space already has the requested width; give larger counts or a larger factor")
     step = WidenStep(followed.shapes, chosen, new, split, noise, seed, groups, followed.kinds, followed.form)
     child, maps = step.check(spaces)
     changes = [
@@ -109,23 +110,23 @@ def widen(
         if s.key in chosen or s.key in new
     ]
     unread = _listed(spaces.unread()) if chosen or new else ""
-    del spaces  # whose labels may take as much memory as the network
+    del spaces  # its labels may need as much memory as the network
     return_free_pages()
     certificate = step.fill(child, model, maps)
     changes += head_changes(model, child)
     if name := standard_name(child):
-        changes.append(f"this is what {name} builds: load the weights there, without a recipe")
+        changes.append(f"{name} builds the same network: its weights load there without a recipe")
     if unread:
-        changes.append(f"not reached by this example, and as wide as they were: {unread}")
+        changes.append(f"this example does not reach these modules, which keep their width: {unread}")
     report = _verified(step, model, child, inputs, others, changes, certificate, train, unread)
     return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
 def _require_growable(spaces: Spaces) -> None:
-    """Refuse a factor where no space can grow."""
+    """Refuse a factor if no space can grow."""
     if not spaces.growable():
         reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
-        raise MorphError(f"nothing can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
+        raise MorphError(f"no space can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
 
 
 def _verified(
@@ -139,17 +140,25 @@ def _verified(
     train: bool,
     unread: str,
 ) -> Report:
-    """The report that the child computes what the network does.
+    """Check that the child computes the same function as the network, and return the report.
 
-    With noise its sums are rounded when they are stored: the function is compared in float64, where that hides nothing.
+    With noise the stored sums are rounded. The comparison then uses float64, where this rounding hides nothing.
 
     Args:
+        step: the step of the widening.
+        model: the parent.
+        child: the child.
+        inputs: the example.
+        others: further inputs of the check.
+        changes: lines of the report.
+        certificate: certificate of the splits.
+        train: whether to compare train mode.
         unread: the modules that the example does not reach, for the message of a failed check.
     """
     proof: Certificate | None = certificate
     if step.noise:
         model, proof = cast(duplicate(model), torch.float64), None
-        child, _ = step.grow(find_spaces(model, inputs.and_calls(others.ways), groups=step.groups))
+        child, _ = step.grow(find_spaces(model, inputs.and_calls(others.branching), groups=step.groups))
     try:
         return verified_report(
             step,
@@ -166,19 +175,22 @@ def _verified(
         if not unread:
             raise
         raise MorphError(
-            f"{error}; this example does not reach {unread}, which would keep their width; train=False compares eval "
-            "mode alone"
+            f"{error}; this example does not reach {unread}, which would keep their width; use train=False to compare "
+            "eval mode only"
         ) from error
 
 
 @dataclass(frozen=True)
 class WidenStep(Step, op="widen"):
-    """See `widen`; of each space that grows, by its key, the copies and the new channels of each of its classes.
+    """Step of `widen`.
 
     Attributes:
-        example: shapes of the inputs with which the spaces were found; `groups` says how.
-        kinds: their dtypes, if not all are floating.
-        form: their places among the arguments, if they are not the positional ones; see `Inputs`.
+        example: shapes of the inputs of `find_spaces`.
+        copies: copies of each class of each space that grows, by its key.
+        free: new channels of each class of each space that grows, by its key.
+        groups: the argument of `find_spaces`.
+        kinds: dtypes of the inputs, if not all are floating.
+        form: positions of the inputs among the arguments, if they are not the positional ones; see `Inputs`.
     """
 
     example: tuple[tuple[int, ...], ...]
@@ -195,19 +207,19 @@ class WidenStep(Step, op="widen"):
         return self.grow(self.spaces_of(model))[0]
 
     def tensor_maps(self, model: nn.Module) -> dict[str, ParameterMap]:
-        """Of each tensor that the widening changes, the map; `grow_tensor` applies it, one tensor at a time."""
+        """Return the map of each tensor that the widening changes; `grow_tensor` applies it to one tensor."""
         return self.check(self.spaces_of(model))[1]
 
     def spaces_of(self, model: nn.Module) -> Spaces:
-        """Spaces of a network that the step fits, found with random inputs of the step's shapes."""
+        """Find the spaces of a network that fits the step, with random inputs of the step's shapes."""
         return find_spaces(model, self.inputs(), groups=self.groups)
 
     def inputs(self) -> Inputs:
-        """Inputs of the recorded shapes, on the CPU."""
+        """Create inputs of the recorded shapes on the CPU."""
         return stand_ins(self.example, self.kinds, self.form)
 
     def check(self, spaces: Spaces) -> tuple[nn.Module, dict[str, ParameterMap]]:
-        """The child without new weights and the maps of all tensors that the step changes.
+        """Return the child without new weights, and the maps of all tensors that the step changes.
 
         Raises:
             MorphError: the step would change the function, or names spaces that the network does not have.
@@ -215,12 +227,12 @@ class WidenStep(Step, op="widen"):
         return check_counts(spaces, self.copies, self.free)
 
     def grow(self, spaces: Spaces) -> tuple[nn.Module, Certificate]:
-        """The child with its weights, and the certificate of all splits."""
+        """Return the child with its weights, and the certificate of all splits."""
         child, maps = self.check(spaces)
         return child, self.fill(child, spaces.model, maps)
 
     def fill(self, child: nn.Module, parent: nn.Module, maps: Mapping[str, ParameterMap]) -> Certificate:
-        """Give the child that `check` made its weights; the certificate of all splits."""
+        """Set the weights of the child that `check` built; return the certificate of all splits."""
         log.info("splitting weights")
         originals, certificate = named_tensors(parent), Certificate()
         grown: dict[int, Tensor] = {}
@@ -236,7 +248,7 @@ class WidenStep(Step, op="widen"):
         return certificate
 
     def grow_tensor(self, name: str, tensor: Tensor, made: ParameterMap) -> tuple[Tensor, Certificate]:
-        """The child's tensor, and the certificate of its split; draws depend on the seed and the tensor's name only."""
+        """Return the child's tensor and the certificate of its split; only seed and name determine random numbers."""
         generator = torch.Generator().manual_seed((int(self.seed) << 32) ^ zlib.crc32(name.encode()))
         result, certificate = tensor.detach().cpu(), Certificate()
         if made.columns is not None and made.columns_axis is not None:
@@ -246,7 +258,7 @@ class WidenStep(Step, op="widen"):
             result = after.movedim(1, made.columns_axis).contiguous()
         if made.parents is not None and made.free is not None and made.axis is not None:
             result = result.index_select(made.axis, made.parents)
-            if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) keep those of the copied channel
+            if bool(made.free.any()) and tensor.ndim > 1:  # vectors (norms, biases) use those of the copied channel
                 _draw(result, made.axis, made.free, tensor, generator)
         result = result.contiguous(memory_format=channels_last(tensor) or torch.contiguous_format)
         return result.to(tensor.device), certificate
@@ -255,7 +267,7 @@ class WidenStep(Step, op="widen"):
 def check_counts(
     spaces: Spaces, copies: Mapping[str, Sequence[int]], free: Mapping[str, Sequence[int]]
 ) -> tuple[nn.Module, dict[str, ParameterMap]]:
-    """`Spaces.check` for copies and new channels per class, by the spaces' keys.
+    """Run `Spaces.check` for copies and new channels per class, by the keys of the spaces.
 
     Raises:
         MorphError: they would change the function, or a space does not exist.
@@ -268,11 +280,13 @@ def check_counts(
     try:
         return spaces.check(counts)
     except Mismatch as error:
-        raise MorphError(f"these counts would change the function: {error}; nothing was changed") from None
+        raise MorphError(
+            f"these counts would change the function: {error}; choose others, nothing was changed"
+        ) from None
 
 
 def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
-    """`model`, made what `child` is, the same object as before."""
+    """Replace the contents of `model` by those of `child`, and return `model`."""
     model.__dict__.clear()
     model.__dict__.update(child.__dict__)
     return model
@@ -284,9 +298,9 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torch.Generator) -> None:
-    """Random values in the slices that are new, as widely spread as those of the parent's tensor."""
-    places = free.nonzero().reshape(-1)
-    shape = [len(places) if a == axis else s for a, s in enumerate(result.shape)]
+    """Fill the new slices with random values of the same standard deviation as the parent's tensor."""
+    indices = free.nonzero().reshape(-1)
+    shape = [len(indices) if a == axis else s for a, s in enumerate(result.shape)]
     deviation = float(like.detach().double().std(unbiased=False)) if like.is_floating_point() else 0.0
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
-    result.index_copy_(axis, places, drawn.to(result.dtype))
+    result.index_copy_(axis, indices, drawn.to(result.dtype))

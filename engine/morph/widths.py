@@ -1,4 +1,4 @@
-"""How many copies and new channels each class of each space gets, from widths, factors and patterns of a user."""
+"""Numbers of copies and new channels per class of each space, from the user's widths, factors and patterns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def choose_counts(
     ignore: Sequence[str] = (),
     round_to: int = 1,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Copies and new ones per class, by key; arguments as of `widen`."""
+    """Return copies and new channels per class, by key of the space; the arguments are those of `widen`."""
     if not isinstance(round_to, int) or round_to < 1:
-        raise MorphError(f"round_to={round_to!r} is no number of channels; give 1 or more")
+        raise MorphError(f"round_to must be a number of channels of at least 1, not {round_to!r}")
     wanted: dict[str, int | Sequence[int]] = {}
     for s, by in _factors(spaces, factor, ignore):
         unit = s.width // len(s.order)
@@ -40,15 +40,15 @@ def choose_counts(
         drawn = rng.integers(0, 1 << 62)
         copies = _copies(space, value, np.random.default_rng(drawn), factor is not None and key not in counts)
         if copies != [1] * len(copies):
-            _must_grow(space)
+            _require_growable(space)
             chosen[space.key] = tuple(copies)
     new = {}
     for key, number in free.items():
         space = spaces[key]
-        _must_grow(space)
+        _require_growable(space)
         unit = space.width // len(space.order)
         if number % unit or number < 0 or not _even(space):
-            raise MorphError(f"space {space.key} gets new channels in multiples of {unit}, not {number}")
+            raise MorphError(f"new channels of space {space.key} must be a multiple of {unit}, not {number}")
         new[space.key] = (*[0] * (len(space.order) - 1), number // unit)
     return chosen, new
 
@@ -56,32 +56,32 @@ def choose_counts(
 def _factors(
     spaces: Spaces, factor: float | Mapping[str, float] | None, ignore: Sequence[str]
 ) -> list[tuple[Space, float]]:
-    """The spaces that a factor widens, each with its own.
+    """Return the spaces that a factor widens, each with its factor.
 
     Raises:
-        MorphError: a factor is no finite number of at least 1, or a pattern fits no space that can grow.
+        MorphError: a factor is not a finite number of at least 1, or a pattern matches no space that can grow.
     """
     if factor is None:
         return []
     by = dict(factor) if isinstance(factor, Mapping) else {"*": factor}
     for value in by.values():
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MorphError(f"factor {value!r} is no finite number; give 1 or more")
+            raise MorphError(f"factor {value!r} is not a finite number; give 1 or more")
         if not value >= 1:
             raise MorphError(f"factor {value} would make the network narrower; give 1 or more")
     growable = spaces.growable()
     for pattern in [*ignore, *(by if isinstance(factor, Mapping) else [])]:
         if not any(_fits(pattern, s) for s in growable):
             raise MorphError(
-                f"'{pattern}' fits no module whose channels can grow; see find_spaces, or gigamorph morph spaces"
+                f"'{pattern}' matches no module with channels that can grow; see find_spaces, or gigamorph morph spaces"
             )
-    kept = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
-    pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in kept]
+    not_ignored = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
+    pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in not_ignored]
     return [(s, value) for s, value in pairs if value is not None]
 
 
 def _fits(pattern: str, space: Space) -> bool:
-    """Whether it is the space's key, or the path of a module that makes its channels, or of one around that."""
+    """Return whether a pattern is the space's key, or matches a module that produces its channels, or a parent."""
     if pattern in ("*", space.key):
         return True
     paths = [name.rpartition(".")[0] for name, axis in space.members if axis == 0]
@@ -90,18 +90,18 @@ def _fits(pattern: str, space: Space) -> bool:
 
 
 def _rounded(width: float, unit: int, least: int, round_to: int) -> int:
-    """The nearest multiple of the unit, and of `round_to` too, that is no less than `least`."""
+    """Return the nearest common multiple of the unit and `round_to` that is at least `least`."""
     step = math.lcm(unit, round_to)
     near = round(width / step) * step
     return max(near if near >= least else math.ceil(least / step) * step, least)
 
 
 def _even(space: Space) -> bool:
-    """Whether all classes have equally many channels."""
+    """Return whether all classes have the same number of channels."""
     return len({space.classes.count(c) for c in space.order}) <= 1 if len(space.order) < space.width else True
 
 
-def _must_grow(space: Space) -> None:
+def _require_growable(space: Space) -> None:
     if space.frozen:
         raise MorphError(f"space {space.id} ({space.key}) cannot be widened: {space.frozen}")
 
@@ -110,22 +110,22 @@ def _copies(space: Space, value: int | Sequence[int], rng: np.random.Generator, 
     classes = len(space.order)
     if not isinstance(value, int | np.integer):
         if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-            raise MorphError(f"space {space.key}: {value!r} is no width; give a whole number, or one for each class")
+            raise MorphError(f"space {space.key}: {value!r} is not a width; give an integer, or one integer per class")
         copies = [int(v) for v in value]
         if len(copies) != classes or min(copies) < 1:
-            raise MorphError(f"space {space.key} wants {classes} counts of at least 1, not {copies[:8]}")
+            raise MorphError(f"space {space.key} needs {classes} counts of at least 1, not {copies[:8]}")
         return copies
     if not _even(space):
         if is_factor:
             return [int(value)] * classes
         if value % space.width or value < space.width:
-            raise MorphError(f"space {space.key} can only be widened from {space.width} to a multiple of that")
+            raise MorphError(f"space {space.key} has width {space.width}; it can only be widened to a multiple of that")
         return [int(value) // space.width] * classes
     unit = space.width // classes
     if value < space.width:
-        raise MorphError(f"space {space.key} has width {space.width} already; {value} would make it narrower")
+        raise MorphError(f"space {space.key} already has width {space.width}; {value} would make it narrower")
     if value % unit:
-        raise MorphError(f"space {space.key} grows in steps of {unit} channels; {value} is no multiple of it")
+        raise MorphError(f"space {space.key} grows in steps of {unit} channels; {value} is not a multiple of that")
     total = int(value) // unit
     copies = np.full(classes, total // classes)
     copies[rng.permutation(classes)[: total % classes]] += 1
@@ -133,7 +133,7 @@ def _copies(space: Space, value: int | Sequence[int], rng: np.random.Generator, 
 
 
 def width_after(space: Space, copies: Sequence[int] | None, free: Sequence[int] | None) -> int:
-    """The width of a space with so many copies and new channels of each class."""
+    """Return the width of a space with these numbers of copies and new channels per class."""
     size = dict.fromkeys(space.order, 0)
     for c in space.classes:
         size[c] += 1

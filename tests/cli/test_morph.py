@@ -177,9 +177,9 @@ def test_the_table_has_every_argument_of_every_public_morph(capsys):
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        ("widen", ["--factor", 2, "--seed", -3], "seed -3: give a whole number from 0 to 4294967295"),
+        ("widen", ["--factor", 2, "--seed", -3], "seed must be an integer from 0 to 4294967295, not -3"),
         ("widen", ["--factor", 2, "--seed", 2**40], "seed 1099511627776: give"),
-        ("widen", ["--factor", 1], "every space has the width that was asked for"),
+        ("widen", ["--factor", 1], "every space already has the requested width"),
         ("widen", ["--factor", "a=b"], "write FACTOR or PATTERN=FACTOR"),
         ("deepen", ["--at", "layer1.0", "--seed", -3], "seed -3"),
         ("deepen", ["--how", "pair"], "deepen pair needs --at"),

@@ -139,7 +139,12 @@ case("a smaller width", lambda: net(conv()), "space stem.weight:0 has width 4", 
 case("a smaller kernel", lambda: net(conv()), "module 'mixer'", kernel=at(grow_kernel, "mixer", 1))
 case("a smaller head", lambda: net(conv()), "module 'fc'", head=at(grow_head, "fc", 1))
 case("infinity in a weight", broken, "mixer.weight' of the network holds NaN", widen=wider, head=at(grow_head, "fc", 5))
-case("one kernel for two layers", lambda: net(conv()), "kernels 3: give two", parts=at(decompose, "mixer", 3))
+case(
+    "one kernel for two layers",
+    lambda: net(conv()),
+    "kernels must be two sizes, .*not 3",
+    parts=at(decompose, "mixer", 3),
+)
 case("half a width", lambda: net(conv()), "8.0 is no width", widen=at(widen, {"stem.weight:0": 8.0}))
 case("negative noise", lambda: net(conv()), "noise -1", widen=lambda m, i: widen(m, X, factor=2, noise=-1, inplace=i))
 case("no image", lambda: net(conv()), "(0, 3, 8, 8), without", widen=lambda m, i: widen(m, X[:0], factor=2, inplace=i))
@@ -184,7 +189,7 @@ def test_costs_of_a_forward_that_reads_a_value() -> None:
 
 def test_a_factor_for_a_network_of_which_nothing_can_grow() -> None:
     model = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(MorphError, match=r"nothing can be widened.*module '0'"):
+    with pytest.raises(MorphError, match=r"no space can be widened.*module '0'"):
         widen(model, X, factor=2)
 
 
@@ -204,7 +209,7 @@ def test_a_batch_norm_that_would_see_one_value_is_refused(insert: Any, path: str
 
 @pytest.mark.parametrize("wanted", [{"factor": 1}, {"counts": {0: 4}}, {"counts": {}}, {"free": {0: 0}}])
 def test_a_widening_to_the_present_width_says_so(wanted: Any) -> None:
-    with pytest.raises(MorphError, match="every space has the width that was asked for"):
+    with pytest.raises(MorphError, match="every space already has the requested width"):
         widen(SMALL, torch.zeros(1, 1, 8, 8), **wanted)
 
 
@@ -220,7 +225,7 @@ def test_a_widening_to_the_present_width_says_so(wanted: Any) -> None:
     ],
 )
 def test_a_seed_out_of_range_is_one_line(run: Any, seed: Any) -> None:
-    with pytest.raises(MorphError, match=f"^seed {seed}: give a whole number from 0 to 4294967295$"):
+    with pytest.raises(MorphError, match=f"^seed must be an integer from 0 to 4294967295, not {seed}$"):
         run(SMALL, torch.zeros(1, 1, 8, 8), seed)
 
 

@@ -144,9 +144,9 @@ def test_in_place_and_step() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda m, x: grow_head(m, x, "head", 3), "has 3 outputs already"),
+        (lambda m, x: grow_head(m, x, "head", 3), "already has 3 outputs"),
         (lambda m, x: grow_head(m, x, "head", 5, "multi"), "kind 'multi'"),
-        (lambda m, x: grow_head(m, x, "head", 5, prior=1.0), "prior 1.0"),
+        (lambda m, x: grow_head(m, x, "head", 5, prior=1.0), "prior must be .*not 1.0"),
         (lambda m, x: grow_head(m, x, "head", 8, "softmax", prior=0.2), "5 new classes have 1 together"),
         (lambda m, x: grow_head(m, x, "body", 5), "'body' is a Sequential"),
         (lambda m, x: grow_head(m, x, "body.0", 7), "cannot be run"),

@@ -43,7 +43,7 @@ def test_factors_by_layer_and_layers_that_are_left_alone() -> None:
     child, _ = widen(small(), X, {"layer2.0.conv1.weight:0": 11}, factor={"layer2": 2})
     assert child.layer2[0].conv1.out_channels == 11 and child.layer2[0].conv2.out_channels == 16
     for wrong in ({"factor": {"layer9": 2}}, {"factor": 2, "ignore": ["fc"]}):
-        with pytest.raises(MorphError, match="fits no module whose channels can grow"):
+        with pytest.raises(MorphError, match="matches no module with channels that can grow"):
             widen(small(), X, **wrong)
     for value in (0.5, float("nan"), "2"):
         with pytest.raises(MorphError, match="give 1 or more"):
@@ -126,7 +126,7 @@ def test_a_custom_function_that_is_declared(monkeypatch: Any) -> None:
     from gigamorph.engine.morph.custom import declare
 
     monkeypatch.setattr(families, "DECLARED", {})
-    with pytest.raises(MorphError, match="nothing can be widened"):
+    with pytest.raises(MorphError, match="no space can be widened"):
         widen(Custom(), X, factor=2)
     declare(Double, "elementwise")
     declare(Affine, "channelwise")

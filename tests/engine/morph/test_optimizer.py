@@ -506,7 +506,7 @@ def test_refusals() -> None:
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     even, uneven = doubled(model), {"0.weight:0": [1, 2, 1, 3]}
     kraft, report = widen(model, X.double(), even, split="kraft")
-    with pytest.raises(MorphError, match="stay equal for good"):
+    with pytest.raises(MorphError, match="always stay equal"):
         grow_optimizer(optimizer, model, kraft, report)
     coupled = Adam(model.parameters(), weight_decay=0.1)
     with pytest.raises(MorphError, match="coupled"):

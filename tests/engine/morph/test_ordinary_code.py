@@ -92,7 +92,7 @@ def test_a_difference_shows_although_the_input_is_normalised_in_place() -> None:
 
 
 def test_what_is_neither_right_on_random_nor_on_the_examples_values() -> None:
-    with pytest.raises(MorphError, match=r"nan or inf, on random inputs and on the example's own values"):
+    with pytest.raises(MorphError, match=r"nan or inf on random inputs and on the example's values"):
         widen(Net(FORWARDS["a logarithm"]), torch.zeros(1, 3, 8, 8), factor=2)
 
 

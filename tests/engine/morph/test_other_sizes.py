@@ -65,7 +65,7 @@ def arms(name: str, layer: bool) -> Arms:
 def test_widening_holds_on_both_branches(name: str, layer: bool) -> None:
     model = arms(name, layer)
     if not layer:  # the channels are read by a softmax on the other branch alone
-        with pytest.raises(MorphError, match=r"nothing can be widened.*softmax"):
+        with pytest.raises(MorphError, match=r"no space can be widened.*softmax"):
             widen(model, X, factor=2)
         return
     child, report = widen(model, X, factor=1.5)
@@ -141,7 +141,7 @@ def test_the_error_names_the_size_that_differs() -> None:
 
 def test_a_branch_that_no_size_reaches_is_refused() -> None:
     model = Arms(lambda x, y: x.shape[-1] * 2 % 1000 == 7, True)
-    with pytest.raises(MorphError, match=r"compares a size at .*test_other_sizes.py:\d+ \(32 == 7\), and no image"):
+    with pytest.raises(MorphError, match=r"compares a size at .*test_other_sizes.py:\d+ \(32 == 7\), but no image"):
         widen(model, X, factor=2)
 
 
@@ -171,7 +171,7 @@ def test_a_network_of_one_size() -> None:
 
 def test_nothing_is_searched_where_no_size_is_read() -> None:
     found = other_inputs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), as_inputs(X))
-    assert found.second is not None and not found.ways and not found.halves
+    assert found.second is not None and not found.branching and not found.halves
 
 
 def test_the_second_size_of_a_large_image_is_a_small_one() -> None:

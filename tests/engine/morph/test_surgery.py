@@ -125,7 +125,7 @@ def test_where_the_channels_are(path: str, want: tuple[int, int, int]) -> None:
 
 
 def test_no_tensor_is_refused() -> None:
-    with pytest.raises(MorphError, match="'pair' does not give one batch"):
+    with pytest.raises(MorphError, match="'pair' does not return one batch"):
         site(Places(), "pair", torch.randn(2, 2, 6, 7))
     with pytest.raises(MorphError, match="no module 'other'"):
         module_at(Places(), "other")

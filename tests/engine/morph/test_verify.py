@@ -133,7 +133,7 @@ def test_running_statistics_are_compared_where_the_second_size_reads_others(leas
     assert other_inputs(model, as_inputs(X)).alike is (least == 0)
     with pytest.raises(MorphError, match=r"differs from its parent's by .* in float64") as caught:
         verified_report(Step(), model, child, X)
-    assert "though not on the example" not in str(caught.value)
+    assert "but not on the example" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(8), nn.ReLU()])

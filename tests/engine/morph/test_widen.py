@@ -336,7 +336,7 @@ def test_following_a_copy_gives_the_same_child(monkeypatch: pytest.MonkeyPatch) 
 
     model = small()
     plain, _ = widen(model, X, factor=2)
-    monkeypatch.setattr(spaces, "_elsewhere", lambda _: True)
+    monkeypatch.setattr(spaces, "_is_off_cpu", lambda _: True)
     child, _ = widen(model, X, factor=2)
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in child.state_dict().items())
     assert child[3].in_channels == 8
