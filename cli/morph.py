@@ -1,4 +1,4 @@
-"""``gigamorph morph``: networks in files grow, keep their function, and are checked before anything is written."""
+"""``gigamorph morph``: grow networks in files, and check that the function is the same before writing anything."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 def _whole(text: str) -> int | tuple[int, ...]:
-    """``3``, or one number per image axis, ``3x5``."""
+    """Parse ``3``, or one number per image axis, ``3x5``."""
     return tuple(map(int, text.split("x"))) if "x" in text else int(text)
 
 
 def _pairs(value: tuple[str, ...], number: Callable[[str], Any]) -> dict[int | str, Any]:
-    """``layer1.0.conv1.weight:0=96`` -> {"layer1.0.conv1.weight:0": 96}; an id is a number."""
+    """Parse ``layer1.0.conv1.weight:0=96`` as {"layer1.0.conv1.weight:0": 96}; an id becomes an integer."""
     found: dict[int | str, Any] = {}
     for key, equals, text in (part.rpartition("=") for part in value):
         if not equals:
@@ -40,7 +40,7 @@ def _factor(value: tuple[str, ...]) -> float | dict[int | str, float]:
     return float(value[0]) if len(value) == 1 and "=" not in value[0] else _pairs(value, float)
 
 
-# Of an argument's type: how the option is written, whether it may be given often, and what is made of it.
+# Type annotation of an argument -> metavar of the option, whether it can be repeated, and its parser.
 _TYPES: dict[str, tuple[str, bool, Callable[[Any], Any]]] = {
     "int": ("NUMBER", False, int),
     "float": ("NUMBER", False, float),
@@ -61,16 +61,16 @@ _size: Any = click.option(
     "--size",
     metavar="HxW",
     callback=_parse_size,
-    help="Images that the checks take; by default 64x64, times the factor of every front.",
+    help="Size of the images for the checks; by default 64x64, times the factor of every front.",
 )
-_in: Any = click.option("--in", "source", metavar="FILE", help="Weights; their recipe is found with them.")
-_random: Any = click.option("--random-weights", is_flag=True, help="Go on without --in, to try a command.")
-_out: Any = click.option("--out", required=True, metavar="FILE", help="Where the grown weights go.")
+_in: Any = click.option("--in", "source", metavar="FILE", help="Weights file; the recipe in it or next to it is used.")
+_random: Any = click.option("--random-weights", is_flag=True, help="Use random weights without --in, to try a command.")
+_out: Any = click.option("--out", required=True, metavar="FILE", help="File for the grown weights.")
 _SHARED = (options.model, _in, _out, _random, options.classes_count, options.channel_count, _size)
 
 
 class _Morph(click.RichCommand):
-    """A command of the table; the options of its functions are made when they are asked for, which imports PyTorch."""
+    """A command of the table; it creates the options of its functions on request, because that imports PyTorch."""
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
@@ -87,7 +87,9 @@ class _Morph(click.RichCommand):
             if self.operation.choice:
                 keys = click.Choice([*self.operation.functions])
                 more: Any = {"type": keys, "default": self.operation.default or None, "show_default": True}
-                carrier.params.append(click.Option([f"--{self.operation.choice}", "key"], help="Which morph.", **more))
+                carrier.params.append(
+                    click.Option([f"--{self.operation.choice}", "key"], help="Kind of morph.", **more)
+                )
             self._params = [*carrier.params, *map(_option, self.operation.arguments())]
         return self._params
 
@@ -96,7 +98,7 @@ class _Morph(click.RichCommand):
         self._params = value
 
     def grow(self, key: str | None = None, **given: Any) -> None:
-        """Open, grow, save, and show the report."""
+        """Open and grow the network, save it, and show the report."""
         from ..engine.morph.files import add_morph, check_target, save_network
         from .morph_table import show_report
         from .progress import StageView
@@ -106,7 +108,9 @@ class _Morph(click.RichCommand):
         own = {name: value for name, value in own.items() if value not in (None, ())}
         chosen = operation.chosen(key, own)
         if chosen is None:
-            raise click.UsageError(f"say what shall be done: {operation.example}; --help has the other options")
+            raise click.UsageError(
+                f"options are missing or ambiguous, e.g. {operation.example}; --help lists all options"
+            )
         parameters, missing = operation.parameters(chosen), operation.required(chosen) - own.keys()
         for name in [*missing, *(own.keys() - parameters.keys())]:
             flag, what = f"--{name.replace('_', '-')}", f"{operation.name} {chosen}".strip()
@@ -125,7 +129,7 @@ class _Morph(click.RichCommand):
 
 
 def _option(argument: Argument) -> click.Option:
-    """The option of an argument; without it the function takes its own default."""
+    """Create the option of an argument; if it is omitted, the function uses its own default."""
     name = argument.option.replace("_", "-")
     defaults = {key: value for key, value in argument.defaults.items() if value is not inspect.Parameter.empty}
     texts = {f"{value} for {key}" if len(defaults) > 1 else f"{value}" for key, value in defaults.items() if value}
@@ -140,13 +144,13 @@ def _option(argument: Argument) -> click.Option:
         try:
             return convert(value)
         except ValueError:
-            raise click.BadParameter(f"{value!r}; write {metavar}", ctx, param) from None
+            raise click.BadParameter(f"{value!r} is not valid; write {metavar}", ctx, param) from None
 
     return click.Option([f"--{name}"], metavar=metavar, multiple=often, callback=parse, help=text)
 
 
 def _image(key: str, image: Tensor, own: Mapping[str, Any]) -> Tensor:
-    """The child's image, where it has other channels than the parent's."""
+    """Return the child's image, which may have other channels than the parent's."""
     channels = {"grey": 1, "rgb": 3, "planes": image.shape[1] + own.get("planes", 0)}.get(key, image.shape[1])
     return image.new_zeros(1, channels, *image.shape[2:])
 
@@ -155,9 +159,9 @@ def _image(key: str, image: Tensor, own: Mapping[str, Any]) -> Tensor:
 def morph() -> None:
     """Grow a trained network so that it computes the same as before: wider, deeper, for larger images.
 
-    Weights are .safetensors files (or .pt, .pth), or those in a --model that is a folder of gigamorph import. The
-    recipe, a list of the morphs in JSON, goes into the file and beside it, so that the next command needs only --model,
-    --classes and --channels of the network that it began as.
+    Weights are .safetensors files (or .pt, .pth), or those of a --model that is a folder of gigamorph import. The
+    recipe, a list of the morphs in JSON, is written into the file and next to it. So the next command needs only
+    --model, --classes and --channels of the original network.
     Every morph is checked in float64 and float32, in eval and train mode; nothing is written if a check fails.
 
     Example: gigamorph morph widen --in a.safetensors --out b.safetensors --model resnet18 --factor 1.5
@@ -174,8 +178,8 @@ for _operation in OPERATIONS:
 @options.classes_count
 @options.channel_count
 @_size
-@click.option("--image", metavar="HxW", callback=_parse_size, help="Images that costs are for; --size by default.")
-@click.option("--picture", metavar="FILE", help="Draw the table as a PNG too.")
+@click.option("--image", metavar="HxW", callback=_parse_size, help="Image size for the costs; --size by default.")
+@click.option("--picture", metavar="FILE", help="Also draw the table as a PNG file.")
 def spaces(
     model: str,
     source: str | None,
@@ -185,7 +189,7 @@ def spaces(
     image: tuple[int, int] | None,
     picture: str | None,
 ) -> None:
-    """List what can be widened, what only together, what not and why, and what a further channel costs.
+    """List the channel spaces: whether each can be widened, why not, and the cost of one more channel.
 
     Example: gigamorph morph spaces --model resnet18 --image 4096x3328 --picture spaces.png
     """
@@ -210,10 +214,10 @@ def spaces(
 @options.channel_count
 @_size
 def verify(first: str, second: str, model: str, classes: int, channels: int, size: tuple[int, int] | None) -> None:
-    """Compare the functions of two networks: weights files, or the recipes beside them.
+    """Compare the functions of two networks, given by weights files or by the recipes next to them.
 
-    B may have grown from A: a front shrinks A's images, a grown head is compared in its old outputs. The exit code is
-    0 if they are equal in eval mode, 1 if they differ.
+    B may have grown from A: a front shrinks A's images, and a grown head is compared in its old outputs. The exit code
+    is 0 if they are equal in eval mode, and 1 if they differ.
 
     Example: gigamorph morph verify a.safetensors d.safetensors --model resnet18
     """
@@ -236,17 +240,19 @@ def _open(given: dict[str, Any]) -> Grown:
     from ..engine.morph.files import open_network
 
     if given["source"] is None and not given["random_weights"] and not is_folder(given["model"]):
-        raise MorphError("no weights are given, so there is no function to keep: --in FILE (or --random-weights)")
+        raise MorphError(
+            "no weights are given, so there is no function to preserve; give --in FILE or --random-weights"
+        )
     return open_network(given["model"], given["source"], given["classes"], given["channels"])
 
 
 def _last_layer(net: nn.Module) -> str:
-    """The classifier, in the order of the modules."""
+    """Return the path of the classifier: the last linear layer or convolution in the order of the modules."""
     from torch.nn import Conv2d, Linear
 
     from ..engine.errors import MorphError
 
     names = [name for name, module in net.named_modules() if isinstance(module, (Linear, Conv2d))]
     if not names:
-        raise MorphError("the network has no linear layer and no convolution; name the classifier: --at PATH")
+        raise MorphError("the network has no linear layer and no convolution; name the classifier by --at PATH")
     return names[-1]

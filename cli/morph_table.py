@@ -1,4 +1,4 @@
-"""Reports of morphs and tables of spaces: rich tables at a terminal, plain lines elsewhere."""
+"""Reports of morphs and tables of spaces: rich tables in a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .table import print_whole
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
-    """Print what a morph did and how exactly."""
+    """Print the report of a morph."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         click.echo(str(report))
@@ -38,7 +38,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def show_growth(growth: Growth, console: Console | None = None) -> None:
-    """Print the spaces with the cost of a further channel; frozen ones are dim and say why."""
+    """Print the spaces with the cost of one more channel; frozen spaces are dim and show the reason."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         click.echo(str(growth))

@@ -1,7 +1,7 @@
 """Lookup of new values among old ones: elements by value number, rows by hashes that are then compared in full.
 
 A value number (vid) identifies one scalar that the parent computes. An element of the child carries the vid of the
-value that it equals, or FREE. Every lookup ends with a comparison, so hash collisions and stale table entries do no harm.
+value that it equals, or FREE. Every lookup ends with a comparison, so hash collisions and stale entries do no harm.
 """
 
 from __future__ import annotations

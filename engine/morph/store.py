@@ -2,7 +2,7 @@
 
 A source is any mapping from names to tensors: a plain state dict, a `SafetensorsFile` that reads a tensor on request,
 or a `Computed` mapping that computes one. `write_state` accepts all three, so a file can grow into another one with a
-single tensor in memory. A temporary file next to the target replaces it at the end, so a failure never changes the target.
+single tensor in memory. A temporary file next to the target replaces it at the end, so a failure changes nothing.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def compare(
         parent: the network before the morph.
         child: the network after the morph.
         example: the parent's inputs, see `as_inputs`. Random tensors of the same shape and device replace
-            floating-point ones, in train mode with a batch of up to 4 if statistics have few values. If the parent fails on random
-            values or returns nan or inf, the example's own values are used.
+            floating-point ones, in train mode with a batch of up to 4 if statistics have few values. If the parent
+            fails on random values or returns nan or inf, the example's own values are used.
         child_example: the child's inputs if they differ from the parent's (another size or channels). Then both are
             used unchanged, and a network with BatchNorm needs a batch of at least 2.
         outputs: maps the child's result to the part that must equal the parent's result; by default the whole result.

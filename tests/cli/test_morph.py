@@ -185,7 +185,7 @@ def test_the_table_has_every_argument_of_every_public_morph(capsys):
         ("deepen", ["--how", "pair"], "deepen pair needs --at"),
         ("deepen", ["--at", "layer1.0", "--how", "pair", "--norm"], "deepen pair has no --norm"),
         ("decompose", ["--at", "conv1", "--kernels", "a"], "write K,K"),
-        ("head", ["--outputs", 4, "--split", 1], "say what shall be done"),
+        ("head", ["--outputs", 4, "--split", 1], "options are missing or ambiguous"),
         ("kernel", ["--at", "conv1"], "kernel needs --kernel"),
     ],
 )
