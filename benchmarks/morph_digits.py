@@ -1,4 +1,4 @@
-"""The training benchmark's task and network: scikit-learn's digits, enlarged, in random places and noise."""
+"""Task and network of the training benchmark: scikit-learn's digits, enlarged, at random positions with noise."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 SIDE = 24  # pixels of an image; a digit has 16
 NOISE = 0.35  # standard deviation; grey levels are 0 to 1
-TEST = 597  # of the 1,797 digits
-VIEWS = 3  # of each test digit
+TEST = 597  # number of test digits, out of 1,797
+VIEWS = 3  # number of test images per test digit
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Digits (N, 1, 16, 16) to train with, and test images (M, 1, 24, 24) that are the same in every run."""
+    """Training digits (N, 1, 16, 16), and test images (M, 1, 24, 24) that are the same in every run."""
 
     digits: Tensor
     labels: Tensor
@@ -27,7 +27,7 @@ class Digits:
 
 
 def load() -> Digits:
-    """The data set, which comes with scikit-learn; the split and the test images do not depend on the run's seed."""
+    """Load the data set from scikit-learn; the split and the test images do not depend on the run's seed."""
     data: Any = load_digits()
     digits = F.interpolate(torch.tensor(data.images)[:, None].float() / 16, scale_factor=2, mode="bilinear")
     labels = torch.tensor(data.target)
@@ -38,7 +38,7 @@ def load() -> Digits:
 
 
 def place(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, 1, 16, 16) -> (N, 1, 24, 24): each digit at a random place, then noise."""
+    """Place each digit (N, 1, 16, 16) at a random position of an image (N, 1, 24, 24), and add noise."""
     room = SIDE - digits.shape[-1] + 1
     images = torch.zeros(len(digits), 1, SIDE, SIDE)
     corners = torch.randint(room, (len(digits), 2), generator=generator)
@@ -48,14 +48,14 @@ def place(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def initialise(conv: nn.Conv2d) -> None:
-    """He's initialisation, with which all networks of the benchmark begin: not all convolutions have a BatchNorm."""
+    """Apply He initialisation, as for all networks of the benchmark, because not all convolutions have a BatchNorm."""
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 
 
 class Block(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x))))))."""
+    """Residual block relu(x + norm(conv(relu(norm(conv(x))))))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The page docs/morph_table.md from the JSON of morph_table.py."""
+"""Generator of the page docs/morph_table.md from the JSON of morph_table.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "morph_table.md"
 
-WHAT = {  # transform -> what it is
+WHAT = {  # transform -> description
     "widen x2": "`widen(factor=2)`: every space that can grow, Sterbenz split",
-    "widen x1.5": "`widen(factor=1.5)`: which channels are copied is drawn",
-    "random counts": "`widen(counts)`: every channel 1 to 3 times, drawn one by one, Kraft split",
-    "new channels": "`widen(free=...)`: three random channels in the first space that takes single ones",
-    "merge back": "`merge` of the network that was widened by 1.5: the old size and the old function",
+    "widen x1.5": "`widen(factor=1.5)`: random channels are copied",
+    "random counts": "`widen(counts)`: every channel 1 to 3 times at random, Kraft split",
+    "new channels": "`widen(free=...)`: three random channels in the first space that accepts single channels",
+    "merge back": "`merge` of the network widened by 1.5: the old size and the old function",
     "identity": "`insert_identity` with a P-activation (SiLU)",
-    "identity, BatchNorm": "`insert_identity(norm=True)`: promised for eval mode only",
+    "identity, BatchNorm": "`insert_identity(norm=True)`: exact in eval mode only",
     "pair": "`insert_pair`, GELU",
     "residual": "`insert_residual`",
     "in sequence": "`decompose`, a 3x3 convolution (or a linear layer) into 1x1 and 3x3, with a P-activation",
     "in parallel": "`split_parallel`",
-    "kernel": "`grow_kernel` by a ring of taps, all convolutions of the commonest size above 1",
+    "kernel": "`grow_kernel` by a ring of taps, all convolutions of the most common size above 1",
     "grey": "`to_grey` from ImageNet's normalisation",
     "front x2": '`front(r=2, mode="fold")`',
     "front x4": '`front(r=4, mode="stages")`',
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page; the same JSON gives the same page."""
+    """Return the whole page; the same JSON gives the same page."""
     networks, source, limits = result["networks"], result["provenance"], result["limits"]
     commits = Counter(row["commit"][:12] for network in networks for row in network["transforms"].values())
     reasons = _reasons(networks)
@@ -46,7 +46,7 @@ def page(result: dict[str, Any]) -> str:
     parts += [_group(title, names, networks, reasons) for title, names in GROUPS.items()]
     parts += [_refusals(reasons), _frozen(networks)]
     parts.append(
-        f"Rows by commit: {', '.join(f'{commit} {rows}' for commit, rows in commits.most_common())}. The last of them "
+        f"Rows by commit: {', '.join(f'{commit} {rows}' for commit, rows in commits.most_common())}. The last rows "
         f"were measured on {source['date'][:10]} with torch {source['torch']}, {source['cpu']}, one thread for each "
         f"network. Limits: float64 {limits['float64']:.0e}, float32 "
         f"{limits['ratio']:g} times the noise.\n"
@@ -63,14 +63,14 @@ Written by `python benchmarks/morph_table.py --write` from `benchmarks/results/m
 **{len(networks)} networks, {sum(counts.values())} rows: {counts["exact"]} exact, {counts["refused"]} refused, \
 {counts["wrong"]} wrong, {counts["none"]} with nothing to do.**
 
-The networks have random weights and statistics, none of them zero. After the engine's own checks each child is measured
-against its parent by the benchmark's own few lines, on other images: in eval mode, in train mode with dropout off, and
-in eval mode with the statistics that train mode left. In a cell stand the largest relative float64 error of these, and
-the float32 error as a multiple of the parent's own float32 rounding noise. `0` is equality to the bit, `-` is nothing
-to do, and a number in brackets is that of a refusal below. A P-activation, a pair or a block goes behind the middle
-convolution of the forward, whatever the network. The images have the first size at which no map of a convolution has
-fewer than 3 x 3 pixels and each BatchNorm sees at least 18 values per channel; with two values, as at 1 x 1 pixels,
-train mode would magnify rounding without bound.
+The networks have random weights and statistics, none of them zero. After the engine's own checks, the benchmark
+measures each child against its parent with independent code on other images: in eval mode, in train mode with dropout
+off, and in eval mode with the running statistics after train mode. A cell shows the largest relative float64 error, and
+the float32 error as a multiple of the parent's own float32 rounding noise. `0` is bit equality, `-` means that the
+transform does not apply, and a number in brackets refers to a refusal below. A P-activation, a pair or a block follows
+the middle convolution of the forward in every network. The images have the first size at which each map of a
+convolution has at least 3 x 3 pixels and each BatchNorm gets at least 18 values per channel. With two values, as at
+1 x 1 pixels, train mode would magnify rounding without bound.
 """
 
 
@@ -122,12 +122,12 @@ def _cell(row: Row | None, numbers: dict[str, int]) -> str:
 
 
 def _worst(row: Row, kind: str) -> float:
-    """Of the modes that the morph promises."""
+    """Return the largest value over the modes in which the morph is exact."""
     return max(row[f"{kind}_eval"], row[f"{kind}_train"]) if row["promises_train"] else row[f"{kind}_eval"]
 
 
 def _reasons(networks: list[Row]) -> dict[str, list[str]]:
-    """Reason -> where it was given, in the order of the tables."""
+    """Return reason -> network and transform, in the order of the tables."""
     found: dict[str, list[str]] = {}
     for names in GROUPS.values():
         for network in networks:
@@ -135,7 +135,7 @@ def _reasons(networks: list[Row]) -> dict[str, list[str]]:
                 row = network["transforms"].get(name, {})
                 if row.get("verdict") != "none" and "reason" in row:
                     found.setdefault(row["reason"], []).append(f"{network['network']}: {name}")
-    for network in networks:  # a process that died has no rows of its own
+    for network in networks:  # a process that died has only the row "all"
         reason = network["transforms"].get("all", {}).get("reason")
         if reason:
             found.setdefault(reason, []).append(f"{network['network']}: all")
@@ -144,8 +144,8 @@ def _reasons(networks: list[Row]) -> dict[str, list[str]]:
 
 def _refusals(reasons: dict[str, list[str]]) -> str:
     lines = ["## Refusals\n", "Nothing was changed.\n"]
-    for number, (reason, places) in enumerate(reasons.items(), 1):
-        lines.append(f"{number}. {_escape(reason)} ({'; '.join(places)})")
+    for number, (reason, sources) in enumerate(reasons.items(), 1):
+        lines.append(f"{number}. {_escape(reason)} ({'; '.join(sources)})")
     return "\n".join([*lines, ""])
 
 
@@ -162,19 +162,19 @@ def _frozen(networks: list[Row]) -> str:
         grows = spaces["total"] - len(spaces["frozen"])
         groups: dict[str, list[Row]] = {}
         for space in frozen:
-            groups.setdefault(_alike(space["reason"]), []).append(space)
+            groups.setdefault(_normalised(space["reason"]), []).append(space)
         if not groups:
             lines.append(_line([network["network"], _spaces(grows), "", ""]))
         for number, members in enumerate(groups.values()):
             first = [network["network"], _spaces(grows)] if number == 0 else ["", ""]
             channels = sum(space["width"] for space in members)
-            reason = _escape(members[0]["reason"]) + (", and others alike" if len(members) > 1 else "")
+            reason = _escape(members[0]["reason"]) + (", and similar ones" if len(members) > 1 else "")
             lines.append(_line([*first, f"{_spaces(len(members))}, {channels:,} channels", reason]))
     return "\n".join([*lines, ""])
 
 
-def _alike(reason: str) -> str:
-    """The reason without the module and the numbers in it."""
+def _normalised(reason: str) -> str:
+    """Return the reason without its module and numbers."""
     return re.sub(r"\d+|in module '[^']*'", "", reason)
 
 
@@ -191,5 +191,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Plain text for a Markdown table."""
+    """Escape plain text for a Markdown table."""
     return text.translate(str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*", "_": "\\_"}))

@@ -1,4 +1,4 @@
-"""Networks for the table of morphs, with random weights, and an input on which their rounding is well-conditioned."""
+"""Networks for the table of morphs, with random weights, and an input with well-conditioned rounding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMM = """
 LARGE = (
     "skresnet18 resnest14d eca_resnet33ts resnet50 resnext50_32x4d res2net50_26w_4s resnetv2_50 inception_v3".split()
 )
-OPTIONS: dict[str, dict[str, Any]] = {  # what the default would make too large or tie to one image size
+OPTIONS: dict[str, dict[str, Any]] = {  # smaller variants, or variants for another image size
     "vgg11_bn": {"mlp_ratio": 1 / 16},
     "vit_tiny_patch16_224": {"img_size": 96},
     "swin_tiny_patch4_window7_224": {"img_size": 112, "embed_dim": 48, "depths": (2, 2, 2, 2)},
@@ -34,13 +34,13 @@ NETWORKS = [
     *TIMM,
     *LARGE,
 ]
-INPUTS = [(side, batch) for batch in (2, 18) for side in (64, 96, 112, 128, 160)]  # the first that will do
-LEAST_MAP = 9  # pixels of the smallest map of a convolution, those on pooled values aside
-LEAST_VALUES = 18  # per channel, of which a BatchNorm in train mode computes its statistics
+INPUTS = [(side, batch) for batch in (2, 18) for side in (64, 96, 112, 128, 160)]  # the first valid one is used
+LEAST_MAP = 9  # minimum pixels of a convolution's map, except maps of pooled values
+LEAST_VALUES = 18  # minimum values per channel for the statistics of a BatchNorm in train mode
 
 
 def build(name: str) -> nn.Module:
-    """The network of a name, in float32; no parameter is zero, so that a lost one is seen."""
+    """Build the network of a name in float32; no parameter is zero, so that a lost parameter is visible."""
     from exactness import randomize
 
     from gigamorph.engine.models.compat import make_torchvision_importable
@@ -81,7 +81,7 @@ def _own() -> dict[str, Callable[[], nn.Module]]:
 
 
 def flatten_net() -> nn.Module:
-    """A chain of convolutions whose last map is flattened into linear layers, as in AlexNet and VGG."""
+    """Build a chain of convolutions with flattened output and linear layers, as in AlexNet and VGG."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 48)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -90,17 +90,17 @@ def flatten_net() -> nn.Module:
 
 
 def example(model: nn.Module) -> Tensor:
-    """An image batch of zeros of the first size in INPUTS that the network takes and that is well-conditioned.
+    """Return a batch of zeros of the first size in INPUTS that the network accepts and that is well-conditioned.
 
-    With few values behind each batch statistic, rounding is magnified without bound: two values per channel are
-    normalised to +1 and -1, whatever their difference.
+    With few values per batch statistic, rounding is magnified without bound: two values per channel are normalised to
+    +1 and -1 for any difference.
     """
     for side, batch in INPUTS:
         x = torch.zeros(batch, 3, side, side)
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
             if _well_conditioned(model, x):
                 return x
-    raise RuntimeError(f"no image of {[side for side, _ in INPUTS]} pixels will do")
+    raise RuntimeError(f"the network accepts no well-conditioned image of {[side for side, _ in INPUTS]} pixels")
 
 
 def _well_conditioned(model: nn.Module, x: Tensor) -> bool:
@@ -118,7 +118,7 @@ def _well_conditioned(model: nn.Module, x: Tensor) -> bool:
 
 
 def look_at(model: nn.Module, x: Tensor, kinds: tuple[type[nn.Module], ...], look: Callable[..., None]) -> None:
-    """Run the model, with `look(module, args, result)` for every module of some kinds, in the order of the forward."""
+    """Run the model and call `look(module, args, result)` for every module of some kinds, in forward order."""
     hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad():

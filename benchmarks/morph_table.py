@@ -1,19 +1,19 @@
-"""Every morph on real networks: architecture x transform x error, with the refusals and their reasons.
+"""Measure every morph on real networks: architecture x transform x error, with the refusals and their reasons.
 
-Networks have random weights and random statistics. Each transform is carried out by the engine, and then measured here
-without its help: parent and child on the same random images, in eval mode, in train mode (dropout off), and in eval
-mode again with the statistics that train mode left; in float64, and in float32 as a multiple of the parent's own noise,
-which is its float32 output against its float64 output, at least four roundoffs. A row is
+Networks have random weights and random statistics. The engine runs each transform, and this script measures it
+independently: parent and child on the same random images, in eval mode, in train mode (dropout off), and in eval mode
+with the running statistics after train mode. Errors are in float64, and in float32 as a multiple of the parent's own
+noise: its float32 output against its float64 output, at least four roundoffs. A row is
 
     exact     float64 at most 1e-12, float32 at most 8 times the noise, no violation of the certificate
-    refused   a MorphError that gives a reason, and the network was left as it was
-    none      the network has nothing that the transform is about
-    wrong     anything else, also where the engine's own last check had to stop a morph
+    refused   a MorphError with a reason, and the network did not change
+    none      the transform does not apply to the network
+    wrong     any other result, also if only the engine's last check stopped the morph
 
-Each network runs in a process of its own with bounded memory. The last line counts.
+Each network runs in a separate process with bounded memory. The last line counts the rows.
 
     python benchmarks/morph_table.py [--jobs 2] [--only resnet] [--json benchmarks/results/morph_table.json]
-    python benchmarks/morph_table.py --write      # docs/morph_table.md from the JSON, measuring nothing
+    python benchmarks/morph_table.py --write      # write docs/morph_table.md from the JSON without measuring
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from gigamorph.engine.morph.spaces import find_spaces
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "morph_table.json"
-# Of the relative error in float64; of that in float32 over the noise; of the noise from below, four unit roundoffs.
+# Maximum relative error in float64; maximum error in float32 over the noise; minimum noise, four unit roundoffs.
 LIMITS = {"float64": 1e-12, "ratio": 8.0, "floor": 4 * 2.0**-24}
 MEMORY = 12 << 30  # bytes of address space for one network
 TIMEOUT = 1500  # seconds for one network
-CAUGHT = ("differs from its parent", "violate S E = I", "report this")  # the engine's last check, not a precondition
+CAUGHT = ("differs from its parent", "violate S E = I", "report this")  # messages of the engine's last check
 WIDENING = morph_markdown.GROUPS["Wider, and back"]
 
 Outputs = dict[str, list[Tensor]]  # mode -> outputs in float64
 
 
 def run(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Outputs:
-    """Outputs in eval mode, in train mode, and in eval mode with the statistics left; the network stays as it is."""
+    """Return outputs in eval mode, in train mode, and in eval mode after train mode; the network is not changed."""
     work = copy.deepcopy(model).to(dtype)
-    for module in work.modules():  # as plain attributes, `to` does not reach them
+    for module in work.modules():  # `to` does not cast plain attributes
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(module, key, value.to(dtype))
@@ -78,7 +78,7 @@ def run(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Outputs:
 
 
 def distance(want: list[Tensor], have: list[Tensor]) -> float:
-    """Largest relative difference in the maximum norm over all outputs; infinite if shapes differ or one is nan."""
+    """Return the largest relative difference over all outputs in the maximum norm; inf for nan or other shapes."""
     worst = 0.0
     for a, b in zip(want, have, strict=True):
         if a.shape != b.shape:
@@ -89,7 +89,7 @@ def distance(want: list[Tensor], have: list[Tensor]) -> float:
 
 
 def measure(model: nn.Module, trial: morph_trials.Trial, batch: int, known: dict[Any, Any]) -> dict[str, Any]:
-    """Errors of a trial against its parent; `known` keeps the parent's outputs for transforms of the same images."""
+    """Measure a trial against its parent; `known` caches the parent's outputs for transforms of the same images."""
     images = torch.randn((batch, *trial.shape[1:]), generator=torch.Generator().manual_seed(7))
     key = (images.shape, type(trial.before))
     if key not in known:
@@ -123,20 +123,20 @@ def attempt(
     transform: Callable[[nn.Module, Tensor], morph_trials.Trial],
     known: dict[Any, Any],
 ) -> dict[str, Any]:
-    """The row of the transform `name`."""
+    """Run the transform `name`, and return its row."""
     began = time.perf_counter()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        small = x if len(x) > 2 else x[:1]  # the engine takes four images in train mode by itself
+        small = x if len(x) > 2 else x[:1]  # the engine enlarges the batch to four images in train mode
         row = measure(model, transform(model, small), len(x), known)
     except morph_trials.Absent as nothing:
         row = {"verdict": "none", "reason": str(nothing)}
     except MorphError as error:
-        # What can be widened is decided beforehand: a child that cannot be run has been promised by mistake.
+        # The engine decides in advance what can be widened, so a child that cannot run is an error.
         found = [*CAUGHT, *(["the child cannot be run"] if name in WIDENING else [])]
         caught = any(text in str(error) for text in found)
         row = {"verdict": "wrong" if caught else "refused", "reason": str(error)}
-    except Exception as error:  # whatever a morph raises besides is its fault
+    except Exception as error:  # any other exception is an error of the morph
         row = {"verdict": "wrong", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
     after = model.state_dict()
     if before.keys() != after.keys() or not all(torch.equal(value, after[name]) for name, value in before.items()):
@@ -145,7 +145,7 @@ def attempt(
 
 
 def check(name: str, only: list[str]) -> dict[str, Any]:
-    """All rows of one network."""
+    """Return all rows of one network."""
     model = morph_nets.build(name)
     x = morph_nets.example(model)
     report: dict[str, Any] = {"network": name, "input": list(x.shape)}
@@ -166,7 +166,7 @@ def check(name: str, only: list[str]) -> dict[str, Any]:
 
 
 def child_process(name: str, only: list[str]) -> dict[str, Any]:
-    """`check` in a process of its own; one that dies is a wrong row."""
+    """Run `check` in a separate process; a process that dies gives a wrong row."""
     command = [sys.executable, __file__, "--child", name, *(["--transforms", *only] if only else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
@@ -180,9 +180,9 @@ def child_process(name: str, only: list[str]) -> dict[str, Any]:
 
 
 def check_all(
-    names: list[str], only: list[str], jobs: int, commit: str, keep: Callable[[list[dict[str, Any]]], None]
+    names: list[str], only: list[str], jobs: int, commit: str, save: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """The reports of all networks, in order, with a line each as they come; `keep` gets all that there are so far."""
+    """Return the reports of all networks in order; print a line for each, and pass all reports so far to `save`."""
     reports: dict[str, dict[str, Any]] = {}
 
     def one(name: str) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def check_all(
         rows = report["transforms"]
         for row in rows.values():
             row["commit"] = commit
-        keep([reports[n] for n in names if n in reports])
+        save([reports[n] for n in names if n in reports])
         verdicts = [row["verdict"] for row in rows.values()]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
         print(f"{name:32} {counts}, {sum(r.get('seconds', 0) for r in rows.values()):.0f} s", flush=True)
@@ -203,9 +203,9 @@ def check_all(
         return list(pool.map(one, names))
 
 
-def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]], whole: bool) -> list[dict[str, Any]]:
-    """`kept` with its networks replaced by the new ones, or only those transforms that they have if not `whole`."""
-    made = {report["network"]: report for report in kept}
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]], whole: bool) -> list[dict[str, Any]]:
+    """Replace networks of the old reports by new ones; without `whole`, replace only the transforms of the new ones."""
+    made = {report["network"]: report for report in old}
     for report in new:
         rows = report["transforms"]
         if not whole:
@@ -216,7 +216,7 @@ def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]], whole: bool) ->
 
 
 def count(reports: list[dict[str, Any]]) -> dict[str, int]:
-    """Rows by verdict."""
+    """Count the rows by verdict."""
     verdicts = [row["verdict"] for report in reports for row in report["transforms"].values()]
     return {verdict: verdicts.count(verdict) for verdict in ("exact", "refused", "none", "wrong")}
 
@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="networks checked at once")
     parser.add_argument("--only", nargs="+", default=[], help="names or parts of names; * is a wildcard")
     parser.add_argument("--transforms", nargs="+", default=[], help="some transforms only")
-    parser.add_argument("--json", type=Path, help="write all rows to this file; with --only or --transforms, theirs")
+    parser.add_argument("--json", type=Path, help="write all rows to this file; with --only or --transforms, update it")
     parser.add_argument("--write", action="store_true", help=f"write {morph_markdown.PAGE.name} from {JSON.name}")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -243,17 +243,17 @@ def main() -> int:
         for name in morph_nets.NETWORKS
         if not options.only or any(part == name or fnmatch.fnmatch(name, f"*{part}*") for part in options.only)
     ]
-    os.nice(5)  # others may be at work on the same cores
+    os.nice(5)  # other users may share the cores
     source = provenance()
-    kept = (
+    old = (
         json.loads(options.json.read_text())["networks"]
         if (options.only or options.transforms) and options.json and options.json.exists()
         else []
     )
 
-    def keep(reports: list[dict[str, Any]]) -> None:
+    def save(reports: list[dict[str, Any]]) -> None:
         if options.json:
-            merged = merge(kept, reports, whole=not options.transforms)
+            merged = merge(old, reports, whole=not options.transforms)
             result: dict[str, Any] = {
                 "limits": LIMITS,
                 "counts": count(merged),
@@ -262,7 +262,7 @@ def main() -> int:
             }
             options.json.write_text(json.dumps(result, indent=1) + "\n")
 
-    reports = check_all(names, options.transforms, options.jobs, source["commit"], keep)
+    reports = check_all(names, options.transforms, options.jobs, source["commit"], save)
     counts = count(reports)
     print(
         f"{len(names)} networks, {sum(counts.values())} rows: {counts['exact']} exact, {counts['refused']} refused, "

@@ -1,14 +1,14 @@
-"""Growing a trained network against training the grown architecture from scratch, on a small data set.
+"""Compare growing a trained network with training the grown architecture from scratch, on a small data set.
 
-A small parent is trained. Then three go on from it: one widened by two, one deepened (an identity convolution with a
-P-activation after every stage), and the parent itself, as a control. Against each grown network stands the same
-architecture from random weights, with as many epochs as parent and child had together, with as many as fit into the
-time of both and of the morph with its checks, and with as many as fit into that time without the parent's, for those
-who have a trained network already. All runs have the same data, batch size, peak learning rate and a cosine schedule of
-their own length. Time is that of one CPU core, without the evaluations, so that others on the machine do not count.
+The benchmark trains a small parent. Three networks continue from it: one widened by two, one deepened (an identity
+convolution with a P-activation after every stage), and the parent itself as a control. The rivals of each grown network
+have the same architecture with random weights. One rival gets as many epochs as parent and child together. One gets the
+time of both, including the morph and its checks. One gets that time without the parent's, for users who already have a
+trained network. All runs have the same data, batch size and peak learning rate, and a cosine schedule of their own
+length. Time is that of one CPU core without the evaluations, so other load on the machine does not count.
 
-Before the training goes on it is checked that no loss jumps and that gradients reach all that is new; a network that
-fails either stops the benchmark.
+Before the training continues, the benchmark checks that no loss jumps and that gradients reach all new weights; it
+stops at a network that fails either check.
 
     python benchmarks/morph_training.py --json benchmarks/results/morph_training.json \\
         --plot benchmarks/results/morph_training.png
@@ -42,12 +42,12 @@ from gigamorph.engine.morph.widen import widen
 
 SEEDS = (0, 1, 2)
 WIDTH = 4
-EPOCHS = (30, 30)  # of the parent; of what goes on from it
-EVERY = 3  # epochs from one evaluation to the next
+EPOCHS = (30, 30)  # epochs of the parent, and of the networks that continue from it
+EVERY = 3  # epochs between evaluations
 BATCH, RATE, DECAY = 60, 3e-3, 1e-2
 SAME_EPOCHS, SAME_TIME, GROWING_ALONE = RIVALS  # the first one measures the time of an epoch
 EXAMPLE = torch.zeros(4, 1, morph_digits.SIDE, morph_digits.SIDE)
-JUMP = 1e-5  # relative change of a loss by a morph; the rounding of float32 makes some 1e-7
+JUMP = 1e-5  # limit of the relative change of a loss by a morph; float32 rounding causes about 1e-7
 
 Step = tuple[nn.Module, Report]
 Run = dict[str, Any]
@@ -55,7 +55,7 @@ Run = dict[str, Any]
 
 @dataclass
 class Point:
-    """A run after one of its epochs; seconds of one core since the first step of the run or of its parent."""
+    """State of a run after an epoch; `seconds` of one core since the first step of the run, or of its parent."""
 
     seconds: float
     epoch: int
@@ -64,19 +64,19 @@ class Point:
     test_accuracy: float
 
 
-def run(seeds: Sequence[int] = SEEDS, epochs: tuple[int, int] = EPOCHS, say: Callable[[str], None] = print) -> Run:
-    """The whole benchmark: curves of all runs, checks of all morphs, and what follows from them, ready for JSON.
+def run(seeds: Sequence[int] = SEEDS, epochs: tuple[int, int] = EPOCHS, echo: Callable[[str], None] = print) -> Run:
+    """Run the whole benchmark; return curves of all runs, checks of all morphs, and a summary, ready for JSON.
 
     Args:
-        seeds: one set of runs for each.
-        epochs: of the parent, and of those that go on from it.
-        say: gets a line of progress for each run.
+        seeds: seeds, with one set of runs each.
+        epochs: epochs of the parent, and of the networks that continue from it.
+        echo: receives a line of progress for each run.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         data = morph_digits.load()
-        sets = [_one_seed(seed, epochs, data, say) for seed in seeds]
+        sets = [_one_seed(seed, epochs, data, echo) for seed in seeds]
     finally:
         torch.set_num_threads(threads)
     settings = {"width": WIDTH, "epochs": epochs, "batch": BATCH, "rate": RATE, "weight_decay": DECAY}
@@ -85,7 +85,7 @@ def run(seeds: Sequence[int] = SEEDS, epochs: tuple[int, int] = EPOCHS, say: Cal
 
 
 def evaluate(net: nn.Module, data: Digits) -> tuple[float, float]:
-    """Loss and accuracy on the test images, in eval mode."""
+    """Return loss and accuracy on the test images in eval mode."""
     net.eval()
     with torch.no_grad():
         logits = net(data.test_images)
@@ -96,7 +96,7 @@ def evaluate(net: nn.Module, data: Digits) -> tuple[float, float]:
 def train(
     net: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, data: Digits, seed: int, start: Point | None = None
 ) -> list[Point]:
-    """Train with a cosine schedule over `epochs`; the images depend on seed and epoch only."""
+    """Train with a cosine schedule over `epochs`; the images depend only on seed and epoch."""
     points = [start] if start else [Point(0.0, 0, None, *evaluate(net, data))]
     seconds, first = points[0].seconds, points[0].epoch
     batches = len(data.digits) // BATCH
@@ -121,13 +121,13 @@ def train(
 
 
 def widened(parent: nn.Module, seed: int) -> list[Step]:
-    """All spaces twice as wide."""
+    """Widen all spaces by two."""
     return [widen(parent, EXAMPLE, factor=2, seed=seed)]
 
 
 def deepened(parent: nn.Module, seed: int) -> list[Step]:
-    """An identity convolution and a P-activation after each stage, one morph after the other."""
-    del seed  # nothing is drawn
+    """Insert an identity convolution and a P-activation after each stage, one morph after the other."""
+    del seed  # the morph uses no random numbers
     steps = []
     for stage in range(3):
         parent, report = insert_identity(parent, EXAMPLE, f"stages.{stage}", act="SiLU")
@@ -136,7 +136,7 @@ def deepened(parent: nn.Module, seed: int) -> list[Step]:
 
 
 def from_scratch(child: nn.Module, seed: int) -> nn.Module:
-    """The child's architecture with random weights; its P-activations are plain activations."""
+    """Return the child's architecture with random weights; its P-activations are plain activations."""
     torch.manual_seed(seed + 100)
     net = copy.deepcopy(child)
     for module in net.modules():
@@ -153,13 +153,13 @@ def _adamw(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
 
 
-def _one_seed(seed: int, epochs: tuple[int, int], data: Digits, say: Callable[[str], None]) -> Run:
+def _one_seed(seed: int, epochs: tuple[int, int], data: Digits, echo: Callable[[str], None]) -> Run:
     torch.manual_seed(seed)
     parent = Net(WIDTH)
     optimizer = _adamw(parent)
     curves = {"parent": train(parent, optimizer, epochs[0], data, seed)}
     trained = curves["parent"][-1]
-    say(f"seed {seed}: parent {_text(trained)}")
+    echo(f"seed {seed}: parent {_text(trained)}")
     checks: Run = {}
 
     for name, grow in (("widened", widened), ("deepened", deepened)):
@@ -174,7 +174,7 @@ def _one_seed(seed: int, epochs: tuple[int, int], data: Digits, say: Callable[[s
         start = Point(trained.seconds + seconds, trained.epoch, None, *evaluate(net, data))
         curves[name] = train(net, state, epochs[1], data, seed, start)
         checks[name]["activations"] = [m.a.abs().mean().item() for m in net.modules() if isinstance(m, PAct)]
-        say(f"seed {seed}: {name} {_text(curves[name][-1])}")
+        echo(f"seed {seed}: {name} {_text(curves[name][-1])}")
 
         budget, pace = curves[name][-1].seconds, 0.0
         for rival in RIVALS:
@@ -183,14 +183,14 @@ def _one_seed(seed: int, epochs: tuple[int, int], data: Digits, say: Callable[[s
             number = sum(epochs) if rival == SAME_EPOCHS else max(1, int(time_left / pace))
             points = curves[f"{name}, {rival}"] = train(scratch, _adamw(scratch), number, data, seed)
             pace = points[-1].seconds / number
-            say(f"seed {seed}: {name}, {rival} {_text(points[-1])}")
+            echo(f"seed {seed}: {name}, {rival} {_text(points[-1])}")
 
     state = copy.deepcopy(optimizer.state_dict())
     control = copy.deepcopy(parent)
     optimizer = _adamw(control)
     optimizer.load_state_dict(state)
     curves["parent, trained on"] = train(control, optimizer, epochs[1], data, seed, trained)
-    say(f"seed {seed}: parent, trained on {_text(curves['parent, trained on'][-1])}")
+    echo(f"seed {seed}: parent, trained on {_text(curves['parent, trained on'][-1])}")
     return {"seed": seed, "checks": checks, "curves": {k: [vars(p) for p in v] for k, v in curves.items()}}
 
 
@@ -204,7 +204,7 @@ def _text(point: Point) -> str:
 
 
 def check(parent: nn.Module, child: nn.Module, data: Digits, seed: int) -> Run:
-    """Loss before and after the morph, and the gradients of all that is new or grew.
+    """Measure the loss before and after the morph, and the gradients of all weights that are new or grew.
 
     Raises:
         RuntimeError: a loss jumps, a new tensor gets no gradient, or copies of a channel stay tied.
@@ -236,19 +236,19 @@ def check(parent: nn.Module, child: nn.Module, data: Digits, seed: int) -> Run:
     pairs = [tied_rows(p) for p in child.parameters() if p.ndim == 4]
     optimizer = _adamw(net)
     optimizer.step()
-    # Adam's first step knows only the gradient's signs, which two copies of a small filter may share.
+    # Adam's first step depends only on the signs of the gradient, which may be equal for two copies of a small filter.
     optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
     optimizer.step()
     after = [tied_rows(p) for p in net.parameters() if p.ndim == 4]
-    found["tied_filters"] = [sum(pairs), sum(after)]  # with a copy, before and after two steps
+    found["tied_filters"] = [sum(pairs), sum(after)]  # filters that equal another one, before and after two steps
     if sum(after):
         raise RuntimeError(f"{sum(after)} filters still equal another one after two steps")
     return found
 
 
 def tied_rows(weight: Tensor) -> int:
-    """How many filters of a weight (out, in, h, w) equal another one."""
+    """Count the filters of a weight (out, in, h, w) that equal another one."""
     rows = weight.detach().flatten(1)
     return len(rows) - len(torch.unique(rows, dim=0))
 

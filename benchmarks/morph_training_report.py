@@ -1,4 +1,4 @@
-"""What the training benchmark shows: means and ranges over seeds, the text in the docs, and the picture."""
+"""Report of the training benchmark: means and ranges over seeds, the table in the docs, and the picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Run = dict[str, Any]
 
 
 def summary(sets: Sequence[Run]) -> Run:
-    """Of each run its end, mean over seeds; of each grown network the differences to its rivals, with their range."""
+    """Return the mean final state of each run, and the differences of grown networks to rivals with their range."""
     keys = ("seconds", "epoch", "test_loss", "test_accuracy")
     ends = {
         name: {key: statistics.fmean(s["curves"][name][-1][key] for s in sets) for key in keys}
@@ -40,7 +40,7 @@ def summary(sets: Sequence[Run]) -> Run:
 
 
 def differences(result: Run) -> list[str]:
-    """One line for each comparison."""
+    """Return one line per comparison."""
     lines = []
     for name, gap in result["summary"]["differences"].items():
         accuracy, loss = gap["test_accuracy"], gap["test_loss"]
@@ -52,7 +52,7 @@ def differences(result: Run) -> list[str]:
 
 
 def table(result: Run) -> str:
-    """The Markdown table in docs/morph.md."""
+    """Return the Markdown table in docs/morph.md."""
     found = result["summary"]
     lines = [
         "| | epochs | seconds | test accuracy | test loss | grown network's lead in accuracy, range over seeds |",
@@ -71,7 +71,7 @@ def table(result: Run) -> str:
 
 
 def draw(result: Run, path: Path) -> None:
-    """Test loss against seconds of one core: a panel for the widened and one for the deepened network."""
+    """Draw test loss against seconds of one core: a panel for the widened and one for the deepened network."""
     import matplotlib
 
     matplotlib.use("Agg")

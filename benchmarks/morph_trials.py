@@ -1,7 +1,7 @@
-"""Every transform of the table: what it does to a network, and which two networks shall then be equal on which input.
+"""Transforms of the table: each runs a morph, and defines which networks must be equal on which input.
 
-Where a morph changes the input, the parent is put behind what the morph has learnt to do itself: shrinking by the mean,
-or ImageNet's normalisation. Modules to deepen are found in the forward, by rules that know no architecture.
+If a morph changes the input, the parent follows a layer with that change: shrinking by the mean, or ImageNet's
+normalisation. Rules that know no architecture choose the modules to deepen from the forward.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gigamorph.engine.morph.spaces import Spaces, find_spaces
 
 @dataclass
 class Trial:
-    """A morph that was carried out.
+    """Result of a morph.
 
     Attributes:
-        report: of the engine.
-        child: float32, as the morph gave it.
-        exact: the child as the same morph makes it of float64 weights, where new weights have to be computed and are
-            rounded when they are stored; None where the child's own weights, as stored, give the parent's function.
-        before: a layer that the parent has to be put behind.
-        shape: of the child's images.
-        train: whether the morph promises equality in train mode too.
+        report: report of the engine.
+        child: the child in float32.
+        exact: the child of the same morph on float64 weights, if new weights are computed and rounded when they are
+            stored; None if the stored weights of the child give the parent's function.
+        before: a layer before the parent, or None.
+        shape: shape of the child's images.
+        train: whether the morph is exact in train mode too.
     """
 
     report: Report
@@ -49,11 +49,11 @@ class Trial:
 
 
 class Absent(Exception):
-    """The network has nothing that this transform is about; the message says what."""
+    """Error: the transform does not apply to the network; the message states what is missing."""
 
 
 class Normalise(nn.Module):
-    """Grey (N, 1, H, W) in [0, 1] to three channels, normalised as for ImageNet; the definition, not the morph's."""
+    """Independent conversion of grey (N, 1, H, W) in [0, 1] to three channels with ImageNet's normalisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Normalise(nn.Module):
 
 
 def transforms() -> dict[str, Callable[[nn.Module, Tensor], Trial]]:
-    """All transforms by the name that they have in the table."""
+    """Return all transforms by their name in the table."""
     return {
         "widen x2": lambda m, x: _widened(m, x, *wid.widen(m, x, factor=2)),
         "widen x1.5": lambda m, x: _widened(m, x, *wid.widen(m, x, factor=1.5)),
@@ -111,15 +111,15 @@ def _random_counts(model: nn.Module, x: Tensor) -> Trial:
 
 
 def _new_channels(model: nn.Module, x: Tensor) -> Trial:
-    """In the first space whose classes are single channels: under a norm over channels there can be none."""
+    """Add channels to the first space with single channels as classes; a norm over channels allows none."""
     single = [s for s in _growable(model, x).growable() if len(s.order) == s.width]
     if not single:
-        raise MorphError("every space that can grow lies under a norm over channels or in groups")
+        raise MorphError("every space that can grow is under a norm over channels or in groups")
     return _widened(model, x, *wid.widen(model, x, free={single[0].key: 3}))
 
 
 def _merge_back(model: nn.Module, x: Tensor) -> Trial:
-    """1.5 times as wide and back: the parent's size again, and its function."""
+    """Widen by 1.5 and merge back to the parent's size and function."""
     _growable(model, x)
     wide, _ = wid.widen(model, x, factor=1.5)
     narrow, report = mer.merge(wide, x)
@@ -148,12 +148,12 @@ def _identity_norm(model: nn.Module, x: Tensor) -> Trial:
 
 def _residual(model: nn.Module, x: Tensor) -> Trial:
     path = middle(model, x)
-    norm = isinstance(model.get_submodule(path), nn.Conv2d)  # BatchNorm has no place behind channels that stand last
+    norm = isinstance(model.get_submodule(path), nn.Conv2d)  # BatchNorm cannot follow channels on the last axis
     return _edited(model, x, *deepen.insert_residual(model, x, path, norm=norm))
 
 
 def _kernel(model: nn.Module, x: Tensor) -> Trial:
-    """All convolutions of the commonest kernel above 1 grow by a ring of taps."""
+    """Enlarge all convolutions of the most common kernel above 1 by a ring of taps."""
     convs = {p: m for p, m, _ in _layers(model, x) if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1}
     sizes = Counter(m.kernel_size for m in convs.values())
     if not sizes:
@@ -164,9 +164,9 @@ def _kernel(model: nn.Module, x: Tensor) -> Trial:
 
 
 def middle(model: nn.Module, x: Tensor) -> str:
-    """The middle one of all convolutions (linear layers, if there are none but the stem) in the order of the forward.
+    """Return the middle convolution in forward order, or the middle linear layer if only the stem is a convolution.
 
-    Only maps of 3 x 3 and more, or as many tokens, count: not the squeezed values of a gate.
+    Only maps of at least 3 x 3 pixels, or as many tokens, count, so the squeezed values of a gate do not.
     """
     found = _layers(model, x)
     convs = [path for path, module, _ in found if isinstance(module, nn.Conv2d)]
@@ -175,7 +175,7 @@ def middle(model: nn.Module, x: Tensor) -> str:
 
 
 def kernel3(model: nn.Module, x: Tensor) -> str:
-    """The middle one of the 3x3 convolutions, ungrouped ones first, or of the linear layers if there is none."""
+    """Return the middle 3x3 convolution, preferably ungrouped, or the middle linear layer if there is none."""
     found = _layers(model, x)
     convs = [(p, m.groups) for p, m, _ in found if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     paths = [path for path, groups in convs if groups == 1] or [path for path, _ in convs]
@@ -186,7 +186,7 @@ def kernel3(model: nn.Module, x: Tensor) -> str:
 
 
 def _layers(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
-    """Path, module and output shape of all layers on maps or tokens, in the order of the forward."""
+    """Return path, module and output shape of all layers on maps or tokens, in forward order."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, tuple[str, nn.Module, tuple[int, ...]]] = {}
 
