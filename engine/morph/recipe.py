@@ -140,7 +140,7 @@ class Recipe:
         try:
             return cls.from_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise MorphError(f"{path}: cannot read the recipe: {error}") from error
+            raise MorphError(f"{path}: cannot be read: {error}") from error
         except MorphError as error:
             raise MorphError(f"{path}: {error}") from error
 

@@ -271,7 +271,7 @@ def _refuse_not_finite(parent: nn.Module) -> None:
     """Raise an error that names a weight with NaN or infinite numbers, if there is one."""
     for name, tensor in named_tensors(parent).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise MorphError(f"'{name}' of the network contains NaN or infinite numbers, so outputs cannot be compared")
+            raise MorphError(f"'{name}' of the network contains NaN or infinite numbers; give weights that are finite")
 
 
 def _require(difference: Difference, train: bool = True) -> Difference:

@@ -178,10 +178,10 @@ def test_the_table_has_every_argument_of_every_public_morph(capsys):
     ("command", "more", "message"),
     [
         ("widen", ["--factor", 2, "--seed", -3], "seed must be an integer from 0 to 4294967295, not -3"),
-        ("widen", ["--factor", 2, "--seed", 2**40], "seed 1099511627776: give"),
+        ("widen", ["--factor", 2, "--seed", 2**40], "seed must be an integer from 0 to 4294967295, not 1099511627776"),
         ("widen", ["--factor", 1], "every space already has the requested width"),
         ("widen", ["--factor", "a=b"], "write FACTOR or PATTERN=FACTOR"),
-        ("deepen", ["--at", "layer1.0", "--seed", -3], "seed -3"),
+        ("deepen", ["--at", "layer1.0", "--seed", -3], "seed must be an integer from 0 to 4294967295, not -3"),
         ("deepen", ["--how", "pair"], "deepen pair needs --at"),
         ("deepen", ["--at", "layer1.0", "--how", "pair", "--norm"], "deepen pair has no --norm"),
         ("decompose", ["--at", "conv1", "--kernels", "a"], "write K,K"),
@@ -228,7 +228,7 @@ def test_a_damaged_file_is_one_line_and_nothing_is_written(folder, capsys):
         ("deepen", "a", "b.safetensors", ["--at", "layer1", "--kernel", 2], "so that it has a centre tap"),
         ("kernel", "a", "b.safetensors", ["--at", "conv1", "--kernel", 5], "conv1"),
         ("front", "a", "b.safetensors", ["--factor", 2, "--downsample", "antialias"], "cannot be exact"),
-        ("head", "a", "b.safetensors", ["--outputs", 2], "has 2 outputs already"),
+        ("head", "a", "b.safetensors", ["--outputs", 2], "already has 2 outputs"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(command, source, target, more, message, folder, capsys):

@@ -135,19 +135,40 @@ case("tied weights", tied, "module 'mixer' shares a weight with 'last'", **local
 case("a weight read elsewhere", mixer(and_back, a=conv()), "'mixer", widen=wider, kernel=at(grow_kernel, "mixer.a", 5))
 case("the order of ShuffleNet", mixer(shuffle, conv=nn.Conv2d(2, 2, 1)), "module 'mixer", widen=wider)
 case("a write into a view", mixer(write_to_view), "module 'mixer'", widen=wider, merge=lambda m, _: merge(m, X))
-case("a smaller width", lambda: net(conv()), "space stem.weight:0 has width 4", widen=at(widen, {"stem.weight:0": 3}))
+case(
+    "a smaller width",
+    lambda: net(conv()),
+    "space stem.weight:0 already has width 4",
+    widen=at(widen, {"stem.weight:0": 3}),
+)
 case("a smaller kernel", lambda: net(conv()), "module 'mixer'", kernel=at(grow_kernel, "mixer", 1))
 case("a smaller head", lambda: net(conv()), "module 'fc'", head=at(grow_head, "fc", 1))
-case("infinity in a weight", broken, "mixer.weight' of the network holds NaN", widen=wider, head=at(grow_head, "fc", 5))
+case(
+    "infinity in a weight",
+    broken,
+    "mixer.weight' of the network contains NaN",
+    widen=wider,
+    head=at(grow_head, "fc", 5),
+)
 case(
     "one kernel for two layers",
     lambda: net(conv()),
-    "kernels must be two sizes, .*not 3",
+    "kernels must be two sizes, one for each layer, e.g. (1, 3), not 3",
     parts=at(decompose, "mixer", 3),
 )
-case("half a width", lambda: net(conv()), "8.0 is no width", widen=at(widen, {"stem.weight:0": 8.0}))
-case("negative noise", lambda: net(conv()), "noise -1", widen=lambda m, i: widen(m, X, factor=2, noise=-1, inplace=i))
-case("no image", lambda: net(conv()), "(0, 3, 8, 8), without", widen=lambda m, i: widen(m, X[:0], factor=2, inplace=i))
+case("half a width", lambda: net(conv()), "8.0 is not a width", widen=at(widen, {"stem.weight:0": 8.0}))
+case(
+    "negative noise",
+    lambda: net(conv()),
+    "noise must be 0 or positive, relative to the weights' standard deviation, not -1",
+    widen=lambda m, i: widen(m, X, factor=2, noise=-1, inplace=i),
+)
+case(
+    "no image",
+    lambda: net(conv()),
+    "an empty tensor of shape (0, 3, 8, 8)",
+    widen=lambda m, i: widen(m, X[:0], factor=2, inplace=i),
+)
 case("a module that is not there", lambda: net(conv()), "no module 'mixer.a'", deepen=at(insert_identity, "mixer.a"))
 
 
@@ -183,7 +204,7 @@ def test_what_stands_for_a_network_is_named(run: Run) -> None:
 
 def test_costs_of_a_forward_that_reads_a_value() -> None:
     model = net(Call(lambda _, x: x * 2 if x.mean().item() > 1e9 else x))
-    with pytest.raises(MorphError, match=r"goes by a value of a tensor \(.item"):
+    with pytest.raises(MorphError, match=r"depends on a value of a tensor \(.item"):
         plan_growth(model, X)
 
 

@@ -329,12 +329,12 @@ class TestRefusals:
         [
             ({"r": 1}, "at least 2"),
             ({"r": 2.0}, "at least 2"),
-            ({"mode": "stretch"}, "mode='stretch' is not known"),
-            ({"downsample": "lanczos"}, "downsample='lanczos' is not known"),
+            ({"mode": "stretch"}, "unknown mode='stretch'"),
+            ({"downsample": "lanczos"}, "unknown downsample='lanczos'"),
             ({"size": (65, 48)}, "height 65 is not a multiple of r=2.*crop the image to 64 or pad it to 66"),
             ({"size": (64, 47)}, "width 47"),
-            ({"mode": "fold", "downsample": "antialias"}, "antialiased.*overlap.*mode='residual' or 'keep'"),
-            ({"mode": "stages", "downsample": "antialias"}, "antialiased.*overlap"),
+            ({"mode": "fold", "downsample": "antialias"}, "antialiasing.*overlap.*mode='residual' or 'keep'"),
+            ({"mode": "stages", "downsample": "antialias"}, "antialiasing.*overlap"),
             ({"filters": 0}, "filters=0"),
             ({"act": "Dropout"}, "Dropout"),
         ],
@@ -351,7 +351,7 @@ class TestRefusals:
     @pytest.mark.parametrize("mode", ["reflect", "replicate"])
     def test_mirrored_padding(self, mode: str) -> None:
         parent, example = net(padding_mode=mode), torch.zeros(1, 1, 12, 12, dtype=torch.float64)
-        with pytest.raises(MorphError, match=f"module 'stem' pads by padding_mode='{mode}'"):
+        with pytest.raises(MorphError, match=f"module 'stem' has padding_mode='{mode}'"):
             front(parent, example, 2, "fold")
         child, _ = front(parent, example, 2, "stages")  # the small image is there: nothing is folded
         x = torch.randn(2, 1, 24, 24, dtype=torch.float64)

@@ -184,7 +184,7 @@ def test_an_optimizer_whose_state_is_not_known_is_refused_by_its_state() -> None
     model(x).sum().backward()
     optimizer.step()
     child, report = widen(model, x, factor=2)
-    with pytest.raises(MorphError, match="Rprop: what its state 'prev' becomes"):
+    with pytest.raises(MorphError, match="Rprop: cannot map its state 'prev'"):
         grow_optimizer(optimizer, model, child, report)
     with pytest.raises(MorphError, match="commute"):
         grow_optimizer(torch.optim.NAdam(model.parameters()), model, child, report, lr="commute")
@@ -201,5 +201,5 @@ class Warm(torch.optim.SGD):
 def test_an_optimizer_that_cannot_be_made_anew_is_refused() -> None:
     model = small()
     child, report = widen(model, X, factor=2)
-    with pytest.raises(MorphError, match=r"Warm cannot be made anew .*begin a new one: .*'steps'"):
+    with pytest.raises(MorphError, match=r"Warm cannot be rebuilt .*create a new optimizer: .*'steps'"):
         grow_optimizer(Warm(model.parameters(), 5, lr=0.1), model, child, report)

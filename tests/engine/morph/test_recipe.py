@@ -266,7 +266,7 @@ class TestRefusals:
         [
             ("", "not JSON"),
             ("[1, 2", "not JSON"),
-            ("[]", "no recipe"),
+            ("[]", "not a recipe"),
             ('{"format": "gigamorph recipe", "version": 99}', "version 99.*update"),
             ('{"format": "gigamorph recipe", "version": 1}', "damaged.*morphs"),
             ('{"format": "gigamorph recipe", "version": 1, "morphs": [{"step": {}}]}', "damaged"),
