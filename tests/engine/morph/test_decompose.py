@@ -127,7 +127,7 @@ def test_the_condition_is_sharp(outputs: int, inputs: int, sizes: Any) -> None:
     least = fewest_middle(outputs, inputs, *sizes)
     one, two = factorise(kernel, *sizes, least + 1, 0)
     assert relative(compose(one, two), kernel) <= 1e-11
-    with pytest.raises(MorphError, match=f"give {least} or more"):
+    with pytest.raises(MorphError, match=f"use {least} or more"):
         factorise(kernel, *sizes, least - 1, 0)
 
 

@@ -28,7 +28,7 @@ def test_every_morph_is_at_the_door() -> None:
     deep, _ = gigamorph.deepen(wide, X, "layer1.0")
     deep, _ = gigamorph.deepen(deep, X, "layer2.0", "pair", act="ReLU")
     assert isinstance(deep, nn.Module) and issubclass(gigamorph.MorphError, gigamorph.GigamorphError)
-    with pytest.raises(MorphError, match="how='wider' is unknown"):
+    with pytest.raises(MorphError, match="unknown how='wider'"):
         gigamorph.deepen(model, X, "layer1.0", "wider")
 
 
@@ -53,7 +53,7 @@ def test_factors_by_layer_and_layers_that_are_left_alone() -> None:
 def test_widths_that_are_multiples() -> None:
     child, _ = widen(small(), X, factor=1.4, round_to=8)
     assert widths(child) == [8, 8, 24, 48]  # never less than there is
-    with pytest.raises(MorphError, match="round_to=0"):
+    with pytest.raises(MorphError, match=r"round_to must be .* of at least 1, not 0"):
         widen(small(), X, factor=2, round_to=0)
 
 
@@ -133,7 +133,7 @@ def test_a_custom_function_that_is_declared(monkeypatch: Any) -> None:
     child, report = widen(Custom(), X, factor=2)
     assert child.a.out_channels == 8 and len(child.scale) == 8 and report.difference.float64 <= 1e-12
     for wrong in ((Double, "spatial"), (nn.Conv2d, "elementwise")):
-        with pytest.raises(MorphError, match=r"unknown|no class"):
+        with pytest.raises(MorphError, match=r"unknown|not a subclass"):
             declare(*wrong)
 
 
