@@ -33,34 +33,38 @@ from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
 from .lines import TORCH, frames, module_of, users
 from .refusals import BACKBONE
+from .rollback import Rollback
 from .substitutes import SAYING, substitutes
 from .synchronized import synchronized
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
 
 GRAPHS = 64
-"""Recordings of one network that are kept; with one more all are dropped, and the present one is made again."""
+"""Recordings of one network that are stored; with one more all are dropped, and the present one is made again."""
+PIECES = 1024
+"""Recordings of pieces that are stored for all networks. Dynamo stores them by the code of the user's modules, which
+networks share, and looks through all of one code in each call."""
 
 _numbers = itertools.count()
 log = logging.getLogger("gigamorph")
 
 
 @contextlib.contextmanager
-def settings(scalars: bool = True) -> Iterator[None]:
+def settings(pieces: bool = False) -> Iterator[None]:
     """Dynamo's configuration while a network is recorded or called; as it was before afterwards.
 
     Args:
-        scalars: whether numbers of tensors are in the graph; else they break it.
+        pieces: whether the graph may break. Numbers of tensors break it, and no limit ends a call between two pieces.
     """
     config = torch._dynamo.config
     wanted = {
         "skip_nnmodule_hook_guards": False,  # hooks that are added later count
         "skip_no_tensor_aliasing_guards_on_parameters": False,  # weights that are tied later
         "optimize_ddp": False,  # it splits the graph
-        "recompile_limit": GRAPHS,
+        "recompile_limit": 1 << 20 if pieces else GRAPHS,
         "accumulated_recompile_limit": 1 << 20,
         "fail_on_recompile_limit_hit": True,
-        "capture_scalar_outputs": scalars,
+        "capture_scalar_outputs": not pieces,
         "skip_tensor_guards_with_matching_dict_tags": False,
         "skip_guards_on_constant_func_defaults": False,
         "use_recursive_dict_tags_for_guards": False,
@@ -70,7 +74,7 @@ def settings(scalars: bool = True) -> Iterator[None]:
         "disable": False,
         "allow_unspec_int_on_nn_module": True,  # counters
         "enable_dynamo_decompositions": False,  # they write addcmul_ by a call that rounds otherwise
-        "reorderable_logging_functions": set(SAYING) if scalars else set(),
+        "reorderable_logging_functions": set() if pieces else set(SAYING),
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
     # A stance that turns compilation off would run the whole image, in memory that it has not.
@@ -103,6 +107,8 @@ class Compiled:
         dynamic: as of `torch.compile`; None makes sizes symbolic that change.
     """
 
+    stored_pieces = 0  # of all networks
+
     def __init__(self, function: types.FunctionType, serve: Serve, pieces: bool = False, dynamic: bool | None = None):
         self.function, self.serve, self.pieces, self.dynamic = function, serve, pieces, dynamic
         self._call: Callable[..., Any] | None = None
@@ -113,6 +119,7 @@ class Compiled:
         self._hooks: list[Any] = []  # hooks on all modules, at which Dynamo's guards do not look
         self._unguarded = Unguarded()
         self._graphs, self._static = 0, False  # recordings, and whether each is of one size
+        self._stored = 0  # recordings since the last reset
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result.
@@ -120,9 +127,12 @@ class Compiled:
         Raises:
             UnsupportedError: for what Dynamo refuses, with the line of the user's code.
         """
+        before = Rollback(_network_of(args, kwargs)) if self.pieces else None
         try:
             return self._called(*args, **kwargs)
         except UnsupportedError as error:
+            if before is not None:
+                before.undo()
             if self._static or not self._graphs or self._served is not None:
                 raise
             self._static = True  # what Dynamo cannot do with symbolic sizes it may do with known ones
@@ -130,6 +140,8 @@ class Compiled:
                 result = self._called(*args, **kwargs)
             except UnsupportedError:
                 self._static = False
+                if before is not None:
+                    before.undo()
                 raise
             log.info("each image size is recorded by itself: %s", error)
             return result
@@ -138,9 +150,12 @@ class Compiled:
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         self._served = None
+        if self.pieces and (self._stored >= GRAPHS or Compiled.stored_pieces >= PIECES):
+            torch._dynamo.reset()  # before the call: between two pieces it would have done a part of its work
+            self._call, self._stored, Compiled.stored_pieces = None, 0, 0
         try:
             with (
-                settings(scalars=not self.pieces),
+                settings(self.pieces),
                 quiet(),
                 _dispatch_modes_off() as self._modes,
                 _global_hooks() as hooks,
@@ -185,6 +200,8 @@ class Compiled:
         self._unguarded.note()
         graph, held = Graph.of(module), weakref.ref(self)
         self._graphs += 1
+        self._stored += self.pieces
+        Compiled.stored_pieces += self.pieces
 
         def run(*inputs: Any) -> Sequence[Any]:
             compiled = _there(held)  # pyright: ignore

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..capture.program import Op, Ref, bind
 from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
 from .ops.contract import labels
 from .ops.names import ELEMENTWISE
+from .ops.promote import renamed
 from .ops.reshape import place_of
 
 _PER_POSITION = frozenset(
@@ -71,7 +71,7 @@ class Tokens:
         if not values:
             return [op]
         if op.name in _LIKE:  # read for its dtype and device
-            return [_with(op, {v: self.joined[v].tokens for v in values})]
+            return [renamed(op, {v: self.joined[v].tokens for v in values})]
         made = self._in_two(op, values)
         return made if made is not None else [*(one for v in values for one in self.together(v)), op]
 
@@ -308,7 +308,7 @@ class Tokens:
                 names[0][value], names[1][value] = self.joined[value].tokens, self.joined[value].positions
         for value, parts in (rows or {}).items():
             names[0][value], names[1][value] = parts
-        first, second = (_with(op, own) for own in names)
+        first, second = (renamed(op, own) for own in names)
         shapes = [self._shapes(one) for one in (first, second)]
         if shapes[0] is None or shapes[1] is None:
             return None
@@ -350,21 +350,3 @@ class Tokens:
         number = self.maps.new_value(shape, like=like)
         self.maps.program.values[number].differentiable = self.maps.program.values[like].differentiable
         return number
-
-
-def _with(op: Op, names: dict[int, int]) -> Op:
-    """The op with other inputs, those that it writes to among them."""
-
-    def swap(leaf: Any) -> Any:
-        return Ref(names.get(leaf.value, leaf.value)) if isinstance(leaf, Ref) else leaf
-
-    def moved(some: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(names.get(v, v) for v in some)
-
-    return replace(
-        op,
-        args=tree_map(swap, op.args),
-        kwargs=tree_map(swap, op.kwargs),
-        inputs=moved(op.inputs),
-        mutated=moved(op.mutated),
-    )

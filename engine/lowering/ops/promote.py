@@ -129,13 +129,13 @@ def _spread_source(maps: Maps, value: int) -> int | None:
 
 
 def renamed(op: Op, names: dict[int, int]) -> Op:
-    """The op with other inputs."""
+    """The op with other inputs, those that it writes to among them."""
 
     def swap(leaf: Any) -> Any:
         return Ref(names.get(leaf.value, leaf.value)) if isinstance(leaf, Ref) else leaf
 
-    inputs = tuple(names.get(v, v) for v in op.inputs)
-    return replace(op, args=tree_map(swap, op.args), kwargs=tree_map(swap, op.kwargs), inputs=inputs)
+    inputs, mutated = (tuple(names.get(v, v) for v in some) for some in (op.inputs, op.mutated))
+    return replace(op, args=tree_map(swap, op.args), kwargs=tree_map(swap, op.kwargs), inputs=inputs, mutated=mutated)
 
 
 def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, extent: Flat | tuple[int, int]) -> int:

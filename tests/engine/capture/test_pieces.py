@@ -1,0 +1,110 @@
+"""`fallback="whole"`: what a call of several pieces does once, whatever its recordings come to."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from exactness import assert_exact, randomize
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gigamorph import UnsupportedError, accelerate
+from gigamorph.engine.capture import dynamo
+
+
+class Branching(nn.Module):
+    """Two pieces; the forward counts its calls, and its running statistics count them too."""
+
+    def __init__(self, second: str = "") -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+        self.second, self.calls, self.seen, self.scale = second, 0, [], 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        self.calls += 1
+        self.seen.append(x.shape[0])
+        if x.max() > 0:
+            x = x * (1 + self.scale)
+        if self.second == "inference":
+            with torch.inference_mode():
+                self.offset = torch.ones(2, 1, 1, dtype=x.dtype) * 3
+            x = x + self.offset.clone()
+        if self.second == "checkpoint":
+            x = checkpoint(self.last, x, use_reentrant=False)
+        return x.mean((2, 3))
+
+
+def image(height: int = 20) -> Tensor:
+    return torch.randn(1, 1, height, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(stock: Branching, ours: Branching, out: Tensor, x: Tensor) -> None:
+    torch.testing.assert_close(out, stock(x), rtol=1e-12, atol=1e-12)
+    assert (ours.calls, ours.seen) == (stock.calls, stock.seen)
+    for name, buffer in stock.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-12, atol=1e-12)
+
+
+def test_more_networks_of_a_class_than_dynamo_stores_recordings_of_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "GRAPHS", 6)
+    monkeypatch.setattr(dynamo, "PIECES", 20)
+    x = image()
+    for _ in range(9):
+        stock = Branching().double()
+        ours = copy.deepcopy(stock)
+        assert_same(stock, ours, accelerate(ours, tile=8, fallback="whole")(x), x)
+
+
+def test_more_values_than_recordings_are_stored_for_do_each_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "GRAPHS", 6)
+    stock, x = Branching().double(), image()
+    ours = copy.deepcopy(stock)
+    net = accelerate(ours, tile=8, fallback="whole")
+    for number in range(10):
+        stock.scale = ours.scale = float(number)
+        assert_same(stock, ours, net(x), x)
+
+
+def test_a_piece_that_has_no_program_runs_as_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    stock = Branching("inference").double()
+    ours = copy.deepcopy(stock)
+    net = accelerate(ours, tile=8, fallback="whole")
+    for height in (20, 23):
+        assert_same(stock, ours, net(image(height)), image(height))
+    assert any("computed on whole maps" in record.getMessage() for record in caplog.records)
+
+
+def test_a_piece_that_is_refused_leaves_nothing_of_those_before_it() -> None:
+    ours = Branching("checkpoint").double()
+    before, random = copy.deepcopy(ours), torch.get_rng_state()
+    items = ours.seen
+    net = accelerate(ours, tile=8, fallback="whole")
+    for height in (20, 23):
+        with pytest.raises(UnsupportedError, match=r"running statistics.*torch.utils.checkpoint"):
+            net(image(height))
+        assert ours.calls == 0 and ours.seen is items == []
+        assert all(torch.equal(b, before.get_buffer(n)) for n, b in ours.named_buffers())
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("written", ["view", "select", "transpose"])
+def test_a_write_through_a_view_of_a_whole_map(written: str) -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).clone()
+            if written == "view":
+                y.view(y.shape[0], -1)[:, 3] = 0.5
+            elif written == "select":
+                y.flatten(2).select(2, 5).mul_(0.5)
+            else:
+                y.flatten(2).transpose(1, 2)[:, 1] = 2.0
+            return self.last(y).mean((2, 3))
+
+    assert_exact(randomize(Writing()).double(), image(), tile=8, fallback="whole")
