@@ -176,7 +176,7 @@ def small() -> Any:
     "options, why",
     [
         ({"counts": {"0.weight:0": 3}}, "narrower"),
-        ({"counts": {"0.weight:0": [1, 2]}}, "wants 4 counts"),
+        ({"counts": {"0.weight:0": [1, 2]}}, "needs 4 counts"),
         ({"counts": {"0.weight:0": [1, 2, 0, 1]}}, "at least 1"),
         ({"counts": {"7.weight:0": 4}}, "output of the network"),
         ({"counts": {"nothing": 4}}, "no channel space"),
@@ -184,7 +184,7 @@ def small() -> Any:
         ({"factor": 2, "split": "thirds"}, "thirds"),
         ({"factor": 2, "groups": "fewer"}, "fewer"),
         ({}, "give counts"),
-        ({"free": {"0.weight:0": -1}}, "multiples"),
+        ({"free": {"0.weight:0": -1}}, "must be a multiple of 1, not -1"),
     ],
 )
 def test_bad_requests_change_nothing(options: dict[str, Any], why: str) -> None:
