@@ -171,7 +171,8 @@ class Compiled:
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
             raise refusal(error, _network_of(args, kwargs)) from None
         except Exception as error:
-            if isinstance(error, GigamorphError) or error is self._served or (self.pieces and _FROM not in str(error)):
+            of_dynamo = any(part in str(error) for part in (_FROM, *_OUTSIDE)) or not self.pieces
+            if isinstance(error, GigamorphError) or error is self._served or not of_dynamo:
                 raise  # ours, that of the computation, or the network's own
             raise outside(error) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from exactness import assert_exact, randomize
@@ -88,6 +89,21 @@ def test_a_piece_that_is_refused_leaves_nothing_of_those_before_it() -> None:
         assert ours.calls == 0 and ours.seen is items == []
         assert all(torch.equal(b, before.get_buffer(n)) for n, b in ours.named_buffers())
         assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_array_that_is_read_in_inference_mode_is_refused_in_one_line() -> None:
+    class Scaled(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.from_numpy(self.array)
+
+    net = Scaled().double().eval()
+    net.array = np.array([0.5, 2.0])
+    stock, ours = copy.deepcopy(net), accelerate(net, tile=8, fallback="whole")
+    torch.testing.assert_close(ours(image()), stock(image()), rtol=1e-12, atol=1e-12)
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match="arrays of numpy in inference mode"):
+        ours(image())
+    assert net.calls == 1
+    torch.testing.assert_close(ours(image()), stock(image()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("written", ["view", "select", "transpose"])
