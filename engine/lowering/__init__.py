@@ -1,1 +1,1 @@
-"""From the recorded forward to stages by tiles: the geometry of one axis, the graph, a rule per op, rewrites."""
+"""Lowers a recorded forward to stages that run tile by tile: axis geometry, the graph, one rule per op, rewrites."""

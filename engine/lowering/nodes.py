@@ -31,7 +31,7 @@ def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
     rule = find_rule(op.name)
     if rule is None:
         exported = op.name.startswith("aten.")
-        remedy = "give the network that was exported, not the graph" if exported else "replace it or report it"
+        remedy = "pass the network that was exported, not its graph" if exported else "replace it or report it"
         raise _refuse(op, f"no exact tile-by-tile rule for '{op.name}' on the image; {remedy}")
     try:
         return rule(op, maps)

@@ -133,7 +133,7 @@ class Stage:
         inputs = tuple(value.value for value in given.values() if isinstance(value, Ref))
         again = apply_rule(replace(conv.op, args=(), kwargs=given, inputs=inputs), self.maps)
         assert isinstance(again, Local)
-        for name in ("op", "run", "unvalued", "axes", "reads", "anew"):
+        for name in ("op", "run", "unvalued", "axes", "reads", "fresh_grads"):
             setattr(conv, name, getattr(again, name))
 
 

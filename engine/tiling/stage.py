@@ -69,7 +69,9 @@ class TiledStage:
         for local in reversed(self.stage.locals):
             passes = found.issuperset(local.op.outputs)
             for value in private.intersection(local.reads):
-                if len(self.readers[value]) == 1 and (value in local.anew or (passes and value in local.passed)):
+                if len(self.readers[value]) == 1 and (
+                    value in local.fresh_grads or (passes and value in local.reused_grads)
+                ):
                     found.add(value)
         return found
 

@@ -107,7 +107,7 @@ class Tile:
         self.shares: dict[int, tuple[Tensor, ...]] = {}
         self.returned: Returned | None = None
         self._parts: dict[int, list[tuple[Rect, Tensor]]] = {}  # of gathered maps: gradients of parts of their blocks
-        self.lacking: dict[int, list[Tensor]] = {}  # of blocks whose op adds that: see `Block.lacking`
+        self.lacking: dict[int, list[Tensor]] = {}  # of blocks whose op adds that: see `Block.grad_terms`
         self._hands_on: dict[int, list[tuple[str, Rect, Rect]]] = {}
         self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
 

@@ -219,6 +219,6 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
     op, axes = fused_op(spec, "fused_conv2d"), spec.members[-1].axes
     options = {"leaves_room": True, "unvalued": unvalued, "spares": True}
     if spec.residual != spec.x:
-        options |= {"anew": frozenset([spec.x]), "passed": frozenset([spec.residual]) - {None}}
+        options |= {"fresh_grads": frozenset([spec.x]), "reused_grads": frozenset([spec.residual]) - {None}}
     made = Local(op, spec.reads(stage), axes, run, **options)
     put_in_place(stage, spec, made)

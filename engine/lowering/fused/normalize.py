@@ -83,7 +83,7 @@ class FusedNormalize(torch.autograd.Function):
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         gate = y if residual is not None and spec.act != "none" and not spec.masked else None
         ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
-        ctx.spec, ctx.sum_of, ctx.whole, ctx.lacking = spec, block.sum_of, block.whole, block.lacking
+        ctx.spec, ctx.sum_of, ctx.whole, ctx.grad_terms = spec, block.sum_of, block.whole, block.grad_terms
         return y
 
     @staticmethod
@@ -93,9 +93,9 @@ class FusedNormalize(torch.autograd.Function):
         x, mean, rstd, factor, offset, gate = ctx.saved_tensors
         keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
         plus = None
-        if ctx.lacking:
-            plus = reduce(torch.add, ctx.lacking)
-            ctx.lacking.clear()
+        if ctx.grad_terms:
+            plus = reduce(torch.add, ctx.grad_terms)
+            ctx.grad_terms.clear()
         dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz, plus=plus)
         dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
         return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None

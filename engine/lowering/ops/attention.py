@@ -1,11 +1,11 @@
-"""Attention over positions of the image: the maps of keys and values are kept whole, queries go by tile.
+"""Attention over positions of the image: keys and values are stored as whole maps, queries are computed by tile.
 
-Every query asks all keys, so that no tile can answer before the last key is known. Keys and values are stored by the
-stage that makes them and are vectors to the next one: there a tile has its own queries, all keys, and a softmax over
-them, which is a local op. The gradient of a vector is a sum over the tiles, that of keys and values like any other.
+Every query attends to all keys, so no tile can be computed before the last key is known. The stage that makes keys and
+values stores them; the next stage reads them as vectors. There attention is a local op: a tile has its own queries, all
+keys and a softmax over them. The gradients of keys and values are summed over the tiles, as those of any vector.
 
-    (N, heads, pixels, d) @ (N, heads, d, pixels)    left: queries, a map; right: keys, taken whole
-    (N, heads, pixels, L) @ (N, heads, pixels, d)    left: a row of L weights per query; right: values, taken whole
+    (N, heads, pixels, d) @ (N, heads, d, pixels)    left: queries, a map; right: all keys
+    (N, heads, pixels, L) @ (N, heads, pixels, d)    left: a row of L weights per query; right: all values
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .promote import promoted, renamed
 
 
 def take_whole(op: Op, maps: Maps, values: Sequence[int]) -> tuple[Op, list[Node]]:
-    """The op with maps that it reads at all positions as vectors."""
+    """The op with the maps `values`, which it reads at all positions, as vectors."""
     nodes: list[Node] = []
     names: dict[int, int] = {}
     for value in dict.fromkeys(values):
@@ -33,7 +33,7 @@ def take_whole(op: Op, maps: Maps, values: Sequence[int]) -> tuple[Op, list[Node
 
 @rule("scaled_dot_product_attention")
 def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
-    """Per pixel where the image axes are among the batch dimensions; else of each pixel's query with all keys."""
+    """Per pixel if the image axes are batch dimensions; else each pixel's query attends to all keys."""
     given = arguments(op, "query key value attn_mask dropout_p is_causal", dropout_p=0.0, is_causal=False)
     query, key, value = (given[name].value for name in ("query", "key", "value"))
     rank = len(maps.shape(op.outputs[0]))
@@ -44,11 +44,13 @@ def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     if max(behind) < -2:
         return _of_windows(op, maps, (query, key, value), given["attn_mask"], behind, rank)
     if behind[0] != behind[1]:
-        raise Refusal(f"'{op.name}' attends along one axis of the image")
+        raise Refusal(f"'{op.name}' cannot attend along one axis of the image; attend over both")
     if behind != (-2, -2) or given["is_causal"]:
-        raise Refusal(f"'{op.name}' attends over positions of the image in an order of its own")
+        raise Refusal(
+            f"'{op.name}' cannot attend over positions of the image with a causal mask or in other dimensions than -2"
+        )
     before: list[Node] = []
-    if query in (key, value):  # one tensor is both: its queries stay a map, its keys do not
+    if query in (key, value):  # one tensor is both: a map as queries, a vector as keys
         made_of = query
         op, query = of_another_query(op, maps)
         before = [_same(op, maps, made_of, query)]
@@ -68,7 +70,7 @@ def _same(op: Op, maps: Maps, value: int, number: int) -> Local:
 
 
 def of_another_query(op: Op, maps: Maps) -> tuple[Op, int]:
-    """The call with its query under a number of its own, and that number."""
+    """The call with its query under a new value number, and that number."""
     by_name = "query" in op.kwargs
     query = op.kwargs["query"].value if by_name else op.args[0].value
     number = maps.new_value(like=query)
@@ -80,7 +82,7 @@ def of_another_query(op: Op, maps: Maps) -> tuple[Op, int]:
 def _of_windows(
     op: Op, maps: Maps, values: Sequence[int], mask: Ref | None, behind: tuple[int, ...], rank: int
 ) -> Local | list[Node]:
-    """Each window of the image attends to itself."""
+    """Attention inside each window of the image."""
     given = arguments(op, "query key value attn_mask dropout_p", dropout_p=0.0)
     others = {tuple(axis - len(maps.shape(v)) for axis in maps.axes[v]) for v in values if v in maps}
     if others != {behind} or any(v not in maps for v in values) or len({maps.extent(v) for v in values}) > 1:
@@ -88,7 +90,7 @@ def _of_windows(
     if mask is not None and mask.value in maps:
         lies = tuple(axis - len(maps.shape(mask.value)) for axis in maps.axes[mask.value])
         if lies != behind or maps.extent(mask.value) != maps.extent(values[0]):
-            raise Refusal(f"'{op.name}' has a mask that depends on the image otherwise than its queries")
+            raise Refusal(f"'{op.name}' has a mask whose image axes or size differ from those of its queries")
     axes = behind[0] + rank, behind[1] + rank
     own, made = (op, []) if mask is None else promoted(op, maps, axes, rank, among=(mask.value,))
     local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, (axes,), replay(own))
@@ -96,14 +98,14 @@ def _of_windows(
 
 
 def _with_mask(op: Op, maps: Maps, axis: int, rank: int) -> tuple[Op, list[Node]]:
-    """The op with a mask, or bias, that has a row for each query."""
+    """The op with its mask, or bias, as a map with a row for each query."""
     mask = arguments(op, "query key value attn_mask")["attn_mask"]
     if mask is None:
         return op, []
     if mask.value in maps:
-        own = {place - len(maps.shape(mask.value)) for place in maps.axes[mask.value]}
+        own = {axis_of_mask - len(maps.shape(mask.value)) for axis_of_mask in maps.axes[mask.value]}
         if own != {-2} or maps.extent(mask.value) != maps.extent(op.inputs[0]):
-            raise Refusal(f"'{op.name}' has a mask that depends on the image otherwise than its queries")
+            raise Refusal(f"'{op.name}' has a mask whose image axes or size differ from those of its queries")
         return op, []
     return promoted(op, maps, (axis, axis), rank, among=(mask.value,))
 
@@ -116,11 +118,11 @@ def _random(local: Local, dropout: float) -> Local:
 def asks_all(
     maps: Maps, left: int, right: int, first: tuple[int, int], second: tuple[int, int], ranks: tuple[int, int]
 ) -> int | None:
-    """Of a matrix product of two maps, the factor whose positions all of the other's ask; None if neither.
+    """The factor of a matrix product of two maps that each position of the other reads whole; None if neither.
 
     Args:
-        first, second: the image axes of the factors, counted from after.
-        ranks: of the factors.
+        first, second: the image axes of the factors, counted from the last dimension (-1).
+        ranks: the ranks of the factors.
     """
     contracts = -1 in first, (-2 if ranks[1] > 1 else -1) in second
     if contracts != (True, True) and not (maps.merged(left) or maps.merged(right)):

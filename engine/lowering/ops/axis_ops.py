@@ -1,9 +1,7 @@
-"""Rules of ops along one dimension: per pixel along channels; along an image axis a window, reductions (softmax), or
-the whole map.
+"""Rules of ops along one dimension: per pixel along channels; along an image axis a window, reductions or whole map.
 
-`diff` along rows reads each row and the next ones. A mirror image reads the last row first, so that no tile can give
-it before the whole map is there; it is taken whole, which a network may do with its output. Joined to the map itself it
-is a padding (`reflect.py`).
+`diff` along rows reads each row and the next ones. A mirror image reads the last row first, so no tile can compute it
+before the map is complete: it needs the whole map. Joined to the map itself it is a padding (`reflect.py`).
 """
 
 from __future__ import annotations
@@ -33,13 +31,13 @@ def ordered(op: Op, maps: Maps) -> Local | Whole:
     given = arguments(op, "input dim" if op.name != "msort" else "input", dim=-1 if "sort" in op.name else None)
     dim = 0 if op.name == "msort" else given["dim"]
     if dim % len(maps.shape(value)) in maps.axes[value]:
-        raise Refusal(f"'{op.name}' goes along an image axis; pool over it before")
+        raise Refusal(f"'{op.name}' cannot run along an image axis; pool over that axis first")
     return _per_pixel(op, maps, value)
 
 
 @rule("softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "flip", "logcumsumexp")
 def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
-    """Ops along given dimensions that keep the rank: per pixel iff no image axis is among them."""
+    """Ops along given dimensions that preserve the rank: per pixel if no image axis is among them."""
     value = op.inputs[0]
     given: dict[str, Any] = {}
     if op.name == "flip":
@@ -52,7 +50,7 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
         given = arguments(op, "input dim", dim=-1 if op.name == "glu" else None)
         dims = given["dim"]
     if dims is None:
-        raise Refusal(f"'{op.name}' without a dimension")
+        raise Refusal(f"'{op.name}' needs a dimension; name it with dim=")
     only_maps(op, maps, value)
     dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
     if not set(dims) & axes:
@@ -68,17 +66,17 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("diff")
 def diff(op: Op, maps: Maps) -> Local:
-    """Differences of neighbours: of channels per pixel, of rows a window of n + 1."""
+    """Differences of neighbours: per pixel along channels, a window of n + 1 along rows."""
     given = arguments(op, "input n dim prepend append", n=1, dim=-1)
     value, n = op.inputs[0], given["n"]
     shape, axes = maps.shape(value), maps.axes[value]
     dim = given["dim"] % len(shape)
     if given["prepend"] is not None or given["append"] is not None:
-        raise Refusal("'diff' with prepend or append; join them with torch.cat before")
+        raise Refusal("'diff' with prepend or append is not supported; join them with torch.cat first")
     if dim not in axes:
         return _per_pixel(op, maps, value)
     if value in maps.flat:
-        raise Refusal("'diff' along the positions of a flattened map; take it before the map is flattened")
+        raise Refusal("'diff' cannot run along the positions of a flattened map; call it before flattening")
     reads = list(maps.pointwise(value))
     reads[axes.index(dim)] = Window(shape[dim], shape[dim] - n, n + 1)
 
@@ -90,12 +88,12 @@ def diff(op: Op, maps: Maps) -> Local:
 
 @rule("cosine_similarity")
 def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
-    """Of the channels of two maps, or of a map and a vector."""
+    """Cosine similarity of the channels of two maps, or of a map and a vector."""
     given = arguments(op, "x1 x2 dim", dim=1)
     rank = max(len(maps.shape(v)) for v in op.inputs)
     axes, dim = aligned_axes(op, maps, rank), given["dim"] % rank
     if dim in axes:
-        raise Refusal(f"'{op.name}' goes along an image axis; pool the products and the squares")
+        raise Refusal(f"'{op.name}' cannot run along an image axis; pool the products and the squares")
     op, made = promoted(op, maps, axes, rank)
     after = axes[0] - (dim < axes[0]), axes[1] - (dim < axes[1])
     return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
@@ -103,14 +101,16 @@ def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("cdist")
 def distances(op: Op, maps: Maps) -> Local:
-    """Of the channels at each position to the rows of a table (a codebook), (..., positions, C) and (..., rows, C)."""
+    """Distances of the channels at each position, (..., positions, C), to the rows of a codebook, (..., rows, C)."""
     given = arguments(op, "x1 x2 p compute_mode", p=2.0, compute_mode="use_mm_for_euclid_dist_if_necessary")
     value, table = given["x1"], given["x2"]
     rank = len(maps.shape(op.outputs[0]))
     axes = (rank - 2, rank - 2)
     if maps.axes.get(value.value) != axes or len(maps.shape(value.value)) != rank or table.value in maps:
-        raise Refusal("'cdist' takes distances between positions of the image; give it (N, positions, C) and a table")
-    if given["compute_mode"] == "use_mm_for_euclid_dist_if_necessary":  # as many rows as the whole has decide
+        raise Refusal(
+            "'cdist' cannot compare positions of the image with each other; pass (N, positions, C) and a table"
+        )
+    if given["compute_mode"] == "use_mm_for_euclid_dist_if_necessary":  # PyTorch decides by the rows of the whole map
         many = max(maps.shape(value.value)[-2], maps.shape(table.value)[-2]) > 25
         given["compute_mode"] = f"{'' if many else 'donot_'}use_mm_for_euclid_dist"
     own = replace(op, args=(), kwargs=given)
@@ -119,13 +119,13 @@ def distances(op: Op, maps: Maps) -> Local:
 
 @rule("roll")
 def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
-    """Of rows and columns: a circular padding on one side, of which the other side is cut off."""
+    """Roll of rows and columns: a circular padding on one side and a crop on the other."""
     given = arguments(op, "input shifts dims")
     value = op.inputs[0]
     shape, axes = maps.shape(value), maps.axes[value]
     shifts, dims = (tuple(n) if isinstance(n, (tuple, list)) else (n,) for n in (given["shifts"], given["dims"]))
     if dims in ((), (None,)):
-        raise Refusal("'roll' without a dimension")
+        raise Refusal("'roll' needs a dimension; name it with dims=")
     dims = [d % len(shape) for d in dims]
     if not set(dims) & set(axes):
         return _per_pixel(op, maps, value)
@@ -134,7 +134,7 @@ def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     steps = [dict(zip(dims, shifts, strict=True)).get(axis, 0) % shape[axis] for axis in axes]
     steps = [
         n - shape[axis] if 2 * n > shape[axis] else n for n, axis in zip(steps, axes, strict=True)
-    ]  # the short way
+    ]  # the shorter direction
     amounts = [amount for n in steps for amount in (max(n, 0), max(-n, 0))]
     longer = list(shape)
     for n, axis in zip(steps, axes, strict=True):
@@ -147,7 +147,7 @@ def roll(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 @rule("rot90", "fliplr", "flipud")
-def turned(op: Op, maps: Maps) -> Local | Whole:
+def rotate_or_flip(op: Op, maps: Maps) -> Local | Whole:
     value = op.inputs[0]
     rank, axes = len(maps.shape(value)), maps.axes[value]
     given = arguments(op, "input k dims", k=1, dims=(0, 1))

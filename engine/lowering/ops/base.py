@@ -1,17 +1,17 @@
-"""What a rule says about one recorded op, and the table of rules.
+"""Types that rules return for a recorded op, and the table of rules.
 
-A value of the program is a *map* (it has the two image axes) or a *small* (it has not). An op on maps is
+A value of the program is a *map* (it has the two image axes) or a *vector* (it has not). An op on maps is one of
 
-- `Local`:     maps and vectors -> map; the output block at any place needs an input window around it, nothing else;
-- `Reduction`: map -> small; a sum (or maximum) over the image, so tiles contribute one after the other;
-- `Whole`:     needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid);
-- `VectorOp`:     vectors -> vectors, run once per step by ordinary PyTorch.
+- `Local`:     maps and vectors -> map; an output block needs an input window around it, nothing else;
+- `Reduction`: map -> vector; a sum (or maximum) over the image, to which tiles contribute one after the other;
+- `Whole`:     an op that needs its map input in one piece (a flatten before a classifier, an adaptive pooling grid);
+- `VectorOp`:  vectors -> vectors; ordinary PyTorch runs it once per step.
 
-A rule looks at one `Op` and returns one of these, or several that replace it (a norm is a reduction, a vector and a
-local op), or raises `Refusal`. There is no default: an op without a rule is refused, never assumed to be pointwise.
+A rule takes one `Op` and returns one of these, or several that replace it (a norm is a reduction, a vector op and a
+local op), or raises `Refusal`. There is no default: an op without a rule is refused and never assumed to be pointwise.
 
-A map whose image axes a reshape has flattened into one, (N, C, H*W), is a map with that axis twice (`Maps.flat`). Its
-blocks are kept with both axes; rules see shapes and blocks as the recorded call does (flat.py).
+A reshape can flatten the image axes of a map into one, (N, C, H*W). Such maps list that axis twice (`Maps.flat`). The
+scan stores their blocks with both axes; rules see shapes and blocks as the recorded call does (flat.py).
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ Rect = tuple[int, int, int, int]  # top, bottom, left, right, half-open
 
 
 class Refusal(Exception):
-    """Why an op cannot be computed exactly tile by tile; `stage.py` adds the module and raises the public error."""
+    """Why an op cannot be computed exactly tile by tile; `nodes.py` adds the module and raises the public error."""
 
 
 class SumOf(Protocol):
-    """See `Block`."""
+    """Type of `Block.sum_of`."""
 
     def __call__(self, value: int, dtype: torch.dtype, summand: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where an op's output block lies in the whole output, and how much padding its input windows still lack.
+    """Position of an op's output block, the padding of its input windows, and optional buffers.
 
-    `rows` and `cols` are half-open ranges of the output map; `pad` is (top, bottom, left, right) to be added to the
-    input before a kernel without padding gives exactly this block. `sum_of` gives, where gradients are wanted, the
-    tensor in which a vector's gradient is summed over the tiles, for ops that add to it themselves; given a summand, it
-    adds that, which nobody else may have. `margin` is
-    the room (rows above, columns to the left) that an op which can (`Local.leaves_room`) leaves in memory beside its
-    output for the halos that windows of it will need. `shares`, where moments of outputs are wanted, takes those that
-    an op has computed beside its output, by value: mean and squared deviations as `Accumulator.share` gives them.
-    `parts`, for an op that gathers, takes gradients of parts of the gathered map in the backward, with their rectangles
-    in the block: whoever reads a part gives it there, where autograd would want one of the whole block. `whole` says
-    that the blocks of this tile are the whole maps of all images that statistics are taken of. `lacking`, for an op
-    that can add it (`Local.adds`), takes what the gradient of its output lacks at each pixel, (C,): that of a sum.
+    Attributes:
+        rows, cols: half-open ranges of the output map.
+        pad: (top, bottom, left, right), to be added to the input so that a kernel without padding gives this block.
+        sum_of: where gradients are wanted, returns the tensor that accumulates a vector's gradient over the tiles, for
+            ops that add to it themselves. If it gets a summand, it takes ownership of it and adds it.
+        margin: rows above and columns to the left that an op with `Local.leaves_room` leaves free in memory around
+            its output, for the halos of later windows.
+        shares: where moments of outputs are wanted, receives those that an op computed together with its output, by
+            value: mean and squared deviations in the format of `Accumulator.share`.
+        parts: for an op that gathers, receives in the backward the gradients of parts of the gathered map, with their
+            rectangles in the block. Autograd would need one gradient of the whole block for each reader.
+        whole: whether the blocks of this tile are the whole maps of all images that statistics are computed over.
+        grad_terms: for an op with `Local.adds`, receives terms, (C,), to add to the gradient of its output at each
+            pixel: gradients of sums over the image.
     """
 
     rows: Span
@@ -68,7 +71,7 @@ class Block:
     shares: dict[int, tuple[Tensor, ...]] | None = None
     parts: list[tuple[Rect, Tensor]] | None = None
     whole: bool = False
-    lacking: list[Tensor] | None = None
+    grad_terms: list[Tensor] | None = None
 
 
 Env = Mapping[int, Tensor]
@@ -79,19 +82,23 @@ Run = Callable[[Env, Block], tuple[Tensor, ...]]
 class Local:
     """One op computed block by block.
 
-    `reads` gives, for each map input, the accesses along height and width; `axes` the image axes of each output.
-    `fill` is the padding value where the op pads a window (the scan may then hand it a window padded already).
-    `leaves_room` says that the output lies in a buffer with the margin that `Block` asks for. `once` makes a vector
-    that is drawn once per step (a channel dropout's mask) and is given to `run` under the number `drawn`. `unvalued` is
-    `run` for the second pass over a stored output: a tensor without values that autograd can differentiate as well.
-    With `gathers`, `run` gives the map of that once more after its outputs: what later ops of a tile read hangs on it.
-    `anew` are the maps whose gradient is new memory, which the op gives to nobody else; `passed` those whose gradient
-    may be its output's own, which it has no more use for then.
-    `spares` says that a window may have more rows and columns at its end than are read, fewer than the stride: a block
-    is then read as it is, where a part of it would cost its gradient a copy.
-    `adds` says that the backward adds what `Block.lacking` has to the gradient of the output.
-    `skips` are the inputs that the op may leave unread for the image's values, and whose gradients are zeros then; an
-    op that has computed something and has no graph of it takes them out.
+    Attributes:
+        reads: for each map input, the accesses along height and width.
+        axes: the image axes of each output.
+        fill: the padding value if the op pads a window; the scan may then pass a window that is already padded.
+        leaves_room: whether the output is written into a buffer with the margin that `Block` asks for.
+        once: makes a vector that is drawn once per step (the mask of a channel dropout).
+        drawn: the value number under which `run` finds that vector.
+        unvalued: `run` for the second pass over a stored output: returns a tensor without values that autograd can
+            differentiate.
+        gathers: if set, `run` returns the gathered map again after its outputs, and later ops of the tile read that.
+        spares: whether a window may have unread rows and columns at its end, fewer than the stride. A block is then
+            passed unsliced: the gradient of a slice would cost a copy.
+        adds: whether the backward adds `Block.grad_terms` to the gradient of the output.
+        skips: inputs that the op may leave unread depending on the image's values; their gradients are zeros then. An
+            op that has computed something without a graph of it clears the set.
+        fresh_grads: maps whose gradient is new memory that the op shares with nobody.
+        reused_grads: maps whose gradient may be the tensor of the output's gradient, which the op no longer needs.
     """
 
     op: Op
@@ -108,15 +115,17 @@ class Local:
     spares: bool = False
     adds: bool = False
     skips: Set[int] = frozenset()
-    anew: frozenset[int] = frozenset()
-    passed: frozenset[int] = frozenset()
+    fresh_grads: frozenset[int] = frozenset()
+    reused_grads: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """A map of which one op, the first that reads it, takes the gradients of all, and applies a slope to their sum.
+    """A map whose first reader collects the gradients of all readers and multiplies their sum by a slope.
 
-    `slope` gives it for a part of the map; None where there is none to apply.
+    Attributes:
+        value: the map.
+        slope: returns the slope for a part of the map; None for no slope.
     """
 
     value: int
@@ -127,10 +136,13 @@ class Gather:
 class VectorOp:
     """A computation on vectors that is not a recorded call; it runs once per step.
 
-    `run` gets the tensors of `inputs` by value number and returns those of `outputs`. Where the results of one image
-    depend on the others of the batch, `share` gives what an image (or several of one size) contributes, and `merge`
-    makes the outputs, the same for all images, of the shares of all; `run` is then both. `whole` takes the place of
-    `run` before a stage whose blocks are whole: its ops then see to the gradients of statistics themselves.
+    Attributes:
+        run: takes the tensors of `inputs` by value number and returns those of `outputs`.
+        share, merge: set where the results of one image depend on the others of the batch. `share` returns the
+            contribution of one image (or of several of one size); `merge` makes the outputs, the same for all images,
+            from all contributions. `run` then does both.
+        whole: replaces `run` before a stage whose blocks are whole maps; its ops then compute the gradients of
+            statistics themselves.
     """
 
     run: Callable[[Env], tuple[Tensor, ...]]
@@ -145,10 +157,17 @@ class VectorOp:
 class Reduction:
     """A reduction over the whole image.
 
-    `kind` is "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over `dims`, which keep size
-    one, count being the elements; `precise` ones are taken in float64. `outputs` are the values it gives. With a `grid`
-    the image is cut into cells, each of which gives a value (see grid.py); a dimension of `dims` whose axis has several
-    cells is kept.
+    Attributes:
+        kind: "sum" or "max", divided by `count`, or "moments": mean and (biased) variance over `dims`, which have size
+            one in the result; `count` is then the number of elements.
+        dims: the reduced dimensions. One that has several cells in `grid` remains.
+        outputs: the values that it makes.
+        first_only: of a maximum: the gradient goes to the first of equal elements, not to all in equal parts.
+        form: applied to a block instead of the sum over `dims`.
+        precise: whether moments are computed in float64.
+        per_pixel: of moments: the number of elements of a pixel that go into one result.
+        nan_counts: of a maximum: whether NaN are the largest elements. Otherwise they make all gradients NaN.
+        grid: cells of rows and columns, each with its own result (grid.py).
     """
 
     op: Op
@@ -157,25 +176,25 @@ class Reduction:
     count: int
     dims: tuple[int, ...]
     keepdim: bool
-    first_only: bool = False  # maximum: the gradient goes to the first of equal elements, not to all in equal parts
+    first_only: bool = False
     outputs: tuple[int, ...] = ()
-    form: Callable[[Tensor], Tensor] | None = None  # of a block, instead of its sum over `dims`
+    form: Callable[[Tensor], Tensor] | None = None
     precise: bool = False
-    per_pixel: int = 1  # moments: how many elements of a pixel go into one of them
-    nan_counts: bool = False  # maximum: NaN are the largest elements; without it all gradients are NaN with them
-    grid: tuple[Cells, Cells] | None = None  # of rows and columns
+    per_pixel: int = 1
+    nan_counts: bool = False
+    grid: tuple[Cells, Cells] | None = None
 
     def __post_init__(self) -> None:
         self.outputs = self.outputs or self.op.outputs[:1]
         self.nan_counts = self.nan_counts or self.first_only
 
     def has(self, x: Tensor, maximum: Tensor) -> Tensor:
-        """Where elements, or maxima of parts, are the maximum that the gradient goes to."""
+        """Mask of the elements, or maxima of parts, that equal the maximum and receive its gradient."""
         same = x == maximum
         return same | (x.isnan() & maximum.isnan()) if self.nan_counts else same
 
     def keep_dims(self, result: Tensor) -> Tensor:
-        """A tensor of the result's shape with the reduced dimensions kept, of size one."""
+        """A tensor of the result's shape with the reduced dimensions as dimensions of size one."""
         if not self.keepdim:
             for d in sorted(self.dims):
                 result = result.unsqueeze(d)
@@ -187,7 +206,7 @@ class Whole:
     """An op that ordinary PyTorch runs on the assembled maps.
 
     Attributes:
-        axes: of its outputs that are maps again.
+        axes: the image axes of its outputs that are maps.
     """
 
     op: Op
@@ -196,7 +215,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """What the image axis of a flattened map is made of: ahead * height * width * after."""
+    """Factors of the image axis of a flattened map: ahead * height * width * behind."""
 
     height: int
     width: int
@@ -205,12 +224,12 @@ class Flat:
 
     @property
     def merged(self) -> bool:
-        """Whether dimensions besides the image's have gone into it."""
+        """Whether the axis contains dimensions other than the image's."""
         return self.ahead * self.behind > 1
 
     @property
     def length(self) -> int:
-        """How many indices the axis has."""
+        """Number of indices of the axis."""
         return self.ahead * self.height * self.width * self.behind
 
     def sizes(self, height: int, width: int) -> tuple[int, ...]:
@@ -220,18 +239,25 @@ class Flat:
 
 @dataclass
 class Maps:
-    """The maps known so far while rules are applied in program order."""
+    """The maps known so far while rules are applied in program order.
+
+    Attributes:
+        resident: vectors that local ops read by region (promote.py).
+        pool_indices: kernel and input size of the max-pooling that made an index map (`max_unpool2d`).
+        mirrors: for a mirror image, its map and the mirrored image axis.
+        joined: for a map joined to its mirror image, that map and the image axis.
+    """
 
     program: Program
     axes: dict[int, Axes] = field(default_factory=dict)
     flat: dict[int, Flat] = field(default_factory=dict)
-    resident: set[int] = field(default_factory=set)  # vectors that local ops read by region: see promote.py
-    places: dict[int, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)  # see max_unpool2d
-    mirrors: dict[int, tuple[int, int]] = field(default_factory=dict)  # of which map, along which image axis
-    joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # which map to its mirror image, along which axis
+    resident: set[int] = field(default_factory=set)
+    pool_indices: dict[int, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
+    mirrors: dict[int, tuple[int, int]] = field(default_factory=dict)
+    joined: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def new_value(self, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, *, like: int) -> int:
-        """Number of a further value, with the device, and unless given the shape and dtype, of another."""
+        """Number of a new value with the device of `like`, and its shape and dtype unless given."""
         values = self.program.values
         pattern = values[like]
         shape = pattern.shape if shape is None else torch.Size(shape)
@@ -253,11 +279,11 @@ class Maps:
         return shape[h], shape[w]
 
     def extent(self, value: int) -> Flat | tuple[int, int]:
-        """What must be the same for two maps to lie on each other."""
+        """Must be equal for two maps to have the same positions."""
         return self.flat.get(value) or self.size(value)
 
     def merged(self, value: int) -> bool:
-        """Whether the image axis of a flattened map holds more than the image."""
+        """Whether the image axis of a flattened map contains dimensions other than the image's."""
         return value in self.flat and self.flat[value].merged
 
     def inputs(self, op: Op) -> list[int]:
@@ -300,11 +326,11 @@ def find_rule(name: str) -> Rule | None:
 
 
 def arguments(op: Op, names: str, **defaults: Any) -> dict[str, Any]:
-    """The arguments of a call by name, whichever way they were spelt.
+    """The arguments of a call by name, whether they were positional or keywords.
 
     Args:
         names: positional order, separated by blanks.
-        defaults: values of those that may be left out.
+        defaults: values of optional arguments.
     """
     order = names.split()
     given = dict(zip(order, op.args, strict=False))
@@ -313,7 +339,7 @@ def arguments(op: Op, names: str, **defaults: Any) -> dict[str, Any]:
 
 
 def batch_norm_arguments(op: Op) -> dict[str, Any]:
-    """Those of `F.batch_norm`."""
+    """The arguments of an `F.batch_norm` call."""
     names = "input running_mean running_var weight bias training momentum eps"
     return arguments(op, names, training=False, momentum=0.1, eps=1e-5)
 
@@ -333,14 +359,14 @@ def need_nchw(op: Op, maps: Maps, value: int) -> None:
 
 
 def each_window(op: Op, maps: Maps, value: int) -> Local | None:
-    """An op on images that are windows of a larger one, (N * windows, C, h, w): it does the same to each of them."""
+    """A local op on images that are windows of a larger one, (N * windows, C, h, w); None for other inputs."""
     if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
         return None
     return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
 
 
 def out_of_place(op: Op) -> Callable[..., Any]:
-    """The op's function without its in-place effect, with the result's dtype kept as in-place calls keep it."""
+    """The op's function without its in-place effect; the result has the dtype of the first argument, as in place."""
     if op.kwargs.get("out") is not None:
         raise Refusal(f"'{op.name}' writes to out=; drop that argument")
     name = ASSIGNMENTS.get(op.name)
@@ -352,7 +378,7 @@ def out_of_place(op: Op) -> Callable[..., Any]:
             raise Refusal(f"'{op.name}' has no out-of-place form")
 
         def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if name.startswith("logical_") or name in COMPARISONS:  # in place PyTorch has a gradient, else not
+            if name.startswith("logical_") or name in COMPARISONS:  # only the in-place forms have a gradient
                 return op.func(first.clone(), *args, **kwargs)
             return plain(first, *args, **kwargs).to(first.dtype)
 
@@ -366,7 +392,7 @@ def plain_kwargs(op: Op) -> dict[str, Any]:
 
 
 def replay(op: Op) -> Run:
-    """Run the recorded call on the block as it stands."""
+    """A `run` that applies the recorded call to the block."""
     func, kwargs = out_of_place(op), plain_kwargs(op)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:

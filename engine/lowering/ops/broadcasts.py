@@ -1,10 +1,10 @@
-"""Ops on vectors whose result has a value for each position of the image: maps again, made block by block.
+"""Rules of ops on vectors whose result has a value for each image position: maps that are made block by block.
 
     interpolate   (N, C, 6, 6) -> (N, C, H, W)                 pyramid pooling
     expand        (N, C, H, 1) -> (N, C, H, W)                 strip pooling
     a + b, a @ b  (N, C, H, 1), (N, C, 1, W) -> (N, C, H, W)   coordinate attention
 
-What they read is resident (promote.py). Of other vectors of the image's size nothing is assumed: they are there whole.
+Their inputs are resident (promote.py). Other vectors of the image's size are computed whole.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _resampled(op: Op, maps: Maps) -> list[Node] | None:
     value = op.inputs[0]
     if len(maps.shape(value)) != 4:
         return None
-    nodes, there = resident(maps, value, (2, 3))
+    nodes, resident_value = resident(maps, value, (2, 3))
     rule = find_rule(op.name)
     assert rule is not None
-    made = rule(renamed(op, {value: there}), maps)
+    made = rule(renamed(op, {value: resident_value}), maps)
     return [*nodes, made] if isinstance(made, Local) else None
 
 
@@ -62,8 +62,8 @@ def _repeated(op: Op, maps: Maps) -> list[Node] | None:
     value, output = op.inputs[0], op.outputs[0]
     own, full = tuple(maps.shape(value)), tuple(maps.shape(output))
     own = (1,) * (4 - len(own)) + own
-    kept = (*own[:2], *full[2:]) if op.name in ("repeat", "tile") else full
-    if kept != full or any(size not in (1, whole) for size, whole in zip(own, full, strict=True)):
+    target = (*own[:2], *full[2:]) if op.name in ("repeat", "tile") else full
+    if target != full or any(size not in (1, whole) for size, whole in zip(own, full, strict=True)):
         return None
     nodes, _ = spread_strip(op, maps, value, own, (2, 3), (full[2], full[3]), output)
     return nodes
@@ -85,7 +85,7 @@ def _broadcast(op: Op, maps: Maps) -> list[Node] | None:
 
 
 def _product(op: Op, maps: Maps) -> list[Node] | None:
-    """An outer product: a column of rows by a row of columns."""
+    """An outer product, (N, C, H, 1) @ (N, C, 1, W)."""
     left, right = op.inputs if len(op.inputs) == 2 else (op.inputs[0],) * 2
     if maps.shape(left)[-1] != 1 or len(maps.shape(left)) != 4 or len(maps.shape(right)) != 4:
         return None

@@ -1,7 +1,7 @@
-"""Circular padding: the last rows stand before the first, and the first after the last; likewise columns.
+"""Circular padding: the last rows come before the first, and the first after the last; likewise for columns.
 
-The rows and columns at the ends of the map are taken out as vectors, so that what follows waits for them as it waits
-for any reduction; all else is read through a window.
+The rows and columns at the ends of the map become vectors, so later ops wait for them as for any reduction. Everything
+else is read through a window.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int])
         (r0, r1), (c0, c1) = block.rows, block.cols
         inner = slice(max(r0 - top, 0), min(r1 - top, height))
         x = env[value]
-        # Rows that the map has are lengthened first; those beyond its ends go across all columns.
+        # Rows of the map are extended first; rows beyond its ends cover all columns.
         if inner.start < inner.stop:
             parts = [
                 _columns(env, before, w, c0, min(c1, left)).narrow(h, inner.start, inner.stop - inner.start)
@@ -62,7 +62,7 @@ def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int])
 
 
 def _strip(op: Op, maps: Maps, value: int, dim: int, start: int, length: int) -> tuple[list[Node], int]:
-    """Some rows or columns of a map, as a map and then as a vector."""
+    """The nodes that copy some rows or columns of a map into a vector, and that vector."""
     shape = list(maps.shape(value))
     shape[dim] = length
     cropped, strip = maps.new_value(shape, like=value), maps.new_value(shape, like=value)
@@ -70,7 +70,7 @@ def _strip(op: Op, maps: Maps, value: int, dim: int, start: int, length: int) ->
     reads = [*maps.pointwise(value)]
     reads[axes.index(dim)] = Window(maps.shape(value)[dim], length, pad=-start)
     crop = Op(op.func, "crop", (), {}, (value,), (cropped,), (), op.module)
-    # `clone`, because a block that is a view would keep the whole tile's.
+    # `clone`, because a view would retain the memory of the whole tile.
     local = Local(crop, {value: (reads[0], reads[1])}, (axes,), lambda env, _block: (env[value].clone(),))
     return [local, Whole(Op(torch.clone, "clone", (Ref(cropped),), {}, (cropped,), (strip,), (), op.module))], strip
 
@@ -81,5 +81,5 @@ def _columns(env: Env, strip: int | None, dim: int, start: int, end: int) -> Ten
 
 
 def _joined(parts: list[Tensor | None], dim: int) -> Tensor:
-    there = [part for part in parts if part is not None]
-    return there[0] if len(there) == 1 else torch.cat(there, dim)
+    present = [part for part in parts if part is not None]
+    return present[0] if len(present) == 1 else torch.cat(present, dim)

@@ -1,11 +1,11 @@
 """Rules of contractions that name their dimensions: einsum, tensordot, mm; and conv1d.
 
-Every dimension of every operand has a label. Where the labels of the image axes go decides what the contraction is:
+Every dimension of every operand has a label. The labels of the image axes decide how a contraction is computed:
 
-    nchw,oc->nohw     they stay: per pixel, a 1x1 convolution
-    nchw,ndhw->ncd    both are summed: a sum over tiles (Gram matrices, class activation, attention pooling); what
-                      does not depend on the position is multiplied after it
-    nchw,vw->nchv     one is summed, or they meet positions of another map: the whole map
+    nchw,oc->nohw     both are in the result: per pixel, a 1x1 convolution
+    nchw,ndhw->ncd    both are summed: a sum over tiles (Gram matrices, class activation, attention pooling); factors
+                      that do not depend on the position are multiplied afterwards
+    nchw,vw->nchv     one is summed, or they meet positions of another map: needs the whole map
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def einsum(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 def labels(equation: str, ranks: Sequence[int]) -> tuple[list[Term], Term]:
-    """The labels of the operands and of the result; those of an ellipsis are numbers, counted from after."""
+    """The labels of the operands and of the result; those of an ellipsis are numbers, counted from the last one."""
     left, arrow, right = equation.replace(" ", "").replace("...", ".").partition("->")
     terms: list[Term] = []
     for term, rank in zip(left.split(","), ranks, strict=True):
@@ -55,22 +55,22 @@ def tensordot(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     given = arguments(op, "a b dims out", dims=2)
     values, dims = [given["a"].value, given["b"].value], given["dims"]
     if given["out"] is not None:
-        raise Refusal("'tensordot' writes to out=; drop that argument")
+        raise Refusal("'tensordot' cannot write to out=; drop that argument")
     ranks = [len(maps.shape(v)) for v in values]
     if isinstance(dims, int):
         dims = list(range(ranks[0] - dims, ranks[0])), list(range(dims))
     pairs = zip(*([dims[i]] if isinstance(dims[i], int) else dims[i] for i in (0, 1)), strict=True)
     terms = [[f"{side}{d}" for d in range(rank)] for side, rank in zip("ab", ranks, strict=True)]
-    gone = set()
+    contracted = set()
     for a, b in pairs:
-        gone.add(terms[0][a])
+        contracted.add(terms[0][a])
         terms[1][b] = terms[0][a]
-    return contraction(op, maps, values, terms, [x for term in terms for x in term if x not in gone])
+    return contraction(op, maps, values, terms, [x for term in terms for x in term if x not in contracted])
 
 
 @rule("mm", "spmm", "mv")
 def mm(op: Op, maps: Maps) -> Local | Whole | list[Node]:
-    """`torch.mm` goes by the name of `torch.spmm`, which is the same function."""
+    """Dynamo records `torch.mm` as `torch.spmm`, which is the same function."""
     values = [arg.value for arg in (*op.args, *op.kwargs.values())][:2]
     right = ["k"] if op.name == "mv" else ["k", "j"]
     return contraction(op, maps, values, [["i", "k"], right], ["i", *right[1:]])
@@ -78,20 +78,20 @@ def mm(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 @rule("addmm")
 def addmm(op: Op, maps: Maps) -> Local:
-    """A matrix for each position and a bias, where positions are rows."""
+    """A product with one matrix for all positions, plus a bias, where positions are rows."""
     left = arguments(op, "input mat1 mat2")["mat1"].value
     if maps.inputs(op) != [left] or maps.axes[left] != (0, 0) or maps.shape(op.args[0].value)[:-1] not in ((), (1,)):
-        raise Refusal("'addmm' contracts positions of the image; use a product and a sum")
+        raise Refusal("'addmm' cannot contract positions of the image; use a product and a sum")
     return Local(op, {left: maps.pointwise(left)}, ((0, 0),), replay(op))
 
 
 def contraction(
     op: Op, maps: Maps, values: Sequence[int], terms: Sequence[Term], output: Term
 ) -> Local | Whole | list[Node]:
-    """A sum of products, of all labels that are not in the output.
+    """A sum of products over all labels that are not in the output.
 
     Args:
-        values: the operands.
+        values: value numbers of the operands.
         terms: their labels.
         output: the labels of the result.
     """
@@ -99,7 +99,7 @@ def contraction(
     found = {tuple(terms[i][axis] for axis in maps.axes[v]) for i, v in enumerate(values) if v in maps}
     extents = {maps.extent(v) for v in values if v in maps}
     if len(found) > 1:
-        return _asked(op, maps, values, terms, output)
+        return _with_whole_operands(op, maps, values, terms, output)
     image = found.pop()
     if len(extents) > 1 or any(term.count(x) > 1 for term in terms for x in image):
         return Whole(op)
@@ -115,7 +115,7 @@ def contraction(
         own = replace(op, args=(), kwargs={}, inputs=(value, first))
         own, made = promoted(own, maps, axes, len(terms[i]), among=(value,))
         values[i], nodes = own.inputs[0], [*nodes, *made]
-        if not made:  # of size one: it is spread over the image
+        if not made:  # of size one: it is broadcast over the image
             keep = [d for d, x in enumerate(terms[i]) if x not in image]
             values[i] = maps.new_value([maps.shape(value)[d - len(terms[i])] for d in keep], like=value)
             nodes.append(_squeezed(value, values[i], maps))
@@ -127,8 +127,8 @@ def contraction(
     return [*nodes, *_summed(op, maps, values, terms, output, image)]
 
 
-def _asked(op: Op, maps: Maps, values: list[int], terms: list[Term], output: Term) -> Whole | list[Node]:
-    """The operand whose positions stay goes by tile; of those that its positions ask, all positions are there."""
+def _with_whole_operands(op: Op, maps: Maps, values: list[int], terms: list[Term], output: Term) -> Whole | list[Node]:
+    """The operand whose positions remain in the result is computed by tile; the others are read whole."""
     of_maps = [i for i, v in enumerate(values) if v in maps]
     image = {i: {terms[i][axis] for axis in maps.axes[values[i]]} for i in of_maps}
     stays = next((i for i in of_maps if image[i] <= set(output)), None)
@@ -169,21 +169,21 @@ def _per_pixel(
 def _summed(
     op: Op, maps: Maps, values: Sequence[int], terms: Sequence[Term], output: Term, image: tuple[str, ...]
 ) -> list[Node]:
-    """The maps' part, with all labels that are still wanted, as a sum over tiles; the others' part as a vector."""
+    """The maps' part, with all labels that are still needed, as a sum over tiles; the other factors in a vector op."""
     of_maps = [i for i, v in enumerate(values) if v in maps]
     rest = [i for i, v in enumerate(values) if v not in maps]
     wanted = {*output, *(x for i in rest for x in terms[i])}
     inner = [[x for x in terms[i] if x not in image] for i in of_maps]
-    kept = list(dict.fromkeys(x for term in inner for x in term if x in wanted))
+    labels_of_sum = list(dict.fromkeys(x for term in inner for x in term if x in wanted))
     sizes = [[maps.shape(values[i])[d] for d, x in enumerate(terms[i]) if x not in image] for i in of_maps]
     joined, pair = _joined(op, maps, [values[i] for i in of_maps], [terms[i] for i in of_maps], image)
     info = maps.program.values[op.outputs[0]]
-    length = dict.fromkeys(kept, 1)
+    length = dict.fromkeys(labels_of_sum, 1)
     for term, size in zip(inner, sizes, strict=True):
         length |= {x: max(length[x], n) for x, n in zip(term, size, strict=True) if x in length}
     own = torch.promote_types(info.dtype, torch.float32)
-    total = maps.new_value([length[x] for x in kept], own, like=op.outputs[0])
-    product = _equation([[*term, "position"] for term in inner], kept)
+    total = maps.new_value([length[x] for x in labels_of_sum], own, like=op.outputs[0])
+    product = _equation([[*term, "position"] for term in inner], labels_of_sum)
     counts = [torch.Size(size).numel() for size in sizes]
 
     def form(block: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _summed(
         with torch.autocast(block.device.type, enabled=False):
             return torch.einsum(product, *parts)
 
-    behind = _equation([kept, *(terms[i] for i in rest)], output)
+    behind = _equation([labels_of_sum, *(terms[i] for i in rest)], output)
     vectors = [values[i] for i in rest]
 
     def finish(env: Env) -> tuple[Tensor, ...]:
@@ -205,7 +205,7 @@ def _summed(
 def _joined(
     op: Op, maps: Maps, values: Sequence[int], terms: Sequence[Term], image: tuple[str, ...]
 ) -> tuple[Local, int]:
-    """One map of all channels of several: (channels, height, width), or (channels, positions)."""
+    """A map with the channels of several maps: (channels, height, width), or (channels, positions)."""
     places = list(dict.fromkeys(image))
     orders = [[d for d, x in enumerate(t) if x not in image] + [t.index(x) for x in places] for t in terms]
     ends = [maps.shape(values[0])[terms[0].index(x)] for x in places]
@@ -231,9 +231,9 @@ def conv1d(op: Op, maps: Maps) -> Local:
     given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0)
     value, weight = given["input"].value, given["weight"].value
     if maps.inputs(op) != [value]:
-        raise Refusal("'conv1d' takes its weights from the image")
+        raise Refusal("'conv1d' cannot use weights that depend on the image")
     behind = {axis - len(maps.shape(value)) for axis in maps.axes[value]}
     plain = given["padding"] in ("same", "valid", 0, (0,), [0]) and given["stride"] in (1, (1,), [1])
     if -2 in behind or (-1 in behind and not (plain and maps.shape(weight)[-1] == 1)):
-        raise Refusal("'conv1d' goes along positions of the image; use conv2d on the map with both image axes")
+        raise Refusal("'conv1d' cannot run along positions of the image; use conv2d on the map with both image axes")
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))

@@ -1,17 +1,17 @@
 """Custom `autograd.Function`s of one map that compute each position by itself, forward and backward.
 
-Besides the map they may take plain values, and tensors without image axes: the strength of a gradient reversal, or the
-weight and bias of a norm over the channels, whose gradients are sums over the image.
+In addition to the map they may take plain values and tensors without image axes: the strength of a gradient reversal,
+or the weight and bias of a norm over the channels. The gradients of such tensors are sums over the image.
 
-Both are recorded once, on tensors without values, as lists of PyTorch's own ops:
+Forward and backward are recorded once, on meta tensors, as lists of PyTorch's own ops:
 
     y  = f(x, w) = op_n(... op_1(x, w))      each op pointwise, or a sum, mean or maximum over no image axis
-    dx = b(x, w, y, saved, dy)               likewise, whatever the function says that its gradient is
-    dw = sum over the image of such a b      so that those of the tiles add up
+    dx = b(x, w, y, saved, dy)               likewise, with the gradient that the function defines
+    dw = sum over the image of a similar b   so that the sums of the tiles add up
 
-What an op writes to (`grad[x < 0] = 0`) has to be the function's own; the lists write to a copy of it.
+An op may write (`grad[x < 0] = 0`) only to a tensor that the function made; the lists write to a copy of it.
 
-A block is computed by these lists: what the function's Python takes from a shape is of the whole map then.
+These lists compute each block, so numbers that the function's Python reads from a shape are those of the whole map.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FOLDS = frozenset(f"aten::{name}" for name in "sum mean amax amin".split())  # 
 
 @dataclass(frozen=True)
 class _Form:
-    """What a tensor of a function is.
+    """Properties of a tensor inside a function.
 
     Attributes:
-        axes: its image axes, counted from its last dimension (-1); those of a vector are none.
-        summed: whether values of several positions have been added up, so that a tile has its part of the sum.
+        axes: its image axes, counted from its last dimension (-1); empty for a vector.
+        summed: whether values of several positions have been added up, so that each tile has a part of the sum.
     """
 
     axes: tuple[int, ...] = ()
@@ -48,30 +48,30 @@ class _Form:
 
 
 @dataclass(frozen=True)
-class _Place:  # no tuple: those are looked into
-    """Where a recorded call takes a tensor from."""
+class _Slot:  # not a tuple: `tree_map` would descend into it
+    """Reference to the tensor that a recorded call reads."""
 
     number: int
 
-    def find(self, there: dict[int, Tensor]) -> Tensor:
-        return there[self.number]
+    def find(self, tensors: dict[int, Tensor]) -> Tensor:
+        return tensors[self.number]
 
 
 @dataclass(frozen=True)
 class _Number:
-    """A tensor of one number that PyTorch makes of Python's, as of the 0 in `grad[x < 0] = 0`."""
+    """A tensor that PyTorch makes from a Python number, such as the 0 in `grad[x < 0] = 0`."""
 
     value: float | bool
     dtype: torch.dtype
 
-    def find(self, there: dict[int, Tensor]) -> Tensor:
-        device = next(iter(there.values())).device
+    def find(self, tensors: dict[int, Tensor]) -> Tensor:
+        device = next(iter(tensors.values())).device
         return torch.full((), self.value, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
 class _OnCopy:
-    """An op that writes to its first tensor, done to a copy of it."""
+    """An op that writes to its first tensor, applied to a copy of it."""
 
     func: Callable[..., Tensor]
 
@@ -87,69 +87,70 @@ class _Call(NamedTuple):
 
 
 class _Recording(TorchDispatchMode):
-    """The calls of a function, as long as they take each position by itself; raises `Refusal` at any other.
+    """Records the calls of a function; raises `Refusal` at a call that does not compute each position by itself.
 
     Attributes:
-        calls: those made so far.
-        forms: of the numbers that have been given.
+        calls: the calls so far.
+        alive: all tensors seen, so that no memory is reused.
+        forms: by tensor number.
         others: the memory that no call may write to.
         sums: whether values of several positions may be added up.
     """
 
     def __init__(self, *known: tuple[Tensor, _Form]):
         super().__init__()
-        self.calls, self.kept, self.forms, self.sums = list[_Call](), list[Tensor](), list[_Form](), False
-        self.places: dict[Any, _Place | _Number] = {}
+        self.calls, self.alive, self.forms, self.sums = list[_Call](), list[Tensor](), list[_Form](), False
+        self.slots: dict[Any, _Slot | _Number] = {}
         for tensor, form in known:
             self.know(tensor, form)
-        self.others = {_memory(tensor) for tensor in self.kept}
+        self.others = {_memory(tensor) for tensor in self.alive}
 
     def know(self, tensor: Tensor, form: _Form) -> int:
-        self.kept.append(tensor)  # or its memory would be another's
-        self.places[_view(tensor)] = _Place(len(self.forms))
+        self.alive.append(tensor)
+        self.slots[_view(tensor)] = _Slot(len(self.forms))
         self.forms.append(form)
         return len(self.forms) - 1
 
     def number(self, tensor: Tensor) -> int:
-        """Of a tensor that a recorded call has made."""
-        place = self.places.get(_view(tensor))
-        if not isinstance(place, _Place):
-            raise Refusal("a custom function with a tensor of its own")
-        return place.number
+        """The number of a tensor that a recorded call has made."""
+        slot = self.slots.get(_view(tensor))
+        if not isinstance(slot, _Slot):
+            raise Refusal("a custom function uses a tensor that is not among its inputs; pass it as an argument")
+        return slot.number
 
     def form(self, tensor: Tensor) -> _Form:
-        place = self.places[_view(tensor)]
-        return self.forms[place.number] if isinstance(place, _Place) else _Form()
+        slot = self.slots[_view(tensor)]
+        return self.forms[slot.number] if isinstance(slot, _Slot) else _Form()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name, kwargs = func._schema.name, kwargs or {}
         if name == "aten::scalar_tensor":
-            self.kept.append(result)
-            self.places[_view(result)] = _Number(args[0], result.dtype)
+            self.alive.append(result)
+            self.slots[_view(result)] = _Number(args[0], result.dtype)
             return result
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not isinstance(result, Tensor) or kwargs.get("device") is not None:  # the recording's
             raise Refusal(f"'{name}' in a custom function")
-        if not all(_view(t) in self.places for t in given):
-            raise Refusal("a custom function with a tensor of its own")
-        swap = tree_map_only(Tensor, lambda t: self.places[_view(t)], (args, kwargs))
+        if not all(_view(t) in self.slots for t in given):
+            raise Refusal("a custom function uses a tensor that is not among its inputs; pass it as an argument")
+        swap = tree_map_only(Tensor, lambda t: self.slots[_view(t)], (args, kwargs))
         if func._schema.is_mutable:
             form = self.form(args[0])
             if self._of_each(func, args, given, result) != form or form.summed:
                 raise Refusal(f"'{name}' in a custom function")
             if _memory(args[0]) in self.others:
-                raise Refusal("a custom function that writes to what it is given")
-            for view in [view for view in self.places if view[0] == _memory(result)]:
-                del self.places[view]  # they have what was written, their numbers have not
+                raise Refusal("a custom function writes to its input")
+            for view in [view for view in self.slots if view[0] == _memory(result)]:
+                del self.slots[view]  # these views see the write, their numbers do not
             self.calls.append(_Call(_OnCopy(func), swap[0], swap[1], self.know(result, form)))
-        elif _view(result) not in self.places:  # a detached tensor is the same one
+        elif _view(result) not in self.slots:  # a detached tensor has the number of its base
             form = self._of_each(func, args, given, result)
             self.calls.append(_Call(func, swap[0], swap[1], self.know(result, form)))
         return result
 
     def _of_each(self, func: Any, args: Sequence[Any], given: Sequence[Tensor], result: Tensor) -> _Form:
-        """The form of the result of a call that takes each position by itself."""
+        """The form of the result of a call that computes each position by itself; other calls raise `Refusal`."""
         name, forms = func._schema.name, [self.form(t) for t in given]
         refusal = Refusal(f"'{name}' in a custom function")
         axes = next((form.axes for form in forms if form.axes), ())
@@ -159,7 +160,7 @@ class _Recording(TorchDispatchMode):
             return self._folded(name, forms[0], given[0], result, args)
         if name in _VIEWS and not axes:
             return forms[0]
-        if name == "aten::index_put_":  # by a mask; positions of another kind are no arithmetic on each element
+        if name == "aten::index_put_":  # by a mask; other indices are not elementwise
             fits = len(given) == 3 and given[1].dtype == torch.bool and given[1].shape == given[0].shape
             if not fits or given[2].shape != ():
                 raise refusal
@@ -170,7 +171,7 @@ class _Recording(TorchDispatchMode):
             raise refusal
         for tensor, form in zip(given, forms, strict=True):
             own = [a for a in axes if tensor.dim() >= -a and tensor.shape[a] > 1]
-            if form.axes != axes and (form.axes or own):  # maps turned over, a value for each row
+            if form.axes != axes and (form.axes or own):  # transposed maps, or one value per row
                 raise refusal
         return _Form(axes)
 
@@ -189,7 +190,7 @@ class _Recording(TorchDispatchMode):
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
-    """Which elements of which memory; a detached tensor has those of the one that it is of."""
+    """Key of the elements of a tensor in memory; a detached tensor has the key of its base."""
     return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -197,17 +198,20 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _run(calls: Sequence[_Call], there: dict[int, Tensor]) -> dict[int, Tensor]:
+def _run(calls: Sequence[_Call], tensors: dict[int, Tensor]) -> dict[int, Tensor]:
     for call in calls:
-        args, kwargs = tree_map_only((_Place, _Number), lambda p: p.find(there), (call.args, call.kwargs))
-        there[call.output] = call.func(*args, **kwargs)
-    return there
+        args, kwargs = tree_map_only((_Slot, _Number), lambda p: p.find(tensors), (call.args, call.kwargs))
+        tensors[call.output] = call.func(*args, **kwargs)
+    return tensors
 
 
 class _Both(NamedTuple):
-    """The two lists, and which number is what: `saved` are of the forward and read by the backward.
+    """The two lists of calls and the tensor numbers at their ends.
 
-    `results` has the gradient of each tensor given, None where it has none.
+    Attributes:
+        saved: tensors of the forward that the backward reads.
+        grad: the gradient of the output.
+        results: the gradient of each input; None where it has none.
     """
 
     forward: list[_Call]
@@ -219,20 +223,20 @@ class _Both(NamedTuple):
 
 
 class _Recorded(torch.autograd.Function):
-    """y = f(x, vectors) and its gradients, by the lists."""
+    """y = f(x, vectors) and its gradients, computed by the lists."""
 
     @staticmethod
     def forward(ctx: Any, both: _Both, *given: Tensor) -> Tensor:
-        there = _run(both.forward, dict(enumerate(given)))
+        tensors = _run(both.forward, dict(enumerate(given)))
         ctx.both = both
-        ctx.save_for_backward(*(there[n] for n in both.saved))
-        return there[both.output]
+        ctx.save_for_backward(*(tensors[n] for n in both.saved))
+        return tensors[both.output]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         both: _Both = ctx.both
-        there = dict(zip(both.saved, ctx.saved_tensors, strict=True))
-        found = _run(both.backward, {**there, both.grad: grads[0]})
+        tensors = dict(zip(both.saved, ctx.saved_tensors, strict=True))
+        found = _run(both.backward, {**tensors, both.grad: grads[0]})
         return None, *(None if number is None else found[number] for number in both.results)
 
 
@@ -240,7 +244,7 @@ class _Recorded(torch.autograd.Function):
 def custom(op: Op, maps: Maps) -> Local:
     refusal = Refusal(f"no exact tile-by-tile rule for '{op.name}' on the image; replace it or report it")
     value = next(v for v in op.inputs if v in maps)
-    inputs = (value, *(v for v in op.inputs if v != value))  # what Dynamo hands over may come in another order
+    inputs = (value, *(v for v in op.inputs if v != value))  # Dynamo may order them differently
     info = maps.program.values[value]
     plain = all(isinstance(leaf, int | float | str | Ref | None) for leaf in tree_leaves((op.args, op.kwargs)))
     single = all(v not in maps for v in inputs[1:])
@@ -250,7 +254,7 @@ def custom(op: Op, maps: Maps) -> Local:
     try:
         with torch.inference_mode(False):  # its tensors have no gradients
             both, found = _recorded(op, inputs, maps, axes)
-    except Exception:  # whatever it raises on tensors without values
+    except Exception:  # whatever it raises on meta tensors
         raise refusal from None
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
@@ -260,7 +264,7 @@ def custom(op: Op, maps: Maps) -> Local:
 
 
 def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) -> tuple[_Both, Axes]:
-    """The lists of a call, and the image axes of its result; the first of the inputs is the map."""
+    """The lists of a call, and the image axes of its result; the first input is the map."""
     values = [maps.program.values[v] for v in inputs]
     given = [torch.empty(value.shape, dtype=value.dtype, device="meta") for value in values]
     x, *vectors = given
@@ -279,22 +283,22 @@ def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) 
         with _disable_current_modes():
             dy = torch.empty(y.shape, dtype=y.dtype, device="meta")
         grad = seen.know(dy, form)
-        seen.others = {_memory(tensor) for tensor in seen.kept}
+        seen.others = {_memory(tensor) for tensor in seen.alive}
         grads = torch.autograd.grad(y, wanting, dy, allow_unused=True)
         backward = seen.calls
         for t, d in zip(wanting, grads, strict=True):
             fits = d is not None and seen.form(d) == (_Form(axes) if t is x else _Form(summed=True))
             if (d is not None or t is x) and (not fits or d.dtype != t.dtype):
-                raise Refusal("a gradient of another kind")
+                raise Refusal("a gradient has another form or dtype than its tensor")
         numbers = {id(t): None if d is None else seen.number(d) for t, d in zip(wanting, grads, strict=True)}
     if not form.axes:
         raise Refusal("another result")
-    asked = {p.number for call in backward for p in tree_leaves((call.args, call.kwargs), _is_place) if _is_place(p)}
+    asked = {p.number for call in backward for p in tree_leaves((call.args, call.kwargs), _is_slot) if _is_slot(p)}
     results = [numbers.get(id(t)) for t in given]
     saved = sorted(n for n in {*asked, *results} if n is not None and n < made)
     h, w = form.axes
     return _Both(forward, output, saved, backward, grad, results), (y.dim() + h, y.dim() + w)
 
 
-def _is_place(leaf: Any) -> bool:
-    return isinstance(leaf, _Place)
+def _is_slot(leaf: Any) -> bool:
+    return isinstance(leaf, _Slot)

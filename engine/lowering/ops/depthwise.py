@@ -2,8 +2,7 @@
 
     y[n, c, i, j] = bias[c] + sum over a, b of w[c, 0, a, b] x[n, c, i s + a d, j s + b d]
 
-PyTorch has no kernel for them there: it convolves channel after channel, at some microseconds for each, however small
-the tile is.
+PyTorch has no such kernel: it convolves channel after channel, which takes some microseconds each even on small tiles.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LARGEST = 32 * 32  # output pixels; beyond it the channels' own work outweighs their number
+_LARGEST = 32 * 32  # pixels; on larger maps the work per channel outweighs the overhead per channel
 
 Pair = tuple[int, int]
 
@@ -23,14 +22,15 @@ Pair = tuple[int, int]
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> Tensor:
-    """`F.conv2d` of numbers: as sums of shifted maps where that is faster.
+    """`F.conv2d`, computed as sums of shifted maps where that is faster.
 
     Args:
         x: (N, C, H, W).
         weight: (C, 1, k, l) for `groups` equal to C.
+        stride, padding, dilation: of rows and columns.
     """
-    alone = groups == x.shape[1] == weight.shape[0] > 1 and x.device.type == "cpu" and x.dim() == 4
-    if not (alone and x.dtype == weight.dtype == torch.float64 and x.shape[2] * x.shape[3] <= _LARGEST):
+    depthwise = groups == x.shape[1] == weight.shape[0] > 1 and x.device.type == "cpu" and x.dim() == 4
+    if not (depthwise and x.dtype == weight.dtype == torch.float64 and x.shape[2] * x.shape[3] <= _LARGEST):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if padding != (0, 0):
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -39,7 +39,7 @@ def conv2d(
 
 
 def _taps(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Iterator[tuple[int, int, Tensor]]:
-    """For each weight of a kernel the pixels that it is multiplied with, a view of (N, C, height, width)."""
+    """For each kernel position (a, b), the pixels that its weight multiplies: a view (N, C, height, width)."""
     height, width = (
         (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
     )
@@ -54,9 +54,9 @@ class _Shifted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Pair, dilation: Pair) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.place = (weight.shape[2], weight.shape[3]), stride, dilation
+        ctx.geometry = (weight.shape[2], weight.shape[3]), stride, dilation
         y: Tensor | None = None
-        for a, b, part in _taps(x, *ctx.place):
+        for a, b, part in _taps(x, *ctx.geometry):
             w = weight[:, 0, a, b, None, None]
             y = part * w if y is None else y.addcmul_(part, w)
         assert y is not None
@@ -70,9 +70,9 @@ class _Shifted(torch.autograd.Function):
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if dx is not None:
-            for a, b, part in _taps(dx, *ctx.place):
+            for a, b, part in _taps(dx, *ctx.geometry):
                 part.addcmul_(dy, weight[:, 0, a, b, None, None])
         if dw is not None:
-            for a, b, part in _taps(x, *ctx.place):
+            for a, b, part in _taps(x, *ctx.geometry):
                 dw[:, 0, a, b] = (dy * part).sum((0, 2, 3))
         return dx, dw, None, None

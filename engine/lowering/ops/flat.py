@@ -1,8 +1,8 @@
 """Maps whose image axes a reshape has flattened into one: tokens (N, H*W, C), heads (N, heads, c, H*W), (N*H*W, C).
 
-To the rules such a map has one image axis, twice in `Maps.axes`, and the shape that the recorded call sees. The scan
-knows nothing of it: `unflatten` gives every flattened map both axes again, and lets each op see its blocks flattened.
-Within a block pixels are then in another order than in the whole map, which no op per pixel and no sum can notice.
+For rules, a flattened map has one image axis, listed twice in `Maps.axes`, and the shape of the recorded call. The scan
+does not see flattened maps: `unflatten` gives them both axes again and flattens the blocks that each op reads. The
+pixels of a block are then in another order than in the whole map, which changes no per-pixel op and no sum.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from .promote import renamed
 
 
 def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
-    """The nodes with flattened maps given both image axes."""
+    """The nodes with both image axes restored in flattened maps."""
     if not maps.flat:
         return list(nodes)
-    place = {value: _Place(maps.axes[value][0], flat) for value, flat in maps.flat.items()}
+    flat_axes = {value: _FlatAxis(maps.axes[value][0], flat) for value, flat in maps.flat.items()}
     result: list[Node | Op] = []
     for node in nodes:
         if isinstance(node, Local):
-            result.append(_local(node, place))
-        elif isinstance(node, Reduction) and node.value in place:
-            result.extend(_reduction(maps, node, place[node.value]))
-        elif isinstance(node, Whole) and not place.keys().isdisjoint(node.op.inputs):
-            names = {v: _flattened(maps, v, place[v], result) for v in node.op.inputs if v in place}
+            result.append(_local(node, flat_axes))
+        elif isinstance(node, Reduction) and node.value in flat_axes:
+            result.extend(_reduction(maps, node, flat_axes[node.value]))
+        elif isinstance(node, Whole) and not flat_axes.keys().isdisjoint(node.op.inputs):
+            names = {v: _flattened(maps, v, flat_axes[v], result) for v in node.op.inputs if v in flat_axes}
             result.append(Whole(renamed(node.op, names)))
         else:
             result.append(node)
     for value in dict.fromkeys(maps.program.results()):
-        if value in place:
-            maps.program.stands_in[value] = _flattened(maps, value, place[value], result)
-    for value, where in place.items():
+        if value in flat_axes:
+            maps.program.stands_in[value] = _flattened(maps, value, flat_axes[value], result)
+    for value, where in flat_axes.items():
         info = maps.program.values[value]
         sizes = where.flat.sizes(where.flat.height, where.flat.width)
         info.shape = torch.Size([*info.shape[: where.axis], *sizes, *info.shape[where.axis + 1 :]])
@@ -48,8 +48,8 @@ def unflatten(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Which dimension of a flattened map is to become several, and which."""
+class _FlatAxis:
+    """The flattened dimension of a map, and the dimensions that it is made of."""
 
     axis: int
     flat: Flat
@@ -67,10 +67,10 @@ class _Place:
         return x.flatten(self.axis, self.axis + self.count - 1)
 
 
-def _local(local: Local, place: dict[int, _Place]) -> Local:
-    """A local op that is given flattened blocks, and whose results get both axes."""
-    inputs = {v: place[v] for v in local.reads if v in place}
-    outputs = [place.get(v) for v in local.op.outputs]
+def _local(local: Local, flat_axes: dict[int, _FlatAxis]) -> Local:
+    """A local op that flattens the blocks it reads and restores both axes of its results."""
+    inputs = {v: flat_axes[v] for v in local.reads if v in flat_axes}
+    outputs = [flat_axes.get(v) for v in local.op.outputs]
     if not inputs and all(where is None for where in outputs):
         return local
     plain: Run = local.run
@@ -82,12 +82,12 @@ def _local(local: Local, place: dict[int, _Place]) -> Local:
         both = zip(made, outputs, strict=True)
         return tuple(t if where is None else t.unflatten(where.axis, where.flat.sizes(*size)) for t, where in both)
 
-    # Rewrites that know ops by name must not take it for an op on both axes.
+    # Rewrites match ops by name and must not mistake it for an op on both axes.
     return replace(local, op=replace(local.op, name=f"flat_{local.op.name}"), run=run)
 
 
-def _reduction(maps: Maps, reduction: Reduction, where: _Place) -> list[Node]:
-    """A reduction over all that the axis holds, and a vector that leaves one dimension of it where those are kept."""
+def _reduction(maps: Maps, reduction: Reduction, where: _FlatAxis) -> list[Node]:
+    """A reduction over all dimensions of the flattened axis, and a vector op that restores the recorded shape."""
     if reduction.form is not None:
         return [reduction]
     axis, more = where.axis, where.count - 1
@@ -96,17 +96,17 @@ def _reduction(maps: Maps, reduction: Reduction, where: _Place) -> list[Node]:
     if not reduction.keepdim:
         return [replace(reduction, dims=dims)]
     values = maps.program.values
-    kept = []
+    made_values = []
     for value in reduction.outputs:
         shape = values[value].shape
-        kept.append(maps.new_value((*shape[: axis + 1], *(1,) * more, *shape[axis + 1 :]), like=value))
-    made = tuple(kept)
+        made_values.append(maps.new_value((*shape[: axis + 1], *(1,) * more, *shape[axis + 1 :]), like=value))
+    made = tuple(made_values)
     drop = VectorOp(lambda env: tuple(env[v].squeeze(own[1:]) for v in made), made, reduction.outputs)
     return [replace(reduction, dims=dims, outputs=made), drop]
 
 
-def _flattened(maps: Maps, value: int, where: _Place, nodes: list[Node | Op]) -> int:
-    """A small that is the whole map flattened; the op that makes it is added to the nodes."""
+def _flattened(maps: Maps, value: int, where: _FlatAxis, nodes: list[Node | Op]) -> int:
+    """A vector that is the whole map flattened; the op that makes it is appended to the nodes."""
     made = maps.new_value(list(maps.shape(value)), like=value)
     args = (Ref(value), where.axis, where.axis + where.count - 1)
     nodes.append(Whole(Op(torch.flatten, "flatten", args, {}, (value,), (made,), (), "")))

@@ -1,9 +1,9 @@
-"""Windows among the batch that the same positions of another map ask: GCViT's global queries.
+"""Global queries (GCViT): all windows of an image are multiplied by the same positions of another map.
 
     (N*windows, heads, positions, d) @ (N*windows, heads, d, pixels of the window)
 
-The left factor repeats what each image has for each of its windows. It is kept once for each image, as a vector, and
-each tile repeats it for its own windows.
+The left factor repeats the queries of each image for each of its windows. They are stored once per image, as a vector,
+and each tile repeats them for its own windows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .attention import take_whole
 from .base import Block, Env, Local, Maps, Node, Refusal, arguments
 from .promote import renamed
 
-# Of each row alone, where other inputs are the same for all.
+# Ops that compute each row by itself, if their other inputs are the same for all rows.
 _EACH_ROW = {
     "linear",
     "add",
@@ -38,15 +38,15 @@ _EACH_ROW = {
 
 
 def once_for_each_image(op: Op, maps: Maps, queries: int, windows: int) -> tuple[Op, list[Node]]:
-    """The op with `queries`, the same ones for all windows of an image, as a map over the windows.
+    """The op with `queries`, which are the same for all windows of an image, as a map over the windows.
 
     Raises:
-        Refusal: they are others for each window, or windows are not all that the first dimension holds.
+        Refusal: if queries differ between windows, or the first dimension contains more than images and windows.
     """
     flat, rows = maps.flat.get(windows), maps.shape(queries)[0]
     times = _repeated(maps, queries)
     if flat is None or maps.axes[windows] != (0, 0) or flat.behind > 1 or times is None or flat.ahead * times != rows:
-        raise Refusal(f"'{op.name}' of windows with positions of another map")
+        raise Refusal(f"'{op.name}' cannot multiply windows by positions of another map that differ between windows")
     images = flat.ahead
     first = maps.new_value((images, *maps.shape(queries)[1:]), like=queries)
     maps.axes[first] = maps.axes[queries]
@@ -73,7 +73,7 @@ def once_for_each_image(op: Op, maps: Maps, queries: int, windows: int) -> tuple
 
 
 def _repeated(maps: Maps, value: int) -> int | None:
-    """How often each image's part stands in a value, one after the other; None if that is not what has made it."""
+    """How often a value repeats the part of each image; None if no repetition made it."""
     while True:
         maker = next((op for op in maps.program.ops if value in op.outputs), None)
         if maker is None or not maker.inputs:

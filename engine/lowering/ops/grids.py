@@ -1,4 +1,4 @@
-"""Rules of reductions to a grid (../grid.py): adaptive pooling, and reductions over one of the image axes."""
+"""Rules of reductions to a grid of cells: adaptive pooling, and reductions over one of the image axes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .base import RULES, Block, Env, Local, Maps, Node, Reduction, Refusal, Vect
 
 Grid = tuple[Cells, Cells]
 
-# Larger grids are maps of their own: pooled by windows where the sizes divide.
+# Larger grids are maps: pooled by windows if the sizes divide.
 _LARGEST = 32
 
 
 def strip_grid(maps: Maps, value: int, dims: set[int]) -> Grid | None:
-    """The cells of a reduction over one of the image axes; None if it is over both."""
+    """The cells of a reduction over one of the image axes; None for a reduction over both."""
     axes = maps.axes[value]
     if set(axes) <= dims:
         return None
@@ -61,9 +61,9 @@ def adaptive_pool2d(op: Op, maps: Maps) -> Local | Reduction | Whole | list[Node
 
 @rule("adaptive_avg_pool1d")
 def adaptive_avg_pool1d(op: Op, maps: Maps) -> Any:
-    """The mean of all positions, (N, C, L) -> (N, C, 1); finer cuts of flattened positions are no cells."""
+    """The mean of all positions, (N, C, L) -> (N, C, 1); finer cuts of flattened positions are refused."""
     if maps.shape(op.outputs[0])[-1] != 1:
-        raise Refusal("'adaptive_avg_pool1d' to more than one value cuts flattened positions; use adaptive_avg_pool2d")
+        raise Refusal("'adaptive_avg_pool1d' cannot cut flattened positions into cells; use adaptive_avg_pool2d")
     mean = replace(op, func=torch.mean, name="mean", args=(Ref(op.inputs[0]), -1, True), kwargs={})
     return RULES["mean"](mean, maps)
 
@@ -82,7 +82,8 @@ def _windows(op: Op, maps: Maps, value: int, largest: bool) -> Local:
 
 
 def _means(op: Op, maps: Maps, value: int, grid: Grid) -> list[Node]:
-    """Sums over cells, divided by their numbers of pixels."""
+    """Means of cells: sums divided by the number of pixels."""
+
     info = maps.program.values[op.outputs[0]]
     own = torch.promote_types(info.dtype, torch.float32)
     total = maps.new_value(dtype=own, like=op.outputs[0])

@@ -1,4 +1,4 @@
-"""Hooks of tensors, which are given whole gradients: Dynamo's graph has them as calls (`capture.higher_order`)."""
+"""Rule of tensor hooks, which receive whole gradients; Dynamo records them as calls (`capture.higher_order`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from .base import Maps, Refusal, Whole, rule
 
 @rule("tensor_hook")
 def tensor_hook(op: Op, maps: Maps) -> Whole:
-    """The output is the first input, with a node of its own."""
+    """The output is the first input under a new value number."""
+
     (made,), given = op.outputs, op.inputs[0]
     if given in maps and given in maps.flat:
-        raise Refusal("a hook on a flattened map")
+        raise Refusal("a tensor hook on a flattened map is not supported; register it on a map with both image axes")
     return Whole(op, {made: maps.axes[given]} if given in maps else {})

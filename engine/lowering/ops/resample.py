@@ -136,13 +136,13 @@ class _Weights:
     def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
         if self.count <= _FEW:
             total = x.new_zeros(())
-            every = self._constants.kept(span, x, partial(self._places, span))
-            weights = self._constants.kept((span, x.dtype), x, partial(self._shares, span, x.dtype))
+            every = self._constants.cached(span, x, partial(self._places, span))
+            weights = self._constants.cached((span, x.dtype), x, partial(self._shares, span, x.dtype))
             for places, weight in zip(every, weights, strict=True):
                 weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
                 total = total + x.index_select(dim, places).mul_(weight)
             return total
-        matrix = self._constants.kept((span, x.dtype), x, partial(self._matrix, span, x.dtype))
+        matrix = self._constants.cached((span, x.dtype), x, partial(self._matrix, span, x.dtype))
         return matrix @ x if dim == x.dim() - 2 else x @ matrix.T
 
     def _first(self, span: tuple[int, int]) -> Tensor:

@@ -97,7 +97,7 @@ def conv2d(op: Op, maps: Maps) -> Local:
         return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
-    options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "anew": frozenset([value])}
+    options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "fresh_grads": frozenset([value])}
     return Local(op, {value: windows}, ((2, 3),), run, **options)
 
 
@@ -207,7 +207,7 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     if not indexed:
         return Local(op, {value: (rows, cols)}, ((2, 3),), run, fill=-math.inf)
     if kernel == stride and pad == (0, 0) and dilation == (1, 1):
-        maps.places[op.outputs[1]] = kernel, maps.size(value)
+        maps.pool_indices[op.outputs[1]] = kernel, maps.size(value)
     return Local(replace(op, name="indexed_max_pool2d"), {value: (rows, cols)}, ((2, 3),) * 2, run)
 
 
@@ -216,7 +216,7 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
     """Each value goes to the place that a max-pooling without overlaps has found it at; all others are zero."""
     given = arguments(op, "input indices kernel_size stride padding output_size", padding=0)
     value, index = given["input"].value, given["indices"].value
-    known = maps.places.get(index)
+    known = maps.pool_indices.get(index)
     if (
         known != (pair(given["kernel_size"]), tuple(maps.shape(op.outputs[0])[-2:]))
         or known is None
