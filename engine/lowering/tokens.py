@@ -26,7 +26,7 @@ from .ops.base import Maps, arguments
 from .ops.contract import labels
 from .ops.names import ELEMENTWISE
 from .ops.promote import renamed
-from .ops.reshape import place_of
+from .ops.reshape import position_of
 
 _PER_POSITION = frozenset(
     [*ELEMENTWISE, "linear", "layer_norm", "rms_norm", "softmax", "log_softmax", "normalize", "dropout"]
@@ -240,7 +240,7 @@ class Tokens:
         own, before, after = self.joined[value], self.maps.shape(value), self.maps.shape(op.outputs[0])
         if self.maps.program.values[value].dtype != self.maps.program.values[op.outputs[0]].dtype:
             return None
-        place = place_of(before, after, own.axis, 1, [before[own.axis]])
+        place = position_of(before, after, own.axis, 1, [before[own.axis]])
         if place is None:
             return None
         made = []

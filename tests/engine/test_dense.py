@@ -346,7 +346,7 @@ def test_maps_that_cannot_be_written(tmp_path):
 
 def test_flattened_maps_are_refused(tmp_path):
     net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(2)).double()
-    with pytest.raises(UnsupportedError, match="one dimension"):
+    with pytest.raises(UnsupportedError, match="flattened into one"):
         write_map(accelerate(net, tile=16), image(), tmp_path / "map.npy")
 
 

@@ -113,7 +113,7 @@ CASES = {
     **({"python random": (Call(python_dice), r"Random\.random")} if torch.__version__ < "2.14" else {}),
     "numpy random": (Call(numpy_dice), r"data-dependent expression"),
     "assignment to a region": (Call(lambda m, x: x.clone().index_fill_(2, torch.tensor([1]), 0.0)), r"'odd'"),
-    "roll of all": (Call(lambda m, x: x.roll(1) + x), r"'odd'.*without a dimension"),
+    "roll of all": (Call(lambda m, x: x.roll(1) + x), r"'odd'.*needs a dimension"),
     "flip": (Call(lambda m, x: x.flip(3) + x), r"'odd'|the model"),
     "sort": (Call(lambda m, x: x.sort(dim=2)[0]), r"'odd'.*'sort'"),
     "cumsum along rows": (Call(lambda m, x: x.cumsum(2) + x), r"'odd'|the model"),

@@ -401,12 +401,12 @@ class Whole(nn.Module):
     [
         (
             nn.Sequential(nn.Conv2d(2, 4, 4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            "'1' .*live stat",
+            "'1' .*training mode",
         ),
         (Counting(), "buffer 'count'"),
         (Centred(), "depends on the other tiles"),
-        (nn.Conv2d(2, 4, 3), r"not one vector \(2, D\)"),
-        (Whole(), "makes torch.int64 of tiles; let it give floating-point"),
+        (nn.Conv2d(2, 4, 3), r"not vectors \(2, D\)"),
+        (Whole(), "returns torch.int64; it must return floating-point"),
     ],
     ids=["BatchNorm", "a counter", "a norm of its own", "a map", "integers"],
 )
@@ -422,7 +422,7 @@ def test_no_function_of_one_tile_is_refused(module, reason, fast):
     [
         (SIZE, image().float()[:, :1], r" \(2, 1, 16, 16\) .*first convolution takes 2 channels"),
         (SIZE, image(), r".*its parameters are torch.float32: convert the image, image.to\(torch.float32\)"),
-        (20, image().float(), ".*RuntimeError: .*; give it tiles that it takes by itself: another size"),
+        (20, image().float(), ".*RuntimeError: .*; pass tiles that it accepts: another size"),
     ],
     ids=["channels", "dtype", "size"],
 )
@@ -453,7 +453,7 @@ def test_masks_that_are_not_numbers(fast):
         (lambda: tilewise(Encoder(), SIZE)(image().float(), [[1] * 4] * 3), "the mask is a list; give a tensor"),
         (
             lambda: tilewise(Encoder(), SIZE, background=9.0, skipped=torch.ones(3))(image().float()),
-            "skipped has 3 values, an embedding of this module has 12",
+            "skipped has 3 values, but an embedding of this module has 12",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""One rule per op: how it is computed tile by tile, or why it cannot be."""
+"""Rules of ops: each returns how an op is computed tile by tile, or raises a refusal."""
 
 from . import (
     attention,

@@ -1,7 +1,6 @@
 """Rules of indexing: slices, integers and lists of channels per pixel; a slice of an image axis is a window (a crop).
 
-Where dimensions end up is read off PyTorch: a tensor without values, each of whose dimensions has a size of its own,
-is indexed in the same way.
+PyTorch itself determines the dimensions of a result: the rule indexes a meta tensor whose sizes are all different.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from .reflect import joined_mirror
 
 
 def spelt_out(key: Any, rank: int) -> tuple[Any, ...]:
-    """What stands between the brackets, with an item for each dimension, and None for each new one."""
+    """The index with one item for each dimension, and None for each new dimension."""
     items = key if isinstance(key, tuple) else (key,)
     if any(isinstance(leaf, (bool, Tensor)) for leaf in tree_leaves(items)):
-        raise Refusal("indexing with truth values; give the numbers of the channels")
+        raise Refusal("cannot index with a mask; use channel numbers")
     used = sum(item is not None and item is not Ellipsis for item in items)
     if not any(item is Ellipsis for item in items):
         items = (*items, Ellipsis)
@@ -34,28 +33,28 @@ def spelt_out(key: Any, rank: int) -> tuple[Any, ...]:
 
 
 def origins(maps: Maps, key: Sequence[Any]) -> list[int | None]:
-    """For each dimension of an indexed tensor, the dimension that it was, or None for a new one."""
+    """For each dimension of an indexed tensor, its dimension before indexing, or None for a new one."""
 
     def stand_in(item: Any) -> Any:
         if item is None or isinstance(item, (slice, int)):
             return slice(None) if isinstance(item, slice) else None if item is None else 0
         if isinstance(item, Ref) and maps.program.values[item.value].dtype == torch.bool:
-            raise Refusal("indexing with truth values; give the numbers of the channels")
+            raise Refusal("cannot index with a mask; use channel numbers")
         rank = len(maps.shape(item.value)) if isinstance(item, Ref) else torch.tensor(item).dim()
         return torch.zeros([1] * rank, dtype=torch.int64)
 
     rank = sum(item is not None for item in key)
-    sample = torch.empty(list(range(2, 2 + rank)), device="meta")  # sizes of their own; those of indices are one
+    sample = torch.empty(list(range(2, 2 + rank)), device="meta")  # all sizes differ; those of indices are one
     found = sample[tuple(map(stand_in, key))]
     return [size - 2 if size > 1 else None for size in found.shape]
 
 
 def numbered(maps: Maps, key: Sequence[Any], like: int) -> tuple[list[Any], list[Node]]:
-    """The key with lists, and tensors of another device than the map's, as vectors that are made once per step."""
+    """The key with lists, and tensors on another device than the map, as vectors that are made once per step."""
     device, nodes, made = maps.program.values[like].device, [], []
     for item in key:
-        elsewhere = isinstance(item, Ref) and maps.program.values[item.value].device != device
-        if item is None or isinstance(item, (slice, int)) or (isinstance(item, Ref) and not elsewhere):
+        on_other_device = isinstance(item, Ref) and maps.program.values[item.value].device != device
+        if item is None or isinstance(item, (slice, int)) or (isinstance(item, Ref) and not on_other_device):
             made.append(item)
             continue
         shape = maps.shape(item.value) if isinstance(item, Ref) else torch.tensor(item).shape
@@ -73,7 +72,7 @@ def _index(item: Any, number: int, device: torch.device) -> VectorOp:
 
 
 def _positions() -> Refusal:
-    return Refusal("indexing picks positions of the image; slice them")
+    return Refusal("cannot index single positions of the image; use slices")
 
 
 @rule("__getitem__", "narrow")
@@ -81,7 +80,7 @@ def getitem(op: Op, maps: Maps) -> Local | list[Node]:
     value = op.inputs[0]
     if value not in maps or any(v in maps for v in op.inputs[1:]):
         raise Refusal(
-            "indexing with a tensor that depends on the image; use F.embedding(index, table), gather or torch.where"
+            "cannot index with a tensor that depends on the image; use F.embedding(index, table), gather or torch.where"
         )
     shape, axes = maps.shape(value), maps.axes[value]
     if op.name == "narrow":
@@ -113,7 +112,7 @@ def getitem(op: Op, maps: Maps) -> Local | list[Node]:
             continue
         start, stop, step = item.indices(shape[axis])
         if step < 1:
-            raise Refusal("a slice runs backwards along an image axis")
+            raise Refusal("a slice of an image axis must have a positive step")
         accesses.append(Window(shape[axis], len(range(start, stop, step)), 1, step, -start))
         key[where[axis]] = slice(None, None, step)
     came = origins(maps, key)
@@ -138,18 +137,18 @@ _ALONG_INDEX = {
 
 @rule(*_ALONG_INDEX)
 def along_index(op: Op, maps: Maps) -> Local | Whole | list[Node]:
-    """Channels that an index picks, the same for all pixels or of each pixel its own; or a few positions of a map."""
+    """Channels selected by an index, for all pixels or per pixel; or a few positions of a map."""
     dim, name = arguments(op, _ALONG_INDEX[op.name.removesuffix("_")])["dim"], op.name
     first = maps.inputs(op)[0]
     rank, axes, extent = len(maps.shape(first)), maps.axes[first], maps.extent(first)
     if dim is None:
-        raise Refusal(f"'{name}' without a dimension")
+        raise Refusal(f"'{name}' needs a dimension; name it with dim=")
     if len(maps.shape(op.outputs[0])) != rank:
-        raise Refusal(f"'{name}' by an index of other dimensions than the map; give it as many")
+        raise Refusal(f"'{name}' needs an index with as many dimensions as the map")
     if dim % rank in axes:
         if name == "gather" and maps.inputs(op) == [op.inputs[0]]:
             return Whole(op)
-        raise Refusal(f"'{name}' picks positions of the image")
+        raise Refusal(f"'{name}' cannot select positions of the image")
     full = [v for v in op.inputs if len(maps.shape(v)) == rank]
     op, made = promoted(op, maps, axes, rank, among=full)
     full = [v for v in op.inputs if len(maps.shape(v)) == rank]
@@ -161,17 +160,17 @@ def along_index(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 @rule("repeat_interleave")
 def repeat_interleave(op: Op, maps: Maps) -> Local:
-    """Of channels per pixel; of rows and columns, each as often, as a nearest upsampling."""
+    """Repeats channels per pixel; repeats rows or columns as a nearest upsampling."""
     given = arguments(op, "input repeats dim output_size")
     value, repeats = op.inputs[0], given["repeats"]
     if value not in maps or given["dim"] is None:
-        raise Refusal("'repeat_interleave' without a dimension, or as often as the image says; name the dimension")
+        raise Refusal("'repeat_interleave' needs a dimension and repeats that do not depend on the image; name dim=")
     shape, axes = maps.shape(value), maps.axes[value]
     dim = given["dim"] % len(shape)
     if dim not in axes:
         return Local(op, {value: maps.pointwise(value)}, (axes,), replay(op))
     if not isinstance(repeats, int) or value in maps.flat:
-        raise Refusal("'repeat_interleave' of rows or columns, each another number of times; give one number")
+        raise Refusal("'repeat_interleave' must repeat all rows or columns equally often; pass one number")
     access = Gather(shape[dim], shape[dim] * repeats, tuple(o // repeats for o in range(shape[dim] * repeats)))
     reads = list(maps.pointwise(value))
     reads[axes.index(dim)] = access
@@ -185,8 +184,8 @@ def repeat_interleave(op: Op, maps: Maps) -> Local:
 
 @rule("embedding")
 def embedding(op: Op, maps: Maps) -> Local:
-    """A row of a table for each position, as a further dimension."""
+    """Looks up a row of a table for each position; the row is a new dimension."""
     value = op.inputs[0]
     if value not in maps:
-        raise Refusal("'embedding' takes its table from the image")
+        raise Refusal("'embedding' cannot use a table that depends on the image")
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))

@@ -1,12 +1,12 @@
 """Rules of losses with a label for each position: the loss per pixel, and a sum over the image.
 
-A mean of class losses divides by the weights of the labels that count, which is a second sum:
+A mean of class losses divides by the sum of the weights of the labels that are not ignored:
 
     cross_entropy, mean    loss per pixel -> sum;  weight of its label -> sum;  their ratio
 
-So does one of `mse_loss` and `l1_loss`, by the weights of the pixels; all others divide by the number of pixels.
+The means of `mse_loss` and `l1_loss` divide by the weights of the pixels; all others by the number of pixels.
 
-What is made of labels on the way (one-hot codes, picked channels) is here as well.
+This module also has the rules of ops that losses apply to labels, such as one-hot codes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _CLASSES = "input target weight size_average ignore_index reduce reduction label
 
 
 def _reduction(given: dict[str, Any]) -> str:
-    """How a loss is reduced, also in the old spelling."""
+    """The reduction of a loss, also from the deprecated arguments."""
     if given.get("size_average") is not None or given.get("reduce") is not None:
         return legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
     return given["reduction"]
 
 
 def _total(op: Op, maps: Maps, value: int, output: int, count: int = 1) -> Reduction:
-    """The sum of all of a map."""
+    """The sum over all dimensions of a map."""
     return Reduction(op, value, "sum", count, tuple(range(len(maps.shape(value)))), False, outputs=(output,))
 
 
@@ -81,7 +81,7 @@ def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("cross_entropy", "nll_loss")
 def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
-    """Class indices, or (of cross_entropy) probabilities, for each pixel; classes are dimension 1."""
+    """Loss of class indices, or (cross_entropy) probabilities, for each pixel; classes are dimension 1."""
     given = arguments(op, _CLASSES, ignore_index=-100, reduction="mean", label_smoothing=0.0)
     value, target = given["input"].value, given["target"].value
     weight = given["weight"].value if isinstance(given["weight"], Ref) else None
@@ -90,7 +90,7 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
     soft = maps.shape(value) == maps.shape(target)
     axes = _without(maps.axes[value], 1)
     if 1 in maps.axes[value] or maps.axes[target] != (maps.axes[value] if soft else axes):
-        raise Refusal(f"'{op.name}' takes labels whose image axes lie elsewhere than those of the classes")
+        raise Refusal(f"'{op.name}' needs labels with the same image axes as the classes")
     if maps.extent(value) != maps.extent(target):
         raise Refusal(f"'{op.name}' combines maps of different sizes, {maps.extent(value)} and {maps.extent(target)}")
     how, ignored = _reduction(given), given["ignore_index"]
@@ -115,10 +115,10 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
 
     def counts(env: Env, _block: Block) -> tuple[Tensor, ...]:
         labels = env[target]
-        kept = labels != ignored
+        counts_label = labels != ignored
         if weight is None:
-            return (kept.to(wide),)
-        return (torch.where(kept, env[weight].to(wide)[torch.where(kept, labels, 0).long()], 0),)
+            return (counts_label.to(wide),)
+        return (torch.where(counts_label, env[weight].to(wide)[torch.where(counts_label, labels, 0).long()], 0),)
 
     dtype = maps.program.values[output].dtype
     return [
@@ -131,14 +131,14 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _without(axes: Axes, dim: int) -> Axes:
-    """Image axes once a dimension before them has gone."""
+    """Image axes after a dimension has been removed."""
     return axes[0] - (axes[0] > dim), axes[1] - (axes[1] > dim)
 
 
 def _made(
     op: Op, maps: Maps, reads: tuple[int, ...], vectors: tuple[int | None, ...], output: int, axes: Axes, run: Any
 ) -> Local:
-    """A local op per pixel whose result has other dimensions than what it reads."""
+    """A per-pixel local op whose result has other dimensions than its inputs."""
     given = (*reads, *(v for v in vectors if v is not None))
     own = Op(op.func, f"{op.name}_each", (), {}, given, (output,), (), op.module)
     return Local(own, {v: maps.pointwise(v) for v in reads}, (axes,), run)
@@ -152,8 +152,8 @@ def one_hot(op: Op, maps: Maps) -> Local:
 
 @rule("written")
 def written(op: Op, maps: Maps) -> Reduction:
-    """A map whose blocks go elsewhere as they are made (`dense.write_map`): nothing of it is kept."""
+    """A map whose blocks are written out as they are made (`dense.write_map`); none of it is stored."""
     value = op.inputs[0]
     if value in maps.flat:
-        raise Refusal("the output is a map with both image axes in one dimension; return it with two")
+        raise Refusal("cannot write an output whose image axes are flattened into one; return it with both")
     return Reduction(op, value, "sum", 1, (), True, form=lambda block: block.new_zeros(0, dtype=torch.float32))

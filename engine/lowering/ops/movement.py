@@ -59,7 +59,7 @@ def transpose(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
     rest = [*op.args[1:], *op.kwargs.values()] or [-2, -1]
     if op.name == "T" and len(maps.shape(value)) != 2:
-        raise Refusal("'T' of more than two dimensions; use permute")
+        raise Refusal("'T' of more than two dimensions is not supported; use permute")
     a, b = dimensions(rest, len(maps.shape(value)))
     swap = {a: b, b: a}
     h, w = maps.axes[value]
@@ -93,7 +93,7 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
     value = op.inputs[0]
     dim = arguments(op, "input dim")["dim"]
     if dim is None:
-        raise Refusal("'squeeze' without a dimension; name the dimension")
+        raise Refusal("'squeeze' needs a dimension; name it with dim=")
     shape = maps.shape(value)
     dims = [d for d in dimensions(dim, len(shape)) if shape[d] == 1]
     if set(dims) & set(maps.axes[value]):
@@ -114,12 +114,12 @@ def expand(op: Op, maps: Maps) -> Node | list[Node]:
         if maps.merged(over) or any(ones[axis] != 1 for axis in maps.axes[over]):
             return VectorOp(
                 lambda env: (env[value].expand(shape),), (value,), op.outputs
-            )  # of the image's size as it is
+            )  # already of the image's size
         return spread(op, maps, value, over, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
     if any(maps.shape(out)[axis + shift] != maps.shape(value)[axis] for axis in maps.axes[value]):
-        raise Refusal(f"'{op.name}' spreads a map along the image axes")
+        raise Refusal(f"'{op.name}' cannot broadcast a map along the image axes")
     shape = list(maps.shape(out))
     shape[h], shape[w] = -1, -1
 
@@ -137,7 +137,7 @@ def repeat(op: Op, maps: Maps) -> Local:
     counts = (1,) * (rank - len(counts)) + counts
     h, w = (axis + rank - len(maps.shape(value)) for axis in maps.axes[value])
     if counts[h] != 1 or counts[w] != 1:
-        raise Refusal(f"'{op.name}' repeats the map along the image axes")
+        raise Refusal(f"'{op.name}' cannot repeat a map along the image axes")
     return _local(op, maps, value, (h, w))
 
 
@@ -146,7 +146,7 @@ def split(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
     dim = arguments(op, "input sections dim", dim=0)["dim"] % len(maps.shape(value))
     if dim in maps.axes[value]:
-        raise Refusal(f"'{op.name}' cuts the map along an image axis")
+        raise Refusal(f"'{op.name}' cannot split a map along an image axis")
     return _local(op, maps, value, maps.axes[value])
 
 
@@ -156,7 +156,7 @@ def unbind(op: Op, maps: Maps) -> Local:
     dim = arguments(op, "input dim", dim=0)["dim"] % len(maps.shape(value))
     h, w = maps.axes[value]
     if dim in (h, w):
-        raise Refusal("'unbind' cuts the map along an image axis")
+        raise Refusal("'unbind' cannot split a map along an image axis")
     return _local(op, maps, value, (h - (dim < h), w - (dim < w)))
 
 
@@ -166,7 +166,7 @@ def select(op: Op, maps: Maps) -> Local:
     dim = arguments(op, "input dim")["dim"] % len(maps.shape(value))
     h, w = maps.axes[value]
     if dim in (h, w):
-        raise Refusal(f"'{op.name}' picks positions of the image")
+        raise Refusal(f"'{op.name}' cannot select positions of the image")
     drop = op.name == "select"
     return _local(op, maps, value, (h - (drop and dim < h), w - (drop and dim < w)))
 
@@ -177,10 +177,10 @@ def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     dim = given["dim"] % len(maps.shape(op.outputs[0]))
     some = maps.inputs(op)[0]
     if any(tuple(maps.shape(ref.value)) == (0,) for ref in given["tensors"]):
-        raise Refusal(f"'{op.name}' joins an empty tensor; leave it out")
+        raise Refusal(f"'{op.name}' cannot join an empty tensor; leave it out")
     if dim in maps.axes[some] and op.name != "stack":
         if some in maps.flat:
-            return Whole(op)  # a token more: what follows (attention pooling) sees all of them
+            return Whole(op)  # one more token: later ops (attention pooling) read all tokens
         first, *others = (ref.value for ref in given["tensors"])
         if [maps.mirrors.get(v) for v in others] == [(first, dim)]:
             maps.joined[op.outputs[0]] = first, dim
@@ -189,9 +189,9 @@ def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     op, made = promoted(op, maps, maps.axes[some], len(maps.shape(some)))
     values = [ref.value for ref in arguments(op, "tensors")["tensors"]]
     if any(v not in maps for v in values):
-        raise Refusal(f"'{op.name}' joins a map with a tensor that is none")
+        raise Refusal(f"'{op.name}' cannot join a map with a tensor that has no image axes")
     if len({maps.axes[v] for v in values}) > 1 or len({maps.extent(v) for v in values}) > 1:
-        raise Refusal(f"'{op.name}' joins maps whose image axes differ")
+        raise Refusal(f"'{op.name}' cannot join maps whose image axes differ")
     h, w = maps.axes[values[0]]
     if op.name == "stack":
         h, w = h + (dim <= h), w + (dim <= w)
@@ -202,7 +202,7 @@ def cat(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
     """Maps (and vectors with rows of their own) joined along an image axis: each is padded by the length of the others.
 
-    Rows of the second wait, as halos, until the first has ended; so the last tiles do most of the work.
+    Rows of the second map wait as halos until the first map is complete, so the last tiles do most of the work.
     """
     axes = next(maps.axes[v] for v in values if v in maps)
     rank, nodes = len(maps.shape(op.outputs[0])), []
@@ -215,13 +215,13 @@ def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
         if value not in maps:
             part, made = promoted(part, maps, axes, rank, size=(shape[axes[0]], shape[axes[1]]))
             nodes.extend(made)
-        elif value in reads:  # once more: under a number of its own
+        elif value in reads:  # a second time: under a new value number
             made, _ = twin(part, maps, value)
             part = replace(part, inputs=made.op.outputs)
             nodes.append(made)
         (own,) = part.inputs
         if own not in maps or maps.axes[own] != axes:
-            raise Refusal(f"'{op.name}' joins maps whose image axes differ")
+            raise Refusal(f"'{op.name}' cannot join maps whose image axes differ")
         both = list(maps.pointwise(own))
         both[axes.index(dim)] = Window(shape[dim], total[axes.index(dim)], pad=offset)
         reads[own] = both[0], both[1]
@@ -255,20 +255,20 @@ def pad(op: Op, maps: Maps) -> Local | list[Node]:
     if given["mode"] != "constant" and any(given["pad"]):
         spatial = (before[h], after[h], before[w], after[w])
         if value in maps.flat or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
-            raise Refusal(f"padding with mode='{given['mode']}' along other axes than the image's, or by less than 0")
+            raise Refusal(f"padding with mode='{given['mode']}' must be non-negative and along the image axes only")
         if given["mode"] == "circular":
             return circular_pad(op, maps, value, spatial)
         return mirrored_pad(op, maps, value, spatial, given["mode"])
     if value in maps.flat:
         if before[h] or after[h]:
-            raise Refusal("'pad' lengthens a flattened map")
+            raise Refusal("'pad' cannot pad the positions of a flattened map")
         return _local(op, maps, value, (h, w))
     out = maps.shape(op.outputs[0])
     size = maps.size(value)
     reads = {value: (Window(size[0], out[h], pad=before[h]), Window(size[1], out[w], pad=before[w]))}
     fill = given["value"] or 0.0
     if isinstance(fill, Ref):
-        raise Refusal("padding with a computed value")
+        raise Refusal("cannot pad with a computed value; use a number")
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         first, last = list(before), list(after)
@@ -281,7 +281,7 @@ def pad(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("unfold")
 def unfold(op: Op, maps: Maps) -> Local:
-    """`Tensor.unfold`: windows of one axis as a further dimension. `F.unfold`: windows of a map as columns."""
+    """`Tensor.unfold`: windows of one axis as a new dimension. `F.unfold`: windows of a map as columns."""
     value = op.inputs[0]
     if op.func is F.unfold:
         return _columns(op, maps, value)
@@ -289,7 +289,7 @@ def unfold(op: Op, maps: Maps) -> Local:
     shape, axes = maps.shape(value), maps.axes[value]
     dim, size, step = given["dimension"] % len(shape), given["size"], given["step"]
     if value in maps.flat:
-        raise Refusal("'unfold' of a flattened map")
+        raise Refusal("'unfold' of a flattened map is not supported; call it before flattening")
     reads = [*maps.pointwise(value)]
     if dim in axes:
         reads[axes.index(dim)] = Window(shape[dim], maps.shape(op.outputs[0])[dim], size, step)
@@ -331,5 +331,5 @@ def pixel_unshuffle(op: Op, maps: Maps) -> Local:
 def channel_shuffle(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
     if 1 in maps.axes[value]:
-        raise Refusal(f"'{op.name}' takes an image axis for the channels")
+        raise Refusal(f"'{op.name}' has an image axis as channel dimension")
     return _local(op, maps, value, maps.axes[value])

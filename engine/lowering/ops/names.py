@@ -1,8 +1,8 @@
-"""Names of the functions that act on each element by itself, by where the names come from.
+"""Names of elementwise functions, grouped by source.
 
 `TAGGED` is PyTorch's own list: the operators that torch 2.13 tags `torch.Tag.pointwise`, without those of `NOT_TAKEN`.
-It is written out because the tags differ between versions and because what is exact shall be read here; a test holds it
-against the tags. A name serves as function, method and in place, and in `torch.special`.
+It is written out because the tags differ between versions and to show here what is exact; a test compares it with the
+tags. A name covers the function, the method, the in-place form and `torch.special`.
 """
 
 TAGGED = """
@@ -27,19 +27,19 @@ TAGGED = """
     __lshift__ __rshift__ __xor__
 """.split()
 
-# Tagged as well, but: of two tensors or of dimensions; random; not an element each; what only autograd calls.
+# Tagged but excluded: functions of two tensors or of dimensions, random, not elementwise, or called by autograd only.
 NOT_TAKEN = frozenset(
     "max min rrelu equal _conj_physical gelu_backward logit_backward native_dropout_backward sigmoid_backward "
     "silu_backward tanh_backward threshold_backward".split()
 )
 
-# Further names that torch has for some of them.
+# Aliases in torch of some of them.
 ALIASES = """
     absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh divide expit fix gammainc gammaincc gammaln greater
     greater_equal less less_equal multigammaln multiply ndtr negative not_equal psi subtract
 """.split()
 
-# Made by PyTorch of those above, so that they have no tag of their own.
+# Composed by PyTorch from those above, so they have no tag.
 COMPOSED = """
     floor_divide hardswish isclose isreal logsigmoid softsign tanhshrink fake_quantize_per_tensor_affine
     zeros_like ones_like full_like empty_like
@@ -51,10 +51,10 @@ OPERATORS = """
     __and__ __rand__ __or__ __ror__ __rxor__ __rlshift__ __rrshift__ __gt__ __lt__ __ge__ __le__ __eq__ __ne__
 """.split()
 
-# Their forms in place have a gradient, of zeros, where the others have none.
+# Their in-place forms have a gradient (zeros); the others have none.
 COMPARISONS = frozenset("eq ne lt le gt ge greater greater_equal less less_equal not_equal".split())
 
-# Operators that write to their left side, and the function that gives the same out of place.
+# Operators that write to their left side, and the equivalent out-of-place function.
 ASSIGNMENTS = {
     "__iadd__": "add",
     "__isub__": "sub",

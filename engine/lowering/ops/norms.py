@@ -1,15 +1,14 @@
-"""Norms: per pixel with given statistics, or with those of the whole image.
+"""Rules of norms: per pixel with given statistics, or with the statistics of the whole image.
 
-A norm with live statistics is three nodes:
+A norm in training mode becomes three nodes:
 
     mean, var = moments of x          reduction, per sample and channel (N, C, 1, 1)
-    what the norm makes of them       small: merged over batch or groups, affine part, running statistics
-    y = f(x, vectors)                  local, per pixel
+    merged statistics                 vector op: merged over batch or groups, affine part, running statistics
+    y = f(x, vectors)                 local, per pixel
 
 Means and variances of parts of equal size merge as mean(mean_i) and mean(var_i) + var(mean_i), in float64; images of
-several sizes, and processes, give theirs with the number of their pixels. No formula of a norm's backward appears:
-gradients of the vectors come back through autograd, and the reduction's adjoint is dmean/n + 2 (x - mean) dvar/n at
-each pixel.
+several sizes, and processes, contribute theirs with their number of pixels. Autograd derives the backward of a norm
+from the gradients of the vectors; the adjoint of the reduction is dmean/n + 2 (x - mean) dvar/n at each pixel.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ def _running(
     statistics: Callable[[Env], tuple[Tensor, Tensor]],
     inputs: tuple[int, ...],
 ) -> list[VectorOp]:
-    """What a call makes of running statistics: new values, which later calls of the norm and later steps read.
+    """The vector ops that update running statistics; later calls of the norm and later steps read the new values.
 
     Args:
-        numbers: the running mean and variance, None for those that are not kept.
-        statistics: mean and unbiased variance of this call.
-        inputs: what `statistics` reads.
+        numbers: the running mean and variance; None for those that the norm does not track.
+        statistics: returns mean and unbiased variance of this call.
+        inputs: the values that `statistics` reads.
     """
     after = dict(zip(op.mutated, op.outputs[len(op.outputs) - len(op.mutated) :], strict=True))
-    kept = [number for number in numbers if number is not None]
-    if not kept:
+    tracked = [number for number in numbers if number is not None]
+    if not tracked:
         return []
 
     def run(env: Env) -> tuple[Tensor, ...]:
@@ -73,17 +72,17 @@ def _running(
         with torch.no_grad():
             new = dict(zip(numbers, statistics(env), strict=True))
             if isinstance(share, Tensor):
-                return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in kept)
-            return tuple((env[v] * (1 - share)).add_(new[v], alpha=share) for v in kept)
+                return tuple(env[v] * (1 - share) + (new[v] * share).to(env[v].dtype) for v in tracked)
+            return tuple((env[v] * (1 - share)).add_(new[v], alpha=share) for v in tracked)
 
     counted = (momentum.value,) if isinstance(momentum, Ref) else ()
-    return [VectorOp(run, (*inputs, *kept, *counted), tuple(after[v] for v in kept))]
+    return [VectorOp(run, (*inputs, *tracked, *counted), tuple(after[v] for v in tracked))]
 
 
 def _need_channels(op: Op, maps: Maps, value: int) -> None:
     """Refuse maps whose samples or channels are not dimensions 0 and 1."""
     if {0, 1} & set(maps.axes[value]):
-        raise Refusal(f"'{op.name}' takes an image axis for the samples or channels")
+        raise Refusal(f"'{op.name}' has an image axis as batch or channel dimension")
     only_maps(op, maps, value)
 
 
@@ -111,7 +110,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
         means, variances = moments_of(env)
         if group is not None or means.shape[1] > 1:
             return merge([share(env)])
-        # A number on the host: on a GPU it goes with the launch of what reads it.
+        # A number on the host: a GPU kernel receives it as a launch argument.
         return means.squeeze(1), variances.squeeze(1), torch.full((), pixels / max(1, pixels - 1), dtype=own)
 
     def share(env: Env) -> Moments:
@@ -144,7 +143,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
 
 
 def norm_of_vector(op: Op, maps: Maps) -> list[Node] | None:
-    """Live BatchNorm of what is reduced from images: like that of a map it is over all images and processes."""
+    """BatchNorm in training mode of a vector: like that of a map, it is over all images and processes."""
     if op.name != "batch_norm" or op.autocast is not None:
         return None
     given = batch_norm_arguments(op)
@@ -156,7 +155,10 @@ def norm_of_vector(op: Op, maps: Maps) -> list[Node] | None:
 def _take_moments(
     op: Op, maps: Maps, value: int
 ) -> tuple[list[Node], tuple[int, ...], Callable[[Env], tuple[Tensor, Tensor]]]:
-    """Means and variances of each channel, (C, parts of equal size): what takes them, what is read of it, and how."""
+    """Moments of each channel: the nodes that compute them, the values to read, and a function of these values.
+
+    The function returns means and variances, (C, parts of equal size).
+    """
     if value not in maps:
         dims = [d for d in range(len(maps.shape(value))) if d != 1]
 
@@ -178,17 +180,18 @@ def _take_moments(
 
 
 def _rows(op: Op, maps: Maps, value: int) -> Local | None:
-    """Of a map of rows (N*H*W, C), as BatchNorm1d takes it, or of windows (N*H*W, C, h, w) the samples apart:
-    (N, H*W, 1, C, ...).
+    """Separates the samples of rows (N*H*W, C), as in BatchNorm1d, or windows (N*H*W, C, h, w): (N, H*W, 1, C, ...).
+
+    Returns None for other values.
     """
     if value not in maps.flat or maps.axes[value] != (0, 0) or len(maps.shape(value)) < 2:
         return None
-    flat, kept = maps.flat[value], maps.shape(value)[1:]
-    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, *kept), like=value)
+    flat, tracked = maps.flat[value], maps.shape(value)[1:]
+    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, *tracked), like=value)
     maps.axes[made], maps.flat[made] = (1, 1), Flat(flat.height, flat.width)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (env[value].reshape(flat.ahead, -1, flat.behind, *kept),)
+        return (env[value].reshape(flat.ahead, -1, flat.behind, *tracked),)
 
     own = Op(op.func, "rows", (), {}, (value,), (made,), (), op.module)
     return Local(own, {value: maps.pointwise(value)}, ((1, 1),), run)
@@ -202,9 +205,9 @@ def _pixelwise(
 
 
 class Normalize(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias with gradients for all of them, PyTorch's kernels both ways.
+    """(x - mean) / sqrt(var + eps) * weight + bias by PyTorch's kernels, with gradients for all tensor inputs.
 
-    With S0 = sum dy and S1 = sum dy xhat, which the kernel gives as the gradients of bias and weight,
+    With S0 = sum dy and S1 = sum dy xhat, which the kernel returns as the gradients of bias and weight,
     dmean = -weight i S0 and dvar = -weight i^2 S1 / 2, i = 1/sqrt(var + eps).
     """
 
@@ -222,8 +225,10 @@ class Normalize(torch.autograd.Function):
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         dy = grads[0].contiguous(memory_format=memory_format(x))
         inverse = torch.rsqrt(var + ctx.eps)
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(  # a CPU takes the variance, a GPU the inverse
-            dy, x, scale, mean, var, mean, inverse, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
+        dx, dweight, dbias = (
+            torch.ops.aten.native_batch_norm_backward(  # the CPU kernel reads the variance, the GPU kernel the inverse
+                dy, x, scale, mean, var, mean, inverse, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
+            )
         )
         dmean = -scale * inverse * dbias
         dvar = -scale * inverse.square() * dweight / 2
@@ -233,8 +238,9 @@ class Normalize(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The map, or (of a window of a stored map, on the CPU) a copy of it: PyTorch's kernels are several times faster
-    then, and round alike wherever the tile lies.
+    """The map; on the CPU a dense copy of a window of a stored map.
+
+    PyTorch's kernels are several times faster on dense memory, and round equally at every tile position.
     """
     if x.device.type != "cpu" or x.is_contiguous(memory_format=memory_format(x)):
         return x
@@ -272,12 +278,12 @@ def layer_norm(op: Op, maps: Maps) -> Local | list[Node]:
     if not set(normalized) & set(maps.axes[value]):
         return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
     if not set(maps.axes[value]) <= set(normalized):
-        raise Refusal(f"'{op.name}' normalises along one image axis alone; normalise over both")
+        raise Refusal(f"'{op.name}' cannot normalise along one image axis alone; normalise over both")
     return _image_norm(op, maps, given, normalized)
 
 
 def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int, ...]) -> list[Node]:
-    """Each sample over the image and what lies after it; weight and bias have a value for each position."""
+    """A norm of each sample over the image and the dimensions after it; weight and bias vary with the position."""
     value = given["input"].value
     values = maps.program.values
     dtype, out = wide(values[value].dtype), values[op.outputs[0]].dtype
@@ -324,18 +330,18 @@ def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int
 
 
 def _affine(mean: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What `ScaleShift` takes beside the map; the offset is of the scale as rounded, so that a mean gives zero."""
+    """The vectors of `ScaleShift`; the offset uses the rounded scale, so that x = mean gives exactly the shift."""
     scale = scale.to(dtype)
     return mean.to(dtype), scale, shift.to(dtype), (shift - mean * scale).detach().to(dtype)
 
 
 def _over(count: int, spread: Tensor, dtype: torch.dtype) -> Tensor:
-    """A variance, infinite where the sum of squares overflows that PyTorch takes it from."""
+    """A variance that is infinite where PyTorch's sum of squares overflows."""
     return (spread * count).to(dtype).to(spread.dtype) / count
 
 
 def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Node]:
-    """Statistics of each sample over groups of neighbouring channels and all dimensions after them."""
+    """A norm of each sample over groups of neighbouring channels and all dimensions after them."""
     value, eps = given["input"].value, given["eps"]
     _need_channels(op, maps, value)
     reduction, mean, var = moments(op, maps, value)
@@ -354,7 +360,7 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
         spread = variances.mean(2, keepdim=True) + means.var(2, correction=0, keepdim=True)
         if op.name == "group_norm":
             spread = _over(reduction.count * c // groups, spread, dtype)
-        elif eps == 0:  # PyTorch's batch_norm, of which instance_norm is made, scales a constant channel by zero
+        elif eps == 0:  # instance_norm calls PyTorch's batch_norm, which scales a constant channel by zero
             spread = spread.masked_fill(spread == 0, math.inf)
         factor = rstd = torch.rsqrt(spread + eps).expand(n, groups, c // groups).reshape(n, c, *ones)
         middle = middle.expand(n, groups, c // groups).reshape(n, c, *ones)
@@ -382,8 +388,8 @@ def _grouped(op: Op, maps: Maps, given: dict[str, Any], groups: int) -> list[Nod
 class ScaleShift(torch.autograd.Function):
     """(x - mean) * scale + shift in `dtype`, with vectors of size one in every dimension that they are broadcast along.
 
-    Computed as x * scale + offset, offset = shift - mean * scale. The gradient of the scale is a sum of (x - mean) dy:
-    one of x dy, and of dy apart, would leave rounding alone where the mean is large.
+    It is computed as x * scale + offset, offset = shift - mean * scale. The gradient of the scale is a sum of
+    (x - mean) dy: the difference of sums of x dy and of dy would be rounding error where the mean is large.
     """
 
     @staticmethod
@@ -401,6 +407,6 @@ class ScaleShift(torch.autograd.Function):
 
 
 def _sum_like(x: Tensor, vector: Tensor) -> Tensor:
-    """The sum over the dimensions in which the small has size one."""
+    """The sum over the dimensions in which the vector has size one."""
     dims = [d for d, size in enumerate(vector.shape) if size == 1]
     return x.sum(dims, keepdim=True, dtype=vector.dtype)

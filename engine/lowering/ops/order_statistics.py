@@ -1,6 +1,6 @@
-"""Rules of order statistics: per pixel over channels; over the image of the whole map, which is stored for it.
+"""Rules of order statistics: per pixel over channels; over the image they need the whole map, which is stored.
 
-A quantile is no sum over tiles. What is pooled so in multiple-instance heads is a map of one channel, or of a few.
+A quantile is not a sum over tiles. Multiple-instance heads pool maps of one channel or a few in this form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def quantile(op: Op, maps: Maps) -> Local | Whole:
     if set(dims) & set(maps.axes[value]):
         return Whole(op)
     h, w = axes_after(maps.axes[value], dims, given["keepdim"])
-    if isinstance(asked, Ref) and maps.shape(asked.value):  # several quantiles: a further dimension in front
+    if isinstance(asked, Ref) and maps.shape(asked.value):  # several quantiles: a new first dimension
         h, w = h + 1, w + 1
     return Local(op, {value: maps.pointwise(value)}, ((h, w),) * len(op.outputs), replay(op))
 

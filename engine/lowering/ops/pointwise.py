@@ -37,7 +37,7 @@ def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
         found.add((h + shift, w + shift))
         sizes.add(maps.extent(value))
     if len(found) != 1:
-        raise Refusal(f"'{op.name}' combines maps whose image axes lie at different places")
+        raise Refusal(f"'{op.name}' combines maps with different image axes; permute them first")
     if len(sizes) != 1:
         both = " and ".join(sorted(str(size) for size in sizes))
         raise Refusal(f"'{op.name}' combines maps of different sizes, {both}")
@@ -58,7 +58,7 @@ def elementwise(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _widened(op: Op, maps: Maps, axes: Axes, shape: torch.Size) -> tuple[Op, list[Node]]:
-    """The op with maps of one row or column, where the result has more, as maps of the result's size."""
+    """The op with maps of one row or column broadcast to maps of the result's size."""
     nodes: list[Node] = []
     names: dict[int, int] = {}
     for value in maps.inputs(op):
@@ -83,7 +83,7 @@ def _widened(op: Op, maps: Maps, axes: Axes, shape: torch.Size) -> tuple[Op, lis
 
 
 def _like_another(op: Op, maps: Maps) -> Local | list[Node]:
-    """A tensor in the dtype and on the device of another, of which nothing else is read."""
+    """A tensor in the dtype and on the device of another, whose values are not read."""
     value, like = op.inputs[0], maps.program.values[op.outputs[0]]
     if value not in maps:
         return [VectorOp(lambda env: (env[value].to(like.device, like.dtype),), (value,), op.outputs)]
@@ -101,22 +101,22 @@ def _random(made: Local | list[Node], random: bool) -> Local | list[Node]:
 def on_channels(op: Op, maps: Maps, value: int) -> Local:
     """A per-pixel op whose parameters belong to dimension 1."""
     if 1 in maps.axes[value]:
-        raise Refusal(f"'{op.name}' takes an image axis for the channels")
+        raise Refusal(f"'{op.name}' has an image axis as channel dimension")
     only_maps(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
 def only_maps(op: Op, maps: Maps, *values: int) -> None:
     if set(maps.inputs(op)) - set(values):
-        raise Refusal(f"'{op.name}' takes its parameters from the image")
+        raise Refusal(f"'{op.name}' cannot use parameters that depend on the image")
 
 
 @rule("bucketize", "isin")
 def compared(op: Op, maps: Maps) -> Local:
-    """Each element of a map against all elements of a vector."""
+    """Compares each element of a map with all elements of a vector."""
     value = op.inputs[0]
     if value not in maps:
-        raise Refusal(f"'{op.name}' compares a tensor with all positions of the image")
+        raise Refusal(f"'{op.name}' cannot compare a tensor with all positions of the image")
     only_maps(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
@@ -139,14 +139,14 @@ def dropout(op: Op, maps: Maps) -> Local | list[Node]:
 
 @rule("feature_dropout", "dropout1d", "dropout2d", "dropout3d")
 def channel_dropout(op: Op, maps: Maps) -> Local:
-    """One draw per sample and channel, the same for all positions: a small, drawn once per step as stock draws it."""
+    """One draw per sample and channel, shared by all positions: a vector, drawn once per step as PyTorch draws it."""
     value = op.inputs[0]
     given = arguments(op, "input p training inplace", p=0.5, training=True)
     shape, axes = maps.shape(value), maps.axes[value]
     if set(axes) & {0, 1}:
-        raise Refusal(f"'{op.name}' takes an image axis for the channels")
+        raise Refusal(f"'{op.name}' has an image axis as channel dimension")
     if op.name == "dropout1d" or len(shape) != 4:
-        raise Refusal(f"'{op.name}' on a map of {len(shape)} dimensions")
+        raise Refusal(f"'{op.name}' needs a map of four dimensions, not {len(shape)}")
     mask_shape = [1 if d > 1 else size for d, size in enumerate(shape)]
 
     def once(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -166,6 +166,6 @@ def channel_dropout(op: Op, maps: Maps) -> Local:
 @rule("rand_like", "randn_like", "bernoulli", "rrelu")
 def noise(op: Op, maps: Maps) -> Local | list[Node]:
     if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((op.args, op.kwargs))):
-        raise Refusal(f"'{op.name}' draws a map from a generator of its own; draw it from PyTorch's default generator")
+        raise Refusal(f"'{op.name}' cannot draw a map from its own generator; use PyTorch's default generator")
     random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
     return _random(elementwise(op, maps), random)

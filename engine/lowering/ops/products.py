@@ -1,6 +1,6 @@
 """Rules of matrix products: matmul, @, bmm, linear.
 
-(N, HW, C) @ (C, D)                 per pixel: a matrix for all positions, or one for each
+(N, HW, C) @ (C, D)                 per pixel: one matrix for all positions, or one for each
 (N, C, HW) @ (N, HW, D)             a sum over the positions: Gram and covariance matrices, attention pooling
 (N, C, HW) @ (HW, 2)                the same with a constant: soft-argmax, pooling with fixed weights
 (N, C, H, W) @ (W,), (H,) @ ...     a sum over one of the image's axes, weighted
@@ -32,7 +32,7 @@ def matmul(op: Op, maps: Maps) -> Local | Whole | list[Node]:
 
 
 def _behind(maps: Maps, value: int) -> tuple[int, int] | None:
-    """The image axes of a map, counted from after."""
+    """The image axes of a map, counted from the last dimension (-1); None for a vector."""
     if value not in maps:
         return None
     h, w = maps.axes[value]
@@ -65,18 +65,18 @@ def _product(
     if contracted and len(found) == 1:
         return Whole(op)
     if contracted or len(set(found)) > 1 or (len(found) == 2 and max(found[0]) > -3):
-        raise Refusal(f"'{op.name}' contracts positions of the image with one another")
+        raise Refusal(f"'{op.name}' cannot contract positions of the image with each other")
     if len({maps.extent(v) for v in (left, right) if v in maps}) > 1:
         raise Refusal(f"'{op.name}' combines maps of different sizes")
     axes = found[0]
     for other in {left, right} - set(maps.axes):
         shape = maps.shape(other)
         if any(axis <= -3 and -axis <= len(shape) and shape[axis] != 1 for axis in axes):
-            raise Refusal(f"'{op.name}' takes a matrix of its own for each position of the image")
+            raise Refusal(f"'{op.name}' cannot use a different matrix for each position of the image")
     rank = len(maps.shape(op.outputs[0]))
-    if ranks[1] == 1:  # a vector on the right takes the last dimension away
+    if ranks[1] == 1:  # a vector on the right removes the last dimension
         axes = axes[0] + 1, axes[1] + 1
-    elif ranks[0] == 1:  # a vector on the left the last but one
+    elif ranks[0] == 1:  # a vector on the left removes the last but one
         axes = axes[0] + (axes[0] < -1), axes[1] + (axes[1] < -1)
     reads = {v: maps.pointwise(v) for v in (left, right) if v in maps}
     return Local(op, reads, ((axes[0] + rank, axes[1] + rank),), replay(op))
@@ -84,7 +84,7 @@ def _product(
 
 @rule("linear")
 def linear(op: Op, maps: Maps) -> Local | Whole | list[Node]:
-    """Per pixel; along the positions of a flattened map (MLP-Mixer) a sum over them with a weight for each."""
+    """Per pixel; along the positions of a flattened map (MLP-Mixer) a weighted sum over the positions."""
     given = arguments(op, "input weight bias")
     value, weight, bias = given["input"].value, given["weight"].value, given["bias"]
     rank = len(maps.shape(value))
@@ -92,16 +92,16 @@ def linear(op: Op, maps: Maps) -> Local | Whole | list[Node]:
         only_maps(op, maps, value)
         return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
     if value not in maps.flat:
-        raise Refusal("'linear' contracts an image axis")
+        raise Refusal("'linear' cannot contract an image axis; flatten both image axes first")
     if maps.merged(value) or rank < 2 or maps.inputs(op) != [value]:
         return Whole(op)  # a classifier after a flatten: a weight for each element
     output = op.outputs[0]
     dtype = maps.program.values[output].dtype
-    turned = maps.new_value(maps.shape(weight)[::-1], like=weight)
+    transposed = maps.new_value(maps.shape(weight)[::-1], like=weight)
     product = output if bias is None else maps.new_value(like=output)
-    own = Op(torch.matmul, "matmul", (), {}, (value, turned), (product,), (), op.module, line=op.line)
-    nodes: list[Node] = [VectorOp(lambda env: (env[weight].t(),), (weight,), (turned,))]
-    nodes += _over_positions(own, maps, value, turned)
+    own = Op(torch.matmul, "matmul", (), {}, (value, transposed), (product,), (), op.module, line=op.line)
+    nodes: list[Node] = [VectorOp(lambda env: (env[weight].t(),), (weight,), (transposed,))]
+    nodes += _over_positions(own, maps, value, transposed)
     if bias is not None:
         added = bias.value
         plus = VectorOp(lambda env: ((env[product] + env[added]).to(dtype),), (product, added), op.outputs)
@@ -119,7 +119,7 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     known = left if left in maps else right
     merged = maps.merged(known)
     if merged and (left not in maps or right not in maps):
-        raise Refusal(f"'{op.name}' contracts a flattened map that holds more than the image")
+        raise Refusal(f"'{op.name}' cannot contract a flattened map that contains more than the image axes")
     sides = []
     for value, behind in ((left, -1), (right, -1 if vectors[1] else -2)):
         if value in maps:
@@ -133,7 +133,7 @@ def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
         sides.append(renamed_op.inputs[1])
     left, right = sides
     if left not in maps or right not in maps or maps.flat[left] != maps.flat[right]:
-        raise Refusal(f"'{op.name}' contracts maps of different sizes")
+        raise Refusal(f"'{op.name}' cannot contract maps of different sizes")
     shapes = tuple(
         (1, *shape) if vector and side == 0 else (*shape, 1) if vector else tuple(shape)
         for side, (shape, vector) in enumerate(zip((maps.shape(left), maps.shape(right)), vectors, strict=True))

@@ -1,10 +1,10 @@
-"""Vectors that meet a map with a value for each position of it, or for each row or column.
+"""Promotion of vectors with a value for each position, row or column to maps, where they meet a map.
 
-One that has been spread over the image before (`expand`, an upsampled pooling) is spread block by block instead. Others
-(a position embedding, what ops on a whole map made) are maps that are there: a promoted value is a further name for the
-tensor, and as a source of the stage that reads it, it is read tile by tile. So is a *resident*, which is smaller than
-the image along an axis: a value for each row (N, C, H, 1), a grid (N, C, 6, 6) that is upsampled. It is there whole
-before the stage, and ops read the part of it that their block wants.
+A vector that was broadcast over the image (`expand`, an upsampled pooling) is broadcast block by block instead. Others
+(a position embedding, results of ops on a whole map) are complete: a promoted value is a second name of the tensor, a
+source of the stage that reads it tile by tile. A *resident* is smaller than the image along an axis: a value for each
+row (N, C, H, 1), or a grid (N, C, 6, 6) that is upsampled. It is complete before the stage, and ops read the part that
+their block needs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, 
 def promoted(
     op: Op, maps: Maps, axes: Axes, rank: int, among: Container[int] | None = None, size: tuple[int, int] | None = None
 ) -> tuple[Op, list[Node]]:
-    """The op with every small that depends on the position in the image replaced by a map.
+    """The op with every vector that depends on the position in the image replaced by a map.
 
     Args:
-        axes: where the image axes lie in a broadcast of `rank` dimensions; one axis twice if they are flattened.
-        among: the inputs that are looked at; None for all.
-        size: height and width, where the op reads no map that has them.
+        axes: the image axes in a broadcast of `rank` dimensions; one axis twice if they are flattened.
+        among: the inputs that may be replaced; None for all.
+        size: height and width; None if the op reads a map that has them.
     """
     over = next(iter(maps.inputs(op)), None)
     if size is None:
@@ -46,7 +46,7 @@ def promoted(
         flat = None if axes[0] != axes[1] else Flat(*size) if over is None else maps.flat.get(over, Flat(*size))
         for axis, own in zip(axes, size if flat is None else (flat.length,) * 2, strict=True):
             if shape[axis] not in (1, own):
-                raise Refusal(f"'{op.name}' combines a map with a tensor that has more rows or columns than the map")
+                raise Refusal(f"'{op.name}' combines a map with a tensor of another height or width")
         if over is not None and axes[0] != axes[1] and sorted(shape[axis] == 1 for axis in axes) == [False, True]:
             made, names[value] = spread_strip(op, maps, value, shape, axes, size)
             nodes.extend(made)
@@ -67,7 +67,7 @@ def promoted(
 
 
 def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) -> Local:
-    """The map `output` that has a vector's values at every position of the map `over`."""
+    """The map `output` with the values of a vector at every position of the map `over`."""
     shape = list(maps.shape(output))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
@@ -81,7 +81,7 @@ def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) 
 
 
 def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = None) -> tuple[list[Node], int]:
-    """A small as something that local ops read by region, like a map; `shape` if it has further dimensions of one."""
+    """A vector that local ops read by region, like a map; `shape` adds dimensions of size one."""
     shape = list(maps.shape(value) if shape is None else shape)
     number = maps.new_value(shape, like=value)
     maps.axes[number] = axes
@@ -90,7 +90,7 @@ def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = N
 
 
 def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access, Access]:
-    """How an op over a map of this size reads a resident that it repeats along the axes where that has one index."""
+    """The accesses of an op over a map of this size to a resident, which it repeats along axes of one index."""
     rows, cols = (same(n) if own == n else repeated(n) for own, n in zip(maps.size(value), size, strict=True))
     return rows, cols
 
@@ -98,8 +98,8 @@ def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access
 def spread_strip(
     op: Op, maps: Maps, value: int, shape: Sequence[int], axes: Axes, size: tuple[int, int], output: int | None = None
 ) -> tuple[list[Node], int]:
-    """A small with a value for each row or column as a map of this size; `shape` is its own, of the map's rank."""
-    nodes, there = resident(maps, value, axes, shape)
+    """A vector with a value for each row or column as a map; `shape` is the vector's shape in the map's rank."""
+    nodes, resident_value = resident(maps, value, axes, shape)
     full = list(shape)
     for axis, n in zip(axes, size, strict=True):
         full[axis] = n
@@ -109,14 +109,14 @@ def spread_strip(
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         sizes = list(maps.shape(number))
         sizes[axes[0]], sizes[axes[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (env[there].expand(sizes),)
+        return (env[resident_value].expand(sizes),)
 
-    own = Op(op.func, "spread", (), {}, (there,), (number,), (), op.module)
-    return [*nodes, Local(own, {there: over_resident(maps, there, size)}, (axes,), run)], number
+    own = Op(op.func, "spread", (), {}, (resident_value,), (number,), (), op.module)
+    return [*nodes, Local(own, {resident_value: over_resident(maps, resident_value, size)}, (axes,), run)], number
 
 
 def _spread_source(maps: Maps, value: int) -> int | None:
-    """The vector that an op on vectors has spread over the image to make this value, if that is what it has done."""
+    """The vector that an op broadcast over the image to make this value; None if no op did."""
     maker = next((op for op in maps.program.ops if value in op.outputs), None)
     if maker is None or not maker.inputs or len(maps.shape(maker.inputs[0])) != len(maps.shape(value)):
         return None
@@ -129,7 +129,7 @@ def _spread_source(maps: Maps, value: int) -> int | None:
 
 
 def renamed(op: Op, names: dict[int, int]) -> Op:
-    """The op with other inputs, those that it writes to among them."""
+    """The op with inputs, and the inputs that it writes to, replaced by value number."""
 
     def swap(leaf: Any) -> Any:
         return Ref(names.get(leaf.value, leaf.value)) if isinstance(leaf, Ref) else leaf
@@ -154,7 +154,7 @@ def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, extent: F
 def _view(value: int, shape: tuple[int, ...], axes: Axes, extent: Flat | tuple[int, int]):
     def run(env: Env) -> tuple[Tensor, ...]:
         x = env[value].reshape(shape)
-        if isinstance(extent, Flat):  # images and windows that a reshape has joined are axes of their own again
+        if isinstance(extent, Flat):  # separates images and windows that a reshape has joined
             return (x.unflatten(axes[0], extent.sizes(extent.height, extent.width)),)
         full = list(shape)
         full[axes[0]], full[axes[1]] = extent

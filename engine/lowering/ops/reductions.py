@@ -1,7 +1,6 @@
-"""Rules of reductions over dimensions: of channels per pixel; of the whole image, or of each of its rows or columns,
-as a sum, a maximum or moments.
+"""Rules of reductions: per pixel over channels; over the image, its rows or its columns as sums, maxima or moments.
 
-Everything else is made of these three, with a local op before and a vector after:
+All other reductions combine these three with a local op before and a vector op after:
 
     norm (p = 2)   x^2  -> sum -> root              norm (p = 1)   |x| -> sum
     amin           -x   -> max -> -                 norm (p = inf) |x| -> max
@@ -26,22 +25,23 @@ from .promote import over_resident, resident
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What statistics are given in."""
+    """The dtype in which statistics are returned."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """What statistics are merged in."""
+    """The dtype in which statistics are merged."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def moments(
     op: Op, maps: Maps, value: int, dims: tuple[int, ...] = (), grid: Grid | None = None
 ) -> tuple[Reduction, int, int]:
-    """The reduction to mean and variance over the image, whose axes keep size one, and their value numbers.
+    """The reduction to mean and variance over the image, whose axes have size one then, and their value numbers.
 
-    With `dims`, over these dimensions, and in float64 whatever the map is in. With a grid it is over those of the
-    image's axes that are among `dims`.
+    Args:
+        dims: reduces over these dimensions, in float64 for maps of any dtype.
+        grid: reduces over the image axes that are among `dims`.
     """
     info, pixels = maps.program.values[value], math.prod(maps.size(value))
     axes = dims or tuple(dict.fromkeys(maps.axes[value]))
@@ -51,7 +51,7 @@ def moments(
     shape = [1 if d in axes else size for d, size in enumerate(maps.shape(value))]
     count = math.prod(maps.shape(value)[d] for d in axes)
     if not math.prod(maps.shape(value)):
-        raise Refusal("statistics of no images; leave the layer out where there are none")
+        raise Refusal("cannot compute statistics of no images; skip the layer for an empty batch")
     dtype = exact(info.device) if precise else wide(info.dtype)
     mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
     reduction = Reduction(
@@ -79,7 +79,7 @@ def mapped(
     vectors: tuple[int, ...] = (),
     output: int | None = None,
 ) -> tuple[Local, int]:
-    """A local op of our own per pixel, `function(*values, *vectors)`; all values have the first one's axes."""
+    """A per-pixel local op, `function(*values, *vectors)`; all values have the axes of the first."""
     made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
     maps.axes[made] = maps.axes[values[0]]
     if values[0] in maps.flat:
@@ -95,7 +95,7 @@ def mapped(
 
 
 def vector(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> VectorOp:
-    """A small of our own: `function(*inputs)`."""
+    """A vector op: `function(*inputs)`."""
     return VectorOp(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
 
 
@@ -140,7 +140,7 @@ _NAMES = {
     "nanmean",
 )
 def reduction(op: Op, maps: Maps) -> Local | list[Node]:
-    """Over channels: per pixel. Over both image axes: see above. Else on the whole map."""
+    """Over channels: per pixel. Over both image axes: see the module's docstring. Otherwise on the whole map."""
     if op.name in ("max", "min") and len(op.inputs) == 2:
         return elementwise(op, maps)
     value = op.inputs[0]
@@ -175,7 +175,7 @@ def _arguments(op: Op) -> dict[str, Any]:
 
 
 class ReductionCall:
-    """A reduction over the image (and maybe further dimensions) that is being taken apart."""
+    """Builds the nodes of a reduction over the image (and maybe further dimensions)."""
 
     def __init__(self, op: Op, maps: Maps, value: int, dims: tuple[int, ...], given: dict[str, Any]):
         self.op, self.maps, self.value, self.dims, self.given = op, maps, value, tuple(sorted(set(dims))), given
@@ -187,7 +187,7 @@ class ReductionCall:
 
     @property
     def first(self) -> bool:
-        """Whether the gradient of a maximum goes to the first of equal elements: where it has an index."""
+        """Whether the gradient of a maximum goes to the first of equal elements: where the op returns an index."""
         return len(self.op.outputs) > 1 and self.op.name in ("max", "min")
 
     def mapped(
@@ -195,8 +195,8 @@ class ReductionCall:
     ) -> tuple[Local, int]:
         return mapped(self.op, self.maps, name, (self.value,), function, dtype, vectors)
 
-    def kept(self, value: int) -> tuple[list[Node], int]:
-        """The result with its dimensions kept, as local ops take it."""
+    def keepdim_result(self, value: int) -> tuple[list[Node], int]:
+        """A result with its reduced dimensions of size one, as local ops read it."""
         return ([], value) if self.grid is None else resident(self.maps, value, self.maps.axes[self.value])
 
     def vector_like_output(self, dtype: torch.dtype) -> int:
@@ -227,7 +227,7 @@ class ReductionCall:
         behind: Callable[[Tensor], Tensor],
         nan_counts: bool = False,
     ) -> list[Node]:
-        """function(x) -> reduced -> after(it)."""
+        """The nodes of `behind(reduction(function(x)))`."""
         own = wide(self.maps.program.values[self.value].dtype)
         local, made = self.mapped(name, lambda x: function(x.to(own)), own)
         total = self.vector_like_output(own)
@@ -237,7 +237,7 @@ class ReductionCall:
 
 
 def _sum(call: ReductionCall) -> list[Node]:
-    """Sums and means, in `dtype` if one is asked for; of truth values and integers in float64."""
+    """Sums and means, in `dtype` if the call has one; of bool and integers in float64."""
     asked, dtype = call.given.get("dtype"), call.maps.program.values[call.value].dtype
     own = asked or dtype
     if not own.is_floating_point:
@@ -250,7 +250,7 @@ def _sum(call: ReductionCall) -> list[Node]:
 
 
 def _finds_maxima(call: ReductionCall) -> bool:
-    """Whether maxima are taken tile by tile: the first of equal elements is known where the image axes are the last."""
+    """Whether maxima can be computed by tile: the first of equal elements is known if the image axes are the last."""
     maps, axes = call.maps, tuple(axis - len(call.shape) for axis in call.maps.axes[call.value])
     if call.first and call.grid is None and (axes not in ((-2, -1), (-1, -1)) or maps.merged(call.value)):
         return False
@@ -272,13 +272,13 @@ def _min(call: ReductionCall) -> list[Node] | None:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root; at zero its gradient is zero, as those of norms and standard deviations are."""
+    """The square root; its gradient at zero is zero, as for norms and standard deviations."""
     zero = x == 0
     return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
 class Root(torch.autograd.Function):
-    """A standard deviation in `dtype`. Its gradient is zero where it is zero, and overflows where that dtype does."""
+    """A standard deviation in `dtype`. Its gradient is zero at zero, and overflows where `dtype` does."""
 
     @staticmethod
     def forward(ctx: Any, variance: Tensor, dtype: torch.dtype):
@@ -313,7 +313,7 @@ def _norm(call: ReductionCall) -> list[Node] | None:
 
 
 def _spread(call: ReductionCall) -> list[Node]:
-    """Variance and standard deviation, also together with the mean, out of moments."""
+    """Variance and standard deviation, also together with the mean, computed from moments."""
     correction = call.given.get("correction")
     if correction is None:
         correction = 0 if call.given.get("unbiased") is False else 1
@@ -332,28 +332,31 @@ def _spread(call: ReductionCall) -> list[Node]:
         spread = variances * factor
         if op.name.startswith("std"):
             spread = Root.apply(spread, dtype)
-        means = torch.where(spread.isnan(), torch.nan, means)  # so PyTorch follows a mean that is infinite
+        means = torch.where(spread.isnan(), torch.nan, means)  # PyTorch returns NaN for an infinite mean
         return tuple(t.squeeze(squeezed).to(dtype) for t in (spread, means)[: len(op.outputs)])
 
     return [taken, VectorOp(lambda env: finish(env[mean], env[var]), (mean, var), op.outputs)]
 
 
 def finite(top: Tensor) -> Tensor:
-    """The maximum as logsumexp takes it: none where it is infinite."""
+    """The maximum that logsumexp subtracts: zero where it is infinite."""
     return torch.where(top.isinf(), 0, top).detach()
 
 
 def shifted_exp(call: ReductionCall, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
-    """exp(x - shift(max)), the maximum, and the sum of the exponentials; both keep their dimensions."""
+    """Nodes and values of exp(x - shift(max)), of the maximum and of the sum of the exponentials.
+
+    Reduced dimensions of the maximum and the sum have size one.
+    """
     own = wide(call.maps.program.values[call.value].dtype)
-    kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
-    top, total = (call.maps.new_value(kept, own, like=call.value) for _ in range(2))
+    sizes = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
+    top, total = (call.maps.new_value(sizes, own, like=call.value) for _ in range(2))
 
     def shifted(x: Tensor, most: Tensor) -> Tensor:
         return torch.exp(x.to(own) - shift(most))
 
-    found, there = call.kept(top)
-    local, made = call.mapped("shifted_exp", shifted, own, there)
+    found, top_value = call.keepdim_result(top)
+    local, made = call.mapped("shifted_exp", shifted, own, top_value)
     first = call.reduce(call.value, "max", top, keepdim=True)
     return [first, *found, local, call.reduce(made, "sum", total, keepdim=True)], made, top, total
 

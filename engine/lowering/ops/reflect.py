@@ -1,6 +1,6 @@
-"""Padding that repeats pixels of the image: a mirrored border, or the last pixel over and over.
+"""Padding that repeats pixels of the image: a mirrored border, or the last pixel repeated.
 
-A map that is joined to its own mirror image is padded, too, as `torch.cat([x, x.flip(2)], 2)[:, :, :height]`.
+Joining a map to its own mirror image is such a padding, as in `torch.cat([x, x.flip(2)], 2)[:, :, :height]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .resample import select
 
 
 def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], mode: str) -> Local:
-    """`F.pad` with a mode as of `Mirror`; `pad` is (top, bottom, left, right)."""
+    """`F.pad` with a mode of `Mirror`; `pad` is (top, bottom, left, right)."""
     h, w = maps.axes[value]
     height, width = maps.size(value)
     rows = Mirror(height, height + pad[0] + pad[1], pad[0], mode)
@@ -32,14 +32,14 @@ def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int],
 
 
 def joined_mirror(op: Op, maps: Maps, value: int, dim: int, length: int) -> Local:
-    """The first rows or columns, as many as `length`, of a map that is joined to its mirror image."""
+    """The first `length` rows or columns of a map that is joined to its mirror image."""
     axes = maps.axes[value]
     more = [length - maps.shape(value)[axis] if axis == dim else 0 for axis in axes]
     return mirrored_pad(replace(op, inputs=(value,)), maps, value, (0, more[0], 0, more[1]), "symmetric")
 
 
 def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int], constants: Constants) -> Tensor:
-    """The outputs of `span` out of the window that holds their inputs."""
+    """The outputs of `span`, selected from the window with their inputs."""
     start = access.span(*span)[0]
     sources = [access.source(o) - start for o in range(*span)]
     if sources == list(range(sources[0], sources[0] + len(sources))):

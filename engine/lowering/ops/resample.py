@@ -1,7 +1,7 @@
 """Resampling: each output is a weighted sum of neighbouring inputs along each axis.
 
-Nearest copies one; bilinear blends two; bicubic four; area and antialiased ones as many as an output is wide. Which and
-how much is read off PyTorch itself, one axis at a time, in float64 where it does not round to one input or another.
+Nearest copies one; bilinear blends two; bicubic four; area and antialiased modes as many as an output is wide. PyTorch
+itself determines inputs and weights, one axis at a time, in float64 unless it rounds to the nearest input.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ INTERPOLATE = "input size scale_factor mode align_corners recompute_scale_factor
 
 
 def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int, high: int = 1) -> Tensor:
-    """Rows (channels, size_in) resampled as the op does along one of its axes, of an image of `high` such rows.
+    """Rows (channels, size_in) resampled as the op does along one of its axes, in an image of `high` equal rows.
 
-    They lie along the width: PyTorch 2.13 gets the height wrong where the width is one and antialias is on.
+    They run along the width: PyTorch 2.13 is wrong along the height if the width is one and antialias is on.
     """
     given = arguments(op, INTERPOLATE, mode="nearest", antialias=False)
     scale = given["scale_factor"]
@@ -39,15 +39,15 @@ def _interpolated(op: Op, rows: Tensor, size_out: int, axis: int, high: int = 1)
 
 
 def positions(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
-    """Where every output of an interpolation lies among the inputs of an axis, read off PyTorch itself (float64)."""
+    """The position of every output of an interpolation among the inputs of an axis, computed by PyTorch in float64."""
     return _interpolated(op, torch.arange(size_in, dtype=torch.float64)[None], size_out, axis)[0]
 
 
 def nearest(op: Op, maps: Maps, value: int, axis: int) -> Gather:
     """The input of an axis that every output of a nearest interpolation copies.
 
-    An output that lies where two inputs meet has the one to which PyTorch rounds. It does so in float32, but for maps
-    in float64 on the CPU whose output has more than 128 rows and columns, unless more than 3 channels lie last.
+    PyTorch rounds an output halfway between two inputs to one of them. It computes in float32, except for float64 maps
+    on the CPU whose output has more than 128 rows and columns, unless more than 3 channels are last in memory.
     """
     size_in, out, info = maps.size(value)[axis], maps.shape(op.outputs[0])[2:], maps.program.values[value]
     last = info.order == (0, 2, 3, 1) and info.shape[1] > 3
@@ -60,7 +60,7 @@ def nearest(op: Op, maps: Maps, value: int, axis: int) -> Gather:
 
 
 def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
-    """Which outputs of an interpolation lie after the middle of the last input of an axis."""
+    """Mask of the outputs of an interpolation beyond the centre of the last input of an axis."""
     given = arguments(op, INTERPOLATE)
     if given["align_corners"]:
         return torch.zeros(size_out, dtype=torch.bool)
@@ -70,21 +70,21 @@ def _behind(op: Op, size_in: int, size_out: int, axis: int) -> Tensor:
     return (torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5 > size_in - 1
 
 
-def select(x: Tensor, dim: int, places: Tensor) -> Tensor:
-    """`x.index_select(dim, places)` in the memory order of x, which the next convolution need not change then."""
+def select(x: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """`x.index_select(dim, indices)` in the memory order of x, so that the next convolution need not change it."""
     if x.dim() == 4 and dim >= 2 and x.stride(1) == 1:
-        return x.permute(0, 2, 3, 1).index_select(dim - 1, places).permute(0, 3, 1, 2)
-    return x.index_select(dim, places)
+        return x.permute(0, 2, 3, 1).index_select(dim - 1, indices).permute(0, 3, 1, 2)
+    return x.index_select(dim, indices)
 
 
 class _Blend:
-    """One axis: the two inputs of every output, and the weight of the second."""
+    """Bilinear resampling of one axis: two inputs for every output, and the weight of the second."""
 
     def __init__(self, op: Op, size_in: int, size_out: int, axis: int):
-        places = positions(op, size_in, size_out, axis).clamp(0, size_in - 1)
-        lower = places.floor().cummax(0).values
-        weights = (places - lower).clamp(min=0)
-        # After the last input PyTorch blends it with itself; a weight of zero would make an infinite one NaN.
+        indices = positions(op, size_in, size_out, axis).clamp(0, size_in - 1)
+        lower = indices.floor().cummax(0).values
+        weights = (indices - lower).clamp(min=0)
+        # Beyond the last input PyTorch blends it with itself; a weight of zero would turn infinity into NaN.
         self.weights: list[float] = torch.where(_behind(op, size_in, size_out, axis), 0.5, weights).tolist()
         first = tuple(int(i) for i in lower.tolist())
         self.access = Gather(size_in, size_out, first, tuple(min(i + 1, size_in - 1) for i in first))
@@ -99,15 +99,15 @@ class _Blend:
         )
         weight = self._constants.numbers(self.weights[these], x, x.dtype)
         weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
-        # In place: these maps are larger than any other here, and autograd asks for none of them.
+        # In place: these maps are the largest here, and autograd saves none of them.
         return select(x, dim, lower).mul_(1 - weight).add_(select(x, dim, upper).mul_(weight))
 
 
 class _Weights:
-    """One axis: the inputs of every output, and their weights.
+    """Resampling of one axis: the inputs of every output, and their weights.
 
-    Impulses tell the weights: the inputs are dealt out to `apart` channels in turn, so that no output reads two of one
-    channel. Which of a channel's inputs it was is told by the output's position.
+    Impulses measure the weights: input i goes to channel i % apart, so that no output reads two inputs of one channel.
+    The output's position identifies the input of a channel.
     """
 
     def __init__(self, op: Op, size_in: int, size_out: int, axis: int, reach: float):
@@ -121,14 +121,14 @@ class _Weights:
             nearest = centre - apart // 2 + (channels[:, None] - centre + apart // 2) % apart
             inputs.append(nearest if apart < size_in else channels[:, None].expand(-1, size_out))
         found, weight = torch.cat(inputs).T, torch.cat(weights).T
-        there = weight != 0
-        first = torch.where(there, found, size_in).amin(1)
-        last = torch.where(there, found, -1).amax(1)
+        nonzero = weight != 0
+        first = torch.where(nonzero, found, size_in).amin(1)
+        last = torch.where(nonzero, found, -1).amax(1)
         # Neighbours may leave out inputs whose weight happens to be zero; accesses never go back.
         first = first.flip(0).cummin(0).values.flip(0)
         last = last.cummax(0).values
         self.count = int((last - first).max()) + 1
-        column = torch.where(there, found - first[:, None], self.count)
+        column = torch.where(nonzero, found - first[:, None], self.count)
         self.weights = torch.zeros(size_out, self.count + 1, dtype=torch.float64).scatter_add_(1, column, weight)
         self.access = Gather(size_in, size_out, tuple(first.tolist()), tuple(last.tolist()))
         self._constants = Constants()
@@ -136,11 +136,11 @@ class _Weights:
     def __call__(self, x: Tensor, dim: int, span: tuple[int, int]) -> Tensor:
         if self.count <= _FEW:
             total = x.new_zeros(())
-            every = self._constants.cached(span, x, partial(self._places, span))
+            every = self._constants.cached(span, x, partial(self._indices, span))
             weights = self._constants.cached((span, x.dtype), x, partial(self._shares, span, x.dtype))
-            for places, weight in zip(every, weights, strict=True):
+            for indices, weight in zip(every, weights, strict=True):
                 weight = weight.reshape([-1 if d == dim else 1 for d in range(x.dim())])
-                total = total + x.index_select(dim, places).mul_(weight)
+                total = total + x.index_select(dim, indices).mul_(weight)
             return total
         matrix = self._constants.cached((span, x.dtype), x, partial(self._matrix, span, x.dtype))
         return matrix @ x if dim == x.dim() - 2 else x @ matrix.T
@@ -149,7 +149,7 @@ class _Weights:
         """The first input of each output, as seen from the window's start."""
         return torch.tensor(self.access.sources[slice(*span)]) - self.access.span(*span)[0]
 
-    def _places(self, span: tuple[int, int]) -> Tensor:
+    def _indices(self, span: tuple[int, int]) -> Tensor:
         """(count, outputs): the inputs of each output, one after the other."""
         start, end = self.access.span(*span)
         return (self._first(span) + torch.arange(self.count)[:, None]).clamp_max(end - start - 1)
@@ -166,9 +166,9 @@ class _Weights:
         return matrix[:, : end - start].to(dtype)
 
 
-_BOTH = 128  # rows and columns together up to which PyTorch takes nearest inputs one by one
-_FEW = 8  # inputs of an output that are taken one after the other; more are a product with a matrix
-_CHANNELS = 64  # as many impulses are resampled at once
+_BOTH = 128  # rows plus columns up to which PyTorch computes nearest inputs one by one
+_FEW = 8  # inputs per output that are added one after the other; more are a matrix product
+_CHANNELS = 64  # impulses that are resampled at once
 
 
 def weighted(op: Op, maps: Maps, value: int) -> Local:
@@ -176,7 +176,9 @@ def weighted(op: Op, maps: Maps, value: int) -> Local:
     given = arguments(op, INTERPOLATE, mode="nearest")
     size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
     if given["antialias"] and 1 in (size[1], out[1]):
-        raise Refusal(f"'{op.name}' with antialias from or to one column, which PyTorch 2.13 itself gets wrong")
+        raise Refusal(
+            f"'{op.name}' with antialias from or to one column is not supported: PyTorch 2.13 itself is wrong there"
+        )
     axes = []
     for axis in (0, 1):
         scale = given["scale_factor"]

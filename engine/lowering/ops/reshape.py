@@ -1,8 +1,8 @@
-"""Changes of shape: both image axes stay whole, or become one, or are cut into blocks of neighbouring rows.
+"""Rules of reshapes: both image axes remain, or become one, or are cut into blocks of neighbouring rows.
 
     (N, C, H, W)          -> (N, g, C/g, H, W)          per pixel
     (N, C, H, W)          -> (N, C, H*W), (N*H*W, C)     a flattened map, see flat.py
-    (N, C, H, W)          -> (N, C, H/r, r, W/r, r)      a window of r with stride r; the way back a gather
+    (N, C, H, W)          -> (N, C, H/r, r, W/r, r)      a window of r with stride r; the inverse is a gather
 
 Anything else needs the assembled map.
 """
@@ -19,8 +19,8 @@ from ..geometry import Access, Gather, Window, same
 from .base import Block, Env, Flat, Local, Maps, Refusal, VectorOp, Whole, rule
 
 
-def place_of(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
-    """Where `took` dimensions from `axis` on of shape `before` stand in shape `after`, there of these sizes."""
+def position_of(before: Sequence[int], after: Sequence[int], axis: int, took: int, sizes: Sequence[int]) -> int | None:
+    """Position in shape `after` of `took` dimensions of shape `before` from `axis` on, with these new sizes."""
     ahead, behind = math.prod(before[:axis]), math.prod(before[axis + took :])
     for position in range(len(after) - len(sizes) + 1):
         if (
@@ -40,7 +40,7 @@ def reshape(op: Op, maps: Maps) -> Local | VectorOp | Whole:
         return VectorOp(lambda env: (env[value].reshape(shape),), (value,), op.outputs)
     before, after = maps.shape(value), maps.shape(op.outputs[0])
     if maps.program.values[value].dtype != maps.program.values[op.outputs[0]].dtype:
-        raise Refusal("'view' reinterprets the bytes of a map")
+        raise Refusal("'view' cannot reinterpret the bytes of a map as another dtype")
     if value in maps.flat:
         return _of_flat(op, maps, value, before, after) or Whole(op)
     h, w = maps.axes[value]
@@ -63,40 +63,44 @@ def reshape(op: Op, maps: Maps) -> Local | VectorOp | Whole:
     return Local(op, {value: (rows, cols)}, ((new_h, new_w),), run)
 
 
-_Way = tuple[int, Access, int]  # where an axis went, how its new indices read the old ones, the factor between them
+_Move = tuple[int, Access, int]  # new position of an axis, access of its new indices to the old ones, size factor
 
 
-def _both(before: Sequence[int], after: Sequence[int], h: int, w: int) -> tuple[_Way, _Way] | None:
-    """Where both image axes went. An axis of one block, (B, 7, 14, C) -> (B, 1, 7, 2, 7, C), goes as the other does."""
+def _both(before: Sequence[int], after: Sequence[int], h: int, w: int) -> tuple[_Move, _Move] | None:
+    """How both image axes moved. An axis of one block, (B, 7, 14, C) -> (B, 1, 7, 2, 7, C), is cut like the other."""
     pairs = [
         (first, second)
         for first in _along(before, after, h)
         for second in _along(before, after, w)
         if first[0] != second[0]
     ]
-    alike = (pair for pair in pairs if type(pair[0][1]) is type(pair[1][1]) and _stays(pair[0]) == _stays(pair[1]))
+    alike = (
+        pair
+        for pair in pairs
+        if type(pair[0][1]) is type(pair[1][1]) and _is_unchanged(pair[0]) == _is_unchanged(pair[1])
+    )
     return next(alike, next(iter(pairs), None))
 
 
-def _stays(way: _Way) -> bool:
-    return isinstance(way[1], Window) and way[1] == same(way[1].size_in)
+def _is_unchanged(move: _Move) -> bool:
+    return isinstance(move[1], Window) and move[1] == same(move[1].size_in)
 
 
-def _along(before: Sequence[int], after: Sequence[int], axis: int) -> list[_Way]:
-    """Where an image axis may have gone: it is as it was, or cut into blocks, or joined with the dimension after it."""
+def _along(before: Sequence[int], after: Sequence[int], axis: int) -> list[_Move]:
+    """Possible moves of an image axis: unchanged, cut into blocks, or joined with the dimension after it."""
     size = before[axis]
-    found: list[_Way] = []
-    position = place_of(before, after, axis, 1, [size])
+    found: list[_Move] = []
+    position = position_of(before, after, axis, 1, [size])
     if position is not None:
         found.append((position, same(size), 1))
     for blocks in after:
         if 0 < blocks < size and size % blocks == 0:
-            position = place_of(before, after, axis, 1, [blocks, size // blocks])
+            position = position_of(before, after, axis, 1, [blocks, size // blocks])
             if position is not None:
                 found.append((position, Window(size, blocks, size // blocks, size // blocks), size // blocks))
     if axis + 1 < len(before):
         factor = before[axis + 1]
-        position = place_of(before, after, axis, 2, [size * factor])
+        position = position_of(before, after, axis, 2, [size * factor])
         if position is not None:
             access = Gather(size, size * factor, tuple(o // factor for o in range(size * factor)))
             found.append((position, access, factor))
@@ -106,7 +110,7 @@ def _along(before: Sequence[int], after: Sequence[int], axis: int) -> list[_Way]
 def _merged(
     before: Sequence[int], after: Sequence[int], ahead: int, height: int, width: int
 ) -> tuple[int, Flat] | None:
-    """Which dimension of `after` holds all the pixels after `ahead` elements, and as little besides as can be."""
+    """The dimension of `after` with all pixels after `ahead` elements and as few other factors as possible."""
     pixels = height * width
     behind = math.prod(before) // (ahead * pixels)
     found: list[tuple[int, Flat]] = []
@@ -120,7 +124,7 @@ def _merged(
 
 
 def _flattens(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequence[int]) -> Local | None:
-    """Both axes become one, alone or together with their neighbours."""
+    """A reshape of both image axes into one, alone or together with neighbouring dimensions; None if it does not."""
     h = maps.axes[value][0]
     height, width = maps.size(value)
     found = _merged(before, after, math.prod(before[:h]), height, width)
@@ -139,17 +143,17 @@ def _flattens(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequ
 
 
 def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Sequence[int]) -> Local | None:
-    """A flattened map stays one, or gets both axes again."""
+    """A reshape of a flattened map that remains flattened or restores both axes; None for others."""
     axis, own = maps.axes[value][0], maps.flat[value]
     ahead = math.prod(before[:axis]) * own.ahead
     behind = math.prod(before[axis + 1 :]) * own.behind
-    places = range(len(after) - 2, -1, -1)  # from behind: in front are images, of which there may be one
-    kept = before[: axis + 1] == after[: axis + 1]  # an axis of one row is no images and one row
+    positions = range(len(after) - 2, -1, -1)  # from the end: the first dimensions are images, possibly one
+    prefix_unchanged = before[: axis + 1] == after[: axis + 1]  # a dimension of size one must not be taken for the rows
     position = next(
         (
             i
-            for i in places
-            if not (kept and i < axis)
+            for i in positions
+            if not (prefix_unchanged and i < axis)
             and tuple(after[i : i + 2]) == (own.height, own.width)
             and (math.prod(after[:i]), math.prod(after[i + 2 :])) == (ahead, behind)
         ),

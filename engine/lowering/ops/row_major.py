@@ -1,7 +1,7 @@
-"""Pooling along the positions of a flattened map, in the order of its rows (NextViT's keys): sums of runs of them.
+"""Pooling along the positions of a flattened map in row-major order (NextViT's keys): sums of runs of positions.
 
-A run of k positions is part of a row, or several rows and parts of two. The runs together are few values, so each tile
-adds what it has of every one.
+A run of k positions is part of a row, or several rows and parts of two. All runs are few values, so each tile adds its
+part of every run.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ def avg_pool1d(op: Op, maps: Maps) -> Local | list[Node]:
         return Local(op, {value: maps.pointwise(value)}, (axes,), replay(op))
     stride = _one(given["stride"]) or length
     if value not in maps.flat or maps.merged(value):
-        raise Refusal("'avg_pool1d' goes along one image axis; use avg_pool2d")
+        raise Refusal("'avg_pool1d' cannot run along one image axis; use avg_pool2d")
     if stride != length or _one(given["padding"]) != 0 or given["ceil_mode"]:
-        raise Refusal("'avg_pool1d' along positions of the image, with padding or windows that overlap")
+        raise Refusal("'avg_pool1d' along positions of the image must have no padding and no overlapping windows")
     assert isinstance(length, int)
     return _of_runs(op, maps, value, length)
 
 
 def _of_runs(op: Op, maps: Maps, value: int, length: int) -> list[Node]:
-    """The map with one channel more, which tells each position's run; sums by run; their means."""
+    """The nodes of a pooling: a channel with the run of each position, the sums of runs, and their means."""
     height, width = maps.size(value)
     *batch, channels, positions = maps.shape(value)
     runs, dtype = positions // length, maps.program.values[op.outputs[0]].dtype
     own = wide(maps.program.values[value].dtype)
     if runs + 1 > 1 / torch.finfo(own).eps:
         raise Refusal(f"'avg_pool1d' makes more than {runs} runs of positions, too many to be numbered in {own}")
-    told = maps.new_value((*batch, channels + 1, positions), own, like=value)
-    maps.axes[told], maps.flat[told] = maps.axes[value], maps.flat[value]
+    with_runs = maps.new_value((*batch, channels + 1, positions), own, like=value)
+    maps.axes[with_runs], maps.flat[with_runs] = maps.axes[value], maps.flat[value]
 
-    def tell(env: Env, block: Block) -> tuple[Tensor, ...]:
+    def append_runs(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value].to(own)
         rows, cols = (torch.arange(*span, device=x.device) for span in (block.rows, block.cols))
         run = torch.div((rows[:, None] * width + cols).flatten(), length, rounding_mode="floor")
@@ -62,15 +62,15 @@ def _of_runs(op: Op, maps: Maps, value: int, length: int) -> list[Node]:
     def sums(block: Tensor) -> Tensor:
         x = block.flatten(-2)
         run = x[..., -1, :].detach().reshape(-1, x.shape[-1])[0].long()
-        total = x.new_zeros(*x.shape[:-2], channels, runs + 1)  # the last run is too short to be one
+        total = x.new_zeros(*x.shape[:-2], channels, runs + 1)  # the last run is incomplete
         return total.index_add(-1, run, x[..., :-1, :])[..., :runs]
 
-    # Gathers, though each position reads itself: what a block holds depends on where it lies.
+    # Gathers, though each position reads itself: the values of a block depend on its position.
     reads = Gather(height, height, tuple(range(height))), Gather(width, width, tuple(range(width)))
-    named = Op(op.func, "runs", (), {}, (value,), (told,), (), op.module, line=op.line)
+    named = Op(op.func, "runs", (), {}, (value,), (with_runs,), (), op.module, line=op.line)
     total = maps.new_value(dtype=own, like=op.outputs[0])
     return [
-        Local(named, {value: reads}, (maps.axes[told],), tell),
-        Reduction(op, told, "sum", 1, (), True, outputs=(total,), form=sums),
+        Local(named, {value: reads}, (maps.axes[with_runs],), append_runs),
+        Reduction(op, with_runs, "sum", 1, (), True, outputs=(total,), form=sums),
         vector((total,), op.outputs[0], lambda t: (t / length).to(dtype)),
     ]

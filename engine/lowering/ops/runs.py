@@ -1,4 +1,4 @@
-"""A run of columns for each row of the last two dimensions, starting where that row says (../relative_positions.py)."""
+"""Rule of `column_runs`: a run of columns of each row, with a start for each row (../relative_positions.py)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .base import Block, Env, Local, Maps, Refusal, rule
 
 
 def column_runs(x: Tensor, starts: Sequence[int], length: int) -> Tensor:
-    """(..., rows, columns) -> (..., rows, length): of row i the columns starts[i] .. starts[i] + length - 1."""
+    """(..., rows, columns) -> (..., rows, length): columns starts[i] .. starts[i] + length - 1 of row i."""
     first = torch.tensor(starts, device=x.device)
-    places = first[:, None] + torch.arange(length, device=x.device)
-    return x.gather(-1, places.expand(*x.shape[:-1], length))
+    indices = first[:, None] + torch.arange(length, device=x.device)
+    return x.gather(-1, indices.expand(*x.shape[:-1], length))
 
 
 def is_per_position(maps: Maps, value: int) -> bool:
@@ -29,14 +29,14 @@ def is_per_position(maps: Maps, value: int) -> bool:
 
 @rule("column_runs")
 def runs(op: Op, maps: Maps) -> Local:
-    """Per position; where rows are positions, a block has the starts of its own rows."""
+    """Per position; if rows are positions, a block uses the starts of its own rows."""
     value = op.inputs[0]
     rank, axes = len(maps.shape(value)), maps.axes[value]
     if not is_per_position(maps, value):
-        raise Refusal("columns that are picked for each row of a matrix are positions of the image")
+        raise Refusal("cannot select columns of a matrix that are positions of the image")
     given = op.func.keywords  # pyright: ignore[reportFunctionMemberAccess]
     starts, length = given["starts"], given["length"]
-    # A gather, where the row says what is read: blocks at another place are not alike.
+    # A gather along rows with their own starts: blocks at other positions differ.
     reads = [
         Gather(n, n, tuple(range(n))) if axis == rank - 2 else same(n)
         for n, axis in zip(maps.size(value), axes, strict=True)

@@ -1,4 +1,4 @@
-"""Softmax and division by the norm where they go over the image: reductions, and a local op that reads them."""
+"""Softmax and division by the norm over the image: reductions, and a local op that reads their results."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .reductions import ReductionCall, mapped, root, shifted_exp, squared, vecto
 
 
 def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
-    """Softmax along an image axis, or along the one in which a flattened map's positions lie."""
+    """Softmax along an image axis, or along the positions of a flattened map."""
     call = ReductionCall(op, maps, value, (dim,), {"keepdim": True})
     nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
     dtype = call.dtype
-    found, sums = call.kept(total)
+    found, sums = call.keepdim_result(total)
     if logarithm:
-        more, most = call.kept(top)
+        more, most = call.keepdim_result(top)
 
         def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
             return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
@@ -33,9 +33,9 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     call = ReductionCall(op, maps, value, dims, {"keepdim": True})
     own, dtype = wide(maps.program.values[value].dtype), call.dtype
     local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
-    kept = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
-    total, length = (maps.new_value(kept, own, like=value) for _ in range(2))
+    sizes = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
+    total, length = (maps.new_value(sizes, own, like=value) for _ in range(2))
     scale = vector((total,), length, lambda t: root(t).clamp_min(eps))
-    found, there = call.kept(length)
-    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (there,), call.output)
+    found, norms = call.keepdim_result(length)
+    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (norms,), call.output)
     return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]

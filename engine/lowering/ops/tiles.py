@@ -1,8 +1,8 @@
-"""A module of its own as one op: tile of the image -> embedding, whatever is inside (`engine/tilewise.py`).
+"""A separate module as one op, which maps a tile of the image to an embedding (`engine/tilewise.py`).
 
-To the scan it is an op that reads a window of `size` every `stride` pixels, like a convolution. Tiles go through the
-module in batches; where there are several, each batch is computed again in the backward, so that the graph of one is
-there at a time (`torch.utils.checkpoint`, which gives the second computation the random numbers of the first).
+For the scan it is an op that reads a window of `size` every `stride` pixels, like a convolution. The module processes
+tiles in batches. If there are several, the backward computes each batch again, so that only the graph of one exists at
+a time (`torch.utils.checkpoint`, which repeats the random numbers of the first computation).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
 from .promote import promoted
 
-Place = tuple[int, int, int]  # image, row and column of a tile
+TileIndex = tuple[int, int, int]  # image, row and column of a tile
 Background = float | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which modules and hooks there were, which were training, and the numbers that PyTorch's own had (eps, p).
+    """Snapshot of a module's submodules, hooks, training modes, and numbers of PyTorch's own modules (eps, p).
 
-    Other modules' attributes are left alone: a forward may count in them.
+    It excludes other modules' attributes, in which a forward may count.
     """
 
     were: tuple[tuple[nn.Module, tuple[tuple[str, Any], ...]], ...]
@@ -44,15 +44,15 @@ class Settings:
 
     @staticmethod
     def of(module: nn.Module) -> Settings:
-        """Those of now."""
+        """The current settings."""
         return Settings(tuple((child, _settings(child)) for child in module.modules()), _parts(module))
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
-        """The settings that were, as long as this lasts.
+        """Context manager that restores these settings.
 
         Raises:
-            ChangedError: where modules or hooks are others.
+            ChangedError: if modules or hooks have changed.
         """
         if _parts(self.were[0][0]) != self.parts:
             raise _changed("modules or hooks")
@@ -77,7 +77,7 @@ def _parts(module: nn.Module) -> tuple[Any, ...]:
 
 def _changed(what: str) -> ChangedError:
     return ChangedError(
-        f"tilewise: {what} of the module were changed after the forward, and the backward computes tiles with them "
+        f"tilewise: {what} of the module were changed after the forward, but the backward computes tiles with them "
         "again; change them after the backward"
     )
 
@@ -90,7 +90,7 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 @dataclass(frozen=True)
 class Tiles(Watched):
-    """How an image is cut into tiles, and what they go through; see `tilewise`."""
+    """How an image is cut into tiles, and the module that embeds them; see `tilewise`."""
 
     module: nn.Module
     settings: Settings
@@ -104,21 +104,21 @@ class Tiles(Watched):
         return self if self.again is None else self.again()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles."""
+        """Numbers of rows and columns of tiles."""
         if height < self.size[0] or width < self.size[1]:
             raise DataError(
                 f"an image of {height} x {width} pixels is smaller than one tile of {self.size[0]} x {self.size[1]}; "
-                "pad it, or give tilewise a smaller size"
+                "pad it, or pass tilewise a smaller size"
             )
         return (height - self.size[0]) // self.stride[0] + 1, (width - self.size[1]) // self.stride[1] + 1
 
     def rect(self, row: int, col: int) -> tuple[int, int, int, int]:
-        """Where a tile lies: top, bottom, left, right."""
+        """The rectangle of a tile: top, bottom, left, right."""
         top, left = row * self.stride[0], col * self.stride[1]
         return top, top + self.size[0], left, left + self.size[1]
 
     def empty(self, tile: Tensor) -> Tensor:
-        """Which of some tiles (n, C, h, w) are background."""
+        """Mask (n,) of the tiles (n, C, h, w) that are background."""
         if callable(self.background):
             found = self.background(tile)
             if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != tile.shape[:1]:
@@ -129,17 +129,24 @@ class Tiles(Watched):
 
 
 def refuse_live_statistics(module: nn.Module, name: str = "") -> None:
-    """A norm whose statistics are those of a batch of tiles: neither of the image, nor of one tile."""
+    """Refuse norms in training mode: their statistics would be those of a batch of tiles.
+
+    Raises:
+        UnsupportedError: naming the norm.
+    """
     for path, child in module.named_modules():
         if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
             raise UnsupportedError(
-                f"tilewise: '{'.'.join(p for p in (name, path) if p)}' ({type(child).__name__}) takes live statistics, "
-                "which would be of the tiles that happen to share a batch; put it in evaluation mode (.eval())"
+                f"tilewise: '{'.'.join(p for p in (name, path) if p)}' ({type(child).__name__}) is in training mode, "
+                "so its statistics would depend on the tiles in a batch; put it in evaluation mode (.eval())"
             )
 
 
 def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """The length and dtype of an embedding; refuses what is no function of one tile, as far as two tiles can tell."""
+    """The length and dtype of an embedding; refuses a module whose output for a tile depends on other tiles.
+
+    It compares the outputs of two random tiles together and alone.
+    """
     module = tiles.module
     before = {name: buffer._version for name, buffer in module.named_buffers() if not buffer.is_inference()}
     devices = [device] if device.type == "cuda" else []
@@ -165,42 +172,42 @@ def probe(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype)
             alone, scale = module(two[:1]), both.abs().amax()
             if (both[:1] - alone).abs().amax() > 0.05 * scale:
                 raise UnsupportedError(
-                    "tilewise: the module's output for a tile depends on the other tiles of its batch (live statistics "
-                    "of its own?); put it in evaluation mode (.eval())"
+                    "tilewise: the module's output for a tile depends on the other tiles of its batch (a norm in "
+                    "training mode?); put it in evaluation mode (.eval())"
                 )
     return both.shape[1], both.dtype
 
 
 def _need_vectors(made: Any, count: int) -> None:
-    """One vector of numbers for each tile."""
+    """Check that a module returns one floating-point vector for each tile."""
     if not isinstance(made, Tensor) or made.dim() != 2 or made.shape[0] != count:
         what = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         raise UnsupportedError(
-            f"tilewise: the module makes {what} of {count} tiles, not one vector ({count}, D); pool or select inside "
-            "of it (timm: num_classes=0)"
+            f"tilewise: the module returns {what} for {count} tiles, not vectors ({count}, D); pool or select inside "
+            "it (timm: num_classes=0)"
         )
     if not (made.is_floating_point() or made.is_complex()):
-        raise UnsupportedError(f"tilewise: the module makes {made.dtype} of tiles; let it give floating-point numbers")
+        raise UnsupportedError(f"tilewise: the module returns {made.dtype}; it must return floating-point numbers")
 
 
 def _fails(module: nn.Module, two: Tensor, error: Exception) -> str:
-    """What the module said of two tiles, and what would help."""
-    said = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".")
+    """Error message for a module that fails on two tiles, with a remedy."""
+    message = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".")
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), two.dtype)
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    remedy = "give it tiles that it takes by itself: another size, or images of its channels and dtype"
+    remedy = "pass tiles that it accepts: another size, or images with its channels and dtype"
     if own != two.dtype:
         remedy = f"its parameters are {own}: convert the image, image.to({own})"
     if first is not None and first.in_channels != two.shape[1]:
-        remedy = f"its first convolution takes {first.in_channels} channels: give such images, or another module"
+        remedy = f"its first convolution takes {first.in_channels} channels: pass such images, or another module"
     return (
         f"tilewise: the module fails on 2 tiles {tuple(two.shape)} of {two.dtype} "
-        f"({type(error).__name__}: {said}); {remedy}"
+        f"({type(error).__name__}: {message}); {remedy}"
     )
 
 
 def _two(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Two tiles of the image's dtype that differ."""
+    """Two different random tiles of the image's dtype."""
     shape = (2, channels, *tiles.size)
     if dtype.is_floating_point:
         return torch.rand(shape, device=device, dtype=dtype)
@@ -209,7 +216,7 @@ def _two(tiles: Tiles, channels: int, device: torch.device, dtype: torch.dtype) 
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Attributes that calls inside set (counters, features kept) are put back."""
+    """Context manager that restores the attributes of a module, such as counters or stored features."""
     before = [(child, dict(child.__dict__)) for child in module.modules()]
     try:
         yield
@@ -220,14 +227,14 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def embed_tiles(x: Tensor, mask: Tensor | None, skipped: Tensor | None, tiles: Tiles, *state: Tensor) -> Tensor:
-    """Recorded in place of the module's ops; see the rule of this name. It runs on tensors without values alone."""
+    """The op that is recorded instead of the module's ops; see the rule `embed_tiles`. It runs on fake tensors only."""
     if has_torch_function_unary(x):
         return handle_torch_function(embed_tiles, (x,), x, mask, skipped, tiles, *state)
     device = next(tiles.module.parameters(), torch.empty(0, device=x.device)).device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    # In another thread: there calls are neither recorded nor made without values.
-    with ThreadPoolExecutor(1) as aside:
-        width, dtype = aside.submit(_probe_in, autocast, tiles, x.shape[1], device, x.dtype).result()
+    # In another thread, where calls are neither recorded nor fake.
+    with ThreadPoolExecutor(1) as thread:
+        width, dtype = thread.submit(_probe_in, autocast, tiles, x.shape[1], device, x.dtype).result()
     made = x.new_empty((x.shape[0], width, *tiles.grid(*x.shape[2:])), dtype=dtype)
     leaves = (x, *state) if skipped is None else (x, skipped, *state)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
@@ -244,7 +251,7 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
     x, mask, skipped, tiles, *state = op.args
     value, output = x.value, op.outputs[0]
     if value not in maps or any(v in maps for v in (*(t.value for t in state), *([skipped.value] if skipped else []))):
-        raise Refusal("'tilewise' takes its weights from the image")
+        raise Refusal("'tilewise' cannot use weights that depend on the image")
     need_nchw(op, maps, value)
     shape = maps.shape(output)
     nodes: list[Node] = []
@@ -273,7 +280,7 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
         base = None if skipped is None else env[skipped.value]
 
         def call(batch: Tensor) -> Tensor:
-            with tiles.settings.put_back():  # also where the backward computes a tile again
+            with tiles.settings.put_back():  # also when the backward computes a tile again
                 made = functional_call(tiles.module, given, (batch,))
             if isinstance(made, Tensor) and torch.is_grad_enabled() and not made.requires_grad:
                 skips.clear()
@@ -286,7 +293,7 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _windows(size_in: int, size_out: int, size: int, stride: int) -> Gather:
-    """A tile's pixels. Not a `Window`: what a module does shall not be captured as a CUDA graph."""
+    """The pixels of a tile along one axis. Not a `Window`: a module must not be captured as a CUDA graph."""
     first = range(0, size_out * stride, stride)
     return Gather(size_in, size_out, tuple(first), tuple(i + size - 1 for i in first))
 
@@ -296,11 +303,11 @@ def named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-# -- the module of the second computation is that of the first ---------------------------------------------------------
+# -- the second computation uses the module's first state --------------------------------------------------------------
 
 
 class _State:
-    """What a module computes with, as it is now: the second computation is of this, or is refused."""
+    """Snapshot of a module's tensors and settings, which the second computation uses; it refuses changed tensors."""
 
     def __init__(self, tiles: Tiles):
         self._module, self._settings = tiles.module, tiles.settings
@@ -308,13 +315,13 @@ class _State:
         self._versions = self._now()
 
     def call_again(self, batch: Tensor) -> Tensor:
-        """The module with the tensors and settings that it had."""
+        """The module's output with the tensors and settings of the snapshot."""
         if self._now() != self._versions:
             raise _changed("weights or buffers")
         with self._settings.put_back():
             if all(self._tensors.get(name) is tensor for name, tensor in named_state(self._module)):
                 return self._module(batch)
-            return functional_call(self._module, self._tensors, (batch,))  # others are there now, as after a swap
+            return functional_call(self._module, self._tensors, (batch,))  # the module has other tensors now
 
     @property
     def tensors(self) -> Iterable[Tensor]:
@@ -325,7 +332,7 @@ class _State:
 
 
 def _version(x: Any) -> int:
-    """How often a tensor was written to, as far as it counts."""
+    """PyTorch's version counter of a tensor; 0 if it has none."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
@@ -341,40 +348,42 @@ def embed(
     result: tuple[int, torch.dtype],
     convert: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Tensor:
-    """The grid of embeddings (N, D, h, w), in the memory of one batch of tiles.
+    """The grid of embeddings (N, D, h, w), computed in the memory of one batch of tiles.
 
     Args:
-        x: (N, C, H, W), a tensor or anything with a `shape` and `read(top, bottom, left, right)`.
-        keep: (N, h, w), which tiles are computed.
-        skipped: what the others get, (D,) or one number; zeros if None.
+        x: (N, C, H, W), a tensor or an object with a `shape` and `read(top, bottom, left, right)`.
+        keep: (N, h, w), true for tiles that are computed; None for all.
+        skipped: the embedding of the other tiles, (D,) or one number; zeros if None.
         call: the module.
         result: length and dtype of an embedding.
-        convert: puts what is read on the device of the module.
+        convert: moves tiles to the device of the module.
     """
     n, rows, cols = x.shape[0], *tiles.grid(*x.shape[2:])
     length, dtype = result
     fake = isinstance(x, Tensor) and is_fake(x)
     leaf = isinstance(x, Tensor) and x.requires_grad
     made: list[Tensor] = []
-    places: list[Place] = []
+    indices: list[TileIndex] = []
     state = _State(tiles) if call is tiles.module and torch.is_grad_enabled() and not fake else None
     for batch in _batches(x, keep, tiles, (n, rows, cols), convert):
-        places.extend(batch.places)
-        if not torch.is_grad_enabled() or len(batch.places) == n * rows * cols:  # the graph of one batch may stay
+        indices.extend(batch.indices)
+        if not torch.is_grad_enabled() or len(batch.indices) == n * rows * cols:  # the graph of one batch may stay
             made.append(call(batch()))
         else:  # a leaf's tiles are read once: their gradients go to the image once
             tiles_read = batch() if leaf else batch
             made.append(checkpoint(_Through(call, state), tiles_read, use_reentrant=False, preserve_rng_state=not fake))
-        _need_vectors(made[-1], len(batch.places))
+        _need_vectors(made[-1], len(batch.indices))
     if made:
         length, dtype = made[0].shape[1], made[0].dtype
     base = torch.zeros(1, dtype=dtype) if skipped is None else skipped.to(dtype)
     if base.shape[0] not in (1, length):
-        raise GigamorphError(f"skipped has {base.shape[0]} values, an embedding of this module has {length}")
+        raise GigamorphError(
+            f"skipped has {base.shape[0]} values, but an embedding of this module has {length}; pass as many, or one"
+        )
     base = base.to(made[0].device) if made else convert(base).to(dtype)
     grid = base.expand(n * rows * cols, length)
     if made:
-        index = torch.tensor([(image * rows + i) * cols + j for image, i, j in places], device=grid.device)
+        index = torch.tensor([(image * rows + i) * cols + j for image, i, j in indices], device=grid.device)
         grid = grid.index_copy(0, index, torch.cat(made))
     elif state is not None:
         grid = _Uncomputed.apply(grid, *((x,) if isinstance(x, Tensor) else ()), *state.tensors)
@@ -382,7 +391,7 @@ def embed(
 
 
 class _Uncomputed(torch.autograd.Function):
-    """The grid of an image whose tiles are all skipped; what tiles are computed with has zeros as its gradient."""
+    """The grid of an image whose tiles are all skipped; the gradients of the module's tensors are zeros."""
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, *tensors: Tensor) -> Tensor:
@@ -396,7 +405,7 @@ class _Uncomputed(torch.autograd.Function):
 
 
 class _Through:
-    """A batch through the module; when it is computed again, through the module as it was."""
+    """Applies the module to a batch; a second call uses the state of the first."""
 
     def __init__(self, call: Callable[[Tensor], Tensor], state: _State | None):
         self.call, self.state, self.computed = call, state, False
@@ -409,41 +418,41 @@ class _Through:
 
 def _truth(keep: Tensor) -> Tensor:
     if keep.isnan().any():
-        raise GigamorphError(
-            "the mask of tilewise has NaN; give true for tiles that are computed, and false for others"
-        )
+        raise GigamorphError("the mask of tilewise has NaN; use true for tiles that are computed, and false for others")
     return keep.bool().cpu()
 
 
 class _Batch:
-    """Some tiles, which are read again where they are computed again."""
+    """Some tiles, which are read again when they are computed again."""
 
-    def __init__(self, read: Callable[[Sequence[Place]], Tensor], places: Sequence[Place], first: Tensor | None = None):
-        self.read, self.places, self.first = read, places, first
+    def __init__(
+        self, read: Callable[[Sequence[TileIndex]], Tensor], indices: Sequence[TileIndex], first: Tensor | None = None
+    ):
+        self.read, self.indices, self.first = read, indices, first
 
     def __call__(self) -> Tensor:
         tiles, self.first = self.first, None
-        return self.read(self.places) if tiles is None else tiles
+        return self.read(self.indices) if tiles is None else tiles
 
 
 def _batches(
     x: Any, keep: Tensor | None, tiles: Tiles, counts: tuple[int, int, int], convert: Callable[[Tensor], Tensor]
 ) -> Iterator[_Batch]:
-    """The tiles that are to be computed, in raster order, `tiles.batch` at a time."""
+    """The tiles to compute in row-major order, `tiles.batch` at a time."""
     wanted = None if keep is None or is_fake(keep) else _truth(keep)
-    looks = tiles.background is not None and not (isinstance(x, Tensor) and is_fake(x))
+    skips_background = tiles.background is not None and not (isinstance(x, Tensor) and is_fake(x))
 
     version = _version(x)
 
-    def read(places: Sequence[Place]) -> Tensor:
+    def read(indices: Sequence[TileIndex]) -> Tensor:
         if _version(x) != version:
             raise ChangedError(
-                "tilewise: the image was written to after the forward, and the backward reads its tiles again; change "
-                "it after the backward, or give a copy"
+                "tilewise: the image was written to after the forward, but the backward reads its tiles again; change "
+                "it after the backward, or pass a copy"
             )
         found: dict[tuple[int, int], Tensor] = {}
         parts = []
-        for image, i, j in places:
+        for image, i, j in indices:
             if isinstance(x, Tensor):
                 top, bottom, left, right = tiles.rect(i, j)
                 parts.append(x[image, :, top:bottom, left:right])
@@ -453,15 +462,15 @@ def _batches(
                 parts.append(found[i, j][image])
         return convert(torch.stack(parts))
 
-    waiting: list[Place] = []
+    waiting: list[TileIndex] = []
     seen: list[Tensor] = []
     n, rows, cols = counts
     for i, j in product(range(rows), range(cols)):
         here = [(image, i, j) for image in range(n) if wanted is None or wanted[image, i, j]]
-        if here and looks:
+        if here and skips_background:
             own = read(here)
             empty = tiles.empty(own.detach()).tolist()
-            here = [place for place, is_empty in zip(here, empty, strict=True) if not is_empty]
+            here = [index_of_tile for index_of_tile, is_empty in zip(here, empty, strict=True) if not is_empty]
             seen.extend(tile for tile, is_empty in zip(own, empty, strict=True) if not is_empty)
         waiting.extend(here)
         while len(waiting) >= tiles.batch:

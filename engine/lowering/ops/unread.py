@@ -1,6 +1,7 @@
-"""A result whose gradient comes to parameters that nothing has read: a token that is joined and cut off again.
+"""Rule of `with_zeros`: a result with zero gradients for parameters that lowering no longer reads.
 
-To those PyTorch gives zeros, not None, and an optimizer makes a difference: zeros decay a weight and its momentum.
+An example is a token that is joined and cut off again. PyTorch gives its parameters zeros, not None, and optimizers
+treat them differently: with zeros they decay a weight and its momentum.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .base import Block, Env, Local, Maps, rule
 class _WithZeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *unread: Tensor) -> Tensor:
-        ctx.unread = [t.detach() for t in unread]  # not saved: none of their values is needed, so they may change
+        ctx.unread = [t.detach() for t in unread]  # not saved: their values are not needed, so they may change
         return x.view_as(x)
 
     @staticmethod
@@ -26,7 +27,7 @@ class _WithZeros(torch.autograd.Function):
 
 
 def with_zeros(x: Tensor, *unread: Tensor) -> Tensor:
-    """The same tensor; its gradient gives zeros to those that it does not depend on."""
+    """The same tensor; its backward returns zeros for the tensors in `unread`."""
     return _WithZeros.apply(x, *unread)  # pyright: ignore[reportReturnType]
 
 

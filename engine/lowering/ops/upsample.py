@@ -11,9 +11,10 @@ from .base import Block, Env, Local, Maps, Refusal, arguments, need_nchw, pair, 
 
 
 def _outer(access: TransposedWindow, lo: int, hi: int) -> tuple[int, int, int]:
-    """How the outputs [lo, hi) lie in what the input window gives without padding.
+    """Offsets of the outputs [lo, hi) in the result of the input window without padding.
 
-    Returns the rows of zeros wanted before and after the window, and the row of the result where the outputs begin.
+    Returns:
+        The rows of zeros to add before and after the window, and the first row of the outputs in the result.
     """
     start, end = access.span(lo, hi)
     first = min(start, (lo + access.pad) // access.stride)  # its own outputs begin at or before `lo`
@@ -33,7 +34,7 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
     )
     value, weight = given["input"].value, given["weight"].value
     if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
-        raise Refusal("'conv_transpose2d' takes its weights from the image")
+        raise Refusal("'conv_transpose2d' cannot use weights that depend on the image")
     need_nchw(op, maps, value)
     size, out = maps.size(value), maps.shape(op.outputs[0])[-2:]
     kernel = pair(maps.shape(weight)[-2:])
@@ -56,13 +57,13 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
 
 @rule("fold")
 def fold(op: Op, maps: Maps) -> Local:
-    """Columns of a flattened map become windows of a map, added where they overlap: what `F.unfold` takes apart."""
+    """The inverse of `F.unfold`: columns of a flattened map become windows of a map, summed where they overlap."""
     given = arguments(op, "input output_size kernel_size dilation padding stride", dilation=1, padding=0, stride=1)
     value, out = given["input"].value, pair(given["output_size"])
     kernel, dilation, padding, stride = (pair(given[n]) for n in ("kernel_size", "dilation", "padding", "stride"))
     grid = tuple((out[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     if maps.axes[value] != (2, 2) or maps.merged(value) or maps.size(value) != grid:
-        raise Refusal("'fold' of columns that are not the positions of the image in their order")
+        raise Refusal("'fold' needs columns that are the positions of the image in row-major order")
     rows, cols = (TransposedWindow(grid[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:

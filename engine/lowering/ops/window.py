@@ -1,8 +1,8 @@
 """Rules of ops that read a window around each output: convolution, pooling, nearest upsampling.
 
-Along each axis, output o reads inputs o*stride - padding + dilation*t, t = 0 .. kernel-1. A block's input window is
-given without the rows that lie outside the image; `Block.pad` says how many of them are missing on each side. Even
-padding is left to the op itself, uneven padding (a tile at one border) is added first.
+Along each axis, output o reads inputs o*stride - padding + dilation*t, t = 0 .. kernel-1. The input window of a block
+excludes rows outside the image; `Block.pad` has their number on each side. The op itself adds even padding; uneven
+padding (a tile at one border) is added before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_w
 from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 
-_LANES = 16  # channels that oneDNN's kernels for AVX-512 take at a time
+_LANES = 16  # channels that oneDNN's AVX-512 kernels process at a time
 
 
 def _windows(
@@ -44,7 +44,7 @@ def _windows(
 
 
 def split_padding(pad: tuple[int, int, int, int]) -> tuple[tuple[int, int], list[int]]:
-    """Padding as (even part that the op adds itself, uneven part for F.pad in its order)."""
+    """Splits (top, bottom, left, right) into the even padding of an op and the rest in the order of `F.pad`."""
     top, bottom, left, right = pad
     rows = top if top == bottom else 0
     cols = left if left == right else 0
@@ -56,13 +56,13 @@ def conv2d(op: Op, maps: Maps) -> Local:
     given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
     value, weight = given["input"].value, given["weight"].value
     if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
-        raise Refusal("'conv2d' takes its weights from the image")
+        raise Refusal("'conv2d' cannot use weights that depend on the image")
     kernel = pair(maps.shape(weight)[-2:])
     stride, dilation = pair(given["stride"]), pair(given["dilation"])
     padding = given["padding"]
     if maps.axes[value] != (2, 3) and {0, 1}.isdisjoint(maps.axes[value]) and len(maps.shape(value)) == 4:
         plain = padding in ("same", "valid") or pair(padding) == (0, 0)
-        if kernel == stride == (1, 1) and plain:  # a matrix for each pixel, wherever the pixels lie
+        if kernel == stride == (1, 1) and plain:  # one matrix for all pixels, whatever the image axes
             return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
     windows = each_window(op, maps, value)
     if windows is not None:
@@ -73,28 +73,28 @@ def conv2d(op: Op, maps: Maps) -> Local:
     else:
         pad = (0, 0) if padding == "valid" else pair(padding)
     bias, groups = given["bias"], given["groups"]
-    picks = kernel == (1, 1) != stride
+    sliced = kernel == (1, 1) != stride
 
     def padded(x: Tensor, block: Block) -> tuple[Tensor, tuple[Any, ...]]:
-        """A block as the op takes it, and its stride, padding, dilation and groups."""
+        """The padded block, and the op's stride, padding, dilation and groups for it."""
         even, uneven = split_padding(block.pad)
-        picked = picks and _exceeds_workspace(x)
-        if picked:
+        is_sliced = sliced and _exceeds_workspace(x)
+        if is_sliced:
             even, uneven = (0, 0), [*block.pad[2:], *block.pad[:2]]
         if any(uneven):
             x = F.pad(x, uneven)
-        if picked:
+        if is_sliced:
             return x[:, :, :: stride[0], :: stride[1]], ((1, 1), even, dilation, groups)
         return x, (stride, even, dilation, groups)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x, place = padded(env[value], block)
-        return (depthwise.conv2d(x, env[weight], bind(bias, env), *place),)
+        x, settings = padded(env[value], block)
+        return (depthwise.conv2d(x, env[weight], bind(bias, env), *settings),)
 
     def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x, place = padded(env[value], block)
+        x, settings = padded(env[value], block)
         size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *place),)  # pyright: ignore
+        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *settings),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
     options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "fresh_grads": frozenset([value])}
@@ -102,27 +102,27 @@ def conv2d(op: Op, maps: Maps) -> Local:
 
 
 def _exceeds_workspace(x: Tensor) -> bool:
-    """Whether a 1 x 1 convolution of this map is to have no strides of its own.
+    """Whether a strided 1 x 1 convolution of this map must be a slice and a convolution without strides.
 
-    Of a map in NHWC with fewer channels than its kernels take at a time oneDNN 3.12 writes the gradient of the weights
-    beyond its workspace, over other tensors or to the end of the process (uxlfoundation/oneDNN#6035).
+    For an NHWC map with fewer channels than its kernels process at a time, oneDNN 3.12 writes the gradient of the
+    weights beyond its workspace, which corrupts other tensors or ends the process (uxlfoundation/oneDNN#6035).
     """
     return x.device.type != "cuda" and x.dtype == torch.float32 and x.shape[1] < _LANES
 
 
 class UnvaluedConv(torch.autograd.Function):
-    """A convolution for its backward alone: the output has the right shape and no values."""
+    """A convolution of which only the backward is needed: the output has the right shape and no values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], *place: Any):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], *settings: Any):
         ctx.save_for_backward(x, weight)
-        ctx.place, ctx.bias_sizes = place, None if bias is None else list(bias.shape)
+        ctx.settings, ctx.bias_sizes = settings, None if bias is None else list(bias.shape)
         return x.new_empty(()).expand(x.shape[0], weight.shape[0], *size)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.place
+        stride, padding, dilation, groups = ctx.settings
         dy = grads[0].to(x.dtype)
         wanted = [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]]
         result = torch.ops.aten.convolution_backward(
@@ -137,17 +137,19 @@ def conv3d(op: Op, maps: Maps) -> Local:
     given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
     value, weight, bias, groups = given["input"].value, given["weight"].value, given["bias"], given["groups"]
     if maps.inputs(op) != [value]:
-        raise Refusal("'conv3d' takes its weights from the image")
+        raise Refusal("'conv3d' cannot use weights that depend on the image")
     h, w = maps.axes[value]
     shape, kernel = maps.shape(value), tuple(maps.shape(weight)[-3:])
     if isinstance(given["padding"], str) or len(shape) != 5 or min(h, w) < 2 or h >= w:
-        raise Refusal("'conv3d' is applied across the image axes of a permuted map")
+        raise Refusal("'conv3d' needs a map (N, C, ...) of five dimensions with height before width")
     stride, pad, dilation = (
         (n,) * 3 if isinstance(n, int) else tuple(n) for n in (given["stride"], given["padding"], given["dilation"])
     )
     (other,) = {2, 3, 4} - {h, w}
     if (kernel[other - 2], stride[other - 2], pad[other - 2]) != (1, 1, 0):
-        raise Refusal("'conv3d' reads several images or depths at once")
+        raise Refusal(
+            "'conv3d' must have kernel 1, stride 1 and padding 0 along the dimension that is not an image axis"
+        )
     out = maps.shape(op.outputs[0])
     rows, cols = (
         Window(shape[axis], out[axis], kernel[axis - 2], stride[axis - 2], pad[axis - 2], dilation[axis - 2])
@@ -196,10 +198,10 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
             x = F.pad(x, uneven, value=-math.inf)
         if not indexed:
             return (F.max_pool2d(x, kernel, stride, even, dilation),)
-        y, places = F.max_pool2d(x, kernel, stride, even, dilation, return_indices=True)
-        row = places // x.shape[3] + (rows.span(*block.rows)[0] - uneven[2])
-        col = places % x.shape[3] + (cols.span(*block.cols)[0] - uneven[0])
-        if uneven[2] or uneven[0]:  # a window of -inf alone has its first place, which is of the map, not of a padding
+        y, indices = F.max_pool2d(x, kernel, stride, even, dilation, return_indices=True)
+        row = indices // x.shape[3] + (rows.span(*block.rows)[0] - uneven[2])
+        col = indices % x.shape[3] + (cols.span(*block.cols)[0] - uneven[0])
+        if uneven[2] or uneven[0]:  # the index of a window of -inf must be in the map, not in the padding
             row = torch.where(row < 0, row % dilation[0], row)
             col = torch.where(col < 0, col % dilation[1], col)
         return y, row * width + col
@@ -213,7 +215,7 @@ def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
 
 @rule("max_unpool2d")
 def max_unpool2d(op: Op, maps: Maps) -> Local:
-    """Each value goes to the place that a max-pooling without overlaps has found it at; all others are zero."""
+    """Writes each value to the index that a max-pooling without overlaps found; all other elements are zero."""
     given = arguments(op, "input indices kernel_size stride padding output_size", padding=0)
     value, index = given["input"].value, given["indices"].value
     known = maps.pool_indices.get(index)
@@ -222,7 +224,9 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
         or known is None
         or value not in maps
     ):
-        raise Refusal("'max_unpool2d' by other indices than of a max-pooling without overlaps of a map of this size")
+        raise Refusal(
+            "'max_unpool2d' needs the indices of a max-pooling without overlaps of a map of the output's size"
+        )
     need_nchw(op, maps, value)
     kernel, size = known
     few = maps.size(value)
@@ -231,20 +235,20 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
     )
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x, places = env[value], env[index]
+        x, indices = env[value], env[index]
         (top, bottom), (left, right) = block.rows, block.cols
-        row, col = places // size[1] - top, places % size[1] - left
-        count = (bottom - top) * (right - left)  # one place more for what lies outside
+        row, col = indices // size[1] - top, indices % size[1] - left
+        count = (bottom - top) * (right - left)  # one more element for indices outside
         inside = (row >= 0) & (row < bottom - top) & (col >= 0) & (col < right - left)
-        places = torch.where(inside, row * (right - left) + col, count).flatten(2)
-        y = x.new_zeros(*x.shape[:2], count + 1).scatter(2, places, x.flatten(2))
+        indices = torch.where(inside, row * (right - left) + col, count).flatten(2)
+        y = x.new_zeros(*x.shape[:2], count + 1).scatter(2, indices, x.flatten(2))
         return (y[:, :, :count].unflatten(2, (bottom - top, right - left)),)
 
     return Local(op, {value: (rows, cols), index: (rows, cols)}, ((2, 3),), run)
 
 
 def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> list[int]:
-    """How many elements PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
+    """Number of elements that PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
     low, high = (-pad, access.size_in + pad) if include_pad else (0, access.size_in)
     starts = [o * access.stride - access.pad for o in range(lo, hi)]
     return [min(start + access.kernel, access.size_in + pad, high) - max(start, low) for start in starts]
@@ -305,7 +309,9 @@ def interpolate(op: Op, maps: Maps) -> Local | Reduction:
     if mode in ("bilinear", "bicubic", "area"):
         return weighted(op, maps, value)
     if mode not in ("nearest", "nearest-exact"):
-        raise Refusal(f"'{op.name}' with mode='{mode}' of a map; use 'nearest', 'bilinear', 'bicubic' or 'area'")
+        raise Refusal(
+            f"'{op.name}' does not support mode='{mode}' for a map; use 'nearest', 'bilinear', 'bicubic' or 'area'"
+        )
     rows, cols = (nearest(op, maps, value, axis) for axis in (0, 1))
     constants = Constants()
 
@@ -318,9 +324,9 @@ def interpolate(op: Op, maps: Maps) -> Local | Reduction:
 
 
 def _repeat(x: Tensor, dim: int, access: Gather, span: tuple[int, int], constants: Constants) -> Tensor:
-    """Copy each input row as often as the outputs of `span` read it."""
+    """The input rows, each repeated as often as the outputs of `span` read it."""
     start, end = access.span(*span)
-    places = [source - start for source in access.sources[slice(*span)]]
-    if places == list(range(end - start)):
+    indices = [source - start for source in access.sources[slice(*span)]]
+    if indices == list(range(end - start)):
         return x
-    return select(x, dim, constants.numbers(places, x))
+    return select(x, dim, constants.numbers(indices, x))

@@ -1,6 +1,6 @@
 """Rules of ops that write into a map: assignment to channels or to a region, by a mask, copies and fills.
 
-A write makes a new map of the old one; who reads the old one goes on reading it.
+A write makes a new map from the old one; ops that read the old map still read it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ def setitem(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 def _where(op: Op, maps: Maps, target: int, mask: int, written: Any) -> Local | list[Node]:
-    """y[mask] = v, with one truth value for each element, or for all that the last dimensions hold."""
+    """y[mask] = v, with a mask value for each element, or for all elements of the last dimensions."""
     more = len(maps.shape(target)) - len(maps.shape(mask))
     fits = maps.shape(target)[: len(maps.shape(mask))] == maps.shape(mask) and (mask in maps or not more)
     if not fits or (isinstance(written, Ref) and maps.shape(written.value)):
-        raise Refusal("an assignment by a mask of another shape; use torch.where")
+        raise Refusal("cannot assign by a mask of another shape; use torch.where")
     over = target if target in maps else mask
     axes, rank = maps.axes[over], len(maps.shape(target))
     own, made = promoted(_renamed_call(op, (target, mask)), maps, axes, rank, among=() if more else None)
-    here, there = own.inputs
-    if here not in maps or maps.extent(here) != maps.extent(there) or maps.axes[here] != maps.axes[there]:
-        raise Refusal("an assignment by a mask whose image axes lie elsewhere; use torch.where")
+    target_map, mask_map = own.inputs
+    if (
+        target_map not in maps
+        or maps.extent(target_map) != maps.extent(mask_map)
+        or maps.axes[target_map] != maps.axes[mask_map]
+    ):
+        raise Refusal("cannot assign by a mask with other image axes; use torch.where")
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        holds = env[there].reshape(*env[there].shape, *[1] * more)
-        return (torch.where(holds, bind(written, env), env[here]).to(env[here].dtype),)
+        holds = env[mask_map].reshape(*env[mask_map].shape, *[1] * more)
+        return (torch.where(holds, bind(written, env), env[target_map]).to(env[target_map].dtype),)
 
-    own.inputs = tuple(dict.fromkeys((here, there, *refs(written))))
-    return [*made, Local(own, {v: maps.pointwise(v) for v in (here, there)}, (axes,), run)]
+    own.inputs = tuple(dict.fromkeys((target_map, mask_map, *refs(written))))
+    return [*made, Local(own, {v: maps.pointwise(v) for v in (target_map, mask_map)}, (axes,), run)]
 
 
 def _renamed_call(op: Op, inputs: tuple[int, ...]) -> Op:
-    """A call of our own that stands in the place of another and takes these values."""
+    """A call that replaces another and reads these values."""
     return Op(op.func, "assigned", (), {}, inputs, op.outputs[:1], (), op.module, op.autocast, op.line)
 
 
@@ -84,54 +88,54 @@ class _Region:
 
     def __init__(self, item: Any, size: int):
         if not isinstance(item, (slice, int)):
-            raise Refusal("an assignment picks positions of the image by a list; use torch.where with a mask")
-        self.gone = isinstance(item, int)
+            raise Refusal("cannot assign to positions of the image by a list; use torch.where with a mask")
+        self.removed = isinstance(item, int)
         start, stop, step = (slice(item % size, item % size + 1) if isinstance(item, int) else item).indices(size)
         if step < 1:
-            raise Refusal("a slice runs backwards along an image axis")
+            raise Refusal("a slice of an image axis must have a positive step")
         self.size, self.start, self.step, self.count = size, start, step, len(range(start, stop, step))
 
     def inside(self, span: tuple[int, int]) -> slice | int | None:
-        """Those within `span`, counted from its beginning, as an index; None for none."""
+        """The written indices within `span`, counted from its beginning, as an index; None for none."""
         lo, hi = span
         first = max(0, -((self.start - lo) // self.step))
         last = min(self.count, -((self.start - hi) // self.step))
         if first >= last:  # a write to nothing at all has a gradient, of zeros
             return slice(0, 0) if not self.count else None
         begin = self.start + first * self.step - lo
-        return begin if self.gone else slice(begin, begin + (last - first - 1) * self.step + 1, self.step)
+        return begin if self.removed else slice(begin, begin + (last - first - 1) * self.step + 1, self.step)
 
 
 def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | list[Node]:
-    """`target[key] = written` as a new map; whoever reads `target` elsewhere reads the old one.
+    """`target[key] = written` as a new map; other ops that read `target` read the old one.
 
         y[:, :2] = v                   per pixel
-        y[:, :, 1:-1, 1:-1] = v        the window of v that lies under the block, as a padding is
-        y[:, :, 0] = 0                 the part of the row that lies in the block
+        y[:, :, 1:-1, 1:-1] = v        the window of v under the block, like a padding
+        y[:, :, 0] = 0                 the part of the row in the block
 
     Args:
-        key: what stands between the brackets, with Refs in place of tensors.
+        key: the index, with Refs instead of tensors.
         written: a Ref or a number.
     """
     if any(v in maps for v in refs(key)):
-        raise Refusal("an assignment goes by an index that depends on the image; use torch.where or scatter")
+        raise Refusal("cannot assign by an index that depends on the image; use torch.where or scatter")
     shape, value = maps.shape(target), written.value if isinstance(written, Ref) else None
     items = spelt_out(key, len(shape))
     if any(item is None for item in items):
-        raise Refusal("an assignment with None between its brackets; leave it out")
-    place = _Place.of(maps, target, value, items)
+        raise Refusal("cannot assign by an index with None; leave None out")
+    indexed = _Target.of(maps, target, value, items)
     nodes: list[Node] = []
     reads: dict[int, tuple[Access, Access]] = {}
     background = None if target in maps else _constant(maps, target)
     if background is None:
-        target, nodes = _as_map(op, maps, target, place)
+        target, nodes = _as_map(op, maps, target, indexed)
         reads[target] = maps.pointwise(target)
     if value is not None:
-        value, made, read = _read_written(op, maps, target, value, place)
+        value, made, read = _read_written(op, maps, target, value, indexed)
         nodes += made
         reads |= read
-    if value not in reads and not place.whole:
-        # What is written depends on where the block lies, which a window would not tell.
+    if value not in reads and not indexed.whole:
+        # The written part depends on the position of the block, which a window does not have.
         rows, cols = maps.size(target)
         reads[target] = Gather(rows, rows, tuple(range(rows))), Gather(cols, cols, tuple(range(cols)))
     items, made = numbered(maps, items, next(iter(reads)))
@@ -144,26 +148,26 @@ def assign(op: Op, maps: Maps, target: int, key: Any, written: Any) -> Local | l
             x = env[target].clone()
         else:
             assert value is not None
-            x = env[value].new_full(place.size_in(block), background, dtype=dtype)
-        index = place.index(items, block)
+            x = env[value].new_full(indexed.size_in(block), background, dtype=dtype)
+        index = indexed.index(items, block)
         if index is not None:
             x[bind(index, env)] = number if value is None else env[value]
         return (x,)
 
     inputs = [*reads, *([] if value is None else [value]), *refs(items)]
-    return [*nodes, Local(_renamed_call(op, tuple(dict.fromkeys(inputs))), reads, (place.axes,), run)]
+    return [*nodes, Local(_renamed_call(op, tuple(dict.fromkeys(inputs))), reads, (indexed.axes,), run)]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an assignment writes.
+class _Target:
+    """The part of the target that an assignment writes.
 
     Attributes:
-        shape: of the target.
+        shape: the shape of the target.
         axes: its image axes.
-        regions: what is written of each of them.
-        rank: dimensions of what the brackets pick.
-        behind: where the image axes are in that, counted from after; None where an index has taken one away.
+        regions: the written indices of each image axis.
+        rank: the rank of the indexed target.
+        behind: the image axes of the indexed target, counted from the last dimension; None if an integer removed one.
     """
 
     shape: Sequence[int]
@@ -173,8 +177,8 @@ class _Place:
     behind: tuple[int | None, int | None]
 
     @classmethod
-    def of(cls, maps: Maps, target: int, value: int | None, items: Sequence[Any]) -> _Place:
-        """The place that `items` name of a target, which may be a tensor of the map's size that is filled by and by."""
+    def of(cls, maps: Maps, target: int, value: int | None, items: Sequence[Any]) -> _Target:
+        """The part of a target that `items` index; the target may be a tensor that the forward fills."""
         shape, came = maps.shape(target), origins(maps, items)
         if target in maps:
             axes = maps.axes[target]
@@ -183,24 +187,24 @@ class _Place:
             shift = len(came) - len(maps.shape(value))
             found = [came[axis + shift] if axis + shift >= 0 else None for axis in maps.axes[value]]
             if found[0] is None or found[1] is None or found[0] == found[1]:
-                raise Refusal("an assignment writes a map into a tensor that has no such image axes; permute it before")
+                raise Refusal("cannot assign a map to a tensor without matching image axes; permute it first")
             axes = (found[0], found[1])
         rows, cols = (_Region(items[axis], shape[axis]) for axis in axes)
         top, left = (came.index(axis) - len(came) if axis in came else None for axis in axes)
-        place = cls(shape, axes, (rows, cols), len(came), (top, left))
-        if place.flat and not place.whole:
-            raise Refusal("an assignment picks positions of a flattened map")
-        return place
+        indexed = cls(shape, axes, (rows, cols), len(came), (top, left))
+        if indexed.flat and not indexed.whole:
+            raise Refusal("cannot assign to some positions of a flattened map; assign before flattening")
+        return indexed
 
     @property
     def flat(self) -> bool:
-        """Whether the target is a map whose positions lie in one dimension."""
+        """Whether the target is a flattened map."""
         return self.axes[0] == self.axes[1]
 
     @property
     def whole(self) -> bool:
-        """Whether all of the image is written."""
-        return all(region.count == region.size and not region.gone for region in self.regions)
+        """Whether the whole image is written."""
+        return all(region.count == region.size and not region.removed for region in self.regions)
 
     def size_in(self, block: Block) -> list[int]:
         """The shape of a block of the target."""
@@ -209,62 +213,63 @@ class _Place:
         return size
 
     def index(self, items: Sequence[Any], block: Block) -> tuple[Any, ...] | None:
-        """What is written of a block, as an index of it; None for nothing."""
+        """The index of the written part of a block; None for nothing."""
         result = list(items)
         for axis, region, span in zip(self.axes, self.regions, (block.rows, block.cols), strict=True):
-            here = slice(None) if self.flat else region.inside(span)
-            if here is None:
+            part = slice(None) if self.flat else region.inside(span)
+            if part is None:
                 return None
-            result[axis] = here
+            result[axis] = part
         return tuple(result)
 
 
-def _as_map(op: Op, maps: Maps, target: int, place: _Place) -> tuple[int, list[Node]]:
-    """The target of an assignment as a map, and what makes it one."""
+def _as_map(op: Op, maps: Maps, target: int, indexed: _Target) -> tuple[int, list[Node]]:
+    """The target of an assignment as a map, and the nodes that make it one."""
     if target in maps:
         return target, []
-    size = place.shape[place.axes[0]], place.shape[place.axes[1]]
-    own, nodes = promoted(_renamed_call(op, (target,)), maps, place.axes, len(place.shape), size=size)
+    size = indexed.shape[indexed.axes[0]], indexed.shape[indexed.axes[1]]
+    own, nodes = promoted(_renamed_call(op, (target,)), maps, indexed.axes, len(indexed.shape), size=size)
     if not nodes:
-        raise Refusal("an assignment writes a map into a tensor of another size")
+        raise Refusal("cannot assign a map to a tensor of another height or width")
     return own.inputs[0], nodes
 
 
 def _read_written(
-    op: Op, maps: Maps, target: int, value: int, place: _Place
+    op: Op, maps: Maps, target: int, value: int, indexed: _Target
 ) -> tuple[int, list[Node], dict[int, tuple[Access, Access]]]:
-    """The tensor that is written, what makes a map of it, and how that is read; one with the same value at every
-    position of the image is read whole.
+    """The written tensor as a map, the nodes that make it one, and its accesses.
+
+    A tensor with the same values at every position of the image is read whole.
     """
     if value in maps:
-        rows, cols = place.regions
-        access = maps.pointwise(value) if place.flat else (_under(rows), _under(cols))
+        rows, cols = indexed.regions
+        access = maps.pointwise(value) if indexed.flat else (_access_of_region(rows), _access_of_region(cols))
         lies = tuple(axis - len(maps.shape(value)) for axis in maps.axes[value])
-        if place.flat:
+        if indexed.flat:
             same = value in maps.flat and maps.flat[value] == maps.flat[target]
         else:
             same = maps.size(value) == (rows.count, cols.count)
-        if not same or lies != place.behind:
-            raise Refusal("an assignment writes a map whose image axes or size differ from those of the place")
+        if not same or lies != indexed.behind:
+            raise Refusal("cannot assign a map whose image axes or size differ from those of the indexed target")
         return value, [], {value: access}
-    if not any(_depends(maps.shape(value), axis) for axis in place.behind):
+    if not any(_depends(maps.shape(value), axis) for axis in indexed.behind):
         return value, [], {}
-    if not place.whole:
-        raise Refusal("an assignment writes a tensor with a value for each position into a region; pad it before")
-    axes = (place.behind[0] or 0) + place.rank, (place.behind[1] or 0) + place.rank
-    own, nodes = promoted(_renamed_call(op, (value, target)), maps, axes, place.rank, among=(value,))
+    if not indexed.whole:
+        raise Refusal("cannot assign a tensor with a value for each position to a region; pad it first")
+    axes = (indexed.behind[0] or 0) + indexed.rank, (indexed.behind[1] or 0) + indexed.rank
+    own, nodes = promoted(_renamed_call(op, (value, target)), maps, axes, indexed.rank, among=(value,))
     return own.inputs[0], nodes, {own.inputs[0]: maps.pointwise(own.inputs[0])}
 
 
-def _under(region: _Region) -> Window:
-    """How a map lies under the region of another that it is written to."""
-    if region.step != 1 or region.gone:
-        raise Refusal("an assignment writes a map to every n-th row or column, or to one; use torch.where or cat")
+def _access_of_region(region: _Region) -> Window:
+    """The access to a map that is written to a region of another."""
+    if region.step != 1 or region.removed:
+        raise Refusal("cannot assign a map to every n-th row or column, or to a single one; use torch.where or cat")
     return Window(region.count, region.size, pad=region.start)
 
 
 def _depends(shape: Sequence[int], axis: int | None) -> bool:
-    """Whether a tensor has more than one value along an axis that is counted from after."""
+    """Whether a tensor has more than one value along an axis, which is counted from the last dimension (-1)."""
     return axis is not None and -axis <= len(shape) and shape[axis] != 1
 
 
@@ -272,6 +277,6 @@ _CONSTANTS = {"zeros": 0.0, "new_zeros": 0.0, "ones": 1.0, "new_ones": 1.0, "emp
 
 
 def _constant(maps: Maps, value: int) -> float | None:
-    """The number that a tensor made in the forward is filled with; nothing of it need be there."""
+    """The number that fills a tensor made in the forward, which then need not exist; None for other tensors."""
     maker = next((op for op in maps.program.ops if value in op.outputs), None)
     return None if maker is None or maker.mutated else _CONSTANTS.get(maker.name)

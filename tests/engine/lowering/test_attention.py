@@ -135,7 +135,7 @@ class Axial(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [(Causal(), "an order of its own"), (Axial(), "attends along one axis of the image")]
+    ("layer", "reason"), [(Causal(), "with a causal mask"), (Axial(), "cannot attend along one axis of the image")]
 )
 def test_an_order_among_positions_and_rows_of_their_own_are_refused(layer, reason):
     with pytest.raises(UnsupportedError, match=reason):

@@ -34,7 +34,7 @@ def test_fold(kernel, stride, dilation, padding, tile):
 
 def test_columns_of_another_grid_are_refused():
     net = Around(lambda x: F.fold(x.flatten(2), x.shape[:1:-1], 1)).double()
-    with pytest.raises(UnsupportedError, match=r"'fold' of columns that are not the positions of the image"):
+    with pytest.raises(UnsupportedError, match=r"'fold' needs columns that are the positions of the image"):
         accelerate(net, tile=6)(torch.randn(1, 2, 14, 12, dtype=torch.float64))
 
 

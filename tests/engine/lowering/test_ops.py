@@ -125,7 +125,7 @@ OTHER_PLACES = [
 
 @pytest.mark.parametrize("function", OTHER_PLACES)
 def test_unpooling_by_other_places_is_refused(function):
-    with pytest.raises(UnsupportedError, match="other indices than of a max-pooling"):
+    with pytest.raises(UnsupportedError, match="needs the indices of a max-pooling"):
         accelerate(Around(function).double(), tile=8)(image(2, 2, 20, 14))
 
 

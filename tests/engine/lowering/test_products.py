@@ -206,7 +206,7 @@ def test_linear_over_positions_and_channels_takes_the_map():
 
 def test_linear_over_one_image_axis_is_refused():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Linear(9, 9), nn.Conv2d(4, 3, 2)).double()
-    with pytest.raises(UnsupportedError, match="contracts an image axis"):
+    with pytest.raises(UnsupportedError, match="cannot contract an image axis"):
         accelerate(model, tile=4)(image(2, 2, 7, 9))
 
 

@@ -82,7 +82,7 @@ class Own(nn.Module):
     ids=["overlap", "gaps", "padding", "a shorter last run"],
 )
 def test_other_windows_are_refused(options):
-    with pytest.raises(UnsupportedError, match="padding or windows that overlap"):
+    with pytest.raises(UnsupportedError, match="no padding and no overlapping windows"):
         accelerate(network(Own(**options)), tile=5)(image(9, 11))
 
 
