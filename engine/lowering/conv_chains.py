@@ -1,10 +1,10 @@
-"""Convolutions with what follows them, as one op could compute it: which ops of a stage belong together.
+"""Finds convolutions and the ops after them that a single op can compute:
 
     y = act(conv(x, w) * scale + b + residual)
 
-A GPU's kernels (fused/) and oneDNN (onednn.py) compute such a chain in one go. A linear layer on the channels of a
-channels-last map is a convolution with a filter of one pixel; the scale of a layer goes into weight and bias. What has
-packed weights needs no scaled ones: `leave_unscaled`.
+GPU kernels (fused/) and oneDNN (onednn.py) compute a chain in one call. A linear layer on the channels of a
+channels-last map is a convolution with a 1x1 filter; the scale of a layer is folded into weight and bias. Ops with
+packed weights need no scaled weights: see `leave_unscaled`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "h
 
 @dataclass(slots=True)
 class ConvChain:
-    """A convolution and what is taken with it: value numbers and settings, without padding (that depends on the tile).
+    """A convolution and the ops fused with it: value numbers and settings, without padding (it depends on the tile).
 
     Attributes:
         act: the activation.
-        factors: what the weight is still to be multiplied by, one after the other: a factor per filter, or per element.
+        factors: factors to multiply the weight by, one after the other, per filter or per element.
         channels_last: whether x, y and residual have shape (N, H, W, C) and the weight (K, C): a linear layer.
         y: the output.
         members: the ops, the convolution first.
@@ -52,7 +52,7 @@ class ConvChain:
 
     @classmethod
     def of(cls, conv: Local) -> ConvChain:
-        """A convolution alone."""
+        """The chain of a single convolution."""
         own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
         height, width = conv.reads[own["input"].value]
         assert isinstance(height, Window) and isinstance(width, Window)
@@ -69,7 +69,7 @@ class ConvChain:
         )
 
     def reads(self, stage: Stage) -> dict[int, tuple[Access, Access]]:
-        """The accesses of one op that computes the chain."""
+        """The accesses of an op that computes the chain."""
         found = dict(self.members[0].reads)
         if self.residual is not None:
             found[self.residual] = stage.maps.pointwise(self.residual)
@@ -77,7 +77,7 @@ class ConvChain:
 
 
 def _depths(stage: Stage) -> dict[int, int]:
-    """Ops on the longest way from the image to each map."""
+    """Number of ops on the longest path from the image to each map."""
     depths = dict.fromkeys(stage.sources, 0)
     for local in stage.locals:
         depth = 1 + max(depths.get(v, 0) for v in local.reads)
@@ -86,11 +86,11 @@ def _depths(stage: Stage) -> dict[int, int]:
 
 
 def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[str]) -> list[ConvChain]:
-    """The convolutions of a stage with the sums and activations after them. Scales of layers are folded at once.
+    """The convolutions of a stage with the sums and activations after them; layer scales are folded immediately.
 
     Args:
-        dtypes: of outputs that are taken.
-        acts: activations that are taken.
+        dtypes: supported dtypes of outputs.
+        acts: supported activations.
     """
     readers, private, depths = readers_of(stage), private_maps(stage), _depths(stage)
     values = stage.program.values
@@ -98,7 +98,7 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
     taken: set[int] = set()  # outputs of ops that are part of a fused one, or read by its sum
 
     def follower(chain: list[Local]) -> Local | None:
-        """What alone reads the chain's output; dropout that drops nothing is passed over."""
+        """The only reader of the chain's output, skipping inactive dropout; None if there are several."""
         while True:
             found = readers.get(chain[-1].op.outputs[0], [])
             if len(found) != 1 or chain[-1].op.outputs[0] not in private or found[0].op.outputs[0] in taken:
@@ -107,7 +107,7 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
                 return found[0]
             chain.append(found[0])
 
-    # The deepest convolution of a sum takes it: what it waits for is there by then.
+    # The deepest convolution of a sum absorbs it: its other inputs exist by then.
     convs = [local for local in stage.locals if local.op.name == "conv2d" or _is_pixel_linear(stage, local)]
     for conv in sorted(convs, key=lambda c: -depths[c.op.outputs[0]]):
         if values[conv.op.outputs[0]].dtype not in dtypes:
@@ -124,7 +124,7 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
         if next_op is not None:
             spec.residual = other_summand(stage, next_op, chain[-1].op.outputs[0])
             if spec.residual == spec.x and conv.reads[spec.x] != stage.maps.pointwise(spec.x):
-                spec.residual = None  # an op has one window of each map that it reads
+                spec.residual = None  # an op reads each map through a single window
             if spec.residual is not None:
                 chain.append(next_op)
                 next_op = follower(chain)
@@ -144,7 +144,7 @@ def _is_pixel_linear(stage: Stage, local: Local) -> bool:
 
 
 def channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
-    """The vector that multiplies `value` channel by channel (a layer scale), if the op is that product."""
+    """The vector that multiplies the channels of `value` (a layer scale); None for other ops."""
     operands = [arg.value for arg in local.op.args if isinstance(arg, Ref)]
     if local.op.name.strip("_") not in ("mul", "imul", "rmul") or len(operands) != 2 or value not in operands:
         return None
@@ -160,7 +160,7 @@ def channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -
 
 @dataclass(frozen=True)
 class LayerScale:
-    """The numbers of a convolution's vectors and of the scale after it; called, the scaled weight, and bias if any."""
+    """A convolution followed by a scale, by value number; a call returns the scaled weight, and bias if any."""
 
     weight: int
     bias: int | None
@@ -178,7 +178,7 @@ class LayerScale:
 
 @dataclass(frozen=True)
 class Gated:
-    """The numbers of a convolution's weight and of factors for its input channels (gates.py); called, the product."""
+    """A convolution with factors for its input channels (gates.py), by value number; a call returns the product."""
 
     weight: int
     scale: int
@@ -186,7 +186,7 @@ class Gated:
     groups: int
 
     def factors(self, env: Env) -> tuple[Tensor]:
-        """A factor for each element of the filters, of size one in the dimensions along which they are the same."""
+        """Factors for the elements of the filters, of size one in dimensions along which they are equal."""
         scale = env[self.scale]
         if self.groups == 1:
             return (scale.reshape(1, -1, 1, 1),)
@@ -213,9 +213,9 @@ def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
 
 
 def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
-    """Give a chain the network's own weight, and the factors of norms, layer scales and gates beside it.
+    """Set the chain's weight to the network's own, with the factors of norms, layer scales and gates separate.
 
-    Who packs weights multiplies them then, one after the other; the scaled ones are never there together.
+    Packing multiplies the weights one by one, so the scaled weights are never all in memory.
     """
     values = stage.program.values
     while (op := next((op for op in stage.prelude if chain.weight in op.outputs), None)) is not None:
@@ -236,7 +236,7 @@ def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
 
 
 def other_summand(stage: Stage, local: Local, value: int) -> int | None:
-    """The map that is added to `value`, of the same shape and dtype, if the op is that sum."""
+    """The map of the same shape and dtype that an op adds to `value`; None for other ops."""
     op, values = local.op, stage.program.values
     operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
     if op.name.strip("_") not in ("add", "iadd") or len(operands) != 2 or op.kwargs or value not in operands:
@@ -255,7 +255,7 @@ def activation_of(op: Op) -> str | None:
 
 
 def fused_op(chain: ConvChain, name: str) -> Op:
-    """The call that stands for a chain."""
+    """The call that represents a chain."""
     vectors = chain.weight, *chain.factors, chain.bias
     inputs = [v for v in (chain.x, *vectors, chain.residual) if v is not None]
     first, last = chain.members[0], chain.members[-1]
@@ -263,7 +263,7 @@ def fused_op(chain: ConvChain, name: str) -> Op:
 
 
 def put_in_place(stage: Stage, chain: ConvChain, local: Local) -> None:
-    """Put one op at the place of the last of a chain."""
+    """Replace the last op of a chain by `local`, and remove the others."""
     last = chain.members[-1]
     stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = local
     dropped = {id(other) for other in chain.members[:-1]}

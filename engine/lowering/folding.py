@@ -1,14 +1,13 @@
-"""Frozen BatchNorm folded into the convolution before it: a factor and an offset per output channel,
+"""Folds frozen BatchNorm into the convolution before it, as a factor and an offset per output channel:
 
     bn(conv(x, w, b)) = conv(x, w*s, (b - mean)*s + beta),   s = gamma / sqrt(var + eps)
 
-so the stage runs one convolution with the folded weights, which are computed once per step; the gradients of w, gamma
-and beta come out of the gradients of the folded weights. Neither the convolution's raw output nor a normalised copy of
-it exists any more.
+The stage runs one convolution with the folded weights, which are computed once per step. Autograd derives the gradients
+of w, gamma and beta from those of the folded weights. The convolution's raw output is never stored.
 
-A `Fold` does this for one convolution, in ordinary autograd. On a GPU, where each of its dozen small ops costs a
-launch, `fold_together` does it for all of a stage's: what is per channel lies side by side in one vector, and filters
-of one shape are rows of one matrix.
+A `Fold` does this for one convolution in ordinary autograd. On a GPU each of its dozen small ops costs a launch, so
+`fold_together` processes all convolutions of a stage: vectors are concatenated, and filters of one shape are rows of
+one matrix.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
 
 @dataclass(frozen=True)
 class Fold:
-    """The numbers of the vectors of a convolution and a norm, the weight's dtype; called, folded weight and bias."""
+    """The value numbers of a convolution and a norm; a call returns the folded weight and bias."""
 
     weight: int
     bias: int | None
@@ -70,8 +69,8 @@ class Fold:
 class Scaled(torch.autograd.Function):
     """`w * s`, a factor for each filter.
 
-    A step ends with its gradients, one convolution after the other, where all that is in work has gone but the pages of
-    it have not: they take no memory besides themselves, and lie as autograd keeps them.
+    A step ends with these gradients, convolution by convolution. The memory of the tiles is then free but not returned
+    to the system, so the backward needs little memory in addition to its results, in autograd's memory order.
     """
 
     @staticmethod
@@ -101,7 +100,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def inputs_of(node: Any, _output: int) -> list[Any]:
-        """The edges of this function's node that the gradient of its output goes on along."""
+        """The edges of this function's node along which the gradient of its output continues."""
         return list(node.next_functions)
 
 
@@ -146,7 +145,7 @@ def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None
 
 
 def fold_together(folds: Sequence[VectorOp], env: Env) -> dict[int, Tensor]:
-    """What these ops, each a `Fold`, give: by value number."""
+    """The outputs of these ops, each a `Fold`, by value number."""
 
     def form(op: VectorOp) -> tuple[Any, ...]:
         run: Any = op.run
@@ -169,7 +168,7 @@ def fold_together(folds: Sequence[VectorOp], env: Env) -> dict[int, Tensor]:
 
 
 class Parts(NamedTuple):
-    """Tensors by what they are, one of each convolution; none at all where a part is not there."""
+    """Tensors of several convolutions by role, one per convolution; an empty tuple for an absent role."""
 
     weight: tuple[Tensor, ...]
     mean: tuple[Tensor, ...]
@@ -179,37 +178,37 @@ class Parts(NamedTuple):
     beta: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], count: int, there: Sequence[bool]) -> Parts:
+    def of(cls, tensors: Sequence[Tensor], count: int, present: Sequence[bool]) -> Parts:
         left = list(tensors)
-        return cls(*(tuple(left.pop(0) for _ in range(count)) if part else () for part in there))
+        return cls(*(tuple(left.pop(0) for _ in range(count)) if part else () for part in present))
 
 
 class Folded(torch.autograd.Function):
     """(weights and vectors of several convolutions and norms) -> (folded weights, folded biases).
 
-    Convolutions whose filters have one shape are neighbours. None of a convolution's inputs has a gradient where none
-    of its outputs has one, as if each had a function of its own (`inputs_of`).
+    Convolutions with filters of one shape are neighbours. The inputs of a convolution have no gradient if its outputs
+    have none, as if each convolution were a separate function (`inputs_of`).
     """
 
     @staticmethod
-    def forward(ctx: Any, count: int, there: list[bool], eps: float, *tensors: Tensor):
-        parts = Parts.of(tensors, count, there)
+    def forward(ctx: Any, count: int, present: list[bool], eps: float, *tensors: Tensor):
+        parts = Parts.of(tensors, count, present)
         _, scale, distance = _factors(parts, eps)
         offset = distance * scale
         if parts.beta:
             offset += _flat(parts.beta, scale.dtype)
         sizes = [len(w) for w in parts.weight]
         weights: list[Tensor] = []
-        for members, place in _alike(parts.weight):
+        for members, channels in _alike(parts.weight):
             own = parts.weight[members]
-            rows = torch.cat(own).to(scale.dtype).mul_(scale[place].reshape(-1, 1, 1, 1)).to(own[0].dtype)
-            rows = rows.contiguous(memory_format=torch.channels_last)  # as maps lie
+            rows = torch.cat(own).to(scale.dtype).mul_(scale[channels].reshape(-1, 1, 1, 1)).to(own[0].dtype)
+            rows = rows.contiguous(memory_format=torch.channels_last)  # the memory order of maps
             weights += rows.split(sizes[members])
         biases = offset.to(parts.weight[0].dtype).split(sizes)
-        wants = Parts.of(ctx.needs_input_grad[3:], count, there)
+        wants = Parts.of(ctx.needs_input_grad[3:], count, present)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.form = count, there, eps
+        ctx.form = count, present, eps
         still = [n for n in range(count) if not any(column[n] for column in wants if column)]
         ctx.mark_non_differentiable(*(made[n] for n in still for made in (weights, biases)))
         return *weights, *biases
@@ -217,19 +216,19 @@ class Folded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
-        count, there, eps = ctx.form
-        parts, wants = (Parts.of(t, count, there) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))
+        count, present, eps = ctx.form
+        parts, wants = (Parts.of(t, count, present) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))
         reached = [any(grad is not None for grad in grads[n::count]) for n in range(count)]
         rstd, scale, distance = _factors(parts, eps)
         found: dict[str, Sequence[Tensor]] = {"weight": []}
         slope = torch.zeros_like(scale)  # the gradient of `scale`
-        for members, place in _alike(parts.weight):
+        for members, channels in _alike(parts.weight):
             own = parts.weight[members]
             given = [torch.zeros_like(w) if g is None else g for w, g in zip(own, grads[members], strict=True)]
             rows = torch.cat(given).to(scale.dtype)
             if any((*wants.gamma, *wants.var)):
-                slope[place] = (rows * torch.cat(own)).sum((1, 2, 3))
-            rows.mul_(scale[place].reshape(-1, 1, 1, 1))
+                slope[channels] = (rows * torch.cat(own)).sum((1, 2, 3))
+            rows.mul_(scale[channels].reshape(-1, 1, 1, 1))
             found["weight"] = [*found["weight"], *_like(own, rows)]
         given = [torch.zeros_like(m) if g is None else g for m, g in zip(parts.mean, grads[count:], strict=True)]
         dbias = _flat(given, scale.dtype)
@@ -247,13 +246,13 @@ class Folded(torch.autograd.Function):
 
     @staticmethod
     def inputs_of(node: Any, output: int) -> list[Any]:
-        """The edges of this function's node that the gradient of an output goes on along."""
-        count, there, _ = node.form
-        return [node.next_functions[part * count + output % count] for part in range(sum(there))]
+        """The edges of this function's node along which the gradient of an output continues."""
+        count, present, _ = node.form
+        return [node.next_functions[part * count + output % count] for part in range(sum(present))]
 
 
 def _factors(parts: Parts, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By channel of all: 1 / sqrt(var + eps), that times gamma, and what the norm's scale moves the mean by."""
+    """For all channels: 1 / sqrt(var + eps), that times gamma, and the bias minus the mean."""
     wide = torch.promote_types(parts.weight[0].dtype, torch.float32)
     rstd = torch.rsqrt(_flat(parts.var, wide) + eps)
     scale = rstd * _flat(parts.gamma, wide) if parts.gamma else rstd
@@ -266,7 +265,7 @@ def _flat(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _alike(weights: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
-    """Runs of weights whose filters have one shape: their places, and those of their filters among all."""
+    """Runs of weights with filters of one shape: their slice among weights, and their filters' among all filters."""
     first = channel = 0
     for _, group in groupby(weights, key=lambda w: w.shape[1:]):
         sizes = [len(w) for w in group]
@@ -275,7 +274,7 @@ def _alike(weights: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
 
 
 def _like(targets: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """The parts of `rows` that belong to tensors, each in memory of its own that lies like its tensor."""
+    """The parts of `rows` that belong to tensors, each in new memory with the strides of its tensor."""
     if not targets:
         return []
     made = [torch.empty_like(t) for t in targets]

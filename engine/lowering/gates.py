@@ -1,9 +1,9 @@
-"""A factor for each channel of a map, as of squeeze-and-excite, multiplied into the weights of what reads the product:
+"""Folds a factor for each channel of a map, as in squeeze-and-excite, into the weights of the next convolution:
 
     conv(x * s, w) = conv(x, w * s),   s a factor for each input channel
 
-so the product is never there, neither its gradient: that of s is made of the gradient of w * s, once a step. Only where
-one convolution alone reads the product, and the factors are those of all images: in a batch each has its own gate.
+The product and its gradient are then never stored; the gradient of s follows from that of w * s, once per step. This
+applies if a single convolution reads the product and all images share the factors, which excludes gates of a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .stages import Stage, private_maps, readers_of, vector_inputs
 
 
 def fold_gates(stage: Stage) -> None:
-    """Multiply gates into the convolutions that read what they make."""
+    """Multiply gates into the convolutions that read their products."""
     readers, private = readers_of(stage), private_maps(stage)
     dropped: set[int] = set()
     for gate in stage.locals:
@@ -39,7 +39,7 @@ def _fold(stage: Stage, conv: Local, value: int, scale: int) -> bool:
     own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
     weight = own["weight"].value
     wide = torch.promote_types(values[weight].dtype, values[scale].dtype)
-    # Under autocast the product may have another dtype; the convolution has to make of the map what it makes of that.
+    # Under autocast the product may have another dtype; the convolution must return the same dtype for the map.
     if wide != values[weight].dtype or values[value].dtype != values[conv.op.outputs[0]].dtype:
         return False
     made = len(values)

@@ -1,13 +1,13 @@
-"""Integer algebra of one image axis: what a block of new rows makes computable, and which rows must be kept.
+"""Integer algebra of one image axis: the rows that a new block makes computable, and the rows that must be stored.
 
-Rows and columns obey the same rules and are treated alike, one axis at a time. An axis of `size` is cut into steps
-(tiles); after step i the first `frontier[i]` indices of a value are known. An op reads its input through an `Access`:
-output index o needs input indices first(o) .. last(o). Then
+Rows and columns follow the same rules, one axis at a time. An axis of `size` is cut into steps (tiles); after step i
+the first `frontier[i]` indices of a value are known. An op reads its input through an `Access`: output index o needs
+input indices first(o) .. last(o). Then
 
     frontier of the output = the number of outputs whose inputs are all known, or all of them once the input is complete
-    kept of a value        = the first index that any consumer still has to read in its next block
+    first_needed of a value = the first index that any consumer reads in its next block
 
-and the rows [kept, frontier) are the halo (design: the halo-halo scan).
+and the rows [first_needed, frontier) are the halo.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Strided:
 
 @dataclass(frozen=True, slots=True)
 class Window(_Strided):
-    """Output o reads inputs o*stride - pad + dilation*t for t in 0 .. kernel-1; what falls outside is padding.
+    """Output o reads inputs o*stride - pad + dilation*t for t in 0 .. kernel-1; indices outside are padding.
 
     `pad` is the padding before the axis and may be negative (a crop). Convolution, pooling, padding, cropping and
     strided slicing are all windows; a pointwise op is the window with kernel 1, stride 1, pad 0.
@@ -76,7 +76,7 @@ class Window(_Strided):
 
     def padding(self, lo: int, hi: int) -> tuple[int, int]:
         """Rows of padding before and after the clipped input range of the outputs [lo, hi)."""
-        most = (hi - lo - 1) * self.stride + self.reach + 1  # the outputs of a band may lie wholly in the padding
+        most = (hi - lo - 1) * self.stride + self.reach + 1  # the outputs of a band may read padding only
         return (
             min(max(0, self.pad - lo * self.stride), most),
             min(max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in), most),
@@ -85,7 +85,7 @@ class Window(_Strided):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Two windows one after the other; the map between them is computed again where two tiles need it."""
+    """Two successive windows; the map between them is computed again where two tiles need it."""
 
     first: Window
     second: Window
@@ -130,7 +130,7 @@ class Gather:
 class TransposedWindow(_Strided):
     """Input i reaches the outputs i*stride - pad + dilation*t for t in 0 .. kernel-1 (a transposed convolution).
 
-    Outputs that no input reaches (a kernel smaller than the stride, output padding) are given a neighbour to read.
+    Outputs that no input reaches (a kernel smaller than the stride, output padding) read a neighbour.
     """
 
     def ready(self, frontier: int) -> int:
@@ -145,10 +145,10 @@ class TransposedWindow(_Strided):
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Padding by `pad` before the axis, and what `size_out` asks for after it, that repeats the axis's own values.
+    """Padding that repeats the axis's own values: `pad` before the axis, and after it up to `size_out`.
 
-    What lies outside is, by `mode`, the mirror image without the outermost index ("reflect") or with it ("symmetric"),
-    or the outermost index alone ("replicate").
+    By `mode`, the padding is the mirror image without the outermost index ("reflect") or with it ("symmetric"), or the
+    outermost index repeated ("replicate").
     """
 
     size_in: int
@@ -173,17 +173,17 @@ class Mirror:
         return last - abs(last - abs(i))
 
     def reach(self, outside: int) -> int:
-        """How far from the outermost index the input lies that is read `outside` steps beyond it."""
+        """Distance from the outermost index of the input that is read `outside` steps beyond it."""
         return {"replicate": 0, "symmetric": max(outside - 1, 0)}.get(self.mode, outside)
 
     def ready(self, frontier: int) -> int:
         if frontier >= self.size_in:
             return self.size_out
-        first = self.reach(max(self.pad, 0))  # what the outermost mirrored output reads
+        first = self.reach(max(self.pad, 0))  # the input of the outermost mirrored output
         return min(frontier + self.pad, self.size_out) if frontier > first else 0
 
     def span(self, lo: int, hi: int) -> tuple[int, int]:
-        # The mirrored ends are read backwards: a block keeps what later outputs of its end still need.
+        # The mirrored ends are read backwards: a block includes the inputs of later outputs at its end.
         start = min(max(lo - self.pad, 0), self.size_in - 1 - self.reach(max(self.after, 0)))
         end = max(hi - self.pad, 1 + self.reach(self.pad) if lo < self.pad else 1)
         return max(start, 0), min(end, self.size_in)
@@ -201,14 +201,14 @@ def repeated(size: int) -> Window:
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """An axis cut into `count` cells as adaptive pooling cuts it.
+    """An axis cut into `count` cells as in adaptive pooling.
 
-    Cell u holds the indices from floor(u size / count) to ceil((u + 1) size / count); neighbours may share one.
+    Cell u has the indices from floor(u size / count) to ceil((u + 1) size / count); neighbours may share an index.
 
     Args:
-        size: of the whole axis.
-        count: how many cells there are: 1, or as many as indices, or anything else.
-        first: the index of the whole axis at which the map begins that is reduced (a band's own rows).
+        size: the size of the whole axis.
+        count: the number of cells.
+        first: the index of the whole axis at which the reduced map begins (a band's own rows).
     """
 
     size: int
@@ -217,19 +217,19 @@ class Cells:
 
     @property
     def every(self) -> bool:
-        """Whether each index is a cell of its own."""
+        """Whether each index is a separate cell."""
         return self.count == self.size
 
     def span(self, cell: int) -> tuple[int, int]:
-        """The indices of a cell, in the map that is reduced."""
+        """The half-open range of a cell's indices in the reduced map."""
         return cell * self.size // self.count - self.first, -(-(cell + 1) * self.size // self.count) - self.first
 
     def touched(self, lo: int, hi: int) -> tuple[int, int]:
-        """The half-open range of cells that have some of the indices [lo, hi); hi > lo."""
+        """The half-open range of cells with some of the indices [lo, hi); hi > lo."""
         return (lo + self.first) * self.count // self.size, -(-(hi + self.first) * self.count // self.size)
 
     def parts(self, lo: int, hi: int) -> list[tuple[int, int]]:
-        """Of each cell that is touched, the indices among [lo, hi), counted from `lo`."""
+        """For each touched cell, its indices among [lo, hi), counted from `lo`."""
         spans = (self.span(cell) for cell in range(*self.touched(lo, hi)))
         return [(max(start, lo) - lo, min(end, hi) - lo) for start, end in spans]
 
@@ -238,19 +238,19 @@ class Cells:
 class AxisSchedule:
     """Frontiers and halos of every value along one axis.
 
-    `frontier[v][i]` indices of value v are known after step i; `kept[v][i]` is the first index that is still needed
-    when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]), the first one from `start[v]` on
-    (0 where that says nothing).
+    `frontier[v][i]` indices of value v are known after step i; `first_needed[v][i]` is the first index that is still
+    needed when step i begins. Step i computes the block [frontier[v][i-1], frontier[v][i]); the first block begins at
+    `start[v]` (0 if missing).
     """
 
     steps: int
     frontier: Mapping[int, Sequence[int]]
-    kept: Mapping[int, Sequence[int]]
+    first_needed: Mapping[int, Sequence[int]]
     start: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def halos(self) -> frozenset[int]:
-        """The values of which a step hands anything to the next."""
+        """The values of which a step passes indices to the next."""
         spans = ((value, self.halo_in(value, step)) for value in self.frontier for step in range(1, self.steps))
         return frozenset(value for value, (lo, hi) in spans if lo < hi)
 
@@ -268,23 +268,23 @@ class AxisSchedule:
         return self.blocks[value][step]
 
     def halo_in(self, value: int, step: int) -> tuple[int, int]:
-        """The indices of `value` that are handed to `step` from earlier ones."""
+        """The indices of `value` that earlier steps pass to `step`."""
         known = self.known(value, step)
-        return min(self.kept[value][step], known), known
+        return min(self.first_needed[value][step], known), known
 
     def halo_out(self, value: int, step: int) -> tuple[int, int]:
-        """The indices of `value` that `step` hands on."""
+        """The indices of `value` that `step` passes on."""
         known = self.frontier[value][step]
         if step + 1 == self.steps:
             return known, known
-        return min(self.kept[value][step + 1], known), known
+        return min(self.first_needed[value][step + 1], known), known
 
 
 Reads = Sequence[tuple[Sequence[int], Sequence[tuple[int, Access]]]]
 
 
 def needed(targets: Mapping[int, tuple[int, int]], reads: Reads) -> dict[int, tuple[int, int]]:
-    """The indices of every value that those of the targets take; values of which nothing is needed are left out.
+    """The indices of every value that the targets need, without values of which nothing is needed.
 
     Args:
         targets: values and half-open ranges of them.
@@ -323,12 +323,12 @@ def schedule_axis(
     Args:
         tile: number of indices in a step, of an axis of `size`.
         size: the axis that is cut into tiles.
-        sources: the values that are there from the beginning, and their sizes; each is cut in the same proportions.
+        sources: the values that exist from the beginning, and their sizes; each is cut in the same proportions.
         reads: for every local op in order: its output values and (input value, access) pairs.
-        offsets: sources that are a part of an axis: the first index, and the size of all of it.
-        targets: the values that are wanted; nothing is computed but what they need. None for everything.
-        resident: sources that no op has to wait for, whatever part of them it reads. What reads nothing else goes at
-            the pace of the tiles.
+        offsets: for sources that are a part of an axis: the first index, and the size of the whole axis.
+        targets: the values that are wanted; only their dependencies are computed. None for everything.
+        resident: sources that are complete from the beginning, so no op waits for them. An op that reads nothing else
+            advances with the tiles.
     """
     ends = [min(size, (i + 1) * tile) for i in range(max(1, -(-size // tile)))]
     sizes = dict(sources) | {out: inputs[0][1].size_out for outputs, inputs in reads for out in outputs}
@@ -342,7 +342,7 @@ def schedule_axis(
         busy = _busy(start, frontier)
         frontier = {v: known[busy] for v, known in frontier.items()}
         ends = ends[busy]
-    return AxisSchedule(len(ends), frontier, _kept(len(ends), sizes, reads, frontier, start), start)
+    return AxisSchedule(len(ends), frontier, _first_needed(len(ends), sizes, reads, frontier, start), start)
 
 
 def _frontiers(
@@ -354,7 +354,7 @@ def _frontiers(
     offsets: Mapping[int, tuple[int, int]],
     resident: Container[int],
 ) -> dict[int, list[int]]:
-    """How much of every value is known after each step, which ends at `ends` of the axis that is cut."""
+    """The number of known indices of every value after each step; `ends` are the ends of steps on the cut axis."""
     frontier: dict[int, list[int]] = {}
     for value, own in sources.items():
         first, whole = offsets.get(value, (0, own))
@@ -377,7 +377,7 @@ def _busy(start: Mapping[int, int], frontier: Mapping[int, Sequence[int]]) -> sl
     return slice(busy[0], busy[-1] + 1)
 
 
-def _kept(
+def _first_needed(
     steps: int, sizes: Mapping[int, int], reads: Reads, frontier: Mapping[int, Sequence[int]], start: Mapping[int, int]
 ) -> dict[int, list[int]]:
     """The first index of every value that is still needed when each step begins; its size if none is."""
@@ -385,14 +385,14 @@ def _kept(
     for outputs, inputs in reads:
         for value, access in inputs:
             consumers[value].append((outputs[0], access))
-    kept: dict[int, list[int]] = {}
+    first_needed: dict[int, list[int]] = {}
     for value, users in consumers.items():
-        kept[value] = []
+        first_needed[value] = []
         for step in range(steps):
             need_from = sizes[value]
             for user, access in users:
                 done = frontier[user][step - 1] if step else start[user]
                 if done < sizes[user]:
                     need_from = min(need_from, access.span(done, done + 1)[0])
-            kept[value].append(need_from)
-    return kept
+            first_needed[value].append(need_from)
+    return first_needed

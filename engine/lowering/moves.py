@@ -1,11 +1,11 @@
-"""Reshapes and permutations in a row, of which those in between have no image axes: what they come to is looked at.
+"""Merges successive reshapes and permutations whose intermediate results have no image axes.
 
     (N, C, H, W) -> (N*C*h, p, w, q) -> (N*C*h, w, p, q) -> (N, C, h*w, p*q)        MobileViT's patches
 
-An axis that a reshape has joined with the batch is no image axis, but the permutation and reshape after it give it
-back. So a reshape that no rule takes is put off: with all that moves its result on, it is one reshape into factors, one
-permutation of these and one reshape; before them, of a flattened map, one that takes rows and columns apart. As soon as
-the rules take those, they stand in for all before; an op of another kind gets the calls as they were recorded.
+A reshape can join an image axis with the batch, and later ones separate it again. A reshape that no rule accepts is
+therefore deferred. Together with the moves of its result it equals one reshape into factors, one permutation of them
+and one reshape; for a flattened map, a reshape that separates rows and columns comes first. Once the rules accept this
+sequence, it replaces the deferred calls. If an op of another kind reads the value first, the recorded calls are used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COPIES = frozenset({"contiguous", "clone"})
 
 @dataclass(frozen=True)
 class _Moved:
-    """base.reshape(factors).permute(order).reshape(shape), and the calls that came to it."""
+    """base.reshape(factors).permute(order).reshape(shape), and the recorded calls that it equals."""
 
     base: int
     factors: tuple[int, ...]
@@ -37,70 +37,70 @@ class _Moved:
 
 
 class Moves:
-    """What was put off, while rules are applied in program order."""
+    """The deferred calls while rules are applied in program order."""
 
     def __init__(self, maps: Maps) -> None:
         self.maps = maps
-        self.moved: dict[int, _Moved] = {}
-        self.done: set[int] = set()  # outputs of recorded calls that were given after all
+        self.deferred: dict[int, _Moved] = {}
+        self.done: set[int] = set()  # outputs of deferred calls that were emitted as recorded
 
     def merged(self, op: Op) -> list[Op]:
-        """The ops that an op becomes; the op itself where nothing is put off."""
+        """The ops that replace an op; the op itself if nothing is deferred."""
         if len(op.inputs) == 1 == len(op.outputs) and op.autocast is None and self._is_move(op):
             value = op.inputs[0]
-            if value in self.moved or self._unplaced(op):
-                found = self._after(op)
+            if value in self.deferred or self._is_refused(op):
+                found = self._merge(op)
                 if found is not None:
-                    return self._placed(found, op) or self._put_off(op, found)
+                    return self._merged_ops(found, op) or self._defer(op, found)
         return [*(one for value in dict.fromkeys(op.inputs) for one in self.recorded(value)), op]
 
     def recorded(self, value: int) -> list[Op]:
-        """The calls that make a value that was put off, once."""
-        if value not in self.moved:
+        """The recorded calls that make a deferred value, once."""
+        if value not in self.deferred:
             return []
-        calls = [one for one in self.moved[value].calls if one.outputs[0] not in self.done]
+        calls = [one for one in self.deferred[value].calls if one.outputs[0] not in self.done]
         self.done.update(one.outputs[0] for one in calls)
         return calls
 
     def _is_move(self, op: Op) -> bool:
         values = self.maps.program.values
-        return (op.name in _RESHAPES | _PERMUTES or (op.name in _COPIES and op.inputs[0] in self.moved)) and values[
+        return (op.name in _RESHAPES | _PERMUTES or (op.name in _COPIES and op.inputs[0] in self.deferred)) and values[
             op.inputs[0]
         ].dtype == values[op.outputs[0]].dtype
 
-    def _unplaced(self, op: Op) -> bool:
-        """Whether it is a reshape of a map that no rule takes."""
-        return op.name in _RESHAPES and op.inputs[0] in self.maps and not self._try([op])
+    def _is_refused(self, op: Op) -> bool:
+        """Whether an op is a reshape of a map that no rule accepts."""
+        return op.name in _RESHAPES and op.inputs[0] in self.maps and not self._accepts([op])
 
-    def _put_off(self, op: Op, found: _Moved) -> list[Op]:
-        self.moved[op.outputs[0]] = found
+    def _defer(self, op: Op, found: _Moved) -> list[Op]:
+        self.deferred[op.outputs[0]] = found
         return []
 
-    def _after(self, op: Op) -> _Moved | None:
-        """What an op makes of its input; None if its dimensions do not divide those of the input."""
+    def _merge(self, op: Op) -> _Moved | None:
+        """The merged form of an op and the calls before it; None if its dimensions do not divide those of the input."""
         value = op.inputs[0]
         shape = tuple(self.maps.shape(value))
-        before = self.moved.get(value) or _Moved(value, shape, tuple(range(len(shape))), shape, ())
+        before = self.deferred.get(value) or _Moved(value, shape, tuple(range(len(shape))), shape, ())
         after, calls = tuple(self.maps.shape(op.outputs[0])), (*before.calls, op)
         if op.name not in _PERMUTES:
             return replace(before, shape=after, calls=calls)
         split = _refined([before.factors[one] for one in before.order], before.shape)
         if split is None:
             return None
-        parts, groups = split  # of each permuted factor; of each dimension, the numbers of its parts
+        parts, groups = split  # sizes of the parts of each permuted factor; part numbers of each dimension
         factors: list[int] = []
-        first = {}  # where the parts of a factor begin
+        first = {}  # position of the first part of each factor
         for number in range(len(before.factors)):
             first[number] = len(factors)
             factors += parts[before.order.index(number)]
         numbers = [
-            first[own] + i for place, own in enumerate(before.order) for i in range(len(parts[place]))
-        ]  # of the parts in the permuted order
+            first[own] + i for position, own in enumerate(before.order) for i in range(len(parts[position]))
+        ]  # part numbers in the permuted order
         order = [numbers[one] for dim in _order(op, len(before.shape)) for one in groups[dim]]
         return _Moved(before.base, tuple(factors), tuple(order), after, calls)
 
-    def _placed(self, found: _Moved, op: Op) -> list[Op]:
-        """One reshape, permutation and reshape that the rules take; nothing if they do not."""
+    def _merged_ops(self, found: _Moved, op: Op) -> list[Op]:
+        """The reshape, permutation and reshape if the rules accept them; an empty list if not."""
         made: list[Op] = []
         value, shape = found.base, tuple(self.maps.shape(found.base))
         wanted = tuple(found.factors[one] for one in found.order)
@@ -116,18 +116,18 @@ class Moves:
                 output = op.outputs[0] if number == 3 else self.maps.new_value(after, like=op.outputs[0])
                 made.append(Op(func, name, (Ref(value), given), {}, (value,), (output,), (), op.module, line=op.line))
                 value = output
-        return made if self._try(made) else []
+        return made if self._accepts(made) else []
 
     def _spread(self, value: int) -> tuple[int, ...]:
-        """The shape of a map with rows and columns apart, also where they have become one dimension."""
+        """The shape of a map with separate rows and columns, also if it is flattened."""
         shape = tuple(self.maps.shape(value))
         if value not in self.maps.flat:
             return shape
         axis, flat = self.maps.axes[value][0], self.maps.flat[value]
         return (*shape[:axis], *flat.sizes(flat.height, flat.width), *shape[axis + 1 :])
 
-    def _try(self, ops: Sequence[Op]) -> bool:
-        """Whether the rules take ops one after the other; nothing is left of the attempt."""
+    def _accepts(self, ops: Sequence[Op]) -> bool:
+        """Whether the rules accept ops one after the other; the attempt has no side effect."""
         axes, flat = dict(self.maps.axes), dict(self.maps.flat)
         try:
             for op in ops:
@@ -147,7 +147,7 @@ class Moves:
 
 
 def _order(op: Op, rank: int) -> list[int]:
-    """What a permutation puts where."""
+    """The order of a permutation's dimensions."""
     if op.name == "permute":
         dims = op.kwargs.get("dims", op.args[1:])
         dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
@@ -160,10 +160,10 @@ def _order(op: Op, rank: int) -> list[int]:
 
 
 def _refined(factors: Sequence[int], shape: Sequence[int]) -> tuple[list[list[int]], list[list[int]]] | None:
-    """The coarsest factors that both are products of; sides of one have none.
+    """The coarsest common refinement of two factorizations; factors of one have no parts.
 
     Returns:
-        The parts of each factor, and for each dimension of `shape` the numbers of its parts; None if there are none.
+        The parts of each factor, and for each dimension of `shape` the numbers of its parts; None if none exists.
     """
     ends = sorted({math.prod(some[: i + 1]) for some in (factors, shape) for i in range(len(some))} - {1})
     if any(b % a for a, b in itertools.pairwise(ends)):

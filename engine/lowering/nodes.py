@@ -1,4 +1,4 @@
-"""From recorded calls to nodes: what the rule of each op says, in program order; or a refusal that names the module."""
+"""Turns recorded calls into nodes by the rules of their ops, in program order; refusals name the module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIKE_MAP = frozenset({"new_empty", "new_zeros", "new_ones", "new_full", "new_te
 
 
 def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
-    """What the rule of an op says; its refusal becomes an error that names the module."""
+    """The nodes of an op by its rule; a refusal becomes an error that names the module."""
     rule = find_rule(op.name)
     if rule is None:
         exported = op.name.startswith("aten.")
@@ -40,7 +40,7 @@ def apply_rule(op: Op, maps: Maps) -> Node | list[Node]:
 
 
 def live_ops(program: Program) -> list[Op]:
-    """Ops that the output or a change of state depends on; unused branches (auxiliary heads) are dropped."""
+    """Ops that the output or a change of state depends on, without unused branches (auxiliary heads)."""
     wanted = set(program.results())
     live: list[Op] = []
     for op in reversed(program.ops):
@@ -51,9 +51,10 @@ def live_ops(program: Program) -> list[Op]:
 
 
 def _without_empty(op: Op, program: Program) -> Op:
-    """A `cat` without its empty parts, as `x[:, :0]`: networks without a class token join none to their positions.
+    """A `cat` without empty parts such as `x[:, :0]`, which networks without a class token join to their positions.
 
-    Of one part it is a copy. Parts stay that have a say in the dtype, or on which gradients of parameters hang: zeros.
+    A `cat` of one remaining part becomes a copy. Empty parts remain if they determine the dtype, or if parameters get
+    zero gradients through them.
     """
     if op.name not in ("cat", "concat", "concatenate"):
         return op
@@ -62,18 +63,18 @@ def _without_empty(op: Op, program: Program) -> Op:
     parts = [ref.value for ref in tensors if program.values[ref.value].shape.numel()]
     if not parts or len(parts) == len(tensors) > 1:
         return op
-    alone = {v for v in ancestors(program, op.inputs) - ancestors(program, parts) if program.values[v].trainable}
-    kept = [ref for ref in tensors if ref.value in parts or alone & ancestors(program, [ref.value])]
-    inputs = tuple(dict.fromkeys(ref.value for ref in kept))
+    gets_zeros = {v for v in ancestors(program, op.inputs) - ancestors(program, parts) if program.values[v].trainable}
+    remaining = [ref for ref in tensors if ref.value in parts or gets_zeros & ancestors(program, [ref.value])]
+    inputs = tuple(dict.fromkeys(ref.value for ref in remaining))
     if reduce(torch.promote_types, (program.values[v].dtype for v in inputs)) != program.values[op.outputs[0]].dtype:
         return op
-    if len(kept) == 1:  # no rule would see that its positions stay where they are
-        return replace(op, func=torch.clone, name="clone", args=(kept[0],), kwargs={}, inputs=inputs)
-    return replace(op, args=(kept, called["dim"]), kwargs={}, inputs=inputs)
+    if len(remaining) == 1:  # no rule would see that its positions do not move
+        return replace(op, func=torch.clone, name="clone", args=(remaining[0],), kwargs={}, inputs=inputs)
+    return replace(op, args=(remaining, called["dim"]), kwargs={}, inputs=inputs)
 
 
-def _draw(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
-    """A small that is drawn once per step, with the dtype and device of another value."""
+def _draw_once(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
+    """A vector that is drawn once per step, with the dtype and device of another value."""
     value = program.values[like]
     return VectorOp(lambda _env: (make(value.dtype, value.device),), (), (output,))
 
@@ -83,22 +84,22 @@ def _refuse(op: Op, reason: str) -> UnsupportedError:
 
 
 def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
-    """The nodes that the recorded ops become, in program order; ops on vectors stay as they are.
+    """The nodes of the recorded ops, in program order; ops on vectors are unchanged.
 
     Args:
-        fallback: "whole" gives ordinary PyTorch whole maps for ops that have no exact rule.
+        fallback: "whole" runs ops without an exact rule in ordinary PyTorch on whole maps.
 
     Raises:
         UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
     """
     refusal: UnsupportedError | None = None
     for apart in (True, False):
-        for rising in (True, False):
+        for broadcasts in (True, False):
             try:
-                maps, nodes = _sort(program, fallback, rising, apart)
+                maps, nodes = _sort(program, fallback, broadcasts, apart)
                 unread = _unread(program, nodes)
                 if unread:
-                    maps, nodes = _sort(program, fallback, rising, apart, unread)
+                    maps, nodes = _sort(program, fallback, broadcasts, apart, unread)
                 return maps, _without_copies(program, _live_nodes(maps, unflatten(maps, nodes)))
             except NotApart:
                 break
@@ -109,19 +110,23 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
 
 
 def _sort(
-    program: Program, fallback: str | None, rising: bool, apart: bool, unread: Mapping[int, Sequence[int]] | None = None
+    program: Program,
+    fallback: str | None,
+    broadcasts: bool,
+    apart: bool,
+    unread: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[Maps, list[Node | Op]]:
     """`sort`.
 
     Args:
-        rising: whether vectors that are spread over the image become maps, made block by block.
-        apart: whether tokens that are joined to positions are computed apart.
+        broadcasts: whether vectors that are broadcast over the image become maps, made block by block.
+        apart: whether tokens that are joined to positions are computed separately.
         unread: see `_unread`.
     """
     program.stands_in, program.apart = {}, set()
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
-    tokens, moves, sorting = Tokens(maps), Moves(maps), _Sorting(maps, fallback == "whole", rising)
+    tokens, moves, sorting = Tokens(maps), Moves(maps), _NodeList(maps, fallback == "whole", broadcasts)
     ops = [own for op in live_ops(program) for own in _with_zeros(op, maps, unread or {})]
     relative = Relative(ops, maps)
     watched = {v for v in program.handed_out() if program.grad and program.values[v].takes_grad}
@@ -141,9 +146,9 @@ def _sort(
 
 
 def _unread(program: Program, nodes: Sequence[Node | Op]) -> dict[int, list[int]]:
-    """Of what is handed out, the parameters that its gradient comes to in PyTorch, and in these nodes does not.
+    """By returned value, the parameters that its gradient reaches in PyTorch, but not through these nodes.
 
-    Rules that do without a value do without all that it is made of.
+    A rule that does not read a value drops everything that the value is made of.
     """
     makers = {v: node for node in nodes for v in makes(node)}
     found: dict[int, list[int]] = {}
@@ -160,8 +165,10 @@ def _unread(program: Program, nodes: Sequence[Node | Op]) -> dict[int, list[int]
 
 
 def _with_zeros(op: Op, maps: Maps, unread: Mapping[int, Sequence[int]]) -> list[Op]:
-    """An op, and for those of its outputs whose gradient comes to parameters that nothing reads, what gives these
-    zeros; that has the output's name."""
+    """An op, and `with_zeros` ops for its outputs whose gradients reach parameters that no node reads.
+
+    The `with_zeros` op then makes the value of the output.
+    """
     names = {v: maps.new_value(like=v) for v in op.outputs if v in unread}
     made = [replace(op, outputs=tuple(names.get(v, v) for v in op.outputs))] if names else [op]
     for value, own in names.items():
@@ -172,10 +179,10 @@ def _with_zeros(op: Op, maps: Maps, unread: Mapping[int, Sequence[int]]) -> list
 
 
 def _without_copies(program: Program, nodes: list[Node | Op]) -> list[Node | Op]:
-    """The nodes without `contiguous` of what comes of parameters and buffers alone and is read by our own nodes.
+    """The nodes without `contiguous` of values that depend only on parameters and buffers and that rules read.
 
-    They take any order in memory, and a bias for each pair of positions would be there twice: CoAtNet's is as large as
-    all else. What an image gives stays as it is: keys are read by every tile.
+    Rules accept any memory order, and a bias for each pair of positions would be stored twice: CoAtNet's is as large as
+    everything else. Copies of values that depend on the image remain: every tile reads keys.
     """
     results = set(program.results())
 
@@ -196,14 +203,14 @@ def _same(op: Op) -> VectorOp:
 
 
 def _of_no_pass(maps: Maps, nodes: Sequence[Node | Op], read: set[int]) -> set[int]:
-    """Those of these values that are maps without being there as they are: flattened, or spread by each reader."""
-    there = {maps.program.image, *maps.program.inputs}
-    there.update(v for node in nodes if isinstance(node, (Local, Whole)) for v in makes(node))
-    return {v for v in read if v in maps and (v in maps.flat or v not in there)}
+    """The values among `read` that are maps but never stored as read: flattened, or broadcast by each reader."""
+    stored = {maps.program.image, *maps.program.inputs}
+    stored.update(v for node in nodes if isinstance(node, (Local, Whole)) for v in makes(node))
+    return {v for v in read if v in maps and (v in maps.flat or v not in stored)}
 
 
 def _inputs(node: Node | Op) -> Sequence[int]:
-    """All that a node reads by name."""
+    """All values that a node reads."""
     if isinstance(node, Reduction):
         return [node.value]
     if isinstance(node, Local):
@@ -211,22 +218,22 @@ def _inputs(node: Node | Op) -> Sequence[int]:
     return node.op.inputs if isinstance(node, Whole) else node.inputs
 
 
-class _Sorting:
-    """The nodes of the ops so far."""
+class _NodeList:
+    """Collects the nodes of the ops so far."""
 
-    def __init__(self, maps: Maps, whole: bool, rising: bool) -> None:
-        self.maps, self.whole, self.rising = maps, whole, rising
+    def __init__(self, maps: Maps, whole: bool, broadcasts: bool) -> None:
+        self.maps, self.whole, self.broadcasts = maps, whole, broadcasts
         self.nodes: list[Node | Op] = []
-        self.taken = _TakenWhole(maps, whole)
-        self.derived = set(maps.axes)  # what depends on the image
+        self.taken = _WholeMaps(maps, whole)
+        self.derived = set(maps.axes)  # values that depend on the image
 
     def add(self, op: Op) -> None:
-        """The nodes of one op more."""
+        """Append the nodes of one op."""
         maps, ours = self.maps, not self.derived.isdisjoint(op.inputs)
         self.derived.update(op.outputs if ours else ())
         risen = None
         if op.name in _LIKE_MAP or not maps.inputs(op):
-            risen = (self.rising and rise(op, maps)) or norm_of_vector(op, maps) if ours else None
+            risen = (self.broadcasts and rise(op, maps)) or norm_of_vector(op, maps) if ours else None
             if risen is None:
                 self.nodes.append(op)
                 self.taken.follow(op)
@@ -237,21 +244,23 @@ class _Sorting:
                 kind = maps.program.values[maps.program.image].device.type
                 made = [in_region(node, op, kind) for node in (made if isinstance(made, list) else [made])]
         except UnsupportedError as refusal:
-            if isinstance(op.func, HigherOrderOperator):  # takes functions, which see no whole map either
-                raise _refuse(op, f"'{op.name}' takes functions of maps; write what they do in Python") from None
+            if isinstance(op.func, HigherOrderOperator):  # its functions would not see the whole map either
+                raise _refuse(
+                    op, f"'{op.name}' cannot run functions of maps by tile; write their ops in Python"
+                ) from None
             if not self.whole:
                 raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
             made = Whole(op)
         for node in made if isinstance(made, list) else [made]:
-            self._keep(op, node)
+            self._append(op, node)
 
-    def _keep(self, op: Op, node: Node) -> None:
+    def _append(self, op: Op, node: Node) -> None:
         maps = self.maps
         if isinstance(node, Local):
             if node.once is not None:
                 drawn = node.once(maps.program.values[op.inputs[0]].dtype, torch.device("meta"))
                 node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
-                self.nodes.append(_draw(maps.program, node.once, op.inputs[0], node.drawn))
+                self.nodes.append(_draw_once(maps.program, node.once, op.inputs[0], node.drawn))
             maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
             for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
                 if h == w and value not in maps.flat:
@@ -266,27 +275,27 @@ class _Sorting:
 
 
 def in_region(node: Node, op: Op, kind: str) -> Node:
-    """A node of an op that ran in an autocast region of its own: it computes in that region.
+    """A node that computes in the autocast region in which its op was recorded.
 
     Args:
-        kind: of the device.
+        kind: the device type.
     """
     assert op.autocast is not None
     enabled, dtype = op.autocast
     if not isinstance(node, Local):
-        return node  # their dtypes are those of the recording
+        return node  # other nodes use the recorded dtypes
     run = node.run
 
     def in_its_own(env: Env, block: Block) -> tuple[Tensor, ...]:
         with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
             return run(env, block)
 
-    # Under a name of its own no rewrite takes it for the op outside of the region.
+    # With another name, no rewrite mistakes it for the op outside of the region.
     return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
 
 
 def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
-    """Nodes that the output or a change of state depends on; rules may have gone round some ops."""
+    """Nodes that the output or a change of state depends on; rules may have bypassed some ops."""
     wanted = set(maps.program.results())
     live: list[Node | Op] = []
     for node in reversed(nodes):
@@ -298,23 +307,23 @@ def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
     return live[::-1]
 
 
-class _TakenWhole:
-    """Vectors that come from whole maps; what is as large as those is a map again, where the user allows it."""
+class _WholeMaps:
+    """Vectors that come from whole maps; vectors of their size become maps again, if the user allows it."""
 
     def __init__(self, maps: Maps, allowed: bool):
         self.maps, self.allowed = maps, allowed
-        self.origin: dict[int, Op] = {}  # value -> the op that took a map whole
+        self.origin: dict[int, Op] = {}  # value -> the op that read a whole map
         self.sizes: set[tuple[int, int]] = set()
 
     def begin(self, op: Op, recorded: bool) -> None:
-        """An op that takes a map whole; what a rule has put in beside the `recorded` ones is a vector as it says."""
+        """Register an op that reads a whole map; outputs of ops that are not `recorded` remain vectors."""
         self.origin.update(dict.fromkeys(op.outputs, op))
         if recorded:
             self.sizes.update(self.maps.size(v) for v in self.maps.inputs(op))
             self._return(op)
 
     def follow(self, op: Op) -> None:
-        """An op on vectors."""
+        """Register an op on vectors."""
         found = next((self.origin[v] for v in op.inputs if v in self.origin), None)
         if found is not None:
             self.origin.update(dict.fromkeys(op.outputs, found))
@@ -329,7 +338,7 @@ class _TakenWhole:
                 self.maps.axes[value] = (1, 2)
 
     def check(self, op: Op, node: VectorOp) -> None:
-        """Refuse a whole map in the middle, unless it is allowed."""
+        """Refuse a whole map between other maps, unless the user allows it."""
         first = next((self.origin[v] for v in node.inputs if v in self.origin), None)
         if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
             raise _refuse(

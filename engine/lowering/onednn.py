@@ -1,16 +1,14 @@
-"""Convolutions on the CPU in one call: bias, residual sum and activation with it, weights packed once a pass.
+"""CPU convolutions fused with bias, residual sum and activation, with weights packed once per pass.
 
-Those of 3 x 3 with stride 1 are computed by Winograd's filtering (kernels/winograd.py) where that gains, others by
-oneDNN.
+3 x 3 convolutions with stride 1 use Winograd's filtering (kernels/winograd.py) where that is faster, others oneDNN.
 
-PyTorch's CPU build carries `torch.ops.mkldnn._convolution_pointwise`, which `torch.compile` uses. It takes weights in
-the blocked order of oneDNN's kernels; an ordinary convolution brings them there in every call, that is in every tile.
-`Scan.prepare` packs the weights of each pass anew, from the tensors that the pass is given, so that they cannot be
-those of an earlier step. Norms and layer scales are multiplied in as each is packed: besides the network's own weights
-only the packed ones are there.
+PyTorch's CPU build has `torch.ops.mkldnn._convolution_pointwise`, which `torch.compile` uses. It reads weights in the
+blocked order of oneDNN's kernels; an ordinary convolution reorders them in every call, that is for every tile.
+`Scan.prepare` packs the weights for each pass from the tensors of that pass, so they cannot be those of an earlier
+step. Packing multiplies in norms and layer scales, so only the network's own weights and the packed ones are in memory.
 
-In inference alone: in training on small tiles the gradients of ResNet-18 were 1.6 to 1.9 times as far from float64 as
-stock's. Where oneDNN does not fuse, or is switched off, the same op is computed by PyTorch's own.
+This is for inference only: in training on small tiles the gradients of ResNet-18 were 1.6 to 1.9 times as far from
+float64 as PyTorch's. If oneDNN does not fuse, or is switched off, PyTorch's own ops compute the same.
 """
 
 from __future__ import annotations
@@ -32,38 +30,38 @@ from .ops import Block, Env, Local
 from .ops.window import split_padding
 from .stages import Packing, Stage, vector_inputs
 
-# Activations that oneDNN computes as PyTorch does. Of NaN its ReLUs make 0, and its GELU makes NaN of infinity: those
-# are computed after it, in place, while the block is in the cache.
+# Activations that oneDNN computes as PyTorch does. Its ReLUs turn NaN into 0, and its GELU turns infinity into NaN:
+# these run after it, in place, while the block is in the cache.
 _FUSED = frozenset({"none", "hardswish"})
-_LEAST_FILTERS = 16  # of a convolution of one channel: kernels of packed weights work on so many at a time
+_LEAST_FILTERS = 16  # of a convolution of one channel: kernels of packed weights process this many at a time
 
 
 @functools.cache
 def runs() -> bool:
-    """Whether this build of PyTorch has the ops and they compute what they should, on this processor."""
+    """Whether this build of PyTorch has the ops and they compute correct results on this processor."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_convolution_pointwise"):
         return False
-    place = [1, 1], [1, 1], [1, 1], 1
+    settings = [1, 1], [1, 1], [1, 1], 1
     x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (16 * 36, 16 * 16 * 9, 16))
     x, weight = x.reshape(1, 16, 6, 6).contiguous(memory_format=torch.channels_last), weight.reshape(16, 16, 3, 3)
     try:
-        packed = ops._reorder_convolution_weight(weight, *place)
-        y = ops._convolution_pointwise.binary(x, x, packed, bias, *place, "add", None, None, [], None)
+        packed = ops._reorder_convolution_weight(weight, *settings)
+        y = ops._convolution_pointwise.binary(x, x, packed, bias, *settings, "add", None, None, [], None)
     except (RuntimeError, TypeError):  # an operator that is registered but not built, or has another signature
         return False
     return torch.allclose(y, F.conv2d(x, weight, bias, padding=1) + x, atol=1e-4)
 
 
 def allowed() -> bool:
-    """Whether the settings of the process leave convolutions in float32 to oneDNN as they are."""
+    """Whether the process's settings allow oneDNN for float32 convolutions without reduced precision."""
     enabled: bool = torch._C._get_mkldnn_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     precision: str = torch.backends.mkldnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
     return enabled and precision in ("none", "ieee") and current_mode() != "stock"
 
 
 def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
-    """Whether Winograd's filtering takes less time for a convolution, and is there."""
+    """Whether Winograd's filtering is available and faster for a convolution."""
     plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
     weight, output = stage.program.values[chain.weight], chain.members[0].op.outputs[0]
     pixels = math.prod(stage.maps.size(output))
@@ -71,7 +69,7 @@ def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
 
 
 def fuse_on_cpu(stage: Stage) -> None:
-    """Give convolutions in float32 with the sums and activations after them to oneDNN, if it is there."""
+    """Replace float32 convolutions and the sums and activations after them by oneDNN ops, if available."""
     if not runs():
         return
     for chain in find_chains(stage, frozenset({torch.float32}), frozenset(ACTIVATIONS.values())):
@@ -84,9 +82,9 @@ class Weight:
     """A convolution's weight.
 
     Attributes:
-        own: the network's, (K, C, R, S).
-        factors: for each filter, that it is to be multiplied by, one after the other.
-        packed: what is computed with, with the factors in it.
+        own: the network's weight, (K, C, R, S).
+        factors: factors to multiply it by, one after the other.
+        packed: the weight that the op computes with, factors included.
     """
 
     own: Tensor
@@ -94,7 +92,7 @@ class Weight:
     packed: Tensor
 
     def plain(self) -> Tensor:
-        """As PyTorch's convolution takes it."""
+        """The weight in the format of PyTorch's convolution."""
         if not (self.packed.is_mkldnn or for_winograd(self.packed)):
             return self.packed
         return functools.reduce(scaled, self.factors, self.own)
@@ -113,11 +111,11 @@ class _Call:
     margin: tuple[int, int]
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def settings(self) -> tuple[Any, ...]:
         return split_padding(self.pad)[0], self.chain.stride, self.chain.dilation, self.chain.groups
 
     def run(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """The output, in memory of its own."""
+        """The output, in new memory."""
         if for_winograd(weight.packed) and x.numel():
             filters, act = weight.own.shape[0], self.chain.act
             y = winograd.conv3x3(x, weight.packed, filters, bias, residual, act == "relu", self.pad, self.margin)
@@ -130,39 +128,41 @@ class _Call:
         n, channels, height, width = y.shape
         return self._with_room(winograd.empty_with_room(y, (n, channels, height, width), self.margin), y)
 
-    def _with_room(self, place: Tensor, y: Tensor) -> Tensor:
-        """The output where there is room for halos."""
-        return y if y is place or self.margin == (0, 0) else place.copy_(y)
+    def _with_room(self, target: Tensor, y: Tensor) -> Tensor:
+        """The output in memory with a margin for halos."""
+        return y if y is target or self.margin == (0, 0) else target.copy_(y)
 
     def _by_onednn(self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         act, packed = self.chain.act, weight.packed
         if not packed.is_mkldnn or x.numel() == 0:
-            padding, stride, dilation, groups = self.place
+            padding, stride, dilation, groups = self.settings
             y = F.conv2d(x, weight.plain(), bias, stride, padding, dilation, groups)
             return _activate(y if residual is None else y.add_(residual), act)
         ops, x = torch.ops.mkldnn, _channels_last(x)
         if residual is not None and residual.shape[2:].numel() == 1:  # PyTorch 2.11 raises for a sum of one pixel
-            y = ops._convolution_pointwise(x, packed, bias, *self.place, "none", [], "")
+            y = ops._convolution_pointwise(x, packed, bias, *self.settings, "none", [], "")
             return _activate(y.add_(residual), act)
         if residual is not None:
             residual = _channels_last(residual)
-            y = ops._convolution_pointwise.binary(x, residual, packed, bias, *self.place, "add", None, None, [], None)
+            y = ops._convolution_pointwise.binary(
+                x, residual, packed, bias, *self.settings, "add", None, None, [], None
+            )
             assert y.shape == residual.shape  # oneDNN would broadcast
             return _activate(y, act)
         fused = act if act in _FUSED else "none"
-        y = ops._convolution_pointwise(x, packed, bias, *self.place, fused, [], "")
+        y = ops._convolution_pointwise(x, packed, bias, *self.settings, fused, [], "")
         return y if fused == act else _activate(y, act)
 
 
 def _activate(y: Tensor, act: str) -> Tensor:
-    """An activation in place, where PyTorch has that."""
+    """An activation, in place if PyTorch supports that."""
     if act == "none":
         return y
     return F.gelu(y) if act == "gelu" else getattr(F, act)(y, inplace=True)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The map in channels-last memory, and with strides that say so."""
+    """The map in channels-last memory, with channels-last strides also for one channel."""
     x = x.contiguous(memory_format=torch.channels_last)
     _, c, h, w = x.shape
     return x.as_strided(x.shape, (h * w * c, 1, w * c, c)) if c == 1 else x
@@ -207,10 +207,10 @@ def for_winograd(packed: Tensor) -> bool:
 
 
 def _pack(chain: ConvChain, gains: bool, weight: Tensor, *factors: Tensor) -> Tensor:
-    """The scaled weight as it computes; not packed where nothing takes it so.
+    """The scaled weight in packed form; unpacked if no kernel can use it.
 
     Args:
-        gains: whether Winograd's filtering is to take it.
+        gains: whether Winograd's filtering will use it.
     """
     weight = functools.reduce(scaled, factors, weight[:, :, None, None] if chain.channels_last else weight)
     if type(weight) is not Tensor or weight.numel() == 0 or not allowed():

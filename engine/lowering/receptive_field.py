@@ -1,13 +1,13 @@
-"""Where the cells of every map lie in the image, and how much of it they see: read off the steps of a program.
+"""Receptive fields: the centre and extent in the image of the cells of every map, computed from a program's steps.
 
-An op's accesses (`geometry.py`) say which inputs each output reads. Followed from the image on, they give for every map
-and axis the middle of what a cell sees, a straight line over the cells:
+The accesses of an op (`geometry.py`) state which inputs each output reads. Composed from the image on, they give the
+centre of a cell's receptive field along each axis as a linear function of the cell's index:
 
     convolution or pooling, kernel k, stride s, padding p, dilation d:   centre of output o = centre of input
-        o s - p + d (k - 1) / 2,     and it sees d (k - 1) input cells more
+        o s - p + d (k - 1) / 2,     and its field is d (k - 1) input cells wider
 
-so that cell i of a ResNet, whose padding is symmetric, is centred on pixel 32 i and not on 32 i + 16. Padding counts as
-if the image went on: cells at the border have their centre as all others have.
+A ResNet's padding is symmetric, so its cell i is centred on pixel 32 i and not on 32 i + 16. The padding counts as part
+of the image: the same formula gives the centres of cells at the border.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .stages import Stage, StagedProgram
 
 @dataclass(frozen=True, slots=True)
 class ReceptiveField:
-    """What the cells of a map see along one axis: `extent` pixels around pixel `first + stride i`.
+    """Receptive fields of a map's cells along one axis: `extent` pixels around pixel `first + stride i`.
 
     Attributes:
-        first: the middle of what cell 0 sees, as a pixel's index; fractional where that is between two pixels.
-        stride: from one cell's middle to the next one's, in pixels.
-        extent: how many pixels a cell sees, from the first to the last, were the image without end.
-        sharpest: of several paths from the image, how many the one sees that sees least; the middle is that one's.
+        first: the centre of the field of cell 0, as a pixel index; fractional between two pixels.
+        stride: the distance of the centres of neighbouring cells, in pixels.
+        extent: the width of a field in an unbounded image, in pixels.
+        sharpest: the extent along the narrowest path from the image, which also determines the centre.
     """
 
     first: float
@@ -41,7 +41,7 @@ class ReceptiveField:
     sharpest: float
 
     def through(self, access: Access) -> ReceptiveField | None:
-        """That of an op's output, this being its input's; None where outputs do not follow the input's axis."""
+        """The field of an op's output if this is its input's; None if outputs do not follow the input's axis."""
         if isinstance(access, Chain):
             between = self.through(access.first)
             return None if between is None else between.through(access.second)
@@ -55,7 +55,7 @@ class ReceptiveField:
         return self._along(*_line(access))
 
     def _along(self, step: float, start: float, more: float) -> ReceptiveField:
-        """Of cells `step` input cells apart, the first in the middle of input `start`, seeing `more` cells more."""
+        """The field of cells `step` input cells apart, the first at input `start`, which read `more` more cells."""
         more *= self.stride
         first, stride = self.first + self.stride * start, self.stride * step
         return ReceptiveField(first, stride, self.extent + more, self.sharpest + more)
@@ -65,7 +65,7 @@ Fields = tuple[ReceptiveField, ReceptiveField]  # along rows and columns
 
 
 def receptive_fields(staged: StagedProgram) -> dict[int, Fields]:
-    """Those of all maps that depend on the image's pixels one by one, by value number."""
+    """The receptive fields of all maps that depend on the image's pixels by position, by value number."""
     maps, program = staged.maps, staged.program
     pixel = ReceptiveField(0.0, 1.0, 1.0, 1.0)
     size = maps.size(program.image)
@@ -74,12 +74,12 @@ def receptive_fields(staged: StagedProgram) -> dict[int, Fields]:
         if isinstance(step, Stage):
             for local in step.locals:
                 paths = [_through(found[v], access) for v, access in local.reads.items() if v in found]
-                there = [fields for fields in paths if fields is not None]
-                if there:
-                    joined = _joined([path[0] for path in there]), _joined([path[1] for path in there])
+                known = [fields for fields in paths if fields is not None]
+                if known:
+                    joined = _joined([path[0] for path in known]), _joined([path[1] for path in known])
                     found.update(dict.fromkeys(local.op.outputs, joined))
             continue
-        # An op on whole maps, as attention over all positions: its outputs lie as its inputs do.
+        # An op on whole maps, such as attention over all positions: its outputs have the centres of its inputs.
         inputs = [v for v in step.inputs if v in found]
         found.update((v, found[i]) for v in step.outputs if v in maps for i in inputs if maps.size(i) == maps.size(v))
     return found
@@ -91,9 +91,9 @@ def _through(fields: Fields, access: tuple[Access, Access]) -> Fields | None:
 
 
 def _joined(paths: Sequence[ReceptiveField]) -> ReceptiveField:
-    """Of an op that several paths lead to.
+    """The field of an op with several paths from the image.
 
-    A path spreads a pixel over what it sees, so that the sharpest one, a skip connection, shows it highest.
+    A path spreads a pixel over its extent, so the response is highest along the sharpest one, a skip connection.
     """
     sharpest = min(path.sharpest for path in paths)
     chosen = [path for path in paths if path.sharpest == sharpest]
@@ -104,10 +104,10 @@ def _joined(paths: Sequence[ReceptiveField]) -> ReceptiveField:
 
 
 def _line(access: Access) -> tuple[float, float, float]:
-    """The straight line nearest to an access (least squares): step and start in input cells, and the further cells.
+    """The least-squares line of an access: step and start in input cells, and the number of further cells.
 
-    Neighbouring outputs of a resampling may read the same inputs: the middle of those outputs lies on the middle of
-    those inputs. At the ends they are cut off, and left out where there are others.
+    Neighbouring outputs of a resampling may read the same inputs: the centre of these outputs is the centre of these
+    inputs. Such runs are cut off at the ends, so the line excludes the end runs if there are others.
     """
     spans = [access.span(o, o + 1) for o in range(access.size_out)]
     runs = [(span, [o for o, _ in group]) for span, group in groupby(enumerate(spans), key=itemgetter(1))]

@@ -1,10 +1,10 @@
-"""Logits of relative positions, made absolute by padding and reshaping: each row of a matrix keeps a run of columns.
+"""Relative to absolute position logits by padding and reshaping: each row of a matrix selects a run of columns.
 
     (N, H, W, 2W-1) -> (N*H, W, 2W-1) -> pad -> flatten -> pad -> (N*H, W+1, 2W-1) -> [:, :W, W-1:]      BoTNet, HaloNet
 
-On the way a row's values come to lie in other rows, so that no rule takes these calls one by one. All of them together
-only move values, of each matrix by itself: what they do to the numbers of its elements tells what they come to. Where
-row i of the result is columns start[i], start[i] + 1, ... of row i, one op stands in for them, per position.
+Single calls of this chain move values between rows, so no rule accepts them. Together they only move the values of each
+matrix. This module applies them to the numbers of the elements. If row i of the result is columns start[i],
+start[i] + 1, ... of row i, one per-position op (`column_runs`) replaces the chain.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
 
 
 class Relative:
-    """What stands in for such calls, while rules are applied in program order.
+    """Replaces such chains while rules are applied in program order.
 
     Args:
-        ops: those of the program that will be given one by one.
+        ops: the ops of the program, which are then passed one by one.
     """
 
     def __init__(self, ops: Sequence[Op], maps: Maps) -> None:
@@ -38,10 +38,10 @@ class Relative:
         self.readers = Counter(v for op in ops for v in dict.fromkeys(op.inputs))
         self.readers.update(maps.program.results())
         self.reader = {v: op for op in ops for v in op.inputs}
-        self.instead: dict[int, list[Op]] = {}  # by the output of a call that has gone
+        self.instead: dict[int, list[Op]] = {}  # by the output of a replaced call
 
     def absolute(self, op: Op) -> list[Op]:
-        """The ops that an op becomes: the last of such calls the one for all, those before it none."""
+        """The ops that replace an op: those of the whole chain for its last call, none for the calls before it."""
         if op.inputs and is_per_position(self.maps, op.inputs[0]):
             chain = _chain(op, self.reader, self.readers, self.maps.program)
             made = _runs(chain, self.maps)
@@ -53,7 +53,7 @@ class Relative:
 
 
 def _chain(first: Op, reader: dict[int, Op], readers: Counter[int], program: Program) -> list[Op]:
-    """A reshape to a batch of matrices, and the moves in each of them that follow; what is between has one reader."""
+    """A reshape to a batch of matrices and the following moves inside each; every intermediate has one reader."""
     if first.name not in _RESHAPES or not _is_plain(first, program):
         return []
     before, after = (program.values[v].shape for v in (first.inputs[0], first.outputs[0]))
@@ -69,7 +69,7 @@ def _chain(first: Op, reader: dict[int, Op], readers: Counter[int], program: Pro
 
 
 def _is_plain(op: Op, program: Program) -> bool:
-    """Whether it has one input and one output, of one dtype, and does nothing besides."""
+    """Whether an op has one input and one output of the same dtype, and no side effect."""
     if len(op.inputs) != 1 or len(op.outputs) != 1 or op.mutated or op.autocast is not None:
         return False
     before, after = program.values[op.inputs[0]], program.values[op.outputs[0]]
@@ -77,10 +77,10 @@ def _is_plain(op: Op, program: Program) -> bool:
 
 
 def _moved(op: Op, numbers: np.ndarray[Any, Any] | None, program: Program) -> np.ndarray[Any, Any] | None:
-    """What an op makes of the elements of the first matrix, padding being -1; None if it looks at others.
+    """The elements of the first matrix after an op, with -1 for padding; None if the op reads other matrices.
 
     Args:
-        numbers: without them any array says that the op is a move within each matrix.
+        numbers: the element numbers; None only checks that the op is a move within each matrix.
     """
     before, after = (program.values[v].shape for v in (op.inputs[0], op.outputs[0]))
     x = np.broadcast_to(np.int64(0), before[1:]) if numbers is None else numbers
@@ -105,7 +105,7 @@ def _moved(op: Op, numbers: np.ndarray[Any, Any] | None, program: Program) -> np
 
 
 def _runs(chain: Sequence[Op], maps: Maps) -> list[Op]:
-    """The ops in place of the longest part of a chain that keeps a run of each row; none if there is no such part."""
+    """The ops that replace the longest prefix of a chain that selects a run of each row; none if there is none."""
     if not any(op.name == "pad" for op in chain):
         return []
     program = maps.program
@@ -135,7 +135,7 @@ def _runs(chain: Sequence[Op], maps: Maps) -> list[Op]:
 
 
 def _starts(numbers: np.ndarray[Any, Any], rows: int, columns: int) -> tuple[int, ...] | None:
-    """The first column of each row's run, if each row holds a run of its own columns."""
+    """The first column of each row's run; None unless each row has a run of its own columns."""
     if numbers.ndim != 2 or len(numbers) != rows or not numbers.shape[1]:
         return None
     starts = numbers[:, 0] - np.arange(rows) * columns

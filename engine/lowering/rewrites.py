@@ -1,4 +1,4 @@
-"""Which implementation runs an op: rewrites of a graph that leave its function as it is and make it faster or smaller.
+"""Rewrites of a graph that do not change its function and make it faster or smaller.
 
 `fold_batch_norm` (folding.py): a frozen BatchNorm becomes part of the convolution before it.
 
@@ -6,9 +6,9 @@
 
 `fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
-`winograd_in_training` (winograd.py): convolutions of 3 x 3 by fewer products on the CPU.
+`winograd_in_training` (winograd.py): 3 x 3 convolutions with fewer multiplications on the CPU.
 
-`in_place_runs`: an activation or a residual sum overwrites its input where nothing else will read that.
+`in_place_runs`: an activation or a residual sum overwrites its input if nothing else reads that.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def _plain(name: str) -> str:
 
 
 def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> None:
-    """All rewrites that do not depend on the tile, for the device that the network was recorded for.
+    """Apply all rewrites that do not depend on the tile, for the device that the network was recorded for.
 
     Args:
         training: whether there will be a backward.
-        image_grad: whether the image will want a gradient.
+        image_grad: whether the image needs a gradient.
     """
     for stage in staged.stages:
         # Copies: other stages, and other choices of stored maps, have the same ops.
@@ -58,10 +58,13 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
 
 
 def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
-    """How the second pass computes ops whose output is stored and that nothing in the stage reads: without values.
+    """Functions without values for the second pass over ops whose stored output no op of the stage reads.
 
     Args:
-        carried: values of which rows or columns are handed to later tiles.
+        with_halo: values that have halos, rows or columns that later tiles read.
+
+    Returns:
+        For the output of each such op, the function that replaces the op's own.
     """
     stored = set(stage.stored)
     runs = {local.op.outputs[0]: local.unvalued for local in stage.locals if local.op.outputs[0] in stored}
@@ -73,13 +76,13 @@ def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
 
 
 def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
-    """How ReLU and residual sums overwrite an input that nothing else reads and that no later tile needs.
+    """In-place functions for ReLU and residual sums with an input that nothing else and no later tile reads.
 
     Args:
-        carried: values of which rows or columns are handed to later tiles; this depends on the tile.
+        with_halo: values that have halos, rows or columns that later tiles read; this depends on the tile.
 
     Returns:
-        For the output of each such op, the function that computes it in place of the op's own.
+        For the output of each such op, the function that replaces the op's own.
     """
     readers, private = readers_of(stage), private_maps(stage)
     fresh = {v for local in stage.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}

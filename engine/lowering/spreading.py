@@ -1,9 +1,9 @@
-"""Maps that a later stage reads and that are made of smaller ones by copies and sums alone: the smaller ones are kept.
+"""Replaces stored maps that copies and sums make from smaller maps: the smaller ones are stored instead.
 
     (N, H, W, 1, W) -> expand -> (N, H, W, H, W) + (N, H, W, H, W) -> (N, H, W, H * W)
 
-A bias for each pair of positions is as large as all scores; what it is spread from, and costs nothing to spread again
-tile by tile, has a row and a column for each position.
+A bias for each pair of positions is as large as all attention scores. Its source has a row and a column for each
+position, and broadcasting it again tile by tile is free.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _SUMS = frozenset({"add", "__add__", "add_", "__iadd__"})
 
 
 def before_spreading(maps: Maps, nodes: Sequence[Node | Op], values: Sequence[int]) -> list[int]:
-    """The values in program order, with those that are at most half as large in place of each that they make."""
+    """The values in program order; maps of at most half the size replace each value that they make."""
     makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
-    kept = {one for value in values for one in _smallest(maps, makers, value)}
-    return [v for v in makers if v in kept]
+    replaced = {one for value in values for one in _smallest(maps, makers, value)}
+    return [v for v in makers if v in replaced]
 
 
 def _smallest(maps: Maps, makers: Mapping[int, Local], value: int) -> list[int]:
-    """The maps by which a map is made with the fewest elements in all; itself if none have half as many."""
+    """The maps with the fewest elements in total that make a map; itself unless they have at most half as many."""
     best, front = [value], [value]
     while True:
         spread = [v for v in front if v in makers and _is_cheap(maps, makers[v])]

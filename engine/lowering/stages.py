@@ -1,15 +1,15 @@
-"""The recorded program sorted into steps: computations on vectors, and stages over the image.
+"""Sorts a recorded program into steps: computations on vectors, and stages over the image.
 
-A value is a *map* (it has the image axes) or a *small*. Its *level* counts the reductions over the image that it waits
-for, one after the other: the image and the parameters have level 0, what is reduced from a map of level n has n + 1.
+A value is a *map* (it has the image axes) or a *vector*. Its *level* is the number of successive reductions over the
+image that it waits for: the image and the parameters have level 0, a result reduced from a map of level n has n + 1.
 
     level 0      level 1            level 1            level 2        level 2
     image  ->  stage: conv  ->  statistics of it  ->  stage: norm, ... -> pooled  ->  classifier
 
-Everything of one level is computed in one pass over the tiles (`Stage`, a stage). Its *sources* are the image and maps
-that an earlier stage has stored; what a later stage will read is stored, or (`split`'s choice) computed again from
-its own sources. Between stages vectors are computed by ordinary PyTorch, so autograd joins the stages: for it each is
-one function of its sources and vectors. A network whose only reduction is the last pooling is one stage of the image.
+One pass over the tiles computes everything of one level (`Stage`). The *sources* of a stage are the image and maps that
+an earlier stage has stored. A map that a later stage reads is stored or (as `split` decides) computed again from its
+sources. Ordinary PyTorch computes the vectors between stages, so autograd joins the stages: each is one function of its
+sources and vectors. A network whose only reduction is the last pooling is a single stage.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from .spreading import before_spreading
 
 @dataclass(frozen=True)
 class Packing:
-    """A weight in the order in which a library computes with it, made once per pass.
+    """A weight in the memory order of a library's kernel, packed once per pass.
 
     Attributes:
-        weight: the vector that it is made of.
-        packed: the value number that it is given to ops by.
-        make: makes it of the weight, and of the factors if there are any.
-        factors: vectors of a factor for each filter.
-        besides: whether ops read the weight itself, too: its gradient has its memory order, that of maps.
+        weight: the vector to pack.
+        packed: the value number under which ops read the packed weight.
+        make: packs the weight, multiplied by the factors if there are any.
+        factors: vectors with a factor for each filter.
+        reads_weight: whether ops also read the weight itself, whose gradient then has the memory order of maps.
     """
 
     weight: int
     packed: int
     make: Callable[..., Tensor]
     factors: tuple[int, ...] = ()
-    besides: bool = False
+    reads_weight: bool = False
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """Bytes of what it makes of a weight."""
+        """Bytes of the packed weight."""
         return self.make(torch.empty(shape, dtype=dtype, device="meta")).nbytes
 
 
@@ -60,13 +60,14 @@ class Stage:
     """One stage: local ops from its sources to reductions and stored maps, all in program order.
 
     Attributes:
-        sources: maps that are there before the stage: the image, maps that earlier stages stored, and tensors of a
-            map's size that no stage makes (position embeddings).
+        sources: maps that exist before the stage: the image, maps that earlier stages stored, and tensors of a map's
+            size that no stage makes (position embeddings).
         prelude: computations on vectors that a rewrite (`rewrites.py`) adds; they run once, right before the stage.
+        reductions: the reductions of the stage.
         stored: maps that the stage writes whole.
-        vectors: what the stage takes besides its sources.
-        offsets: of a process's band (`shard.py`): sources that are rows of a map, the first row, and all its rows.
-        packings: weights that ops take in another order besides.
+        vectors: the inputs of the stage that are not sources.
+        offsets: for a process's band (`shard.py`), by source: the first row of the band in the map, and the map's rows.
+        packings: weights that ops read in packed form.
     """
 
     program: Program
@@ -87,7 +88,7 @@ class Stage:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Height and width that are cut into tiles: those of the largest source, or of what residents make."""
+        """Height and width that are cut into tiles: those of the largest source, or of ops that read residents."""
         resident = self.maps.resident
         spread = [local.op.outputs[0] for local in self.locals if not resident.isdisjoint(local.reads)]
         sizes = [self.maps.size(v) for v in (*(v for v in self.sources if v not in resident), *spread)]
@@ -96,24 +97,24 @@ class Stage:
 
     @property
     def results(self) -> list[int]:
-        """The values that the stage gives: those of its reductions, then the stored maps."""
+        """The outputs of the stage: those of its reductions, then the stored maps."""
         return [v for r in self.reductions for v in r.outputs] + self.stored
 
     @cached_property
     def cast_by_autocast(self) -> frozenset[int]:
-        """The vectors that autocast would cast wherever they are read."""
-        kept = {v for local in self.locals if local.op.name not in _CAST_BY_AUTOCAST for v in local.op.inputs}
-        return frozenset(self.vectors) - kept
+        """The vectors that autocast casts in every op that reads them."""
+        stored_maps = {v for local in self.locals if local.op.name not in _CAST_BY_AUTOCAST for v in local.op.inputs}
+        return frozenset(self.vectors) - stored_maps
 
     @cached_property
     def kernels(self) -> frozenset[int]:
-        """The vectors that convolutions read, which are given in the memory order of maps."""
+        """The vectors that convolutions read; they are passed in the memory order of maps."""
         convs = (local.op for local in self.locals if "conv" in local.op.name or local.op.name == "fused_stem")
         return frozenset(v for op in convs for v in op.inputs if len(self.program.values[v].shape) == 4)
 
     @cached_property
     def reach(self) -> dict[int, frozenset[int]]:
-        """The sources and vectors that each result's gradient reaches, if there is one."""
+        """The sources and vectors that the gradient of each result reaches; none if it has no gradient."""
         values = self.program.values
         found = {v: frozenset([v]) for v in (*self.sources, *self.vectors)}
         nothing: frozenset[int] = frozenset()
@@ -127,7 +128,7 @@ class Stage:
         return {v: found.get(v, nothing) for v in self.results}
 
     def change_arguments(self, conv: Local, **changed: Ref) -> None:
-        """Let a convolution take other values for its `input`, `weight` or `bias`."""
+        """Replace the `input`, `weight` or `bias` of a convolution by other values."""
         names = "input weight bias stride padding dilation groups"
         given = {name: value for name, value in arguments(conv.op, names).items() if value is not None} | changed
         inputs = tuple(value.value for value in given.values() if isinstance(value, Ref))
@@ -139,11 +140,11 @@ class Stage:
 
 @dataclass
 class StagedProgram:
-    """A program as a list of steps; each step's values are there before the next begins.
+    """A program as a list of steps; each step is complete before the next begins.
 
     Attributes:
-        segments: steps whose maps are let go after the forward and computed again in the backward.
-        place: where stored maps that stages alone read are kept: "device", "host" or "disk".
+        segments: steps whose maps are freed after the forward and computed again in the backward.
+        place: where stored maps that only stages read are stored: "device", "host" or "disk".
     """
 
     program: Program
@@ -157,7 +158,7 @@ class StagedProgram:
         return [step for step in self.steps if isinstance(step, Stage)]
 
     def stage_maps(self) -> dict[int, int]:
-        """The stored maps that nothing but stages reads, and how many stages do."""
+        """The stored maps that only stages read, and the number of these stages."""
         readers = dict.fromkeys((v for stage in self.stages for v in stage.stored), 0)
         for step in self.steps:
             for v in step.sources if isinstance(step, Stage) else ():
@@ -169,7 +170,7 @@ class StagedProgram:
         return readers
 
     def trainable(self) -> set[int]:
-        """The values that a gradient flows through: parameters, and what is made of them. Not the image's."""
+        """The values that a gradient flows through: parameters and values that depend on them, not the image."""
         values = self.program.values
         found = {number for number, value in enumerate(values) if value.trainable}
 
@@ -188,7 +189,7 @@ class StagedProgram:
         return found
 
     def wanted(self, image_grad: bool) -> set[int]:
-        """`trainable`, and the image where a gradient of it is wanted."""
+        """`trainable`, and the image if its gradient is wanted."""
         return self.trainable() | ({self.program.image} if image_grad else set())
 
 
@@ -202,13 +203,13 @@ def readers_of(stage: Stage) -> dict[int, list[Local]]:
 
 
 def private_maps(stage: Stage) -> set[int]:
-    """Maps that local ops alone look at."""
+    """Maps that only local ops read."""
     public = {r.value for r in stage.reductions} | set(stage.stored)
     return {v for local in stage.locals for v in local.op.outputs} - public
 
 
 def vector_inputs(stage: Stage) -> list[int]:
-    """The vectors that local ops take."""
+    """The vectors that local ops read."""
     found: dict[int, None] = {}
     for local in stage.locals:
         found.update(dict.fromkeys(v for v in local.op.inputs if v not in stage.maps))
@@ -218,10 +219,10 @@ def vector_inputs(stage: Stage) -> list[int]:
 
 
 def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> dict[int, int]:
-    """The level of every value that is not a parameter or constant (those have level 0).
+    """The level of every value; parameters and constants, which may be missing, have level 0.
 
     Args:
-        cuts: maps that local ops shall read in a later stage than the one that makes them.
+        cuts: maps that local ops must read in a later stage than the one that makes them.
     """
     level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
     seams = handed_out(maps)
@@ -238,21 +239,20 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
 
 
 def handed_out(maps: Maps) -> frozenset[int]:
-    """Maps that someone outside gets hold of, and may differentiate with respect to, or hook: what reads them has to
-    read that very tensor, in a later stage."""
+    """Maps that the caller receives and may differentiate or hook: a later stage must read that same tensor."""
     program = maps.program
     made = set(program.handed_out()) - {program.image, *program.inputs} if program.grad else set[int]()
     return frozenset(v for v in made if v in maps and program.values[v].takes_grad)
 
 
 def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
-    """Maps that must be stored: those that ops take in one piece, and the program's outputs."""
+    """Maps that must be stored: those that ops read whole, and the program's outputs."""
     found = {v for node in nodes if isinstance(node, Whole) for v in maps.inputs(node.op)}
     return found | {v for v in maps.program.results() if v in maps}
 
 
 def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
-    """Maps that a later level reads, or is spread from, in program order: they are stored, or computed again there."""
+    """Maps that a later level reads, or broadcasts, in program order: they are stored, or computed again there."""
     level = levels(maps, nodes, cuts)
     read_at: dict[int, int] = {}
     for node in nodes:
@@ -273,24 +273,24 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     level, seams = levels(maps, nodes, cuts), handed_out(maps)
     whole = needed_whole(maps, nodes)
     makers = {v: (n, node) for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
-    kept = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
+    stored_maps = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
     steps: list[Op | VectorOp | Stage] = []
-    late, moment = _for_state_alone(maps, nodes), _moments(maps, nodes, level)
+    late, deferred = _only_for_state(maps, nodes), _deferred_levels(maps, nodes, level)
     between: dict[int, list[Op | VectorOp]] = {}  # by level
     for node in nodes:
         if not isinstance(node, (Local, Reduction)) and id(node) not in late:
-            now = moment.get(id(node), level.get(next(iter(makes(node)), -1), 0))
+            now = deferred.get(id(node), level.get(next(iter(makes(node)), -1), 0))
             between.setdefault(now, []).append(node.op if isinstance(node, Whole) else node)
     for now in range(last + 1):
         steps += between.get(now, [])
         here = [r for r in reductions if level[r.value] + (r.value in seams) == now]
-        written = [v for v in kept if level[v] == now]
+        written = [v for v in stored_maps if level[v] == now]
         if here or written:
             given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
-            there = {*given, *(v for v in kept if level[v] < now)}
-            steps.append(_stage(maps, makers, here, written, there))
+            available = {*given, *(v for v in stored_maps if level[v] < now)}
+            steps.append(_stage(maps, makers, here, written, available))
     steps += [node for node in nodes if isinstance(node, (Op, VectorOp)) and id(node) in late]
     staged = StagedProgram(maps.program, maps, steps)
     if not staged.stages:
@@ -300,17 +300,17 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     return staged
 
 
-# What arranges parameters, as a table of positions is made a bias for each pair, many times as large.
+# Ops that rearrange parameters, such as a table of positions into a much larger bias for each pair.
 _ARRANGES = frozenset(
     "__getitem__ index_select gather narrow view reshape flatten unflatten permute transpose contiguous expand "
     "unsqueeze squeeze".split()
 )
 
 
-def _moments(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> dict[int, int]:
-    """The level of the first reader of what is made of parameters alone and depends on nothing else, by node identity.
+def _deferred_levels(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> dict[int, int]:
+    """By node identity, the level of the first reader of values that depend only on parameters.
 
-    Made at the beginning, the biases of all blocks would be there at once.
+    If they were made at the beginning, the biases of all blocks would be in memory at once.
     """
     program = maps.program
     fixed, movable = set(program.state()) - {after for _, after in program.updates}, []
@@ -332,16 +332,16 @@ def _moments(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> d
     return found
 
 
-def _for_state_alone(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
-    """The computations on vectors, by identity, that only what a call leaves in buffers and attributes depends on.
+def _only_for_state(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
+    """Identities of the computations on vectors that only the buffers and attributes written by a call depend on.
 
-    They come last, in the order of the calls: no range of stages that is computed again has them inside.
+    They come last, in the order of the calls, so that no recomputed range of stages contains them.
     """
     wanted = set(maps.program.handed_out())
     late: set[int] = set()
     for node in reversed(nodes):
-        alone = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))
-        if alone and not wanted & set(makes(node)):
+        only_vectors = isinstance(node, (Op, VectorOp)) and not any(v in maps for v in (*node.inputs, *node.outputs))
+        if only_vectors and not wanted & set(makes(node)):
             late.add(id(node))
         else:
             wanted.update(reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
@@ -353,28 +353,28 @@ def _stage(
     makers: dict[int, tuple[int, Local]],
     reductions: list[Reduction],
     written: list[int],
-    there: set[int],
+    available: set[int],
 ) -> Stage:
-    """The local ops that reductions and stored maps need, back to maps that are there."""
+    """The stage with the local ops that reductions and stored maps need, back to available maps."""
     wanted = [*(r.value for r in reductions), *written]
-    needed: dict[int, Local] = {}  # by place in the program
+    needed: dict[int, Local] = {}  # by position in the program
     sources: set[int] = set()
     while wanted:
         value = wanted.pop()
-        if value in there:
+        if value in available:
             sources.add(value)
         elif makers[value][0] not in needed:
             place, local = makers[value]
             needed[place] = local
             wanted.extend(local.reads)
-    own = [needed[place] for place in sorted(needed)]  # which other stages may have as well
+    own = [needed[place] for place in sorted(needed)]  # other stages may contain them as well
     stage = Stage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
     stage.vectors = vector_inputs(stage)
     return stage
 
 
 def lower(program: Program, fallback: str | None = None) -> StagedProgram:
-    """The steps of a recorded program with every map stored that a later stage reads.
+    """The steps of a recorded program; every map that a later stage reads is stored.
 
     Args:
         fallback: see `sort`.

@@ -1,14 +1,14 @@
-"""A few tokens joined to the positions of an image, as a class token is: both parts are computed apart.
+"""Separates tokens, such as a class token, from the image positions that they are joined to.
 
-`cat([tokens, positions], 1)` has no image axes that a tile could be cut from. Its parts never meet until something asks
-across positions: an op on it is one op on the few tokens, a vector, and the same op on the positions, a map.
+`cat([tokens, positions], 1)` has no image axes to cut into tiles. Its parts are independent until an op mixes
+positions: an op on the joined value is one op on the few tokens, a vector, and the same op on the positions, a map.
 
-    per position     linear, norm over channels, activations, sums, `reshape` to heads: done to both
-    x[:, 0], x[:, 1:]                       one of the two
-    attention, q @ k                        queries in two parts, all keys: these are joined again, whole
+    per position     linear, norm over channels, activations, sums, `reshape` to heads: applied to both
+    x[:, 0], x[:, 1:]                       selects one of the two
+    attention, q @ k                        queries in two parts, all keys: keys are joined again, as a vector
 
-A position embedding, a mask with a row for each query, are cut in two as well. An op of another kind gets the parts
-joined again, by the call that joined them first: the tokens are a vector from there on, as without this file.
+Position embeddings and masks with a row for each query are also cut in two. For an op of another kind, the recorded
+`cat` joins the parts again, and the joined value is a vector from there on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LIKE = frozenset({"new_empty", "new_zeros", "new_ones", "new_full"})
 
 
 class NotApart(Exception):
-    """What was done to the positions is not per position after all."""
+    """Raised if an op on the positions turns out not to be per position."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Tokens:
     def __init__(self, maps: Maps) -> None:
         self.maps = maps
         self.joined: dict[int, _Joined] = {}
-        self.whole: set[int] = set()  # those that were put together again
-        self.wanted: dict[int, int] = {}  # positions -> the axis that a rule must have left them on
+        self.whole: set[int] = set()  # values whose parts were joined again
+        self.wanted: dict[int, int] = {}  # positions -> the axis on which a rule must leave them
 
     def apart(self, op: Op) -> list[Op]:
-        """The ops that an op becomes; the op itself where nothing in it is joined."""
-        begun = self._begun(op)
+        """The ops that replace an op; the op itself if none of its inputs is joined."""
+        begun = self._begin(op)
         if begun is not None:
             return begun
         values = [v for v in dict.fromkeys(op.inputs) if v in self.joined]
@@ -72,11 +72,11 @@ class Tokens:
             return [op]
         if op.name in _LIKE:  # read for its dtype and device
             return [renamed(op, {v: self.joined[v].tokens for v in values})]
-        made = self._in_two(op, values)
+        made = self._split(op, values)
         return made if made is not None else [*(one for v in values for one in self.together(v)), op]
 
     def together(self, value: int) -> list[Op]:
-        """The op that makes a joined value a vector, once."""
+        """The op that joins the parts of a value again, once."""
         if value in self.whole or value not in self.joined:
             return []
         self.whole.add(value)
@@ -85,13 +85,13 @@ class Tokens:
         return [Op(torch.cat, "cat", args, {}, (own.tokens, own.positions), (value,), (), "")]
 
     def check(self, op: Op) -> None:
-        """Raise `NotApart` unless the rule of an op has left positions where they were expected."""
+        """Raise `NotApart` unless the rule of an op has left positions on the expected axis."""
         for value in op.outputs:
             axis = self.wanted.pop(value, None)
             if axis is not None and (self.maps.axes.get(value) != (axis, axis) or value not in self.maps.flat):
                 raise NotApart
 
-    def _begun(self, op: Op) -> list[Op] | None:
+    def _begin(self, op: Op) -> list[Op] | None:
         """A `cat` of vectors in front of one flattened map, along its positions."""
         if op.name not in ("cat", "concat", "concatenate"):
             return None
@@ -118,10 +118,10 @@ class Tokens:
         self.joined[op.outputs[0]] = _Joined(tokens, last, axis, count)
         return made
 
-    def _in_two(self, op: Op, values: Sequence[int]) -> list[Op] | None:
+    def _split(self, op: Op, values: Sequence[int]) -> list[Op] | None:
         """The ops on the parts; None if the op needs them together."""
         if op.name == "__getitem__":
-            found = self._taken(op)
+            found = self._select(op)
             if found is not None:
                 return found
         if op.name == "scaled_dot_product_attention":
@@ -132,7 +132,7 @@ class Tokens:
                 return None
             rows = self.joined[left].axis - len(self.maps.shape(left))
             if rows < -2 and right not in self.joined and rows >= -len(self.maps.shape(right)):
-                return None  # a matrix of its own for each position
+                return None  # a different matrix for each position
             if right in self.joined and rows < -2:
                 return None
             joined = self.together(right) if right in self.joined else []
@@ -154,29 +154,29 @@ class Tokens:
         counts = {self.joined[v].count for v in values}
         if len(behind) > 1 or len(counts) > 1:
             return None
-        (place,), (count,) = behind, counts
+        (axis_from_end,), (count,) = behind, counts
         name = op.name.removesuffix("_")
         if name in ("softmax", "log_softmax", "normalize"):
             dim = arguments(op, "input p dim" if name == "normalize" else "input dim", dim=1)["dim"]
-            if dim is None or dim % rank == place % rank:
+            if dim is None or dim % rank == axis_from_end % rank:
                 return None
         if (
             name in ("layer_norm", "rms_norm")
-            and len(arguments(op, "input normalized_shape")["normalized_shape"]) >= -place
+            and len(arguments(op, "input normalized_shape")["normalized_shape"]) >= -axis_from_end
         ):
             return None
         if name == "linear":
-            return self._both(op, values) if place < -1 else None
+            return self._both(op, values) if axis_from_end < -1 else None
         cut: dict[int, int] = {}
         before: list[Op] = []
-        size = self.maps.shape(values[0])[place]
+        size = self.maps.shape(values[0])[axis_from_end]
         for value in dict.fromkeys(op.inputs):
             shape = self.maps.shape(value)
-            if value in self.joined or len(shape) < -place or shape[place] == 1:
+            if value in self.joined or len(shape) < -axis_from_end or shape[axis_from_end] == 1:
                 continue
-            if value in self.maps or shape[place] != size:
+            if value in self.maps or shape[axis_from_end] != size:
                 return None
-            cut[value] = len(shape) + place
+            cut[value] = len(shape) + axis_from_end
         rows, before = self._cut(cut, count)
         made = self._both(op, values, rows)
         return None if made is None else [*before, *made]
@@ -203,7 +203,7 @@ class Tokens:
         return None if made is None else [*joined, *before, *made]
 
     def _einsum(self, op: Op) -> list[Op] | None:
-        """Queries times keys, weights times values: one operand by parts, the other whole."""
+        """Queries times keys, weights times values: one operand in parts, the other joined."""
         operands = op.args[1] if isinstance(op.args[1], (list, tuple)) else op.args[1:]
         values = [ref.value for ref in operands]
         terms, output = labels(op.args[0], [len(self.maps.shape(v)) for v in values])
@@ -217,13 +217,13 @@ class Tokens:
         }
         if not places:
             return None
-        side = places[min(places)]  # a softmax goes along the other's positions, which come last
+        side = places[min(places)]  # a softmax runs along the positions of the other operand, which come last
         joined = self.together(values[1 - side])
         made = self._both(op, (values[side],))
         return None if made is None else [*joined, *made]
 
     def _cut(self, cut: dict[int, int], count: int) -> tuple[dict[int, tuple[int, int]], list[Op]]:
-        """Vectors with an index for each token and position, in two along an axis."""
+        """Vectors with an index for each token and position, cut in two along an axis."""
         rows: dict[int, tuple[int, int]] = {}
         made: list[Op] = []
         for value, axis in cut.items():
@@ -240,23 +240,23 @@ class Tokens:
         own, before, after = self.joined[value], self.maps.shape(value), self.maps.shape(op.outputs[0])
         if self.maps.program.values[value].dtype != self.maps.program.values[op.outputs[0]].dtype:
             return None
-        place = position_of(before, after, own.axis, 1, [before[own.axis]])
-        if place is None:
+        axis_from_end = position_of(before, after, own.axis, 1, [before[own.axis]])
+        if axis_from_end is None:
             return None
         made = []
         for part, size in ((own.tokens, own.count), (own.positions, before[own.axis] - own.count)):
             shape = [*after]
-            shape[place] = size
+            shape[axis_from_end] = size
             output = self._new(op.outputs[0], shape)
             args = (Ref(part), tuple(shape))
             made.append(
                 replace(op, func=torch.reshape, name="reshape", args=args, kwargs={}, inputs=(part,), outputs=(output,))
             )
-        self._keep(op.outputs[0], made[0].outputs[0], made[1].outputs[0], place, own.count)
+        self._record(op.outputs[0], made[0].outputs[0], made[1].outputs[0], axis_from_end, own.count)
         return made
 
-    def _taken(self, op: Op) -> list[Op] | None:
-        """x[:, 0], x[:, 1:]: one of the parts; None where the index leaves the positions alone, or cuts them."""
+    def _select(self, op: Op) -> list[Op] | None:
+        """x[:, 0], x[:, 1:]: one of the parts; None if the index keeps all positions."""
         value, index = op.args[0].value, op.args[1]
         own, shape = self.joined[value], self.maps.shape(value)
         index = list(index) if isinstance(index, tuple) else [index]
@@ -299,8 +299,8 @@ class Tokens:
         """The op on the tokens and the op on the positions of its joined inputs.
 
         Args:
-            rows: further inputs that go in two parts.
-            together: joined inputs that both ops read whole.
+            rows: other inputs that are cut in two parts.
+            together: joined inputs that both ops read in full.
         """
         names: tuple[dict[int, int], dict[int, int]] = {}, {}
         for value in values:
@@ -328,11 +328,11 @@ class Tokens:
             outputs[0].append(self._new(output, few))
             outputs[1].append(self._new(output, many))
         for output, few, many, axis in zip(op.outputs, *outputs, axes, strict=True):
-            self._keep(output, few, many, axis, count)
+            self._record(output, few, many, axis, count)
         return [replace(first, outputs=tuple(outputs[0])), replace(second, outputs=tuple(outputs[1]))]
 
     def _shapes(self, op: Op) -> list[torch.Size] | None:
-        """Of the outputs, by a run without values; None if the call does not take such inputs."""
+        """Shapes of the outputs, from a run on meta tensors; None if the call does not accept its inputs."""
         values = self.maps.program.values
         env = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device="meta") for v in op.inputs}
         try:
@@ -342,7 +342,7 @@ class Tokens:
         found = [leaf.shape for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return found if len(found) == len(op.outputs) else None
 
-    def _keep(self, value: int, tokens: int, positions: int, axis: int, count: int) -> None:
+    def _record(self, value: int, tokens: int, positions: int, axis: int, count: int) -> None:
         self.joined[value] = _Joined(tokens, positions, axis, count)
         self.wanted[positions] = axis
 

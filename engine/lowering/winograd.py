@@ -1,8 +1,8 @@
-"""Convolutions of 3 x 3 in training on the CPU, by Winograd's filtering (kernels/winograd.py) where that gains.
+"""3 x 3 convolutions in training on the CPU by Winograd's filtering (kernels/winograd.py), where that is faster.
 
-    y = conv(x, w) + b        dx = conv(dy, w turned round, channels and filters exchanged)
+    y = conv(x, w) + b        dx = conv(dy, w rotated by 180 degrees, channels and filters exchanged)
 
-The gradients of weights are PyTorch's. In inference onednn.py calls the same kernel.
+PyTorch computes the gradients of weights. In inference, onednn.py calls the same kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ONE = (1, 1)
 
 
 def winograd_in_training(stage: Stage) -> None:
-    """Give the convolutions of a stage that gain by it to the kernel, if it is there."""
+    """Replace the convolutions of a stage that are faster with the kernel, if it is available."""
     for local in stage.locals:
         if local.op.name == "conv2d" and stage.program.values[local.op.outputs[0]].dtype == torch.float32:
             chain = ConvChain.of(local)
@@ -39,15 +39,15 @@ def winograd_in_training(stage: Stage) -> None:
 
 def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
     value, weight, bias = chain.x, chain.weight, chain.bias
-    packed, turned = (stage.maps.new_value(like=weight) for _ in range(2))
-    for number, make in ((packed, winograd.pack), (turned, winograd.pack_for_input)):
-        stage.packings.append(Packing(weight, number, functools.partial(_pack, make), besides=True))
+    packed, rotated = (stage.maps.new_value(like=weight) for _ in range(2))
+    for number, make in ((packed, winograd.pack), (rotated, winograd.pack_for_input)):
+        stage.packings.append(Packing(weight, number, functools.partial(_pack, make), reads_weight=True))
 
     def run(own: Run, valued: bool, env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
         if not for_winograd(env[packed]) or x.numel() == 0:
             return own(env, block)
-        given = x, env[weight], None if bias is None else env[bias], env[packed], env[turned]
+        given = x, env[weight], None if bias is None else env[bias], env[packed], env[rotated]
         return (_Convolution.apply(*given, block.pad, valued),)  # pyright: ignore
 
     assert local.unvalued is not None
@@ -58,13 +58,13 @@ def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
 
 
 def _pack(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """The weight as the kernel takes it; as it is where it shall not compute."""
+    """The weight in the kernel's format; unchanged if the kernel must not be used."""
     usable = type(weight) is Tensor and weight.dtype == torch.float32 and weight.numel() and allowed()
     return make(weight) if usable else weight
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d(F.pad(x, pad), weight, bias)`; unvalued, a tensor of its shape that only its backward is wanted of."""
+    """`F.conv2d(F.pad(x, pad), weight, bias)`; unvalued, a tensor of its shape of which only the backward is needed."""
 
     @staticmethod
     def forward(
@@ -73,11 +73,11 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         packed: Tensor,
-        turned: Tensor,
+        rotated: Tensor,
         pad: winograd.Padding,
         valued: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, turned)
+        ctx.save_for_backward(x, weight, rotated)
         ctx.pad, ctx.bias_sizes = pad, None if bias is None else list(bias.shape)
         top, bottom, left, right = pad
         if not valued:
@@ -89,19 +89,19 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, turned = ctx.saved_tensors
+        x, weight, rotated = ctx.saved_tensors
         dy = grads[0].contiguous(memory_format=torch.channels_last)
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         top, bottom, left, right = ctx.pad
         dx = dw = db = None
-        if of_x:  # the padding has a gradient that nobody wants: its rows are not computed
-            dx = winograd.conv3x3(dy, turned, x.shape[1], pad=(2 - top, 2 - bottom, 2 - left, 2 - right))
+        if of_x:  # without the rows of the padding, whose gradient is not needed
+            dx = winograd.conv3x3(dy, rotated, x.shape[1], pad=(2 - top, 2 - bottom, 2 - left, 2 - right))
         by_stock = [of_x and dx is None, of_weight, of_bias]
         if any(by_stock):
             even, uneven = split_padding(ctx.pad)
             padded = F.pad(x, uneven) if any(uneven) else x
-            place = _ONE, even, _ONE, False, (0, 0), 1
-            found, dw, db = torch.ops.aten.convolution_backward(dy, padded, weight, ctx.bias_sizes, *place, by_stock)
+            settings = _ONE, even, _ONE, False, (0, 0), 1
+            found, dw, db = torch.ops.aten.convolution_backward(dy, padded, weight, ctx.bias_sizes, *settings, by_stock)
             if found is not None:
                 dx = found.narrow(2, top - even[0], x.shape[2]).narrow(3, left - even[1], x.shape[3])
         return dx, dw, db, None, None, None, None

@@ -112,7 +112,7 @@ class Estimate:
             dtypes = {v: cast_dtype(stage, v, values[v].dtype, autocast) for v in stage.vectors}
             own = {v: _nbytes(values[v].shape, dtype) for v, dtype in dtypes.items()}
             vectors.update(own)
-            alone = {one.weight for one in stage.packings if not one.besides}  # see `Scan.prepare`
+            alone = {one.weight for one in stage.packings if not one.reads_weight}  # see `Scan.prepare`
             kernels = (own[v] for v in stage.kernels - alone if v in own and max(values[v].shape[2:]) > 1)
             packed = sum(one.nbytes(values[one.weight].shape, dtypes[one.weight]) for one in stage.packings)
             copies = max(copies, sum(kernels) + packed)

@@ -258,7 +258,7 @@ class Scan:
         """
         prepared, stage, casts = {}, self.tiled.stage, list[tuple[Tensor, Tensor]]()
         packings = stage.packings
-        packed = {packing.weight for packing in packings if not packing.besides}
+        packed = {packing.weight for packing in packings if not packing.reads_weight}
         for value, vector in zip(stage.vectors, vectors, strict=True):
             vector = vector.detach()
             kernel = value in stage.kernels and value not in packed

@@ -1,4 +1,4 @@
-"""What `gigamorph.kernels` computes of a graph: neighbouring ops become one op of the stage."""
+"""Fuses neighbouring ops of a stage into single ops that `gigamorph.kernels` computes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .stem import fuse_stem
 
 
 def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
-    """Give convolutions and norms with what follows them, and max-pooling, to the kernels.
+    """Replace convolutions and norms, with the ops after them, and max-pooling by kernels.
 
     Args:
         training: whether there will be a backward.
-        image_grad: whether the image will want a gradient.
+        image_grad: whether the image needs a gradient.
     """
     convs, pools = fuse_convolutions(stage), take_pools(stage)
     fuse_layer_norms(stage, convs)

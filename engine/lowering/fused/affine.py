@@ -1,14 +1,14 @@
-"""Which ops do the same to each channel of all images, and with which numbers:
+"""Ops that are affine in each channel, equally for all images, and their coefficients:
 
     y = (x - mean) * rstd * factor + offset
 
-Mean and rstd are constants for autograd; what it has to know of statistics is in factor and offset. With c(.) for a
+Mean and rstd are constants for autograd; gradients of the statistics flow through factor and offset. With c(.) for a
 constant of the same value,
 
     BatchNorm           factor = weight * rstd / c(rstd),   offset = bias - weight * c(rstd) * (mean - c(mean))
     GroupNorm and InstanceNorm of one image, weight and rstd in `scale`, rstd = 1:
                         factor = scale,                     offset = shift - c(scale) * (mean - c(mean))
-    each of them where its op sees to the gradients of the statistics
+    each of them if its op computes the gradients of the statistics
                         factor = weight,                    offset = bias
     a gate or scale of channels (squeeze-and-excite of one image), mean = 0, rstd = 1:
                         factor = gate,                      offset = 0
@@ -33,11 +33,12 @@ Numbers = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, factor, offset, e
 
 @dataclass(frozen=True)
 class Affine:
-    """The vectors that an op's numbers are made of, and how.
+    """The vectors of an affine op, and the function that computes its coefficients from them.
 
     Attributes:
-        whole: as that of a `VectorOp`.
-        together: then, the neighbouring channels that share statistics.
+        make: returns mean, rstd, factor and offset.
+        whole: as in `VectorOp`.
+        together: with `whole`, the number of neighbouring channels that share statistics.
     """
 
     inputs: tuple[int, ...]
@@ -47,7 +48,7 @@ class Affine:
 
 
 def affine_of(stage: Stage, local: Local) -> Affine | None:
-    """What an op does to each channel of the one map that it reads; None of another op."""
+    """The coefficients of an op that reads a single map; None if it is not affine in each channel."""
     if len(local.reads) != 1:
         return None
     (value,) = local.reads
@@ -85,14 +86,14 @@ def _of_batch_norm(norm: Local) -> Affine:
     def whole(env: Env) -> Numbers:
         return _constant(env, env[mean], torch.rsqrt(env[var].detach() + eps), weight, bias)
 
-    # Of all processes' statistics a tile never has the whole.
+    # With statistics of several processes, a tile never contains all data.
     alone = norm.op.name == "live_batch_norm" and given["group"] is None
     inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
     return Affine(inputs, make, whole, 1) if alone else Affine(inputs, make)
 
 
 def _constant(env: Env, mean: Tensor, rstd: Tensor, weight: int | None, bias: int | None) -> Numbers:
-    """The numbers of a norm whose statistics are constants."""
+    """The coefficients of a norm with constant statistics."""
     factor = torch.ones_like(rstd) if weight is None else env[weight].to(rstd.dtype)
     offset = torch.zeros_like(rstd) if bias is None else env[bias].to(rstd.dtype)
     return mean.detach(), rstd, factor, offset

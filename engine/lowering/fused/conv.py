@@ -2,15 +2,15 @@
 
     y = act(conv(x, w) + b + residual)
 
-Stock PyTorch keeps the convolution's output and the activation's; here y alone is kept (and what SiLU, GELU and
-hard-swish are applied to). In the backward the slope of the activation is applied
+PyTorch saves the outputs of the convolution and of the activation; this op saves only y (and the input of SiLU, GELU
+and hard-swish). In the backward, the slope of the activation is applied
 
-- by whoever reads y (masks.py), where every reader can;
-- else in one pass over the gradient: the result is the residual's gradient, and what dx and dw are made of;
-- as the kernel of dw loads it, where dw alone is wanted.
+- by the readers of y (masks.py), if every reader can;
+- else in one pass over the gradient: the result is the residual's gradient and the input of the kernels of dx and dw;
+- by the kernel of dw when it loads the gradient, if only dw is needed.
 
 Gradients of weights are added to float32 buffers in place, tile after tile. A linear layer on the channels of a
-channels-last map is a convolution with a filter of one pixel.
+channels-last map is a convolution with a 1x1 filter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ConvSpec(ConvChain):
     Attributes:
         masked: whether all readers of the output apply the activation's slope to its gradient.
         input_act: the activation whose slope is applied to the gradient of x, because x is masked.
-        gathers: whether that is done to the sum of all gradients of x: see `Gather`.
+        gathers: whether the slope is applied to the sum of all gradients of x: see `Gather`.
     """
 
     masked: bool = False
@@ -52,7 +52,7 @@ class ConvSpec(ConvChain):
     gathers: bool = False
 
     def geometry(self, padding: Sequence[int]) -> ConvGeometry:
-        """Where the filter lies, with the padding of a block."""
+        """The convolution's geometry with the padding of a block."""
         return ConvGeometry.of(self.stride, padding, self.dilation, self.groups)
 
 
@@ -79,7 +79,7 @@ class FusedConv(torch.autograd.Function):
             return FusedConv._with_input(ctx, x.new_empty(()).expand(x.shape[0], weight.shape[0], *size), x)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         z = None
-        if block.shares is not None and not spec.channels_last:  # nothing is fused after a map that is reduced
+        if block.shares is not None and not spec.channels_last:  # nothing is fused after a reduced map
             y, *moments = conv2d_moments(x, weight, bias, geometry, block.margin)
             block.shares[spec.y] = tuple(part[:, :, None, None] for part in moments)
         else:
@@ -91,7 +91,7 @@ class FusedConv(torch.autograd.Function):
 
     @staticmethod
     def _with_input(ctx: Any, y: Tensor, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """y; and x for those who read it after this op, where their gradients are gathered here."""
+        """y; if this op gathers gradients, also x for its later readers."""
         if not ctx.spec.gathers:
             return y
         ctx.set_materialize_grads(False)
@@ -111,7 +111,7 @@ class FusedConv(torch.autograd.Function):
         if dy is None:
             assert others is not None
             others = placed(others, at, x.shape[2:])
-            # Not the same tensor, which another branch may have.
+            # A copy, because another branch may have the same tensor.
             dx = others.clone() if spec.input_act == "none" else act_grad(others, x, spec.input_act)
             return dx, None, None, None, None, None, None
         dw, dbias = weight_sums(ctx, spec, weight, wants_weight, wants_bias)
@@ -136,7 +136,7 @@ class FusedConv(torch.autograd.Function):
 def _gathered(
     others: Tensor | None, parts: list[tuple[Rect, Tensor]] | None, x: Tensor
 ) -> tuple[Tensor | None, tuple[int, int]]:
-    """The sum of the gradients that others give of x, or of a part of x that begins at a row and column."""
+    """The sum of the gradients of x from other readers, or of a part of x that begins at a row and column."""
     if not parts:
         return others, (0, 0)
     (top, _, left, _), given = parts.pop()
@@ -152,9 +152,9 @@ def _gathered(
 def weight_sums(
     ctx: Any, spec: ConvSpec, weight: Tensor, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The buffers of all tiles that gradients of weight (in its shape) and bias are added to; None if none is wanted.
+    """The buffers that sum the gradients of weight (in its shape) and bias over tiles; None if neither is wanted.
 
-    The kernels add to the bias's only beside the weight's: where that is not wanted, it is lost.
+    The kernels add to the bias's buffer only together with the weight's, so an unwanted weight gradient is discarded.
     """
     if not wants_weight and not wants_bias:
         return None, None
@@ -167,7 +167,7 @@ def add_to_sums(ctx: Any, sums: Iterable[tuple[int | None, bool, Tensor]]) -> No
     """Add a tile's gradients of values to those of the other tiles.
 
     Args:
-        sums: number of the value, whether its gradient is wanted, and what this tile gives of it.
+        sums: number of the value, whether its gradient is wanted, and this tile's part of it.
     """
     for value, wanted, total in sums:
         if wanted:
@@ -175,13 +175,13 @@ def add_to_sums(ctx: Any, sums: Iterable[tuple[int | None, bool, Tensor]]) -> No
 
 
 def as_autocast_wants(x: Tensor) -> Tensor:
-    """What stock convolutions make of their input under autocast; kernels are not told of it."""
+    """The input cast as autocast does for PyTorch's convolutions; kernels do not see autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
 def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
-    """Replace convolutions and the sums and activations after them; the fused ones by their output."""
+    """Replace convolutions and the sums and activations after them by kernels; returns them by output."""
     fused: dict[int, ConvSpec] = {}
     for chain in find_chains(stage, DTYPES, frozenset(ACTIVATIONS.values())):
         spec = ConvSpec(*(getattr(chain, f.name) for f in fields(chain)))
@@ -192,7 +192,7 @@ def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
 
 
 def is_pixelwise(stage: Stage, spec: ConvSpec, value: int) -> bool:
-    """Whether a convolution of a map is a linear layer on the channels of each pixel, and nothing is added to it."""
+    """Whether a convolution of a map is a linear layer on the channels of each pixel without a residual sum."""
     shape = stage.program.values[spec.weight].shape
     pixel = spec.channels_last or (tuple(shape[2:]) == (1, 1) and spec.stride == (1, 1) and spec.groups == 1)
     return pixel and spec.x == value and spec.residual is None and stage.maps.size(spec.y) == stage.maps.size(value)

@@ -2,10 +2,10 @@
 
     y = act(layer_norm(x) w^T + b)
 
-Nothing but x is kept, and computed again in the backward: stock PyTorch keeps the normalised map, and of a ConvNeXt
-block's first linear layer both what GELU is applied to and what it gives, four times as wide.
+Only x is saved, and the backward computes the rest again: PyTorch saves the normalised map, and for a ConvNeXt block's
+first linear layer both input and output of GELU, four times as wide.
 
-The linear layer may be one on the channels of a channels-last map, or a 1x1 convolution after a permute.
+The linear layer may act on the channels of a channels-last map, or be a 1x1 convolution after a permute.
 """
 
 from __future__ import annotations
@@ -91,15 +91,15 @@ def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
 
 
 def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
-    """Give layer norms over channels to the kernels, each with the linear layer that alone reads it.
+    """Replace layer norms over channels by kernels, each with the linear layer that is its only reader.
 
     Args:
-        convs: the fused convolutions by output; those that become part of another op are taken out.
+        convs: the fused convolutions by output; those that become part of another op are removed.
     """
     readers, private = readers_of(stage), private_maps(stage)
 
     def reader(local: Local) -> Local | None:
-        """What alone reads the output of an op."""
+        """The only reader of an op's output; None if there are several."""
         found = readers.get(local.op.outputs[0], [])
         return found[0] if len(found) == 1 and local.op.outputs[0] in private else None
 
@@ -117,12 +117,12 @@ def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
             dropped = {id(local) for local in chain}
             stage.locals = [local for local in stage.locals if id(local) not in dropped]
         else:
-            norm.run = _run_alone(spec)
+            norm.run = _run_norm(spec)
     stage.vectors = vector_inputs(stage)
 
 
 def _norm_spec(stage: Stage, local: Local) -> NormSpec | None:
-    """What an op is, if it is a layer norm over the channels of an (N, H, W, C) map."""
+    """The spec of a layer norm over the channels of an (N, H, W, C) map; None for other ops."""
     if local.op.name != "layer_norm":
         return None
     given = arguments(local.op, "input normalized_shape weight bias eps", eps=1e-5)
@@ -144,7 +144,7 @@ def _is_to_nchw(local: Local) -> bool:
     return [d % 4 for d in dims] == [0, 3, 1, 2]
 
 
-def _run_alone(spec: NormSpec):
+def _run_norm(spec: NormSpec):
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         weight, bias = (None if v is None else env[v] for v in (spec.weight, spec.bias))
         y = FusedLayerNorm.apply(env[spec.x].permute(0, 3, 1, 2), weight, bias, spec, block)
@@ -154,7 +154,7 @@ def _run_alone(spec: NormSpec):
 
 
 def _replace(stage: Stage, norm: Local, last: Local, spec: NormSpec, linear: ConvSpec) -> None:
-    """Put one op at the place of the linear layer."""
+    """Replace the linear layer by the fused op."""
     vectors = (spec.weight, spec.bias, linear.weight, linear.bias)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:

@@ -1,16 +1,16 @@
-"""A norm or gate of channels, and the sum and activation or the 1x1 convolution after it, as one op of the stage.
+"""A norm or channel gate with the sum and activation, or the 1x1 convolution, after it as one op of the stage.
 
     y = act(xhat * factor + offset + residual),   xhat = (x - mean) * rstd
     y = conv1x1(act(xhat * factor + offset))
 
-Stock PyTorch keeps x, the normalised map and the activation's output; here x alone is kept, and y where it shows the
-activation's slope after a sum. The backward is one pass: dx with the statistics taken as constants, and the sums of dz
-and of dz * xhat over the tile, which are the gradients of offset and factor. affine.py has what they are made of: once
-per step ordinary autograd finds all gradients there, and the stage that has made x adds those of the statistics in a
-pass more. Where one tile has all that a norm's statistics are taken of, the backward is two passes, and complete.
+PyTorch saves x, the normalised map and the activation's output; this op saves only x, and y if the activation's slope
+after a sum depends on it. The backward is one pass: dx with constant statistics, and the sums of dz and of dz * xhat
+over the tile, which are the gradients of offset and factor. Once per step ordinary autograd derives all other gradients
+from these (affine.py), and the stage that made x adds the gradients of the statistics in another pass. If one tile
+contains all data of a norm's statistics, the backward is two passes and complete.
 
-Under autocast GroupNorm makes float32 of a 16-bit map, which the convolutions after it round again: where they alone
-read the result, it is written as they will have it.
+Under autocast, GroupNorm turns a 16-bit map into float32, which the convolutions after it round again. If only
+convolutions read the result, it is written in their dtype.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ from .conv import (
 
 @dataclass(slots=True)
 class NormalizeSpec:
-    """Value numbers and settings. `mean` and `rstd` are constants for autograd."""
+    """Value numbers and settings of a norm. `mean` and `rstd` are constants for autograd.
+
+    Attributes:
+        dtype: the dtype of y.
+        together: channels that share statistics, if these are statistics of x; else 0.
+        masked: whether the readers of y apply the activation's slope to its gradient.
+    """
 
     x: int
     mean: int
@@ -53,9 +59,9 @@ class NormalizeSpec:
     offset: int
     residual: int | None = None
     act: str = "none"
-    dtype: torch.dtype | None = None  # of y
-    together: int = 0  # channels that share statistics, where these are those of x
-    masked: bool = False  # whether those who read y apply the activation's slope to its gradient
+    dtype: torch.dtype | None = None
+    together: int = 0
+    masked: bool = False
 
     @property
     def vectors(self) -> tuple[int, int, int, int]:
@@ -149,9 +155,9 @@ class FusedNormConv(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """dx and dz; sums of dz and of dz * xhat are the gradients of offset and factor.
+    """dx and dz; the sums of dz and of dz * xhat are added to the gradients of offset and factor.
 
-    What x does to its own statistics is in dx where all of it is here.
+    If the block is the whole map, dx includes the gradient through the statistics.
     """
     dx, dz, *sums = normalize_act_gradients(*given, ctx.spec.together if ctx.whole else 0, plus)
     values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
@@ -160,12 +166,13 @@ def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tenso
 
 
 def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeSpec]:
-    """Give norms and gates to the kernels, each with what alone reads it: all that no convolution has taken in.
-
-    Those that become an op of their own are returned by output.
+    """Replace norms and gates that no convolution has absorbed by kernels, each with its only reader.
 
     Args:
-        convs: the fused convolutions by output; those that become part of another op are taken out.
+        convs: the fused convolutions by output; those that become part of another op are removed.
+
+    Returns:
+        The norms that become separate ops, by output.
     """
     readers, private = readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
@@ -177,7 +184,7 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
         chain = [norm]
 
         def follower(chain: list[Local] = chain) -> Local | None:
-            """What alone reads the chain's output."""
+            """The only reader of the chain's output; None if there are several."""
             output = chain[-1].op.outputs[0]
             found = readers.get(output, [])
             alone = len(found) == 1 and output in private and id(found[0]) not in taken
@@ -191,7 +198,7 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
                 chain.append(next_op)
                 next_op = follower()
         found = None if next_op is None else activation_of(next_op.op)
-        # After a sum the slope has to be read off the output.
+        # After a sum, the slope must follow from the output.
         if next_op is not None and found is not None and (residual is None or found in MASKS):
             act = found
             chain.append(next_op)
@@ -220,20 +227,20 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
 
 
 def _has_kernels(stage: Stage, norm: Local) -> bool:
-    """Whether they take the op's dtypes: one, or what autocast does, 16 bits for x and 32 for y."""
+    """Whether kernels support the op's dtypes: a single one, or as under autocast 16 bits for x and 32 for y."""
     (x,), values = norm.reads, stage.program.values
     given, made = values[x].dtype, values[norm.op.outputs[0]].dtype
     return given in DTYPES and (made == given or (given.itemsize == 2 and made == torch.float32))
 
 
 def _fits(stage: Stage, conv: ConvSpec, x: int, y: int) -> bool:
-    """Whether a convolution of what the norm makes of x can take the norm with it."""
+    """Whether a convolution of the norm's output can absorb the norm."""
     same = stage.program.values[x].dtype == stage.program.values[conv.y].dtype
     return is_pixelwise(stage, conv, y) and not conv.channels_last and conv.act == "none" and same
 
 
 def _dtype(stage: Stage, x: int, y: int, readers: list[Local], convs: dict[int, ConvSpec]) -> torch.dtype | None:
-    """The dtype that all who read y round it to, if that is what x has."""
+    """The dtype of x if all readers of y round it to that dtype; None otherwise."""
     specs, values = [convs.get(local.op.outputs[0]) for local in readers], stage.program.values
     dtype = values[x].dtype
     alone = all(spec is not None and spec.residual != y and values[spec.y].dtype == dtype for spec in specs)
@@ -241,7 +248,7 @@ def _dtype(stage: Stage, x: int, y: int, readers: list[Local], convs: dict[int, 
 
 
 def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSpec | None) -> None:
-    """Put one op at the place of the last of a chain."""
+    """Replace the last op of a chain by the fused op, and remove the others."""
     norm, last, maps = chain[0], chain[-1], stage.maps
     x, residual = spec.x, spec.residual
 
@@ -264,7 +271,7 @@ def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSp
         of_conv = (v for v in (conv.weight, conv.bias) if v is not None)
         name, inputs = "fused_norm_conv", (*reads, *spec.vectors, *of_conv)
     op = replace(norm.op, name=name, args=(), kwargs={}, inputs=inputs, outputs=last.op.outputs)
-    # The residual's gradient is y's own: it would lack what is added here.
+    # With a residual, `adds` is off: its gradient is dy itself and would lack the added terms.
     made = Local(op, reads, last.axes, run, leaves_room=True, adds=residual is None)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))

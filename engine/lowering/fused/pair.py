@@ -1,4 +1,4 @@
-"""Two convolutions as one op, for inference: any filter, then one of a single pixel. The map between them is not made.
+"""Two convolutions as one op for inference, the second with a 1x1 filter, without storing the map between them:
 
 y = act2(conv1x1(act1(conv(x, w1) + b1), w2) + b2 + residual)
 """
@@ -19,7 +19,7 @@ from .conv import ConvSpec, as_autocast_wants
 
 
 def fuse_pairs(stage: Stage, convs: dict[int, ConvSpec]) -> None:
-    """Join fused convolutions with the 1x1 convolution that alone reads them."""
+    """Join fused convolutions with the 1x1 convolution that is their only reader."""
     readers, private = readers_of(stage), private_maps(stage)
     makers = {local.op.outputs[0]: local for local in stage.locals}
     joined: set[int] = set()
@@ -46,7 +46,7 @@ def _fits(stage: Stage, first: ConvSpec, second: ConvSpec) -> bool:
         and first.dilation == (1, 1)
         and first.groups == second.groups == 1
         and first.residual is None
-        and second.residual != first.x  # the joint op reads its window, where the sum reads its pixels
+        and second.residual != first.x  # an op reads each map through a single window
         and None not in (first.bias, second.bias)
     )
 
@@ -62,7 +62,7 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
         residual = None if second.residual is None else env[second.residual].to(x.dtype)
         geometry = first.geometry(block.pad)
 
-        def apart() -> Tensor:
+        def separate() -> Tensor:
             h, _ = conv2d_forward(x, w1, None, b1, None, geometry, first.act, False, (0, 0))
             return conv2d_forward(h, w2, None, b2, residual, ConvGeometry(), second.act, False, (0, 0))[0]
 
@@ -70,9 +70,9 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
             return conv_conv1x1(x, w1, b1, w2, b2, residual, geometry, first.act, second.act)
 
         if not conv_conv1x1_fits(x, w1, w2, residual, geometry):
-            return (apart(),)
+            return (separate(),)
         settings = (*w1.shape, *w2.shape, *geometry.form, residual is None)
-        return (run_fastest("conv_conv1x1", x, settings, together, apart),)
+        return (run_fastest("conv_conv1x1", x, settings, together, separate),)
 
     inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))
     op = replace(local.op, name="fused_conv2d", inputs=inputs)

@@ -1,4 +1,4 @@
-"""Max-pooling by the kernels: no indices are kept, they are found again in the backward."""
+"""Max-pooling by the kernels: no indices are stored, the backward finds them again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MaxPool(torch.autograd.Function):
 
 
 def take_pools(stage: Stage) -> dict[int, PoolSpec]:
-    """Give max-pooling to the kernels; the poolings by their output."""
+    """Replace max-poolings by kernels; returns the poolings by output."""
     found: dict[int, PoolSpec] = {}
     for local in stage.locals:
         if local.op.name.startswith("max_pool2d"):

@@ -1,10 +1,10 @@
-"""Convolution, activation and 3x3/2 max-pooling of the image as one op: the two largest maps never exist.
+"""Convolution, activation and 3x3/2 max-pooling of the image as one op, without storing the two largest maps.
 
     y = maxpool(act(conv(x, w) + b))
 
-One line of convolution outputs between two tiles is computed twice; its halo, and everything between x and y, is not
-kept: a byte beside each element of y tells the backward where its gradient goes (`spots`). The image gets no gradient
-here: where one is wanted, the ops stay apart.
+One line of convolution outputs between two tiles is computed twice. Its halo, and everything between x and y, is not
+stored: one byte for each element of y (`spots`) records for the backward where its gradient goes. The op has no
+gradient of the image: if one is needed, the ops are not fused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WIDE_OPEN = (float("-inf"), float("inf"))
 
 
 class FusedStem(torch.autograd.Function):
-    """The stem of one block. `padding` of the convolution and of the pooling: (top, bottom, left, right)."""
+    """The stem of one block; `padding` of the convolution and `pool_padding` are (top, bottom, left, right)."""
 
     @staticmethod
     def forward(
@@ -65,7 +65,7 @@ class FusedStem(torch.autograd.Function):
 
 
 def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
-    """Join the convolution of the image with the pooling after it, if there is such a pair."""
+    """Fuse the convolution of the image with the pooling after it, if there is one."""
     readers, private = readers_of(stage), private_maps(stage)
     for conv in stage.locals:
         middle = conv.op.outputs[0]
