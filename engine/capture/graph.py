@@ -179,12 +179,6 @@ class Graph:
         return replace(self, instructions=tuple(steps), output=_renamed(self.output, names), numbers=numbers)
 
     @cached_property
-    def runs_as_recorded(self) -> bool:
-        """Whether `run` does what the forward does. Of operators that take graphs, such as checkpoints, it does not."""
-        given = (leaf for one in self.instructions for leaf in tree_leaves((one.args, one.kwargs)))
-        return not any(isinstance(leaf, Graph) for leaf in given)
-
-    @cached_property
     def counters(self) -> frozenset[int]:
         """The inputs that are numbers of which no tensor depends: the program is the same whatever they are."""
         first, needed, mixed = len(self.sources), set[int](), set[int]()

@@ -165,26 +165,12 @@ class Runner:
         inputs = Inputs(flat, roles, call.batch)
         if call.complete is not None:
             return call.complete([graph], [inputs])
-        prepared = self._prepared(graph, inputs, call.pieces)
-        if prepared is None:
-            return tree_leaves(graph.run(flat))
+        prepared = self.programs.prepare([graph], [inputs], self.settings)
         if call.like is not None:
             check_rows(prepared[0].staged.program, call.like)
         (forward,) = self.begin(call, [inputs], prepared)
         call.together = forward.memory_limit
         return call.finish(forward)
-
-    def _prepared(self, graph: Graph, inputs: Inputs, piece: bool) -> tuple[Prepared, ...] | None:
-        """The program of a graph; None for a piece without one: pieces before it have run, so it runs as recorded."""
-        try:
-            return self.programs.prepare([graph], [inputs], self.settings)
-        except UnsupportedError as error:
-            if not (piece and graph.runs_as_recorded):
-                raise
-            if graph not in self.programs.logged:
-                self.programs.logged.add(graph)
-                log.warning("a piece of the forward is computed on whole maps, outside of the budget: %s", error)
-            return None
 
     def begin(self, call: Call, inputs: Sequence[Inputs], prepared: Sequence[Prepared]) -> list[Forward]:
         """A forward for each image batch, on the parameters and buffers as they are now."""
@@ -214,8 +200,6 @@ class Runner:
         training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat)
         batch = ImageBatch(ImageTensor(image), image, image.dtype, image.device, training, image_grad, (image,))
         inputs = Inputs(flat, roles, batch)
-        prepared = self._prepared(graph, inputs, self._call is not None and self._call.pieces)
-        if prepared is None:
-            return tree_leaves(graph.run(flat))
+        prepared = self.programs.prepare([graph], [inputs], self.settings)
         (forward,) = self.begin(Call((), {}, {}, {}, batch, []), [inputs], prepared)
         return compute(forward)
