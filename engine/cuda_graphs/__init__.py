@@ -1,1 +1,1 @@
-"""Tiles recorded once as CUDA graphs and replayed: what makes two tiles alike, and fixed buffers."""
+"""Captures tiles or whole steps as CUDA graphs and replays them: signatures of tiles, and static buffers."""

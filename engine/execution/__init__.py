@@ -1,1 +1,1 @@
-"""The steps of one forward in order, and the ranges that are computed again."""
+"""Runs the steps of a forward in order, and recomputes ranges of steps in the backward."""

@@ -1,1 +1,1 @@
-"""Processes that work on one batch, or train together: how they start, and their group."""
+"""Launches the processes that train together or share an image, and sets up their process group."""

@@ -1,1 +1,1 @@
-"""What a step takes, and the plan that fits: tile, retained tiles, where halos are kept."""
+"""Predicts the memory of a step and searches for the plan that fits: tile size, retained tiles, halo storage."""

@@ -1,1 +1,1 @@
-"""The pass over the tiles, forward and backward: halos, reductions, stored feature maps, memory."""
+"""The passes over the tiles, forward and backward: halos, reductions, stored feature maps and memory limits."""

@@ -1,14 +1,15 @@
-// An arena of whole pages for the blocks that steps of accelerated networks allocate on the CPU.
+// A CPU memory arena of whole pages for the blocks that steps of accelerated networks allocate.
 //
-//   allocate(n):  of all free runs the one in which n bytes need the fewest pages that the process does not hold yet;
-//                 of those the smallest. Beyond the limit, free pages elsewhere are given back first.
-//   free(p):      the run joins its free neighbours; its pages stay with the process, unless that is beyond the limit.
+//   allocate(n):  chooses the free run in which n bytes need the fewest new pages; among equals the smallest. Beyond
+//                 the limit, other free pages are returned to the system first.
+//   free(p):      joins the run with its free neighbours; its pages remain resident unless they exceed the limit.
 //
-// The C library's heap does not put an aligned block into a hole of its own size (glibc's memalign asks for more and
-// cuts), so that a step which frees and allocates the same sizes over and over holds up to twice what is in use. Here
-// the block fits, and the bytes in use, held, and at most in use are known at every moment.
+// The C library's heap does not reuse a hole for an aligned block of the same size, because glibc's memalign requests
+// more and cuts. A step that repeatedly frees and allocates the same sizes then holds up to twice the bytes in use.
+// Here the block fits, and the bytes in use, held, and at most in use are always known.
 //
-// Threads use it between `arena_enter` and `arena_leave`; all else, and small blocks, stay with PyTorch's allocator.
+// Threads use the arena between `arena_enter` and `arena_leave`. Other allocations, and small blocks, use PyTorch's
+// allocator.
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -25,7 +26,7 @@
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kLeast = 64 << 10;  // smaller blocks are as well off in the heap
+constexpr size_t kLeast = 64 << 10;  // smaller blocks gain nothing from the arena
 
 thread_local int inside = 0;
 
@@ -35,10 +36,10 @@ class Arena {
     void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return false;
     const size_t words = (bytes / kPage + 63) / 64;
-    held_bits_ = static_cast<uint64_t*>(calloc(words, sizeof(uint64_t)));  // pages of it come as they are written
+    held_bits_ = static_cast<uint64_t*>(calloc(words, sizeof(uint64_t)));  // its pages become resident when written
     if (held_bits_ == nullptr) return false;
     madvise(start, bytes, MADV_DONTDUMP);
-    madvise(start, bytes, MADV_NOHUGEPAGE);  // of those the process would hold more than is counted
+    madvise(start, bytes, MADV_NOHUGEPAGE);  // huge pages would hold more bytes than are counted
     start_ = static_cast<char*>(start);
     pages_ = bytes / kPage;
     free_[0] = pages_;
@@ -49,7 +50,7 @@ class Arena {
     return p >= start_ && p < start_ + pages_ * kPage;
   }
 
-  // Null where no run is long enough.
+  // Returns null if no run is long enough.
   void* allocate(size_t bytes) {
     const size_t pages = (bytes + kPage - 1) / kPage;
     std::lock_guard<std::mutex> lock(mutex);
@@ -96,7 +97,7 @@ class Arena {
     if (held_ > limit_) give_back(held_ - limit_);
   }
 
-  // Gives back the pages that lie wholly within these bytes of a block, which nobody will read again.
+  // Returns the whole pages within these bytes of a block to the system; they must not be read again.
   void discard(void* p, size_t bytes) {
     if (!owns(p)) return;
     std::lock_guard<std::mutex> lock(mutex);
@@ -106,8 +107,8 @@ class Arena {
     in_use_ -= drop(first, end);
   }
 
-  // Makes all bytes of a block zero; of the pages inside it those that the system gives when they are written to. They
-  // count as held, as those of any new block that nobody has written to do.
+  // Sets all bytes of a block to zero. Whole pages become resident when they are written, but count as held before, as
+  // those of every new block do.
   void zero_later(void* p, size_t bytes) {
     if (!owns(p)) return;
     char *const from = static_cast<char*>(p), *const to = from + bytes;
@@ -121,7 +122,7 @@ class Arena {
     std::memset(end, 0, to - end);
   }
 
-  // Lets the process hold this many bytes more than it does, or has it hold that many less as far as they are free.
+  // Sets the limit to the held bytes plus `bytes`; a negative number returns as many bytes if they are free.
   void room(int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
     const int64_t pages = static_cast<int64_t>(held_) + bytes / static_cast<int64_t>(kPage);
@@ -154,7 +155,7 @@ class Arena {
   std::mutex mutex;
 
  private:
-  // Calls f with the number of each word that has bits of these pages, and the mask of those.
+  // Calls f for each word with bits of these pages: the word's index, and the mask of the bits.
   template <typename F>
   static void words(size_t first, size_t pages, F f) {
     for (size_t page = first, end = first + pages; page < end;) {
@@ -165,7 +166,7 @@ class Arena {
   }
 
   size_t held_among(size_t first, size_t pages) const {
-    const size_t end = std::min(first + pages, highest_);  // beyond it nothing was ever held
+    const size_t end = std::min(first + pages, highest_);  // no page beyond was ever held
     size_t held = 0;
     if (first < end) {
       words(first, end - first, [&](size_t w, uint64_t mask) { held += __builtin_popcountll(held_bits_[w] & mask); });
@@ -179,43 +180,43 @@ class Arena {
     highest_ = std::max(highest_, first + pages);
   }
 
-  // Gives back this many free pages, those of the highest addresses first.
+  // Returns this many free pages to the system, those at the highest addresses first.
   void give_back(size_t pages) {
     for (auto run = free_.rbegin(); run != free_.rend() && pages > 0; ++run) {
       size_t first = run->first;
       const size_t end = std::min(first + run->second, highest_);
       if (first >= end) continue;
       const size_t held = held_among(first, end - first);
-      if (held == end - first && held > pages) first = end - pages;  // a part of it will do
+      if (held == end - first && held > pages) first = end - pages;  // a part suffices
       if (held > 0) pages -= std::min(pages, drop(first, end));
     }
   }
 
-  // How many pages from `first` up to `end` the process held until now.
+  // Returns the pages [first, end) to the system; the result is how many of them were held.
   size_t drop(size_t first, size_t end) {
-    const size_t gone = held_among(first, end - first);
+    const size_t dropped = held_among(first, end - first);
     madvise(start_ + first * kPage, (end - first) * kPage, MADV_DONTNEED);
     words(first, end - first, [&](size_t w, uint64_t mask) { held_bits_[w] &= ~mask; });
-    held_ -= gone;
-    return gone;
+    held_ -= dropped;
+    return dropped;
   }
 
   char* start_ = nullptr;
   size_t pages_ = 0, highest_ = 0;
   size_t in_use_ = 0, held_ = 0, most_in_use_ = 0, limit_ = SIZE_MAX;  // pages
   uint64_t* held_bits_ = nullptr;  // a bit for each page that the process holds
-  std::map<size_t, size_t> free_;  // runs of pages, by the first of them
+  std::map<size_t, size_t> free_;  // length of each free run, by its first page
   std::unordered_map<size_t, size_t> used_;
 };
 
 Arena& arena() {
-  static auto* one = new Arena;  // never destroyed: its blocks may outlive whatever would destroy it
+  static auto* one = new Arena;  // never destroyed: blocks may outlive static destructors
   return *one;
 }
 
 c10::Allocator* before = nullptr;  // PyTorch's own
 
-void let_go(void* p) {
+void release(void* p) {
   if (!arena().owns(p)) {
     before->raw_deleter()(p);
     return;
@@ -229,7 +230,7 @@ struct Allocator final : c10::Allocator {
     void* p = inside > 0 && bytes >= kLeast ? arena().allocate(bytes) : nullptr;
     if (p == nullptr) return before->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(p, bytes);
-    return {p, p, &let_go, c10::Device(c10::DeviceType::CPU)};
+    return {p, p, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
   bool is_simple_data_ptr(const c10::DataPtr& data) const override {
@@ -237,7 +238,7 @@ struct Allocator final : c10::Allocator {
   }
 
   c10::DeleterFnPtr raw_deleter() const override {
-    return &let_go;  // oneDNN's scratch comes and goes this way
+    return &release;  // oneDNN frees its scratch memory with it
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override {
@@ -249,7 +250,7 @@ struct Allocator final : c10::Allocator {
 
 extern "C" {
 
-// Whether the arena, of so many addresses, is there from now on.
+// Installs the arena with an address range of this many bytes; returns whether it is installed.
 bool arena_install(size_t bytes) {
   if (before != nullptr) return true;
   c10::Allocator* now = c10::GetCPUAllocator();

@@ -1,9 +1,10 @@
-"""The arena that steps allocate in on the CPU (`arena.cpp`): built once where there is a C++ compiler.
+"""A CPU memory arena (`arena.cpp`) from which steps allocate; it is compiled once if a C++ compiler is available.
 
-PyTorch's allocator on the CPU is the C library's heap, whose holes aligned blocks of the same size do not fit into: a
-training step of ResNet-18 in tiles of 512 held 650 MiB for 300 that were in use, and under a budget gave a million
-pages back and got them again. In the arena it holds 320. What steps allocate on the CPU goes there, what else the
-process does is left to PyTorch. Where it cannot be built the heap serves, as `memory_limit.py` keeps it.
+PyTorch allocates CPU memory from the C library's heap, which does not reuse a hole for an aligned block of the same
+size. A training step of ResNet-18 in tiles of 512 therefore held 650 MiB while 300 MiB were in use. Under a budget it
+returned a million pages and requested them again. With the arena it holds 320 MiB. Only steps allocate from the arena;
+the rest of the process uses PyTorch's allocator. If the arena cannot be built, steps use the heap, and
+`memory_limit.py` limits it.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _PAGE = 4096  # bytes, as in the source
 
 
 class Counts(NamedTuple):
-    """Bytes of the arena.
+    """Byte counts of the arena.
 
     Attributes:
-        in_use: of blocks, but for pages of them that were discarded.
-        held: of pages that this process has.
-        most: of `in_use`, at most since `reset_most`.
+        in_use: bytes of allocated blocks, without their discarded pages.
+        held: bytes of resident pages.
+        most: the peak of `in_use` since `reset_most`.
     """
 
     in_use: int
@@ -45,46 +46,46 @@ class Counts(NamedTuple):
 
     @property
     def spare(self) -> int:
-        """What is held and not in use."""
+        """Bytes that are held but not in use."""
         return self.held - self.in_use
 
 
 class Arena:
-    """The loaded arena of this process; there is one.
+    """The loaded arena; each process has one.
 
     Args:
-        library: what was built of `arena.cpp`.
-        addresses: bytes of addresses that it may have.
+        library: the shared library built from `arena.cpp`.
+        addresses: size of the address range to reserve, in bytes.
 
     Raises:
-        OSError: if it cannot be loaded, or does not get its addresses.
+        OSError: if the library cannot be loaded or the address range cannot be reserved.
     """
 
     def __init__(self, library: Path, addresses: int):
-        self._lib = lib = ctypes.PyDLL(str(library))  # its functions take less time than giving up the interpreter
+        self._lib = lib = ctypes.PyDLL(str(library))  # PyDLL keeps the GIL: releasing it takes longer than these calls
         lib.arena_install.argtypes, lib.arena_install.restype = [ctypes.c_size_t], ctypes.c_bool
         lib.arena_room.argtypes = [ctypes.c_int64]
         lib.arena_discard.argtypes = lib.arena_zero_later.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._counted = (ctypes.c_size_t * 3)()
         if not lib.arena_install(addresses):
-            raise OSError("this process does not get the addresses, or has another allocator")
+            raise OSError("cannot reserve the address range, or another CPU allocator is installed")
         self.enter, self.leave = lib.arena_enter, lib.arena_leave
         self.no_limit, self.trim, self.reset_most = lib.arena_no_limit, lib.arena_trim, lib.arena_reset_most
         self.room, self.discard, self.zero_later = lib.arena_room, lib.arena_discard, lib.arena_zero_later
 
     def counts(self) -> Counts:
-        """What it holds now."""
+        """The current byte counts."""
         self._lib.arena_counts(self._counted)
         return Counts(*self._counted)
 
 
 @functools.cache
 def _found() -> Arena | str:
-    """The arena, or why there is none."""
+    """The arena, or the reason why it is unavailable."""
     if not sys.platform.startswith("linux"):
-        return "it needs Linux"
+        return "it requires Linux"
     if mmap.PAGESIZE != _PAGE:
-        return f"it needs pages of {_PAGE} bytes, and here they have {mmap.PAGESIZE}"
+        return f"it requires a page size of {_PAGE} bytes, but this system uses {mmap.PAGESIZE}"
     try:
         addresses = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return Arena(_built(), addresses)
@@ -94,25 +95,25 @@ def _found() -> Arena | str:
 
 
 def arena() -> Arena | None:
-    """The arena; None where it cannot be had. It is built when it is asked for first, in a second or two."""
+    """The arena, or None if it is unavailable. The first call builds it, which takes a second or two."""
     found = _found()
     return None if isinstance(found, str) else found
 
 
 def loaded() -> Arena | None:
-    """The arena, if it has been asked for."""
+    """The arena if `arena` has been called before, else None."""
     return arena() if _found.cache_info().currsize else None
 
 
 def missing() -> str | None:
-    """Why there is no arena; None where there is one."""
+    """The reason why the arena is unavailable, or None if it is available."""
     found = _found()
     return found if isinstance(found, str) else None
 
 
 @contextlib.contextmanager
 def in_arena(device: torch.device) -> Iterator[None]:
-    """Within it, what this thread allocates on the CPU comes from the arena, if that is where it computes."""
+    """Context in which CPU allocations of this thread come from the arena, if `device` is the CPU."""
     found = arena() if device.type == "cpu" else None
     if found is None:
         yield

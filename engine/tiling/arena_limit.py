@@ -1,4 +1,4 @@
-"""What a step may take of this process's memory on the CPU, where its blocks come from the arena."""
+"""The CPU memory limit of a step whose blocks come from the arena."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .memory_limit import MemoryLimit, RecordedTiles
 from .page_pool import PagePool
 
 _SLACK = (
-    0.05  # of what is predicted, what a step may hold besides: with fewer free pages it gets the same ones over again
+    0.05  # extra share of the predicted bytes that a step may hold: with fewer free pages it faults in pages repeatedly
 )
 
 
 class ArenaLimit(MemoryLimit):
-    """A limit that the arena itself keeps: before it takes more pages than there is room for, it gives free ones back.
+    """A limit that the arena enforces: it returns free pages to the system before it exceeds the limit.
 
-    It is held to what the plan predicts and a little more, in which few pages are free. What is in use is known without
-    giving anything back; where that is beyond the limit, the heap is trimmed, and graphs that are kept for the backward
-    go.
+    The arena may hold the bytes that the plan predicts plus a small slack, so that few pages are free. Its bytes in use
+    are known without returning pages. If they exceed the limit, the heap is trimmed, then graphs that are retained for
+    the backward are dropped.
 
     Args:
-        limit, held, left, work, page_pool, strict, gradients: as of any limit.
-        predicted: bytes of the limit that the network's steps should do with.
-        arena: of this process.
-        calls: bytes of the limit that autograd allocates between two passes, outside of the arena.
-        mapped: bytes of the limit that maps in files take where tiles read and write them.
+        limit, held, left, work, page_pool, strict, gradients: see `MemoryLimit`.
+        predicted: bytes of the limit that the plan predicts for the network's steps.
+        arena: the arena of this process.
+        calls: bytes of the limit that autograd allocates between two passes, outside the arena.
+        mapped: bytes of the limit for file-backed maps that tiles read and write.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class ArenaLimit(MemoryLimit):
         mapped: int = 0,
     ):
         self.arena = arena
-        self._mapped = mapped and mapped_bytes() + mapped  # with all that is there of files already
+        self._mapped = mapped and mapped_bytes() + mapped  # includes the pages of files that are resident already
         super().__init__(limit, held, left, work, page_pool, strict, gradients)
-        self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # of the limit, what is not to be held
-        # Bytes that come when a pass has ended, outside of the arena.
+        self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # bytes of the limit that the arena must not hold
+        # Bytes that are allocated outside the arena after a pass.
         self._calls, self._gradients, self._after = calls, held, 0
         self._trimmed = False
         self._heed(resident_bytes())
@@ -71,7 +71,7 @@ class ArenaLimit(MemoryLimit):
         self._heed(used)
 
     def _lighten(self, most: int) -> int:
-        """Bring what is in use down to so many bytes, as far as may be; bytes of this process after it."""
+        """Reduce the bytes in use to `most` if possible; returns the resident bytes of this process afterwards."""
         if not self._trimmed:
             trim_heap()
             self._trimmed = True
@@ -85,22 +85,23 @@ class ArenaLimit(MemoryLimit):
         self._after = self._gradients
 
     def _heed(self, used: int, after: int = 0) -> None:
-        """Tell the arena how much more this process may hold, with `after` bytes that will come elsewhere.
+        """Set how many more bytes the arena may hold.
 
         Args:
-            used: bytes of this process now, free pages among them.
+            used: resident bytes of this process, including free pages.
+            after: bytes that will be allocated outside the arena.
         """
         if self.strict:
-            more = max(0, self._mapped - mapped_bytes()) if self._mapped else 0  # comes within an op
+            more = max(0, self._mapped - mapped_bytes()) if self._mapped else 0  # these become resident within an op
             self.arena.room(self.bytes - self._beyond - used - after - more)
         else:
             self.arena.no_limit()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass. Its limit stays in force until the next one: maps and their gradients are made between the passes.
+        """Context of a pass. Its limit applies until the next pass: maps and gradients are allocated in between.
 
-        What calls allocate there goes back to the system as soon as it is free: the heap would keep it.
+        Blocks allocated there return to the system as soon as they are freed; the heap would retain them.
         """
         self._trimmed = False
         if self._calls:

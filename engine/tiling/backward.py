@@ -1,4 +1,4 @@
-"""Pass 2: the tiles in reverse raster order, computed again with autograd on and differentiated."""
+"""Pass 2 of the scan: recomputes the tiles in reverse raster order with autograd on and differentiates them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .tile import Halos, Returned
 
 
 class BackwardReplay(Protocol):
-    """Computes and differentiates a tile of pass 2 in another way than op by op; None if it cannot."""
+    """Computes and differentiates a tile of pass 2 by replay instead of op by op; returns None if it cannot."""
 
     def __call__(self, i: int, j: int, read: Read, halos: Halos, returned: Returned) -> WindowGrads | None: ...
 
 
 class Replay(ForwardReplays, Protocol):
-    """What computes tiles that are like earlier ones (cuda_graphs/), in both passes."""
+    """Replays tiles that are equivalent to earlier ones, in both passes (see `cuda_graphs/`)."""
 
     def backward(
         self, scan: Scan, kept: PassState, consumers: Consumers, stored: Mapping[int, Tensor]
     ) -> BackwardReplay | None:
-        """May put tensors of its own into `kept.sums`, which are used again in the next step."""
+        """Returns a replay for pass 2. It may put its own tensors into `kept.sums` and reuse them in the next step."""
         ...
 
 
@@ -39,14 +39,14 @@ class BackwardPass:
     """One backward of a stage.
 
     Args:
-        scan: as in pass 1.
-        kept: what that has left.
+        scan: the same scan as in pass 1.
+        kept: the state that pass 1 returned.
         vectors: the tensors of `stage.vectors`.
-        stored: the maps that pass 1 has stored and that are read again.
-        replay: computes tiles that are like earlier ones in another way than op by op.
+        stored: maps that pass 1 stored and pass 2 reads, by value number.
+        replay: replays tiles that are equivalent to earlier ones.
 
     Attributes:
-        touched: sources that some tile has a gradient for.
+        touched: sources for which at least one tile returned a gradient.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class BackwardPass:
     ):
         self.scan, self.kept, self.stored, self.replay = scan, kept, stored, replay
         self.touched: set[int] = set()
-        self._given: set[tuple[int, tuple[int, int, int, int]]] = set()  # parts of `overwritten` that have a gradient
-        self._awaited: dict[int, Callable[[], Tensor]] = {}  # sources whose gradient the only tile makes, or this
+        self._given: set[tuple[int, tuple[int, int, int, int]]] = set()  # blocks with a gradient
+        self._awaited: dict[int, Callable[[], Tensor]] = {}  # creates a gradient if no tile does
         kept.sums = {}
         if not kept.vectors:
             kept.vectors = scan.prepare(vectors, kept.leaves)
 
     def source_grads(self, sources: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], set[int]]:
-        """Tensors for the gradients of sources, and which of them are new: those are given to autograd.
+        """Tensors for the gradients of sources, and the set of new ones, which are returned to autograd.
 
-        `run` adds those that the only tile makes.
+        `run` adds the gradients that a single tile creates as a whole.
         """
         scan, maps = self.scan, self.scan.maps
 
@@ -89,7 +89,7 @@ class BackwardPass:
         return found, made
 
     def _may_be_made(self, value: int) -> bool:
-        """Whether a tile may make a source's gradient as a whole, which nobody adds to."""
+        """Whether a single tile may create the whole gradient of a source, to which no other stage adds."""
         scan = self.scan
         here = scan.maps.place_of(value) == "device" and not on_pages(scan.device)
         return here and value in scan.overwritten and scan.tiled.tiles == 1
@@ -97,23 +97,23 @@ class BackwardPass:
     def run(
         self, grads: Sequence[Tensor | None], source_grads: dict[int, Tensor], last: bool = False
     ) -> dict[int, Tensor]:
-        """Gradients of the vectors that want one, by value number; those of sources are put into `source_grads`.
+        """Returns the gradients of the vectors that require one, by value number; fills `source_grads` in place.
 
         Args:
-            grads: gradients of the reductions and of the stored maps, None for zero.
-            source_grads: tensors like the sources that want a gradient; zeros but for `scan.overwritten`.
-            last: there is no further backward of this pass: maps that nobody else will read may go while it runs.
+            grads: gradients of the reductions and of the stored maps; None for zero.
+            source_grads: tensors like the sources that require a gradient; zeros except for `scan.overwritten`.
+            last: whether this is the last backward of this pass; then maps are freed row by row after their last read.
         """
         scan, kept, tiled = self.scan, self.kept, self.scan.tiled
         consumers = consumers_of(scan, kept, grads)
         replay = None if self.replay is None else self.replay.backward(scan, kept, consumers, self.stored)
         if tiled.tiles > 1 and not all(map(has_grad, chain.from_iterable(consumers.values()))):
-            kept.recorded.clear()  # what hands gradients on was laid out for all of them
+            kept.recorded.clear()  # these graphs expect a gradient for every consumer
         grads_below: dict[int, Tensor] = {}
         ending = self._ending(grads) if last else []
         files = [*self.stored.values(), *grads, *source_grads.values()]
         if scan.memory_limit is not None:
-            scan.memory_limit.must_keep(kept)  # from here on it says which tiles are read again
+            scan.memory_limit.must_keep(kept)  # `recorded` now determines which tiles are recomputed
         again = [tile for tile in reversed(scan.tiles) if tile not in kept.recorded]
         with scan.watched(), scan.reader(again) as reader:
             for i in reversed(range(tiled.rows.steps)):
@@ -146,7 +146,7 @@ class BackwardPass:
         reader: Reader,
         replay: BackwardReplay | None,
     ) -> tuple[WindowGrads, bool]:
-        """Differentiate a tile, which is computed again if it was not retained; whether the results are no replay's."""
+        """Differentiate a tile, recomputing it if it was not retained; also returns whether it ran without replay."""
         scan, kept = self.scan, self.kept
         recorded = kept.recorded.pop((i, j), None)
         if recorded is None:
@@ -159,20 +159,20 @@ class BackwardPass:
         return recorded.differentiate(consumers, kept, returned), True
 
     def _ending(self, grads: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-        """The maps that nobody reads after this backward: what was stored, and the gradients of that."""
+        """The stored maps, and their gradients, that are not read after this backward."""
         own = dict(zip(self.scan.tiled.stage.results, grads, strict=True))
         pairs = [(v, t) for v, t in self.stored.items() if not has_readers(t)]
         return [(v, t) for v, t in (*pairs, *own.items()) if v in self.scan.maps.readers and t is not None]
 
     def _add_to_sources(self, source_grads: dict[int, Tensor], windows: WindowGrads, own: bool) -> None:
-        """Put the gradients of a tile's windows of the sources where they belong; those that are its `own` may stay."""
+        """Add or copy a tile's gradients into `source_grads`; with `own`, a gradient may be used without a copy."""
         maps = self.scan.tiled.stage.maps
         for (source, rect), grad in windows:
             make = self._awaited.pop(source, None)
             if make is not None:
                 taken = own and can_be_taken(grad, maps.shape(source), memory_order(grad))
                 source_grads[source] = grad if taken else make()
-            if source not in source_grads:  # the gradients that there are do not reach it
+            if source not in source_grads:  # no gradient reaches this source
                 continue
             self.touched.add(source)
             place = cut(source_grads[source], maps.axes[source], rect)
@@ -184,7 +184,7 @@ class BackwardPass:
                 place.add_(grad.to(place.device))
 
     def _zero_the_rest(self, source_grads: dict[int, Tensor]) -> None:
-        """Zeros where no tile has given a gradient of a source that is not added up."""
+        """Write zeros where no tile returned a gradient of an overwritten source."""
         tiled = self.scan.tiled
         source_grads.update((source, make()) for source, make in self._awaited.items())
         for source in self.scan.overwritten & source_grads.keys():
@@ -195,9 +195,9 @@ class BackwardPass:
     def _returned(
         self, along: int, step: int, halos: dict[int, Tensor], handed_back: dict[int, Tensor]
     ) -> dict[int, Tensor]:
-        """Zeros for the gradients of halos that enter a step of rows (0) or columns (1).
+        """Gradients of the halos that enter a step of rows (`along` 0) or columns (1), to which the step adds.
 
-        To them is added what comes back for those that it only passed on.
+        They start from zero, plus the returned gradients of halos that the step passed on unchanged.
         """
         tiled = self.scan.tiled
         axis = (tiled.rows, tiled.cols)[along]

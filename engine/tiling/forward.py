@@ -1,4 +1,4 @@
-"""Pass 1: the tiles in raster order, without a graph; reductions, stored maps, and the halos that pass 2 needs."""
+"""Pass 1 of the scan: computes the tiles in raster order without a graph, and stores the halos that pass 2 needs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .tile import Halos, Tile
 
 
 class ForwardReplay(Protocol):
-    """Computes a tile of pass 1 in another way than op by op, if it can; returns whether it did."""
+    """Computes a tile of pass 1 by replay instead of op by op, if it can; returns whether it did."""
 
     def __call__(self, i: int, j: int, read: Read, halos: Halos, gathered: Gathered) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Where pass 1 puts what a tile gives: reductions, stored maps, and the halos for the tiles below and right."""
+    """Collects the results of tiles in pass 1: reductions, stored maps, and halos for the tiles below and right."""
 
     scan: Scan
     accumulators: list[Accumulator]
@@ -37,7 +37,7 @@ class Gathered:
     right: dict[int, Tensor]
 
     def keep(self, tile: Tile, value: int, block: Tensor) -> None:
-        """What pass 1 does with a block: reduce it, store it, copy the halos out of it."""
+        """Process a block in pass 1: reduce it, store it, and copy the halos from it."""
         scan, tiled, i, j = self.scan, self.scan.tiled, tile.i, tile.j
         block = block.detach()
         rect, axes = tiled.block(value, i, j), tiled.axes(value)
@@ -53,9 +53,9 @@ class Gathered:
             self.room_in_halo(side, value, halo, i, j, block).copy_(cut(block, axes, own))
 
     def _takes(self, value: int, block: Tensor) -> bool:
-        """Take a block for the stored map that it is, where it may be one."""
+        """Use a block as the stored map if it is the whole map; returns whether it does."""
         scan, stage = self.scan, self.scan.tiled.stage
-        # A source may be the user's own, and what a graph keeps must not change with what the network returns.
+        # A source may be the user's own tensor, and a graph's saved tensors must not change with the network's output.
         if value in stage.sources or (scan.retained and value not in scan.maps.readers):
             return False
         if scan.maps.place_of(value) != "device":
@@ -66,8 +66,10 @@ class Gathered:
         return True
 
     def room_in_store(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
-        """Where a block lies in the stored map, which is made at first; `like` gives dtype and memory order, but of a
-        map that is handed out."""
+        """A view of the stored map for a block of tile (i, j); the first call creates the map.
+
+        `like` gives the dtype and the memory order; maps that the network returns have their own memory order.
+        """
         scan, tiled = self.scan, self.scan.tiled
         if value not in self.stored:
             shape, maps = tiled.stage.maps.shape(value), scan.maps
@@ -76,7 +78,7 @@ class Gathered:
         return cut(self.stored[value], tiled.axes(value), tiled.block(value, i, j))
 
     def room_in_halo(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:
-        """A rectangle of a halo that tile (i, j) hands on; the halo is made at first, as `room_in_store` does."""
+        """A view of a rectangle of a halo that tile (i, j) passes on; the first call creates the halo."""
         tiled, axes = self.scan.tiled, self.scan.tiled.axes(value)
         room = self.below if side == "above" else self.right
         if value not in room:
@@ -89,7 +91,7 @@ class Gathered:
 
 
 class ForwardReplays(Protocol):
-    """What computes tiles that are like earlier ones (cuda_graphs/)."""
+    """Replays tiles that are equivalent to earlier ones (see `cuda_graphs/`)."""
 
     def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ForwardReplay | None: ...
 
@@ -98,14 +100,14 @@ class ForwardPass:
     """Pass 1 of a stage.
 
     Args:
-        scan: what it goes by.
+        scan: the scan to run.
         vectors: the tensors of `stage.vectors`.
-        wants: which of them will want a gradient; if none and no source does, nothing is kept.
-        wanted_sources: the sources that will want one.
-        replay: computes tiles that are like earlier ones in another way than op by op.
+        wants: which vectors require a gradient; if no vector and no source does, no state is stored.
+        wanted_sources: the sources that require a gradient.
+        replay: replays tiles that are equivalent to earlier ones.
 
     Attributes:
-        kept: what the backward needs, complete after `run`; None if there is none.
+        kept: the state for the backward, complete after `run`; None without a backward.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class ForwardPass:
             self.kept = PassState(store, self.seed, self.env, leaves, inputs, needs, self.accumulators)
 
     def run(self) -> tuple[Tensor, ...]:
-        """Values of the reductions, then the stored maps."""
+        """Returns the values of the reductions, then the stored maps."""
         scan, stage = self.scan, self.scan.tiled.stage
         if scan.deferred and _deferrable(scan):
             return _defer(scan, self.kept)
@@ -155,7 +157,7 @@ class ForwardPass:
     def _strip(
         self, i: int, above: dict[int, Tensor], reader: Reader, replay: ForwardReplay | None
     ) -> dict[int, Tensor]:
-        """Compute a row of tiles; the rows that the next one needs are returned."""
+        """Compute a strip (a row of tiles); returns the halos for the next strip, by value number."""
         scan, kept = self.scan, self.kept
         if kept is not None:
             kept.above.append({v: kept.store.put(t) for v, t in above.items()})
@@ -190,13 +192,13 @@ class ForwardPass:
 
 
 def _deferrable(scan: Scan) -> bool:
-    """Whether pass 1 leaves nothing for pass 2 but what it stores."""
+    """Whether pass 1 only stores maps, so that it can be omitted if nobody reads them."""
     tiled = scan.tiled
     return not (tiled.stage.reductions or tiled.with_halo or tiled.random or tiled.unvalued or scan.retained)
 
 
 def _defer(scan: Scan, kept: PassState | None) -> tuple[Tensor, ...]:
-    """What pass 1 would leave, without it: stored maps have a shape but no values."""
+    """The results of pass 1 without running it: stored maps have a shape but no values."""
     values = scan.tiled.stage.program.values
     if kept is not None:
         kept.above = [{} for _ in range(scan.tiled.rows.steps)]
@@ -210,7 +212,7 @@ def _defer(scan: Scan, kept: PassState | None) -> tuple[Tensor, ...]:
 
 
 def _values(scan: Scan, accumulator: Accumulator) -> tuple[Tensor, ...]:
-    """The values of a reduction; of a shard without rows what changes no total."""
+    """The values of a reduction; for a shard without rows, neutral elements."""
     if accumulator.total is not None:
         return accumulator.values()
     infos = [scan.tiled.stage.program.values[v] for v in accumulator.reduction.outputs]
@@ -221,7 +223,7 @@ def _values(scan: Scan, accumulator: Accumulator) -> tuple[Tensor, ...]:
 
 
 def _pass_right(scan: Scan, j: int, left: dict[int, Tensor], right: dict[int, Tensor]) -> None:
-    """Columns from the left that tiles further right still need."""
+    """Copy the columns of the left halo that tiles further right still need."""
     for value, columns in left.items():
         lo, end, start, hi = passed_on(scan.tiled.cols, value, j)
         if lo < end:
@@ -232,7 +234,7 @@ def _pass_right(scan: Scan, j: int, left: dict[int, Tensor], right: dict[int, Te
 
 
 def _pass_down(scan: Scan, i: int, above: dict[int, Tensor], below: dict[int, Tensor]) -> None:
-    """Rows from above that strips further down still need."""
+    """Copy the rows of the upper halo that strips further down still need."""
     for value, rows in above.items():
         lo, end, start, hi = passed_on(scan.tiled.rows, value, i)
         if lo < end:
@@ -243,7 +245,10 @@ def _pass_down(scan: Scan, i: int, above: dict[int, Tensor], below: dict[int, Te
 
 
 def passed_on(axis: AxisSchedule, value: int, step: int) -> tuple[int, int, int, int]:
-    """The indices [lo, end) that a step hands on as it got them; the halo in begins at start, out ends at hi."""
+    """Returns (lo, end, start, hi): a step passes on the indices [lo, end) of a halo unchanged.
+
+    The incoming halo begins at `start`, the outgoing halo ends at `hi`.
+    """
     lo, hi = axis.halo_out(value, step)
     start, known = axis.halo_in(value, step)
     return lo, min(hi, known), start, hi

@@ -1,11 +1,11 @@
-"""Reductions to a grid: rows and columns are cut into cells (`geometry.Cells`), and each cell gives a value.
+"""Reductions to a grid: rows and columns are divided into cells (`geometry.Cells`), and each cell gives a value.
 
     6 x 6      pyramid pooling (PSP): adaptive pooling to a fixed grid, whose cells may share a row or column
     H x 1      over the width alone: strip pooling, coordinate attention, mean(3)
     1 x W      over the height alone
 
-A tile gives its part of the cells that it touches, and takes back their gradient; of the result nothing grows with the
-image but what has a value for each row or each column.
+A tile contributes to the cells that it overlaps, and receives their gradient. The result grows with the image only if
+it has a value per row or per column.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .reduce import Accumulator
 
 
 def new_accumulator(reduction: Reduction, stage: Stage) -> Accumulator:
-    """What gathers the values of a stage's reduction."""
+    """A new accumulator for a reduction of a stage."""
     dtype = stage.program.values[reduction.outputs[0]].dtype
     if reduction.grid is None:
         return Accumulator(reduction, dtype)
@@ -33,18 +33,18 @@ def new_accumulator(reduction: Reduction, stage: Stage) -> Accumulator:
 
 
 class GridAccumulator(Accumulator):
-    """The values of a reduction to a grid, gathered tile by tile.
+    """Accumulates a reduction to a grid tile by tile.
 
-    Of maxima whose gradient goes to the first of equal elements the place of that one is kept, for each cell; where
-    all equal ones share it, each tile's own maxima are.
+    For a maximum whose gradient goes to the first of equal elements, it stores the index of that element per cell. If
+    all equal elements share the gradient, it stores the maxima of each tile.
     """
 
     def __init__(self, reduction: Reduction, dtype: torch.dtype, axes: Axes, width: int):
         super().__init__(reduction, dtype)
         assert reduction.grid is not None
         self.grid, self.axes, self.width = reduction.grid, axes, width
-        self.pixels: Tensor | None = None  # moments: those taken in, of each cell
-        self.places: Tensor | None = None  # maxima: the first in raster order, of each cell
+        self.pixels: Tensor | None = None  # moments: pixels accumulated per cell
+        self.places: Tensor | None = None  # maxima: index of the first in raster order, per cell
         self.rects: dict[tuple[int, int], Rect] = {}
 
     @property
@@ -52,7 +52,7 @@ class GridAccumulator(Accumulator):
         return bool(self.rects)
 
     def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
-        if rect is None:  # it is the part already
+        if rect is None:  # `whole` is the part already
             return whole
         for axis, cells, span in zip(self.axes, self.grid, (rect[:2], rect[2:]), strict=True):
             start, end = cells.touched(*span)
@@ -60,7 +60,7 @@ class GridAccumulator(Accumulator):
         return whole
 
     def _like(self, part: Tensor, fill: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        """A value for each cell."""
+        """A tensor shaped like `part`, but with one value per cell."""
         shape = list(part.shape)
         for axis, cells in zip(self.axes, self.grid, strict=True):
             shape[axis] = cells.count
@@ -71,7 +71,7 @@ class GridAccumulator(Accumulator):
     def share(
         self, block: Tensor, moments: tuple[Tensor, ...] | None = None, rect: Rect | None = None, look: bool = True
     ) -> tuple[Tensor, ...]:
-        """Of the cells that a block touches: sums; means and squared deviations; maxima and count or place in it."""
+        """Values of a block per cell: sums; means and squared deviations; or maxima with their counts or indices."""
         assert rect is not None
         reduction = self.reduction
         if reduction.kind == "moments":
@@ -99,8 +99,10 @@ class GridAccumulator(Accumulator):
         return block.sum(rest, keepdim=True, dtype=wide) if rest else block.to(wide)
 
     def _maxima(self, block: Tensor, rect: Rect) -> tuple[Tensor, Tensor]:
-        """The maximum of each cell, and where the first element is that has it, in rows and columns of the whole map
-        counted from the block's corner."""
+        """The maximum of each cell and the flat index of its first element.
+
+        The index counts in rows of the whole map, from the block's corner.
+        """
         (h, w), (rows, cols), (top, _, left, _) = self.axes, self.grid, rect
         if rows.every or cols.every:
             dim, cells, lo = (w, cols, left) if rows.every else (h, rows, top)
@@ -154,7 +156,7 @@ class GridAccumulator(Accumulator):
             self.total, self.deviations, self.pixels = (self._like(mean, 0) for _ in range(3))
         own = (self.part_of(t, rect) for t in (self.total, self.deviations, self.pixels))
         total, deviated, seen = own
-        # Each row (or column) is a cell: a block has as many pixels of each as it is wide (or high).
+        # Each row (or column) is a cell: the block's width (or height) is its number of pixels per cell.
         pixels = rect[3] - rect[2] if self.grid[0].every else rect[1] - rect[0]
         distance, both = mean.to(torch.float64) - total, seen + pixels
         deviated.add_(deviations).add_(distance.square() * seen * pixels / both)
@@ -179,7 +181,7 @@ class GridAccumulator(Accumulator):
             found = [self.total, self.deviations / self.pixels]
         else:
             found = [self.total / reduction.count if reduction.count != 1 else self.total]
-        if reduction.kind == "max" and len(reduction.outputs) > 1:  # a shard's maximum: how many elements have it
+        if reduction.kind == "max" and len(reduction.outputs) > 1:  # a shard also counts the maxima
             assert self.places is not None
             first = self.places != torch.iinfo(torch.int64).max
             found.append(first if reduction.first_only else self._counts())
@@ -190,7 +192,7 @@ class GridAccumulator(Accumulator):
         )
 
     def _counts(self) -> Tensor:
-        """How many elements of each cell are as large as its maximum."""
+        """The number of elements that equal the maximum, per cell."""
         assert self.total is not None
         counts = self._like(self.total, 0)
         for tile, rect in self.rects.items():
@@ -218,11 +220,11 @@ class GridAccumulator(Accumulator):
 
 
 def _cell_sums(x: Tensor, dim: int, cells: Cells, lo: int, dtype: torch.dtype) -> Tensor:
-    """A block's sums over its part of each cell of one axis, on which it begins at `lo`."""
+    """Sums of a block over its part of each cell along one axis, on which the block begins at `lo`."""
     if cells.every:
         return x
     parts = cells.parts(lo, lo + x.shape[dim])
-    # Neighbouring cells may overlap: pieces that belong to the same cells are summed once.
+    # Neighbouring cells may overlap: a piece that several cells share is summed once.
     borders = sorted({border for part in parts for border in part})
     lengths = [end - start for start, end in pairwise(borders)]
     pieces = [piece.sum(dim, keepdim=True, dtype=dtype) for piece in x.split(lengths, dim)]
@@ -237,6 +239,6 @@ def _cell_sums(x: Tensor, dim: int, cells: Cells, lo: int, dtype: torch.dtype) -
 
 
 def _first_maximum(block: Tensor, top: int, bottom: int, left: int, right: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum of a part of a block (N, C, H, W), and its first row and column in the block."""
+    """The maximum of a part of a block (N, C, H, W), and the row and column of its first element in the block."""
     value, place = F.adaptive_max_pool2d(block[:, :, top:bottom, left:right], 1, return_indices=True)
     return value, place // (right - left) + top, place % (right - left) + left

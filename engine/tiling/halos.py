@@ -1,4 +1,4 @@
-"""The rows and columns handed from tile to tile: where they are kept, how windows are put together from them.
+"""Halos, the rows and columns passed from tile to tile: their storage, and the assembly of windows from them.
 
 The window that an op reads in a tile has up to three parts:
 
@@ -9,8 +9,8 @@ The window that an op reads in a tile has up to three parts:
     rows of |        left halo       |  block (computed in this tile)
     the tile|                         |
 
-In the backward the gradient of a window falls apart the same way: the block's part goes on through autograd, the
-others are added to the gradients of the halos, which the tiles above and to the left add to their own blocks.
+In the backward the gradient of a window is split in the same way. Autograd propagates the block's part; the other
+parts are added to the gradients of the halos. The tiles above and to the left add these to their own blocks.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Give = Callable[[tuple[Rect, Tensor]], None]
 
 
 def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
-    """A view of the rows and columns of a map."""
+    """A view of a rectangle of a map."""
     (rows, cols), (top, bottom, left, right) = axes, rect
-    if right - left == tensor.shape[cols]:  # halos mostly have all of one axis
+    if right - left == tensor.shape[cols]:  # most halos cover one axis in full
         return tensor.narrow(rows, top, bottom - top)
     if bottom - top == tensor.shape[rows]:
         return tensor.narrow(cols, left, right - left)
@@ -45,7 +45,7 @@ def cut(tensor: Tensor, axes: Axes, rect: Rect) -> Tensor:
 
 
 def split(rect: Rect, block: Rect) -> tuple[Rect, Rect, Rect]:
-    """The parts of a window that lie above the block's rows, left of its columns, and in the block."""
+    """The parts of a window above the block's rows, left of its columns, and inside the block."""
     top, bottom, left, right = rect
     middle = min(max(top, block[0]), bottom)
     centre = min(max(left, block[2]), right)
@@ -53,7 +53,7 @@ def split(rect: Rect, block: Rect) -> tuple[Rect, Rect, Rect]:
 
 
 def shift(rect: Rect, row: int, col: int) -> Rect:
-    """The rectangle as seen from a place."""
+    """The rectangle in coordinates relative to (row, col)."""
     return rect[0] - row, rect[1] - row, rect[2] - col, rect[3] - col
 
 
@@ -62,14 +62,14 @@ def area(rect: Rect) -> int:
 
 
 def memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the slowest to the fastest in memory."""
+    """The dimensions in memory order, slowest first."""
     if tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.shape[1] > 1:
-        return [0, 2, 3, 1]  # PyTorch reads "channels last" off the strides, of dimensions of size one too
+        return [0, 2, 3, 1]  # PyTorch infers channels_last from the strides, even of dimensions of size one
     return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d) if tensor.shape[d] > 1 else -math.inf, d))
 
 
 def unpermute(dense: Tensor, order: Sequence[int]) -> Tensor:
-    """A tensor whose dimensions lie in memory in this order, with its dimensions in their own order."""
+    """Permute a tensor whose dimensions are in memory order `order` back to their logical order."""
     inverse = [0] * len(order)
     for position, d in enumerate(order):
         inverse[d] = position
@@ -84,8 +84,8 @@ def empty_like_layout(pattern: Tensor, axes: Axes, height: int, width: int) -> T
 
 
 def empty(pattern: Tensor, shape: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
-    """An uninitialised tensor of another shape with the dtype, device and (or that given) memory order of `pattern`."""
-    if order is None and pattern.dim() == 4:  # at once, where PyTorch has a name for the order
+    """An uninitialised tensor of another shape with the dtype, device and (by default) memory order of `pattern`."""
+    if order is None and pattern.dim() == 4:  # a shortcut for memory formats that PyTorch can name
         if pattern.stride(1) == 1 and pattern.shape[1] > 1:
             return torch.empty(shape, dtype=pattern.dtype, device=pattern.device, memory_format=torch.channels_last)
         if pattern.is_contiguous():
@@ -95,7 +95,7 @@ def empty(pattern: Tensor, shape: Sequence[int], order: Sequence[int] | None = N
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy (target, source) pairs; those that lie alike in memory go in few launches."""
+    """Copy (target, source) pairs; pairs with equal strides are copied in few launches."""
     groups: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         alike = target.stride() == source.stride()
@@ -127,12 +127,18 @@ def put_back(part: Tensor, axes: Axes, rect: Rect, height: int, width: int) -> T
 
 @dataclass(slots=True)
 class Layout:
-    """How a window is put together; all rectangles are in the window's own coordinates without padding.
+    """How a window is assembled; all rectangles are in the window's own coordinates without padding.
 
-    `parts` pairs a rectangle of the window with the tensor that fills it and the rectangle there; the block's part has
-    no tensor. `pad` is (top, bottom, left, right), filled with `fill`. `in_margin` says that the block has room in
-    memory for the rows above and the columns to the left: they are copied there, and the window is a view. `give`
-    takes the gradient of the block's part with its rectangle in the block, where one op gathers those (`Block.parts`).
+    Attributes:
+        axes: the image axes.
+        height, width: size of the window without padding.
+        pad: (top, bottom, left, right), filled with `fill`.
+        parts: (rectangle of the window, tensor that fills it, rectangle of that tensor).
+        block: (rectangle of the window, rectangle of the block), or None if the block has no part in the window.
+        in_margin: the block has space in memory for the rows above and the columns to the left; they are copied there,
+            and the window is a view.
+        give: receives the gradient of the block's part and its rectangle in the block, if one op gathers them
+            (`Block.parts`).
     """
 
     axes: Axes
@@ -178,7 +184,7 @@ class Layout:
         for axis, extent, first in zip(self.axes, (self.height, self.width), (0, 2), strict=True):
             size[axis] = extent
             offset += (source[first] - target[first]) * block.stride(axis)
-        # .data: the margin is no part of the block, so autograd need not hear that it is written.
+        # .data: the margin is not part of the block, so autograd must not record the write.
         window = block.data.as_strided(size, block.stride(), offset)
         for part, tensor, rect in self.parts:
             cut(window, self.axes, part).copy_(cut(tensor, self.axes, rect))
@@ -186,9 +192,9 @@ class Layout:
 
 
 class Compose(torch.autograd.Function):
-    """`Layout.compose` with a backward that hands the halos' gradients to `sink(part number, gradient)`.
+    """`Layout.compose` whose backward passes the gradient of each halo part to its function in `sinks`.
 
-    `anchor` is a scalar that requires a gradient: it makes autograd run this node even where no block is involved.
+    `anchor` is a scalar that requires a gradient: it makes autograd run this node even without a block.
     """
 
     @staticmethod
@@ -196,7 +202,7 @@ class Compose(torch.autograd.Function):
         ctx.layout, ctx.sinks = layout, sinks
         ctx.block_shape = None if block is None else block.shape
         window = layout.compose(block)
-        layout.parts = [(target, torch.empty(0), source) for target, _, source in layout.parts]  # let the halos go
+        layout.parts = [(target, torch.empty(0), source) for target, _, source in layout.parts]  # free the halos
         return window
 
     @staticmethod
@@ -220,7 +226,10 @@ class Compose(torch.autograd.Function):
 
 
 class Crop(torch.autograd.Function):
-    """A part of a block; autograd's own slicing would return its gradient in another memory order. `give` as above."""
+    """A part of a block. Autograd's own slicing would change the memory order of its gradient.
+
+    `give` is that of `Layout`.
+    """
 
     @staticmethod
     def forward(ctx: Any, block: Tensor, axes: Axes, rect: Rect, give: Give | None = None):
@@ -236,19 +245,19 @@ class Crop(torch.autograd.Function):
 
 
 class HandOn(torch.autograd.Function):
-    """The block unchanged; in the backward, `add` puts the gradients that later tiles have handed back on top.
+    """Returns the block unchanged; in the backward, `add` adds the gradients that later tiles returned.
 
-    `own`: the one op that reads the block gives its gradient to nobody else.
+    `own`: no other branch holds the incoming gradient, so it may be changed in place.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, block: Tensor, add: Callable[[Tensor], None], own: bool = False):
         ctx.add, ctx.own = add, own
-        return block.narrow(0, 0, block.shape[0])  # not view_as: that forgets the memory order of a batch of one
+        return block.narrow(0, 0, block.shape[0])  # not view_as: it loses the memory order of a batch of one
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        # A copy: autograd may have given the same tensor to another branch.
+        # Cloned because autograd may pass the same tensor to another branch.
         grad = grads[0] if ctx.own else grads[0].clone()
         ctx.add(grad)
         return None, grad, None, None
@@ -256,24 +265,24 @@ class HandOn(torch.autograd.Function):
 
 @contextlib.contextmanager
 def disk_errors(size: int) -> Iterator[None]:
-    """A full disk is an error of one line, when a temporary file shall take so many bytes more."""
+    """Context that turns a full disk into a one-line error, while a temporary file grows by `size` bytes."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise GigamorphError(
-            f"{tempfile.gettempdir()}: no room for another {format_bytes(size)} of halos or maps ({error.strerror}); "
-            "point TMPDIR at a larger disk, or give a larger memory budget"
+            f"{tempfile.gettempdir()}: cannot store another {format_bytes(size)} of halos or maps ({error.strerror}); "
+            "set TMPDIR to a larger disk, or increase the memory budget"
         ) from None
 
 
 class HaloStore:
-    """Keeps the halos that enter each tile between the two passes.
+    """Stores the halos that enter each tile between the two passes.
 
     Args:
-        place: "device" keeps them where they are, "host" in (pinned) host memory, "disk" in a temporary file that is
-            written and read as bytes, never mapped, so that it does not count as memory of this process.
+        place: "device" leaves them on the device, "host" copies them to (pinned) host memory, "disk" writes them to a
+            temporary file. The file is never memory-mapped, so it does not count as memory of this process.
     """
 
     def __init__(self, place: str):
@@ -282,7 +291,7 @@ class HaloStore:
         self._file = tempfile.TemporaryFile(prefix="gigamorph-halos-") if place == "disk" else None  # noqa: SIM115
 
     def put(self, tensor: Tensor) -> Any:
-        """A handle from which `get` gives the tensor back."""
+        """Store a tensor; returns a handle for `get`."""
         self.bytes += tensor.nbytes
         if self.place == "device" or (self.place == "host" and tensor.device.type == "cpu"):
             return tensor
@@ -298,7 +307,7 @@ class HaloStore:
         return offset, order, dense.shape, tensor.dtype, tensor.device
 
     def get(self, handle: Any) -> Tensor:
-        """The tensor of a handle."""
+        """The tensor stored under a handle."""
         if isinstance(handle, Tensor):
             return handle
         if len(handle) == 2:
@@ -306,7 +315,7 @@ class HaloStore:
         assert self._file is not None
         offset, order, shape, dtype, device = handle
         dense = torch.empty(shape, dtype=dtype)
-        with disk_errors(dense.nbytes):  # what was written last may still be on its way
+        with disk_errors(dense.nbytes):  # seek flushes buffered writes
             self._file.seek(offset)
         self._file.readinto(dense.reshape(-1).view(torch.uint8).numpy().data)
         return unpermute(dense, order).to(device)

@@ -1,7 +1,7 @@
-"""Where the blocks of a map go as the tiles make them: into an array that is there, or a new file.
+"""Writes the blocks of a map, as tiles compute them, into an existing array or a new file.
 
-Blocks come in raster order in odd sizes. Files in fixed tiles are written in bands, which are as high as a tile and as
-wide as the map: a band is held until the last block has come that reaches into it.
+Blocks arrive in raster order in odd sizes. Tiled files are written in bands that are as high as a file tile and as wide
+as the map. A band stays in memory until its last block has arrived.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ Put = Callable[[Tensor, Rect], None]
 
 
 def sink(out: Any, shape: Sequence[int], axes: Axes, dtype: torch.dtype) -> contextlib.AbstractContextManager[Put]:
-    """Takes a map of this shape block by block.
+    """Context manager that returns a function which writes a block of a map: `put(block, rect)`.
 
     Args:
-        out: as for `dense.write_map`.
+        out: see `dense.write_map`.
+        shape: shape of the map.
         axes: the image axes.
 
     Raises:
-        GigamorphError: if `out` does not fit the map.
+        GigamorphError: if `out` does not match the map.
     """
     if isinstance(out, str | Path):
         path = Path(out)
         files = {".npy": _npy, ".zarr": _zarr, ".tif": _tiff, ".tiff": _tiff}
         if path.suffix.lower() not in files:
-            raise GigamorphError(f"{path}: cannot tell the format; name the file .npy, .zarr or .tif")
+            raise GigamorphError(f"{path}: unknown file format; the name must end in .npy, .zarr or .tif")
         return files[path.suffix.lower()](path, shape, axes, _numpy_dtype(dtype))
     if tuple(getattr(out, "shape", ())) != tuple(shape):
         kind = f"of shape {tuple(out.shape)}" if hasattr(out, "shape") else type(out).__name__
-        raise GigamorphError(f"the map has shape {tuple(shape)}; give an array of that shape, not one {kind}")
+        raise GigamorphError(f"out must be an array of the map's shape {tuple(shape)}, not {kind}")
     if isinstance(out, Tensor):
         return contextlib.nullcontext(_copy(out, axes))
     if isinstance(out, np.ndarray):
         if not out.flags.writeable:
-            raise GigamorphError("the array for the map is read-only; open its file with mode r+, or give a path")
+            raise GigamorphError("out must be writable, but the array is read-only; open its file with mode r+")
         return contextlib.nullcontext(_assign(out, axes))
     chunks = getattr(out, "chunks", None)
     if chunks is None or not hasattr(out, "__setitem__"):
-        raise GigamorphError(f"out is a {type(out).__name__}; give a tensor, numpy array, zarr array or path")
+        raise GigamorphError(f"out must be a tensor, numpy array, zarr array or path, not a {type(out).__name__}")
     return contextlib.nullcontext(_in_chunks(out, shape, axes, chunks[axes[0]]))
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    """The dtype of a map in a file: bfloat16 becomes float32, which holds its values."""
+    """The dtype of a map in a file: bfloat16 is stored as float32, which represents its values exactly."""
     return np.dtype("float32") if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
 
 
@@ -91,7 +92,7 @@ def _assign(out: Any, axes: Axes) -> Put:
 
 
 def _in_chunks(out: Any, shape: Sequence[int], axes: Axes, height: int) -> Put:
-    """Into an array whose chunks are written whole: unaligned blocks would be read and written again and again."""
+    """Write bands of whole chunks into an array: unaligned blocks would read and rewrite a chunk many times."""
 
     def flush(top: int, band: np.ndarray) -> None:
         rect = (top, top + band.shape[axes[0]], 0, shape[axes[1]])
@@ -101,10 +102,10 @@ def _in_chunks(out: Any, shape: Sequence[int], axes: Axes, height: int) -> Put:
 
 
 class _Shard:
-    """Puts blocks together to bands of some rows, the last of which may be lower, and hands each on when it is full.
+    """Assembles blocks into bands of `height` rows (the last may be lower) and flushes each band when it is complete.
 
     Args:
-        flush: gets a band's first row, and the band.
+        flush: called with the first row of a band, and the band.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Itera
 
     def put(block: Tensor, rect: Rect) -> None:
         assign(block, rect)
-        # The file keeps what was written; pages that stay would count as ours.
+        # The data is in the file; resident pages would count as memory of this process.
         if GIVES_BACK and rect[3] == shape[axes[1]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
@@ -163,7 +164,7 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
     others = [n for d, n in enumerate(shape) if d not in axes]
     channels = others[-1] if others and (len(shape) > 3 or axes[0] == 0) else 1
     if int(np.prod(others)) != channels:
-        raise GigamorphError(f"{path}: a TIFF takes the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
+        raise GigamorphError(f"{path}: TIFF holds the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
     file = _TiffFile(path, (shape[axes[0]], shape[axes[1]], channels), dtype)
 
     def flush(_top: int, band: np.ndarray) -> None:
@@ -182,9 +183,9 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
 
 
 class _TiffFile:
-    """A tiled (Big)TIFF, zstd without loss, of bands of TILE rows that come one after the other.
+    """A tiled (Big)TIFF file, losslessly compressed with zstd, written in consecutive bands of TILE rows.
 
-    Its writer asks for tiles, so it runs in a thread of its own.
+    tifffile pulls the tiles from an iterator, so it runs in its own thread.
 
     Args:
         size: (height, width, channels).
@@ -209,12 +210,12 @@ class _TiffFile:
         self._queue.put(band)
 
     def close(self) -> None:
-        """Wait until what has come is written."""
+        """Wait until all bands are written."""
         self._queue.put(None)
         self._thread.join()
 
     def check(self) -> None:
-        """Raise what has failed in the thread that writes."""
+        """Raise the error of the writer thread, if any."""
         if self._failed:
             raise GigamorphError(f"{self._path}: cannot be written ({self._failed[0]})")
 
@@ -246,7 +247,7 @@ class _TiffFile:
                     software="gigamorph",
                     metadata=None,
                 )
-        except BaseException as error:  # told to the thread that computes
+        except BaseException as error:  # `check` raises it in the computing thread
             self._failed.append(error)
             for _ in self._bands:
                 pass

@@ -1,4 +1,4 @@
-"""Byte counts: parse and print them, and read how much memory this process holds."""
+"""Byte counts: parsing, formatting, and the memory that this process uses."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from .arena import loaded
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-_LARGEST = (1 << 31) - 1  # that it takes
-_USUAL_MMAP, _USUAL_TRIM = 32 << 20, 64 << 20  # where glibc's own adjustment ends
+_LARGEST = (1 << 31) - 1  # the largest value that mallopt accepts
+_USUAL_MMAP, _USUAL_TRIM = 32 << 20, 64 << 20  # upper limits of glibc's own adjustment
 _ALONE = 1 << 18
 
 
 def parse_bytes(size: int | float | str) -> int:
-    """Bytes from a number or a text such as ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
+    """Bytes from a number or a string like ``"4GiB"``, ``"800MB"``, ``"1.5G"``.
 
     Raises:
-        GigamorphError: if it is no size, the size is not positive, or a text without a unit says less than a MiB: its
-            unit was left out.
+        GigamorphError: if the size is invalid or not positive, or a string without a unit is below 1 MiB, because its
+            unit is probably missing.
     """
     bare = isinstance(size, str) and size.strip()[-1:].isdecimal()
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", size.lower())
         if not match or match[2] not in _UNITS:
-            raise GigamorphError(f"memory size {size!r} is not understood; write it like 4GiB, 800MiB or 6GB")
+            raise GigamorphError(f"memory size {size!r} is invalid; write it like 4GiB, 800MiB or 6GB")
         size = float(match[1]) * _UNITS[match[2]]
     if isinstance(size, bool) or not isinstance(size, numbers.Real) or not math.isfinite(size):
-        raise GigamorphError(f"memory size {size!r} is not understood; give bytes, or write it like 4GiB")
+        raise GigamorphError(f"memory size {size!r} is invalid; pass bytes, or write it like 4GiB")
     if size < 1:
-        raise GigamorphError(f"memory size {size} must be positive, a byte or more")
+        raise GigamorphError(f"memory size must be at least 1 byte, not {size}")
     if bare and size < 1 << 20:
-        raise GigamorphError(f"memory size {size:g} is in bytes, too few for any image; write {size:g}GiB or so")
+        raise GigamorphError(f"memory size {size:g} means bytes, which is too small; add a unit, as in {size:g}GiB")
     return int(size)
 
 
@@ -56,13 +56,13 @@ def format_bytes(size: float) -> str:
 
 
 def format_enough(size: float) -> str:
-    """The same, rounded up: whoever gives as much gives enough."""
+    """Like `format_bytes`, but rounded up, so that the printed size is sufficient."""
     number, digits, unit = _in_units(size)
     return f"{math.ceil(number * 10**digits) / 10**digits:.{digits}f} {unit}"
 
 
 def _in_units(size: float) -> tuple[float, int, str]:
-    """A number of bytes in the largest unit of which it has one, how many decimals it is told with, and the unit."""
+    """A byte count in its largest fitting unit: the number, its decimal places, and the unit."""
     unit = "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(size) < 1024 or unit == "TiB":
@@ -79,7 +79,7 @@ def _status(field: str) -> int:
 
 
 def return_free_pages() -> None:
-    """Give what the arena and the C library's heap hold and nothing uses back to the system."""
+    """Return unused pages of the arena and the C library's heap to the system."""
     found = loaded()
     if found is not None:
         found.trim()
@@ -87,22 +87,22 @@ def return_free_pages() -> None:
 
 
 def trim_heap() -> None:
-    """Give what the C library's heap holds and nothing uses back to the system, where that is possible."""
+    """Return unused pages of the C library's heap to the system, if the C library supports it."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 def _glibc(name: str) -> Callable[..., int] | None:
-    """A function of glibc's heap; None where the C library is another."""
+    """A function of glibc's heap, or None with another C library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def new_blocks_on_own_pages(alone: bool) -> None:
-    """Whether large blocks that find no hole in the heap get pages of their own; else the heap grows (glibc).
+    """Set whether glibc maps separate pages for large blocks that fit no hole of the heap; otherwise the heap grows.
 
-    Those pages go back to the system as soon as the blocks are freed: the process then holds what is in use. But new
-    pages cost several times what the bytes in them cost that are there already.
+    Separate pages return to the system as soon as their block is freed, so the process holds only bytes in use. But
+    writing to new pages costs several times as much as writing to resident ones.
     """
     set_option = _glibc("mallopt")
     if set_option is not None:
@@ -112,9 +112,9 @@ def new_blocks_on_own_pages(alone: bool) -> None:
 
 @contextlib.contextmanager
 def large_blocks_on_own_pages() -> Iterator[None]:
-    """Within it, blocks of a MiB and more go back to the system as soon as they are freed (glibc).
+    """Context in which blocks of 1 MiB and more return to the system as soon as they are freed (glibc).
 
-    For work on files, where the time that new pages cost does not count.
+    Meant for work on files, where the cost of new pages is negligible.
     """
     with _heap({_M_MMAP_THRESHOLD: 1 << 20}):
         yield
@@ -122,10 +122,10 @@ def large_blocks_on_own_pages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def freed_pages_kept() -> Iterator[None]:
-    """Within it, freed blocks of any size stay with the process, whose next ones need no new pages (glibc).
+    """Context in which the heap retains freed blocks of any size, so that later blocks need no new pages (glibc).
 
-    For work that copies whole networks several times, of which new pages take a third of the time. After it they go
-    back to the system.
+    Meant for work that copies whole networks several times, where new pages take a third of the time. The pages return
+    to the system at the end.
     """
     with _heap({_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST}):
         yield
@@ -134,8 +134,10 @@ def freed_pages_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heap(thresholds: dict[int, int]) -> Iterator[None]:
-    """glibc's heap with other thresholds. After it blocks of up to 32 MiB stay with the process, as they do in one
-    that has freed such blocks before."""
+    """Context with other thresholds of glibc's heap.
+
+    Afterwards the heap retains freed blocks of up to 32 MiB, as it does in a process that has freed such blocks before.
+    """
     set_option = _glibc("mallopt")
     if set_option is None:
         yield
@@ -150,7 +152,7 @@ def _heap(thresholds: dict[int, int]) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes in use now: on a GPU the allocator's and what captured graphs hold, else this process's resident set."""
+    """Bytes in use: on a GPU those of the allocator and of captured graphs, else the resident set of this process."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) + _held_by_graphs(_index(device))
@@ -158,23 +160,23 @@ def used_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def resident_bytes() -> int:
-    """This process's resident set; where it is not Linux, the largest that it was. Read before every op of a step."""
+    """The resident set of this process; outside Linux, its peak. It is read before every op of a step."""
     if sys.platform == "linux":
         return int(os.pread(_statm(), 128, 0).split()[1]) * mmap.PAGESIZE
     return peak_bytes("cpu")
 
 
 def mapped_bytes() -> int:
-    """What of the resident set are pages of files, libraries among them; 0 where it is not Linux."""
+    """The file-backed part of the resident set, including libraries; 0 outside Linux."""
     return int(os.pread(_statm(), 128, 0).split()[2]) * mmap.PAGESIZE if sys.platform == "linux" else 0
 
 
-_SHARED_POOL = (0, 0)  # of all that no graph has to itself
-_peak_at_capture: dict[int, int] = {}  # of GPUs on which graphs were captured: the allocator's peak after the latest
+_SHARED_POOL = (0, 0)  # the pool of segments that belong to no graph
+_peak_at_capture: dict[int, int] = {}  # GPU index -> the allocator's peak after the latest capture on it
 
 
 def note_capture(device: torch.device) -> None:
-    """A graph was captured on this GPU: from now on it holds memory that the allocator calls free."""
+    """Record that a graph was captured on this GPU: it holds memory that the allocator reports as free."""
     _peak_at_capture[_index(device)] = torch.cuda.max_memory_allocated(device)
 
 
@@ -183,8 +185,8 @@ def _index(device: torch.device) -> int:
 
 
 def _held_by_graphs(index: int) -> int:
-    """Bytes in which captured graphs work; every replay writes them."""
-    if index not in _peak_at_capture:  # the snapshot takes long, and progress asks often
+    """Bytes that captured graphs hold and write in every replay."""
+    if index not in _peak_at_capture:  # the snapshot is slow, and progress bars call this often
         return 0
     segments = (s for s in torch.cuda.memory_snapshot() if s["device"] == index)
     return sum(s["total_size"] - s["allocated_size"] for s in segments if s["segment_pool_id"] != _SHARED_POOL)
@@ -192,19 +194,19 @@ def _held_by_graphs(index: int) -> int:
 
 @functools.cache
 def _statm() -> int:
-    """The file of this process's sizes, kept open: it is read after every op, and opening takes most of that."""
+    """The descriptor of /proc/self/statm. It stays open: opening it takes longer than reading, which every op does."""
     return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 if sys.platform == "linux":
-    os.register_at_fork(after_in_child=_statm.cache_clear)  # what was opened before is the parent's
+    os.register_at_fork(after_in_child=_statm.cache_clear)  # the inherited descriptor reads the parent's sizes
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
-    """The largest figure of `used_bytes` since the process started or `reset_peak` was called.
+    """The peak of `used_bytes` since the process started or since `reset_peak`.
 
-    On a GPU, where graphs were captured meanwhile: at least this, for the allocator's peak is that of a capture, which
-    is of the memory that its graph holds.
+    If graphs were captured on the GPU meanwhile, this is a lower bound: the allocator's peak may stem from a capture,
+    whose memory its graph holds.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -218,7 +220,7 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def reset_peak(device: torch.device | str = "cpu") -> None:
-    """Start `peak_bytes` anew (on Linux and on CUDA; elsewhere the peak is that of the whole process)."""
+    """Reset `peak_bytes` (on Linux and CUDA; otherwise the peak always covers the whole life of the process)."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,7 +232,7 @@ def reset_peak(device: torch.device | str = "cpu") -> None:
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that a step may still take on this device."""
+    """Bytes that are still available to a step on this device."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

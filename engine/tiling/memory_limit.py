@@ -1,4 +1,4 @@
-"""What a step may take of this process's memory on the CPU."""
+"""The CPU memory limit of a step."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any, Protocol
 from .memory import new_blocks_on_own_pages, resident_bytes, trim_heap
 from .page_pool import PagePool
 
-_NEW_SHARE = 0.7  # of a piece of work, what does not find room among the heap's free pages
-_OP_SHARE = 0.25  # of a piece of work, what the gradient of one op may add
-_WORTH_SHARE = 0.1  # of a piece of work, what the heap should have gained before it gives back once more
-_FIRST, _EVERY = 3, 32  # steps before which the heap gives back, to see what else there is
-_GROWN_SHARE = 0.02  # of a limit, what may come into being between two steps before that is looked at again
+_NEW_SHARE = 0.7  # share of a piece of work that does not fit into the heap's free pages
+_OP_SHARE = 0.25  # share of a piece of work that the gradient of one op may add
+_WORTH_SHARE = 0.1  # share of a piece of work by which the heap must grow before it is trimmed again
+_FIRST, _EVERY = 3, 32  # the heap is trimmed before the first 3 steps and then every 32 steps, to measure the baseline
+_GROWN_SHARE = 0.02  # share of a limit; if more is allocated between two steps, the baseline is measured again
 
 
 class RecordedTiles(Protocol):
-    """What has graphs of tiles, by their place, in the order in which they were made."""
+    """An object that holds graphs of tiles, by row and column, in the order in which they were recorded."""
 
     recorded: dict[Any, Any]
 
 
 class ProcessBaseline:
-    """What a process holds besides its steps.
+    """Measures the memory that a process uses outside its steps.
 
-    To see it, the heap has to give back what a step has left, whose pages the next one then has to get again: for small
-    networks a third of their time. So that is done before the first steps, where gradients and what an optimizer keeps
-    come into being, and after that now and then, or where more has come since the last step.
+    The measurement trims the heap, and the next step must fault its pages in again, which takes a third of the time of
+    small networks. So it runs before the first steps, when gradients and optimizer states are allocated, then only
+    occasionally or after the process has grown since the last step.
 
-    Libraries keep some of what a step took, which is no less the step's for being there when the next one begins.
+    Memory that libraries retain from a step still counts towards the limit of the next step.
     """
 
     def __init__(self) -> None:
         self.bytes = self.first = self.held = self.after = self.steps = 0
 
     def before(self, limit: int, held: int, gradients: int, spare: int, left: int) -> int:
-        """These bytes, at the beginning of a step.
+        """The baseline in bytes, measured at the beginning of a step.
 
         Args:
-            limit: of the step.
-            held: what it holds already, at the beginning of each.
-            gradients: those of steps before, which it adds to: they come and go.
-            spare: bytes of pages that wait for what needs them.
-            left: bytes of the limit that libraries keep from one step to the next, as far as they hold them yet.
+            limit: limit of the step in bytes.
+            held: bytes of the limit that are in use before every step.
+            gradients: bytes of existing gradients, which the step accumulates into; not every step has them.
+            spare: bytes of free pages in the pool.
+            left: bytes of the limit that libraries retain from one step to the next.
         """
         if held != self.held:
             self.held, self.steps = held, 0
@@ -52,7 +52,8 @@ class ProcessBaseline:
         if grown or self.steps < _FIRST or self.steps % _EVERY == 0:
             trim_heap()
             self.bytes = resident_bytes() - spare - held - gradients
-        self.bytes = min(self.bytes, resident_bytes() - spare - held - gradients)  # less, if something else has gone
+        # Memory outside the steps may have been freed since the last measurement.
+        self.bytes = min(self.bytes, resident_bytes() - spare - held - gradients)
         self.first = self.bytes if self.steps == 0 else min(self.first, self.bytes)
         self.steps += 1
         return max(self.first, self.bytes - left)
@@ -62,26 +63,26 @@ _baseline = ProcessBaseline()
 
 
 class MemoryLimit:
-    """Keeps what a step adds to this process within a limit, on the CPU.
+    """Limits the CPU memory that a step adds to this process.
 
-    Memory that goes back to the system costs time to get again. So what nothing uses goes back only where it is needed:
-    first the pages of maps that are gone, then those of the C library's heap, which may hold as much as is in use once
-    more (its aligned blocks do not fit into holes of their own size). Near the limit the heap grows no further: what
-    finds no hole in it gets pages of its own, and the process holds what is in use. If that is too much itself, graphs
-    that are kept for the backward go, the one that is needed last first; its tile is then computed again.
+    Memory that was returned to the system is slow to obtain again. So unused memory is returned only when necessary:
+    first the pages of freed maps, then those of the C library's heap. The heap may hold twice the bytes in use, because
+    aligned blocks do not fit into holes of their own size. Near the limit the heap stops growing: blocks that fit no
+    hole get separate pages. If the bytes in use alone exceed the limit, graphs that are retained for the backward are
+    dropped, the one that is needed last first, and their tiles are recomputed.
 
     Args:
-        limit: bytes for `held` and all that is added from now on.
+        limit: bytes for `held` and everything allocated from now on.
         held: bytes of the limit that are in use already.
         left: bytes of the limit that are in use from the second step on.
-        work: bytes that are allocated at a time between two calls of `keep`.
-        page_pool: pages of maps that are gone.
-        strict: whether the heap gives back what it has; else only the spare pages go.
-        gradients: bytes of the limit that gradients of steps before take.
+        work: bytes that are allocated between two calls of `keep`.
+        page_pool: the pool of pages of freed maps.
+        strict: whether to trim the heap; otherwise only pages of the pool are returned.
+        gradients: bytes of the limit that existing gradients take.
 
     Attributes:
-        near: whether there was no room for more than one further piece of work at the last call of `keep`.
-        dropped: how many graphs had to go.
+        near: whether at most one further piece of work fitted at the last call of `keep`.
+        dropped: number of graphs that were dropped.
     """
 
     def __init__(
@@ -97,31 +98,31 @@ class MemoryLimit:
         self.dropped = 0
         self._alone = False
         self._before = 0  # bytes of this process at the last call of `keep`
-        self._worth = 0  # bytes of this process from which on the heap may have something to give back
-        self._kept: list[weakref.ref[RecordedTiles]] = []  # weak: their graphs have hooks that lead here
+        self._worth = 0  # resident bytes above which trimming the heap may free pages
+        self._kept: list[weakref.ref[RecordedTiles]] = []  # weak: hooks of their graphs refer to this object
 
     def _spare(self) -> int:
-        """Bytes that this process holds and nobody uses, as far as that is known."""
+        """Known bytes that this process holds but does not use."""
         return self.page_pool.bytes
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes may come at once."""
+        """Whether `size` bytes may be allocated at once."""
         return not self.strict or resident_bytes() - self._spare() + size <= self.bytes
 
     def share(self, limit: int, work: int, strict: bool) -> None:
-        """Hold a further forward to the same memory, whose backward comes together with those before it.
+        """Extend this limit to another forward whose backward runs together with the earlier ones.
 
         Args:
-            limit, work, strict: as of its own limit; the larger ones count.
+            limit, work, strict: the arguments of its own limit; the larger values apply.
         """
         self.bytes, self.work = max(self.bytes, self._base + limit), max(self.work, work)
         self.strict = self.strict or strict
 
     def keep(self) -> None:
-        """Give back what nothing uses if the process holds more than it should before the next piece of work.
+        """Return unused memory if the next piece of work would exceed the limit.
 
-        The heap serves a piece from what the last one has freed, once it has grown as large as pieces need: it gives
-        back where the next piece would not fit if it made the process grow as the last one did.
+        Once the heap has grown to its working size, it serves a piece from blocks that the last piece freed. So the
+        heap is trimmed only if the next piece would not fit with the same growth as the last one.
         """
         used = resident_bytes()
         over = used + int(_NEW_SHARE * self.work) - self.bytes
@@ -134,10 +135,10 @@ class MemoryLimit:
         self._before = resident_bytes()
 
     def watch(self, new: int | None = None) -> None:
-        """Before an op: keep the heap from growing near the limit, and see that it is not exceeded.
+        """Called before an op: stops the growth of the heap near the limit, and enforces the limit.
 
         Args:
-            new: bytes that the op makes at most; None where that is not known, as of an op's gradient.
+            new: upper bound of the bytes that the op allocates; None if unknown, as for the gradient of an op.
         """
         if not self.strict:
             return
@@ -155,7 +156,7 @@ class MemoryLimit:
             self._worth = used + int(_WORTH_SHARE * self.work)
 
     def _drop(self) -> bool:
-        """Let a kept graph go; whether there was one."""
+        """Drop a retained graph; returns whether there was one."""
         for kept in filter(None, (ref() for ref in self._kept)):
             if kept.recorded:
                 del kept.recorded[next(iter(kept.recorded))]
@@ -164,20 +165,20 @@ class MemoryLimit:
         return False
 
     def may_drop(self, kept: RecordedTiles) -> None:
-        """These graphs may go where memory is short: the earlier pass 1 has made them, the later they are needed."""
+        """Allow dropping these graphs when memory is short, the oldest first, because pass 2 needs it last."""
         self._kept.append(weakref.ref(kept))
 
     def must_keep(self, kept: RecordedTiles) -> None:
-        """They may not any more."""
+        """Forbid dropping these graphs from now on."""
         self._kept = [ref for ref in self._kept if ref() is not kept]
 
     def _backward_follows(self) -> bool:
-        """Whether there are stages whose backward has not begun."""
+        """Whether the backward of some stage has not started yet."""
         return any(ref() is not None for ref in self._kept)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass, after which the heap may grow again as it likes."""
+        """Context of a pass, after which the heap may grow freely again."""
         try:
             yield
         finally:

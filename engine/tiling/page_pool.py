@@ -1,10 +1,10 @@
-"""Memory of maps on the CPU: pages of their own, in memory or in a file, and the pages of maps that are gone.
+"""Memory of maps on the CPU: separate pages per map, in memory or in a file, and a pool of pages for reuse.
 
-What the C library's heap gets back would stay with the process, in pieces. Pages of their own go back to the system
-when a map dies, or row by row before. But new ones cost time (the system clears them, one after the other), for a
-network with live statistics a tenth of the step and more; so while there is room, pages of dead maps wait for the next.
+The C library's heap would retain freed maps in fragments. Separate pages return to the system when a map is freed, or
+row by row before. But new pages are slow because the system clears them: with norms in training mode this takes a tenth
+of the step or more. So while the limit allows it, pages of freed maps are reused.
 
-Where there is an arena, maps in memory are blocks of it: its free pages serve whatever comes next.
+With an arena, maps in memory are blocks of the arena, whose free pages serve all later blocks.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor
 from .arena import Arena, arena, in_arena, loaded
 from .halos import disk_errors
 
-GIVES_BACK = sys.platform == "linux"  # elsewhere the advice to let pages go is no order
-_LARGEST_SHARE = 2  # of what is asked for, that spare pages may have
+GIVES_BACK = sys.platform == "linux"  # on other systems MADV_DONTNEED is only a hint
+_LARGEST_SHARE = 2  # a free block of pages is reused if it is at most this many times the requested size
 
 
 class Pages(mmap.mmap):
     """The memory of one map.
 
     Attributes:
-        on_disk: whether it belongs to a file.
-        readers: how many backwards will still read the map.
-        whole: whether no part of it has been given back.
-        clear: whether it is new, so that all of it is zero.
+        on_disk: whether the pages belong to a file.
+        readers: number of backwards that will still read the map.
+        whole: whether no page has been returned to the system.
+        clear: whether the pages are new and therefore zero.
     """
 
     on_disk: bool
@@ -42,7 +42,7 @@ class Pages(mmap.mmap):
 
     @classmethod
     def make(cls, size: int, on_disk: bool) -> Pages:
-        """This many bytes, all zero.
+        """Allocate `size` zero bytes.
 
         Raises:
             GigamorphError: if the disk is full.
@@ -50,19 +50,19 @@ class Pages(mmap.mmap):
         if on_disk:
             with tempfile.TemporaryFile(prefix="gigamorph-map-") as file, disk_errors(size):
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process later
+                    os.posix_fallocate(file.fileno(), 0, size)  # otherwise a full disk would kill the process later
                 else:
                     os.ftruncate(file.fileno(), size)
                 pages = cls(file.fileno(), size)
         else:
             pages = cls(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_DONTFORK"):
-                pages.madvise(mmap.MADV_DONTFORK)  # processes that read images would keep a copy
+                pages.madvise(mmap.MADV_DONTFORK)  # forked image readers would retain a copy
         pages.on_disk, pages.readers, pages.whole, pages.clear = on_disk, 0, True, True
         return pages
 
     def let_go(self, start: int, stop: int) -> None:
-        """Give back the pages that lie wholly between two bytes. Those in memory are zeros from then on."""
+        """Return the whole pages between two byte offsets to the system; pages in memory then read as zeros."""
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         if GIVES_BACK and start < stop:
             self.madvise(mmap.MADV_DONTNEED, start, stop - start)
@@ -70,7 +70,7 @@ class Pages(mmap.mmap):
 
 
 class ArenaPages:
-    """The memory of one map, a block of the arena; see `Pages`."""
+    """The memory of one map as a block of the arena; see `Pages`."""
 
     on_disk, clear = False, False
 
@@ -82,18 +82,18 @@ class ArenaPages:
         return self._size
 
     def zero_later(self) -> None:
-        """All of it is zero, and in memory once it is written to."""
+        """Set all bytes to zero; pages become resident when they are written."""
         self._owner.zero_later(self._start, self._size)
 
     def let_go(self, start: int, stop: int) -> None:
-        """Give back the pages that lie wholly between two bytes."""
+        """Return the whole pages between two byte offsets to the system."""
         self._owner.discard(self._start + start, stop - start)
 
 
 class PagePool:
-    """Pages in memory of maps that are gone, kept for the next ones until the room is needed.
+    """Pages of freed maps in memory, stored for reuse until the memory is needed.
 
-    It is a network's: when that is gone, the free pages of the arena go, too.
+    Each network has its own pool. When the pool is freed, the free pages of the arena are returned to the system, too.
     """
 
     def __init__(self) -> None:
@@ -102,11 +102,11 @@ class PagePool:
 
     @property
     def bytes(self) -> int:
-        """How much memory they take."""
+        """Total size of the pages in the pool."""
         return sum(map(len, self.pages))
 
     def take(self, size: int) -> tuple[Pages | ArenaPages, memoryview]:
-        """Pages, and of them this many bytes; when nobody uses those any more the pages come back."""
+        """Pages and a view of their first `size` bytes; when the view is freed, the pages return to the pool."""
         found = arena()
         if found is not None:
             return _of_arena(size, found)
@@ -126,7 +126,7 @@ class PagePool:
             self.pages.append(pages)
 
     def shrink(self, size: int) -> None:
-        """Give back pages, those that wait longest first, until no more than `size` bytes are left."""
+        """Free pages, the oldest first, until the pool holds at most `size` bytes."""
         while self.pages and self.bytes > size:
             self.pages.pop(0)
 
@@ -135,12 +135,12 @@ def _of_arena(size: int, owner: Arena) -> tuple[ArenaPages, memoryview]:
     with in_arena(torch.device("cpu")):
         block = torch.empty(size, dtype=torch.uint8)
     pages, view = ArenaPages(block, owner), memoryview(block.numpy().data)
-    weakref.finalize(view, _gone, pages).atexit = False  # until then they are there
+    weakref.finalize(view, _gone, pages).atexit = False  # keeps the pages alive as long as the view
     return pages, view
 
 
 def _gone(_pages: ArenaPages) -> None:
-    """The last use of these pages has ended; their block goes with it."""
+    """Does nothing: the finalizer's reference to the pages keeps them alive until the view is freed."""
 
 
 def _trim_arena() -> None:

@@ -1,12 +1,11 @@
-"""Pixels read ahead of need: while one tile is computed, the next one's are read, converted and uploaded.
+"""Prefetching of pixels: while one tile is computed, the pixels of the next are read, converted and uploaded.
 
-One thread of its own reads, so a source is never read by two at once. On a CUDA device it uploads from pinned memory on
-a stream of its own, and the computing stream waits for the copy, not the host. The upload stream waits for what the
-thread that made the `Prefetch`, and the source itself, have begun on the device before: a source may read from there.
+A single thread reads, so a source is never read concurrently. On a CUDA device it uploads from pinned memory on its own
+stream, and the computing stream waits for the copy, not the host. A source may read from device memory: the upload
+stream waits for kernels launched before by the source and by the thread that created the `Prefetch`.
 
-On the CPU all cores compute, and one thread more makes each op wait for the one of its threads that lost its core:
-reading ahead pays where it takes long, as of compressed or remote files. Until a read has, pixels are read when they
-are needed.
+On the CPU all cores compute, so an additional thread delays every op. Prefetching pays only if reads are slow, as for
+compressed or remote files. Until a slow read is seen, pixels are read when they are needed.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .halos import Rect
 
 _NAME = "gigamorph-pixels"
-_LONG = 0.01  # seconds of a read; with a thread for reads of 0.3 to 1 ms lesionnet's step took 1.4 times as long
+_LONG = 0.01  # seconds of a slow read; a thread for reads of 0.3 to 1 ms made lesionnet's step 1.4 times as long
 
 
 class Prefetch:
-    """Reads the rectangles of one tile after the other. Call it with a source and a rectangle for its pixels.
+    """Reads the rectangles of consecutive tiles; calling it with a source and a rectangle returns the pixels.
 
     Args:
-        fetch: reads a rectangle of a source and returns its pixels where they are.
-        convert: moves them to the device, dtype and memory order they are computed in.
-        device: that device.
-        tiles: the sources and rectangles of each tile, in the order in which tiles are computed.
+        fetch: reads a rectangle of a source and returns its pixels on the source's device.
+        convert: moves pixels to `device` and converts them to the dtype and memory order of the computation.
+        device: the device of the computation.
+        tiles: (source, rectangle) pairs of each tile, in the order in which tiles are computed.
     """
 
     def __init__(
@@ -63,16 +62,16 @@ class Prefetch:
 
     @functools.cached_property
     def thread(self) -> ThreadPoolExecutor:
-        """What reads ahead, from when it is first needed."""
+        """The prefetching thread, started on first use."""
         return ThreadPoolExecutor(1, _NAME) if self.stream is not None else _reader()
 
     def advance(self) -> None:
-        """The next tile begins: the one after it is read from now on."""
+        """Move to the next tile and start reading the one after it."""
         self.now = {rect: begun or self._submit(rect) for rect, begun in self.next.items()}
         self.next = self._begin()
 
     def __call__(self, source: int, rect: Rect) -> Tensor:
-        """The pixels of a rectangle of the tile that has begun; reading errors are raised here."""
+        """The pixels of a rectangle of the current tile; raises errors that occurred while reading."""
         begun = self.now.pop((source, rect)) or self._submit((source, rect))
         if begun is None:
             return self._read_here(source, rect)
@@ -90,7 +89,7 @@ class Prefetch:
         return self.thread.submit(self._read, *rect) if self.ahead else None
 
     def _read_here(self, source: int, rect: Rect) -> Tensor:
-        """In the modes that a thread of its own would read in; a read that takes long is the last one here."""
+        """Read in the calling thread; after a slow read, the prefetching thread takes over."""
         began = time.perf_counter()
         with _no_modes(self.device):
             pixels, _ = self._read(source, rect)
@@ -101,7 +100,7 @@ class Prefetch:
         pixels = self.fetch(source, rect)
         if self.stream is None:
             return self.convert(source, pixels), None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # this thread's, that the source has used
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # this thread's stream, which the source used
         with torch.cuda.stream(self.stream):
             pixels = self.convert(source, pixels if pixels.is_cuda else pixels.pin_memory())
             return pixels, self.stream.record_event()
@@ -109,7 +108,10 @@ class Prefetch:
 
 @contextlib.contextmanager
 def _no_modes(device: torch.device) -> Iterator[None]:
-    """As in a thread of its own, but without gradients: what a source makes, and may keep, is of no mode of others."""
+    """Context with the modes of a new thread, but without gradients.
+
+    Tensors that a source creates, and may store, must not depend on the caller's modes.
+    """
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -121,20 +123,23 @@ def _no_modes(device: torch.device) -> Iterator[None]:
 
 
 def _reader() -> ThreadPoolExecutor:
-    """A thread that reads, and computes by itself alone.
+    """A reading thread whose PyTorch ops use one thread.
 
-    With threads of its own beside those that compute the tiles, more threads would wait for each other than there are
-    cores: on two cores lesionnet's step took twice the time.
+    With more, its threads and those of the tiles would exceed the cores: on two cores lesionnet's step took twice as
+    long.
     """
     count = torch.get_num_threads()
     reader = ThreadPoolExecutor(1, _NAME)
-    reader.submit(torch.get_num_threads).result()  # the first call of a thread takes the process's number
+    reader.submit(torch.get_num_threads).result()  # a thread's first call adopts the process's number
     reader.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(count)  # what threads that begin later take; the reader keeps its own
+    torch.set_num_threads(count)  # the default of later threads; the reader is unaffected
     return reader
 
 
 @functools.cache
 def _upload_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all passes: PyTorch deals out 32 streams in turn, and a new one for each would meet that of captures."""
+    """The upload stream of all passes.
+
+    PyTorch assigns 32 streams round-robin, so new streams per pass would collide with that of captures.
+    """
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""A tile op by op: without autograd in pass 1, and recorded with autograd on, to be differentiated in pass 2."""
+"""Runs a tile op by op: without autograd in pass 1, and recorded with autograd for differentiation in pass 2."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from .tile import Autograd, Halos, Returned, Tile
 Read = Callable[[int, Rect], Tensor]
 Publish = Callable[[Tile, int, Tensor], Tensor | None]
 Collect = Callable[[Tile, int, Tensor], None]
-Grad = Callable[["Recorded", Consumers], Tensor | None]  # told of whom: what a tile holds must not hold the tile
-WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # gradients of the windows of sources, with their places
+Grad = Callable[["Recorded", Consumers], Tensor | None]  # gets the tile as an argument: a reference would form a cycle
+WindowGrads = list[tuple[tuple[int, Rect], Tensor]]  # ((source, rectangle), gradient)
 
 
 @dataclass
 class PassState:
-    """What pass 1 leaves for pass 2.
+    """The state that pass 1 stores for pass 2.
 
     Attributes:
-        store: where the halos are.
-        seed: of the tiles' random numbers.
-        vectors: as tiles take them; recorded tiles hang on them.
-        leaves: the vectors that want a gradient.
-        sources: the sources that want a gradient.
+        store: storage of the halos.
+        seed: seed of the tiles' random numbers.
+        vectors: the prepared vectors by value number, which the graphs of recorded tiles refer to.
+        leaves: the vectors that require a gradient.
+        sources: the sources that require a gradient.
         needs: the maps that a gradient flows through.
         accumulators: the stage's reductions.
-        above: per strip, the rows that enter it by value, in full width.
-        left: per tile, the columns that enter it.
-        recorded: tiles that need no recomputation.
+        above: per strip, handles of the halo rows that enter it, in full width, by value number.
+        left: per tile, handles of the halo columns that enter it, by value number.
+        recorded: tiles whose graphs are retained and need no recomputation.
         sums: gradients of the vectors, summed over the tiles.
-        drawn: tells what each tile has drawn.
+        drawn: per tile, a checksum of the random numbers that pass 1 drew.
     """
 
     store: HaloStore
@@ -57,7 +57,7 @@ class PassState:
     drawn: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def sum_of(self, value: int, dtype: torch.dtype, summand: Tensor | None = None) -> Tensor:
-        """The sum of a vector's gradient, zeros at first; a summand is added, or is the first."""
+        """The sum of a vector's gradient, to which `summand` is added; a new sum starts from zero."""
         if value in self.sums:
             return self.sums[value] if summand is None else self.sums[value].add_(summand)
         like = self.vectors[value]
@@ -73,9 +73,9 @@ def run_tile(
     """Compute a tile op by op, dropping each block after its last reader.
 
     Args:
-        publish: gets every block as it is made; may return a tensor that takes its place.
-        only: outputs that are worth computing; None for all.
-        collect: gets the blocks of maps whose gradients an op gathers, as that has given them.
+        publish: called with every computed block; may return a tensor that replaces it.
+        only: the outputs to compute; None for all.
+        collect: called with the blocks of maps whose gradients an op gathers, as that op returned them.
     """
     tiled = scan.tiled
     for source in tiled.stage.sources:
@@ -106,7 +106,7 @@ def run_tile(
 
 
 def consumers_of(scan: Scan, kept: PassState, grads: Sequence[Tensor | None] | None = None) -> Consumers:
-    """For each map, what is taken from it and, in pass 2, the gradients of that."""
+    """The consumers of each map (reductions and stored maps), in pass 2 with their gradients."""
     stage = scan.tiled.stage
     consumers: Consumers = {}
     left = list(grads) if grads is not None else [None] * len(stage.results)
@@ -127,7 +127,7 @@ def has_grad(consumer: Consumer) -> bool:
 
 
 class _Watch:
-    """A hook of a gradient that has a look at the memory; it must not hold the graph that it hangs on."""
+    """A gradient hook that checks the memory limit; it must not refer to the graph that it is registered on."""
 
     def __init__(self, watch: Callable[[int | None], None]):
         self.watch = watch
@@ -137,18 +137,18 @@ class _Watch:
 
 
 class Recorded:
-    """A tile computed with autograd on: what is to be differentiated, and how to get the gradients for it.
+    """A tile computed with autograd on: the roots to differentiate, and functions that return their gradients.
 
     Args:
-        scan: what it is computed by.
-        kept: what pass 1 keeps.
+        scan: the scan of the stage.
+        kept: the state of pass 1.
         place: row and column of the tile.
-        halos: what enters it.
-        read: gives the sources' pixels.
-        consumers: what is taken from its maps; in pass 2 with gradients, and what has none is not computed.
-        keep: in pass 1, what is done with the blocks besides; None in pass 2.
-        stored: in pass 2, the maps that pass 1 has stored and that are read again.
-        alone: those, and the gradients of stored maps, are there as this tile's blocks, not whole.
+        halos: the halos that enter the tile.
+        read: returns the pixels of a rectangle of a source.
+        consumers: the consumers of the tile's maps; in pass 2 with gradients, and those without are not computed.
+        keep: in pass 1, called with every block; None in pass 2.
+        stored: in pass 2, maps that pass 1 stored and that are read again, by value number.
+        alone: whether `stored` and the gradients of stored maps are this tile's blocks instead of whole maps.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ class Recorded:
         alone: bool = False,
     ):
         self.scan, self.keep, self.stored, self.alone = scan, keep, stored or {}, alone
-        self.roots: list[GradientEdge] = []  # not the tensors, whose values nobody may need any more
+        self.roots: list[GradientEdge] = []  # not tensors, whose values may be unused
         self.grads: list[Grad] = []
 
-        sources, holder = kept.sources, weakref.ref(kept)  # weak: it holds this graph, whose nodes lead here
+        sources, holder = kept.sources, weakref.ref(kept)  # weak: it refers to this graph
 
         def pixels(source: int, rect: Rect) -> Tensor:
             window = read(source, rect)
@@ -178,7 +178,7 @@ class Recorded:
             assert held is not None
             return held.sum_of(value, dtype, summand)
 
-        anchor = torch.empty((), device=scan.device, requires_grad=True)  # nobody reads it
+        anchor = torch.empty((), device=scan.device, requires_grad=True)  # its value is unused
         autograd = Autograd(kept.needs, anchor, sum_of, SavedTensors())
         given = pixels, kept.vectors, halos, autograd
         self.tile = Tile(scan.tiled, *place, *given, second_pass=keep is None, whole=scan.whole)
@@ -188,16 +188,16 @@ class Recorded:
         with torch.enable_grad(), autograd.saved.record():
             run_tile(scan, self.tile, publish, None if keep is not None else reached, collect)
         self.tile.blocks.clear()
-        self.keep = None  # it leads to what the pass gives, which would hold itself through autograd's nodes
+        self.keep = None  # its results would form a reference cycle through autograd's nodes
 
     def _publish(self, consumers: Consumers, through: set[int], tile: Tile, value: int, block: Tensor) -> Tensor | None:
-        """Note what of a block is to be differentiated; a block that is handed on takes back a gradient for that."""
+        """Note a block as a root if needed; a block that later tiles read also receives their gradients."""
         if self.keep is not None:
             self.keep(tile, value, block)
         if value not in tile.needs or not block.requires_grad:
             return None
         if self.scan.watch is not None:
-            block.register_hook(_Watch(self.scan.watch))  # just before its op is differentiated
+            block.register_hook(_Watch(self.scan.watch))  # runs just before its op's backward
         result = None
         if value in tile.tiled.with_halo and tile.hands_on(value):
             gather = tile.tiled.gathered.get(value)
@@ -213,14 +213,14 @@ class Recorded:
         return result
 
     def _take(self, consumers: Consumers, tile: Tile, value: int, block: Tensor) -> None:
-        """Note what is taken from a block."""
+        """Note the roots for the consumers of a block."""
         if value not in tile.needs or not block.requires_grad:
             return
         taken = consumers.get(value, ())
         whole = [number for number, consumer in enumerate(taken) if consumer.of_block or consumer.is_sum]
         if whole:
             moments = any(taken[number].of_moments for number in whole)
-            # But for moments its form alone is asked for: it need not live on.
+            # Except for moments, only its shape is needed, so its memory may be freed.
             asked = block.detach() if moments else block.new_empty(()).expand(block.shape)
             self._add(block, partial(Recorded._block_grad, value=value, numbers=whole, block=asked))
         for number, consumer in enumerate(taken):
@@ -234,7 +234,7 @@ class Recorded:
         self.grads.append(grad)
 
     def _rect(self, value: int) -> Rect | None:
-        """Where the tile's block lies in the map; None where what belongs to the block is there alone."""
+        """The rectangle of the tile's block in the map; None if only the block exists."""
         return None if self.alone else self.tile.tiled.block(value, self.tile.i, self.tile.j)
 
     def _partial_grad(self, consumers: Consumers, value: int, number: int, root: Tensor) -> Tensor | None:
@@ -250,10 +250,10 @@ class Recorded:
         return grad.to(root.dtype).expand_as(root)
 
     def _block_grad(self, consumers: Consumers, value: int, numbers: list[int], block: Tensor) -> Tensor | None:
-        """The gradient of a block of which moments are taken (they ask for the block) or sums, or that is stored."""
+        """The gradient of a block that is stored or that a sum or moments read; moments need the block's values."""
         total: Tensor | None = None
         taken = [consumers[value][number] for number in numbers]
-        # The map itself first, then sums: moments add to what there is.
+        # The map itself first, then sums, because moments add to an existing gradient.
         for consumer in sorted(taken, key=lambda c: (c.accumulator is not None) + c.of_moments):
             if not has_grad(consumer):
                 continue
@@ -272,7 +272,7 @@ class Recorded:
         return total
 
     def _with_sum(self, value: int, block: Tensor, total: Tensor | None, grad: Tensor) -> Tensor:
-        """A block's gradient with that of a sum over its pixels, where the op that made the block does not add that."""
+        """A block's gradient plus that of a sum over its pixels, unless the op that made the block adds it."""
         lacking = None if value in self.tile.tiled.gathered else self.tile.lacking.get(value)
         if total is not None and lacking is not None and grad.shape == (1, block.shape[1], 1, 1):
             lacking.append(grad.flatten())
@@ -288,7 +288,7 @@ class Recorded:
         return cut(stored, self.tile.tiled.axes(value), rect).to(self.scan.device, non_blocking=True)
 
     def differentiate(self, consumers: Consumers, kept: PassState, returned: Returned) -> WindowGrads:
-        """Add the tile's gradients to the sums and to the halos' gradients; those of sources are returned."""
+        """Add the tile's gradients to the sums and to the halos' gradients; returns those of source windows."""
         tile = self.tile
         tile.returned = returned
         pairs = [(root, grad(self, consumers)) for root, grad in zip(self.roots, self.grads, strict=True)]
@@ -321,10 +321,10 @@ def _handed_back_alone(
 
 
 def _accumulate(sums: dict[int, Tensor], value: int, grad: Tensor) -> None:
-    """Add a tile's parameter gradient; sixteen-bit ones are summed in float32."""
+    """Add a tile's parameter gradient to its sum; 16-bit gradients are summed in float32."""
     if value in sums:
         sums[value].add_(grad)
     elif grad.dtype in (torch.float16, torch.bfloat16):
         sums[value] = grad.float()
     else:
-        sums[value] = grad.clone()  # autograd may have given the same tensor to another parameter
+        sums[value] = grad.clone()  # autograd may pass the same tensor to another parameter

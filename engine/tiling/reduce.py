@@ -1,4 +1,4 @@
-"""What is taken from maps while the tiles go by: sums, maxima, moments; and the way back of their gradients."""
+"""Reductions of maps over the tiles (sums, maxima, moments) and their gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .halos import Rect
 
 
 class WideSum(torch.autograd.Function):
-    """A sum of 16-bit numbers in float32; autograd's own would make a map of its gradient to round that."""
+    """A sum of 16-bit numbers in float32; autograd's own backward would allocate a map to round the gradient."""
 
     @staticmethod
     def forward(ctx: Any, block: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -29,29 +29,29 @@ class WideSum(torch.autograd.Function):
 
 
 class Accumulator:
-    """The value of one reduction, gathered tile by tile.
+    """Accumulates the value of one reduction tile by tile.
 
-    Sums run in float64 over partial sums in at least float32. Maxima remember each tile's own maximum, so that the
-    gradient goes to the elements that stock PyTorch picks: all equal ones in equal parts, or the first in raster order
-    (of several NaN the last). Moments are merged in float64 from each tile's mean and sum of squared deviations from it
-    (Chan, Golub and LeVeque).
+    Sums are accumulated in float64 from partial sums in at least float32. For a maximum, each tile's own maximum is
+    stored, so that the gradient goes to the elements that stock PyTorch picks: all equal elements share it equally, or
+    the first in raster order (of several NaN the last) gets it. Moments are merged in float64 from each tile's mean and
+    sum of squared deviations (Chan, Golub and LeVeque).
     """
 
     def __init__(self, reduction: Reduction, dtype: torch.dtype):
         self.reduction, self.dtype = reduction, dtype
         self.total: Tensor | None = None
-        self.maxima: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # per tile: its maximum, and count or place
-        self.seen = 0  # moments: elements taken in, and below the sum of their squared deviations from the mean `total`
-        self.deviations: Tensor | None = None
+        self.maxima: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # per tile: its maximum, and count or index
+        self.seen = 0  # moments: number of elements accumulated
+        self.deviations: Tensor | None = None  # moments: sum of squared deviations from the mean `total`
 
     def share(
         self, block: Tensor, moments: tuple[Tensor, ...] | None = None, rect: Rect | None = None, look: bool = True
     ) -> tuple[Tensor, ...]:
-        """What a block gives, wherever it lies: its sum; mean and squared deviations; maximum and count or place.
+        """The share of a block: its sum; its mean and squared deviations; or its maximum with the count or index.
 
         Args:
             moments: mean and squared deviations, if they are known.
-            rect: where the block lies, which a reduction to a grid asks for.
+            rect: the block's rectangle in the map, which reductions to a grid need.
             look: see `moments_of`.
         """
         reduction = self.reduction
@@ -71,7 +71,7 @@ class Accumulator:
         return part, reduction.has(block, part).sum(reduction.dims, keepdim=True)
 
     def merge(self, i: int, j: int, share: tuple[Tensor, ...], rect: Rect, width: int) -> None:
-        """Take in what the block of tile (i, j) has given, which lies at `rect` of a map of this width."""
+        """Merge the share of the block of tile (i, j), which is at `rect` of a map of this width."""
         if self.reduction.kind == "moments":
             mean, deviations = share
             pixels = (rect[1] - rect[0]) * (rect[3] - rect[2])
@@ -89,21 +89,24 @@ class Accumulator:
         self.maxima[i, j] = part, note
 
     def _merge(self, mean: Tensor, deviations: Tensor, count: int) -> None:
-        if self.total is None or self.deviations is None:  # of an only tile they stay as they are
+        if self.total is None or self.deviations is None:  # a single tile's share needs no merging
             self.seen, self.total, self.deviations = count, mean, deviations
             return
         both, mean, total = self.seen + count, mean.to(torch.float64), self.total.to(torch.float64)
         distance = mean - total
         gathered = self.deviations.to(torch.float64) + deviations
         self.deviations = gathered.addcmul_(distance, distance, value=self.seen * count / both)
-        # Infinite means add up as the elements of a sum do; their distance says nothing.
+        # If the distance is not finite, the means are added, so that infinities propagate as in a sum.
         self.total = torch.where(distance.isfinite(), torch.add(total, distance, alpha=count / both), total + mean)
         self.seen = both
 
     def pull(
         self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
     ) -> Tensor:
-        """What a part of the map gets of the gradients of mean and variance: dmean/n + 2 (x - mean) dvar/n + addend."""
+        """The gradient of a part `x` of the map from those of mean and variance.
+
+        It is dmean/n + 2 (x - mean) dvar/n + addend.
+        """
         assert self.total is not None
         count, (dmean, dvar) = self.reduction.count, grads
         if dvar is None:
@@ -121,7 +124,7 @@ class Accumulator:
         return pulled.to(x.dtype)
 
     def _by_kernel(self, block: Tensor) -> bool:
-        """Whether `gigamorph.kernels` computes moments of this map."""
+        """Whether `gigamorph.kernels` computes the moments of this map."""
         plain = block.dim() == 4 and self.reduction.dims == (2, 3) and not self.reduction.precise
         return plain and kernels.enabled(block.device)
 
@@ -137,7 +140,7 @@ class Accumulator:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def partial(self, block: Tensor, rect: Rect | None = None) -> Tensor:
-        """The block's own share of the reduction, kept dimensions and all."""
+        """The block's share of the reduction, with the reduced dimensions retained."""
         reduction = self.reduction
         if reduction.form is not None:
             return reduction.form(block)
@@ -153,35 +156,35 @@ class Accumulator:
 
     @property
     def has_shares(self) -> bool:
-        """Whether tiles take back different parts of the gradient: `shares`."""
+        """Whether tiles get different parts of the gradient; see `shares`."""
         return bool(self.maxima)
 
     def part_of(self, whole: Tensor, rect: Rect | None) -> Tensor:
-        """Of a tensor like the result (kept dimensions and all), the part that a block at `rect` has a share in."""
+        """The part of a tensor like the result (reduced dimensions retained) to which a block at `rect` contributes."""
         return whole
 
     def values(self) -> tuple[Tensor, ...]:
-        """The reduction's values as stock PyTorch returns them: tensors that the caller may change."""
+        """The reduction's values as in stock PyTorch: new tensors that the caller may change."""
         assert self.total is not None
         if self.deviations is not None:
             return self.total.to(self.dtype, copy=True), (self.deviations / self.seen).to(self.dtype)
         value = self.total
-        if self.reduction.count != 1:  # a sum that overflows is infinite before it is divided, as in stock PyTorch
+        if self.reduction.count != 1:  # as in stock PyTorch, an overflowing sum stays infinite when it is divided
             value = value.to(torch.promote_types(self.dtype, torch.float32)) / self.reduction.count
         found = [value.to(self.dtype)]
-        if len(self.reduction.outputs) > 1:  # a shard's maximum: how many elements have it
+        if len(self.reduction.outputs) > 1:  # a shard also counts the elements equal to its maximum
             first, has = self.reduction.first_only, self.reduction.has
             counts = [has(part, self.total) * (1 if first else note) for part, note in self.maxima.values()]
             found.append(torch.stack(counts).sum(0, dtype=torch.float64))
         return tuple((t if self.reduction.keepdim else t.squeeze(self.reduction.dims)).clone() for t in found)
 
     def shares(self) -> dict[tuple[int, int], Tensor]:
-        """For a maximum: per tile, the factor on the gradient of the tile's own maximum."""
+        """For a maximum, the factor of the gradient of each tile's own maximum."""
         assert self.total is not None
         tops = {tile: self.reduction.has(part, self.total) for tile, (part, _) in self.maxima.items()}
         notes = {tile: note for tile, (_, note) in self.maxima.items()}
         if self.reduction.first_only:
-            # Pooling takes the first of equal elements, and the last NaN: the first one from after.
+            # Pooling picks the first of equal elements, but the last NaN, so indices of NaN are negated.
             far, sign = torch.iinfo(torch.int64).max, 1 - 2 * self.total.isnan().long()
             places = {tile: torch.where(top, notes[tile] * sign, far) for tile, top in tops.items()}
             first = torch.stack(list(places.values())).amin(0)
@@ -192,14 +195,15 @@ class Accumulator:
 
 
 def moments_of(block: Tensor, dims: tuple[int, ...], precise: bool = False, look: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean of a block, and sum of squared deviations from it.
+    """Mean of a block, and sum of squared deviations from it, with the reduced dimensions retained.
 
-    In the block's dtype where that can tell them; in float64, around an element of the block, where squares overflow
-    and where rounding the mean is all that makes a constant block vary.
+    They are computed in the block's dtype (at least float32) if that is accurate. Otherwise they are computed in
+    float64, relative to an element of the block: if squares overflow, or deviations are as small as the rounding error.
 
     Args:
-        precise: in float64 in any case.
-        look: whether the program may wait for values and go by them; it never does so on another device.
+        dims: the dimensions to reduce.
+        precise: whether to always use float64.
+        look: whether the result may depend on a check of the values; they are checked on the CPU only.
     """
     if not precise:
         x = block.to(torch.promote_types(block.dtype, torch.float32))
@@ -222,7 +226,7 @@ def moments_of(block: Tensor, dims: tuple[int, ...], precise: bool = False, look
 
 
 class Largest(torch.autograd.Function):
-    """A block's maximum, with NaN for the largest; its gradient goes to all elements that have it in equal parts."""
+    """A block's maximum, where NaN counts as the largest; all elements equal to it share its gradient equally."""
 
     @staticmethod
     def forward(ctx: Any, block: Tensor, reduction: Reduction):
@@ -240,7 +244,7 @@ class Largest(torch.autograd.Function):
 
 @dataclass
 class Consumer:
-    """Something taken from a map: a reduction, or (accumulator None) the map itself; and its gradients in pass 2."""
+    """A reduction of a map, or (accumulator None) the stored map itself, with its gradients in pass 2."""
 
     accumulator: Accumulator | None
     grads: tuple[Tensor | None, ...]
@@ -248,7 +252,7 @@ class Consumer:
 
     @property
     def of_block(self) -> bool:
-        """Whether the gradient is one of the block itself, not of something reduced from it."""
+        """Whether the gradient refers to the block itself, not to a value reduced from it."""
         return self.accumulator is None or self.of_moments
 
     @property
@@ -257,7 +261,7 @@ class Consumer:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is a sum that gives all elements of a block the same gradient: it need not be summed for that."""
+        """Whether this is a sum with equal gradients for all elements, so that pass 2 need not compute the sum."""
         reduction = None if self.accumulator is None else self.accumulator.reduction
         return reduction is not None and reduction.kind == "sum" and reduction.form is None and reduction.grid is None
 

@@ -1,8 +1,8 @@
-"""What autograd saves of a tile: a map that lies in a window already is not saved twice.
+"""Deduplication of the tensors that autograd saves: a map that is part of a saved window is not saved twice.
 
-A ReLU saves its result for the backward, and a convolution the window that it reads, into which that result has been
-copied between the halos. The window is enough: the block in it is what the ReLU asks for. Of a block that its window
-has but for some rows or columns, those are kept, and it is put together again when it is asked for.
+A ReLU saves its result for the backward. The next convolution saves the window that it reads, into which that result
+was copied between the halos. The window suffices, because it contains the ReLU's result. If the window lacks some rows
+or columns of a block, only these are saved in addition, and the block is reassembled on access.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from ..lowering.ops import Axes
 from .halos import Rect, area, cut
 
-_WORTH = 0.75  # the least share of a block that lies in a window for it to be let go
-_SMALL = 1 << 15  # bytes that are not worth the bookkeeping
+_WORTH = 0.75  # a block is freed if a window contains at least this share of it
+_SMALL = 1 << 15  # smaller tensors, in bytes, are not worth the bookkeeping
 
 
 class _Slot:
-    """One tensor that autograd has saved: the tensor, or its parts, with the places where they belong."""
+    """A tensor that autograd saved: the tensor itself, or its parts and their rectangles."""
 
     __slots__ = ("__weakref__", "axes", "parts", "shape", "stride", "tensor")
 
@@ -30,7 +30,7 @@ class _Slot:
         self.tensor: Tensor | None = tensor
 
     def is_all_of(self, block: Tensor) -> bool:
-        """Whether it is a block, not a part of one; both lie in one storage."""
+        """Whether the slot's tensor is the whole block; both share one storage."""
         tensor = self.tensor
         return (
             tensor is not None
@@ -40,7 +40,7 @@ class _Slot:
         )
 
     def lies_in(self, axes: Axes, parts: list[tuple[Rect, Tensor]]) -> None:
-        """The tensor is the only one of these parts, or what they make up."""
+        """Replace the tensor by these parts, or by the part itself if there is only one."""
         assert self.tensor is not None
         self.shape, self.stride, self.axes, self.parts = self.tensor.shape, self.tensor.stride(), axes, parts
         self.tensor = parts[0][1] if len(parts) == 1 else None
@@ -51,19 +51,19 @@ class _Slot:
             self.tensor = torch.empty_strided(self.shape, self.stride, dtype=pattern.dtype, device=pattern.device)
             for rect, part in self.parts:
                 cut(self.tensor, self.axes, rect).copy_(part)
-            self.parts = []  # the window may go
+            self.parts = []  # free the window
         return self.tensor
 
 
 class SavedTensors:
-    """What autograd saves while this records; where it lies may change until it is asked for."""
+    """The tensors that autograd saves during `record`; their storage may be replaced until they are accessed."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, list[weakref.ref[_Slot]]] = {}  # by storage, which a slot keeps alive
+        self._slots: dict[int, list[weakref.ref[_Slot]]] = {}  # by storage; slots keep it alive
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Within it, all that autograd saves goes through slots; not where hooks for that are switched off."""
+        """Context in which autograd saves tensors in slots, unless saved-tensor hooks are disabled."""
         if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # pyright: ignore
             yield
             return
@@ -72,7 +72,7 @@ class SavedTensors:
         self._slots.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor | _Slot:
-        tensor = tensor.detach()  # an op that saves its result would hold itself, where no garbage collector sees it
+        tensor = tensor.detach()  # a saved result would form a reference cycle that no collector sees
         if tensor.nbytes < _SMALL:
             return tensor
         slot = _Slot(tensor)
@@ -80,7 +80,7 @@ class SavedTensors:
         return slot
 
     def lies_in(self, block: Tensor, axes: Axes, inside: Rect, window: Tensor, place: Rect) -> None:
-        """The rectangle `inside` of a block has been copied to a place in a window."""
+        """Note that the rectangle `inside` of a block was copied to the rectangle `place` of a window."""
         slots = self._slots.pop(block.untyped_storage()._cdata, None)
         height, width = block.shape[axes[0]], block.shape[axes[1]]
         if slots is None or area(inside) < _WORTH * height * width:

@@ -1,15 +1,15 @@
-"""The halo-carry scan: two passes over the tiles of an image, exact outputs and gradients in the memory of one tile.
+"""The halo-carry scan: exact outputs and gradients from two passes over the tiles, in the memory of one tile.
 
 Pass 1 (`forward.py`) goes through the tiles in raster order without a graph. Each tile is a function
 
     (pixels, halo from above, halo from the left, parameters) -> (outputs, halo for below, halo for the right)
 
-and the halos that enter each tile are kept. Pass 2 (`backward.py`) goes through the tiles in reverse raster order: it
+and the halos that enter each tile are stored. Pass 2 (`backward.py`) goes through the tiles in reverse raster order. It
 recomputes a tile from its stored halos with autograd on, and differentiates the tile's outputs together with the halos
-that it handed on, whose gradients have come back from the tiles below and to the right. Every activation is computed
-twice, every gradient once; nothing is recomputed in an overlap.
+that it passed on. The gradients of these halos come from the tiles below and to the right. Every activation is computed
+twice and every gradient once; no overlap is recomputed.
 
-Here is what both passes go by: where pixels come from, on what they are computed, where things are kept.
+This module holds the settings and inputs that both passes share: pixel sources, device, dtype and storage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .prefetch import Prefetch
 from .stage import TiledStage
 from .stored_maps import Gradients, let_files_go
 
-Observer = Callable[[Tensor, Rect], None]  # given every block of a map, and its place
+Observer = Callable[[Tensor, Rect], None]  # called with every block of a map, and its rectangle
 
 
 class Pixels(Protocol):
@@ -48,7 +48,7 @@ class Pixels(Protocol):
 
 
 class StoredMap:
-    """A map that an earlier stage has stored.
+    """A map that an earlier stage stored.
 
     Args:
         tensor: the map.
@@ -64,7 +64,14 @@ class StoredMap:
 
 @dataclass(frozen=True, slots=True)
 class TileEvent:
-    """Told to `on_tile` after each tile: the pass, how many of how many tiles are done, and the pixels of this one."""
+    """The argument of `on_tile` after each tile.
+
+    Attributes:
+        phase: "forward" or "backward".
+        done: number of tiles done in this pass.
+        total: number of tiles of the pass.
+        pixels: number of pixels of this tile, over the whole batch.
+    """
 
     phase: str
     done: int
@@ -90,7 +97,7 @@ class Autocast:
 
 
 def cast_dtype(stage: Stage, value: int, dtype: torch.dtype, autocast: Autocast) -> torch.dtype:
-    """The dtype a vector is given to the stage in: weights that autocast would cast in every tile are cast once."""
+    """The dtype in which a stage gets a vector: weights that autocast would cast in every tile are cast once."""
     if not autocast.enabled or dtype != torch.float32:
         return dtype
     return autocast.dtype if value in stage.cast_by_autocast else dtype
@@ -98,13 +105,13 @@ def cast_dtype(stage: Stage, value: int, dtype: torch.dtype, autocast: Autocast)
 
 @dataclass(frozen=True)
 class MapKeeping:
-    """Where maps between stages live in a step.
+    """Storage of the maps between stages in a step.
 
     Attributes:
-        readers: stored maps that stages alone read, and how many stages do.
-        place: where those are kept: "device", "host" or "disk".
-        gradients: of those, one for all stages that read a map.
-        orders: of maps that the network hands out, the dimensions as they lie in memory, slowest first.
+        readers: number of stages that read each stored map, for maps that only stages read.
+        place: storage of these maps: "device", "host" or "disk".
+        gradients: the gradients of these maps, one for all stages that read a map.
+        orders: memory order of the maps that the network returns: their dimensions, slowest first.
     """
 
     readers: Mapping[int, int] = field(default_factory=dict)
@@ -116,14 +123,14 @@ class MapKeeping:
         return self.place if value in self.readers else "device"
 
     def order_of(self, value: int, like: Tensor) -> Sequence[int]:
-        """The order in which a map like `like` is to lie in memory."""
+        """The memory order of a map: its dimensions, slowest first; by default that of `like`."""
         order = self.orders.get(value, ())
         return order if len(order) == like.dim() else memory_order(like)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Gives the sources' pixels to tiles: `read(source, rectangle)`; `advance()` before each tile."""
+    """Reads the pixels of tiles: call `advance()` before each tile, then `read(source, rectangle)`."""
 
     read: Callable[[int, Rect], Tensor]
     advance: Callable[[], None]
@@ -134,19 +141,19 @@ class Scan:
     """One training or inference step of a stage over one image batch.
 
     Attributes:
-        tiled: the stage, cut into tiles.
-        sources: what the stage reads, by value number.
-        device: where tiles are computed.
-        dtype: what the image's pixels are converted to.
-        autocast: the state that tiles are computed in, in both passes.
-        halo_place: where the halos are kept between the passes, see `HaloStore`.
-        retained: how many of the last tiles keep their graph from pass 1, so that pass 2 need not recompute them.
+        tiled: the stage, divided into tiles.
+        sources: the inputs of the stage (the image and stored maps), by value number.
+        device: the device that computes the tiles.
+        dtype: the dtype to which the image's pixels are converted.
+        autocast: the autocast state of both passes.
+        halo_place: storage of the halos between the passes, see `HaloStore`.
+        retained: number of final tiles whose graphs are retained from pass 1, so that pass 2 need not recompute them.
         on_tile: called after each tile.
-        memory_limit: of this process; kept after every tile.
-        maps: where maps between stages are kept.
-        observers: given every block of a map in pass 1.
-        deferred: nobody will read what pass 1 stores; where it does nothing else it is omitted.
-        whole: the one tile is all that statistics are taken of.
+        memory_limit: memory limit of this process, enforced after every tile.
+        maps: storage of the maps between stages.
+        observers: called with every block of a map in pass 1, by value number.
+        deferred: whether the maps that pass 1 stores are unused; then pass 1 is omitted if it only stores maps.
+        whole: whether a single tile contains all pixels that statistics are computed from.
     """
 
     tiled: TiledStage
@@ -165,64 +172,64 @@ class Scan:
 
     @cached_property
     def memory_format(self) -> torch.memory_format:
-        """oneDNN has no float64 kernels and the fallback is at home in NCHW; everything else is faster in NHWC."""
+        """The memory format of maps: NHWC, except NCHW in float64 on the CPU, where oneDNN has no kernels."""
         here = self.device.type in ("cpu", "meta")  # the plan runs a tile of the CPU on meta tensors
         nhwc = not here or self.dtype != torch.float64 or kernels.enabled(self.device)
         return torch.channels_last if nhwc else torch.contiguous_format
 
     @cached_property
     def taken(self) -> set[int]:
-        """Maps that something besides local ops takes: reductions, stored maps, observers."""
+        """Maps that are read outside local ops: by reductions or observers, or because they are stored."""
         return {*self.tiled.reductions, *self.tiled.stage.stored, *self.observers}
 
     @cached_property
     def overwritten(self) -> set[int]:
-        """Sources whose gradient has one share only at each place, so that it need not begin with zeros."""
+        """Sources whose gradient gets a single summand per position, so that it is written instead of accumulated."""
         return {v for v in self.tiled.apportioned if self.maps.readers.get(v, 1) == 1}
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
-        """In raster order."""
+        """(row, column) of all tiles in raster order."""
         return [(i, j) for i in range(self.tiled.rows.steps) for j in range(self.tiled.cols.steps)]
 
     @property
     def page_pool(self) -> PagePool | None:
-        """Pages for new maps."""
+        """The page pool for new maps, if there is a memory limit."""
         return None if self.memory_limit is None else self.memory_limit.page_pool
 
     @property
     def watch(self) -> Callable[[int | None], None] | None:
-        """What is to be called before every op with the bytes that it makes, if anything is."""
+        """The function to call before every op with the bytes that it allocates; None without a strict limit."""
         limit = self.memory_limit
         return limit.watch if limit is not None and limit.strict else None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A pass: blocks come from the arena, and memory is watched."""
+        """Context of a pass: blocks come from the arena, and the memory limit applies."""
         watched = contextlib.nullcontext() if self.memory_limit is None else self.memory_limit.watched()
         with in_arena(self.device), watched:
             yield
 
     def without_maps(self) -> Scan:
-        """This scan for autograd to keep between the passes: stored maps it keeps itself, and lets them go."""
+        """This scan without stored maps, for the autograd context: autograd itself saves and frees these maps."""
         return replace(self, sources={v: s for v, s in self.sources.items() if not isinstance(s, StoredMap)})
 
     def with_maps(self, tensors: Mapping[int, Tensor]) -> Scan:
-        """This scan with the stored maps that `without_maps` has left out."""
+        """This scan with the stored maps that `without_maps` removed."""
         axes = self.tiled.stage.maps.axes
         return replace(self, sources={**{v: StoredMap(t, axes[v]) for v, t in tensors.items()}, **self.sources})
 
     def convert(self, pixels: Tensor) -> Tensor:
-        """Pixels on the device, in the dtype and memory order they are computed in."""
+        """Pixels on the device, in the dtype and memory format of the computation."""
         moved = pixels.to(device=self.device, dtype=self.dtype, non_blocking=True)
         return moved.contiguous(memory_format=self.memory_format)
 
     def read(self, source: int, rect: Rect) -> Tensor:
-        """A rectangle of a source as it is computed with; of a stored map on the device a view."""
+        """A rectangle of a source, converted for the computation; for a stored map on the device, a view."""
         return self._as_computed(source, self.sources[source].read(*rect))
 
     def _as_computed(self, source: int, pixels: Tensor) -> Tensor:
-        if source != self.tiled.stage.image:  # maps that are there have the dtype that they are meant to have
+        if source != self.tiled.stage.image:  # stored maps already have their final dtype
             return pixels.to(self.device, non_blocking=True)
         image = self.sources[source]
         if isinstance(image, StoredBatch):
@@ -230,17 +237,16 @@ class Scan:
         return self.convert(pixels)
 
     def _on_device(self, source: int) -> bool:
-        """Whether a source is read where it is, by what computes.
+        """Whether a source is on the computing device, so that the computing thread reads it directly.
 
-        On the CPU, too: what a thread takes for an image's change of memory order lies in a part of the C library's
-        heap that gives nothing back.
+        This includes the CPU: a prefetching thread would reorder the image in a heap arena that is never trimmed.
         """
         tensor = getattr(self.sources[source], "tensor", None)
         return tensor is not None and tensor.device.type == self.device.type
 
     @contextlib.contextmanager
     def reader(self, tiles: Iterable[tuple[int, int]]) -> Iterator[Reader]:
-        """Reads the sources for these tiles, what is not on the device while the tile before is computed."""
+        """Context with a reader for these tiles; sources on other devices are prefetched."""
         away = [source for source in self.tiled.stage.sources if not self._on_device(source)]
         if not away:
             yield Reader(self.read, lambda: None)
@@ -252,9 +258,13 @@ class Scan:
             yield Reader(lambda s, rect: fetched(s, rect) if s in away else self.read(s, rect), fetched.advance)
 
     def prepare(self, vectors: Sequence[Tensor], leaves: Iterable[int] = ()) -> dict[int, Tensor]:
-        """Detached vectors, cast as autocast would, convolution weights in the memory order of maps and packed.
+        """Prepare the vectors for tiles: detached, cast as by autocast, weights in the maps' memory order and packed.
 
-        Gradients of what is cast are summed in the vector's own dtype. `leaves` want a gradient.
+        Gradients of cast vectors are summed in the vector's own dtype.
+
+        Args:
+            vectors: the tensors of `stage.vectors`.
+            leaves: the vectors that require a gradient, by value number.
         """
         prepared, stage, casts = {}, self.tiled.stage, list[tuple[Tensor, Tensor]]()
         packings = stage.packings
@@ -279,10 +289,10 @@ class Scan:
         return prepared
 
     def _in_order_of_maps(self, weight: Tensor) -> Tensor:
-        """A weight in the memory order of maps, and on the CPU with strides that say so.
+        """A weight in the memory format of maps, on the CPU with strides that express it.
 
-        Where a convolution has one input channel, neither its weight's strides nor the image's tell an order, and its
-        output would not be as the maps after it: for the first layers of a ResNet on a grey image six times the time.
+        With one input channel, the strides of weight and image are ambiguous, so the convolution's output could have
+        another memory format than later maps. The first layers of a ResNet on a grey image then take six times as long.
         """
         weight = weight.contiguous(memory_format=self.memory_format)
         if weight.shape[1] != 1 or self.memory_format != torch.channels_last or self.device.type != "cpu":
@@ -292,10 +302,10 @@ class Scan:
 
     @contextlib.contextmanager
     def tile_state(self, seed: int, i: int, j: int, drawn: dict[tuple[int, int], int]) -> Iterator[None]:
-        """For a tile the same autocast and random numbers in both passes; the caller's generators stay as they are.
+        """Context of a tile: equal autocast and random numbers in both passes; restores the caller's generators.
 
         Args:
-            drawn: tells for each tile what pass 1 has drawn; pass 2 is refused if it draws anything else.
+            drawn: per tile, a checksum of the random numbers that pass 1 drew; pass 2 raises an error if it differs.
         """
         if not self.tiled.random:
             with self.autocast.enter():
@@ -309,7 +319,7 @@ class Scan:
                 locks.check_drawn(drawn.setdefault((i, j), locks.drawn()))
 
     def after_tile(self, phase: str, i: int, j: int, done: int, maps: Iterable[Tensor | None]) -> None:
-        """Keep to the limit of memory, and tell `on_tile`; `maps` are those that the pass writes to."""
+        """Enforce the memory limit and call `on_tile`; `maps` are the maps that the pass writes."""
         if self.maps.place == "disk":
             let_files_go((*maps, *(s.tensor for s in self.sources.values() if isinstance(s, StoredMap))))
         if self.memory_limit is not None:

@@ -1,7 +1,7 @@
-"""The processes that share an image, and what they exchange: totals, maxima, rows of stored maps, and their gradients.
+"""Communication of processes that share an image: sums, maxima, rows of stored maps, and their gradients.
 
-Each computes a band of rows of every map, see `spatial_program`; vectors, and so the outputs and their loss, are the
-same in all. So the gradient of what a process has given to a total is that of the total.
+Each process computes a band of rows of every map, see `spatial_program`. Vectors, and therefore the outputs and the
+loss, are equal in all processes. So the gradient of a process's summand is the gradient of the sum.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class SpatialShard:
         return dist.get_rank(self.group)
 
     def rows(self, height: int, rank: int) -> Rows:
-        """The rows that a process owns of a target of this height."""
+        """The rows [top, bottom) that a process owns of a target of this height."""
         return height * rank // self.count, height * (rank + 1) // self.count
 
     def gather(self, x: Tensor) -> Tensor:
-        """(*shape) of each process -> (processes, *shape)."""
+        """Gather a tensor (*shape) from each process into (processes, *shape)."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
@@ -59,14 +59,14 @@ class SpatialShard:
         return [result[n] for n in range(len(tensors))]
 
     def all_agree(self, true: bool, device: torch.device) -> bool:
-        """Whether something holds in all processes."""
+        """Whether `true` is true in all processes."""
         return bool(self.gather(torch.tensor([true], device=device)).all())
 
     @contextlib.contextmanager
     def same_random_numbers(self, device: torch.device) -> Iterator[None]:
-        """The random numbers of the first process in all: they draw the same masks for what they compute alike.
+        """Context in which all processes draw the random numbers of the first, for masks of replicated computations.
 
-        Those of the first process go on as they would if it were alone; those of the others stay where they are.
+        The generator of the first process advances as in a single process; those of the others are restored.
         """
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus, enabled=self.rank > 0):
@@ -77,7 +77,10 @@ class SpatialShard:
 
 
 class Gathered(torch.autograd.Function):
-    """What all processes have, in each of them; all go on alike, so each takes back the gradient of its own."""
+    """Gathers the tensors of all processes in each process.
+
+    All processes continue equally, so each takes the gradient of its own tensor without communication.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: SpatialShard):
@@ -90,9 +93,9 @@ class Gathered(torch.autograd.Function):
 
 
 class Maximum(torch.autograd.Function):
-    """The largest of what the processes have; its gradient goes to where stock PyTorch's goes.
+    """The maximum over the processes; its gradient goes to the same elements as in stock PyTorch.
 
-    That is all equal elements in equal parts, of which each process gives the number, or the first (the last NaN).
+    All equal elements share it equally (`number` counts them per process), or the first one gets it (the last NaN).
     """
 
     @staticmethod
@@ -115,9 +118,14 @@ class Maximum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rows of a map that processes own, and those that they need; each by process.
+    """An exchange of rows of a map between processes.
 
-    `alike` says that all processes compute the same with what they get (they need the whole map).
+    Attributes:
+        shard: the processes.
+        axis: the dimension of the rows.
+        own: the rows that each process owns.
+        need: the rows that each process needs.
+        alike: whether all processes need the whole map and compute the same from it.
     """
 
     shard: SpatialShard
@@ -127,7 +135,7 @@ class Exchange:
     alike: bool = False
 
     def fetch(self, x: Tensor) -> Tensor:
-        """The rows that this process needs, of `x`, those that it owns."""
+        """Exchange `x`, the rows that this process owns, for the rows that it needs."""
         me = self.shard.rank
         shape = list(x.shape)
         shape[self.axis] = self.need[me][1] - self.need[me][0]
@@ -140,7 +148,7 @@ class Exchange:
         return result
 
     def bring_back(self, grad: Tensor) -> Tensor:
-        """The gradient of the rows that this process owns, of `grad`, that of the rows it needed."""
+        """Exchange `grad`, the gradient of the needed rows, for the gradient of the rows that this process owns."""
         me = self.shard.rank
         shape = list(grad.shape)
         shape[self.axis] = self.own[me][1] - self.own[me][0]
@@ -158,7 +166,7 @@ class Exchange:
         return x.narrow(self.axis, part[0] - rows[0] if part[0] < part[1] else 0, part[1] - part[0])
 
     def _trade(self, sent: dict[int, Tensor], got: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Send a part to each process that has one of its own, and get one from each that wants one."""
+        """Send each process its part and receive this process's parts, both by rank; empty parts are skipped."""
         me, group = self.shard.rank, self.shard.group
         got = {r: t.contiguous() for r, t in got.items()}
         got[me] = sent[me]
@@ -180,7 +188,7 @@ def _overlap(a: Rows, b: Rows) -> Rows:
 
 
 class Fetch(torch.autograd.Function):
-    """`Exchange.fetch`."""
+    """`Exchange.fetch` with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange):
@@ -193,11 +201,11 @@ class Fetch(torch.autograd.Function):
 
 
 def spatial_group(split: Any) -> SpatialShard:
-    """The processes for `accelerate`'s argument: all of them, or those of a group.
+    """The shard for `accelerate`'s argument: all processes (True), or those of a group.
 
     Raises:
-        GigamorphError: without a process group.
+        GigamorphError: if no process group is initialized.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise GigamorphError("an image is split over processes: call torch.distributed.init_process_group before")
+        raise GigamorphError("cannot split an image over processes: call torch.distributed.init_process_group first")
     return SpatialShard(dist.group.WORLD if split is True else split)  # pyright: ignore[reportArgumentType]

@@ -1,17 +1,16 @@
-"""What one process computes of an image that several share: a band of rows of every map.
+"""Splits a network over processes that share an image: each process computes a band of rows of every map.
 
-Of a stage's *targets* (what it reduces or stores) process r of R owns the rows [H r/R, H (r+1)/R). What those need of
-every other map follows by interval arithmetic over the ops, so rows that two bands need are computed twice, and no
-process waits for another inside a stage. After it
+Process r of R owns the rows [H r/R, H (r+1)/R) of a stage's *targets* (the maps that it reduces or stores). Interval
+arithmetic over the ops gives the rows of all other maps that these need. Rows that two bands need are computed twice,
+so no process waits for another inside a stage. After the stage:
 
-    sums, maxima, moments   of the bands are gathered, and merged by each process alike
-    stored maps             stay as bands; rows that a later stage needs of other bands are fetched, and in the
-                            backward their gradient is brought back and added
-    gradients of vectors     are summed over the processes
+    sums, maxima, moments   of the bands are gathered, and every process merges them
+    stored maps             remain split into bands; rows that a later stage needs of other bands are fetched, and the
+                            backward returns and adds their gradients
+    gradients of vectors    are summed over the processes
 
-What is outside the stages is replicated. In the rewritten network a target is what an op `rows` cuts out of a map, and
-a stored map is what an op `placed` reads out of a band: for the stage both are ordinary windows, with negative and
-positive padding.
+Computations outside the stages are replicated. In the rewritten network an op `rows` cuts a target out of a map, and an
+op `placed` reads a stored map from a band. For the stage both are ordinary windows, with negative and positive padding.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from .spatial import Exchange, Fetch, Gathered, Maximum, Rows, SpatialShard
 
 
 def split_network(staged: StagedProgram, shard: SpatialShard) -> StagedProgram:
-    """The network that computes this process's bands.
+    """The network that computes the bands of this process.
 
     Raises:
-        UnsupportedError: for random numbers drawn position by position, and for hooks on maps.
+        UnsupportedError: if an op draws random numbers per position, or a hook is registered on a map.
     """
     return _Splitter(staged, shard).run()
 
@@ -45,25 +44,25 @@ class _Splitter:
         self.staged, self.shard, self.maps = staged, shard, staged.maps
         self.stored = {v for stage in staged.stages for v in stage.stored}
         self.needs: dict[int, list[Rows]] = {}  # stored map -> rows that each process needs in later stages
-        self.whole: set[int] = set(staged.program.results()) & self.stored  # those needed whole
+        self.whole: set[int] = set(staged.program.results()) & self.stored  # maps needed as a whole
         if any(op.name == "tensor_hook" and op.outputs[0] in staged.maps for op in staged.program.ops):
             raise UnsupportedError(
-                "there are backward hooks on maps, of which each process would have the gradient of its own band; "
-                "do not split the image over processes"
+                "cannot split the image over processes: a backward hook on a map would get the gradient of one band "
+                "only; remove the hook or do not split the image"
             )
         for step in staged.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)
             elif isinstance(step, Stage):
                 self._add_needs(step)
-        self.fetched: dict[int, tuple[int, int]] = {}  # stored map -> what is fetched of it, and its first row
+        self.fetched: dict[int, tuple[int, int]] = {}  # stored map -> (fetched map, first row)
 
     def _add_needs(self, stage: Stage) -> None:
         for local in stage.locals:
             if local.random:
                 raise UnsupportedError(
-                    f"{local.op} draws random numbers position by position; an image cannot be split over processes "
-                    "there; put that module in evaluation mode"
+                    f"cannot split the image over processes: {local.op} draws random numbers per position; "
+                    "put that module in evaluation mode"
                 )
         reads = [(local.op.outputs, [(v, a[0]) for v, a in local.reads.items()]) for local in stage.locals]
         for rank in range(self.shard.count):
@@ -84,7 +83,7 @@ class _Splitter:
         return replace(self.staged, steps=steps, segments=segments)
 
     def _map(self, value: int, height: int) -> int:
-        """A further map like another, of another height."""
+        """A new map like another, with another height."""
         axes, shape = self.maps.axes[value], list(self.maps.shape(value))
         shape[axes[0]] = height
         made = self.maps.new_value(shape, like=value)
@@ -92,7 +91,7 @@ class _Splitter:
         return made
 
     def _window(self, source: int, target: int, pad: int, name: str) -> Local:
-        """The op that reads rows of a map; `pad` is positive where the source is the smaller one."""
+        """The op that reads rows of a map; `pad` is positive if the source is smaller than the target."""
         maps = self.maps
         height, width = maps.size(source)
         access = Window(height, maps.size(target)[0], pad=pad)
@@ -138,7 +137,7 @@ class _Splitter:
         return [made, *merges]
 
     def _fetches(self, value: int, own: int) -> list[VectorOp]:
-        """What gets rows of a stored map from where they are."""
+        """The ops that fetch rows of a stored map from the processes that own them."""
         height, axis = self.maps.size(value)[0], self.maps.axes[value][0]
         owned = tuple(self.shard.rows(height, r) for r in range(self.shard.count))
         result = []
@@ -154,7 +153,7 @@ class _Splitter:
         return result
 
     def _reduction(self, reduction: Reduction, own: int, merges: list[VectorOp]) -> Reduction:
-        """The reduction of a band; what merges it with those of the others is added to `merges`."""
+        """The reduction of a band; appends the op that merges the bands to `merges`."""
         maps, shard = self.maps, self.shard
         values = maps.program.values
         height, width = maps.size(reduction.value)
@@ -205,7 +204,7 @@ class _Splitter:
 
 
 def _shares_of_cells(grid: tuple[Cells, Cells], axis: int, rank: int, parts: Sequence[Rows]) -> Tensor:
-    """What part each process has of the pixels of each row, or of each column: (processes, *like the result)."""
+    """Each process's share of the pixels of each row or column: (processes, *shape of the result)."""
     rows = grid[0]
     if not rows.every:
         return torch.tensor([(b - a) / rows.size for a, b in parts], dtype=torch.float64).view(-1, *[1] * rank)
@@ -218,7 +217,7 @@ def _fetch(source: int, target: int, exchange: Exchange) -> VectorOp:
 
 
 def _targets(stage: Stage) -> list[int]:
-    """What a stage reduces or stores."""
+    """The maps that a stage reduces or stores."""
     return list(dict.fromkeys([*(r.value for r in stage.reductions), *stage.stored]))
 
 

@@ -1,4 +1,4 @@
-"""A stage: a graph cut into tiles, and the computation of one tile from its pixels and halos."""
+"""A stage divided into tiles: the schedules of blocks and halos, and the rectangles that each tile reads."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ..lowering.stages import Stage, private_maps, readers_of
 from .halos import Rect, area, shift
 
 Schedules = dict[Hashable, AxisSchedule]
-_Reads = tuple[tuple[int, int], tuple[int, int]]  # along one axis: the span that is read, the padding around it
+_Reads = tuple[tuple[int, int], tuple[int, int]]  # along one axis: the span read, the padding around it
 
 
 class TiledStage:
-    """The stage of a graph cut into tiles of a given size: schedules, and the computation of one tile.
+    """A stage divided into tiles of a given size.
 
     Args:
-        graph: the sorted program.
-        tile: height and width of a tile in pixels of the largest source (the image, if that is one); any positive size.
-        schedules: those of other stages of the network, by all that they depend on, to which this one's are added.
+        stage: the stage.
+        tile: (height, width) of a tile in pixels of the largest source (the image, if it is a source); any positive
+            size.
+        schedules: a cache of schedules, shared by the stages of a network.
     """
 
     def __init__(self, stage: Stage, tile: tuple[int, int], schedules: Schedules | None = None):
@@ -36,18 +37,18 @@ class TiledStage:
         self.with_halo = [v for v in self.rows.frontier if v not in stage.sources and v in halos]
         self.in_place = in_place_runs(stage, set(self.with_halo))
         self.unvalued = unvalued_runs(stage, set(self.with_halo))
-        # Of a shard's sources no tile reads the rows that it does not need.
+        # Tiles of a shard skip the rows of its sources that it does not need.
         self.apportioned = {v for v in stage.sources if self._is_apportioned(v)} if stage.offsets is None else set()
         self.reductions: dict[int, list[int]] = {}
         for number, reduction in enumerate(stage.reductions):
             self.reductions.setdefault(reduction.value, []).append(number)
         self.moments = {r.value for r in stage.reductions if r.kind == "moments"}
-        self.reread = self.moments & self.unvalued.keys()  # in pass 2, where they were stored in pass 1
+        self.reread = self.moments & self.unvalued.keys()  # pass 2 reads the stored maps
         self.readers = readers_of(stage)
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
         self.anew = self._anew()
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
-        self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by output and value, then by step
+        self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by (output, value)
 
     def _schedule(self, axis: int, tile: int) -> AxisSchedule:
         stage = self.stage
@@ -57,14 +58,14 @@ class TiledStage:
         if axis == 0 and stage.offsets is not None:
             consumers = [*(r.value for r in stage.reductions), *stage.stored]
             return schedule_axis(tile, stage.extent[axis], sources, reads, stage.offsets, consumers, resident)
-        # Rows and columns are told apart by their schedules, also those of a square.
+        # The axis is part of the key: callers distinguish rows and columns by their schedules, even of a square.
         key = (axis, tile, stage.extent[axis], tuple(sources.items()), reads)
         if key not in self._schedules:
             self._schedules[key] = schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
         return self._schedules[key]
 
     def _anew(self) -> set[int]:
-        """Maps whose gradients in a tile are memory of their own, which nobody else has."""
+        """Maps whose gradient in a tile is a tensor that shares its memory with no other."""
         found, private = set(self.gathered), private_maps(self.stage)
         for local in reversed(self.stage.locals):
             passes = found.issuperset(local.op.outputs)
@@ -76,7 +77,7 @@ class TiledStage:
         return found
 
     def _is_apportioned(self, source: int) -> bool:
-        """Whether each tile reads its own block of a source and nothing else of it."""
+        """Whether each tile reads exactly its own block of a source."""
         for local in self.stage.locals:
             if source in local.reads:
                 output = local.op.outputs[0]
@@ -94,7 +95,7 @@ class TiledStage:
         return self.rows.blocks[value][i] + self.cols.blocks[value][j]
 
     def halo_sizes(self, value: int, i: int, j: int) -> list[tuple[str, int, int]]:
-        """(side, height, width) of the halos of `value` that enter tile (i, j); for "above" in full width."""
+        """(side, height, width) of the halos of `value` that enter tile (i, j); "above" has the full width."""
         sizes = []
         if i < self.rows.steps and j < self.cols.steps:
             lo, hi = self.rows.halo_in(value, i)
@@ -107,17 +108,17 @@ class TiledStage:
         return sizes
 
     def reads(self, local: Local, value: int, i: int, j: int) -> Rect:
-        """The rectangle of `value` that an op reads in tile (i, j), which computes it."""
+        """The rectangle of `value` that an op reads in tile (i, j), if the tile computes the op."""
         rows, cols = self._by_step(local, value)
         return rows[i][0] + cols[j][0]
 
     def padding(self, local: Local, value: int, i: int, j: int) -> Rect:
-        """(top, bottom, left, right): what an op that pads adds around that rectangle."""
+        """(top, bottom, left, right): the padding that an op adds around that rectangle."""
         rows, cols = self._by_step(local, value)
         return rows[i][1] + cols[j][1]
 
     def _by_step(self, local: Local, value: int) -> tuple[list[_Reads], list[_Reads]]:
-        """What an op reads of `value` in each step of rows and of columns; all tiles of a row read the same rows."""
+        """The spans of `value` that an op reads in each step of rows and of columns."""
         output = local.op.outputs[0]
         if (output, value) not in self._reads:
             pads = all(isinstance(access, Window) for access in local.reads[value])
@@ -133,7 +134,7 @@ class TiledStage:
         return self._reads[output, value]
 
     def source_rects(self, source: int, i: int, j: int, own: bool) -> list[Rect]:
-        """The rectangles of a source that tile (i, j) reads, and with `own` its own block of it."""
+        """The rectangles of a source that tile (i, j) reads, with `own` including the tile's own block."""
         rects = dict.fromkeys([self.block(source, i, j)] if own else [])
         for local in self.readers.get(source, ()):
             if self.computes(local.op.outputs[0], i, j):
@@ -146,7 +147,7 @@ class TiledStage:
         return top < bottom and left < right
 
     def new_bytes(self, local: Local, i: int, j: int) -> int:
-        """Bytes that an op of tile (i, j) makes at most: its outputs, and windows that are more than a block."""
+        """Upper bound of the bytes that an op of tile (i, j) allocates: outputs, and windows larger than a block."""
         rects = [(v, self.block(v, i, j)) for v in local.op.outputs if v not in self.in_place]
         for value in local.reads:
             rect = self.reads(local, value, i, j)
@@ -160,7 +161,11 @@ class TiledStage:
         return math.prod(info.shape) * info.dtype.itemsize // max(1, math.prod(self.stage.maps.size(value)))
 
     def hands_on(self, value: int, i: int, j: int) -> list[tuple[str, Rect, Rect]]:
-        """The parts of tile (i, j)'s block that later tiles need: (side, rectangle of it, rectangle of the halo)."""
+        """The parts of tile (i, j)'s block that later tiles need.
+
+        Returns:
+            (side, rectangle of the block, rectangle of the halo) for each side.
+        """
         rect = self.block(value, i, j)
         result = []
         lo, hi = self.rows.halo_out(value, i)
@@ -174,7 +179,7 @@ class TiledStage:
         return result
 
     def needs_grad(self, wanted: Container[int]) -> set[int]:
-        """The maps that a gradient flows through, given the sources and vectors that want one."""
+        """The maps that a gradient flows through, given the sources and vectors that require one."""
         values = self.stage.program.values
         needs = {v for v in self.stage.sources if v in wanted}
         for local in self.stage.locals:
@@ -184,7 +189,10 @@ class TiledStage:
 
 
 def _read(access: Access, block: tuple[int, int], pads: bool, end: int) -> _Reads:
-    """What the outputs of a block, which may be empty, read along an axis; up to `end` where that spares a cut."""
+    """The span and padding that a block (may be empty) reads along an axis.
+
+    A window is extended to `end` if that avoids a slice.
+    """
     if block[0] >= block[1]:
         return (0, 0), (0, 0)
     span, padding = access.span(*block), access.padding(*block) if pads and isinstance(access, Window) else (0, 0)

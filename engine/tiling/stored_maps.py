@@ -1,9 +1,8 @@
-"""Maps that exist whole: where they live, and when their memory goes back.
+"""Maps stored as a whole between stages: their allocation, and the release of their memory.
 
-On the CPU a map has pages of its own (`page_pool.py`). Where memory is short, they go back row by row, as soon as the
-backward has read a row for the last time: while the gradient of one map comes into being, the next map and its gradient
-go. Pages of a file are written and read as memory, and are handed to the system after every tile; from then on they are
-no memory of this process.
+On the CPU a map has its own pages (`page_pool.py`). If memory is short, they are returned row by row after the last
+read in the backward: while the gradient of one map grows, the next map and its gradient shrink. Maps on disk are
+memory-mapped files. Their pages are released after every tile, and then no longer count as memory of this process.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from ..lowering.ops import Axes
 from .halos import empty, memory_order, unpermute
 from .page_pool import ArenaPages, PagePool, Pages
 
-LEAST_BYTES = 1 << 20  # bytes; smaller maps are left to the C library
-_PAGES: WeakValueDictionary[int, Pages | ArenaPages] = WeakValueDictionary()  # by their address
+LEAST_BYTES = 1 << 20  # smaller maps are allocated by PyTorch
+_PAGES: WeakValueDictionary[int, Pages | ArenaPages] = WeakValueDictionary()  # by address
 
 
 def pages_of(tensor: Tensor) -> Pages | ArenaPages | None:
-    """The pages that a map lives on, if it has some of its own."""
+    """The pages of a map, or None if it has no pages of its own."""
     return _PAGES.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 
 
@@ -39,21 +38,22 @@ def new_map(
     order: Sequence[int] | None = None,
     later: bool = False,
 ) -> Tensor:
-    """A tensor like `pattern` for a map that exists whole.
+    """A tensor like `pattern` for a whole map.
 
     Args:
-        shape: if not that of `pattern`.
-        place: "device", that of `pattern`; "host", pinned memory where there is a GPU; or "disk",
-            a file that is mapped into memory.
-        zero: filled with zeros; without it with anything.
-        page_pool: pages of maps that are gone, which it may take, and to which its own go one day.
-        order: of its dimensions in memory, slowest first, if not that of `pattern`.
-        later: its zeros take memory row by row as they are written to, which costs time.
+        pattern: gives the dtype and the defaults of device, shape and memory order.
+        shape: shape of the map; by default that of `pattern`.
+        place: "device" for the device of `pattern`; "host" for host memory, pinned if there is a GPU; or "disk" for a
+            memory-mapped file.
+        zero: whether to fill the map with zeros; otherwise it is uninitialised.
+        page_pool: the pool that provides the pages and takes them back when the map is freed.
+        order: dimensions in memory order, slowest first; by default that of `pattern`.
+        later: whether zero pages become resident only when they are written, which is slower.
 
     Raises:
         GigamorphError: if the disk is full.
     """
-    # Not as a view of the memory that it takes: as the network's output it may be changed in place.
+    # .data: the map must not be a view of its buffer, because users may change the network's output in place.
     order = memory_order(pattern) if order is None else order
     shape = list(pattern.shape if shape is None else shape)
     return _new_map(pattern, shape, place, zero, page_pool, order, later).data
@@ -90,9 +90,9 @@ def _new_map(
 
 
 def can_be_taken(block: Tensor, shape: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether what a tile has made may become the map, as it lies: all of it, dense in this order, and nothing beside.
+    """Whether a block may be used as the map: it has the full shape, is dense in this order, and owns its storage.
 
-    On a CPU it never may: there a map has pages of its own.
+    Always False on the CPU, where a map has its own pages.
     """
     if on_pages(block.device) or tuple(block.shape) != tuple(shape):
         return False
@@ -101,12 +101,12 @@ def can_be_taken(block: Tensor, shape: Sequence[int], order: Sequence[int]) -> b
 
 
 def on_pages(device: torch.device) -> bool:
-    """Whether maps on a device have pages of their own."""
+    """Whether maps on a device have their own pages."""
     return device.type == "cpu"
 
 
 def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
-    """Give back the memory of a map's rows from `first` on, which nobody will read again."""
+    """Return the memory of a map's rows from `first` on to the system; they must not be read again."""
     pages = pages_of(tensor)
     if pages is None or pages.on_disk:
         return
@@ -119,7 +119,7 @@ def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
 
 
 def let_files_go(tensors: Iterable[Tensor | None]) -> None:
-    """Hand the pages of those maps that live in files to the system."""
+    """Release the resident pages of maps on disk."""
     for tensor in tensors:
         pages = None if tensor is None else pages_of(tensor)
         if pages is not None and pages.on_disk:
@@ -127,29 +127,30 @@ def let_files_go(tensors: Iterable[Tensor | None]) -> None:
 
 
 def add_reader(tensor: Tensor, count: int) -> None:
-    """One more backward (or less) that will read a map."""
+    """Add `count` (may be negative) to the number of backwards that will read a map."""
     pages = pages_of(tensor)
     if pages is not None:
         pages.readers += count
 
 
 def has_readers(tensor: Tensor) -> bool:
-    """Whether a backward is still to come that reads a map."""
+    """Whether a later backward reads a map."""
     pages = pages_of(tensor)
     return pages is not None and pages.readers > 0
 
 
 class Gradients:
-    """One gradient for each stored map, which the backward of every stage that reads the map adds to.
+    """One gradient per stored map, to which the backward of every stage that reads the map adds.
 
-    The first of them gives it to autograd, which hands it to the stage that wrote the map; the others give none.
+    The first of these backwards returns it to autograd, which passes it to the stage that wrote the map. The others
+    return None.
     """
 
     def __init__(self) -> None:
-        self.there: dict[int, TensorWeakRef] = {}  # weak: what autograd has let go is of a backward that was broken off
+        self.there: dict[int, TensorWeakRef] = {}  # weak: a gradient of an aborted backward is freed by autograd
 
     def begin(self, value: int, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-        """The gradient of a map, and whether it has been made now."""
+        """The gradient of a map, and whether this call created it."""
         there = self.there.get(value)
         found = None if there is None else there()
         if found is not None:
@@ -159,10 +160,10 @@ class Gradients:
         return made, True
 
     def end(self, values: Iterable[int]) -> None:
-        """The gradients of these maps are complete."""
+        """Remove the gradients of these maps, which are complete."""
         for value in values:
             self.there.pop(value, None)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all gradients."""
         self.there.clear()

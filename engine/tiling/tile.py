@@ -1,4 +1,4 @@
-"""The computation of one tile from its pixels and halos, with or without autograd."""
+"""Computes one tile from its pixels and halos, with or without autograd."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ _NONE = (0, 0, 0, 0)  # no padding
 
 @dataclass
 class Halos:
-    """The halos that enter one tile (or their gradients): rows from above, in full width, and columns.
+    """The halos that enter one tile, or their gradients.
 
-    `origin` says, by side and value, where a tensor begins that holds only a part of its halo.
+    Attributes:
+        above: rows from above, in full width, by value number.
+        left: columns from the left, by value number.
+        origin: for tensors that hold a part of their halo only: its first row and column, by side and value number.
     """
 
     above: dict[int, Tensor]
@@ -29,17 +32,17 @@ class Halos:
     origin: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     def place(self, side: str, value: int, rect: Rect) -> Rect:
-        """A rectangle of a halo in the tensor that is here."""
+        """A rectangle of a halo in coordinates of its tensor."""
         return shift(rect, *self.origin.get((side, value), (0, 0)))
 
 
 @dataclass(frozen=True)
 class Returned:
-    """Where gradients of halos go in pass 2.
+    """The gradients of halos in pass 2.
 
     Attributes:
-        grads: those of the halos that entered the tile: added to.
-        handed_back: those of the halos that it handed on, which later tiles have left.
+        grads: gradients of the halos that entered the tile, to which the tile adds.
+        handed_back: gradients of the halos that the tile passed on, as later tiles returned them.
     """
 
     grads: Halos
@@ -48,13 +51,13 @@ class Returned:
 
 @dataclass(frozen=True)
 class Autograd:
-    """What a tile needs to be recorded.
+    """The autograd state for recording a tile.
 
     Attributes:
         needs: the maps that a gradient flows through.
-        anchor: a scalar that requires a gradient and keeps the nodes of the halos in autograd's graph.
+        anchor: a scalar that requires a gradient and connects the nodes of halos to autograd's graph.
         sum_of: see `Block`.
-        saved: what autograd saves meanwhile.
+        saved: the tensors that autograd saves.
     """
 
     needs: set[int]
@@ -69,18 +72,18 @@ class Tile:
     Args:
         tiled: the stage.
         i, j: row and column of the tile.
-        pixels: gives the sources' pixels.
-        vectors: by value; ops get their windows beside them.
-        halos: what enters the tile.
-        autograd: given if it is to be differentiated.
-        second_pass: the stored maps are there.
+        pixels: returns the pixels of a rectangle of a source.
+        vectors: the vectors by value number; `run` adds the windows of an op temporarily.
+        halos: the halos that enter the tile.
+        autograd: the autograd state if the tile will be differentiated.
+        second_pass: whether this is pass 2, where stored maps are available.
         whole: see `Block`.
 
     Attributes:
-        blocks: the maps' blocks that a later op of the tile reads.
-        source_windows: what has been read.
-        shares: what ops have computed of the moments of their outputs.
-        returned: set when the tile is differentiated.
+        blocks: blocks that later ops of the tile read, by value number.
+        source_windows: the windows of sources that the tile read.
+        shares: moments that ops computed of their own outputs.
+        returned: the gradients of halos, set when the tile is differentiated.
     """
 
     def __init__(
@@ -106,26 +109,26 @@ class Tile:
         self.source_windows: dict[tuple[int, Rect], Tensor] = {}
         self.shares: dict[int, tuple[Tensor, ...]] = {}
         self.returned: Returned | None = None
-        self._parts: dict[int, list[tuple[Rect, Tensor]]] = {}  # of gathered maps: gradients of parts of their blocks
-        self.lacking: dict[int, list[Tensor]] = {}  # of blocks whose op adds that: see `Block.grad_terms`
+        self._parts: dict[int, list[tuple[Rect, Tensor]]] = {}  # gathered maps: gradients of parts of their blocks
+        self.lacking: dict[int, list[Tensor]] = {}  # see `Block.grad_terms`
         self._hands_on: dict[int, list[tuple[str, Rect, Rect]]] = {}
-        self._margins: dict[int, tuple[int, int]] = {}  # blocks that have room for rows above and columns to the left
+        self._margins: dict[int, tuple[int, int]] = {}  # space for rows above and columns to the left
 
     def window(
         self, value: int, rect: Rect, pad: tuple[int, int, int, int], fill: float | None
     ) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """The rectangle of `value`, padded already if it had to be put together, and the padding still missing."""
+        """Returns the window `rect` of `value` and the padding that is still missing; assembled windows are padded."""
         tiled = self.tiled
         if value in tiled.stage.sources:
             if (value, rect) not in self.source_windows:
                 self.source_windows[value, rect] = self.pixels(value, rect)
             return self.source_windows[value, rect], pad
         block = tiled.block(value, self.i, self.j)
-        # An op would copy it for uneven padding, and keep the block besides; put together, the block lies in it.
+        # For uneven padding an op would copy the block and save both; an assembled window contains the block.
         uneven = fill is not None and (pad[0] != pad[1] or pad[2] != pad[3])
-        if rect == block and value in self.blocks and not uneven:  # without a halo, as most reads are
+        if rect == block and value in self.blocks and not uneven:  # no halo: the most frequent case
             return self.blocks[value], pad
-        if not area(rect):  # the outputs of this tile lie wholly in the padding
+        if not area(rect):  # the tile reads only padding
             info, shape = tiled.stage.program.values[value], list(tiled.stage.maps.shape(value))
             shape[tiled.axes(value)[0]], shape[tiled.axes(value)[1]] = rect[1] - rect[0], rect[3] - rect[2]
             return torch.empty(shape, dtype=info.dtype, device=info.device), pad
@@ -166,7 +169,7 @@ class Tile:
         return window, missing
 
     def _give(self, value: int) -> Give | None:
-        """Where the gradient of a part of a block goes: to the op that gathers them, once that has run."""
+        """The function that collects gradients of parts of a block, if an op that gathers them has run."""
         return self._parts[value].append if value in self._parts else None
 
     def _add_to_halo(self, side: str, value: int, rect: Rect, grad: Tensor) -> None:
@@ -207,7 +210,7 @@ class Tile:
         return result
 
     def _margin(self, value: int) -> tuple[int, int]:
-        """How many rows above and columns to the left of a block the windows of this tile need."""
+        """The number of rows above and columns to the left of a block that this tile's windows need."""
         block = self.tiled.block(value, self.i, self.j)
         windows = [
             self.tiled.reads(local, value, self.i, self.j)
@@ -221,12 +224,15 @@ class Tile:
 
     def hands_on(self, value: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of a block that later tiles need: (side, rectangle of the block, rectangle of the halo)."""
-        if value not in self._hands_on:  # asked for in both passes, and to see what is differentiated
+        if value not in self._hands_on:  # cached because several callers use it
             self._hands_on[value] = self.tiled.hands_on(value, self.i, self.j)
         return self._hands_on[value]
 
     def add_handed_back(self, value: int, block: Tensor | None, grad: Tensor) -> None:
-        """Add to a block's gradient what later tiles have handed back for it; the block where that wants a slope."""
+        """Add the gradients that later tiles returned to a block's gradient.
+
+        `block` is needed only if the op that gathers the gradients applies a slope.
+        """
         assert self.returned is not None
         axes, handed_back = self.tiled.axes(value), self.returned.handed_back
         gather = self.tiled.gathered.get(value)
@@ -239,21 +245,21 @@ class Tile:
             cut(grad, axes, own).add_(part)
 
     def reach(self, consumers: Container[int]) -> tuple[set[int], set[int]]:
-        """Values whose block in this tile is needed for gradients, and those they reach through an op of this tile."""
+        """The values whose block is needed for gradients, and those that get a gradient from ops of this tile."""
         tiled, i, j = self.tiled, self.i, self.j
         values = tiled.stage.program.values
         reached: set[int] = set()
         through: set[int] = set()
-        read: set[int] = set()  # for their values alone
+        read: set[int] = set()  # only their values are needed
         for local in reversed(tiled.stage.locals):
             outputs = local.op.outputs
             if not tiled.computes(outputs[0], i, j):
                 continue
             through.update(v for v in outputs if v in consumers)
-            # A gradient comes to those, and to what later tiles have handed one back for.
+            # Outputs get a gradient from these ops or from later tiles.
             handed_on = {v for v in outputs if v in self.needs and v in tiled.with_halo and self.hands_on(v)}
             graded = handed_on.union(v for v in outputs if v in through)
-            # Random numbers are drawn whoever reads them, or those after them would be others.
+            # Random ops always run, otherwise later ops would draw other random numbers.
             reached.update(v for v in outputs if v in graded or v in read or local.random)
             if local.gathers is not None and (local.gathers.value in through or local.gathers.value in consumers):
                 reached.update(outputs)
@@ -261,6 +267,6 @@ class Tile:
                 flows = any(values[v].takes_grad for v in graded)
                 for value in local.reads:
                     window = tiled.reads(local, value, i, j)
-                    if area(split(window, tiled.block(value, i, j))[2]):  # not halos alone
+                    if area(split(window, tiled.block(value, i, j))[2]):  # more than halos
                         (through if flows else read).add(value)
         return reached, through

@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_in_one_line(on_disk: list[str], monkeypatch: pytest
     net, x = accelerate(network(), tile=16), torch.randn(1, 1, 61, 53, dtype=torch.float64)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(GigamorphError, match=r"no room for another .* TMPDIR") as caught:
+        with pytest.raises(GigamorphError, match=r"cannot store another .* TMPDIR") as caught:
             net(x)
         assert "\n" not in str(caught.value)
         patch.undo()
