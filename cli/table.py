@@ -156,7 +156,7 @@ def _parts(plan: Plan) -> list[tuple[str, int, str]]:
     parts = [
         ("parameters and gradients" if plan.training else "parameters", plan.parameter_bytes, ""),
         (where, plan.halo_bytes, resident),
-        ("strips in work", at.strips, ""),
+        ("resident strips", at.strips, ""),
         ("one tile", at.tile, ""),
         ("retained tiles", at.graphs, ""),
         ("whole maps", at.maps, ""),

@@ -1,7 +1,7 @@
-"""What a call on whole maps takes beside what it reads and makes, as quantiles, sorts and FFTs do.
+"""Temporary memory of calls on whole maps, such as quantiles, sorts and FFTs, in addition to inputs and outputs.
 
-It is run forward and backward on tensors without values, as tiles are. What its kernels allocate inside does not show
-there; of those that are known to it is written down.
+A call is run forward and backward on tensors without values, as tiles are. This does not show allocations inside its
+kernels; known ones are listed in `_INSIDE`.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ..tiling.scan import Autocast
 from .interstage import value_bytes
 from .simulate import Meter, on_devices
 
-LEAST_BYTES = 1 << 20  # of what a call reads; what smaller ones take counts for nothing
+LEAST_BYTES = 1 << 20  # calls with smaller inputs are ignored
 _REMEMBERED = 4096
 _PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format)
 
-# Bytes for each number of the input that kernels of the CPU allocate inside: copies of the values with their places.
+# Bytes per input element that CPU kernels allocate internally: copies of the values with their indices.
 _INSIDE = {"kthvalue": 8, "median": 8, "nanmedian": 8, "topk": 16}
-_OF_ONE_ROW = frozenset({"topk"})  # they do so for one row at a time
+_OF_ONE_ROW = frozenset({"topk"})  # these allocate for one row at a time
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Bytes of one call beside what it reads and makes.
+    """Bytes of one call in addition to its inputs and outputs.
 
     Attributes:
-        forward: at most, while it is computed.
-        kept: between its forward and its backward.
-        backward: at most, while its gradients are computed, beside those and `kept`.
-        anew: what that allocates at most, its gradients among it.
+        forward: peak during its forward.
+        kept: bytes saved between its forward and its backward.
+        backward: peak during its backward, without its gradients and `kept`.
+        anew: peak of the bytes that its backward allocates, including its gradients.
     """
 
     forward: int = 0
@@ -54,10 +54,13 @@ _found: dict[Hashable, Beside] = {}
 
 
 def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
-    """What a call takes; nothing for small ones, and for what cannot be computed without values.
+    """The memory of a call; zero for small calls, and for calls that cannot run without values.
 
     Args:
-        wanted: the values that want a gradient.
+        op: the call.
+        values: the values of the program.
+        training: whether there is a backward.
+        wanted: the values that require a gradient.
     """
     read = max((value_bytes(values[v]) for v in op.inputs), default=0)
     if read < LEAST_BYTES or isinstance(op.func, (CustomFunction, TensorHook)) or not _of_torch(op):
@@ -73,7 +76,7 @@ def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[in
 
 
 def backward_bytes(staged: StagedProgram, wanted: Container[int]) -> int:
-    """What autograd allocates at most for a call between the stages: gradients, and what it takes beside them."""
+    """Peak of the bytes that autograd allocates for a call between the stages: gradients and temporary memory."""
     values, most = staged.program.values, 0
     for step in staged.steps:
         if isinstance(step, Op) and (found := beside(step, values, True, wanted)) != Beside():
@@ -87,14 +90,14 @@ def _of_torch(op: Op) -> bool:
 
 
 def _key(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Hashable:
-    """What it depends on; None where an argument cannot be compared."""
+    """A cache key for a call; None if an argument cannot be compared."""
     leaves, form = tree_flatten((op.args, op.kwargs))
     told: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Ref):
             value = values[leaf.value]
             told.append((value.shape, value.dtype, value.device, leaf.value in wanted))
-        elif isinstance(leaf, slice):  # of which Python 3.11 makes no hash
+        elif isinstance(leaf, slice):  # not hashable in Python 3.11
             told.append((slice, leaf.start, leaf.stop, leaf.step))
         elif isinstance(leaf, _PLAIN):
             told.append((type(leaf), leaf))
@@ -112,7 +115,7 @@ def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             return _run(op, values, training, wanted)
-    except Exception:  # its values matter, or it has no shapes; PyTorch has many ways to say so
+    except Exception:  # it depends on values, or its shapes are unknown; PyTorch raises many types of errors for this
         return Beside()
 
 
@@ -134,7 +137,7 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
             return Beside(max(forward, inside), kept)
         grads = [torch.empty_like(t) for t in roots]
         before = meter.peak = meter.alive
-        torch.autograd.grad(roots, leaves, grads, retain_graph=True, allow_unused=True)  # nothing goes meanwhile
+        torch.autograd.grad(roots, leaves, grads, retain_graph=True, allow_unused=True)  # frees nothing
         anew, meter.peak = meter.peak - before, meter.alive
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         gradients = sum(t.untyped_storage().nbytes() for t in tree_leaves(found) if isinstance(t, Tensor))

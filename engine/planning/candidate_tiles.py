@@ -1,4 +1,4 @@
-"""Which tiles are worth trying, and the tiles of deeper stages for one of the image."""
+"""Candidate tile sizes for an image, and the tile sizes of deeper stages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from . import constants
 
 
 def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None, training: bool) -> list[tuple[int, int]]:
-    """Tiles worth trying, largest first.
+    """Candidate (height, width) of tiles, largest first.
 
-    Stages of a few layers gain less from large tiles than one of all layers. On the CPU they get strips of whole rows
-    where these are not too low: a strip lies in one piece in a stored map. So does one stage of narrow maps, whose
-    tiles take as long to begin, cut and hand on as to compute: a strip has neighbours on two sides alone. It gains by
-    larger ones as well.
+    Stages of a few layers gain less from large tiles than one stage of all layers. On the CPU they get strips of whole
+    rows, unless these are too low, because a strip is contiguous in a stored map. A single stage of narrow maps gets
+    strips, too: setting up and cutting its tiles takes as long as computing them, and a strip has only two neighbours.
+    Larger tiles also speed it up.
     """
     if tile is not None:
         return [tile]
@@ -38,23 +38,23 @@ def sides_worth_trying(staged: StagedProgram, tile: tuple[int, int] | None, trai
         tiles = [_strip(h * w, height, width) or (h, w) for h, w in tiles]
     for times in sorted(times for times in constants.LARGER_TILES if times <= narrower):
         side = rounded(preferred * math.sqrt(times))
-        square = (min(side, height), min(side, width))  # has less of a halo than a low strip
+        square = (min(side, height), min(side, width))  # has smaller halos than a low strip
         tiles[:0] = [_strip(side * side, height, width) or square, square]
     return list(dict.fromkeys(tiles)) or [(height, width)]
 
 
 def _strip(pixels: int, height: int, width: int) -> tuple[int, int] | None:
-    """About so many pixels as a strip of whole rows, if it is not too low."""
+    """A strip of whole rows with about this many pixels; None if it is too low."""
     rows = pixels // width
     return (min(rounded(rows), height), width) if rows >= constants.LEAST_ROWS else None
 
 
 def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int, int]]:
-    """The tile of each stage, in pixels of its largest source, for a tile of the image.
+    """The (height, width) of each stage's tiles, in pixels of its largest source, for a tile of the image.
 
-    Deeper stages get tiles whose widest block holds about as many values as that of the first stage; strips of whole
-    rows stay strips. On a GPU whole images stay whole: a map in one tile is copied nowhere, and has its norm's gradient
-    in fewer passes.
+    The widest block of a deeper stage holds about as many values as that of the first stage. Strips of whole rows
+    remain strips. On a GPU an untiled image remains untiled in all stages: a map in one tile is never copied, and the
+    gradient of its norm takes fewer passes.
     """
     image = staged.program.values[staged.program.image]
     height, width = staged.maps.size(staged.program.image)
@@ -76,12 +76,12 @@ def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int,
 
 
 def _density(stage: Stage) -> float:
-    """Values of a stage's widest block for a pixel of its largest source."""
+    """Values of a stage's widest map per pixel of its largest source."""
     height, width = stage.extent
     values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]
-    return max(1, *(math.prod(stage.maps.shape(v)) for v in values)) / (height * width)  # of no images none
+    return max(1, *(math.prod(stage.maps.shape(v)) for v in values)) / (height * width)  # 1 for a batch of size 0
 
 
 def rounded(side: float) -> int:
-    """A side that strides divide, where it is large enough."""
+    """A side rounded down to a multiple of 32, or of 8 if it is below 32, so that strides divide it."""
     return int(side) // 32 * 32 or int(side) // 8 * 8 or int(side)

@@ -1,14 +1,14 @@
-"""How many bytes a step takes with a given tile.
+"""Predicts the memory of a step for a given tile size.
 
     peak of a training step = parameters, their gradients, and the stage's copies and sums of them
-                            + halos kept between the passes
-                            + at the moment where that is most: gradients of two strips' halos
+                            + halos stored between the passes
+                            + the maximum over time of: gradients of two strips' halos
                               + one tile, computed and differentiated
-                              + retained tiles + maps that must exist whole, and what runs after them
-                            + what libraries take besides
+                              + retained tiles + whole maps, and the ops after them
+                            + memory of libraries
 
-The tile's share is counted on tensors without values (`simulate.py`), the rest is arithmetic on the schedules; only the
-last term is fitted to measurements (benchmarks/memory.py).
+The tile is simulated on tensors without values (`simulate.py`); the rest is arithmetic on the schedules. Only the last
+term is fitted to measurements (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def _nbytes(shape: Any, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What of a plan the schedules alone tell.
+    """The parts of a plan that depend on the schedules only.
 
     Attributes:
-        sides: of each stage's tiles.
-        tiles: (rows, columns) of the first stage's.
-        alone: whether one tile is all there is.
-        halo_bytes: of all halos of all stages.
-        strip_bytes: of the halos that enter each stage's heaviest strip.
-        away_bytes: what is here of the maps that a stage reads and writes elsewhere, for each stage.
+        sides: (height, width) of each stage's tiles.
+        tiles: (rows, columns) of tiles of the first stage.
+        alone: whether there is a single stage with a single tile.
+        halo_bytes: bytes of all halos of all stages.
+        strip_bytes: bytes of the halos that enter each stage's heaviest strip.
+        away_bytes: per stage, resident bytes of the offloaded maps that it reads and writes.
     """
 
     sides: tuple[tuple[int, int], ...]
@@ -69,12 +69,15 @@ class _Cut:
 
 
 class Estimate:
-    """The parts of a plan that do not depend on the tile, and plans for tiles.
+    """Computes plans for tile sizes; holds the parts of a plan that do not depend on the tile.
 
     Args:
-        known: what was found for other choices of this program.
-        records: bytes that recording and planning themselves have taken.
-        alone: whether the image is all there is: not a part of one that is split among processes.
+        staged: the network, divided into stages.
+        training: whether there is a backward.
+        image_grad: whether the image requires a gradient.
+        known: a cache of results for other choices of this program.
+        records: bytes that recording and planning allocated.
+        alone: whether the image is not split over processes.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class Estimate:
         self._latest: tuple[tuple[int, int] | None, list[TiledStage]] = (None, [])
 
     def _count_vectors(self) -> None:
-        """Parameters; made vectors (folded weights); copies of a stage's kernels in the maps' memory order and packed;
-        sums of gradients. What `stored_peak` has counted is not counted again."""
+        """Count parameters, computed vectors (folded weights), reordered and packed copies of weights, and gradients.
+
+        Vectors that `stored_peak` counts are left out.
+        """
         staged, values = self.staged, self.staged.program.values
         autocast = Autocast.current(self.image.device)
         vectors: dict[int, int] = {}
@@ -119,7 +124,7 @@ class Estimate:
             read = {v for local in stage.locals if "conv" in local.op.name for v in local.op.inputs} - alone
             self.stage_bytes = max(self.stage_bytes, sum(own[v] for v in read & own.keys()))
         counted = made_whole(staged) if self.stored_bytes else frozenset[int]()
-        # Folded weights have the names of the weights. In inference they go with their stage.
+        # Folded weights have the names of the weights. In inference they are freed with their stage.
         folds = [{v for op in stage.prelude for v in op.outputs} for stage in staged.stages]
         folded = frozenset[int]().union(*folds)
         named = {v.name: value_bytes(v) for n, v in enumerate(values) if v.name is not None and n not in folded}
@@ -129,13 +134,13 @@ class Estimate:
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies
         if self.training:
-            summed = {values[v].name for v in vectors}  # sums of these become their gradients
+            summed = {values[v].name for v in vectors}  # the sums become their gradients
             others = {v.name: value_bytes(v) for n, v in enumerate(values) if n in self.wanted and v.name}
             self.parameter_bytes += sum(n for v, n in vectors.items() if v not in counted)
             self.parameter_bytes += sum(n for name, n in others.items() if name not in summed)
 
     def floor(self, count_tile: bool = True) -> int:
-        """What a plan of any tile takes at least; see `plan`."""
+        """A lower bound of the peak for all tile sizes; see `plan`."""
         libraries = 0
         if self.on_cpu and count_tile:
             locals = [local for stage in self.staged.stages for local in stage.locals]
@@ -152,19 +157,23 @@ class Estimate:
         room: int | None = None,
         exact: bool = True,
     ) -> Plan:
-        """The plan for a tile; without `count_tile` a lower bound that leaves the tile's own bytes out.
+        """The plan for a tile size.
 
         Args:
-            limit: tiles are replayed where that keeps the peak below it.
+            tile: (height, width) of a tile of the image.
+            halos: storage of the halos: "device", "host" or "disk".
+            budget: the budget in bytes, or None.
+            count_tile: whether to count the tile's own bytes; without them the peak is a lower bound.
+            limit: tiles are replayed if the peak then stays below this limit.
             room: the peak up to which graphs of tiles are retained; None for the budget.
-            exact: run a tile of this side without values; else go by one of another side, where there was one.
+            exact: whether to simulate a tile of this size; otherwise a known tile of another size is scaled.
         """
         cut = self._cut(tile)
-        # In pass 2 two strips' gradients are in work, and one strip's halos where they are not on the device.
+        # In pass 2 the gradients of two strips are resident, and the halos of one strip if they are offloaded.
         times = (2 if halos == "device" else 3) if self.training else 2
         pairs = zip(cut.strip_bytes, cut.away_bytes, strict=True)
         strips = [times * strip + away for strip, away in pairs]
-        # The graph of an only tile is what pass 2 would make again at once.
+        # Pass 2 would immediately recompute the graph of a single tile, so it is retained.
         alone = self.training and budget is None and cut.alone
         plan = Plan(
             image=tuple(self.image.shape),  # pyright: ignore[reportArgumentType]
@@ -193,7 +202,7 @@ class Estimate:
         return self._with_tile(plan, strips, limit, budget if room is None else room, exact)
 
     def _tiled(self, tile: tuple[int, int]) -> list[TiledStage]:
-        """The stages cut into tiles, for a tile of the image; the latest ones are kept."""
+        """The stages divided into tiles, for a tile of the image; the latest result is cached."""
         if self._latest[0] != tile:
             sides = stage_sides(self.staged, tile)
             graphs = zip(self.staged.stages, sides, strict=True)
@@ -217,10 +226,10 @@ class Estimate:
         return self._cuts[tile]
 
     def _with_tile(self, plan: Plan, strips: Sequence[int], limit: int, room: int | None, exact: bool) -> Plan:
-        """A plan with the bytes of its heaviest tile, of libraries, and of graphs of tiles that are kept.
+        """A plan with the bytes of its heaviest tile, of libraries, and of retained graphs of tiles.
 
         Args:
-            strips: bytes of the strips in work, of each stage.
+            strips: bytes of the resident strips of each stage.
         """
         stages = self._tiled(plan.tile)
         weights = [tile_weights(tiled) for tiled in stages]
@@ -250,7 +259,7 @@ class Estimate:
         room: int | None,
         retain: Callable[..., Plan],
     ) -> Plan:
-        """A plan of a GPU: the step is captured as a whole if that fits, else its passes or its tiles.
+        """A plan for a GPU: the step is captured as a whole if that fits, else its passes or its tiles.
 
         Args:
             counted: the heaviest tile.
@@ -258,7 +267,7 @@ class Estimate:
         """
         buffered = max(buffer_bytes(tiled, self.training) for tiled in stages)
         arena = -(-constants.ARENA_SHARE * buffered // buffers.CHUNK_BYTES) * buffers.CHUNK_BYTES
-        copies = self.gradient_bytes * (2 if self.training else 1)  # of vectors, and the sums of their gradients
+        copies = self.gradient_bytes * (2 if self.training else 1)  # vectors, and sums of gradients
         replay = counted.peak + arena + copies if buffered else 0
         if self._alone and plan.halos == "device" and is_one_step(self.staged, stages):
             most = limit if plan.budget is not None else int(MEMORY_SHARE / constants.FREE_SHARE * limit)
@@ -270,9 +279,9 @@ class Estimate:
         retained, tiles = retain(plan, room=room), stages[0].tiles
         passes = tiles <= retained.retained and tiles <= MOST_TILES and plan.budget is None
         if passes or (tiles == 1 and retained.retained):
-            return replace(retained, op_by_op=not passes)  # all of it is captured, or there is nothing to replay
-        # Tiles that keep their graph are computed op by op, which took an H200 over four times as long as replaying
-        # them twice (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
+            return replace(retained, op_by_op=not passes)  # everything is captured, or nothing is replayed
+        # Tiles that retain their graph run op by op, which took an H200 over four times as long as replaying twice
+        # (benchmarks/results/gpu_h200.json: "ours_third" and "ours").
         if replay and plan.parts_bytes + replay <= limit:
             return replace(plan, replay_bytes=replay)
         return replace(retained, op_by_op=True)
@@ -280,7 +289,7 @@ class Estimate:
     def _tile_peaks(
         self, stages: Sequence[TiledStage], weights: Sequence[int], strips: Sequence[int], exact: bool
     ) -> list[TilePeak]:
-        """Each stage's heaviest tile: counted for the heaviest and those that make the peak, else by their blocks.
+        """The peak of each stage's heaviest tile: simulated for stages that determine the peak, scaled for others.
 
         Args:
             weights: bytes of the blocks of each stage's heaviest tile.
@@ -295,16 +304,16 @@ class Estimate:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether libraries and the heap share the budget with the tiles."""
+        """Whether the step runs on the CPU, where libraries and the heap share the budget with the tiles."""
         return self.image.device.type == "cpu"
 
     @property
     def in_heap(self) -> bool:
-        """Whether the blocks of tiles come from the C library's heap."""
+        """Whether blocks of tiles come from the C library's heap instead of the arena."""
         return self.on_cpu and arena() is None
 
     def _tile_peak(self, tiled: TiledStage, blocks: int, exact: bool) -> TilePeak:
-        """`tile_peak`, once for stages of several choices that do the same."""
+        """`tile_peak`, cached for stages that are equal in several choices."""
         stage = tiled.stage
         made = (v for local in stage.locals for v in (*local.op.outputs, *local.reads))
         known = self.known.peaks.setdefault((*stage.sources, -1, *stage.results, -1, *made), [])
@@ -329,9 +338,9 @@ class Estimate:
         exact: bool,
         room: int | None,
     ) -> Plan:
-        """Retain tiles with what a plan leaves of `room`: the last ones of each stage.
+        """Retain the last tiles of each stage in the bytes that a plan leaves of `room`.
 
-        Of several stages, those come first that recompute most for a byte.
+        Stages with the most recomputation per byte come first.
         """
         if room is None or not max(one.held for one in peaks) or plan.peak_bytes > room:
             return plan
@@ -342,7 +351,7 @@ class Estimate:
             own = peaks[0] if len(stages) == 1 else self._tile_peak(stages[n], int(weights[n].max()), exact)
             held = (self._held_share(stages[n], own) * np.cumsum(weights[n].flat[::-1])).astype(int)
             before, works[n] = works[n], strips[n] + own.peak
-            works[n] -= int(held[0])  # the first graph that is differentiated is the tile in work itself
+            works[n] -= int(held[0])  # the first differentiated graph is the current tile
             added = self._at_once.most(works, graphs, n) - alone
             numbers[n] = int(np.searchsorted(held, left - added, "right"))
             graphs[n], works[n] = (int(held[numbers[n] - 1]), works[n]) if numbers[n] else (0, before)
@@ -355,22 +364,30 @@ class Estimate:
         )
 
     def _at_peak(self, works: Sequence[int], strips: Sequence[int], graphs: Sequence[int] = ()) -> AtPeak:
-        """What is there when most is, of which `works` are the strips and the tile."""
+        """The parts of the memory at the moment of the peak.
+
+        Args:
+            works: bytes of the strips and the tile of each stage.
+            strips: bytes of the strips of each stage.
+            graphs: bytes of the retained graphs of each stage.
+        """
         moment = self._at_once.moment(works, graphs)
         strip = 0 if moment.stage is None else strips[moment.stage]
         throughout = self.stored_bytes - self._at_once.stored
         return AtPeak(throughout + moment.maps, strip, moment.work - strip, moment.graphs)
 
     def _held_share(self, tiled: TiledStage, counted: TilePeak) -> float:
-        """Bytes that a retained tile holds for a byte of its blocks."""
+        """Bytes that a retained tile holds per byte of its blocks."""
         values = self.staged.program.values
         blocks = sum(value_bytes(values[v]) for local in tiled.stage.locals for v in local.op.outputs)
-        again = sum(value_bytes(values[v]) for v in tiled.reread)  # which pass 2 does not compute, but pass 1 keeps
+        again = sum(
+            value_bytes(values[v]) for v in tiled.reread
+        )  # pass 2 does not compute these, but pass 1 retains them
         held = counted.held / max(1, counted.blocks) + again / max(1, blocks)
         return held * (1 + constants.HELD_SHARE * self.on_cpu)
 
     def _retainable(self, stages: Sequence[TiledStage], weights: Sequence[np.ndarray]) -> list[int]:
-        """The stages whose tiles may be retained, the most work for a byte first."""
+        """The stages whose tiles may be retained, those with the most work per byte first."""
         if len(stages) == 1:
             return [0]
         if not self.on_cpu or self.staged.place != "device":
@@ -380,7 +397,7 @@ class Estimate:
         return sorted(usable, key=lambda n: -stage_cost(self.staged, stages[n].stage) / max(1.0, weights[n].sum()))
 
     def _library(self, stages: list[TiledStage], tile_bytes: int) -> int:
-        """Bytes of compiled kernels and copies of weights; on a GPU of scratch."""
+        """Bytes of compiled kernels and weight copies on the CPU, or of scratch memory on a GPU."""
         if not tile_bytes:
             return 0
         if self.on_cpu:
@@ -388,11 +405,10 @@ class Estimate:
         return gpu_libraries(stages, self.training)
 
     def _loosen(self, plan: Plan, activations: int) -> Plan:
-        """Let the heap take what it takes without a budget; under one, as much of that as is left.
+        """Let the heap use its usual share without a budget; under a budget, as much of it as is left.
 
-        What it may not keep goes back to the system after most tiles, and new pages for it cost more than graphs of
-        tiles save that could be retained instead. Inference has nothing else to do with the rest, but for a part that
-        is left to what no plan counts.
+        A smaller heap returns pages to the system after most tiles. Obtaining them again costs more than retained
+        graphs would save. In inference the heap may use the rest of the budget, except a small reserve.
         """
         if not self.in_heap:
             return plan
@@ -409,15 +425,17 @@ class Estimate:
 
 
 def _away_bytes(maps: Container[int], tiled: TiledStage) -> int:
-    """What is here of those of these maps that a stage reads and writes: parts of a tile's size."""
+    """Resident bytes of the offloaded maps that a stage reads and writes: tile-sized parts."""
     stage, values = tiled.stage, tiled.stage.program.values
     total = sum(value_bytes(values[v]) for v in (*stage.sources, *stage.stored) if v in maps)
     return constants.AWAY_TILES * total // tiled.tiles
 
 
 def bytes_in_files(maps: Container[int], tiled: TiledStage) -> int:
-    """The same of maps in files: whole rows of tiles, for Linux maps what lies around a page that is read as well, by
-    megabytes where the file system has it in such pieces."""
+    """Resident bytes of maps in files that a stage reads and writes: whole rows of tiles.
+
+    Linux also maps the pages around an accessed page, up to megabytes with large folios of the file system.
+    """
     stage, total = tiled.stage, 0
     for v in (v for v in (*stage.sources, *stage.stored) if v in maps):
         height, _ = stage.maps.size(v)

@@ -1,4 +1,4 @@
-"""What a whole step takes that is captured as one graph: its parts, graphs of its tiles, and what capturing adds."""
+"""Memory of a whole step that is captured as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .plan import Plan
 
 
 def graph_bytes(stages: Sequence[TiledStage], plan: Plan) -> int:
-    """What graphs of tiles that are not planned may hold at most: all that their stages make and do not store."""
+    """Upper bound of the bytes that graphs of all other tiles hold: everything that their stages make but not store."""
     made = (
         value_bytes(tiled.stage.program.values[v])
         for index, tiled in enumerate(stages)
@@ -24,14 +24,14 @@ def graph_bytes(stages: Sequence[TiledStage], plan: Plan) -> int:
 
 
 def keeps_graphs(plan: Plan, stages: Sequence[TiledStage], most: float) -> bool | None:
-    """Whether a captured step keeps the graphs of all tiles within `most` bytes; None if it does not fit without."""
+    """Whether a captured step fits `most` bytes with the graphs of all tiles; None if it does not fit without."""
     if plan.training and MARGIN * (plan.parts_bytes + graph_bytes(stages, plan)) <= most:
         return True
     return False if MARGIN * plan.parts_bytes <= most else None
 
 
 def captured(plan: Plan, stages: Sequence[TiledStage], most: float) -> Plan | None:
-    """A plan with what capturing takes besides; None if the step would take more than `most` bytes."""
+    """The plan with the additional memory of a capture; None if the step would exceed `most` bytes."""
     keeps = keeps_graphs(plan, stages, most)
     if keeps is None:
         return None

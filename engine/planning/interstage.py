@@ -1,7 +1,7 @@
-"""What lies between the steps of a program: how large it is, what a step takes of it, and what may lie elsewhere.
+"""Values between the steps of a program: their size, their readers, and which of them may be offloaded.
 
-What calls make whole of maps between two stages, as keys and values, the backward alone needs again once the stage that
-it was made for is through. Where stored maps are kept elsewhere, so is what autograd saves of this
+After a stage, the whole tensors that calls made for it from maps, such as keys and values, are needed only in the
+backward. If stored maps are offloaded, the tensors that autograd saves of them are offloaded, too
 (`execution/offloaded.py`).
 """
 
@@ -15,8 +15,8 @@ from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling import stored_maps
 
-# What looks at a tensor's memory in another way; and what does so or copies all of it: autograd keeps nothing of what
-# these take but the places that they are told (of `gather` all, whose gradient asks it for its size).
+# Ops that return views of their input, and ops that return views or copies. Autograd saves no input of these but their
+# indices (for `gather` also the input, because its gradient reads its size).
 LOOKS = frozenset("view unflatten permute transpose unsqueeze squeeze expand".split())
 COPIES = LOOKS - {"expand"} | {"__getitem__", "index_select", "gather", "reshape", "flatten", "contiguous", "cat"}
 
@@ -27,17 +27,17 @@ def value_bytes(value: Value) -> int:
 
 
 def takes(step: Op | VectorOp | Stage) -> Sequence[int]:
-    """What a step takes whole: maps and vectors."""
+    """The whole values that a step reads: maps and vectors."""
     if isinstance(step, Stage):
         return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
     return step.inputs
 
 
 def brought(staged: StagedProgram) -> frozenset[int]:
-    """The values that may lie elsewhere until a backward brings them here; none of an image that is split.
+    """The values that may be offloaded until the backward loads them; none if the image is split over processes.
 
-    Nobody outside gets hold of them; and what reads them takes no parameter, whose changes in place autograd does not
-    notice where it does not save tensors itself.
+    They are not visible outside the network. Ops that read them read no parameters: for offloaded tensors, autograd
+    could not detect in-place changes of parameters.
     """
     program = staged.program
     if any(stage.offsets for stage in staged.stages):

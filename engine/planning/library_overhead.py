@@ -1,4 +1,4 @@
-"""What libraries take besides tensors: compiled kernels, copies of weights, workspaces."""
+"""Memory of libraries in addition to tensors: compiled kernels, copies of weights, workspaces."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from . import constants
 from .interstage import value_bytes
 from .simulate import halo_shape
 
-# How many kernels oneDNN keeps; it reads that before its first. Its own 1024 are 90 MB after a hundred image sizes;
-# to compile again what 256 have no room for takes 3 to 5 % of the time.
+# The capacity of oneDNN's kernel cache, read before its first kernel. Its default of 1024 takes 90 MB after a hundred
+# image sizes; with 256, recompilation takes 3 to 5 % of the time.
 _MOST_KERNELS = int(os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"))
-_LARGE_BATCH = 16  # from which on PyTorch gives oneDNN all convolutions
+_LARGE_BATCH = 16  # from this size on PyTorch passes all convolutions to oneDNN
 
 
 def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool) -> int:
-    """Code that a first step reads, oneDNN's compiled kernels, copies of weights in its memory order, and its scratch.
+    """Bytes of libraries on the CPU: loaded code, oneDNN's compiled kernels, its weight copies, and its scratch memory.
 
     Args:
-        stage_bytes: of what convolutions read besides maps, in the stage where that is most; others copy no weights.
+        stages: the tiled stages.
+        stage_bytes: bytes of the weights of convolutions, in the stage with the most; other ops copy no weights.
+        training: whether there is a backward.
     """
     compiled = sum(_convolutions_that_differ(stages, training).values())
     compiled += len(_packings_that_differ(stages)) * (not training)
@@ -39,17 +41,18 @@ def cpu_libraries(stages: Sequence[TiledStage], stage_bytes: int, training: bool
 
 
 def least_cpu_libraries(nodes: Iterable[Any], values: Sequence[Value], stage_bytes: int, training: bool) -> int:
-    """What `cpu_libraries` is at least, whatever the tiles are."""
+    """A lower bound of `cpu_libraries` for all tile sizes."""
     weights = {_weight_shape(local, values) for local in convolutions(nodes) if compiles(local, values, training)}
     compiled = sum(_kernels(shape[2:] == (3, 3), training) for shape in weights)
     return constants.CODE_BYTES[training] + _kernel_bytes(compiled) + _weight_copies(stage_bytes)
 
 
 def _kernels(winograd: bool, training: bool) -> int:
-    """How many of forward, dgrad and wgrad of a convolution oneDNN compiles.
+    """The number of kernels (of forward, dgrad and wgrad) that oneDNN compiles for a convolution.
 
     Args:
-        winograd: whether the first two are computed by Winograd's filtering.
+        winograd: whether Winograd's algorithm computes forward and dgrad.
+        training: whether there is a backward.
     """
     return (1 if training else 0) if winograd else (3 if training else 1)
 
@@ -57,7 +60,7 @@ def _kernels(winograd: bool, training: bool) -> int:
 def compiles(local: Local, values: Sequence[Value], training: bool) -> bool:
     """Whether oneDNN computes a convolution on the CPU.
 
-    In training PyTorch computes those of one pixel by a matrix product itself, where one thread does it.
+    In training with a single thread, PyTorch computes 1 x 1 convolutions by a matrix product.
     """
     if not training or torch.get_num_threads() > 1:
         return True
@@ -68,19 +71,19 @@ def compiles(local: Local, values: Sequence[Value], training: bool) -> bool:
 
 
 def _packings_that_differ(stages: Sequence[TiledStage]) -> set[Any]:
-    """The shapes of weights that oneDNN brings into its order, which takes a kernel, too."""
+    """The distinct shapes of weights that oneDNN reorders, each of which needs a kernel."""
     values = (tiled.stage.program.values for tiled in stages)
     found = ((v[one.weight], one) for v, tiled in zip(values, stages, strict=True) for one in tiled.stage.packings)
     return {tuple(weight.shape) for weight, one in found if not _is_transformed(one, weight)}
 
 
 def _is_transformed(packing: Packing, weight: Value) -> bool:
-    """Whether it is that of Winograd's filtering."""
+    """Whether the packed weight is transformed for Winograd's algorithm."""
     return packing.nbytes(weight.shape, weight.dtype) != value_bytes(weight)
 
 
 def _convolutions_that_differ(stages: Sequence[TiledStage], training: bool) -> dict[Any, int]:
-    """The convolutions that differ, and of how many kernels: those of equal shapes share them, in all stages."""
+    """The distinct convolutions of all stages and their number of kernels; equal shapes share kernels."""
     found: dict[Any, int] = {}
     for tiled in stages:
         maps, values = tiled.stage.maps, tiled.stage.program.values
@@ -101,12 +104,12 @@ def _convolutions_that_differ(stages: Sequence[TiledStage], training: bool) -> d
 
 
 def convolutions(nodes: Iterable[Any]) -> list[Local]:
-    """Those of which oneDNN compiles at least one kernel."""
+    """The convolutions for which oneDNN compiles at least one kernel."""
     return [node for node in nodes if isinstance(node, Local) and node.op.name in ("conv2d", "packed_conv2d")]
 
 
 def gpu_libraries(stages: Sequence[TiledStage], training: bool) -> int:
-    """Workspaces, and what trials of kernels take."""
+    """Bytes of workspaces on a GPU, and of trials of kernels."""
     return constants.GPU_LIBRARIES + max(_scratch_bytes(tiled, training) for tiled in stages)
 
 
@@ -115,22 +118,23 @@ def _weight_shape(local: Local, values: Sequence[Value]) -> tuple[int, ...]:
 
 
 def _kernel_bytes(compiled: int, dtype: torch.dtype = torch.float32) -> int:
-    """What so many compiled kernels take: the latest ones are kept.
+    """Bytes of compiled kernels, of which the cache holds the latest.
 
     Args:
-        dtype: of the maps; autocast, if it is on, makes others of them.
+        compiled: number of kernels.
+        dtype: dtype of the maps, which autocast may change.
     """
     sixteen = dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
     return min(_MOST_KERNELS, compiled) * (constants.KERNEL_BYTES_16 if sixteen else constants.KERNEL_BYTES)
 
 
 def _weight_copies(stage_bytes: int) -> int:
-    """Weights in the order of the kernels."""
+    """Bytes of weights in the memory order of the kernels."""
     return min(stage_bytes, constants.MOST_WEIGHT_COPIES)
 
 
 def _grouped_scratch(tiled: TiledStage) -> int:
-    """Bytes that oneDNN takes for a grouped convolution's weight gradient: that of each group, in full blocks."""
+    """Scratch bytes of oneDNN for the weight gradient of a grouped convolution: one per group, padded to blocks."""
     values, most, block = tiled.stage.program.values, 0, constants.CHANNEL_BLOCK
     for local in tiled.stage.locals:
         kernels = [values[v] for v in local.op.inputs if v in tiled.stage.vectors and len(values[v].shape) == 4]
@@ -144,10 +148,10 @@ def _grouped_scratch(tiled: TiledStage) -> int:
 
 
 def _scratch_bytes(tiled: TiledStage, training: bool) -> int:
-    """Bytes that a convolution, or a linear layer behind a norm, may take besides its tile's tensors on a GPU.
+    """Upper bound of the scratch bytes of a convolution, or a linear layer after a norm, on a GPU.
 
-    A library's workspace is as large as the maps in another memory order; a choice between kernels (`choice.py`) makes
-    the result once more, and stock what stands before its activation; a weight's gradient is summed in splits.
+    A library's workspace is as large as the maps in another memory order. Choosing between kernels (`choice.py`)
+    computes the result again, with PyTorch also the input of its activation. Weight gradients are summed in splits.
     """
     stage = tiled.stage
 

@@ -1,4 +1,4 @@
-"""When stored maps and their gradients are there in a step, and how many bytes they are then."""
+"""Lifetimes of stored maps and their gradients in a step, and their bytes over time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..lowering.stages import Stage, StagedProgram
 from .calls import Beside, beside
 from .interstage import COPIES, LOOKS, brought, takes, value_bytes
 
-_KEEPS_PLACES = COPIES - {"gather"}  # of what these read autograd keeps nothing but places; see `between.COPIES`
-_GIVES_ROWS_BACK = sys.platform == "linux"  # see `maps.let_rows_go`
+_KEEPS_PLACES = COPIES - {"gather"}  # autograd saves only indices of these; see `interstage.COPIES`
+_GIVES_ROWS_BACK = sys.platform == "linux"  # see `stored_maps.let_rows_go`
 
 
 def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]:
-    """What of a step's reads is there until its backward."""
+    """The values that a step reads and that stay resident until its backward."""
     if isinstance(step, VectorOp):
         return
-    # A part of a tensor that is told by numbers keeps all of it.
+    # Indexing by constants returns a view, which keeps the whole tensor alive.
     copies = (
         isinstance(step, Op)
         and step.name in _KEEPS_PLACES
@@ -36,13 +36,13 @@ def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]
 
 
 def made_whole(staged: StagedProgram) -> frozenset[int]:
-    """Vectors that recorded calls make between the stages; `stored_peak` counts them among the maps."""
+    """Vectors that recorded calls compute between the stages; `stored_peak` counts them as maps."""
     steps = (step for step in staged.steps if isinstance(step, Op))
     return frozenset(v for step in steps for v in step.outputs)
 
 
 class _Lifetimes:
-    """When stored maps and their gradients are there; see `stored_peak`. Arrays of one entry for each value."""
+    """Lifetimes of stored maps and their gradients, see `stored_times`; arrays with one entry per value."""
 
     def __init__(self, staged: StagedProgram, wanted: Container[int]):
         steps, values = staged.steps, staged.program.values
@@ -70,16 +70,16 @@ class _Lifetimes:
         kind = values[staged.program.image].device.type
         row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
         maker = {v: part for part in staged.segments for v in made if made[v] in part}
-        # A shard's own rows go when what the stages read has been fetched; in the backward their gradient stands there.
+        # A shard's own rows are freed after the fetch; in the backward their gradient is resident.
         held = {v for step in steps for v in _kept(step, values)}
         held.update(staged.program.results())
 
         def first_read(v: int) -> float:
-            """The first step in whose backward, or in one that comes after it, a map is there because it is read."""
+            """The earliest step that reads a map in its backward, until which the map is resident."""
             if v not in stage_maps or v in unvalued:
                 return -1
             part = maker.get(v)
-            # What goes into a segment is kept by the segment as a whole.
+            # Inputs of a segment are saved by the segment as a whole.
             within = (next((p for p in staged.segments if r in p), None) for r in readers.get(v, ()))
             reads = (
                 p.start if p is not None and p != part else r for r, p in zip(readers.get(v, ()), within, strict=True)
@@ -89,7 +89,7 @@ class _Lifetimes:
         def of_each(what: Callable[[int], Any], dtype: type) -> np.ndarray:
             return np.array([what(v) for v in made], dtype)
 
-        # The segment that alone knows a map; what others know is there through all steps.
+        # The segment that contains all uses of a map; other maps may be resident during all steps.
         within = {v: part for v, part in maker.items() if last.get(v, end) < part.stop}
         self.made, self.last = of_each(made.__getitem__, np.int64), of_each(lambda v: last.get(v, end), np.int64)
         self.size = of_each(lambda v: value_bytes(values[v]), np.float64)
@@ -104,9 +104,9 @@ class _Lifetimes:
         self.is_stage = [isinstance(step, Stage) for step in steps]
 
     def elsewhere(self) -> _Lifetimes:
-        """The same where maps that stages alone read are kept elsewhere: they count nothing.
+        """The lifetimes if maps that only stages read are offloaded, so that they count 0 bytes.
 
-        What is made whole for a stage is here while that is computed, and in its backward.
+        Values computed for a stage between the stages are resident during its forward and its backward.
         """
         found = copy.copy(self)
         found.size, found.held = np.where(self.movable, 0, self.size), self.held & ~self.brought
@@ -136,7 +136,7 @@ class _Lifetimes:
         return _whole(steady + np.maximum(growing, dying))
 
     def again(self, part: range) -> int:
-        """Bytes at the end of the second computation of a segment, whose backward is about to begin."""
+        """Bytes after the recomputation of a segment, before its backward."""
         before, inside = self.made < part.start, (part.start <= self.made) & (self.made < part.stop)
         outside = before & ~self.inner & (self.first_read <= part.start)
         value = self.held & (outside | (inside & ((self.made < part.stop - 1) | self.unvalued)))
@@ -149,12 +149,12 @@ def _whole(numbers: np.ndarray) -> list[int]:
 
 
 def stored_peak(staged: StagedProgram, training: bool, wanted: Container[int]) -> int:
-    """The most bytes of `stored_times`, at any time of a step."""
+    """The maximum of `stored_times` over a step, in bytes."""
     return _peak(stored_times(staged, training, wanted))
 
 
 def stored_peaks(staged: StagedProgram, training: bool, wanted: Container[int]) -> tuple[int, int]:
-    """`stored_peak` with all maps on the device, and with those elsewhere that can be."""
+    """`stored_peak` with all maps on the device, and with offloaded maps."""
     if not any(stage.stored for stage in staged.stages):
         return 0, 0
     lives = _Lifetimes(staged, wanted)
@@ -167,19 +167,20 @@ def _peak(times: list[tuple[int, int]]) -> int:
 
 
 def stored_times(staged: StagedProgram, training: bool, wanted: Container[int]) -> list[tuple[int, int]]:
-    """Bytes of stored maps, of what calls make between stages, and of their gradients, through a step.
+    """Bytes of stored maps, of values computed between stages, and of their gradients over a step.
 
-    A stored map lives from the stage that writes it to its last reader; where a backward will follow, until the
-    backward of the first stage that reads it. Its gradient comes into being in the backward of its last reader, and
-    goes in that of the stage that wrote it; on the CPU the one comes as the other goes, row by row. What only a segment
-    knows lives for the forward, and then again from the second computation of the segment. Maps that are kept elsewhere
-    do not count.
+    A stored map is resident from the stage that writes it to its last reader; in training until the backward of the
+    first stage that reads it. Its gradient is created in the backward of its last reader and freed in that of the stage
+    that wrote it. On the CPU one gradient grows row by row as the other shrinks. Values inside a segment are resident
+    in the forward, and again after the segment's recomputation. Offloaded maps do not count.
 
     Args:
-        wanted: the values that want a gradient.
+        staged: the network, divided into stages.
+        training: whether there is a backward.
+        wanted: the values that require a gradient.
 
     Returns:
-        (place among the steps, bytes): those places in the forward, then in the backward. Nothing without stored maps.
+        (index of the step, bytes) of the forward, then of the backward; empty without stored maps.
     """
     if not any(stage.stored for stage in staged.stages):
         return []
@@ -199,7 +200,7 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
     within = {n: part for part in staged.segments for n in part}
 
     def kept(now: int, part: range | None = None) -> int:
-        """What calls keep for their backward, those of segments while that is computed again."""
+        """Bytes that calls save for their backward; calls in segments count after recomputation only."""
         return sum(one.kept for n, one in calls.items() if n < now and within.get(n) in (None, part))
 
     found = [
@@ -207,7 +208,7 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
         for n, held in zip(times, lives.forward(times, training), strict=True)
     ]
     if training:
-        # A call between stages keeps what it reads, and makes a gradient as large.
+        # A call between stages saves its inputs and creates gradients of the same size.
         backwards = sorted({*times[:-1], *(n for n, step in enumerate(steps) if isinstance(step, Op))})
         for n, held in zip(backwards, lives.backward(backwards), strict=True):
             found.append((n, held + kept(n, within.get(n)) + (calls[n].kept + calls[n].backward if n in calls else 0)))

@@ -1,4 +1,4 @@
-"""The least that any plan of a program holds, known before its choices are thought about: hopeless budgets end here."""
+"""A lower bound of the memory of all plans of a program, to reject budgets that are too small early."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from .request import Request
 
 
 def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, shared: bool) -> None:
-    """Refuse at once a budget that no choice of stored maps and no tile can keep to.
+    """Raise an error if the budget is too small for all choices of stored maps and all tiles.
 
     Args:
-        shared: other processes compute parts of the image: they decide together on all that depends on the parts.
+        maps: the maps of the program.
+        nodes: its sorted nodes.
+        request: the constraints of the step.
+        shared: whether the image is split over processes, which then decide together.
 
     Raises:
-        BudgetError: naming what is needed.
+        BudgetError: if the budget is too small; the message contains the needed bytes.
     """
     if request.budget is None:
         return
@@ -38,16 +41,16 @@ def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, sh
         height, width = maps.size(maps.program.image)
         raise BudgetError(
             f"no tile fits: an image of {height} x {width} needs at least {format_enough(least)} without any tile "
-            f"(parameters, copies of them, compiled kernels, whole results), the budget is {limit}; "
+            f"(parameters, copies of them, compiled kernels, outputs), the budget is {limit}; "
             "give a larger budget"
         )
 
 
 def least_bytes(maps: Maps, nodes: Sequence[Node | Op], request: Request) -> int:
-    """Bytes that every plan holds, whatever it stores and however small its tiles are.
+    """Bytes that every plan needs for all choices of stored maps and all tile sizes.
 
-    Parameters with their gradients; maps that the network returns; on the CPU the copy of the largest kernel, one
-    compiled kernel of each convolution, and the records of the network.
+    They are the parameters with their gradients and the maps that the network returns. On the CPU they include a copy
+    of the largest weight, a compiled kernel per convolution, and the records of the network.
     """
     program = maps.program
     values, total = program.values, _parameters(maps, request.training)

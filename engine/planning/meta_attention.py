@@ -1,9 +1,9 @@
-"""Attention on meta tensors as the CPU computes it.
+"""Attention on meta tensors with the memory of the CPU's kernel.
 
     softmax(Q K^T * scale + mask) V
 
-PyTorch's kernel of the CPU goes through the keys in blocks, with a running maximum and sum, and keeps one number for
-each query of the scores; on meta tensors PyTorch makes all scores, and scaled copies of queries and keys.
+PyTorch's CPU kernel goes through the keys in blocks, with a running maximum and sum, and saves one number per query. On
+meta tensors PyTorch allocates all scores, and scaled copies of queries and keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class AttentionOfTheCPU(TorchFunctionMode):
-    """Calls of `scaled_dot_product_attention` on meta tensors take the op that the CPU would, where that has blocks."""
+    """Calls the CPU's blockwise kernel for `scaled_dot_product_attention` on meta tensors, if the CPU would use it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,7 +47,7 @@ def _attention(
 
 
 def _by_blocks(tensors: list[Tensor], dropout: float, causal: bool) -> bool:
-    """Whether the CPU has a kernel for tensors like these: by the name of what PyTorch runs backward for fake ones."""
+    """Whether the CPU uses its blockwise kernel for these tensors, from the backward node's name for fake tensors."""
     with _disable_current_modes(), FakeTensorMode(), torch.enable_grad():
         query, key, value, *masks = (
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu", requires_grad=t.requires_grad)

@@ -1,4 +1,4 @@
-"""One choice of stored maps for images of several sizes that go through the steps side by side."""
+"""Plans for images of several sizes that run the steps together, with one choice of stored maps."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ _APART = (
 def arrange_together(
     programs: Sequence[Program], request: Request, image_grads: Sequence[bool]
 ) -> list[tuple[StagedProgram, Plan]]:
-    """As `arrange`, for images of several sizes that go through the steps side by side: the fastest choice that fits.
+    """Like `arrange`, for images of several sizes that run the steps together: the fastest choice that fits.
 
-    All have the same choice of stored maps. Those of all images are there at the same time, tiles one after the other.
+    All sizes have the same choice of stored maps. The stored maps of all images are resident at the same time; tiles
+    are computed one after the other.
 
     Raises:
-        UnsupportedError: if the sizes lead the network through different steps, or it keeps something of each image.
+        UnsupportedError: if the network runs different steps for the sizes, or writes to a buffer per image.
+        BudgetError: if no choice fits the budget.
     """
     arranged = [sort(program, request.fallback) for program in programs]
     for op in _writes_of_images(programs[0]):
         raise UnsupportedError(
-            f"{trace.place(op.module, op.line)}: '{op.name}' writes what it has of an image to a buffer{_APART}"
+            f"{trace.place(op.module, op.line)}: '{op.name}' writes a value of each image to a buffer{_APART}"
         )
     largest = max(range(len(programs)), key=lambda n: math.prod(programs[n].values[programs[n].image].shape))
     every = [every_strategy(*pair, request.training, grad) for pair, grad in zip(arranged, image_grads, strict=True)]
@@ -53,7 +55,7 @@ def arrange_together(
         for staged, grad in zip(staged_programs, image_grads, strict=False):
             prepare_once(staged, ready, replace(request, image_grad=grad))
         if len(staged_programs) < len(programs) or len({_steps(staged) for staged in staged_programs}) > 1:
-            raise UnsupportedError("images of these sizes go through the network by different steps" + _APART)
+            raise UnsupportedError("the network runs different steps for images of these sizes" + _APART)
         stored = [one.stored_bytes for one in found if one is not None]
         plans = _choose_together(staged_programs, stored, request, image_grads)
         if plans is not None:
@@ -63,19 +65,19 @@ def arrange_together(
     if fit(0) is None and first_that_fits(fit, 1, len(options)) is None:
         limit = format_bytes(request.limit(programs[0].values[0].device))
         raise BudgetError(
-            f"no tile fits: {len(programs)} images of several sizes share the statistics of a BatchNorm and are there "
-            f"at the same time, the budget is {limit}; give a larger budget or fewer images"
+            f"no tile fits: {len(programs)} images of several sizes share the statistics of a BatchNorm and must be in "
+            f"memory together, the budget is {limit}; give a larger budget or fewer images"
         )
     return list(zip(*made[-1], strict=True))
 
 
 def _writes_of_images(program: Program) -> Iterator[Op]:
-    """The ops, but for norms, that make what a call leaves in buffers and attributes of what they have of the image."""
+    """The ops, except norms, whose results depend on the image and are written to buffers or attributes."""
     seen = {program.image, *program.inputs, *program.vectors}
     makers: dict[int, Op] = {}
     for op in program.ops:
         if seen.intersection(op.inputs):
-            # Running statistics are those of all images.
+            # Running statistics are computed from all images.
             made = op.outputs[:1] if op.name in ("batch_norm", "instance_norm") else op.outputs
             seen.update(made)
             makers.update(dict.fromkeys(made, op))
@@ -84,7 +86,7 @@ def _writes_of_images(program: Program) -> Iterator[Op]:
 
 
 def _named(name: str, every: Iterator[Strategy], known: dict[str, Strategy]) -> Strategy | None:
-    """The strategy of a name; those that come before it get `known` on the way."""
+    """The strategy with this name; `known` caches the strategies that come before it."""
     for strategy in every if name not in known else ():
         known[strategy.name] = strategy
         if strategy.name == name:
@@ -93,7 +95,7 @@ def _named(name: str, every: Iterator[Strategy], known: dict[str, Strategy]) -> 
 
 
 def _steps(staged: StagedProgram) -> str:
-    """What two networks must have in common to be computed side by side."""
+    """A description of the steps, which must be equal for networks that run together."""
     marks = [(type(step).__name__, isinstance(step, VectorOp) and step.share is not None) for step in staged.steps]
     return repr((marks, staged.segments))
 
@@ -101,7 +103,7 @@ def _steps(staged: StagedProgram) -> str:
 def _choose_together(
     staged_programs: Sequence[StagedProgram], stored: Sequence[int], request: Request, image_grads: Sequence[bool]
 ) -> list[Plan] | None:
-    """A plan for each image, in what the stored maps and halos of the others leave of the budget."""
+    """A plan for each image, in the part of the budget that the stored maps and halos of the others leave."""
     device = staged_programs[0].program.values[0].device
     limit = request.limit(device)
     for place in request.halo_places(device):
@@ -117,9 +119,9 @@ def _choose_together(
                 chosen,
                 budget=request.budget,
                 maps=staged_programs[n].place,
-                replay_bytes=0,  # what one image has captured would have to be let go for the next one
+                replay_bytes=0,  # graphs of one image would have to be freed for the next
                 capture_bytes=0,
-                retained=0,  # the graphs of all images would be there at the same time
+                retained=0,  # the graphs of all images would be resident together
                 retained_bytes=0,
                 at_peak=None,
                 retained_tiles=(),

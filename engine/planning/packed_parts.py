@@ -1,8 +1,8 @@
-"""Where a prediction by one stage may be cut, so that the packed weights of a part are there at a time, not of all.
+"""Cuts of one-stage inference on the CPU, so that the packed weights of only one part are resident at a time.
 
-Convolutions and linear layers on the CPU compute with weights that are packed at the start of a stage
-(`lowering/onednn.py`), as many bytes again as the network has, or more. Deep layers have the most weights and the
-smallest maps: a cut before one of them stores little.
+Convolutions and linear layers on the CPU use weights that are packed at the start of a stage (`lowering/onednn.py`).
+The packed weights take as many bytes as the weights, or more. Deep layers have the most weights and the smallest maps,
+so a cut before such a layer stores little.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from ..lowering.ops import Local, Maps, Node
 from ..lowering.stages import Stage
 from .interstage import value_bytes
 
-_PARTS = (2, 3, 4, 6, 8)  # a part has about such a share of the weights
-_WORTH = 1 << 20  # bytes of weights, below which parts save nothing to speak of
+_PARTS = (2, 3, 4, 6, 8)  # numbers of parts with about equal bytes of weights
+_WORTH = 1 << 20  # with fewer bytes of weights, parts save little
 
 
 def packed_bytes(stage: Stage) -> int:
-    """Bytes of the weights that a stage packs, as the network has them."""
+    """Bytes of the weights that a stage packs, before packing."""
     return sum(_weights(stage.maps, stage.locals).values())
 
 
 def cuts_by_weights(maps: Maps, nodes: Sequence[Node | Op], through: Sequence[int]) -> Iterator[list[int]]:
-    """The maps to cut at, for fewer and fewer weights in a part.
+    """Lists of maps to cut at, for parts with fewer and fewer weights.
 
     Args:
-        through: maps that everything after them goes through, in program order.
+        maps: the maps of the program.
+        nodes: its sorted nodes.
+        through: maps on which all later ops depend, in program order.
     """
     order = [node for node in nodes if isinstance(node, Local)]
     total = sum(_weights(maps, order).values())
@@ -40,9 +42,9 @@ def cuts_by_weights(maps: Maps, nodes: Sequence[Node | Op], through: Sequence[in
 
 
 def _cuts(maps: Maps, order: Sequence[Local], through: frozenset[int], most: int) -> Iterator[int]:
-    """Cuts before a part would have more than so many bytes of weights, where one can be made."""
+    """The latest possible cuts so that no part has more than `most` bytes of weights, if possible."""
     part: dict[int, int] = {}  # weights since the last cut
-    later: dict[int, int] = {}  # those of them after `place`
+    later: dict[int, int] = {}  # weights after `place`
     place = None  # the last map that a cut could be made at
     for node in order:
         own = _weights(maps, [node])
@@ -57,7 +59,7 @@ def _cuts(maps: Maps, order: Sequence[Local], through: frozenset[int], most: int
 
 
 def _weights(maps: Maps, order: Sequence[Local]) -> dict[int, int]:
-    """Bytes of what these convolutions and linear layers read besides maps, by value number."""
+    """Bytes of the weights and biases of these convolutions and linear layers, by value number."""
     values = maps.program.values
     convs = (local.op for local in order if local.op.name in ("conv2d", "linear"))
     return {v: value_bytes(values[v]) for op in convs for v in op.inputs if v not in maps}

@@ -1,4 +1,4 @@
-"""What of a step is there at the same time: its peak is one moment's, not the sum of what each part has at most."""
+"""Peak memory of a step: the maximum over time of its parts together, not the sum of their maxima."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Moment:
-    """What is there at one moment of a step, in bytes.
+    """Resident bytes at one moment of a step.
 
     Attributes:
         maps: whole maps and their gradients.
-        graphs: of retained tiles.
-        work: what the stage at work has besides.
-        stage: its number; None in the calls between stages.
+        graphs: graphs of retained tiles.
+        work: strips and tile of the running stage.
+        stage: index of the running stage; None during calls between stages.
     """
 
     maps: int
@@ -26,11 +26,11 @@ class Moment:
 
 
 class AtOnce:
-    """Whole maps through a step, with what its stages have in work.
+    """Combines the bytes of whole maps over a step with those of the running stages.
 
     Args:
-        stored: (place among the steps, bytes of whole maps), see `lifetimes.stored_times`.
-        places: of the stages among the steps.
+        stored: (index of the step, bytes of whole maps), see `lifetimes.stored_times`.
+        places: indices of the stages among the steps.
     """
 
     def __init__(self, stored: Sequence[tuple[int, int]], places: Sequence[int]):
@@ -39,30 +39,30 @@ class AtOnce:
         for place, held in self._stored:
             at[place] = max(held, at.get(place, 0))
         self.stored = max(at.values())
-        self.beside = [at.get(place, 0) for place in places]  # whole maps while each stage is at work
+        self.beside = [at.get(place, 0) for place in places]  # whole maps while each stage runs
 
     def most(self, works: Sequence[int], graphs: Sequence[int] = (), since: int = 0) -> int:
-        """The most bytes of whole maps, of what a stage has in work, and of graphs, at any one moment.
+        """The peak over time of whole maps, the running stage and graphs together.
 
-        Most whole maps get their gradient when the graphs of later stages are gone already, and the heaviest tile is
-        often one of the first stage.
+        Most whole maps get their gradient after the graphs of later stages are freed, and the heaviest tile is often in
+        the first stage.
 
         Args:
-            works: what each stage has in work; in the calls between stages nothing is.
-            graphs: bytes of its tiles' graphs.
-            since: a stage, from which on.
+            works: bytes of the strips and tile of each stage while it runs.
+            graphs: bytes of the retained graphs of each stage.
+            since: index of the first stage that is considered.
         """
         return self._peak(works, graphs, since)[0]
 
     def moment(self, works: Sequence[int], graphs: Sequence[int] = ()) -> Moment:
-        """When that is."""
+        """The moment of the peak."""
         total, maps, now = self._peak(works, graphs, 0)
         stage = self._places.index(now) if now in self._places else None
         work = 0 if stage is None else works[stage]
         return Moment(maps, total - maps - work, work, stage)
 
     def _peak(self, works: Sequence[int], graphs: Sequence[int], since: int) -> tuple[int, int, int]:
-        """The most bytes, those of whole maps among them, and the place among the steps."""
+        """The peak, the bytes of whole maps in it, and the index of its step."""
         kept = [0, *itertools.accumulate(graphs or [0] * len(works))]
         there = {place: kept[n + 1] + works[n] for n, place in enumerate(self._places)}
         return max(
@@ -72,5 +72,5 @@ class AtOnce:
         )
 
     def apart(self, works: Sequence[int], most_work: int) -> int:
-        """What of the most whole maps and of `most_work` is never there at the same time."""
+        """The bytes by which the peak is smaller than the largest whole maps plus `most_work`."""
         return self.stored + most_work - self.most(works)

@@ -1,4 +1,4 @@
-"""The plan of a step: its tiling, what is kept where, and how many bytes it will take."""
+"""The plan of a step: its tiling, the storage of halos and maps, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from .strategy import PLACES
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of stored maps: its name, its work in forwards of stock PyTorch, its bytes of whole maps."""
+    """One choice of stored maps.
+
+    Attributes:
+        name: description for the printed plan.
+        forwards: its work in forwards of stock PyTorch.
+        bytes: its bytes of whole maps.
+    """
 
     name: str
     forwards: float
@@ -19,7 +25,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class AtPeak:
-    """Bytes at the moment of the peak: of whole maps, of the strips and the tile in work, of graphs of tiles."""
+    """Bytes at the moment of the peak: whole maps, resident strips, the current tile, and graphs of retained tiles."""
 
     maps: int
     strips: int
@@ -29,44 +35,41 @@ class AtPeak:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one step of an image size will be computed, and what it takes. All sizes in bytes.
+    """How a step of one image size is computed, and its predicted memory; all sizes are in bytes.
 
     Attributes:
         image: (N, C, H, W).
         tile: (height, width) of a tile in image pixels.
         tiles: (rows, columns) of tiles.
         training: whether the step has a backward.
-        halos: where the halos are kept: "device", "host" or "disk".
-        retained: tiles whose graph is kept from pass 1, so that they are not recomputed.
-        parameter_bytes: parameters, the stage's copies of them, and gradients: those that a step adds to, for where it
-            adds to none its own are not all there at the peak yet.
-        halo_bytes: halos kept between the passes, wherever they are.
-        strip_bytes: halos of the strips in work and their gradients, on the device.
+        halos: storage of the halos: "device", "host" or "disk".
+        retained: number of tiles whose graph is retained from pass 1, so that they are not recomputed.
+        parameter_bytes: parameters, the stage's copies of them, and existing gradients, to which the step adds. New
+            gradients are not all allocated at the peak.
+        halo_bytes: halos stored between the passes, on any device.
+        strip_bytes: halos of the resident strips and their gradients, on the device.
         tile_bytes: peak of one tile.
-        retained_bytes: what graphs of retained tiles add to the peak.
-        retained_tiles: how many tiles each stage retains, its last ones; empty if none.
-        stored_bytes: maps that exist whole, their gradients, and the ops after them.
-        library_bytes: compiled kernels and copies of weights on the CPU; on a GPU workspaces, and what trials of
-            kernels take.
-        heap_bytes: freed blocks that the process keeps, on the CPU.
-        sides: the tile of each stage, in pixels of its largest source.
-        record_bytes: what recording and planning leave in the process, on the CPU.
-        maps: where maps that stages alone read are stored: "device", "host" or "disk".
-        away_bytes: what they take there, if that is not the device.
-        choices: which maps may be stored whole (`strategy.py`), as far as they were tried: those that did not fit, and
-            the one taken.
-        choice: which of them is taken.
-        replay_bytes: what replayed tiles take besides (`replay.py`); 0 if tiles are not replayed.
-        capture_bytes: what the whole step takes in addition if it is captured as one graph (`graph_memory.py`), else
-            0. Steps that cannot be captured, such as one with hooks of parameters, replay tiles if that fits.
-        op_by_op: whether a GPU waits for the host at each op of each tile: neither the step nor its passes nor tiles
-            are captured.
-        apart_bytes: what of the most whole maps, strips and tile of all stages is never there at once; the peak
-            is without it.
-        at_peak: what of maps, strips, tile and graphs is there when most is; None of one of several images.
+        retained_bytes: bytes that graphs of retained tiles add to the peak.
+        retained_tiles: number of final tiles that each stage retains; empty if none.
+        stored_bytes: whole maps, their gradients, and the ops after them.
+        library_bytes: compiled kernels and copies of weights on the CPU; on a GPU workspaces and trials of kernels.
+        heap_bytes: freed blocks that the process retains, on the CPU.
+        sides: the (height, width) of each stage's tiles, in pixels of its largest source.
+        record_bytes: memory of the recorded network and of planning, on the CPU.
+        maps: storage of maps that only stages read: "device", "host" or "disk".
+        away_bytes: bytes of these maps if they are not on the device.
+        choices: the choices of stored maps (`strategy.py`) that were tried: those that did not fit, and the selected.
+        choice: index of the selected choice.
+        replay_bytes: additional bytes of replayed tiles (`replay.py`); 0 if tiles are not replayed.
+        capture_bytes: additional bytes if the whole step is captured as one graph (`graph_memory.py`), else 0. Steps
+            that cannot be captured, for example with hooks on parameters, replay tiles if that fits.
+        op_by_op: whether a GPU waits for the host at each op of each tile, because nothing is captured.
+        apart_bytes: bytes by which the peak is smaller than the sum of the largest whole maps, strips and tile of all
+            stages, which are never resident together.
+        at_peak: bytes of maps, strips, tile and graphs at the peak; None for one of several images.
         budget: the budget, or None.
-        stock_bytes: the tensors of the same step in stock PyTorch, or None where it was not asked for. What its
-            libraries take besides is not counted: on the CPU ResNet-18's step takes 1.3 times as much, lesionnet's 2.4.
+        stock_bytes: the tensors of the same step in stock PyTorch, or None if not requested. Its libraries are not
+            counted: on the CPU ResNet-18's step takes 1.3 times as much, lesionnet's 2.4.
     """
 
     image: tuple[int, int, int, int]
@@ -100,12 +103,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak on the device; the image itself and what other code holds are not included."""
+        """Predicted peak on the device, without the image itself and the memory of other code."""
         return self.parts_bytes + (self.capture_bytes or self.replay_bytes)
 
     @property
     def parts_bytes(self) -> int:
-        """The same of a step that is computed op by op."""
+        """Predicted peak of a step that runs op by op."""
         resident = self.halo_bytes if self.halos == "device" else 0
         return (
             self.parameter_bytes
@@ -122,32 +125,32 @@ class Plan:
 
     @property
     def replayed(self) -> bool:
-        """Whether tiles that are alike are captured once and replayed."""
+        """Whether equivalent tiles are captured once and replayed."""
         return self.replay_bytes > 0
 
     @property
     def fits(self) -> bool:
-        """Whether the predicted peak keeps to the budget."""
+        """Whether the predicted peak is within the budget."""
         return self.budget is None or self.peak_bytes <= self.budget
 
     def retained_of(self, stage: int) -> int:
-        """How many tiles of a stage keep their graph."""
+        """The number of tiles of a stage whose graph is retained."""
         return self.retained_tiles[stage] if self.retained_tiles else 0
 
     def retained_within(self, free: int) -> int:
-        """How many tiles may keep their graph where so many bytes are free: other forwards of a step keep theirs."""
+        """The number of tiles whose graph fits `free` bytes, if other forwards of the step retain theirs."""
         graph = self.retained_bytes // (self.retained - 1) if self.retained > 1 else self.tile_bytes
-        if not graph:  # of a tile that was asked for without a budget nothing is predicted
+        if not graph:  # nothing was predicted, because the user set the tile without a budget
             return self.retained
         fit = 1 + (free - self.tile_bytes) // graph
-        return self.retained if fit >= self.retained else max(0, fit - 1)  # a later backward has a tile in work too
+        return self.retained if fit >= self.retained else max(0, fit - 1)  # a later backward also needs a tile
 
     @property
     def work(self) -> float:
-        """Arithmetic and moved bytes of the step, those of stock PyTorch being 1."""
+        """Arithmetic and moved bytes of the step, relative to stock PyTorch."""
         stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1] * len(self.sides)
         forwards = self.choices[self.choice].forwards
-        retained = min(1.0, self.retained / tiles)  # those are not recomputed
+        retained = min(1.0, self.retained / tiles)  # retained tiles are not recomputed
         return (forwards - (forwards - stock) * retained) / stock
 
     def __str__(self) -> str:
@@ -157,8 +160,8 @@ class Plan:
             ("step", "training, two passes" if self.training else "inference, one pass"),
             ("tile", f"{self.tile[0]} x {self.tile[1]}, {self.tiles[0]} x {self.tiles[1]} of them"),
             ("parameters", format_bytes(self.parameter_bytes)),
-            ("halos", f"{format_bytes(self.halo_bytes)} {PLACES[self.halos]}" if self.training else "none kept"),
-            ("strips in work", format_bytes(self.strip_bytes)),
+            ("halos", f"{format_bytes(self.halo_bytes)} {PLACES[self.halos]}" if self.training else "none stored"),
+            ("resident strips", format_bytes(self.strip_bytes)),
             ("one tile", format_bytes(self.tile_bytes)),
         ]
         if self.retained > 1:
@@ -170,16 +173,16 @@ class Plan:
         if self.library_bytes:
             lines.append(("libraries", f"{format_bytes(self.library_bytes)} (compiled kernels or workspaces)"))
         if self.heap_bytes:
-            lines.append(("heap", f"{format_bytes(self.heap_bytes)} (freed blocks that the process keeps)"))
+            lines.append(("heap", f"{format_bytes(self.heap_bytes)} (freed blocks that the process retains)"))
         if self.record_bytes:
             lines.append(("records", f"{format_bytes(self.record_bytes)} (of the network, for this plan)"))
         if self.apart_bytes:
-            lines.append(("never at once", f"-{format_bytes(self.apart_bytes)} (of maps, strips and tile)"))
+            lines.append(("not resident", f"-{format_bytes(self.apart_bytes)} (of maps, strips and tile)"))
         if len(self.sides) > 1:
             lines.append(("stages", str(len(self.sides))))
         if self.capture_bytes:
             lines.append(
-                ("captured step", f"{format_bytes(self.capture_bytes)} (graphs of tiles, and room for the rest)")
+                ("captured step", f"{format_bytes(self.capture_bytes)} (graphs of tiles, and the rest of the step)")
             )
         elif self.replay_bytes:
             lines.append(("replayed tiles", format_bytes(self.replay_bytes)))
@@ -189,7 +192,7 @@ class Plan:
         if self.choices:
             lines.append(("work", f"{self.work:.2f} times that of stock PyTorch"))
             if len(self.sides) > 1:
-                lines.append(("kept", self.choices[self.choice].name))
+                lines.append(("stored maps", self.choices[self.choice].name))
         if self.stock_bytes is not None:
             times = f"{self.stock_bytes / self.peak_bytes:.1f} times this"
             lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} of tensors alone ({times})"))

@@ -1,4 +1,4 @@
-"""What a step of a model would take, asked before there is an image."""
+"""Predicts how a step of a model would run, before any image is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .search import arrange, arrange_each
 from .simulate import is_here, stock_peak
 
 ENDLESS = 1 << 60
-"""Bytes of a GPU that is not here, and as large as it has to be."""
+"""Memory of a GPU that is not installed: unlimited."""
 
 
 def plan(
@@ -40,24 +40,25 @@ def plan(
     criterion: Criterion | None = None,
     labels: Any = None,
 ) -> Plan:
-    """How a step on images of this size would be computed, and how much it takes; nothing is allocated or computed.
+    """Plan a step on images of this size and predict its memory; nothing is allocated or computed.
 
     Args:
-        model: the network, in the mode it will run in (freeze BatchNorm before, or put it in evaluation mode).
-        image_size: (H, W), (C, H, W) or (N, C, H, W); without them N is 1 and C what the first layer takes.
-        memory_budget: bytes (``"4GiB"``); None takes what is free, and of a GPU that is not here whatever is needed.
-        tile: side or (height, width); None chooses.
-        dtype: dtype of the image; None takes that of the parameters.
-        device: device the step would run on; it need not be here. None takes that of the parameters.
-        training: with a backward, or inference.
+        model: the network, in the mode in which it will run (freeze BatchNorm or set evaluation mode before).
+        image_size: (H, W), (C, H, W) or (N, C, H, W); by default N is 1 and C that of the first layer.
+        memory_budget: bytes or a string like ``"4GiB"``; None uses the free memory. A GPU that is not installed has no
+            limit.
+        tile: side or (height, width) of a tile; None chooses it.
+        dtype: dtype of the image; None uses that of the parameters.
+        device: device of the step, which need not be installed; None uses that of the parameters.
+        training: whether the step has a backward.
         halos: "device", "host", "disk" or "auto".
-        criterion: of a network of maps, the loss that `dense_loss` takes by tiles, so that no map is whole. Without it
-            the network's output is, and no loss is counted.
-        labels: what the criterion gets, as of `dense_loss`; of tensors shape and dtype are enough, as in
+        criterion: for a network that outputs maps, the loss that `dense_loss` computes tile by tile, so that no map is
+            stored as a whole. Without it the output is a whole map, and no loss is counted.
+        labels: the labels of the criterion, as for `dense_loss`. Only the shape and dtype of tensors are used, as in
             ``torch.empty(1, 4096, 3328, dtype=torch.int64, device="meta")``.
 
     Raises:
-        UnsupportedError: if the network, or the criterion, cannot be computed exactly.
+        UnsupportedError: if the network or the criterion cannot be computed exactly.
         BudgetError: if no tile fits the budget.
     """
     check_network(model)
@@ -77,14 +78,14 @@ def plan(
 def _with_loss(
     network: nn.Module, criterion: Criterion | None, labels: Any
 ) -> tuple[Callable[..., Any] | None, list[Given]]:
-    """The network's call with its loss, and the tensors that it takes in addition."""
+    """The network's call with its loss, and its additional input tensors."""
     if criterion is None:
         if labels is not None:
-            raise GigamorphError("labels are of a criterion; give both, or none")
+            raise GigamorphError("labels require a criterion; give both or neither")
         return None, []
     if labels is None:
         raise GigamorphError(
-            "a criterion needs labels; give those that dense_loss gets, or tensors like them on the meta device"
+            "a criterion needs labels; give those of dense_loss, or meta tensors of the same shape and dtype"
         )
     leaves, structure = tree_flatten(labels)
     given = [Given(one.shape, one.dtype) for one in map(Labels, leaves)]
@@ -99,7 +100,7 @@ def plan_each(
     device: torch.device | str | None = None,
     training: bool = True,
 ) -> list[Plan | None]:
-    """As `plan`, for several budgets in bytes; None where nothing fits. Stock PyTorch is not asked about."""
+    """Like `plan`, for several budgets in bytes; None if nothing fits. Stock PyTorch is not simulated."""
     check_network(model)
     network, shape, dtype, device = _asked(model, image_size, None, device)
     with _autocast_of(device, network):
@@ -109,12 +110,12 @@ def plan_each(
 
 @contextlib.contextmanager
 def _autocast_of(device: torch.device, network: nn.Module) -> Iterator[None]:
-    """Autocast as it is on a device, also on those that stand for it: where the network lies, and the CPU."""
+    """Context that applies the autocast state of a device to its substitutes: the network's device and the CPU."""
     kinds = {"cpu", (_lies(network) or device).type}
     before = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
     wanted = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     try:
-        for kind in kinds:  # `torch.autocast` does nothing for a GPU that is not here
+        for kind in kinds:  # `torch.autocast` ignores GPUs that are not installed
             _set_autocast(kind, *wanted)
         yield
     finally:
@@ -136,14 +137,14 @@ def _recording(
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
 ) -> Recording:
-    """The recorded forward, as on a device that need not be here: it is recorded where the network is."""
+    """The recorded forward; it is recorded on the network's device, because `device` may not be installed."""
     lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
     with torch.set_grad_enabled(training):
         return record_call(network, shape, dtype, lies, call, inputs)
 
 
 def _program(recording: Recording, device: torch.device, training: bool) -> Program:
-    """Its program, with all values on a device."""
+    """The program of a recording, with all values on `device`."""
     with torch.set_grad_enabled(training):
         program = recording.program()
     for value in program.values:
@@ -154,7 +155,7 @@ def _program(recording: Recording, device: torch.device, training: bool) -> Prog
 def _asked(
     model: nn.Module, image_size: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[nn.Module, tuple[int, int, int, int], torch.dtype, torch.device]:
-    """The network itself, the full shape, the image's dtype, the device."""
+    """The network itself, the full image shape (N, C, H, W), the image's dtype, and the device."""
     shape = _full_shape(model, image_size)
     network = model.__dict__.get("_network", model)
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
@@ -163,7 +164,7 @@ def _asked(
 
 
 def _lies(network: nn.Module) -> torch.device | None:
-    """The device of the network's tensors; None of one without any that has values."""
+    """The device of the network's tensors; None if all are meta tensors or there are none."""
     held = (t.device for t in (*network.parameters(), *network.buffers()) if not t.is_meta)
     return next(held, None)
 
@@ -176,5 +177,5 @@ def _full_shape(model: nn.Module, given: Sequence[int]) -> tuple[int, int, int, 
     if len(size) == 3:
         size = (1, *size)
     if len(size) != 4 or not all(is_whole(side) and side >= 1 for side in size):
-        raise GigamorphError(f"image_size={given!r} is not (H, W), (C, H, W) or (N, C, H, W)")
+        raise GigamorphError(f"image_size must be (H, W), (C, H, W) or (N, C, H, W), not {given!r}")
     return tuple(int(side) for side in size)  # pyright: ignore[reportReturnType]

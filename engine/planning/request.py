@@ -1,4 +1,4 @@
-"""What a step has to keep to."""
+"""The constraints of a step: memory budget, tile, halo storage."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from . import constants
 
 @dataclass(frozen=True)
 class Request:
-    """What a step has to keep to.
+    """The constraints of a step.
 
     Attributes:
-        budget: bytes; None for what is free.
-        available: bytes that are free, of which a share is taken; None asks the device.
-        tile: (height, width) of a tile of the image; None for the preferred one if it fits, else the largest that does.
+        budget: the budget in bytes; None for a share of the free memory.
+        tile: (height, width) of a tile of the image; None for the preferred size if it fits, else the largest that
+            fits.
         training: whether there is a backward.
-        halos: where the halos may be kept between the passes: "device", "host", "disk" or "auto".
-        image_grad: whether the image wants a gradient.
-        count_tile: count a given tile's own bytes too; without that, time is saved where only the schedule matters.
-        fallback: what happens to ops that cannot be computed by tiles, see `sort`.
+        halos: storage of the halos between the passes: "device", "host", "disk" or "auto".
+        image_grad: whether the image requires a gradient.
+        count_tile: whether to count the bytes of a given tile, which takes time; the schedule does not need them.
+        fallback: the treatment of ops that cannot be tiled, see `sort`.
+        available: free bytes, of which a share is used; None queries the device.
     """
 
     budget: int | None
@@ -36,16 +37,17 @@ class Request:
     available: int | None = None
 
     def limit(self, device: torch.device) -> int:
-        """Bytes that the step may take."""
+        """Bytes that the step may use."""
         if self.budget is not None:
             return self.budget
         return int(constants.FREE_SHARE * (available_bytes(device) if self.available is None else self.available))
 
     def room(self, device: torch.device) -> int | None:
-        """Bytes that graphs of tiles may fill: the budget, or without one what is free on a GPU that nothing shares.
+        """The peak up to which graphs of tiles may be retained: the budget, or without one the limit on a GPU.
 
-        Of the CPU's memory, which others use too, that is a part; processes that train together share it. Not where a
-        tile is given: on a GPU small tiles are faster replayed than retained, and elsewhere it asks for little memory.
+        On the CPU it is a part of the limit, because other processes share the memory; processes that train together
+        divide it. It is None if only a tile is given: on a GPU small tiles are replayed faster than retained, and on
+        the CPU a given tile signals a low memory use.
         """
         if self.budget is not None or self.tile is not None:
             return self.budget
@@ -54,7 +56,7 @@ class Request:
         return int(constants.FREE_ROOM_SHARE * self.limit(device)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def halo_places(self, device: torch.device) -> list[str]:
-        """Where the halos may be kept, the fastest first."""
+        """The storage options of the halos, the fastest first."""
         if self.halos != "auto":
             return [self.halos]
         return ["device", "disk"] if device.type == "cpu" else ["device", "host", "disk"]

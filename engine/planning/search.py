@@ -1,4 +1,4 @@
-"""Which choice of stored maps and which tile fit a budget: the fastest that does."""
+"""Searches for the fastest choice of stored maps and tile size that fits a budget."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from .tile_peaks import Known
 
 
 class _Options:
-    """The choices of stored maps of one program, each with the plan that fits it.
+    """The choices of stored maps of one program, and their plans.
 
     Args:
-        request: what they have to keep to.
-        device: where the step runs.
+        request: the constraints of the step.
+        device: the device of the step.
         shard: this process's part of the image, if it is split.
-        agree: a choice has to fit in all processes, which are asked at the same time.
+        agree: whether a choice must fit in all processes, which then search together.
     """
 
     def __init__(self, request: Request, device: torch.device, shard: SpatialShard | None, agree: bool):
         self.request, self.device, self.shard, self.agree = request, device, shard, agree
         self.tried: list[Choice] = []
-        self.options: list[tuple[StagedProgram, int]] = []  # with the bytes that it keeps elsewhere
+        self.options: list[tuple[StagedProgram, int]] = []  # with the offloaded bytes
         self._known = Known()
         self._ready: set[int] = set()
         self._estimates: dict[int, Estimate] = {}
-        self._values = 0  # of the program, with those that rewriting the first choice has made
+        self._values = 0  # number of the program's values after rewriting the first choice
 
     def add(self, strategy: Strategy) -> bool:
-        """Take a choice in, if it can be had at all."""
+        """Add a choice if it is possible; returns whether it is."""
         staged, stored, request = strategy.staged, strategy.stored_bytes, self.request
         if self.shard is not None:
             if staged.place != "device":
@@ -70,7 +70,7 @@ class _Options:
         return plan and replace(plan, choice=number, maps=staged.place, away_bytes=away)
 
     def _estimate(self, number: int) -> Estimate:
-        """That of a choice, which is made ready for it."""
+        """The estimate of a choice, whose stages are prepared first."""
         if number not in self._estimates:
             staged, request = self.options[number][0], self.request
             prepare_once(staged, self._ready, request)
@@ -82,22 +82,22 @@ class _Options:
         return self._estimates[number]
 
     def _records(self) -> int:
-        """Bytes of Python objects that recording and planning leave in the process, if that shares the budget."""
+        """Bytes of Python objects of recording and planning; 0 on a GPU, where they do not count."""
         if self.device.type != "cpu":
             return 0
         return self._values * (constants.VALUE_BYTES + constants.CHOICE_BYTES * len(self.options))
 
     def slower(self) -> Plan | None:
-        """The plan of the fastest choice but the first that fits; with small tiles where nothing else helps."""
+        """The plan of the fastest later choice that fits; small tiles are the last resort."""
         count = self._useful()
         found = first_that_fits(lambda number: self.fit(number, coarse=True), 1, count)
         small = max(0, count - constants.SMALL_TILES)
         return found or first_that_fits(lambda number: self.fit(number, coarse=False), small, count)
 
     def captured(self, first: int) -> Plan | None:
-        """The plan of the fastest choice, from one on, whose steps a GPU captures as a whole within the budget.
+        """The plan of the fastest choice, from `first` on, whose step a GPU captures as a whole within the budget.
 
-        What it computes again costs less than the host's time for each op of each tile.
+        Its recomputation costs less than launching each op of each tile from the host.
         """
 
         def fit(number: int) -> Plan | None:
@@ -107,10 +107,10 @@ class _Options:
         return first_that_fits(fit, first, self._useful())
 
     def _useful(self) -> int:
-        """How many choices there are but for the last ones that store less than another and still need more.
+        """The number of choices without the last ones, if these store less but need more memory than earlier ones.
 
-        Stages that start at the image again and again have weights folded for each of them. Of an image that is split
-        all choices are tried: its processes ask each other about each.
+        Stages that each start at the image fold weights separately. If the image is split, all choices are tried,
+        because its processes exchange results for each.
         """
         count = len(self.options)
         if self.shard is None:
@@ -119,14 +119,14 @@ class _Options:
         return count
 
     def refusal(self) -> BudgetError:
-        """That nothing fits, with the least that is needed."""
+        """The error if nothing fits, with the minimum number of bytes."""
         if self.shard is not None and self.agree:
             return self._shared_refusal(self.shard)
         frugal = range(self._useful())[-constants.SMALL_TILES :]  # each later one needs less
         return _too_little([self._estimate(number) for number in frugal], self.request)
 
     def _shared_refusal(self, shard: SpatialShard) -> BudgetError:
-        """The same, of the process that needs most; all find it at the same time."""
+        """Like `refusal`, for the process that needs the most; all processes must call it."""
         last = range(len(self.options))[-constants.SMALL_TILES :]
         needed = [_least([self._estimate(number)], self.request).peak_bytes for number in last]
         least = int(shard.gather(torch.tensor(needed, device=self.device)).amax(0).min())
@@ -144,14 +144,16 @@ def arrange(
     shard: SpatialShard | None = None,
     agree: bool = False,
 ) -> tuple[StagedProgram, Plan]:
-    """The steps of a program and the plan for them: the fastest choice of stored maps that fits the budget.
+    """The staged program and its plan: the fastest choice of stored maps that fits the budget.
 
-    A budget is used to the full: tiles whose graph still fits are not recomputed in pass 2. Without one, what is free
-    is the limit; graphs fill all of it on a GPU, and a part of it on the CPU (`Request.room`).
+    A budget is used fully: tiles whose graph still fits are not recomputed in pass 2. Without a budget, the free memory
+    is the limit; graphs may fill it on a GPU, and a part of it on the CPU (`Request.room`).
 
     Args:
-        shard: this process's part of the image, if that is split: the plan is that of this process.
-        agree: take a choice that fits in all processes; given by all of them at the same time.
+        program: the recorded program.
+        request: the constraints of the step.
+        shard: this process's part of the image, if it is split; the plan is for this process.
+        agree: whether the choice must fit in all processes, which must all call this function.
 
     Raises:
         BudgetError: if nothing fits.
@@ -174,7 +176,7 @@ def arrange(
 
 
 def arrange_each(program: Program, request: Request, budgets: Sequence[int]) -> list[Plan | None]:
-    """The plans that `arrange` would make for several budgets, in the time that one takes; None where nothing fits."""
+    """The plans of `arrange` for several budgets, in about the time of one; None if nothing fits."""
     maps, nodes = sort(program, request.fallback)
     options = _Options(request, program.values[0].device, None, agree=False)
     for strategy in strategies(maps, nodes, request.training, request.image_grad):
@@ -189,14 +191,14 @@ def arrange_each(program: Program, request: Request, budgets: Sequence[int]) -> 
 
 
 def prepare_once(staged: StagedProgram, ready: set[int], request: Request) -> None:
-    """`prepare`, where that was not done yet; choices that differ in the place of maps alone share their steps."""
+    """Call `prepare` once; choices that differ only in the storage of maps share their steps."""
     if id(staged.steps) not in ready:
         prepare(staged, request.training, request.image_grad)
         ready.add(id(staged.steps))
 
 
 def first_that_fits(fit: Callable[[int], Plan | None], first: int, end: int) -> Plan | None:
-    """The plan of the first choice that fits; each needs less than the one before it."""
+    """The plan of the first choice that fits, by bisection; each choice needs less memory than the one before."""
     found: Plan | None = None
     while first < end:
         middle = (first + end) // 2
@@ -209,12 +211,12 @@ def first_that_fits(fit: Callable[[int], Plan | None], first: int, end: int) -> 
 
 
 def _free_disk() -> int:
-    """Bytes that temporary files may take."""
+    """Free bytes for temporary files."""
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
-    """The refusal of a budget, with the least that one of these choices of stored maps needs."""
+    """The error for a budget that is too small, with the minimum over these choices of stored maps."""
     staged, least = estimates[0].staged, _least(estimates, request)
     image, tile = staged.program.image, request.tile
     height, width = staged.maps.size(image)
@@ -227,7 +229,7 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
 
 
 def _least(estimates: Sequence[Estimate], request: Request) -> Plan:
-    """The plan that needs least of these choices of stored maps."""
+    """The plan with the smallest peak among these choices of stored maps."""
     place, least = request.halo_places(estimates[0].image.device)[-1], None
     for estimate in estimates:
         sides = sides_worth_trying(estimate.staged, request.tile, request.training)
@@ -237,7 +239,7 @@ def _least(estimates: Sequence[Estimate], request: Request) -> Plan:
         if least is None or found.peak_bytes < least.peak_bytes:
             made = [estimate.plan(side, place, request.budget, exact=False) for side in reversed(sides)]
             made.sort(key=lambda plan: plan.peak_bytes)
-            # Which of them is least hangs on what was tried before: a tile goes by one of another side.
+            # Scaled estimates depend on the tiles simulated before, so the smallest ones are simulated themselves.
             exact = [estimate.plan(one.tile, place, request.budget) for one in made[: constants.LEAST_SIDES]]
             found = min(exact, key=lambda plan: plan.peak_bytes)
             least = found if least is None or found.peak_bytes < least.peak_bytes else least
@@ -249,8 +251,8 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
     """The plan of a choice of stored maps; None if no tile fits.
 
     Args:
-        coarse: where there are other choices, try only the largest tiles (or only the others), for small ones cost
-            more time than another choice of stored maps.
+        coarse: if there are other choices, whether to try only the largest tiles (True) or only the others (False);
+            small tiles are slower than another choice of stored maps. None tries all.
     """
     staged, device = estimate.staged, estimate.image.device
     limit, counted = request.limit(device), request.count_tile or request.tile is None
@@ -271,7 +273,7 @@ def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) ->
                 if plan.peak_bytes <= constants.NEARLY * limit:
                     plan = estimate.plan(side, place, request.budget, limit=limit, room=room)
             if plan.peak_bytes <= limit and not plan.op_by_op:
-                return plan  # smaller tiles cost a GPU less than waiting for the host
+                return plan  # on a GPU smaller captured tiles are faster than running op by op
             after += found is not None
             found = found or (plan if plan.peak_bytes <= limit else None)
             if after == constants.CAPTURED_SIDES:

@@ -1,11 +1,10 @@
-"""Memory of a computation, found by running it on tensors without values: shapes and lifetimes are real.
+"""Measures the peak memory of a computation by running it on tensors without values.
 
-Autograd saves, frees and accumulates such tensors as it does others, so the largest number of bytes alive at any
-time is counted, not estimated: saved activations, gradients in flight, copies. Not counted: a library's own scratch
-memory and the allocator's loss.
+Autograd saves, frees and accumulates these tensors like ordinary ones. So the peak is counted, not estimated; it
+includes saved activations, gradients and copies. Scratch memory of libraries and fragmentation are not counted.
 
-A tile of the CPU is run on meta tensors. Fake tensors know their device, which autocast, kernels and some rules ask
-for, and take twenty times as long; they are for what meta tensors cannot do, and for a GPU.
+A tile on the CPU runs on meta tensors. Fake tensors are twenty times as slow, but have a device, which autocast,
+kernels and some rules query. They are used on a GPU, and where meta tensors fail.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from .meta_attention import AttentionOfTheCPU
 
 
 class Meter(TorchDispatchMode):
-    """Adds up the storages that come into being and subtracts them when they go."""
+    """Counts the bytes of all storages that are alive, and their peak."""
 
-    sees_tiles = True  # of an accelerated network; see `capture.dynamo`
+    sees_tiles = True  # runs tiles of accelerated networks; see `capture.dynamo`
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class Meter(TorchDispatchMode):
         self.alive -= size
 
     def ignore(self, *trees: Any) -> None:
-        """Leave out tensors that were there before."""
+        """Exclude existing tensors from the count."""
         self.seen.update(t.untyped_storage()._cdata for t in tree_leaves(trees) if isinstance(t, Tensor))
 
     def count(self, tensor: Tensor) -> None:
@@ -88,16 +87,19 @@ class _FakePixels:
 def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
     """Peak bytes of the heaviest tile, and bytes that its recorded graph holds before it is differentiated.
 
-    Without training the tile is only computed forward and the second figure is 0. The halos that enter the tile,
-    their gradients and the vectors are not included; the tile's own gradients of the vectors are.
+    Without training the tile runs forward only and the second number is 0. The halos that enter the tile, their
+    gradients and the vectors are not included; the tile's own gradients of the vectors are.
 
     Args:
-        wanted: the sources and vectors that want a gradient.
+        stage: the stage.
+        tiled: the stage, divided into tiles.
+        training: whether there is a backward.
+        wanted: the sources and vectors that require a gradient.
     """
     values = stage.program.values
     autocast = Autocast.current(values[stage.image].device)
     casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
-    with torch.autograd.set_detect_anomaly(False):  # it would look at values
+    with torch.autograd.set_detect_anomaly(False):  # it reads values
         if values[stage.image].device.type == "cpu" and not casts:
             with (
                 contextlib.suppress(RuntimeError),
@@ -106,19 +108,19 @@ def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container
                 AttentionOfTheCPU(),
             ):
                 return _tile_peak(stage, tiled, training, wanted, autocast)
-        # Rules may hold weights of their own.
+        # Rules may hold weights, which are not fake.
         with on_devices(None, values), FakeTensorMode(allow_non_fake_inputs=True):
             return _tile_peak(stage, tiled, training, wanted, autocast)
 
 
 def is_here(device: torch.device) -> bool:
-    """Whether tensors without values can be differentiated as if they lay on a device; on no GPU that is not here."""
+    """Whether fake tensors on a device can be differentiated; false for a GPU that is not installed."""
     return device.type != "cuda" or torch.cuda.is_available()
 
 
 @contextlib.contextmanager
 def on_devices(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
-    """Values on another device for a while; None: those of a GPU that is not here are the CPU's, of as many bytes."""
+    """Context that moves values to another device; with None, from a GPU that is not installed to the CPU."""
     before = [value.device for value in values]
     for value in values:
         value.device = device or (value.device if is_here(value.device) else torch.device("cpu"))
@@ -129,8 +131,8 @@ def on_devices(device: torch.device | None, values: Sequence[Value]) -> Iterator
             value.device = own
 
 
-# Ops whose outputs are channels-last on the CPU where one of these arguments is; on meta tensors they never are, and a
-# copy would be counted that the next op does not make.
+# Ops whose outputs are channels_last on the CPU if one of these arguments is. On meta tensors they never are, and the
+# next op would count a copy that does not exist.
 _IN_ORDER_OF = {
     "convolution": (0, 1),  # input, weight
     "convolution_backward": (1, 2),
@@ -150,7 +152,7 @@ def _lies_channels_last(tensor: Tensor) -> bool:
 
 
 class _OnMeta(TorchDispatchMode):
-    """Every op on meta tensors: others that it takes (weights that rules hold) and makes are turned into such."""
+    """Runs every op on meta tensors; other inputs (weights that rules hold) and new tensors are moved to meta."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,10 +222,10 @@ def _tile_peak(
 
 
 def tile_weights(tiled: TiledStage) -> np.ndarray:
-    """Bytes of all blocks that each tile computes, (rows, columns) of tiles.
+    """Bytes of all blocks that each tile computes: (rows, columns) of tiles.
 
-    Deep maps lag behind the image by half of what they see of it. The last tile computes what the others could not yet:
-    in networks that see far several times as much as a tile in the middle.
+    Deep maps lag behind the image by half of their receptive field, and the last tile computes the rest. In networks
+    with large receptive fields that is several times as much as in a tile in the middle.
     """
     stage = tiled.stage
     values = [value for local in stage.locals for value in local.op.outputs]
@@ -238,19 +240,19 @@ def tile_weights(tiled: TiledStage) -> np.ndarray:
 
 
 def heaviest_tile(tiled: TiledStage) -> tuple[int, int]:
-    """Row and column of the tile whose blocks are largest."""
+    """(row, column) of the tile with the largest blocks."""
     row, column = divmod(int(tile_weights(tiled).argmax()), tiled.cols.steps)
     return row, column
 
 
 def _fake_source(stage: Stage, value: int) -> Pixels:
-    """A source on fake tensors: the image's pixels are made when they are read, a stored map is there."""
+    """A source of fake tensors: pixels of the image are created on reading, a stored map exists before."""
     info = stage.program.values[value]
     if value == stage.image:
         return _FakePixels(info.shape, info.dtype, info.device)
     tensor = torch.empty(info.shape, dtype=info.dtype, device=info.device)
     axes = stage.maps.axes[value]
-    nhwc = tensor.ndim == 4 and axes == (2, 3)  # heads (N, heads, h, w, d) have the axes there too
+    nhwc = tensor.ndim == 4 and axes == (2, 3)  # heads (N, heads, h, w, d) also have these axes
     return StoredMap(tensor.contiguous(memory_format=torch.channels_last) if nhwc else tensor, axes)
 
 
@@ -259,7 +261,7 @@ def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:
 
 
 def halo_shape(stage: Stage, value: int, height: int, width: int) -> list[int]:
-    """Shape of a map of another height and width."""
+    """Shape of a map with another height and width."""
     shape = list(stage.program.values[value].shape)
     h, w = stage.maps.axes[value]
     shape[h], shape[w] = height, width
@@ -267,7 +269,7 @@ def halo_shape(stage: Stage, value: int, height: int, width: int) -> list[int]:
 
 
 def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: torch.memory_format) -> Halos:
-    """Fake halos that enter a tile."""
+    """Fake tensors for the halos that enter a tile."""
     above: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
     for value in tiled.with_halo:
@@ -282,10 +284,12 @@ def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: to
 
 
 def stock_peak(recording: Recording, device: torch.device, training: bool) -> int:
-    """Peak bytes of the same step in stock PyTorch on the whole image; what is given to it is not included.
+    """Peak bytes of the same step in stock PyTorch on the whole image, without the inputs and parameters.
 
     Args:
-        recording: of the network's call, with its loss or without; then sums of the output are differentiated.
+        recording: the recorded call of the network, with or without its loss; sums of its outputs are differentiated.
+        device: the device of the step.
+        training: whether there is a backward.
     """
     fake, device = FakeTensorMode(), device if is_here(device) else torch.device("cpu")
 

@@ -1,19 +1,17 @@
-"""Which maps are stored whole, and which are computed again: the choices for a network of several stages.
+"""Strategies of a network with several stages: which maps are stored, and which are recomputed.
 
-Maps that a later stage reads can be kept until the backward (fastest), or only until the next *cut*: a map through
-which everything goes, such as the output of a residual block. The stages between two cuts are a *segment*: its inside
-is let go after the forward and computed again in the backward (Chen et al., 2016). Early maps are the largest, so a
-further choice is not to store those at all: each early stage then starts at the last cut, or at the image.
+Maps that a later stage reads can be stored until the backward (fastest), or only until the next *cut*. A cut is a map
+on which all later ops depend, such as the output of a residual block. The stages between two cuts are a *segment*. Its
+inner maps are freed after the forward and recomputed in the backward (Chen et al., 2016). Early maps are the largest,
+so another option is not to store them at all: each early stage then starts at the last cut, or at the image.
 
-    keep everything         3 units of arithmetic (a unit is one forward; stock PyTorch takes 3 as well)
-    segments                4, and the maps of one segment besides the cuts; less where late maps, small ones, are kept
+    store everything        3 units of arithmetic (a unit is one forward; stock PyTorch also takes 3)
+    segments                4, and the maps of one segment in addition to the cuts; less if late, small maps are stored
     early maps not stored   more: a segment of m reductions is computed about m/2 times in each direction
 
-A network of one stage stores nothing. On the CPU it may be cut into parts all the same:
-`tile_parts.py`, `packed_parts.py`.
+A network of one stage stores nothing. On the CPU it may still be cut into parts: `tile_parts.py`, `packed_parts.py`.
 
-Each of them may keep its maps elsewhere, on a GPU in the host's memory, else in a file; then the way there and back is
-what they cost.
+All strategies may offload their maps: on a GPU to host memory, otherwise to a file. The transfers then add to the cost.
 """
 
 from __future__ import annotations
@@ -35,15 +33,15 @@ from .tile_parts import cuts_by_outputs
 
 @dataclass(frozen=True)
 class Strategy:
-    """One choice.
+    """One choice of stored maps.
 
     Attributes:
-        name: for the table of the plan.
-        network: the steps, and where maps are kept.
-        cost: of a step, in units of arithmetic of stock PyTorch's forward, moved bytes included.
-        stored_bytes: the most bytes of stored maps and their gradients on the device at any time of a step.
-        away_bytes: the same where else they are kept.
-        packed_bytes: of the weights that a stage packs (`lowering/onednn.py`), where those are most.
+        name: description for the printed plan.
+        staged: the steps, and the storage of maps.
+        cost: cost of a step in forwards of stock PyTorch, including moved bytes.
+        stored_bytes: peak of the bytes of stored maps and their gradients on the device.
+        away_bytes: peak of the offloaded bytes.
+        packed_bytes: bytes of the weights that a stage packs (`lowering/onednn.py`), in the stage with the most.
     """
 
     name: str
@@ -55,15 +53,16 @@ class Strategy:
 
     @property
     def bytes(self) -> int:
-        """What it takes besides tiles and the network, as far as choices differ in that."""
+        """The part of the memory, without tiles and parameters, in which strategies differ."""
         return self.stored_bytes + self.packed_bytes
 
 
 def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
-    """The choices that are worth it: the first keeps everything, each later one is slower and needs less memory.
+    """The useful strategies: the first stores everything, each later one is slower and needs less memory.
 
-    A network of one stage has others than that on the CPU: in training tiles that go through a part of it at a time,
-    which store what it does not but need less; in inference weights that are packed for a part of it at a time.
+    On the CPU a network of one stage has other strategies. In training, tiles run through one part of the network at a
+    time, which stores maps between parts but needs smaller tiles. In inference, weights are packed for one part at a
+    time.
     """
     every = every_strategy(maps, nodes, training, image_grad)
     least = next(every)
@@ -78,7 +77,7 @@ def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_gra
 
 
 def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
-    """All choices, that of keeping everything first; which there are does not depend on the image's size."""
+    """All strategies, first the one that stores everything; they do not depend on the size of the image."""
     known = {id(node): _cost(maps, node) for node in nodes if isinstance(node, Local)}
     unit = max(1, sum(known.values()))
 
@@ -96,14 +95,14 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
             yield Strategy(f"{name}; {PLACES[place]}", away, cost_there, here, stored - here, packed)
 
     everything = split(maps, nodes, crossing(maps, nodes))
-    wanted = everything.wanted(image_grad)  # of all choices: they have the same ops
-    yield from weigh("all maps that are read again", everything)
+    wanted = everything.wanted(image_grad)  # equal for all strategies, which have the same ops
+    yield from weigh("all maps that later stages read", everything)
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
     if kind == "cpu" and len(everything.stages) == 1:
         for cuts in cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _through(maps, nodes)):
             staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
-            name = f"{len(staged.stages)} parts, and the maps between them"
+            name = f"the maps between {len(staged.stages)} parts"
             yield from weigh(name, staged, constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training))
 
 
@@ -113,11 +112,11 @@ PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"
 def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, StagedProgram]]:
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
-    hooked = any(op.name == "tensor_hook" for op in maps.program.ops)  # of a segment they would see another graph
+    hooked = any(op.name == "tensor_hook" for op in maps.program.ops)  # hooks would see another graph in a segment
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):
-        yield "all maps that are read again but those of the first layers", split(maps, nodes, stored)
+        yield "all maps that later stages read, except those of the first layers", split(maps, nodes, stored)
     for grouped in (1, 2, 4) if training else (1,):
         every = cuts[::-1][::grouped][::-1]
         for until in range(1 if training and grouped == 1 else len(every), len(every) + 1):
@@ -125,11 +124,11 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
             name = _named_after(until, len(every), grouped, training)
             read_later = crossing(maps, nodes, chosen)
             level = levels(maps, nodes, chosen)
-            # The more is not stored, the more costs keeping late maps: those choices are no better than others.
+            # The fewer maps are stored, the more storing late maps costs: these choices are not better than others.
             for number in range((until if until == len(every) else 1) + 1):
                 end = level[chosen[number - 1]] if number else -1
                 inside = {v for v in read_later if level[v] <= end and v not in fixed}
-                for dropped, text in ((inside - set(chosen), "the ends only"), (inside, "nothing")):
+                for dropped, text in ((inside - set(chosen), "ends only"), (inside, "none")):
                     if number and not dropped:
                         continue
                     stored = [v for v in read_later if v not in dropped]
@@ -137,39 +136,39 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
                     staged = split(maps, nodes, stored, kept)
                     if training and kept and not hooked:
                         staged.segments = segments_between(staged, kept)
-                    yield name + (f"; of blocks 1 to {number} {text}" if number else ""), staged
+                    yield name + (f"; blocks 1 to {number}: {text}" if number else ""), staged
                     if not number:
                         break
 
 
 def _named_after(until: int, count: int, grouped: int, training: bool) -> str:
-    """What a choice keeps, in words: a block is what lies between two cuts."""
+    """The name of a choice; a block is the part of the network between two cuts."""
     block = {1: "block", 2: "second block", 4: "fourth block"}[grouped]
     if not training:
-        return f"the end of every {block}, and what is read again"
+        return f"the end of every {block}, and all maps that later stages read"
     if until < count:
         return f"the ends of blocks 1 to {until} of {count}, and all maps of the others"
     return f"the end of every {block}"
 
 
 def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
-    """Maps that everything after them goes through, at most one of each level, in program order; none of the first.
+    """Maps on which all later ops depend, at most one per level, without the first level, in program order.
 
-    A map whose statistics are taken is not one: what normalises it is a better place.
+    Maps whose statistics are computed are excluded; the output of their norm is a better cut.
     """
     level = levels(maps, nodes)
     return list({level[v]: v for v in _through(maps, nodes) if level[v] > 0}.values())
 
 
 def _through(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
-    """Maps that everything after them goes through and no statistics are taken of, in program order."""
+    """Maps on which all later ops depend and whose statistics are not computed, in program order."""
     order = [node for node in nodes if isinstance(node, Local)]
     reduced = {node.value for node in nodes if isinstance(node, Reduction)}
     last: dict[int, int] = {}
     for place, node in enumerate(order):
         last.update(dict.fromkeys(node.reads, place))
     last.update((v, len(order)) for v in maps.program.results())
-    there = handed_out(maps)  # those are stored in any case
+    there = handed_out(maps)  # returned maps are always stored
     live: set[int] = {maps.program.image}
     found: list[int] = []
     for place, node in enumerate(order):
@@ -182,7 +181,7 @@ def _through(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
 
 
 def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
-    """Maps that come out of random numbers drawn tile by tile: another stage would draw others."""
+    """Maps that depend on random numbers drawn per tile: another stage would draw other numbers."""
     found: set[int] = set()
     for node in nodes:
         if isinstance(node, Local) and (node.random or not found.isdisjoint(node.reads)):
@@ -191,9 +190,9 @@ def _drawn_by_position(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
 
 
 def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
-    """The steps between the stages that write two cuts; not those after the last, whose backward comes first.
+    """The steps between the stages that write two cuts, without those after the last cut, whose backward comes first.
 
-    None goes on after a step that makes what the network hands out: what reads that has to read the very tensor.
+    A segment ends at a step that makes an output of the network, because later steps must read that very tensor.
     """
     written = (n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts))
     end = max(written, default=-1)
@@ -206,7 +205,7 @@ def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
 
 
 def _cost(maps: Maps, node: Local) -> float:
-    """Arithmetic and moved bytes of an op, as arithmetic."""
+    """Cost of an op in floating-point operations, including moved bytes."""
     values = maps.program.values
     outputs = sum(math.prod(values[v].shape) for v in node.op.outputs)
     moved = sum(value_bytes(values[v]) for v in (*node.reads, *node.op.outputs))
@@ -219,15 +218,17 @@ def _cost(maps: Maps, node: Local) -> float:
 
 
 def stage_cost(staged: StagedProgram, stage: Stage) -> float:
-    """Arithmetic and moved bytes of one pass of a stage."""
+    """Cost of one pass of a stage."""
     return sum(_cost(staged.maps, local) for local in stage.locals)
 
 
 def program_cost(staged: StagedProgram, training: bool, known: Mapping[int, float] | None = None) -> float:
-    """Arithmetic and moved bytes of a step: stages forward, again in the backward, and once more inside segments.
+    """Cost of a step: stages run forward, are recomputed in the backward, and once more inside segments.
 
     Args:
-        known: the costs of the program's ops, by identity, which all choices for it have in common.
+        staged: the network, divided into stages.
+        training: whether there is a backward.
+        known: costs of the program's ops by their id, which are equal for all choices.
     """
     total = 0.0
     known = known or {}
@@ -253,7 +254,7 @@ def _makes(step: Op | VectorOp | Stage) -> Sequence[int]:
 
 
 def moved_bytes(staged: StagedProgram, training: bool) -> int:
-    """Bytes of what a step writes and reads elsewhere, if maps that stages alone read are kept there."""
+    """Bytes that a step transfers if maps that only stages read are offloaded."""
     values, stage_maps = staged.program.values, staged.stage_maps()
     inside = {n for part in staged.segments for n in part}
     total = 0
@@ -262,6 +263,6 @@ def moved_bytes(staged: StagedProgram, training: bool) -> int:
             read = sum(value_bytes(values[v]) for v in stage.sources if v in stage_maps)
             written = sum(value_bytes(values[v]) for v in stage.stored if v in stage_maps)
             total += (read + written) * (1 + (training and number in inside))
-            if training:  # sources and gradients; a gradient of a source is added to
+            if training:  # sources and gradients; gradients of sources are read and written
                 total += 3 * read + written
     return total + (2 * sum(value_bytes(values[v]) for v in brought(staged)) if training else 0)

@@ -1,8 +1,8 @@
-"""Where a training step of one stage may be cut, so that a tile goes through a part of the network at a time.
+"""Cuts of a one-stage training step, so that a tile runs through one part of the network at a time.
 
-A tile of one stage keeps what the backward of all its layers needs, beside all folded weights and their copies. Cut in
-parts, between which maps are stored, it keeps those of one part. Early layers make the largest maps, late ones have the
-most weights; a part has its share of both together.
+A tile of one stage holds the saved tensors of all layers, and all folded weights and their copies. Divided into parts,
+with stored maps in between, it holds those of one part only. Early layers make the largest maps, late layers have the
+most weights; parts have about equal shares of their sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARTS = (2, 3, 4, 6, 9, 13, 20)
 
 
 def cuts_by_outputs(maps: Maps, nodes: Sequence[Node | Op]) -> Iterator[list[int]]:
-    """The maps to cut at, for smaller and smaller parts; where few bytes are stored for it."""
+    """Lists of maps to cut at, for smaller and smaller parts; each cut is where it stores few bytes."""
     order = [node for node in nodes if isinstance(node, Local)]
     alive, ends = _alive(maps, order), list(accumulate(_shares(maps, order)))
     last: list[int] = []
@@ -34,14 +34,14 @@ def cuts_by_outputs(maps: Maps, nodes: Sequence[Node | Op]) -> Iterator[list[int
 
 
 def _shares(maps: Maps, order: Sequence[Local]) -> list[float]:
-    """What each op makes of all maps, and reads of all weights."""
+    """Each op's share of the bytes of all maps plus its share of the bytes of all weights."""
     made = [_bytes(maps, local.op.outputs) for local in order]
     weights = [_bytes(maps, [v for v in local.op.inputs if v not in maps]) for local in order]
     return [a / max(1, sum(made)) + b / max(1, sum(weights)) for a, b in zip(made, weights, strict=True)]
 
 
 def _alive(maps: Maps, order: Sequence[Local]) -> list[list[int]]:
-    """After each op the maps made so far that a later one reads."""
+    """For each op, the maps made so far that later ops read."""
     last = {v: place for place, local in enumerate(order) for v in local.reads}
     made = {v: place for place, local in enumerate(order) for v in local.op.outputs}
     return [[v for v, first in made.items() if first <= place < last.get(v, -1)] for place in range(len(order))]

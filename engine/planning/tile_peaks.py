@@ -1,4 +1,4 @@
-"""What the heaviest tile of a stage takes, and what has been found of it for other choices and tiles."""
+"""Memory of the heaviest tile of a stage, and a cache of it for other choices and tile sizes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..tiling.stage import Schedules
 
 @dataclass(frozen=True)
 class TilePeak:
-    """What a run of a tile on tensors without values has counted.
+    """Memory of a tile, measured on tensors without values.
 
     Attributes:
-        tile: its side.
-        blocks: bytes of all blocks that it computes.
+        tile: (height, width) of the tile.
+        blocks: bytes of all blocks that the tile computes.
         peak, held: see `tile_peak`.
-        fixed: bytes of the peak that do not depend on the tile: its gradients of the vectors.
+        fixed: bytes of the peak that do not depend on the tile size: gradients of the vectors.
     """
 
     tile: tuple[int, int]
@@ -26,7 +26,7 @@ class TilePeak:
     fixed: int
 
     def scaled(self, tile: tuple[int, int], blocks: int) -> TilePeak:
-        """What a tile of other blocks would take: activations grow as the blocks do."""
+        """An estimate for a tile of another size: activations are proportional to the bytes of blocks."""
         share = blocks / max(1, self.blocks)
         grown = self.fixed + int(share * max(0, self.peak - self.fixed))
         return TilePeak(tile, blocks, grown, int(share * self.held), self.fixed)
@@ -34,10 +34,10 @@ class TilePeak:
 
 @dataclass(frozen=True)
 class Known:
-    """What was found for other choices of stored maps of a program: they have most of their stages in common.
+    """A cache for the choices of stored maps of a program, which share most of their stages.
 
     Attributes:
-        peaks: by stage, the exact ones.
+        peaks: simulated peaks by stage.
         schedules: see `TiledStage`.
     """
 

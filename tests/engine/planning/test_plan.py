@@ -280,7 +280,7 @@ def test_a_loss_by_tiles_is_planned_as_it_is_computed() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"labels": torch.zeros(1, 9, 9)}, "labels are of a criterion"),
+        ({"labels": torch.zeros(1, 9, 9)}, "labels require a criterion"),
         ({"criterion": F.cross_entropy}, "a criterion needs labels"),
         ({"criterion": F.cross_entropy, "labels": 3}, "labels must be tensors, arrays or sources"),
     ],
