@@ -1,1 +1,1 @@
-"""The engine: ConvNets on images of any size, exactly, in the memory you have."""
+"""Trains and runs ConvNets on images of any size, exactly, in the memory you have."""

@@ -1,4 +1,4 @@
-"""`accelerate`: a network that takes images of any size, with the outputs and gradients of the whole image."""
+"""`accelerate`: makes a network process images of any size, with the outputs and gradients of the whole image."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .execution.runner import Call, Opened, Runner
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
-from .module.arguments import HALO_PLACES, check_choice, check_network, image_shape, refuse_wrapped, tile_sides
+from .module.arguments import HALO_STORAGE, check_choice, check_network, image_shape, refuse_wrapped, tile_sides
 from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
-from .module.preconditions import entrance
+from .module.preconditions import with_preconditions
 from .planning.plan import Plan
 from .planning.search import arrange
 from .tiling.memory import parse_bytes
@@ -38,20 +38,20 @@ from .verify import verify as verify_network
 
 
 class Accelerated(Delegate):
-    """What `accelerate` returns: the network it was made from, with a forward by tiles.
+    """A network whose forward and backward run tile by tile; `accelerate` returns it.
 
-    It shares the network's parameters, buffers and children. Whatever a module is asked for (`train`, `to`,
-    `state_dict`, `load_state_dict`, extra state, hooks on those) the network does, with its own methods where its class
-    overrides some, also as the child of another module. Attributes that are read or set are the network's, but for
-    those that `accelerate` was given. Methods of the network run as they are, on the network: what they compute by
-    calling `self(x)` or parts of it is right, but ordinary PyTorch on the whole image; only calls of `net` itself, and
-    `evidence`, go by tiles. One that returns the network returns `net`. Hooks on `net` see its input and output, hooks
-    on modules in it are recorded.
+    It shares the network's parameters, buffers and children. Calls of module methods (`train`, `to`, `state_dict`,
+    `load_state_dict`, extra state, hooks on those) are delegated to the network, including methods that its class
+    overrides. This also holds if `net` is the child of another module. Attributes are read from and set on the
+    network, except for the arguments of `accelerate`. Other methods of the network run unchanged: where they call
+    `self(x)` or parts of it, the result is right, but ordinary PyTorch computes it on the whole image. Only calls of
+    `net` itself and `evidence` run by tiles. A method that returns the network returns `net`. Hooks on `net` see its
+    input and output; hooks on submodules are recorded.
 
-    Threads that use one `net` take turns; `torch.compile` leaves it as it is.
+    A lock serialises threads that use the same `net`. `torch.compile` does not trace into it.
 
     Attributes:
-        on_tile: called with a `TileEvent` after each tile, for progress; None for silence.
+        on_tile: called with a `TileEvent` after each tile, to report progress; None for no calls.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Accelerated(Delegate):
         self.fallback, self.split = fallback, split
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._runner = Runner(self._settings)
-        self._checked: set[Any] | None = None  # with verify=True: the modes that were compared with ordinary PyTorch
+        self._checked: set[Any] | None = None  # with verify=True: the modes already compared with ordinary PyTorch
         self.seal()
-        self._keep_frozen()
+        self._freeze_again()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Recorded programs hold functions and fake shapes; they are made again in a moment.
+        # Recorded programs hold functions and fake shapes, which cannot be pickled; the copy records again.
         return {**super().__getstate__(), "_runner": Runner(self._settings), "on_tile": None}
 
     def train(self, mode: bool = True) -> Accelerated:
         super().train(mode)
-        self._keep_frozen()
+        self._freeze_again()
         return self
 
     def eval(self) -> Accelerated:
@@ -90,13 +90,14 @@ class Accelerated(Delegate):
         return f"accelerated: memory_budget={self.memory_budget}, tile={self.tile}"
 
     def plan_for(self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Plan:
-        """The plan that an image batch of this shape (N, C, H, W), or bags (B, V, C, H, W), will run with.
+        """The plan for an image batch of this shape (N, C, H, W), or for bags (B, V, C, H, W).
 
         Args:
-            dtype: of the image; None takes that of the parameters.
-            device: where it would run; None takes that of the parameters, or the CPU for those on the meta device.
+            shape: the shape of the input.
+            dtype: dtype of the image; defaults to the dtype of the parameters.
+            device: device of the run; defaults to the device of the parameters, or the CPU if that is meta.
         """
-        self._keep_frozen()
+        self._freeze_again()
         device = torch.device(self._device() if device is None else device)
         device = torch.device("cpu") if device.type == "meta" else device
         dtype = dtype or next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
@@ -118,42 +119,43 @@ class Accelerated(Delegate):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _state(self) -> tuple[Any, ...]:
-        """What a recorded program depends on besides the image: modes, and the hooks that users have registered."""
+        """The state that a recorded program depends on, in addition to the image: modes and registered hooks."""
         return tuple(
             (id(m), m.training, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
             for m in self._network.modules()
         )
 
-    def _keep_frozen(self) -> None:
-        if self.batch_norm == "frozen":  # the network itself may have been put in training mode, or got new layers
+    def _freeze_again(self) -> None:
+        if self.batch_norm == "frozen":  # the caller may have changed the network's mode or added layers
             freeze_batch_norm(self._network)
 
     def _check(self, axes: tuple[int, ...], device: torch.device) -> None:
-        """Compare with ordinary PyTorch on a small image, once for each mode of the network; see `verify.verify`."""
+        """Compare with ordinary PyTorch on small images, once for each mode of the network; see `verify.verify`."""
         checked, state = self._checked if self._checked is not None else set(), self._state()
         if state not in checked:
             make = lambda twin, tile: Accelerated(twin, None, tile, None, "device", self.fallback)  # noqa: E731
             verify_network(self._network, make, axes, device)
             checked.add(state)
 
-    @entrance
+    @with_preconditions
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output for an image batch.
 
         Args:
-            args: what the network's own forward takes. The first image among them, a tensor (N, C, H, W) on any
-                device or a pixel source, says the size, or larger bags of images (B, V, C, H, W), as of the views of an
-                exam. Further tensors with these H and W as their last two axes (images, masks) are read tile by tile as
-                well, all other tensors (metadata) whole. Python values are part of the recording.
-                A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), in the place of an only argument is a
-                batch, unless the network's forward is annotated to take a list or tuple. Images of unequal sizes are
-                taken one after the other and their outputs concatenated; with BatchNorm in training mode side by side,
-                for its statistics are those of all pixels of all images, and its running statistics are updated once.
-                Dicts and lists that the forward changes are changed.
-            kwargs: likewise, by name.
+            args: the arguments of the network's own forward. The first image among them, a tensor (N, C, H, W) on any
+                device or a pixel source, determines the image size. Larger bags of images (B, V, C, H, W), such as the
+                views of an exam, take precedence. Further tensors with these H and W as their last two axes (images,
+                masks) are also read tile by tile; all other tensors (metadata) are read whole. Python values become
+                part of the recording.
+                A list of pixel sources or tensors, (C, H, W) or (N, C, H, W), as the only argument is a batch, unless
+                the annotation of the network's forward is a list or tuple. Images of unequal sizes are computed one
+                after the other, and their outputs are concatenated. With BatchNorm in training mode they are computed
+                together: the statistics cover all pixels of all images, and running statistics are updated once.
+                Dicts and lists that the forward changes in place are changed.
+            kwargs: keyword arguments, treated like `args`.
 
         Returns:
-            What the network returns for the whole images.
+            The output of the network for the whole images.
         """
         only = len(args) == 1 and not kwargs
         listed = only and isinstance(args[0], list | tuple)
@@ -167,26 +169,27 @@ class Accelerated(Delegate):
         return self.compute(_forward, Call.of(self._network, args, kwargs))
 
     def _refuse_views(self, batch: Tensor | PixelBatch) -> None:
-        """Refuse a list of images where the network's forward seems to take a list itself."""
+        """Raise an error for a list of images if the network's forward seems to take a list itself."""
         remedy = (
-            "annotate its argument (`def forward(self, views: list[Tensor])`) if it takes a list; else give a tensor"
+            "annotate its argument (`def forward(self, views: list[Tensor])`) if it takes a list; else pass a tensor"
         )
         try:
             opened = self.open(batch)
         except Exception as error:
-            error.add_note(f"A list of images is one batch to an accelerated network; {remedy}.")
+            error.add_note(f"An accelerated network treats a list of images as one batch; {remedy}.")
             raise
         if takes_single_images(opened.program):
             raise GigamorphError(
-                "a list of images is one batch to an accelerated network, whose forward takes single images out of it; "
+                "an accelerated network treats a list of images as one batch, but its forward indexes single images; "
                 + remedy
             )
 
     def open(self, x: Tensor | PixelBatch, function: Any = None) -> Opened:
-        """The program of the network's call on an image batch; nothing of the call is done.
+        """Record the program of the network's call on an image batch, without running it.
 
         Args:
-            function: see `compute`; None is the network's forward.
+            x: the image batch, (N, C, H, W).
+            function: see `compute`; defaults to the network's forward.
         """
         call = self.call(x)
         self._make_ready(call)
@@ -198,12 +201,12 @@ class Accelerated(Delegate):
         if any(isinstance(step, VectorOp) and step.share is not None for step in first.prepared.staged.steps):
             if self.split is not None:
                 raise GigamorphError(
-                    "images of several sizes that are split over processes cannot share the statistics of a BatchNorm "
-                    'in training mode; give images of one size, or accelerate(..., batch_norm="frozen")'
+                    "BatchNorm in training mode cannot share statistics between images of several sizes with split; "
+                    'pass images of one size, or accelerate(..., batch_norm="frozen")'
                 )
             others, runner = [self.open(x, _rows) for x in batches[1:]], self._runner
 
-            def side_by_side(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
+            def compute_together(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
                 graphs, inputs = [*graphs, *(o.graph for o in others)], [*inputs, *(o.inputs for o in others)]
                 prepared = runner.programs.prepare(graphs, inputs, runner.settings)
                 for one in prepared:
@@ -217,7 +220,7 @@ class Accelerated(Delegate):
                 ]
 
             call = self.call(batches[0])
-            call.complete = side_by_side
+            call.complete = compute_together
             return self.compute(_rows, call)
         outputs, together = [], None
         for x in batches:
@@ -228,11 +231,12 @@ class Accelerated(Delegate):
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def compute(self, function: Any, call: Call, *args: Any) -> Any:
-        """What a function of the network gives, its graph computed by tiles.
+        """Evaluate a function of the network by tiles.
 
         Args:
-            function: plain Python at module level; gets the network, `args`, and what the call is given.
-            call: the tensors, and how its graph is computed.
+            function: a function at module level; called with the network, `args` and the arguments of the call.
+            call: the tensors, and how their graph is computed.
+            args: Python values and modules for the function.
         """
         self._make_ready(call)
         return self._runner.compute(function, call, self._network, *args)
@@ -242,7 +246,7 @@ class Accelerated(Delegate):
         return Call.of(self._network, (batch,), {}, batch)
 
     def _make_ready(self, call: Call) -> None:
-        self._keep_frozen()
+        self._freeze_again()
         refuse_wrapped(self._network)
         refuse_unready(self._network)
         runner = self._runner
@@ -254,31 +258,31 @@ class Accelerated(Delegate):
             check_alike(self._network, call.batch, runner.settings)
 
     def evidence(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], output: int = 0) -> Tensor:
-        """Where in the image an output comes from: the class activation map, exact at any image size.
+        """The class activation map of an output, exact at any image size.
 
-        For the last map before the global pooling, the sum over channels of d output / d channel times the map (Zhou et
-        al., 2016; Selvaraju et al., 2017: for average pooling the two agree). It takes two inference passes.
+        For the last map before the global pooling, it is the sum over channels of d output / d channel times the map
+        (Zhou et al., 2016; Selvaraju et al., 2017: for average pooling the two agree). It takes two inference passes.
 
         Args:
             x: an image batch as for `forward`, all of one size.
             output: index of the output (column of the network's first output tensor).
 
         Returns:
-            (N, h, w) float32 (of a float64 network float64) on the network's device, at the stride of that map. Where
-            its cells lie in the image: `evidence_map`.
+            (N, h, w) float32 (float64 for a float64 network) on the network's device, at the stride of that map.
+            `evidence_map` also returns the position of its cells in the image.
 
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         return self.evidence_map(x, lambda outputs: _column(outputs, output)).values
 
-    @entrance
+    @with_preconditions
     def evidence_map(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], score: Score) -> Evidence:
-        """`evidence` of any score of the outputs, with the outputs and the place of its cells in the image.
+        """`evidence` for any score of the outputs, with the outputs and the position of its cells in the image.
 
         Args:
             x: an image batch as for `forward`, all of one size.
-            score: (N, outputs) -> (N,), differentiable; of the network's first output tensor.
+            score: differentiable function (N, outputs) -> (N,) of the network's first output tensor.
 
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
@@ -289,7 +293,7 @@ class Accelerated(Delegate):
             with torch.no_grad():
                 raise _Found(find_evidence(forward, score))
 
-        # Recorded without gradients, what is written in place would have none.
+        # In a recording without gradients, tensors written in place would not get a gradient.
         with torch.inference_mode(False), torch.enable_grad():
             call = self.call(as_batch(x))
             call.batch, call.finish = replace(call.batch, training=False, image_grad=False), found
@@ -300,13 +304,13 @@ class Accelerated(Delegate):
         raise AssertionError
 
     def need_all_rows(self, name: str) -> None:
-        """Refuse, by the caller's name, what one process cannot give if images are split over several."""
+        """Raise an error that names the caller if images are split over several processes."""
         if self.split is not None:
-            raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again, without split")
+            raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again without split")
 
 
 class _Found(Exception):
-    """Ends a call with a result of its own; what the network's call does besides is not done."""
+    """Carries a result out of a call, which it ends early."""
 
     def __init__(self, result: Any):
         super().__init__("found")
@@ -321,26 +325,26 @@ _TREES = dict, list, tuple
 
 
 def _rows(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`_forward` whose result can be concatenated; what cannot is refused while it is recorded."""
+    """`_forward` whose outputs can be concatenated; other outputs raise an error during the recording."""
     result = network(*args, **kwargs)
-    _refuse_others(result)
+    _require_tensors(result)
     return result
 
 
-def _refuse_others(result: Any) -> None:
+def _require_tensors(result: Any) -> None:
     if isinstance(result, Tensor):
         return
     if not isinstance(result, _TREES):
         raise TypeError(
-            "outputs of images of several sizes are concatenated, but this network returns "
-            f"{type(result).__name__}; call it for each image"
+            f"outputs of images of several sizes are concatenated, but this network returns {type(result).__name__}; "
+            "call it for each image"
         )
     for part in result.values() if isinstance(result, dict) else result:
-        _refuse_others(part)
+        _require_tensors(part)
 
 
 class AcceleratedContainer(Container, Accelerated):
-    """An accelerated `nn.Sequential` or other container: it has a length and items, too."""
+    """An accelerated `nn.Sequential` or other container, which also has a length and items."""
 
 
 class AcceleratedWithState(ExtraState, Accelerated):
@@ -351,7 +355,7 @@ class AcceleratedContainerWithState(ExtraState, AcceleratedContainer):
     """An accelerated container with `get_extra_state`."""
 
 
-def _kind_of(model: nn.Module) -> type[Accelerated]:
+def _class_for(model: nn.Module) -> type[Accelerated]:
     if is_container(model):
         return AcceleratedContainerWithState if has_extra_state(model) else AcceleratedContainer
     return AcceleratedWithState if has_extra_state(model) else Accelerated
@@ -359,12 +363,12 @@ def _kind_of(model: nn.Module) -> type[Accelerated]:
 
 def _column(outputs: Tensor, output: int) -> Tensor:
     if not -outputs.shape[1] <= output < outputs.shape[1]:
-        raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]}")
+        raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]} outputs")
     return outputs[:, output]
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Put every BatchNorm in evaluation mode: it uses and keeps its stored statistics; its affine part still learns."""
+    """Put every BatchNorm in evaluation mode, with fixed statistics; its affine parameters still learn."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -382,48 +386,50 @@ def accelerate(
 ) -> Accelerated:
     """Make a ConvNet train and run on images of any size within a memory budget, exactly.
 
-    The result has the same parameters and `state_dict` keys as `model` (it shares them), and works with
-    `loss.backward()`, autocast, gradient accumulation, DDP and Lightning as the network itself would.
+    The result shares the parameters of `model` and has the same `state_dict` keys. It works with `loss.backward()`,
+    autocast, gradient accumulation, DDP and Lightning like the network itself.
 
     Args:
         model: any network whose layers are local (convolutions, pooling, pointwise, frozen norms) up to a reduction
-            over the image (global pooling), after which anything may follow.
-        memory_budget: bytes for one step (``"4GiB"``), parameters and gradients included. It is used to the full:
-            tiles whose graph still fits are not recomputed in the backward. None takes what is free on a GPU; on the
-            CPU what the preferred tile needs, with graphs of tiles in up to a fifth of what is free (none where a tile
-            is given). It refuses only what exceeds the free memory.
+            over the image (global pooling). Any layers may follow the reduction.
+        memory_budget: bytes for one step (``"4GiB"``), including parameters and gradients. The budget is used fully:
+            tiles whose graph still fits are not recomputed in the backward. None uses the free memory of a GPU. On the
+            CPU, None uses what the preferred tile needs, plus up to a fifth of the free memory for graphs of tiles (no
+            graphs if `tile` is given), and raises an error only if the free memory is exceeded.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
-        batch_norm: ``"frozen"`` keeps every BatchNorm in evaluation mode, also after `train()`.
-        halos: where the halos between tiles are kept for the backward: ``"device"``, ``"host"``, ``"disk"``, or
+        batch_norm: ``"frozen"`` holds every BatchNorm in evaluation mode, also after `train()`.
+        halos: where the halos between tiles are stored for the backward: ``"device"``, ``"host"``, ``"disk"``, or
             ``"auto"``, the first of these that the budget allows.
-        fallback: ``"whole"`` lets ops that cannot be computed tile by tile (a mirrored map, causal attention) have
-            their maps whole, in the memory that this takes; None refuses such networks.
-        split: compute each image on several processes, each a band of its rows: those of a group of
-            `torch.distributed`, or with True all. Every process has the same weights and gives the same images, reads
-            the rows that it needs, and has the outputs and gradients of the whole; the budget is that of one process.
-        verify: compare two steps of copies of the network in float64 with those of ordinary PyTorch, on small images:
-            outputs, gradients, buffers, attributes and the image itself. Now, if the first convolution tells the
-            image's channels, else at the first image; and again in each mode (`train()`, `eval()`) at its first image.
+        fallback: ``"whole"`` computes ops that cannot run tile by tile (a mirrored map, causal attention) on their
+            whole maps, with the memory that this takes; None refuses these networks.
+        split: compute each image on several processes, each of which computes a band of rows. Pass a process group of
+            `torch.distributed`, or True for all processes. Every process has the same weights, gets the same images
+            and reads the rows that it needs; it returns the outputs and gradients of the whole image. The budget is
+            per process.
+        verify: compare two steps with ordinary PyTorch, on copies of the network in float64 and small images: outputs,
+            gradients, buffers, attributes and the image itself. This happens now if the first convolution determines
+            the image's channels, else at the first image; and again at the first image in each mode (`train()`,
+            `eval()`).
 
     Raises:
-        GigamorphError: for arguments that are not understood, or if `verify` finds a difference. Networks that cannot
-            be computed exactly are refused with an `UnsupportedError` at the first image, before any work.
+        GigamorphError: for invalid arguments, or if `verify` finds a difference. Networks that cannot be computed
+            exactly raise an `UnsupportedError` at the first image, before any work.
     """
     if isinstance(model, Accelerated):
-        raise GigamorphError("the model is accelerated already")
+        raise GigamorphError("the model is already accelerated; call accelerate once")
     check_network(model)
     check_choice("batch_norm", batch_norm, ("frozen", None))
-    check_choice("halos", halos, HALO_PLACES)
+    check_choice("halos", halos, HALO_STORAGE)
     check_choice("fallback", fallback, ("whole", None))
     if not isinstance(verify, bool):
-        raise GigamorphError(f"verify={verify!r} is not known; give True or False")
+        raise GigamorphError(f"verify must be True or False, not {verify!r}")
     load_recorder()
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    net = _kind_of(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
+    net = _class_for(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
     if verify:
         net._checked = set()
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None:
-            with contextlib.suppress(CannotVerify):  # it may stand after a reshape of the image
+            with contextlib.suppress(CannotVerify):  # the convolution may follow a reshape of the image
                 net._check((first.in_channels,), net._device())
     return net

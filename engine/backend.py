@@ -1,4 +1,4 @@
-"""The backend "gigamorph" of `torch.compile`: the graph that TorchDynamo makes of a network is computed by tiles."""
+"""The `torch.compile` backend "gigamorph", which computes TorchDynamo's graph of a network by tiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .capture.graph import Graph
 from .errors import GigamorphError, UnsupportedError
 from .execution.programs import Settings
 from .execution.runner import Runner
-from .module.arguments import HALO_PLACES, check_choice, tile_sides
+from .module.arguments import HALO_STORAGE, check_choice, tile_sides
 from .tiling.memory import parse_bytes
 
 _OPTIONS = ("memory_budget", "tile", "halos", "fallback")
@@ -32,22 +32,22 @@ def gigamorph(
 
     Args:
         module: Dynamo's graph of torch-level calls.
-        examples: its inputs; only Dynamo's own description of them is read.
-        options: `memory_budget`, `tile`, `halos` and `fallback`, as of `gigamorph.accelerate`.
-        mode: there is none.
+        examples: example inputs; only Dynamo's description of them is read.
+        options: `memory_budget`, `tile`, `halos` and `fallback`, as in `gigamorph.accelerate`.
+        mode: must be None; the backend has no modes.
 
     Raises:
         GigamorphError: for unknown options.
         UnsupportedError: for a graph that ends before the forward does (a graph break), unless `fallback` is "whole".
     """
     if mode is not None:
-        raise GigamorphError(f'the backend "gigamorph" has no mode {mode!r}; give options={{"memory_budget": "2GiB"}}')
+        raise GigamorphError(f'backend "gigamorph" has no mode {mode!r}; pass options={{"memory_budget": "2GiB"}}')
     given = dict(options or {})
     for name in given:
         if name not in _OPTIONS:
-            raise GigamorphError(f'the backend "gigamorph" has no option {name!r}; there are {", ".join(_OPTIONS)}')
+            raise GigamorphError(f'unknown option {name!r} of backend "gigamorph"; choose from {", ".join(_OPTIONS)}')
     budget, halos, fallback = given.get("memory_budget"), given.get("halos", "auto"), given.get("fallback")
-    check_choice("halos", halos, HALO_PLACES)
+    check_choice("halos", halos, HALO_STORAGE)
     check_choice("fallback", fallback, ("whole", None))
     limit = None if budget is None else parse_bytes(budget)
     settings = Settings(limit, tile_sides(given.get("tile")), halos, fallback, None)
@@ -55,7 +55,7 @@ def gigamorph(
     graph = Graph.of(module)
     if graph.piece and settings.fallback is None:
         raise UnsupportedError(
-            f'the forward is not one graph: {graph.piece}; change that line, or give options={{"fallback": "whole"}}'
+            f'the forward is not one graph: {graph.piece}; change that line, or pass options={{"fallback": "whole"}}'
         )
     runner = Runner(settings)
     return lambda *inputs: runner.serve(graph, inputs)

@@ -1,7 +1,7 @@
-"""Networks whose output is a map: losses on it, and the map itself, without holding it whole.
+"""Losses and outputs of networks that return a map, without the whole map in memory.
 
-A loss is recorded together with the network, the labels being one more source of the stage: each tile reads its own
-labels, computes its own logits, and adds to the sums that the loss is made of.
+A loss is recorded together with the network, and the labels are a further source of the stage: each tile reads its
+labels, computes its logits, and adds to the sums of the loss.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from .execution.run import run
 from .images.batches import PixelBatch, as_batch
 from .images.labels import Criterion, Labels, with_loss
 from .images.pixels import PixelSource
-from .module.preconditions import entrance
+from .module.preconditions import with_preconditions
 from .tiling.map_files import sink
 
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
 
 
-@entrance
+@with_preconditions
 def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -> Any:
-    """A loss of a network's maps: equal, with all gradients, to `criterion(net(x), labels)`.
+    """Compute `criterion(net(x), labels)` with all gradients, for a network that returns maps.
 
-    Neither the maps nor (unless they are tensors) the labels are ever whole. To use it under DDP, call it in the
-    forward of the module that DDP wraps.
+    The whole maps are never in memory, nor are the whole labels unless they are tensors. Under DDP, call this function
+    in the forward of the module that DDP wraps.
 
     Args:
         net: the network; its output may be a map or any tree of maps and vectors.
         x: an image batch as for the network, all of one size.
-        labels: a tensor, array, memory map or zarr array, or anything with a `shape` and `read(top, bottom, left,
+        labels: a tensor, array, memory map or zarr array, or any object with a `shape` and `read(top, bottom, left,
             right)`, whose last two axes are the image's; or a tuple, list or dict of those. The criterion gets them
-            in their own shape; integers that are not in a tensor as int64. A `PixelSource` counts as (1, C, H, W).
-            Regions are read ahead, in another thread.
+            in their own shape, and integers as int64 unless they are tensors. A `PixelSource` counts as (1, C, H, W).
+            Another thread reads regions in advance.
         criterion: a function or module in plain PyTorch, made of ops per pixel and sums, means or maxima over the
-            image: cross-entropy, focal and Dice losses, regression. What it takes as Python values (weights of terms)
-            may change from call to call.
+            image: cross-entropy, focal and Dice losses, regression. Its Python values (weights of terms) may change
+            from call to call.
 
     Returns:
-        What the criterion returns.
+        The result of the criterion.
 
     Raises:
-        GigamorphError: for labels that are not understood or do not fit the criterion; an `UnsupportedError` for a
+        GigamorphError: for invalid labels, or labels that do not fit the criterion; an `UnsupportedError` for a
             criterion that needs the whole map.
     """
     batch = as_batch(x)
@@ -71,9 +71,9 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     return net.compute(with_loss, call, criterion, structure)
 
 
-@entrance
+@with_preconditions
 def map_shape(net: Accelerated, x: Images) -> tuple[int, ...]:
-    """The shape of the one map that a network gives of images; nothing is computed.
+    """The shape of the single map that a network returns for images, without computing it.
 
     Args:
         net: the network; its output is a single tensor.
@@ -83,24 +83,24 @@ def map_shape(net: Accelerated, x: Images) -> tuple[int, ...]:
     program = opened.program
     shapes = [tuple(program.values[v].shape) for v in program.given_away()]
     if len(shapes) != 1:
-        raise GigamorphError(f"the network returns {len(shapes)} tensors, not one map")
+        raise GigamorphError(f"the network must return a single map, but it returns {len(shapes)} tensors")
     return shapes[0]
 
 
-@entrance
+@with_preconditions
 def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
     """Compute a map that a network returns, equal to its ordinary output, and write it block by block.
 
     Args:
         net: the network.
         x: an image batch as for the network, all of one size.
-        out: a tensor, numpy array or memory map, or zarr array of the map's shape, which gets the map's values in its
-            own dtype; or a path that ends in `.npy`, `.zarr` or (of one image) `.tif`, for a new file in the map's
-            dtype. A TIFF has (H, W, channels) in tiles.
-        output: which of the tensors that the network returns.
+        out: a tensor, numpy array, memory map or zarr array of the map's shape, which receives the values in its own
+            dtype; or a path that ends in `.npy`, `.zarr` or (for one image) `.tif`, for a new file in the map's dtype.
+            A TIFF stores (H, W, channels) in tiles.
+        output: index of the tensor among those that the network returns.
 
     Raises:
-        GigamorphError: if that output is no map, or `out` does not fit it, or images are split over processes.
+        GigamorphError: if that output is not a map, `out` does not fit it, or images are split over processes.
     """
     net.need_all_rows("write_map")
     batch = as_batch(x)
@@ -109,7 +109,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         network = forward.prepared.staged
         value = next(op for op in network.program.ops if op.name == "written").inputs[0]
         if value not in network.maps:
-            raise GigamorphError(f"output {output} of the network is no map, but a small tensor; call the network")
+            raise GigamorphError(f"output {output} of the network is not a map; call the network itself")
         info, axes = network.program.values[value], network.maps.axes[value]
         with sink(out, tuple(info.shape), axes, info.dtype) as forward.observers[value]:
             run([forward])
@@ -132,7 +132,7 @@ def _with_output_written(network: nn.Module, output: int, image: Tensor) -> Tens
 
 
 def written(x: Tensor) -> Tensor:
-    """Recorded where a map's blocks shall be written as they are made; see the rule of this name."""
+    """Marks a map in a recording: its blocks are written as they are computed; see the rule of this name."""
     if has_torch_function_unary(x):
         return handle_torch_function(written, (x,), x)
     return x.new_empty(0, dtype=torch.float32)

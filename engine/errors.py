@@ -1,4 +1,4 @@
-"""Every error that gigamorph raises on purpose: one line that says what is wrong, where, and what to do."""
+"""Classes of the errors that gigamorph raises. A message is one line: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ class GigamorphError(Exception):
 
 
 class UnsupportedError(GigamorphError):
-    """The network holds something that cannot be computed exactly tile by tile."""
+    """The network contains an op that cannot be computed exactly tile by tile."""
 
 
 class ForwardError(UnsupportedError):
-    """What the network's own forward raises for an image; `forward_error` makes it.
+    """An error that the network's own forward raises for an image; `forward_error` makes it.
 
     Attributes:
-        kind: class of the error that the forward raises.
+        kind: class of the original error.
     """
 
     kind: ClassVar[type[Exception]]
 
     def __str__(self) -> str:
-        return str(self.args[0])  # a KeyError would quote it
+        return str(self.args[0])  # a KeyError would quote the message
 
     def __reduce__(self) -> Any:
         return forward_error, (self.kind, str(self.args[0]))
 
 
 def forward_error(kind: type[Exception], message: str) -> ForwardError:
-    """A `ForwardError` that is also an error of the class `kind`."""
+    """A `ForwardError` that is also an instance of `kind`."""
     return _forward_error(kind)(message)
 
 
@@ -41,12 +41,12 @@ def _forward_error(kind: type[Exception]) -> type[ForwardError]:
 
 
 def from_network(error: Exception) -> bool:
-    """Whether the network's own code has raised an error, not gigamorph."""
+    """Whether the network's own code raised the error, not gigamorph."""
     return isinstance(error, ForwardError) or not isinstance(error, GigamorphError)
 
 
 class ChangedError(GigamorphError, RuntimeError):
-    """What the backward needs was changed in place after the forward; stock PyTorch raises a RuntimeError for it."""
+    """A tensor that the backward needs was changed in place after the forward, a RuntimeError as in stock PyTorch."""
 
 
 class BudgetError(GigamorphError):
@@ -54,7 +54,7 @@ class BudgetError(GigamorphError):
 
 
 class NoRoomError(BudgetError):
-    """Not even the parameters fit the memory budget, whatever the image is."""
+    """The parameters alone exceed the memory budget, whatever the image is."""
 
 
 class DataError(GigamorphError):
@@ -62,15 +62,15 @@ class DataError(GigamorphError):
 
 
 class UntrustedError(GigamorphError, PermissionError):
-    """A file names code of its own, which is not run unless the user trusts it."""
+    """A file refers to code that would have to run, and the user does not trust that code."""
 
 
 class MorphError(GigamorphError):
-    """A network cannot be grown as asked without changing its function; nothing has been changed."""
+    """A network cannot be grown as requested without a change of its function; it is unchanged."""
 
 
 def by_name(name: str) -> type[GigamorphError] | None:
-    """The class of errors of gigamorph's that has this name."""
+    """The error class of gigamorph with this name, or None."""
     found = globals().get(name)
     is_own = isinstance(found, type) and issubclass(found, GigamorphError) and not issubclass(found, ForwardError)
     return found if is_own else None

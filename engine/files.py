@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever ends the process."""
+"""Atomic writes: a file is complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .errors import GigamorphError
 
-# It can only be read by setting it, which is not for threads: once, at the start.
+# Reading the umask requires setting it, which is not thread-safe: done once, at import.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -25,15 +25,20 @@ os.umask(_UMASK)
 _REMEDIES: dict[int | None, str] = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or name a folder on another file system",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose a folder on another file system",
 }
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], what: str = "file") -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step.
+    """Let ``write`` fill a temporary file in the folder of ``path``, then rename it to ``path``.
+
+    Args:
+        path: the final file.
+        write: writes a file at the path that it gets.
+        what: description of the file for messages.
 
     Raises:
-        GigamorphError: if it cannot be written (a full disk); a former file at ``path`` is untouched.
+        GigamorphError: the file cannot be written (a full disk); an existing file at ``path`` is unchanged.
     """
     path = Path(path)
     _refuse_device(path)
@@ -41,21 +46,21 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_or_absent(path) as temporary:
             write(temporary)
-            os.chmod(temporary, 0o666 & ~_UMASK)  # also of a library that makes its files private
+            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries create private files
     except Exception as error:
         number = _system_error(error)
         if number is None and not isinstance(error, OSError | RuntimeError):
-            raise  # not of a file
+            raise  # not an error of a file
         reason = os.strerror(number) if number else str(error).splitlines()[0]
-        kept = "; the former one is kept" if path.exists() else ""
-        unknown = None if isinstance(error, OSError) else errno.ENOSPC  # torch's zip writer does not say it
-        remedy = _REMEDIES.get(number or unknown, "name a folder that can be written")
-        raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{kept}; {remedy}") from error
+        unchanged = "; the existing file is unchanged" if path.exists() else ""
+        unknown = None if isinstance(error, OSError) else errno.ENOSPC  # torch's zip writer does not report it
+        remedy = _REMEDIES.get(number or unknown, "choose a writable folder")
+        raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{unchanged}; {remedy}") from error
 
 
 @contextlib.contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, which becomes ``path`` if all goes well and is removed if not."""
+    """A temporary path in the folder of ``path``; it is renamed to ``path`` on success and removed on an error."""
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -66,7 +71,7 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
 
 
 def _host() -> str:
-    """Whose numbers of processes these are: containers of one name may have their own."""
+    """Identifies the process-ID namespace: containers with the same host name may have different ones."""
     try:
         numbers = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -75,30 +80,30 @@ def _host() -> str:
 
 
 _HOST = _host()
-_START = secrets.token_hex(4)  # another process may have had the number of this one
+_START = secrets.token_hex(4)  # an earlier process may have had the same process ID
 _COUNT = itertools.count()
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-([0-9a-f]{8})[0-9a-f]+\.part(\.[^.]*)?")
-_FORGOTTEN = 86_400.0  # seconds without a change, after which a file of a process that cannot be seen is left over
+_STALE_SECONDS = 86_400.0  # a file of an invisible process is a leftover if it is unchanged for this long
 _seen: set[str] = set()  # folders
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside ``path`` for a file or folder that is not whole yet.
+    """A new path in the folder of ``path`` for a file or folder that is still incomplete.
 
-    It says who writes it. The first one in a folder removes what processes that were killed have left there.
+    The name identifies the process. The first call for a folder removes leftovers of killed processes.
     """
     folder = os.path.abspath(path.parent)
     if folder not in _seen:
         _seen.add(folder)
-        _remove_left_over(folder)
+        _remove_leftovers(folder)
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{_START}{next(_COUNT):x}.part{path.suffix}")
 
 
-def _remove_left_over(folder: str) -> None:
+def _remove_leftovers(folder: str) -> None:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = _TEMPORARY.fullmatch(entry.name)
-            if found is None or not _is_left_over(entry, found[1], int(found[2]), found[3]):
+            if found is None or not _is_leftover(entry, found[1], int(found[2]), found[3]):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -107,7 +112,7 @@ def _remove_left_over(folder: str) -> None:
                     os.unlink(entry.path)
 
 
-def _is_left_over(entry: os.DirEntry[str], host: str, process: int, start: str) -> bool:
+def _is_leftover(entry: os.DirEntry[str], host: str, process: int, start: str) -> bool:
     if host == _HOST:
         if process == os.getpid():
             return start != _START
@@ -117,14 +122,14 @@ def _is_left_over(entry: os.DirEntry[str], host: str, process: int, start: str) 
             return True
         except (OSError, OverflowError):
             pass
-    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_SECONDS
 
 
 def require_writable(path: str | Path, what: str = "file") -> None:
-    """Say before long work what `write_atomically` would say after it, if a file cannot be written there.
+    """Check before long work that `write_atomically` can write a file.
 
     Raises:
-        GigamorphError: it is a device, or its folder is a file, or must not be written to.
+        GigamorphError: the path is a device, or its folder is a file or not writable.
     """
     _refuse_device(Path(path))
     folder = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
@@ -132,24 +137,22 @@ def require_writable(path: str | Path, what: str = "file") -> None:
     if reason == errno.EACCES and os.statvfs(folder).f_flag & os.ST_RDONLY:
         reason = errno.EROFS
     if reason:
-        raise GigamorphError(
-            f"{path}: the {what} cannot be written: {os.strerror(reason)}; name a folder that can be written"
-        )
+        raise GigamorphError(f"{path}: the {what} cannot be written: {os.strerror(reason)}; choose a writable folder")
 
 
 def _refuse_device(path: Path) -> None:
-    """What is put in the place of /dev/null or /dev/stdout takes it from the whole system, where root may."""
+    """Refuse devices: run as root, a rename to /dev/null or /dev/stdout would replace it for the whole system."""
     in_dev = Path(os.path.abspath(path)).parent == Path("/dev")
     if path.exists() and (in_dev or not (path.is_file() or path.is_dir())):
-        raise GigamorphError(f"{path}: is a device or a pipe, in whose place the file would be put; name a file")
+        raise GigamorphError(f"{path}: is a device or a pipe, which the file would replace; choose a file name")
 
 
 def _system_error(error: BaseException | None) -> int | None:
-    """The system's number of an error, also where a library's own error hides it."""
+    """The errno of an error, also if a library's error wraps it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
-        if told := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust's libraries (safetensors) write it
-            return int(told[1])
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # the format of Rust libraries (safetensors)
+            return int(match[1])
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,4 @@
-"""Texts that anybody may have written, as plain values."""
+"""Parsers for untrusted text, which raise only `ValueError`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEEP = "it is nested too deeply"
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads`.
+    """Parse JSON, as `json.loads`.
 
     Raises:
         ValueError: the text is not JSON, or is nested too deeply for Python.
@@ -28,10 +28,10 @@ def is_whole(text: str) -> bool:
 
 
 def parse_literal(text: str) -> Any:
-    """`ast.literal_eval`.
+    """Parse a Python literal, as `ast.literal_eval`.
 
     Raises:
-        ValueError: the text is not a literal of Python, or is nested too deeply for Python.
+        ValueError: the text is not a Python literal, or is nested too deeply for Python.
     """
     try:
         return ast.literal_eval(text)

@@ -1,4 +1,4 @@
-"""A trained network in Python: `load` opens what `gigamorph train` and `gigamorph import` have left."""
+"""`load`: opens the results of `gigamorph train` and `gigamorph import` to predict in Python."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class _Network:
     _open: Callable[[Sequence[Record]], Images] = field(repr=False)
 
     def open(self, path: Image) -> PixelSource:
-        """An image file prepared as in training: grey values, mirrored, scaled, normalised.
+        """An image file, preprocessed as in training: grey values, mirrored, scaled, normalised.
 
-        A pixel source is taken as it is.
+        A pixel source is returned unchanged.
 
         Raises:
-            DataError: if it cannot be read.
+            DataError: if the file cannot be read.
         """
         return self._item(path)["image"]
 
@@ -47,7 +47,7 @@ class _Network:
             return {"image": path, "record": Record(Path(path.name), -1, path.name, patient_known=False)}
         if not isinstance(path, (str, Path)):
             kind = type(path).__name__
-            raise GigamorphError(f"an image is the path of its file, or a pixel source (open_pixels), not {kind}")
+            raise GigamorphError(f"an image must be the path of a file or a pixel source (open_pixels), not {kind}")
         return self._open([Record(Path(path), -1, Path(path).name, patient_known=False)])[0]
 
 
@@ -61,17 +61,17 @@ class Trained(_Network):
     """
 
     def predict(self, images: Image | Sequence[Image]) -> Tensor:
-        """Probabilities, (N, classes) float64 on the CPU: those that `gigamorph predict` writes, without calibration.
+        """Probabilities, (N, classes) float64 on the CPU, as `gigamorph predict` writes them without calibration.
 
-        Of a network of numbers it is these.
+        A regression network returns its predicted numbers instead.
 
         Args:
-            images: image files, or pixel sources that are prepared as `open` does it; computed one by one.
+            images: image files, or pixel sources preprocessed as by `open`; computed one by one.
 
         Raises:
             DataError: if a file cannot be read. BudgetError: if no tile of it fits.
         """
-        paths = _listed(images)
+        paths = _as_list(images)
         found = torch.empty(len(paths), len(self.classes), dtype=torch.float64)
         with torch.no_grad():
             for row, path in zip(found, paths, strict=True):
@@ -81,20 +81,20 @@ class Trained(_Network):
         return found
 
     def predict_exam(self, views: Image | Sequence[Image]) -> Tensor:
-        """Probabilities (classes,) of an exam of several views, by a network that was trained on such (``--views``).
+        """Probabilities (classes,) of an exam of several views, for a network trained with ``--views``.
 
         Args:
             views: image files, or pixel sources.
 
         Raises:
-            GigamorphError: if it was trained on single images. DataError, BudgetError: as `predict`.
+            GigamorphError: if the network was trained on single images. DataError, BudgetError: as `predict`.
         """
         outputs = outputs_of(self.net)
         if outputs is None or outputs.views is None:
-            raise GigamorphError("this network was trained on single images; take predict, and combine them yourself")
-        paths = _listed(views)
+            raise GigamorphError("this network was trained on single images; call predict and combine its results")
+        paths = _as_list(views)
         if not paths:
-            raise GigamorphError("an exam has one view at least")
+            raise GigamorphError("an exam must have at least one view; pass the paths of its images")
         with torch.no_grad():
             rows = torch.cat([self.net(self._item(path)["image"]) for path in paths]).double().cpu()
         log_odds = outputs.log_odds(outputs.together(rows))[0]
@@ -103,26 +103,26 @@ class Trained(_Network):
 
 @dataclass(frozen=True)
 class TrainedMasks(_Network):
-    """A trained network of masks (``gigamorph train --task masks``), its classes, and its images.
+    """A trained segmentation network (``gigamorph train --task masks``), its classes, and its images.
 
     Attributes:
-        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, H', W') uint8, the number
-            of the likeliest class of each place of its map.
-        classes: their names, the background's first.
+        net: the accelerated network, in evaluation mode: pixel sources or (N, C, H, W) -> (N, H', W') uint8, the index
+            of the likeliest class for each position of its map.
+        classes: names of the classes; the background is the first.
     """
 
     def predict(self, images: Image | Sequence[Image]) -> list[Tensor]:
         """The mask of each image, uint8 (rows, columns) on the CPU, in the size and orientation of its file.
 
-        The number of a class in each pixel, as `gigamorph predict` writes it.
+        Each pixel is the index of a class, as `gigamorph predict` writes it.
 
         Args:
-            images: image files, or pixel sources that are prepared as `open` does it; computed one by one.
+            images: image files, or pixel sources preprocessed as by `open`; computed one by one.
 
         Raises:
             DataError: if a file cannot be read. BudgetError: if no tile of it fits.
         """
-        return [torch.from_numpy(mask_of(self.net, self.open(path))) for path in _listed(images)]
+        return [torch.from_numpy(mask_of(self.net, self.open(path))) for path in _as_list(images)]
 
 
 def load(
@@ -133,33 +133,32 @@ def load(
     flips: Sequence[str] = (),
     trust: bool = False,
 ) -> Trained | TrainedMasks:
-    """Open a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`, to predict with it.
-
-    Or the folder of `gigamorph train --folds`, as the mean of its networks.
+    """Load a trained network to predict with it.
 
     Args:
-        path: checkpoint or folder.
+        path: a checkpoint of `gigamorph train` or of a recipe, or a folder of `gigamorph import`. A folder of
+            `gigamorph train --folds` is loaded as the mean of its networks.
         memory_budget: bytes for one image (``"4GiB"``), as in `accelerate`.
-        device: where it is computed; None takes the GPU, or the CPU if there is none.
-        flips: of "left-right", "up-down" and "both": probabilities are averaged over these mirror images too, as by
-            `gigamorph predict --flip`.
-        trust: whether a module that only the file names is imported, which runs its code; see `gigamorph.engine.trust`.
+        device: device of the computation; defaults to the GPU, or the CPU if there is none.
+        flips: mirror images over which probabilities are also averaged, as by `gigamorph predict --flip`: any of
+            "left-right", "up-down" and "both".
+        trust: import modules that only the file names, which runs their code; see `gigamorph.engine.trust`.
 
     Raises:
-        UntrustedError: the network is of such a module, and neither this nor your configuration trusts it.
-        DataError: if it is no checkpoint, or what was trained classifies no whole images and gives no masks.
+        UntrustedError: the file names a module that neither `trust` nor your configuration allows.
+        DataError: the file is not a checkpoint, or its network neither classifies whole images nor returns masks.
     """
     try:
         torch.device(device or "cpu")
     except RuntimeError as error:
-        raise GigamorphError(f"device {device!r} is none of torch's; take cpu or cuda") from error
+        raise GigamorphError(f"unknown device {device!r}; use cpu or cuda") from error
     chosen = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     flips = [flips] if isinstance(flips, str) else flips
     with trusted(trust):
         if gives_masks(path):
             if flips:
-                raise GigamorphError(f"{path}: is a network of masks, which are not averaged over mirror images")
+                raise GigamorphError(f"{path}: flips cannot be used with a segmentation network; omit flips")
             segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
             segmenter.net.eval()
             return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
@@ -168,5 +167,5 @@ def load(
     return Trained(net, tuple(classes), opened)
 
 
-def _listed(images: Image | Sequence[Image]) -> list[Image]:
+def _as_list(images: Image | Sequence[Image]) -> list[Image]:
     return [images] if isinstance(images, (str, Path, PixelSource)) else list(images)

@@ -1,4 +1,4 @@
-"""The versions of what a result depends on."""
+"""Versions of gigamorph and of the packages that a result depends on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-# The door's, which is loaded before any room. What is installed may be other code than a checkout on Python's path, or
-# nothing at all.
+# From the top-level package, which is imported first. The metadata of an installed package may describe other code than
+# a checkout on Python's path, or may not exist.
 OWN: str = sys.modules[__name__.partition(".")[0]].__version__
 
 
@@ -18,16 +18,16 @@ class Tested(NamedTuple):
 
     oldest: str
     newest: str
-    """The last that all tests pass with."""
+    """The newest release with which all tests pass."""
     in_parts: str
-    """The last that parts of them pass with."""
+    """The newest release with which some tests pass."""
 
 
 TESTED = {"torch": Tested("2.11", "2.14", "2.15"), "triton": Tested("3.6", "3.8", "3.8")}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Those of the packages that are installed; of gigamorph that of the code which runs."""
+    """Versions of the installed packages among those named; for gigamorph, the version of the running code."""
     found = {}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -36,6 +36,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def versions_of_results() -> dict[str, str]:
-    """Python's, and those of the packages that the result of a run depends on."""
+    """Versions of Python and of the packages that the result of a run depends on."""
     packages = ("gigamorph", "torch", "lightning", "numpy", "pydicom", "timm", "triton", "scikit-learn")
     return {"python": platform.python_version(), **versions(*packages)}

@@ -5,7 +5,7 @@
     net = accelerate(model, memory_budget="8GiB")  # trains and predicts as `model` does, on its own parameters
     loss = criterion(net([open_pixels("exam.dcm")]), target)
 
-Everything for daily use is here; a name is imported when it is first asked for, since PyTorch takes seconds to load.
+The public API for daily use is here. A name is imported at its first use, because PyTorch takes seconds to load.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-if not os.path.isdir(os.path.join(__path__[0], "engine")):  # a checkout: engine, kernels and cli stand beside the door
+if not os.path.isdir(os.path.join(__path__[0], "engine")):  # in a checkout, engine, kernels and cli are siblings
     __path__.append(os.path.dirname(__path__[0]))
 
-_HOMES = {
+_NAMES_OF_MODULES = {
     "accelerate": "Accelerated accelerate",
     "dense": "dense_loss write_map",
     "errors": "BudgetError DataError GigamorphError MorphError UnsupportedError UntrustedError",
@@ -71,9 +71,9 @@ _HOMES = {
     "tiling.scan": "TileEvent",
     "trained": "Trained TrainedMasks load",
 }
-_MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
+_MODULES = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names.split()}
 
-__all__ = [  # noqa: RUF022  (by use, not by letter)
+__all__ = [  # noqa: RUF022  (sorted by use, not alphabetically)
     "accelerate",
     "plan",
     "open_pixels",

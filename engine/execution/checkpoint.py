@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..module import locks
-from ..module.first_order import note_memory, once
+from ..module.first_order import first_order, note_memory
 from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
@@ -64,7 +64,7 @@ class Checkpointed(torch.autograd.Function):
         return tuple(one.env[v] for one, segment in zip(inner, segments, strict=True) for v in segment.outputs)
 
     @staticmethod
-    @once
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None):
         last = not keeps_graph()
         tensors = [

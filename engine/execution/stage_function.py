@@ -17,7 +17,7 @@ from ..lowering.geometry import Access
 from ..lowering.ops import Local
 from ..lowering.stages import Stage
 from ..module import locks
-from ..module.first_order import note_memory, once
+from ..module.first_order import first_order, note_memory
 from ..tiling.arena import in_arena
 from ..tiling.backward import BackwardPass, Replay
 from ..tiling.forward import ForwardPass
@@ -82,7 +82,7 @@ class StageFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None):
         with in_arena(ctx.scan.device):
             return StageFunction._backward(ctx, *grads)

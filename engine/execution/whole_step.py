@@ -27,7 +27,7 @@ from ..cuda_graphs.buffers import Executor, GraphBuffers, captured_if_it_fits
 from ..cuda_graphs.recording import switches
 from ..images.batches import StoredBatch
 from ..module import locks
-from ..module.first_order import note_memory, once
+from ..module.first_order import first_order, note_memory
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
 from .image_batch import as_uploaded
@@ -315,7 +315,7 @@ class CapturedStep(torch.autograd.Function):
         return made
 
     @staticmethod
-    @once
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None):
         parameters = ctx.saved_tensors  # raises if one of them was changed in place since the forward
         found = ctx.work.backward(grads, ctx.used)

@@ -1,1 +1,1 @@
-"""An accelerated network as a module: what it is given, leaves to the network and refuses, and whose turn it is."""
+"""An accelerated network as an `nn.Module`: checks of arguments, delegation to the network, refusals and locks."""

@@ -1,4 +1,4 @@
-"""A module that stands for another one: what is asked of it as a module, the other one answers."""
+"""`Delegate`: a module that forwards all module methods and attributes to another network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-# The network's own dictionaries: parents, optimizers and `state_dict` come upon the very tensors, and hooks on
-# `state_dict` act as on the network, whichever of the two they were registered on.
+# The network's own dictionaries: parent modules, optimizers and `state_dict` find the same tensors, and hooks on
+# `state_dict` act on both, whichever of the two they were registered on.
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -26,7 +26,7 @@ _SHARED = (
 )
 
 # Every method of nn.Module that a network may have overridden, or that changes it.
-_ASKED_OF_THE_NETWORK = (
+_DELEGATED = (
     "_apply",
     "_load_from_state_dict",
     "_register_load_state_dict_pre_hook",
@@ -72,17 +72,17 @@ _ASKED_OF_THE_NETWORK = (
     "zero_grad",
 )
 
-_ASKS = "network's method"  # name of an attribute of a method that only asks the network
+_DELEGATES_TO = "network's method"  # attribute of a delegating method: the network's function
 
 
 class Delegate(nn.Module):
-    """Stands for a network, with a forward of its own.
+    """A proxy of a network, with its own forward.
 
-    What `nn.Module` can do is done by the network, with its own methods where its class overrides some. Attributes
-    that are set after `seal` and that it does not have itself are the network's, as are those that are read.
+    Methods of `nn.Module` are delegated to the network, including those that its class overrides. After `seal`,
+    attributes that the proxy does not have itself are set on the network and read from it.
 
     Args:
-        network: what it stands for; its parameters, buffers, children and state-dict hooks are shared.
+        network: the network; the proxy shares its parameters, buffers, children and state-dict hooks.
     """
 
     def __init__(self, network: nn.Module):
@@ -91,11 +91,11 @@ class Delegate(nn.Module):
         self._share()
 
     def seal(self) -> None:
-        """From now on new attributes are the network's."""
+        """Set new attributes on the network from now on."""
         self.__dict__["_sealed"] = frozenset((*self.__dict__, "_sealed"))
 
-    def hand_over(self) -> None:
-        """Give the network what was set past `__setattr__` (in `__dict__`, by `object.__setattr__`)."""
+    def move_attributes(self) -> None:
+        """Move attributes to the network that bypassed `__setattr__` (by `__dict__` or `object.__setattr__`)."""
         for name in [name for name in self.__dict__ if name not in self._sealed and not hasattr(type(self), name)]:
             self._network.__dict__[name] = self.__dict__.pop(name)
 
@@ -108,30 +108,28 @@ class Delegate(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "_network" in self.__dict__:  # nn.Module's own __init__ sets it, and has nothing to say
+        if "_network" in self.__dict__:  # ignore the assignment in nn.Module.__init__
             self._network.training = mode
 
     def __getattr__(self, name: str) -> Any:
         network = self.__dict__.get("_network")
-        if network is None:  # while it is being copied or unpickled
+        if network is None:  # during copying or unpickling
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         found = getattr(network, name)
         if isinstance(found, MethodType) and found.__self__ is network:
-            return MethodType(_asked(name, found.__func__), self)
+            return MethodType(_delegated(name, found.__func__), self)
         return found
 
     def _is_own(self, name: str) -> bool:
         if "_sealed" not in self.__dict__ or name in self.__dict__:
             return True
-        return hasattr(type(self), name) and name not in _ASKED_OF_THE_NETWORK
+        return hasattr(type(self), name) and name not in _DELEGATED
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and isinstance(value, MethodType) and value.__self__ in (self, self._network):
             self.__dict__.pop("forward", None)
-            if (
-                value.__func__ is not type(self).forward
-            ):  # another method of the network, which is computed by tiles too
-                function = getattr(value.__func__, "__dict__", {}).get(_ASKS, value.__func__)
+            if value.__func__ is not type(self).forward:  # another method of the network, also computed by tiles
+                function = getattr(value.__func__, "__dict__", {}).get(_DELEGATES_TO, value.__func__)
                 self._network.forward = MethodType(function, self._network)
         elif self._is_own(name):
             object.__setattr__(self, name, value)
@@ -160,18 +158,17 @@ class Delegate(nn.Module):
         twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return twin
 
-    def __prepare_scriptable__(self) -> Self:  # asked for by torch.jit.script
-        raise UnsupportedError("an accelerated network is no TorchScript; script the network itself")
+    def __prepare_scriptable__(self) -> Self:  # called by torch.jit.script
+        raise UnsupportedError("an accelerated network cannot be scripted; script the network itself")
 
     def _replicate_for_data_parallel(self) -> Self:
         raise UnsupportedError(
-            "nn.DataParallel makes threads of replicas, which an accelerated network has none of; use "
-            "DistributedDataParallel"
+            "an accelerated network cannot be replicated for nn.DataParallel; use DistributedDataParallel"
         )
 
 
-def _asked(name: str, of_network: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that the network is asked for; one that returns the network returns what stands for it."""
+def _delegated(name: str, of_network: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that calls the network's method; if that returns the network, it returns the proxy."""
 
     @functools.wraps(of_network)
     def method(self: Delegate, *args: Any, **kwargs: Any) -> Any:
@@ -179,30 +176,30 @@ def _asked(name: str, of_network: Callable[..., Any]) -> Callable[..., Any]:
         result = getattr(network, name)(*args, **kwargs)
         return self if result is network else result
 
-    vars(method)[_ASKS] = of_network
+    vars(method)[_DELEGATES_TO] = of_network
     return method
 
 
-for _name in _ASKED_OF_THE_NETWORK:
-    setattr(Delegate, _name, _asked(_name, getattr(nn.Module, _name)))
+for _name in _DELEGATED:
+    setattr(Delegate, _name, _delegated(_name, getattr(nn.Module, _name)))
 
 
 def is_container(network: nn.Module) -> bool:
     """Whether a network has a length and items, as `nn.Sequential` has."""
     try:
         len(network)  # pyright: ignore[reportArgumentType]
-    except (TypeError, NotImplementedError):  # also of one that only passes the question on, as TorchScript does
+    except (TypeError, NotImplementedError):  # TorchScript modules have __len__ but may not implement it
         return False
     return hasattr(type(network), "__getitem__")
 
 
 def has_extra_state(network: nn.Module) -> bool:
-    """Whether a network keeps something besides tensors in its `state_dict`."""
+    """Whether a network stores extra state, in addition to tensors, in its `state_dict`."""
     return type(network).get_extra_state is not nn.Module.get_extra_state
 
 
 class ExtraState:
-    """What a network with an extra state answers besides; classes are looked at for it, as by DCP of PyTorch."""
+    """Mixin with the methods of a network with extra state; PyTorch's DCP looks for them on the class."""
 
     _network: Any
 
@@ -214,7 +211,7 @@ class ExtraState:
 
 
 class Container:
-    """What a container answers besides: length, items, iteration, membership."""
+    """Mixin with the methods of a container: length, items, iteration, membership."""
 
     _network: Any
 

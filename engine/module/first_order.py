@@ -1,4 +1,4 @@
-"""The backward by tiles gives first derivatives; what would differentiate it in another way is refused by name."""
+"""First-order restriction of the backward by tiles: other forms of differentiation raise an error."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from torch import Tensor, nn
 from ..errors import ChangedError, UnsupportedError
 from . import locks
 
-_REMEDY = "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
+_REMEDY = "use first gradients (backward, torch.autograd.grad), or the network itself"
 
 
 def refuse_checkpoint() -> None:
-    """Refuse a forward that changes state within `torch.utils.checkpoint` of the kind that stops early the second time.
+    """Refuse a forward that changes state inside `torch.utils.checkpoint`, whose recomputation stops early.
 
-    Stock PyTorch changes running statistics again then; by tiles they are written at the end, which is not reached.
+    Stock PyTorch changes running statistics again in the recomputation. By tiles they are written at its end, which is
+    never reached.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook."):
         raise UnsupportedError(
-            "torch.utils.checkpoint around an accelerated network that changes its state (running statistics), which "
-            "stock PyTorch changes again in the backward; leave checkpointing out, the memory budget does its work"
+            "torch.utils.checkpoint cannot wrap an accelerated network that changes its state (running statistics), "
+            "because the backward would change it again; remove the checkpoint, the memory budget replaces it"
         )
 
 
 class _Ends(torch.autograd.Function):
-    """Gradients as they are; to differentiate them once more, by whatever they came from, is refused."""
+    """Returns gradients unchanged; a second derivative through their inputs raises an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -40,12 +41,12 @@ class _Ends(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor):
         raise UnsupportedError(
-            f"second derivatives (create_graph=True, gradient penalties) do not go through tiles; {_REMEDY}"
+            f"second derivatives (create_graph=True, gradient penalties) are not supported by tiles; {_REMEDY}"
         )
 
 
 def note_memory(ctx: Any, tensors: Iterable[Tensor]) -> None:
-    """Note where the parameters lie that a function saves: `p.data = other` leaves their versions as they are."""
+    """Record the storages of saved parameters: `p.data = other` does not change their version counters."""
     ctx.memory = [(t, t.untyped_storage()) for t in tensors if isinstance(t, nn.Parameter)]
 
 
@@ -53,28 +54,28 @@ def _refuse_moved(memory: Iterable[tuple[nn.Parameter, torch.UntypedStorage]]) -
     for parameter, storage in memory:
         if parameter.untyped_storage() is not storage:
             raise ChangedError(
-                f"a parameter of shape {list(parameter.shape)} got other data (p.data = ...) after the forward, and "
-                "the backward computes tiles with it again; set it before the forward, or after the backward"
+                f"the data of a parameter of shape {list(parameter.shape)} was replaced (p.data = ...) after the "
+                "forward, but the backward needs it again; set it before the forward, or after the backward"
             )
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of a function by tiles: it takes its turn, and cannot be differentiated in turn.
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of the backward of a function by tiles, which locks the network and refuses second derivatives.
 
-    `torch.autograd.function.once_differentiable` would let it be where no incoming gradient wants a gradient, and thus
-    lose what the gradient owes to the weights. `ctx.turn` is the turn of the forward (`locks.current()`), `ctx.memory`
-    by `note_memory`.
+    `torch.autograd.function.once_differentiable` would not raise an error if no incoming gradient requires a gradient,
+    and would lose the dependence of the gradient on the weights. `ctx.turn` is the lock of the forward
+    (`locks.current()`); `note_memory` sets `ctx.memory`.
     """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if any(_is_batched(grad) for grad in grads if grad is not None):
             raise UnsupportedError(
-                "batched gradients (is_grads_batched, vectorize=True) do not go through tiles; "
-                "take one gradient after the other"
+                "batched gradients (is_grads_batched, vectorize=True) are not supported by tiles; "
+                "use one backward per gradient"
             )
         _refuse_moved(ctx.memory)
-        with _named(), locks.again(ctx.turn):
+        with _describe_changed_tensors(), locks.reacquire(ctx.turn):
             came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
             with torch.no_grad():
                 results = backward(ctx, *grads)
@@ -88,8 +89,8 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Name what PyTorch says of tensors that were changed, also of those that stock would not read a second time."""
+def _describe_changed_tensors() -> Iterator[None]:
+    """Turn PyTorch's error about tensors changed in place into a `ChangedError` that describes the tensor."""
     try:
         yield
     except RuntimeError as error:
@@ -98,13 +99,13 @@ def _named() -> Iterator[None]:
         shape = re.search(r"\[torch\.\w+ (\[[\d, ]*\])\]", str(error))
         what = f"a tensor of shape {shape[1]}" if shape else "a tensor"
         raise ChangedError(
-            f"{what} has been modified by an inplace operation after the forward, and the backward computes tiles with "
-            "it again; change images, weights and buffers after the backward, or give a copy"
+            f"{what} has been modified by an inplace operation after the forward, but the backward needs it again; "
+            "change images, weights and buffers after the backward, or pass a copy"
         ) from error
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether a gradient is several in one, as `torch.vmap` hands them on; such a tensor has no memory to look at."""
+    """Whether a tensor is a batch of gradients of `torch.vmap`, which has no storage."""
     try:
         tensor.untyped_storage()
     except NotImplementedError:

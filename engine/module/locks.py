@@ -1,7 +1,7 @@
-"""Threads that share an accelerated network take turns, and threads that draw random numbers by tile do so too.
+"""Locks for threads that share an accelerated network or the random generators.
 
-What a network keeps between calls (recorded programs, spare pages, captured tiles) serves one step at a time, so that
-a forward, and the backward of each of its stages, has the network for itself.
+State between calls (recorded programs, spare pages, captured tiles) serves one step at a time. A forward, and the
+backward of each of its stages, therefore locks the network.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 
 from ..errors import GigamorphError
 
-# Held while the generators of the process are set to a tile's numbers: networks have those in common.
+# Held while the process's random generators have a tile's state: all networks share them.
 RANDOM = threading.RLock()
 
 Lock = Any  # threading.RLock is a function
 
 _LOCKS: WeakKeyDictionary[Any, Lock] = WeakKeyDictionary()
 _MAKING = threading.Lock()
-_here = threading.local()
+_thread = threading.local()
 
 
 @contextlib.contextmanager
-def turn(net: Any) -> Iterator[None]:
-    """This thread's turn with a network; others wait."""
+def exclusive(net: Any) -> Iterator[None]:
+    """Lock a network for this thread; other threads wait."""
     with _MAKING:
         lock = _LOCKS.setdefault(net, threading.RLock())
     with lock, _held(lock):
@@ -36,17 +36,17 @@ def turn(net: Any) -> Iterator[None]:
 
 
 def current() -> Lock | None:
-    """The lock of the network whose forward runs in this thread, for its backward."""
-    return getattr(_here, "lock", None)
+    """The lock of the network that runs in this thread; its backward needs it."""
+    return getattr(_thread, "lock", None)
 
 
 @contextlib.contextmanager
-def again(lock: Lock | None) -> Iterator[None]:
-    """A turn for the backward of what was computed in an earlier one.
+def reacquire(lock: Lock | None) -> Iterator[None]:
+    """Lock the network again for the backward.
 
     Raises:
-        GigamorphError: if another thread has it, and waiting might not end: autograd's own threads serve the forward,
-            too, that they would wait for.
+        GigamorphError: another thread holds the lock, and this is a thread of autograd. Waiting could deadlock, because
+            the other forward may need autograd's threads too.
     """
     if lock is None:
         yield
@@ -54,11 +54,11 @@ def again(lock: Lock | None) -> Iterator[None]:
     autograds = isinstance(threading.current_thread(), threading._DummyThread)  # pyright: ignore
     if not lock.acquire(blocking=not autograds):
         raise GigamorphError(
-            "two threads use one accelerated network at the same time; hold a lock of yours around forward and "
-            "backward, or give each thread its own accelerate(model)"
+            "two threads use one accelerated network at the same time; hold a lock around forward and backward, or "
+            "call accelerate(model) in each thread"
         )
     try:
-        with _held(None):  # what is computed and differentiated within, maybe by autograd's threads, has this turn
+        with _held(None):  # nested forwards and backwards, perhaps in autograd's threads, run under this lock
             yield
     finally:
         lock.release()
@@ -67,26 +67,29 @@ def again(lock: Lock | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _held(lock: Lock | None) -> Iterator[None]:
     before = current()
-    _here.lock = lock
+    _thread.lock = lock
     try:
         yield
     finally:
-        _here.lock = before
+        _thread.lock = before
 
 
 def drawn() -> int:
-    """Tells the state of the CPU's generator from others."""
+    """A hash of the state of the CPU's random generator."""
     return hash(torch.get_rng_state().numpy().tobytes())
 
 
 def check_drawn(before: int) -> None:
-    """Refuse a second computation that has not drawn what the first one drew, told by `drawn()` after it.
+    """Check that a second computation drew the same random numbers as the first.
+
+    Args:
+        before: `drawn()` after the first computation.
 
     Raises:
-        GigamorphError: threads that draw numbers with `torch.rand` and the like have come in between.
+        GigamorphError: another thread drew numbers from the global generator in between.
     """
     if drawn() != before:
         raise GigamorphError(
-            "another thread drew torch random numbers while the network drew its own (dropout), so that the backward "
-            "cannot draw them again; let that thread use a torch.Generator of its own, or wait for the step"
+            "another thread drew torch random numbers while the network drew its own (dropout), so the backward cannot "
+            "repeat them; use a separate torch.Generator in that thread, or let it wait for the step"
         )

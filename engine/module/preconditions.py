@@ -1,4 +1,4 @@
-"""What stands before a forward by tiles: what cannot be computed is refused, threads take turns."""
+"""Preconditions of a computation by tiles: checks of its inputs, and the lock of the network."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from ..errors import GigamorphError, UnsupportedError
 from . import locks
 
 
-def entrance(method: Callable[..., Any]) -> Callable[..., Any]:
-    """For methods of an accelerated network that compute, with images as first arguments.
+def with_preconditions(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of methods that compute by tiles, with an accelerated network as first argument and images after it.
 
-    - Forward-mode differentiation, `torch.func` and parameters without values are refused.
-    - A batch of no images, which has no tiles, goes through the network itself.
-    - Threads take turns.
-    - `torch.compile` leaves it as it is.
+    - Forward-mode differentiation, `torch.func` and parameters without values raise an error.
+    - The network itself computes an empty batch, which has no tiles.
+    - The network is locked, so other threads wait.
+    - `torch.compile` does not trace into the method.
     """
 
     @functools.wraps(method)
-    def entered(net: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(net: Any, *args: Any, **kwargs: Any) -> Any:
         return _uncompiled()(method, net, args, kwargs)
 
-    return entered
+    return wrapper
 
 
 _REASON = "an accelerated network computes by tiles, which cannot be traced; export the network itself"
-_UNCOMPILED: list[Callable[..., Any]] = []  # of `_enter`, once it is made; a functools.cache would be compiled
+_UNCOMPILED: list[
+    Callable[..., Any]
+] = []  # caches the wrapped `_check_and_run`; Dynamo would compile a functools.cache
 
 
 def _uncompiled() -> Callable[..., Any]:
-    if not _UNCOMPILED:  # it imports TorchDynamo, which takes a second
-        _UNCOMPILED.append(torch.compiler.disable(_enter, reason=_REASON))
+    if not _UNCOMPILED:  # the call imports TorchDynamo, which takes a second
+        _UNCOMPILED.append(torch.compiler.disable(_check_and_run, reason=_REASON))
     return _UNCOMPILED[0]
 
 
-def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    net.hand_over()
+def _check_and_run(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    net.move_attributes()
     if method.__name__ == "forward":
-        _refuse_hooks_within_a_wrapper(net)
+        _refuse_hooks_inside_wrapper(net)
     given = list(_tensors((args, kwargs)))
     _refuse_tracing((args, kwargs))
     _refuse_tangents(chain(given, net.parameters()))
@@ -58,10 +60,10 @@ def _enter(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: 
         device = net._device()
         return net._network(*tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args), **kwargs)
     try:
-        with locks.turn(net):
+        with locks.exclusive(net):
             return method(net, *args, **kwargs)
-    except RuntimeError as error:  # to look before would take longer than a small image
-        _name_the_valueless(net, image, error)
+    except RuntimeError as error:  # a check in advance would take longer than a small image
+        _explain_meta_tensors(net, image, error)
         raise
 
 
@@ -72,57 +74,57 @@ _TRACED = (
 
 
 def _refuse_tracing(given: Any) -> None:
-    """Refuse to be traced: no tracer can look into the tiles. (TorchDynamo says so of `torch.func` and `make_fx`.)"""
+    """Refuse tracers, which cannot see tiles. (TorchDynamo itself refuses `torch.func` and `make_fx`.)"""
     proxies = any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(given))
     if proxies or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise UnsupportedError(f"{_TRACED}; give the network itself, whose parameters it shares")
+        raise UnsupportedError(f"{_TRACED}; trace the network itself, which shares its parameters")
 
 
 def _refuse_tangents(tensors: Iterable[Tensor]) -> None:
-    """Refuse dual tensors, whose tangents do not go through tiles."""
+    """Refuse dual tensors of forward-mode differentiation."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise UnsupportedError(
-            "forward-mode differentiation (dual tensors) does not go through tiles; take first gradients "
-            "(backward, torch.autograd.grad), or do this with the network itself"
+            "forward-mode differentiation (dual tensors) is not supported by tiles; use first gradients "
+            "(backward, torch.autograd.grad), or the network itself"
         )
 
 
-def _refuse_hooks_within_a_wrapper(net: Any) -> None:
-    """A `forward` set on the accelerated network runs around the network's call, and so around hooks on the network."""
+def _refuse_hooks_inside_wrapper(net: Any) -> None:
+    """Refuse hooks on a network if the forward of its accelerated form was replaced: the hooks would run inside it."""
     network = net._network
     if "forward" in net.__dict__ and (network._forward_pre_hooks or network._forward_hooks):
         raise GigamorphError(
-            "the forward of the accelerated network was replaced, and hooks on the network would run within it instead "
-            "of around it; register the hooks on what accelerate() returned, or replace model.forward before accelerate"
+            "the forward of the accelerated network was replaced, so hooks on the network would run inside it instead "
+            "of around it; register them on the accelerated network, or replace model.forward before accelerate()"
         )
 
 
 def _refuse_attributes(tensor: Tensor) -> None:
-    """Refuse a tensor that carries further values as attributes (`x.scale = 2`), which a recording does not see."""
+    """Refuse a tensor with attributes (`x.scale = 2`), which a recording would miss."""
     own = [name for name in vars(tensor) if not name.startswith("_")]
     if own:
         raise GigamorphError(
-            f"a tensor among the arguments has an attribute '{own[0]}' of its own, which the tiles have not; give "
-            "that as an argument, and x.detach() or another view in the tensor's place"
+            f"a tensor argument has the attribute '{own[0]}', which its tiles cannot have; pass the attribute as an "
+            "argument, and x.detach() or another view instead of the tensor"
         )
 
 
 def _refuse_kind(tensor: Tensor) -> None:
-    """Refuse a tensor of a class whose ops give that class again (MONAI's MetaTensor); recordings see plain tensors."""
+    """Refuse tensor subclasses whose ops return the subclass (MONAI's MetaTensor); recordings see plain tensors."""
     if type(tensor) in (Tensor, Parameter):
         return
     kind = type(tensor.detach().reshape(-1)[:0] * 1)
     if kind.__module__.startswith("torch._subclasses"):
-        raise UnsupportedError(f"{_TRACED}; give the network itself, whose parameters it shares")
+        raise UnsupportedError(f"{_TRACED}; trace the network itself, which shares its parameters")
     if kind is not Tensor:
         raise GigamorphError(
-            f"a tensor among the arguments is a {type(tensor).__name__}, and stock PyTorch's result would be a "
-            f"{kind.__name__}, which tiles are not; give x.as_subclass(torch.Tensor) in its place"
+            f"a tensor argument is a {type(tensor).__name__}; stock PyTorch would return a {kind.__name__}, but tiles "
+            "are plain tensors; pass x.as_subclass(torch.Tensor)"
         )
 
 
-def _name_the_valueless(net: Any, image: Tensor | None, error: RuntimeError) -> None:
-    """Say of an error that comes of tensors without values which they are."""
+def _explain_meta_tensors(net: Any, image: Tensor | None, error: RuntimeError) -> None:
+    """Raise an error that names the tensor without values, if there is one."""
     for name, tensor in chain(net.named_parameters(), net.named_buffers()):
         if tensor.is_meta:
             raise GigamorphError(

@@ -16,7 +16,7 @@ from ..capture.program import Given, Program
 from ..capture.recording import Recording, record_call
 from ..errors import GigamorphError
 from ..images.labels import Criterion, Labels, with_loss
-from ..module.arguments import HALO_PLACES, check_choice, check_network, is_whole, tile_sides
+from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from .plan import Plan
 from .request import Request
@@ -62,7 +62,7 @@ def plan(
         BudgetError: if no tile fits the budget.
     """
     check_network(model)
-    check_choice("halos", halos, HALO_PLACES)
+    check_choice("halos", halos, HALO_STORAGE)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     call, given = _with_loss(network, criterion, labels)

@@ -181,7 +181,7 @@ def test_where_no_results_can_be_written_is_told_before_they_are_measured(given,
     monkeypatch.setattr(child.Child, "ceilings", lambda self, device: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     assert run(*given, "--json", tmp_path / "file" / "out.json") == 2
-    assert "out.json: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
+    assert "out.json: the file cannot be written: Not a directory; choose a writable folder" in capsys.readouterr().err
 
 
 def test_results_go_to_a_folder_that_is_not_there_yet(tmp_path):

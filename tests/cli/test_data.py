@@ -147,7 +147,7 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(command, tmp_path
     for module in ("index", "check"):
         monkeypatch.setattr(f"gigamorph.engine.datasets.{module}.run_parallel", lambda *_, **__: pytest.fail("worked"))
     assert run(command, tmp_path, "--out", tmp_path / "file" / "out.csv") == 2
-    assert "out.csv: the file cannot be written: Not a directory; name a folder" in capsys.readouterr().err
+    assert "out.csv: the file cannot be written: Not a directory; choose a writable folder" in capsys.readouterr().err
 
 
 def test_split_keeps_the_table_that_it_reads(tmp_path, capsys):

@@ -107,16 +107,16 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "optimizer.lrr=1"], "key 'optimizer.lrr' is unknown; there are name, lr"),
+        (["-o", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; known keys: name, lr"),
         (["-o", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast', not a number"),
-        (["-o", "lr=1"], "key 'lr' is unknown; optimizer.lr is one; there are model, weights"),
+        (["-o", "lr=1"], "unknown key 'lr' (did you mean optimizer.lr?); known keys: model, weights"),
         (["-o", "optimizer=sgd"], "key 'optimizer' is 'sgd', not a table; optimizer.name is a key of it"),
         (["--batch_size", "8"], "No such option '--batch_size': images go one by one, --accumulate N takes N per"),
         (["--model-ema"], "No such option '--model-ema': -o average=0.999 sets it"),
         (["--dropout", "1"], "No such option '--dropout'. Did you mean '--out'? (gigamorph train --help)"),
         (["-o", "optimizer.options.betas=[0.9]"], "optimizer 'adamw' cannot be made with betas=(0.9,): tuple index"),
-        (["-o", "optimizer.lr"], "is no setting; write KEY=VALUE"),
-        (["-o", "model.depth=2", "--model", "x"], "'model' is a value, no table"),
+        (["-o", "optimizer.lr"], "is not a setting; write KEY=VALUE"),
+        (["-o", "model.depth=2", "--model", "x"], "'model' is a value, not a table"),
         (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
         (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
         (

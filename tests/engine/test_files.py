@@ -22,9 +22,9 @@ from gigamorph.engine.files import require_writable, temporary_name, write_atomi
     ("code", "remedy"),
     [
         (errno.ENOSPC, "No space left on device; free some space"),
-        (errno.EROFS, "Read-only file system; name a folder that can be written"),
+        (errno.EROFS, "Read-only file system; choose a writable folder"),
         (errno.EFBIG, "File too large; raise the limit on the size of a file"),
-        (errno.EACCES, "Permission denied; name a folder that can be written"),
+        (errno.EACCES, "Permission denied; choose a writable folder"),
     ],
 )
 def test_the_remedy_is_that_of_the_reason(code, remedy, tmp_path):
@@ -39,7 +39,7 @@ def test_the_remedy_is_that_of_the_reason(code, remedy, tmp_path):
 def test_a_disk_that_is_read_only_is_told_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *args: False)
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_RDONLY))
-    with pytest.raises(GigamorphError, match="Read-only file system; name a folder that can be written"):
+    with pytest.raises(GigamorphError, match="Read-only file system; choose a writable folder"):
         require_writable(tmp_path / "a.txt")
 
 
@@ -47,7 +47,7 @@ def test_a_pipe_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for write in (require_writable, lambda path: write_atomically(path, lambda temporary: None)):
-        with pytest.raises(GigamorphError, match="is a device or a pipe, in whose place the file would be put; name a"):
+        with pytest.raises(GigamorphError, match="is a device or a pipe, which the file would replace; choose a file"):
             write(pipe)
     assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
     with pytest.raises(GigamorphError, match="is a device"):

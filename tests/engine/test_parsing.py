@@ -107,7 +107,7 @@ def test_findings_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_values_that_cannot_be_made(name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(GigamorphError, match=f"{name}: is no {name[2:].upper()}: ") as caught:
+    with pytest.raises(GigamorphError, match=f"{name}: is not valid {name[2:].upper()}: ") as caught:
         read_values(path)
     assert "\n" not in str(caught.value)
 
@@ -115,7 +115,9 @@ def test_values_that_cannot_be_made(name: str, text: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("name", "text"), [("a.toml", "a = [0x{}]"), ("a.yaml", "a: 0x{}"), ("a.json", '{{"a": {}}}')])
 def test_numbers_that_are_too_long_to_be_printed(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text.format("1" * 4_000))
-    with pytest.raises(GigamorphError, match=f"{name}: holds a whole number of more than 64 bits$"):
+    with pytest.raises(
+        GigamorphError, match=f"{name}: contains an integer of more than 64 bits; write a smaller number$"
+    ):
         read_values(tmp_path / name)
 
 

@@ -442,15 +442,15 @@ def test_masks_that_are_not_numbers(fast):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tilewise(Encoder(), 0), "size=0: give a number of pixels"),
-        (lambda: tilewise(Encoder(), SIZE, (4, -1)), "stride="),
-        (lambda: tilewise(Encoder(), SIZE, batch_size=0), "batch_size=0"),
-        (lambda: tilewise(Encoder(), SIZE, background="black"), "background='black'"),
-        (lambda: tilewise(Encoder(), SIZE, background=float("nan")), "background=nan"),
-        (lambda: tilewise(torch.relu, SIZE), "takes a module"),
+        (lambda: tilewise(Encoder(), 0), "size must be a positive number of pixels, or .height, width., not 0"),
+        (lambda: tilewise(Encoder(), SIZE, (4, -1)), "stride must be "),
+        (lambda: tilewise(Encoder(), SIZE, batch_size=0), "batch_size must be a positive whole number of tiles, not 0"),
+        (lambda: tilewise(Encoder(), SIZE, background="black"), "background must be .*, not 'black'"),
+        (lambda: tilewise(Encoder(), SIZE, background=float("nan")), "background must be .*, not nan"),
+        (lambda: tilewise(torch.relu, SIZE), "needs a torch.nn.Module, not "),
         (lambda: tilewise(Encoder(), 99)(image().float()), "53 x 70 pixels is smaller than one tile of 99 x 99"),
-        (lambda: tilewise(Encoder(), SIZE)(image().float(), torch.ones(3, 3)), r"grid \(2, 3, 4\)"),
-        (lambda: tilewise(Encoder(), SIZE)(image().float(), [[1] * 4] * 3), "the mask is a list; give a tensor"),
+        (lambda: tilewise(Encoder(), SIZE)(image().float(), torch.ones(3, 3)), r"grid of tiles has shape \(2, 3, 4\)"),
+        (lambda: tilewise(Encoder(), SIZE)(image().float(), [[1] * 4] * 3), "the mask must be a tensor, not list"),
         (
             lambda: tilewise(Encoder(), SIZE, background=9.0, skipped=torch.ones(3))(image().float()),
             "skipped has 3 values, but an embedding of this module has 12",

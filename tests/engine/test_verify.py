@@ -163,7 +163,7 @@ class Restored(Stateful):
         ("average", "attribute 'average'"),
         ("calls", "'calls' .* is 0 instead of 1"),
         ("seen", "attribute 'seen'"),
-        ("last", "attribute 'last' .* not there"),
+        ("last", "attribute 'last' .* missing"),
         ("image", "image after the call"),
         ("zeros", "gradient of 'gate'"),
         ("type", "list instead of builtins.tuple"),

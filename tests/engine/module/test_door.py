@@ -299,7 +299,7 @@ def test_tiles_that_are_understood(tile):
 
 @pytest.mark.parametrize("tile", [32.5, "32", True, (1, 2, 3), [], 0, (8, -1), float("nan"), float("inf"), {3, 4}])
 def test_tiles_that_are_not(tile):
-    with pytest.raises(GigamorphError, match="tile="):
+    with pytest.raises(GigamorphError, match="tile must be "):
         accelerate(Own(), tile=tile)
 
 
@@ -315,18 +315,18 @@ def test_budgets_that_are_not(budget):
 
 @pytest.mark.parametrize("verify", ["no", None, 1])
 def test_verify_is_true_or_false(verify):
-    with pytest.raises(GigamorphError, match="verify="):
+    with pytest.raises(GigamorphError, match="verify must be "):
         accelerate(Own(), verify=verify)
 
 
 @pytest.mark.parametrize("model", [None, 3, "resnet18", nn.Conv2d, torch.relu, [Own()], object.__new__(Own)])
 def test_what_is_no_network(model):
-    with pytest.raises(GigamorphError, match=r"torch.nn.Module|set up"):
+    with pytest.raises(GigamorphError, match=r"torch.nn.Module|not initialised"):
         accelerate(model)
 
 
 def test_a_part_that_is_accelerated_already():
-    with pytest.raises(GigamorphError, match="module '1' is accelerated already"):
+    with pytest.raises(GigamorphError, match="module '1' is already accelerated"):
         accelerate(nn.Sequential(nn.Conv2d(1, 1, 3), accelerate(nn.Conv2d(1, 1, 3))))
 
 
@@ -357,7 +357,7 @@ def test_plans_of_networks_without_values_and_of_others_than_float32():
         with pytest.raises(GigamorphError, match="is not"):
             accelerate(Own()).plan_for(shape)
     for choice in ({"halos": "x"}, {"halos": ["host"]}, {"fallback": True}, {"batch_norm": 1}):
-        with pytest.raises(GigamorphError, match=r"is not known; give .* or "):
+        with pytest.raises(GigamorphError, match=r"must be .* or .*, not "):
             accelerate(Own(), **choice)
 
 
@@ -415,7 +415,9 @@ def test_parts_that_are_wrapped_afterwards_are_refused(alone):
     """As an `auto_wrap_policy` does; it was said that they read a gradient, or call what cannot be recorded."""
     net = accelerate(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)))
     net[1] = nn.parallel.DistributedDataParallel(net[1])
-    with pytest.raises(UnsupportedError, match=r"'1' is wrapped in DistributedDataParallel; .* only the whole: Dist"):
+    with pytest.raises(
+        UnsupportedError, match=r"'1' is wrapped in DistributedDataParallel; .* wrap the whole network: Dist"
+    ):
         net(image())
 
 
@@ -510,7 +512,7 @@ ELSE = {
 @pytest.mark.parametrize("name", ELSE)
 def test_other_derivatives_are_refused(name, make):
     net = pair(make)[1].eval()
-    with pytest.raises(UnsupportedError, match=r"tiles; take"):
+    with pytest.raises(UnsupportedError, match=r"tiles; use"):
         ELSE[name](net, image())
     net(image()).sum().backward()
 
@@ -684,7 +686,7 @@ def test_hooks_within_a_replaced_forward():
     net = accelerate(model, tile=16)
     original = net.forward
     net.forward = lambda x: original(x + 1)
-    with pytest.raises(GigamorphError, match="register the hooks on what accelerate"):
+    with pytest.raises(GigamorphError, match="register them on the accelerated network"):
         net(image(1, 1, 20, 20))
 
 
@@ -837,7 +839,7 @@ def test_memory_that_two_tensors_of_the_network_share():
 
 def test_torchscript_is_refused_by_name():
     for model in (torch.jit.script(nn.Sequential(nn.Conv2d(1, 2, 3))), nn.Sequential(torch.jit.script(nn.ReLU()))):
-        with pytest.raises(UnsupportedError, match=r"(the model|module '0') is TorchScript"):
+        with pytest.raises(UnsupportedError, match=r"(the model|module '0') is a TorchScript module"):
             accelerate(model, tile=8)(torch.zeros(1, 1, 9, 9))
 
 
@@ -864,7 +866,7 @@ def test_checkpoint_around_an_accelerated_network(use_reentrant, live):
     for net in nets:
         nn.Module.train(net.norm, live)
         if live and not use_reentrant and net is not stock:
-            with pytest.raises(UnsupportedError, match="leave checkpointing out"):
+            with pytest.raises(UnsupportedError, match="remove the checkpoint"):
                 checkpoint(net, x, use_reentrant=False)
             return
         checkpoint(net, x, use_reentrant=use_reentrant).square().sum().backward()
@@ -938,7 +940,7 @@ def test_attributes_of_tensors(of_image):
     assert (vars(out), vars(x)) == (vars(wanted), vars(y))
     x = image()
     x.scale = 3
-    with pytest.raises(GigamorphError, match="'scale' of its own"):
+    with pytest.raises(GigamorphError, match="the attribute 'scale'"):
         pair(Normalized)[1](x)
 
 
@@ -955,7 +957,7 @@ class Picture(Tensor):
 def test_classes_of_tensors():
     """A result that stock would give as another class is refused; else the class of the image is nobody's concern."""
     model, net = pair(Normalized)
-    with pytest.raises(GigamorphError, match=r"is a Meta, .* give x.as_subclass\(torch.Tensor\)"):
+    with pytest.raises(GigamorphError, match=r"is a Meta; .* pass x.as_subclass\(torch.Tensor\)"):
         net(image().as_subclass(Meta))
     for x in (image().as_subclass(Picture), nn.Parameter(image(), requires_grad=False)):
         assert type(model(x)) is type(net(x)) is Tensor

@@ -64,14 +64,14 @@ def test_all_kinds_of_values():
         ("rate = 'x'", "key 'rate' is 'x', not a number"),
         ("rate = true", "key 'rate' is True, not a number"),
         ("deep = 1", "key 'deep' is 1, not true or false"),
-        ("mode = 'c'", "take one of a, b"),
-        ("lr = 1", "key 'lr' is unknown; there are mode, rate"),
+        ("mode = 'c'", "choose from a, b"),
+        ("lr = 1", "unknown key 'lr'; known keys: mode, rate"),
         ("window = [1]", "not a list of 2: a whole number, a whole number"),
         ("mean = [1, 'x']", "key 'mean[1]' is 'x'"),
         ("[size]\ncrop = 1", "key 'size.side' is missing"),
         ("[size]\nside = 1\ncrop = 2", "crop = 2 is larger than side = 1"),
         ("[[stages]]\nname = 's'\nepochs = 1.5\nlr = 1", "key 'stages[0].epochs' is 1.5, not a whole number"),
-        ("[size", "is no TOML"),
+        ("[size", "is not valid TOML"),
     ],
 )
 def test_mistakes_name_the_key(text, told):

@@ -120,7 +120,7 @@ def test_refusals(two):
         assert "'1'" in drops or "dropout" in drops
         assert "without split" in evidence
         assert "budget" in budget
-        assert "images of several sizes that are split over processes" in sizes
+        assert "BatchNorm in training mode cannot share statistics between images of several sizes" in sizes
         assert len(others) == 3 and all("other weights" in text for text in others), others
 
 

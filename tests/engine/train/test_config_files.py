@@ -47,7 +47,7 @@ def test_a_json_file_means_what_toml_means(tmp_path):
     path = tmp_path / "my.json"
     path.write_text('{\t"stages": [{"epochs": 1, "lr": 1e-2, "name": null}],\n\t"timeout": 1500}')
     assert load_config(path, TrainConfig) == TrainConfig(stages=(StageOptions(1, lr=0.01),), timeout=1500.0)
-    for text, message in (("{", "my.json: is no JSON: "), ("[]", "my.json: holds no table of keys and values")):
+    for text, message in (("{", "my.json: is not valid JSON: "), ("[]", "my.json: must be a table of keys and values")):
         path.write_text(text)
         with pytest.raises(GigamorphError, match=message):
             load_config(path, TrainConfig)
@@ -56,11 +56,11 @@ def test_a_json_file_means_what_toml_means(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "optimizer:\n  clip: null\n", "key 'optimizer.clip' is null; leave it out for 1.0"),
-        ("a.json", '{"epochs": null}', "key 'epochs' is null; leave it out for 20"),
-        ("a.yaml", "epochs: 3\nseed: 1\nepochs: 4\n", "key 'epochs' is there twice"),
-        ("a.yaml", "optimizer: {lr: 1e-3, lr: 1e-2}", "key 'lr' is there twice"),
-        ("a.json", '{"optimizer": {"lr": 1, "lr": 2}}', "key 'lr' is there twice"),
+        ("a.yaml", "optimizer:\n  clip: null\n", "key 'optimizer.clip' is null; omit it for the default 1.0"),
+        ("a.json", '{"epochs": null}', "key 'epochs' is null; omit it for the default 20"),
+        ("a.yaml", "epochs: 3\nseed: 1\nepochs: 4\n", "duplicate key 'epochs'; remove one of the two"),
+        ("a.yaml", "optimizer: {lr: 1e-3, lr: 1e-2}", "duplicate key 'lr'; remove one of the two"),
+        ("a.json", '{"optimizer": {"lr": 1, "lr": 2}}', "duplicate key 'lr'; remove one of the two"),
     ],
 )
 def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
@@ -119,8 +119,8 @@ def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
         ("memory_budget = true", "key 'memory_budget' is True, not a whole number or a text"),
         ("data.mean = 'autoo'", "key 'data.mean' is 'autoo', not a number, 'auto' or a list, each of it a number"),
         ("data.mean = [0.1, 'x']", "key 'data.mean[1]' is 'x', not a number"),
-        ("device = 'gpu'", "key 'device' is 'gpu'; take one of auto, cpu, cuda"),
-        ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; take one of frozen"),
+        ("device = 'gpu'", "key 'device' is 'gpu'; choose from auto, cpu, cuda"),
+        ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; choose from frozen"),
         ("data.folds = -2", "data.folds is -2; it is 2 or more"),
         ("data.voi = 'bright'", "voi='bright' is not 'auto', 'none', 'minmax', 'window:I' or 'lut:I'"),
         ("data.white = 'abc'", "white level 'abc' is neither auto nor a positive number; 12 bits have 4095"),

@@ -255,7 +255,7 @@ def test_full_disk_keeps_the_former_checkpoint(data, whole, tmp_path, monkeypatc
 
     monkeypatch.setattr(failing, full)
     with pytest.raises(
-        GigamorphError, match=r"(last|best)\.ckpt: .* No space left on device; the former one is kept; .*resume"
+        GigamorphError, match=r"(last|best)\.ckpt: .* No space left on device; the existing file is unchanged; .*resume"
     ):
         fit(data, OPTIONS, tmp_path / "run")
     monkeypatch.undo()

@@ -149,7 +149,7 @@ def test_a_key_is_named(folder, tmp_path) -> None:
     for place, junk, told in (
         (("preprocessing", "normalize", "mean"), GONE, "key 'preprocessing.normalize.mean' is missing"),
         (("channels",), "1", "key 'channels' is '1', not a whole number"),
-        (("target", "kind"), "x", "key 'target.kind' is 'x'; take one of classes"),
+        (("target", "kind"), "x", "key 'target.kind' is 'x'; choose from classes"),
         (("classes",), ["a"], "key 'classes' is"),
     ):
         path = stored_with(checkpoint, place, junk, tmp_path / "a.ckpt")
