@@ -1,1 +1,1 @@
-"""What surrounds the recorded forward: state that it changes, what it depends on, and the process it runs in."""
+"""Records a network's forward as a program, by TorchDynamo."""

@@ -1,4 +1,4 @@
-"""Whether the code that runs is recorded for a computation by tiles."""
+"""`is_recorded`: whether the running code is being recorded for a computation by tiles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 
 _open = 0
-_recorded = False  # Dynamo guards it: a truth value, and no number
+_recorded = False  # Dynamo guards it, so it is a bool, not a count
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """What Dynamo interprets meanwhile is recorded."""
+    """Mark code that Dynamo interprets inside the `with` block as recorded."""
     global _open, _recorded
     _substitute()
     _open, _recorded = _open + 1, True
@@ -26,18 +26,18 @@ def recorded() -> Iterator[None]:
 
 
 def is_recorded() -> bool:
-    """Whether Dynamo interprets this call for a recording; in `torch.compile` of another's it does not."""
+    """Whether Dynamo interprets this call for a recording; false in other uses of `torch.compile`."""
     return _is_interpreted() and _recorded
 
 
 def _is_interpreted() -> bool:
-    """Whether Dynamo interprets this call; `torch.compiler.is_compiling()` says no in a recording, as in stock."""
+    """Whether Dynamo interprets this call; `torch.compiler.is_compiling()` is false in a recording, as in stock."""
     return False
 
 
 @functools.cache
 def _substitute() -> None:
-    """Say so to Dynamo, which takes a second to import."""
+    """Register `_is_interpreted` with Dynamo, whose import takes a second."""
 
     @torch.compiler.substitute_in_graph(_is_interpreted)
     def is_interpreted() -> bool:

@@ -1,8 +1,8 @@
 """Tensors that share memory, in a recording where every write makes a new value.
 
-A view is known by the calls that made it from its *root*, the first tensor of its memory. A write to a view is a write
-to the root, by the inverse of those calls; whatever else looks at the memory is made again from the root when it is
-read. So
+A view is identified by the calls that made it from its *root*, the first tensor on its memory. A write to a view
+becomes a write to the root, by the inverse of those calls. Other views of the memory are made again from the root when
+they are read. So
 
     y = x[:, :2]; y.mul_(3); z = x + 1          becomes        y' = x[:, :2] * 3;  x' = x with [:, :2] = y';  z = x' + 1
 """
@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 
 @dataclass(slots=True)
 class Step:
-    """A call that made a view: `func(*args, **kwargs)[index]`, with `parent` standing for what it was made from."""
+    """A call that made a view of `parent`: `func(*args, **kwargs)[index]`."""
 
     func: Callable[..., Any]
     name: str
@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(slots=True)
 class Alias:
-    """A tensor, how it was made from its root, and up to which write its value is known."""
+    """A tensor, the steps from its root to it, and the write up to which its value is current."""
 
     tensor: Tensor
     memory: Memory
@@ -51,12 +51,12 @@ class Alias:
 
     @property
     def untracked(self) -> bool:
-        """Whether it was made by `.data`, whose writes autograd does not notice."""
+        """Whether `.data` made it, so that autograd does not notice writes to it."""
         return any(step.name == "data" for step in self.chain)
 
     @property
     def cut(self) -> bool:
-        """Whether what is written to it does not join the root's graph, as after `x.data.add_(y)`."""
+        """Whether writes to it do not join the root's graph, as after `x.data.add_(y)`."""
         return any(step.name in ("data", "detach") for step in self.chain)
 
 
@@ -68,7 +68,7 @@ class Aliases:
     memories: dict[int, Memory] = field(default_factory=dict)
 
     def add(self, tensor: Tensor, step: Step | None) -> None:
-        """A tensor that has come into being; `step` made it, if it is a view."""
+        """Add a new tensor; `step` made it, if it is a view."""
         key = tensor.untyped_storage()._cdata
         memory = self.memories.get(key)
         if memory is None or step is None or id(step.parent) not in self.of:
@@ -79,14 +79,14 @@ class Aliases:
         self.of[id(tensor)] = Alias(tensor, memory, chain, memory.version)
 
     def parent(self, tensor: Tensor, inputs: list[Tensor]) -> Tensor | None:
-        """The input that an output looks at the memory of."""
+        """The input whose memory an output shares."""
         key = tensor.untyped_storage()._cdata
         if key not in self.memories:
             return None
         return next((t for t in inputs if t.untyped_storage()._cdata == key), None)
 
     def twin(self, tensor: Tensor) -> Tensor | None:
-        """A known tensor that is the same piece of memory."""
+        """A known tensor with the same memory and layout."""
         memory = self.memories.get(tensor.untyped_storage()._cdata)
         form = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
         for alias in self.of.values() if memory is not None else ():
@@ -107,10 +107,10 @@ _PIECES = frozenset(
 
 
 def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[Any, Any], tuple[Any, ...]]]:
-    """The call that gives the parent with a new value in the place of the view: function, name, and its arguments.
+    """The call that replaces the view's part of the parent by a new value: function, name, and its arguments.
 
     Raises:
-        UnsupportedError: for views whose writes have no such form.
+        UnsupportedError: the view has no inverse call.
     """
     name, parent, child = step.name, step.parent, step.outputs[step.index]
     if name == "__getitem__":
@@ -129,26 +129,26 @@ def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[
     if name == "diagonal" and not step.kwargs:
         return torch.diagonal_scatter, "diagonal_scatter", lambda p, c: (p, c, *step.args[1:])
     if name in _PIECES:
-        where_in = _piece(step)
-        return Tensor.__setitem__, "__setitem__", lambda p, c: (p, where_in, c)
+        index = _piece(step)
+        return Tensor.__setitem__, "__setitem__", lambda p, c: (p, index, c)
     raise UnsupportedError(
-        f"{where} changes in place what '{step.name}' has made, while its memory is read through another view; "
-        "write that change out of place"
+        f"{where} changes the result of '{step.name}' in place while another view of its memory is read; use an "
+        "out-of-place op"
     )
 
 
 def is_same(step: Step) -> bool:
-    """Whether a view is all of its parent, in its form."""
+    """Whether a view is its whole parent, in the same shape."""
     child = step.outputs[step.index]
     return step.name in _SAME and child.shape == step.parent.shape
 
 
 def _piece(step: Step) -> tuple[Any, ...]:
-    """The index of a piece that lies along one dimension."""
+    """The index of a view that is a piece of its parent along one dimension."""
     parent, child = step.parent, step.outputs[step.index]
     names = {"unbind": 1, "select": 1, "narrow": 1}
-    place = names.get(step.name, 2)
-    dim = step.kwargs.get("dim", step.args[place] if len(step.args) > place else 0) % parent.dim()
+    position = names.get(step.name, 2)
+    dim = step.kwargs.get("dim", step.args[position] if len(step.args) > position else 0) % parent.dim()
     if child.dim() < parent.dim() or step.name in ("narrow", "select"):
         start = (child.storage_offset() - parent.storage_offset()) // max(parent.stride(dim), 1)
     else:

@@ -1,7 +1,7 @@
-"""What a network is called with: the image, further maps, tensors without image axes, and plain Python values.
+"""Classifies the arguments of a call: the image, further maps, tensors without image axes, and Python values.
 
-Bags of images (B, V, C, H, W), as of the views of an exam or the slices of a volume, are further maps, also where there
-is no other image: then one without memory stands for their size.
+Bags of images (B, V, C, H, W), such as the views of an exam or the slices of a volume, are further maps. If there is no
+other image, a stand-in without memory provides their size.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .refusals import BACKBONE
 
 @dataclass(frozen=True)
 class Arguments:
-    """A call taken apart.
+    """The classified arguments of a call.
 
     Attributes:
-        args, kwargs: of the call, with tensors without memory in the place of what is read by region.
-        image: the first image; where bags of images are larger, a stand-in (1, 1, H, W) that nothing reads.
-        traced: what the call has in the place of the image.
-        roles: by the identity of a tensor of the call "image", "map" (its last two axes are the image's) or "vector".
-        regions: by the identity of a tensor of the call, what is read by region in its place.
+        args, kwargs: arguments of the call; stand-ins without memory replace images that are read by region.
+        image: the first image; a stand-in (1, 1, H, W) that nothing reads if bags of images are larger.
+        traced: the argument that represents the image in the call.
+        roles: id of a tensor argument -> "image", "map" (its last two axes are the image's) or "vector".
+        regions: id of a stand-in -> the image or map that is read by region.
         further: the maps and other tensors.
     """
 
@@ -54,15 +54,17 @@ class Arguments:
         dtype: torch.dtype,
         batch: Tensor | PixelBatch | None = None,
     ) -> Arguments:
-        """Take a call apart.
+        """Classify the arguments of a call.
 
         Args:
-            batch: which of the arguments is the image; None takes the first that can be.
-            device: of the network.
-            dtype: that pixels of sources are converted to.
+            args: positional arguments.
+            kwargs: keyword arguments.
+            device: device of the network.
+            dtype: dtype for the pixels of sources.
+            batch: the argument that is the image; defaults to the first candidate.
 
         Raises:
-            GigamorphError: if there is no image among the arguments.
+            GigamorphError: the arguments contain no image.
         """
         leaves = tree_leaves((tuple(args), dict(kwargs)))
         first = batch if batch is not None else next((leaf for leaf in leaves if _is_image(leaf)), None)
@@ -76,13 +78,13 @@ class Arguments:
             swapped[id(first)] = _without_memory(first, device, dtype)
         if image is None:
             raise GigamorphError(
-                "there is no image among the arguments; give a float tensor (N, C, H, W), a bag of images (B, V, C, H, "
-                f"W) or a pixel source, also in dicts, lists and tuples ({_given(leaves)}){_of_detector(leaves)}"
+                "the arguments contain no image; pass a float tensor (N, C, H, W), a bag of images (B, V, C, H, W) or "
+                f"a pixel source, also in dicts, lists and tuples ({_format_given(leaves)}){_detector_hint(leaves)}"
             )
         size, roles, regions, further = tuple(image.shape[-2:]), dict[int, str](), dict[int, Any](), list[Tensor]()
         for leaf in leaves:
             if isinstance(leaf, (PixelSource, PixelBatch)) and leaf is not first:
-                raise GigamorphError("one argument can be a pixel source, the first image; give the others as tensors")
+                raise GigamorphError("only the first image can be a pixel source; pass the other images as tensors")
             if not isinstance(leaf, Tensor) or (leaf is first and image is first) or id(leaf) in roles:
                 continue
             is_map = leaf.dim() >= 3 and tuple(leaf.shape[-2:]) == size
@@ -106,39 +108,39 @@ def _without_memory(image: Any, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def takes_a_list(network: Any) -> bool:
-    """Whether a network's forward is annotated to take a list or tuple first, which is then no batch of images."""
+    """Whether the first parameter of a network's forward is annotated as a list or tuple, so not as an image batch."""
     first = next(iter(inspect.signature(network.forward).parameters.values()), None)
     kind = None if first is None else first.annotation
-    told = getattr(kind, "__name__", "") if isinstance(kind, type) and not get_args(kind) else str(kind)
-    return re.match(r"(typing\.|collections\.abc\.)?(list|tuple|sequence|iterable)\b", told, re.IGNORECASE) is not None
+    name = getattr(kind, "__name__", "") if isinstance(kind, type) and not get_args(kind) else str(kind)
+    return re.match(r"(typing\.|collections\.abc\.)?(list|tuple|sequence|iterable)\b", name, re.IGNORECASE) is not None
 
 
-def _of_detector(leaves: Sequence[Any]) -> str:
-    """What to do where images (C, H, W) are in a list."""
+def _detector_hint(leaves: Sequence[Any]) -> str:
+    """Advice for a call with a list of images (C, H, W)."""
     images = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3]
-    return f"; of a detector that takes lists {BACKBONE}" if images else ""
+    return f"; for a detector that takes lists, {BACKBONE}" if images else ""
 
 
-def _given(leaves: Sequence[Any]) -> str:
-    """What was given instead of an image."""
+def _format_given(leaves: Sequence[Any]) -> str:
+    """The types of the arguments, for the message."""
     found = [f"{str(v.dtype)[6:]} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in leaves]
-    return f"given: {', '.join(found[:4]) or 'nothing'}{' ...' if len(found) > 4 else ''}"
+    return f"got: {', '.join(found[:4]) or 'nothing'}{' ...' if len(found) > 4 else ''}"
 
 
 def is_bag(leaf: Any) -> bool:
-    """Whether something is bags of images (B, V, C, H, W)."""
+    """Whether an argument is bags of images (B, V, C, H, W)."""
     return isinstance(leaf, Tensor) and leaf.dim() == 5 and not leaf.is_complex()
 
 
 def _stand_in(image: Any, bags: Sequence[Tensor]) -> Tensor | None:
-    """For the largest bag of images an image of its size, unless there is one that is as large."""
+    """A stand-in image of the size of the largest bag of images; None if the image is as large."""
     largest = max(bags, key=_pixels, default=None)
     if largest is None or (image is not None and not isinstance(image, Tensor)):
         return None
     if image is not None and _pixels(image) >= _pixels(largest):
         return None
     if largest.layout != torch.strided:
-        raise GigamorphError(f"the bags of images are a tensor of layout {largest.layout}; give x.to_dense()")
+        raise GigamorphError(f"bags of images must be a dense tensor, not {largest.layout}; pass x.to_dense()")
     kind = largest.dtype if largest.is_floating_point() else torch.get_default_dtype()
     return torch.empty((), dtype=kind, device=largest.device).expand(1, 1, *largest.shape[-2:])
 

@@ -1,6 +1,6 @@
-"""The arguments and results of calls: PyTorch's trees (`torch.utils._pytree`), of which a recording goes through many.
+"""Trees of arguments and results, a faster form of `torch.utils._pytree` for recordings, which traverse many.
 
-Tuples, lists and dicts of tensors and plain values take a quarter of PyTorch's time here; all else is left to it.
+Tuples, lists and dicts of tensors and plain values take a quarter of PyTorch's time; other types are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A value's number, standing where a tensor stood among the arguments of a call."""
+    """A value's number, which replaces a tensor among the arguments of a call."""
 
     value: int
 
@@ -56,7 +56,7 @@ def refs(tree: Any) -> list[int]:
 
 
 def bind(tree: Any, env: Any) -> Any:
-    """The tree with every `Ref` replaced by `env[number]`: of the ops of every tile."""
+    """The tree with every `Ref` replaced by `env[number]`; it runs for every op of every tile."""
     kind = type(tree)
     if kind is Ref:
         return env[tree.value]

@@ -1,8 +1,8 @@
-"""TorchDynamo as the recorder: a call of the network is compiled by a backend that keeps the graph.
+"""TorchDynamo as the recorder: a backend of `torch.compile` receives the graph of a network's call.
 
-Dynamo interprets every operation of the forward, refuses what it cannot model, guards what it has read, and does after
-the graph what the forward does besides (attributes, lists, counters). So a backend that raises has changed nothing:
-`record` is one. `Compiled` is a callable whose graphs go to a backend that computes.
+Dynamo interprets every operation of the forward, refuses operations that it cannot model, guards the values that it
+read, and applies side effects (attributes, lists, counters) after the graph. A backend that raises has therefore
+changed nothing; `record` uses one. The graphs of a `Compiled` go to a backend that computes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .synchronized import synchronized
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
 
 GRAPHS = 64
-"""Recordings of one network that are stored; with one more all are dropped, and the present one is made again."""
+"""Limit on the stored recordings of one network; one more drops all, and the current one is made again."""
 PIECES = 1024
-"""Recordings of pieces that are stored for all networks. Dynamo stores them by the code of the user's modules, which
-networks share, and looks through all of one code in each call."""
+"""Limit on the stored recordings of pieces of all networks. Dynamo stores them by the code of the user's modules, which
+networks share, and checks all recordings of a code in each call."""
 
 _numbers = itertools.count()
 log = logging.getLogger("gigamorph")
@@ -51,15 +51,16 @@ log = logging.getLogger("gigamorph")
 
 @contextlib.contextmanager
 def settings(pieces: bool = False) -> Iterator[None]:
-    """Dynamo's configuration while a network is recorded or called; as it was before afterwards.
+    """Set Dynamo's configuration for a recording or a call, and restore it afterwards.
 
     Args:
-        pieces: whether the graph may break. Numbers of tensors break it, and no limit ends a call between two pieces.
+        pieces: whether the graph may break. Numbers taken from tensors break it, and no limit ends a call between two
+            pieces.
     """
     config = torch._dynamo.config
     wanted = {
-        "skip_nnmodule_hook_guards": False,  # hooks that are added later count
-        "skip_no_tensor_aliasing_guards_on_parameters": False,  # weights that are tied later
+        "skip_nnmodule_hook_guards": False,  # hooks may be added later
+        "skip_no_tensor_aliasing_guards_on_parameters": False,  # weights may be tied later
         "optimize_ddp": False,  # it splits the graph
         "recompile_limit": 1 << 20 if pieces else GRAPHS,
         "accumulated_recompile_limit": 1 << 20,
@@ -73,14 +74,14 @@ def settings(pieces: bool = False) -> Iterator[None]:
         "suppress_errors": False,
         "disable": False,
         "allow_unspec_int_on_nn_module": True,  # counters
-        "enable_dynamo_decompositions": False,  # they write addcmul_ by a call that rounds otherwise
+        "enable_dynamo_decompositions": False,  # they replace addcmul_ by a call that rounds differently
         "reorderable_logging_functions": set() if pieces else set(SAYING),
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
-    # A stance that turns compilation off would run the whole image, in memory that it has not.
+    # With compilation off, the whole image would run at once, which may not fit in memory.
     stance = torch._dynamo.eval_frame._stance.stance
     if config.disable or stance == "force_eager":
-        _say_of("torch._dynamo.config.disable" if config.disable else f'torch.compiler.set_stance("{stance}")')
+        _warn_once("torch._dynamo.config.disable" if config.disable else f'torch.compiler.set_stance("{stance}")')
     with (
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
@@ -93,18 +94,18 @@ def settings(pieces: bool = False) -> Iterator[None]:
 
 
 @functools.cache
-def _say_of(setting: str) -> None:
-    log.warning("%s turns torch.compile off; accelerated networks are computed by tiles all the same", setting)
+def _warn_once(setting: str) -> None:
+    log.warning("%s turns torch.compile off, but accelerated networks are still computed by tiles", setting)
 
 
 class Compiled:
     """A callable whose graphs are computed by `serve`.
 
     Args:
-        function: plain Python, at module level; what it is given decides what is recorded.
-        serve: gets the graph and its inputs (tensors and numbers), and returns the outputs.
-        pieces: whether the graph may break; what stands between the pieces runs as plain Python.
-        dynamic: as of `torch.compile`; None makes sizes symbolic that change.
+        function: a plain Python function at module level; its arguments determine the recording.
+        serve: computes the outputs of a graph for its inputs (tensors and numbers).
+        pieces: whether the graph may break; code between the pieces runs as plain Python.
+        dynamic: as in `torch.compile`; None makes sizes symbolic once they change.
     """
 
     stored_pieces = 0  # of all networks
@@ -113,10 +114,10 @@ class Compiled:
         self.function, self.serve, self.pieces, self.dynamic = function, serve, pieces, dynamic
         self._call: Callable[..., Any] | None = None
         self._name = function.__name__ if dynamic is False else f"{function.__name__}_{next(_numbers)}"
-        self._end: weakref.finalize[..., Compiled] | None = None  # forgets what has been compiled
-        self._served: Exception | None = None  # what the computation has raised
-        self._modes: Sequence[Any] = ()  # dispatch modes of the caller's
-        self._hooks: list[Any] = []  # hooks on all modules, at which Dynamo's guards do not look
+        self._end: weakref.finalize[..., Compiled] | None = None  # frees the compiled code
+        self._served: Exception | None = None  # an error that the computation raised
+        self._modes: Sequence[Any] = ()  # dispatch modes of the caller
+        self._hooks: list[Any] = []  # global module hooks, which Dynamo does not guard
         self._unguarded = Unguarded()
         self._graphs, self._static = 0, False  # recordings, and whether each is of one size
         self._stored = 0  # recordings since the last reset
@@ -125,33 +126,33 @@ class Compiled:
         """The function's result.
 
         Raises:
-            UnsupportedError: for what Dynamo refuses, with the line of the user's code.
+            UnsupportedError: Dynamo refuses an operation; the message names the line of the user's code.
         """
         before = Rollback(_network_of(args, kwargs)) if self.pieces else None
         try:
-            return self._called(*args, **kwargs)
+            return self._call_compiled(*args, **kwargs)
         except UnsupportedError as error:
             if before is not None:
                 before.undo()
             if self._static or not self._graphs or self._served is not None:
                 raise
-            self._static = True  # what Dynamo cannot do with symbolic sizes it may do with known ones
+            self._static = True  # Dynamo may support known sizes where it does not support symbolic ones
             try:
-                result = self._called(*args, **kwargs)
+                result = self._call_compiled(*args, **kwargs)
             except UnsupportedError:
                 self._static = False
                 if before is not None:
                     before.undo()
                 raise
-            log.info("each image size is recorded by itself: %s", error)
+            log.info("each image size is recorded separately: %s", error)
             return result
         finally:
             self._served = None
 
-    def _called(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self._served = None
         if self.pieces and (self._stored >= GRAPHS or Compiled.stored_pieces >= PIECES):
-            torch._dynamo.reset()  # before the call: between two pieces it would have done a part of its work
+            torch._dynamo.reset()  # before the call, not between two of its pieces
             self._call, self._stored, Compiled.stored_pieces = None, 0, 0
         try:
             with (
@@ -162,7 +163,7 @@ class Compiled:
             ):
                 if hooks != self._hooks or self._unguarded.is_other():
                     self._call, self._hooks, self._unguarded = None, hooks, Unguarded()
-                with _sizes_known(args, kwargs) if self._static else contextlib.nullcontext():
+                with _static_sizes(args, kwargs) if self._static else contextlib.nullcontext():
                     try:
                         return self._compiled()(*args, **kwargs)
                     except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
@@ -173,25 +174,25 @@ class Compiled:
         except Exception as error:
             of_dynamo = any(part in str(error) for part in (_FROM, *_OUTSIDE)) or not self.pieces
             if isinstance(error, GigamorphError) or error is self._served or not of_dynamo:
-                raise  # ours, that of the computation, or the network's own
+                raise  # an error of gigamorph, of the computation, or of the network itself
             raise outside(error) from error
 
     def _compiled(self) -> Callable[..., Any]:
         if self._call is None:
-            # Dynamo keeps graphs by code object, and by its name which sizes and numbers have changed and are symbolic
-            # from then on: both are its own for each, so that graphs end with it, and no network changes another's.
+            # Dynamo stores graphs per code object, and per function name which sizes and numbers became symbolic. Both
+            # are unique for each `Compiled`: its graphs are freed with it, and networks do not affect each other.
             code = self.function.__code__.replace(co_name=self._name)
-            # Dynamo itself would keep the code, and with it what it has compiled.
+            # Dynamo itself would never free the code and its compiled graphs.
             if self._end is not None:
                 self._end()
             self._end = weakref.finalize(self, torch._dynamo.eval_frame.reset_code, code)
             self._end.atexit = False
             own = types.FunctionType(code, self.function.__globals__, self.function.__name__)
             own.__kwdefaults__, own.__defaults__ = self.function.__kwdefaults__, self.function.__defaults__
-            held = weakref.ref(self)  # Dynamo keeps backends for good, and what they return as long as the code
+            held = weakref.ref(self)  # Dynamo never frees backends, and stores their results with the code
 
             def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-                return _there(held)._backend(module, examples)  # pyright: ignore
+                return _dereference(held)._backend(module, examples)  # pyright: ignore
 
             self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
         return self._call
@@ -205,7 +206,7 @@ class Compiled:
         Compiled.stored_pieces += self.pieces
 
         def run(*inputs: Any) -> Sequence[Any]:
-            compiled = _there(held)  # pyright: ignore
+            compiled = _dereference(held)  # pyright: ignore
             try:
                 with _dispatch_modes_on(compiled._modes), _function_modes_off():
                     return compiled.serve(graph, inputs)
@@ -217,8 +218,8 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def _sizes_known(args: Any, kwargs: Any) -> Iterator[None]:
-    """Without symbolic sizes of the tensors that the forward gets."""
+def _static_sizes(args: Any, kwargs: Any) -> Iterator[None]:
+    """Mark the sizes of tensor arguments as static inside the `with` block."""
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     before = [set(vars(tensor)) for tensor in tensors]
     for tensor in tensors:
@@ -232,8 +233,8 @@ def _sizes_known(args: Any, kwargs: Any) -> Iterator[None]:
                 vars(tensor).pop(name, None)
 
 
-def _there(held: weakref.ref[Compiled]) -> Compiled:
-    """The one whose call is running."""
+def _dereference(held: weakref.ref[Compiled]) -> Compiled:
+    """The referenced object, whose call is running."""
     compiled = held()
     assert compiled is not None
     return compiled
@@ -241,20 +242,20 @@ def _there(held: weakref.ref[Compiled]) -> Compiled:
 
 @contextlib.contextmanager
 def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
-    """Without the `TorchDispatchMode`s of the caller's, under which Dynamo records nothing.
+    """Disable the caller's `TorchDispatchMode`s, under which Dynamo records nothing.
 
-    They see the ops of the tiles, so that only counters and logs make sense: PyTorch's own (`FlopCounterMode`), and
-    classes that say so by an attribute `sees_tiles = True`.
+    They will see the ops of tiles, which only makes sense for counters and logs: PyTorch's own (`FlopCounterMode`), and
+    classes with an attribute `sees_tiles = True`.
 
     Raises:
-        UnsupportedError: for other modes.
+        UnsupportedError: another mode is active.
     """
     modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
     for kind in map(type, modes):
         if not kind.__module__.startswith("torch.") and not getattr(kind, "sees_tiles", False):
             raise UnsupportedError(
-                f"the TorchDispatchMode {kind.__name__} around the network's call would see the ops of tiles; leave it "
-                "before, or set sees_tiles = True in its class if it only counts or logs"
+                f"the TorchDispatchMode {kind.__name__} around the network's call would see the ops of tiles; exit it "
+                "before the call, or set sees_tiles = True in its class if it only counts or logs"
             )
     for _ in modes:
         _pop_mode()
@@ -278,7 +279,7 @@ def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _function_modes_off() -> Iterator[None]:
-    """Without the `TorchFunctionMode`s of the caller's, whose effect is in the graph."""
+    """Disable the caller's `TorchFunctionMode`s, whose effect is already in the graph."""
     modes = [overrides._pop_mode() for _ in range(overrides._len_torch_function_stack())]
     try:
         yield
@@ -292,29 +293,29 @@ _GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "ba
 
 @contextlib.contextmanager
 def _global_hooks() -> Iterator[list[Any]]:
-    """The caller's hooks on all modules, without those of `FlopCounterMode`, which Dynamo refuses."""
-    kept = [getattr(torch.nn.modules.module, f"_global_{kind}") for kind in _GLOBAL_HOOKS]
-    before = [dict(hooks) for hooks in kept]
-    for hooks in kept:
+    """The caller's global module hooks; hooks of `FlopCounterMode`, which Dynamo refuses, are removed meanwhile."""
+    registries = [getattr(torch.nn.modules.module, f"_global_{kind}") for kind in _GLOBAL_HOOKS]
+    before = [dict(hooks) for hooks in registries]
+    for hooks in registries:
         for key, hook in list(hooks.items()):
             if str(getattr(hook, "__module__", "")).startswith("torch."):
                 del hooks[key]
     try:
-        yield [list(hooks.items()) for hooks in kept]
+        yield [list(hooks.items()) for hooks in registries]
     finally:
-        for hooks, all_of_them in zip(kept, before, strict=True):
+        for hooks, all_of_them in zip(registries, before, strict=True):
             hooks.clear()
             hooks.update(all_of_them)
 
 
 @torch.compiler.substitute_in_graph(os.getenv)
 def _getenv(key: Any, default: Any = None) -> Any:
-    """`os.getenv` as Dynamo sees it: it makes no guards on what functions of the standard library read."""
+    """`os.getenv` for Dynamo, which does not guard values that functions of the standard library read."""
     return os.environ.get(key, default)
 
 
-class _Recorded(BaseException):  # Dynamo wraps an `Exception` of a backend's
-    """Ends the compilation of a call whose graph is known: nothing of it has run, no guard is made."""
+class _Recorded(BaseException):  # Dynamo would wrap an `Exception` of a backend
+    """Ends the compilation with the graph of a call, before anything runs and before guards are made."""
 
     def __init__(self, graph: Graph, inputs: Sequence[Any]):
         super().__init__("recorded")
@@ -322,16 +323,16 @@ class _Recorded(BaseException):  # Dynamo wraps an `Exception` of a backend's
 
 
 def record(function: types.FunctionType, *args: Any, **kwargs: Any) -> tuple[Graph, Sequence[Any]]:
-    """The graph of a call, for the sizes of its arguments, and its inputs; nothing of the call is done.
+    """The graph of a call, for the sizes of its arguments, and its inputs; the call is not run.
 
     Raises:
-        UnsupportedError: for what Dynamo refuses.
+        UnsupportedError: Dynamo refuses the call.
     """
     try:
         _Recording(function, _not_served, dynamic=False)(*args, **kwargs)
     except _Recorded as found:
         return found.graph, found.inputs
-    raise UnsupportedError("the forward makes no tensor of what it is given; there is nothing to compute")
+    raise UnsupportedError("the forward computes no tensor from its arguments; there is nothing to do by tiles")
 
 
 class _Recording(Compiled):
@@ -354,7 +355,7 @@ def _network_of(args: Any, kwargs: Any) -> nn.Module | None:
 
 
 def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
-    """What Dynamo raises as an error of one line: what, which module and line of the user's code, what to do."""
+    """Convert an error of Dynamo to one line: what, in which module and line of the user's code, what to do."""
     inner = getattr(error, "inner_exception", None)  # of a backend
     if isinstance(inner, GigamorphError):
         return inner
@@ -362,7 +363,7 @@ def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
     if "functorch" in text:
         return UnsupportedError(
             "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
-            "take first gradients (backward, torch.autograd.grad), or do this with the network itself"
+            "use first gradients (backward, torch.autograd.grad), or the network itself"
         )
     if type(error).__name__ == "TorchRuntimeError" and isinstance(error.__context__, GigamorphError):
         return error.__context__
@@ -377,32 +378,32 @@ def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
     what = lines[0].rstrip(".")
     explained = next((line.removeprefix("Explanation:").strip() for line in lines if line.startswith("Explan")), "")
     context = next((line.partition(":")[2].strip() for line in lines if line.startswith("Developer debug")), "")
-    told = "; ".join(part.rstrip(".") for part in (what, explained or context) if part)
+    reason = "; ".join(part.rstrip(".") for part in (what, explained or context) if part)
     module = module_of(frames(text.partition(_FROM)[2]), network)
     where = f"{where} in module '{module}'" if module else where
     if "data-dependent" in text and isinstance(getattr(network, "backbone", None), nn.Module):
-        return UnsupportedError(f"{where} takes sizes from what is in the image, as detectors do (NMS); {BACKBONE}")
-    remedy = next((f"; {say}, {_WHOLE}" for part, say in _REMEDIES.items() if part in told), _REMEDY)
-    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {told}{remedy}")
+        return UnsupportedError(f"{where} uses sizes that depend on pixel values, as detectors do (NMS); {BACKBONE}")
+    remedy = next((f"; {advice}, {_WHOLE}" for part, advice in _REMEDIES.items() if part in reason), _REMEDY)
+    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {reason}{remedy}")
 
 
 _REMEDIES = {
-    "checkpoint_sequential": "call torch.utils.checkpoint.checkpoint for one part after the other",
+    "checkpoint_sequential": "call torch.utils.checkpoint.checkpoint for each part",
     "copy.deepcopy() on tensors": "copy tensors by clone(), and modules when the network is made",
-    "FakeQuantize": "its observers take statistics of whole maps: train the network by tiles before prepare_qat",
-    "Observer": "its observers take statistics of whole maps: train the network by tiles before prepare_qat",
+    "FakeQuantize": "its observers need statistics of whole maps: train the network by tiles before prepare_qat",
+    "Observer": "its observers need statistics of whole maps: train the network by tiles before prepare_qat",
 }
 
 
-_OUTSIDE = {  # what TorchDynamo finds around a call
+_OUTSIDE = {  # part of a TorchDynamo error about the surroundings of a call -> message
     "Detected that you are using FX": "an accelerated network computes by tiles, which cannot be traced "
-    "(torch.jit.trace, make_fx); give the network itself, whose parameters it shares",
-    "Guard failed on the same frame": "the network reads what TorchDynamo cannot guard in this mode, as arrays of "
-    "numpy in inference mode; call it under torch.no_grad()",
-    "found no compiled frames": "TorchDynamo records nothing here; a debugger, or code of the process, has switched it "
-    "off",
+    "(torch.jit.trace, make_fx); trace the network itself, which shares its parameters",
+    "Guard failed on the same frame": "the network reads values that TorchDynamo cannot guard in this mode, such as "
+    "numpy arrays in inference mode; call it under torch.no_grad()",
+    "found no compiled frames": "TorchDynamo records nothing here; a debugger or other code in this process has "
+    "disabled it",
 }
-_FROM = "from user code:"  # Dynamo adds it to what is raised while it records
+_FROM = "from user code:"  # Dynamo adds it to errors raised during a recording
 _WHOLE = 'or pass fallback="whole" to compute in pieces around it'
 _REMEDY = f"; change that line, {_WHOLE}"
 
@@ -420,17 +421,17 @@ def _user_line(text: str) -> str:
 
 
 def outside(error: Exception) -> Exception:
-    """What TorchDynamo raises besides its own errors, as a refusal."""
+    """Convert an error that is not of TorchDynamo's own classes to a refusal."""
     text = next(iter(str(error).splitlines()), "")
-    told = next((say for part, say in _OUTSIDE.items() if part in text), None)
-    if told is None and _from_call(error):
+    known = next((message for part, message in _OUTSIDE.items() if part in text), None)
+    if known is None and _from_call(error):
         return _own_error(type(error).__name__, text, _user_line(str(error)))
     failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {type(error).__name__}: {text}{_REMEDY}"
-    return UnsupportedError(told or failed)
+    return UnsupportedError(known or failed)
 
 
 def _from_call(error: Exception) -> bool:
-    """Whether an error is that of a call that Dynamo makes for the forward (`torch._assert`), not its own."""
+    """Whether a call that Dynamo makes for the forward (`torch._assert`) raised the error, not Dynamo itself."""
     if _FROM not in str(error) or not isinstance(error, AssertionError | ArithmeticError | ValueError | LookupError):
         return False
     last = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
@@ -438,7 +439,7 @@ def _from_call(error: Exception) -> bool:
 
 
 def _own_error(kind: str, arguments: str, where: str) -> Exception:
-    """What the forward itself raises of such an image: both a refusal and an error of the forward's own kind."""
+    """The error that the forward itself raises: both a refusal and an instance of the original class."""
     found = getattr(builtins, kind, RuntimeError)
     found = found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
     try:
@@ -447,22 +448,23 @@ def _own_error(kind: str, arguments: str, where: str) -> Exception:
         args = (arguments,)
     message = next(iter(" ".join(map(str, args)).splitlines()), "") or kind
     own = by_name(kind)
-    if own is not None:  # raised by an op of ours, as an encoder of tiles
+    if own is not None:  # raised by an op of gigamorph, such as `tilewise`
         return own(message)
     if issubclass(UnsupportedError, found) or issubclass(found, UnicodeError):
         return UnsupportedError(f"{where} raises {kind}: {message}")
-    if issubclass(found, AttributeError | NameError | TypeError):  # seldom the network's own
-        say = f"{where} raises {kind} in TorchDynamo: {message}"
-        return forward_error(found, f'{say}; if it does not without gigamorph, pass fallback="whole"')
+    if issubclass(found, AttributeError | NameError | TypeError):  # seldom raised by the network itself
+        text = f"{where} raises {kind} in TorchDynamo: {message}"
+        return forward_error(found, f'{text}; if it does not without gigamorph, pass fallback="whole"')
     return forward_error(found, f"{message} ({where})")
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous tensor without memory of its own, for images that are read by region; its values mean nothing.
+    """A contiguous tensor without memory, for images that are read by region; its values are meaningless.
 
     Args:
-        shape: of any size.
-        device: where the network is.
+        shape: any shape.
+        dtype: dtype of the tensor.
+        device: device of the network.
     """
     count = 1
     for size in shape:
@@ -478,7 +480,7 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 class _Window:
-    """A tensor that claims more memory of a GPU than it has; nothing reads it."""
+    """A GPU tensor that claims more memory than it has; nothing reads it."""
 
     _KINDS: ClassVar = {
         torch.float32: "<f4",

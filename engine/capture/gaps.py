@@ -1,8 +1,8 @@
-"""What TorchDynamo itself gets wrong, corrected or refused; the cases are in tests/engine/capture.
+"""Corrections of TorchDynamo for constructs that it records wrongly; tests/engine/capture has the cases.
 
-It does otherwise than the forward what is corrected or refused here (`_break_at_...`: such a call breaks the graph, so
-it is refused, or runs as plain Python with ``fallback="whole"``). It does not guard everything on which a recording
-depends: guards are added here, and `Unguarded` is compared at each call where Dynamo has no guard to be had.
+A construct that Dynamo records wrongly is corrected here, or breaks the graph (`_break_at_...`). A graph break is
+refused, or runs as plain Python with ``fallback="whole"``. Dynamo does not guard everything on which a recording
+depends: guards are added here, and `Unguarded` compares at each call what Dynamo cannot guard.
 """
 
 from __future__ import annotations
@@ -30,26 +30,29 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UnsupportedError
 from .graph import dotted
 
-_BEFORE_2_13 = torch.__version__ < "2.13"  # versions are compared as such
+_BEFORE_2_13 = torch.__version__ < "2.13"  # a TorchVersion, which compares as a version
 _open = threading.local()
 
 
 def _is_on() -> bool:
-    """Whether this thread records a network of ours: to other users of Dynamo nothing is changed."""
+    """Whether this thread records a network for gigamorph: other users of Dynamo are unaffected."""
     return bool(getattr(_open, "count", 0))
 
 
 @contextlib.contextmanager
 def gaps_closed() -> Iterator[None]:
-    """What this thread traces meanwhile is corrected, guarded or refused as this file says."""
+    """Apply the corrections of this file to recordings of this thread inside the `with` block."""
     _install()
     _open.count = getattr(_open, "count", 0) + 1
-    _open.set, _open.kinds = set[tuple[type, str]](), set[type]()  # attributes of classes, and classes that are asked
-    _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and what they return
-    _open.ordered = list[OrderedDict[Any, Any]]()  # that the forward reads
-    _open.filled = list[Any]()  # functions of functools.lru_cache that had cached nothing before
-    _open.builtins = dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]]()  # and where code looks for them
-    _open.caller = ""  # the package of what calls PyTorch
+    _open.set, _open.kinds = (
+        set[tuple[type, str]](),
+        set[type](),
+    )  # class attributes that are set, and classes that are read
+    _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and their results
+    _open.ordered = list[OrderedDict[Any, Any]]()  # OrderedDicts that the forward reads
+    _open.filled = list[Any]()  # functions of functools.lru_cache whose cache was empty before
+    _open.builtins = dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]]()  # names of builtins -> namespaces
+    _open.caller = ""  # top-level package of the code that calls PyTorch
     try:
         yield
     except BaseException:
@@ -66,7 +69,7 @@ def of_dynamo(name: str) -> Any:
 
 @functools.cache
 def _install() -> None:
-    """Wrap functions of Dynamo; where nothing of ours is recorded they do what they did."""
+    """Wrap functions of Dynamo; the wrappers have no effect outside of recordings of gigamorph."""
     variables, functions, guards = of_dynamo("variables"), of_dynamo("variables.functions"), of_dynamo("guards")
     missing = of_dynamo("exc").ObservedAttributeError
     attribute = "tp_getattro_impl" if hasattr(variables.VariableTracker, "tp_getattro_impl") else "var_getattr"
@@ -78,16 +81,16 @@ def _install() -> None:
         "PythonModuleVariable",
         "UserFunctionVariable",
     ):
-        _failing(getattr(variables, name), attribute, missing, _guard_attribute)
-        _after(getattr(variables, name), "call_obj_hasattr", _guard_asked)
+        _on_error(getattr(variables, name), attribute, missing, _guard_attribute)
+        _after(getattr(variables, name), "call_obj_hasattr", _guard_hasattr)
     _before(variables.UserDefinedClassVariable, attribute, lambda one, *_given: _open.kinds.add(one.value))
     if _BEFORE_2_13:
         _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
         _before(variables.GetAttrVariable, "call_method", _guard_own_key)
         _before(variables.AutogradFunctionVariable, "call_apply", _break_at_twins)
         _before(variables.UserDefinedObjectVariable, attribute, _break_at_truth)
-    for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # of some versions both
-        _failing(variables.ConstDictVariable, name, of_dynamo("exc").ObservedKeyError, _guard_item)
+    for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # some versions have both
+        _on_error(variables.ConstDictVariable, name, of_dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(of_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
     _after(variables.UnspecializedNNModuleVariable, attribute, _guard_shadow)
     _guard_twice(of_dynamo("variables.builder"), guards)
@@ -121,14 +124,14 @@ def _install() -> None:
     _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
     _after(of_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
     _without_size_guards()
-    _instead(guards, "profile_guard_manager", 0.0)  # it empties the processor's caches with 32 MiB
-    _instead(of_dynamo("symbolic_convert"), "get_funcname", None)  # for a log that is off it reads whole files, 40 MB
-    _instead(of_dynamo("utils"), "warn_once", None)  # what it says is in the refusal, or about options of Dynamo's
-    _instead(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
+    _replace(guards, "profile_guard_manager", 0.0)  # it flushes CPU caches with 32 MiB
+    _replace(of_dynamo("symbolic_convert"), "get_funcname", None)  # it reads whole files (40 MB) for a disabled log
+    _replace(of_dynamo("utils"), "warn_once", None)  # its text is in the refusal, or about Dynamo's options
+    _replace(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
 
 
-def _failing(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
-    """Where a method raises the error, `then` is called with its arguments first."""
+def _on_error(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
+    """Call `then` with a method's arguments if the method raises the error."""
     method = getattr(kind, name, None)
     if method is None:
         return
@@ -160,7 +163,7 @@ def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
 
 
 def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
-    """`then` is called with the result and the arguments; what it returns, if anything, is the result."""
+    """Call `then` with a function's result and arguments; its result, unless None, replaces the result."""
     function = getattr(owner, name, None)
     if function is None:
         return
@@ -174,27 +177,27 @@ def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _instead(owner: Any, name: str, answer: Any) -> None:
-    """A function is not called; it has this answer."""
+def _replace(owner: Any, name: str, constant_result: Any) -> None:
+    """Return a constant instead of calling a function."""
     function = getattr(owner, name, None)
     if function is None:
         return
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return answer if _is_on() else function(*args, **kwargs)
+        return constant_result if _is_on() else function(*args, **kwargs)
 
     setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
 
 
 def break_graph(what: str, why: str) -> None:
-    """Break the graph here."""
+    """Break the graph at the current instruction."""
     errors = of_dynamo("exc")
     errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
 
 
-# Missing names. Dynamo guards that something is missing where the forward asks for it (`hasattr`, `in`), but not where
-# the forward catches the error (`try: self.scale ... except AttributeError`), nor in an object's `__dict__`.
+# Missing names. Dynamo guards absence where the forward tests for it (`hasattr`, `in`), but not where the forward
+# catches the error (`try: self.scale ... except AttributeError`), nor in an object's `__dict__`.
 
 
 def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
@@ -208,7 +211,7 @@ def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
         guards.install_guard(source.make_guard(guards.GuardBuilder.HASATTR))
 
 
-def _guard_asked(_result: Any, variable: Any, tx: Any, name: str) -> None:
+def _guard_hasattr(_result: Any, variable: Any, tx: Any, name: str) -> None:
     _guard_attribute(variable, tx, name)
 
 
@@ -222,7 +225,7 @@ def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
         _guard(variable, "DICT_CONTAINS" if key in variable.items.item_dict else "DICT_NOT_CONTAINS", key=key)
 
 
-# Before PyTorch 2.13 literals of classes were taken for constants, and keys that a `__dict__` has not for missing.
+# Before PyTorch 2.13, Dynamo did not guard literals of classes, nor the absence of a key in a `__dict__`.
 
 
 def _guard_literal(variable: Any, _tx: Any, name: str) -> None:
@@ -244,16 +247,16 @@ def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) 
 def _break_at_twins(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
     nodes = [one.as_proxy().node for one in args if one.is_tensor()]
     if len(set(nodes)) < len(nodes):
-        break_graph("autograd.Function.apply of one tensor twice", "only one of its gradients would be recorded")
+        break_graph("autograd.Function.apply with one tensor twice", "only one of its gradients would be recorded")
 
 
 def _break_at_truth(variable: Any, _tx: Any, name: str) -> None:
     if name == "__bool__" and hasattr(type(variable.value), name):
-        break_graph("the truth value of an object with __bool__", "what it depends on would not be guarded")
+        break_graph("the truth value of an object with __bool__", "its dependencies would not be guarded")
 
 
 def _guard_shadow(_result: Any, variable: Any, _tx: Any, name: str) -> None:
-    """An entry of a module's `__dict__` hides its parameter of that name."""
+    """Guard that no entry of a module's `__dict__` hides its parameter of that name."""
     held = vars(variable.value)
     if variable.source and name not in held and any(name in held.get(part, ()) for part in _HELD):
         _guard(variable, "NOT_PRESENT_IN_GENERIC_DICT", attr=name)
@@ -263,7 +266,7 @@ _HELD = ("_parameters", "_buffers", "_modules")
 
 
 def _guard_delegated(variable: Any, _tx: Any, name: str) -> None:
-    """An attribute that a class's own `__getattr__` finds, until the object has one itself."""
+    """Guard that the object has no own attribute which would bypass its class's `__getattr__`."""
     kind = type(variable.value)
     if variable.source is None or getattr(kind, "__getattr__", nn.Module.__getattr__) is nn.Module.__getattr__:
         return
@@ -271,17 +274,17 @@ def _guard_delegated(variable: Any, _tx: Any, name: str) -> None:
         _guard(variable, "NOT_PRESENT_IN_GENERIC_DICT", attr=name)
 
 
-# Attributes of a dict that are its items: Dynamo calls Python functions alone for what an object has not.
+# Dicts whose attributes are their items: for missing attributes Dynamo only calls Python functions.
 
 
 def _as_function(found: Any, variable: Any) -> Any:
-    """For `__getattr__ = dict.get`, and for `self.__dict__ = self`."""
+    """A Python function for `__getattr__ = dict.get`, and for `self.__dict__ = self`."""
     if getattr(variable.value, "__dict__", None) is variable.value:
         return _own_item
-    return {dict.get: _got, dict.__getitem__: _item}.get(found) if type(found) is type(dict.get) else None
+    return {dict.get: _get, dict.__getitem__: _item}.get(found) if type(found) is type(dict.get) else None
 
 
-def _got(self: Any, name: str) -> Any:
+def _get(self: Any, name: str) -> Any:
     return dict.get(self, name)
 
 
@@ -300,7 +303,7 @@ def _guard(variable: Any, kind: str, **what: Any) -> None:
     guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
 
 
-# One object that is read in two places, of the network and of a file: Dynamo guards the first alone.
+# An object that is read through two names, of the network and of a module's globals: Dynamo guards only the first.
 
 
 def _guard_twice(builder: Any, guards: Any) -> None:
@@ -317,7 +320,7 @@ def _guard_twice(builder: Any, guards: Any) -> None:
 
 
 def _guard_compared(tx: Any, instruction: Any) -> None:
-    """Objects that `is` compares; Dynamo guards their types."""
+    """Guard the identity of objects that `is` compares; Dynamo only guards their types."""
     if instruction.argval not in ("is", "is not"):
         return
     pair = [variable.realize() for variable in tx.stack[-2:]]
@@ -333,7 +336,7 @@ def _guard_identity(variables: Any) -> None:
 
 
 def _is_mutable(variable: Any) -> bool:
-    """A list, a dict, a set or an object of a class; modules and tensors are guarded otherwise."""
+    """Whether a variable is a list, a dict, a set or an object; modules and tensors have other guards."""
     kinds = [kind.__name__ for kind in type(variable).__mro__]
     known = any(name in kinds for name in ("ListVariable", "ConstDictVariable", "SetVariable", "DequeVariable"))
     return known or (
@@ -341,8 +344,8 @@ def _is_mutable(variable: Any) -> bool:
     )
 
 
-def _lasts(source: Any) -> bool:
-    """Whether it is of the network or of a file; but for arguments of the call and a module's own tables."""
+def _is_persistent(source: Any) -> bool:
+    """Whether a value belongs to the network or a global, and is neither an argument nor a module's own table."""
     name = str(source.name() if callable(source.name) else source.name)
     return not name.startswith("L['") or (name.startswith("L['network']") and not _TABLES.search(name))
 
@@ -351,16 +354,16 @@ _TABLES = re.compile(r"\b_(parameters|buffers|modules|\w+_hooks)\b('\])?$")
 
 
 def _guard_distinct(effects: Any) -> None:
-    """What the forward writes to shows where the same object has another name, which it may get later."""
+    """Guard the identity of written objects and others of their class: two names may come to mean one object."""
     given = (one for one in effects.id_to_variable.values() if type(one.mutation_type).__name__.endswith("Existing"))
-    held = [one for one in given if one.source is not None and _is_mutable(one) and _lasts(one.source)]
+    held = [one for one in given if one.source is not None and _is_mutable(one) and _is_persistent(one.source)]
     for written in filter(effects.is_modified, held):
         alike = [one for one in held if one.python_type() is written.python_type()]
         if len(alike) > 1:
             _guard_identity(alike)
 
 
-# Numbers are guarded by ==, to which 0.0 and -0.0 are the same.
+# Numbers are guarded by ==, for which 0.0 and -0.0 are equal.
 
 
 def _guard_sign(_result: Any, builder: Any, guard: Any, *_hint: Any) -> None:
@@ -372,7 +375,7 @@ def _guard_sign(_result: Any, builder: Any, guard: Any, *_hint: Any) -> None:
         manager.add_lambda_guard(lambda one: math.copysign(1, one) == sign, code, guard.user_stack)
 
 
-# A deque with a maximal length is taken for one without, and what was moved within an OrderedDict stays where it was.
+# Dynamo ignores the maximum length of a deque, and `OrderedDict.move_to_end`.
 
 
 def _keep_length(variable: Any, builder: Any, value: Any) -> None:
@@ -386,7 +389,7 @@ def _keep_length(variable: Any, builder: Any, value: Any) -> None:
 
 
 def _forget_length(effects: Any, *_given: Any) -> None:
-    """What is left of the items is known; Dynamo refuses to write those of a deque with a length."""
+    """Remove the maximum length at the end: Dynamo refuses to write a deque with a length, and the items are final."""
     constant = of_dynamo("variables").ConstantVariable.create
     for variable in effects.id_to_variable.values():
         if type(variable).__name__ == "DequeVariable":
@@ -398,7 +401,7 @@ def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -
         getattr(variable, "_base_vt", variable).should_reconstruct_all = True
 
 
-# After `Tensor.register_hook` what the forward sets is written to a copy that nothing reads.
+# After `Tensor.register_hook`, Dynamo writes the forward's side effects to a copy that nothing reads.
 
 
 def _keep_effects(kind: Any) -> None:
@@ -416,14 +419,14 @@ def _keep_effects(kind: Any) -> None:
     setattr(kind, name, wrapped)
 
 
-# Calls that are traced as others.
+# Calls that Dynamo traces in another form.
 
 
 def _keep_cached(kind: Any) -> None:
-    """A function of functools.lru_cache is called while Dynamo traces, and is asked again before each call.
+    """Call a function of functools.lru_cache during the trace, and compare its result again before each call.
 
-    Dynamo would trace the function, and so make a tensor that the forward writes to, or that depends on what has
-    changed since, at each call.
+    Dynamo would trace the function itself. Each call would then make a new tensor, although the forward may write to
+    the cached one, or its inputs may have changed.
     """
     method = vars(kind).get("call_function")
     if method is None:
@@ -433,16 +436,18 @@ def _keep_cached(kind: Any) -> None:
     def wrapped(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         function = variable.wrapper_obj
         home = str(getattr(function, "__module__", "")).partition(".")[0]
-        if not _is_on() or not hasattr(function, "cache_info") or home in ("torch", "einops"):  # of shapes alone
+        if (
+            not _is_on() or not hasattr(function, "cache_info") or home in ("torch", "einops")
+        ):  # functions of shapes only
             return method(variable, tx, args, kwargs)
         given = [_known(one) for one in (*variable.self_args(), *args)]
         named = {name: _known(one) for name, one in kwargs.items()}
         effects = _effects()
         if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
-            break_graph("functools.lru_cache", "what the function reads, the forward may have changed in the same call")
-        ask = functools.partial(function, *given, **named)
-        value = _asked(ask)
-        _open.cached.append((ask, value))
+            break_graph("functools.lru_cache", "the forward may have changed values that the function reads")
+        lookup = functools.partial(function, *given, **named)
+        value = _cached_value(lookup)
+        _open.cached.append((lookup, value))
         name = tx.output.install_global_by_id("cached", value)
         return of_dynamo("variables").VariableTracker.build(tx, value, of_dynamo("source").GlobalSource(name))
 
@@ -450,7 +455,7 @@ def _keep_cached(kind: Any) -> None:
 
 
 def _known(variable: Any) -> Any:
-    """An argument's value; a symbolic size is a number of its own from here on."""
+    """An argument's value; a symbolic size becomes a constant."""
     if variable.is_python_constant():
         return variable.as_python_constant()
     if variable.is_symnode_like():
@@ -461,27 +466,27 @@ def _known(variable: Any) -> Any:
     return value
 
 
-def _asked(ask: Callable[[], Any]) -> Any:
-    """What a cached function returns, if it returns that again."""
+def _cached_value(lookup: Callable[[], Any]) -> Any:
+    """The result of a cached function; breaks the graph if the result would not be repeated."""
     before = random.getstate(), torch.get_rng_state()
-    info = ask.func.cache_info()
+    info = lookup.func.cache_info()
     if not info.hits and not info.misses:
-        _open.filled.append(ask.func)
-    value, info = ask(), ask.func.cache_info()
+        _open.filled.append(lookup.func)
+    value, info = lookup(), lookup.func.cache_info()
     if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
-        ask.func.cache_clear()  # in pieces it draws them now
+        lookup.func.cache_clear()  # with fallback="whole" the function runs and draws again
         break_graph("functools.lru_cache", "the function draws random numbers")
-    if ask() is not value or info.currsize == info.maxsize:
+    if lookup() is not value or info.currsize == info.maxsize:
         break_graph("functools.lru_cache", f"its cache of {info.maxsize} is full")
     if any(isinstance(one, Tensor) and not one.is_leaf for one in tree_leaves(value)):
-        break_graph("functools.lru_cache", "its tensor is made of weights, and its gradient can be taken once only")
+        break_graph("functools.lru_cache", "its tensor depends on weights, and its gradient can be taken only once")
     return value
 
 
 def _break_at_generator(variable: Any, *_given: Any) -> None:
     code = variable.get_code()
     where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
-    break_graph(f"a generator ({where}) that outlives the forward", "TorchDynamo would take all of its items at once")
+    break_graph(f"a generator ({where}) that outlives the forward", "TorchDynamo would consume all of its items")
 
 
 def _note_builtin(tx: Any, name: str) -> None:
@@ -490,23 +495,23 @@ def _note_builtin(tx: Any, name: str) -> None:
 
 
 def _note_value(builder: Any, value: Any) -> None:
-    """What Dynamo reads for the first time."""
-    if type(value) is object:  # all that can be asked of it is whether it is another
+    """Note or guard a value that Dynamo reads for the first time."""
+    if type(value) is object:  # a plain object has nothing but its identity
         of_dynamo("guards").install_guard(builder.source.make_guard(of_dynamo("guards").GuardBuilder.ID_MATCH))
     if isinstance(value, OrderedDict) and len(value) > 1:
         _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
-        break_graph("a view of a dict that is kept", "TorchDynamo would not see in it what is written to the dict")
+        break_graph("a stored view of a dict", "TorchDynamo would not see later writes to the dict in it")
 
 
 def _break_at_view(view: Any, *_given: Any) -> None:
     if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _effects().id_to_variable.values()):
-        break_graph("a kept view of an OrderedDict", "TorchDynamo would make it of a copy")
+        break_graph("a stored view of an OrderedDict", "TorchDynamo would make it from a copy")
 
 
 def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: Any) -> None:
     if name == "forward" and type(value).__name__ == "DeletedVariable":
-        break_graph("the deletion of a module's forward", "TorchDynamo fails at it after the call")
+        break_graph("the deletion of a module's forward", "TorchDynamo fails to do it after the call")
     if type(variable).__name__ == "UserDefinedClassVariable":
         _open.set.add((variable.value, name))
 
@@ -514,16 +519,16 @@ def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: An
 def _break_at_metaclass(variable: Any, *_given: Any) -> None:
     kinds = inspect.getmro(type(variable.value))
     if any("__call__" in vars(kind) for kind in kinds if kind.__module__ not in ("builtins", "abc", "enum")):
-        break_graph(f"a call of the class {variable.value.__name__}", "TorchDynamo leaves its metaclass's __call__ out")
+        break_graph(f"a call of the class {variable.value.__name__}", "TorchDynamo ignores its metaclass's __call__")
 
 
 def _break_at_version(_variable: Any, _tx: Any, name: str) -> None:
     if name == "_version":
-        break_graph("Tensor._version", "how often a tensor was written to is another number by tiles; keep a counter")
+        break_graph("Tensor._version", "the number of writes to a tensor differs by tiles; use a counter")
 
 
 def _break_at_reentrant(_checkpoint: Any, _tx: Any, args: Any, kwargs: Any) -> None:
-    """Of a reentrant checkpoint PyTorch gives no gradients where none of its inputs wants one."""
+    """A reentrant checkpoint computes no gradients if none of its inputs requires one."""
     reentrant = kwargs.get("use_reentrant")
     if reentrant is not None and reentrant.as_python_constant() is False:
         return
@@ -531,17 +536,17 @@ def _break_at_reentrant(_checkpoint: Any, _tx: Any, args: Any, kwargs: Any) -> N
     if torch.is_grad_enabled() and not any(one.requires_grad for one in maps):
         break_graph(
             "a reentrant checkpoint of inputs without gradients",
-            "stock PyTorch leaves out the gradients of its weights; pass use_reentrant=False",
+            "stock PyTorch would not compute gradients of its weights; pass use_reentrant=False",
         )
 
 
 def _break_at_class_of_size(_size: Any, _tx: Any, name: str) -> None:
     if name == "__class__":
-        break_graph("__class__ of a size", "TorchDynamo would answer with a class of its own; use type()")
+        break_graph("__class__ of a size", "TorchDynamo would return one of its own classes; use type()")
 
 
 def _break_at_extreme(_builtin: Any, _tx: Any, *pair: Any) -> None:
-    """`max(size, 0.5)` is a float, or still an int."""
+    """`max(size, 0.5)` is an int or a float, depending on the size."""
     if any(one.is_symnode_like() for one in pair) and len({one.python_type() for one in pair}) > 1:
         break_graph("min or max of a size and a float", "TorchDynamo would return a float")
 
@@ -557,21 +562,21 @@ def _break_at_arguments(_variable: Any, _tx: Any, name: str) -> None:
 
 
 def _break_at_exception(*_given: Any) -> None:
-    """`raise` and `except` are as in Python, the texts of what Python itself raises are not, nor is `__str__`."""
-    break_graph("the text of an exception", "TorchDynamo has other texts than Python; use its class alone")
+    """`raise` and `except` behave as in Python, but `__str__` and the texts of Python's own errors differ."""
+    break_graph("the text of an exception", "TorchDynamo's texts differ from Python's; use only its class")
 
 
 def _break_at_class(variable: Any, _tx: Any, name: str) -> None:
-    """What the forward sets of a class is not seen where an object of the class is asked for it."""
+    """A class attribute that the forward sets is not visible through objects of the class."""
     if any((kind, name) in _open.set for kind in type(variable.value).__mro__ if _open.set):
         break_graph(
-            f"'{name}' of a class is set and then read of an object",
-            "TorchDynamo would read what it was; read the class's",
+            f"'{name}' is set on a class and then read from an object",
+            "TorchDynamo would read the old value; read it from the class",
         )
 
 
-# `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. Libraries that then choose what
-# TorchDynamo can trace, with the same results, get True.
+# `torch.compiler.is_compiling()` returns False to the forward, as in stock PyTorch. It returns True to libraries that
+# then use code which TorchDynamo can trace, with the same results.
 
 _COMPILING = ("is_compiling", "is_dynamo_compiling", "is_exporting")
 _ASKING = ("torch", "transformers")
@@ -587,8 +592,8 @@ def _without_compiler(states: Any) -> Any:
     return {function: False if function.__name__ in _COMPILING else state for function, state in states.items()}
 
 
-# Which of its convolutions PyTorch would choose decides the layout of a fake map, and is guarded by the map's size. The
-# layouts of maps by tiles are their own.
+# PyTorch's choice of a convolution backend decides the layout of a fake map, and adds guards on the map's size. The
+# layouts of maps by tiles do not depend on it.
 
 
 def _without_size_guards() -> None:
@@ -606,21 +611,20 @@ def _without_size_guards() -> None:
 
 
 def refuse_generators() -> None:
-    """Refuse, while Dynamo makes a graph, numbers of a `random.Random` that the forward has not made itself.
+    """Refuse numbers of a `random.Random` that exists before the forward; called while Dynamo makes a graph.
 
-    Dynamo repeats them in later calls.
+    Dynamo would repeat the numbers in later calls.
 
     Raises:
-        UnsupportedError: with where the generator is.
+        UnsupportedError: the forward draws from a generator; the message says where it is stored.
     """
     effects = _effects()
     for variable in effects.id_to_variable.values():
         drawn = type(variable).__name__ == "RandomVariable" and effects.is_modified(variable)
         if drawn and variable.source is not None:
             raise UnsupportedError(
-                f"the forward draws from a random.Random ('{dotted(variable.source.name)}') that lasts from call to "
-                "call, so it is another program at each call; draw outside of the forward, and give the number as an "
-                "argument"
+                f"the forward draws from a random.Random ('{dotted(variable.source.name)}') that exists across calls, "
+                "so each call is another program; draw outside of the forward, and pass the number as an argument"
             )
 
 
@@ -642,10 +646,10 @@ _PYTHONS = {"__slotnames__", "__annotations__", "__annotations_cache__"}  # Pyth
 
 
 class Unguarded:
-    """What a recording depends on and no guard of Dynamo's looks at, to be compared before each call.
+    """State on which a recording depends but that Dynamo does not guard, compared before each call.
 
-    Methods of classes (a `forward` that is replaced in the class, `torch.Tensor.relu`), attributes of metaclasses, the
-    order of an OrderedDict, hooks among them, and what of the process is taken for a constant.
+    It covers methods of classes (a `forward` that is replaced in the class, `torch.Tensor.relu`), attributes of
+    metaclasses, the order of an OrderedDict (such as hooks), and settings of the process that count as constants.
     """
 
     def __init__(self) -> None:
@@ -657,16 +661,16 @@ class Unguarded:
         self._before: Any = None
         slots = getattr(of_dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
         if slots is not None:
-            slots.cache_clear()  # special methods of classes, which may have others now
+            slots.cache_clear()  # it caches special methods of classes, which may have changed
 
     def is_other(self) -> bool:
-        """Whether something is not as it was when `note` was called last."""
-        if any(ask() is not value for ask, value in self._cached):
+        """Whether the state has changed since the last call of `note`."""
+        if any(lookup() is not value for lookup, value in self._cached):
             return True
         return self._before is not None and self._now() != self._before
 
     def note(self) -> None:
-        """Note what the graph depends on that Dynamo is making."""
+        """Store the state on which the graph depends that Dynamo is making."""
         held = [vars(variable).get("value") for variable in _effects().id_to_variable.values()]
         for one in held:
             if isinstance(one, nn.Module):
@@ -684,7 +688,7 @@ class Unguarded:
         found: list[Any] = [sys.getrecursionlimit()]
         for kind in self._classes:
             if not kind.__module__.startswith("torch."):
-                found += (name for name in vars(kind) if name not in _PYTHONS)  # they may hide others
+                found += (name for name in vars(kind) if name not in _PYTHONS)  # names may hide inherited names
             found += [value for value in vars(kind).values() if isinstance(value, _METHODS)]
         for kind in self._metaclasses:
             found += (value for name, value in vars(kind).items() if name not in _PYTHONS)

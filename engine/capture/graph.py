@@ -1,9 +1,9 @@
-"""Dynamo's graph of a forward, freed of Dynamo, and the program that it is at one image size.
+"""`Graph`: a copy of Dynamo's graph of a forward, which yields the program for an image size.
 
-TorchDynamo hands over a flat list of torch-level calls: functions, methods, switches of gradient mode and autocast, and
-a few higher-order operators. `Graph.of` copies it. `Graph.program` runs it on fake tensors of one size under a recorder
-that numbers every tensor in single-assignment form: an in-place call makes a new value. A graph with symbolic sizes
-serves every size so, without tracing again.
+TorchDynamo returns a flat list of torch-level calls: functions, methods, switches of gradient mode and autocast, and a
+few higher-order operators. `Graph.of` copies it. `Graph.program` runs it on fake tensors of one size under a recorder
+that numbers every tensor in single-assignment form: an in-location call makes a new value. A graph with symbolic sizes
+therefore serves every size without another trace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..errors import UnsupportedError
 from .call_trees import tree_leaves
 from .higher_order import CALLED, of_arrays
 from .lines import frames, users
-from .program import Given, Program, Ref, place
+from .program import Given, Program, Ref, location
 from .recorder import Recorder
 from .refusals import as_refusal
 from .values import Values
@@ -44,7 +44,7 @@ _STEP = re.compile(r"(?:_modules|_parameters|_buffers)\[\s*['\"]([^'\"]+)['\"]\s
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of an earlier result among the arguments of a later instruction; inputs come first."""
+    """Refers to an input or an earlier result in the arguments of an instruction; inputs are numbered first."""
 
     number: int
 
@@ -55,6 +55,7 @@ class Instruction:
 
     Attributes:
         target: the function, or the name of a method of the first argument.
+        args, kwargs: arguments, with `Slot`s for tensors and symbolic numbers.
         module: path of the module that makes the call.
         line: file and line of the network's own code.
     """
@@ -68,11 +69,11 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an input comes from.
+    """The origin of an input.
 
     Attributes:
-        name: of a parameter or buffer its dotted name; of other inputs Dynamo's expression for them.
-        state: whether it is the network's or a global, not an argument of the call.
+        name: dotted name of a parameter or buffer; Dynamo's expression for other inputs.
+        state: whether the input belongs to the network or is a global, and is not an argument of the call.
     """
 
     name: str
@@ -84,12 +85,12 @@ class Graph:
     """A graph of torch-level calls.
 
     Attributes:
-        sources: of the inputs, in order.
+        sources: origins of the inputs, in order.
         instructions: the calls, in order.
         output: a tree with `Slot`s.
-        single: whether the call returns one tensor and nothing else, as marked by `single`.
-        piece: why the graph ends before the call does; empty if it does not.
-        numbers: the slots of Python numbers: symbolic sizes and counters, and what is made of them.
+        single: whether the call returns exactly one tensor, as marked by `single`.
+        piece: the reason why the graph ends before the call does; empty for a complete graph.
+        numbers: slots of Python numbers: symbolic sizes and counters, and numbers computed from them.
     """
 
     sources: tuple[Source, ...]
@@ -101,24 +102,24 @@ class Graph:
 
     @classmethod
     def of(cls, module: fx.GraphModule) -> Graph:
-        """A copy of a graph module that holds nothing of Dynamo's."""
-        slots: dict[fx.Node, Any] = {}  # constants and graphs stand for themselves
+        """A copy of a graph module that is independent of Dynamo."""
+        slots: dict[fx.Node, Any] = {}  # a slot, or the constant or graph itself
         sources, instructions = list[Source](), list[Instruction]()
-        output, alone, numbers, free = None, False, set[int](), set[int]()
+        output, is_single, numbers, free = None, False, set[int](), set[int]()
         inputs = sum(node.op == "placeholder" for node in module.graph.nodes)  # PyTorch 2.11 has some between calls
         for node in module.graph.nodes:
             try:
                 args, kwargs = _with_slots((tuple(node.args), dict(node.kwargs)), slots)
             except KeyError:
                 raise UnsupportedError(
-                    f"{place(_module_of(node), _line_of(node))} reads a tensor before a hook is registered on it, which"
-                    f" PyTorch {torch.__version__} records in the wrong order; register it first, or use PyTorch 2.13"
+                    f"{location(_module_of(node), _line_of(node))} reads a tensor before a hook is registered on it; "
+                    f"PyTorch {torch.__version__} records the wrong order; register it first, or use PyTorch 2.13"
                 ) from None
             if node.op == "output":
                 output = args[0]
                 continue
             if node.target is single:
-                slots[node], alone = args[0], True
+                slots[node], is_single = args[0], True
                 continue
             if node.op == "get_attr":
                 held = _attribute(module, str(node.target))
@@ -138,20 +139,20 @@ class Graph:
             if isinstance(made, Tensor) and not made.requires_grad:
                 free.add(len(instructions))
             instructions.append(Instruction(target, args, kwargs, _module_of(node), _line_of(node)))
-        made = cls(tuple(sources), tuple(instructions), output, alone, _break_of(module), frozenset(numbers))
+        made = cls(tuple(sources), tuple(instructions), output, is_single, _break_of(module), frozenset(numbers))
         for at, step in enumerate(instructions):
-            made = made._hooked_at_once(at, free) if getattr(step.target, "__name__", "") == "register_hook" else made
+            made = made._move_hook(at, free) if getattr(step.target, "__name__", "") == "register_hook" else made
         return made
 
-    def _hooked_at_once(self, at: int, free: set[int]) -> Graph:
-        """The graph with a tensor's hook right after the tensor, for it gets the gradient of earlier uses as well.
+    def _move_hook(self, at: int, free: set[int]) -> Graph:
+        """The graph with a tensor's hook moved to the tensor: the hook also gets the gradients of earlier uses.
 
         Args:
-            at: the place of the hook among the instructions.
-            free: places of those whose results have no gradient.
+            at: index of the hook among the instructions.
+            free: indices of instructions whose results have no gradient.
 
         Raises:
-            UnsupportedError: if the hook reads what was computed in between, or the tensor was written to.
+            UnsupportedError: the hook reads a value computed in between, or the tensor was written to.
         """
         first, step = len(self.sources), self.instructions[at]
         (tensor, *_), held = _slots(step.args[0]), _slots(step.args[1:])
@@ -163,13 +164,13 @@ class Graph:
         between = [self.instructions[n] for n in early]
         if not between:
             return self
-        if any(map(_writes, between)) or any(begin + first <= number for number in held):
+        if any(map(_may_write, between)) or any(begin + first <= number for number in held):
             raise UnsupportedError(
-                f"{place(step.module, step.line)} registers a hook on a tensor after it was used, and the hook or a "
-                "write needs what was computed in between; register it right after the tensor is made"
+                f"{location(step.module, step.line)} registers a hook on a tensor after it was used, and the hook or a "
+                "write needs a value computed in between; register it right after the tensor is made"
             )
         names = {number: number + 1 for number in range(begin + first, at + first)} | {at + first: begin + first}
-        hooked = {**names, tensor: begin + first}  # of what reads it between the two
+        hooked = {**names, tensor: begin + first}  # for readers between tensor and hook
         steps = [*self.instructions[:begin], step]
         for n, one in enumerate(self.instructions[begin:], begin):
             if n != at:
@@ -180,9 +181,9 @@ class Graph:
 
     @cached_property
     def counters(self) -> frozenset[int]:
-        """The inputs that are numbers of which no tensor depends: the program is the same whatever they are."""
+        """Inputs that are numbers on which no tensor depends: the program is independent of their values."""
         first, needed, mixed = len(self.sources), set[int](), set[int]()
-        for slot, step in enumerate(self.instructions, first):  # numbers that come of tensors
+        for slot, step in enumerate(self.instructions, first):  # numbers computed from tensors
             read = _slots((step.args, step.kwargs))
             if slot in self.numbers and any(n not in self.numbers or n in mixed for n in read):
                 mixed.add(slot)
@@ -192,7 +193,7 @@ class Graph:
         return frozenset(n for n in range(first) if n in self.numbers and n not in needed)
 
     def counted(self, inputs: Sequence[Any]) -> dict[int, Any]:
-        """The outputs that depend on counters, by place, for these inputs."""
+        """Index -> value of the outputs that depend on counters, for these inputs."""
         if not self.counters:
             return {}
         found: dict[int, Any] = {n: inputs[n] for n in self.numbers if n < len(self.sources)}
@@ -208,14 +209,14 @@ class Graph:
         return {n: found[leaf.number] for n, leaf in leaves if type(leaf) is Slot and leaf.number in loose}
 
     def run(self, inputs: Sequence[Any], before: Callable[[Instruction], None] | None = None) -> Any:
-        """The output for inputs, in the modes that are on.
+        """Run the graph in the current modes and return its output.
 
         Args:
-            inputs: one for each source.
+            inputs: one value per source.
             before: called before each instruction.
 
         Raises:
-            UnsupportedError: for higher-order operators without a rule, by name.
+            UnsupportedError: the graph has a higher-order operator without a rule; the message names it.
         """
         found = list(inputs)
         try:
@@ -232,14 +233,14 @@ class Graph:
                     found[number] = None
             return _bound(self.output, found)
         except BaseException:
-            for value in reversed(found[len(self.sources) :]):  # inference mode and autocast that are still entered
+            for value in reversed(found[len(self.sources) :]):  # exit inference mode and autocast
                 if hasattr(type(value), "__exit__"):
                     value.__exit__(None, None, None)
             raise
 
     @cached_property
     def _last_reads(self) -> Sequence[Sequence[int]]:
-        """For each instruction, the slots that nothing reads after it."""
+        """Per instruction, the slots that are not read after it."""
         first, later = len(self.sources), set(_slots(self.output))
         found = list[list[int]]()
         for slot, step in reversed(list(enumerate(self.instructions, first))):
@@ -256,22 +257,22 @@ class Graph:
         device: torch.device,
         moved: torch.device | None = None,
     ) -> Program:
-        """The program of a call, in the gradient mode, inference mode and autocast that are on.
+        """The program of a call, in the current gradient mode, inference mode and autocast.
 
         Nothing is computed: the graph runs on fake tensors. The network and the process are unchanged.
 
         Args:
-            inputs: real tensors and Python values, one for each source; of tensors only what is known without their
-                values is read, but for what the forward takes as Python values of the network's state.
-            image: what the image batch is like.
-            roles: by the place of an input "image", "map" or "vector"; other tensors are the network's state.
-            device: of the image.
-            moved: the device that stands in the place of "meta", where a plan is made for one that is not here.
+            inputs: real tensors and Python values, one per source. Values of tensors are not read, except where the
+                forward takes Python values from the network's state.
+            image: shape and dtype of the image batch.
+            roles: index of an input -> "image", "map" or "vector"; other tensors are state of the network.
+            device: device of the image.
+            moved: device to use instead of "meta", for plans for a device that is not present.
 
         Raises:
-            UnsupportedError: naming module, line and op of what cannot be recorded.
+            UnsupportedError: the call cannot be recorded; the message names module, line and op.
         """
-        if len(FakeTensorMode.cache) > _CACHED_SHAPES:  # PyTorch keeps the results of every op and shape for good
+        if len(FakeTensorMode.cache) > _CACHED_SHAPES:  # PyTorch never frees the results of an op and shape
             FakeTensorMode.cache_clear()
         values = Values(FakeTensorMode(allow_non_fake_inputs=False), device)
         recorder, program = Recorder(values), values.program
@@ -290,8 +291,8 @@ class Graph:
             first = values.given(image)
             program.image = values.numbers[id(first)]
             twins = list[Any]()
-            for place, (value, source) in enumerate(zip(inputs, self.sources, strict=True)):
-                role = roles.get(place)
+            for index, (value, source) in enumerate(zip(inputs, self.sources, strict=True)):
+                role = roles.get(index)
                 if not isinstance(value, Tensor):
                     twins.append(value)
                 elif role == "image":
@@ -301,7 +302,7 @@ class Graph:
                 else:
                     twins.append(values.twin(value, source.name))
                 if isinstance(value, Tensor):
-                    program.bound[values.numbers[id(twins[-1])]] = place
+                    program.bound[values.numbers[id(twins[-1])]] = index
             program.inputs = tuple(n for n, at in program.bound.items() if roles.get(at) == "map")
             program.vectors = tuple(n for n, at in program.bound.items() if roles.get(at) == "vector")
             try:
@@ -310,7 +311,7 @@ class Graph:
                     output = graph.run(twins, before)
                 if torch.is_grad_enabled() != values.entry_grad:
                     raise UnsupportedError(
-                        "the forward leaves gradients switched on or off for what follows; use a with block"
+                        "the forward changes the gradient mode and does not restore it; use a with block"
                     )
                 self._finish(values, program, output, (first, *twins))
             except Exception as error:
@@ -335,28 +336,28 @@ class Graph:
         program.updates = values.updates()
 
     def on(self, device: torch.device) -> Graph:
-        """The graph with a device in the place of "meta"."""
+        """The graph with a device instead of "meta"."""
 
-        def exchanged(tree: Any) -> Any:
+        def replace_meta(tree: Any) -> Any:
             kind = type(tree)
             if kind is tuple or kind is list:
-                return kind([exchanged(part) for part in tree])
+                return kind([replace_meta(part) for part in tree])
             if kind is dict:
-                return {key: exchanged(part) for key, part in tree.items()}
+                return {key: replace_meta(part) for key, part in tree.items()}
             if isinstance(tree, Graph):
                 return tree.on(device)
             same = isinstance(tree, torch.device) and tree.type == "meta"
             return device if same or (isinstance(tree, str) and tree == "meta") else tree
 
         steps = (
-            Instruction(step.target, exchanged(step.args), exchanged(step.kwargs), step.module, step.line)
+            Instruction(step.target, replace_meta(step.args), replace_meta(step.kwargs), step.module, step.line)
             for step in self.instructions
         )
         return replace(self, instructions=tuple(steps))
 
 
 def single(result: Tensor) -> Tensor:
-    """Marks in a graph that the call returns this tensor alone."""
+    """Marks in a graph that the call returns only this tensor."""
     return result.view_as(result)
 
 
@@ -364,7 +365,7 @@ torch.compiler.allow_in_graph(single)
 
 
 def _break_of(module: fx.GraphModule) -> str:
-    """Why a graph ends before the call does, and where."""
+    """The reason and line of a graph break; empty for a complete graph."""
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return ""
@@ -382,24 +383,24 @@ def _callable(step: Instruction) -> Callable[..., Any]:
         return of_arrays(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise UnsupportedError(
-            f"{place(step.module, step.line)} uses the higher-order operator '{name}', for which there is no rule; "
-            "write it as plain PyTorch ops, or take it out of the forward"
+            f"{location(step.module, step.line)} uses the higher-order operator '{name}', which has no rule; write it "
+            "as plain PyTorch ops, or move it out of the forward"
         )
     if _OF_THE_PROCESS.match(name) and isinstance(target, types.FunctionType | types.BuiltinFunctionType):
         raise UnsupportedError(
-            f"{place(step.module, step.line)} calls torch.{name}, which is a setting of the process; make it before "
-            "the network is called, or give dtype= and the like to the ops themselves"
+            f"{location(step.module, step.line)} calls torch.{name}, a setting of the process; call it before the "
+            "network, or pass dtype= and similar arguments to the ops"
         )
     if "functorch" in str(getattr(target, "__module__", "")):
         raise UnsupportedError(
-            f"{place(step.module, step.line)} runs torch.func (vmap, grad, jvp) inside the forward; write the "
-            "dimension that it maps over into the ops"
+            f"{location(step.module, step.line)} runs torch.func (vmap, grad, jvp) inside the forward; use ops with an "
+            "explicit batch dimension"
         )
     return target  # pyright: ignore[reportReturnType]
 
 
 def _with_slots(tree: Any, slots: Mapping[fx.Node, Any]) -> Any:
-    """Arguments of a node with slots in the place of nodes, and plain containers."""
+    """Arguments of a node with slots instead of nodes, and plain containers."""
     if isinstance(tree, fx.Node):
         return slots[tree]
     if isinstance(tree, slice):
@@ -414,7 +415,7 @@ def _with_slots(tree: Any, slots: Mapping[fx.Node, Any]) -> Any:
     return tree
 
 
-def _writes(step: Instruction) -> bool:
+def _may_write(step: Instruction) -> bool:
     """Whether a call may write to a tensor."""
     name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
@@ -422,11 +423,11 @@ def _writes(step: Instruction) -> bool:
 
 
 def _renamed(tree: Any, names: Mapping[int, int]) -> Any:
-    return _bound(tree, _Renamed(names))
+    return _bound(tree, _SlotNames(names))
 
 
-class _Renamed:
-    """Slots in the place of slots, for `_bound`."""
+class _SlotNames:
+    """Maps slot numbers to renamed slots, for `_bound`."""
 
     def __init__(self, names: Mapping[int, int]):
         self.names = names
@@ -467,7 +468,7 @@ def _attribute(module: Any, path: str) -> Any:
 
 
 def _source(node: fx.Node) -> Source:
-    """Where a placeholder comes from; one of a nested graph has no source."""
+    """The origin of a placeholder; placeholders of nested graphs have no source."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:
         return Source(node.name, False)
@@ -477,7 +478,7 @@ def _source(node: fx.Node) -> Source:
 
 
 def dotted(expression: str) -> str:
-    """`L['network']._modules['stem']._parameters['weight']` as `stem.weight`; other expressions as they are."""
+    """`L['network']._modules['stem']._parameters['weight']` as `stem.weight`; other expressions unchanged."""
     head = re.match(r"L\['\w+'\]", expression)
     if head is None:
         return expression
@@ -500,19 +501,19 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _line_of(node: fx.Node) -> str:
-    """The innermost line of code that is neither PyTorch's nor Python's."""
+    """The innermost line of code outside of PyTorch and Python."""
     own = users(frames(node.meta.get("stack_trace") or ""))
     return f"{os.path.basename(own[0])}:{own[1]}" if own else ""
 
 
 @contextmanager
 def _modes_restored() -> Iterator[None]:
-    """Gradient mode and autocast as before, also where a graph ends within them."""
+    """Restore gradient mode and autocast afterwards, also if a graph ends inside them."""
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
     caching = torch.is_autocast_cache_enabled()
     switched_off = _autograd._saved_tensors_hooks_get_disabled_error_message()
-    torch.set_autocast_cache_enabled(False)  # it would keep weights without values
+    torch.set_autocast_cache_enabled(False)  # the cache would store fake weights
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
@@ -527,9 +528,9 @@ def _modes_restored() -> Iterator[None]:
 
 @contextmanager
 def nothing_saved() -> Iterator[None]:
-    """Hooks of the caller's on what autograd saves are not called: of a recording there is no backward."""
+    """Disable the caller's saved-tensor hooks, because a recording has no backward."""
     if _autograd._top_saved_tensors_default_hooks(True) is None:
-        yield  # further hooks would be in the way of `torch.func` and `disable_saved_tensors_hooks`
+        yield  # further hooks would conflict with `torch.func` and `disable_saved_tensors_hooks`
         return
     with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
         yield
@@ -541,7 +542,7 @@ def _nothing(_saved: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PyTorch prints whole tracebacks of errors on fake tensors that are the network's own."""
+    """Disable PyTorch's log of errors on fake tensors: it prints tracebacks of the network's own errors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:

@@ -1,7 +1,7 @@
-"""Operators of Dynamo's graphs that take graphs, and calls that do not show a recorder what they do.
+"""Higher-order operators of Dynamo's graphs, and replacements for calls that are opaque to a recorder.
 
-Checkpointed layers are taken inline: the tiles are computed again in the backward anyway. Custom autograd Functions and
-hooks of tensors come as graphs of their forward and backward, which the lowering reads (`lowering.ops.custom`,
+Checkpointed layers are inlined, because the tiles are recomputed in the backward anyway. Custom autograd Functions and
+tensor hooks come as graphs of their forward and backward, which the lowering reads (`lowering.ops.custom`,
 `lowering.ops.hooks`).
 """
 
@@ -24,10 +24,10 @@ class CustomFunction:
     """A custom `autograd.Function` as two graphs.
 
     Attributes:
-        forward: the arguments to (outputs, what is saved for the backward).
-        backward: gradients of the outputs, and what was saved, to those of the arguments.
-        no_gradient: places of outputs that have no gradient.
-        dirty: places of outputs that are arguments written to.
+        forward: graph from the arguments to (outputs, values saved for the backward).
+        backward: graph from the gradients of the outputs and the saved values to the gradients of the arguments.
+        no_gradient: indices of outputs that have no gradient.
+        dirty: indices of outputs that are arguments written to in place.
     """
 
     forward: Any
@@ -49,7 +49,7 @@ class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: CustomFunction, *args: Any) -> tuple[Any, ...]:
         outputs, saved = function.forward.run(args)
-        ctx.function, ctx.places = function, [isinstance(value, Tensor) for value in saved]
+        ctx.function, ctx.tensor_flags = function, [isinstance(value, Tensor) for value in saved]
         ctx.others = [value for value in saved if not isinstance(value, Tensor)]
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
         ctx.mark_non_differentiable(*(outputs[n] for n in function.no_gradient))
@@ -60,14 +60,14 @@ class _Applied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if all(grad is None for grad in grads):  # stock's backward would not come here
+        if all(grad is None for grad in grads):  # stock's backward would not run
             return (None,) * len(ctx.needs_input_grad)
         grads = tuple(
             torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None and like is not None else grad
             for grad, like in zip(grads, ctx.shapes, strict=True)
         )
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        saved = [next(tensors if is_tensor else others) for is_tensor in ctx.places]
+        saved = [next(tensors if is_tensor else others) for is_tensor in ctx.tensor_flags]
         return None, *ctx.function.backward.run([*grads, *saved])
 
 
@@ -76,7 +76,7 @@ class TensorHook:
     """A hook of `Tensor.register_hook` as a graph.
 
     Attributes:
-        body: the gradient to what stands in its place, or None.
+        body: graph from the gradient to its replacement, or None.
     """
 
     body: Any
@@ -107,7 +107,7 @@ class _Hooked(torch.autograd.Function):
 
 
 def checkpointed(body: Any, *args: Any, **_options: Any) -> Any:
-    """A checkpointed part, taken inline: tiles are computed again in the backward anyway."""
+    """Run a checkpointed part inline: tiles are recomputed in the backward anyway."""
     tensors = tuple(a for a in args if isinstance(a, Tensor))
     if has_torch_function(tensors):
         return handle_torch_function(checkpointed, tensors, body, *args)
@@ -115,8 +115,8 @@ def checkpointed(body: Any, *args: Any, **_options: Any) -> Any:
 
 
 def _custom(forward: Any, backward: Any, *args: Any, **options: Any) -> Any:
-    places = tuple(options.get("non_differentiable_idx", ())), tuple(options.get("dirty_idx", ()))
-    return CustomFunction(forward, backward, *places)(*args)
+    indices = tuple(options.get("non_differentiable_idx", ())), tuple(options.get("dirty_idx", ()))
+    return CustomFunction(forward, backward, *indices)(*args)
 
 
 def _hooked(x: Tensor, body: Any, *held: Any) -> Tensor:
@@ -128,7 +128,7 @@ def _data(tensor: Tensor) -> Tensor:
 
 
 def _assign(tensor: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    """`tensor.data = value`, as Dynamo writes it."""
+    """`tensor.data = value`, in Dynamo's form."""
     if rest:
         return tensor.set_(value, *rest)  # pyright: ignore[reportCallIssue, reportArgumentType]
     tensor.data = value
@@ -136,7 +136,7 @@ def _assign(tensor: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 
 def of_arrays(operator: Any) -> Callable[..., Any]:
-    """An operator of NumPy arrays as Dynamo writes it; PyTorch 2.15 hides its calls from function modes."""
+    """An operator of NumPy arrays in Dynamo's form; PyTorch 2.15 hides its calls from function modes."""
 
     array: Any = importlib.import_module("torch._numpy").ndarray
 
@@ -148,7 +148,7 @@ def of_arrays(operator: Any) -> Callable[..., Any]:
 
 
 def _made_by_class(*args: Any, size: Any = None) -> Tensor:
-    """`torch.Tensor(...)`, whose constructor of old takes no fake tensors."""
+    """`torch.Tensor(...)`; its own legacy constructor does not support fake tensors."""
     args = args if size is None else (*args, torch.Size(size))
     if len(args) == 1 and isinstance(args[0], list | tuple) and not isinstance(args[0], torch.Size):
         return torch.tensor(args[0], dtype=torch.get_default_dtype())
@@ -176,7 +176,7 @@ CALLED: dict[str, Callable[..., Any]] = {
     "_lower_version_count_by_1": lambda tensor: tensor,
     **{name: getattr(torch, name) for name in LAYERS},
 }
-"""By the name of what Dynamo's graph calls: what is called in its place."""
+"""Name of a function that Dynamo's graph calls -> function to call instead."""
 
 CALLED_WITH_NONE = (_Applied, _Hooked)
-"""Functions that do nothing where no gradient comes, as stock's backward would not come there."""
+"""Functions whose backward does nothing without a gradient, where stock's backward would not run."""

@@ -1,4 +1,4 @@
-"""Which line of a recording is the user's, for refusals."""
+"""Finds the user's line and module in tracebacks, for error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def frames(text: str) -> list[Frame]:
 
 
 def is_users(file: str) -> bool:
-    """Whether a file is neither PyTorch's, nor Python's, nor one that calls a network by tiles."""
+    """Whether a file belongs neither to PyTorch, nor to Python, nor to gigamorph's own callers of a network."""
     if file.startswith((TORCH, "<frozen", "<eval_with_key", *_OURS)):
         return False
     return not file.startswith(_PYTHON) or "-packages" in file
@@ -34,12 +34,12 @@ def is_users(file: str) -> bool:
 def users(found: list[Frame]) -> Frame | None:
     """The innermost frame of the user's code, or of a library that is not PyTorch."""
     own = [frame for frame in found if is_users(frame[0])]
-    own = [frame for frame in own if frame[0] != "<string>"] or own  # libraries make code by exec
+    own = [frame for frame in own if frame[0] != "<string>"] or own  # libraries generate code by exec
     return own[-1] if own else None
 
 
 def module_of(found: list[Frame], network: nn.Module | None) -> str:
-    """The path of the module in whose forward the innermost frame is; of several of one class the first."""
+    """The path of the module whose forward contains the innermost frame; the first one of several of a class."""
     modules = [] if network is None else list(network.named_modules())
     for file, line, _ in reversed(found):
         for path, module in modules:

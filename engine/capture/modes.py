@@ -1,7 +1,7 @@
-"""Gradient modes as ops: what `torch.no_grad` does to a call, written into the program.
+"""Gradient modes as ops: the effect of `torch.no_grad` on a call, as part of the program.
 
-A call without gradients is the call and a `detach` of what it returns. A write without gradients changes values and not
-the graph: whoever reads the tensor gets the new values, and the gradient goes on as if nothing had been written.
+A call without gradients becomes the call and a `detach` of its results. A write without gradients changes values, but
+not the graph: later readers get the new values, and gradients flow as if nothing had been written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions of torch that do not show a recording all that they do, made to."""
+"""Replacements for torch functions that hide some of their ops from a recording."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _of_parts(func: Any) -> Callable[..., Any]:
-    """A function of torch.nn.functional that goes on to its parts, which are then seen, instead of being one call."""
+def _without_dispatch(func: Any) -> Callable[..., Any]:
+    """A function of torch.nn.functional that records its inner calls, instead of itself as one call."""
     names = {**vars(F), "has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
     names["has_torch_function_variadic"] = lambda *_: False
     return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
 
 
 def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """A product, its factor and a sum, as attention in tiles is made of; what beta leaves out is not read."""
+    """`torch.baddbmm` as a product, its factor and a sum, as tiled attention needs; with beta=0 `input` is not read."""
     found = torch.bmm(batch1, batch2)
     if alpha != 1:
         found = found * alpha
@@ -30,9 +30,9 @@ def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, 
     return found + (base if beta == 1 else base * beta)
 
 
-# Written in Python of functions that are known.
+# Written in Python with functions that have rules.
 OF_PARTS = {
-    F.multi_head_attention_forward: _of_parts(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward),
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
 }

@@ -1,4 +1,4 @@
-"""The recorded forward as data: values, calls, the result, and what else each call of the network changes."""
+"""`Program`: a recorded forward as data: values, ops, outputs, and the state that each call changes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .higher_order import CustomFunction, TensorHook
 
 @dataclass(slots=True)
 class Value:
-    """What is known of one tensor of the program: its shape and dtype at the captured image size."""
+    """A tensor of the program: its shape and dtype at the captured image size."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    name: str | None = None  # of a tensor of the network's state
-    constant: Tensor | None = None  # a tensor that the graph holds
-    trainable: bool = False  # a parameter or constant that wants a gradient
+    name: str | None = None  # name of a parameter or buffer
+    constant: Tensor | None = None  # a constant tensor of the graph
+    trainable: bool = False  # a parameter or constant that requires a gradient
     differentiable: bool = True  # whether a gradient flows through it, if the forward was recorded with gradients
-    order: tuple[int, ...] | None = None  # see `order`, as in stock's memory
+    order: tuple[int, ...] | None = None  # memory order in stock PyTorch, see `order`
 
     @property
     def takes_grad(self) -> bool:
@@ -37,7 +37,7 @@ class Value:
 
 @dataclass(slots=True)
 class Op:
-    """One recorded call. `args` and `kwargs` hold `Ref`s in place of tensors."""
+    """One recorded call; `args` and `kwargs` contain `Ref`s instead of tensors."""
 
     func: Callable[..., Any]
     name: str  # the last part of its public name, e.g. "conv2d", "add_", "__getitem__"
@@ -47,9 +47,9 @@ class Op:
     outputs: tuple[int, ...]
     mutated: tuple[int, ...]  # inputs that the call wrote to; their new values are among the outputs
     module: str  # path of the module that made the call
-    autocast: tuple[bool, torch.dtype] | None = None  # where it differs from the state the forward began in
+    autocast: tuple[bool, torch.dtype] | None = None  # if it differs from the state at the start of the forward
     line: str = ""  # file and line of the call in the network's own code
-    group: Any = None  # the processes that a SyncBatchNorm shares its statistics with
+    group: Any = None  # process group of a SyncBatchNorm
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the model'}"
@@ -61,19 +61,21 @@ class Program:
 
     Attributes:
         image: the image batch.
-        inputs: further maps that are given from outside, with the image axes last.
-        vectors: further tensors that are given from outside and have no image axes.
-        grad: whether gradients were on; without, `Value.differentiable` says nothing.
-        output: what the graph returns, in order: `Ref`s, and Python values.
-        single: whether the call returns one tensor and nothing else, where that was asked.
-        bound: the values that are there before a call, and which of its inputs each is.
-        assigned: those of the updated tensors whose memory a call replaces (`tensor.data = ...`).
-        updates: tensors from outside (parameters, buffers, constants, arguments) that a call writes to, with the value
-            that they have at its end; (before, after).
-        stands_in: by the number of a value that is handed out in another form than it is computed in, the one that is.
-        apart: values that are handed out, but that what goes on with them does not read.
-        reads: Python values that were taken from tensors of the network's state: how, and what they were.
-        reached: of what is handed out, the parameters and constants that its gradient comes to, be it with zeros.
+        inputs: further input maps, with the image axes last.
+        vectors: further input tensors without image axes.
+        ops: the calls, in order.
+        values: the tensors, by number.
+        grad: whether gradients were enabled; otherwise `Value.differentiable` is meaningless.
+        output: outputs of the graph, in order: `Ref`s and Python values.
+        single: whether the call returns exactly one tensor, if that was requested.
+        bound: value that exists before a call -> index of its input.
+        updates: (before, after) values of outside tensors (parameters, buffers, constants, arguments) that a call
+            writes to.
+        assigned: the updated tensors whose memory a call replaces (`tensor.data = ...`).
+        reads: (function, value) of Python values taken from tensors of the network's state.
+        stands_in: value -> the value that is returned instead of it, in another form.
+        apart: returned values that the rest of the program does not read.
+        reached: returned value -> the parameters and constants that its gradient reaches, also with zeros.
     """
 
     image: int
@@ -93,26 +95,26 @@ class Program:
     reached: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def results(self) -> list[int]:
-        """All values that a call leaves: in its result, and in tensors that it changes."""
+        """All values that remain after a call: in its result, and in tensors that it changes."""
         return [self.form(v) for v in (*self.given_away(), *(after for _, after in self.updates))]
 
     def handed_out(self) -> list[int]:
-        """The values that someone outside gets hold of."""
+        """The values that the caller receives."""
         return list(map(self.form, self.given_away()))
 
     def form(self, value: int) -> int:
-        """The value in the form in which it is handed out."""
+        """The value in the form that is returned."""
         return self.stands_in.get(value, value)
 
     def given_away(self) -> list[int]:
-        """The same, as they were recorded."""
+        """The returned values in their recorded form."""
         return refs(self.output)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
-        """Whether the Python values that the recording took from the network's state are the same now.
+        """Whether the Python values that the recording took from the network's state are unchanged.
 
         Args:
-            inputs: of the call.
+            inputs: inputs of the call.
         """
         if not self.reads:
             return True
@@ -124,20 +126,20 @@ class Program:
         return all(same_value(take(now), value) for take, value in self.reads)
 
     def state(self) -> list[int]:
-        """The values that are there before a call: parameters, buffers, constants."""
+        """The values that exist before a call: parameters, buffers, constants."""
         return [v for v, value in enumerate(self.values) if value.name is not None or value.constant is not None]
 
 
 class Watched:
-    """An argument of a call that may be another one in the next call."""
+    """An argument of a call that may change from call to call."""
 
     def now(self, _state: Callable[[int], Tensor]) -> Any:
-        """What it would be in a call now; the recording holds as long as that is equal."""
+        """The argument in a call now; the recording is valid while it is equal."""
         raise NotImplementedError
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two Python values of tensors are the same, zeros by their signs and NaN as itself."""
+    """Whether two Python values of tensors are equal; 0.0 differs from -0.0, and NaN equals NaN."""
     if isinstance(one, Watched):
         return one == other
     if isinstance(one, np.ndarray):
@@ -146,7 +148,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def call(op: Op, env: Any) -> list[Tensor]:
-    """The op's outputs; what it writes to is copied before, so that `env` stays as it is."""
+    """The op's outputs; tensors that it writes to are copied before, so `env` is unchanged."""
     scope = {v: env[v].clone() if v in op.mutated else env[v] for v in op.inputs}
     result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
     tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -161,7 +163,7 @@ _OTHER_ORDER = frozenset(
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """What rules know a call by: the last part of its public name, or all of it where it has that part by chance."""
+    """The name by which rules find a call: the last part of its public name, or the whole name if it is ambiguous."""
     if isinstance(func, (CustomFunction, TensorHook)):
         return func.__name__
     whole = str(resolve_name(func) or getattr(func, "__name__", func)).removesuffix(".__get__")
@@ -170,18 +172,18 @@ def name_of(func: Callable[..., Any]) -> str:
         return whole
     plain = last.removesuffix("_")
     other_order = plain in _OTHER_ORDER or plain.endswith(("_loss", "_logits", "_entropy"))
-    chance = not home.startswith(("torch", "gigamorph")) or (other_order and isinstance(func, BuiltinFunctionType))
-    return f"{home}.{last}" if chance else last
+    ambiguous = not home.startswith(("torch", "gigamorph")) or (other_order and isinstance(func, BuiltinFunctionType))
+    return f"{home}.{last}" if ambiguous else last
 
 
-def place(module: str, line: str) -> str:
-    """What messages call a place in the network."""
+def location(module: str, line: str) -> str:
+    """A location in the network, for messages."""
     where = f"module '{module}'" if module else "the model"
     return f"{where} ({line})" if line else where
 
 
 def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) -> Tensor | None:
-    """A value that depends on the network's state alone, computed; None if it depends on anything else."""
+    """Compute a value that depends only on the network's state; None if it depends on anything else."""
     makers = _makers(program)
     env: dict[int, Tensor] = {}
 
@@ -203,12 +205,12 @@ def known_values(program: Program, wanted: int, state: Callable[[int], Tensor]) 
 
 
 def _makers(program: Program) -> dict[int, Op]:
-    """The op that made each value; one that hands on what it was given, as `broadcast_tensors` does, makes nothing."""
+    """The op that made each value; values that an op only passes on, as in `broadcast_tensors`, do not count."""
     return {v: op for op in program.ops for v in op.outputs if v not in op.inputs}
 
 
 def takes_single_images(program: Program) -> bool:
-    """Whether a forward iterates over the batch, unpacks it or takes an image by its number, as over a list."""
+    """Whether a forward iterates over the batch, unpacks it or indexes single images, like a list."""
     readers = [op for op in program.ops if op.args and refs(op.args[:1]) == [program.image]]
     by_number = [op.args[1] for op in readers if op.name == "__getitem__"]
     first = [index[0] if isinstance(index, tuple) and index else index for index in by_number]
@@ -216,12 +218,12 @@ def takes_single_images(program: Program) -> bool:
 
 
 def given(program: Program, wanted: Iterable[int]) -> bool:
-    """Whether any of these values depends on what a call is given: the image, further maps, vectors."""
+    """Whether any of these values depends on the inputs of a call: the image, further maps, vectors."""
     return not ancestors(program, wanted).isdisjoint((program.image, *program.inputs, *program.vectors))
 
 
 def changes_unasked(program: Program, wanted: int) -> bool:
-    """Whether a value is another one in a later call that is given the same: of weights that learn, or random."""
+    """Whether a value may change between calls with equal inputs: it depends on trainable weights, or is random."""
     learns = any(program.values[number].trainable for number in ancestors(program, [wanted]))
     return not given(program, [wanted]) and (learns or by_chance(program, [wanted]))
 
@@ -232,13 +234,13 @@ def by_chance(program: Program, wanted: Iterable[int]) -> bool:
 
 
 def behind(program: Program, wanted: Iterable[int]) -> Iterator[Op]:
-    """The calls that these values come of."""
+    """The ops that these values depend on."""
     found = ancestors(program, wanted)
     return (op for op in program.ops if not found.isdisjoint(op.outputs))
 
 
 def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
-    """The values that these are made of, and they themselves."""
+    """The values that these depend on, including themselves."""
     makers = _makers(program)
     left, seen = list(wanted), set[int]()
     while left:
@@ -250,7 +252,7 @@ def ancestors(program: Program, wanted: Iterable[int]) -> set[int]:
     return seen
 
 
-UNSET = frozenset("empty empty_like new_empty empty_strided".split())  # they make memory without values
+UNSET = frozenset("empty empty_like new_empty empty_strided".split())  # ops that return uninitialised memory
 RANDOM = UNSET | frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout rand randn randint "
     "randperm rand_like randn_like randint_like bernoulli normal uniform exponential cauchy geometric log_normal "
@@ -259,7 +261,7 @@ RANDOM = UNSET | frozenset(
 
 
 def draws(op: Op) -> bool:
-    """Whether an op draws random numbers; a dropout of nothing, or that is told not to, does not."""
+    """Whether an op draws random numbers; a dropout with p=0 or training=False does not."""
     name = op.name.rstrip("_")
     if not name.endswith("dropout"):
         return name in RANDOM
@@ -268,18 +270,20 @@ def draws(op: Op) -> bool:
 
 
 def wants(tensor: Any) -> bool | str:
-    """Whether a gradient of a tensor is wanted: "made" if it is no leaf of the graph, so that it may be written to."""
+    """Whether a tensor requires a gradient: "made" if it is not a leaf of the graph, so it may be written to."""
     if not torch.is_grad_enabled() or not getattr(tensor, "requires_grad", False):
         return False
     return True if tensor.is_leaf else "made"
 
 
 class Given(NamedTuple):
-    """What a recording depends on of a tensor that is given from outside.
+    """The properties of an input tensor on which a recording depends.
 
     Attributes:
-        grad: whether a gradient is wanted; "made" if it is no leaf of the graph.
-        strides: in elements; None for a tensor without gaps, in the order of its dimensions.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        grad: whether it requires a gradient; "made" if it is not a leaf of the graph.
+        strides: strides in elements; None for a contiguous tensor.
     """
 
     shape: tuple[int, ...]
@@ -293,7 +297,7 @@ class Given(NamedTuple):
 
 
 def order(tensor: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of a tensor as they lie in memory, slowest first; None if there are gaps or values repeat."""
+    """The dimensions of a tensor in memory order, slowest first; None if the memory has gaps or values repeat."""
     if tensor.layout != torch.strided:
         return None
     if tensor.is_contiguous():
@@ -303,5 +307,5 @@ def order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def strides(tensor: Any) -> tuple[int, ...] | None:
-    """The strides of a tensor that has gaps or another order than that of its dimensions; None of all else."""
+    """The strides of a tensor that is not contiguous; None for other values."""
     return tensor.stride() if isinstance(tensor, Tensor) and not tensor.is_contiguous() else None

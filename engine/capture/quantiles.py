@@ -1,7 +1,7 @@
-"""Quantiles of tensors without values, which PyTorch 2.11 cannot make on the CPU.
+"""Quantiles of fake tensors, which PyTorch 2.11 cannot compute on the CPU.
 
-That version asks there whether what is sought lies between 0 and 1, which takes a value; 2.13 does not. Of tensors with
-values it asks itself.
+That version checks that the quantile is between 0 and 1, which needs a value; 2.13 does not. For tensors with values
+the check still runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _InRange(TorchDispatchMode):
-    """Says yes."""
+    """Answers comparisons with true."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return True if func is torch.ops.aten.equal.default else func(*args, **(kwargs or {}))
@@ -28,7 +28,7 @@ def _recorded(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with _InRange() if is_fake(input) else contextlib.nullcontext():
             return func(input, *args, **kwargs)
 
-    quantile.__name__, quantile.__module__ = func.__name__, "torch"  # by which it is known
+    quantile.__name__, quantile.__module__ = func.__name__, "torch"  # rules find it by this name
     return quantile
 
 

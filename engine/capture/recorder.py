@@ -1,4 +1,4 @@
-"""The function mode that writes down every call of a forward, and what each call does to memory and gradients."""
+"""`Recorder`: the function mode that records every call of a forward and its effect on memory and gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .refusals import REFUSED, data_dependent
 from .synchronized import group_of, shared
 from .values import Values
 
-# Python values of tensors. They are right where they come from the network's own state alone.
+# Functions that return Python values of tensors. The values are right if they depend only on the network's state.
 _TAKEN = frozenset(
     {
         "item",
@@ -50,7 +50,7 @@ class Recorder(TorchFunctionMode):
     """Records the calls of one forward.
 
     Args:
-        values: the program, and what its tensors hold.
+        values: the program, and the values of its tensors.
     """
 
     def __init__(self, values: Values):
@@ -63,8 +63,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(called, "__name__", "")
         if func is getattr(F, name, None) and func is not called and called.__module__ == F.__name__:
             raise UnsupportedError(
-                f"{self.values.where()} calls PyTorch's '{name}', in whose place torch.nn.functional has another "
-                "function, which would act twice; put PyTorch's own back, and call the other by a name of its own"
+                f"{self.values.where()} calls PyTorch's '{name}', but torch.nn.functional has another function of that "
+                "name, which would act twice; restore PyTorch's function, and rename the other"
             )
         if func is checkpointed:
             return self._checkpointed(*args)
@@ -79,8 +79,8 @@ class Recorder(TorchFunctionMode):
             result = body.run(args)
         if torch.is_grad_enabled() and dict(self.values.updates()) != before:
             raise UnsupportedError(
-                f"{self.values.where()} changes state (running statistics) within torch.utils.checkpoint, which stock "
-                "PyTorch changes again in the backward; leave checkpointing out, the memory budget does its work"
+                f"{self.values.where()} changes state (running statistics) inside torch.utils.checkpoint, which the "
+                "backward would change again; remove the checkpoint, the memory budget replaces it"
             )
         return result
 
@@ -91,7 +91,7 @@ class Recorder(TorchFunctionMode):
             self.values.group = group_of(args[1])
             return args[0]
         if name == "__set__":
-            return self._assigned(func, args)
+            return self._assign(func, args)
         if func is Tensor.new and args[1:] and isinstance(args[1], (int, np.integer, torch.Size)):
             func = Tensor.new_empty
         elif func is Tensor.new and args[1:] and isinstance(args[1], (list, tuple)):
@@ -102,7 +102,7 @@ class Recorder(TorchFunctionMode):
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         self._refuse(name, tensors, args, kwargs)
         if name in _TAKEN and tensors:
-            return self._taken(func, name, args, kwargs)
+            return self._python_value(func, name, args, kwargs)
         if func in _FILLED_AT and tensors:
             args, kwargs = self._with_number(_FILLED_AT[func], args, kwargs)
             tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
@@ -114,8 +114,8 @@ class Recorder(TorchFunctionMode):
         if torch.get_default_dtype() != self.entry_dtype:
             kwargs = self._with_dtype(name, tensors, outputs, kwargs)
         if not tensors and outputs and not any(self.values.fake.is_our_fake(r) for r in outputs):
-            return result  # a real tensor; it is a constant where it is used
-        # Of fake tensors in a list PyTorch counts no versions.
+            return result  # a real tensor, which is a constant for its readers
+        # PyTorch counts no versions of fake tensors in a list.
         listed = name.startswith("_foreach_") and name.endswith("_")
         changed = list(args[0]) if listed else [t for t, version in before if t._version != version]
         written = self._written(func, args, kwargs, changed, outputs)
@@ -123,26 +123,26 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.detach_ or name == "detach_":
             self.values.detach(args[0])
             return result
-        if fresh or written:  # else a host read (shape, dtype, ...) or the very object that came in
+        if fresh or written:  # otherwise a host read (shape, dtype, ...) or an unchanged argument
             self.values.program.reads += [(a.now, a) for a in args if isinstance(a, Watched)]
             self._record(func, args, kwargs, tensors, outputs, written)
         return result
 
     def _with_dtype(self, name: str, tensors: list[Tensor], outputs: list[Tensor], kwargs: Any) -> Any:
-        """The keywords of a call under another default dtype than the forward began with: NumPy's arrays."""
+        """The keywords of a call under a changed default dtype, as for NumPy arrays."""
         floating = [t for t in outputs if t.is_floating_point() or t.is_complex()]
         if not floating or "dtype" in kwargs or any(t.is_floating_point() or t.is_complex() for t in tensors):
             return kwargs
         if tensors:
             raise UnsupportedError(
-                f"{self.values.where()} computes '{name}' of integers in another default dtype than the forward began "
-                "with; convert them first (x.to(torch.float64))"
+                f"{self.values.where()} computes '{name}' of integers under a changed default dtype; convert them "
+                "first (x.to(torch.float64))"
             )
         return {**kwargs, "dtype": floating[0].dtype}
 
     @contextlib.contextmanager
     def _no_inference(self) -> Iterator[None]:
-        """Tensors of inference mode count no versions: calls are made outside of it."""
+        """Leave inference mode, whose tensors have no version counters."""
         if not torch.is_inference_mode_enabled():
             yield
             return
@@ -154,11 +154,11 @@ class Recorder(TorchFunctionMode):
             yield
 
     def _refuse(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
-        """What cannot be done again in later calls."""
+        """Refuse calls that cannot be repeated in later calls."""
         if name == "resize_" and tensors and _ints(args[1:]) == tuple(tensors[0].shape):
             return
         if name == "detach_" and tensors and tensors[0].requires_grad and id(tensors[0]) in self.values.first:
-            raise UnsupportedError(f"{self.values.where()} calls detach_() on what it is given; use x = x.detach()")
+            raise UnsupportedError(f"{self.values.where()} calls detach_() on an argument; use x = x.detach()")
         if name in REFUSED and tensors:
             raise UnsupportedError(f"{self.values.where()} {REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:
@@ -166,8 +166,8 @@ class Recorder(TorchFunctionMode):
                 f"{self.values.where()} calls requires_grad_() on a tensor; do so outside of the forward"
             )
 
-    def _taken(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """A Python value of tensors that depend on the network's state alone."""
+    def _python_value(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A Python value of tensors that depend only on the network's state."""
         program, call = self.values.program, tree_map(self.values.ref, (args, kwargs))
 
         def take_of(state: Callable[[int], Tensor]) -> Any:
@@ -185,22 +185,22 @@ class Recorder(TorchFunctionMode):
             if not given(program, refs(call)):
                 if {op.name.rstrip("_") for op in behind(program, refs(call))} & RANDOM <= UNSET:
                     raise UnsupportedError(
-                        f"{self.values.where()} takes a Python value of memory that has no values yet ('{name}'); use "
-                        "torch.zeros in the place of torch.empty"
+                        f"{self.values.where()} takes a Python value of uninitialised memory ('{name}'); use "
+                        "torch.zeros instead of torch.empty"
                     )
                 raise UnsupportedError(
-                    f"{self.values.where()} takes a Python value of a random number ('{name}'), so it is another "
-                    "program at each call; draw it outside of the forward, and give it as an argument"
+                    f"{self.values.where()} takes a Python value of a random number ('{name}'), so each call is "
+                    "another program; draw it outside of the forward, and pass it as an argument"
                 )
             raise data_dependent(self.values.where(), f"'{name}'")
-        own = value.copy() if isinstance(value, np.ndarray) else value  # its memory is the tensor's
+        own = value.copy() if isinstance(value, np.ndarray) else value  # an array shares the tensor's memory
         program.reads.append((take_of, own))
         return value
 
     def _own_index(self, func: Any, x: Tensor, index: Any) -> Any:
-        """An index with Python's numbers in the place of tensors that depend on the network's state alone.
+        """An index with Python numbers instead of tensors that depend only on the network's state.
 
-        Masks by which that state itself is written to stay: they may be others in each call.
+        Masks that index writes to that state stay tensors, because they may change in each call.
         """
         items = index if isinstance(index, tuple) else (index,)
         some = any(isinstance(item, Tensor) and item.dtype == torch.bool for item in items)
@@ -218,30 +218,30 @@ class Recorder(TorchFunctionMode):
             return slice(*(self._own_item(bound, size) for bound in (item.start, item.stop, item.step)))
         if not isinstance(item, Tensor) or item.dim() != (item.dtype == torch.bool) or item.is_floating_point():
             return item
-        fits = not item.dim() or len(item) == size  # else it is an error in stock
+        fits = not item.dim() or len(item) == size  # otherwise stock raises an error
         if not fits or given(self.values.program, [self.values.present(item)]):
             return item
-        return self._taken(_picked if item.dim() else Tensor.item, "an index", (item,), {})
+        return self._python_value(_true_indices if item.dim() else Tensor.item, "an index", (item,), {})
 
-    def _with_number(self, place: int, args: Any, kwargs: Any) -> Any:
-        """The arguments of a call that takes a number out of a tensor to fill another with it."""
-        fill = args[place] if len(args) > place else kwargs.get("fill_value")
+    def _with_number(self, position: int, args: Any, kwargs: Any) -> Any:
+        """The arguments of a call with a tensor as fill value, with the tensor's number instead."""
+        fill = args[position] if len(args) > position else kwargs.get("fill_value")
         if not isinstance(fill, Tensor):
             return args, kwargs
-        number = self._taken(Tensor.item, "item", (fill,), {})
-        if len(args) > place:
-            return (*args[:place], number, *args[place + 1 :]), kwargs
+        number = self._python_value(Tensor.item, "item", (fill,), {})
+        if len(args) > position:
+            return (*args[:position], number, *args[position + 1 :]), kwargs
         return args, {**kwargs, "fill_value": number}
 
-    def _assigned(self, func: Any, args: Any) -> None:
-        """`tensor.data = value` and other assignments to a tensor's properties."""
+    def _assign(self, func: Any, args: Any) -> None:
+        """Record `tensor.data = value`; refuse other assignments to a tensor's properties."""
         what = _PROPERTIES.get(func, "a property")
         if what != "data":
             raise UnsupportedError(f"{self.values.where()} assigns '{what}' of a tensor; do so outside of the forward")
         tensor, value = (self.values.twin(a) for a in args)
         if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
             raise UnsupportedError(
-                f"{self.values.where()} assigns '.data' of another shape or dtype; make a new tensor"
+                f"{self.values.where()} assigns '.data' with another shape or dtype; make a new tensor"
             )
         number = self.values.present(value)
         if value.requires_grad:
@@ -252,19 +252,19 @@ class Recorder(TorchFunctionMode):
             self.values.program.assigned.add(self.values.first[id(tensor)])
 
     def _refuse_reads(self, tensor: Tensor) -> None:
-        """A write that autograd does not notice changes what earlier calls have kept for their gradients."""
+        """Refuse a write that autograd does not notice if earlier calls saved the tensor for their gradients."""
         root = self.values.aliases.of[id(tensor)].memory.root
         if not root.requires_grad:
             return
         number = self.values.numbers[id(root)]
-        if not root.is_leaf or any(number in op.inputs and not _views(op) for op in self.values.program.ops):
+        if not root.is_leaf or any(number in op.inputs and not _is_view(op) for op in self.values.program.ops):
             raise UnsupportedError(
                 f"{self.values.where()} writes through '.data' into a tensor that gradients flow through; write it "
                 "under torch.no_grad(), before it is used"
             )
 
     def _written(self, func: Any, args: Any, kwargs: Any, changed: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        """The arguments that a call wrote to; not those that share their memory."""
+        """The arguments that a call wrote to, without others that share their memory."""
         running = self._running(func, args, kwargs)
         if len(changed) < 2:
             return [*changed, *running]
@@ -280,44 +280,45 @@ class Recorder(TorchFunctionMode):
         return [*found.values(), *running]
 
     def _running(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-        """The running statistics that a norm changes without telling autograd."""
+        """The running statistics that a norm changes without a new version for autograd."""
         names = {"batch_norm": ("training", 5), "instance_norm": ("use_input_stats", 5)}
         if getattr(func, "__name__", "") not in names:
             return []
-        flag, place = names[func.__name__]
+        flag, position = names[func.__name__]
         if isinstance(func, type(torch.batch_norm)):  # weight and bias come before the running statistics
             means = [*args[3:5], *(kwargs.get(n) for n in ("running_mean", "running_var"))]
         else:
             means = [*args[1:3], *(kwargs.get(n) for n in ("running_mean", "running_var"))]
-        live = kwargs.get(flag, args[place] if len(args) > place else flag == "use_input_stats")
+        live = kwargs.get(flag, args[position] if len(args) > position else flag == "use_input_stats")
         found = [t for t in means if isinstance(t, Tensor)] if live else []
         for tensor in found:
             self._refuse_saved(tensor)
         return found
 
     def _refuse_saved(self, running: Tensor) -> None:
-        """A norm that updates its running statistics after a call with a gradient saved them.
+        """Refuse a norm that updates running statistics which an earlier call saved for its gradient.
 
-        That counts no version, so PyTorch's gradient of the earlier call takes the updated statistics.
+        The update does not change the version counter, so PyTorch's gradient of the earlier call would use the updated
+        statistics.
         """
         values = self.values.program.values
         same = {self.values.present(running)}
         for op in self.values.program.ops:
             if same.isdisjoint(op.inputs) or same & set(op.mutated):
                 continue
-            if _views(op):
+            if _is_view(op):
                 same |= set(op.outputs)
             elif any(values[v].differentiable for v in op.outputs):
                 raise UnsupportedError(
                     f"{self.values.where()} updates running statistics that '{op.name}' used before in this forward, "
-                    "of which PyTorch's gradient is wrong; use the norm in one mode in each forward"
+                    "so PyTorch's gradient would be wrong; use the norm in one mode per forward"
                 )
 
     def _record(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor], written: list[Tensor]
     ) -> None:
         silent = not torch.is_grad_enabled() and self.values.entry_grad
-        # PyTorch writes to out= only where nothing wants a gradient, and the program runs with gradients.
+        # PyTorch allows out= only without gradients, but the program runs with gradients.
         cut = silent and kwargs.get("out") is not None
         ref = partial(self.values.ref_without_gradient, {}) if cut else self.values.ref
         ref_args, ref_kwargs = tree_map(ref, (args, kwargs))
@@ -327,8 +328,8 @@ class Recorder(TorchFunctionMode):
         mutated = tuple(dict.fromkeys(ref(w).value for w in written))
         if torch.is_grad_enabled() and not self.values.entry_grad and any(t.requires_grad for t in outputs):
             raise UnsupportedError(
-                f"{self.values.where()} switches gradients on inside a forward that runs without them; call the "
-                "network with gradients enabled"
+                f"{self.values.where()} enables gradients inside a forward that runs without them; call the network "
+                "with gradients enabled"
             )
         numbers: list[int] = []
         after: list[tuple[Tensor, int, bool]] = []
@@ -341,7 +342,7 @@ class Recorder(TorchFunctionMode):
             numbers.append(number)
             after.append((tensor, number, is_written))
         plain: Any = Tensor.detach if name == "data" else CORRECTED.get(func, func)
-        # Silent calls without a graph to cut are recorded as they are.
+        # Calls without gradients need no detach if none of their inputs requires a gradient.
         wants = any(self.values.program.values[v].differentiable for v in refs((ref_args, ref_kwargs)))
         self.values.append(plain, "detach" if name == "data" else name, ref_args, ref_kwargs, tuple(numbers), mutated)
         for tensor, number, is_written in after:
@@ -376,13 +377,13 @@ _FILLED_AT = {torch.full: 1, Tensor.new_full: 2, torch.full_like: 1}
 
 
 def _axes(item: Any) -> int:
-    """How many axes an item of an index is of."""
+    """The number of axes that an item of an index covers."""
     if item is None or item is ... or isinstance(item, bool):
         return 0
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
 
 
-def _picked(mask: Tensor) -> list[int]:
+def _true_indices(mask: Tensor) -> list[int]:
     return mask.nonzero().flatten().tolist()
 
 
@@ -390,5 +391,5 @@ def _ints(args: Any) -> tuple[int, ...]:
     return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
 
 
-def _views(op: Op) -> bool:
+def _is_view(op: Op) -> bool:
     return op.name in ("detach", "data", "view", "reshape", "transpose", "t", "permute", "__getitem__", "shape")

@@ -1,4 +1,4 @@
-"""The program of a network's call, recorded before there is an image; nothing of it runs."""
+"""Records the program of a network's call for an image shape, without an image and without running it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from .program import Given, Program
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded call: its graph, and what stands for its inputs.
+    """A recorded call.
 
     Attributes:
-        flat: one for each source of the graph; images have no memory, the network's tensors are its own.
+        graph: the graph of the call.
+        flat: one input for each source of the graph: stand-ins without memory for images, and the network's tensors.
         roles: see `Graph.program`.
-        image: what the image batch is like.
-        device: of the image.
+        image: shape and dtype of the image batch.
+        device: device of the image.
         moved: see `Graph.program`.
     """
 
@@ -39,11 +40,11 @@ class Recording:
     moved: torch.device | None
 
     def program(self) -> Program:
-        """The program of the call, in the gradient mode and autocast that are on."""
+        """The program of the call, in the current gradient mode and autocast."""
         return self.graph.program(self.flat, self.image, self.roles, self.device, self.moved)
 
     def run(self, twin: Callable[[Any], Any]) -> list[Any]:
-        """The graph's outputs, computed as stock PyTorch does, on what `twin` makes of the inputs."""
+        """The graph's outputs as stock PyTorch computes them, for the inputs mapped by `twin`."""
         graph = self.graph if self.moved is None else self.graph.on(self.moved)
         return tree_leaves(graph.run([twin(value) for value in self.flat]))
 
@@ -58,36 +59,36 @@ def record_call(
     vectors: Sequence[Given] = (),
     image_grad: bool = False,
 ) -> Recording:
-    """Record a call of the model on an image batch, in the gradient mode and autocast that are on.
+    """Record a call of the model on an image batch, in the current gradient mode and autocast.
 
     Args:
-        model: the network, in the training or evaluation mode that is to be recorded; it may be on the meta device.
-        shape: (N, C, H, W) of the image batch; any size, nothing of it is allocated.
-        dtype: of the image.
-        device: of the image; a network without values is recorded as if it were there, too.
-        call: what is recorded in place of the model's call, given the image, the `inputs` and the `vectors`.
+        model: the network, in the training or evaluation mode to record; it may be on the meta device.
+        shape: (N, C, H, W) of the image batch; any size, because it is not allocated.
+        dtype: dtype of the image.
+        device: device of the image; a network on the meta device is recorded as if it were on this device.
+        call: function of the image, the `inputs` and the `vectors` to record instead of the model's call.
         inputs: further maps, with the image axes last.
-        vectors: further tensors that have no image axes.
-        image_grad: whether a gradient of the image is wanted.
+        vectors: further tensors without image axes.
+        image_grad: whether the image requires a gradient.
 
     Raises:
-        UnsupportedError: for what cannot be recorded.
+        UnsupportedError: the call cannot be recorded.
     """
     refuse_unready(model)
     device = torch.device(device)
     held = [*model.parameters(), *model.buffers()]
-    lies = next((t.device for t in held if t.device.type != "meta"), held[0].device if held else device)
+    home = next((t.device for t in held if t.device.type != "meta"), held[0].device if held else device)
     fake = next((t.fake_mode for t in held if isinstance(t, FakeTensor)), None)
     with contextlib.nullcontext() if fake is None else fake:
         made = stand_in if fake is None else torch.empty
-        image = made(shape, dtype=dtype, device=lies).requires_grad_(bool(image_grad))
+        image = made(shape, dtype=dtype, device=home).requires_grad_(bool(image_grad))
         like = (*inputs, *vectors)
-        given = [made(one.shape, dtype=one.dtype, device=lies).requires_grad_(bool(one.grad)) for one in like]
-    graph, flat = record(_called, model if call is None else call, image, tuple(given))
+        given = [made(one.shape, dtype=one.dtype, device=home).requires_grad_(bool(one.grad)) for one in like]
+    graph, flat = record(_call, model if call is None else call, image, tuple(given))
     roles = {id(image): "image", **{id(t): "map" if n < len(inputs) else "vector" for n, t in enumerate(given)}}
-    found = {place: roles[id(value)] for place, value in enumerate(flat) if id(value) in roles}
+    found = {index: roles[id(value)] for index, value in enumerate(flat) if id(value) in roles}
     batch = Given(tuple(shape), dtype, bool(image_grad))
-    return Recording(graph, flat, found, batch, device, device if lies.type == "meta" else None)
+    return Recording(graph, flat, found, batch, device, device if home.type == "meta" else None)
 
 
 def capture(
@@ -106,30 +107,29 @@ def capture(
 
 @functools.cache
 def load_recorder() -> None:
-    """Record one layer, so that no step's memory holds what TorchDynamo imports at its first use, some 30 MB."""
-    with contextlib.suppress(Exception):  # whatever prevents it is found again with the network
+    """Record one layer, so that the import of TorchDynamo (about 30 MB) does not count as memory of a step."""
+    with contextlib.suppress(Exception):  # an error will occur again with the network
         capture(nn.ReLU(), (1, 1, 4, 4), torch.float32, "cpu")
 
 
-def _called(call: Callable[..., Any], image: Tensor, further: tuple[Tensor, ...]) -> Any:
+def _call(call: Callable[..., Any], image: Tensor, further: tuple[Tensor, ...]) -> Any:
     result = call(image, *further)
     return single(result) if isinstance(result, Tensor) else result
 
 
 def refuse_unready(model: nn.Module) -> None:
-    """Refuse modules that cannot be recorded as they are.
+    """Refuse modules that cannot be recorded.
 
     Raises:
-        UnsupportedError: for TorchScript, lazy modules and backward hooks of the kind that PyTorch gave up.
+        UnsupportedError: for TorchScript, lazy modules and deprecated backward hooks.
     """
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(f"{where} is TorchScript; give the plain eager module")
+            raise UnsupportedError(f"{where} is a TorchScript module, which cannot be recorded; use the eager module")
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
-            raise UnsupportedError(f"{where} is lazy; run the model once before")
+            raise UnsupportedError(f"{where} is lazy; run the model once before it is accelerated")
         if torch.is_grad_enabled() and module._backward_hooks and not module._is_full_backward_hook:
             raise UnsupportedError(
-                f"{where} has a backward hook by register_backward_hook, which PyTorch has given up; use "
-                "register_full_backward_hook"
+                f"{where} has a backward hook of the deprecated register_backward_hook; use register_full_backward_hook"
             )

@@ -1,4 +1,4 @@
-"""Recurrent layers on tensors without values: one step tells the shapes of all, which PyTorch would go through."""
+"""Recurrent layers on fake tensors: one step determines the shapes of all, where PyTorch would compute every step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BATCH_FIRST = 8  # the last argument of (input, hx, params, has_biases, num_lay
 
 
 def of_one_step(name: str, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """What the call gives, computed of the first step of its sequences; None for other calls, and packed sequences."""
+    """The result of a recurrent layer, computed from the first step of its sequences; None for other calls."""
     if name not in LAYERS or kwargs or len(args) != _BATCH_FIRST + 1 or not isinstance(args[3], bool):
         return None
     x, axis = args[0], int(args[_BATCH_FIRST])

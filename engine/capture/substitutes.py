@@ -1,9 +1,8 @@
-"""Calls that Dynamo records otherwise than the forward makes them.
+"""Substitutes for calls that Dynamo cannot record in their original form.
 
-By another name, since the result's shape cannot be found of the call itself: `F.batch_norm` of a norm whose running
-statistics are means over all batches (`momentum=None`), so that its momentum comes of a counter, a number without a
-value; recurrent layers, of which PyTorch without values goes through every step of a sequence. After the graph: what
-the forward prints, warns and logs.
+Some calls are recorded under another name, because their result's shape cannot be computed from the call itself:
+`F.batch_norm` with `momentum=None`, whose momentum depends on a counter without a value; and recurrent layers, for
+which PyTorch would compute every step of a sequence on fake tensors. Prints, warnings and logs run after the graph.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from .gaps import break_graph, of_dynamo
 from .recurrent import LAYERS, of_one_step
 
 SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
-"""Functions that are called after the graph, where Dynamo's setting names them: not in pieces."""
+"""Functions that are called after the graph if Dynamo's configuration lists them, but not in pieces."""
 
 _SIGNATURE = inspect.signature(F.batch_norm)
-_on: list[None] = []  # an item for each context that is open
+_on: list[None] = []  # one item per open context
 
 
 def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
-    """`F.batch_norm`, whose momentum may be a number without a value while Dynamo records it."""
+    """`F.batch_norm` whose momentum may be symbolic while Dynamo records it."""
     given = _SIGNATURE.bind(*args, **kwargs)
     if isinstance(given.arguments.get("momentum"), torch.SymFloat):
         given.arguments["momentum"] = 0.1
     return F.batch_norm(*given.args, **given.kwargs)
 
 
-def _has_no_value(args: Any, kwargs: Any) -> bool:
+def _has_symbolic_momentum(args: Any, kwargs: Any) -> bool:
     momentum = _SIGNATURE.bind(*args, **kwargs).arguments.get("momentum")
     return type(momentum).__name__ == "SymNodeVariable"
 
 
 def _layer(name: str) -> Callable[..., Any]:
-    """A recurrent layer's call under the name by which `higher_order.CALLED` knows it."""
+    """A recurrent layer's call, with its key in `higher_order.CALLED` as name."""
     func = getattr(torch, name)
 
     def layer(*args: Any, **kwargs: Any) -> Any:
@@ -60,7 +59,7 @@ def _layer(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def substitutes() -> Iterator[None]:
-    """What Dynamo records meanwhile."""
+    """Use the substitutes for recordings inside the `with` block."""
     _install()
     _on.append(None)
     try:
@@ -71,23 +70,23 @@ def substitutes() -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Add to the calls that Dynamo handles by themselves; without a context it does what it did."""
-    _substitute(F.batch_norm, batch_norm, _has_no_value)
+    """Add substitutes to Dynamo's handlers; they have no effect without an open context."""
+    _substitute(F.batch_norm, batch_norm, _has_symbolic_momentum)
     for name in LAYERS:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
     misc = of_dynamo("variables.misc")
-    _instead(misc.DebuggingVariable, "call_function", _say)
-    _instead(misc.LoggingLoggerVariable, "call_method", _log)
+    _override(misc.DebuggingVariable, "call_function", _defer)
+    _override(misc.LoggingLoggerVariable, "call_method", _log)
     functions = of_dynamo("variables.functions")
-    _instead(functions.SkipFunctionVariable, "call_function", _isinstance)
-    _instead(misc.NumpyVariable, "call_function", _product)
+    _override(functions.SkipFunctionVariable, "call_function", _isinstance)
+    _override(misc.NumpyVariable, "call_function", _product)
     torch.compiler.allow_in_graph(new_full)
-    _instead(of_dynamo("variables").TensorVariable, "call_method", _filled)
-    _instead(functions.UserFunctionVariable, "call_function", _captured)
-    _instead(of_dynamo("variables").TensorVariable, "as_python_constant", _known)
+    _override(of_dynamo("variables").TensorVariable, "call_method", _filled)
+    _override(functions.UserFunctionVariable, "call_function", _captured)
+    _override(of_dynamo("variables").TensorVariable, "as_python_constant", _known)
     if sys.version_info < (3, 12):  # since then without a lock
         kind = of_dynamo("variables").UserDefinedObjectVariable
-        _instead(kind, "tp_getattro_impl" if hasattr(kind, "tp_getattro_impl") else "var_getattr", _property)
+        _override(kind, "tp_getattro_impl" if hasattr(kind, "tp_getattro_impl") else "var_getattr", _property)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -102,9 +101,9 @@ def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any
     calls._get_handlers().setdefault(function, record)
 
 
-def _say(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """Dynamo alone would forget keywords, and what inlined functions say."""
-    if not all(map(_is_sayable, (*args, *kwargs.values()))):
+def _defer(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """Defer a print, warning or log; Dynamo alone would drop keywords, and calls of inlined functions."""
+    if not all(map(_is_constant, (*args, *kwargs.values()))):
         break_graph(f"{function.value.__name__} in the forward", "its arguments are known only in the call")
     given = {name: one.as_python_constant() for name, one in kwargs.items()}
     name = tx.output.install_global("said", functools.partial(function.value, **given))
@@ -118,23 +117,23 @@ def _log(logger: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name not in levels or not torch._dynamo.config.reorderable_logging_functions:
         return None
     misc = of_dynamo("variables.misc")
-    return _say(misc.DebuggingVariable(getattr(logger.value, name)), tx, args, kwargs)
+    return _defer(misc.DebuggingVariable(getattr(logger.value, name)), tx, args, kwargs)
 
 
-def _is_sayable(variable: Any) -> bool:
-    """Constants, sizes, and texts of them."""
+def _is_constant(variable: Any) -> bool:
+    """Whether a variable is a constant, a size, or a text of constants and sizes."""
     parts = getattr(variable, "sym_args", None)
     if parts is not None:
-        return all(map(_is_sayable, (*parts, *variable.sym_kwargs.values())))
+        return all(map(_is_constant, (*parts, *variable.sym_kwargs.values())))
     if type(variable).__name__ in ("SizeVariable", "TupleVariable"):
-        return all(map(_is_sayable, variable.items))
-    if variable.is_python_constant():  # but for what the forward may still change
+        return all(map(_is_constant, variable.items))
+    if variable.is_python_constant():  # except for containers, which the forward may still change
         return not isinstance(variable.as_python_constant(), list | dict | set | deque)
     return variable.is_symnode_like()
 
 
-def _instead(kind: Any, name: str, other: Callable[..., Any]) -> None:
-    """`other` is called while something of ours is recorded, unless it returns None."""
+def _override(kind: Any, name: str, other: Callable[..., Any]) -> None:
+    """Call `other` instead of a method during a recording; if it returns None, call the method."""
     method = getattr(kind, name)
 
     @functools.wraps(method)
@@ -146,15 +145,15 @@ def _instead(kind: Any, name: str, other: Callable[..., Any]) -> None:
 
 
 def _isinstance(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """`torch.jit.isinstance` with a class is Python's."""
+    """`torch.jit.isinstance` with a class, as Python's `isinstance`."""
     if function.value is not torch.jit.isinstance or not isinstance(args[1].as_python_constant(), type):
         return None
     return of_dynamo("variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
 
 
 def _product(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """`numpy.prod` of sizes is a number; Dynamo would make a tensor of it."""
-    if function.value is not np.prod or kwargs or len(args) != 1 or not _is_sayable(args[0]):
+    """`numpy.prod` of sizes as a number; Dynamo would make a tensor."""
+    if function.value is not np.prod or kwargs or len(args) != 1 or not _is_constant(args[0]):
         return None
     return of_dynamo("variables").UserFunctionVariable(_times).call_function(tx, args, {})
 
@@ -167,16 +166,16 @@ def _times(sizes: Any) -> Any:
 
 
 def _property(one: Any, tx: Any, name: str) -> Any:
-    """A `functools.cached_property` that is read for the first time, without its lock, which Dynamo does not know."""
+    """The first read of a `functools.cached_property`, without its lock, which Dynamo does not support."""
     found = inspect.getattr_static(type(one.value), name, None)
     if not isinstance(found, functools.cached_property) or name in vars(one.value):
         return None
     variables = of_dynamo("variables")
     given = [one, variables.UserFunctionVariable(found.func), variables.ConstantVariable.create(name)]
-    return variables.UserFunctionVariable(_once).call_function(tx, given, {})
+    return variables.UserFunctionVariable(_get_or_compute).call_function(tx, given, {})
 
 
-def _once(instance: Any, func: Callable[..., Any], name: str) -> Any:
+def _get_or_compute(instance: Any, func: Callable[..., Any], name: str) -> Any:
     held = instance.__dict__
     if name not in held:
         held[name] = func(instance)
@@ -184,7 +183,7 @@ def _once(instance: Any, func: Callable[..., Any], name: str) -> Any:
 
 
 def _known(x: Any) -> bool | None:
-    """A condition of tensors or arrays that nothing given changes, as of sizes; Dynamo would not branch on it."""
+    """The value of a condition on constant tensors or arrays, as of sizes; Dynamo would not branch on it."""
     asking = sys._getframe(2)
     if not {asking.f_code, asking.f_back.f_code if asking.f_back else None} & _jumps():
         return None
@@ -199,7 +198,7 @@ def _known(x: Any) -> bool | None:
 
 
 def _value(node: fx.Node) -> Any:
-    """What a node gives: of constants alone, and not written to since."""
+    """The value of a node that depends only on constants and was not written to since."""
     example = node.meta.get("example_value")
     tensor = getattr(example, "tensor", example)  # of an array
     if node.op not in ("call_function", "call_method") or example is None:
@@ -212,13 +211,13 @@ def _value(node: fx.Node) -> Any:
 
 @functools.cache
 def _jumps() -> set[Any]:
-    """The code of Dynamo that branches."""
+    """The code objects of Dynamo that handle branches."""
     translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
     return {vars(translator)[name].__code__ for name in vars(translator) if "JUMP" in name and "_IF_" in name}
 
 
 def _filled(x: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """`Tensor.new_full` of a tensor's number, which has no value yet."""
+    """`Tensor.new_full` with a tensor as fill value, which has no value yet."""
     fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
     if name != "new_full" or fill is None or not fill.is_tensor():
         return None
@@ -231,7 +230,7 @@ def new_full(x: Tensor, size: Any, fill_value: Any, **kwargs: Any) -> Tensor:
 
 
 def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """Hooks of transformers that capture outputs are installed now, once, with a lock that Dynamo does not know."""
+    """Install the output-capturing hooks of transformers now; their lock is not supported by Dynamo."""
     named = getattr(function.fn, "__module__", ""), getattr(function.fn, "__name__", "")
     if named != ("transformers.utils.output_capturing", "maybe_install_capturing_hooks"):
         return None

@@ -1,6 +1,6 @@
-"""SyncBatchNorm as Dynamo records it: the BatchNorm that it is, marked with its processes.
+"""Records a SyncBatchNorm as a BatchNorm that is marked with its process group.
 
-Its own forward runs on GPUs alone, and exchanges tensors with collectives that a tile cannot make.
+Its own forward runs only on GPUs and calls collectives, which a tile cannot do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..parallel.processes import world
 from .active import is_recorded
 
 _lock = threading.Lock()
-_open: list[Any] = []  # for each context, the forward that a SyncBatchNorm had before
-_several: list[bool] = [False]  # whether there are other processes; Dynamo's guards look at it
+_open: list[Any] = []  # per open context, the original forward of SyncBatchNorm
+_several: list[bool] = [False]  # whether other processes exist; Dynamo guards it
 
 
 def shared(x: Tensor, name: str) -> Tensor:
-    """Marks in a graph that the statistics of the next BatchNorm are those of a group of processes, by its name."""
+    """Marks in a graph that the next BatchNorm shares its statistics in the process group with this name."""
     if has_torch_function((x,)):
         return handle_torch_function(shared, (x,), x, name)
     return x.view_as(x)
@@ -35,14 +35,14 @@ torch.compiler.allow_in_graph(shared)
 
 
 def group_of(name: str) -> Any:
-    """The group that `shared` names, or None for a single process."""
+    """The process group with this name; None if it has a single process."""
     group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     return group if dist.get_world_size(group) > 1 else None
 
 
 @contextlib.contextmanager
 def synchronized() -> Iterator[None]:
-    """While Dynamo records, a SyncBatchNorm is a BatchNorm with a mark; elsewhere it stays what it is."""
+    """Let Dynamo record a SyncBatchNorm as a marked BatchNorm inside the `with` block."""
     with _lock:
         _open.append(_open[0] if _open else nn.SyncBatchNorm.forward)
         _several[0], nn.SyncBatchNorm.forward = world() > 1, _forward

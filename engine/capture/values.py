@@ -1,4 +1,4 @@
-"""The values of a recording: which one each tensor holds now, what shares its memory, and the calls that made them."""
+"""The values of a recording: the current value of each tensor, tensors that share memory, and the recorded calls."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from ..errors import UnsupportedError
 from .aliases import Alias, Aliases, Step, inverse, is_same
 from .call_trees import Ref, refs, tree_map
 from .modes import straight_through
-from .program import Given, Op, Program, Value, order, place
+from .program import Given, Op, Program, Value, location, order
 from .refusals import SPARSE
 
 
 class Values:
-    """The program so far, and the value that each tensor without values stands for.
+    """The program so far, and the value number of each fake tensor.
 
     Args:
-        fake: makes tensors without values.
-        device: of the image.
+        fake: the mode that makes fake tensors.
+        device: device of the image.
 
     Attributes:
         module: path of the module whose forward is running.
-        line: of the network's code, of the call that is being recorded.
-        called: what the graph calls there.
-        group: the processes that the next BatchNorm shares its statistics with.
+        line: line of the network's code that makes the current call.
+        called: the function or method name that the graph calls.
+        group: process group of the next BatchNorm, if it shares its statistics.
     """
 
     def __init__(self, fake: FakeTensorMode, device: torch.device):
         self.fake, self.device = fake, device
         self.entry_grad, self.entry_autocast = torch.is_grad_enabled(), self.autocast()
         self.program = Program(image=0, grad=self.entry_grad)
-        self.numbers: dict[int, int] = {}  # id of a tensor -> its present value
+        self.numbers: dict[int, int] = {}  # id of a tensor -> number of its current value
         self.twins: dict[int, Tensor] = {}  # id of a real tensor -> fake twin
         self.reals: dict[int, Tensor] = {}  # id of a fake twin -> real tensor
-        self.sharing: dict[int, list[Tensor]] = {}  # memory of real tensors -> those that lie there
-        self.written: set[int] = set()  # such memory that has been written to
-        self.first: dict[int, int] = {}  # id of a tensor from outside -> the value that it came with
+        self.sharing: dict[int, list[Tensor]] = {}  # storage -> real tensors on it
+        self.written: set[int] = set()  # storages of real tensors that were written to
+        self.first: dict[int, int] = {}  # id of an outside tensor -> number of its initial value
         self.alive: list[Any] = []  # ids stay unique only while their objects live
         self.aliases = Aliases()
         self.module, self.line, self.group = "", "", None
@@ -51,10 +51,10 @@ class Values:
         return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def where(self) -> str:
-        return place(self.module, self.line)
+        return location(self.module, self.line)
 
     def given(self, what: Given) -> Tensor:
-        """A tensor that comes from outside, without values."""
+        """A fake tensor for an input of the call."""
         with torch.inference_mode(False), torch.enable_grad():
             if what.strides is None:
                 made = torch.empty(what.shape, dtype=what.dtype, device=self.device)
@@ -66,7 +66,7 @@ class Values:
         return made
 
     def new_value(self, tensor: Tensor, name: str | None = None, constant: Tensor | None = None) -> int:
-        """A number for a tensor's present value."""
+        """Number a tensor's current value."""
         number = self.number(tensor)
         value = self.program.values[number]
         value.name, value.constant = name, constant
@@ -74,7 +74,7 @@ class Values:
         return number
 
     def know(self, tensor: Tensor, number: int, step: Step | None) -> None:
-        """A tensor without values has a number; `step` made it, where it is a view of another."""
+        """Register the value number of a fake tensor; `step` made it, if it is a view."""
         self.numbers[id(tensor)] = number
         self.alive.append(tensor)
         self.aliases.add(tensor, step)
@@ -84,32 +84,33 @@ class Values:
             raise UnsupportedError(f"{self.where()} {SPARSE}")
         wants = like.requires_grad if differentiable is None else differentiable
         wants = wants or not self.entry_grad
-        lies = order(like)
-        self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants, order=lies))
+        layout = order(like)
+        self.program.values.append(Value(like.shape, like.dtype, like.device, differentiable=wants, order=layout))
         return len(self.program.values) - 1
 
     def twin(self, tensor: Tensor, name: str | None = None) -> Tensor:
-        """The fake tensor that stands for `tensor`; itself if it was made during the recording.
+        """The fake tensor for `tensor`; `tensor` itself if the recording made it.
 
         Args:
-            name: of a tensor of the network's state; None for one that the graph holds itself.
+            tensor: a real or fake tensor.
+            name: name of a parameter or buffer; None for a constant of the graph.
         """
         if id(tensor) in self.numbers:
             return tensor
         if id(tensor) in self.twins:
             return self.twins[id(tensor)]
         if self.fake.is_our_fake(tensor):
-            return self._unseen(tensor)
+            return self._unrecorded(tensor)
         if tensor.layout != torch.strided:
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
         memory = tensor.untyped_storage()._cdata
         if memory in self.written:
             raise UnsupportedError(
                 f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; "
-                "keep one of them, and make the other from it in the forward"
+                "store only one of them, and make the other from it in the forward"
             )
         with torch.inference_mode(False):
-            device = self.device if tensor.is_meta else tensor.device  # plans take networks without values
+            device = self.device if tensor.is_meta else tensor.device  # plans accept networks on the meta device
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             twin.requires_grad_(tensor.requires_grad)
         self.twins[id(tensor)], self.reals[id(twin)] = twin, tensor
@@ -118,13 +119,13 @@ class Values:
         self.program.values[number].trainable = tensor.requires_grad
         return twin
 
-    def _unseen(self, tensor: Tensor) -> Tensor:
-        """A tensor that no recorded call made: `Variable(x)` is one on the memory of x."""
+    def _unrecorded(self, tensor: Tensor) -> Tensor:
+        """Register a tensor that no recorded call made, as `Variable(x)`, which shares the memory of x."""
         known = self.aliases.twin(tensor)
         if known is None:
             raise UnsupportedError(
-                f"{self.where()} uses a tensor that was made outside of any recorded call (a scripted or compiled "
-                "part?); give the plain eager module"
+                f"{self.where()} uses a tensor that no recorded call made (by a scripted or compiled part?); use the "
+                "eager module"
             )
         number = self.present(known)
         if known.requires_grad and not tensor.requires_grad:
@@ -133,21 +134,21 @@ class Values:
         return tensor
 
     def present(self, tensor: Tensor) -> int:
-        """The number of a tensor's present value; a view whose memory was written to is made again."""
+        """The number of a tensor's current value; a view is made again if its memory was written to."""
         alias = self.aliases.of.get(id(tensor))
         if alias is not None and alias.version != alias.memory.version:
             root = alias.memory.root
-            self.numbers[id(tensor)] = self.again(alias, self.numbers[id(root)])[-1]
+            self.numbers[id(tensor)] = self.rebuild(alias, self.numbers[id(root)])[-1]
             alias.version = alias.memory.version
         if id(tensor) not in self.numbers:
             raise UnsupportedError(
-                f"{self.where()} makes tensors that cannot be followed (torch functions are switched off around the "
-                "call?); leave torch._C.DisableTorchFunction before it"
+                f"{self.where()} makes tensors that cannot be recorded (are torch functions disabled around the "
+                "call?); call the network outside of torch._C.DisableTorchFunction"
             )
         return self.numbers[id(tensor)]
 
-    def again(self, alias: Alias, value: int) -> list[int]:
-        """The values along the way from a root's value to a view."""
+    def rebuild(self, alias: Alias, value: int) -> list[int]:
+        """Record the calls from a root's value to a view again; returns the values after each step."""
         found = [value]
         for step in alias.chain:
             parent = step.parent
@@ -165,7 +166,7 @@ class Values:
         return Ref(self.present(leaf)) if isinstance(leaf, Tensor) else leaf
 
     def ref_without_gradient(self, made: dict[int, Ref], leaf: Any) -> Any:
-        """`ref`; what wants a gradient is detached before, once for all calls with the same `made`."""
+        """`ref` of a detached tensor; tensors are detached once for all calls with the same `made`."""
         if not isinstance(leaf, Tensor) or not leaf.requires_grad:
             return self.ref(leaf)
         if id(leaf) not in made:
@@ -173,13 +174,13 @@ class Values:
         return made[id(leaf)]
 
     def write(self, tensor: Tensor, number: int, tracked: bool) -> None:
-        """A tensor has a new value, and with it its root."""
+        """Set a new value of a tensor, and of its root."""
         alias = self.aliases.of[id(tensor)]
         memory = alias.memory
         root = memory.root
         old, own = self.numbers[id(root)], number
         if alias.chain:
-            values = self.again(alias, old)
+            values = self.rebuild(alias, old)
             for step, parent in zip(reversed(alias.chain), reversed(values[:-1]), strict=True):
                 if is_same(step):
                     continue
@@ -212,12 +213,12 @@ class Values:
             )
 
     def detach(self, tensor: Tensor) -> None:
-        """`detach_`: the same tensor, from here on without its graph."""
+        """`detach_`: the same tensor without its graph."""
         number = self.emit(Tensor.detach, "detach", (self.present(tensor),), tensor, False)
         self.numbers[id(tensor)] = number
 
     def emit(self, func: Any, name: str, args: tuple[Any, ...], like: Tensor, differentiable: bool | None) -> int:
-        """A call of our own; numbers stand for values."""
+        """Append a call that the forward does not make itself; integers in `args` are value numbers."""
         numbers = [a for a in args if type(a) is int]
         if name in ("reshape", "transpose", "permute"):
             own, rest = (Ref(args[0]),), args[1:]
@@ -257,7 +258,7 @@ class Values:
         )
 
     def reached(self, tensor: Tensor) -> frozenset[int]:
-        """The parameters and constants that PyTorch's graph of a tensor comes to."""
+        """The parameters and constants that PyTorch's autograd graph of a tensor reaches."""
         left, seen, found = [tensor.grad_fn], set[Any]([None]), set[int]()
         while left:
             node = left.pop()
@@ -268,13 +269,13 @@ class Values:
         return frozenset(v for v in found if v >= 0 and self.program.values[v].trainable)
 
     def state(self) -> Iterator[tuple[int, Tensor]]:
-        """The values that stand for real tensors."""
+        """(number, tensor) of each value of a real tensor."""
         for twin_id, number in self.first.items():
             if twin_id in self.reals:
                 yield number, self.reals[twin_id]
 
     def updates(self) -> list[tuple[int, int]]:
-        """The tensors from outside that were written to: the value that each came with, and its last."""
+        """(initial value, last value) of each outside tensor that was written to."""
         found = []
         for key, number in self.first.items():
             alias = self.aliases.of.get(key)
@@ -283,7 +284,7 @@ class Values:
         return found
 
     def forget(self) -> None:
-        """Let all tensors of the recording go."""
+        """Free all tensors of the recording."""
         self.alive.clear()
         self.reals.clear()
         self.sharing.clear()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 
-from ..capture.program import Op, Program, Ref, ancestors, given, place
+from ..capture.program import Op, Program, Ref, ancestors, given, location
 from ..errors import UnsupportedError
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
@@ -80,7 +80,7 @@ def _draw_once(program: Program, make: Callable[..., Tensor], like: int, output:
 
 
 def _refuse(op: Op, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{place(op.module, op.line)}: {reason}")
+    return UnsupportedError(f"{location(op.module, op.line)}: {reason}")
 
 
 def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:

@@ -40,7 +40,7 @@ def arrange_together(
     arranged = [sort(program, request.fallback) for program in programs]
     for op in _writes_of_images(programs[0]):
         raise UnsupportedError(
-            f"{trace.place(op.module, op.line)}: '{op.name}' writes a value of each image to a buffer{_APART}"
+            f"{trace.location(op.module, op.line)}: '{op.name}' writes a value of each image to a buffer{_APART}"
         )
     largest = max(range(len(programs)), key=lambda n: math.prod(programs[n].values[programs[n].image].shape))
     every = [every_strategy(*pair, request.training, grad) for pair, grad in zip(arranged, image_grads, strict=True)]

@@ -178,7 +178,7 @@ def test_settings_that_turn_compilation_off_are_told_once(
         with around():
             net(image())
     (said,) = [one.getMessage() for one in caplog.records if one.name == "gigamorph"]
-    assert "turns torch.compile off; accelerated networks are computed by tiles" in said
+    assert "turns torch.compile off, but accelerated networks are still computed by tiles" in said
 
 
 def settings() -> dict[str, Any]:

@@ -491,7 +491,9 @@ def test_a_generator_of_pythons_that_lasts_is_refused(fallback):
         twin = copy.deepcopy(net)
         agree(outputs(twin), outputs(accelerate(net, tile=8, fallback=fallback)))
         return
-    with pytest.raises(UnsupportedError, match=r"random.Random \('source'\) that lasts .* another program") as caught:
+    with pytest.raises(
+        UnsupportedError, match=r"random.Random \('source'\) that exists across calls.* another program"
+    ) as caught:
         outputs(accelerate(net, tile=8, fallback=fallback))
     assert "\n" not in str(caught.value) and net.source.random() == source().random()
 

@@ -527,7 +527,7 @@ def test_a_function_in_the_place_of_the_one_that_it_calls(monkeypatch, fallback)
     """PyTorch hands on what is at the place of its function, so that the other one would act twice."""
     own, net = F.interpolate, nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2)).double()
     monkeypatch.setattr(F, "interpolate", lambda x, *args, **kwargs: own(x, *args, **kwargs) * 2)
-    with pytest.raises(UnsupportedError, match="'interpolate', in whose place"):
+    with pytest.raises(UnsupportedError, match="'interpolate', but torch.nn.functional has another function"):
         accelerate(net, tile=8, fallback=fallback)(torch.randn(1, 1, 18, 21, dtype=torch.float64))
 
 
@@ -803,8 +803,14 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "into channels by a mask": (into_a_mask, r"test_recorded.py:\d+"),
     "a kept handle": (lambda net, x: (net.seen.append(x.register_hook(lambda g: g)), x)[1], "cannot be recorded"),
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], r"test_recorded.py:\d+"),
-    "checkpointed statistics": (lambda net, x: checkpoint(net.norm, x, use_reentrant=False), "again in the backward"),
-    "gradients that stay off": (lambda net, x: (torch.set_grad_enabled(False), x)[1], "leaves gradients switched"),
+    "checkpointed statistics": (
+        lambda net, x: checkpoint(net.norm, x, use_reentrant=False),
+        "the backward would change it again",
+    ),
+    "gradients that stay off": (
+        lambda net, x: (torch.set_grad_enabled(False), x)[1],
+        "changes the gradient mode and does not restore it",
+    ),
     "checkpointed without a gradient": (
         lambda net, x: checkpoint(lambda y: net.scale * y.tanh(), x.detach(), use_reentrant=True),
         "pass use_reentrant=False",
@@ -812,11 +818,11 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "vmap": (lambda net, x: torch.vmap(lambda row: row * 2)(x), "torch.func"),
     "a branch for the compiler": (
         lambda net, x: torch.cond(x.sum() > 0, lambda a: a * 2, lambda a: a * 3, (x,)),
-        "'cond', for which there is no rule",
+        "'cond', which has no rule",
     ),
     "a number of memory without values": (
         lambda net, x: x * float(torch.add(net.mean, 1, out=torch.empty(4, dtype=x.dtype)).sum()),
-        r"has no values yet \('item'\); use torch.zeros",
+        r"uninitialised memory \('item'\); use torch.zeros",
     ),
     "numbers of tensors, by the class": (
         lambda net, x: x * torch.Tensor([net.mean[0], 2])[:1],
