@@ -527,7 +527,7 @@ def test_a_function_in_the_place_of_the_one_that_it_calls(monkeypatch, fallback)
     """PyTorch hands on what is at the place of its function, so that the other one would act twice."""
     own, net = F.interpolate, nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2)).double()
     monkeypatch.setattr(F, "interpolate", lambda x, *args, **kwargs: own(x, *args, **kwargs) * 2)
-    with pytest.raises(UnsupportedError, match="'interpolate', but torch.nn.functional has another function"):
+    with pytest.raises(UnsupportedError, match=r"'interpolate', but torch\.nn\.functional has another function"):
         accelerate(net, tile=8, fallback=fallback)(torch.randn(1, 1, 18, 21, dtype=torch.float64))
 
 
