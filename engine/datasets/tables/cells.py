@@ -122,10 +122,13 @@ def _row(path: Path, unit: str, number: int, cells: Sequence[str], names: Sequen
 
 
 def no_number(cell: str, remedy: str = "") -> str:
-    """What is wrong with a cell that is no number, and what to do: a decimal comma is told, else the `remedy`."""
+    """Why a cell is not a finite number, and what to do: write a decimal point for a comma, otherwise the `remedy`."""
     point = cell.replace(",", ".")
-    told = f"write {point}" if is_number(point) else remedy
-    return f"{cell!r} is no number{told and '; '}{told}"
+    if is_number(cell):
+        reason = "is not finite"
+    else:
+        reason, remedy = "is no number", f"write {point}" if is_number(point) else remedy
+    return f"{cell!r} {reason}{remedy and '; '}{remedy}"
 
 
 def is_number(text: str) -> bool:

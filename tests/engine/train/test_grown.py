@@ -91,7 +91,7 @@ def test_where_it_began_is_found_through_changed_heads_and_inputs():
     assert Origin.from_record(origin.record()).build("grown_nets:small", 4)[6].out_features == 4
     with pytest.raises(DataError, match="images of 3 channels, not 1"):
         Origin.of_file("grown_nets:small", "g.safetensors", 1)
-    with pytest.raises(MorphError, match="it did not begin as 'resnet18'"):
+    with pytest.raises(MorphError, match="its network was not grown from 'resnet18'"):
         Origin.of_file("resnet18", "g.safetensors", 3)
 
 

@@ -18,7 +18,7 @@ def test_a_number_that_is_infinite_is_named(tmp_path):
         imagecodecs.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8), number, np.uint8))
         rows.append(f"{number}.png,p{number},{split},{'inf' if split == 'val' else number}")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    with pytest.raises(DataError, match=r"t.csv: label_size of 2.png is inf; leave it empty if not known"):
+    with pytest.raises(DataError, match=r"t.csv, line 4: label_size 'inf' is not finite; leave it empty where"):
         training_data(tmp_path / "t.csv", labels=Labels("numbers"))
 
 
