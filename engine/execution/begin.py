@@ -1,4 +1,4 @@
-"""Forwards on the parameters and buffers as they are now, nothing of them computed yet."""
+"""Creates forwards from the current parameters and buffers; nothing is computed yet."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def begin(
     regions: Mapping[int, Pixels] | None = None,
     together: MemoryLimit | None = None,
 ) -> list[Forward]:
-    """A forward for each image batch.
+    """Create a forward for each image batch.
 
     Args:
-        inputs: of the graph.
-        prepared: its program for each batch.
-        page_pool: pages of maps that are gone.
+        inputs: the inputs of the graph for each batch.
+        prepared: the prepared program for each batch.
+        page_pool: the pool of pages of freed maps.
         on_tile: called after each tile.
-        regions: by the place of an input, what is read by region in the place of its tensor.
+        regions: by the index of an input, the source that is read by region instead of its tensor.
         together: see `Forward.keep_to_plan`.
     """
     first, regions = prepared[0], regions or {}
@@ -52,7 +52,7 @@ def begin(
         _refuse_shared(written, tensors if image is None else {**tensors, program.image: image}, kept)
         state = {v: _for_backward(t) for v, t in kept.items()}
         targets = {v: kept[v] for v in written if v in kept}
-        # What is written to at the end of the call may be read in its backward.
+        # Tensors that are written at the end of the call may be read in its backward.
         state.update((v, state[v].clone()) for v in written & ready.kept_for_backward if v in state)
         if program.image in written and image is not None:
             targets[program.image], image = image, image.clone()
@@ -65,7 +65,7 @@ def begin(
 
 
 def _refuse_shared(written: set[int], arguments: Mapping[int, Tensor], kept: Mapping[int, Tensor]) -> None:
-    """Refuse to write to an argument in whose memory another tensor of the call lies: a recording has them apart.
+    """Raise an error if a written argument shares memory with another tensor, because recordings separate them.
 
     Raises:
         UnsupportedError: with the shape of the argument.
@@ -76,12 +76,12 @@ def _refuse_shared(written: set[int], arguments: Mapping[int, Tensor], kept: Map
             if other is not one and _share(one, other):
                 raise UnsupportedError(
                     f"the forward writes to an argument of shape {list(one.shape)} that shares memory with another "
-                    f"tensor of the call, of shape {list(other.shape)}; give a clone of one of them"
+                    f"tensor of the call, of shape {list(other.shape)}; pass a clone of one of them"
                 )
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether the memory from a tensor's first to its last element is in part another's."""
+    """Whether the memory ranges of two tensors, from the first to the last element, overlap."""
     if one.device != other.device or other.layout is not torch.strided or not one.numel() or not other.numel():
         return False
 
@@ -94,5 +94,5 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 def _for_backward(tensor: Tensor) -> Tensor:
-    """The tensor; one that was made in inference mode cannot be kept for a backward, but its copy can."""
+    """The tensor, or a copy of an inference tensor, because autograd cannot save those."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

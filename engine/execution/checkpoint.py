@@ -1,4 +1,4 @@
-"""Segments of steps whose maps are let go, and computed again in the backward (Chen et al., 2016)."""
+"""Gradient checkpointing: segments of steps whose maps are freed and recomputed in the backward (Chen et al., 2016)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ from .stage_function import keeps_graph
 
 
 class Checkpointed(torch.autograd.Function):
-    """A segment of steps.
-
-    It is one function of what goes into the segment in all forwards that are side by side.
-    """
+    """A segment of steps as one autograd function of the segment's inputs in all forwards that run together."""
 
     @staticmethod
     def run(forwards: Sequence[Forward], number: int) -> None:
-        """Run the segment that begins at a step and put what it makes and later steps read into the environments."""
+        """Run the segment that begins at a step and store its outputs in the environments of the forwards."""
         segments = [forward.prepared.segments[number] for forward in forwards]
         inputs, tensors = [], []
         for forward, segment in zip(forwards, segments, strict=True):
-            inputs.append(tuple(v for v in segment.inputs if v in forward.env))  # a map may be read for its dtype alone
+            inputs.append(tuple(v for v in segment.inputs if v in forward.env))  # only the dtype of a map may be read
             tensors += [forward.env[v] for v in inputs[-1]]
             tensors += [] if forward.image is None else [forward.image]
         results = iter(Checkpointed.apply(forwards, segments, inputs, *tensors))  # pyright: ignore[reportArgumentType]
@@ -55,7 +52,7 @@ class Checkpointed(torch.autograd.Function):
         inner = _inner_forwards(outer, inputs, ctx.images, tensors)
         with locks.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
             ctx.random_state = None
-            if not outer[0].alone:  # what is captured draws nothing, and may not ask for the state
+            if not outer[0].alone:  # captured work draws nothing and must not read the state
                 ctx.generators = generators_of(outer[0].prepared.staged.program)
                 ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
             for number in segments[0].steps:
@@ -95,7 +92,7 @@ class Checkpointed(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _drawing_the_same(ctx: Any, device: torch.device) -> Iterator[None]:
-    """Random numbers as they were drawn in the forward."""
+    """Context with the random number generators in the states of the forward."""
     if ctx.random_state is None:
         yield
         return
@@ -110,7 +107,7 @@ def _drawing_the_same(ctx: Any, device: torch.device) -> Iterator[None]:
 def _inner_forwards(
     outer: Sequence[Forward], inputs: Sequence[tuple[int, ...]], images: Sequence[bool], tensors: Sequence[Tensor]
 ) -> list[Forward]:
-    """The forwards of a segment, on what goes into it: of each the values, and its image if that is a tensor."""
+    """The forwards of a segment on its input tensors: the values of each forward, then its image if it is a tensor."""
     left, inner = iter(tensors), []
     for one, values, has_image in zip(outer, inputs, images, strict=True):
         env = {v: next(left) for v in values}

@@ -1,4 +1,4 @@
-"""Where in the image a score comes from: the class activation map of a forward, with the place of its cells."""
+"""Class activation maps: the contribution of each cell of the last map to a score, and the cells' image regions."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ Score = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What each cell of the last map before the global pooling adds to a score.
+    """The contribution of each cell of the last map before the global pooling to a score.
 
     Attributes:
-        values: (N, h, w) float32 (of a float64 network float64).
-        outputs: (N, outputs), what the network said.
-        rows: where the map's rows lie in the image.
-        columns: likewise.
-        adds_up: whether values add up to what the map gives to the score, as those of means and sums do, and those of
-            maxima do not.
+        values: (N, h, w), float32 (float64 for a float64 network).
+        outputs: (N, outputs), the outputs of the network.
+        rows: the image rows of the map's rows.
+        columns: the image columns of the map's columns.
+        adds_up: whether the values sum to the map's contribution to the score; true for means and sums, not for maxima.
     """
 
     values: Tensor
@@ -43,11 +42,11 @@ class Evidence:
 
 
 def find_evidence(forward: Forward, score: Score) -> Evidence:
-    """Run a forward, and once more the stage with its last pooling, for the map of a score.
+    """Run a forward, then the stage with its last pooling again, and return the evidence for a score.
 
     Args:
-        forward: nothing of it is computed yet.
-        score: (N, outputs) -> (N,), of the network's first output tensor.
+        forward: a new forward.
+        score: maps the network's first output, (N, outputs), to (N,).
 
     Raises:
         GigamorphError: if the network has no global pooling.
@@ -56,7 +55,7 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
     pooling = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and step.reductions]
     if not pooling:
         raise GigamorphError(
-            "the network pools nothing over the image, so there is no evidence to show; gradients show every network: "
+            "the network pools nothing over the image, so it has no class activation map; use gradients: "
             "gigamorph explain --method gradient"
         )
     run([forward], 0, pooling[-1])
@@ -77,7 +76,7 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
         if value in pooled and grad is not None
     ]
     if not there:
-        raise GigamorphError("the score does not depend on what the network pools last, so there is no evidence")
+        raise GigamorphError("no evidence: the score does not depend on the network's last pooling; use another score")
     last = there[-1][0].value
     size = stage.maps.size(last)
     there = [(reduction, grad) for reduction, grad in there if stage.maps.size(reduction.value) == size]
@@ -94,7 +93,7 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
 
 
 def _observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: Axes) -> Observer:
-    """Adds a block's evidence to the map of it."""
+    """An observer that adds the evidence of each block to `total`."""
     grad = reduction.keep_dims(grad)
 
     def add(block: Tensor, rect: tuple[int, int, int, int]) -> None:
@@ -110,7 +109,7 @@ def _observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: Axes) -> 
 
 
 def _spread(weight: Tensor, axis: int, cells: Cells, lo: int, hi: int) -> Tensor:
-    """The sum of the weights of the cells that hold each of the indices [lo, hi) of an axis."""
+    """For each index in [lo, hi) of an axis, the sum of the weights of the cells that contain it."""
     spans = [cells.span(cell) for cell in range(cells.count)]
     holds = [[float(start <= index < end) for start, end in spans] for index in range(lo, hi)]
     return torch.movedim(torch.movedim(weight, axis, -1) @ weight.new_tensor(holds).T, -1, axis)

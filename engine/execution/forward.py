@@ -1,10 +1,10 @@
-"""One forward of a network on one image batch: its steps in order, each stage one function for autograd.
+"""One forward of a network on one image batch: runs its steps in order, each stage as one autograd function.
 
-Between the stages vectors are computed by ordinary PyTorch. A stage takes its sources and vectors as tensors and gives
-its reductions and stored maps as tensors; autograd does the rest.
+Between the stages, vectors are computed by ordinary PyTorch. A stage takes its sources and vectors as tensors and
+returns its reductions and stored maps as tensors, so autograd connects the stages.
 
-Images of several sizes whose statistics are merged (BatchNorm in training mode) are several forwards that go through
-the same steps side by side: each step is done for all of them before the next one.
+Images of several sizes that share statistics (BatchNorm in training mode) are several forwards. They run the same steps
+interleaved: each step runs for all forwards before the next step.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class Forward:
 
     Args:
         prepared: the network.
-        image: the batch as a tensor, if it is one; a gradient may be wanted for it.
+        image: the batch as a tensor, or None; it may require a gradient.
         pixels: the batch, read by region.
-        device: where it is computed.
-        dtype: what pixels are converted to.
+        device: the device of the computation.
+        dtype: the dtype to which pixels are converted.
         state: parameters, buffers and constants by value number.
         on_tile: called after each tile.
-        given: further maps from outside, read by region.
-        targets: the tensors that `Program.updates` change, by the value that they come with.
-        alone: nothing is captured or replayed of it.
-        retained: all tiles keep their graphs, whatever is planned.
+        given: further input maps, read by region, by value number.
+        targets: the tensors that `Program.updates` change, by the number of their value before the update.
+        alone: whether captures and replays are disabled.
+        retained: whether all tiles retain their graphs, independent of the plan.
 
     Attributes:
-        observers: by the number of a map that the network gives away as it is made, what gets its blocks.
-        single: no other forward goes through the steps beside it, whose images share its statistics.
+        observers: for maps that are returned block by block, the function that receives the blocks, by value number.
+        single: whether no other forward shares the statistics and runs the steps together with this one.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Forward:
         self.device, self.dtype, self.on_tile = device, dtype, on_tile
         self.env = state
         program = prepared.staged.program
-        # Results that are arguments, and tensors that a call writes to: the user gets those themselves.
+        # Results that are arguments or written tensors are returned as the user's own tensors.
         self.passed = {program.image: image, **{v: state.get(v) for v in program.inputs}}
         self.memory_limit: MemoryLimit | None = None
         self.gradients = Gradients()
@@ -89,11 +89,11 @@ class Forward:
         self._apart: dict[int, Tensor] = {}
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
-        """Begin a step: from here on the memory of this process is kept within the plan's, on the CPU.
+        """Begin a step: on the CPU, limits the memory of this process to the plan from now on.
 
         Args:
-            page_pool: pages of maps that are gone, for those of this step.
-            together: the limit of forwards before this one, whose backward comes with its own; they share the budget.
+            page_pool: the pool of pages of freed maps.
+            together: the limit of earlier forwards that share the budget, because their backward runs with this one.
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
         if self.device.type == "cpu":
@@ -101,12 +101,12 @@ class Forward:
             held = sum(t.nbytes for t in named.values())
             there = [t.grad for t in named.values() if t.is_leaf and t.grad is not None]
             gradients = sum(grad.nbytes for grad in there)
-            # The plan of a single stage without a budget has room for what the heap keeps. Of a tile that was asked for
-            # without a budget nothing is predicted that could be kept to.
+            # The plan of a single stage without a budget includes the memory that the heap retains. For a given tile
+            # without a budget nothing is predicted that could be a limit.
             strict = plan.budget is not None or (len(self.prepared.stages) > 1 and plan.tile_bytes > 0)
             found = arena()
-            # What the heap keeps is kept to what is predicted; where every graph is kept it may have the rest of the
-            # budget. The arena may have it where it must. The records are there already.
+            # The heap is limited to the predicted bytes; if all graphs are retained, or with an arena, the rest of the
+            # budget may be used as well. The records are allocated already.
             every = sum(plan.retained_tiles) == sum(tiled.tiles for tiled in self.prepared.stages)
             whole = every or together is not None or found is not None
             limit = ((whole and plan.budget) or plan.peak_bytes) - plan.record_bytes
@@ -123,7 +123,7 @@ class Forward:
                 self.memory_limit = together
 
     def step(self, number: int, again: bool = False) -> None:
-        """Run one step; `again` says that this is not the first time."""
+        """Run one step; `again` is true for a recomputation."""
         staged = self.prepared.staged
         step = staged.steps[number]
         if isinstance(step, Stage):
@@ -134,12 +134,12 @@ class Forward:
             self.saved.add(self.env, step.outputs)
 
     def let_go(self, number: int) -> None:
-        """Forget the values that no step after one reads."""
+        """Free the values whose last reader is this step."""
         for value in self.prepared.last_use.get(number, ()):
             self.saved.forget(value, self.env.pop(value, None))
 
     def stage(self, number: int, deferred: bool = False) -> None:
-        """Run the stage at a place among the steps; see `Scan.deferred`."""
+        """Run the stage at an index of the steps; for `deferred` see `Scan.deferred`."""
         scan, tensors, vectors = self.scan(number, deferred)
         how = ExecutionMode(*self._captured(number), self.prepared.shard)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors.values(), *vectors)):
@@ -153,27 +153,27 @@ class Forward:
             self.env.update(zip(scan.tiled.stage.results, results, strict=True))
 
     def take_over(self, values: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """What one function for autograd has made; what the network hands out of it gets a node of its own."""
+        """Store the results of an autograd function; those that the network returns get their own node."""
         own = self.prepared.handed_out if len(tensors) > 1 else ()
         nodes = (OwnNode.apply(t) if v in own and t.requires_grad else t for v, t in zip(values, tensors, strict=True))
         self.env.update(zip(values, nodes, strict=True))  # pyright: ignore[reportArgumentType]
 
     def _parameters(self, stage: Stage) -> list[nn.Parameter]:
-        """Those that the gradients of a stage depend on: among its vectors, and what those are folded of."""
+        """The parameters on which a stage depends: among its vectors, and those that its vectors are folded from."""
         reached = frozenset[int]().union(*stage.reach.values())
         folded = (v for op in stage.prelude if not reached.isdisjoint(op.outputs) for v in op.inputs)
         read = (*(v for v in stage.vectors if v in reached), *folded)
         return [tensor for v in read if isinstance(tensor := self.env[v], nn.Parameter)]
 
     def _captured(self, number: int) -> tuple[WholePasses | None, Replays | None]:
-        """What has been captured of a stage: whole passes, or tiles that are alike."""
+        """The captures of a stage: whole passes, or equivalent tiles."""
         if self.alone:
             return None, None
         whole = self.prepared.whole_passes(number, self.device)
         return whole, self.prepared.replay(number, self.device) if whole is None else None
 
     def scan(self, number: int, deferred: bool = False) -> tuple[Scan, dict[int, Tensor], list[Tensor]]:
-        """The scan of a stage, its sources that are tensors, and its vectors."""
+        """The scan of a stage, its source tensors by value number, and its vectors."""
         prepared, plan = self.prepared, self.prepared.plan
         stage = prepared.staged.steps[number]
         assert isinstance(stage, Stage)
@@ -213,7 +213,7 @@ class Forward:
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
     def _prelude(self, stage: Stage, whole: bool) -> None:
-        """Compute what the stage's rewrites make of its vectors; where launches cost, all folded norms at once."""
+        """Compute the vectors that the stage's rewrites need; on a GPU all norms are folded in one launch."""
         folds = [op for op in stage.prelude if isinstance(op.run, Fold)] if kernels.enabled(self.device) else []
         self.env.update(fold_together(folds, self.env))
         for op in stage.prelude:
@@ -223,7 +223,7 @@ class Forward:
                 run_vector_op(self.prepared.staged, op, self.env, self.device)
 
     def _retained(self, index: int) -> int:
-        """How many tiles of a stage keep their graph: as planned; on a GPU that has no budget, what still fits."""
+        """The number of tiles of a stage that retain their graph: as planned, or on a GPU without a budget as fits."""
         if self.retained:
             return self.prepared.stages[index].tiles
         plan = self.prepared.plan
@@ -241,15 +241,15 @@ class Forward:
         return part
 
     def output(self) -> list[Any]:
-        """What the graph returns."""
+        """The outputs of the graph."""
         self._order_hooks()
         return self._bound(self.prepared.staged.program.output)
 
     def _order_hooks(self) -> None:
-        """Hooks of tensors are called in the order of stock's backward: of those that are made later, first.
+        """Make tensor hooks run in the order of stock PyTorch's backward: those of later tensors first.
 
-        Autograd takes the node with the highest number among those that are ready. Here a tensor's node may have been
-        made before that of an earlier one, which a later stage has made.
+        Autograd runs the ready node with the highest sequence number first. Here a tensor's node may be created before
+        that of an earlier tensor, which a later stage computes.
         """
         tensors = [self.env.get(v) for v in sorted(self.prepared.handed_out)]
         nodes: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
@@ -261,9 +261,9 @@ class Forward:
             last = number
 
     def _result(self, value: int) -> Tensor:
-        """A value as it is handed out; one that is not what others read by a node of its own.
+        """A value as it is returned; a value whose readers use another tensor gets its own node.
 
-        A gradient with respect to it would have only a part: it is told that there is none.
+        A gradient with respect to it would be incomplete, so autograd reports it as unused.
         """
         program, order = self.prepared.staged.program, self.prepared.orders.get(value, ())
         tensor = self.env[program.form(value)]
@@ -276,7 +276,7 @@ class Forward:
         return self._apart[value]
 
     def _bound(self, tree: Any) -> Any:
-        """A tree of results with its tensors; those that no gradient flows through want none."""
+        """A tree of results with its tensors; those that no gradient flows through are detached."""
         program = self.prepared.staged.program
         left: dict[int, Tensor] = {}
         for v in refs(tree):
@@ -287,7 +287,7 @@ class Forward:
         return bind(tree, left)
 
     def finish(self) -> list[Any]:
-        """What the graph returns, after what it writes to: buffers, arguments."""
+        """Write the updates of buffers and arguments, then return the outputs of the graph."""
         program = self.prepared.staged.program
         plain: list[tuple[Tensor, Tensor]] = []
         for before, after in program.updates:
@@ -298,7 +298,7 @@ class Forward:
                 target.data = self._result(after).detach()
                 continue
             if target.is_inference() and not torch.is_inference_mode_enabled():
-                target.data.copy_(self._result(after).detach())  # PyTorch lets nobody but `.data` write to it here
+                target.data.copy_(self._result(after).detach())  # only `.data` may be written here
                 continue
             grad = program.values[after].differentiable and not (target.is_leaf and target.requires_grad)
             if grad and torch.is_grad_enabled():
@@ -311,7 +311,7 @@ class Forward:
 
 
 def _write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into their tensors, in few launches; one after the other where tensors share memory."""
+    """Copy values into their tensors in few launches, or one by one if tensors share memory."""
     targets = {target.untyped_storage().data_ptr() for target, _ in pairs}
     apart = len(targets) == len(pairs) and targets.isdisjoint(v.untyped_storage().data_ptr() for _, v in pairs)
     for part in [pairs] if apart else [[pair] for pair in pairs]:
@@ -331,7 +331,7 @@ def step_together(forwards: Sequence[Forward], number: int, again: bool = False)
 
 
 def _merge(ops: Sequence[VectorOp], forwards: Sequence[Forward]) -> None:
-    """Compute a statistic of all images."""
+    """Compute a statistic over all images."""
     first = ops[0]
     assert first.merge is not None
     results = first.merge([op.share(f.env) for op, f in zip(ops, forwards, strict=True) if op.share])
@@ -340,11 +340,11 @@ def _merge(ops: Sequence[VectorOp], forwards: Sequence[Forward]) -> None:
 
 
 def run_vector_op(staged: StagedProgram, op: Op | VectorOp, env: dict[int, Tensor], device: torch.device) -> None:
-    """Run an op on vectors (or on maps that are stored whole) with ordinary autograd; what it reads stays as it is."""
+    """Run an op on vectors or stored maps with ordinary autograd; it does not change its inputs."""
     if isinstance(op, VectorOp):
         env.update(zip(op.outputs, op.run(env), strict=True))
         return
-    # A map that is only asked for its dtype and device is stood in for by an empty tensor.
+    # If only the dtype and device of a map are read, an empty tensor replaces it.
     values = staged.program.values
     maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in staged.maps.inputs(op) if v not in env}
     with _autocast(op, device):

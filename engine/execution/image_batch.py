@@ -1,4 +1,4 @@
-"""An image batch as a forward gets it: a tensor or pixels read by region, and how it will be computed."""
+"""The image batch of a forward: a tensor, or pixels that are read by region, and its dtype and device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tiling.scan import Pixels
 
 
 class ImageTensor:
-    """An image batch, or another map with the image axes last, that is a tensor."""
+    """A tensor as a pixel source: an image batch, or another map whose image axes are last."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -28,16 +28,16 @@ class ImageTensor:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """An image batch: its pixels, the tensor if it is one, and how it will be computed.
+    """An image batch, and the settings of its forward.
 
     Attributes:
         pixels: (N, C, H, W), read by region.
-        image: the same as a tensor, if it is one.
-        dtype: what pixels are converted to.
-        device: where they are computed.
+        image: the batch as a tensor, or None.
+        dtype: the dtype to which pixels are converted.
+        device: the device of the computation.
         training: whether there will be a backward.
-        image_grad: whether the image wants a gradient of its own.
-        given: what the network's call gets: the image, if it is a tensor, and further maps and tensors.
+        image_grad: whether the image requires a gradient.
+        given: the arguments of the network's call: the image if it is a tensor, and further maps and tensors.
     """
 
     pixels: Pixels
@@ -50,13 +50,15 @@ class ImageBatch:
 
     @classmethod
     def of(cls, network: nn.Module, x: Tensor | PixelBatch, further: Sequence[Any] = ()) -> ImageBatch:
-        """The batch `x` for a network, in the gradient mode that is on.
+        """The batch `x` for a network, in the current gradient mode.
 
         Args:
-            further: what else the network's call gets; a gradient may be wanted for it.
+            network: the network.
+            x: (N, C, H, W).
+            further: the other arguments of the network's call, which may require gradients.
 
         Raises:
-            GigamorphError: for a tensor that is no batch of images.
+            GigamorphError: if the tensor is not a batch of images.
         """
         parameter = next(network.parameters(), torch.empty(0))
         if isinstance(x, Tensor):
@@ -71,7 +73,7 @@ class ImageBatch:
                     f"{tuple(x.shape)}{remedies.get(x.dim(), '')}"
                 )
             if x.layout != torch.strided:
-                raise GigamorphError(f"the image batch is a tensor of layout {x.layout}; give x.to_dense()")
+                raise GigamorphError(f"the image batch must be a dense tensor, not {x.layout}; pass x.to_dense()")
             pixels, image, dtype = ImageTensor(x), x, x.dtype
         else:
             pixels, image, dtype = x, None, parameter.dtype
@@ -86,6 +88,6 @@ class ImageBatch:
 
 
 def as_uploaded(pixels: Pixels, device: torch.device) -> Pixels:
-    """The image batch in the form in which its tiles go to a device: to a GPU as the files store them."""
+    """The image batch in the form in which tiles are uploaded: for a GPU, in the files' storage format."""
     stored = StoredBatch.of(pixels) if isinstance(pixels, PixelBatch) and device.type == "cuda" else None
     return stored or pixels

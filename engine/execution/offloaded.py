@@ -1,7 +1,7 @@
-"""What autograd saves of keys and values lies elsewhere between the passes, where the plan keeps maps there.
+"""Offloads the keys and values that autograd saves between the passes, if the plan offloads maps.
 
-A stage has the keys and values that all its queries ask on the device, and so has its backward. In between they lie
-where stored maps do: each tensor is written there once, whoever saves it, and brought back by whoever needs it first.
+During a stage and its backward, the keys and values of all its queries are on the device. In between they are stored
+where stored maps are. Each tensor is written once, however often it is saved, and loaded on its first use.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..tiling.stored_maps import let_files_go, new_map
 
 
 class _Kept:
-    """The memory of one tensor, written elsewhere when somebody first saves the tensor."""
+    """The storage of one tensor, which is offloaded when the tensor is first saved."""
 
     def __init__(self, place: str):
         self.place = place
-        self.values: set[int] = set()  # that lie in it
+        self.values: set[int] = set()  # values in this storage
         self._away: Tensor | None = None
         self._here: TensorWeakRef | None = None
 
@@ -32,7 +32,7 @@ class _Kept:
             let_files_go([self._away])
 
     def bring(self, device: torch.device) -> Tensor:
-        """The memory on the device; once for all that have it there at a time."""
+        """The storage on the device; concurrent users share one copy."""
         assert self._away is not None
         here = None if self._here is None else self._here()
         if here is None:
@@ -43,7 +43,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class OffloadedTensor:
-    """A saved tensor that lies elsewhere."""
+    """A saved tensor that is offloaded."""
 
     kept: _Kept
     device: torch.device
@@ -56,25 +56,25 @@ class OffloadedTensor:
 
 
 class OffloadedTensors:
-    """The tensors of one forward that are saved elsewhere.
+    """The offloaded tensors of one forward.
 
     Args:
-        values: the values that are; none of them is changed in place.
+        values: the values to offload, none of which is changed in place.
         place: "host" or "disk".
     """
 
     def __init__(self, values: Collection[int], place: str):
         self.values, self.place = values, place
-        self._kept: dict[int, _Kept] = {}  # by the address of the memory, while it is there
+        self._kept: dict[int, _Kept] = {}  # by address, while allocated
 
     def add(self, env: Mapping[int, Tensor], made: Collection[int]) -> None:
-        """Know the tensors that a step has made."""
+        """Register the tensors that a step made."""
         for value in made:
             if value in self.values:
                 self._kept.setdefault(_address(env[value]), _Kept(self.place)).values.add(value)
 
     def forget(self, value: int, tensor: Tensor | None) -> None:
-        """A tensor goes: its address may become another's."""
+        """Unregister a tensor that is freed, because its address may be reused."""
         kept = None if tensor is None or value not in self.values else self._kept.get(_address(tensor))
         if kept is not None and tensor is not None:
             kept.values.discard(value)
@@ -82,7 +82,7 @@ class OffloadedTensors:
                 del self._kept[_address(tensor)]
 
     def pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
-        """What is to be kept of a tensor."""
+        """The object that autograd saves for a tensor; offloads registered tensors."""
         kept = self._kept.get(_address(tensor)) if self._kept else None
         if kept is None:
             return tensor
@@ -91,7 +91,7 @@ class OffloadedTensors:
         return OffloadedTensor(kept, tensor.device, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def saving(self, read: Collection[int]) -> contextlib.AbstractContextManager[None]:
-        """While a call runs that reads these values: what autograd saves for it goes elsewhere."""
+        """Context of a call that reads these values; offloads the tensors that autograd saves for it."""
         if not self._kept or not any(value in self.values for value in read):
             return contextlib.nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)

@@ -1,4 +1,4 @@
-"""A network made ready for one image size: its steps, the tiling of each stage, and the plan."""
+"""Prepared programs: the steps of a network for one image size, with tiling, plan and captures."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from . import whole_step
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps that are computed again in the backward, together.
+    """A range of steps that are recomputed together in the backward.
 
     Attributes:
-        steps: where they stand among the steps.
+        steps: indices of the steps.
         inputs: values that they read.
-        outputs: what later steps read of them.
-        ends: values that are let go there.
+        outputs: their values that later steps read.
+        ends: values that are freed in the segment.
     """
 
     steps: range
@@ -47,20 +47,21 @@ class Segment:
 
 @dataclass(frozen=True)
 class ProgramKey:
-    """All that a prepared program was made for, besides its graph and further inputs.
+    """The cache key of a prepared program, without its graph and further inputs.
 
     Attributes:
-        shapes: of the images that go through the network side by side.
-        dtype: of their pixels.
-        device: where they are computed.
+        shapes: shapes of the images that run the steps together.
+        dtype: dtype of their pixels.
+        device: device of the computation.
         training: whether there will be a backward.
-        image_grads: which images want a gradient of their own.
-        wanting: which images the network sees as wanting one.
+        image_grads: which images require a gradient.
+        wanting: which images have `requires_grad` in the network's view.
+        strides: strides of the image tensors.
         modes: gradient mode and inference mode.
-        autocast: its state.
-        settings: tile, budget and place of the halos.
-        triton: whether kernels run.
-        world: the processes that this one works with.
+        autocast: the autocast state.
+        settings: tile, budget, storage of the halos, and fallback.
+        triton: whether Triton kernels run.
+        world: number of processes.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -81,9 +82,15 @@ class ProgramKey:
 class Prepared:
     """A network made ready for one image size: its steps, the tiling of each stage, and the plan.
 
-    `replays` holds what has been captured of each stage's tiles, on tensors in `arena`, `whole` whole passes, and
-    `steps` the whole step, if that is captured.
-    `shard` is this process's part of the image, if that is split.
+    Attributes:
+        staged: the network, divided into stages.
+        stages: the tiled stages.
+        plan: the plan.
+        replays: captured tiles by stage, with buffers in `arena`.
+        whole: captured whole passes by stage.
+        steps: the captured whole step, if any.
+        arena: memory of the graph buffers.
+        shard: this process's part of the image, if it is split.
     """
 
     staged: StagedProgram
@@ -97,41 +104,41 @@ class Prepared:
 
     @cached_property
     def last_use(self) -> dict[int, list[int]]:
-        """For each step, the values that are read there for the last time."""
+        """The values whose last reader is a step, by the step's index."""
         return _last_uses(self.staged)
 
     @cached_property
     def handed_out(self) -> frozenset[int]:
-        """The values that someone outside gets hold of."""
+        """The values that are visible outside the network."""
         return frozenset(self.staged.program.handed_out())
 
     @cached_property
     def folded(self) -> frozenset[int]:
-        """The values that stages make under the name of a parameter."""
+        """The values that stages compute under the name of a parameter."""
         return frozenset(v for stage in self.staged.stages for op in stage.prelude for v in op.outputs)
 
     @cached_property
     def always_reached(self) -> frozenset[int]:
-        """The parameters that a gradient comes to whichever results it comes from."""
+        """The parameters that get a gradient from every differentiable result."""
         program = self.staged.program
         found = [program.reached.get(v, frozenset()) for v in refs(program.output)]
         return frozenset.intersection(*(reached for reached in found if reached)) if any(found) else frozenset()
 
     @cached_property
     def orders(self) -> dict[int, tuple[int, ...]]:
-        """The dimensions of what is handed out as they lie in stock's memory, from the slowest to the fastest."""
+        """Memory order of the returned values in stock PyTorch: their dimensions, slowest first."""
         program = self.staged.program
         known = {v: program.values[v].order for v in program.given_away()}
         return {form: order for v, order in known.items() if order is not None for form in (v, program.form(v))}
 
     @cached_property
     def segments(self) -> dict[int, Segment]:
-        """What is computed again, by the first step."""
+        """The segments that are recomputed, by their first step."""
         return {part.start: _segment(self.staged, part, self.last_use) for part in self.staged.segments}
 
     @cached_property
     def kept_for_backward(self) -> set[int]:
-        """The values that a step other than the updates of norms' statistics reads."""
+        """The values that steps read, without the updates of running statistics."""
         program = self.staged.program
         updated = {after for _, after in program.updates}
 
@@ -145,45 +152,45 @@ class Prepared:
 
     @cached_property
     def stage_maps(self) -> dict[int, int]:
-        """The stored maps that nothing but stages reads, and how many stages do; none of an image that is split."""
+        """The number of readers of each stored map that only stages read; empty if the image is split."""
         return self.staged.stage_maps() if self.shard is None else {}
 
     @cached_property
     def calls_backward(self) -> int:
-        """Bytes that the backward of a call between the stages takes; see `calls.backward_bytes`."""
+        """Bytes that the backward of calls between the stages allocates; see `calls.backward_bytes`."""
         return backward_bytes(self.staged, self.staged.wanted(False)) if self.plan.training else 0
 
     @cached_property
     def in_files(self) -> int:
-        """Bytes that are here of the maps in files that a stage reads and writes."""
+        """Resident bytes of the maps in files that a stage reads and writes."""
         maps = self.staged.stage_maps() if self.staged.place == "disk" else ()
         return max(bytes_in_files(maps, tiled) for tiled in self.stages)
 
     @cached_property
     def brought(self) -> frozenset[int]:
-        """What autograd keeps elsewhere between the passes, and a stage's backward brings to the device."""
+        """The values that autograd saves offloaded, and that a stage's backward loads to the device."""
         return frozenset() if self.staged.place == "device" or self.shard is not None else brought(self.staged)
 
     @cached_property
     def stage_number(self) -> dict[int, int]:
-        """Which stage a step is, by its place among the steps."""
+        """The index of a stage by the index of its step."""
         places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, Stage))
         return {number: index for index, number in enumerate(places)}
 
     @property
     def order(self) -> str:
-        """What the order of the steps and of their backward depends on."""
+        """A description of the order of the steps and of their backward."""
         return repr((self.staged.segments, [type(step).__name__ for step in self.staged.steps]))
 
     def let_go(self) -> None:
-        """Forget what has been captured."""
+        """Free all captures."""
         self.replays.clear()
         self.whole.clear()
         self.steps.clear()
         self.arena.chunks.clear()
 
     def whole_passes(self, number: int, device: torch.device) -> WholePasses | None:
-        """The captured passes of the stage at a place among the steps, where its tiles are few and memory is ample."""
+        """The captured passes of the stage at an index of the steps, if it has few tiles and memory is ample."""
         index = self.stage_number[number]
         executor = buffers.executor(device) if self._may_be_whole else None
         if executor is None or (index in self.whole and self.whole[index].failed):
@@ -200,7 +207,7 @@ class Prepared:
         return alone and self.staged.place == "device" and can_be_captured(self.stages[0])
 
     def whole_step(self, device: torch.device) -> whole_step.WholeStep | None:
-        """The captured step, where the tiles are few and memory is ample; tiles keep their graphs if they all can."""
+        """The captured step, if it has few tiles and memory is ample; all tiles retain their graphs if these fit."""
         executor = buffers.executor(device) if self._may_be_one_step else None
         if executor is None or any(step.failed for step in self.steps):
             return None
@@ -220,7 +227,7 @@ class Prepared:
         return alone and is_one_step(self.staged, self.stages)
 
     def replay(self, number: int, device: torch.device) -> Replays | None:
-        """The replays of the stage at a place among the steps, if the plan has room for them."""
+        """The replays of the stage at an index of the steps, if the plan includes them."""
         index = self.stage_number[number]
         recomputed = self.stages[index].tiles > self.plan.retained_of(index)
         usable = self.plan.replayed and recomputed and self.shard is None and self.staged.place == "device"
@@ -244,13 +251,13 @@ def reads(step: Op | VectorOp | Stage) -> set[int]:
 
 
 def _last_uses(staged: StagedProgram) -> dict[int, list[int]]:
-    """For each step, the values that are read there for the last time."""
+    """The values whose last reader is a step, by the step's index."""
     last: dict[int, int] = {}
     for number, step in enumerate(staged.steps):
         last.update(dict.fromkeys(reads(step), number))
         last.update((v, number) for op in (step.prelude if isinstance(step, Stage) else ()) for v in op.outputs)
     kept = {*staged.program.results(), *staged.program.state()}
-    kept -= {v for stage in staged.stages for op in stage.prelude for v in op.outputs}  # named as what is folded
+    kept -= {v for stage in staged.stages for op in stage.prelude for v in op.outputs}  # named as folded parameters
     uses: dict[int, list[int]] = {}
     for value, number in last.items():
         if value not in kept:
@@ -259,7 +266,7 @@ def _last_uses(staged: StagedProgram) -> dict[int, list[int]]:
 
 
 def _segment(staged: StagedProgram, part: range, last_use: Mapping[int, list[int]]) -> Segment:
-    """What goes in and out of a range of steps."""
+    """The segment of a range of steps, with its inputs and outputs."""
     steps = staged.steps
     inputs: dict[int, None] = {}
     made: dict[int, None] = {}

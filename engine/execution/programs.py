@@ -1,4 +1,4 @@
-"""The programs of a network: one for each graph, image size and setting, planned and kept."""
+"""A cache of a network's planned programs: one per graph, image size and settings."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ..tiling.stage import TiledStage
 from .image_batch import ImageBatch
 from .prepared import Prepared, ProgramKey
 
-_REMEMBERED = 16  # programs of one graph that are kept: image sizes, budgets
+_REMEMBERED = 16  # cached programs per graph, for image sizes and budgets
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a plan has to keep to, and the processes that share an image; see `accelerate`."""
+    """The constraints of plans, and the processes that share an image; see `accelerate`."""
 
     memory_budget: int | None
     tile: tuple[int, int] | None
@@ -47,7 +47,7 @@ class Settings:
         return Request(*given, image_grad, count_tile, self.fallback)
 
     def shard(self, program: Program) -> SpatialShard | None:
-        """The processes that share an image; to a SyncBatchNorm among them they are one."""
+        """The processes that share an image; a SyncBatchNorm treats them as one process."""
         if self.split is None:
             return None
         shard = spatial_group(self.split)
@@ -55,7 +55,7 @@ class Settings:
             if op.group is not None and dist.get_world_size(op.group) != shard.count:
                 raise GigamorphError(
                     f"module '{op.module}' shares its statistics with other processes than those that share an image; "
-                    "give its process_group and split the same processes"
+                    "pass the same processes to its process_group and to split"
                 )
             op.group = None
         return shard
@@ -66,9 +66,9 @@ class Inputs:
     """The inputs of a graph in one call.
 
     Attributes:
-        flat: tensors and Python values, one for each of the graph's sources.
-        roles: by place "image", "map" or "vector"; other tensors are the network's state.
-        image: the batch.
+        flat: tensors and Python values, one per source of the graph.
+        roles: "image", "map" or "vector" by index; other tensors are the network's state.
+        image: the image batch.
     """
 
     flat: Sequence[Any]
@@ -76,10 +76,10 @@ class Inputs:
     image: ImageBatch
 
     def key(self, counters: Collection[int]) -> tuple[Any, ...]:
-        """What a program depends on besides the graph and the network's state, at which the graph's guards look.
+        """The part of the cache key for these inputs; the graph's guards check the network's state.
 
         Args:
-            counters: inputs on which it does not depend.
+            counters: inputs on which the program does not depend.
         """
         return tuple(
             (Given.of(value), self.roles.get(place))
@@ -91,21 +91,21 @@ class Inputs:
 
 
 class Programs:
-    """The programs of one network, by graph and by what they were made for."""
+    """The programs of one network, by graph and key."""
 
     def __init__(self) -> None:
         self.kept: weakref.WeakKeyDictionary[Graph, OrderedDict[Any, tuple[Prepared, ...]]]
         self.kept = weakref.WeakKeyDictionary()
-        self.logged: weakref.WeakSet[Graph] = weakref.WeakSet()  # graphs whose early end is in the log
+        self.logged: weakref.WeakSet[Graph] = weakref.WeakSet()  # graphs whose early end was logged
 
     def __reduce__(self) -> Any:
-        return Programs, ()  # they are made again in a moment
+        return Programs, ()  # programs are not pickled, but planned again
 
     def __iter__(self) -> Iterator[Prepared]:
         return (one for known in self.kept.values() for together in known.values() for one in together)
 
     def prepare(self, graphs: Sequence[Graph], given: Sequence[Inputs], settings: Settings) -> tuple[Prepared, ...]:
-        """Graphs made ready for image batches: one alone, or several that go through the network side by side."""
+        """The programs of graphs for image batches: a single one, or several that run the steps together."""
         known = self.kept.setdefault(graphs[0], OrderedDict())
         images = [one.image for one in given]
         key = (
@@ -115,13 +115,13 @@ class Programs:
         )
         ready = known.get(key, ())
         holds = bool(ready) and all(p.staged.program.holds(each.flat) for p, each in zip(ready, given, strict=True))
-        if settings.split is not None:  # if one has recorded again, all plan: they wait for each other there
+        if settings.split is not None:  # planning is a collective: if one process records again, all plan
             holds = spatial_group(settings.split).all_agree(holds, images[0].device)
         if holds:
             known.move_to_end(key)
             return ready
         if images[0].device.type == "cpu":
-            return_free_pages()  # of the last step, which would stay there beside what records and plans take
+            return_free_pages()  # those of the last step would add to the memory of recording and planning
         programs = [
             graph.program(
                 one.flat,
@@ -137,16 +137,16 @@ class Programs:
         return known[key]
 
     def keep_captures_of(self, prepared: Sequence[Prepared]) -> None:
-        """Forget what has been captured of all others: the plan has room for the tiles of one program."""
+        """Free the captures of all other programs, because the plan includes the captures of one program only."""
         for other in self:
             if all(other is not one for one in prepared):
                 other.let_go()
 
 
 def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:
-    """Refuse what differs among the processes that share an image: they would wait for each other, or be wrong.
+    """Raise an error if the processes that share an image differ, because they would deadlock or compute wrong results.
 
-    Of each weight and statistic the first value is looked at, which tells another seed or checkpoint.
+    The first value of each weight and statistic is compared, which detects another seed or checkpoint.
     """
     weights = [t for t in chain(network.parameters(), network.buffers()) if t.is_floating_point() and t.numel()]
     what = (
@@ -161,7 +161,7 @@ def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> No
         repr(what),
         image.device,
         "processes that share an image have images of different shapes, other settings or modes, or other weights; "
-        "give all of them the same (torch.manual_seed before the network is made, one checkpoint)",
+        "use the same in all (call torch.manual_seed before creating the network, or load one checkpoint)",
     )
 
 
@@ -184,7 +184,7 @@ def _key(images: Sequence[ImageBatch], settings: Settings) -> ProgramKey:
 
 
 def _planned(programs: Sequence[Program], key: ProgramKey, settings: Settings) -> tuple[Prepared, ...]:
-    """Recorded programs with the tiling of each stage."""
+    """Plan recorded programs, with the tiling of each stage."""
     counted = settings.memory_budget is not None or buffers.executor(key.device) is not None
     shard = None if len(programs) > 1 else settings.shard(programs[0])
     if len(programs) > 1:

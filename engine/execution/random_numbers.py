@@ -1,4 +1,4 @@
-"""The generators that a program draws from, and their states."""
+"""Random number generators of a program, and their states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
 
 
 def generators_of(program: Program) -> list[torch.Generator]:
-    """The generators of its own that a network draws from."""
+    """The `torch.Generator` objects that a network draws from."""
     ops = [op for op in program.ops if op.name.rstrip("_") in RANDOM]
     return [leaf for op in ops for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, torch.Generator)]
 
@@ -40,7 +40,7 @@ def set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor]) 
 
 @contextlib.contextmanager
 def as_they_were(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
-    """For what is computed again: generators in earlier states; they have their own again afterwards."""
+    """Context for recomputation: sets generators to earlier states, and restores their current states afterwards."""
     now = states_of(generators)
     set_states(generators, states)
     try:

@@ -1,4 +1,4 @@
-"""What a network returns for images of several sizes: rows that can be concatenated."""
+"""Checks that the outputs for images of several sizes can be concatenated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import GigamorphError
 
 
 def check_rows(program: Program, like: Program) -> None:
-    """Refuse a network whose outputs for one image batch are no rows, or other rows than for another."""
+    """Raise an error if the outputs for two image batches are not rows of the same shapes."""
     rows, others = _rows(program), _rows(like)
     if rows != others:
         image, other = (tuple(each.values[each.image].shape[2:]) for each in (program, like))
@@ -19,7 +19,7 @@ def check_rows(program: Program, like: Program) -> None:
 
 
 def _rows(program: Program) -> list[tuple[int, ...]]:
-    """The shape of a row of each output."""
+    """The shape of one row of each output."""
     rows = []
     for leaf in program.output:
         if not isinstance(leaf, Ref):

@@ -1,4 +1,4 @@
-"""The steps of a network in order, segments as one function; or all of them from a capture."""
+"""Runs the steps of a network in order, segments as one function; or replays the captured step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .prepared import Prepared
 
 
 def compute(forward: Forward) -> Any:
-    """What the network returns for one image batch, and what its call changes besides."""
+    """Run a forward: returns the outputs for one image batch, and applies the updates of buffers and arguments."""
     step = forward.prepared.whole_step(forward.device)
     step = step if step is not None and step.serves(forward) else None
     if step is not None:
-        # Not the forward itself: that has the image, and results whose graph would seem to wait for a backward.
+        # Not the forward itself: it holds the image, and outputs whose graph would seem to wait for a backward.
         like = forward.prepared, forward.device, forward.dtype, step.retained
         found = step.result(forward, partial(_alone, *like))
         if found is not None:
@@ -44,8 +44,8 @@ def _alone(
     state: Mapping[int, Tensor],
     targets: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
-    """The results, by value number, of a forward on other tensors of which nothing is captured by itself."""
-    # What is written to at the end may be read in the backward.
+    """The results, by value number, of a forward on the given tensors, without captures or replays of its parts."""
+    # Tensors that are written at the end may be read in the backward.
     kept = {v: t.clone() for v, t in state.items() if v in targets and v in prepared.kept_for_backward}
     given = prepared, image, ImageTensor(image), device, dtype, {**state, **kept}, None, {}, targets
     forward = Forward(*given, alone=True, retained=retained)
@@ -56,9 +56,9 @@ def _alone(
 
 
 def run(forwards: Sequence[Forward], first: int = 0, end: int | None = None) -> None:
-    """The steps from `first` up to (without) `end` of forwards that have the same steps, side by side.
+    """Run the steps [first, end) of forwards that have the same steps, interleaved.
 
-    Values that no later step reads are let go.
+    Values that no later step reads are freed.
     """
     prepared = forwards[0].prepared
     shard = prepared.shard

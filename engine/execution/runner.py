@@ -1,4 +1,4 @@
-"""Calls of a network whose graphs, as Dynamo hands them over, are computed by tiles."""
+"""Runs calls of a network: computes the graphs that TorchDynamo records, tile by tile."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Call:
     """A call of a network, while its graphs are computed.
 
     Attributes:
-        args, kwargs: of the function that is recorded.
+        args, kwargs: the arguments of the recorded function.
         roles, regions: see `Arguments`.
         batch: the image batch.
         further: the other tensors of the call.
-        finish: gets a forward of which nothing is computed, and returns what its graph returns.
-        complete: gets graphs and their inputs, and returns what the graph returns, in the place of `finish`.
-        together: the memory limit of earlier calls, for the next one.
-        like: a program whose outputs have the same rows.
-        pieces: whether the call may come as several graphs.
+        finish: runs a new forward and returns the outputs of its graph.
+        complete: returns the outputs for graphs and their inputs; replaces `finish`.
+        together: the memory limit of earlier calls, which this call shares.
+        like: a program whose output rows must have the same shapes.
+        pieces: whether the call may consist of several graphs.
     """
 
     args: tuple[Any, ...]
@@ -63,13 +63,15 @@ class Call:
 
     @classmethod
     def of(cls, network: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], batch: Any = None) -> Call:
-        """A call with these arguments, in the gradient mode that is on.
+        """A call with these arguments, in the current gradient mode.
 
         Args:
-            batch: which of the arguments is the image; None takes the first that can be.
+            network: the network.
+            args, kwargs: the arguments.
+            batch: which argument is the image; None selects the first possible one.
 
         Raises:
-            GigamorphError: if there is no image among them.
+            GigamorphError: if no argument is an image.
         """
         first = next(network.parameters(), torch.empty(0))
         given = Arguments.of(args, kwargs, first.device, first.dtype, batch)
@@ -78,16 +80,16 @@ class Call:
 
     @property
     def by_region(self) -> bool:
-        """Whether tensors without memory stand for what is read by region."""
+        """Whether tensors without memory represent inputs that are read by region."""
         return bool(self.regions) or self.batch.image is None or self.batch.image.device != self.batch.device
 
 
 class Opened(Exception):
-    """Ends a call whose program is known; what it does besides is not done.
+    """Aborts a call as soon as its program is known.
 
     Attributes:
-        graph, inputs: of the call.
-        prepared: its program with the plan.
+        graph, inputs: the graph of the call, and its inputs.
+        prepared: its prepared program.
     """
 
     def __init__(self, graph: Graph, inputs: Inputs, prepared: Prepared):
@@ -100,10 +102,10 @@ class Opened(Exception):
 
 
 class Runner:
-    """What computes the graphs of one network, and keeps between its calls: programs, spare pages, recordings.
+    """Computes the graphs of one network; holds its programs, free pages and recordings between calls.
 
     Attributes:
-        settings: what plans have to keep to.
+        settings: the constraints of plans.
         on_tile: called after each tile.
     """
 
@@ -115,16 +117,16 @@ class Runner:
         self._call: Call | None = None
 
     def compute(self, function: FunctionType, call: Call, *args: Any) -> Any:
-        """What a function gives, its graphs computed by tiles.
+        """Call a function, computing its graphs by tiles; returns its result.
 
         Args:
-            function: plain Python at module level; gets `args` and what the call is given.
-            call: the tensors, and how its graph is computed.
+            function: a module-level Python function, called with `args` and the arguments of `call`.
+            call: the arguments, and how its graph is computed.
 
         Raises:
-            UnsupportedError: for what cannot be recorded or computed.
+            UnsupportedError: if the function cannot be recorded or computed.
         """
-        # Code between the pieces of a broken graph would read the values of what has no memory.
+        # Code between the pieces of a broken graph would read the values of tensors without memory.
         pieces = self.settings.fallback == "whole" and not call.by_region and call.complete is None
         key = function, pieces
         if key not in self._compiled:
@@ -136,7 +138,7 @@ class Runner:
             self._call = before
 
     def open(self, function: FunctionType, call: Call, *args: Any) -> Opened:
-        """The graph and the program of a call; nothing of it is done."""
+        """The graph and the program of a call, without running it."""
 
         def found(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
             raise Opened(graphs[0], inputs[0], self.programs.prepare(graphs, inputs, self.settings)[0])
@@ -149,7 +151,7 @@ class Runner:
         raise UnsupportedError("the forward computes nothing of its image")
 
     def serve(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
-        """The outputs of a graph for its inputs."""
+        """The outputs of a graph for inputs `flat`."""
         outputs, counted = list(self._outputs(graph, flat)), graph.counted(flat)
         if graph.piece and graph not in self.programs.logged:
             self.programs.logged.add(graph)
@@ -173,7 +175,7 @@ class Runner:
         return call.finish(forward)
 
     def begin(self, call: Call, inputs: Sequence[Inputs], prepared: Sequence[Prepared]) -> list[Forward]:
-        """A forward for each image batch, on the parameters and buffers as they are now."""
+        """Create a forward for each image batch from the current parameters and buffers."""
         if prepared[0].staged.program.updates:
             refuse_checkpoint()
         self.programs.keep_captures_of(prepared)
@@ -185,7 +187,7 @@ class Runner:
         return {place: call.roles[id(value)] for place, value in enumerate(flat) if id(value) in call.roles}
 
     def _serve_alone(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
-        """The outputs of a graph that tells nothing of a call: its largest map is the image."""
+        """The outputs of a graph without a known call: its largest map is taken as the image."""
         given = {n: t for n, t in enumerate(flat) if isinstance(t, Tensor) and not graph.sources[n].state}
         maps = [n for n, t in given.items() if t.dim() == 4 and t.is_floating_point() and t.numel()]
         if not maps:

@@ -1,4 +1,4 @@
-"""A stage as one function for autograd."""
+"""A stage as one autograd function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ from .offloaded import OffloadedTensor, OffloadedTensors
 
 
 class ExecutionMode(NamedTuple):
-    """How a stage is computed: by captured passes, by captured tiles, with other processes; with which parameters."""
+    """How a stage is computed.
+
+    Attributes:
+        whole: captured whole passes, if any.
+        replay: captured tiles, if any.
+        shard: the processes that share the image, if it is split.
+        parameters: the parameters on which the stage depends.
+    """
 
     whole: WholePasses | None = None
     replay: Replay | None = None
@@ -48,7 +55,7 @@ class StageFunction(torch.autograd.Function):
         sources: dict[int, int],
         *tensors: Tensor,
     ):
-        """`sources` gives the places of source tensors among `tensors`; vectors come after them."""
+        """`sources` maps value numbers to indices of source tensors in `tensors`; vectors follow them."""
         ctx.how, ctx.sources, ctx.turn = how, sources, locks.current()
         note_memory(ctx, how.parameters)
         wants = ctx.needs_input_grad[4:]
@@ -75,7 +82,7 @@ class StageFunction(torch.autograd.Function):
         packed = {n: saved.pack(vector) for n, vector in enumerate(vectors, count)}
         ctx.elsewhere = {n: one for n, one in packed.items() if isinstance(one, OffloadedTensor)}
         ctx.save_for_backward(*(None if n in ctx.elsewhere else t for n, t in enumerate(tensors)), *reread)
-        # Stored maps and vectors autograd keeps between the passes, and lets them go when it can.
+        # Autograd itself saves stored maps and vectors between the passes, and frees them.
         ctx.scan, ctx.kept = scan.without_maps(), kept
         if kept is not None and not kept.recorded:
             kept.vectors = {}
@@ -114,7 +121,7 @@ class StageFunction(torch.autograd.Function):
                 source_grads, made = work.source_grads(wanted)
                 sums = work.run(grads, source_grads, last)
             except BaseException:
-                scan.maps.gradients.clear()  # they are incomplete, and may live on in the error's traceback
+                scan.maps.gradients.clear()  # incomplete, and the error's traceback may hold them
                 raise
         for tensor in readers if last else ():
             add_reader(tensor, -1)
@@ -122,8 +129,8 @@ class StageFunction(torch.autograd.Function):
         asked = dict(zip(stage.vectors, wants[count:], strict=True))
         if ctx.how.shard is not None:
             _sum_over_shards(ctx.how.shard, stage, {v: t for v, t in vectors.items() if asked[v]}, sums, source_grads)
-        # Where no tile's graph has led to an input, none leads there: an op takes it and has no gradient for it.
-        # But nothing is run for a map of which nothing is read, whose gradients are zeros.
+        # An input that no tile's graph reaches has no gradient, because the op that reads it returns none. But if
+        # nothing is read of a map, its op does not run, and the gradients are zeros.
         empty = any(
             0 in stage.maps.shape(v) or _reads_nothing(local) for local in stage.locals for v in local.op.outputs
         )
@@ -144,15 +151,15 @@ class StageFunction(torch.autograd.Function):
 
 
 class OwnNode(torch.autograd.Function):
-    """A tensor as it is, by a node of its own.
+    """The identity, which gives a tensor its own autograd node.
 
-    Hooks of a tensor belong to the node that has made it: where that has made others too, they would be called with
-    None when a gradient arrives at one of those alone.
+    Hooks of a tensor belong to the node that made it. If that node made several tensors, a hook would be called with
+    None when only another of them gets a gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)  # where no gradient arrives none goes on
+        ctx.set_materialize_grads(False)  # pass on missing gradients as None
         return tensor.detach()
 
     @staticmethod
@@ -161,7 +168,7 @@ class OwnNode(torch.autograd.Function):
 
 
 def _reads_nothing(local: Local) -> bool:
-    """Whether an op reads nothing of a map: all of it is cut off (`F.pad` by less than nothing)."""
+    """Whether an op reads nothing of a map, because negative padding (`F.pad`) removes all of it."""
 
     def nothing(access: Access) -> bool:
         lo, hi = access.span(0, access.size_out)
@@ -171,8 +178,10 @@ def _reads_nothing(local: Local) -> bool:
 
 
 def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
-    """A gradient with a vector's strides also along axes of one element, where any stride will do but to DDP, which
-    warns of them (1x1 kernels, depthwise kernels, one input channel)."""
+    """A gradient with a vector's strides also along axes of size one, because DDP warns if they differ.
+
+    This concerns 1x1 kernels, depthwise kernels and single input channels.
+    """
     differ = (n > 1 and a != b for n, a, b in zip(vector.shape, vector.stride(), grad.stride(), strict=True))
     if grad.shape != vector.shape or grad.stride() == vector.stride() or any(differ):
         return grad
@@ -180,10 +189,10 @@ def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
 
 
 def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
-    """Autograd visits what has made a function's input also where there is no gradient for it, as stock would not.
+    """Raise an error if a missing gradient would have effects that stock PyTorch does not have.
 
-    Most nodes pass that on. But hooks of a parameter are called with None, a custom function gets zeros, and what an
-    earlier backward has used up fails.
+    Autograd also runs the nodes behind an input whose gradient is None. Most nodes pass None on. But hooks of
+    parameters are called with None, custom functions get zeros, and nodes that an earlier backward freed fail.
     """
     name = stage.program.values[value].name
     what = f"parameter '{name}'" if name else "a tensor that weights are made of"
@@ -207,7 +216,7 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
                 edges += node.next_functions
             elif not maker.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore[reportOptionalMemberAccess]
                 raise unreached(f"{what} is made by {maker.__name__}")
-            continue  # a stage sees to its own inputs
+            continue  # stages check their own inputs
         if _is_used_up(node):
             raise unreached(f"{what} was made before an earlier backward")
         edges += node.next_functions
@@ -219,7 +228,7 @@ def is_watched(leaf: Tensor) -> bool:
 
 
 def _is_used_up(node: Any) -> bool:
-    """Whether a backward has been here and let go what the node has saved."""
+    """Whether an earlier backward freed the node's saved tensors."""
     try:
         for name in dir(node):
             if name.startswith("_saved_"):
@@ -230,15 +239,15 @@ def _is_used_up(node: Any) -> bool:
 
 
 def unreached(what: str) -> GigamorphError:
-    """What is raised where autograd would visit something that a loss does not reach."""
+    """The error for a hook or function that the loss does not reach but autograd would call."""
     return GigamorphError(
         f"{what}, and this loss does not reach it: PyTorch would call that with None or zeros; add 0 times an output "
-        "that depends on it to the loss, or leave it out of this backward"
+        "that depends on it to the loss, or exclude it from this backward"
     )
 
 
 def keeps_graph() -> bool:
-    """Within a backward: whether there may be another one of the same graph (`retain_graph`)."""
+    """Whether the current backward retains its graph (`retain_graph`), so that another one may follow."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
@@ -249,10 +258,10 @@ def _sum_over_shards(
     sums: dict[int, Tensor],
     source_grads: dict[int, Tensor],
 ) -> None:
-    """Add up what the processes have found, of `wanted` vectors and of sources that all of them have whole."""
+    """Sum the gradients of `wanted` vectors and of unsplit sources over the processes, in place."""
     sixteen = (torch.float16, torch.bfloat16)
     for value, vector in wanted.items():
-        if value not in sums:  # no tile of this shard gave one
+        if value not in sums:  # no tile of this shard has a gradient
             sums[value] = torch.zeros_like(vector, dtype=torch.float32 if vector.dtype in sixteen else vector.dtype)
     whole = [v for v in source_grads if v not in (stage.offsets or {})]
     parts = [*(sums[v] for v in wanted), *(source_grads[v] for v in whole)]

@@ -1,16 +1,15 @@
-"""A whole step captured: all stages and what is computed between them, and the backward of all.
+"""Captures a whole step as CUDA graphs: all stages, the computations between them, and the backward.
 
-What is captured stage by stage or tile by tile (cuda_graphs/) leaves folded norms and heads to the host, and copies
-every stored map to and from fixed addresses: where norms take the statistics of the image, there is a stage for each of
-them. Where tiles are few and memory is ample, the step is captured as it stands instead: its maps lie at fixed
-addresses because the graph has made them.
+Captures of stages or tiles (`cuda_graphs/`) leave folded norms and heads to the host. They also copy every stored map
+to and from fixed addresses, and with norms in training mode every norm is a stage. If a step has few tiles and memory
+is ample, the whole step is captured instead. Its maps are at fixed addresses because the graph allocates them.
 
     copy in    the image; in the backward the gradients of the results
     replay     the steps in their order, and the updates of running statistics
     copy out   the results; in the backward the gradients of the parameters
 
-Parameters and buffers are read, and buffers written, where they lie. The first step runs op by op, the second is
-captured; so it is again after one of them has moved. While a forward waits for its backward another runs op by op.
+Parameters and buffers are read and written in place. The first step runs op by op, the second is captured. The same
+happens again after a tensor has moved. While a forward waits for its backward, other forwards run op by op.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from .stage_function import OwnNode, is_watched, keeps_graph, unreached
 
 
 class Step(Protocol):
-    """What is asked of a forward (forward.py)."""
+    """The interface of a forward (`forward.py`) that a captured step uses."""
 
     env: dict[int, Tensor]
     passed: dict[int, Any]
@@ -55,18 +54,19 @@ class Step(Protocol):
     def output(self) -> Any: ...
 
 
-# (image, state, tensors that are written to) -> results by value number, computed op by op.
+# (image, state, tensors to write) -> results by value number, computed op by op.
 Compute = Callable[[Tensor, Mapping[int, Tensor], Mapping[int, Tensor]], dict[int, Tensor]]
 
 
 class WholeStep:
-    """The step of a network on images of one size, captured as it was last asked for.
+    """The captured step of a network on images of one size, for the latest settings.
 
     Args:
-        retained: memory is there for the graphs of all tiles, none of which is computed again then.
+        executor: captures the work.
+        retained: whether all tiles retain their graphs, so that none is recomputed.
 
     Attributes:
-        failed: it could not be: steps go another way from now on.
+        failed: whether the capture failed; later steps then run without it.
     """
 
     def __init__(self, executor: Executor, retained: bool):
@@ -75,20 +75,20 @@ class WholeStep:
         self._work: _Captured | None = None
 
     def serves(self, forward: Step) -> bool:
-        """Whether nobody looks on, and all that is read or written has a place of its own from step to step."""
+        """Whether a forward can be replayed: nothing observes its steps, and its tensors remain at their addresses."""
         state = _state(forward)
         image_grad = forward.image is not None and forward.image.requires_grad
         moves = image_grad or any(t.is_inference() or t.requires_grad for t in forward.targets.values())
         moves = moves or not all(t.is_leaf for t in state.values())
-        # A loss that leaves a parameter out would have autograd call its hooks with None.
+        # If a loss does not reach a parameter, autograd would call its hooks with None.
         hooked = any(is_watched(t) for v, t in state.items() if v not in forward.prepared.always_reached)
-        # A checkpoint compares what is saved the first time and the second; anomaly mode looks at every gradient.
+        # A checkpoint compares the tensors saved in both forwards; anomaly mode checks every gradient.
         saved = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
         looks = saved is not None or torch.is_anomaly_enabled() or forward.observers or forward.on_tile
         return not (moves or hooked or looks)
 
     def result(self, forward: Step, compute: Compute) -> tuple[Any] | None:
-        """What the network returns, in a tuple; None where it has to be computed in another way."""
+        """The outputs of the network, in a tuple; None if the step cannot be replayed."""
         if self._work is not None and self._work.failed:
             self.failed, self._work = True, None
             return None
@@ -102,7 +102,7 @@ class WholeStep:
         return self._work.result(forward, state)
 
     def see(self, forward: Step) -> None:
-        """Learn from a step op by op whether results share memory, with state or one another: copies would not."""
+        """Check after an op-by-op step whether results share memory with state or each other; copies would not."""
         if self._work is None and not self.failed:
             program = forward.prepared.staged.program
             state = [forward.targets.get(v, forward.env.get(v)) for v in program.state()]
@@ -112,7 +112,7 @@ class WholeStep:
 
 
 def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether two tensors have an element in common; parts of one that lie side by side have none."""
+    """Whether two tensors share an element; disjoint parts of one storage do not."""
     together: dict[tuple[int, int], list[Tensor]] = {}
     for tensor in tensors:
         place = tensor.untyped_storage().data_ptr(), tensor.element_size()
@@ -130,33 +130,37 @@ def _overlap(tensors: Sequence[Tensor]) -> bool:
 
 
 def _key(forward: Step, state: Mapping[int, Tensor]) -> Hashable:
-    """What a captured step holds for: settings, and where its tensors lie."""
+    """The key of a captured step: settings, and the addresses of its tensors."""
     places = tuple((v, t.data_ptr(), t.requires_grad) for v, t in state.items())
     return places, torch.is_grad_enabled(), forward.dtype, Autocast.current(forward.device), switches()
 
 
 def _state(forward: Step) -> dict[int, Tensor]:
-    """Parameters, buffers and constants themselves, not copies of what will be written to."""
+    """Parameters, buffers and constants by value number, without the copies made for written tensors."""
     made = forward.prepared.folded
     return {v: forward.targets.get(v, t) for v, t in forward.env.items() if v not in made}
 
 
 class Waiting:
-    """A forward that was replayed.
+    """A replayed forward.
 
     Attributes:
-        over: there will be no backward any more.
+        over: whether no further backward will run.
     """
 
     over = False
 
 
 class _Pair:
-    """A forward, and the backward that goes on where it ends: they share what the forward leaves in memory.
+    """A captured forward and its captured backward, which share the saved tensors.
 
     Attributes:
-        form: of which results there are gradients; None while there is no backward yet.
-        fresh: the forward was captured for the one that it was last replayed for.
+        first: replays the forward.
+        second: replays the backward.
+        form: indices of the results with gradients; None until the backward is captured.
+        fresh: whether the latest replay of the forward directly followed its capture.
+        results: results of the forward by value number.
+        grads: gradients of the leaves by value number.
     """
 
     def __init__(self) -> None:
@@ -169,28 +173,28 @@ class _Pair:
 
 
 class _Captured:
-    """A step on fixed addresses: a pair for each form of backward that was asked for."""
+    """A captured step on fixed addresses, with a pair for each form of backward."""
 
     def __init__(self, forward: Step, state: Mapping[int, Tensor], compute: Compute, executor: Executor):
         self.compute, self.executor, self.failed = compute, executor, False
         self.program, self.buffers = forward.prepared.staged.program, GraphBuffers()
         self.autocast = Autocast.current(forward.device)
-        # Aliases of the parameters: gradients are taken with respect to these, and given to those.
+        # Aliases of the parameters, with respect to which gradients are computed.
         self.state = {v: t.detach().requires_grad_(t.requires_grad) for v, t in state.items()}
         self.leaves = [v for v, t in state.items() if t.requires_grad and torch.is_grad_enabled()]
         self.targets = {v: t.detach() for v, t in forward.targets.items()}
         self.read = [v for v in state if v not in {*self.leaves, *self.targets}]
-        # What the latest forward has read and written to; of the statistics that norms only write nothing depends.
+        # Written tensors as the latest forward read them; statistics that norms only write are not needed.
         read = forward.prepared.kept_for_backward
         updates = [(v, after) for v, after in self.program.updates if v in self.targets]
         self.before = {v: torch.empty_like(self.targets[v]) for v, after in updates if v in read or after in read}
-        self.pairs: list[_Pair] = []  # the one that was used last is the last, and serves the next forward
+        self.pairs: list[_Pair] = []  # the last used is the last, and serves the next forward
         self.latest: weakref.ref[Waiting] | None = None
 
     # -- forward --------------------------------------------------------------------------------------------------
 
     def result(self, forward: Step, state: Mapping[int, Tensor]) -> tuple[Any] | None:
-        """The output of a forward, if no earlier one waits for its backward."""
+        """The outputs of a forward in a tuple; None if an earlier forward waits for its backward."""
         latest = None if self.latest is None else self.latest()
         if latest is not None and not latest.over:
             return None
@@ -206,7 +210,7 @@ class _Captured:
         else:
             made = self.replay()
         for target in forward.targets.values():
-            torch.autograd.graph.increment_version(target)  # a graph writes where PyTorch does not see it
+            torch.autograd.graph.increment_version(target)  # PyTorch does not see the graph's writes
         forward.env.update(zip(self.pairs[-1].results, made, strict=True))  # pyright: ignore[reportArgumentType]
         forward.passed.update((v, forward.targets[b]) for b, v in self.program.updates if b in forward.targets)
         return (forward.output(),)
@@ -226,7 +230,7 @@ class _Captured:
         return tuple(t.detach().clone() for t in pair.results.values())
 
     def _new_pair(self) -> _Pair | None:
-        """A forward whose backward is still to come; of others the latest is kept, for each holds a step's memory."""
+        """Capture a forward for a new form of backward; only the latest other pair remains, to save memory."""
         del self.pairs[:-1]
         pair = _Pair()
         pair.first = self._capture(partial(self._run_forward, pair))
@@ -242,11 +246,11 @@ class _Captured:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def backward(self, grads: Sequence[Tensor | None], again: bool) -> list[Tensor | None]:
-        """Gradients of the leaves, None where none leads there.
+        """Gradients of the leaves; None for leaves that the results do not depend on.
 
         Args:
-            grads: of the results, None for zero.
-            again: this is not the first backward of the forward: what that has left was used up.
+            grads: gradients of the results, None for zero.
+            again: whether the forward had a backward before, which consumed its saved tensors.
         """
         form = tuple(n for n, grad in enumerate(grads) if grad is not None)
         if not form:
@@ -263,19 +267,19 @@ class _Captured:
         return [found.get(v) for v in self.leaves]
 
     def _pair(self, form: tuple[int, ...]) -> _Pair:
-        """The pair with a backward of this form, which is made if there is none; from now on it is the last."""
-        # Autograd would not take a captured forward whose weights have changed since.
+        """The pair with a backward of this form, which is captured if necessary; it becomes the last pair."""
+        # Autograd would reject a captured forward whose weights have changed since.
         self.pairs = [pair for pair in self.pairs if pair.form is not None or pair.fresh]
         pair = next((pair for pair in self.pairs if pair.form in (form, None)), None) or self._new_pair()
         if pair is not None and pair.form is None:
             pair.second, pair.form = self._capture(partial(self._run_backward, pair, form)), form
         if pair is None or pair.second is None:
-            raise RuntimeError("the backward of a captured step could not be captured; call the network again")
+            raise RuntimeError("cannot capture the backward of a captured step; call the network again")
         self.pairs = [*(one for one in self.pairs if one is not pair), pair]
         return pair
 
     def _replay_unnoticed(self, pair: _Pair) -> None:
-        """The latest forward once more, on the buffers as it found them; they stay as they are now."""
+        """Replay the latest forward with its original buffers, then restore the current values of the buffers."""
         assert pair.first is not None
         now = {v: t.clone() for v, t in self.targets.items()}
         copy_all((self.targets[v], t) for v, t in self.before.items())
@@ -296,16 +300,16 @@ class _Captured:
 
 
 class CapturedStep(torch.autograd.Function):
-    """parameters -> results of a captured step.
+    """A captured step as an autograd function of the parameters.
 
-    `read` are the tensors that it reads besides, and does not write to.
+    `read` are the other tensors that it reads and does not write.
     """
 
     @staticmethod
     def forward(ctx: Any, work: _Captured, read: Sequence[Tensor], *parameters: Tensor):
         ctx.work, ctx.turn, ctx.waiting, ctx.used = work, locks.current(), Waiting(), False
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*parameters, *read)  # in the backward it is told if one of them has changed
+        ctx.save_for_backward(*parameters, *read)  # the backward raises if one has changed
         note_memory(ctx, (*parameters, *read))
         made = work.replay()
         work.latest = weakref.ref(ctx.waiting)
@@ -321,6 +325,6 @@ class CapturedStep(torch.autograd.Function):
         found = ctx.work.backward(grads, ctx.used)
         ctx.used, ctx.waiting.over = True, not keeps_graph()
         for value, parameter, grad in zip(ctx.work.leaves, parameters, found, strict=False):
-            if grad is None and is_watched(parameter):  # since the forward
+            if grad is None and is_watched(parameter):  # a hook registered since the forward
                 raise unreached(f"parameter '{ctx.work.program.values[value].name}' has a hook")
         return None, None, *found

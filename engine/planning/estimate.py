@@ -380,9 +380,7 @@ class Estimate:
         """Bytes that a retained tile holds per byte of its blocks."""
         values = self.staged.program.values
         blocks = sum(value_bytes(values[v]) for local in tiled.stage.locals for v in local.op.outputs)
-        again = sum(
-            value_bytes(values[v]) for v in tiled.reread
-        )  # pass 2 does not compute these, but pass 1 retains them
+        again = sum(value_bytes(values[v]) for v in tiled.reread)  # pass 1 retains these
         held = counted.held / max(1, counted.blocks) + again / max(1, blocks)
         return held * (1 + constants.HELD_SHARE * self.on_cpu)
 

@@ -82,7 +82,7 @@ def test_what_is_no_image_batch_is_refused() -> None:
     net = accelerate(Network("scaled"))
     with pytest.raises(GigamorphError, match=r"of real numbers, not torch.complex64 of shape \(1, 3, 8, 8\)$"):
         net(torch.zeros(1, 3, 8, 8, dtype=torch.complex64))
-    with pytest.raises(GigamorphError, match=r"layout torch.sparse_coo; give x.to_dense\(\)$"):
+    with pytest.raises(GigamorphError, match=r"dense tensor, not torch.sparse_coo; pass x.to_dense\(\)$"):
         net(torch.zeros(1, 3, 8, 8).to_sparse())
     with pytest.raises(GigamorphError, match=r"\(3, 8, 8\); give one image as x\[None\]$"):
         net(torch.zeros(3, 8, 8))
