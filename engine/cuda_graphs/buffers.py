@@ -1,4 +1,4 @@
-"""Tensors at fixed addresses, and what captures work on them."""
+"""Static tensors at fixed addresses for CUDA graphs, and the executors that capture work on them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..tiling.memory import note_capture
 
 log = logging.getLogger("gigamorph")
 
-Name = tuple[Any, ...]  # what a graph buffers holds
+Name = tuple[Any, ...]  # name of a tensor in graph buffers
 
 
 class Executor(Protocol):
-    """Captures functions that read and write graph buffers, and besides them only what they make."""
+    """Captures functions that read and write only graph buffers and their own tensors."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """What does again all that `run` does on the device. `run` is called for that, but need have no effect."""
+        """Returns a function that replays the device work of `run`; the call of `run` itself may have no effect."""
         ...
 
     def apart(self) -> Executor:
-        """One whose captured work may leave things in memory for one another: nothing else uses that memory."""
+        """An executor with its own memory, in which a capture may leave tensors for the next one."""
         ...
 
 
 class CudaGraphs:
-    """Captures as CUDA graphs that share a memory pool: a function leaves nothing in it, so they may follow freely.
+    """Captures CUDA graphs that share a memory pool; no function leaves tensors in it, so their order is free.
 
-    They share a stream too, for a pool's blocks are used again on their own stream only.
+    They also share a stream, because a pool reuses blocks only on the stream that allocated them.
     """
 
     def __init__(self, device: torch.device):
@@ -52,16 +52,16 @@ class CudaGraphs:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
-            if not self.graphs:  # a pool ends with the last graph that uses it
+            if not self.graphs:  # a pool is freed with its last graph
                 self.pool = torch.cuda.graph_pool_handle()
-                torch.cuda.empty_cache()  # what tiles and former graphs have left behind is of no use to the pool
+                torch.cuda.empty_cache()  # the pool cannot reuse cached blocks of earlier tiles and graphs
             self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
-            gc.disable()  # a graph or an event that is collected during a capture spoils it
+            gc.disable()  # collecting a graph or event invalidates the capture
             try:
                 with torch.cuda.stream(self.stream):
-                    # Thread-local: the thread that reads pixels goes on pinning memory.
+                    # Thread-local, because the prefetching thread pins memory meanwhile.
                     graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                     try:
                         run()
@@ -82,12 +82,12 @@ def _graphs(device: torch.device) -> CudaGraphs:
 
 
 def executor(device: torch.device) -> Executor | None:
-    """What captures on a device; None where nothing is gained by it. Tests put another in its place."""
+    """The executor of a device; None on devices without CUDA graphs. Tests replace it."""
     return _graphs(device) if device.type == "cuda" else None
 
 
 def captured(executor: Executor, run: Callable[[], None]) -> Callable[[], None] | None:
-    """The work as a graph; None where it cannot be captured, which is told once per cause."""
+    """The work as a graph; None if it cannot be captured, which logs a warning once per cause."""
     try:
         return executor.capture(run)
     except torch.OutOfMemoryError:
@@ -98,7 +98,7 @@ def captured(executor: Executor, run: Callable[[], None]) -> Callable[[], None] 
 
 
 def captured_if_it_fits(executor: Executor, run: Callable[[], None]) -> Callable[[], None] | None:
-    """As `captured`; None also where memory is too small, for work that can go on by smaller parts."""
+    """Like `captured`, but also None if memory is too small, for work that can run in smaller parts."""
     try:
         return captured(executor, run)
     except torch.OutOfMemoryError:
@@ -115,18 +115,18 @@ _ALIGNMENT = 512  # that of PyTorch's own allocations
 
 
 class Arena:
-    """Memory that several `GraphBuffers` use in turn, each from the beginning: none needs it when another works."""
+    """Memory that several `GraphBuffers` share, each from the beginning; only one of them is in use at a time."""
 
     def __init__(self) -> None:
         self.chunks: list[Tensor] = []
 
     def take(self, start: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-        """Bytes after a place (chunk, offset), and the place after them."""
+        """`size` bytes from a position (chunk, offset) on, and the position after them."""
         chunk, offset = start
         while chunk < len(self.chunks) and offset + size > self.chunks[chunk].numel():
             chunk, offset = chunk + 1, 0
         if chunk == len(self.chunks):
-            with torch.inference_mode(False):  # it will be written to within and without
+            with torch.inference_mode(False):  # written both in and outside inference mode
                 self.chunks.append(torch.empty(max(size, CHUNK_BYTES), dtype=torch.uint8, device=device))
         end = offset + -(-size // _ALIGNMENT) * _ALIGNMENT
         return self.chunks[chunk][offset : offset + size], (chunk, end)
@@ -135,15 +135,15 @@ class Arena:
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor in the memory order of another."""
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return tensor.stride()  # the same also where an axis has size one
+        return tensor.stride()  # retains the strides of axes of size one
     return torch.empty_permuted(tensor.shape, memory_order(tensor), device="meta").stride()
 
 
 class GraphBuffers:
-    """Tensors at fixed addresses by name: `inputs` are loaded before captured work reads them, it gives `outputs`.
+    """Static tensors by name: `inputs` are loaded before captured work reads them, and the work writes `outputs`.
 
     Args:
-        arena: where they lie, if they need not last longer than the work.
+        arena: the memory of the tensors if they are needed only during the work.
     """
 
     def __init__(self, arena: Arena | None = None) -> None:
@@ -154,22 +154,22 @@ class GraphBuffers:
     def _room(self, tensor: Tensor) -> Tensor:
         strides = _dense_strides(tensor)
         if self._arena is None or not tensor.numel():
-            with torch.inference_mode(False):  # it will be written to within and without
+            with torch.inference_mode(False):  # written both in and outside inference mode
                 return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         flat, self._end = self._arena.take(self._end, tensor.numel() * tensor.element_size(), tensor.device)
         flat = flat.view(tensor.dtype)
-        # .data: the neighbours are other tensors, and autograd need not hear that one of them is written.
+        # .data: other tensors share the storage, and autograd must not track their writes together.
         return flat.as_strided(tensor.shape, strides, flat.storage_offset()).data
 
     def load(self, tensors: Mapping[Name, Tensor]) -> None:
-        """Copy tensors in; the same names and shapes each time."""
+        """Copy tensors to the inputs; names and shapes must be the same each time."""
         for name, tensor in tensors.items():
             if name not in self.inputs:
                 self.inputs[name] = self._room(tensor)
         copy_all((self.inputs[name], tensor) for name, tensor in tensors.items())
 
     def give(self, name: Name, tensor: Tensor) -> None:
-        """Copy a result to where it stays; called by the work that is captured."""
+        """Copy a result to the outputs; called by captured work."""
         if name not in self.outputs:
             self.outputs[name] = self._room(tensor)
         self.outputs[name].copy_(tensor)

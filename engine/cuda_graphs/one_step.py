@@ -1,4 +1,4 @@
-"""Which networks' whole steps can be captured as one graph (execution/whole_step.py does it)."""
+"""Decides whether the whole step of a network can be captured as one graph (see `execution/whole_step.py`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..capture.program import draws
 from ..lowering.stages import StagedProgram
 from ..tiling.stage import TiledStage
 
-MOST_TILES = 4  # of a stage: each is some thirty launches, of which there are a hundred stages
-MARGIN = 1.1  # a captured step takes so much of what its parts do; 0.98 to 1.10 on an H100 (gpu_h100.json)
+MOST_TILES = 4  # tiles of a stage; a tile is about thirty launches, and a network may have a hundred stages
+MARGIN = 1.1  # memory of a captured step relative to its parts; 0.98 to 1.10 on an H100 (gpu_h100.json)
 
 
 def is_one_step(staged: StagedProgram, stages: Sequence[TiledStage]) -> bool:
-    """Whether a step is the same work on the device each time, and all that it leaves behind is known.
+    """Whether a step is the same device work each time, and all its effects are known.
 
-    Of an image that is not split; with halos on the device.
+    The caller checks that the image is not split and that halos are on the device.
     """
     program = staged.program
-    written = {before for before, _ in program.updates}  # what is there afterwards is handed out as the tensor itself
+    written = {before for before, _ in program.updates}  # returned as the written tensors themselves
     graphs = program.grad and any(program.values[after].takes_grad for _, after in program.updates)
     return (
         not (program.inputs or program.vectors or program.assigned)

@@ -1,4 +1,4 @@
-"""The work of tiles that are alike, on graph buffers: done as it stands, captured, and replayed."""
+"""Recordings: the work of equivalent tiles on graph buffers, which is run op by op, then captured and replayed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..tiling.tile import Halos
 from .buffers import Arena, Executor, GraphBuffers, Name, captured
 from .signature import Outline
 
-MOST_KINDS = 64  # of tiles that are recorded; where strides do not divide the tile there are many
-MOST_RECORDINGS = 4 * MOST_KINDS  # kept of a stage: both passes, and as many again for other outputs or settings
+MOST_KINDS = 64  # kinds of tiles that are recorded; there are many if strides do not divide the tile
+MOST_RECORDINGS = 4 * MOST_KINDS  # recordings per stage: both passes, and twice for other outputs or settings
 
 Parts = Mapping[tuple[str, int], Rect]
 
 
 def settings(scan: Scan) -> Hashable:
-    """What captured work was captured under."""
+    """The settings under which work was captured."""
     return scan.device, scan.dtype, scan.autocast, scan.whole, switches()
 
 
 def switches() -> Hashable:
-    """The settings of the process that say how ops are computed."""
+    """The settings of the process that affect how ops are computed."""
     return (
         current_mode(),
         torch.are_deterministic_algorithms_enabled(),
@@ -42,9 +42,9 @@ class Recording(GraphBuffers):
     """The work of the tiles of one kind in one pass.
 
     Args:
-        outline: what these tiles take and give; its tile is where the work believes itself to be.
+        outline: the inputs and outputs of these tiles; the work computes the tile of the outline.
         work: computes the tile on the graph buffers.
-        arena: where these lie.
+        arena: the memory of the graph buffers.
     """
 
     def __init__(self, outline: Outline, work: Callable[[Recording], None], arena: Arena):
@@ -55,7 +55,7 @@ class Recording(GraphBuffers):
         self.seen = False
 
     def __call__(self, tensors: Mapping[Name, Tensor], executor: Executor) -> None:
-        """Do the work on these inputs."""
+        """Run, capture or replay the work on these inputs."""
         self.load(tensors)
         if self.seen and self.replay is None:
             self.replay = captured(executor, self.run) or self.run
@@ -63,7 +63,7 @@ class Recording(GraphBuffers):
         self.seen = True
 
     def halos(self, kind: str, parts: Parts) -> Halos:
-        """The inputs (kind, side, value), as halos of which only these parts are here."""
+        """The inputs (kind, side, value) as halos, which contain only these parts."""
         here = Halos({}, {})
         for (side, value), rect in parts.items():
             tensor = self.inputs.get((kind, side, value))
@@ -79,10 +79,10 @@ class Recording(GraphBuffers):
 
 
 class Bench:
-    """The recordings made under one set of settings, and the graph buffers that they share.
+    """The recordings under one set of settings, and the graph buffers that they share.
 
     Attributes:
-        step: what is the same for all tiles of a pass.
+        step: the buffers that all tiles of a pass share.
         sums: gradients of the vectors, summed over the tiles of pass 2.
     """
 
@@ -95,7 +95,7 @@ class Bench:
         self.sums: dict[int, Tensor] = {}
 
     def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording:
-        """The recording of a key, which is made for tile (i, j) if there is none."""
+        """The recording of a key, which is created for tile (i, j) if necessary."""
         if key not in self.recordings:
             while len(self.recordings) >= MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]  # the oldest
@@ -103,5 +103,5 @@ class Bench:
         return self.recordings[key]
 
     def vectors(self) -> dict[int, Tensor]:
-        """The vectors; new tensors in the same memory, so that autograd knows nothing of them from earlier runs."""
+        """The vectors as new tensors in the same memory, without autograd state of earlier runs."""
         return {v: self.step.inputs["vector", v].detach() for v in self.tiled.stage.vectors}

@@ -1,14 +1,14 @@
-"""Tiles that are alike are captured once and replayed: the host then only copies, and runs no Python op by op.
+"""Captures equivalent tiles once and replays them, so that the host only copies and runs no ops.
 
 A tile is computed on graph buffers, always at the same addresses:
 
-    copy in    source windows, halos and, in pass 2, gradients of what the tile gives and the halos' own so far
+    copy in    source windows, halos and, in pass 2, gradients of the tile's results and of its halos so far
     replay     the code of `Scan` and `Tile`, for the first tile of its kind (`signature.py`)
-    copy out   halos handed on, shares of reductions, stored blocks; in pass 2 gradients
+    copy out   outgoing halos, shares of reductions, stored blocks; in pass 2 gradients
 
-What is the same for all tiles (vectors, gradients of reductions) is copied in once per pass; gradients of vectors are
-summed in graph buffers. The first tile of a kind runs on the graph buffers as it stands: that makes those it writes
-to, measures and compiles kernels, warms libraries up. The second is captured. Recordings are kept across steps.
+Inputs that all tiles share (vectors, gradients of reductions) are copied once per pass; gradients of vectors are summed
+in graph buffers. The first tile of a kind runs op by op on the graph buffers, which allocates its outputs, tunes and
+compiles kernels, and warms up libraries. The second is captured. Recordings remain across steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tile_passes import Kind, ReplayedBackward, ReplayedForward
 
 
 class Replays:
-    """The recordings of one stage; the `Replay` of its scans. Stages of one network share an arena."""
+    """The recordings of one stage, which implement `Replay` for its scans. Stages of a network share an arena."""
 
     def __init__(self, tiled: TiledStage, executor: Executor, arena: Arena):
         self.tiled, self.executor, self.arena = tiled, executor, arena
@@ -42,28 +42,28 @@ class Replays:
         self.recorded = {kind for kind, _ in counts.most_common(MOST_KINDS)}
 
     def kind(self, i: int, j: int) -> Kind | None:
-        """The kind of a tile that is replayed."""
+        """The kind of a tile; None if the tile is not replayed."""
         kind = (self.rows[i], self.cols[j])
         return kind if kind in self.recorded else None  # pyright: ignore[reportReturnType]
 
     def _bench(self, scan: Scan, vectors: Mapping[int, Tensor]) -> Bench | None:
         if not self.recorded or any(vector.device.type != scan.device.type for vector in vectors.values()):
-            return None  # a number on the host would be captured as it is now
+            return None  # the value of a host tensor would be captured as a constant
         key = settings(scan)
         if key not in self.benches:
-            self.benches.clear()  # other settings: what was recorded under the former ones is as large as this will be
+            self.benches.clear()  # frees the recordings of other settings, which are as large as the new ones
             self.benches[key] = Bench(self.tiled, scan, self.arena)
         return self.benches[key]
 
     def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ReplayedForward | None:
-        """Pass 1 of a step."""
+        """The replay of pass 1 of a step; None if it cannot be replayed."""
         bench = self._bench(scan, vectors)
         return None if bench is None else ReplayedForward(bench, self.kind, self.executor, vectors)
 
     def backward(
         self, scan: Scan, kept: PassState, consumers: Consumers, stored: Mapping[int, Tensor]
     ) -> ReplayedBackward | None:
-        """Pass 2 of a step."""
+        """The replay of pass 2 of a step; None if it cannot be replayed."""
         bench = self._bench(scan, kept.vectors)
         if bench is None:
             return None
@@ -71,7 +71,7 @@ class Replays:
 
 
 def _first_alike(tiled: TiledStage, axis: int) -> list[int | None]:
-    """For each row (column) of tiles the first one like it; None for those that cannot be replayed."""
+    """For each row (column) of tiles the first equivalent one; None for those that cannot be replayed."""
     steps = (tiled.rows, tiled.cols)[axis].steps
     first: dict[Signature, int] = {}
     signatures = [axis_signature(tiled, axis, step) if translates(tiled) else None for step in range(steps)]
@@ -79,13 +79,13 @@ def _first_alike(tiled: TiledStage, axis: int) -> list[int | None]:
 
 
 def kinds(rows: list[int | None], cols: list[int | None]) -> Counter[Kind]:
-    """How many tiles there are of each kind."""
+    """The number of tiles of each kind."""
     both = itertools.product(Counter(rows).items(), Counter(cols).items())
     return Counter({(i, j): m * n for (i, m), (j, n) in both if i is not None and j is not None})
 
 
 def buffer_bytes(tiled: TiledStage, training: bool) -> int:
-    """What the graph buffers of a stage's tile in the middle take; 0 if it cannot be replayed.
+    """Bytes of the graph buffers of the stage's middle tile; 0 if it cannot be replayed.
 
     The vectors and the sums of their gradients, which all tiles share, are not included.
     """

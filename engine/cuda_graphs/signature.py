@@ -1,9 +1,9 @@
-"""Which tiles are alike: they do the same work on windows, halos and blocks of the same sizes, at another place.
+"""Signatures of tiles: equivalent tiles do the same work on windows, halos and blocks of the same sizes.
 
-Rows and columns are separable, so a tile is described by a signature of its row and one of its column. A signature
-holds all that a tile's computation depends on along that axis, relative to the tile's own blocks: how long they are,
-where each op's window begins and ends, its padding, and the halos. This is so for ops that read a `Window` (or a
-`Chain` of two); others ask where in the image they are.
+Rows and columns are separable, so a tile is described by the signatures of its row and its column. A signature contains
+everything on which a tile's computation depends along that axis, relative to the tile's own blocks: their lengths, the
+window of each op, its padding, and the halos. This holds for ops that read a `Window` (or a `Chain` of two); other ops
+depend on their position in the image.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..tiling.stage import TiledStage
 
 Signature = tuple[Any, ...]
 
-# Ops that depend on the place where a window lacks padding: one divides by counts that are made on the host, the other
-# puts in what lies at the far end.
+# Ops that depend on the position if a window is padded: one divides by counts that are computed on the host, the other
+# reads the opposite border.
 _AT_BORDERS = frozenset({"avg_pool2d", "circular"})
 
 
 def translates(tiled: TiledStage) -> bool:
-    """Whether tiles of a stage can be alike at all."""
+    """Whether tiles of a stage can be equivalent at all."""
     accesses = (access for local in tiled.stage.locals for both in local.reads.values() for access in both)
     return not tiled.random and all(isinstance(access, (Window, Chain)) for access in accesses)
 
 
 def axis_signature(tiled: TiledStage, axis: int, step: int) -> Signature | None:
-    """All that tiles of a row (axis 0) or column (axis 1) of tiles have in common; None if they depend on the place."""
+    """The signature of a row (axis 0) or column (axis 1) of tiles; None if the work depends on the position."""
     schedule = (tiled.rows, tiled.cols)[axis]
     found: list[Any] = []
     for value in schedule.frontier:
@@ -59,16 +59,16 @@ def _padding(access: Access, lo: int, hi: int) -> tuple[int, ...]:
 
 
 class Outline:
-    """What the tiles like one tile take and give: rectangles that `place` moves to where one of them has them.
+    """The inputs and outputs of the tiles of one kind, as rectangles that `place` translates to a tile.
 
     Attributes:
         windows: the source windows, (source, rectangle).
         entering: by (side, value), the part of a halo that windows of the tile read.
-        leaving: by (side, value), the part of a halo that the tile hands on.
+        leaving: by (side, value), the part of a halo that the tile passes on.
     """
 
     def __init__(self, tiled: TiledStage, i: int, j: int, taken: Container[int]):
-        """`taken`: the maps that something besides local ops takes."""
+        """`taken` are the maps that are read outside local ops."""
         self.tiled, self.i, self.j = tiled, i, j
         self.windows: list[tuple[int, Rect]] = []
         self.entering: dict[tuple[str, int], Rect] = {}
@@ -98,15 +98,15 @@ class Outline:
                 self.entering[side, value] = (top, bottom, left_, right)
 
     def _corner(self, side: str, value: int, i: int, j: int) -> tuple[int, int]:
-        """Where tile (i, j)'s own part begins: only rows from above are kept in full width, only sources whole."""
+        """The origin of tile (i, j): sources are whole, rows from above have the full width, other halos neither."""
         row = self.tiled.rows.block(value, i)[0] if side == "source" else 0
         return row, self.tiled.cols.block(value, j)[0] if side != "left" else 0
 
     def relative(self, side: str, value: int, rect: Rect) -> Rect:
-        """A rectangle of the first tile as this outline holds it: what `place` undoes."""
+        """A rectangle of the first tile relative to its origin; the inverse of `place`."""
         return shift(rect, *self._corner(side, value, self.i, self.j))
 
     def place(self, side: str, value: int, rect: Rect, i: int, j: int) -> Rect:
-        """Where a rectangle of `windows` ("source"), `entering` or `leaving` ("above", "left") lies for tile (i, j)."""
+        """Translate a rectangle of `windows` ("source"), `entering` or `leaving` ("above", "left") to tile (i, j)."""
         row, col = self._corner(side, value, i, j)
         return shift(rect, -row, -col)

@@ -1,4 +1,4 @@
-"""Both passes of a step by recordings: what is copied in and out for each tile, and the work itself."""
+"""Both passes of a step by recordings: the copies to and from graph buffers for each tile, and the captured work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .recording import Bench, Parts, Recording
 from .signature import Outline
 
 Kind = tuple[int, int]  # the first row and column of tiles of their signatures
-Kinds = Callable[[int, int], Kind | None]  # that of a tile; None if it is not replayed
+Kinds = Callable[[int, int], Kind | None]  # the kind of a tile; None if it is not replayed
 
 
 def _entering(recording: Recording, i: int, j: int, read: Read, halos: Halos) -> dict[Name, Tensor]:
@@ -36,7 +36,7 @@ def _entering(recording: Recording, i: int, j: int, read: Read, halos: Halos) ->
 def _parts(
     kind: str, tiled: TiledStage, outline: Outline, parts: Parts, i: int, j: int, halos: Halos
 ) -> dict[Name, Tensor]:
-    """Views of parts of those halos (or gradients) that are there."""
+    """Views of the given parts of halos (or gradients), as far as they exist."""
     return {
         (kind, side, value): cut(getattr(halos, side)[value], tiled.axes(value), outline.place(side, value, rect, i, j))
         for (side, value), rect in parts.items()
@@ -45,7 +45,7 @@ def _parts(
 
 
 class ReplayedForward:
-    """Tiles of pass 1 of one step."""
+    """Replays tiles in pass 1 of one step."""
 
     def __init__(self, bench: Bench, kinds: Kinds, executor: Executor, vectors: Mapping[int, Tensor]):
         self.bench, self.kinds, self.executor = bench, kinds, executor
@@ -61,7 +61,7 @@ class ReplayedForward:
         return True
 
     def _take(self, recording: Recording, i: int, j: int, gathered: Gathered) -> None:
-        """Copy out what a tile has given."""
+        """Copy the outputs of a tile from the graph buffers."""
         tiled, outline = self.bench.tiled, recording.outline
         pairs: list[tuple[Tensor, Tensor]] = []
         shares: dict[int, list[Tensor]] = {}
@@ -105,7 +105,7 @@ def _compute(bench: Bench, recording: Recording) -> None:
 
 
 class ReplayedBackward:
-    """Tiles of pass 2 of one step. The sums of `kept` become graph buffers, which are used again in the next step."""
+    """Replays tiles in pass 2 of one step. The sums of `kept` become graph buffers that later steps reuse."""
 
     def __init__(
         self,
@@ -122,14 +122,14 @@ class ReplayedBackward:
             torch._foreach_zero_(list(bench.sums.values()))
         kept.sums = bench.sums
         step: dict[Name, Tensor] = {("vector", v): vector.detach() for v, vector in kept.vectors.items()}
-        self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # of consumers: what is None from step to step
+        self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # consumers and their gradients
         for value, taken in consumers.items():
             for number, consumer in enumerate(taken):
                 self.form.append(
                     (value, number, tuple(grad is not None for grad in consumer.grads), bool(consumer.shares))
                 )
                 if consumer.accumulator is None or consumer.accumulator.reduction.grid is not None:
-                    continue  # a stored map, rows or columns: a part of the gradient for each tile
+                    continue  # stored maps, rows and columns: each tile gets a part of the gradient
                 for place, grad in enumerate(consumer.grads):
                     if grad is not None:
                         step["grad", value, number, place] = grad
@@ -204,12 +204,12 @@ def _differentiate(
 def _buffered_consumers(
     bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording
 ) -> Consumers:
-    """The consumers of a step with graph buffers in the place of theirs."""
+    """The consumers of a step, with graph buffers instead of their tensors."""
     stage, step = bench.tiled.stage, bench.step.inputs
     consumers: Consumers = {}
     for value, number, there, shared in form:
         numbers = bench.tiled.reductions.get(value, ())
-        if number >= len(numbers):  # after the reductions of a map comes the map itself
+        if number >= len(numbers):  # the map itself follows its reductions
             consumers.setdefault(value, []).append(Consumer(None, (recording.inputs.get(("stored", value)),), {}))
             continue
         reduction = stage.reductions[numbers[number]]

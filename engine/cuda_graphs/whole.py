@@ -1,16 +1,16 @@
-"""Whole passes captured: of a step of few tiles nothing is left to the host but two replays.
+"""Captures whole passes of a step with few tiles, so that the host only launches two replays.
 
-Recordings of tiles that are alike (`replay.py`) serve any number of tiles, but the halos between them are copied in and
-out by the host, and a tile whose graph is retained runs op by op. Where the tiles are few, both passes are captured as
-they stand, with all tiles and all copies between them:
+Recordings of equivalent tiles (`replay.py`) serve any number of tiles. But the host copies the halos between them, and
+a tile whose graph is retained runs op by op. With few tiles, both passes are captured as a whole, including all tiles
+and all copies between them:
 
     copy in    the image and the vectors; in pass 2 the gradients of the reductions
     replay     `ForwardPass.run`; in pass 2 `BackwardPass.run`
     copy out   values of the reductions; in pass 2 the sums of the vectors' gradients
 
-The first step runs op by op, which measures and compiles kernels and warms libraries up; the second is captured. What
-pass 1 keeps for pass 2, halos and graphs of retained tiles, stays in memory that nothing else uses. So while a forward
-waits for its backward, pass 1 is not replayed: another forward runs op by op meanwhile.
+The first step runs op by op, which tunes and compiles kernels and warms up libraries; the second is captured. The halos
+and graphs of retained tiles that pass 1 stores for pass 2 are in memory that nothing else uses. So pass 1 is not
+replayed while a forward waits for its backward: other forwards run op by op.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .buffers import Executor, GraphBuffers, captured_if_it_fits
 from .recording import settings
 from .signature import axis_signature, translates
 
-MOST_TILES = 16  # of an image: some 700 launches are captured for each
-MEMORY_SHARE = 0.5  # of what is free, that a step may take whose memory is not given back between steps
+MOST_TILES = 16  # tiles of an image; about 700 launches are captured for each
+MEMORY_SHARE = 0.5  # share of the free memory for a captured step, whose memory is not freed between steps
 
-Form = tuple[bool, ...]  # which gradients of a stage's results there are
+Form = tuple[bool, ...]  # which results of a stage have gradients
 
 
 def can_be_captured(tiled: TiledStage) -> bool:
-    """Whether both passes of a stage are the same work on the device in each step, and leave nothing but reductions."""
+    """Whether both passes of a stage are the same device work in each step, and return only reductions."""
     stage = tiled.stage
     plain = stage.sources == [stage.image] and not stage.stored and stage.offsets is None
     sums = all(reduction.kind != "moments" for reduction in stage.reductions)
@@ -52,7 +52,7 @@ class WholePasses:
     """Both passes of a stage, captured under the settings of the latest step.
 
     Attributes:
-        failed: they could not be: tiles go another way from now on.
+        failed: whether the capture failed; later steps then run without it.
     """
 
     def __init__(self, tiled: TiledStage, executor: Executor):
@@ -64,10 +64,12 @@ class WholePasses:
     def forward(
         self, scan: Scan, vectors: Sequence[Tensor], wants: Sequence[bool] = ()
     ) -> tuple[tuple[Tensor, ...], Replayed] | None:
-        """Pass 1: values of the reductions, and what pass 2 goes by; None where it has to go another way.
+        """Pass 1: the values of the reductions, and the object for pass 2; None if it cannot be replayed.
 
         Args:
-            wants: which vectors will want a gradient.
+            scan: the scan of the stage.
+            vectors: the tensors of `stage.vectors`.
+            wants: which vectors require a gradient.
         """
         if self._captured is not None and self._captured.failed:
             self.failed, self._captured = True, None
@@ -83,11 +85,11 @@ class WholePasses:
 
 
 class Replayed:
-    """A pass 1 that was replayed. It holds none of its results, which may hold it by their graph.
+    """A replayed pass 1. It does not refer to its results, whose graph may refer to it.
 
     Attributes:
-        kept: what pass 2 needs.
-        over: there will be no backward any more.
+        kept: the state for pass 2.
+        over: whether no further backward will run.
     """
 
     def __init__(self, captured: _Captured, kept: PassState | None):
@@ -95,13 +97,14 @@ class Replayed:
         self._captured: _Captured | None = captured
 
     def backward(self, scan: Scan, grads: Sequence[Tensor | None], last: bool) -> dict[int, Tensor] | None:
-        """Gradients of the vectors by value number; None where pass 2 has to go another way: with `kept`.
+        """Gradients of the vectors by value number; None if pass 2 must run from `kept` without replay.
 
-        It overwrites what pass 1 has left for it, so it is replayed once.
+        Pass 2 overwrites the state of pass 1, so it is replayed only once.
 
         Args:
-            grads: of the results, None for zero.
-            last: there is no further backward of this pass.
+            scan: the scan of the stage.
+            grads: gradients of the results, None for zero.
+            last: whether this is the last backward of this pass.
         """
         captured, self._captured = self._captured, None
         try:
@@ -126,7 +129,7 @@ class _Captured:
         self.latest: weakref.ref[Replayed] | None = None
 
     def replay(self, scan: Scan, vectors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Replayed] | None:
-        """Pass 1, if no earlier one waits for its backward."""
+        """Replay pass 1; None if an earlier one waits for its backward."""
         latest = None if self.latest is None else self.latest()
         if latest is not None and not latest.over:
             return None
