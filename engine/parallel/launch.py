@@ -1,4 +1,4 @@
-"""Several processes of one machine that train together, and the process group in which they meet."""
+"""Launches processes that train together on one machine, and initializes their process group."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from ..errors import GigamorphError
 from .process_registry import is_lost, meet
 
 PATIENCE = 7200.0
-"""Seconds that a process waits for another, which may have far larger images."""
+"""Seconds that a process waits for another, which may have much larger images."""
 _GRACE = 5.0
-"""Seconds that processes have to end by themselves when one has failed, and again before they are killed."""
+"""Seconds that processes have to end by themselves after one has failed, and again before they are killed."""
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 def launched() -> bool:
-    """Whether this process is one of several that a launcher (torchrun) has started."""
+    """Whether a launcher (torchrun) has started this process."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def restarted() -> bool:
-    """Whether a launcher (torchrun, Slurm) has started the group of this process anew, after a failure."""
+    """Whether a launcher (torchrun, Slurm) has restarted the group of this process after a failure."""
     return _again or os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 @contextlib.contextmanager
 def process_group(device: str, timeout: float = PATIENCE) -> Iterator[None]:
-    """The process group of launched processes: gloo for the CPU, NCCL for GPUs, of which each process gets one.
+    """Context of the process group of launched processes: gloo on the CPU, NCCL on GPUs, one GPU per process.
 
     Args:
         device: "cpu" or "cuda".
-        timeout: seconds that a process waits for the others, at the start and at each exchange.
+        timeout: seconds that a process waits for the others, at the start and in each collective.
 
     Raises:
-        GigamorphError: naming the processes that did not come, ended, or did not answer in time; or if this machine has
-            fewer GPUs than processes.
+        GigamorphError: naming the processes that did not start, ended, or did not answer in time; or if this machine
+            has fewer GPUs than processes.
     """
     global _timeout, _again
-    # Of what `accelerate` imports, functions have the group that is there as a default: it would outlive its end, with
-    # threads that may abort the process when they lose the others.
+    # Imported before the group exists: functions in it take the current group as a default. The group would outlive its
+    # end, with threads that may abort the process when they lose the others.
     import torch._dynamo
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,7 +76,7 @@ def process_group(device: str, timeout: float = PATIENCE) -> Iterator[None]:
         raise
     finally:
         _neighbours.clear()
-    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one
+    dist.destroy_process_group()  # not after an error, which could deadlock
 
 
 _timeout = timedelta(seconds=PATIENCE)
@@ -85,7 +85,7 @@ _neighbours: dict[int, dist.ProcessGroup] = {}
 
 
 def neighbours(number: int) -> dist.ProcessGroup:
-    """The group of this process and its neighbours by rank, so many; a collective at the first call."""
+    """The group of `number` processes with neighbouring ranks that contains this one; the first call is collective."""
     if number not in _neighbours:
         mine = None
         for first in range(0, dist.get_world_size(), number):
@@ -98,37 +98,40 @@ def neighbours(number: int) -> dist.ProcessGroup:
 
 
 def need_gpus(number: int) -> None:
-    """Refuse what needs more GPUs than there are."""
+    """Raise an error if this machine has fewer GPUs."""
     if torch.cuda.device_count() < number:
-        raise GigamorphError(f"{number} GPUs were asked for and {torch.cuda.device_count()} are here; take fewer")
+        raise GigamorphError(f"{number} GPUs requested, but only {torch.cuda.device_count()} available; use fewer")
 
 
 def launch(function: Callable[..., Any], number: int, device: str, *args: Any, timeout: float = PATIENCE) -> None:
     """Call `function(*args)` in `number` processes of this machine, which form a process group.
 
-    When one fails, all end. A first Ctrl-C, or SIGTERM, is passed on to each as a Ctrl-C, and they end as they see fit;
-    a second one ends them.
+    If one process fails, all end. A first Ctrl-C or SIGTERM is passed on to each process as a Ctrl-C, and the processes
+    end by themselves; a second one kills them.
 
     Args:
-        function: of a module, for it is looked up by name in each process.
-        args: what can be pickled.
-        timeout: as in `process_group`.
+        function: a module-level function, which each process looks up by name.
+        number: number of processes.
+        device: "cpu" or "cuda".
+        args: picklable arguments.
+        timeout: see `process_group`.
 
     Raises:
-        GigamorphError: the first that a process raised; or, with its traceback, another error.
+        GigamorphError: the first one that a process raised.
+        RuntimeError: another error of a process, with its traceback.
         KeyboardInterrupt: after a Ctrl-C, when all processes have ended.
     """
     if device == "cuda":
         need_gpus(number)
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, torch.get_num_threads() // number)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for the processes: DDP advises on what is as it must be
-    logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it tells of each process that it ends
-    # As with torchrun, the store is of the process that outlives the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # in the processes: DDP warns about intended settings
+    logging.getLogger(torch_processes.spawn.__module__).setLevel(logging.ERROR)  # it logs the end of each process
+    # As with torchrun, the process that outlives the others hosts the store.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = (number, device, store.port, timeout, threads, errors, function, args)
     with terminated_as_interrupted():
-        # Processes inherit what is blocked: a Ctrl-C waits until they are ready for it.
+        # Processes inherit blocked signals: a Ctrl-C stays pending until they are ready for it.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
             context = torch_processes.start_processes(_child, given, number, join=False, start_method="spawn")
@@ -141,7 +144,7 @@ def launch(function: Callable[..., Any], number: int, device: str, *args: Any, t
 
 
 def _joined(context: Any, errors: Any) -> bool:
-    """Whether processes that have ended were interrupted."""
+    """Wait for the processes to end; returns whether they were interrupted."""
     interrupted = False
     while True:
         try:
@@ -157,14 +160,14 @@ def _joined(context: Any, errors: Any) -> bool:
                 return True
             if errors.empty():
                 killed = error.exit_code == -signal.SIGKILL
-                hint = "it may have run out of memory" if killed else "see what it has printed"
+                hint = "it may have run out of memory" if killed else "see its output"
                 raise GigamorphError(f"{error}; {hint}") from error
             raise errors.get() from None
 
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM (of a scheduler) is a Ctrl-C: this process would be gone before all is written."""
+    """Context in which SIGTERM (from a scheduler) acts like Ctrl-C, so that this process can write its files."""
     here = threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
@@ -185,26 +188,26 @@ def _child(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.setpgrp()  # a terminal sends Ctrl-C to a group of processes; these get it from their parent, once
+    os.setpgrp()  # a terminal sends Ctrl-C to a whole process group; the parent passes it on once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(threads)
-    faulthandler.enable()  # where it was, if a library aborts it
+    faulthandler.enable()  # prints the stack if a library aborts the process
     try:
         with process_group(device, timeout):
             function(*args)
     except KeyboardInterrupt:
         _end(130)
     except Exception as error:
-        # The processes that waited for this one fail after it, and put their errors after this one.
+        # Processes that waited for this one fail later, so their errors follow in the queue.
         known = isinstance(error, GigamorphError)
         errors.put(error if known else RuntimeError(f"process {rank} failed:\n{traceback.format_exc()}"))
         _end(2)
 
 
 def _end(code: int) -> None:
-    """End this process at once: threads of a group that is still there may abort it if they are taken down in order."""
+    """Exit immediately: in an orderly exit, threads of an existing process group may abort the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

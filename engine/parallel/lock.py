@@ -1,4 +1,4 @@
-"""One process at a time in a folder; another is told which one that is."""
+"""Lock files that allow one process at a time in a folder, and name the holder to others."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ..parsing import parse_json
 
 @contextlib.contextmanager
 def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> Iterator[None]:
-    """Hold a lock file. It is free again when this process has ended, however that comes.
+    """Context that holds a lock file. The system releases the lock when the process ends, even after a crash.
 
-    Record locks, which hold over network file systems too and which forked processes do not inherit.
+    It uses record locks, which work over network file systems and which forked processes do not inherit.
 
     Args:
-        told: what messages call held.
-        wait: for another process to end; otherwise it is an error.
-        needed: whether a file system without locks is an error; otherwise nothing is held there.
+        path: the lock file.
+        told: the path that messages name.
+        wait: whether to wait for another holder; otherwise an error is raised.
+        needed: whether a file system without locks is an error; otherwise no lock is held there.
 
     Raises:
-        GigamorphError: naming the process that holds it, or if the file system knows no locks.
+        GigamorphError: naming the process that holds the lock, or if the file system does not support locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> 
                     "locks"
                 ) from error
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # it only tells who holds the lock
+        with contextlib.suppress(OSError):  # the content only names the holder
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(me).encode(), 0)
         yield
@@ -58,7 +59,7 @@ def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> 
 
 
 def held(path: Path) -> str | None:
-    """Which other process holds a lock file; None if none does."""
+    """A description of the other process that holds a lock file, or None."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -73,7 +74,7 @@ def held(path: Path) -> str | None:
 
 
 def cannot_write(path: Path, error: OSError, advice: str) -> GigamorphError:
-    """What to say of a file or folder, and what to do: free space on a full disk, else as advised."""
+    """The error for a file or folder that cannot be written, with `advice`, or to free space on a full disk."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return GigamorphError(f"{path}: cannot be written: {reason}; {'free some space' if full else advice}")

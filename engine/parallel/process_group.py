@@ -1,4 +1,4 @@
-"""The processes of a group that train together: which images each has, and what they have to agree on."""
+"""The processes that train together: the distribution of images, and collectives of their results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _NOTHING: Any = object()
 class ProcessGroup:
     """This process among those that train together.
 
-    Each has an image of its own at a time and the gradients are averaged, or all of them share one, or some share each:
-    neighbours by rank, whose gradients are those of their image. The first process reports and writes. Each method that
-    is called a collective must be called by all processes.
+    Either each process has its own image and the gradients are averaged, or all processes share an image, or groups of
+    neighbouring ranks share one. The first process reports and writes. Methods that are collectives must be called by
+    all processes.
 
     Attributes:
-        split: as `accelerate` takes it: whether all processes share an image, or the group of those that share this
-            one's.
-        together: how many do, where they are not all.
+        rank: rank of this process.
+        size: number of processes.
+        split: the argument of `accelerate`: whether all processes share an image, or the group that shares this one's.
+        together: number of processes that share an image, if not all do.
     """
 
     rank: int = 0
@@ -39,23 +40,25 @@ class ProcessGroup:
 
     @classmethod
     def here(cls, split: bool | int) -> ProcessGroup:
-        """This process in the group of `torch.distributed`; alone without one.
+        """This process in the group of `torch.distributed`; a single process without a group.
 
         Args:
             split: whether all processes share an image, or how many share each.
 
         Raises:
-            GigamorphError: if the processes cannot be dealt to images.
+            GigamorphError: if the number of processes is not a multiple of `split`.
         """
         rank, size = dist.get_rank() if world() > 1 else 0, world()
         if isinstance(split, bool) or split in (1, size):
             return cls(rank, size, split if isinstance(split, bool) else split > 1)
         if split < 1 or size % split:
-            raise GigamorphError(f"{size} processes cannot share images {split} at a time; take a multiple of {split}")
+            raise GigamorphError(
+                f"{size} processes cannot share images in groups of {split}; use a multiple of {split}"
+            )
         return cls(rank, size, neighbours(split), split)
 
     def undealt(self) -> ProcessGroup:
-        """The same processes, each of which computes every batch, as when they share each image."""
+        """The same processes without distribution of images: each process computes every batch."""
         return replace(self, split=True)
 
     @property
@@ -64,12 +67,12 @@ class ProcessGroup:
 
     @property
     def at_once(self) -> int:
-        """Images that are computed at a time."""
+        """The number of images that are computed concurrently."""
         return 1 if self.split is True else self.size // self.together
 
     @property
     def turn(self) -> int:
-        """Which of the images that are computed at a time is this process's."""
+        """The index of this process's image among those that are computed concurrently."""
         return 0 if self.split is True else self.rank // self.together
 
     @property
@@ -78,24 +81,23 @@ class ProcessGroup:
         return self.leads if self.split is True else self.rank % self.together == 0
 
     def share(self, order: Sequence[int]) -> list[int]:
-        """This process's images of an order: one in `at_once`.
+        """This process's images of an order: every `at_once`-th.
 
-        All processes have equally many, for they wait for each other; those that would have one less repeat one, which
-        `counts` tells.
+        All processes get equally many images because they wait for each other; some repeat an image, see `counts`.
         """
         rounds = -(-len(order) // self.at_once)
         return [order[(n * self.at_once + self.turn) % len(order)] for n in range(rounds)]
 
     def counts(self, number: int, images: int) -> bool:
-        """Whether this process's image of a number is not one that is repeated."""
+        """Whether this process's image with this number is not a repetition."""
         return number * self.at_once + self.turn < images
 
     def done(self, number: int, images: int) -> int:
-        """Images that are done when each process has done this many."""
+        """The number of images that are done when each process has done `number`."""
         return min(number * self.at_once, images)
 
     def all(self, mine: T) -> list[T]:
-        """What each process has; a collective."""
+        """The objects of all processes by rank; a collective."""
         if self.size == 1:
             return [mine]
         found: list[Any] = [None] * self.size
@@ -103,14 +105,14 @@ class ProcessGroup:
         return found
 
     def in_order(self, mine: Sequence[T]) -> list[T]:
-        """What the processes have found of their images (without repeated ones), in order; a collective."""
+        """The results of all processes in the order of the images, without repetitions; a collective."""
         if self.at_once == 1:
             return list(mine)
         rounds = zip_longest(*self.all(list(mine))[:: self.together], fillvalue=_NOTHING)
         return [found for one in rounds for found in one if found is not _NOTHING]
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the images that are computed at a time; a collective."""
+        """The mean over the images that are computed concurrently; a collective."""
         if self.at_once == 1:
             return tensor
         total = tensor.clone()
@@ -118,6 +120,6 @@ class ProcessGroup:
         return total / self.size
 
     def wait(self) -> None:
-        """Go on when all processes are here; a collective."""
+        """Wait for all processes; a collective."""
         if self.size > 1:
             dist.barrier()

@@ -1,7 +1,7 @@
-"""The roll of a process group: who has come, who has ended and why, so that an error names the process it is of.
+"""A registry of a process group: which processes have started or failed, so that errors name the responsible process.
 
-PyTorch's own errors name a connection. Each process signs in a store of `torch.distributed` when it comes, and when it
-fails; who did neither when the others have waited long enough is the one to look at.
+PyTorch's own errors name a connection. Each process registers in a store of `torch.distributed` when it starts and when
+it fails. A process that did neither before the timeout of the others is the cause.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import GigamorphError
 
 _MOMENT = 5.0
-"""Seconds in which processes that wait for the same one fail after each other."""
-# What gloo, NCCL and the store say when another process is gone or late; most have no class of their own.
+"""Seconds within which all processes that wait for the same process fail."""
+# Errors of gloo, NCCL and the store if another process has ended or is late; most have no class of their own.
 _LOST = re.compile(
     r"gloo|NCCL|Timed out|timed out|Connection (closed|reset|refused)|Broken pipe|Socket [Tt]imeout|recvValue", re.I
 )
 
 
 class Roll:
-    """Who is in a group; made by `meet`.
+    """The registry of a group; created by `meet`.
 
     Attributes:
-        store: of this group alone.
-        again: the launcher has started another group before.
+        store: the store of this group.
+        again: whether the launcher has started another group before.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, again: bool) -> None:
         self.store, self._rank, self._size, self._timeout, self.again = store, rank, size, timeout, again
 
     def end(self, error: BaseException) -> None:
-        """This process has failed."""
+        """Register that this process has failed."""
         text = "" if is_lost(error) else " ".join(f"{error}".split()) or type(error).__name__
-        with contextlib.suppress(RuntimeError):  # the store is gone, with the process that held it
+        with contextlib.suppress(RuntimeError):  # the store ended with the process that hosted it
             if _is_late(error):
                 self.store.set("late", "")
             self.store.set(f"end/{self._rank}", text)
 
     def blame(self, error: BaseException) -> str:
-        """In one line: which processes are to be looked at, and what to do."""
+        """A one-line message that names the processes that caused an error, and what to do."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         ends: dict[int, str] = {}
         until = time.monotonic() + _MOMENT
@@ -64,10 +64,10 @@ class Roll:
                 time.sleep(0.05)
             silent = [rank for rank in others if rank not in ends]
             told = {rank: self.store.get(f"here/{rank}").decode() for rank in others}
-            # Who waits too long cuts its connections, and that is all that the next one sees.
+            # A process that times out closes its connections, and others see only that.
             late = _is_late(error) or self.store.check(["late"])
         except RuntimeError:
-            return f"process 0 of {self._size}, which keeps the roll, is gone{_advice(_is_late(error))}"
+            return f"process 0 of {self._size}, which hosts the store, has ended{_advice(_is_late(error))}"
         failed = [
             f"process {rank} of {self._size} ({told[rank]}) failed: {text}" for rank, text in ends.items() if text
         ]
@@ -83,21 +83,21 @@ class Roll:
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> Roll:
-    """Sign, and wait until all have.
+    """Register this process, and wait until all processes have registered.
 
-    A launcher that starts processes anew keeps its store, with what processes that are dead have left there, and
-    torchrun's count of restarts is not the same on all nodes. So the first process names the group anew, and tells its
-    name to who asks with a word that nobody has used before.
+    A launcher that restarts processes reuses its store, which still contains entries of dead processes, and torchrun's
+    restart counts differ between nodes. So the first process creates a new name for the group, and sends it to each
+    process that asks with a unique token.
 
     Raises:
-        GigamorphError: naming those that have not come in time.
+        GigamorphError: naming the processes that have not started in time.
     """
     try:
         store = _store(rank, size, timeout)
     except (RuntimeError, ValueError) as error:
         raise GigamorphError(
-            f"process {rank} of {size} cannot reach the one that keeps the roll ({_brief(error)}); look at "
-            "MASTER_ADDR, MASTER_PORT, and the first process"
+            f"process {rank} of {size} cannot reach the store of the group ({_brief(error)}); check MASTER_ADDR, "
+            "MASTER_PORT, and process 0"
         ) from error
     store.set_timeout(timeout)
     word, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
@@ -126,7 +126,7 @@ def meet(rank: int, size: int, timeout: timedelta) -> Roll:
 
 def _store(rank: int, size: int, timeout: timedelta) -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # PyTorch's own rendezvous would set the node's count of restarts before all keys.
+        # PyTorch's own rendezvous would prefix all keys with the node's restart count.
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore("gigamorph", dist.TCPStore(*place, is_master=False, timeout=timeout))
     return next(rendezvous("env://", rank, size, timeout=timeout))[0]
@@ -134,20 +134,20 @@ def _store(rank: int, size: int, timeout: timedelta) -> Any:
 
 def _absent(ranks: Sequence[int], size: int, timeout: timedelta) -> GigamorphError:
     return GigamorphError(
-        f"process {', '.join(map(str, ranks))} of {size} did not come within {_span(timeout)}; see whether all were "
-        "started, or give a longer --timeout"
+        f"process {', '.join(map(str, ranks))} of {size} did not start within {_span(timeout)}; check that all were "
+        "started, or use a longer --timeout"
     )
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether it says that another process is gone or late."""
+    """Whether an error means that another process has ended or is late."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
     )
 
 
 def _is_late(error: BaseException) -> bool:
-    """Whether another process did not answer in time."""
+    """Whether an error means that another process did not answer in time."""
     return is_lost(error) and re.search(r"timed? ?out", str(error), re.I) is not None
 
 

@@ -1,6 +1,6 @@
-"""Processes of `torch.distributed` that work on one batch: statistics over the images of all of them.
+"""Statistics over the images of all processes of `torch.distributed` that work on one batch.
 
-Each collective here is called by all processes of its group in the same order, which is that of the steps.
+All processes of a group must call the collectives in the same order, which is the order of the steps.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def world() -> int:
 
 
 class Gather(torch.autograd.Function):
-    """(*shape) of each process -> (processes, *shape), the same everywhere.
+    """Gathers a tensor (*shape) from each process into (processes, *shape), equal in all processes.
 
-    A process's loss depends on what all have given, and autograd's root is the sum of the losses: the gradient of what
-    a process has given is the sum over the processes.
+    The loss of each process depends on all gathered tensors, and the total loss is the sum over the processes. So the
+    gradient of a process's tensor is the sum of its gradients in all processes.
     """
 
     @staticmethod
@@ -48,9 +48,9 @@ Moments = tuple[Tensor, Tensor, Tensor]
 
 
 def merged(parts: Sequence[tuple[Tensor, ...]], group: dist.ProcessGroup | None) -> Moments:
-    """The moments of all values together, of those of parts (images of several sizes), and of all processes' parts.
+    """Merge the moments of parts (images of several sizes) over all parts and processes.
 
-    How many values a part has, and how many parts a process, need not be the same.
+    Parts may have different numbers of values, and processes different numbers of parts.
     """
     mean, var, count = parts[0] if len(parts) == 1 else _pooled(torch.stack([_row(*part) for part in parts]))
     if group is not None:
@@ -63,7 +63,7 @@ def _row(mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
 
 
 def _pooled(table: Tensor) -> Moments:
-    """The moments of all values, of a row for each part (Chan, Golub and LeVeque)."""
+    """The moments of all values from a table with one row per part (Chan, Golub and LeVeque)."""
     channels = (table.shape[1] - 1) // 2
     means, variances, counts = table.split([channels, channels, 1], 1)
     counts = counts.detach()
@@ -73,10 +73,10 @@ def _pooled(table: Tensor) -> Moments:
 
 
 def check_same(group: dist.ProcessGroup, what: str, device: torch.device, error: str) -> None:
-    """Refuse what is not the same in all processes of a group: they would wait for each other forever.
+    """Raise an error if `what` differs between the processes of a group, because they would deadlock.
 
     Raises:
-        GigamorphError: with this text, in all processes alike.
+        GigamorphError: with the text `error`, in all processes.
     """
     mark = torch.tensor([zlib.crc32(what.encode())], device=device)
     marks = [torch.empty_like(mark) for _ in range(dist.get_world_size(group))]
@@ -86,12 +86,12 @@ def check_same(group: dist.ProcessGroup, what: str, device: torch.device, error:
 
 
 def check_same_steps(groups: Iterable[dist.ProcessGroup], steps: str, device: torch.device) -> None:
-    """Refuse a step whose processes would call their collectives in different orders, of which `steps` tells."""
+    """Raise an error if the processes would call collectives in different orders; `steps` describes the order."""
     for group in groups:
         check_same(
             group,
             steps,
             device,
-            "the plans of processes that share BatchNorm's statistics store different maps, so they would wait for "
-            "each other forever; give all of them the same memory_budget and images of one size, or more memory",
+            "the plans of processes that share BatchNorm statistics store different maps, so the processes would "
+            "deadlock; use the same memory_budget and images of one size in all, or more memory",
         )

@@ -155,7 +155,7 @@ def test_a_process_that_fails_tells_the_others_why(tmp_path):
 
 def test_a_process_that_does_not_come_is_named(tmp_path):
     [text] = together(tmp_path, [meet], size=3)
-    assert text.startswith("process 1, 2 of 3 did not come within 3 s")
+    assert text.startswith("process 1, 2 of 3 did not start within 3 s")
 
 
 def test_no_process_to_meet(monkeypatch):
@@ -164,7 +164,7 @@ def test_no_process_to_meet(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "9")
     with (
-        pytest.raises(GigamorphError, match="process 1 of 2 cannot reach the one that keeps the roll"),
+        pytest.raises(GigamorphError, match="process 1 of 2 cannot reach the store of the group"),
         launch.process_group("cpu", timeout=1),
     ):
         raise AssertionError("not reached")
