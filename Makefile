@@ -35,6 +35,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tests/gates.py
 
 types: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,0 +1,93 @@
+"""The limits that `make lint` holds: code lines per part, and words that must not come back.
+
+    python tests/gates.py
+
+Code lines are lines without blanks, comments and docstrings. Words are counted in comments, docstrings, messages and
+documentation. A limit is the count that was reached: lower it whenever the count falls. A change that needs more lines
+takes something out.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINES = {
+    ("engine", "kernels"): 60_884,
+    ("engine", "kernels", "cli", "benchmarks"): 70_665,
+    ("benchmarks",): 5_989,
+}
+WORDS = {
+    r"told|tells": 141,
+    r"anew": 37,
+    r"besides?": 166,
+    r"in silence": 3,
+    r"(by|in) turns": 8,
+    r"taken whole": 13,
+    r"let go": 0,
+    r"hands? on": 4,
+    r"(is|are) no": 182,
+    r"gone": 5,
+}
+_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                yield first.value
+
+
+def code_lines(path: Path) -> int:
+    text = path.read_text()
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in _LAYOUT:
+            found |= {*range(token.start[0], token.end[0] + 1)}
+    for node in docstrings(ast.parse(text)):
+        found -= {*range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    return len(found)
+
+
+def prose(path: Path) -> str:
+    """Comments and strings of a Python file; all of a page."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+    strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return "\n".join(comments + strings)
+
+
+def main() -> int:
+    too_many = []
+    for folders, limit in LINES.items():
+        count = sum(code_lines(path) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+        print(f"{' + '.join(folders)}: {count:,} code lines of {limit:,}")
+        if count > limit:
+            too_many.append(f"{' + '.join(folders)} has {count - limit:,} code lines more than tests/gates.py allows")
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    files = [path for folder in ("engine", "kernels", "cli") for path in (ROOT / folder).rglob("*.py")]
+    text = "\n".join(prose(path) for path in [*pages, *files])
+    for pattern, limit in WORDS.items():
+        count = len(re.findall(rf"\b({pattern})\b", text, re.IGNORECASE))
+        if count > limit:
+            too_many.append(f"'{pattern}' occurs {count} times in comments, messages and docs; {limit} are allowed")
+    print(*too_many, sep="\n", file=sys.stderr)
+    return bool(too_many)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
