@@ -332,7 +332,7 @@ def test_maps_that_cannot_be_written(tmp_path):
     for out, output, pattern in (
         (closed, 0, "is read-only"),
         (torch.zeros(3), 0, r"shape \(2, 3, 45, 38\)"),
-        (torch.zeros(3), 2, "no map"),
+        (torch.zeros(3), 2, "is not a map"),
         (torch.zeros(3), 3, "does not exist"),
         (tmp_path / "map.jpg", 0, "format"),
         (tmp_path / "map.tif", 0, "one image"),

@@ -18,7 +18,7 @@ from exactness import errors, randomize
 from torch import Tensor, nn
 
 from gigamorph import GigamorphError, TileEvent, UnsupportedError, accelerate
-from gigamorph.engine.capture.dynamo import _say_of
+from gigamorph.engine.capture.dynamo import _warn_once
 from gigamorph.engine.capture.graph import Graph
 
 SIZES = [(33, 29), (40, 26), (21, 38)]
@@ -172,7 +172,7 @@ def test_settings_of_the_process_do_not_turn_tiling_off(around: Callable[[], Any
 def test_settings_that_turn_compilation_off_are_told_once(
     around: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _say_of.cache_clear()
+    _warn_once.cache_clear()
     net = accelerate(network(), tile=9)
     for _ in range(2):
         with around():

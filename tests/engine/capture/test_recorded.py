@@ -805,7 +805,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "a gradient inside": (lambda net, x: x * torch.autograd.grad(x.sum(), x)[0], r"test_recorded.py:\d+"),
     "checkpointed statistics": (
         lambda net, x: checkpoint(net.norm, x, use_reentrant=False),
-        "the backward would change it again",
+        "which the backward would change again",
     ),
     "gradients that stay off": (
         lambda net, x: (torch.set_grad_enabled(False), x)[1],

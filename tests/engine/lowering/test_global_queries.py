@@ -62,7 +62,9 @@ def test_repeated_by_name_of_one_image():
 
 @pytest.mark.parametrize("how", ["repeat", "own", "turned"])
 def test_queries_that_differ_among_the_windows_of_an_image_are_refused(how):
-    with pytest.raises(UnsupportedError, match=r"'matmul' of windows with positions of another map|one value for each"):
+    with pytest.raises(
+        UnsupportedError, match=r"'matmul' cannot multiply windows by positions of another map|one value for each"
+    ):
         accelerate(Asked(3, how).double(), tile=5)(torch.randn(2, 2, 12, 9, dtype=torch.float64))
 
 
