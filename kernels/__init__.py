@@ -1,4 +1,4 @@
-"""Triton kernels for maps in channels-last memory, each beside a plain-PyTorch reference that states its meaning."""
+"""Triton kernels for maps in channels-last memory, each with a reference in plain PyTorch that defines its result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .choice import current_mode
 
 
 def enabled(device: torch.device) -> bool:
-    """Whether the engine gives work on a device to this package.
+    """Whether the engine uses this package's kernels on a device.
 
-    On a CUDA GPU with Triton and the C compiler that it needs, unless GIGAMORPH_KERNELS or `choice.override` says
-    "stock"; elsewhere only where they say "triton" (Triton's interpreter: slow, for tests).
+    It does on a CUDA GPU with Triton and a C compiler, unless GIGAMORPH_KERNELS or `choice.override` is "stock". On
+    other devices it does only if one of them is "triton" (Triton's interpreter: slow, for tests).
     """
     mode = current_mode()
     if mode == "triton":
@@ -27,12 +27,12 @@ def enabled(device: torch.device) -> bool:
 
 @functools.cache
 def missing() -> str | None:
-    """What Triton lacks on this machine to compile kernels; None if nothing. Warned of once."""
+    """The reason why Triton cannot compile kernels on this machine; None if it can. It warns once."""
     if find_spec("triton") is None:
-        lacks = "triton is not installed; pip install triton"
+        reason = "triton is not installed; pip install triton"
     elif not any(map(shutil.which, (os.environ.get("CC") or "", "clang", "gcc"))):
-        lacks = "Triton needs a C compiler and finds none; install gcc, or name one in the environment variable CC"
+        reason = "Triton needs a C compiler and found none; install gcc, or set the environment variable CC"
     else:
         return None
-    logging.getLogger("gigamorph").warning("PyTorch's own ops run on the GPU in place of kernels: %s", lacks)
-    return lacks
+    logging.getLogger("gigamorph").warning("the GPU runs PyTorch's own ops instead of kernels: %s", reason)
+    return reason

@@ -1,8 +1,8 @@
-"""Activations that kernels apply in an epilogue, and their slopes for the prologue of a backward.
+"""Activations in the epilogues of kernels, and their slopes for the prologue of a backward.
 
     y = act(z),   dz = dy * act'(z)
 
-ReLU and ReLU6 tell their slope from y as well as from z, so only y is kept; SiLU, GELU and hard-swish need z.
+The slopes of ReLU and ReLU6 follow from y, so only y is saved; SiLU, GELU and hard-swish need z.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
-# Their slope is 0 or 1 and can be read off the output; applying it twice changes nothing.
+# Their slope is 0 or 1 and follows from the output; applying it twice changes nothing.
 MASKS = frozenset({"relu", "relu6"})
 
 

@@ -1,18 +1,18 @@
-"""Batch normalisation in training, in pieces that work on parts of a map (tiles), so that a map need not fit in memory:
+"""Batch normalisation in training by kernels for parts of a map (tiles), so that a map need not fit in memory:
 
     normalize_act            y = act(z),   z = xhat * weight + bias + residual,   xhat = (x - mean) * rstd
     normalize_act_gradients  dx = weight * rstd * dz,   dz = (dy + plus) * act'(z),
                              dbias = sum dz,   dweight = sum dz * xhat
 
-dx is that of constant statistics. Statistics are values of their own, whose gradients follow from dbias and dweight and
-are added by `moments_backward` (moments.py) once all tiles have given theirs. `plus` is the gradient of a sum over the
-pixels of y (the mean that squeeze-and-excite takes): one number for each channel, of which no map is made.
+dx assumes constant statistics. The gradients of the statistics follow from dbias and dweight of all tiles, and
+`moments_backward` (moments.py) adds them. `plus` is the gradient of a sum over the pixels of y (such as the mean in
+squeeze-and-excite): one number for each channel, without a map.
 
-Where the pixels are all that the statistics are taken of, the gradient can be complete: `live_norm.py` makes dx then.
+If the statistics are those of the given pixels only, `live_norm.py` computes the complete dx.
 
-Each is one pass over memory. x (the raw output of the convolution) is all that is kept: z is computed again in
-registers. Where a residual was added, `gate` stands for z: z itself, or y for ReLU and ReLU6. The statistics are those
-of `moments`, or come out of the epilogue of the convolution that makes x (`conv2d_moments`).
+Each kernel is one pass over memory. Only x (the raw output of the convolution) is saved: z is computed again in
+registers. If a residual was added, `gate` replaces z: z itself, or y for ReLU and ReLU6. The statistics come from
+`moments`, or from the epilogue of the convolution that makes x (`conv2d_moments`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _normalize_act_kernel(
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
-        # Not x * scale + shift: with a mean far from zero that would cancel.
+        # Not x * scale + shift: that would cancel if the mean is far from zero.
         z = (load(x, p, c, keep, share, TILE) - mean) * scale + bias
         if residual.ptr is not None:
             z += load(residual, p, c, keep, share, TILE)
@@ -82,7 +82,7 @@ def _normalize_act_gradients_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    plus_ptr,  # [C] or None: what dy lacks at each pixel
+    plus_ptr,  # [C] or None: added to dy at each pixel
     sums_ptr,  # [programs, 2, C], C folded; of dz and of dz * xhat
     pixels,
     H,
@@ -107,7 +107,7 @@ def _normalize_act_gradients_kernel(
         p = step_pixels(share, step, TILE)
         keep = (p < share.pixels)[:, None] & (c < C)[None, :]
         centred = load(x, p, c, keep, share, TILE) - mean
-        # z as in the forward, so that both see the same sign.
+        # z as in the forward, so that its sign is the same.
         z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
         d = load(dy, p, c, keep, share, TILE)
         if plus_ptr is not None:
@@ -158,7 +158,7 @@ def launch_normalize_act(
 
 
 def _normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) * rstd * weight + bias by PyTorch's kernel; its function in torch.nn refuses an epsilon of zero."""
+    """(x - mean) * rstd * weight + bias by `torch.batch_norm`; `F.batch_norm` refuses an epsilon of zero."""
     variance = rstd.square().reciprocal()
     return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
@@ -178,8 +178,8 @@ def normalize_act(
     """act((x - mean) * rstd * weight + bias + residual) in channels-last memory; see `launch_normalize_act`.
 
     Args:
-        dtype: of the result, x's if none is given; rounded once.
-        margin: rows above and columns to the left of the result that are left unwritten, as by `conv2d_forward`.
+        dtype: the dtype of the result, which is rounded once; None for that of x.
+        margin: rows above and columns to the left of the result to leave unwritten, as in `conv2d_forward`.
     """
     x, residual = nhwc(x), None if residual is None else nhwc(residual)
     dtype = dtype or x.dtype
@@ -218,13 +218,13 @@ def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
 
 
 def _widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
-    """The dtype that values of all of these are computed in."""
+    """The promoted dtype of all arguments."""
     dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
-    """What dtypes there are besides x's, as part of a key."""
+    """The dtypes other than x's, as part of a key."""
     kinds = {part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None}
     return tuple(sorted(str(kind) for kind in kinds - {x.dtype}))
 
@@ -253,7 +253,7 @@ def _setup_normalize(ctx, inputs, output) -> None:
     x, mean, rstd, weight, bias, residual, ctx.act, _, ctx.margin = inputs
     if residual is not None and ctx.act not in (*MASKS, "none"):
         raise ValueError(
-            f"normalize_act: the output does not show the slope of {ctx.act!r} behind a sum; add before it"
+            f"normalize_act: the slope of {ctx.act!r} after a sum does not follow from the output; add it before"
         )
     gate = _inside(output, ctx.margin) if residual is not None and ctx.act != "none" else None
     ctx.save_for_backward(x, mean, rstd, weight, bias, gate)
@@ -291,21 +291,21 @@ def launch_normalize_act_gradients(
     dz: Tensor | None,
     plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write dx = weight * rstd * dz and dz (the residual's gradient), if given; return the sums of dz and dz * xhat.
+    """Write dx = weight * rstd * dz and dz (the residual's gradient) if given; return the sums of dz and dz * xhat.
 
     Args:
         dy, x: (N, C, H, W) windows, the gradient of y and the raw map, each of any floating dtype.
-        gate: what gives act's slope, of x's size: z, or y for ReLU and ReLU6. None: z is computed from x, which is
-            right where no residual was added.
+        gate: a window of x's size that determines the slope of act: z, or y for ReLU and ReLU6. None computes z from x,
+            which requires that no residual was added.
         dx, dz: windows of x's size; dx or dz may be dy.
-        plus: (C,), what each pixel of dy lacks: the gradient of a sum over the pixels of y.
+        plus: (C,), added to each pixel of dy: the gradient of a sum over the pixels of y.
     """
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
     mean, rstd, weight, bias, plus = dense(mean, rstd, weight, bias, plus)
-    # Addresses of pixels that do not lie equally far apart take more than would fit.
+    # Addresses of unequally spaced pixels take more registers than this limit.
     options = roomy_registers(x.device, 128) if s.tile.FLAT else {}
     _normalize_act_gradients_kernel[s.grid](
         *s.maps, mean, rstd, weight, bias, plus, sums, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps, **options
@@ -335,26 +335,26 @@ def normalize_act_gradients(
 
     Args:
         dy, x, gate: as for `launch_normalize_act_gradients`; dx has x's dtype, dz that of dy.
-        together: 0 takes the statistics as constants, in one pass. Else x is all that they were taken of, and dx has
-            what it does to them, in two passes; so many neighbouring channels share them, more than one only of one
-            image.
-        plus: (C,), what each pixel of dy lacks, or None.
+        together: 0 for constant statistics, in one pass. Otherwise the statistics are those of x, dx includes the
+            gradient through them, in two passes, and `together` neighbouring channels share them; more than one
+            requires a single image.
+        plus: (C,), added to each pixel of dy, or None.
     """
     dy, x, gate = nhwc(dy), nhwc(x), None if gate is None else nhwc(gate)
 
     def ours() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dx, dz = _gradients(dy, x, keep_dz)
-        given, kept = (x, mean, rstd, weight, bias), dz if keep_dz else None
-        sums = launch_normalize_act_gradients(dy, *given, gate, act, None if together else dx, kept, plus)
-        if together and kept is not None:  # dz has the slope, and what dy lacks
-            launch_live_norm(kept, *given, None, "none", sums, together, dx)
+        given, saved = (x, mean, rstd, weight, bias), dz if keep_dz else None
+        sums = launch_normalize_act_gradients(dy, *given, gate, act, None if together else dx, saved, plus)
+        if together and saved is not None:  # dz includes the slope and `plus`
+            launch_live_norm(saved, *given, None, "none", sums, together, dx)
         elif together:
             launch_live_norm(dy, *given, gate, act, sums, together, dx, plus)
         return dx, dz, *sums
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        inner = _widest(dy, x, gate, plus) if together < 2 else wide  # 16-bit statistics would not do
+        inner = _widest(dy, x, gate, plus) if together < 2 else wide  # 16-bit statistics would be too coarse
         z, taken, grad = gate, x.to(inner), dy.to(inner)
         if plus is not None:
             grad = grad + plus.to(inner).reshape(-1, 1, 1)
@@ -380,10 +380,10 @@ def normalize_act_gradients(
                 rstd,
                 together == 1,
                 0.0,
-                [True, True, True],  # a GPU takes the second two
+                [True, True, True],  # a GPU reads the second two
             )
-        kept = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
-        return nhwc(dx.to(x.dtype)), kept, dbias.to(wide), dweight.to(wide)
+        saved = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
+        return nhwc(dx.to(x.dtype)), saved, dbias.to(wide), dweight.to(wide)
 
     given = (weight is None, bias is None, gate is None, plus is None)
     settings = (*given, act, keep_dz, min(together, 2), *_others(x, dy, gate))

@@ -1,4 +1,4 @@
-"""What kernels of norms do to each channel: (x - mean) * scale + bias, scale = rstd * weight."""
+"""The per-channel transform of norm kernels: (x - mean) * scale + bias, scale = rstd * weight."""
 
 from __future__ import annotations
 

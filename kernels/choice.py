@@ -1,19 +1,18 @@
-"""Choice by measurement: for one op on one amount of work, the fastest of several ways to compute it on this GPU.
+"""Chooses the fastest of several implementations of an op by measurement on this GPU.
 
     choose("conv2d", (64, "relu"), {"stock": lambda: ..., "triton": lambda: ...}, work=pixels, like=x)
 
-The candidate called "stock" is PyTorch's own way. Another is chosen only if it was measured to be faster; a difference
-within `TIE` is a tie, and ties go to stock. Times are taken once per op, key and amount of work (`measurements.py`: a
-measurement serves all work that is nearly equal), and kept on disk, so that later processes, and all processes of one
-job, choose alike.
+The candidate "stock" is PyTorch's implementation. Another is chosen only if its measured time is shorter; a difference
+within `TIE` is a tie, and ties go to stock. Times are measured once per op, key and amount of work (`measurements.py`:
+a measurement covers similar amounts) and stored on disk, so that later processes, and all processes of a job, make the
+same choice.
 
-A candidate that raises (a compiler that fails, a chip that lacks something) is out of the running: one warning names
-op, key and cause, stock does the work, and `gigamorph doctor` tells it.
+A candidate that raises (a compiler that fails, a chip without a feature) is excluded: one warning names op, key and
+cause, stock computes the op, and `gigamorph doctor` reports it.
 
-Nothing is measured while a CUDA graph is captured, on fake and meta tensors, and on the CPU: there the answer is what
-was measured before, or stock. `override` or the environment variable GIGAMORPH_KERNELS forces a choice: "stock",
-"triton" (the fastest of the others, or the first where none was measured; on any device, and its errors are raised), or
-"auto".
+Nothing is measured during CUDA graph capture, on fake and meta tensors, or on the CPU: the choice is then an earlier
+one, or stock. `override` or the environment variable GIGAMORPH_KERNELS forces a choice: "stock", "triton" (the fastest
+of the others, or the first without measurements; on any device, and its errors are raised), or "auto".
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch._guards import detect_fake_mode
 from .measurements import Measurement, MeasurementFile, Times, label, measurement_file
 
 MODES = ("auto", "stock", "triton")
-TIE = 0.99  # ours must take less than this part of stock's time
+TIE = 0.99  # ours must take less than this fraction of stock's time
 WARM_UPS = 2  # the first call compiles
 ROUNDS = 9
 HEAD_START = 1_000_000  # GPU cycles, about half a millisecond
@@ -46,10 +45,10 @@ log = logging.getLogger("gigamorph")
 Result = TypeVar("Result")
 Candidates = Mapping[str, Callable[[], object]]
 
-_lock = threading.RLock()  # backward passes choose on threads of their own
+_lock = threading.RLock()  # backward passes choose on other threads
 _forced: list[str] = []
 _files: dict[Path, MeasurementFile] = {}
-_chosen: dict[tuple, str] = {}  # what a measured choice came to; looked at before anything slow
+_chosen: dict[tuple, str] = {}  # measured choices, looked up before anything slow
 
 
 def choose(op: str, key: Any, candidates: Candidates, work: int = 0, like: Tensor | None = None) -> str:
@@ -57,14 +56,16 @@ def choose(op: str, key: Any, candidates: Candidates, work: int = 0, like: Tenso
 
     Args:
         op: name of the operation.
-        key: tuple or dict of all that the time depends on besides the work: channels, dtype, options. Hashable values.
-        candidates: name to a call that computes the op once on the tensors at hand; "stock" is one of them. They are
-            timed without autocast and without autograd: give them tensors of the dtype they compute in.
+        key: tuple or dict with everything but the work that the time depends on: channels, dtype, options. Hashable.
+        candidates: by name, calls that compute the op once on given tensors; "stock" is required. They are timed
+            without autocast and autograd, so their tensors must have the dtype to compute in.
         work: pixels of the map that is read.
-        like: one of those tensors; without it they are taken to be on the current GPU, if there is one.
+        like: one of these tensors; None assumes the current GPU, if there is one.
     """
     if "stock" not in candidates:
-        raise ValueError(f'{op}: no candidate is called "stock", only {", ".join(candidates)}; add PyTorch\'s own way')
+        raise ValueError(
+            f'{op}: no candidate is called "stock", only {", ".join(candidates)}; add PyTorch\'s own implementation'
+        )
     ours = [name for name in candidates if name != "stock"]
     mode = current_mode()
     device = _gpu(like)
@@ -83,7 +84,7 @@ def choose(op: str, key: Any, candidates: Candidates, work: int = 0, like: Tenso
                 with torch.cuda.device(device):
                     measured = _measure(file, op, key, usable, work)
                 if not measured:
-                    _chosen[known] = "stock"  # for this process: there is no memory for trials
+                    _chosen[known] = "stock"  # in this process: no memory for trials
                 times = file.find(op, key, candidates, work)
     if mode == "triton":
         timed = {name: statistics.median(times[name]) for name in ours if times and name in times}
@@ -102,12 +103,12 @@ def run_fastest(
     stock: Callable[[], Result],
     trial: Candidates | None = None,
 ) -> Result:
-    """Compute an op by our kernel or by PyTorch, whichever was measured to be faster; by PyTorch if ours fails.
+    """Compute an op by our kernel or by PyTorch, whichever is faster; by PyTorch if ours fails.
 
     Args:
         like: the map that is read; its channels, dtype and memory order are part of the key, its pixels are the work.
-        settings: what else the time depends on.
-        trial: what is measured in their place, of ops that add to a tensor.
+        settings: the rest of the key.
+        trial: candidates to measure instead, for ops that add to a tensor.
     """
     key, work = (*map_key(like), *settings), like.numel() // max(1, like.shape[1])
     chosen = choose(op, key, trial or {"triton": ours, "stock": stock}, work, like)
@@ -119,16 +120,16 @@ def run_fastest(
         raise
     except Exception as error:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if current_mode() == "triton" or capturing:  # what is captured is spoilt as a whole
+        if current_mode() == "triton" or capturing:  # the whole capture is invalid
             raise
-        _out_of_the_running(op, key, like, work, chosen, error)
+        _exclude(op, key, like, work, chosen, error)
         return stock()
 
 
 def map_key(x: Tensor) -> tuple:
-    """What the time of an op on a map depends on besides its pixels.
+    """The part of a key that follows from a map: channels, memory form and dtype.
 
-    A window of a larger buffer costs stock a copy: another case.
+    A window of a larger buffer costs stock a copy, so it has a separate key.
     """
     window = "dense" if x.is_contiguous(memory_format=torch.channels_last) else "window"
     return x.shape[1], window, str(x.dtype).removeprefix("torch.")
@@ -136,7 +137,7 @@ def map_key(x: Tensor) -> tuple:
 
 @contextlib.contextmanager
 def override(mode: str) -> Iterator[None]:
-    """Force "stock" or "triton", or choose by "auto", inside; stands above the environment variable."""
+    """Context manager that sets the mode: "stock", "triton" or "auto". It overrides the environment variable."""
     _forced.append(_known(mode, "override"))
     try:
         yield
@@ -145,27 +146,27 @@ def override(mode: str) -> Iterator[None]:
 
 
 def current_mode() -> str:
-    """What `choose` goes by now: "auto", "stock" or "triton"."""
+    """The current mode of `choose`: "auto", "stock" or "triton"."""
     return _forced[-1] if _forced else _known(os.environ.get("GIGAMORPH_KERNELS") or "auto", "GIGAMORPH_KERNELS")
 
 
 def _known(mode: str, where: str) -> str:
     if mode not in MODES:
-        raise ValueError(f"{where}: {mode!r} is not known; give one of {', '.join(MODES)}")
+        raise ValueError(f"{where}: unknown mode {mode!r}; use one of {', '.join(MODES)}")
     return mode
 
 
 def fastest(times: Times) -> str:
-    """The candidate of the smallest median; stock unless another is faster by more than a tie."""
+    """The candidate with the smallest median time; stock unless another is faster by more than a tie."""
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     best = min(medians, key=medians.__getitem__)
     return best if medians[best] < TIE * medians["stock"] else "stock"
 
 
 def measure(candidates: Candidates) -> tuple[Times, dict[str, Exception]]:
-    """Milliseconds of every candidate on the current GPU, and what those that cannot be used have raised.
+    """Milliseconds of every usable candidate on the current GPU, and the errors of the others.
 
-    They take turns, so that a change of clocks meets all.
+    Rounds interleave the candidates, so that a change of clocks affects all.
     """
     failed: dict[str, Exception] = {}
     with torch.no_grad(), torch.autocast("cuda", enabled=False):
@@ -181,14 +182,14 @@ def measure(candidates: Candidates) -> tuple[Times, dict[str, Exception]]:
                 failed[name] = error
         running = {name: run for name, run in candidates.items() if name not in failed}
         rounds = [{name: elapsed(run) for name, run in running.items()} for _ in range(ROUNDS)]
-    return {name: [turn[name] for turn in rounds] for name in running}, failed
+    return {name: [times_of_round[name] for times_of_round in rounds] for name in running}, failed
 
 
 def elapsed(run: Callable[[], object]) -> float:
     """Milliseconds of GPU time of one call.
 
-    The GPU is kept busy first, so that launching is not counted: if it was done with that before all was launched, the
-    call is made again after a longer wait.
+    The GPU is busy during the launches, so that launch time does not count. If it becomes idle before the last launch,
+    the call is repeated after a longer wait.
     """
     head = HEAD_START
     while True:
@@ -205,7 +206,7 @@ def elapsed(run: Callable[[], object]) -> float:
 
 
 def _measure(file: MeasurementFile, op: str, key: Any, candidates: Candidates, work: int) -> bool:
-    """Add a measurement to the file; False where there is no memory for one."""
+    """Add a measurement to the file; returns False if memory does not suffice."""
     try:
         times, failed = measure(candidates)
     except torch.OutOfMemoryError:
@@ -216,8 +217,8 @@ def _measure(file: MeasurementFile, op: str, key: Any, candidates: Candidates, w
     return True
 
 
-def _out_of_the_running(op: str, key: Any, like: Tensor, work: int, name: str, error: Exception) -> None:
-    """A candidate failed when its result was wanted: from now on stock, in this process and in later ones."""
+def _exclude(op: str, key: Any, like: Tensor, work: int, name: str, error: Exception) -> None:
+    """Exclude a candidate that failed outside of a measurement, in this process and in later ones."""
     device = _gpu(like)
     _warn(op, key, name, error)
     with _lock:
@@ -228,17 +229,17 @@ def _out_of_the_running(op: str, key: Any, like: Tensor, work: int, name: str, e
 
 
 def reason(error: Exception) -> str:
-    """What an error is and the first line that it says."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")[:300]
 
 
 def _warn(op: str, key: Any, name: str, error: Exception) -> None:
-    log.warning("kernel %s (%s) of %s fails; PyTorch's own is used: %s", op, name, key, reason(error))
+    log.warning("kernel %s (%s) of %s failed; PyTorch's own op is used: %s", op, name, key, reason(error))
 
 
 def _gpu(like: Tensor | None) -> int | None:
-    """The index of the GPU that is chosen for."""
+    """The index of the GPU to choose for; None if there is none."""
     if not torch.cuda.is_available() or (like is not None and like.device.type == "cpu"):
         return None
     index = like.device.index if like is not None and like.device.type == "cuda" else None
@@ -269,7 +270,7 @@ class Choice:
         op, key, work: as given to `choose`; the key as JSON.
         chosen: the candidate that is used.
         ms: median milliseconds of each candidate.
-        ratio: time of the fastest of ours over stock's; below 1 ours is faster.
+        ratio: time of our fastest candidate divided by stock's; below 1 ours is faster.
     """
 
     op: str
@@ -281,7 +282,7 @@ class Choice:
 
 
 def table() -> list[Choice]:
-    """Every choice measured so far on the current GPU with these versions, by op, key and work; empty without a GPU."""
+    """All choices measured on the current GPU with these versions, by op, key and work; empty without a GPU."""
     choices = []
     for row in sorted(_rows(), key=lambda row: (row.label, row.work)):
         ms = {name: statistics.median(samples) for name, samples in row.ms.items()}
@@ -299,7 +300,7 @@ def _rows() -> list[Measurement]:
 
 
 def failures() -> dict[str, dict[str, str]]:
-    """By op and key, the candidates that have failed on the current GPU, and why; empty without a GPU."""
+    """By op and key, the candidates that failed on the current GPU, with reasons; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     with _lock:

@@ -1,10 +1,10 @@
-"""The fused convolution as registered ops: which implementation runs, and autograd.
+"""The fused convolution as registered ops with a choice of implementations and autograd.
 
     y = act(conv(x, w) * scale + shift + residual)
 
-`conv2d` is the differentiable op. It is made of `conv2d_forward` and `conv2d_backward`, which an engine that adds up
-gradients itself calls directly. The three ops inside them run, for every shape, the faster of our kernel and cuDNN's,
-as measured (`choice.py`); both keep the same tensors, so they may be mixed.
+`conv2d` is the differentiable op. It consists of `conv2d_forward` and `conv2d_backward`, which the engine calls
+directly because it sums gradients itself. Their three ops run, for every shape, the faster of our kernel and cuDNN's,
+as measured (`choice.py`); both save the same tensors, so they may be mixed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def conv2d(
         (N, K, OH, OW) in channels-last memory.
 
     Raises:
-        ValueError: for an unknown activation or shapes that do not fit.
+        ValueError: for an unknown activation or incompatible shapes.
     """
     geometry = ConvGeometry.of(_pair(stride), _four(padding), _pair(dilation), groups)
     if act not in ACTIVATIONS:
@@ -96,10 +96,10 @@ def conv2d_forward(
     keep_z: bool,
     margin: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """y, and z = what the activation is applied to (empty unless `keep_z`).
+    """y, and z = the input of the activation (empty unless `keep_z`).
 
     With a margin, y has that many more rows above and columns to the left of the result, which are left unwritten: a
-    window with a carry is then put together in place.
+    halo can then be copied there, without another copy of the map.
     """
     x, residual, given = nhwc(x), None if residual is None else nhwc(residual), ConvGeometry(*geometry)
 
@@ -143,10 +143,10 @@ def _(x, weight, scale, shift, residual, geometry, act, keep_z, margin):
 def conv2d_moments(
     x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Sequence[int], margin: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = conv(x, weight) + shift of `conv2d_forward`, and mean and m2 of each channel of each image of it.
+    """y = conv(x, weight) + shift as in `conv2d_forward`, and mean and m2 of each of its channels in each image.
 
-    The last two are (N, K) in float32 (float64 for float64), as from `moments`. Of a single image they come out of the
-    convolution's epilogue, where that was measured to be faster.
+    The last two are (N, K) in float32 (float64 for float64), as from `moments`. For a single image the convolution's
+    epilogue computes them, if that is faster as measured.
     """
     x, given = nhwc(x), ConvGeometry(*geometry)
 
@@ -177,7 +177,7 @@ def _(x, weight, shift, geometry, margin):
 def conv2d_act_grad(
     dy: Tensor, x: Tensor, weight: Tensor, shift: Tensor | None, act: str, geometry: Sequence[int]
 ) -> Tensor:
-    """dz = dy * act'(z), z = conv(x, weight) + shift, of which z is neither kept nor written."""
+    """dz = dy * act'(z), z = conv(x, weight) + shift, without storing z."""
     dy, x, given = nhwc(dy), nhwc(x), ConvGeometry(*geometry)
 
     def ours() -> Tensor:
@@ -217,7 +217,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`.
 
-    The addend begins at row and column `addend_at` of dx; around it nothing is added.
+    The addend begins at row and column `addend_at` of dx; it is zero elsewhere.
     """
     dy, gate, addend, mask = (None if t is None else nhwc(t) for t in (dy, gate, addend, mask))
     assert dy is not None
@@ -291,7 +291,7 @@ def conv2d_wgrad_(
             dshift.add_(dz.sum((0, 2, 3), dtype=dshift.dtype))
 
     settings = (*dw.shape, *given.form, gate_act, dshift is None)
-    # A measurement runs the candidates many times: on scratch buffers, not on the sums.
+    # A measurement runs the candidates many times, so it uses scratch buffers instead of the sums.
     trial = {
         "triton": lambda: ours(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
         "stock": lambda: stock(torch.zeros_like(dw), None if dshift is None else torch.zeros_like(dshift)),
@@ -324,14 +324,14 @@ def conv2d_backward(
     addend_at: Sequence[int] = (0, 0),
     input_act: str = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the residual, those that are wanted; dw and dshift are added to, where they are given.
+    """The gradients of x and of the residual, if wanted; adds to dw and dshift, if given.
 
     Args:
-        gate: what shows the slope of `act`: the output, or what it was applied to. None: dy has that slope already.
-        dw: of `weight * scale`.
-        dshift: only beside dw.
-        addend: what the gradient of x is added to, from row and column `addend_at` of x on.
-        input_act: activation whose slope, shown by x, the gradient of x takes.
+        gate: a map that determines the slope of `act`: its output or its input. None: dy includes that slope already.
+        dw: buffer for the gradient of `weight * scale`.
+        dshift: buffer for the gradient of shift; requires dw.
+        addend: added to the gradient of x, from row and column `addend_at` of x on.
+        input_act: activation that made x, whose slope the gradient of x is multiplied by.
     """
     if gate is not None and (wants_residual or wants_x):  # dz is the residual's gradient, and read for dx and dw
         dy, gate = act_grad(dy, gate, act), None

@@ -1,17 +1,17 @@
-"""Data gradient of the fused convolution, by the forward kernel with turned weights:
+"""Data gradient of the fused convolution by the forward kernel with flipped filters:
 
     dx = (conv^T(dz, w) + addend) * slope(mask),    dz = dy * slope(gate)
 
     conv^T(dz, w)[n, c, h, v] = sum over k, i, j, r, s with i*stride - top + r*dilation = h and
                                 j*stride - left + s*dilation = v   of   dz[n, k, i, j] * w[k, c, r, s]
 
-With a stride of one this is a convolution of dz with the filters turned by 180 degrees and inputs and outputs
-exchanged. With a larger stride each phase of the input grid (every stride-th row and column) is such a convolution
-with the taps that reach it; the phases are written in place, as windows of dx.
+With a stride of one this is a convolution of dz with the filters rotated by 180 degrees and inputs and outputs
+exchanged. With a larger stride, each phase of the input grid (every stride-th row and column) is a convolution with the
+taps that reach it; the phases are written in place, as windows of dx.
 
-`gate` is the output of the convolution's own activation (or what the activation was applied to), `addend` the
-gradient that comes from another branch, of all of x or of a part of it, and `mask` the input x where an activation
-whose slope x shows made it: dx is then the gradient before that activation, and whoever made x need not mask it again.
+`gate` is the output (or input) of the convolution's own activation, and `addend` the gradient of another branch, of all
+of x or of a part of it. `mask` is the input x if it determines the slope of the activation that made it: dx is then the
+gradient before that activation, and the op that made x need not apply the slope.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .windows import ConvGeometry, empty_map, placed
 
 
 class Phase(NamedTuple):
-    """Along one axis, the inputs start, start + stride, ... and the convolution of dz that gives their gradient."""
+    """Along one axis, the inputs start, start + stride, ... and the convolution of dz for their gradient."""
 
     start: int
-    taps: tuple[int, ...]  # filter taps, in the order in which the turned filter applies them
+    taps: tuple[int, ...]  # filter taps in the order of the flipped filter
     padding: int
     dilation: int
 
@@ -42,15 +42,15 @@ class Phase(NamedTuple):
 def phases(kernel: int, stride: int, before: int, dilation: int) -> list[Phase]:
     """All phases of one axis.
 
-    Input h = start + stride*u gets output i = u + (start + before - r*dilation)/stride for every tap r where that is
-    whole: every (stride/g)-th tap, g = gcd(dilation, stride).
+    Input h = start + stride*u contributes to output i = u + (start + before - r*dilation)/stride for every tap r where
+    that is an integer: every (stride/g)-th tap, g = gcd(dilation, stride).
     """
     step = stride // math.gcd(dilation, stride)
     found = []
     for start in range(stride):
         taps = [r for r in range(kernel) if (start + before - r * dilation) % stride == 0]
         taps.reverse()
-        # The first tap that is applied is the last of the filter, at the least output index.
+        # The first applied tap is the last of the filter, at the smallest output index.
         padding = -(start + before - taps[0] * dilation) // stride if taps else 0
         found.append(Phase(start, tuple(taps), padding, step * dilation // stride))
     return found
@@ -74,13 +74,13 @@ def dgrad(
     Args:
         dy: (N, K, OH, OW) window.
         weight: (K, C / groups, R, S).
-        geometry: of the forward.
-        gate: window of dy's size; `gate_act` the activation whose slope it shows.
+        geometry: the geometry of the forward.
+        gate: window of dy's size that determines the slope of `gate_act`.
         addend: a window of dx's size, or of a part of dx that begins at row and column `addend_at`.
-        mask: a window of dx's size; `mask_act` the activation whose slope it shows.
+        mask: a window of dx's size that determines the slope of `mask_act`.
     """
     _, _, r, s = weight.shape
-    if gate is not None:  # one pass; read tile by tile beside dy, both would be loaded once per tap
+    if gate is not None:  # one separate pass; in the product, dy and gate would be loaded once per tap
         dz = empty_map(*dy.shape, like=dy)
         launch_act_grad(dy, gate, gate_act, dz)
         dy = dz
@@ -139,8 +139,8 @@ def conv2d_dgrad_reference(
         dy = dy * slope_reference(gate, gate_act)
     with torch.enable_grad():
         x = dy.new_zeros(dy.shape[0], weight.shape[1] * geometry.groups, *size).requires_grad_()
-        place = geometry.stride, 0, geometry.dilation, geometry.groups
-        (dx,) = torch.autograd.grad(F.conv2d(geometry.padded(x), weight, None, *place), x, dy)
+        settings = geometry.stride, 0, geometry.dilation, geometry.groups
+        (dx,) = torch.autograd.grad(F.conv2d(geometry.padded(x), weight, None, *settings), x, dy)
     if addend is not None:
         dx = dx + placed(addend, addend_at, size)
     return dx if mask is None else dx * slope_reference(mask, mask_act)

@@ -1,4 +1,4 @@
-"""Fused convolution, one pass over memory:
+"""Fused convolution in one pass over memory:
 
     y = slope(mask) * act(conv(x, w) * scale + shift + residual)
 
@@ -6,17 +6,17 @@
                                                   * w[k, c, r, s]
 
 As a matrix product: rows are output pixels, columns the output channels of a group, depth is taps x input channels.
-The forward of a network uses act, scale, shift and residual; the data gradient is the same product with turned weights
-(`conv2d_dgrad.py`) and uses `mask`, the slope of the activation that made x, applied before dx is written.
+The forward of a network uses act, scale, shift and residual. The data gradient is the same product with flipped filters
+(`conv2d_dgrad.py`); it uses `mask` to apply the slope of the activation that made x before dx is written.
 
-Where z is not kept but computed again, its gradient is what is written, and z is not:
+If z is computed again instead of stored, the kernel writes its gradient and not z:
 
     y = mask * slope(z),    z = conv(x, w) * scale + shift + residual,    mask a gradient of act(z)
 
-For a BatchNorm in training behind it, the epilogue also gives mean and squared deviations of what a tile writes, after
-it was rounded: statistics cost no pass over memory of their own.
+For a following BatchNorm in training, the epilogue also returns mean and squared deviations of each tile's rounded
+output: the statistics then need no separate pass over memory.
 
-`conv2d_kernels.py` holds the kernels: one by descriptors, one by pointers.
+`conv2d_kernels.py` has the kernels: one by descriptors, one by pointers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate_reference, slope_reference
-from .conv2d_kernels import Product, Steps, Turn, conv2d_descriptor_kernel, conv2d_pointer_kernel
+from .conv2d_kernels import FilterFlip, Product, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel
 from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map, dense
@@ -49,11 +49,11 @@ from .windows import (
 # Activations whose value and slope need neither exp nor erf.
 CHEAP = frozenset({"none", "relu", "relu6", "hardswish", "gradient"})
 
-Taps = tuple[Sequence[int], Sequence[int]]  # of a filter's rows and columns
+Taps = tuple[Sequence[int], Sequence[int]]  # taps along a filter's rows and columns
 
 
-def turned(weight: Tensor, groups: int, taps: Taps) -> Tensor:
-    """Filters with inputs and outputs exchanged and these taps, which descend evenly, in this order.
+def flipped_filters(weight: Tensor, groups: int, taps: Taps) -> Tensor:
+    """Filters with inputs and outputs exchanged and the given taps, which descend in equal steps.
 
     Args:
         weight: (K, C / groups, R, S).
@@ -63,7 +63,7 @@ def turned(weight: Tensor, groups: int, taps: Taps) -> Tensor:
     """
     k, depth, _, _ = weight.shape
     rows, cols = taps
-    # Slices and one flip, where index lists would cost several kernels.
+    # Slices and one flip: index lists would cost several kernels.
     w = weight[:, :, _ascending(rows), _ascending(cols)].flip(2, 3)
     if groups > 1:
         w = w.reshape(groups, k // groups, depth, len(rows), len(cols)).transpose(1, 2)
@@ -99,22 +99,25 @@ def launch(
     moments: bool = False,
     taps: Taps | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Write y, and z if given (what the activation is applied to); see the formula above.
+    """Write y, and z if given (the input of the activation); see the formula above.
 
-    With `moments` mean and sum of squared deviations of each channel of y are returned, as `moments.moments(y)` would:
-    (K,) in float32 (float64 for float64).
+    With `moments`, it returns mean and sum of squared deviations of each channel of y, like `moments.moments(y)`: (K,)
+    in float32 (float64 for float64).
 
     Args:
         x: (N, C, H, W) window.
         weight: (K, C / groups, R, S) in channels-last memory.
         y: (N, K, OH, OW) window to be written.
         scale, shift: (K,).
-        z, mask: windows of y's size. `mask_act` says whose slope `mask` gives; "gradient": it is that of act(z).
+        z, mask: windows of y's size. `mask_act` is the activation whose slope follows from `mask`; with "gradient",
+            `mask` is the gradient of act(z).
         residual: a window of y's size, or of a part of y that begins at row and column `residual_at`.
-        taps: w is `weight`, that of another convolution, turned: see `turned`.
+        taps: the taps of `weight`, the filters of another convolution, to flip into w: see `flipped_filters`.
     """
-    if taps is not None and (x.dtype.itemsize != 2 or geometry.groups > 1):  # tensor cores take others one way round
-        weight, taps = turned(weight, geometry.groups, taps), None
+    if taps is not None and (
+        x.dtype.itemsize != 2 or geometry.groups > 1
+    ):  # tensor cores cannot transpose other dtypes
+        weight, taps = flipped_filters(weight, geometry.groups, taps), None
     filters, depth, r, s = weight.shape if taps is None else (*weight.shape[1::-1], *map(len, taps))
     images, _, lines, run = y.shape
     pixels = images * lines * run
@@ -142,11 +145,11 @@ def launch(
         not {act, mask_act} <= CHEAP,
         moments,
     )
-    turn = None
+    flip = None
     if taps is not None and config.form == "descriptor":
-        turn = Turn.of(*taps, weight)
+        flip = FilterFlip.of(*taps, weight)
     elif taps is not None:
-        matrix = _matrix(turned(weight, geometry.groups, taps))
+        matrix = _matrix(flipped_filters(weight, geometry.groups, taps))
     options = {
         "ACT": act,
         "MASK": mask_act,
@@ -155,7 +158,7 @@ def launch(
         "num_stages": config.num_stages,
     }
     if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
-        # With one more, the assembler's own choice beside a residual, a multiprocessor holds one block instead of two.
+        # With one more register, the assembler's choice with a residual, a multiprocessor runs one block, not two.
         options |= register_limit(x.device, 128 if residual is not None else None)
     elif config.form == "descriptor" and config.block_n <= 64 and mask is not None and residual is not None:
         options |= roomy_registers(x.device, 128)
@@ -163,15 +166,15 @@ def launch(
         residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
     maps = residual, tuple(residual_at), mask, y, z
-    work = _Work(x, matrix, *maps, scale, shift, depth, turn, geometry, config, moments, options)
+    work = _Work(x, matrix, *maps, scale, shift, depth, flip, geometry, config, moments, options)
     return run_form(work)
 
 
 class _Work(NamedTuple):
-    """A convolution as both forms of the kernel take it; `launch` says what its parts are."""
+    """The arguments of both forms of the kernel; see `launch`."""
 
     x: Tensor
-    matrix: Tensor  # filters [K, taps x channels], or what they are turned out of
+    matrix: Tensor  # filters [K, taps x channels], or the filters to flip
     residual: Tensor | None
     residual_at: tuple[int, ...]
     mask: Tensor | None
@@ -180,14 +183,14 @@ class _Work(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     depth: int  # input channels of a group
-    turn: Turn | None
+    flip: FilterFlip | None
     geometry: ConvGeometry
     config: Config
     moments: bool
     options: dict[str, Any]
 
     def sums(self, tiles: int) -> Tensor | None:
-        """Room for mean and squared deviations of each tile and filter, if they are wanted."""
+        """An empty tensor for mean and squared deviations of each tile and filter, if wanted."""
         if not self.moments:
             return None
         return torch.empty(2, tiles, self.y.shape[1], dtype=sum_dtype(self.y.dtype), device=self.y.device)
@@ -198,7 +201,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
     images, filters, lines, run = work.y.shape
     rows, cols = config.rows, config.block_m // config.rows
     box_x, box_y = [1, rows, cols, config.block_k], [1, rows, cols, config.block_n // config.parts]
-    box_w = [config.block_n, config.block_k] if work.turn is None else [config.block_k, config.block_n]
+    box_w = [config.block_n, config.block_k] if work.flip is None else [config.block_k, config.block_n]
     phases = Phases.of(x, geometry)
     down, across = triton.cdiv(lines, rows), triton.cdiv(run, cols)
     sums = work.sums(images * down * across)
@@ -218,7 +221,7 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         *phases.shifts,
         *work.residual_at,
         CIN=work.depth,
-        STEPS=Steps.of(work.options["P"][:2], geometry, work.turn),
+        STEPS=Steps.of(work.options["P"][:2], geometry, work.flip),
         **work.options,
     )
     return None if sums is None else merge_parts(sums, (rows, cols), (lines, run))
@@ -236,7 +239,7 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
     tiles = triton.cdiv(pixels, config.block_m)
     sums = work.sums(tiles)
     few, matrix = None, work.matrix
-    if config.form == "columns":  # with zeros up to whole steps: filters are read in long words
+    if config.form == "columns":  # padded with zeros to whole steps: filters are read in long words
         few, matrix = work.depth, F.pad(matrix, [0, -matrix.shape[1] % config.block_k])
     conv2d_pointer_kernel[(tiles * triton.cdiv(filters // groups, config.block_n), groups)](
         as_map(x),

@@ -1,12 +1,12 @@
-"""The two kernels of the fused convolution (`conv2d_forward.py` says what they compute), and its matrix product.
+"""The two kernels of the fused convolution (see `conv2d_forward.py`) and its matrix product.
 
-The left operand is loaded and multiplied as it is: computed in registers (a slope applied to it, say), Triton would let
-the next turn of the loop overwrite it under products still in flight (triton-lang/triton#9433, sm_90).
+The left operand is multiplied as loaded: if it were computed in registers (by a slope, for example), Triton would let
+the next iteration overwrite it during products in flight (triton-lang/triton#9433, sm_90).
 
-Two kernels. The descriptor form (sm_90) takes a box of rows and columns of pixels per tile: a filter tap is a shift of
-its coordinates and padding is what descriptors return outside the window, so there are no masks, no pointer arithmetic
-and no 32-bit overflow. A stride of two reads even and odd rows and columns as four windows. The pointer form does
-everything else: groups, channels that are not a multiple of 16 bytes, other strides, older chips.
+The descriptor form (sm_90) has a box of rows and columns of pixels per tile. A filter tap is a shift of its
+coordinates, and descriptors return the padding outside the window, so there are no masks, no pointer arithmetic and no
+32-bit overflow. A stride of two reads even and odd rows and columns as four windows. The pointer form does everything
+else: groups, channels that are not a multiple of 16 bytes, other strides, older chips.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .activations import activate, slope
 from .dtypes import accumulator
 from .moments import tile_moments
 from .precision import dot_precision
-from .stream import place
+from .stream import map_offsets
 from .tuning import Config
 from .windows import ConvGeometry
 
 
 class Product(NamedTuple):
-    """Known when compiled: the filter; a tile's pixels, filters and channels, rows of pixels; how products are made."""
+    """Compile-time constants: the filter; pixels, filters, channels, rows, parts of a tile; precision of products."""
 
     R: int
     S: int
@@ -47,10 +47,10 @@ class Product(NamedTuple):
         return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
 
 
-class Turn(NamedTuple):
-    """Filters of another convolution, read with inputs and outputs exchanged and their taps in descending order.
+class FilterFlip(NamedTuple):
+    """Filters of another convolution, read with inputs and outputs exchanged and taps in descending order.
 
-    Tap (r, s) is tap (ROW - r*ROW_STEP, COL - s*COL_STEP) of the filters, whose rows hold WIDTH taps of COUT channels.
+    Tap (r, s) is tap (ROW - r*ROW_STEP, COL - s*COL_STEP) of the filters, with WIDTH taps of COUT channels per row.
     """
 
     ROW: int
@@ -61,27 +61,27 @@ class Turn(NamedTuple):
     COUT: int
 
     @classmethod
-    def of(cls, rows: Sequence[int], cols: Sequence[int], weight: Tensor) -> Turn:
-        """Of the taps, in descending order, of filters (CIN, COUT, rows, columns)."""
+    def of(cls, rows: Sequence[int], cols: Sequence[int], weight: Tensor) -> FilterFlip:
+        """The flip for the given taps, in descending order, of filters (CIN, COUT, rows, columns)."""
         steps = [taps[0] - taps[1] if len(taps) > 1 else 1 for taps in (rows, cols)]
         whole = weight.shape[3], weight.shape[1]
-        alone = max(rows) == max(cols) == 0  # then they do not matter: one compiled kernel for all of them
+        alone = max(rows) == max(cols) == 0  # then they are unused: one compiled kernel for all sizes
         return cls(rows[0], steps[0], cols[0], steps[1], *((1, 1) if alone else whole))
 
 
 class Steps(NamedTuple):
-    """Known when compiled: steps from one output or tap to the next, and how filters are turned."""
+    """Compile-time constants: steps from one output or tap to the next, and the flip of filters."""
 
     STRIDE_H: int
     STRIDE_W: int
     DIL_W: int
-    TURN: Turn | None = None
+    FLIP: FilterFlip | None = None
 
     @classmethod
-    def of(cls, kernel: tuple[int, int], geometry: ConvGeometry, turn: Turn | None = None) -> Steps:
-        """With steps of one along an axis of one tap, where they do not matter: one compiled kernel for all of them."""
+    def of(cls, kernel: tuple[int, int], geometry: ConvGeometry, flip: FilterFlip | None = None) -> Steps:
+        """The steps; one along an axis of one tap, where they are unused: one compiled kernel for all strides."""
         (r, s), (down, across) = kernel, geometry.stride
-        return cls(down if r > 1 else 1, across if s > 1 else 1, geometry.dilation_w if s > 1 else 1, turn)
+        return cls(down if r > 1 else 1, across if s > 1 else 1, geometry.dilation_w if s > 1 else 1, flip)
 
 
 @triton.jit
@@ -100,11 +100,11 @@ def _gemm_phase(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """acc += the taps r = FIRST_R, FIRST_R + stride, ... and s likewise; tap 0 of the phase lies at `row`, `col`."""
+    """acc += the taps r = FIRST_R, FIRST_R + stride, ... and s likewise; tap 0 of the phase is at `row`, `col`."""
     KC: tl.constexpr = (CIN + P.BK - 1) // P.BK
     ROWS: tl.constexpr = (P.R - FIRST_R + STEPS.STRIDE_H - 1) // STEPS.STRIDE_H
     TAPS: tl.constexpr = (P.S - FIRST_S + STEPS.STRIDE_W - 1) // STEPS.STRIDE_W
-    # One flat loop, so that loads run ahead across taps; a loop per tap would drain the pipeline at each of them.
+    # One flat loop, so that loads are prefetched across taps; a loop per tap would drain the pipeline at each of them.
     for t in range(ROWS * TAPS * KC):
         c0 = (t % KC) * P.BK
         s = FIRST_S + (t // KC) % TAPS * STEPS.STRIDE_W
@@ -112,10 +112,10 @@ def _gemm_phase(
         row_in = row + (r * dil_h - FIRST_R) // STEPS.STRIDE_H
         col_in = col + (s * STEPS.DIL_W - FIRST_S) // STEPS.STRIDE_W
         a = x_desc.load([n, row_in, col_in, c0]).reshape(P.BM, P.BK)
-        if STEPS.TURN is None:
+        if STEPS.FLIP is None:
             w = w_desc.load([k0, (r * P.S + s) * CIN + c0]).T
         else:
-            T: tl.constexpr = STEPS.TURN
+            T: tl.constexpr = STEPS.FLIP
             w = w_desc.load([c0, ((T.ROW - r * T.ROW_STEP) * T.WIDTH + T.COL - s * T.COL_STEP) * T.COUT + k0])
         if P.ROWS == 1:
             acc = tl.dot(a, w, acc, input_precision=P.PRECISION, out_dtype=P.ACC)
@@ -127,7 +127,7 @@ def _gemm_phase(
 @triton.jit
 def gemm(
     x,  # [N, H, W, C] windows: see `Phases`
-    w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
+    w_desc,  # [COUT, R*S*CIN], or to flip [CIN, all taps * COUT]
     n,
     i,
     j,
@@ -155,7 +155,7 @@ def gemm(
 
 @triton.jit
 def _sloped(z, mask, ACT: tl.constexpr, MASK: tl.constexpr):
-    """act(z) times the slope that the mask shows; or, where the mask is a gradient of act(z), that of z."""
+    """act(z) times the slope from the mask; if the mask is the gradient of act(z), the gradient of z."""
     if MASK == "gradient":
         return mask * slope(z, ACT)
     return activate(z, ACT) * slope(mask, MASK)
@@ -165,7 +165,7 @@ def _sloped(z, mask, ACT: tl.constexpr, MASK: tl.constexpr):
 def _finish(
     acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):
-    """What follows the products of a box's pixels [BM, filters], from filter k0 on."""
+    """The epilogue of a box's pixels [BM, filters], from filter k0 on."""
     residual_desc, mask_desc, y_desc, z_desc = maps
     top, left = at
     scale_ptr, shift_ptr, mean_ptr, m2_ptr = vectors
@@ -197,8 +197,8 @@ def _finish(
         tl.store(m2_ptr + at, m2, mask=k < COUT)
 
 
-# Integers that only place a tile are not specialised: tiles at an image's border run the same code as inner ones.
-_PLACES = [
+# Integers that only locate a tile are not specialised: tiles at an image's border run the same code as inner ones.
+_POSITIONS = [
     "OH",
     "OW",
     "lines",
@@ -212,33 +212,33 @@ _PLACES = [
 ]
 
 
-@triton.jit(do_not_specialize=_PLACES)
+@triton.jit(do_not_specialize=_POSITIONS)
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window
     x01_desc,
     x10_desc,
-    x11_desc,  # with a stride of two x_desc is of even rows and columns, these of odd columns, odd rows and both
-    w_desc,  # [COUT, R*S*CIN], or turned [CIN, all taps * COUT]
+    x11_desc,  # with a stride of two, x_desc has the even rows and columns, these the odd columns, odd rows and both
+    w_desc,  # [COUT, R*S*CIN], or to flip [CIN, all taps * COUT]
     residual_desc,  # [N, rows, columns, COUT] window or None
     mask_desc,  # [N, OH, OW, COUT] window or None
     y_desc,  # [N, OH, OW, COUT] window
     z_desc,  # [N, OH, OW, COUT] window or None
     scale_ptr,  # [COUT] or None
     shift_ptr,  # [COUT] or None
-    mean_ptr,  # [tiles, COUT] or None: of what each tile writes
+    mean_ptr,  # [tiles, COUT] or None: moments of each tile's output
     m2_ptr,  # [tiles, COUT] or None
     OH,
     OW,
     COUT,
-    lines,  # boxes one above the other
-    segments,  # boxes side by side
+    lines,  # boxes in vertical direction
+    segments,  # boxes in horizontal direction
     dil_h,
     row_even,
     row_odd,
     col_even,
-    col_odd,  # where the phases' first taps lie, as seen from an output
+    col_odd,  # offsets of the phases' first taps from an output
     residual_top,
-    residual_left,  # where in y the residual begins; around it are zeros
+    residual_left,  # position of the residual in y; it is zero elsewhere
     ACT: tl.constexpr,
     MASK: tl.constexpr,
     CIN: tl.constexpr,
@@ -248,7 +248,7 @@ def conv2d_descriptor_kernel(
     """y of a box of ROWS x BM / ROWS pixels and BN filters."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(COUT, P.BN)
-    k0 = (pid % blocks) * P.BN  # channels first: tiles that read the same pixels run together and share them in L2
+    k0 = (pid % blocks) * P.BN  # channels first: tiles that read the same pixels run together and share L2
     segment = pid // blocks
     COLS: tl.constexpr = P.BM // P.ROWS
     j0 = (segment % segments) * COLS
@@ -262,7 +262,7 @@ def conv2d_descriptor_kernel(
     at = (residual_top, residual_left)
     if P.PARTS == 1:
         _finish(acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
-    else:  # one half after the other: both at a time, what is read of maps would not fit in registers beside them
+    else:  # one half after the other: both halves and their loaded values would not fit in registers together
         half: tl.constexpr = P.BN // 2
         BM: tl.constexpr = P.BM
         first, second = acc.reshape(BM, 2, half).permute(0, 2, 1).split()
@@ -272,7 +272,7 @@ def conv2d_descriptor_kernel(
 
 @triton.jit
 def _by_taps(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, CIN, dil_h, dil_w, P: tl.constexpr):
-    """conv(x, w) of pixels [BM] and filters k [BN], channels from `first` on; tap 0 lies in rows i and columns j."""
+    """conv(x, w) of pixels [BM] and filters k [BN], channels from `first` on; tap 0 is at rows i and columns j."""
     BM: tl.constexpr = P.BM
     BN: tl.constexpr = P.BN
     acc = tl.zeros((BM, BN), P.ACC)
@@ -282,7 +282,7 @@ def _by_taps(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, CIN, dil_h, dil_
         rs = t // depth
         h, w = i + rs // P.S * dil_h, j + rs % P.S * dil_w
         hit = (inside & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (c < CIN)[None, :]
-        pixel = place(x, n, h.to(tl.int64), w.to(tl.int64), 1) + first
+        pixel = map_offsets(x, n, h.to(tl.int64), w.to(tl.int64), 1) + first
         a = tl.load(x.ptr + pixel[:, None] + c[None, :], mask=hit, other=0.0)
         filters = k * (P.R * P.S * CIN) + rs * CIN
         b = tl.load(w_ptr + filters[None, :] + c[:, None], mask=(c < CIN)[:, None] & wanted[None, :], other=0.0)
@@ -292,16 +292,16 @@ def _by_taps(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, CIN, dil_h, dil_
 
 @triton.jit
 def _by_columns(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, dil_h, dil_w, CIN: tl.constexpr, P: tl.constexpr):
-    """The same by columns (r * S + s) * CIN + c of the flattened filter; w has zeros up to whole steps of them.
+    """conv(x, w) by columns (r * S + s) * CIN + c of the flattened filter; w is padded with zeros to whole steps.
 
-    Loaded as [BK, BM], so that the threads of a warp read neighbouring pixels: fewer cache lines, and fewer registers.
+    x is loaded as [BK, BM], so that the threads of a warp read neighbouring pixels: fewer cache lines and registers.
     """
     BM: tl.constexpr = P.BM
     BN: tl.constexpr = P.BN
     COLUMNS: tl.constexpr = P.R * P.S * CIN
     STEPS: tl.constexpr = (COLUMNS + P.BK - 1) // P.BK
     acc = tl.zeros((BM, BN), P.ACC)
-    pixel = place(x, n, i.to(tl.int64), j.to(tl.int64), 1) + first
+    pixel = map_offsets(x, n, i.to(tl.int64), j.to(tl.int64), 1) + first
     for t in range(STEPS):
         column = t * P.BK + tl.arange(0, P.BK)
         tap = column // CIN
@@ -325,7 +325,7 @@ def conv2d_pointer_kernel(
     z,  # map [N, groups * COUT, OH, OW] or None
     scale_ptr,  # [groups * COUT] or None
     shift_ptr,  # [groups * COUT] or None
-    mean_ptr,  # [tiles, groups * COUT] or None: of what each tile writes
+    mean_ptr,  # [tiles, groups * COUT] or None: moments of each tile's output
     m2_ptr,  # [tiles, groups * COUT] or None
     N,
     H,
@@ -340,7 +340,7 @@ def conv2d_pointer_kernel(
     stride_w,
     dil_h,
     dil_w,
-    FEW: tl.constexpr,  # CIN where products go by columns of the flattened filter, else None
+    FEW: tl.constexpr,  # CIN if products use columns of the flattened filter, else None
     ACT: tl.constexpr,
     MASK: tl.constexpr,
     P: tl.constexpr,
@@ -353,7 +353,7 @@ def conv2d_pointer_kernel(
     k = (pid % blocks) * P.BN + tl.arange(0, P.BN)  # [BN] output channels within the group
     i, j = m // OW, m % OW
     n = i // OH
-    i -= n * OH  # not a second division: sm_80 has no register to spare
+    i -= n * OH  # avoids a second division: sm_80 has no spare register
     inside, wanted = n < N, k < COUT
     n = n.to(tl.int64)
 
@@ -371,17 +371,17 @@ def conv2d_pointer_kernel(
     keep = inside[:, None] & wanted[None, :]
     i, j = i.to(tl.int64), j.to(tl.int64)
     if residual.ptr is not None:
-        at = place(residual, n, i, j, 1)[:, None] + channel[None, :]
+        at = map_offsets(residual, n, i, j, 1)[:, None] + channel[None, :]
         acc += tl.load(residual.ptr + at, mask=keep, other=0.0).to(P.ACC)
     if z.ptr is not None:
-        at = place(z, n, i, j, 1)[:, None] + channel[None, :]
+        at = map_offsets(z, n, i, j, 1)[:, None] + channel[None, :]
         tl.store(z.ptr + at, acc.to(z.ptr.dtype.element_ty), mask=keep)
     if mask.ptr is None:
         values = activate(acc, ACT)
     else:
-        at = place(mask, n, i, j, 1)[:, None] + channel[None, :]
+        at = map_offsets(mask, n, i, j, 1)[:, None] + channel[None, :]
         values = _sloped(acc, tl.load(mask.ptr + at, mask=keep, other=0.0).to(P.ACC), ACT, MASK)
-    at = place(y, n, i, j, 1)[:, None] + channel[None, :]
+    at = map_offsets(y, n, i, j, 1)[:, None] + channel[None, :]
     values = values.to(y.ptr.dtype.element_ty)
     tl.store(y.ptr + at, values, mask=keep)
     if mean_ptr is not None:

@@ -17,7 +17,7 @@ def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
-    """Padding as (even part that stock convolutions add themselves, uneven part for F.pad in its order)."""
+    """Splits the padding into the even part that PyTorch's convolutions add and the rest in the order of `F.pad`."""
     top, bottom, left, right = geometry.padding
     rows, cols = min(top, bottom), min(left, right)
     return [rows, cols], [left - cols, right - cols, top - rows, bottom - rows]
@@ -33,7 +33,7 @@ def forward_stock(
     act: str,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same with PyTorch's own ops, in place where that is possible."""
+    """y and z by PyTorch's own ops, in place where possible."""
     even, uneven = split_padding(geometry)
     if any(uneven):
         x = F.pad(x, uneven)
@@ -53,7 +53,7 @@ def forward_stock(
 
 
 def backward_stock(dz: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: list[bool]) -> Any:
-    """PyTorch's gradients of a convolution of x, which has the uneven part of the padding already."""
+    """PyTorch's gradients of a convolution of x, which already includes the uneven part of the padding."""
     even, _ = split_padding(geometry)
-    place = list(geometry.stride), even, list(geometry.dilation), False, [0, 0], geometry.groups
-    return torch.ops.aten.convolution_backward(dz, x, weight, None, *place, wanted)
+    settings = list(geometry.stride), even, list(geometry.dilation), False, [0, 0], geometry.groups
+    return torch.ops.aten.convolution_backward(dz, x, weight, None, *settings, wanted)

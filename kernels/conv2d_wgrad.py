@@ -5,13 +5,13 @@
     dshift[k]      += sum over n, i, j of  dz[n, k, i, j],          dz = dy * slope(gate)
 
 As a matrix product: output channels by taps x input channels, summed over output pixels. In products dz is rounded to
-the dtype of dy, as if it had been stored; its sum is taken before rounding.
+the dtype of dy, as if it had been stored; its sum uses unrounded values.
 
-Buffers are float32 (float64 for float64 maps). The pixels are split over programs; a split sums at most 64k pixels (a
-longer sum in float32 would show its rounding) and is written on its own; a second kernel adds all splits to the buffers
-in their order. There are no atomics: two runs agree bit by bit.
+Buffers are float32 (float64 for float64 maps). The pixels are split over programs. A split sums at most 64k pixels (the
+rounding of a longer float32 sum would be visible) and is written separately; a second kernel adds all splits to the
+buffers in order. There are no atomics: two runs agree bit by bit.
 
-`conv2d_wgrad_kernels.py` holds the kernels.
+`conv2d_wgrad_kernels.py` has the kernels.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def launch(
         dshift: (K,) of the same dtype.
         x: (N, C, H, W) window.
         dy: (N, K, OH, OW) window.
-        gate: window of dy's size. `gate_act` says whose slope it gives: "none" without a gate.
-        splits: into how many parts the pixels are cut, if not as computed.
+        gate: window of dy's size that determines the slope of `gate_act`, which is "none" without a gate.
+        splits: number of parts of the pixels; None computes it.
     """
     filters, depth, r, s = dw.shape
     groups, pixels = geometry.groups, dy.shape[0] * dy.shape[2] * dy.shape[3]
@@ -93,7 +93,7 @@ def launch(
         "P": Product.of((r, s), config, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        # Left alone, ptxas spills a few addresses, of wide elements or on sm_100, so that one more program fits.
+        # By default, ptxas spills a few addresses, of wide elements or on sm_100, to fit one more program.
         **register_limit(x.device, 255 if x.element_size() > 2 or capability(x.device) >= 100 else None),
     }
     run = _by_descriptors if config.form == "descriptor" else _by_pointers
@@ -105,13 +105,13 @@ def launch(
 def _check_buffers(dw: Tensor, dshift: Tensor | None, x: Tensor) -> None:
     held = sum_dtype(x.dtype)
     if dw.dtype != held or (dshift is not None and dshift.dtype != held):
-        raise ValueError(f"conv2d_wgrad: gradients of {x.dtype} maps are summed in {held}; give buffers of that dtype")
+        raise ValueError(f"conv2d_wgrad: buffers of gradients of {x.dtype} maps must be {held}")
     if not dw.permute(0, 2, 3, 1).is_contiguous() or (dshift is not None and not dshift.is_contiguous()):
-        raise ValueError("conv2d_wgrad: the buffers are not dense; give dw in channels-last memory")
+        raise ValueError("conv2d_wgrad: the buffers must be dense, and dw in channels-last memory")
 
 
 def _add_splits(part: Tensor, dw: Tensor, dshift: Tensor | None) -> None:
-    """Add the gradients of all splits [splits, elements] to the buffers, in their order."""
+    """Add the gradients of all splits [splits, elements] to the buffers, in order."""
     splits, length = part.shape
     block, rows = splits_blocks(splits)
     add_splits_kernel[(triton.cdiv(length, block),)](
@@ -120,13 +120,13 @@ def _add_splits(part: Tensor, dw: Tensor, dshift: Tensor | None) -> None:
 
 
 class _Cut(NamedTuple):
-    """How the work is cut into programs.
+    """Partition of the work into programs.
 
     Attributes:
         length: elements of the gradients.
-        tiles: programs of one split.
-        segments, total: blocks of pixels in a run of pixels, and in all.
-        splits, share: parts of the pixels, and the blocks of one.
+        tiles: programs per split.
+        segments, total: blocks of pixels per run of pixels, and in total.
+        splits, share: parts of the pixels, and blocks per part.
     """
 
     length: int
@@ -167,9 +167,9 @@ class _Cut(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """A weight gradient as both forms of the kernel take it; `launch` says what its parts are.
+    """The arguments of both forms of the kernel; see `launch`.
 
-    `dw` and `dshift` are the buffers, or the parts of all splits; `depth` is the input channels of a group.
+    `dw` and `dshift` are the buffers, or the parts of all splits; `depth` is the number of input channels of a group.
     """
 
     dw: Tensor
@@ -236,8 +236,8 @@ def _by_pointers(work: _Work) -> None:
 def conv2d_wgrad_reference(
     weight_size: Sequence[int], x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str, geometry: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
-    """What is added to dw and to dshift, in plain PyTorch."""
+    """The gradients that are added to dw and dshift, in plain PyTorch."""
     dz = dy if gate is None else dy * slope_reference(gate, gate_act)
-    place = geometry.stride, 0, geometry.dilation, geometry.groups
-    dw = torch.nn.grad.conv2d_weight(geometry.padded(x), tuple(weight_size), dz, *place)  # pyright: ignore
+    settings = geometry.stride, 0, geometry.dilation, geometry.groups
+    dw = torch.nn.grad.conv2d_weight(geometry.padded(x), tuple(weight_size), dz, *settings)  # pyright: ignore
     return dw, dz.sum((0, 2, 3))

@@ -1,10 +1,10 @@
-"""The kernels of the weight gradient; `conv2d_wgrad.py` says what they compute, and that splits are added in order.
+"""The kernels of the weight gradient; see `conv2d_wgrad.py`.
 
-Two kernels, as in `conv2d_kernels.py`. The descriptor form takes a segment of one row of dz and the segments of x that
-the taps of one filter row shift it to; so dz is read, and its slope applied, once per filter row. There dz is the right
+There are two forms, as in `conv2d_kernels.py`. The descriptor form loads a segment of one row of dz and the segments of
+x at the taps of one filter row, so dz is read, and its slope applied, once per filter row. Here dz is the right
 operand: Hopper reads left operands from registers while it multiplies, and Triton (3.6, 3.7) may overwrite a computed
-one too early (triton-lang/triton#9433). The pointer form takes any columns of the flattened filter, which suits few
-input channels; it does groups and older chips too.
+one too early (triton-lang/triton#9433). The pointer form uses any columns of the flattened filter, which suits few
+input channels, groups and older chips.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from .activations import slope
-from .stream import place
+from .stream import map_offsets
 
 
-# Integers that follow from the image's size are not specialised: a new size compiles nothing.
+# Integers that depend on the image's size are not specialised: a new size needs no compilation.
 @triton.jit(do_not_specialize=["OH", "segments", "total", "share", "top", "shift_even", "shift_odd"])
 def wgrad_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
@@ -55,28 +55,28 @@ def wgrad_descriptor_kernel(
     r = pid // blocks_k // blocks_c % P.R
     split = pid // blocks_k // blocks_c // P.R
     first = split * share
-    # A split without pixels adds the zeros past the last image: ptxas would serialize the products of a loop that may
-    # be skipped, because the way around it sets their accumulators as well.
-    turns = tl.maximum(tl.minimum(share, total - first), 1)
+    # A split without pixels adds the zeros past the last image. ptxas would serialize the products of a loop that may
+    # be skipped, because the bypass also sets their accumulators.
+    steps = tl.maximum(tl.minimum(share, total - first), 1)
 
     accs = ()
     for _ in tl.static_range(S):
         accs = accs + (tl.zeros((BN, BM), P.ACC),)  # noqa: RUF005  Triton does not unpack
     sums = tl.zeros((BK, BM), P.ACC)
-    for turn in range(turns):
-        t = first + turn
+    for step in range(steps):
+        t = first + step
         j = (t % segments) * BK
         line = t // segments
         n = line // OH
         i = line % OH
-        # Pixels beyond the row's end are zeros in dy, so what x holds there does not matter.
+        # Pixels beyond the row's end are zeros in dy, so the values of x there do not matter.
         dz = dy_desc.load([n, i, j, k0]).reshape(BK, BM)
         if gate_desc is not None or dshift_ptr is not None:
             d = dz.to(P.ACC)
             if gate_desc is not None:
                 d *= slope(gate_desc.load([n, i, j, k0]).reshape(BK, BM).to(P.ACC), GATE)
                 dz = d.to(dy_desc.dtype)
-            # Pixel by pixel, as each thread holds them: to sum over threads here would stall the products.
+            # Summed per thread: a sum over threads here would stall the products.
             if dshift_ptr is not None:
                 sums += d
         added = ()
@@ -161,14 +161,14 @@ def wgrad_pointer_kernel(
         n, i, j = (p // (OH * OW)).to(tl.int64), p // OW % OH, p % OW
         h, w = (i * stride_h)[:, None] + dh[None, :], (j * stride_w)[:, None] + dw[None, :]
         hit = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (p < pixels)[:, None] & (column < COLUMNS)[None, :]
-        pixel = place(x, n, (i * stride_h).to(tl.int64), (j * stride_w).to(tl.int64), 1)
+        pixel = map_offsets(x, n, (i * stride_h).to(tl.int64), (j * stride_w).to(tl.int64), 1)
         values = tl.load(x.ptr + pixel[:, None] + shift[None, :], mask=hit, other=0.0)  # [BK, BN]
         i, j = i.to(tl.int64), j.to(tl.int64)
         inside = (p < pixels)[:, None] & (k < K)[None, :]
-        at = place(dy, n, i, j, 1)[:, None] + (group * K + k)[None, :]
+        at = map_offsets(dy, n, i, j, 1)[:, None] + (group * K + k)[None, :]
         dz = tl.load(dy.ptr + at, mask=inside, other=0.0)  # [BK, BM]
         if gate.ptr is not None:
-            at = place(gate, n, i, j, 1)[:, None] + (group * K + k)[None, :]
+            at = map_offsets(gate, n, i, j, 1)[:, None] + (group * K + k)[None, :]
             d = dz.to(P.ACC) * slope(tl.load(gate.ptr + at, mask=inside, other=0.0).to(P.ACC), GATE)
             dz = d.to(dy.ptr.dtype.element_ty)
         else:

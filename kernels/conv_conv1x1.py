@@ -1,17 +1,17 @@
-"""The tail of a residual bottleneck for inference, 3x3 convolution and 1x1 convolution in one pass over memory:
+"""The end of a residual bottleneck for inference, 3x3 convolution and 1x1 convolution in one pass over memory:
 
     y = act(conv(h, w2) + shift2 + residual),   h = mid_act(conv(x, w1) + shift1)
 
 w1 is (M, C, R, S) with stride 1 or 2, w2 is (K, M, 1, 1); frozen normalisation is folded into weights and shifts. The
-map h is never in memory: a program holds all M channels of a box of its pixels, rounds them to the maps' dtype, as a
-stored map would be, and multiplies them by w2, one block of output channels after another. Next to two kernels this
-saves one write and one read of h.
+map h is never in memory: a program holds all M channels of a box of its pixels, rounds them to the maps' dtype, like a
+stored map, and multiplies them by w2, one block of output channels after another. Compared with two kernels this saves
+one write and one read of h.
 
-The leading 1x1 convolution is not fused as well. Values in registers cannot be shifted between rows, so its output
-would be computed anew for every tap: in ResNet-50's first stage 9 x 256 x 64 multiply-adds per pixel in place of
-256 x 64, when the whole block takes 69632.
+The 1x1 convolution before is not fused. Values in registers cannot be shifted between rows, so its output would be
+computed again for every tap: in ResNet-50's first stage 9 x 256 x 64 multiply-adds per pixel instead of 256 x 64, while
+the whole block takes 69632.
 
-Descriptors only (sm_90); M is a power of two of at most 256, so that h fits in registers.
+The kernel requires descriptors (sm_90), and M must be a power of two of at most 256, so that h fits in registers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _conv_conv1x1_kernel(
     x_desc,  # [N, H, W, CIN] window
     x01_desc,
     x10_desc,
-    x11_desc,  # with a stride of two x_desc is of even rows and columns, these of odd columns, odd rows and both
+    x11_desc,  # with a stride of two, x_desc has the even rows and columns, these the odd columns, odd rows and both
     w1_desc,  # [M, R*S*CIN]
     w2_desc,  # [COUT, M]
     residual_desc,  # [N, OH, OW, COUT] window or None
@@ -44,12 +44,12 @@ def _conv_conv1x1_kernel(
     shift1_ptr,  # [M]
     shift2_ptr,  # [COUT]
     COUT,
-    lines,  # boxes one above the other
-    segments,  # boxes side by side
+    lines,  # boxes in vertical direction
+    segments,  # boxes in horizontal direction
     row_even,
     row_odd,
     col_even,
-    col_odd,  # where the phases' first taps lie, as seen from an output
+    col_odd,  # offsets of the phases' first taps from an output
     M: tl.constexpr,
     MID_ACT: tl.constexpr,
     ACT: tl.constexpr,
@@ -57,7 +57,7 @@ def _conv_conv1x1_kernel(
     STEPS: tl.constexpr,
     P: tl.constexpr,
 ):
-    """All filters of y at a box of ROWS x BM / ROWS pixels, by way of all M channels of h."""
+    """All filters of y at a box of ROWS x BM / ROWS pixels, computed from all M channels of h."""
     COLS: tl.constexpr = P.BM // P.ROWS
     pid = tl.program_id(0)
     j0 = (pid % segments) * COLS
@@ -82,8 +82,11 @@ def _conv_conv1x1_kernel(
 def conv_conv1x1_fits(
     x: Tensor, weight1: Tensor, weight2: Tensor, residual: Tensor | None, geometry: ConvGeometry
 ) -> bool:
-    """Whether the kernel can do it: a chip with descriptors, maps that they can address, no dilation, M a power of two
-    up to 256 (128 in float32)."""
+    """Whether the kernel supports a pair.
+
+    It needs a chip with descriptors, maps that they can address, no dilation, and M a power of two up to 256 (128 in
+    float32).
+    """
     filters = weight1.shape[0]
     return (
         geometry.stride_h == geometry.stride_w
@@ -119,7 +122,7 @@ def conv_conv1x1_launch(
         weight2, shift2: (K, M, 1, 1) and (K,).
         residual: window of y's size, or None.
         y: (N, K, OH, OW) window to be written.
-        geometry: of the first convolution.
+        geometry: the geometry of the first convolution.
     """
     mid, depth, r, s = weight1.shape
     n, filters, oh, ow = y.shape
@@ -127,8 +130,8 @@ def conv_conv1x1_launch(
         return
     if not (conv_conv1x1_fits(x, weight1, weight2, residual, geometry) and can_describe(y)):
         raise ValueError(
-            f"conv_conv1x1: cannot take {depth} -> {mid} -> {filters}, stride {geometry.stride}, {x.dtype} on "
-            f"{x.device} as laid out; run the two convolutions apart"
+            f"conv_conv1x1: cannot run {depth} -> {mid} -> {filters}, stride {geometry.stride}, {x.dtype} on "
+            f"{x.device} in this memory layout; run the two convolutions separately"
         )
     config = conv_conv1x1_config(x, oh, ow, mid, filters, residual is not None)
     phases = Phases.of(x, geometry)

@@ -1,4 +1,4 @@
-"""C++ sources of ours: built once for this machine's compiler and kept in the cache."""
+"""Builds C++ sources once with this machine's compiler and stores the libraries in the cache."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PATIENCE = 120  # seconds for the compiler, which takes one or two
 
 
 def built(source: Path, compiling: Sequence[str] = (), linking: Sequence[str] = ()) -> Path:
-    """The library of a source for this PyTorch: from the cache, or built.
+    """The library of a source for this PyTorch, from the cache or built.
 
     Args:
         compiling, linking: options of each step.
 
     Raises:
-        OSError: there is no compiler, or it fails; or the cache is read-only, or other accounts can write to it.
-        subprocess.SubprocessError: if it does not end.
+        OSError: if there is no compiler, or it fails, or the cache is read-only or writable by other accounts.
+        subprocess.SubprocessError: if the compiler does not end.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     machine = platform.machine(), torch.backends.cpu.get_cpu_capability(), *platform.libc_ver()
@@ -35,8 +35,8 @@ def built(source: Path, compiling: Sequence[str] = (), linking: Sequence[str] = 
     digest = hashlib.sha256(source.read_bytes() + steps.encode()).hexdigest()[:16]
     folder = cache_folder() / source.stem
     target = folder / f"{source.stem}-{digest}-{_version(compiler)}.so"
-    there = [target] if compiler is not None else folder.glob(f"{source.stem}-{digest}-*.so")
-    if found := next((one for one in there if one.exists() and is_private(one)), None):
+    candidates = [target] if compiler is not None else folder.glob(f"{source.stem}-{digest}-*.so")
+    if found := next((one for one in candidates if one.exists() and is_private(one)), None):
         return found
     if compiler is None:
         raise OSError("no C++ compiler; install g++ or set CXX")
@@ -48,12 +48,14 @@ def built(source: Path, compiling: Sequence[str] = (), linking: Sequence[str] = 
         made.chmod(0o700)
         made.replace(target)
     if not is_private(target):
-        raise OSError(f"others can write into {folder}; set GIGAMORPH_CACHE to a folder that only you can write to")
+        raise OSError(
+            f"other accounts can write to {folder}; set GIGAMORPH_CACHE to a folder that only you can write to"
+        )
     return target
 
 
 def _version(compiler: str | None) -> str:
-    """Which build of a compiler it is, without running it."""
+    """A digest that identifies a compiler without running it."""
     if compiler is None:
         return ""
     path = os.path.realpath(compiler)
@@ -64,4 +66,4 @@ def _version(compiler: str | None) -> str:
 def _run(command: Sequence[str]) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     if ran.returncode:
-        raise OSError(f"{command[0]} cannot build it: {' '.join(ran.stderr.split())[:300]}")
+        raise OSError(f"{command[0]} cannot build the library: {' '.join(ran.stderr.split())[:300]}")

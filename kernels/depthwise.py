@@ -1,4 +1,4 @@
-"""Fused depthwise convolution, one filter per channel, each op one pass over memory:
+"""Fused depthwise convolution, one filter per channel, with one pass over memory per op:
 
     y   = act(z),   z = conv(x, w) * scale + shift + residual
     dx  = (conv_transpose(dz, w) + addend) * slope(mask),   dz = dy * slope(gate)
@@ -7,13 +7,13 @@
     conv(x, w)[n, c, i, j] = sum over r, s of  x[n, c, h, w] * w[c, r, s]
                              at h = i*stride - top + r*dilation, w = j*stride - left + s*dilation
 
-There are no channels to sum over, so tensor cores are of no use and memory sets the time, provided that a value is not
-loaded and widened anew for each tap. A program makes TH rows of output, a vector of channels in each thread: for one
-filter column it loads every row of input once and adds it to all rows of output that it concerns. Filter columns read
-the same values again, from the first-level cache.
+There is no sum over channels, so tensor cores do not help, and memory determines the time if a value is not loaded and
+converted again for each tap. A program computes TH rows of output, with a vector of channels in each thread: for one
+filter column it loads every row of input once and adds it to all rows of output that use it. Filter columns read the
+same values again from the first-level cache.
 
-The data gradient is the same kernel: a correlation of dz with turned weights, on a grid where dz lies `stride` apart
-("up"), as the forward's outputs lie `stride` apart on its input ("down").
+The data gradient is the same kernel: a correlation of dz with flipped filters, on a grid where values of dz have the
+distance `stride` ("up"), just as the forward's outputs have the distance `stride` on its input ("down").
 """
 
 from __future__ import annotations
@@ -37,23 +37,25 @@ from .windows import ConvGeometry
 def _check_filter(name: str, weight: Tensor, channels: int) -> None:
     if weight.shape[:2] != (channels, 1):
         raise ValueError(
-            f"{name}: weights of shape {tuple(weight.shape)} for {channels} channels; expected ({channels}, 1, R, S)"
+            f"{name}: weights {tuple(weight.shape)} for {channels} channels must have the shape ({channels}, 1, R, S)"
         )
 
 
 class Walk(NamedTuple):
-    """Steps from one output to the next on the input, and between values of the input: one of them is 1.
+    """Steps between outputs on the input grid, and between values of the input; one of both is 1.
 
     Attributes:
-        top, left: zeros before the input, counted between its values.
-        turned: whether the filters are.
+        down: steps from one output to the next.
+        up: distance of values of the input.
+        top, left: zeros before the input, in steps of the grid.
+        flipped: whether the filters are flipped.
     """
 
     down: tuple[int, int]
     up: tuple[int, int]
     top: int
     left: int
-    turned: bool
+    flipped: bool
 
 
 def _launch(
@@ -78,7 +80,7 @@ def _launch(
     _, _, r, s = weight.shape
     if not y.numel():
         return
-    # The first tile begins where its first tap falls on a value of the raised grid.
+    # The first tile begins where its first tap coincides with a value of the input on the grid.
     (up_h, up_w), lead_h, lead_w = walk.up, -walk.top % walk.up[0], -walk.left % walk.up[1]
     tile = depthwise_tile(x.dtype, channels, oh + lead_h, triton.cdiv(ow + lead_w, up_w))
     rows = triton.cdiv(tile.rows, up_h) * up_h
@@ -86,7 +88,9 @@ def _launch(
     lines, segments = triton.cdiv(oh + lead_h, rows), triton.cdiv(ow + lead_w, tile.pixels * up_w)
     programs = triton.cdiv(channels, tile.channels) * up_w * segments * lines * n
     if programs >= 2**31:
-        raise ValueError(f"depthwise: an output of {n} x {oh} x {ow} pixels is too large; use smaller tiles")
+        raise ValueError(
+            f"depthwise: an output of {n} x {oh} x {ow} pixels is too large for one launch; use smaller tiles"
+        )
     maps = x, gate, residual, mask, y, z
     scale, shift = dense(scale, shift)
     depthwise_kernel[(programs,)](
@@ -102,7 +106,7 @@ def _launch(
         UP_H=up_h,
         UP_W=up_w,
         S_STEP=up_w // math.gcd(up_w, dilation[1]),
-        TURNED=walk.turned,
+        FLIPPED=walk.flipped,
         ACT=act,
         GATE=gate_act,
         MASK=mask_act,
@@ -124,7 +128,7 @@ def forward(
     residual: Tensor | None = None,
     z: Tensor | None = None,
 ) -> None:
-    """Write y, and z if given (what the activation is applied to).
+    """Write y, and z if given (the input of the activation).
 
     Args:
         x: (N, C, H, W) window.
@@ -156,10 +160,10 @@ def dgrad(
         dy: (N, C, OH, OW) window, the gradient of y.
         weight: (C, 1, R, S), times the scale if there is one.
         dx: (N, C, H, W) window to be written.
-        geometry: of the forward.
-        gate: window of dy's size, y or z of the op itself. `gate_act` says whose slope it gives.
-        addend: window of dx's size, the gradient that comes along another branch.
-        mask: window of dx's size, y or z of the activation that made x. `mask_act` says whose slope it gives.
+        geometry: the geometry of the forward.
+        gate: window of dy's size, y or z of the op itself, which determines the slope of `gate_act`.
+        addend: window of dx's size, the gradient of another branch.
+        mask: window of dx's size, y or z of the activation `mask_act` that made x.
     """
     _check_filter("depthwise_dgrad", weight, dy.shape[1])
     top = geometry.dilation_h * (weight.shape[2] - 1) - geometry.top
@@ -181,14 +185,14 @@ def wgrad(
 ) -> None:
     """Add to dw and dshift. Two runs agree bit by bit: each split sums its tiles in order, then the splits are summed.
 
-    With a scale, dw is that of w * scale, and the scale's own gradient is the sum of dw * w over the taps.
+    With a scale, dw is the gradient of w * scale, and the scale's gradient is the sum of dw * w over the taps.
 
     Args:
         x: (N, C, H, W) window.
         dy: (N, C, OH, OW) window, the gradient of y.
         dw: (C, 1, R, S), float32 (float64 for float64 maps).
-        dshift: (C,), likewise.
-        gate: window of dy's size, y or z of the op itself. `gate_act` says whose slope it gives.
+        dshift: (C,), of the same dtype.
+        gate: window of dy's size, y or z of the op itself, which determines the slope of `gate_act`.
     """
     _check_filter("depthwise_wgrad", dw, x.shape[1])
     n, channels, h, w = x.shape
@@ -235,7 +239,7 @@ def depthwise_backward_reference(
     mask_act: str,
     geometry: ConvGeometry,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw and dshift in plain PyTorch; the forward's reference is that of every convolution."""
+    """dx, dw and dshift in plain PyTorch; the reference of the forward is `conv2d_forward_reference`."""
     dz = dy if gate is None else dy * slope_reference(gate, gate_act)
     with torch.enable_grad():
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The two kernels of the depthwise convolution; `depthwise.py` says what they compute, and how."""
+"""The two kernels of the depthwise convolution; see `depthwise.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 
 from .activations import activate, slope
-from .stream import place, whole
+from .stream import map_offsets, whole
 
 
 class Sizes(NamedTuple):
-    """Rows and columns of input and output, channels; tiles of TH rows in an image and of columns in a row.
+    """Rows and columns of input and output, channels; tiles of TH rows per image and of columns per row.
 
-    Given one by one, as a `Share`.
+    Passed one by one, like a `Share`.
     """
 
     H: int
@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Known when compiled: the filter, and steps from one output and from one tap to the next."""
+    """Compile-time constants: the filter, and steps from one output and from one tap to the next."""
 
     R: int
     S: int
@@ -38,7 +38,7 @@ class Filter(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Known when compiled: filter rows and columns held at once; rows, pixels and channels of a tile and a vector."""
+    """Compile-time constants: filter rows and columns held at once; rows, pixels, channels of a tile; of a vector."""
 
     RB: int
     SB: int
@@ -53,8 +53,8 @@ class Block(NamedTuple):
 def _spread(sums, x, factors, at: tl.constexpr, APART: tl.constexpr, FACTORS_APART: tl.constexpr):
     """sums[a] += x * factors[b] wherever a * APART + b * FACTORS_APART == at.
 
-    Forward and data gradient spread a row of input over rows of output, factors being filter rows; the weight gradient
-    spreads it over filter rows, factors being rows of dz.
+    Forward and data gradient add a row of input to rows of output, with filter rows as factors; the weight gradient
+    adds it to filter rows, with rows of dz as factors.
     """
     for a in tl.static_range(len(sums)):
         for b in tl.static_range(len(factors)):
@@ -84,11 +84,11 @@ def depthwise_kernel(
     lead_h,
     lead_w,  # the first tile begins at output (-lead_h, -lead_w), so that ...
     base_h,
-    base_w,  # ... its first tap falls on a value of the input, (-base_h, -base_w)
+    base_w,  # ... its first tap coincides with a value of the input, (-base_h, -base_w)
     UP_H: tl.constexpr,
     UP_W: tl.constexpr,
     S_STEP: tl.constexpr,
-    TURNED: tl.constexpr,
+    FLIPPED: tl.constexpr,
     ACT: tl.constexpr,
     GATE: tl.constexpr,
     MASK: tl.constexpr,
@@ -100,7 +100,7 @@ def depthwise_kernel(
     TH: tl.constexpr = B.TH
     BW: tl.constexpr = B.BW
     BC: tl.constexpr = B.BC
-    # Channels first, then the phases of one segment, then along the row: neighbours in time read the same lines.
+    # Channels first, then the phases of one segment, then along the row: concurrent programs read the same lines.
     pid = tl.program_id(0)
     C = whole(C, B.VEC)
     blocks = tl.cdiv(C, BC)
@@ -110,12 +110,12 @@ def depthwise_kernel(
     line = pid // blocks // UP_W // segments % lines
     n = (pid // blocks // UP_W // segments // lines).to(tl.int64)
     wanted = c < C
-    # Taps are loaded in the layout in which they are used; a [1, BC] load would be exchanged through shared memory.
+    # Taps are loaded in the layout of their use; a [1, BC] load would be exchanged through shared memory.
     w_tap = w_ptr + tl.broadcast_to(c, (BW, BC))
     x_line = x.ptr + n * whole(x.sn, B.VEC) + c
     gate_line = gate.ptr + n * whole(gate.sn, B.VEC) + c if gate.ptr is not None else None
 
-    # A phase of columns meets every S_STEP-th filter column, beginning with `first`; with gaps, perhaps none.
+    # A phase of columns uses every S_STEP-th filter column from `first` on; with gaps, perhaps none.
     first = 0
     if UP_W > 1:
         first = F.S
@@ -128,7 +128,7 @@ def depthwise_kernel(
             taps = ()
             for r in tl.static_range(RB):
                 tap = (r0 + r) * F.S + s
-                tap = F.R * F.S - 1 - tap if TURNED else tap
+                tap = F.R * F.S - 1 - tap if FLIPPED else tap
                 taps += (tl.load(w_tap + tap * C, mask=wanted & (r0 + r < F.R), other=0.0).to(B.ACC),)
             w = p * F.DOWN_W - base_w + (phase + s * F.DIL_W) // UP_W
             inside = (w >= 0) & (w < W) & wanted
@@ -159,15 +159,15 @@ def depthwise_kernel(
         if shift_ptr is not None:
             total += shift
         if residual.ptr is not None:
-            at = residual.ptr + place(residual, n, i, j, B.VEC) + c
+            at = residual.ptr + map_offsets(residual, n, i, j, B.VEC) + c
             total += tl.load(at, mask=keep, other=0.0).to(B.ACC)
         if z.ptr is not None:
-            tl.store(z.ptr + place(z, n, i, j, B.VEC) + c, total.to(z.ptr.dtype.element_ty), mask=keep)
+            tl.store(z.ptr + map_offsets(z, n, i, j, B.VEC) + c, total.to(z.ptr.dtype.element_ty), mask=keep)
         total = activate(total, ACT)
         if mask.ptr is not None:
-            at = mask.ptr + place(mask, n, i, j, B.VEC) + c
+            at = mask.ptr + map_offsets(mask, n, i, j, B.VEC) + c
             total *= slope(tl.load(at, mask=keep, other=0.0).to(B.ACC), MASK)
-        tl.store(y.ptr + place(y, n, i, j, B.VEC) + c, total.to(y.ptr.dtype.element_ty), mask=keep)
+        tl.store(y.ptr + map_offsets(y, n, i, j, B.VEC) + c, total.to(y.ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=[*Sizes._fields, "tiles", "share", "top", "left"])
@@ -184,14 +184,14 @@ def depthwise_wgrad_kernel(
     lines,
     segments,
     tiles,
-    share,  # all tiles, and how many of them one split sums
+    share,  # all tiles, and the tiles per split
     top,
     left,
     GATE: tl.constexpr,
     F: tl.constexpr,
     B: tl.constexpr,
 ):
-    """The sums of RB x SB taps of BC channels over one split of the pixels, and that of dz."""
+    """The sums of RB x SB taps of BC channels over one split of the pixels, and the sum of dz."""
     RB: tl.constexpr = B.RB
     SB: tl.constexpr = B.SB
     TH: tl.constexpr = B.TH
@@ -216,10 +216,10 @@ def depthwise_wgrad_kernel(
         for a in tl.static_range(TH):
             i = (i0 + a).to(tl.int64)
             keep = (j < OW) & wanted & (i < OH)
-            at = place(dy, n, i, j.to(tl.int64), B.VEC) + c
+            at = map_offsets(dy, n, i, j.to(tl.int64), B.VEC) + c
             dz = tl.load(dy.ptr + at, mask=keep, other=0.0).to(B.ACC)
             if gate.ptr is not None:
-                at = place(gate, n, i, j.to(tl.int64), B.VEC) + c
+                at = map_offsets(gate, n, i, j.to(tl.int64), B.VEC) + c
                 dz *= slope(tl.load(gate.ptr + at, mask=keep, other=0.0).to(B.ACC), GATE)
             total += dz
             dzs += (dz,)

@@ -1,4 +1,4 @@
-"""In which dtypes kernels multiply and sum."""
+"""Dtypes in which kernels compute and sum."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over pixels, and so gradients of weights, are kept in."""
+    """The dtype of stored sums over pixels, such as gradients of weights."""
     return torch.float64 if dtype == torch.float64 else torch.float32

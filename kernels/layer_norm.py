@@ -1,4 +1,4 @@
-"""Layer normalisation over the channels of a map, as ConvNeXt does it at each pixel:
+"""Layer normalisation over the channels of each pixel of a map, as in ConvNeXt:
 
     xhat = (x - mean) * rstd,   mean = sum_c x / C,   rstd = (sum_c (x - mean)^2 / C + eps)^(-1/2)
     y = xhat * weight + bias
@@ -7,11 +7,11 @@ and its gradients, with g = dy * weight:
 
     dx = rstd * (g - mean_c(g) - xhat * mean_c(g * xhat)),   dweight = sum over pixels of dy * xhat,   dbias = sum of dy
 
-Nothing but x is kept for the backward: a program holds all channels of its pixels in registers, so computing mean and
-rstd again costs no memory traffic, and the sum of squares is taken of centred values, which cannot cancel.
+Only x is saved for the backward: a program holds all channels of its pixels in registers, so computing mean and rstd
+again costs no memory traffic. The sum of squares uses centred values, which cannot cancel.
 
-The sums over pixels are held per row of a tile, added up within a program, and the programs' parts are added in order:
-two runs agree bit by bit.
+Each program sums over its pixels by row of a tile, and the programs' sums are added in a fixed order: two runs agree
+bit by bit.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def layer_norm(
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
         weight, bias: (C,), of any floating dtype, or None.
-        dtype: of the result; None for that of x. It is rounded to once, at the end.
+        dtype: the dtype of the result, which is rounded once at the end; None for that of x.
 
     Returns:
         (N, C, H, W) in channels-last memory.
@@ -181,7 +181,7 @@ def layer_norm(
     def stock() -> Tensor:
         wide = torch.promote_types(dtype, _promoted(x, weight, bias))
         affine = (None if t is None else t.to(wide) for t in (weight, bias))
-        with torch.autocast(x.device.type, enabled=False):  # it would make float32 maps
+        with torch.autocast(x.device.type, enabled=False):  # autocast would make float32 maps
             rows = F.layer_norm(x.to(wide).permute(0, 2, 3, 1), x.shape[1:2], *affine, eps)
         return rows.to(dtype).permute(0, 3, 1, 2)
 
@@ -194,7 +194,7 @@ def _map_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype in which PyTorch computes with all of them."""
+    """The promoted dtype of all tensors."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 

@@ -1,4 +1,4 @@
-"""Layer normalisation over channels and the linear layer behind it in one kernel, as in a ConvNeXt block:
+"""Layer normalisation over channels and the linear layer after it in one kernel, as in a ConvNeXt block:
 
     y = act(n w^T + b),   n = layer_norm(x)
 
@@ -6,9 +6,9 @@ and its gradients, with dz = dy * act'(z), z = n w^T + b:
 
     dw += sum over pixels of dz^T n,   db += sum of dz,   dx = layer_norm_backward(dz w)
 
-As a matrix product: rows are pixels, columns filters, depth channels. x is normalised as it is loaded, so n is never
-written; x is read once more for mean and rstd, the product reads it through the cache. Nothing but x is kept for the
-backward, which computes n again, and dz in the epilogue of the product that gives z.
+As a matrix product: rows are pixels, columns filters, depth channels. x is normalised when it is loaded, so n is never
+written; x is read a second time for mean and rstd, and the product reads it through the cache. Only x is saved for the
+backward, which computes n again, and dz in the epilogue of the product for z.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ def layer_norm_linear_act(
     bias: Tensor | None,
     act: str,
 ) -> Tensor:
-    """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory; differentiable, only x is kept.
+    """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory; differentiable, only x is saved.
 
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
         ln_weight, ln_bias: (C,), or None.
-        weight: (K, C) or (K, C, 1, 1), of x's dtype or a narrower one, which the product is then computed in.
+        weight: (K, C) or (K, C, 1, 1), of x's dtype or a narrower one, in which the product is then computed.
         bias: (K,), or None.
         act: "none", "relu", "relu6", "silu", "gelu" or "hardswish".
 
@@ -224,12 +224,12 @@ def layer_norm_linear_act_backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dln_weight and dln_bias; the gradients of weight, and of bias beside it, are added to the buffers given.
+    """dx, dln_weight and dln_bias; the gradients of weight and bias are added to the given buffers.
 
     Args:
         dy: (N, K, H, W), of weight's dtype.
         weight: (K, C).
-        dweight, dbias: (K, C) and (K,), or None, in float32 (float64 for float64).
+        dweight, dbias: buffers (K, C) and (K,) in float32 (float64 for float64), or None; dbias requires dweight.
         others: as for `layer_norm_linear_act`.
     """
     n, filters, pixel = layer_norm(x, ln_weight, ln_bias, eps, weight.dtype), weight[:, :, None, None], ConvGeometry()

@@ -1,12 +1,12 @@
-"""The second pass of the gradient of a norm whose statistics are those of the very pixels that it has normalised:
+"""The second pass of the gradient of a norm in training mode whose statistics are those of the given pixels:
 
     dz = dy * act'(z),   dbias = sum dz,   dweight = sum dz * xhat      the first pass, as in batch_norm.py
     dx = rstd * (weight * dz - a / n - xhat * b / n)                    n values of a channel, or group of channels
     a = sum weight * dbias,   b = sum weight * dweight                  of the channels of a group
 
-(Ioffe and Szegedy, 2015, section 3; Wu and He, 2018, for groups.) The first pass writes dz where a residual wants it
-and nothing else, this one reads that, or dy again. In pieces, with sums that other tiles have a part in, a pass more is
-needed: what `normalize_act_gradients` gives of the pieces, and what `moments_backward` adds.
+(Ioffe and Szegedy, 2015, section 3; Wu and He, 2018, for groups.) The first pass writes dz only if a residual needs it,
+and the second reads dz, or dy again. If other tiles contribute to the statistics, another pass is needed:
+`normalize_act_gradients` processes the tiles, and `moments_backward` adds the gradients of the statistics.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def _live_norm_kernel(
     rstd_ptr,  # [C]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    a_ptr,  # [C], a of each channel's group; dbias where a channel is a group
+    a_ptr,  # [C], a of each channel's group; dbias if each channel is a group
     b_ptr,  # [C], b; dweight
-    plus_ptr,  # [C] or None: what dy lacks at each pixel
+    plus_ptr,  # [C] or None: added to dy at each pixel
     count,
     pixels,
     H,
@@ -46,13 +46,13 @@ def _live_norm_kernel(
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dx of a program's share of the pixels, given the sums of all."""
+    """dx of a program's share of the pixels, given the sums over all pixels."""
     C = whole(C, TILE.VEC)
     share = Share(pixels, H, W, C, period, steps)
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     at = c % share.period
     mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, at, C, TILE.BC, TILE.ACC)
-    pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight of a channel by itself
+    pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight for single channels
     shift = pull * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     tilt = rstd * pull * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     plus = None if plus_ptr is None else channel(plus_ptr, at, C, TILE.ACC)

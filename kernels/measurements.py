@@ -1,10 +1,10 @@
-"""What was measured on a GPU, in a file that is only ever appended to: a line of JSON for each op, key and work.
+"""Stores measurements on a GPU in an append-only file, one line of JSON for each op, key and amount of work.
 
     {"op": "conv2d_forward", "key": [64, "dense", "bfloat16", ...], "work": 262144,
      "ms": {"stock": [0.21, ...], "triton": [0.17, ...]}, "failed": {}}
 
-There is a file for each combination of GPU, versions and kernel sources. All processes of a job share it: who measures
-first decides for all. A line that was cut off by a kill costs that line.
+There is a file for each combination of GPU, versions and kernel sources. All processes of a job share it: the first
+measurement decides for all. If a process is killed while it writes, only that line is lost.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .cache import cache_folder, is_private, make_private
 
 Times = dict[str, list[float]]  # candidate -> milliseconds of each round
 
-# A measurement serves all work that is up to this many times larger or smaller.
+# A measurement covers work up to this many times larger or smaller.
 NEAR = 1.75
-# Less work than this takes the time of a launch, whatever it is.
+# Smaller work takes the time of a launch.
 LEAST_WORK = 4096
 
 log = logging.getLogger("gigamorph")
@@ -39,10 +39,10 @@ log = logging.getLogger("gigamorph")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of the candidates for one op on one amount of work, or that one of them failed.
+    """Times, or failures, of the candidates for one op on one amount of work.
 
     Attributes:
-        key: all else that the time depends on, as JSON.
+        key: everything else that the time depends on, as JSON.
         work: pixels of the map that is read.
         ms: milliseconds of each round, by candidate.
         failed: candidates that cannot be used for any work, with the first line of their error.
@@ -57,7 +57,7 @@ class Measurement:
     def __post_init__(self) -> None:
         times = [statistics.median(map(float, samples)) for samples in self.ms.values()]
         if self.work < 0 or (times and "stock" not in self.ms) or not (times or self.failed):
-            raise ValueError("a measurement without times")
+            raise ValueError('a measurement needs times with "stock", or failures')
 
     @property
     def label(self) -> str:
@@ -72,11 +72,11 @@ def label(op: str, key: Any) -> str:
 
 
 class MeasurementFile:
-    """The measurements in a file, and those of this process where it cannot be written.
+    """The measurements in a file, and those of this process if it cannot be written.
 
     Attributes:
-        rows: by label, those with times, in the order in which they were made.
-        failed: by label, the candidates that cannot be used, and why.
+        rows: by label, the measurements with times, in chronological order.
+        failed: by label, the candidates that cannot be used, with reasons.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class MeasurementFile:
         self._read()
 
     def find(self, op: str, key: Any, candidates: Iterable[str], work: int) -> Times | None:
-        """Times of those of the candidates that can be used, for the nearest work; of equally near the first made."""
+        """Times of the usable candidates for the nearest work; the earliest of equally near measurements."""
         named = label(op, key)
         usable = [name for name in candidates if name not in self.failed.get(named, ())]
         rows = [row for row in self.rows.get(named, ()) if set(usable) <= set(row.ms)]
@@ -96,7 +96,7 @@ class MeasurementFile:
         return {name: row.ms[name] for name in usable}
 
     def add(self, new: Measurement) -> None:
-        """Append it, unless another process has measured the same meanwhile; that stands, so that all choose alike."""
+        """Append a measurement, unless another process has added one, which is then used so that all choices agree."""
         try:
             make_private(self.path.parent)
             with open(self.path, "ab") as file:
@@ -127,11 +127,11 @@ class MeasurementFile:
             return file.read() == b"\n"
 
     def _read(self) -> None:
-        """Take in the lines that have come since the last time."""
+        """Read the lines that were added since the last call."""
         try:
             if not is_private(self.path):
                 _warn_once(
-                    self.path, f"{self.path}: others can write to it; set GIGAMORPH_CACHE to a folder of your own"
+                    self.path, f"{self.path}: other accounts can write to it; set GIGAMORPH_CACHE to a private folder"
                 )
                 return
             with open(self.path, "rb") as file:
@@ -147,15 +147,15 @@ class MeasurementFile:
             try:
                 row = Measurement(**json.loads(line)) if line.strip() else None
             except (ValueError, TypeError, AttributeError) as error:
-                _warn_once(self.path, f"{self.path}: a line cannot be read ({error}); that is measured again")
+                _warn_once(self.path, f"{self.path}: cannot read a line ({error}); its op is measured again")
                 continue
             if row is not None:
                 self._take(row)
 
 
 def measurement_file(gpu: str) -> Path:
-    """Where the times of a GPU are kept."""
-    import triton  # here, because whoever only asks for the mode (a CPU run) need not load it
+    """The file with the times of a GPU."""
+    import triton  # imported here, because CPU runs only ask for the mode and need not load it
 
     parts = [
         gpu,
@@ -169,7 +169,7 @@ def measurement_file(gpu: str) -> Path:
 
 @functools.cache
 def _source_version() -> str:
-    """A digest of the kernels' sources: it changes with every release, and with every edit of a kernel."""
+    """A digest of the kernels' sources, which changes with every release and every edit of a kernel."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

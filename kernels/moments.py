@@ -1,15 +1,15 @@
-"""Moments of each channel of a map, the statistics of a BatchNorm in training, in parts and with their gradient:
+"""Moments of each channel of a map, the statistics of a BatchNorm in training, computed in parts, and their gradient:
 
     moments            mean = sum x / n,   m2 = sum (x - mean)^2
     moments_backward   dx = dmean / n + 2 (x - mean) dvar / n + addend,   var = m2 / n
 
-Variances never come as E[x^2] - E[x]^2, which cancels. A program follows mean and m2 of each row of its tiles by
-Welford's recurrence, and parts merge by Chan's formula, always in the same order: two runs agree bit by bit.
+Variances are never computed as E[x^2] - E[x]^2, which cancels. A program updates mean and m2 of each row of its tiles
+by Welford's recurrence, and parts merge by Chan's formula in a fixed order: two runs agree bit by bit.
 
     delta = mean_b - mean_a,   mean = mean_a + delta * n_b/n,   m2 = m2_a + m2_b + delta^2 * n_a*n_b/n
 
-Parts may be what programs give of their shares of a map, or what the tiles of another kernel give of the values that
-they write (`tile_moments`, `merge_parts`).
+Parts are the moments of the programs' shares of a map, or those of the values that the tiles of another kernel write
+(`tile_moments`, `merge_parts`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _merge_rows(count, mean, m2):
     """The moments of all rows together: counts [BM], mean and m2 [BM, BC] to [BC]."""
     total = tl.sum(count, 0)
     overall = tl.sum(count[:, None] * mean, 0) / total
-    # Once more around the first result: sums of numbers far from zero have lost digits that the deviations need.
+    # A second sum around the first result: sums of numbers far from zero lose digits that the deviations need.
     overall += tl.sum(count[:, None] * (mean - overall[None, :]), 0) / total
     away = mean - overall[None, :]
     return overall, tl.sum(m2 + count[:, None] * away * away, 0)
@@ -64,7 +64,7 @@ def _moments_kernel(
         inside = p < share.pixels
         values = load(x, p, c, inside[:, None] & (c < C)[None, :], share, TILE)
         count += tl.where(inside, 1.0, 0.0).to(TILE.ACC)
-        # Rows stand at one count until the map ends; from there on nothing changes them.
+        # All rows have the same count until the map ends; beyond, they do not change.
         weight = tl.where(inside, 1.0 / tl.maximum(count, 1.0), 0.0)[:, None]
         before = values - mean
         mean += before * weight
@@ -79,18 +79,18 @@ def _moments_kernel(
 def _merge_kernel(
     part_mean_ptr,  # [parts, C]
     part_m2_ptr,  # [parts, C]
-    part_count_ptr,  # [parts] or None, where parts are boxes of an image
+    part_count_ptr,  # [parts], or None if parts are boxes of an image
     mean_ptr,  # [programs, C]
     m2_ptr,  # [programs, C]
-    count_ptr,  # [programs] or None, where one program merges all parts
+    count_ptr,  # [programs], or None if one program merges all parts
     parts,
-    chunk,  # of a program, a multiple of BM or all
+    chunk,  # parts of a program, a multiple of BM or all
     down,
-    across,  # of every image, so many parts one above the other and side by side
+    across,  # parts of an image in vertical and horizontal direction
     rows,
-    cols,  # of a part; those at the end have the rest
+    cols,  # size of a part; parts at the end have the remainder
     lines,
-    run,  # of an image
+    run,  # rows and columns of an image
     C,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -179,22 +179,22 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     s = Stream("moments", MOST_BLOCK_CHANNELS, x, fold=True)
     parts = torch.empty(2, s.grid[0] * s.folds, x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
     _moments_kernel[s.grid](*s.maps, *parts, *s.share, TILE=s.tile, num_warps=s.num_warps)
-    # Rows of pixels as they are folded: a part is a column of them, so high as a program's share.
+    # Rows of folded pixels: a part is a column of them, as high as a program's share.
     return merge_parts(parts, (s.length, 1), (s.share.pixels, s.folds))
 
 
 def merge_parts(parts: Tensor, box: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean and m2 of all parts of a map together, always in the same order.
+    """Mean and m2 of all parts of a map together, merged in a fixed order.
 
     Args:
-        parts: (2, parts, C), means and m2 of parts that lie row after row, image after image.
-        box: rows and columns of a part; those at the end of an image have the rest.
+        parts: (2, parts, C), means and m2 of parts in row-major order, image after image.
+        box: rows and columns of a part; parts at the end of an image have the remainder.
         size: rows and columns of an image.
     """
     (mean, m2), counts, channels = parts, None, parts.shape[2]
     like = {"dtype": parts.dtype, "device": parts.device}
     boxes = triton.cdiv(size[0], box[0]), triton.cdiv(size[1], box[1]), *box, *size
-    while True:  # chunk by chunk, then the chunks, until all are one
+    while True:  # merges chunks, then the results, until one remains
         given, count = (mean, m2, counts), mean.shape[0]
         rows, block = merge_blocks(count, channels)
         chunk = merge_chunk(count, rows)
@@ -269,7 +269,7 @@ def launch_moments_backward(
 def moments_backward(
     x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor, count: int, addend: Tensor | None
 ) -> Tensor:
-    """What a window of a map gets of the gradients of the map's mean and (biased) variance, plus `addend`.
+    """The gradient of a window through the mean and (biased) variance of the whole map, plus `addend`.
 
     Args:
         x, addend: (N, C, H, W).
@@ -310,7 +310,7 @@ moments.register_autograd(_differentiate_moments, setup_context=_setup_moments)
 def moments_backward_reference(
     x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor, count: int, addend: Tensor | None
 ) -> Tensor:
-    """The same in plain PyTorch, in the dtype of the gradients."""
+    """`moments_backward` in plain PyTorch, in the dtype of the gradients."""
     dx = torch.sub(x, mean.to(dvar.dtype).reshape(-1, 1, 1)).mul_(2 * dvar.reshape(-1, 1, 1) / count)
     if dmean is not None:
         dx.add_(dmean.reshape(-1, 1, 1) / count)

@@ -1,13 +1,13 @@
-"""The 1x1 convolution behind a BatchNorm in training, which normalises its input as it loads it:
+"""The 1x1 convolution after a BatchNorm in training, which normalises its input when it loads it:
 
     y = act(n) w^T + shift,   n = (x - mean) * rstd * weight + bias
 
-with mean and squared deviations of each channel of y, as the next BatchNorm wants them, from the same tiles. So of two
-layers one map is read and one written; the normalised one never exists.
+with mean and squared deviations of each channel of y, which the next BatchNorm needs, from the same tiles. Two layers
+read one map and write one; the normalised map is never stored.
 
-As a matrix product: rows are pixels, columns filters, depth channels. Only where a window is a pixel is this worth it:
-a larger filter would normalise each pixel once per tap. The backward is made of others' pieces: `normalize_act` makes
-the input of the weight gradient again, `normalize_act_gradients` takes the data gradient back through the norm.
+As a matrix product: rows are pixels, columns filters, depth channels. This only pays for 1x1 filters: a larger filter
+would normalise each pixel once per tap. The backward uses other kernels: `normalize_act` computes the input of the
+weight gradient again, and `normalize_act_gradients` passes the data gradient through the norm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _normalized_conv1x1_kernel(
     bias_ptr,  # [C]
     w_ptr,  # [K, C]
     shift_ptr,  # [K] or None
-    part_mean_ptr,  # [tiles, K] or None: of what each tile writes
+    part_mean_ptr,  # [tiles, K] or None: moments of each tile's output
     part_m2_ptr,  # [tiles, K] or None
     pixels,
     H,
@@ -102,7 +102,7 @@ def launch(
     y: Tensor,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Write y; mean and m2 of each of its channels over all images, empty unless `moments`.
+    """Write y; return mean and m2 of each of its channels over all images, empty unless `moments`.
 
     Args:
         x, y: (N, C, H, W) and (N, K, H, W) windows.
@@ -161,15 +161,15 @@ def normalized_conv1x1(
     moments: bool,
     margin: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y with a margin as `conv2d_forward` leaves it, and mean and m2 of each channel of each image, if wanted.
+    """y with a margin as in `conv2d_forward`, and mean and m2 of each channel of each image if `moments`.
 
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
         mean, rstd, weight, bias: (C,), of any floating dtype.
         act: "none", "relu", "relu6", "silu", "gelu" or "hardswish".
         w: (K, C, 1, 1), of x's dtype; shift: (K,).
-        moments: whether the last two are wanted, (N, K) in float32 (float64 for float64); else they are empty.
-        margin: rows above and columns to the left of the result that are left unwritten.
+        moments: whether to return moments, (N, K) in float32 (float64 for float64); else they are empty.
+        margin: rows above and columns to the left of the result to leave unwritten.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"normalized_conv1x1: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
@@ -178,10 +178,10 @@ def normalized_conv1x1(
     def ours() -> tuple[Tensor, Tensor, Tensor]:
         whole, *_ = _outputs(x, w, moments, margin)
         y = whole[:, :, margin[0] :, margin[1] :]
-        alone = moments and x.shape[0] == 1
-        found = launch(x, mean, rstd, weight, bias, act, w.flatten(1).contiguous(), shift, y, alone)
+        in_epilogue = moments and x.shape[0] == 1
+        found = launch(x, mean, rstd, weight, bias, act, w.flatten(1).contiguous(), shift, y, in_epilogue)
         if moments:
-            found = (found[0][None], found[1][None]) if alone else moments_of_each(y)
+            found = (found[0][None], found[1][None]) if in_epilogue else moments_of_each(y)
         return whole, *found
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:

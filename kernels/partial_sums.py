@@ -1,4 +1,4 @@
-"""What programs of a streaming kernel have summed, two numbers per channel, added up in a fixed order:
+"""Adds the partial sums of a streaming kernel's programs, two numbers per channel, in a fixed order:
 
 first[c], second[c] = sum over programs and folds of parts[program, 0 or 1, fold * C + c]
 """
@@ -54,10 +54,10 @@ def add_parts(parts: Tensor, folds: int) -> tuple[Tensor, Tensor]:
     """
     width, like = parts.shape[2], {"dtype": parts.dtype, "device": parts.device}
     if folds > 1:
-        # The programs' first: each of the many folded channels is summed by itself, so many programs have work.
-        room = torch.empty(2, folds, width // folds, **like)
-        _add(parts, *room)
-        parts = room.transpose(0, 1)
+        # Over programs first: each of the many folded channels is summed separately, so many programs have work.
+        sums = torch.empty(2, folds, width // folds, **like)
+        _add(parts, *sums)
+        parts = sums.transpose(0, 1)
     first, second = (torch.empty(width // folds, **like) for _ in range(2))
     _add(parts, first, second)
     return first, second

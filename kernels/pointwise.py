@@ -1,8 +1,8 @@
-"""The gradient of an activation in one pass over memory, where no neighbour's kernel can apply the slope:
+"""The gradient of an activation in one pass over memory, for slopes that no neighbouring kernel can apply:
 
     dz = dy * act'(gate)
 
-The gate is what the activation was applied to, or what it gave where that shows the slope (ReLU, ReLU6).
+The gate is the input of the activation, or its output if that determines the slope (ReLU, ReLU6).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def launch_act_grad(dy: Tensor, gate: Tensor, act: str, dz: Tensor) -> None:
     """
     if not dy.numel():
         return
-    if is_dense(dy) and is_dense(gate) and is_dense(dz):  # one run of numbers, whatever the channels are
+    if is_dense(dy) and is_dense(gate) and is_dense(dz):  # contiguous elements, whatever the channels are
         width = math.gcd(dy.numel(), MOST_BLOCK_CHANNELS)
         dy, gate, dz = (t.permute(0, 2, 3, 1).view(1, 1, -1, width).permute(0, 3, 1, 2) for t in (dy, gate, dz))
     s = Stream("act_grad", MOST_BLOCK_CHANNELS, dy, gate, dz)
@@ -66,12 +66,12 @@ def act_grad(dy: Tensor, gate: Tensor, act: str) -> Tensor:
     """dy * act'(gate).
 
     Args:
-        gate: what the activation was applied to, or what it gave for an activation in MASKS.
+        gate: the input of the activation, or its output for an activation in MASKS.
     """
     if act not in ACTIVATIONS:
-        raise ValueError(f"act_grad: no activation {act!r}; choose one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"act_grad: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
     if gate.shape != dy.shape:
-        raise ValueError(f"act_grad: maps of {tuple(dy.shape)} and {tuple(gate.shape)}; give maps of one size")
+        raise ValueError(f"act_grad: dy {tuple(dy.shape)} and gate {tuple(gate.shape)} must have the same shape")
     dy, gate = nhwc(dy), nhwc(gate)
 
     def ours() -> Tensor:
@@ -88,5 +88,5 @@ def _(dy: Tensor, gate: Tensor, act: str) -> Tensor:
 
 
 def act_grad_reference(dy: Tensor, gate: Tensor, act: str) -> Tensor:
-    """The same in plain PyTorch."""
+    """dy * act'(gate) in plain PyTorch."""
     return dy * slope_reference(gate, act)

@@ -2,15 +2,15 @@
 
     y[n, c, i, j] = max over r, s of  x[n, c, i*stride - top + r*dilation, j*stride - left + s*dilation]
 
-Outside the window x is -inf. The gradient of y belongs to the tap (r, s) that PyTorch chooses: the first maximum in
-row-major order, and the last NaN where there is one. PyTorch keeps an int64 index per output for that, four times the
-output in bf16. Here x alone is kept; the backward finds the taps again as bytes, R*S values and one for "none":
+Outside the window x is -inf. The gradient of y goes to the tap (r, s) that PyTorch chooses: the first maximum in
+row-major order, or the last NaN if there is one. PyTorch saves an int64 index per output for that, four times the
+output in bf16. These kernels save only x; the backward finds the taps again as bytes, R*S values and one for "none":
 
-    taps    for each window: number r*S + s of the tap that holds its maximum
-    dx      for each pixel: sum of dy over the windows whose tap it is, in row-major order: no atomics
+    taps    for each window: number r*S + s of the tap with its maximum
+    dx      for each pixel: sum of dy over the windows that chose it, in row-major order, without atomics
 
-Where x was made by a ReLU or ReLU6, its slope can be applied in passing (`mask_act`): a window's gradient goes to a
-pixel that equals its maximum, so a maximum of slope zero makes the window's tap "none", and nothing more is read.
+If a ReLU or ReLU6 made x, its slope can be applied as well (`mask_act`): a window's gradient goes to a pixel that
+equals its maximum, so a maximum with slope zero sets the window's tap to "none", and nothing else is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .activations import MASKS, slope, slope_reference
 from .choice import run_fastest
 from .dtypes import accumulator
-from .stream import as_map, place, vector, whole
+from .stream import as_map, map_offsets, vector, whole
 from .tiles import pool_tile
 from .windows import ConvGeometry, empty_map, nhwc
 
@@ -35,7 +35,7 @@ NO_TAP = tl.constexpr(255)
 
 
 class Sizes(NamedTuple):
-    """Rows and columns of x and of y, channels, and blocks of channels; given one by one, as a `Share`."""
+    """Rows and columns of x and of y, channels, and blocks of channels; passed one by one, like a `Share`."""
 
     H: int
     W: int
@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Known when compiled: the filter's taps; rows, columns and channels of a tile; channels of a vector."""
+    """Compile-time constants: the filter's taps; rows, columns and channels of a tile; channels of a vector."""
 
     R: int
     S: int
@@ -62,7 +62,7 @@ def _tile_pixels(tile, H, W, BH: tl.constexpr, BW: tl.constexpr):
     """Image, rows [BH*BW], columns [BH*BW] of a tile of images of H x W pixels, and which of them exist."""
     rows, columns = tl.cdiv(H, BH), tl.cdiv(W, BW)
     m = tl.arange(0, BH * BW)
-    # Divided in 32 bits, which is cheap, but multiplied in 64.
+    # Division in 32 bits, which is cheap, but multiplication in 64.
     n = (tile // columns // rows).to(tl.int64)
     i = (tile // columns % rows).to(tl.int64) * BH + m // BW
     j = (tile % columns).to(tl.int64) * BW + m % BW
@@ -72,7 +72,7 @@ def _tile_pixels(tile, H, W, BH: tl.constexpr, BW: tl.constexpr):
 @triton.jit
 def _at(m, n, i, j, c, VEC: tl.constexpr):
     """Addresses [BH*BW, BC] of the channels c of pixels (i, j) of image n."""
-    return m.ptr + place(m, n, i, j, VEC)[:, None] + c[None, :]
+    return m.ptr + map_offsets(m, n, i, j, VEC)[:, None] + c[None, :]
 
 
 @triton.jit(do_not_specialize=[*Sizes._fields, "top", "left"])
@@ -153,7 +153,7 @@ def _max_pool2d_grad_kernel(
     BC: tl.constexpr = POOL.BC
     PIXELS: tl.constexpr = POOL.BH * POOL.BW
     pid = tl.program_id(0)
-    # Pixel (a*STRIDE_H + p - top, b*STRIDE_W + q - left): which taps may have chosen it depends on p and q alone.
+    # Pixel (a*STRIDE_H + p - top, b*STRIDE_W + q - left): the taps that may have chosen it depend only on p and q.
     steps_h, steps_w = tl.cdiv(H + top, STRIDE_H), tl.cdiv(W + left, STRIDE_W)
     n, a, b, _ = _tile_pixels(pid // blocks, steps_h, steps_w, POOL.BH, POOL.BW)
     c = (pid % blocks).to(tl.int64) * BC + tl.arange(0, BC)
@@ -161,7 +161,7 @@ def _max_pool2d_grad_kernel(
     for p in tl.static_range(STRIDE_H):
         for q in tl.static_range(STRIDE_W):
             total = tl.zeros((PIXELS, BC), POOL.ACC)
-            # Last taps first: theirs are the first windows, and that is the order in which PyTorch adds.
+            # Last taps first: they belong to the first windows, and PyTorch adds in that order.
             for r in range(POOL.R - 1, -1, -1):
                 if (p - r * DIL_H) % STRIDE_H == 0:
                     i = a + (p - r * DIL_H) // STRIDE_H
@@ -198,13 +198,13 @@ def launch_max_pool2d(
     taps: Tensor | None = None,
     mask_act: str = "none",
 ) -> None:
-    """Write y and taps, those that are given.
+    """Write y and taps, if given.
 
     Args:
         x: (N, C, H, W) window.
         kernel: (height, width).
         y, taps: windows of the output's size; taps are of dtype uint8.
-        mask_act: activation whose slope the taps shall include, "none" or one of MASKS.
+        mask_act: activation whose slope the taps include, "none" or one of MASKS.
     """
     wanted = y if y is not None else taps
     if wanted is None or not wanted.numel():
@@ -217,7 +217,7 @@ def launch_max_pool2d(
 def launch_max_pool2d_backward(
     dy: Tensor, taps: Tensor, dx: Tensor, kernel: Sequence[int], geometry: ConvGeometry
 ) -> None:
-    """Write dx; every pixel of it, zero where no window chose it.
+    """Write every pixel of dx, zero where no window chose it.
 
     Args:
         dy, taps: windows of the output's size.
@@ -244,7 +244,7 @@ def launch_max_pool2d_backward(
 
 
 def max_pool2d_reference(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> Tensor:
-    """y in plain PyTorch; autograd gives dx."""
+    """y in plain PyTorch; autograd computes dx."""
     return F.max_pool2d(geometry.padded(x, float("-inf")), tuple(kernel), geometry.stride, 0, geometry.dilation)
 
 
@@ -260,19 +260,21 @@ def max_pool2d_backward_reference(
 
 def _output_shape(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> tuple[int, int, int, int]:
     if kernel[0] * kernel[1] > 255:
-        raise ValueError(f"max_pool2d: a window of {kernel[0]} x {kernel[1]}; windows have at most 255 taps here")
+        raise ValueError(
+            f"max_pool2d: a window of {kernel[0]} x {kernel[1]} has more than 255 taps; use a smaller window"
+        )
     oh, ow = geometry.output(x, kernel)
     if oh < 1 or ow < 1:
         raise ValueError(
             f"max_pool2d: a window of {kernel[0]} x {kernel[1]}, dilation {geometry.dilation}, is larger than the map "
-            f"of {x.shape[2]} x {x.shape[3]} with its padding; give a larger map"
+            f"of {x.shape[2]} x {x.shape[3]} with its padding; use a larger map"
         )
     return x.shape[0], x.shape[1], oh, ow
 
 
 @torch.library.custom_op("gigamorph::max_pool2d", mutates_args=())
 def max_pool2d(x: Tensor, kernel: Sequence[int], geometry: Sequence[int]) -> Tensor:
-    """The maximum of each window; differentiable. Keeps x alone.
+    """The maximum of each window; differentiable. Only x is saved.
 
     Args:
         kernel: (height, width).
@@ -303,12 +305,14 @@ def max_pool2d_backward(
 ) -> Tensor:
     """The gradient of x, times the slope of the activation that made x (`mask_act`, one of MASKS)."""
     if mask_act not in MASKS and mask_act != "none":
-        raise ValueError(f"max_pool2d_backward: x does not tell the slope of {mask_act!r}; apply it with act_grad")
+        raise ValueError(
+            f"max_pool2d_backward: the slope of {mask_act!r} does not follow from x; apply it with act_grad"
+        )
     x, given = nhwc(x), ConvGeometry(*geometry)
     n, c, oh, ow = _output_shape(x, kernel, given)
     if dy.shape != (n, c, oh, ow):
         raise ValueError(
-            f"max_pool2d_backward: dy of {tuple(dy.shape)}; give the gradient of the output, {(n, c, oh, ow)}"
+            f"max_pool2d_backward: dy {tuple(dy.shape)} must have the shape of the output, {(n, c, oh, ow)}"
         )
     dy = nhwc(dy)
 

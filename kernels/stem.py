@@ -1,32 +1,32 @@
-"""Fused stem, from stored pixels to the first map of a network, one pass over memory:
+"""Fused stem, from stored pixels to the first map of a network in one pass over memory:
 
     v = clamp(pixel * gain[c] + offset[c], low, high)          windowing and normalisation
     z = conv(v, w) * scale + shift                             v is rounded to the dtype of w first
     y = maxpool(act(z)), 3 x 3 with stride 2, or act(z)
 
-Pixels are uint8, uint16, or floating point, in any memory order, so a decoded image is read as it is. The convolution
-is padded with zeros after normalisation, the pooling with minus infinity, both only where the image ends: `padding` and
-`pool_padding` say how much of either the window lacks.
+Pixels are uint8, uint16, or floating point, in any memory order, so a decoded image is read without conversion. The
+convolution is padded with zeros after normalisation, the pooling with minus infinity, both only where the image ends:
+`padding` and `pool_padding` are their amounts around the window.
 
-Nothing but y is stored and, where gradients are wanted, one byte beside each element of y:
+Only y is stored and, for gradients, one byte for each element of y:
 
-    spot = 3 * row + column of the first position of its window, row by row, that holds the maximum, as PyTorch chooses
-           (0 without pooling); 255 where the slope of act is zero, so that no gradient passes
+    spot = 3 * row + column of the first maximum of its window in row-major order, as PyTorch chooses (0 without
+           pooling); 255 if the slope of act is zero, so that no gradient passes
 
-At one gigapixel a stock ResNet keeps 34 GB of this stage's intermediates in bfloat16; the bytes are 4 GB.
+At one gigapixel, PyTorch saves 34 GB of intermediates of this stage of a ResNet in bfloat16; the bytes are 4 GB.
 
 As a matrix product: rows are pixels of y, columns filters, depth is taps x channels (49 or 147). For pooling, a program
-walks down a strip of conv lines and keeps the running maximum; every conv line is shared by the two rows of y that
-need it, while of the columns every second is computed twice (1.5 times the arithmetic, none of the traffic).
-Activations never decrease, so they are applied to the maximum.
+processes a strip of conv lines from top to bottom and updates the running maximum. The two rows of y that need a conv
+line share it, but every second column is computed twice (1.5 times the arithmetic, no additional traffic). Activations
+are monotonic, so they are applied to the maximum.
 
-Backward: activations that never decrease and follow a maximum have the slopes 0 and 1 here, so with
+Backward: monotonic activations after a maximum have the slopes 0 and 1 here, so with
 
     dz = sum of dy over the windows whose spot is this output of the convolution (four windows at most)
     G = sum of dz^T patches,   dw = scale * G,   dshift = sum of dz,   dscale = sum over taps of w * G
 
-so neither the scale nor any division enters the sums. They are split over programs and added in order: two runs agree
-bit by bit. The image's gradient, which only saliency maps ask for, is left to `stem_reference`.
+neither the scale nor any division enters the sums. They are split over programs and added in a fixed order: two runs
+agree bit by bit. The image's gradient, which only saliency maps need, is computed by `stem_reference`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .windows import ConvGeometry, empty_map, nhwc
 
 
 def _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act) -> Stem:
-    """The arguments of the registered ops as one."""
+    """The arguments of the registered ops as a `Stem`."""
     return Stem(x, weight, scale, shift, gain, offset, low, high, ConvGeometry(*geometry), pool_padding, act)
 
 
@@ -155,10 +155,10 @@ def _differentiate(ctx, dy, _):
     *tensors, spots = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 12
     if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:6]):
-        raise ValueError("stem: pixels and their normalisation get no gradient here; use stem_reference for theirs")
+        raise ValueError("stem: pixels and their normalisation have no gradient; use stem_reference for it")
     if any(ctx.needs_input_grad[1:4]):
         if not ctx.keep:
-            raise ValueError("stem: the forward kept no spots; give keep=True where gradients are wanted")
+            raise ValueError("stem: the forward stored no spots; pass keep=True if gradients are needed")
         sums = stem_gradients(dy, spots, *tensors, *ctx.arguments)
         for i, (leaf, grad) in enumerate(zip(tensors[1:4], sums, strict=True), 1):
             grads[i] = grad.to(leaf.dtype) if ctx.needs_input_grad[i] else None

@@ -1,4 +1,4 @@
-"""The stem in Triton: kernels and their launchers; the formula stands in `stem.py`."""
+"""Triton kernels of the stem and their launchers; `stem.py` has the formula."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
 
 class Pixels(NamedTuple):
-    """The image [N, C, H, W]: address, strides of image, channel, row, pixel; how pixels are normalised."""
+    """The image [N, C, H, W]: address, strides of image, channel, row and pixel, and normalisation."""
 
     ptr: Tensor
     sn: int
@@ -36,7 +36,7 @@ class Pixels(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """The filters [taps x channels, K], padded to whole tiles, and what follows the product."""
+    """The filters [taps x channels, K], padded to whole tiles, and the vectors of the epilogue."""
 
     ptr: Tensor
     scale: Tensor | None  # [K]
@@ -46,10 +46,10 @@ class Filters(NamedTuple):
     width: int  # filters, padded
 
 
-class Places(NamedTuple):
-    """Rows and columns of image, conv outputs and y; where the first windows begin and how far apart they are.
+class Extents(NamedTuple):
+    """Rows and columns of image, conv outputs and y; the starts of the first windows and their strides.
 
-    Given one by one, as a `Share`.
+    Passed one by one, like a `Share`.
     """
 
     H: int
@@ -67,7 +67,7 @@ class Places(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Known when compiled: channels, rows and columns of a filter; pixels, filters and taps of a tile; the rest."""
+    """Compile-time constants: channels, rows and columns of a filter; pixels, filters and taps of a tile; the rest."""
 
     C: int
     R: int
@@ -101,7 +101,7 @@ def _patches(image, x, at, row, columns, d, dtype: tl.constexpr, FORM: tl.conste
 
 @triton.jit
 def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
-    """[BM, BN] conv(v, w) * scale at conv line ci, columns cj; minus infinity where there is no such output."""
+    """[BM, BN] conv(v, w) * scale at conv line ci, columns cj; minus infinity where no such output exists."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
     acc = tl.zeros((BM, BN), FORM.ACC)
@@ -132,7 +132,7 @@ def _store_row(y, spots, at_image, w, at, i, j, k, z, spot, FORM: tl.constexpr):
         tl.store(spots.ptr + pixels[:, None] + k[None, :], spot.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*Places._fields, "lines", "strips", "segments"])
+@triton.jit(do_not_specialize=[*Extents._fields, "lines", "strips", "segments"])
 def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
@@ -150,15 +150,15 @@ def _stem_forward_kernel(
     stride_w,
     pool_top,
     pool_left,
-    lines,  # rows of y of a program
-    strips,  # programs of an image
-    segments,  # programs of a row
+    lines,  # rows of y per program
+    strips,  # programs per image
+    segments,  # programs per row
     FORM: tl.constexpr,
 ):
     """y, and its spots, in `lines` rows of BM pixels and BN filters."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
-    at = Places(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
+    at = Extents(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
     pid = tl.program_id(0)
     blocks = tl.cdiv(w.K, BN)
     k = (pid % blocks) * BN + tl.arange(0, BN)
@@ -174,11 +174,11 @@ def _stem_forward_kernel(
         # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
         for t in range(2 * rows + 1):
             line = tl.full((BM, BN), float("-inf"), FORM.ACC)
-            # The column of the line's maximum stands in the same number, above the spot: registers are short.
+            # The higher bits of `spot` store the column of the line's maximum, because registers are scarce.
             spot = spot & 255
             for dj in range(3):
                 z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
-                spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value displaces nothing
+                spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value replaces nothing
                 line = tl.maximum(line, z)
             column = spot >> 8
             spot = tl.where(line > best, (column << 8) | (column + 3 * (2 - t % 2)), spot)
@@ -193,7 +193,7 @@ def _stem_forward_kernel(
             _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
 
 
-@triton.jit(do_not_specialize=[*Places._fields, "tiles", "share", "segments"])
+@triton.jit(do_not_specialize=[*Extents._fields, "tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
     dy,  # map [N, K, PH, PW]
@@ -214,9 +214,9 @@ def _stem_backward_kernel(
     pool_left,
     K,
     depth,  # taps x channels
-    tiles,  # segments of conv lines in all
-    share,  # of one program
-    segments,  # of one line
+    tiles,  # segments of all conv lines
+    share,  # segments per program
+    segments,  # segments per line
     FORM: tl.constexpr,
 ):
     """The sums of `share` segments of BM conv outputs, for BN filters and BK taps."""
@@ -225,7 +225,7 @@ def _stem_backward_kernel(
     BK: tl.constexpr = FORM.BK
     SIDE: tl.constexpr = 3 if FORM.POOL else 1  # of a pooling window
     STEP: tl.constexpr = 2 if FORM.POOL else 1
-    at = Places(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
+    at = Extents(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
     pid = tl.program_id(0)
     parts = tl.cdiv(depth, BK)
     blocks = tl.cdiv(K, BN)
@@ -243,8 +243,8 @@ def _stem_backward_kernel(
         dz = tl.zeros((BM, BN), FORM.ACC)
         for r in range((ci + at.pool_top) % STEP, SIDE, STEP):  # this line is row r of windows i
             i = (ci + at.pool_top - r) // STEP
-            for turn in tl.static_range(STEP):
-                s = (cj + at.pool_left) % STEP + turn * STEP  # [BM]
+            for offset in tl.static_range(STEP):
+                s = (cj + at.pool_left) % STEP + offset * STEP  # [BM]
                 j = (cj + at.pool_left - s) // STEP
                 hit = (i >= 0) & (i < at.PH) & (cj < at.OW) & (s < SIDE) & (j >= 0) & (j < at.PW)
                 keep = hit[:, None] & (k < K)[None, :]
@@ -265,14 +265,14 @@ def _stem_backward_kernel(
     tl.store(s_ptr + to, tl.sum(sums, 0), mask=(k < K) & (pid % parts == 0))
 
 
-def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Places, Form]:
-    """What both kernels take."""
+def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Extents, Form]:
+    """The common arguments of both kernels."""
     x, geometry, kind = stem.pixels, stem.geometry, stem.weight.dtype
     top, _, left, _ = stem.pool_padding or (0, 0, 0, 0)
     bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
     return (
         Pixels(x, *x.stride(), *dense(stem.gain, stem.offset), *bounds),
-        Places(
+        Extents(
             *x.shape[2:], *stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left
         ),
         Form(
@@ -283,14 +283,14 @@ def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Places, Form]:
 
 
 def _filters(stem: Stem, tile: StemTile) -> Filters:
-    """With zeros up to whole tiles: filters are read in long words and without masks."""
+    """Filters padded with zeros to whole tiles, to be read in long words and without masks."""
     depth, k = stem.matrix.shape
     padded = F.pad(stem.matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
     return Filters(padded, *dense(stem.scale, stem.shift), k, depth, padded.shape[1])
 
 
 def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
-    """Write y and, where they are wanted, its spots, (N, K, PH, PW) windows; see the formula of `stem.py`."""
+    """Write y and, if given, its spots, (N, K, PH, PW) windows; see the formula of `stem.py`."""
     stem.check_map("y", y)
     if spots is not None:
         stem.check_map("spots", spots)
@@ -316,11 +316,11 @@ def stem_backward(
     dscale: Tensor | None = None,
     dshift: Tensor | None = None,
 ) -> None:
-    """Add the gradients of weight, scale and shift to the buffers given.
+    """Add the gradients of weight, scale and shift to the given buffers.
 
     Args:
         dy: (N, K, PH, PW) window in the dtype of weight, the gradient of y.
-        spots: such a window of bytes, from the forward.
+        spots: a window of bytes of the same shape, from the forward.
         dweight, dscale, dshift: (K, C, R, S), (K,) and (K,), in float32 (float64 for weights in float64).
     """
     stem.check_map("dy", dy)

@@ -1,4 +1,4 @@
-"""One stem, and what it computes in plain PyTorch; the formula stands in `stem.py`."""
+"""The arguments of a stem and its reference in plain PyTorch; `stem.py` has the formula."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .activations import activate_reference, slope_reference
 from .dtypes import sum_dtype
 from .windows import ConvGeometry, empty_map, nhwc, output_size
 
-ACTIVATIONS = ("none", "relu", "relu6")  # those that never decrease
+ACTIVATIONS = ("none", "relu", "relu6")  # monotonic ones
 NO_SPOT = 255  # of a pixel of y where the activation's slope is zero
-_WINDOW = [3, 3], [2, 2], [0, 0], [1, 1], False  # of the pooling, as PyTorch's ops take it
+_WINDOW = [3, 3], [2, 2], [0, 0], [1, 1], False  # arguments of PyTorch's pooling ops
 
 
 @dataclass(frozen=True, eq=False)
 class Stem:
-    """One stem and the pixels it is applied to.
+    """A stem and the pixels that it is applied to.
 
     Attributes:
         x: (N, C, H, W) pixels with any strides: uint8, uint16 (also as the bits of int16) or floating point.
         weight: (K, C, R, S), in the dtype to compute in.
         scale, shift: (K,), or None.
-        gain, offset: (C,) floating point, or neither.
-        low, high: between them normalised pixels are clamped.
-        geometry: of the convolution, padded with zeros after normalisation.
+        gain, offset: (C,) floating point, or both None.
+        low, high: bounds to which normalised pixels are clamped.
+        geometry: the geometry of the convolution, which is padded with zeros after normalisation.
         pool_padding: (top, bottom, left, right) of the pooling, each 0 or 1; None for no pooling.
 
     Raises:
-        ValueError: for what the kernels cannot do.
+        ValueError: for arguments that the kernels do not support.
     """
 
     x: Tensor
@@ -52,15 +52,15 @@ class Stem:
         channels, wanted, pool = self.x.shape[1], self.weight.shape[1], self.pool_padding
         if self.act not in ACTIVATIONS:
             raise ValueError(
-                f"stem: activation {self.act!r} may decrease, so it cannot follow the pooling; use one of {ACTIVATIONS}"
+                f"stem: activation {self.act!r} is not monotonic, so it cannot follow a pooling; use {ACTIVATIONS}"
             )
         if (self.gain is None) != (self.offset is None):
-            raise ValueError("stem: gain without offset, or offset without gain; give both or neither")
+            raise ValueError("stem: gain and offset must be given together, or neither")
         if channels != wanted:
-            raise ValueError(f"stem: {channels} channels of pixels, filters for {wanted}; give as many")
+            raise ValueError(f"stem: pixels have {channels} channels, but the filters need {wanted}")
         if min(self.geometry.padding) < 0 or (pool is not None and not 0 <= min(pool) <= max(pool) <= 1):
             raise ValueError(
-                f"stem: padding {self.geometry.padding}, pool_padding {pool}; give sizes, for the pooling 0 or 1"
+                f"stem: padding {self.geometry.padding} must not be negative, and pool_padding {pool} must be 0 or 1"
             )
 
     @property
@@ -83,7 +83,7 @@ class Stem:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of y."""
+        """The shape of y."""
         oh, ow = self.conv_size
         if self.pool_padding is not None:
             top, bottom, left, right = self.pool_padding
@@ -97,7 +97,7 @@ class Stem:
 
     @property
     def settings(self) -> tuple:
-        """What the time depends on besides the pixels."""
+        """The key of a measurement: everything but the pixels that the time depends on."""
         named = ("scale", self.scale), ("shift", self.shift), ("gain", self.gain), ("offset", self.offset)
         given = [name for name, t in named if t is not None]
         kind = *self.weight.shape, str(self.weight.dtype), *given
@@ -106,7 +106,7 @@ class Stem:
     def check_map(self, name: str, y: Tensor) -> None:
         if y.shape != self.shape or (y.stride(1) != 1 and y.shape[1] > 1):
             raise ValueError(
-                f"stem: {name} is {tuple(y.shape)}, {y.stride()}; give a channels-last map of {self.shape}"
+                f"stem: {name} is {tuple(y.shape)}, {y.stride()}; it must be a channels-last map of {self.shape}"
             )
 
 
@@ -136,7 +136,7 @@ def _pool_padded(stem: Stem, y: Tensor) -> Tensor:
 
 
 def stem_reference(stem: Stem) -> Tensor:
-    """y in plain PyTorch: normalised in float32 or better, the rest in the dtype of weight."""
+    """y in plain PyTorch: normalised in at least float32, the rest in the dtype of weight."""
     y = _activated(stem, _normalised(stem))
     return y if stem.pool_padding is None else F.max_pool2d(_pool_padded(stem, y), 3, 2)
 
@@ -148,10 +148,10 @@ def stem_spots_reference(stem: Stem) -> tuple[Tensor, Tensor]:
         spots = torch.zeros_like(y, dtype=torch.uint8)
     else:
         padded = _pool_padded(stem, y)
-        y, places = torch.ops.aten.max_pool2d_with_indices(padded, *_WINDOW)
+        y, indices = torch.ops.aten.max_pool2d_with_indices(padded, *_WINDOW)
         width = padded.shape[3]
         rows, columns = _corners(y)
-        spots = ((places // width - rows) * 3 + places % width - columns).to(torch.uint8)
+        spots = ((indices // width - rows) * 3 + indices % width - columns).to(torch.uint8)
     return y, nhwc(spots.masked_fill(slope_reference(y, stem.act) == 0, NO_SPOT))
 
 
@@ -170,8 +170,8 @@ def stem_gradients_reference(stem: Stem, dy: Tensor, spots: Tensor) -> tuple[Ten
         height, width = stem.conv_size
         padded = empty_map(*dy.shape[:2], height + top + bottom, width + left + right, dy)  # only its shape is read
         (rows, columns), spot = _corners(dy), spots.clamp(max=8).long()
-        places = (rows + spot // 3) * padded.shape[3] + columns + spot % 3
-        dz = aten.max_pool2d_with_indices_backward(dz, padded, *_WINDOW, places)
+        indices = (rows + spot // 3) * padded.shape[3] + columns + spot % 3
+        dz = aten.max_pool2d_with_indices_backward(dz, padded, *_WINDOW, indices)
         dz = dz[:, :, top : top + height, left : left + width]
     dshift = dz.sum((0, 2, 3), dtype=wide)
     stride, mask = list(stem.geometry.stride), [False, True, False]

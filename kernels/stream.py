@@ -1,15 +1,15 @@
-"""How kernels address maps, and how the programs of a kernel that streams through a map share its pixels.
+"""Addresses of maps in kernels, and the distribution of pixels over the programs of a streaming kernel.
 
-A map travels into a kernel as a `Map`: where its first element lies, and how far apart images, rows and pixels are;
-channels lie side by side. A map or vector that is not given has the address None, which the compiler sees.
+A kernel receives a map as a `Map`: the address of its first element and the strides of images, rows and pixels; its
+channels are adjacent. A missing map or vector has the address None, which the compiler sees.
 
-A kernel that streams numbers the pixels of all images p = (n*H + i)*W + j. Each program takes `steps` tiles of BM
-pixels and BC channels, one after another; programs along the first axis of the grid share the pixels, along the second
-the channels.
+A streaming kernel numbers the pixels of all images p = (n*H + i)*W + j. Each program processes `steps` tiles of BM
+pixels and BC channels in sequence. Programs along the first axis of the grid share the pixels, along the second the
+channels.
 
-Blocks of BC channels, a power of two, leave lanes idle where the channels are no multiple of it: 112 of 256 for 144. A
-kernel that treats each channel by itself may therefore fold pixels of dense maps into the channels: P pixels of C
-channels lie in memory as P/k pixels of k*C channels, of which the c-th is channel c % C of the map.
+Blocks of BC channels, a power of two, leave lanes idle if they do not divide the channels: 112 of 256 for 144 channels.
+A kernel that treats each channel separately may therefore fold pixels of dense maps into the channels: P pixels of C
+channels have the memory layout of P/k pixels of k*C channels, of which the c-th is channel c % C of the map.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class Map(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What the programs of a streaming kernel share: pixels of all images, rows, columns, channels; tiles of each.
+    """Sizes for all programs of a streaming kernel: pixels of all images, rows, columns, channels; tiles per program.
 
-    Channels are those that pixels are folded into; of a vector with a number for each channel of the map, the c-th of
-    them takes number c % period.
+    C counts folded channels; folded channel c uses element c % period of a vector with an element per channel.
     """
 
     pixels: int
@@ -51,13 +50,13 @@ class Share(NamedTuple):
     steps: int
 
 
-# Given to kernels one by one: integers in a tuple are specialised on 1 and on multiples of 16 whatever
-# `do_not_specialize` names, and a kernel would be compiled anew for most sizes of maps.
+# Passed to kernels one by one: integers in a tuple are specialised on 1 and on multiples of 16 even if
+# `do_not_specialize` names them, and most sizes of maps would need another compilation.
 SHARE = list(Share._fields)
 
 
 class Tile(NamedTuple):
-    """Known when compiled: pixels, channels of a tile; whether pixels lie equally far apart; channels of a vector."""
+    """Compile-time constants: pixels, channels of a tile; whether pixels are equally spaced; channels of a vector."""
 
     BM: int
     BC: int
@@ -68,24 +67,24 @@ class Tile(NamedTuple):
 
 @triton.jit
 def whole(n, VEC: tl.constexpr):
-    """`n`, a multiple of VEC, in a form that tells the compiler so: else it would not move VEC channels at once."""
+    """`n`, a multiple of VEC, in a form from which the compiler infers that, to move VEC channels at once."""
     return n if VEC == 1 else n // VEC * VEC
 
 
 @triton.jit
-def place(m, n, i, j, VEC: tl.constexpr):
-    """Offsets of pixels (i, j) of images n, 64 bits wide, of any shapes that go together."""
+def map_offsets(m, n, i, j, VEC: tl.constexpr):
+    """Offsets of pixels (i, j) of images n, 64 bits wide; the arguments broadcast."""
     return n * whole(m.sn, VEC) + i * whole(m.sh, VEC) + j * whole(m.sw, VEC)
 
 
 @triton.jit
 def pixel_offsets(m, p, H, W, FLAT: tl.constexpr, VEC: tl.constexpr):
-    """Offsets [BM] of pixels p = (n*H + i)*W + j; FLAT if they all lie equally far apart."""
+    """Offsets [BM] of pixels p = (n*H + i)*W + j; FLAT if they are equally spaced."""
     if FLAT:
         offsets = p.to(tl.int64) * whole(m.sw, VEC)
     else:
-        # Divided in 32 bits, which is cheap, but multiplied in 64.
-        offsets = place(m, (p // (H * W)).to(tl.int64), (p // W % H).to(tl.int64), (p % W).to(tl.int64), VEC)
+        # Division in 32 bits, which is cheap, but multiplication in 64.
+        offsets = map_offsets(m, (p // (H * W)).to(tl.int64), (p // W % H).to(tl.int64), (p % W).to(tl.int64), VEC)
     return offsets
 
 
@@ -97,7 +96,7 @@ def step_pixels(share, step, TILE: tl.constexpr):
 
 @triton.jit
 def load(m, p, c, keep, share, TILE: tl.constexpr):
-    """Channels c [BC] of pixels p [BM] of a map as [BM, BC] in ACC; zero where `keep` does not hold."""
+    """Channels c [BC] of pixels p [BM] of a map as [BM, BC] in ACC; zero where `keep` is false."""
     at = pixel_offsets(m, p, share.H, share.W, TILE.FLAT, TILE.VEC)[:, None] + c[None, :]
     return tl.load(m.ptr + at, mask=keep, other=0.0).to(TILE.ACC)
 
@@ -116,26 +115,26 @@ def channel(ptr, c, C, ACC: tl.constexpr):
 
 
 def dense(*vectors: Tensor | None) -> tuple[Any, ...]:
-    """Vectors as kernels read them, number after number: what is a column of something else, or expanded, is copied."""
+    """Vectors as contiguous tensors for kernels: columns of matrices and expanded tensors are copied."""
     return tuple(None if t is None else t.contiguous() for t in vectors)
 
 
 def as_map(x: Tensor | None) -> Map:
-    """A map as kernels take it. A stride that nothing is multiplied by is 0: one compiled kernel for all of them."""
+    """The `Map` of a tensor. Unused strides are 0, so that one compiled kernel serves all of them."""
     if x is None:
         return Map(None, 0, 0, 0)
     return Map(x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(2) if x.shape[2] > 1 else 0, x.stride(3))
 
 
 def vector(*maps: Tensor | None) -> int:
-    """Channels that always begin at a multiple of 16 bytes of the first map, or as near to it as strides allow."""
+    """Channels per vector of up to 16 bytes of the first map that strides and channels of all maps allow."""
     first, *others = (x for x in maps if x is not None)
     strides = [stride for x in (first, *others) for stride in as_map(x)[1:]]
     return math.gcd(first.shape[1], *(x.shape[1] for x in others), *strides, 16 // first.element_size())
 
 
 def is_flat(*maps: Tensor | None) -> bool:
-    """Whether in each map the pixels of all images lie equally far apart."""
+    """Whether in each map the pixels of all images are equally spaced."""
     return all(
         (x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3))
         and (x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.shape[3] * x.stride(3))
@@ -145,7 +144,7 @@ def is_flat(*maps: Tensor | None) -> bool:
 
 
 def folds(pixels: int, most_channels: int, *maps: Tensor | None) -> int:
-    """Pixels that count as one to fill blocks of `most_channels`, a power of two; 1 unless all maps are dense."""
+    """Pixels to fold into one to fill blocks of `most_channels`, a power of two; 1 unless all maps are dense."""
     if not all(map(is_dense, maps)):
         return 1
     channels = next(x for x in maps if x is not None).shape[1]
@@ -161,20 +160,20 @@ def count_pixels(x: Tensor, op: str) -> int:
 
 
 class Stream:
-    """How one launch streams through maps of one size.
+    """Launch parameters of a kernel that streams through maps of one size.
 
     Attributes:
-        maps: the maps as the kernel takes them.
+        maps: the `Map` of each map.
         grid: shares of pixels x blocks of channels.
-        share, tile: what the kernel takes beside its maps.
-        num_warps: of a program.
-        length: pixels of a program, folded ones.
+        share, tile: other arguments of the kernel.
+        num_warps: warps of a program.
+        length: folded pixels of a program.
         folds: pixels that are folded into one.
-        pixels: of the maps as they are.
+        pixels: pixels of the maps before folding.
     """
 
     def __init__(self, op: str, most_channels: int, *maps: Tensor | None, fold: bool = False):
-        """`fold`: whether pixels may be folded into the channels; not where a kernel works across those of a pixel."""
+        """`fold`: whether pixels may be folded into the channels; not if the kernel combines a pixel's channels."""
         x = next(x for x in maps if x is not None)
         self.pixels, channels = count_pixels(x, op), x.shape[1]
         self.folds = folds(self.pixels, most_channels, *maps) if fold else 1
@@ -192,6 +191,6 @@ class Stream:
         self.num_warps, self.length = config.num_warps, config.share
 
     def sums(self, like: Tensor, rows: int) -> Tensor:
-        """Room for what the programs sum: (programs, rows, channels), folded ones."""
+        """An empty tensor for the sums of programs, (programs, rows, channels), channels folded."""
         shape = self.grid[0], rows, self.share.C
         return torch.empty(shape, dtype=sum_dtype(like.dtype), device=like.device)

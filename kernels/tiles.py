@@ -1,4 +1,4 @@
-"""The tiles of kernels without matrix products by descriptors: depthwise, streams through a map, pooling, the stem."""
+"""Tiles of kernels that do not multiply matrices by descriptors: depthwise, streaming, pooling and the stem."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .tuning import capability, interpreting, power_of_two, register_limit
 
 # -- depthwise convolution ----------------------------------------------------------------------------------------
 
-# Rows of output that a program makes at once: with more, registers leave too few programs on a multiprocessor.
+# Rows of output that a program computes at once: with more, registers allow too few programs on a multiprocessor.
 DEPTHWISE_ROWS = 4
-# Filter rows that a program holds at most, and taps that one of the weight gradient holds: Triton's compile time grows
-# faster than their number.
+# Largest number of filter rows of a program, and of taps for the weight gradient: Triton's compile time grows faster
+# than their number.
 FILTER_ROWS, TAPS = 7, 28
 # Sums that a thread of the weight gradient keeps in registers.
 SUMS = 56
@@ -24,7 +24,7 @@ SUMS = 56
 
 @dataclass(frozen=True)
 class DepthwiseTile:
-    """What a program works on at a time: rows, pixels of a row, channels; and with how many warps."""
+    """Rows, pixels of a row, and channels that a program processes at a time, and its warps."""
 
     rows: int
     pixels: int
@@ -37,7 +37,7 @@ def _depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, v
     rows = power_of_two(rows, 1, DEPTHWISE_ROWS)
     if interpreting():  # few large programs: a call costs more than its elements
         return DepthwiseTile(rows, power_of_two(pixels, 1, 256), power_of_two(channels, 1, 128))
-    # A line of 128 bytes, or half of one where that leaves fewer lanes idle.
+    # A line of 128 bytes, or half of one if that leaves fewer lanes idle.
     line = 128 // dtype.itemsize
     whole, half = (triton.cdiv(channels, n) * n for n in (line, line // 2))
     block = power_of_two(channels, vector, line if whole <= half else line // 2)
@@ -51,7 +51,7 @@ def depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int) ->
 
 
 def depthwise_wgrad_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, taps: int) -> DepthwiseTile:
-    """The tile of the weight gradient: as many channels in a thread as its sums leave room for."""
+    """The tile of the weight gradient: as many channels per thread as its sums allow."""
     vector = 16 // dtype.itemsize
     while vector > 1 and vector * taps > SUMS:
         vector //= 2
@@ -59,24 +59,24 @@ def depthwise_wgrad_tile(dtype: torch.dtype, channels: int, rows: int, pixels: i
 
 
 def depthwise_wgrad_splits(programs: int, tiles: int) -> int:
-    """Splits of the pixels: programs enough for several on each multiprocessor of the largest chip."""
+    """Splits of the pixels: enough programs for several on each multiprocessor of the largest chip."""
     return min(triton.cdiv(2 if interpreting() else 1024, programs), tiles)
 
 
 def equal_part(size: int, most: int) -> int:
-    """The length of equal parts, as few as possible, none longer than `most`."""
+    """The length of equal parts, as few as possible, of at most `most`."""
     return triton.cdiv(size, triton.cdiv(size, most))
 
 
 # -- kernels that stream through a map ----------------------------------------------------------------------------
 
-MOST_BLOCK_CHANNELS = 128  # 256 bytes of 16-bit channels lie side by side: whole cache lines
+MOST_BLOCK_CHANNELS = 128  # 256 adjacent bytes of 16-bit channels: whole cache lines
 MOST_NORM_CHANNELS = 8192  # one program of a layer norm holds them all in registers
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How programs share the pixels of a map: each takes `steps` tiles of block_m pixels x block_c channels."""
+    """Distribution of a map's pixels: each program processes `steps` tiles of block_m pixels x block_c channels."""
 
     block_m: int
     block_c: int
@@ -99,14 +99,13 @@ def _padded(channels: int, block: int) -> int:
 def stream_config(pixels: int, channels: int, most_channels: int) -> StreamConfig:
     """The tile of a kernel that streams through a map.
 
-    Sixteen elements per thread: two of them held for sums leave room for as many blocks as hide the memory's latency.
-    About two thousand programs; at most 1024 tiles each, so that a sum has few terms before it is added to others. Of a
-    small map fewer, with four tiles each, so that few parts of sums are left to add: the memory is busy as long as 3 MB
-    are on their way (3 TB/s for 1 us of latency), and a program asks for 4 KB of each 16-bit map at once, 512 programs
-    for 2 MB of each.
+    A thread has 16 elements: with two of them for sums, enough blocks fit to hide the memory's latency. There are about
+    2000 programs with at most 1024 tiles each, so that a sum has few terms before it is added to others. For a small
+    map there are fewer programs, with four tiles each, so that few partial sums remain. The memory is busy if 3 MB are
+    in flight (3 TB/s for 1 us of latency); a program requests 4 KB of each 16-bit map at once, 512 programs 2 MB.
 
-    Where channels need several blocks, narrower ones leave fewer lanes idle: of 144 channels 112 of 256 in blocks of
-    128, 16 of 160 in blocks of 32, which are 64 bytes of 16-bit channels, two sectors of the memory.
+    If channels need several blocks, narrower ones leave fewer lanes idle: for 144 channels 112 of 256 in blocks of 128,
+    16 of 160 in blocks of 32, which are 64 bytes of 16-bit channels, two memory sectors.
     """
     block_c = power_of_two(channels, 4, most_channels)
     if channels > most_channels:
@@ -125,16 +124,16 @@ def stream_config(pixels: int, channels: int, most_channels: int) -> StreamConfi
 def merge_blocks(parts: int, channels: int) -> tuple[int, int]:
     """Parts and channels that a program merges or adds at a time.
 
-    Eight channels: 32 bytes, the least that memory moves, and so as many programs as can be. 16 elements per thread.
+    Eight channels are 32 bytes, the smallest memory transaction, which gives the most programs; 16 elements per thread.
     """
     block = power_of_two(channels, 1, 16384 if interpreting() else 8)
     return power_of_two(parts, 1, 128 if interpreting() else 2048 // block), block
 
 
 def merge_chunk(parts: int, rows: int) -> int:
-    """Consecutive parts that a program merges, `rows` at a time: all in four turns at most, or else those of two.
+    """Consecutive parts that a program merges, `rows` at a time: all if four steps suffice, else those of two steps.
 
-    A turn waits for the memory, about 1 us; another launch, which merges the chunks, costs 3 us.
+    A step waits for the memory, about 1 us; another launch, which merges the chunks, costs 3 us.
     """
     return parts if parts <= 4 * rows else 2 * rows
 
@@ -153,7 +152,7 @@ def pool_tile(rows: int, cols: int, channels: int, itemsize: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class StemTile:
-    """Pixels, filters and taps of a tile; how it is compiled."""
+    """Pixels, filters and taps of a tile, and its launch options."""
 
     pixels: int
     filters: int
@@ -162,15 +161,15 @@ class StemTile:
 
 
 def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
-    """The forward's tile, as large as maxima, spots and sums fit in registers.
+    """The forward's tile, the largest with maxima, spots and sums in registers.
 
     Args:
-        width: of y.
-        normalised: whether pixels are.
+        width: the width of y.
+        normalised: whether pixels are normalised.
     """
     side = 64 if weight.dtype.itemsize <= 2 else 32
     roomy = normalised or weight.shape[1] > 1
-    # Of 32 of a mammogram's 49 taps at a time some registers would spill on sm_90 and sm_100.
+    # With 32 of a mammogram's 49 taps at a time, some registers would spill on sm_90 and sm_100.
     return _stem_tile(weight, width, side, side, 32 if roomy or side == 32 else 16, roomy)
 
 
@@ -187,23 +186,23 @@ def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int,
     # (triton-lang/triton#9433).
     chip = capability(weight.device)
     warps = 8 if chip else 4  # 256 threads: AMD's warps have 64
-    # Two programs per processor, so that one gathers pixels while another multiplies; but in these cases some registers
-    # would spill (Triton 3.6 or 3.7).
+    # Two programs per multiprocessor, so that one gathers pixels while the other multiplies. With the limit of 128,
+    # some registers would spill in these cases (Triton 3.6 or 3.7).
     limit = 255 if roomy or chip < 90 or weight.dtype.itemsize > 2 else 128
     options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, limit)}
     return StemTile(pixels, power_of_two(k, 16, filters), power_of_two(depth, 16, taps), options)
 
 
 def stem_lines(rows: int, tiles: int) -> int:
-    """Rows of y that a program makes: long strips share more conv lines, short ones give every processor work.
+    """Rows of y that a program computes: long strips share more conv lines, short ones occupy every multiprocessor.
 
     Args:
-        rows: of y.
-        tiles: of all rows together.
+        rows: rows of y.
+        tiles: tiles of all rows together.
     """
     return min(rows, 64) if interpreting() else max(1, min(8, tiles // 2048))
 
 
 def stem_share(tiles: int) -> int:
-    """Tiles that one program of the backward sums: some 20 MB of partial sums at most."""
+    """Tiles that one program of the backward sums: at most about 20 MB of partial sums."""
     return triton.cdiv(tiles, 4 if interpreting() else 1024)

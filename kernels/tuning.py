@@ -1,4 +1,4 @@
-"""How every kernel is launched: tiles, warps, stages and splits, computed from shape, dtype and chip."""
+"""Launch configurations of kernels (tiles, warps, stages, splits), computed from shape, dtype and chip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .precision import dot_precision
 
 # Most dynamic shared memory a block may have, bytes, by capability.
 SHARED_LIMIT = {0: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-# Multiprocessors that programs are counted for, on every chip, so that results do not depend on it.
+# Number of multiprocessors assumed for every chip, so that results do not depend on the chip.
 PROCESSORS = 132
 
 
@@ -33,18 +33,18 @@ def _device_capability(index: int) -> int:
 
 
 def capability(device: torch.device) -> int:
-    """10 * major + minor of the NVIDIA GPU that kernels on `device` are compiled for, 0 of another maker's.
+    """10 * major + minor of the NVIDIA GPU that kernels on `device` are compiled for; 0 for other vendors.
 
-    90 in the interpreter; 0 where no GPU is, for which a plan can be made nevertheless.
+    It is 90 in the interpreter, and 0 without a GPU, so that plans work there too.
     """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
-        return 0 if torch.version.hip else _device_capability(index)  # AMD has numbers of its own, as (9, 4)
+        return 0 if torch.version.hip else _device_capability(index)  # AMD has other numbers, such as (9, 4)
     if interpreting():
         return 90
     try:
         target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:  # there is no driver
+    except RuntimeError:  # no driver
         return 0
     return target.arch if target.backend == "cuda" else 0  # pyright: ignore
 
@@ -60,12 +60,12 @@ def shared_limit(device: torch.device) -> int:
 
 
 def register_limit(device: torch.device, registers: int | None) -> dict[str, int | None]:
-    """The launch option that tells the assembler how many registers a thread may use; AMD's compiler has none."""
+    """The launch option for the assembler's limit of registers per thread; AMD's compiler has none."""
     return {"maxnreg": registers} if capability(device) else {}
 
 
 def roomy_registers(device: torch.device, registers: int) -> dict[str, int | None]:
-    """The limit on sm_100, where the assembler, left alone, spills an address or two so that one more program fits."""
+    """The register limit on sm_100, where the assembler by default spills addresses to fit one more program."""
     return register_limit(device, registers) if capability(device) >= 100 else {}
 
 
@@ -77,9 +77,9 @@ class Config:
         form: "descriptor" (row segments through tensor descriptors), "pointer", or "columns" (pointers, and depth runs
             over the columns of the flattened filter).
         block_m, block_n, block_k: pixels, output channels and input channels (columns) of a tile.
-        num_warps, num_stages: as Triton takes them.
-        rows: rows of the map that the pixels of a tile lie in, side by side in each (descriptors).
-        parts: in how many parts, of filters, a tile is finished behind its products: one or two.
+        num_warps, num_stages: Triton's launch options.
+        rows: rows of the map that a tile covers (descriptors).
+        parts: number of parts of the filters, one or two, in which the epilogue processes a tile.
     """
 
     form: str
@@ -97,7 +97,7 @@ _forced: list[Config] = []
 
 @contextlib.contextmanager
 def forced(config: Config) -> Iterator[None]:
-    """Use one configuration for every matrix kernel inside: for tests and benchmarks."""
+    """Context manager that sets the configuration of every matrix kernel, for tests and benchmarks."""
     _forced.append(config)
     try:
         yield
@@ -110,16 +110,17 @@ def forced_config() -> Config | None:
 
 
 def power_of_two(n: int, least: int, most: int) -> int:
-    """The smallest power of two that holds n, within bounds."""
+    """The smallest power of two that is at least n, within bounds."""
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
 def box_rows(pixels: int, lines: int, filters: int) -> int:
-    """Rows of a tile of so many pixels and filters, a power of two, in a map of so many lines.
+    """Rows of a tile of `pixels` and `filters`, a power of two, in a map of `lines` lines.
 
-    A tile is as square as it gets: of a map of 133 x 133 pixels 8 x 16 waste 14 %, 1 x 128 half. And it is so for maps
-    of all sizes, so that a new size compiles nothing. A window of several pixels reads fewer of them besides. Filters
-    are the rows of such a product, of which Hopper's tensor cores take 64 at a time: a tile of fewer is of one row.
+    A tile is as square as possible: for a map of 133 x 133 pixels, tiles of 8 x 16 waste 14 %, tiles of 1 x 128 half.
+    Tiles are square for maps of all sizes, so that a new size needs no compilation. A filter of several pixels also
+    reads fewer pixels from a square tile. Filters are the rows of such a product, and Hopper's tensor cores process 64
+    rows at a time, so tiles with fewer filters have one row.
     """
     if filters < 64 and not interpreting():
         return 1
@@ -129,7 +130,7 @@ def box_rows(pixels: int, lines: int, filters: int) -> int:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a product makes: images of so many lines of pixels, and filters."""
+    """Output size of a product: images of `lines` lines of `run` pixels, and filters."""
 
     images: int
     lines: int
@@ -137,18 +138,18 @@ class Pixels:
     filters: int
 
     def tiles(self, block_m: int, block_n: int) -> int:
-        """How many tiles of so many pixels and filters it takes; boxes of pixels do not wrap at the end of a line."""
+        """Number of tiles of block_m pixels and block_n filters; boxes of pixels do not wrap at the end of a line."""
         rows = box_rows(block_m, self.lines, block_n)
         boxes = triton.cdiv(self.lines, rows) * triton.cdiv(self.run, block_m // rows)
         return self.images * boxes * triton.cdiv(self.filters, block_n)
 
 
 def fill_chip(made: Pixels, block_m: int, block_n: int) -> tuple[int, int]:
-    """The tile of a product, made smaller as long as all tiles still run at once: the last maps of a small image.
+    """The tile of a product, halved while all tiles still run at once, as for the last maps of a small image.
 
-    A tile takes the time that its (m + n) operands for each channel take from L2, or its m x n products: both are less
-    for half of it, and a chip that is half empty loses nothing by twice as many. 34 x 34 pixels and 512 filters are 30
-    tiles of 128 x 256 on 132 multiprocessors, and 100 of 64 x 128, each of half the operands.
+    The time of a tile is that of loading its (m + n) operands per channel from L2, or of its m x n products. Both are
+    shorter for half a tile, and twice as many tiles are free on a half-empty chip. 34 x 34 pixels and 512 filters are
+    30 tiles of 128 x 256 on 132 multiprocessors, and 100 tiles of 64 x 128, each with half the operands.
     """
     while 2 * made.tiles(block_m, block_n) <= PROCESSORS:
         if block_n > max(64, block_m):
@@ -161,10 +162,10 @@ def fill_chip(made: Pixels, block_m: int, block_n: int) -> tuple[int, int]:
 
 
 def ragged(tiles: int) -> bool:
-    """Whether tiles of which a multiprocessor holds one leave most of the chip idle in the last of few waves.
+    """Whether tiles at one per multiprocessor leave most of the chip idle in the last of few waves.
 
-    Of tiles of half the size it holds two, and the last ones have it for themselves: on an H100 a 3x3 convolution of
-    133 x 133 pixels and 256 filters, 139 tiles on 132 multiprocessors, took 0.81 of the time with them.
+    A multiprocessor runs two tiles of half the size, and the last ones have it for themselves. On an H100, a 3x3
+    convolution of 133 x 133 pixels and 256 filters, 139 tiles on 132 multiprocessors, took 0.81 of the time with them.
     """
     full, rest = divmod(tiles, PROCESSORS)
     return 1 <= full < 4 and 0 < rest <= PROCESSORS // 2
@@ -190,18 +191,18 @@ def matmul_config(
     largest tile whose accumulators fit in registers, 128 x 256 with eight warps. Short ones are bound by memory: two
     blocks of 128 x 128 per multiprocessor, or three of 128 x 64, so that one computes while another reads and writes
     its maps. On an H200 four warps did that as fast as eight, or up to a fifth faster.
-    Nothing here may spill: `benchmarks/compile_gate.py` compiles what real networks get.
+    No configuration may spill registers: `benchmarks/compile_gate.py` compiles those of real networks.
 
     Args:
-        images: of the batch.
-        lines, run: output pixels of an image that a tile may take some of: lines of `run` pixels.
+        images: number of images.
+        lines, run: output pixels of an image: `lines` lines of `run` pixels.
         channels_out: output channels (of a group).
         depth: input channels (of a group).
         described: whether descriptors can address every operand.
         epilogue_maps: maps of the tile's size that the epilogue reads or writes through shared memory.
-        taps: of the filter.
+        taps: number of filter taps.
         costly: whether exp or erf is computed for every element, which takes registers.
-        moments: whether the epilogue gives those of the tile.
+        moments: whether the epilogue computes the moments of the tile.
     """
     form = "descriptor" if described else "columns" if flattens(depth, taps) else "pointer"
     config = forced_config()
@@ -221,7 +222,7 @@ def matmul_config(
     if form == "pointer":
         maps = epilogue_maps + moments
         return _pointer_config(device, itemsize, lines * run, channels_out, depth, maps, taps, costly)
-    # On sm_100 sums lie in a memory of their own, of which a thread gets whole rows: statistics take registers.
+    # On sm_100 sums are in a separate memory, of which a thread reads whole rows: statistics take registers.
     summed = moments and capability(device) >= 100
     plain = not (costly or summed)
     block_k = power_of_two(depth, 16, 128 // itemsize)
@@ -234,13 +235,13 @@ def matmul_config(
     if block_n == 256 and ragged(made.tiles(block_m, block_n)):
         block_n = 128
     block_m, block_n = fill_chip(made, block_m, block_n)
-    slim = half and plain and block_n <= 128 and epilogue_maps <= 2  # of three maps a few registers would spill
+    slim = half and plain and block_n <= 128 and epilogue_maps <= 2  # with three maps a few registers would spill
     num_warps = 4 if slim or block_m * block_n <= 128 * 64 else 8
     blocks = 1 if block_n > 128 else 2 if block_n > 64 else 3
-    room = shared_limit(device) // blocks - 3072  # a block takes 1 KiB more than it asks for, and barriers
+    room = shared_limit(device) // blocks - 3072  # a block uses 1 KiB more than it requests, and barriers
     num_stages = max(2, min(4, room // ((block_m + block_n) * block_k * itemsize)))
     rows = box_rows(block_m, lines, block_n)
-    # Of several rows, or of three maps, what is read would not fit in registers beside all sums.
+    # With several rows or three maps, all sums and the loaded values would not fit in registers together.
     parts = 2 if block_n > 64 and (rows > 1 or epilogue_maps > 2 or summed) else 1
     return Config("descriptor", block_m, block_n, block_k, num_warps, num_stages, rows, parts)
 
@@ -255,9 +256,10 @@ def _pointer_config(
     taps: int,
     costly: bool,
 ) -> Config:
-    """Addresses take registers: a pointer per 16 bytes and thread for each operand, per element where not aligned.
+    """The tile of the pointer form, limited by the registers of addresses.
 
-    Aligned is what Triton knows to be: numbers of channels that 16 divides.
+    Each thread has a pointer per 16 bytes of each operand, or per element without alignment. Triton knows alignment
+    only if 16 divides the number of channels.
     """
     scattered = depth % 16 > 0 or channels_out % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
@@ -274,15 +276,15 @@ def _pointer_config(
 def flattens(depth: int, taps: int) -> bool:
     """Whether a product by pointers runs over the columns of the flattened filter instead of channels tap by tap.
 
-    It does where that takes fewer steps of 16, the least that tensor cores multiply: of fewer than 16 channels.
+    It does if that takes fewer steps of 16, the minimum of tensor cores: for fewer than 16 channels.
     """
     return triton.cdiv(taps * depth, 16) < taps
 
 
 def _columns_config(itemsize: int, channels_out: int, columns: int) -> Config:
-    """Elements are gathered one by one, by 256 threads: at most 16 each in a step, whose addresses fit in registers.
+    """The tile of the columns form: 256 threads gather at most 16 elements each per step, whose addresses fit.
 
-    What a first layer has, 49 columns or so, is one step. One stage: no asynchronous copy moves two bytes.
+    A first layer with about 49 columns is one step. There is one stage, because no asynchronous copy moves two bytes.
     """
     if itemsize == 8:  # products without tensor cores
         return Config("columns", 64, power_of_two(channels_out, 16, 32), 16, 8, 1)
@@ -294,12 +296,12 @@ def _columns_config(itemsize: int, channels_out: int, columns: int) -> Config:
 def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:
     """The tile of a 1x1 product that normalises its input: small enough for two blocks per multiprocessor.
 
-    A block does three things in turn (statistics, products, activations) of which each leaves something idle; the other
-    block fills it. Thirty-two channels at a time waste nothing of the widths 96, 192, 384 and 768.
+    A block alternates statistics, products and activations, which each leave units idle; the other block uses them.
+    Steps of 32 channels waste nothing at the widths 96, 192, 384 and 768.
     """
     if interpreting() or forced_config() is not None:
         return matmul_config(device, dtype, 1, 1, pixels, filters, channels, described=False)
-    # Without tensor cores operands lie in registers.
+    # Without tensor cores, operands are in registers.
     if dtype.itemsize > 2 and dot_precision(dtype, linear=True) == "ieee":
         return Config("pointer", 64 if dtype.itemsize == 4 else 32, power_of_two(filters, 16, 32), 16, 4, 3)
     return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
@@ -318,11 +320,11 @@ def linear_columns(filters: int, rows: int, block_n: int) -> int:
 def conv_conv1x1_config(
     x: Tensor, lines: int, run: int, channels_mid: int, channels_out: int, residual: bool
 ) -> Config:
-    """The map in the middle takes block_m x M accumulators and half as many registers again; the rest is for block_n.
+    """The tile of `conv_conv1x1`: the middle map takes 1.5 x block_m x M registers, and block_n the rest.
 
     Args:
         x: the input, (N, C, H, W).
-        lines, run: output pixels that a tile may take some of: lines of `run` pixels.
+        lines, run: output pixels of an image: `lines` lines of `run` pixels.
     """
     config = forced_config()
     if config is not None:
@@ -344,7 +346,7 @@ def conv_conv1x1_config(
 
 
 def most_mid_channels(dtype: torch.dtype) -> int:
-    """Channels of the map in the middle of `conv_conv1x1` that fit in registers."""
+    """Largest number of channels of the middle map of `conv_conv1x1` that fit in registers."""
     return 256 if dtype.itemsize <= 2 or interpreting() else 128
 
 
@@ -367,11 +369,11 @@ def wgrad_config(
     """The tile: block_m output channels x block_n input channels (columns of the filter for pointers), block_k pixels.
 
     Args:
-        run: output pixels that lie side by side: a row for descriptors, all of them for pointers.
+        run: adjacent output pixels: a row for descriptors, all pixels for pointers.
         filters: output channels (of a group).
         depth: input channels for descriptors, columns of the flattened filter for pointers.
         taps: tiles that a program holds at once: the taps of a filter row for descriptors, 1 for pointers.
-        gate_act: the slope that dz takes.
+        gate_act: the activation whose slope is applied to dy.
     """
     form = "descriptor" if described else "pointer"
     config = forced_config()
@@ -383,36 +385,36 @@ def wgrad_config(
     if itemsize == 8 or (itemsize == 4 and dot_precision(dtype) == "ieee"):  # products without tensor cores
         return Config(form, power_of_two(filters, 16, 32), power_of_two(depth, 16, 32 if taps == 1 else 16), 16, 4, 3)
     block_k = power_of_two(run, 16, 128 // itemsize)
-    if described and block_k > 16:  # half of it where that leaves out a sixth of what a row is rounded up to
+    if described and block_k > 16:  # half if that saves a sixth of a row's rounded length
         short, long = (triton.cdiv(run, k) * k for k in (block_k // 2, block_k))
         block_k = block_k // 2 if 6 * short <= 5 * long else block_k
-    if described:  # rows are input channels, 64 at least; accumulators take at most 96 registers of a thread
+    if described:  # rows are input channels, at least 64; accumulators take at most 96 registers of a thread
         block_n = power_of_two(depth, 64, 128 if taps == 1 else 64)
         block_m = power_of_two(filters, 16, min(128, 1 << (384 // taps).bit_length() - 1))
     else:  # every element has its own address and mask
         block_m = power_of_two(filters, 16, 128)
         block_n, block_k = power_of_two(depth, 16, 128 // itemsize), min(block_k, 32)
-    if gate_act not in ("none", *MASKS):  # the slope takes registers of its own
+    if gate_act not in ("none", *MASKS):  # the slope takes registers
         block_k = max(16, block_k // 2)
     num_warps = 8 if block_m == 128 or block_m * block_n * taps > 96 * 128 else 4
     stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
-    # Two programs of four warps share a multiprocessor. Beside the stages dz passes through shared memory.
+    # Two programs of four warps share a multiprocessor. In addition to the stages, dz passes through shared memory.
     room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
-    if described and itemsize == 4 and capability(device) >= 100:  # operands are turned by way of two further stages
+    if described and itemsize == 4 and capability(device) >= 100:  # operands are transposed through two further stages
         room -= 2 * stage
     return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
 
 
 def programs_at_once(num_warps: int) -> int:
-    """Programs of a weight gradient that run at a time; one in the interpreter, where a call costs most."""
+    """Programs of a weight gradient that run at a time; one in the interpreter, where calls dominate."""
     return 1 if interpreting() else PROCESSORS * (8 // num_warps)
 
 
 @functools.lru_cache(maxsize=4096)
 def split_count(tiles: int, segments: int, segment: int, tile_bytes: int, split_bytes: int, slots: int) -> int:
-    """Into how many splits the pixels are cut.
+    """Number of splits of the pixels.
 
-    The cost is counted in bytes: what the waves of programs load, and each split's sums, written and read once.
+    The cost counts bytes: those that the waves of programs load, and each split's sums, written and read once.
 
     Args:
         tiles: programs of one split.
@@ -433,6 +435,6 @@ def split_count(tiles: int, segments: int, segment: int, tile_bytes: int, split_
 
 
 def splits_blocks(splits: int) -> tuple[int, int]:
-    """Elements, and splits at a time, of a program that adds up splits."""
+    """Elements of a program that adds up splits, and the splits that it adds at a time."""
     rows = power_of_two(splits, 2, 32)
     return 4096 // rows, rows

@@ -1,9 +1,8 @@
 """Windows: rectangles of NHWC buffers that kernels read and write in place.
 
-Every map is a tensor of shape (N, C, H, W) whose channels lie side by side in memory (stride 1); rows and pixels may be
-strided, so a part of a larger buffer (an interior with a margin around it, one phase of a strided grid) is a window
-like any other and is never copied. Padding is the rows and columns of zeros that are missing around the window because
-the image ends there.
+Every map is a tensor of shape (N, C, H, W) with adjacent channels in memory (stride 1). Rows and pixels may be strided,
+so a part of a larger buffer (an interior with a margin, one phase of a strided grid) is also a window and is never
+copied. Padding is the rows and columns of zeros around the window where the image ends.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .precision import dot_precision
 from .tuning import has_descriptors, interpreting
 
-# From Triton 3.7 on descriptors round what they load; before, tensor cores cut the lower bits of float32 off.
+# Since Triton 3.7 descriptors round loaded values; before, tensor cores truncated the lower bits of float32.
 _ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
 
 
 class ConvGeometry(NamedTuple):
-    """Where a convolution or pooling puts its filter: nine integers, which registered ops take as one list.
+    """Geometry of a convolution or pooling: nine integers, which registered ops take as one list.
 
-    Tap (r, s) of output (i, j) lies at row i*stride_h - top + r*dilation_h and column j*stride_w - left + s*dilation_w.
+    Tap (r, s) of output (i, j) is at row i*stride_h - top + r*dilation_h and column j*stride_w - left + s*dilation_w.
 
     Attributes:
         top, bottom, left, right: rows and columns of zeros (-inf for a pooling) around the map.
@@ -51,7 +50,7 @@ class ConvGeometry(NamedTuple):
         dilation: Sequence[int] = (1, 1),
         groups: int = 1,
     ) -> ConvGeometry:
-        """From (height, width) and (top, bottom, left, right)."""
+        """The geometry from pairs (height, width) and padding (top, bottom, left, right)."""
         return cls(*stride, *padding, *dilation, groups)
 
     @property
@@ -68,12 +67,12 @@ class ConvGeometry(NamedTuple):
 
     @property
     def form(self) -> tuple[int | bool, ...]:
-        """What the time depends on: uneven padding costs stock a copy, how much there is of it costs nothing."""
+        """The part that affects the time: uneven padding costs stock a copy, whatever its amount."""
         uneven = self.top != self.bottom or self.left != self.right
         return *self.stride, *self.dilation, self.groups, uneven
 
     def output(self, x: Tensor, kernel: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns that a filter of (height, width) makes of a map."""
+        """Rows and columns of the output for a map and a filter of (height, width)."""
         return (
             output_size(x.shape[2], kernel[0], self.stride_h, self.dilation_h, self.top, self.bottom),
             output_size(x.shape[3], kernel[1], self.stride_w, self.dilation_w, self.left, self.right),
@@ -84,16 +83,16 @@ class ConvGeometry(NamedTuple):
         return F.pad(x, [self.left, self.right, self.top, self.bottom], value=value) if any(self.padding) else x
 
     def is_pixelwise(self, kernel: Sequence[int]) -> bool:
-        """Whether a filter of (height, width) makes one pixel of one pixel."""
+        """Whether each output of a filter of (height, width) reads the one pixel at its position."""
         return tuple(kernel) == (1, 1) == self.stride and not any(self.padding)
 
     def is_depthwise(self, weight: Tensor) -> bool:
-        """Whether each channel has one filter of its own."""
+        """Whether each channel has a separate filter."""
         return self.groups > 1 and weight.shape[0] == self.groups and weight.shape[1] == 1
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """`x` if its channels lie side by side, else a channels-last copy."""
+    """`x` if its channels are adjacent in memory, else a channels-last copy."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
@@ -103,7 +102,7 @@ def empty_map(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
 
 
 def placed(part: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
-    """A map of (rows, columns) with `part` from row and column `at` on and zeros around it; `part` if that is all."""
+    """A map of `size` with `part` from row and column `at` on and zeros around it; `part` if it has that size."""
     if tuple(part.shape[2:]) == tuple(size):
         return part
     whole = empty_map(part.shape[0], part.shape[1], size[0], size[1], like=part).zero_()
@@ -117,8 +116,10 @@ def output_size(size: int, kernel: int, stride: int, dilation: int, before: int,
 
 
 def can_describe(*tensors: Tensor | None) -> bool:
-    """Whether tensor descriptors can address these maps or matrices: aligned to 16 bytes, last dimension dense, and no
-    number in several places."""
+    """Whether tensor descriptors can address these maps or matrices.
+
+    They must be aligned to 16 bytes, with a dense last dimension and without overlapping elements.
+    """
     for tensor in tensors:
         if tensor is None:
             continue
@@ -138,12 +139,12 @@ def can_describe(*tensors: Tensor | None) -> bool:
 
 
 def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDescriptor:
-    """A descriptor of a map's NHWC view; reads outside are zero, writes outside are dropped.
+    """A descriptor of a map's NHWC view; reads outside return zero, writes outside are dropped.
 
     Args:
         x: (N, C, H, W) map, or an (R, C) matrix.
         box: the block that one load or store moves, (1, rows, columns, channels) or (rows, columns).
-        operand: whether it is multiplied as it is: float32 is rounded where products are in TF32.
+        operand: whether it is an operand of products: float32 is then rounded if products are in TF32.
     """
     view = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     shape = view.shape
@@ -156,12 +157,12 @@ def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDesc
 
 
 def is_dense(x: Tensor | None) -> bool:
-    """Whether a map fills its memory: pixels, rows and images without gaps."""
+    """Whether a map is dense: pixels, rows and images without gaps."""
     return x is None or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_one_row(x: Tensor) -> Tensor:
-    """All pixels of a dense map side by side."""
+    """A dense map with all pixels in one row."""
     return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -182,12 +183,12 @@ def phases_along(x: Tensor, dim: int, stride: int, before: int) -> tuple[Tensor,
 
 
 class Phases(NamedTuple):
-    """A map as the taps of a convolution with strides of one or two read it.
+    """The windows of a map that the taps of a convolution with strides of one or two read.
 
     Attributes:
-        windows: of even rows and columns, odd columns, odd rows, and odd rows and columns; the map itself for a stride
-            of one, where no others are read.
-        shifts: where the first taps of even rows, odd rows, even and odd columns lie, as seen from an output.
+        windows: of even rows and columns, odd columns, odd rows, and odd rows and columns; for a stride of one the map
+            itself, and no others are read.
+        shifts: offsets of the first taps of even rows, odd rows, even and odd columns from an output.
     """
 
     windows: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -214,7 +215,7 @@ class Phases(NamedTuple):
 
 
 def without_steps(x: Tensor, geometry: ConvGeometry, kernel: Sequence[int]) -> tuple[Tensor, ConvGeometry]:
-    """What a filter of one row, or of one column, reads of a map: with a stride every so many rows or columns."""
+    """The map without the rows or columns that a strided filter of one row or column skips, and its geometry."""
     if kernel[0] == 1 < geometry.stride_h and geometry.top == 0:
         x, geometry = x[:, :, :: geometry.stride_h], geometry._replace(stride_h=1)
     if kernel[1] == 1 < geometry.stride_w and geometry.left == 0:

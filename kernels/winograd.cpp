@@ -1,12 +1,13 @@
-// Convolutions of 3 x 3 with stride 1 on the CPU, by Winograd's minimal filtering F(2 x 2, 3 x 3).
+// 3 x 3 convolutions with stride 1 on the CPU by Winograd's minimal filtering F(2 x 2, 3 x 3).
 //
 //     Y = A^T [ (G g G^T) * (B^T d B) ] A       for each patch d of 4 x 4 inputs and its block Y of 2 x 2 outputs,
 //
-// where * multiplies element by element and sums over the input channels: 16 products for a block, in place of 36. B
-// and A hold 0, 1 and -1 alone, G also 1/2. Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016.
+// where * multiplies element by element and sums over the input channels: 16 products for a block instead of 36. The
+// entries of A and B are 0, 1 and -1, those of G also 1/2. Lavin and Gray, Fast Algorithms for Convolutional Neural
+// Networks, 2016.
 //
-// Maps are channels-last, so that all transforms work on whole vectors of channels. A group of blocks goes through the
-// three steps (transform, 16 matrix products, transform back) while it is in the cache.
+// Maps are channels-last, so all transforms process whole vectors of channels. A group of blocks goes through the three
+// steps (transform, 16 matrix products, transform back) while it is in the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -25,7 +26,7 @@ constexpr int lanes = 8, rows = 6, most_rows = 54;
 constexpr int lanes = 4, rows = 6, most_rows = 54;
 #endif
 constexpr int columns = 2 * lanes;  // of a panel of weights
-constexpr int gap = 16;  // floats between matrices, or all of them would lie in the same lines of the cache
+constexpr int gap = 16;  // floats between matrices; without it all would map to the same cache lines
 
 typedef float Vec __attribute__((vector_size(4 * lanes)));
 typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(4)));
@@ -37,7 +38,7 @@ int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Map {
     int64_t images, height, width, channels;
-    int64_t image, row, pixel;  // strides; channels lie one after the other
+    int64_t image, row, pixel;  // strides; channels are adjacent
 
     int64_t at(int64_t n, int64_t y, int64_t x) const { return n * image + y * row + x * pixel; }
 };
@@ -61,14 +62,14 @@ inline void product(const float* inputs, const float* weights, float* sums, int6
     }
 }
 
-// Where the 16 pixels of the patch lie that begins at a row and a column; those of the padding are zeros.
+// Pointers to the 16 pixels of the patch that begins at a row and a column; pixels of the padding point to zeros.
 inline void find_patch(const float* x, const Map& in, int64_t n, int64_t row, int64_t column, const float* zeros,
                        const float* patch[16]) {
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 4; j++) {
             const int64_t r = row + i, c = column + j;
-            const bool there = r >= 0 && r < in.height && c >= 0 && c < in.width;
-            patch[4 * i + j] = there ? x + in.at(n, r, c) : zeros;
+            const bool inside = r >= 0 && r < in.height && c >= 0 && c < in.width;
+            patch[4 * i + j] = inside ? x + in.at(n, r, c) : zeros;
         }
 }
 
@@ -99,7 +100,7 @@ struct Output {
     bool relu;
 };
 
-// A^T m A + bias + residual, and the activation, for the block at (top, left); `spoilt` is NaN where y is not finite.
+// A^T m A + bias + residual, and the activation, for the block at (top, left); `spoilt` becomes NaN if y is not finite.
 void transform_back(const float* from, int64_t step, const Output& out, int64_t n, int64_t top, int64_t left, Vec& spoilt) {
     const int64_t height = std::min<int64_t>(2, out.map.height - top), width = std::min<int64_t>(2, out.map.width - left);
     for (int64_t k = 0; k < out.map.channels; k += lanes) {
@@ -129,7 +130,7 @@ extern "C" {
 
 int64_t winograd_packed_floats(int64_t channels, int64_t filters) { return 16 * channels * whole(filters, columns); }
 
-// Blocks that are computed together, for as many threads.
+// Blocks that are computed together, given the number of threads.
 static int64_t group_of(int64_t blocks, int threads) {
     return std::clamp<int64_t>(whole((blocks + threads - 1) / threads, rows), rows, most_rows);
 }
@@ -166,9 +167,9 @@ void winograd_pack(const float* weight, int64_t filters, int64_t channels, int64
             }
 }
 
-// y = act(conv(x, w) + bias + residual); x lies `top` rows and `left` columns within its padding of zeros. Channels and
-// filters are multiples of 16; `zeros` are as many as channels. False where a y before the activation is not finite:
-// a block that sees an infinity or NaN spoils outputs that do not.
+// y = act(conv(x, w) + bias + residual); x begins at row `top` and column `left` of its zero padding. Channels and
+// filters must be multiples of 16; `zeros` has one zero per channel. Returns false if a y before the activation is not
+// finite: an infinity or NaN spoils all outputs of its block, also those that do not read it.
 bool winograd_conv3x3(const float* x, Map in, int64_t top, int64_t left, const float* packed, const float* bias,
                       const float* residual, Map residual_map, int relu, float* y, Map map, const float* zeros,
                       float* scratch, int threads) {

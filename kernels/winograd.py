@@ -1,15 +1,15 @@
-"""Convolutions of 3 x 3 with stride 1 on the CPU by Winograd's F(2 x 2, 3 x 3) (`winograd.cpp`), in float32.
+"""3 x 3 convolutions with stride 1 on the CPU by Winograd's F(2 x 2, 3 x 3) (`winograd.cpp`), in float32.
 
     y = act(conv(x, w) + bias + residual)
 
-16 products for a block of 2 x 2 outputs in place of 36, on channels-last maps, with weights that are transformed once
-(`pack`). It takes 0.55 to 0.9 of the time of oneDNN's convolution, and, because its sums are shorter, errs less: 0.6 to
+A block of 2 x 2 outputs takes 16 products instead of 36, on channels-last maps, with weights that are transformed once
+(`pack`). The time is 0.55 to 0.9 of that of oneDNN's convolution. Its sums are shorter, so its error is smaller: 0.6 to
 0.8 of oneDNN's distance to float64. Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
 
-An infinity or NaN in a block of 4 x 4 inputs reaches all of its outputs here, and in a convolution only those that see
-it. Where an output is not finite `conv3x3` says so, and the caller computes it by a convolution.
+An infinity or NaN in a block of 4 x 4 inputs reaches all outputs of the block, but in a convolution only those that
+read it. If an output is not finite, `conv3x3` returns None, and the caller uses a convolution.
 
-Built once where there is a C++ compiler; elsewhere `available` is False.
+The library is built once if there is a C++ compiler; otherwise `available` returns False.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .cpp import built
 log = logging.getLogger(__name__)
 
 _OPTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma")}
-_CHANNELS = 16  # channels and filters are multiples of so many
-_LEAST_CHANNELS = 32  # below, the transforms take what the products save
-_LEAST_PIXELS = 2048  # of an output, all tiles together: below, packing takes it
+_CHANNELS = 16  # channels and filters must be multiples of this
+_LEAST_CHANNELS = 32  # below, the transforms cost more than the products save
+_LEAST_PIXELS = 2048  # of an output, all tiles together: below, packing costs more
 
 Padding = tuple[int, int, int, int]  # top, bottom, left, right
 
@@ -57,8 +57,8 @@ class _Library:
             sizes.argtypes, sizes.restype = [whole, whole], whole
         self.pack, self.conv3x3 = lib.winograd_pack, lib.winograd_conv3x3
         self.pack.argtypes, self.pack.restype = [address, *[whole] * 6, address, threads], None
-        places = [address, _Map, whole, whole, *[address] * 3, _Map, threads, address, _Map, *[address] * 2, threads]
-        self.conv3x3.argtypes, self.conv3x3.restype = places, ctypes.c_bool
+        types = [address, _Map, whole, whole, *[address] * 3, _Map, threads, address, _Map, *[address] * 2, threads]
+        self.conv3x3.argtypes, self.conv3x3.restype = types, ctypes.c_bool
 
 
 @functools.cache
@@ -67,18 +67,18 @@ def _found() -> _Library | str:
     options = _OPTIONS.get(torch.backends.cpu.get_cpu_capability())
     if options is None or not sys.platform.startswith("linux"):
         return "it needs Linux and a processor with AVX2"
-    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))  # another pool would be in their way
+    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))  # a second thread pool would compete
     linking = [str(threads[0])] if threads else ["-fopenmp"]
     try:
         return _Library(built(Path(__file__).with_suffix(".cpp"), ["-O3", "-fopenmp", *options], linking))
     except (OSError, subprocess.SubprocessError) as error:
-        log.debug("convolutions are oneDNN's alone: %s", error)
+        log.debug("convolutions use only oneDNN: %s", error)
         return str(error)
 
 
 @functools.cache
-def _right() -> bool:
-    """Whether the library computes what it should, on this processor."""
+def _is_correct() -> bool:
+    """Whether the library computes correct results on this processor."""
     x, weight = (torch.linspace(-1, 1, n).mul(50).sin() for n in (32 * 35, 48 * 32 * 9))
     x, weight = x.reshape(1, 5, 7, 32).permute(0, 3, 1, 2), weight.reshape(48, 32, 3, 3)
     y = conv3x3(x, pack(weight), 48)
@@ -86,24 +86,24 @@ def _right() -> bool:
 
 
 def available() -> bool:
-    """Whether it is there; it is built when that is asked first, in a second or two."""
+    """Whether the library is available; the first call builds it in a second or two."""
     return missing() is None
 
 
 def missing() -> str | None:
-    """Why it is not there; None where it is."""
+    """The reason why the library is not available; None if it is."""
     found = _found()
     if isinstance(found, str):
         return found
-    return None if _right() else "it does not compute what it should"
+    return None if _is_correct() else "it computes wrong results on this processor"
 
 
 def pays(weight: tuple[int, ...], pixels: int) -> bool:
-    """Whether a convolution with stride 1 takes less time by it.
+    """Whether a convolution with stride 1 is faster with it.
 
     Args:
-        weight: shape: filters, channels, rows, columns.
-        pixels: of its output in one pass.
+        weight: the shape (filters, channels, rows, columns).
+        pixels: pixels of the output in one pass.
     """
     filters, channels, *sides = weight
     whole = channels % _CHANNELS == filters % _CHANNELS == 0
@@ -111,7 +111,7 @@ def pays(weight: tuple[int, ...], pixels: int) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The transformed weights, as `conv3x3` takes them.
+    """The transformed weights for `conv3x3`.
 
     Args:
         weight: (filters, channels, 3, 3), float32, in any memory order.
@@ -120,8 +120,8 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def pack_for_input(weight: Tensor) -> Tensor:
-    """The same for the gradient of the input: a convolution with filters and channels exchanged, and turned round."""
-    return _pack(weight, turned=True)
+    """Weights for the gradient of the input: filters and channels exchanged, taps rotated by 180 degrees."""
+    return _pack(weight, rotated=True)
 
 
 def conv3x3(
@@ -137,16 +137,16 @@ def conv3x3(
     """`act(F.conv2d(F.pad(x, pad), w, bias) + residual)`, (N, filters, H', W') in channels-last memory.
 
     Args:
-        x: (N, channels, H, W), float32, channels-last or a window of such a map: channels lie one after the other.
-        packed: of `pack`.
+        x: (N, channels, H, W), float32, channels-last or a window of a channels-last map.
+        packed: the result of `pack`.
         bias: (filters,).
         residual: like the output, in any memory order.
         relu: whether the activation is ReLU; otherwise there is none.
         pad: rows and columns of zeros at the top, bottom, left and right.
-        margin: rows above and columns to the left of the output for which there is room in its memory.
+        margin: rows above and columns to the left of the output to leave free in its memory.
 
     Returns:
-        None where an output is not finite before its activation.
+        The output; None if it is not finite before the activation.
     """
     library, x = _library(), _in_rows(x)
     residual = None if residual is None else _in_rows(residual)
@@ -156,32 +156,32 @@ def conv3x3(
     shape = n, filters, height + top + bottom - 2, width + left + right - 2
     y = empty_with_room(x, shape, margin)
     if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"the residual has the shape {tuple(residual.shape)}, the output {tuple(y.shape)}")
+        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of the output, {tuple(y.shape)}")
     threads = torch.get_num_threads()
     scratch = x.new_empty(threads * library.scratch_floats(channels, filters))
     if x.is_meta:
         return y
     zeros = x.new_zeros(channels)
     bias_at, residual_at = (0 if t is None else t.data_ptr() for t in (bias, residual))
-    place, like = (_Map.of(y), _Map.of(y if residual is None else residual))
+    output_map, like = (_Map.of(y), _Map.of(y if residual is None else residual))
     read = x.data_ptr(), _Map.of(x), top, left, packed.data_ptr(), bias_at, residual_at, like
-    written = int(relu), y.data_ptr(), place, zeros.data_ptr(), scratch.data_ptr(), threads
+    written = int(relu), y.data_ptr(), output_map, zeros.data_ptr(), scratch.data_ptr(), threads
     return y if library.conv3x3(*read, *written) else None
 
 
 def _library() -> _Library:
     library = _found()
     if isinstance(library, str):
-        raise RuntimeError(f"there is no Winograd convolution here: {library}")
+        raise RuntimeError(f"Winograd convolutions are not available: {library}")
     return library
 
 
-def _pack(weight: Tensor, turned: bool = False) -> Tensor:
+def _pack(weight: Tensor, rotated: bool = False) -> Tensor:
     library = _library()
     filters, channels = weight.shape[:2]
     by_filter, by_channel, by_row, by_column = weight.stride()
     start = 0 if weight.is_meta else weight.data_ptr()
-    if turned:
+    if rotated:
         start += 2 * (by_row + by_column) * weight.itemsize
         filters, channels, by_filter, by_channel = channels, filters, by_channel, by_filter
         by_row, by_column = -by_row, -by_column
@@ -194,14 +194,14 @@ def _pack(weight: Tensor, turned: bool = False) -> Tensor:
 
 
 def empty_with_room(like: Tensor, shape: tuple[int, int, int, int], margin: tuple[int, int]) -> Tensor:
-    """An uninitialised map in channels-last memory with room for rows above it and columns to the left."""
+    """An uninitialised channels-last map with a margin of rows above it and columns to the left in memory."""
     n, channels, height, width = shape
     above, before = margin
     whole = n, channels, height + above, width + before
-    room = torch.empty(whole, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return room[:, :, above:, before:]
+    buffer = torch.empty(whole, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return buffer[:, :, above:, before:]
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """The map itself where its channels lie one after the other, or a channels-last copy."""
+    """The map itself if its channels are adjacent in memory, else a channels-last copy."""
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)

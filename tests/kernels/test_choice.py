@@ -462,7 +462,7 @@ def test_override_reaches_the_threads_of_a_backward(gpu):
 
 
 def test_mistakes_are_named(gpu, monkeypatch):
-    with pytest.raises(ValueError, match=r"override: 'cudnn' is not known; give one of auto, stock, triton"):
+    with pytest.raises(ValueError, match=r"override: unknown mode 'cudnn'; use one of auto, stock, triton"):
         choice.override("cudnn").__enter__()
     monkeypatch.setenv("GIGAMORPH_KERNELS", "fast")
     with pytest.raises(ValueError, match="GIGAMORPH_KERNELS: 'fast'"):

@@ -255,10 +255,15 @@ class TestPlantedErrors:
         oracle = reference(case, o.double)
         found = module.phases
         if fault == "filters not turned":
-            turned, turn = forward.turned, forward.Turn.of  # a copy of the filters, and where they are read turned
+            turned, turn = (
+                forward.flipped_filters,
+                forward.FilterFlip.of,
+            )  # a copy of the filters, and where they are read turned
             turned_back = lambda *given: turned(*given).flip(2, 3).contiguous(memory_format=torch.channels_last)  # noqa: E731
-            monkeypatch.setattr(forward, "turned", turned_back)
-            monkeypatch.setattr(forward.Turn, "of", lambda rows, cols, weight: turn(rows[::-1], cols[::-1], weight))
+            monkeypatch.setattr(forward, "flipped_filters", turned_back)
+            monkeypatch.setattr(
+                forward.FilterFlip, "of", lambda rows, cols, weight: turn(rows[::-1], cols[::-1], weight)
+            )
         elif fault == "phase one pixel off":
             shifted = lambda *given: [p._replace(padding=p.padding + 1) for p in found(*given)]  # noqa: E731
             monkeypatch.setattr(module, "phases", shifted)

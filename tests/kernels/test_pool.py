@@ -239,11 +239,11 @@ def test_empty_maps():
 
 def test_errors():
     x = torch.zeros(1, 4, 6, 6, device=DEVICE)
-    with pytest.raises(ValueError, match="at most 255 taps"):
+    with pytest.raises(ValueError, match="more than 255 taps"):
         max_pool2d(x, (16, 16), ConvGeometry.of(padding=(8, 8, 8, 8)))
     with pytest.raises(ValueError, match="larger than the map"):
         max_pool2d(x, (9, 9), ConvGeometry.of(padding=(1, 1, 1, 1)))
     with pytest.raises(ValueError, match="silu"):
         max_pool2d_backward(x[:, :, :3, :3], x, *PLACES[0], "silu")
-    with pytest.raises(ValueError, match="give the gradient of the output"):
+    with pytest.raises(ValueError, match="must have the shape of the output"):
         max_pool2d_backward(x, x, *PLACES[0])

@@ -294,9 +294,9 @@ def test_operator():
 def test_refusals():
     inputs = problem(RESNET, torch.float32)
     geometry, pool_padding = window(RESNET)
-    with pytest.raises(ValueError, match="may decrease"):
+    with pytest.raises(ValueError, match="is not monotonic"):
         stem(*inputs, *BOUNDS, geometry, pool_padding, "silu")
-    with pytest.raises(ValueError, match="both or neither"):
+    with pytest.raises(ValueError, match="together, or neither"):
         stem(*inputs[:5], None, *BOUNDS, geometry, pool_padding, "relu")
     with pytest.raises(ValueError, match="0 or 1"):
         stem(*inputs, *BOUNDS, geometry, (2, 1, 1, 1), "relu")
@@ -306,5 +306,5 @@ def test_refusals():
     with pytest.raises(ValueError, match="keep=True"):
         inputs[1].requires_grad_()
         stem_and_spots(*inputs, *BOUNDS, geometry, pool_padding, "relu", False)[0].sum().backward()
-    with pytest.raises(ValueError, match="channels of pixels"):
+    with pytest.raises(ValueError, match=r"pixels have . channels"):
         stem(inputs[0].expand(-1, 3, -1, -1), *inputs[1:], *BOUNDS, geometry, pool_padding, "relu")

@@ -114,5 +114,7 @@ def test_a_plan_counts_what_it_takes():
 
 def test_a_residual_of_another_shape_is_refused():
     x, packed = torch.randn(1, 32, 8, 8), winograd.pack(torch.randn(32, 32, 3, 3))
-    with pytest.raises(ValueError, match=r"residual has the shape \(1, 32, 1, 1\), the output \(1, 32, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"residual \(1, 32, 1, 1\) must have the shape of the output, \(1, 32, 8, 8\)"
+    ):
         winograd.conv3x3(x, packed, 32, residual=torch.randn(1, 32, 1, 1))

@@ -230,5 +230,5 @@ def test_a_compiler_that_fails_is_told_and_leaves_nothing(monkeypatch: pytest.Mo
     monkeypatch.setenv("GIGAMORPH_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", str(failing))
     monkeypatch.setattr(module, "_found", functools.cache(module._found.__wrapped__))
-    assert module.missing() == f"{failing} cannot build it: no such header"
+    assert module.missing() == f"{failing} cannot build the library: no such header"
     assert list((tmp_path / "gigamorph" / "arena").iterdir()) == []
