@@ -136,5 +136,5 @@ def test_refusals():
     assert not conv_conv1x1_fits(x, weight1, weight2, residual, ONE._replace(stride_h=3, stride_w=3))
     assert not conv_conv1x1_fits(x, weight1[:24], weight2, residual, ONE)
     assert not conv_conv1x1_fits(x.contiguous(), weight1, weight2, residual, ONE)
-    with pytest.raises(ValueError, match="apart"):
+    with pytest.raises(ValueError, match="separately"):
         conv_conv1x1(x, weight1[:24], shift1[:24], weight2[:, :24], shift2, residual, ONE, "relu", "relu")

@@ -400,7 +400,7 @@ def test_tiles_of_a_gpu(monkeypatch, dtype, channels, pixels):
 def test_refusals():
     x = random_map(1, 4, 3, 3, torch.float32, torch.Generator())
     weight, geometry = torch.zeros(2, 1, 3, 3, device=DEVICE), ConvGeometry.of(padding=(1, 1, 1, 1), groups=4)
-    with pytest.raises(ValueError, match=r"depthwise_forward: weights of shape \(2, 1, 3, 3\) for 4 channels"):
+    with pytest.raises(ValueError, match=r"depthwise_forward: weights \(2, 1, 3, 3\) for 4 channels"):
         depthwise.forward(x, weight, torch.empty_like(x), geometry)
     with pytest.raises(ValueError, match="depthwise_dgrad"):
         depthwise.dgrad(x, weight, torch.empty_like(x), geometry)
