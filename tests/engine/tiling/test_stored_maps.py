@@ -119,7 +119,7 @@ def test_a_full_disk_is_told_in_one_line(on_disk: list[str], monkeypatch: pytest
         patch.undo()
         loss = net(x).sum()
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(GigamorphError, match="cannot store another .* of halos or maps"):
+        with pytest.raises(GigamorphError, match=r"cannot store another .* of halos or maps"):
             loss.backward()
     assert max(step_errors(step(copy.deepcopy(net._network), x), step(net, x)).values()) < 1e-12
 
