@@ -367,7 +367,7 @@ def test_the_backend() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tiles": 16}, "no option 'tiles'; there are memory_budget, tile, halos, fallback"),
+        ({"tiles": 16}, "choose from memory_budget, tile, halos, fallback"),
         ({"halos": "nowhere"}, "halos"),
         ({"tile": -3}, "tile"),
     ],
