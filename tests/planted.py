@@ -157,8 +157,8 @@ FAULTS = (
     Fault(
         "ignore-index-not-counted-out",
         "engine/lowering/ops/losses.py",
-        "        kept = labels != ignored\n",
-        "        kept = labels >= 0\n",
+        "        counts_label = labels != ignored\n",
+        "        counts_label = labels >= 0\n",
         "tests/engine/test_dense.py",
         "The mean loss of masks with ignore_index=255 divides by the ignored pixels too.",
     ),
