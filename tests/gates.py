@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 60_884,
-    ("engine", "kernels", "cli", "benchmarks"): 70_665,
+    ("engine", "kernels"): 60_865,
+    ("engine", "kernels", "cli", "benchmarks"): 70_646,
     ("benchmarks",): 5_989,
 }
 WORDS = {

@@ -222,17 +222,6 @@ def given(program: Program, wanted: Iterable[int]) -> bool:
     return not ancestors(program, wanted).isdisjoint((program.image, *program.inputs, *program.vectors))
 
 
-def changes_unasked(program: Program, wanted: int) -> bool:
-    """Whether a value may change between calls with equal inputs: it depends on trainable weights, or is random."""
-    learns = any(program.values[number].trainable for number in ancestors(program, [wanted]))
-    return not given(program, [wanted]) and (learns or by_chance(program, [wanted]))
-
-
-def by_chance(program: Program, wanted: Iterable[int]) -> bool:
-    """Whether any of these values depends on random numbers."""
-    return any(map(draws, behind(program, wanted)))
-
-
 def behind(program: Program, wanted: Iterable[int]) -> Iterator[Op]:
     """The ops that these values depend on."""
     found = ancestors(program, wanted)

@@ -159,6 +159,8 @@ class Recorder(TorchFunctionMode):
             return
         if name == "detach_" and tensors and tensors[0].requires_grad and id(tensors[0]) in self.values.first:
             raise UnsupportedError(f"{self.values.where()} calls detach_() on an argument; use x = x.detach()")
+        if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves((args, kwargs))):
+            raise UnsupportedError(f"{self.values.where()} draws from a torch.Generator; leave out generator=")
         if name in REFUSED and tensors:
             raise UnsupportedError(f"{self.values.where()} {REFUSED[name]}")
         if name == "requires_grad_" and tensors and tensors[0].requires_grad != (*args[1:], *kwargs.values(), True)[0]:

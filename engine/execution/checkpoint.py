@@ -15,7 +15,6 @@ from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
 from .forward import Forward, step_together
 from .prepared import Segment
-from .random_numbers import as_they_were, generators_of, random_state, set_random_state, states_of
 from .stage_function import keeps_graph
 
 
@@ -53,8 +52,8 @@ class Checkpointed(torch.autograd.Function):
         with locks.RANDOM if any(tiled.random for tiled in outer[0].prepared.stages) else contextlib.nullcontext():
             ctx.random_state = None
             if not outer[0].alone:  # captured work draws nothing and must not read the state
-                ctx.generators = generators_of(outer[0].prepared.staged.program)
-                ctx.random_state = random_state(outer[0].device), states_of(ctx.generators)
+                gpu = outer[0].device if outer[0].device.type == "cuda" else None
+                ctx.random_state = torch.get_rng_state(), gpu and torch.cuda.get_rng_state(gpu)
             for number in segments[0].steps:
                 step_together(inner, number)
             ctx.drawn = locks.drawn()
@@ -92,15 +91,16 @@ class Checkpointed(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _drawing_the_same(ctx: Any, device: torch.device) -> Iterator[None]:
-    """Context with the random number generators in the states of the forward."""
+    """Context with PyTorch's random number generators in the states of the forward."""
     if ctx.random_state is None:
         yield
         return
     gpus = [device] if device.type == "cuda" else []
     with locks.RANDOM, torch.random.fork_rng(devices=gpus):
-        set_random_state(ctx.random_state[0], device)
-        with as_they_were(ctx.generators, ctx.random_state[1]):
-            yield
+        torch.set_rng_state(ctx.random_state[0])
+        for gpu in gpus:
+            torch.cuda.set_rng_state(ctx.random_state[1], gpu)
+        yield
         locks.check_drawn(ctx.drawn)
 
 
