@@ -59,6 +59,7 @@ for _name, _help in _COMMANDS.items():
     cli.add_command(LazyCommand(name=_name, help=_help), _name)
 
 
+_LONGEST = 2000  # characters of an error line
 _HELP = getattr(exceptions, "NoArgsIsHelpError", ())  # of click 8.2 and later
 
 
@@ -96,8 +97,8 @@ def _code(args: list[str] | None, pressed: Callable[[], bool]) -> int:
             error.show()
             return error.exit_code
         of = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-        told = " ".join(error.format_message().split()).removesuffix(".")
-        print(f"error: {told}{f' ({of} --help)' if of else ''}", file=sys.stderr)
+        text = _one_line(error.format_message()).removesuffix(".")
+        print(f"error: {text}{f' ({of} --help)' if of else ''}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if pressed():
@@ -106,8 +107,14 @@ def _code(args: list[str] | None, pressed: Callable[[], bool]) -> int:
 
         if not isinstance(error, GigamorphError):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _one_line(text: str) -> str:
+    """A message on one line. Its middle is left out if it quotes a value that fills the terminal."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
 
 
 def _stopped() -> int:

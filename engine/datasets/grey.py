@@ -115,13 +115,23 @@ def _unlike(by_kind: Mapping[str, Sequence[Seen]]) -> list[str]:
 
 
 def _range(images: ImageDataset, number: int) -> Seen | None:
-    """An image without normalisation, and what was read of it."""
+    """The sampled grey values of an image; None if it cannot be read."""
     try:
-        source = images.opened(images.records[number], None)
-        _, height, width = source.shape
-        strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
+        return _sampled(images.opened(images.records[number], None))
     except DataError:
         return None
+
+
+def odd_grey(source: ImageSource) -> str:
+    """`odd_range` of an image, from a sample of its rows; the normalisation does not matter."""
+    seen = _sampled(ImageSource(source.stored, flip=False, channels=source.shape[0], white=source.full))
+    return "" if seen is None else odd_range(seen.source, *seen[2:])
+
+
+def _sampled(source: ImageSource) -> Seen | None:
+    """The sampled grey values of an image without normalisation; None if they are not finite."""
+    _, height, width = source.shape
+    strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
     values = np.concatenate([strip.flatten().numpy() for strip in strips])
     least, most = float(values.min()), float(values.max())
     if not np.isfinite([least, most]).all():

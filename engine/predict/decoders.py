@@ -7,6 +7,7 @@ where that cannot be.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..datasets.grey import odd_grey
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
@@ -59,6 +61,8 @@ class Opened:
     """The traceback of an unforeseen error."""
     bytes: int = 0
     """That were decoded ahead."""
+    odd: str = ""
+    """`odd_grey` of the image; empty for images larger than `LARGEST`."""
     seconds: float = 0.0
     """That reading it has taken."""
 
@@ -218,7 +222,11 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             record = replace(record, path=remote)
         item = open_image(record, one)
         source = stored_source(item["image"])
-        decoded = _decode(source, one.row.name) if source is not None and (whole or staged is not None) else 0
+        decoded, odd = 0, ""
+        if source is not None and (size := _size(source)) <= LARGEST:
+            if whole or staged is not None:
+                source.stored, decoded = DecodedPixels(source, one.row.name), size
+            odd = odd_grey(source)
     except Exception as error:
         known = isinstance(error, GigamorphError)
         text = str(error) if known else f"{one.row.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
@@ -227,21 +235,15 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             text = text.replace(str(record.path), one.row.url)
         kind = type(error) if known else DataError
         return Opened(one, error=kind(text), fault="" if known else traceback.format_exc())
-    opened = Opened(one, item, staged=staged, bytes=decoded)
+    opened = Opened(one, item, staged=staged, bytes=decoded, odd=odd)
     if decoded:
         opened.close()
     return opened
 
 
-def _decode(source: ImageSource, name: str) -> int:
-    """Let the source hold its pixels; how many bytes they are, 0 if they are too many to be held."""
-    stored = source.stored
-    channels, height, width = stored.shape
-    size = channels * height * width * np.dtype(str(stored.dtype).removeprefix("torch.")).itemsize
-    if size > LARGEST:
-        return 0
-    source.stored = DecodedPixels(source, name)
-    return size
+def _size(source: ImageSource) -> int:
+    """Bytes of the pixels as stored."""
+    return math.prod(source.stored.shape) * np.dtype(str(source.stored.dtype).removeprefix("torch.")).itemsize
 
 
 class DecodedPixels:

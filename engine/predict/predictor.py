@@ -36,12 +36,12 @@ RESULTS = pa.schema(
         ("exclusive", pa.bool_()),
         ("row", pa.list_(pa.float64())),
         ("pixels", pa.int64()),
-        *texts("heatmap"),
+        *texts("heatmap", "odd"),
     ]
 )
 """Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
 and header_exam stand for the patient and the study that a DICOM header names, laterality and view are its own; row is
-what the network gave, where it combines views by that."""
+what the network gave, where it combines views by that; odd is a warning about the grey values."""
 OpenImages = Callable[[Sequence[Record]], Images]
 """Records -> their images."""
 
@@ -144,6 +144,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "row": logits.tolist() if outputs is not None and outputs.views is not None else None,
         "pixels": source.shape[-2] * source.shape[-1],
         "heatmap": None,
+        "odd": opened.odd or None,
     }
     if explained is not None:
         log_odds = found.log_odds[which]

@@ -19,7 +19,7 @@ from .options import RunOptions, Scores, Summary, Watch
 from .predictor import RESULTS, Classifier, Opener, Predicting, Wanted, start_predicting
 from .rows import Row
 from .runner import run
-from .tables import prediction_of, write_tables
+from .tables import prediction_of, write_odd, write_tables
 
 __all__ = ["Options", "Summary", "Watch", "predict"]
 
@@ -133,7 +133,7 @@ class _Predict(PredictJob):
         options, outputs = self._options, outputs_of(self._network.net)
         scores = write_tables(
             index,
-            results,
+            write_odd(results, out),
             out,
             self._network.classes,
             options.calibration,

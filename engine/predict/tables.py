@@ -148,6 +148,20 @@ def _noted(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[
         yield one
 
 
+def write_odd(results: Iterable[dict[str, Any]], out: Path) -> Iterator[dict[str, Any]]:
+    """The results again; afterwards, odd.csv lists the images with odd grey values, and one line warns of them."""
+    found = list[tuple[str, str]]()
+    for result in results:
+        if result.get("odd"):
+            found.append((result["image_path"], result["odd"]))
+        yield result
+    if not found:
+        (out / "odd.csv").unlink(missing_ok=True)
+        return
+    write_csv(out / "odd.csv", ["image_path", "reason"], found)
+    log.warning("odd grey values in %d image(s), listed in odd.csv; first %s: %s", len(found), *found[0])
+
+
 def write_failures(index: Index, out: Path) -> None:
     """quarantine.csv, if there is anything to tell."""
     path = out / "quarantine.csv"
