@@ -49,7 +49,7 @@ class LazyCommand(click.RichCommand):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(OWN)
 def cli() -> None:
-    """Train and run ordinary ConvNets on gigapixel images, exactly, within your memory.
+    """Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.
 
     Example: gigamorph train table.csv --model resnet50 --memory-budget 8GiB --out run
     """
