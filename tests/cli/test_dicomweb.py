@@ -77,7 +77,7 @@ def test_evidence_of_a_store_goes_back_as_segmentations(server, files, checkpoin
     url, client = server
     image = stores.uid_url(url, files[0])
     assert run("explain", checkpoint, image, "--out", tmp_path / "png", "--store", url) == 2
-    assert "--store takes DICOM SEGs; add --format seg" in capsys.readouterr().err
+    assert "--store needs DICOM SEGs; add --format seg" in capsys.readouterr().err
     assert run("explain", checkpoint, image, "--out", tmp_path / "out", "--format", "seg", "--store", url) == 0
     assert run("explain", checkpoint, files[0], "--out", tmp_path / "file", "--format", "seg") == 0
     [path] = (tmp_path / "out").glob("*.seg.dcm")

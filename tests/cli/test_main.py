@@ -157,7 +157,7 @@ def test_an_output_that_takes_nothing(args, monkeypatch, capfd):
             os.dup2(kept, 1)
             os.close(kept)
     error = capfd.readouterr().err
-    assert error == "error: the output cannot be written: No space left on device; send it elsewhere\n"
+    assert error == "error: cannot write the output: No space left on device; redirect it elsewhere\n"
 
 
 def test_version(capsys):

@@ -126,7 +126,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau': schedule.plateau = EPOCHS divides the rate"),
         (["-o", "loss.focal=-1"], "loss.focal is -1"),
         (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each of the stages has its own; leave it out"),
-        (["--epochs", "20", "--config", "stages.toml"], "--epochs: each of the stages has its own; set stages in"),
+        (
+            ["--epochs", "20", "--config", "stages.toml"],
+            "--epochs cannot be used with stages; set the epochs of each stage in",
+        ),
         (["-o", "epochs=0"], "epochs is 0; it is 1 or more"),
         (["--mean", "auto", "--std", "1"], "make both auto"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),

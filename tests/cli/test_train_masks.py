@@ -122,7 +122,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
 
     best = trained / "best.ckpt"
     assert "is a network of masks, which tells no classes of images" in refused("explain", best, table)
-    assert "this checkpoint is of masks" in refused("predict", best, table, "--heatmaps")
+    assert "do not support checkpoints of masks" in refused("predict", best, table, "--heatmaps")
     assert "a network for masks gives one map" in refused("train", table, *FAST, "--model", "lesionnet")
     other = tmp_path / "other.csv"
     other.write_text(f"image_path,mask_path,patient_id\n{table.parent / '0.png'},,p\n")

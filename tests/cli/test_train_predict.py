@@ -384,7 +384,7 @@ def test_ctrl_c_and_sigterm_keep_the_results_before(
         patched.setattr("gigamorph.engine.predict.parts._SHARE", 1e9)
         assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
     told = capsys.readouterr().err.strip("\n")
-    assert told == "stopped; what is done is kept, and the same command with --resume goes on"
+    assert told == "stopped; finished work is stored, and the same command with --resume continues"
     computed = len(rows(tmp_path / "out" / "predictions.csv"))
     assert computed == 3
     assert len(rows(tmp_path / "out" / "breasts.csv")) == (computed + 1) // 2
@@ -450,7 +450,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phan
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGTERM)  # as a scheduler does
     assert child.wait() == 130, child.error
-    assert "--resume goes on from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
+    assert "--resume continues from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
     assert run(*command, tmp_path / "cut", "--resume") == 0
     a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
     for key, value in a["state_dict"].items():
@@ -464,7 +464,7 @@ def test_real_mammograms_from_index_to_report_at_native_resolution(real_data, tm
     for name in ("mg_ge_jpeg_lossless.dcm", "dbt_4frames_jpeg2000.dcm"):
         (tmp_path / "dicom" / name).symlink_to(real_data / "dicom" / name)
     assert run("data", "index", tmp_path / "dicom", "--out", tmp_path / "index.csv") == 0
-    assert "2 images of 2 patients, 0 files passed over" in capsys.readouterr().out
+    assert "2 images of 2 patients, 0 files skipped" in capsys.readouterr().out
     indexed = rows(tmp_path / "index.csv")
     with (tmp_path / "t.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*indexed[0], "split", "frame"])

@@ -144,7 +144,7 @@ def test_frames_are_no_repeats(tmp_path, capsys):
     lines = [f"a.dcm,{n},p{n},{n % 2},{n}" for n in range(4)]
     (tmp_path / "p.csv").write_text("\n".join(["image_path,frame,patient_id,label,score_1", *lines]) + "\n")
     assert run("eval", tmp_path / "p.csv", "--out", tmp_path / "out", "--resamples", 5) == 0
-    assert "there before" not in capsys.readouterr().err
+    assert "repeat an image" not in capsys.readouterr().err
 
 
 def test_a_record_without_a_patient_is_of_no_other():

@@ -67,4 +67,4 @@ def test_eval_of_masks(table, tmp_path, capsys):
     assert "mass: Dice 0." in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["kind"] == "masks"
     assert run("eval", table, "--split", "test", "--by", "split", "--out", tmp_path / "more") == 2
-    assert "of predicted masks only" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "predicted masks accept only" in " ".join(capsys.readouterr().err.replace("│", " ").split())

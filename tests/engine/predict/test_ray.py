@@ -42,7 +42,7 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
 def test_an_address_is_rays(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x.ckpt", "a.dcm", "--out", str(tmp_path / "o"), "--address", "auto"])
-    assert "--address is a Ray cluster's; add --engine ray" in capsys.readouterr().err
+    assert "--address needs --engine ray" in capsys.readouterr().err
 
 
 class RayError(Exception):
