@@ -270,10 +270,10 @@ def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
 def test_init_and_freeze_refuse_what_cannot_be(tmp_path, phantoms, capsys):
     make(tmp_path / "net", 2)
     cases = {
-        "--init says the model; omit --model": ["--init", tmp_path / "net", "--model", "resnet18"],
+        "--init determines the model; omit --model": ["--init", tmp_path / "net", "--model", "resnet18"],
         "has its own weights; omit them": ["--init", tmp_path / "net", "--weights", "w.pt"],
         "has no model.json": ["--init", tmp_path],
-        "'layer9' names no parameter of the network": ["--init", tmp_path / "net", "--freeze", "layer9"],
+        "'layer9' matches no parameter of the network": ["--init", tmp_path / "net", "--freeze", "layer9"],
         "all parameters are frozen": ["--init", tmp_path / "net", "--freeze", "*"],
         "write PATTERN=RATE": ["--init", tmp_path / "net", "--lr-of", "fc"],
     }

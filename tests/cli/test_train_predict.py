@@ -332,7 +332,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
     new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=20_000)
     assert new.wait() == 2
-    assert "no checkpoint was written before, begin the run anew" in new.error and new.error.count("\n") == 1
+    assert "no checkpoint was written before; start the run again" in new.error and new.error.count("\n") == 1
 
 
 def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
@@ -432,8 +432,8 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "y.ckpt")
     for name, message in (
         ("x", "not a readable checkpoint"),
-        ("y", "not written by gigamorph train"),
-        ("cut", "is cut off, as by a full disk"),
+        ("y", "not a checkpoint of gigamorph train"),
+        ("cut", "is truncated (full disk, or interrupted copy)"),
         ("z", "no such"),
     ):
         assert run("predict", tmp_path / f"{name}.ckpt", phantoms, "--out", tmp_path / "out") == 2
@@ -554,4 +554,4 @@ def test_a_run_without_validation_says_so(phantoms, tmp_path, caplog):
     table = phantoms.parent / "train_only.csv"
     table.write_text(re.sub(r",(val|test),", ",train,", phantoms.read_text()))
     assert run("train", table, "--out", tmp_path / "run", *FAST) == 0
-    assert "no validation images: the last epoch is kept" in caplog.text
+    assert "no validation images: the last epoch is saved as the best" in caplog.text

@@ -185,7 +185,7 @@ def test_more_epochs_extend_a_run(data, tmp_path):
     assert long["gigamorph"]["options"]["epochs"] == 4 and long["gigamorph"]["state"]["epoch"] == 4
     steps = [max(float(s["step"]) for s in c["optimizer_states"][0]["state"].values()) for c in (short, long)]
     assert steps[1] == 2 * steps[0]
-    with pytest.raises(GigamorphError, match="was begun with epochs=4, not 3; resume with the same or more"):
+    with pytest.raises(GigamorphError, match="was started with epochs=4, not 3; resume with the same value or more"):
         fit(data, OPTIONS, tmp_path / "run", resume=True)
     fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True, report=lambda p: notes.append(p.note))
     assert "train: nothing is left to do, complete after epoch 4" in notes
@@ -295,10 +295,10 @@ def test_refusals_name_the_culprit(data, tmp_path):
         fit(replace(data, train=Images([])), OPTIONS, tmp_path / "run")
     said = []
     fit(data, replace(OPTIONS, epochs=1), tmp_path / "run", resume=True, watch=Watch(say=said.append))
-    assert f"{tmp_path / 'run' / 'last.ckpt'}: not there yet, so the run begins" in said
+    assert f"{tmp_path / 'run' / 'last.ckpt'}: not found, so the run starts from the beginning" in said
     with pytest.raises(GigamorphError, match="already holds a run; continue it with --resume"):
         fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
-    with pytest.raises(GigamorphError, match=r"was begun with accumulate=3, not 1; resume with the same$"):
+    with pytest.raises(GigamorphError, match=r"was started with accumulate=3, not 1; resume with the same value$"):
         fit(data, replace(OPTIONS, accumulate=1), tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="another split"):
         fit(replace(data, test=Images([])), replace(OPTIONS, epochs=1), tmp_path / "run", resume=True)

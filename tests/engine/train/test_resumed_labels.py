@@ -53,7 +53,9 @@ def test_a_run_goes_on_only_with_the_values_of_its_labels(tmp_path):
     fit(data, OPTIONS, tmp_path)
     first, *others = data.train.records
     mended = Images([replace(first, labels={**first.labels, "b": 1 - first.labels["b"]}), *others])
-    with pytest.raises(DataError, match="was begun with other labels or frames of the same images; resume with those"):
+    with pytest.raises(
+        DataError, match="was started with different labels or frames of the same images; resume with the same table"
+    ):
         fit(replace(data, train=mended), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     unused = Images([replace(first, labels={**first.labels, "c": 1.0}), *others])
     fit(replace(data, train=unused), replace(OPTIONS, epochs=2), tmp_path, resume=True)
@@ -80,7 +82,7 @@ def test_a_run_goes_on_only_with_images_that_are_read_alike(change, flip, views)
         )
 
     require_same(record({}), record({}), Path("last.ckpt"))
-    with pytest.raises(DataError, match="was begun with other sides, white levels"):
+    with pytest.raises(DataError, match="was started with different sides, white levels"):
         require_same(record({}), record(change), Path("last.ckpt"))
     unread = [{"laterality": "R"}, {"exam_id": "other"}]
     alone = Target(("a", "b"), "labels")
