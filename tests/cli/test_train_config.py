@@ -123,9 +123,9 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
             ["-o", "schedule.name=OneCycleLR", "-o", "schedule.options.total_steps=2", "-o", "epochs=3"],
             "schedule 'OneCycleLR': total_steps is 2, the run has 3; leave it out",
         ),
-        (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau': schedule.plateau = EPOCHS divides the rate"),
+        (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau'; set schedule.plateau = EPOCHS instead"),
         (["-o", "loss.focal=-1"], "loss.focal is -1"),
-        (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each of the stages has its own; leave it out"),
+        (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each stage has its own epochs; leave it out"),
         (["--epochs", "20", "--config", "stages.toml"], "--epochs: each of the stages has its own; set stages in"),
         (["-o", "epochs=0"], "epochs must be 1 or more, not 0"),
         (["--mean", "auto", "--std", "1"], "must both be auto"),
@@ -322,7 +322,7 @@ def test_names_of_labels_are_looked_at(phantoms, tmp_path, capsys):
     assert run("train", written(["malignant", "Malignant"]), *FAST, "--out", tmp_path / "spelt") == 2
     assert "differ only in case or blanks" in capsys.readouterr().err
     assert run("train", written(["small", "large"]), *FAST, "--task", "ordinal", "--out", tmp_path / "grades") == 0
-    assert "the order taken is large < small" in capsys.readouterr().err
+    assert "the assumed order is large < small" in capsys.readouterr().err
 
 
 def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path, capsys):
@@ -467,7 +467,7 @@ def test_what_a_callback_knows_and_decides_outlives_the_run(phantoms, tmp_path, 
     log = (tmp_path / "run" / "log.csv").read_text()
     assert log.count("\n") == 4  # the first epoch is the best, and two are waited for
     assert run(*command, "--epochs", "6", "--resume") == 0
-    assert "train: nothing is left to do, stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
+    assert "train: nothing left to do, stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
     assert (tmp_path / "run" / "log.csv").read_text() == log
 
 

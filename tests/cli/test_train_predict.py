@@ -157,7 +157,7 @@ def test_resume_takes_the_epochs_of_the_run_and_more_extend_it(trained, phantoms
     out, others = tmp_path / "run", [option for option in FAST if option not in ("--epochs", "1")]
     shutil.copytree(trained, out)
     assert run("train", phantoms, "--out", out, *others, "--resume") == 0
-    assert "train: nothing is left to do, complete after epoch 1" in capsys.readouterr().out
+    assert "train: nothing left to do, complete after epoch 1" in capsys.readouterr().out
     assert run("train", phantoms, "--out", out, *others, "--resume", "--epochs", "2") == 0
     assert [row["epoch"] for row in rows(out / "log.csv")] == ["1", "2"]
 
@@ -323,7 +323,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     assert re.fullmatch(
         r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; "
         r"the existing file is unchanged; raise the limit .*; "
-        r"\S+/run/last\.ckpt is whole, and --resume .* goes on from it\n",
+        r"\S+/run/last\.ckpt is complete; continue from it with --resume .*\n",
         done.error,
     )
     assert (out / "last.ckpt").read_bytes() == before
@@ -515,7 +515,7 @@ def test_pixels_that_are_no_numbers_cost_their_image_alone(command, trained, pha
     np.save(tmp_path / "a.npy", np.full((160, 128), np.nan, np.float32))
     images = [tmp_path / "a.npy", phantoms.parent / "images"]
     assert run(command, trained / "best.ckpt", *images, "--out", tmp_path / "one") == 2
-    assert "a.npy: the network gives no number" in one_line(capsys)
+    assert "a.npy: the network's output is not finite" in one_line(capsys)
     assert run(command, trained / "best.ckpt", *images, "--skip-bad", "--out", tmp_path / "all") == 0
     assert "16 images" in capsys.readouterr().out
     assert [row["image_path"] for row in rows(tmp_path / "all" / "quarantine.csv")] == [str(tmp_path / "a.npy")]

@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whol
 def test_a_network_that_is_built_otherwise_today(whole):
     stored = load_checkpoint(whole / "best.ckpt")
     stored["gigamorph"]["options"]["model"] = "lesionnet"
-    with pytest.raises(DataError, match="weights are not those of 'lesionnet' as it is built today"):
+    with pytest.raises(DataError, match="weights do not fit 'lesionnet' as it is built now"):
         restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")
 
 
@@ -188,7 +188,7 @@ def test_more_epochs_extend_a_run(data, tmp_path):
     with pytest.raises(GigamorphError, match="was started with epochs=4, not 3; resume with the same value or more"):
         fit(data, OPTIONS, tmp_path / "run", resume=True)
     fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True, report=lambda p: notes.append(p.note))
-    assert "train: nothing is left to do, complete after epoch 4" in notes
+    assert "train: nothing left to do, complete after epoch 4" in notes
 
 
 def test_a_diverged_run_keeps_what_it_had(data, tmp_path):

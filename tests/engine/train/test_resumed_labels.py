@@ -32,10 +32,13 @@ def labelled(target: Target) -> Data:
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        (Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)), r"begun to learn names \['a', 'b'\], not \['b', 'a'\]"),
-        (Target(("a", "b"), "labels"), "begun to learn kind numbers, not labels"),
+        (
+            Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)),
+            r"started with target names \['a', 'b'\], not \['b', 'a'\]",
+        ),
+        (Target(("a", "b"), "labels"), "started with target kind numbers, not labels"),
         (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.6)), r"their standard deviation\) \[1.0, 0.5\], not"),
-        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "begun to learn views None, not mean"),
+        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "started with target views None, not mean"),
     ],
 )
 def test_a_run_goes_on_with_its_own_labels_alone(now, message, tmp_path):
