@@ -30,7 +30,7 @@ from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, check_numbers, headed, naming, open_one
+from ..predict.predictor import Classifier, Opener, check_numbers, header_columns, naming, open_one
 from ..predict.rows import Row, Work
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
@@ -231,7 +231,7 @@ class Explaining:
             "class": classes[which],
             "log_odds": list(told.log_odds),
             "exclusive": told.exclusive,
-            **headed(source, self._secret),
+            **header_columns(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
 
