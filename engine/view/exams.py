@@ -19,7 +19,7 @@ from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.class_names import positive_of
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
-from ..evaluate.join import ImageRecords, elsewhere
+from ..evaluate.join import ImageRecords, missing_file_hint
 from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
@@ -79,7 +79,7 @@ class View:
         Raises:
             DataError: if it cannot be opened.
         """
-        if remedy := elsewhere(str(self.record.path)):
+        if remedy := missing_file_hint(str(self.record.path)):
             raise DataError(f"{self.record.path}: is not beside the predictions, {remedy}")
         source = open_record(self.record, **self.grey)
         return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
@@ -176,7 +176,7 @@ def read_exams(
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
     if there and not any(view.record.path.absolute() in there for views in exams.values() for view in views):
-        remedy = elsewhere(rows.rows[0]["image_path"]) or "give the table that was predicted from"
+        remedy = missing_file_hint(rows.rows[0]["image_path"]) or "give the table that was predicted from"
         raise DataError(f"{table}: names none of the images of {path}; {remedy}")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)

@@ -127,11 +127,11 @@ def test_a_calibration_is_applied_to_probabilities_calls_and_pictures(trained, p
     (tmp_path / "calibration.json").write_text(json.dumps(stored | {"sha256": "0"}))
     assert run(*command, "--out", tmp_path / "other") == 2
     error = capsys.readouterr().err
-    assert "measured on predictions of another checkpoint" in error and error.count("\n") == 1
+    assert "was measured on another checkpoint" in error and error.count("\n") == 1
     (tmp_path / "calibration.json").write_text(json.dumps(stored | {"flips": ["both"]}))
     assert run(*command, "--out", tmp_path / "other") == 2
     error = capsys.readouterr().err
-    assert "measured on predictions with --flip both; predict as they were" in error and error.count("\n") == 1
+    assert "was measured with --flip both; predict with the same flips" in error and error.count("\n") == 1
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
