@@ -130,7 +130,7 @@ def test_what_cannot_be(phantoms, tmp_path, capsys):
     unread.write_text("image_path,label,patient_id\nnone.png,0,p\n")
     child = forked("train", unread, *command[2:], "--accumulate", "3", "--devices", "2")
     assert child.wait() == 2
-    assert "3 images per optimizer step cannot be dealt to 2 processes" in child.error
+    assert "3 images per optimizer step cannot be distributed to 2 processes" in child.error
     assert child.error.count("\n") == 1
 
 

@@ -116,8 +116,8 @@ def test_images_that_are_elsewhere_are_told_with_the_remedy(predicted, tmp_path,
     table.write_text("image_path,p_0,p_1\nimages/a.dcm,0.2,0.8\n")
     assert run("view", table, "--static", "--out", tmp_path / "page") == 2
     error = capsys.readouterr().err
-    assert "error: images/a.dcm: is not beside the predictions, nor is there such a file" in error
-    assert "go to the folder where it ran" in error and error.count("\n") == 1
+    assert "error: images/a.dcm: is not next to the predictions; the file does not exist" in error
+    assert "relative to the folder where gigamorph predict ran; run it there" in error and error.count("\n") == 1
     assert not (tmp_path / "page").exists()  # so that the same command serves once the image is there
     (tmp_path / "images").mkdir()
     image = next((predicted / "phantoms" / "images").iterdir())
@@ -145,13 +145,13 @@ def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     (predicted / "other").mkdir()
     (predicted / "other" / "mine.txt").write_text("")
     assert run("view", predicted / "predictions", "--static", "--out", predicted / "other") == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "has other files" in capsys.readouterr().err
     (predicted / "half").mkdir()
     (predicted / "half" / "view.css").write_text("")  # the disk was full
     assert run("view", predicted / "predictions", "--most", "1", "--static", "--out", predicted / "half") == 0
     capsys.readouterr()
     assert run("view", predicted / "run", "--static", "--out", predicted / "none") == 2
-    assert "make them: gigamorph predict" in capsys.readouterr().err
+    assert "create it with gigamorph predict" in capsys.readouterr().err
 
 
 PAINTED = "return state.shown.length > 0 && state.shown.every(s => s.viewer.world.getItemCount() && s.canvas)"

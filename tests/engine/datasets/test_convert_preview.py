@@ -147,7 +147,7 @@ def test_a_conversion_goes_on_where_it_was_and_is_shared_out(phantoms: list[Reco
         convert_images(given, tmp_path / "out", options=here)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").iterdir()}
     assert len(written) == 2
-    with pytest.raises(GigamorphError, match="was begun with --images tiff; go on with that"):
+    with pytest.raises(GigamorphError, match="was started with --images tiff; continue with it"):
         convert_images(given, tmp_path / "out", file_format="png", options=replace(here, resume=True))
     forgiving = replace(here, max_failures=0.5, resume=True)
     records, errors, found = convert_images(given, tmp_path / "out", options=forgiving)

@@ -175,7 +175,7 @@ def test_label_columns(tmp_path: Path) -> None:
     text = path.read_text().replace("label_cancer,label_kind", "label,label_kind")
     both.write_text(text)
     training_data(both, warn=warn)
-    assert told == ["columns label_kind are not learnt, label is (data convert --label makes another one it)"]
+    assert told == ["columns label_kind are not learnt, only label (choose it with data convert --label)"]
     told.clear()
     both.write_text("\n".join(line.rpartition(",")[0] + f",{line.rpartition(',')[2]}" for line in text.splitlines()))
     cancer = read_table(path, label="cancer")
@@ -188,7 +188,7 @@ def test_patients_that_nobody_names_are_told(tmp_path: Path) -> None:
         save(tmp_path / "in" / "ab"[n % 2] / f"{n}.png", n)
     told = []
     training_data(tmp_path / "in", warn=told.append)
-    assert told[0] == "of 12 of 12 images the patient is not known, so that one may be in two splits"
+    assert told[0] == "the patient of 12 of 12 images is unknown, so a patient may be in two splits"
 
 
 def test_nothing_but_missing_files(tmp_path: Path) -> None:

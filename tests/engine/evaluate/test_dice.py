@@ -53,7 +53,7 @@ def test_bad_tables_are_refused_in_one_line(table):
     with pytest.raises(DataError, match="several splits"):
         read_dice(table, None)
     table.write_text("image_path,dice_mass\n0.png,1.5\n")
-    with pytest.raises(DataError, match=r"line 2: dice_mass '1\.5' is no number from 0 to 1"):
+    with pytest.raises(DataError, match=r"line 2: dice_mass '1\.5' must be a number from 0 to 1"):
         evaluate_dice(read_dice(table, None)[0])
     table.write_text("image_path,dice_mass\n0.png,\n")
     with pytest.raises(DataError, match="no image has a Dice"):

@@ -157,7 +157,7 @@ def test_what_the_store_refuses_keeps_nothing_else_back(store, files, tmp_path, 
 
     monkeypatch.setattr(store._client, "store_instances", store_instances)
     options = replace(HERE, store=store.url)
-    with pytest.raises(GigamorphError, match=r"1 of 2 results were not stored .* --resume tries .* \(reason 0110H\)"):
+    with pytest.raises(GigamorphError, match=r"1 of 2 results were not stored .* --resume retries .* \(reason 0110H\)"):
         predict(archives.stub, [store.url], tmp_path / "out", options)
     assert len(instances(store, "SR")) == 1 and len(rows(tmp_path / "out" / "predictions.csv")) == 4
     assert predict(archives.stub, [store.url], tmp_path / "out", replace(options, resume=True)).stored == 1
@@ -167,7 +167,7 @@ def test_what_the_store_refuses_keeps_nothing_else_back(store, files, tmp_path, 
 def test_results_of_files_go_to_a_store_if_they_are_dicom(store, files, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((24, 24), np.float32))
     options = replace(HERE, store=store.url)
-    with pytest.raises(GigamorphError, match=r"1 of 3 .*a\.npy: is no DICOM file, so that its result cannot be stored"):
+    with pytest.raises(GigamorphError, match=r"1 of 3 .*a\.npy: is no DICOM file, so its result cannot be stored"):
         predict(archives.stub, [*files, tmp_path / "a.npy"], tmp_path / "out", options)
     assert {one.StudyInstanceUID for one in instances(store, "SR")} == {
         pydicom.dcmread(path).StudyInstanceUID for path in files

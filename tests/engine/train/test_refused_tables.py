@@ -51,7 +51,7 @@ def test_labels_of_a_folder_are_refused_with_how_to_make_a_table(tmp_path):
 
 def test_folds_of_a_table_of_test_images_are_one_line():
     records = [Record(Path(f"{n}.png"), n % 2, f"p{n}", split="test") for n in range(4)]
-    with pytest.raises(DataError, match="2 folds need two patients at least that are not in split test; there are 0"):
+    with pytest.raises(DataError, match="2 folds need at least two patients outside split test; there are 0"):
         draw_folds(records, 2, 0)
 
 
@@ -62,7 +62,7 @@ def test_a_table_without_training_images_says_so(tmp_path, normalize):
         imagecodecs.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8), number, np.uint8))
         rows.append(f"{number}.png,p{number},{number % 2},test")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    with pytest.raises(DataError, match=r"t.csv: no images are in split train \(4 test\); give it to some patients"):
+    with pytest.raises(DataError, match=r"t.csv: no images are in split train \(4 test\); assign some patients to it"):
         training_data(tmp_path / "t.csv", normalize=normalize)
 
 

@@ -180,7 +180,7 @@ def test_a_run_from_table_to_tables(
     assert not (tmp_path / "x" / "exams.csv").exists()
     capsys.readouterr()
     assert commands.run("export", checkpoint, "--to", "onnx", "--out", tmp_path / "hub") == 2
-    assert "trained on exams of several views" in capsys.readouterr().err
+    assert "cannot export a network of exams with several views" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
