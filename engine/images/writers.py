@@ -56,7 +56,7 @@ def write_tiff(
     resolution = {"resolution": (10 / spacing, 10 / spacing), "resolutionunit": "CENTIMETER"} if spacing else {}
     with tifffile.TiffWriter(path, bigtiff=height * width * dtype.itemsize > 2**31) as file:
         file.write(
-            ahead(tile, regions, threads),
+            map_ahead(tile, regions, threads),
             shape=shape,
             dtype=dtype,
             tile=(TILE, TILE),
@@ -76,8 +76,8 @@ def write_png(path: Path, shape: tuple[int, int], read: ReadRegion) -> None:
     path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(read(0, shape[0], 0, shape[1])), level=4))
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """function(item) of every item in order, made by some threads that are a few items ahead at most."""
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """function(item) of each item in order, computed by threads at most a few items ahead."""
     if threads == 1:
         yield from map(function, items)
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import DataError
 from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
-from ..unknown_views import WHAT, unplaced, unplaced_line
+from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
 from .cells import is_number, no_number, read_rows
 from .folders import Unlisted, image_files, walk
@@ -412,7 +412,7 @@ def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], recor
 
 def _warn_of_unplaced(path: Path, places: Sequence[str], records: Sequence[Record]) -> None:
     patients = [record.patient_id if record.patient_known else "" for record in records]
-    for column in WHAT:
+    for column in GROUP_COLUMNS:
         if found := unplaced(patients, [getattr(record, column) or "" for record in records]):
             first = f"{records[found[0]].path}, {places[found[0]]}"
             log.warning("%s: %s", path, unplaced_line(column, len(found), first))

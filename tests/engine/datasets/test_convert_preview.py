@@ -77,7 +77,7 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
     records, errors, _ = convert_images([bad[0], phantoms[0], *bad[1:]], tmp_path / "out", options=options)
     assert [record.path.stem for record in records] == [phantoms[0].path.stem]
     assert "cut.dcm: is truncated" in errors[0]
-    assert "mask.png: is 3 x 3, its image 600 x 530" in errors[1]
+    assert "mask.png: is 3 x 3, but its image 600 x 530" in errors[1]
     assert "absent.png: cannot be read (No such file or directory)" in errors[2]
 
 

@@ -318,7 +318,7 @@ def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / "copy.dcm")
     found = problems([Record(path, 0, "a"), Record(tmp_path / "copy.dcm", 0, "a")])
     assert sorted(problem.kind for problem in found if problem.kind != "flag") == ["duplicate", "frames", "frames"]
-    told = "has 4 frames, all of which were looked at; a run takes one: say which in a column frame"
+    told = "has 4 frames, and all were checked; a run reads one: name it in the column frame"
     assert [problem.message for problem in found if problem.kind == "frames"] == [told, told]
     assert not any("4 frames" in p.message for p in problems([Record(path, 0, "a", frame=1)]))
 
@@ -340,9 +340,9 @@ def test_images_on_another_grey_scale(tmp_path: Path) -> None:
     assert (dark.kind, bright.kind) == ("grey", "grey")
     most = int(pixels.max())
     assert dark.message == (
-        f"grey values reach only {most} of 65535, nearly black; say where white is: --white 4095, or a column white"
+        f"grey values reach only {most} of 65535, nearly black; set the white level: --white 4095, or a column white"
     )
-    assert bright.message.startswith(f"grey values reach {most}, and white is 1; say where white is: --white 4095")
+    assert bright.message.startswith(f"grey values reach {most}, but white is 1; set the white level: --white 4095")
     assert check_images([replace(record, white="auto") for record in records]) == []
     assert check_images(records, white=4095) == []
     [found] = check_images([replace(records[0], white=1023)])
@@ -362,7 +362,7 @@ def test_masks_are_looked_at(tmp_path: Path) -> None:
     masks = {
         good: "",
         tmp_path / "absent.png": "absent.png: cannot be read (No such file or directory)",
-        save("small.png", np.ones((4, 3), np.uint8)): "small.png is 4 x 3, its image 40 x 30",
+        save("small.png", np.ones((4, 3), np.uint8)): "small.png is 4 x 3, but its image is 40 x 30",
         save("empty.png", np.zeros((40, 30), np.uint8)): "empty.png is empty",
         cut: "cut.png: damaged or truncated image",
     }

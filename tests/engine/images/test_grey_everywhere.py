@@ -81,7 +81,7 @@ def test_a_look_warns_once_of_images_of_all_kinds_that_are_black_or_white(tmp_pa
     found = PublishedImages([Record(path, 0, "P") for path in paths], like := Preprocessing(), like)
     text = grey_warnings(found.data)
     assert len(text) == 1
-    assert "0.png (and 2 more of 3 that were looked at): grey values reach only" in text[0]
+    assert "0.png (and 2 more of 3 checked images): grey values reach only" in text[0]
     assert "--white 65535" in text[0]
     white = write_dicom(tmp_path / "w.dcm", GREY + 1, WindowCenter=1, WindowWidth=1)
     assert "of the pixels are white; choose another" in grey_warnings(images([Record(white, 0, "P")], 1, AUTO))[0]

@@ -156,16 +156,16 @@ def test_a_data_set_takes_the_tables_level_before_its_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("pixels", "options", "told"),
     [
-        (picture(12), {}, ["x.npy (and 1 more of 2 that were looked at): grey values reach only 4095 of 65535, "]),
+        (picture(12), {}, ["x.npy (and 1 more of 2 checked images): grey values reach only 4095 of 65535, "]),
         (picture(12), {"white": 4095.0}, []),
         (picture(14), {}, []),
         (
             picture(8).astype(np.float32),
             {},
-            ["grey values reach 255, and white is 1; say where white is: --white 255,"],
+            ["grey values reach 255, but white is 1; set the white level: --white 255,"],
         ),
         (picture(8), {"normalize": Normalize((0.2,), (0.2,))}, []),
-        (picture(8), {"normalize": Normalize((128.0,), (1.0,))}, ["mean 128 is no grey value of these images; "]),
+        (picture(8), {"normalize": Normalize((128.0,), (1.0,))}, ["mean 128 is outside the grey range; "]),
         (picture(8), {"normalize": Normalize((128.0,), (64.0,))}, ["mean 128 is no grey", "std 64 is more than"]),
         (picture(12), {"normalize": Normalize((7048.0,), (12005.0,)), "white": 4095.0}, ["mean 7048", "std 12005"]),
     ],

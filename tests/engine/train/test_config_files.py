@@ -126,7 +126,7 @@ def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
         ("data.white = 'abc'", "white level 'abc' is neither auto nor a positive number; 12 bits have 4095"),
         (
             "data.augment = 'foo=1'",
-            "augmentation foo=1: unknown; there are flip, rotate, scale, shear, translate, elastic, gamma, contrast, "
+            "augmentation foo=1: unknown; choose from flip, rotate, scale, shear, translate, elastic, gamma, contrast, "
             "brightness, noise",
         ),
         ("data.std = 0", "mean [0.0] and std [0.0] normalise nothing; std is above 0, both are finite"),
