@@ -277,7 +277,7 @@ def test_a_gigapixel_is_read_where_it_is_needed_only() -> None:
     [
         ("rotat=10", "augmentation rotat=10: unknown; choose from flip, rotate, scale"),
         ("rotate", "augmentation rotate: 'nothing' is not a number, as in rotate=10"),
-        ("flip,noise=x", "augmentation noise=x: 'x' is no number"),
+        ("flip,noise=x", "augmentation noise=x: 'x' is not a number"),
         ("noise=1,noise=1", "augmentation noise=1: noise is given twice"),
         ("flip=sideways", "augmentation flip=sideways: must be flip, flip=left-right or flip=up-down"),
         ("rotate=181", "augmentation rotate=181: must be between 0 and 180"),
