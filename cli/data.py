@@ -119,10 +119,10 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
 
 
 def _tell_masks(masks: list[Path]) -> None:
-    from ..engine.datasets.tables.images_alone import LeftOut
+    from ..engine.datasets.tables.image_stream import LeftOutMasks
 
     if masks:
-        click.echo(LeftOut(len(masks), masks[0]))
+        click.echo(LeftOutMasks(len(masks), masks[0]))
 
 
 @data.command()

@@ -19,7 +19,7 @@ from ..images.pixels import ImageSource
 from .dataset import ImageDataset
 from .grey import odd_range, unlike_kinds
 from .index import is_dicom
-from .kinds import kinds_told
+from .kinds import label_by_kind_warning
 from .splits import leaks
 from .tables.schema import Record
 
@@ -265,10 +265,10 @@ def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> list[Pro
 
 def _labels_by_kind(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
     """Warnings about labels that the file type determines."""
-    found = [kinds_told((r.path, label) for r, label in zip(records, labels, strict=False) if label)]
+    found = [label_by_kind_warning((r.path, label) for r, label in zip(records, labels, strict=False) if label)]
     for name in dict.fromkeys(name for record in records for name in record.labels):
         known = [(r.path, f"{r.labels[name]:g}") for r in records if name in r.labels]
-        text = kinds_told(known) if {value for _, value in known} == {"0", "1"} else ""
+        text = label_by_kind_warning(known) if {value for _, value in known} == {"0", "1"} else ""
         found.append(text and f"label_{name}: {text}")
     return list(filter(None, found))
 

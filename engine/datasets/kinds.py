@@ -16,7 +16,7 @@ def kind_of_file(path: Path) -> str:
     return names.get(suffix, suffix.upper())
 
 
-def kinds_told(labelled: Iterable[tuple[Path, str]]) -> str:
+def label_by_kind_warning(labelled: Iterable[tuple[Path, str]]) -> str:
     """A warning if the file type determines the label, because a network may then learn the file type.
 
     Empty if there is one type, if a type has images of several labels, or if all images have the same label.

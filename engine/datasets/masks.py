@@ -166,7 +166,7 @@ def highest_of(values: np.ndarray, factor: int) -> np.ndarray:
     return values
 
 
-def survey(record: Record, names: Sequence[str] = ()) -> np.ndarray:
+def count_values(record: Record, names: Sequence[str] = ()) -> np.ndarray:
     """The number of pixels of each value of an image's mask, (256,) int64.
 
     Args:
@@ -189,7 +189,7 @@ def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
     """The meaning of mask values, derived from the number of pixels of each value.
 
     Args:
-        counts: the counts of each image's mask, see `survey`.
+        counts: the counts of each image's mask, see `count_values`.
         names: the names of the classes; empty for background and the numbers that the masks contain.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import READING, Record, reading_of
 from ..datasets.tables.generic import is_absent
-from ..datasets.tables.images_alone import LeftOut
+from ..datasets.tables.image_stream import LeftOutMasks
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, is_table, rows_of, writable
 
@@ -98,7 +98,7 @@ class Index:
         told: list[str] = []
         # What a table says of an image counts before what its folder does.
         for number, source in enumerate(sorted(sources, key=is_folder)):
-            unknown, again, left = Counter[str](), Counter[str](), LeftOut()
+            unknown, again, left = Counter[str](), Counter[str](), LeftOutMasks()
             rows = rows_of(source, classes, unknown, left, skip)
             with self._together():
                 self._add(

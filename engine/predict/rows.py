@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 from ..datasets.tables import Record
 from ..datasets.tables.file_names import stem_of, suffix_of
 from ..datasets.tables.folders import SUFFIXES, iter_image_files
-from ..datasets.tables.images_alone import LeftOut, images_alone
+from ..datasets.tables.image_stream import LeftOutMasks, images_without_masks
 from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
-from ..images.dicomweb import Instance, is_dicomweb, place_of, search
-from ..images.remote import file_system, is_url, said, tried
+from ..images.dicomweb import Instance, is_dicomweb, parse_location, search
+from ..images.remote import describe_error, file_system, is_url, with_retries
 from ..parsing import is_whole
 
 
@@ -75,7 +75,7 @@ def rows_of(
     source: str | Path | Record,
     classes: Sequence[str] | None,
     unknown: Counter[str],
-    left: LeftOut,
+    left: LeftOutMasks,
     skip: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
@@ -106,7 +106,7 @@ def rows_of(
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
-        for path in images_alone(files, Path(source), left):
+        for path in images_without_masks(files, Path(source), left):
             found = True
             yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
         if not found:
@@ -141,7 +141,7 @@ def fetch(url: str, folder: Path) -> Path:
         system.get(names, [str(target / _below(path, name)) for name in names])
         return target
 
-    return tried(url, get)
+    return with_retries(url, get)
 
 
 def _below(folder: str, name: str) -> PurePosixPath:
@@ -157,7 +157,7 @@ def _below(folder: str, name: str) -> PurePosixPath:
 
 
 def _in_store(url: str) -> Iterator[Row]:
-    place = place_of(url)
+    place = parse_location(url)
     if place.instance:  # whether it is there is seen when it is read, as of a table's images
         yield _of_url(Record(Path(), -1, Instance(url).url, patient_known=False), url)
         return
@@ -165,7 +165,7 @@ def _in_store(url: str) -> Iterator[Row]:
         extra: dict[str, str] = {}
         if found.get("Rows") and found.get("Columns"):  # of slides and stacks, as many pixels as their frames have
             extra = {"rows": str(found.Rows * int(found.get("NumberOfFrames") or 1)), "columns": str(found.Columns)}
-        study = place_of(own).study
+        study = parse_location(own).study
         yield _of_url(Record(Path(), -1, own, exam_id=study, extra=extra, patient_known=False), own)
 
 
@@ -174,7 +174,7 @@ def _of_url(record: Record, url: str) -> Row:
     return Row(replace(record, path=Path(url), patient_id=patient), url)
 
 
-def _listed(url: str, left: LeftOut) -> Iterator[str]:
+def _listed(url: str, left: LeftOutMasks) -> Iterator[str]:
     """The images below a folder of an fsspec file system; of an image itself alone."""
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables are read from this machine only; fetch it")
@@ -191,7 +191,7 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # each file system has its own
-        raise DataError(f"{url}: cannot be listed ({said(error)})") from error
+        raise DataError(f"{url}: cannot be listed ({describe_error(error)})") from error
     protocol = own.partition("://")[0]
     found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     if not found:

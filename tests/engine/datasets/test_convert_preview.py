@@ -85,7 +85,7 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
 def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path, file_format: str) -> None:
     image = tmp_path / "nan.npy"
     np.save(image, np.array([[0.5, np.nan]], np.float32))
-    with pytest.raises(DataError, match=r"nan.npy: holds pixels that are no numbers"):
+    with pytest.raises(DataError, match=r"nan.npy: contains NaN or infinite pixels"):
         preview(open_pixels(image))
     record = Record(image, 0, "p")
     records, errors, _ = convert_images(
@@ -94,7 +94,7 @@ def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path, file_for
         file_format=file_format,  # pyright: ignore[reportArgumentType]
         options=RunOptions("", max_failures=1.0, workers=0),
     )
-    assert records == [] and "nan.npy: holds pixels that are no numbers" in errors[0]
+    assert records == [] and "nan.npy: contains NaN or infinite pixels" in errors[0]
     assert not list((tmp_path / "out" / "images").iterdir())
 
 

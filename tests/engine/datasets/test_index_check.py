@@ -21,7 +21,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.datasets.tables.folders import image_files, iter_image_files
-from gigamorph.engine.datasets.tables.images_alone import LeftOut, images_alone
+from gigamorph.engine.datasets.tables.image_stream import LeftOutMasks, images_without_masks
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 
@@ -38,7 +38,9 @@ def test_the_index_of_a_medium_is_no_image(tmp_path: Path) -> None:
     medium.write(tmp_path / "medium")
     (file,) = image_files(tmp_path / "medium")
     assert file.name == "IM000000" and open_pixels(file).shape == (1, 37, 53)
-    with pytest.raises(DataError, match=r"DICOMDIR: is a DICOMDIR, the index of a medium, no image; name the folder"):
+    with pytest.raises(
+        DataError, match=r"DICOMDIR: is a DICOMDIR, the index of a medium, not an image; pass the folder"
+    ):
         open_pixels(tmp_path / "medium" / "DICOMDIR")
 
 
@@ -115,16 +117,16 @@ def test_masks_are_no_images(tmp_path: Path) -> None:
     found = index_folder(tmp_path)
     assert {record.path.relative_to(tmp_path).as_posix() for record in found.records} == set(IMAGES)
     assert {path.relative_to(tmp_path).as_posix() for path in found.masks} == set(MASKS)
-    read, left = read_table(tmp_path, labels=False), LeftOut()
+    read, left = read_table(tmp_path, labels=False), LeftOutMasks()
     assert {record.path for record in read.records} == {record.path for record in found.records}
     assert read.masks == found.masks
-    one_by_one = images_alone(partial(iter_image_files, tmp_path), tmp_path, left)
+    one_by_one = images_without_masks(partial(iter_image_files, tmp_path), tmp_path, left)
     assert set(one_by_one) == {record.path for record in found.records} and left.count == len(MASKS)
     for folder in ("masks", "x/roi_masks"):
         alone = index_folder(tmp_path / folder)
         assert len(alone.records) == 1 and not alone.masks
         below = tmp_path / folder
-        files = list(images_alone(partial(iter_image_files, below), below, left))
+        files = list(images_without_masks(partial(iter_image_files, below), below, left))
         assert len(files) == 1 and left.count == len(MASKS)
 
 
@@ -346,7 +348,7 @@ def test_images_on_another_grey_scale(tmp_path: Path) -> None:
     assert check_images([replace(record, white="auto") for record in records]) == []
     assert check_images(records, white=4095) == []
     [found] = check_images([replace(records[0], white=1023)])
-    assert (found.kind, found.message.split(";")[0]) == ("unreadable", f"holds {most}, above white 1023")
+    assert (found.kind, found.message.split(";")[0]) == ("unreadable", f"contains {most}, above white 1023")
 
 
 def test_masks_are_looked_at(tmp_path: Path) -> None:
@@ -379,7 +381,7 @@ def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
     pixels[0, 1] = np.nan
     np.save(tmp_path / "nan.npy", pixels)
     [found] = check_images([Record(tmp_path / "nan.npy", 0, "p")])
-    assert found.kind == "unreadable" and found.message.startswith("holds pixels that are no numbers")
+    assert found.kind == "unreadable" and found.message.startswith("contains NaN or infinite pixels")
     np.save(tmp_path / "blank.npy", np.ones((40, 30), np.uint8))
     [found] = check_images([Record(tmp_path / "blank.npy", 0, "p")])
     assert found.message == "all pixels are equal"

@@ -13,10 +13,10 @@ from gigamorph.engine.datasets.masks import (
     IGNORED,
     FileMask,
     classes_of,
+    count_values,
     mask_as_seen,
     mask_as_stored,
     mask_on_grid,
-    survey,
 )
 from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
@@ -134,20 +134,20 @@ def counts_of(*values):
 def test_masks_that_cannot_be_used_are_named(tmp_path):
     record = written(tmp_path, drawn())
     with pytest.raises(DataError, match=r"i\.png: has no mask; add one in the column mask_path"):
-        survey(Record(record.path, -1, "p"))
+        count_values(Record(record.path, -1, "p"))
     with pytest.raises(DataError, match=r"gone\.png: mask does not exist"):
-        survey(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "gone.png"),)))
+        count_values(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "gone.png"),)))
     with pytest.raises(DataError, match=r"m\.png: contains 2, which is not a class; classes are 0 no, 1 mass, and 255"):
-        survey(record, ("no", "mass"))
+        count_values(record, ("no", "mass"))
     (tmp_path / "m.png").write_bytes(imagecodecs.png_encode(drawn()[:-1]))
     with pytest.raises(DataError, match=r"m\.png: is 40 x 34, but its image 41 x 34"):
-        survey(record)
+        count_values(record)
     (tmp_path / "m.png").write_bytes(imagecodecs.png_encode(np.stack([drawn()] * 3, -1)))
     with pytest.raises(DataError, match="has 3 channels; a mask must have one"):
-        survey(record)
+        count_values(record)
     np.save(tmp_path / "m.npy", drawn() + 0.5)
     with pytest.raises(DataError, match="which is not a class"):
-        survey(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "m.npy"),)))
+        count_values(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "m.npy"),)))
 
 
 def test_masks_of_several_findings_are_one(tmp_path):

@@ -55,10 +55,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     save(tmp_path / "x.png")
     found = index_folder(tmp_path)
     assert [record.path.name for record in found.records] == ["x.png"]
-    assert all("is no regular file" in str(error) for error in found.errors)
+    assert all("is not a regular file" in str(error) for error in found.errors)
     assert len(found.errors) == 2
     for reader in (open_pixels, read_info):
-        with pytest.raises(DataError, match=r"pipe\.dcm: is no regular file"):
+        with pytest.raises(DataError, match=r"pipe\.dcm: is not a regular file"):
             reader(tmp_path / "pipe.dcm")
     assert [problem.kind for problem in check_images([Record(tmp_path / "pipe", 0, "p")])] == ["unreadable"]
 
@@ -111,13 +111,13 @@ def table(folder: Path, labels: list[str], header: str = "label") -> Path:
     ("labels", "message"),
     [
         ([str(0.1 * n) for n in range(24)], "label 0.1 is not a class; number classes 0, 1, ... or name them"),
-        (["0", "1", "-1"], "label -1 is no class"),
-        (["0", "1", "nan"], "label nan is no class"),
-        (["benign", "malignant", "NaN"], "label NaN is no class"),
-        (["0", "1", "NA"], "label NA is no class"),
-        (["0.0", "None", "1.0"], "label None is no class"),
-        (["0.5", "1.5"], "label 0.5 is no class"),
-        (["inf", "1"], "label inf is no class"),
+        (["0", "1", "-1"], "label -1 is not a class"),
+        (["0", "1", "nan"], "label nan is not a class"),
+        (["benign", "malignant", "NaN"], "label NaN is not a class"),
+        (["0", "1", "NA"], "label NA is not a class"),
+        (["0.0", "None", "1.0"], "label None is not a class"),
+        (["0.5", "1.5"], "label 0.5 is not a class"),
+        (["inf", "1"], "label inf is not a class"),
     ],
 )
 def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: str) -> None:
@@ -301,7 +301,7 @@ def test_long_headers_are_quoted_in_brief(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             open_pixels(path)
         assert len(str(error.value)) < len(str(path)) + 300
-    with pytest.raises(DataError, match="is MONOCHROME2 with 31 samples a pixel, not 1; correct the header"):
+    with pytest.raises(DataError, match="is MONOCHROME2 with 31 samples per pixel, not 1; correct the header"):
         open_pixels(write_dicom(tmp_path / "x.dcm", pixels, SamplesPerPixel=31))
 
 

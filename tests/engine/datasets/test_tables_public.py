@@ -310,7 +310,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for name, data_set in DATA_SETS.items():
         with pytest.raises(DataError, match="no label 'cancers'; choose from"):
             read_data_set(name, tmp_path, label="cancers")
-        with pytest.raises(DataError, match=r"holds no"):
+        with pytest.raises(DataError, match=r"contains no"):
             read_data_set(name, tmp_path)
         assert all(": " not in rule for rule in data_set.rules)
     with pytest.raises(DataError, match="no such file or folder"):

@@ -145,7 +145,7 @@ def test_a_jpeg_2000_stream_is_believed_about_the_sign(
     for _ in range(2):
         assert torch.equal(open_pixels(wrong).read(0, 37, 0, 53), expected)
     assert len(caplog.messages) == 1
-    assert "b.dcm: the header says signed pixels, its JPEG 2000 stream unsigned ones" in caplog.messages[0]
+    assert "b.dcm: the header declares signed pixels, but its JPEG 2000 stream unsigned ones" in caplog.messages[0]
 
 
 def test_a_signed_stream_under_an_unsigned_header(
@@ -157,7 +157,7 @@ def test_a_signed_stream_under_an_unsigned_header(
     path = write_dicom(tmp_path / "a.dcm", values.view(np.uint16), JPEG + "90", 16)
     found = open_pixels(path).read(0, 64, 0, 64)[0].numpy()
     np.testing.assert_allclose(found, (values + 32768.0) / 65535, atol=1e-5)
-    assert "unsigned pixels, its JPEG 2000 stream signed ones" in caplog.text
+    assert "unsigned pixels, but its JPEG 2000 stream signed ones" in caplog.text
 
 
 @pytest.mark.parametrize(

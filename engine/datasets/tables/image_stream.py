@@ -13,7 +13,7 @@ from .mask_names import in_mask_folder, masked
 
 
 @dataclass
-class LeftOut:
+class LeftOutMasks:
     """The number of masks that were left out, and the first one."""
 
     count: int = 0
@@ -24,7 +24,7 @@ class LeftOut:
         return f"{masks} left out, recognised by name, the first {self.first}; to read masks, pass their folder"
 
 
-def images_alone(files: Callable[[bool], Iterable[Path]], below: Path, left: LeftOut) -> Iterator[Path]:
+def images_without_masks(files: Callable[[bool], Iterable[Path]], below: Path, left: LeftOutMasks) -> Iterator[Path]:
     """Iterate over the files without masks, or over all files if all are masks.
 
     This is `masks_among` in the memory of the names of one folder: a file named after an image is its mask if the image
