@@ -121,10 +121,10 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
 
 
 def _report_masks(masks: list[Path]) -> None:
-    from ..engine.datasets.tables.images_alone import LeftOut
+    from ..engine.datasets.tables.image_stream import LeftOutMasks
 
     if masks:
-        click.echo(LeftOut(len(masks), masks[0]))
+        click.echo(LeftOutMasks(len(masks), masks[0]))
 
 
 @data.command()

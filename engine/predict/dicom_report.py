@@ -10,8 +10,8 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from ..errors import DataError
-from ..images.dicom_results import MAKER, made_of, own_code, source_header
-from ..images.dicomweb import is_dicomweb, place_of
+from ..images.dicom_results import MAKER, highdicom_errors, own_code, source_header
+from ..images.dicomweb import is_dicomweb, parse_location
 from ..images.header import read_info
 from ..versions import OWN
 from .rows import Row
@@ -37,7 +37,7 @@ class ImageValues:
 def study_of(row: Row) -> str:
     """The UID of an image's study; for other files than DICOM images, their unique name."""
     if is_dicomweb(row.url):
-        return place_of(row.url).study or row.name
+        return parse_location(row.url).study or row.name
     try:
         return (None if row.url else read_info(row.record.path).study_uid) or row.name
     except DataError:
@@ -61,7 +61,7 @@ def report(said: Sequence[ImageValues], uid: str, checkpoint: str, model: str) -
     import highdicom.sr as sr
 
     headers = [source_header(one.row.place, "so its result cannot be stored") for one in said]
-    with made_of(said[0].row.name, "a structured report"):
+    with highdicom_errors(said[0].row.name, "a structured report"):
         algorithm = sr.AlgorithmIdentification(
             name=f"{MAKER} {checkpoint}"[:64], version=OWN, parameters=[f"model SHA-256 {model}"]
         )

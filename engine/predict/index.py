@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import READING, Record, reading_of
 from ..datasets.tables.generic import is_absent
-from ..datasets.tables.images_alone import LeftOut
+from ..datasets.tables.image_stream import LeftOutMasks
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, is_table, rows_of, writable
 
@@ -99,7 +99,7 @@ class Index:
         texts: list[str] = []
         # Tables before folders, because the row of a table has more information on an image.
         for number, source in enumerate(sorted(sources, key=is_folder)):
-            unknown, again, left = Counter[str](), Counter[str](), LeftOut()
+            unknown, again, left = Counter[str](), Counter[str](), LeftOutMasks()
             rows = rows_of(source, classes, unknown, left, skip)
             with self._transaction():
                 self._add(

@@ -21,7 +21,7 @@ from ..datasets.tables import SPLITS, Record, reading_of
 from ..dense import map_shape, write_map
 from ..errors import DataError
 from ..files import temporary_name, whole_or_absent
-from ..images.dicom_results import made_of, own_code, segment, segmentation, source_header
+from ..images.dicom_results import highdicom_errors, own_code, segment, segmentation, source_header
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..images.writers import write_png, write_tiff
@@ -339,7 +339,7 @@ def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> D
     _, height, width = pixels.shape
     if int(header.get("NumberOfFrames") or 1) != 1 or (header.Rows, header.Columns) != (height, width):
         raise DataError(f"{row.name}: has {header.get('NumberOfFrames', 1)} frames; masks can be stored only for one")
-    with made_of(row.name, "a DICOM SEG"):
+    with highdicom_errors(row.name, "a DICOM SEG"):
         segments = [
             segment(number, name, codes.SCT.SpatialAndRelationalConcept, own_code(name))
             for number, name in enumerate(names)

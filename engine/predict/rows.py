@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 from ..datasets.tables import Record
 from ..datasets.tables.file_names import stem_of, suffix_of
 from ..datasets.tables.folders import SUFFIXES, iter_image_files
-from ..datasets.tables.images_alone import LeftOut, images_alone
+from ..datasets.tables.image_stream import LeftOutMasks, images_without_masks
 from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
-from ..images.dicomweb import Instance, is_dicomweb, place_of, search
-from ..images.remote import file_system, is_url, said, tried
+from ..images.dicomweb import Instance, is_dicomweb, parse_location, search
+from ..images.remote import describe_error, file_system, is_url, with_retries
 from ..parsing import is_whole
 
 
@@ -75,7 +75,7 @@ def rows_of(
     source: str | Path | Record,
     classes: Sequence[str] | None,
     unknown: Counter[str],
-    left: LeftOut,
+    left: LeftOutMasks,
     skip: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
@@ -107,7 +107,7 @@ def rows_of(
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
-        for path in images_alone(files, Path(source), left):
+        for path in images_without_masks(files, Path(source), left):
             found = True
             yield Row(Record(path, -1, _as_utf8(str(path)), patient_known=False))
         if not found:
@@ -142,7 +142,7 @@ def fetch(url: str, folder: Path) -> Path:
         system.get(names, [str(target / _below(path, name)) for name in names])
         return target
 
-    return tried(url, get)
+    return with_retries(url, get)
 
 
 def _below(folder: str, name: str) -> PurePosixPath:
@@ -158,7 +158,7 @@ def _below(folder: str, name: str) -> PurePosixPath:
 
 
 def _store_rows(url: str) -> Iterator[Row]:
-    place = place_of(url)
+    place = parse_location(url)
     if place.instance:  # reading it will show whether it exists, as for a table's images
         yield _url_row(Record(Path(), -1, Instance(url).url, patient_known=False), url)
         return
@@ -166,7 +166,7 @@ def _store_rows(url: str) -> Iterator[Row]:
         extra: dict[str, str] = {}
         if found.get("Rows") and found.get("Columns"):  # for slides and stacks, the pixels of all frames
             extra = {"rows": str(found.Rows * int(found.get("NumberOfFrames") or 1)), "columns": str(found.Columns)}
-        study = place_of(own).study
+        study = parse_location(own).study
         yield _url_row(Record(Path(), -1, own, exam_id=study, extra=extra, patient_known=False), own)
 
 
@@ -175,7 +175,7 @@ def _url_row(record: Record, url: str) -> Row:
     return Row(replace(record, path=Path(url), patient_id=patient), url)
 
 
-def _urls(url: str, left: LeftOut) -> Iterator[str]:
+def _urls(url: str, left: LeftOutMasks) -> Iterator[str]:
     """The images below a folder of an fsspec file system, or the URL of a single image."""
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables must be local files; download it")
@@ -192,7 +192,7 @@ def _urls(url: str, left: LeftOut) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # each file system has its own errors
-        raise DataError(f"{url}: cannot be listed ({said(error)})") from error
+        raise DataError(f"{url}: cannot be listed ({describe_error(error)})") from error
     protocol = own.partition("://")[0]
     found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     if not found:

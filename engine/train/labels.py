@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..datasets.kinds import kinds_told
+from ..datasets.kinds import label_by_kind_warning
 from ..datasets.tables import Record
 from ..errors import DataError
 from .target import Kind, Target
@@ -49,7 +49,7 @@ def _class_warnings(target: Target, train: Sequence[Record], val: Sequence[Recor
         name = target.names[learnt.pop()]
         raise DataError(f"{table}: all {len(train)} training {samples} have label {name}; training needs two classes")
     texts = [f"no training {samples[:-1]} has label {name}" for n, name in enumerate(target.names) if n not in learnt]
-    texts += filter(None, [kinds_told((record.path, target.names[record.label]) for record in train)])
+    texts += filter(None, [label_by_kind_warning((record.path, target.names[record.label]) for record in train)])
     if len(seen) == 1:
         name = target.names[seen.pop()]
         texts.append(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets.masks import IGNORED, Classes, FileMask, Mask, classes_of, mask_as_seen, masks_of, survey
+from ..datasets.masks import IGNORED, Classes, FileMask, Mask, classes_of, count_values, mask_as_seen, masks_of
 from ..datasets.tables import Record, read_table
 from ..errors import DataError
 from ..images.parallel import available_cpus
@@ -150,7 +150,7 @@ def read_masks(
 
 def _survey_or_error(record: Record, names: Sequence[str]) -> np.ndarray | DataError:
     try:
-        return survey(record, names)
+        return count_values(record, names)
     except DataError as error:
         return error
 

@@ -195,7 +195,7 @@ def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
 def test_the_folder_of_converted_images_is_no_folder_of_classes(phantoms, tmp_path, capsys):
     assert run("convert", phantoms / "phantoms.csv", "--out", tmp_path / "out", "--images", "png") == 0
     assert commands.run("train", tmp_path / "out", "--out", tmp_path / "run") == 2
-    assert f"name its table, {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
+    assert f"use its table,  {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_convert_a_public_data_set(tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_twelve_bits_in_sixteen(tmp_path, capsys):
     save_png(tmp_path / "x.png", pixels)
     (tmp_path / "t.csv").write_text("image_path,label,patient_id\nx.png,0,a\n")
     assert run("check", tmp_path / "t.csv") == 1
-    assert "nearly black; say where white is: --white 4095" in capsys.readouterr().out
+    assert "nearly black; set the white level: --white 4095" in capsys.readouterr().out
     assert run("check", tmp_path / "t.csv", "--white", "auto") == 0
     assert run("preview", tmp_path / "x.png") == 0
     assert "warning: grey values reach only 4095 of 65535" in capsys.readouterr().err
@@ -375,7 +375,7 @@ def test_preview_of_a_varied_image(phantoms, tmp_path, capsys):
     assert np.abs(imagecodecs.png_decode(out.read_bytes()) - expected).max() < 1
     assert run("preview", image, "--augment", "turn=20") == 2
     error = capsys.readouterr().err
-    assert "augmentation turn=20: unknown; there are flip, rotate" in error
+    assert "augmentation turn=20: unknown; choose from flip, rotate" in error
 
 
 def test_preview_of_the_real_mammogram(real_data, capsys):

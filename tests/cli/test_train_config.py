@@ -134,7 +134,7 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--mean", "auto", "--std", "1"], "must both be auto"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--quiet", "--verbose"], "exclude each other"),
-        (["--std", "0"], "std [0.0] normalise nothing; std is above 0"),
+        (["--std", "0"], "std [0.0] must be finite numbers, std above 0"),
         (["--model", "unet?width=a"], "model 'unet?width=a': width is 'a', no whole number"),
         (["--log", "paper"], "unknown log 'paper'; use csv"),
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: there is no module 'nowhere'"),
@@ -214,7 +214,7 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
         (tmp_path / "nan.csv").write_text("\n".join(map(",".join, written)) + "\n")
         out = tmp_path / f"none{count}"
         assert run("train", tmp_path / "nan.csv", *FAST, "--std", scale, "--mean", scale, "--out", out) == 2
-        assert "nan.npy: holds pixels that are no numbers" in capsys.readouterr().err
+        assert "nan.npy: contains NaN or infinite pixels" in capsys.readouterr().err
     assert run("train", table, *FAST, "--skip-bad", "--folds", "2", "--out", tmp_path / "run") == 0
     told = capsys.readouterr()
     named = [line.split(": ") for line in told.err.splitlines() if "left out: " in line]
@@ -224,7 +224,7 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
     for fold in ("fold1", "fold2"):
         found = rows(tmp_path / "run" / fold / "quarantine.csv")
         assert [Path(row["image_path"]).name for row in found] == ["cut.dcm", "absent.dcm", "nan.npy"]
-        assert "nan.npy: holds pixels that are no numbers" in found[2]["reason"]
+        assert "nan.npy: contains NaN or infinite pixels" in found[2]["reason"]
     assert told.out.count("quarantine.csv (3 images left out)") == 2
     assert json.loads((tmp_path / "run" / "fold1" / "metrics.json").read_text())["best_epoch"] == 1
 

@@ -534,7 +534,7 @@ def test_a_text_is_neither_checkpoint_nor_weights(trained, phantoms, tmp_path, c
 def test_a_folder_of_images_is_told_how_it_becomes_a_table(phantoms, tmp_path, capsys):
     assert run("train", phantoms.parent / "images", "--out", tmp_path / "run", *FAST) == 2
     told = one_line(capsys)
-    assert "holds no images in a sub-folder per class" in told and "gigamorph data index" in told
+    assert "contains no images in a sub-folder per class" in told and "gigamorph data index" in told
 
 
 def test_a_colour_image_is_told_of_channels(trained, tmp_path, capsys):
@@ -547,7 +547,7 @@ def test_a_cell_without_a_label_is_told_what_to_do(phantoms, tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text("image_path,label,patient_id\na.dcm,,p\n")
     assert run("train", table, "--out", tmp_path / "run", *FAST) == 2
-    assert "line 2: label is empty; fill it in, or leave the row out" in one_line(capsys)
+    assert "line 2: label is empty; fill it in, or remove the row" in one_line(capsys)
 
 
 def test_a_run_without_validation_says_so(phantoms, tmp_path, caplog):

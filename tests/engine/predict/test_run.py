@@ -362,7 +362,7 @@ def test_masks_of_a_folder_are_no_images(table, tmp_path):
         told, out = [], tmp_path / str(number)
         predict(archives.stub, [source], out, HERE, Watch(warn=told.append))
         assert [Path(row["image_path"]).name for row in rows(out / "predictions.csv")] == ["0.npy", "1.npy"]
-        assert len(told) == 1 and "2 masks are left out, by their names, the first" in told[0]
+        assert len(told) == 1 and "2 masks are left out, recognised by name, the first" in told[0]
     assert predict(archives.stub, [folder / "masks"], tmp_path / "masks", HERE).images == 1
 
 
@@ -370,9 +370,9 @@ def test_masks_of_a_folder_are_no_images(table, tmp_path):
     ("text", "message"),
     [
         ("file,label\na.npy,0\n", "column image_path is missing"),
-        ("image_path,label\na.npy,0\nb.npy\n", "line 3: has 1 cells, the header 2"),
-        ("image_path\n\0\n", "it holds zero bytes"),
-        ("image_path,frame\na.npy,x\n", "line 2: frame 'x' is no number"),
+        ("image_path,label\na.npy,0\nb.npy\n", "line 3: has 1 cells, but the header has 2"),
+        ("image_path\n\0\n", "it contains zero bytes"),
+        ("image_path,frame\na.npy,x\n", "line 2: frame 'x' must be a number"),
         ("image_path\n", "no images to predict"),
         ("image_path\nnone.npy\nnope.npy\n", "2 of 2 images do not exist: .*none.npy, .*nope.npy"),
     ],

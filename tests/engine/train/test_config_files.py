@@ -125,14 +125,14 @@ def test_what_would_be_passed_over_is_one_line(tmp_path, name, text, message):
         ("device = 'gpu'", "key 'device' is 'gpu'; choose from auto, cpu, cuda"),
         ("batch_norm = 'hot'", "key 'batch_norm' is 'hot'; choose from frozen"),
         ("data.folds = -2", "data.folds must be 2 or more, not -2"),
-        ("data.voi = 'bright'", "voi='bright' is not 'auto', 'none', 'minmax', 'window:I' or 'lut:I'"),
-        ("data.white = 'abc'", "white level 'abc' is neither auto nor a positive number; 12 bits have 4095"),
+        ("data.voi = 'bright'", "voi='bright' must be 'auto', 'none', 'minmax', 'window:I' or 'lut:I'"),
+        ("data.white = 'abc'", "white level 'abc' must be auto or a positive number, such as 4095 for 12 bits"),
         (
             "data.augment = 'foo=1'",
-            "augmentation foo=1: unknown; there are flip, rotate, scale, shear, translate, elastic, gamma, contrast, "
+            "augmentation foo=1: unknown; choose from flip, rotate, scale, shear, translate, elastic, gamma, contrast, "
             "brightness, noise",
         ),
-        ("data.std = 0", "mean [0.0] and std [0.0] normalise nothing; std is above 0, both are finite"),
+        ("data.std = 0", "mean [0.0] and std [0.0] must be finite numbers, std above 0"),
         ("data.classes = ['no', 'yes', 'no']", "data.classes names 'no' twice; name each once"),
     ],
 )
