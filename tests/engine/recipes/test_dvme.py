@@ -124,7 +124,7 @@ def test_without_attention_the_order_of_extractors_is_one_of_weights_only():
 
 
 def test_heads_that_tokens_do_not_allow_are_refused():
-    with pytest.raises(GigamorphError, match="tokens of 1 value cannot be shared among 8 heads"):
+    with pytest.raises(GigamorphError, match="tokens of 1 value cannot be split among 8 heads"):
         DVMEHead((3, 3), 2, heads=8)
     with pytest.raises(GigamorphError, match="tokens 'rows' are unknown"):
         DVMEHead((3, 3), 2, tokens="rows")
@@ -251,7 +251,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
     source = images(read_table(table).records)[0]["image"]
     assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
-    with pytest.raises(DataError, match="no classifier of whole images"):
+    with pytest.raises(DataError, match="does not classify whole images"):
         open_classifier(place.parents[3] / "linear" / "a" / "all_0" / "best.ckpt", memory_budget=None, device="cpu")
 
 
@@ -316,7 +316,7 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     lines = text.splitlines()
     refused("class 1 has no training images", "\n".join(x.replace(",1,", ",0,") if ",train" in x else x for x in lines))
     one = "\n".join(x.replace(",1,", ",0,") if ",val" in x else x for x in lines)
-    refused("split val has images of one class only", one)
+    refused("split val has images of only one class", one)
     named = text.replace(",0,", ",high,").replace(",1,", ",low,").replace(",low,", ",mid,", 1)
     refused("needs an order, which the names high, low, mid do not tell", named, config=replace(SMALL, metric="kappa"))
     assert not (tmp_path / "bad").exists()
