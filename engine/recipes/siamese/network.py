@@ -20,10 +20,11 @@ _EPS = 1e-8
 class Embedding(nn.Module):
     """Patches (N, C, h, w) -> (N, dim) of norm 1.
 
-    network: any network.
-    layer: the module whose map is averaged.
-    dim: size of the embedding.
-    channels, patch: of the patches; patch is their side in pixels, which determines the size of the maps.
+    Args:
+        network: any network.
+        layer: the module whose map is averaged.
+        dim: size of the embedding.
+        channels, patch: of the patches; patch is their side in pixels, which determines the size of the maps.
     """
 
     def __init__(self, network: nn.Module, layer: str, dim: int, channels: int, patch: int) -> None:

@@ -31,7 +31,7 @@ REFUSED = {
     r"'net' outputs 1 x 4 x 38 x 28 for": network()[:1],
     r"'net' outputs several tensors or a container": Named(),
     r"take an image of 1 x 40 x 30 .*RuntimeError: Given groups=1.* takes 3 channels.*\(--channels\)$": network(3),
-    r"AssertionError: Input height \(40\) doesn't match model.*test_classifier.py:.*size: .*--resize": Sized(),
+    r"AssertionError: Input height \(40\) doesn't match model.*test_classifier.py:.*size, .*--resize": Sized(),
 }
 
 

@@ -121,7 +121,7 @@ def test_a_prefix_that_would_fit_is_named(here):
     state = {f"model.net.{name}": value for name, value in network().state_dict().items()}
     torch.save({**state, "loss.weight": torch.zeros(3)}, here / "w.pt")
     with pytest.raises(
-        DataError, match=r"after 'model.net', beside others \(loss.weight\); take .* --prefix model.net$"
+        DataError, match=r"after 'model.net', and others \(loss.weight\); select .* --prefix model.net$"
     ):
         imported(here)
     assert read_description(imported(here, prefix="model.net")).key_map == ()

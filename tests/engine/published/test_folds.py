@@ -42,9 +42,9 @@ def write(folder, *changes, target=None):
         (
             None,
             {"target": Target(("a", "b"), "classes", views="mean").to_plain()},
-            r"fold2/best.ckpt: learnt classes a, b of exams \(mean of their views\), fold 1 classes a, b; they",
+            r"fold2/best.ckpt: predicts classes a, b of exams \(mean of their views\), not classes a, b like fold 1",
         ),
-        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "learnt ordinal a, b, fold 1 classes a, b"),
+        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "predicts ordinal a, b, not classes a, b like fold 1"),
     ],
 )
 def test_others_are_refused(tmp_path, target, change, said):

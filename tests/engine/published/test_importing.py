@@ -87,7 +87,7 @@ def test_tensors_in_containers_are_heads_side_by_side(here, two_heads):
     said = []
     folder = imported(here, source="published_nets:Heads", quiet=said)
     description = read_description(folder)
-    assert said == ["Heads: takes heads.0, heads.1 of its outputs, not map (1 x 4 x 35 x 33)"]
+    assert said == ["Heads: uses heads.0, heads.1 of its outputs, not map (1 x 4 x 35 x 33)"]
     assert description.model == "published_nets:Heads?num_classes=4#heads.0,heads.1"
     names = ["heads.0_0", "heads.0_1", "heads.0_2", "heads.0_3", "heads.1"]
     assert description.outputs.names == names
