@@ -62,7 +62,7 @@ def test_unknown_model_names_the_choices():
 
 @pytest.mark.parametrize("spec", ["", ".", "/", ":", "?width=2"])
 def test_a_model_without_a_name_is_unknown(spec):
-    with pytest.raises(GigamorphError, match="unknown model .*; use one of"):
+    with pytest.raises(GigamorphError, match=r"unknown model .*; use one of"):
         create_model(spec)
 
 

@@ -44,7 +44,7 @@ def write(folder, *changes, target=None):
             {"target": Target(("a", "b"), "classes", views="mean").to_plain()},
             r"fold2/best.ckpt: predicts classes a, b of exams \(mean of their views\), not classes a, b like fold 1",
         ),
-        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "predicts ordinal a, b, not classes a, b like fold 1"),
+        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "predicts ordinal a, b, not classes a, b"),
     ],
 )
 def test_others_are_refused(tmp_path, target, change, said):
