@@ -176,7 +176,7 @@ class Window:
 
 
 class Patches:
-    """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented anew in each epoch."""
+    """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
 
     def __init__(
         self, records: Sequence[Record], places: Sequence[ImagePatch], config: Config, *, augment: bool, seed: int = 0
