@@ -130,7 +130,7 @@ def test_train_hands_the_configuration_on(toy, tmp_path, capsys):
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
     file.write_text("lr = 1\n")
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
-    assert "'lr' is unknown" in capsys.readouterr().err
+    assert "unknown key 'lr'" in capsys.readouterr().err
 
 
 def test_what_goes_to_other_processes_can_be_pickled(toy, tmp_path, monkeypatch):

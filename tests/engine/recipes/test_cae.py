@@ -160,7 +160,7 @@ def test_svm_of_classes_with_gaps_and_choice_of_c():
     model = fit_svm(features, labels, patients, kernel="linear", c=(0.01, 1.0), folds=3)
     found = measure_svm(model, features, labels)
     assert found["accuracy"] > 0.9 and found["auc"] > 0.95 and found["c"] in (0.01, 1.0)
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         fit_svm(features, np.zeros(60), patients, kernel="linear", c=(1.0,))
     with pytest.raises(DataError, match="30 patients cannot be split into 40 folds"):
         fit_svm(features, labels, patients, kernel="linear", c=(0.1, 1.0), folds=40)

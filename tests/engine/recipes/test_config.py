@@ -101,7 +101,7 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path):
     (tmp_path / "stage" / "last.ckpt").unlink()
     begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
     begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
-    with pytest.raises(GigamorphError, match="already holds a run"):
+    with pytest.raises(GigamorphError, match="already contains a run"):
         begin(Run(tmp_path, seed=1), "toy", Config())
     with pytest.raises(GigamorphError, match="begun with seed 1, not 2"):
         begin(Run(tmp_path, seed=2, resume=True), "toy", Config())

@@ -253,7 +253,7 @@ def test_weights_of_an_account_without_a_home(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GigamorphError, match="no such file; name another"):
+    with pytest.raises(GigamorphError, match="no such file; use another"):
         find_weights("mine.h5", (0.0,), (1.0,))
 
 

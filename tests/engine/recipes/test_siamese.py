@@ -89,7 +89,7 @@ def test_both_patches_of_a_pair_are_mirrored_alike_and_negatives_are_of_other_pa
 
 
 def test_probe_needs_two_classes():
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         probed(embeddings(1)[0], torch.randn(4, 1, 8, 8), torch.zeros(4), torch.randn(2, 1, 8, 8))
 
 

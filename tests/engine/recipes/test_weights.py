@@ -76,7 +76,7 @@ def test_files_are_found_checked_and_told(tmp_path, monkeypatch):
     said = []
     run = Run(tmp_path, say=said.append)
     assert find_weights("random", (0.5,), (0.2,), run) is None and said == ["weights: random, without pretraining"]
-    with pytest.raises(GigamorphError, match=r"weights 'mine.pth': no such file; name another"):
+    with pytest.raises(GigamorphError, match=r"weights 'mine.pth': no such file; use another"):
         find_weights("mine.pth", (0.5,), (0.2,))
     cached = tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth"
     cached.parent.mkdir(parents=True)
