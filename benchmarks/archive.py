@@ -1,14 +1,14 @@
-"""The runner of `gigamorph predict` over archives: kills, memory and throughput, how long a device waits for images.
+"""The runner of `gigamorph predict` on archives: kills, memory and throughput, and how long a device waits for images.
 
     python benchmarks/archive.py kills --count 200
     python benchmarks/archive.py kills-train --count 60
     python benchmarks/archive.py rows --count 1000 --count 1000000
     python benchmarks/archive.py idle --count 30
 
-`kills` runs a small real network by tiles, `kills-train` is `gigamorph train` on phantoms. In `rows` there are neither
-images nor a network: what is left is the work of the runner, each row in a process of its own. In `idle` the network
-sleeps for as long as an image takes to decode (--image, by default a phantom of 1536 x 1152 in JPEG lossless).
-Each writes benchmarks/results/archive_NAME.json.
+`kills` runs a small real network by tiles; `kills-train` runs `gigamorph train` on phantoms. `rows` has neither images
+nor a network, so it measures the runner alone; each row is a separate process. In `idle` the network sleeps for as long
+as an image takes to decode (--image, by default a phantom of 1536 x 1152 in JPEG lossless). Each writes
+benchmarks/results/archive_NAME.json.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CLASSES = ["0", "1"]
 
 
 class Sleeper(nn.Module):
-    """A network that takes a given time and reads nothing."""
+    """A network that takes a given time and reads at most one pixel."""
 
     on_tile = None
 
@@ -64,13 +64,13 @@ class Sleeper(nn.Module):
 
     def forward(self, source: Any) -> torch.Tensor:
         if self.seconds:
-            source.read(0, 1, 0, 1)  # the decoding of what was not decoded ahead
+            source.read(0, 1, 0, 1)  # decode if it was not prefetched
             time.sleep(self.seconds)
         return torch.tensor([[0.0, 1.0]])
 
 
 class NoImages:
-    """Items without a file."""
+    """Items without image files."""
 
     def __init__(self, records: Any) -> None:
         self.records = list(records)
@@ -95,7 +95,7 @@ def tiny(*, device: str) -> Classifier:
 
 
 def kills(count: int, folder: Path) -> dict[str, Any]:
-    """Runs over 60 images, killed at random moments until there were so many kills; all are compared."""
+    """Run over 60 images with kills at random moments, until `count` kills; compare all results."""
     parts_of = functools.partial(parts.Parts, rows=7)
     runner.Parts = parts_of  # pyright: ignore[reportAttributeAccessIssue]
     random_pixels = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
             kept = keys
             if os.WIFEXITED(status):
                 if os.WEXITSTATUS(status):
-                    raise SystemExit("a run has failed")
+                    raise SystemExit("a run failed")
                 break
         found["different"] += [(out / name).read_bytes() for name in names] != whole
         found["kills"] += own
@@ -142,7 +142,7 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
 
 
 def train_in_child(words: list[str]) -> int:
-    """The process id of `gigamorph train`, in a fork of this process."""
+    """Start `gigamorph train` in a fork, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -159,9 +159,9 @@ def train_in_child(words: list[str]) -> int:
 
 
 def kills_train(count: int, folder: Path) -> dict[str, Any]:
-    """Trainings killed at random moments until there were so many kills, each gone on with.
+    """Kill trainings at random moments, until `count` kills, and resume each.
 
-    Weights at the end, and the optimizer's state where a checkpoint has it, are compared bit for bit.
+    Final weights, and the optimizer's state if a checkpoint has it, are compared bit for bit.
     """
     table = write_phantoms(folder / "phantoms", patients=6, height=128, width=96, seed=1, workers=1)
     settings = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "4", "--quiet", "--device", "cpu"]
@@ -169,7 +169,7 @@ def kills_train(count: int, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     _, status = os.waitpid(train_in_child([*words, str(folder / "whole")]), 0)
     if status:
-        raise SystemExit("the training has failed")
+        raise SystemExit("the training failed")
     took = time.monotonic() - began
     names = ("last.ckpt", "best.ckpt")
     whole = [load_checkpoint(folder / "whole" / name) for name in names]
@@ -192,7 +192,7 @@ def kills_train(count: int, folder: Path) -> dict[str, Any]:
             own += os.WIFSIGNALED(status)
             if os.WIFEXITED(status):
                 if os.WEXITSTATUS(status):
-                    raise SystemExit("a training has failed")
+                    raise SystemExit("a training failed")
                 break
         ended = [load_checkpoint(out / name) for name in names]
         found["different"] += any(
@@ -208,7 +208,7 @@ def kills_train(count: int, folder: Path) -> dict[str, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees hold the same, tensors bit for bit."""
+    """Whether two trees are equal, tensors bit for bit."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -221,7 +221,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def one_count(count: int, workers: int) -> dict[str, Any]:
-    """The runner over a table of so many rows; to be the only work of its process."""
+    """Measure the runner on a table of `count` rows; it must be the only work of its process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "table.csv").open("w") as file:
@@ -260,7 +260,7 @@ def rows(counts: list[int], workers: int) -> dict[str, Any]:
 
 
 def compressed_phantom(path: Path, height: int, width: int) -> Path:
-    """A phantom mammogram as archives store them: DICOM with JPEG lossless."""
+    """Write a phantom mammogram as in archives: DICOM with JPEG lossless."""
     write_phantoms(path.parent / "phantoms", patients=1, height=height, width=width, seed=1, workers=1)
     ds = dcmread(sorted((path.parent / "phantoms" / "images").iterdir())[0])
     pixels = ds.pixel_array
@@ -272,7 +272,7 @@ def compressed_phantom(path: Path, height: int, width: int) -> Path:
 
 
 def idle(image: Path, images: int, folder: Path) -> dict[str, Any]:
-    """A device that computes for as long as an image takes to decode: without and with processes that read ahead."""
+    """Simulate a device that computes for as long as an image takes to decode, with and without reader processes."""
     took = []
     for _ in range(5):
         began = time.monotonic()
@@ -288,7 +288,7 @@ def idle(image: Path, images: int, folder: Path) -> dict[str, Any]:
             opener = sleeper(factor * seconds, functools.partial(ImageDataset, channels=1))
             names = sorted(folder.glob(f"copy*{image.suffix}"))
             done = predict(opener, names, out, Options("m", workers=workers))
-            # What is neither sleep nor bookkeeping is waiting for pixels, wherever that is.
+            # Time that is neither sleep nor bookkeeping is spent on waiting for pixels.
             share = 1 - images * factor * seconds / done.seconds
             row = {"sleep_over_decoding": factor, "workers": workers, "seconds": round(done.seconds, 3)}
             found.append(row | {"waited_share": round(done.idle, 4), "not_computing_share": round(share, 4)})
@@ -318,7 +318,7 @@ def main() -> None:
             image = given.image or compressed_phantom(Path(name) / "image.dcm", 1536, 1152)
             found = idle(image, (given.count or [30])[0], Path(name))
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    # Of the machine: timings were taken beside other work where it is above the number of its CPUs.
+    # Load averages: above the number of CPUs, timings were affected by other work.
     machine |= {"load_before": load, "load_after": os.getloadavg(), "seconds": round(time.monotonic() - began, 1)}
     path = RESULTS / f"archive_{given.what.replace('-', '_')}.json"
     path.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Kills at random moments in runs of `gigamorph predict --engine ray`: of actors, of nodes, of the command itself.
+"""Kills at random moments in runs of `gigamorph predict --engine ray`: of actors, nodes, or the command itself.
 
     python benchmarks/archive_ray.py --kills 60
 
-A head and two nodes are processes of this machine, each with processes of its own. 60 images are predicted by a small
-real network, slowed so that kills fall between them. An actor or a node that is killed comes back, and the run must go
-on; where it ends instead, or was killed itself, it is started anew with --resume. No row may be lost or doubled, and
-the tables must be those of an embedded run bit for bit. Written to benchmarks/results/archive_kills_ray.json.
+A head and two nodes are processes of this machine, each with its own worker processes. A small real network, slowed so
+that kills fall between images, predicts 60 images. A killed actor or node comes back, and the run must continue; if it
+ends, or was killed itself, it is started again with --resume. No row may be lost or doubled, and the tables must equal
+those of an embedded run bit for bit. Written to benchmarks/results/archive_kills_ray.json.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from gigamorph.engine.predict.run import Options, predict  # noqa: E402
 IMAGES, SECONDS = 60, 0.15
 TABLES = "predictions.csv", "breasts.csv", "quarantine.csv"
 KINDS = "actor", "node", "command"
-ENDED = 3  # a run that says why it cannot go on, in one line
+ENDED = 3  # exit status of a run that reports why it cannot continue
 
 
 def run(table: Path, out: Path, address: str) -> int:
-    """One run with --resume, as a process of its own."""
+    """One run with --resume, in a separate process."""
     options = Options("m", workers=0, max_failures=0.5, resume=True, engine="ray", devices=2, address=address)
     try:
         predict(functools.partial(archives.slow, seconds=SECONDS), [table], out, options)
@@ -55,7 +55,7 @@ def run(table: Path, out: Path, address: str) -> int:
 
 
 def strike(kind: str, cluster: Any, command: subprocess.Popen[str], drawn: random.Random) -> bool:
-    """Kill one, and say whether there was one to kill."""
+    """Kill an actor, a node or the command; return whether there was one to kill."""
     if kind == "command":
         command.kill()
         return command.wait() == -signal.SIGKILL
@@ -74,7 +74,7 @@ def strike(kind: str, cluster: Any, command: subprocess.Popen[str], drawn: rando
 
 
 def kills(count: int, seed: int, folder: Path, cluster: Any) -> dict[str, Any]:
-    """Runs until there were so many kills; what each run has kept is looked at after each of its processes."""
+    """Start runs until `count` kills; compare the rows of each run after each of its processes."""
     table = archives.make_archive(folder / "images", IMAGES)
     (folder / "images" / "0017.npy").write_bytes(b"damaged")
     predict(archives.tiny, [table], folder / "whole", Options("m", workers=0, max_failures=0.5))
@@ -102,7 +102,7 @@ def kills(count: int, seed: int, folder: Path, cluster: Any) -> dict[str, Any]:
             if status == ENDED:
                 found["said"][said] = found["said"].get(said, 0) + 1
             elif status not in (0, -signal.SIGKILL):
-                raise SystemExit(f"a run has failed with {status}: {said}")
+                raise SystemExit(f"a run failed with status {status}: {said}")
             keys = [row["key"] for rows in read_parts(out / "parts") for row in rows] if out.exists() else []
             found["lost"] += len(kept - set(keys))
             found["doubled"] += len(keys) - len(set(keys))

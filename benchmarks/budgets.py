@@ -1,13 +1,13 @@
-"""Whether budgets are kept, and predicted, on networks that no constant of the plan was fitted to, on the CPU.
+"""Tests on the CPU whether budgets are kept and predicted, for networks to which no constant of the plan was fitted.
 
     python benchmarks/budgets.py --json benchmarks/results/budgets_cpu.json
     python benchmarks/budgets.py --json benchmarks/results/budgets_cpu.json --markdown
 
-Each row is three steps of one network in a process of its own, under a share of what stock PyTorch takes there:
-resident memory at most above what was there before the first step, parameters included, beside what `plan()` has said
-before. The steps add to their gradients, as training in several steps does: those of the step before are there then,
-and a budget has to hold with them. It goes on where its file ends: a row that is there is not measured again. Times are
-those of a machine that may do other work: the least of the steps, by the clock and by the processors' seconds.
+Each row is three steps of one network in a separate process, with a share of stock PyTorch's memory as budget. It has
+the maximal resident memory above that before the first step, including parameters, and the prediction of `plan()`.
+Steps accumulate gradients, as in training over several steps: earlier gradients stay allocated and count towards the
+budget. A run continues where its file ends; existing rows are not measured again. Times come from a machine that may
+do other work: the minimum over the steps, by the clock and by CPU seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from gigamorph import BudgetError, plan
-from gigamorph.engine.bench.child import measure_alone
+from gigamorph.engine.bench.child import measure_in_new_process
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import OK, Task
 from gigamorph.engine.bench.work import build
@@ -44,12 +44,12 @@ NETWORKS = {
     "VGG16-BN": _FACTORY + "vgg16_bn",
     "Swin-T": _FACTORY + "swin_tiny",
 }
-NO_BATCH_NORM = ("ConvNeXt-T", "Swin-T")  # they are alike frozen and live
-_NEAR, _OVER = 0.10, 1.05  # of the aims: predicted over measured, and measured over the budget
+NO_BATCH_NORM = ("ConvNeXt-T", "Swin-T")  # equal with frozen and live norms
+_NEAR, _OVER = 0.10, 1.05  # limits: predicted over measured, measured over budget
 
 
 def unet(in_channels: int = 3) -> nn.Module:
-    """The census's U-Net of three levels, 32 channels wide."""
+    """Build the census's U-Net with three levels, 32 channels wide."""
     from benchmarks.coverage_nets import UNet
 
     assert in_channels == 3
@@ -57,7 +57,7 @@ def unet(in_channels: int = 3) -> nn.Module:
 
 
 def vgg16_bn(in_channels: int = 3) -> nn.Module:
-    """timm's, with a global pooling in front of a linear classifier, as others train it on large images."""
+    """Build timm's VGG16-BN with global pooling and a linear classifier, as is common for large images."""
     import timm
 
     features = timm.create_model("vgg16_bn", features_only=False, in_chans=in_channels).features
@@ -65,24 +65,24 @@ def vgg16_bn(in_channels: int = 3) -> nn.Module:
 
 
 def swin_tiny(in_channels: int = 3) -> nn.Module:
-    """timm's for images of `SIDE` pixels, in windows of 8 x 8 patches."""
+    """Build timm's Swin-T for images of `SIDE` pixels, with windows of 8 x 8 patches."""
     import timm
 
     return timm.create_model("swin_tiny_patch4_window7_224", img_size=SIDE, window_size=8, in_chans=in_channels)
 
 
 def tasks(networks: list[str], sides: int) -> Iterator[tuple[str, Task]]:
-    """What is measured: each network, its norms, training and inference."""
+    """Yield the measured tasks: each network with its norms, training and inference."""
     for name in networks:
         for norms in NORMS[: 1 if name in NO_BATCH_NORM else None]:
             for training in (True, False):
-                if training or norms == "frozen":  # norms of a prediction are in evaluation mode
+                if training or norms == "frozen":  # inference uses norms in evaluation mode
                     yield name, Task(NETWORKS[name], (1, 3, sides, sides), training, norms, accumulate=True)
 
 
 def measured(task: Task, peer: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What three steps take in a process of their own."""
-    answer = measure_alone(task, peer, settings, STEPS, longest=1800)
+    """Measure three steps in a separate process."""
+    answer = measure_in_new_process(task, peer, settings, STEPS, longest=1800)
     if answer["status"] != OK:
         return {"status": answer["status"], "reason": answer["reason"]}
     return {
@@ -94,7 +94,7 @@ def measured(task: Task, peer: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def under_budget(task: Task, budget: int) -> dict[str, Any]:
-    """The plan for a budget, made here, and its steps, taken elsewhere."""
+    """Make the plan for a budget, and measure its steps in a separate process."""
     network = build(task)
     started = time.perf_counter()
     try:
@@ -114,7 +114,7 @@ def under_budget(task: Task, budget: int) -> dict[str, Any]:
 
 
 class Results:
-    """The rows of a file, which is written after each."""
+    """The rows of a file, which is written after each row."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -123,7 +123,7 @@ class Results:
             self.rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
 
     def row(self, key: str, make: Any) -> dict[str, Any]:
-        """The row of this name, made if it is not there."""
+        """Return the row of this name; measure it if it does not exist."""
         if key not in self.rows:
             self.rows[key] = {"row": key, **make(), "commit": provenance()["commit"]}
             print(line(self.rows[key]), flush=True)
@@ -134,7 +134,7 @@ class Results:
 
 
 def run(results: Results, networks: list[str], shares: list[float], side: int) -> None:
-    """All rows of these networks."""
+    """Measure all rows of these networks."""
     for name, task in tasks(networks, side):
         what = {"network": name, "norms": task.batch_norm, "mode": task.mode, "side": side}
         key = f"{name} {task.batch_norm} {task.mode} {side}"
@@ -149,7 +149,7 @@ def run(results: Results, networks: list[str], shares: list[float], side: int) -
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as people read it."""
+    """Format a row for the terminal."""
     if row["status"] != OK:
         return f"{row['row']:44} {row['status']}: {row['reason']}"
     text = (
@@ -170,7 +170,7 @@ def _cpu_ratio(row: dict[str, Any]) -> float:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of the documentation."""
+    """Return the table for the documentation."""
     under = [row for row in rows if "budget" in row]
     ran = [row for row in under if row["status"] == OK]
     near = sum(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) <= _NEAR for row in ran)
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of stock's peak")
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", action="store_true", help="print the table, and measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the table without measuring")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(options.json)

@@ -1,6 +1,6 @@
-"""Every kernel launch of recorded training and inference steps, compiled for four chips without any of them.
+"""Compiles every kernel launch of recorded training and inference steps for four chips; needs none of them.
 
-Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit code 1:
+Anything that cannot run or cannot be fast on a GPU is a fault and makes the exit code 1:
 
     shared memory or grid beyond the chip's limits        a product of matrices without wgmma (elsewhere: mma)
     registers spilled to memory                           wgmma that ptxas has serialized
@@ -8,14 +8,14 @@ Whatever cannot run or cannot be fast on a GPU is a fault and makes the exit cod
     descriptors that did not become TMA loads             loaded by a descriptor and used unchanged
     registers that a loop rewrites while wgmma may still read them (triton-lang/triton#9433)
 
-The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels are those without descriptors.
-The launches are those that the engine makes (`recorded_step.py`): of eight networks with frozen and with live norms, in
-bfloat16, float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and of an image of 32768 x 32768
-in one tile. The table at the end holds the worst figures of each kernel, the last line those of all.
+The chips are NVIDIA's sm_80, sm_90 and sm_100, and AMD's MI300 (gfx942), whose kernels use no descriptors. The
+launches are those of the engine (`recorded_step.py`): eight networks with frozen and with live norms, in bfloat16,
+float16 and float32, in tiles of 512, 1024 and 2048 and on a whole mammogram, and an image of 32768 x 32768 in one
+tile. The table at the end has the worst figures of each kernel, the last line those of all.
 
-All of it takes hours: with --rows a run that was cut off goes on where it was, and its table holds what the file has
-for the chips. A change of how kernels are launched compiles the new launches alone; a run of all steps leaves out what
-none of them launches any more.
+The whole gate takes hours. With --rows an interrupted run continues, and its table contains the file's rows for the
+chips. After a change in how kernels are launched, only new launches are compiled; a run of all steps removes rows that
+no step launches any more.
 
     python benchmarks/compile_gate.py [--quick] [--only conv2d_forward,pool] [--network resnet50] [--chip 90]
         [--rows FILE] [--faults]
@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-# Everything is compiled afresh, so that ptxas reports on everything.
+# Everything is compiled without a cache, so that ptxas reports on everything.
 _cache = tempfile.TemporaryDirectory(prefix="compile_gate_")
 os.environ["TRITON_CACHE_DIR"] = _cache.name
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(__file__).parent)]
@@ -60,7 +60,7 @@ CHIPS = (80, 90, 100, MI300)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 MAMMOGRAM = (4096, 3328)
 TILES = (512, 1024, 2048, None)
-CHUNK = 24  # calls that a process compiles at a time
+CHUNK = 24  # calls per compilation job
 
 
 def _timm(name: str) -> nn.Module:
@@ -87,7 +87,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A step that is recorded; `tile` is None for the whole image in one."""
+    """A recorded step; `tile` is None for the whole image in one tile."""
 
     network: str
     live: bool
@@ -120,9 +120,9 @@ Recorded = list[tuple[Call, frozenset[str]]]
 
 
 def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int, Recorded]:
-    """By chip the distinct calls of our ops in a step, and the keys of their launches; `quick`: as for `keys_of`.
+    """Return by chip the distinct calls of our ops in a step with the keys of their launches; see `keys_of` on `quick`.
 
-    A step that has not asked which chip it is on makes the same calls on all of them.
+    A step that does not ask for the chip makes the same calls on all of them.
     """
     network = NETWORKS[scene.network]().train(scene.live)
     tile = (scene.tile or max(scene.size),) * 2
@@ -139,9 +139,9 @@ def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int,
     return found
 
 
-@functools.cache  # steps of a network have most of their calls in common
+@functools.cache  # steps of a network share most of their calls
 def keys_of(call: Call, chip: int, quick: bool) -> frozenset[str]:
-    """The keys of a call's launches; `quick`: alike where only input channels of a loop differ."""
+    """Return the keys of a call's launches; with `quick`, equal if only a loop's input channels differ."""
     launches: list[Launch] = []
     with noted(chip, launches, []):
         call.run()
@@ -155,7 +155,7 @@ def network_channels(network: nn.Module) -> int:
 
 
 def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tuple[str, Call, set[str]]]:
-    """Of all calls those with a launch that is not among the `seen`: the scene, the call, the keys of what is new."""
+    """Return the calls with a launch that is not in `seen`: the scene, the call, the keys of its new launches."""
     seen = set(seen)
     found = []
     for scene, calls in recorded:
@@ -172,16 +172,16 @@ def _any_depth(specialization: str) -> str:
 
 
 def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
-    """Compile the cases for a chip; one row per kernel, and one per case that does not compile."""
+    """Compile the cases for a chip; return one row per kernel, and one per case that does not compile."""
     rows: dict[int, Row] = {}
     with compile_only(chip) as launches, override("triton"):
         for case, run in cases:
             launches.clear()
             try:
                 run()
-            except Exception as error:  # the compiler's own; the other cases are still wanted
-                told = str(error).strip().splitlines() or [""]
-                rows[hash(case)] = Row(case, chip, "", faults=(f"{type(error).__name__}: {told[0]}",))
+            except Exception as error:  # compiler errors; continue with the other cases
+                lines = str(error).strip().splitlines() or [""]
+                rows[hash(case)] = Row(case, chip, "", faults=(f"{type(error).__name__}: {lines[0]}",))
             for launch in launches:
                 wrong = faults(launch, chip)
                 row = rows.get(id(launch.kernel))
@@ -213,12 +213,12 @@ def _compile(chip: int, calls: list[tuple[str, Call, set[str]]]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 with frozen norms in one tile alone")
-    parser.add_argument("--only", default="", help="ops by comma, as conv2d_forward")
-    parser.add_argument("--network", default="", help="only steps whose name has this part")
+    parser.add_argument("--quick", action="store_true", help="only ResNet-18 with frozen norms in one tile")
+    parser.add_argument("--only", default="", help="comma-separated ops, such as conv2d_forward")
+    parser.add_argument("--network", default="", help="only steps whose name contains this text")
     parser.add_argument("--chip", type=int, choices=CHIPS, help="one chip only")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="add to these; what they hold is not compiled again")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="file of rows to continue, not compiled again")
     parser.add_argument("--faults", action="store_true", help="list only kernels with faults")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:

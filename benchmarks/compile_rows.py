@@ -1,6 +1,6 @@
-"""The rows of the compile gate: what one compiled kernel needs and what is wrong with it, as a table and as a file.
+"""The rows of the compile gate: the needs and faults of each compiled kernel, as a table and as a file.
 
-The whole gate takes hours: with a file, a run that was cut off goes on where it was.
+The whole gate takes hours: with a file, an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gigamorph import kernels
 
 @dataclass
 class Row:
-    """One compiled kernel and what is wrong with it."""
+    """One compiled kernel and its faults."""
 
-    case: str  # the first call that needs it
+    case: str  # the first call that launches it
     chip: int
     kernel: str
     launches: int = 1
@@ -43,13 +43,13 @@ class Row:
 
 
 def key(launch: Launch) -> str:
-    """What is compiled for a launch, but for the chip."""
+    """Return a hash of what is compiled for a launch, independent of the chip."""
     return hashlib.sha256(f"{launch.kernel} {launch.specialization}".encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _sources() -> dict[str, str]:
-    """By name, what a kernel's code and all that it calls hash to; of "", what did not compile, all of them."""
+    """Return the hash of each kernel's code and callees by name; "", for rows that did not compile, has all."""
     modules = (importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__))
     found = {
         value.__name__.strip("_"): value.cache_key
@@ -61,7 +61,7 @@ def _sources() -> dict[str, str]:
 
 
 def _code(names: Iterable[str]) -> str:
-    """What rows of these kernels stand for: their code, what judges it, Triton. Not which launches there are."""
+    """Return the hash of what determines these kernels' rows: their code, the code that judges it, Triton."""
     here = Path(__file__).parent
     code = hashlib.sha256(triton.__version__.encode())
     for file in "compile_only.py", "compile_verdict.py":
@@ -72,7 +72,7 @@ def _code(names: Iterable[str]) -> str:
 
 
 class Compiled(NamedTuple):
-    """A few calls that were compiled together: the keys of what is new in them, and the rows."""
+    """Some calls that were compiled together: the keys of their new launches, and the rows."""
 
     chip: int
     keys: frozenset[str]
@@ -88,7 +88,7 @@ class Compiled(NamedTuple):
 
 
 class RowFile:
-    """What was compiled, a line for each few calls; none of older code or another Triton."""
+    """A file of compiled rows, one line for some calls; lines of older code or another Triton are ignored."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -96,7 +96,7 @@ class RowFile:
         for line in path.read_text().splitlines() if path and path.exists() else ():
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut off as it was written
+            except ValueError:  # interrupted while it was written
                 continue
             rows = [Row(**row | {"faults": tuple(row["faults"])}) for row in entry["rows"]]
             found = Compiled(entry["chip"], frozenset(entry["keys"]), rows)
@@ -107,7 +107,7 @@ class RowFile:
         return [row for one in self.compiled if one.chip == chip for row in one.rows]
 
     def keys(self, chip: int) -> set[str]:
-        """Of launches that need not be compiled again."""
+        """Return the keys of launches that need not be compiled again."""
         return {key for one in self.compiled if one.chip == chip for key in one.keys}
 
     def add(self, chip: int, keys: Iterable[str], rows: list[Row]) -> None:
@@ -115,10 +115,10 @@ class RowFile:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write("\n" + self.compiled[-1].line())  # the line before may have been cut off
+                file.write("\n" + self.compiled[-1].line())  # the previous line may be incomplete
 
     def leave_out(self, chip: int, launched: set[str]) -> None:
-        """Leave out what was compiled for a chip beside a launch that no step makes any more: none of `launched`."""
+        """Remove a chip's entries that contain a launch which is not in `launched`, that is, in no current step."""
         self.compiled = [one for one in self.compiled if one.chip != chip or one.keys <= launched]
         if self.path and self.path.exists():
             whole = self.path.with_name(self.path.name + ".new")
@@ -153,7 +153,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def by_kernel(rows: list[Row]) -> Table:
-    """Of each kernel on each chip how often it was compiled, the most that any needs, and how many have faults."""
+    """Return for each kernel and chip the number of compilations, the worst figures, and the number with faults."""
     result = Table(box=None, pad_edge=False)
     for heading in ("sm", "kernel", "compiled", "shared", "regs", "blocks", "matrix", "TMA", "faults"):
         result.add_column(heading, justify="left" if heading in ("kernel", "matrix") else "right")
@@ -175,7 +175,7 @@ def by_kernel(rows: list[Row]) -> Table:
 
 
 def summary(rows: list[Row], seconds: float) -> str:
-    """The worst figures, in one line."""
+    """Return the worst figures in one line."""
     bad = sum(bool(row.faults) for row in rows)
     built = [row for row in rows if row.kernel]
     shared = ", ".join(

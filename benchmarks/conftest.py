@@ -1,4 +1,4 @@
-"""Comparisons that fail on a ratio within one run, and where their figures come from."""
+"""Comparisons that fail on a ratio within one run, and the provenance of their figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gigamorph.engine.bench.meter import time_call
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--side", type=int, default=2048, help="side of the square image in pixels")
     parser.addoption("--rounds", type=int, default=3, help="timed rounds of each comparison")
-    parser.addoption("--save-ratios", action="store_true", help="keep the ratios as those to compare with")
+    parser.addoption("--save-ratios", action="store_true", help="save the ratios for later comparisons")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -26,7 +26,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]:
-    """Runs ours and a reference in turns; the ratio of their least CPU times is compared with the limit and the saved.
+    """Run ours and a reference alternately; compare the ratio of their minimal CPU times with limit and saved ratio.
 
     pytest-benchmark times ours; CPU times of both and their ratio are in `extra_info`.
     """

@@ -1,19 +1,19 @@
-"""Which real networks the engine computes exactly: the networks of the census, frozen and with live norms.
+"""Checks which real networks the engine computes exactly: those of the census, with frozen and with live norms.
 
 Each network runs at a small, odd size in tiles, with random weights and statistics, and is compared with stock PyTorch:
-outputs, the gradient of every parameter and of the image, and every buffer after the step. Two modes: "eval" (batch 1),
-and "live" (batch 4, every module in training mode). In float64 each tensor must agree to 1e-12, or to four times
-what stock PyTorch's result moves by when its own operations are rounded otherwise (`coverage_judge.py`); in float32 the
-error against float64 is divided by stock PyTorch's own. The verdict is
+outputs, the gradient of every parameter and of the image, and every buffer after the step. There are two modes: "eval"
+(batch 1), and "live" (batch 4, every module in training mode). In float64 each tensor must agree to 1e-12, or to four
+times the change of stock PyTorch's result under different rounding (`coverage_judge.py`). In float32 the error against
+float64 is divided by stock PyTorch's own. The verdict is
 
     exact        computed tile by tile
-    taken whole  exact, but only with fallback="whole": some op takes a whole map in the middle
-    refused      with which message
-    unclear      differs by no more than stock itself does when it rounds otherwise, which is beyond 1e-9
+    taken whole  exact, but only with fallback="whole": some op needs a whole map in the middle
+    refused      with the message
+    unclear      differs by no more than stock under different rounding, but by more than 1e-9
     wrong        anything else
 
-Networks run in child processes, so that one that crashes does not stop the others. Results are appended as they come,
-and those that are there already are not computed again. The last line counts.
+Networks run in child processes, so that a crash does not stop the others. Results are appended as they come, and
+existing ones are not computed again. The last line has the counts.
 
     python benchmarks/coverage.py [--jobs 1] [--only resnet] [--json FILE] [--markdown]
 """
@@ -43,22 +43,22 @@ from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 
 MODES = ("eval", "live")
-# A BatchNorm after a global pooling has one value per image: of two it makes plus and minus one, whatever they are.
+# A BatchNorm after a global pooling has one value per image; with two images its output is always plus and minus one.
 BATCH = {"eval": 1, "live": 4}
 VERDICTS = ("exact", "taken whole", "refused", "unclear", "wrong")
-# The first that the network itself can take.
-# halonet's blocks need multiples of 256, more than one of them; flexivit has one size of its own.
+# The first size that the network accepts is used.
+# halonet's blocks need multiples of 256, more than one of them; flexivit has its own fixed size.
 SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256), (299, 307)]
 OWN_SIZES = {"halonet26t": (512, 256), "flexivit_small": (240, 240)}
-TILES = {0: 48, 192: 96}  # by the image's smaller side, from which on
+TILES = {0: 48, 192: 96}  # keys: minimal length of the image's smaller side
 LIMIT = 1e-12
 TIMEOUT = 3600  # seconds for one network in one mode
-NETWORKS_EACH = 20  # that a process checks
+NETWORKS_EACH = 20  # networks per process
 RESULTS = ROOT / "benchmarks" / "results" / "coverage_census.json"
 
 
 def build(name: str) -> Any:
-    """The network of a census name, with random weights."""
+    """Build the network of a census name with random weights."""
     import coverage_nets
 
     from gigamorph.engine.models.compat import make_torchvision_importable
@@ -89,7 +89,7 @@ def build(name: str) -> Any:
 
 
 def check(name: str, mode: str) -> dict[str, Any]:
-    """The verdict on one network in one mode."""
+    """Return the verdict on one network in one mode."""
     import torch
     from coverage_judge import ROUNDING, judge
     from exactness import randomize
@@ -113,12 +113,12 @@ def check(name: str, mode: str) -> dict[str, Any]:
         report["message"] = str(refusal)
         try:
             network = lower(capture(model, tuple(image.shape), image.dtype, "cpu"), "whole")
-        except GigamorphError as again:
-            return report | {"message": str(again), "verdict": "refused", "seconds": time.perf_counter() - began}
+        except GigamorphError as second:
+            return report | {"message": str(second), "verdict": "refused", "seconds": time.perf_counter() - began}
         fallback = "whole"
-    silenced = _silence(model, network, everywhere=fallback is not None)
-    if silenced:
-        report["dropout off"] = silenced
+    disabled = _disable_dropout(model, network, everywhere=fallback is not None)
+    if disabled:
+        report["dropout off"] = disabled
     fast = lambda twin: accelerate(twin, tile=tile, fallback=fallback)  # noqa: E731
     casts = any(op.name == "float" for op in network.program.ops)
     found = judge(model, image, fast, casts=casts, limit=LIMIT)
@@ -135,11 +135,11 @@ def check(name: str, mode: str) -> dict[str, Any]:
 
 
 def _times(model: Any, image: Any, fast: Callable[[Any], Any]) -> dict[str, float]:
-    """CPU seconds of a training step: stock's, the accelerated network's first, with its recording, and a later one."""
+    """Return CPU seconds of training steps: stock's, the accelerated network's first (recorded), and a later one."""
     from exactness import step
 
     def seconds(network: Any) -> float:
-        began = time.process_time()  # one thread computes, and what runs beside it does not count
+        began = time.process_time()  # one thread computes; other processes do not count
         step(network, image)
         return time.process_time() - began
 
@@ -147,7 +147,7 @@ def _times(model: Any, image: Any, fast: Callable[[Any], Any]) -> dict[str, floa
     try:
         step(stock, image)
         step(stock, image)
-    except RuntimeError:  # it takes one step only (EfficientFormerV2 keeps a bias with its graph)
+    except RuntimeError:  # only one step works (EfficientFormerV2 stores a bias with its graph)
         return {}
     first = seconds(tiled)
     pairs = [(seconds(stock), seconds(tiled)) for _ in range(2)]
@@ -155,25 +155,25 @@ def _times(model: Any, image: Any, fast: Callable[[Any], Any]) -> dict[str, floa
     return {"stock": round(own, 4), "first": round(first, 4), "tiled": round(other, 4)}
 
 
-def _silence(model: Any, network: Any, everywhere: bool) -> list[str]:
-    """Switch off dropout that draws other numbers than stock does, and return the modules' names.
+def _disable_dropout(model: Any, network: Any, everywhere: bool) -> list[str]:
+    """Disable dropout that draws other numbers than stock does, and return the modules' names.
 
-    That is dropout of whole maps, which is drawn tile by tile, and any where ops wait for whole maps: what is drawn for
-    each sample is then drawn in another order.
+    This is dropout of whole maps, which is drawn tile by tile, and any dropout where ops wait for whole maps, because
+    the numbers of each sample are then drawn in another order.
     """
     found = {local.op.module for stage in network.stages for local in stage.locals if local.random}
-    silenced = []
+    disabled = []
     for name, module in model.named_modules():
         for attribute in ("p", "drop_prob", "drop_rate", "dropout", "attn_drop"):
             rate = getattr(module, attribute, 0.0)
             if (everywhere or name in found) and isinstance(rate, float) and rate > 0:
                 setattr(module, attribute, 0.0)
-                silenced.append(name)
-    return silenced
+                disabled.append(name)
+    return disabled
 
 
 def _calibrate(model: Any, size: tuple[int, int]) -> None:
-    """Give BatchNorms the statistics of a random batch; with any others, maps may grow from layer to layer."""
+    """Set BatchNorm statistics to those of a random batch; with others, maps may grow from layer to layer."""
     import torch
 
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -188,7 +188,7 @@ def _calibrate(model: Any, size: tuple[int, int]) -> None:
 
 
 def _legal_size(model: Any, batch: int) -> tuple[int, int]:
-    """The first size that the network takes in its mode; its running statistics may change."""
+    """Return the first size that the network accepts in its mode; its running statistics may change."""
     import torch
 
     for height, width in SIZES:
@@ -198,11 +198,11 @@ def _legal_size(model: Any, batch: int) -> tuple[int, int]:
         except (RuntimeError, AssertionError):
             continue
         return height, width
-    raise RuntimeError(f"the network itself takes none of the sizes {SIZES}")
+    raise RuntimeError(f"the network itself accepts none of the sizes {SIZES}")
 
 
 class Server:
-    """What a child process does: one network in one mode."""
+    """The work of a child process: one network in one mode."""
 
     def __init__(self) -> None:
         import torch
@@ -212,7 +212,7 @@ class Server:
     def check(self, name: str, mode: str) -> dict[str, Any]:
         try:
             return check(name, mode)
-        except Exception as error:  # whatever a network raises is its verdict
+        except Exception as error:  # any error of a network is its verdict
             return _wrong(name, mode, " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
@@ -221,8 +221,8 @@ def _wrong(name: str, mode: str, message: str) -> dict[str, Any]:
 
 
 class Child:
-    """A process that checks networks; started again after a crash, and after some networks: PyTorch's cache of fake ops
-    grows by gigabytes, and networks that find too little memory free are refused."""
+    """A process that checks networks. It is restarted after a crash, and after some networks, because PyTorch's cache
+    of fake ops grows by gigabytes and networks are refused if too little memory is free."""
 
     def __init__(self) -> None:
         self.process: Process | None = None
@@ -246,7 +246,7 @@ class Child:
 
 
 def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None:
-    """Append the verdicts on all networks and modes, with one line each as they come."""
+    """Append the verdicts on all networks and modes, and print one line for each."""
     idle = [Child() for _ in range(jobs)]
 
     def work(task: tuple[str, str]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None
 
 
 class Results:
-    """The verdicts in a file, which is written anew after each of them."""
+    """The verdicts in a file, which is rewritten after each of them."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -283,7 +283,7 @@ class Results:
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By mode, how many networks got each verdict."""
+    """Return the number of networks with each verdict, by mode."""
     return {mode: {v: sum(r["verdict"] == v and r["mode"] == mode for r in rows) for v in VERDICTS} for mode in MODES}
 
 
@@ -307,13 +307,13 @@ def _line(number: int, total: int, report: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with "-dirty" where files differ from it."""
+    """Return the commit of the running code, with "-dirty" if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def provenance() -> dict[str, Any]:
-    """The versions that the numbers were made with."""
+    """Return the versions of the packages that affect the numbers."""
     import timm
     import torch
     import torchvision
@@ -330,13 +330,13 @@ def provenance() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=1, help="networks checked at once")
+    parser.add_argument("--jobs", type=int, default=1, help="networks checked in parallel")
     parser.add_argument("--only", nargs="+", default=[], help="names or parts of names; * is a wildcard")
-    parser.add_argument("--mode", choices=MODES, help="one mode alone")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the file that verdicts are appended to")
-    parser.add_argument("--again", action="store_true", help="also what has a verdict already")
-    parser.add_argument("--retry", action="store_true", help="also what is wrong or refused")
-    parser.add_argument("--markdown", action="store_true", help="write docs/coverage.md from the file; check nothing")
+    parser.add_argument("--mode", choices=MODES, help="only one mode")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to which verdicts are appended")
+    parser.add_argument("--again", action="store_true", help="also check networks that have a verdict")
+    parser.add_argument("--retry", action="store_true", help="also check networks that are wrong or refused")
+    parser.add_argument("--markdown", action="store_true", help="only write docs/coverage.md from the file")
     options = parser.parse_args()
     results = Results(options.json)
 

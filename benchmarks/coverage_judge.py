@@ -1,18 +1,18 @@
-"""Whether a network's step agrees with stock PyTorch's, or differs by what stock's own rounding explains.
+"""Judges whether a network's step agrees with stock PyTorch's, or differs only by rounding that stock has as well.
 
-The engine always runs as users run it; what is varied is stock. In this order, as far as needed:
+The engine runs as for users; stock is varied. These steps are applied in order, as far as needed:
 
-1.  Every tensor agrees to the limit. Gradients of which both sides are within the limit of the largest gradient are
-    zero (those of a bias in front of a norm).
-2.  Networks that cast to float32 themselves round there: both get float64 in place of float32.
-3.  PyTorch's BatchNorm on the CPU misreads gradients in some orders in memory (`engine/capture/corrected.py`): stock
-    gets plain ones. Taken only if that moves stock's own result a thousand times more than the limit.
+1.  Every tensor agrees to the limit. Gradients that are within the limit of the largest gradient on both sides count as
+    zero (those of a bias before a norm).
+2.  Networks that cast to float32 round there: on both sides they get float64 instead of float32.
+3.  PyTorch's BatchNorm on the CPU misreads gradients in some memory orders (`engine/capture/corrected.py`): stock gets
+    contiguous ones, but only if that changes stock's own result by more than a thousand times the limit.
 4.  PyTorch's live BatchNorm rounds more than its definition: stock has it written out. Buffers are those of 1 or 3.
-5.  Stock's noise: what each of its tensors moves by when the result of every one of its operations, forward and
-    backward, is changed in the last bit at random (Monte Carlo arithmetic: Parker, 1997), or its maps have another
-    order in memory (other sums), or its live BatchNorm is written out (as in 4). A tensor may differ by four times its
-    own noise: both sides round, and in a sum more is rounded than its result, which alone is changed. But nothing
-    beyond 1e-9 is called rounding: where stock's own noise is beyond that, what differs by as much is unclear.
+5.  Stock's noise: the change of each of its tensors when the result of every operation, forward and backward, is
+    changed randomly in the last bit (Monte Carlo arithmetic: Parker, 1997), when its maps have another memory order
+    (other sums), or when its live BatchNorm is written out (as in 4). A tensor may differ by four times its own noise:
+    both sides round, and a sum rounds more often than in its result, which alone is changed. A difference above 1e-9
+    never counts as rounding: if stock's own noise is above that, such a difference is unclear.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _DRAWS = 4
-_TIMES = 4  # of its noise
-ROUNDING = 1e-9  # more than this is an error, whatever stock's noise
+_TIMES = 4  # allowed multiple of the noise
+ROUNDING = 1e-9  # larger differences are errors, whatever stock's noise
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def judge(
     model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], casts: bool, limit: float
 ) -> dict[str, Any]:
-    """Whether all is well ("good") or "unclear", the worst "error" and its tensor, "notes", and the "float32" errors.
+    """Return "good" or "unclear", the worst "error" and its tensor, "notes", and the "float32" errors.
 
-    Also the "largest" error of any tensor, which need not be the worst, and the largest "noise", 0 where it was not
-    needed.
+    The result also has the "largest" error of any tensor, which need not be the worst, and the largest "noise", or 0 if
+    it was not needed.
 
     Args:
-        model: float64, in the mode to be compared; it is copied.
+        model: float64, in the mode to compare; it is copied.
         image: float64.
-        fast: makes the network that is judged of a copy.
-        casts: whether the network casts to float32 itself.
-        limit: of relative errors.
+        fast: makes the network under test from a copy.
+        casts: whether the network itself casts to float32.
+        limit: limit on relative errors.
     """
     notes: list[str] = []
     in_stock: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -109,7 +109,7 @@ def _run(network: nn.Module, x: Tensor) -> Step:
 
 
 def _errors(truth: Step, got: Step, limit: float) -> dict[str, float]:
-    """The errors of a step, but for gradients that are zero."""
+    """Return the errors of a step; those of zero gradients are 0."""
     errors = step_errors(truth, got)
     sizes = {name: 0.0 if grad is None else grad.abs().amax().item() for name, grad in truth.gradients.items()}
     least = limit * max(sizes.values(), default=0.0)
@@ -131,10 +131,10 @@ def _float32(
     truth: Step,
     in_stock: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """The errors of all outputs, and of all gradients, in float32, as multiples of stock PyTorch's own.
+    """Return the errors of all outputs, and of all gradients, in float32, as multiples of stock PyTorch's own.
 
-    Stock's is the largest of a few roundings: a value that rounding moves over the kink of a ReLU makes a gradient
-    jump, and which value that is differs from rounding to rounding.
+    Stock's is the largest of a few roundings: if rounding moves a value over the kink of a ReLU, a gradient jumps, and
+    different roundings move different values.
     """
 
     def distances(run: Step) -> list[float]:
@@ -156,7 +156,7 @@ def _float32(
 
 
 def _noise(model: nn.Module, image: Tensor, truth: Step) -> dict[str, float]:
-    """By tensor, how far stock's result moves where only rounding differs, and not what its BatchNorm misreads."""
+    """Return by tensor how far stock's result moves if only rounding differs, with contiguous input of BatchNorm."""
     noise: dict[str, float] = {}
 
     def add(run: Step) -> None:
@@ -169,7 +169,7 @@ def _noise(model: nn.Module, image: Tensor, truth: Step) -> dict[str, float]:
         add(run)
     other_order = copy.deepcopy(model)
     for parameter in other_order.parameters():
-        if parameter.dim() == 4:  # not the kernels of 3d convolutions, which have an order of their own
+        if parameter.dim() == 4:  # not for 3d kernels, which have another memory format
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     with plain_order():
         run = _run(other_order, image.contiguous(memory_format=torch.channels_last))
@@ -181,7 +181,7 @@ def _noise(model: nn.Module, image: Tensor, truth: Step) -> dict[str, float]:
 
 
 class LastBits(TorchDispatchMode):
-    """Changes each result of an operation in its last bit, up, down or not at all, also in the backward."""
+    """Change each result of an operation randomly in its last bit, also in the backward."""
 
     sees_tiles = True
 
@@ -191,7 +191,7 @@ class LastBits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Views, and tensors that were written to, are others' results.
+        # Views, and tensors that were written to, are results of other operations.
         new = [not r.alias_info for r in func._schema.returns]
         results = result if isinstance(result, (tuple, list)) else (result,)
         for fresh, one in zip(new * (len(results) if len(new) == 1 else 1), results, strict=False):
@@ -212,7 +212,7 @@ def _patched(owner: Any, name: str, make: Any) -> Iterator[None]:
 
 
 def written_out() -> contextlib.AbstractContextManager[None]:
-    """Live BatchNorm by its definition, without running statistics."""
+    """Replace live BatchNorm by its definition, without running statistics."""
 
     def make(original: Any) -> Any:
         def batch_norm(
@@ -240,12 +240,12 @@ def written_out() -> contextlib.AbstractContextManager[None]:
 
 
 def double_casts() -> contextlib.AbstractContextManager[None]:
-    """A network that casts to float32 casts to float64."""
+    """Make a network that casts to float32 cast to float64."""
     return _patched(torch.Tensor, "float", lambda _original: torch.Tensor.double)
 
 
 def plain_order() -> contextlib.AbstractContextManager[None]:
-    """BatchNorm gets maps and gradients in the plain order."""
+    """Give BatchNorm contiguous maps and gradients."""
 
     def make(original: Any) -> Any:
         def batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The networks of the census, by class, under their names in timm.
+"""The networks of the census by class, with their names in timm.
 
-Of torchvision are tv:, tvs: (segmentation) and tvd: (backbones of detection), own: are ours;
-features: and pooled: are what a model of timm gives by `forward_features`, and before its classifier.
+Prefixes: tv: (torchvision), tvs: (its segmentation), tvd: (its detection backbones), own: (ours); features: and pooled:
+are the outputs of a timm model's `forward_features`, and before its classifier.
 
-`FIRST` are those of the first census; what it has recorded stays valid, and `MORE` are measured after them.
+`FIRST` are those of the first census, whose records stay valid; `MORE` were measured later.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CLASS_C = """
 FIXED = """
     efficientformerv2_s0 botnet26t_256 sebotnet33ts_256 visformer_tiny swin_tiny_patch4_window7_224
     vit_tiny_patch16_224
-""".split()  # these take one image size alone
+""".split()  # these accept only one image size
 FIRST = {
     **dict.fromkeys(CLASS_A, "a"),
     **dict.fromkeys(CLASS_B, "b"),
@@ -59,7 +59,7 @@ FIRST = {
     **dict.fromkeys(FIXED, "fixed"),
 }
 
-# By family: transformers with class tokens, windows, grids, hybrids, pooled and cross-covariance attention.
+# Families: transformers with class tokens, windows, grids, hybrids, pooled and cross-covariance attention.
 ATTENTION = """
     vit_small_patch32_224 vit_tiny_r_s16_p8_224 vit_small_r26_s32_224 vit_relpos_small_patch16_224
     vit_srelpos_small_patch16_224 vit_little_patch16_reg4_gap_256 vit_dwee_patch16_reg1_gap_256 flexivit_small

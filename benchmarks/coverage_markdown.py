@@ -1,4 +1,4 @@
-"""The page docs/coverage.md from the JSON of coverage.py."""
+"""Writes the page docs/coverage.md from the JSON of coverage.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = {
     "c": "attention over all positions, in windows, or another mixing of positions somewhere",
     "fixed": "takes images of one size alone",
 }
-MODES = {"eval": "frozen", "live": "live"}  # what the page calls them
+MODES = {"eval": "frozen", "live": "live"}  # names on the page
 VERDICTS = {
     "exact": "computed tile by tile, and the same as stock PyTorch",
     "taken whole": 'the same, with `fallback="whole"`: an op in the middle takes a whole map',
@@ -26,13 +26,13 @@ VERDICTS = {
     "wrong": "anything else",
 }
 
-LONG = 10  # times stock's step: rows that the page names
+LONG = 10  # times stock's step: slower rows are named on the page
 
 Row = dict[str, Any]
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page; the same JSON gives the same page."""
+    """Return the page; the same JSON gives the same page."""
     rows = result["networks"]
     return "\n".join([_head(result), _counts(rows), _reading(result), _networks(rows), _remarks(rows)])
 
@@ -53,7 +53,7 @@ and every buffer after one training step, against stock PyTorch {result["torch"]
 
 
 def _commits(rows: list[Row]) -> str:
-    """Which code the rows are of."""
+    """Name the commits of the rows."""
     counted = Counter(row["commit"] for row in rows).most_common()
     if len(counted) == 1:
         return f"All {len(rows)} rows are of commit {counted[0][0]}."
@@ -116,7 +116,7 @@ halos as large as the tiles; what a step takes at real sizes is in `docs/benchma
 
 
 def slowdown(row: Row) -> float | None:
-    """How many times as long as stock's step a step in tiles takes; None of a row without times."""
+    """Return a tiled step's time as a multiple of stock's; None for a row without times."""
     return row["steps"]["tiled"] / row["steps"]["stock"] if row.get("steps") else None
 
 
@@ -140,13 +140,13 @@ that rounding turns over, in stock or in the tiles, outweighs all else."""
 
 
 def _numbered(rows: list[Row]) -> dict[str, int]:
-    """The remarks in the order in which they first come, by their text."""
+    """Number the remarks in the order of their first occurrence, by text."""
     found = dict.fromkeys(text for row in rows for text in _texts(row))
     return {text: number for number, text in enumerate(found, 1)}
 
 
 def _texts(row: Row) -> list[str]:
-    """The remarks on a row, in words that rows share."""
+    """Return the remarks on a row, in wording that rows share."""
     texts = [row.get("message", ""), *row.get("notes", "").split("; ")]
     if "statistics" in row:
         texts.append(f"running statistics {row['statistics']}")

@@ -17,7 +17,7 @@ def double_conv(inside: int, outside: int, norm: Callable[[int], nn.Module]) -> 
 
 
 class Part(nn.Module):
-    """A model of timm whose features are what is wanted, or what they are pooled to."""
+    """The features of a timm model, or their pooled form before the classifier."""
 
     def __init__(self, model: nn.Module, what: str):
         super().__init__()
@@ -29,7 +29,7 @@ class Part(nn.Module):
 
 
 class UNet(nn.Module):
-    """Three levels; `ups` says how each one comes back up: "transposed", "nearest" or "bilinear"."""
+    """A U-Net with three levels; `ups` has the upsampling of each: "transposed", "nearest" or "bilinear"."""
 
     def __init__(self, ups: tuple[str, str], width: int = 8, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         super().__init__()
@@ -67,7 +67,7 @@ class UNet(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """An affine map out of stored statistics, written as detection networks write it."""
+    """An affine map from stored statistics, as detection networks implement it."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,13 +1,13 @@
-"""Exact training steps and predictions on a gigapixel image that lies on disk, on the CPU.
+"""Exact training steps and predictions on a gigapixel image on disk, on the CPU.
 
     python benchmarks/gigapixel.py --json benchmarks/results/gigapixel_cpu.json
 
-Writes a 16-bit image of --side x --side pixels to a .npy file. For each --tile, a process of its own trains one step of
-a ResNet on it through a pixel source, and stores time, peak resident memory and what the plan had predicted; with
---inference one more predicts. Stock PyTorch cannot run at such a size, so a step's logits and gradients are compared
-with those of the first tile: another order of sums, other seams and other halos must come to the same.
+Writes a 16-bit image of --side x --side pixels to a .npy file. For each --tile, a separate process trains one step of a
+ResNet on it through a pixel source, and stores time, peak resident memory and the plan's prediction; with --inference,
+one more process predicts. Stock PyTorch cannot run at such a size, so a step's logits and gradients are compared with
+those of the first tile: another order of sums, other seams and other halos must give the same result.
 
-What is in the JSON file already is not run again; --folder keeps the image and the gradients for that.
+Rows in the JSON file are not run again; --folder keeps the image and the gradients for that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gigamorph.engine.tiling.scan import TileEvent
 
 
 def write_image(path: Path, side: int, strip: int = 512) -> None:
-    """Smooth texture plus noise, 12 bits in 16, written strip by strip; a file of this side is left as it is."""
+    """Write smooth texture plus noise, 12 bits in 16, strip by strip; an existing file of this side is kept."""
     if path.exists():
         return
     random = np.random.default_rng(0)
@@ -51,10 +51,10 @@ def write_image(path: Path, side: int, strip: int = 512) -> None:
     partial.rename(path)
 
 
-def one_step(options: argparse.Namespace, image: Path, tile: int, training: bool, kept: Path) -> StepRow:
-    """One step or prediction, with its progress printed; `process_bytes` is the peak of resident memory.
+def one_step(options: argparse.Namespace, image: Path, tile: int, training: bool, saved: Path) -> StepRow:
+    """Run one step or prediction and print its progress; `process_bytes` is the peak of resident memory.
 
-    Logits and gradients go to the file `kept`.
+    Logits and gradients are written to the file `saved`.
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def one_step(options: argparse.Namespace, image: Path, tile: int, training: bool
     net.on_tile = progress
     cost = measure(step)
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    torch.save({"outputs": {"logits": logits.detach()}, "gradients": gradients, "buffers": {}}, kept)
+    torch.save({"outputs": {"logits": logits.detach()}, "gradients": gradients, "buffers": {}}, saved)
     return StepRow(
         task_of(options, training),
         "gigamorph",
@@ -112,7 +112,7 @@ def task_of(options: argparse.Namespace, training: bool) -> Task:
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
-    """Every row that is not there yet, each in a process of its own, stored as soon as it is there."""
+    """Run every missing row in a separate process, and store it at once."""
     image = folder / f"image_{options.side}.npy"
     write_image(image, options.side)
     results = Results("benchmarks/gigapixel.py", provenance())
@@ -122,15 +122,15 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     cells = [(True, tile) for tile in options.tile] + [(False, first)] * options.inference
     for training, tile in cells:
         task = task_of(options, training)
-        kept = folder / f"{task.mode}_{options.side}_{tile}.pt"
+        saved = folder / f"{task.mode}_{options.side}_{tile}.pt"
         if any(row.task == task and row.settings["tile"] == [tile, tile] for row in results.steps):
             continue
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            row = alone.submit(one_step, options, image, tile, training, kept).result()
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            row = process.submit(one_step, options, image, tile, training, saved).result()
         reference = folder / f"training_{options.side}_{first}.pt"
-        if kept != reference and reference.exists():  # not where a run without --folder goes on
+        if saved != reference and reference.exists():  # not if a run without --folder is continued
             expected = loaded(reference)
-            row.check = compare(loaded(kept), expected if training else {**expected, "gradients": {}}, f"tile {first}")
+            row.check = compare(loaded(saved), expected if training else {**expected, "gradients": {}}, f"tile {first}")
         results.steps.append(row)
         if options.json:
             results.write(options.json)
@@ -148,12 +148,12 @@ def loaded(path: Path) -> dict[str, dict[str, Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=32768)
-    parser.add_argument("--tile", type=int, nargs="+", default=[1024], help="the first is the one to compare with")
-    parser.add_argument("--inference", action="store_true", help="predict too, with the first tile")
+    parser.add_argument("--tile", type=int, nargs="+", default=[1024], help="the first is the reference")
+    parser.add_argument("--inference", action="store_true", help="also predict, with the first tile")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage of the ResNet-18")
     parser.add_argument("--memory-budget", default="2.5GiB")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--folder", type=Path, help="where image (2 GB) and gradients are kept; default: nowhere")
+    parser.add_argument("--folder", type=Path, help="folder of image (2 GB) and gradients; default: temporary")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.folder:

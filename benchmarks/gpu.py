@@ -1,24 +1,24 @@
-"""Everything that is measured on a GPU, in commands of under nine minutes that write one JSON.
+"""All measurements on a GPU, in commands of under nine minutes that write one JSON.
 
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,tests,checks      is it right?
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops,tiles         which kernels are faster?
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps,traces      are whole steps?
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,limits            how large may images be?
-    gigamorph bench report gpu.json --out report                                  plots and tables of what was found
-    python benchmarks/gpu.py --json dry.json --dry            on the CPU, tiny, to see that this script works
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,tests,checks      correct results?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops,tiles         faster kernels?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps,traces      faster steps?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,limits            largest images?
+    gigamorph bench report gpu.json --out report                                  plots and tables of the results
+    python benchmarks/gpu.py --json dry.json --dry            on the CPU, tiny, to test this script
 
-A command goes on where the file ends: what it holds without an error is not measured again. `--cache` is a folder for
-compiled kernels and measured choices, which later commands, on a fresh machine too, begin with.
+A command continues where the file ends: items without an error are not measured again. `--cache` is a folder of
+compiled kernels and measured choices, with which later commands start, also on another machine.
 
 Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/gpu), `checks` (every kernel against
-float64, twice, with 4 and 8 warps), `sanitizer` (of each family one check under compute-sanitizer, if there is one),
+float64, twice, with 4 and 8 warps), `sanitizer` (one check per family under compute-sanitizer, if it is installed),
 `ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `tiles` (the forward in
 alternative tiles), `steps` (whole training steps and inference), `traces` (every kernel of some of them), `limits` (the
 largest images). See gpu_tests.py, gpu_checks.py, gpu_ops.py, gpu_steps.py and gpu_traces.py.
 
 Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Tests and checks run
-side by side, and beside them whatever the timed sections will need is compiled; timed items run alone. The JSON is
-written anew after every item. What a section's time did not reach is listed under "skipped".
+in parallel, together with compilations for the timed sections; timed items run alone. The JSON is rewritten after every
+item. Items for which a section had no time are listed under "skipped".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 from gpu_summary import Row, summary
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
-# In this order; those of one line run side by side, on all workers.
+# In this order; those of one line run in parallel on all workers.
 GROUPS = (
     ("ceilings",),
     ("tests", "checks"),
@@ -51,7 +51,7 @@ GROUPS = (
     ("limits",),
 )
 SECTIONS = tuple(section for group in GROUPS for section in group)
-# Seconds: of a section, and of one item before its process is ended. `steps` gets whatever the others leave.
+# Seconds of a section, and of one item before its process is killed. `steps` gets the remaining time.
 BUDGET = {
     "ceilings": 40,
     "tests": 420,
@@ -75,26 +75,26 @@ LIMIT = {
     "traces": 60,
     "limits": 150,
 }
-ALWAYS = ("machine", "ceilings", "choices")  # whatever --match says
+ALWAYS = ("machine", "ceilings", "choices")  # not affected by --match
 WORKERS = 14
-COMPILERS = 5  # of these, as many as steps fit a GPU's memory side by side
+COMPILERS = 5  # of these, as many as steps fit a GPU's memory in parallel
 
-Item = tuple[str, str]  # what to do (a section, or "prepare"), and its name
+Item = tuple[str, str]  # section or "prepare", name
 
 
 class Worker:
-    """A process that runs items; it is started when it is first needed, and again after it has died."""
+    """A process that runs items; it is started on first use, and again after it has died."""
 
     def __init__(self, dry: bool, log: Path, cache: Path | None = None):
         self.dry, self.log, self.cache = dry, log, cache
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        # Workers side by side share the cores; what is timed is on the GPU.
+        # Parallel workers share the cores; timed work is on the GPU.
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
         if self.cache is not None:
-            places = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-            environment |= {name: str(self.cache / folder) for name, folder in places.items()}
+            paths = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+            environment |= {name: str(self.cache / folder) for name, folder in paths.items()}
         if self.dry:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-u", str(WORKER), *(["--dry"] if self.dry else [])]
@@ -117,7 +117,7 @@ class Worker:
         answers.put("")
 
     def ask(self, do: str, name: str, seconds: float) -> Row:
-        """One item's row; an error if it takes too long or the process dies."""
+        """Return one item's row; an error if it takes too long or the process dies."""
         if self.process is None or self.process.poll() is not None:
             self.start()
         assert self.process is not None and self.process.stdin is not None
@@ -144,7 +144,7 @@ class Worker:
 
 
 class Report:
-    """What is known so far, written to disk after every item; it begins with what the file holds."""
+    """The results so far, written to disk after every item; it starts with the file's content."""
 
     def __init__(self, path: Path, begun: float):
         self.path, self.begun = path, begun
@@ -181,7 +181,7 @@ class Report:
 
 
 def run_items(items: list[Item], workers: list[Worker], report: Report, deadline: float, end: float) -> None:
-    """Run items, first come first served, starting none after the deadline, and none running on after the end."""
+    """Run items in order; start none after the deadline, and stop running ones at the end."""
     waiting = queue.SimpleQueue()
     for item in items:
         waiting.put(item)
@@ -210,12 +210,12 @@ def run_items(items: list[Item], workers: list[Worker], report: Report, deadline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where results go, anew after every item; goes on")
+    parser.add_argument("--json", type=Path, required=True, help="file of results, rewritten after every item")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels and measured choices")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections to run, with commas between")
-    parser.add_argument("--match", default="", help="of these, items whose name has this regular expression")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections to run")
+    parser.add_argument("--match", default="", help="only items whose name matches this regular expression")
     parser.add_argument("--seconds", type=float, default=520, help="time for everything")
-    parser.add_argument("--commit", help="stored as the commit, where the checkout has no .git")
+    parser.add_argument("--commit", help="stored as the commit, if the checkout has no .git")
     parser.add_argument("--dry", action="store_true", help="every section on the CPU with tiny sizes")
     options = parser.parse_args()
     wanted = options.only.split(",")
@@ -253,9 +253,9 @@ def main() -> None:
                 run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
                 compiling.join()
             elif sections[0] in ("steps", "traces", "limits"):
-                for worker in workers:  # what earlier items left in memory would count, too
+                for worker in workers:  # memory left over by earlier items would count
                     worker.stop()
-                # What was chosen is read at the end, for which a little time is kept.
+                # The choices are read at the end, for which a little time is reserved.
                 last = items[-1:] if sections[0] == "steps" else []
                 timed = items[: len(items) - len(last)]
                 run_items(timed, workers[:1], report, deadline - 15, end - 8)
@@ -271,7 +271,7 @@ def main() -> None:
     finally:
         for worker in workers:
             worker.stop()
-    lines = summary(report.data)  # it adds derived figures to the rows
+    lines = summary(report.data)  # adds derived figures to the rows
     report.write()
     print("\n".join(lines))
 

@@ -1,8 +1,8 @@
-"""Correctness of every kernel on the hardware, for `gpu.py`: errors against float64, bits of two runs, 4 and 8 warps.
+"""Checks of every kernel on the hardware, for `gpu.py`: errors against float64, bits of two runs, 4 and 8 warps.
 
-The oracle is the plain-PyTorch reference of each kernel, computed in float64 from the inputs as they were rounded, and
-the bounds are those of the tests (tests/helpers/kernel_checks.py). Outputs are made of NaN before a kernel writes them
-and lie between guard bands. Inputs are fresh random numbers of sizes that fill no tile evenly.
+The oracle is the plain-PyTorch reference of each kernel, computed in float64 from the rounded inputs, with the bounds
+of the tests (tests/helpers/kernel_checks.py). Outputs are filled with NaN before a kernel writes them, between guard
+bands. Inputs are random, with sizes that do not fill tiles evenly.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ GEOMETRIES = {
     "7x7/2 of 1": (7, 2, 1, 1, (3, 3, 3, 3)),
     "3x3/2 of 3": (3, 2, 1, 1, (1, 0, 1, 1)),
 }
-CHANNELS = {"7x7/2 of 1": (1, 64), "3x3/2 of 3": (3, 32)}  # of input and output, if not those of all others
-VARIED = ("3x3", "3x3/2", "1x1")  # in every form, tile and number of warps
+CHANNELS = {"7x7/2 of 1": (1, 64), "3x3/2 of 3": (3, 32)}  # of input and output, if not the default
+VARIED = ("3x3", "3x3/2", "1x1")  # checked in every form, tile and number of warps
 
 
 class Bench:
-    """What one check gathers."""
+    """The results of one check."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -75,7 +75,7 @@ class Bench:
         return "tf32" if self.dtype == torch.float32 else self.dtype
 
     def compare(self, name: str, result: Tensor, oracle: Tensor) -> None:
-        """Note relative L2 and max/RMS, and whether both keep the bounds."""
+        """Store relative L2 and max/RMS errors, and whether both are within the bounds."""
         if not bool(torch.isfinite(result).all()):
             self.row["errors"][name], self.row["ok"] = "not finite", False
             return
@@ -84,7 +84,7 @@ class Bench:
         self.row["ok"] &= all(e <= bound for e, bound in zip(found, BOUNDS[self.kind], strict=True))
 
     def twice(self, run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """The first of two runs, which must agree bit by bit."""
+        """Return the first of two runs, which must agree bit by bit."""
         first, second = [t.clone() for t in run()], run()
         same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
         self.row["reproducible"] &= same
@@ -93,7 +93,7 @@ class Bench:
 
 
 def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator[tuple[str, Config | None]]:
-    """The computed configuration, then forced ones."""
+    """Yield the computed configuration, then forced ones."""
     yield "computed", None
     if geometry not in VARIED or (dry and op != "forward"):
         return
@@ -107,7 +107,7 @@ def _variants(op: str, dtype: torch.dtype, geometry: str, dry: bool) -> Iterator
 
 
 def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Forward with its whole epilogue, data or weight gradient with its prologue."""
+    """Check the forward with its whole epilogue, or the data or weight gradient with its prologue."""
     kernel, stride, dilation, groups, pad = GEOMETRIES[geometry]
     h, w = (9, 17) if dry else (61, 267)
     c, k = CHANNELS.get(geometry, (16, 24) if dry else (96, 136))
@@ -124,7 +124,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
     for name, config in _variants(op, dtype, geometry, dry):
         guarded = Guarded()
-        # Of a part of the map, as ends of residual blocks give it, or of all of it.
+        # The addend covers a part of the map, as at the ends of residual blocks, or all of it.
         at, part = ((1, 0), (slice(1, None), slice(-2))) if name == "computed" else ((0, 0), (slice(None), slice(None)))
 
         def run(guarded: Guarded = guarded, at: tuple[int, int] = at, part: tuple = part) -> tuple[Tensor, ...]:
@@ -195,7 +195,7 @@ def differentiable(
     inputs: Callable[[torch.Generator], list[Tensor]],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """An op and its gradients, through autograd, against its reference in float64."""
+    """Check an op and its gradients, through autograd, against its reference in float64."""
     bench, g = Bench(dtype), torch.Generator().manual_seed(1)
     tensors = inputs(g)
     floating = [t.is_floating_point() for t in tensors]
@@ -222,7 +222,7 @@ def _vector(g: torch.Generator, n: int) -> Tensor:
 
 
 def _size(dry: bool) -> tuple[int, int, int]:
-    """Channels, rows and columns of the maps of the checks beside the dense convolution."""
+    """Return channels, rows and columns of the maps in checks other than the dense convolution's."""
     return (16, 9, 17) if dry else (96, 61, 267)
 
 
@@ -237,7 +237,7 @@ def norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """The forward, and dz: what else the backward is made of has checks of its own."""
+    """Check the forward, and dz: the other parts of the backward have their own checks."""
     (c, h, w), g = _size(dry), torch.Generator().manual_seed(4)
     given = random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c), 1e-6
     last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
@@ -289,17 +289,17 @@ def _depthwise_side(dry: bool) -> int:
 
 
 def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """From uint16 pixels to the map after the pooling.
+    """Check from uint16 pixels to the map after the pooling.
 
-    Pixels are multiples of 2^-7 and weights of 2^-8, both below 1: their products and sums are exact in TF32 and in
-    bfloat16, too. Else, of two nearly equal positions, another would be the maximum than in float64, and its gradient
-    would go to other pixels: no error of the kernel, and none that a bound on roundings could hold.
+    Pixels are multiples of 2^-7 and weights of 2^-8, both below 1, so that their products and sums are exact in TF32
+    and bfloat16. Otherwise, of two nearly equal positions, another could be the maximum than in float64, and its
+    gradient would go to other pixels, which is not an error of the kernel and not bounded by rounding.
     """
     side, filters = (21, 16) if dry else (157, 64)
     rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
 
     def pixels(g: torch.Generator) -> list[Tensor]:
-        image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # gain makes 2^-7 of 256
+        image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # gain maps 256 to 2^-7
         weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7).mul(256).round().clamp(-255, 255) / 256
         return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
 
@@ -313,7 +313,7 @@ def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def batch_norm(channels: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Moments, normalisation and its gradient in pieces; statistics out of a convolution, a norm in front of one."""
+    """Check moments, normalisation and its gradient; statistics from a convolution, and a norm before one."""
     with choice.override("triton"):
         return _batch_norm(channels, dtype, dry)
 
@@ -326,7 +326,7 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
     def compare_moments(of: str, results: Sequence[Tensor], written: Tensor) -> None:
         for name, result, expected in zip(("mean", "m2"), results, moments_reference(written.double()), strict=True):
-            # Not a rounded map but a sum in float32: its error is that of the sum, relative to the spread of x.
+            # Not a rounded map but a float32 sum: its error is relative to the spread of x.
             more = 1.0 if name == "mean" else 0.0
             bench.row["errors"][name + of] = found = errors(result.double() + more, expected + more)
             bench.row["ok"] &= found[1] <= BOUNDS[torch.float32][1]
@@ -372,7 +372,7 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """A 3x3 convolution and the 1x1 behind it in one kernel, with residual."""
+    """Check a 3x3 convolution and the following 1x1 in one kernel, with residual."""
     c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
     bench, g = Bench(dtype), torch.Generator().manual_seed(3)
     x, residual = random_map(2, c, h, w, dtype, g), random_map(2, k, h, w, dtype, g)
@@ -386,7 +386,7 @@ def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
 
 
 def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]]]:
-    """Checks of the ops beside the dense convolution."""
+    """Return checks of the ops other than the dense convolution."""
     side = _depthwise_side(dry)
     found = {
         "layer_norm": norm,
@@ -406,7 +406,7 @@ def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]
 
 
 def checks(dry: bool) -> dict[str, Check]:
-    """Every check by name; each returns {"ok", "errors": {tensor: (relative L2, max/RMS)}, "reproducible"}."""
+    """Return every check by name; each returns {"ok", "errors": {tensor: (relative L2, max/RMS)}, "reproducible"}."""
     found: dict[str, Check] = {}
     dtypes = (torch.bfloat16,) if dry else (torch.bfloat16, torch.float16, torch.float32)
     for dtype in dtypes:
@@ -423,7 +423,7 @@ def checks(dry: bool) -> dict[str, Check]:
 
 
 def _guarded(check: Check) -> dict[str, Any]:
-    # As stock convolutions and products do; the tensors in float64 are not concerned.
+    # As in stock convolutions and products; tensors in float64 are not affected.
     torch.backends.cudnn.allow_tf32 = True
     with poisoned():
         return check()

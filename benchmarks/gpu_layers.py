@@ -1,4 +1,4 @@
-"""The convolutions that `gpu_ops.py` measures: those of ResNet-50 and ConvNeXt-T on a tile of 2048 x 2048 pixels."""
+"""The convolutions measured by `gpu_ops.py`: those of ResNet-50 and ConvNeXt-T on a tile of 2048 x 2048 pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TILE = 2048
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution: `side` is that of its square input; `act` follows it, with an affine map in between."""
+    """A convolution: `side` is that of its square input; `act` follows it, after an affine map."""
 
     cin: int
     cout: int
@@ -38,13 +38,13 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        """Input and output in bfloat16; of the input only what a filter smaller than its stride reads."""
+        """Input and output in bfloat16; of the input, only the part that a filter smaller than its stride reads."""
         read = min(1.0, self.kernel / self.stride) ** 2
         return int(2 * (self.side**2 * self.cin * read + self.out**2 * self.cout))
 
 
 def resnet50(tile: int = TILE) -> list[Layer]:
-    """Every distinct convolution behind the stem."""
+    """Return every distinct convolution after the stem."""
     layers, inside = [], 64
     for stage, width in enumerate((64, 128, 256, 512)):
         side = tile // 4 // 2 ** max(0, stage - 1)
@@ -62,7 +62,7 @@ def resnet50(tile: int = TILE) -> list[Layer]:
 
 
 def convnext_tiny(tile: int = TILE) -> list[Layer]:
-    """Depthwise filters, the two products of a block, and downsampling."""
+    """Return depthwise filters, the two products of a block, and downsampling."""
     layers = []
     for stage, width in enumerate((96, 192, 384, 768)):
         side = tile // 4 // 2**stage
@@ -77,12 +77,12 @@ def convnext_tiny(tile: int = TILE) -> list[Layer]:
 
 
 def config_layers(tile: int) -> list[Layer]:
-    """Those on which tiles of kernels are compared."""
+    """Return the layers on which tiles of kernels are compared."""
     return [
         Layer(64, 64, 3, 1, tile // 4),
         Layer(128, 128, 3, 1, tile // 8),
         Layer(256, 256, 3, 1, tile // 16),
-        Layer(256, 256, 3, 1, tile // 16 + 5),  # as the last tiles of an image are: rows that fill no tile
+        Layer(256, 256, 3, 1, tile // 16 + 5),  # like the last tiles of an image: rows that do not fill a tile
         Layer(128, 128, 3, 2, tile // 4),
         Layer(64, 256, 1, 1, tile // 4),
         Layer(256, 64, 1, 1, tile // 4),

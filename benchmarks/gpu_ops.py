@@ -1,8 +1,8 @@
 """Single ops for `gpu.py`: ours against cuDNN in channels-last memory, eager PyTorch and torch.compile.
 
-The layers are those of `gpu_layers.py`, batch 1, bfloat16. Bytes are the fewest that must move: each input read once,
-each output written once. Before each sample a buffer larger than the L2 cache is written, and the GPU is kept busy
-while the host launches.
+The layers are those of `gpu_layers.py`, batch 1, bfloat16. Bytes are the minimal traffic: each input is read once, each
+output written once. Before each sample a buffer larger than the L2 cache is written, and the GPU is kept busy while the
+host launches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Case(NamedTuple):
-    """Ways to compute one thing; the first name is ours and the second what it is measured against."""
+    """Candidates for one computation; the first is ours and the second the reference."""
 
     candidates: dict[str, Callable[[], Any]]
     flops: float
@@ -35,14 +35,14 @@ class Case(NamedTuple):
 
 
 class Timer:
-    """Times candidates in turns. `prepare`: call each once, so that compiled code is on disk, and measure nothing."""
+    """Times candidates alternately. With `prepare`, only call each once, so that compiled code is on disk."""
 
     def __init__(self, prepare: bool = False, seconds: float = 0.12, least: int = 5, most: int = 25):
         self.prepare, self.seconds, self.least, self.most = prepare, seconds, least, most
         self._flush: Tensor | None = None
 
     def sample(self, run: Callable[[], Any]) -> float:
-        """Milliseconds of one call."""
+        """Return the milliseconds of one call."""
         if DEVICE.type == "cpu":
             started = time.perf_counter()
             run()
@@ -53,7 +53,7 @@ class Timer:
         return choice.elapsed(run)
 
     def row(self, case: Case) -> dict[str, Any]:
-        """Median and raw times of each candidate, and the host's time per call. One that fails is noted."""
+        """Return median and raw times of each candidate, the host's time per call, and failures."""
         row: dict[str, Any] = {"flops": case.flops, "bytes": case.bytes, "ms": {}, "samples": {}, "host_us": {}}
         working = {}
         for name, run in case.candidates.items():
@@ -83,7 +83,7 @@ class Timer:
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> Tensor:
-    """Random numbers, channels-last where that means something."""
+    """Return random numbers, channels-last if they have four dimensions."""
     x = torch.randn(shape, device=DEVICE, dtype=dtype).mul_(scale)
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
@@ -97,8 +97,8 @@ def forced_ours(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def compiled(run: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
-    """torch.compile of a function for these very shapes."""
-    torch._dynamo.reset()  # it counts compilations per line of source, and gives up after eight
+    """Compile a function with torch.compile for exactly these shapes."""
+    torch._dynamo.reset()  # it stops after eight compilations of a source line
     if DEVICE.type == "cpu":
         fast = torch.compile(run, dynamic=False, backend="eager")  # the C++ compiler takes minutes
     else:
@@ -110,7 +110,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "
 
 
 def _tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, scale, shift."""
+    """Return x, weight, scale, shift."""
     depth = layer.cin // layer.groups
     weight = randn(layer.cout, depth, layer.kernel, layer.kernel, scale=(depth * layer.kernel**2) ** -0.5)
     scale, shift = (torch.rand(layer.cout, device=DEVICE).add(0.5).to(DTYPE) for _ in range(2))
@@ -118,7 +118,7 @@ def _tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward(layer: Layer) -> Case:
-    """ours, cudnn: the bare convolution; the others with affine map and activation, as a network has them."""
+    """ours, cudnn: the bare convolution; the others with affine map and activation, as in a network."""
     from gigamorph.kernels.conv2d import conv2d
 
     x, weight, scale, shift = _tensors(layer)
@@ -247,7 +247,7 @@ def stream(op: str, channels: int, side: int) -> Case:
             "eager": lambda: stock(dy, x, [3, 3], [2, 2], [1, 1], [1, 1], False, indices),
         }
         return Case(case, 0, size * 9 // 4)
-    raise ValueError(f"{op} is not known here")
+    raise ValueError(f"{op} is not a known op")
 
 
 STREAMS = (
@@ -261,7 +261,7 @@ STREAMS = (
 
 
 def stem(side: int, which: str) -> Case:
-    """uint16 pixels to the map behind the pooling, against the same in separate stock ops."""
+    """From uint16 pixels to the map after the pooling, against the same in separate stock ops."""
     from gigamorph.kernels.stem import stem as fused
     from gigamorph.kernels.stem import stem_and_spots, stem_gradients
     from gigamorph.kernels.windows import ConvGeometry
@@ -295,7 +295,7 @@ def stem(side: int, which: str) -> Case:
     return Case(case, 2 * flops, bytes_ + spots.nbytes)
 
 
-# Tiles to compare on a few shapes: form, pixels, channels, depth, warps, stages; rows of pixels and parts, if not one.
+# Tiles for comparison on a few shapes: form, pixels, channels, depth, warps, stages; rows and parts, if not one.
 CONFIGS = [
     ("descriptor", 128, 64, 64, 4, 4, 8, 1),
     ("descriptor", 128, 128, 64, 4, 3, 8, 2),
@@ -343,7 +343,7 @@ def configurations(layer: Layer, dry: bool) -> Case:
 
 
 def ceilings(dry: bool) -> dict[str, Any]:
-    """Copy bandwidth (bytes read plus written) and the rate of a bfloat16 matrix product, on random data."""
+    """Measure copy bandwidth (bytes read plus written) and the rate of a bfloat16 product, on random data."""
     timer = Timer(seconds=1.0, least=10, most=40)
     n, side = (2**20, 128) if dry else (2**32, 8192)
     source = torch.randint(0, 255, (n,), dtype=torch.uint8, device=DEVICE)
@@ -360,7 +360,7 @@ def ceilings(dry: bool) -> dict[str, Any]:
 
 
 def op_cases(dry: bool) -> dict[str, Callable[[], Case]]:
-    """Every op by name, the most telling first."""
+    """Return every op by name, the most informative first."""
     if dry:
         layers = [Layer(16, 16, 3, 1, 8), Layer(16, 32, 1, 2, 8), Layer(16, 16, 3, 1, 8, groups=16, act="none")]
         streams, side = [(op, 16, 8) for op in STREAMS], 16
@@ -384,6 +384,6 @@ def op_cases(dry: bool) -> dict[str, Callable[[], Case]]:
 
 
 def config_cases(dry: bool) -> dict[str, Callable[[], Case]]:
-    """The same for the table of tiles."""
+    """Return the cases of the table of tiles by name."""
     layers: Sequence[Layer] = [Layer(16, 16, 3, 1, 8)] if dry else config_layers(TILE)
     return {f"{layer} tiles": partial(configurations, layer, dry) for layer in layers}

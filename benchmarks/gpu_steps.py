@@ -1,8 +1,8 @@
 """Whole steps for `gpu.py`: ours against stock eager, channels-last, torch.compile and checkpointing.
 
-Batch 1, one grey channel, float32 parameters under bfloat16 autocast, frozen BatchNorm (live in models so called), the
-mean square of the output as the loss. Stock gets the image on the GPU. So do we up to 8192 pixels; above, the image
-lies in host memory as uint16 and is read tile by tile.
+Batch 1, one grey channel, float32 parameters under bfloat16 autocast, frozen BatchNorm (batch statistics in models with
+"live" in the name), the mean square of the output as the loss. Stock gets the image on the GPU, and so does gigamorph
+up to 8192 pixels; above, the image is in host memory as uint16 and is read tile by tile.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ MODELS = {
     "efficientnet_b2": "timm:efficientnet_b2",
 }
 TILE, DRY_TILE = 2048, 24
-ON_GPU = 8192  # largest side whose image is given to us on the GPU
+ON_GPU = 8192  # largest side of an image on the GPU for gigamorph
 
 
 @dataclass(frozen=True)
 class Step:
-    """One entry.
+    """One measurement.
 
     Attributes:
-        how: "ours"; "ours_stock" (no kernels); "ours_op_by_op" (no tile is captured and replayed); "ours_third" (a
-            third of stock's memory as the budget); "ours_equal" (stock's memory as the budget, tile chosen by the
-            plan); "ours_auto" (no budget, tile chosen by the plan); "ours_8GiB" (that budget, tile chosen by the
-            plan); "eager"; "channels_last"; "compile"; "checkpoint".
+        how: "ours"; "ours_stock" (no kernels); "ours_op_by_op" (no capture and replay of tiles); "ours_third" (a third
+            of stock's memory as the budget); "ours_equal" (stock's memory as the budget, tile chosen by the plan);
+            "ours_auto" (no budget, tile chosen by the plan); "ours_8GiB" (that budget, tile chosen by the plan);
+            "eager"; "channels_last"; "compile"; "checkpoint".
     """
 
     model: str
@@ -72,7 +72,7 @@ def build(model: str) -> nn.Module:
 
 
 def small() -> nn.Module:
-    """A network for dry runs, with what the others have but their depth."""
+    """Return a network for dry runs, with the layers of the others but less depth."""
 
     class Residual(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def small() -> nn.Module:
 
 
 def prepare(step: Step, tile: int | None) -> nn.Module:
-    """The network as this entry runs it."""
+    """Build the network as this entry runs it."""
     network = build(step.model)
     if step.how.startswith("ours"):
         budget: int | None = None
@@ -114,7 +114,7 @@ def prepare(step: Step, tile: int | None) -> nn.Module:
 
 
 def picture(step: Step, side: int) -> Any:
-    """Random pixels: a tensor on the GPU, or a source in host memory."""
+    """Return random pixels: a tensor on the GPU, or a source in host memory."""
     generator = torch.Generator(DEVICE).manual_seed(side)
     if step.how.startswith("ours") and side > ON_GPU:
         image = torch.empty(side, side, dtype=torch.uint16)
@@ -136,7 +136,7 @@ def _mode(step: Step) -> Iterator[None]:
 
 
 def once(step: Step, network: nn.Module, image: Any) -> Tensor:
-    """One step; its loss."""
+    """Run one step; return its loss."""
     network.zero_grad(set_to_none=True)
     with _mode(step):
         loss = loss_of(network(image))
@@ -146,7 +146,7 @@ def once(step: Step, network: nn.Module, image: Any) -> Tensor:
 
 
 def outcome(network: nn.Module, loss: Tensor) -> dict[str, float]:
-    """What a step has come to: its loss, and the norm of the gradients."""
+    """Return the results of a step for comparison: its loss, and the norm of the gradients."""
     norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
     return {"loss": loss.item()} | ({"gradient": torch.stack(norms).norm().item()} if norms else {})
 
@@ -157,13 +157,13 @@ def synchronize() -> None:
 
 
 def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[str, Any]:
-    """Seconds of up to five steps within `box` seconds, Mpx/s, and the peak of memory.
+    """Measure seconds of up to five steps within `box` seconds, Mpx/s, and the peak of memory.
 
-    The first step is not timed, of ours nor the second, in which whole passes are captured. Above 8192 pixels the
-    first is taken on a smaller image, whose tiles are the same, and the large one's program is recorded ahead.
-    `left_bytes` is what earlier entries have left in memory: not this one's.
-    `nvml_bytes` is what the GPU's memory in use was higher in the timed steps than before the network was made, by
-    NVML: with what the allocator and libraries keep.
+    The first step is not timed; for ours neither is the second, in which whole passes are captured. Above 8192 pixels
+    the first uses a smaller image with the same tiles, and the large one's program is recorded before.
+    `left_bytes` is memory that earlier entries have left, not this one's.
+    `nvml_bytes` is the growth of the GPU's memory in use in the timed steps since before the network was created, by
+    NVML, including what the allocator and libraries cache.
     """
     if DEVICE.type == "cuda":
         gc.collect()
@@ -229,10 +229,10 @@ STOCK = ("channels_last", "eager", "compile")
 
 
 def steps(dry: bool) -> list[Step]:
-    """Every entry, the most wanted first: what time does not reach is left out from the end."""
+    """Return every entry, the most important first: entries at the end are dropped if time runs out."""
     if dry:
         hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_auto", *STOCK)
-        # Each way once in training; inference goes the same ways.
+        # Each variant once in training; inference has the same.
         frozen = [Step("small", True, 32, how) for how in hows]
         frozen += [Step("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
         live = [Step("small_live", True, 32, how) for how in ("ours", "channels_last")]
@@ -271,7 +271,7 @@ def steps(dry: bool) -> list[Step]:
 
 
 def limits(dry: bool) -> list[Step]:
-    """The largest images: within 8 GiB, and on tiles that the plan chooses."""
+    """Return the entries with the largest images: within 8 GiB, on tiles that the plan chooses."""
     if dry:
         return [Step("small", True, 32, "ours_8GiB")]
     entries = [("resnet50", 32768), ("resnet18", 65536), ("resnet50", 65536), ("convnext_tiny", 32768)]
@@ -279,15 +279,15 @@ def limits(dry: bool) -> list[Step]:
 
 
 def warm_ups(dry: bool) -> list[Step]:
-    """Steps whose code is worth compiling ahead, in processes of their own: torch.compile's, and our kernels'."""
+    """Return the steps to compile beforehand in separate processes: torch.compile's, and those with our kernels."""
     if dry:
         return []
     found = [s for s in steps(dry) if s.side == 4096 and s.how in ("ours_auto", "compile")]
-    return sorted(found, key=lambda s: not s.training)  # those that take longest first
+    return sorted(found, key=lambda s: not s.training)  # the slowest first
 
 
 def warm_up(step: Step, tile: int) -> dict[str, Any]:
-    """Compile what a step needs. Our kernels are forced: times taken beside other processes would be worthless."""
+    """Compile what a step needs. Our kernels are forced, because times in parallel processes would be meaningless."""
     with choice.override("triton") if step.how.startswith("ours") else contextlib.nullcontext():
         return measure(step, tile, 0.0, warm_only=True)
 

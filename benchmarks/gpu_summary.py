@@ -1,4 +1,4 @@
-"""A short table of what `gpu.py` has found; ratios are speeds, so above 1 ours is faster."""
+"""A short table of the results of `gpu.py`; ratios are speeds, so above 1 ours is faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import defaultdict
 from typing import Any
 
 Row = dict[str, Any]
-OURS = ("ours_auto", "ours")  # what a user gets by default, and the tile that all networks are compared in
+OURS = ("ours_auto", "ours")  # a user's default, and the tile in which all networks are compared
 
 
 def derive(row: Row, peak: Row) -> Row:
-    """Of each candidate: TFLOP/s, GB/s and the share of the roofline, max(flops / rate, bytes / bandwidth)."""
+    """Return for each candidate TFLOP/s, GB/s and the share of the roofline, max(flops / rate, bytes / bandwidth)."""
     floor = max(row["flops"] / peak["tflop_per_s"] / 1e9, row["bytes"] / peak["gb_per_s"] / 1e6)  # ms
     return {
         name: {"tflop_per_s": row["flops"] / ms / 1e9, "gb_per_s": row["bytes"] / ms / 1e6, "roofline": floor / ms}
@@ -21,7 +21,7 @@ def derive(row: Row, peak: Row) -> Row:
 
 
 def speed(row: Row, ours: str, other: str) -> float | None:
-    """Time of another candidate over ours: above 1 ours is faster."""
+    """Return the time of another candidate over ours: above 1 ours is faster."""
     ms = row.get("ms", {})
     return ms[other] / ms[ours] if ours in ms and other in ms else None
 
@@ -30,8 +30,8 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _mean(values: list[float]) -> str:
-    """Geometric mean, least and most."""
+def _mean_and_range(values: list[float]) -> str:
+    """Format geometric mean, minimum and maximum."""
     if not values:
         return f"{'-':>6} {'':14}"
     mean = math.exp(statistics.fmean(map(math.log, values)))
@@ -39,7 +39,7 @@ def _mean(values: list[float]) -> str:
 
 
 def summary(data: dict[str, Any]) -> list[str]:
-    """A short table of everything; ratios are speeds, so above 1 ours is faster."""
+    """Return a short table of everything; ratios are speeds, so above 1 ours is faster."""
     lines = [""]
     peak = data["ceilings"].get("ceilings", {})
     where = data["ceilings"].get("machine", {})
@@ -51,7 +51,7 @@ def summary(data: dict[str, Any]) -> list[str]:
         lines.append(f"tests: {name}: {row.get('result') or row.get('error')}")
     if checks := data["checks"]:
         bad = [name for name, row in checks.items() if not row.get("ok")]
-        lines.append(f"checks: {len(checks) - len(bad)} of {len(checks)} hold")
+        lines.append(f"checks: {len(checks) - len(bad)} of {len(checks)} passed")
         lines += [f"  WRONG {n}: {_complaint(checks[n])}" for n in bad[:25]]
     lines += (
         _op_lines(data["ops"], peak)
@@ -63,7 +63,7 @@ def summary(data: dict[str, Any]) -> list[str]:
     if table:
         ours = sum(row["chosen"] != "stock" for row in table)
         lines.append(f"choices in the steps: ours for {ours} of {len(table)} shapes")
-    lines.append(f"skipped for want of time: {len(data['skipped'])}; seconds: {data['seconds']}")
+    lines.append(f"skipped for lack of time: {len(data['skipped'])}; seconds: {data['seconds']}")
     return lines
 
 
@@ -105,7 +105,7 @@ def _op_lines(ops: dict[str, Row], peak: Row) -> list[str]:
         )
     lines.append("\nspeed of ours, geometric mean (least-most):      bare                 fused                compile")
     for group, columns in groups.items():
-        lines.append(f"  {group:32}" + " ".join(_mean(columns[c]) for c in ("speed", "fused", "compile")))
+        lines.append(f"  {group:32}" + " ".join(_mean_and_range(columns[c]) for c in ("speed", "fused", "compile")))
     return lines
 
 
@@ -124,7 +124,7 @@ def _tile_lines(tiles: dict[str, Row], peak: Row) -> list[str]:
 
 
 def _trace_lines(traces: dict[str, Row]) -> list[str]:
-    """Of each step the time on the GPU, and the kernels that take most of it."""
+    """Return for each step the time on the GPU, and the kernels that take most of it."""
     lines = []
     for name, row in traces.items():
         if "kernels" not in row:
@@ -170,9 +170,9 @@ def _ratios(rows: dict[str, Row], ours: str) -> str:
 
 
 def _disagreement(rows: dict[str, Row], name: str) -> str:
-    """A warning where ours and stock do not compute the same, beyond bfloat16."""
+    """Return a warning if ours and stock differ by more than bfloat16 explains."""
     ours, stock = rows.get(name, {}), rows.get("channels_last", {})
-    for key in ("loss", "gradient") if ours.get("image_bytes") else ():  # else the images are not the same
+    for key in ("loss", "gradient") if ours.get("image_bytes") else ():  # otherwise the images differ
         if key in ours and key in stock and not abs(ours[key] - stock[key]) <= 0.03 * abs(stock[key]):
             return f"  {key.upper()} OF {name} DIFFERS: {ours[key]:.4g}, stock {stock[key]:.4g}"
     return ""

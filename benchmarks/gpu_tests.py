@@ -1,4 +1,4 @@
-"""The tests that need a GPU, and the sanitizer's view of our kernels, as items of `gpu.py`."""
+"""The tests that need a GPU, and runs of our kernels under the sanitizer, as items of `gpu.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of each family one check: the sanitizer makes a kernel a hundred times slower.
+# One check per family: the sanitizer makes a kernel a hundred times slower.
 SANITIZED = ("conv forward", "conv dgrad", "conv wgrad", "depthwise", "stem", "max_pool2d", "batch_norm", "layer_norm")
 TOOLS = ("memcheck", "racecheck")
 
 
 def tests(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The functions of tests/gpu by name, but for those of this script; of a dry run one, which is skipped."""
+    """Return the functions of tests/gpu by name, except those of this script; in a dry run one, which is skipped."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     named = [
         (file, name)
@@ -32,12 +32,12 @@ def tests(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def sanitized(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Families by tool; none in a dry run."""
+    """Return families by tool; none in a dry run."""
     return {} if dry else {f"{tool} {name}": partial(_sanitized, tool, name) for tool in TOOLS for name in SANITIZED}
 
 
 def _pytest(which: str) -> dict[str, Any]:
-    """What a test ends with; its failure is an error. What it measures is kept nowhere: others run beside it."""
+    """Run a test and return its result; a failure is an error. Measurements are discarded: others run in parallel."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", which]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**_environment(), "GIGAMORPH_CACHE": folder}
@@ -50,7 +50,7 @@ def _pytest(which: str) -> dict[str, Any]:
 
 
 def _sanitized(tool: str, family: str) -> dict[str, Any]:
-    """The first check of a family under compute-sanitizer."""
+    """Run the first check of a family under compute-sanitizer."""
     path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if path is None:
         return {"result": "compute-sanitizer is not installed"}
@@ -64,6 +64,6 @@ def _sanitized(tool: str, family: str) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """The checkout's packages, for a child."""
+    """Return a child's environment with the checkout's packages."""
     paths = [ROOT, ROOT / "tests" / "helpers", ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}

@@ -1,4 +1,4 @@
-"""What runs on the GPU in one step, in order, for `gpu.py`: each kernel's microseconds, and the time that none ran."""
+"""GPU work in one step, in order, for `gpu.py`: each kernel's microseconds, and the idle time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from gpu_steps import Step, once, picture, prepare, synchronize
 from torch.profiler import ProfilerActivity, profile
 
-WARM = 3  # steps before: compiled, captured, replayed
+WARM = 3  # steps before the trace: compiled, captured, replayed
 LONGEST = 100  # characters of a kernel's name
 
 
 def traces(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """By name, the most wanted first. A dry run has no GPU whose kernels could be seen."""
+    """Return traces by name, the most important first. A dry run has no GPU and none."""
     if dry:
         return {}
     wanted = [
@@ -34,7 +34,7 @@ def traces(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def trace(step: Step) -> dict[str, Any]:
-    """Names of kernels, and [index of the name, grid, registers, start, microseconds] of each in order of start."""
+    """Return kernel names, and [index of the name, grid, registers, start, microseconds] of each in order of start."""
     network = prepare(step, None)
     image = picture(step, step.side)
     for _ in range(WARM):
@@ -51,7 +51,7 @@ def trace(step: Step) -> dict[str, Any]:
 
 
 def summarized(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a Chrome trace the work on the GPU."""
+    """Extract the work on the GPU from a Chrome trace."""
     work = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     work.sort(key=lambda e: e["ts"])
     names: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""A worker of `gpu.py`: every item by section and name, and the process that runs those that it is asked for.
+"""A worker of `gpu.py`: every item by section and name, and the process that runs the requested ones.
 
-Requests and answers are lines of JSON; what libraries print goes to the log.
+Requests and answers are lines of JSON; output of libraries goes to the log.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Row = dict[str, Any]
 
 
 def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
-    """Every item by section and name."""
+    """Return every item by section and name."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-    sys.path.insert(0, str(ROOT))  # what this checkout holds, installed or not
+    sys.path.insert(0, str(ROOT))  # use this checkout, installed or not
     if dry:
         import interpreter
 
@@ -38,7 +38,7 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
     once = gpu_ops.Timer(prepare=True)
     ops, tiles = gpu_ops.op_cases(dry), gpu_ops.config_cases(dry)
-    # A name in `prepare` says which section it is for.
+    # A name in `prepare` begins with its section.
     prepare = {f"steps: {n}": run for n, run in gpu_steps.preparations(dry).items()}
     if not dry:
         for section, cases in (("ops", ops), ("tiles", tiles)):
@@ -58,7 +58,7 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
 
 
 def machine() -> Row:
-    """Where the figures come from."""
+    """Return the provenance of the figures."""
     import torch
     import triton
 
@@ -75,14 +75,14 @@ def machine() -> Row:
 
 
 def clocks() -> Row:
-    """Driver, clocks, power and temperature as seen now; nothing without a GPU."""
+    """Return driver, clocks, power and temperature as of now; empty without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
     try:
         return _clocks()
-    except Exception as error:  # whatever NVML does not tell costs no measurement
+    except Exception as error:  # a failure of NVML must not stop a measurement
         return {"nvml": f"{type(error).__name__}: {error}"[:200]}
 
 
@@ -103,7 +103,7 @@ def _clocks() -> Row:
 
 
 def choices() -> Row:
-    """What was chosen for each op and shape during the steps."""
+    """Return the choice for each op and shape during the steps."""
     from dataclasses import asdict
 
     from gigamorph.kernels import choice, measurements
@@ -115,7 +115,7 @@ def choices() -> Row:
 def work(dry: bool) -> None:
     """Answer requests, a line of JSON each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     import torch
 
     items = registry(dry)

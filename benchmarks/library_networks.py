@@ -1,6 +1,6 @@
-"""Networks of other libraries than timm and torchvision, small and with random weights, for `other_libraries.py`.
+"""Networks of libraries other than timm and torchvision, small and with random weights, for `other_libraries.py`.
 
-A source is a package and a function that gives names and what builds them; an import fails where it is not installed.
+A source is a package and a function that yields names and constructors; its import fails if it is not installed.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def open_clip() -> Iterator[tuple[str, Build]]:
 
 
 class Grey(nn.Module):
-    """A network for grey images, given the first channel."""
+    """A network for grey images, applied to the first channel."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -205,7 +205,7 @@ def ultralytics() -> Iterator[tuple[str, Build]]:
     yield "yolov8n-seg", lambda: tasks.SegmentationModel("yolov8n-seg.yaml", nc=3, verbose=False)
 
 
-# By package: what rows are called, and its networks.
+# By package: the name of its rows, and its networks.
 SOURCES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, Build]]]]] = {
     "segmentation_models_pytorch": ("smp", smp),
     "monai": ("monai", monai),
@@ -218,8 +218,8 @@ SOURCES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, Build]]]]] = {
     "pretrainedmodels": ("pretrainedmodels", pretrainedmodels),
     "ultralytics": ("ultralytics", ultralytics),
 }
-DISTRIBUTIONS = {"open_clip": "open_clip_torch"}  # where pip has another name
-# Those that take square images alone.
+DISTRIBUTIONS = {"open_clip": "open_clip_torch"}  # name in pip, if different
+# Networks that accept only square images.
 SQUARES = ("transformers Pvt", "transformers Dinov2", "open_clip ModifiedResNet", *(
     f"vit_pytorch {name}" for name in (
         "DeepViT deepvit", "CaiT cait", "ViT vit_for_small_dataset", "XCiT xcit", "PiT pit", "RvT rvt",

@@ -1,15 +1,15 @@
-"""Peak memory of a training step, ours against stock PyTorch and against what plan() predicts, on the CPU.
+"""Peak memory of a training step on the CPU, ours compared with stock PyTorch and with the prediction of plan().
 
     python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
     python benchmarks/memory.py --quick
 
 Two series: square images (stock; ours with tile 512; ours with a third of stock's memory as its budget), and images of
-fixed height that grow in width at tile 512, where memory may grow by the carries alone. Each figure is that of three
-steps in a process of its own (`gigamorph.engine.bench.child`): the heap grows until the second or third.
+fixed height and growing width at tile 512, where only the halos may need more memory. Each figure is that of three
+steps in a separate process (`gigamorph.engine.bench.child`), because the heap grows until the second or third.
 
-glibc raises the size from which it takes blocks straight from the system as the program runs, and keeps what is freed
-below that size: resident memory is then well above the bytes in use, for stock as for ours. `--mmap-threshold 4000000`
-holds that size fixed in the measured processes. `gigamorph bench report` draws the results.
+glibc raises the threshold above which it maps blocks directly from the system as the program runs, and caches freed
+blocks below it: resident memory is then well above the bytes in use, for stock and for ours. `--mmap-threshold 4000000`
+fixes it in the measured processes. `gigamorph bench report` plots the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from gigamorph import BudgetError
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import OUT_OF_MEMORY, Results, StepRow, Task
-from gigamorph.engine.bench.step import alone, planned
+from gigamorph.engine.bench.step import measure_row, planned
 from gigamorph.engine.bench.work import build
 
 TILE = 512
@@ -32,8 +32,8 @@ GB = 1e9
 
 
 def measure(task: Task, peer: str, settings: dict[str, Any], predicted: int | None) -> StepRow:
-    """One row, printed."""
-    return show(alone(StepRow(task, peer, settings=settings, predicted_bytes=predicted), STEPS))
+    """Measure and print one row."""
+    return show(measure_row(StepRow(task, peer, settings=settings, predicted_bytes=predicted), STEPS))
 
 
 def square(model: str, sides: list[int]) -> list[StepRow]:
@@ -77,9 +77,9 @@ def show(row: StepRow) -> StepRow:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ResNet-18 alone, small images: one to three minutes")
+    parser.add_argument("--quick", action="store_true", help="only ResNet-18, small images: one to three minutes")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--mmap-threshold", type=int, metavar="BYTES", help="glibc's, fixed; default: as it comes")
+    parser.add_argument("--mmap-threshold", type=int, metavar="BYTES", help="glibc's mmap threshold; default: dynamic")
     options = parser.parse_args()
     if options.mmap_threshold is not None:  # the measured processes inherit it
         os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(options.mmap_threshold)

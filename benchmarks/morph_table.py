@@ -223,7 +223,7 @@ def count(reports: list[dict[str, Any]]) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="networks checked at once")
+    parser.add_argument("--jobs", type=int, default=2, help="networks checked in parallel")
     parser.add_argument("--only", nargs="+", default=[], help="names or parts of names; * is a wildcard")
     parser.add_argument("--transforms", nargs="+", default=[], help="some transforms only")
     parser.add_argument("--json", type=Path, help="write all rows to this file; with --only or --transforms, update it")

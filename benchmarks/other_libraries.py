@@ -1,14 +1,14 @@
-"""Whether networks of other libraries than timm and torchvision are exact, unmodified (`library_networks.py`).
+"""Checks whether networks of libraries other than timm and torchvision are exact, unmodified (`library_networks.py`).
 
     pip install segmentation-models-pytorch monai einops transformers vit-pytorch dynamic-network-architectures \\
         open_clip_torch torchxrayvision efficientnet_pytorch pretrainedmodels ultralytics
     python benchmarks/other_libraries.py --json benchmarks/results/other_libraries.json
     python benchmarks/other_libraries.py --only smp --json FILE
 
-A row is one network with random weights at a small size, by tiles of 32, with frozen and with live norms: outputs and
-all gradients against stock PyTorch in float64, judged as in `coverage.py`. Its verdicts are those of the census. Random
-numbers are switched off. What is not installed is left out; rows that are there already are not computed again, and
-each says the commit that it was measured at.
+A row is one network with random weights at a small size, in tiles of 32, with frozen and with live norms: outputs and
+all gradients against stock PyTorch in float64, judged as in `coverage.py`, with the verdicts of the census. Random
+numbers are disabled. Libraries that are not installed are skipped; existing rows are not computed again, and each has
+the commit of its measurement.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TILE, LIMIT = 32, 1e-12
 
 
 def networks() -> Iterator[tuple[str, Build]]:
-    """Those of the libraries that are installed."""
+    """Yield the networks of the installed libraries."""
     make_torchvision_importable()
     for package, (source, own) in SOURCES.items():
         if importlib.util.find_spec(package) is not None:
@@ -48,7 +48,7 @@ def networks() -> Iterator[tuple[str, Build]]:
 
 
 def check(build: Build, live: bool, size: tuple[int, int] = SIZE) -> dict[str, Any]:
-    """The verdict on one network."""
+    """Return the verdict on one network."""
     torch.manual_seed(0)
     model = randomize(build()).double().train(live)
     _without_random_numbers(model)
@@ -77,7 +77,7 @@ def _without_random_numbers(model: nn.Module) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
-    parser.add_argument("--json", type=Path, help="the file that rows are appended to")
+    parser.add_argument("--json", type=Path, help="file to which rows are appended")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def main() -> int:
                 continue
             try:
                 row = check(build, norms == "live", (SQUARE, SQUARE) if name in SQUARES else SIZE)
-            except Exception as error:  # whatever a network raises is its verdict
+            except Exception as error:  # any error of a network is its verdict
                 row = {"verdict": "wrong", "message": f"{type(error).__name__}: {error}"}
             machine = provenance()
             rows.append({"network": name, "norms": norms, **row, "commit": machine["commit"]})
@@ -97,8 +97,8 @@ def main() -> int:
             print(f"{name:32} {norms:6} {row['verdict']:11} {error:8} {row.get('message', '')[:150]}", flush=True)
             if options.json:
                 packages = (package for package in SOURCES if importlib.util.find_spec(package))
-                there = {package: version(DISTRIBUTIONS.get(package, package)) for package in packages}
-                what = {"what": "benchmarks/other_libraries.py", "libraries": there, "provenance": machine}
+                versions = {package: version(DISTRIBUTIONS.get(package, package)) for package in packages}
+                what = {"what": "benchmarks/other_libraries.py", "libraries": versions, "provenance": machine}
                 options.json.write_text(json.dumps({**what, "rows": rows}, indent=1) + "\n")
     return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
 

@@ -1,11 +1,11 @@
-"""The claims of all recipes on their synthetic tasks over ten seeds, each seed in a process of its own.
+"""The claims of all recipes on their synthetic tasks over ten seeds, each seed in a separate process.
 
-python benchmarks/recipes.py [--only morphhr]    # the seeds that are missing, cheapest recipe first
-python benchmarks/recipes.py --write             # verdicts and page from the rows in the JSON, measuring nothing
+python benchmarks/recipes.py [--only morphhr]    # missing seeds, cheapest recipe first
+python benchmarks/recipes.py --write             # verdicts and page from the rows in the JSON, without measuring
 
-Seeds that a task calls held out are run after task and rule were committed: seven of ten, or all.
-It goes on after a kill, and measures committed states only; every seed's rows name their commit. Seeds are measured
-again when the recipe's `synthetic.py` has changed, and where their commit is not all that was measured.
+Held-out seeds of a task are run after task and rule were committed: seven of ten, or all. An interrupted run continues.
+Only committed states are measured, and every seed's rows have their commit. Seeds are measured again if the recipe's
+`synthetic.py` has changed, or if their commit is not the whole measured state.
 """
 
 from __future__ import annotations
@@ -43,42 +43,42 @@ TIMEOUT = 3600  # seconds for one seed
 
 
 def task_of(name: str) -> str:
-    """What tells a recipe's synthetic task, with its settings and rule, from an earlier one."""
+    """Return a hash that identifies a recipe's synthetic task with its settings and rule."""
     return hashlib.sha256((ROOT / "engine" / "recipes" / name / "synthetic.py").read_bytes()).hexdigest()[:12]
 
 
 def changed() -> str:
-    """What of the checkout is not committed, results and their page apart; empty if all is."""
+    """Return the uncommitted changes of the checkout, except results and their page."""
     own = [f":!{path.relative_to(ROOT)}" for path in (JSON, PAGE)]
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *own]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def is_recorded(seed: dict[str, Any] | None) -> bool:
-    """Whether a seed was measured, at a committed state."""
+    """Whether a seed was measured at a committed state."""
     return seed is not None and not seed["provenance"]["uncommitted_changes"]
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
-    """The rows of one seed by the recipe's own command, with wall time, CPU time and where they come from."""
+    """Measure the rows of one seed with the recipe's own command; add wall time, CPU time and provenance."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         command = [sys.executable, "-m", "gigamorph.cli.main", "recipe", name, "--synthetic", "--seeds", str(seed)]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         done = subprocess.run([*command, "--out", str(out)], timeout=TIMEOUT, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode > 1 or not (out / "claim.json").exists():  # 1: one seed shows nothing
-            raise SystemExit(f"{name}, seed {seed}: ended with {done.returncode}")
+        if done.returncode > 1 or not (out / "claim.json").exists():  # 1: one seed gives no verdict
+            raise SystemExit(f"{name}, seed {seed}: exit code {done.returncode}")
         rows = json.loads((out / "claim.json").read_text())["rows"]
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     threads = os.environ.get("OMP_NUM_THREADS", "")
     measured = {"seconds": time.monotonic() - began, "cpu_seconds": cpu, "threads": threads}
-    # The JSON and its page, which a run changes itself, are no change of what is measured.
+    # The JSON and its page, which a run changes itself, do not count as changes of what is measured.
     return {"rows": rows, **measured, "provenance": {**provenance(), "uncommitted_changes": bool(changed())}}
 
 
 def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What was measured so far, with the rule applied to it."""
+    """Return the measurements so far with the verdict of the rule."""
     synthetic = get_recipe(name).synthetic
     seeds = {str(seed): found["seeds"][str(seed)] for seed in synthetic.seeds if str(seed) in found["seeds"]}
     rows = [row for own in seeds.values() for row in own["rows"]]
@@ -94,7 +94,7 @@ def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """The claims as Markdown."""
+    """Return the claims as Markdown."""
     lines = [
         "# Recipes",
         "",
@@ -132,7 +132,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                 f"**{_verdict(own).capitalize()}.**{_missing(name, own)}",
                 "",
             ]
-            lines += [*_rows([_told(line) for line in own["judged"]]), "", *_rows(_marked(name, own))]
+            lines += [*_rows([_format_line(line) for line in own["judged"]]), "", *_rows(_marked(name, own))]
             commits = dict.fromkeys(seed["provenance"]["commit"][:12] for seed in own["seeds"].values())
             lines += ["", f"Measured at {', '.join(commits)}."]
     return "\n".join(lines) + "\n"
@@ -147,8 +147,8 @@ def _missing(name: str, own: dict[str, Any]) -> str:
     return f" Seeds {', '.join(absent)} were not run." if absent else ""
 
 
-def _told(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the rule as it is printed."""
+def _format_line(line: dict[str, Any]) -> dict[str, Any]:
+    """Format a line of the rule for the page."""
     low, high = line.get("low"), line.get("high")
     wins = line.get("wins")
     return {
@@ -192,7 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     found = json.loads(JSON.read_text()) if JSON.exists() else {}
     if not given.write and changed():
-        raise SystemExit(f"figures are of a committed state only; commit these first:\n{changed()}")
+        raise SystemExit(f"figures must be of a committed state; commit these changes first:\n{changed()}")
     for name in () if given.write else given.only or ORDER:
         if found.get(name, {}).get("task") != task_of(name):
             found[name] = {"task": task_of(name), "seeds": {}}
@@ -202,7 +202,7 @@ def main() -> None:
                 found[name] = judged(name, found[name])
                 JSON.write_text(json.dumps(found, indent=1) + "\n")
                 PAGE.write_text(page(found))
-    found = {name: judged(name, own) for name, own in found.items()}  # by the rule as it is now
+    found = {name: judged(name, own) for name, own in found.items()}  # by the current rule
     JSON.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page(found))
 

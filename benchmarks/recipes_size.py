@@ -1,4 +1,4 @@
-"""What the recipes take at their published sizes, without running them: memory by `plan`, hours by the roofline.
+"""Memory (by `plan`) and hours (by the roofline) of the recipes at their published sizes, without running them.
 
 python benchmarks/recipes_size.py [--only end2end-whole] [--measure]   # writes JSON and docs/recipes/sizes.md
 python benchmarks/recipes_size.py --write                              # the page from the JSON
@@ -51,7 +51,7 @@ GPU = "A100"
 
 @dataclass(frozen=True)
 class Row:
-    """A training of a recipe: its network, the batch that a step takes, and how often an image is seen."""
+    """A training of a recipe: its network, the batch of a step, and the number of epochs."""
 
     name: str
     what: str
@@ -64,7 +64,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Of the configurations as they are published; full images of 4096 x 3072 pixels."""
+    """Return the rows of the published configurations; full images have 4096 x 3072 pixels."""
     high, end = MorphHR(), End2End()
     whole, pair, cae, dvme = end.models[0], SiameseConfig(), CaeConfig(), DvmeConfig()
     full = (1, high.channels, 4096, 3072)
@@ -132,7 +132,7 @@ def _child() -> nn.Module:
 
 
 def size(row: Row, shrink: int, measure: bool) -> dict[str, Any]:
-    """Memory and hours of a row; the sides of its images divided by `shrink`."""
+    """Return memory and hours of a row, with the sides of its images divided by `shrink`."""
     torch.manual_seed(0)
     network = row.make().train(row.training)
     if row.frozen and row.training:
@@ -172,7 +172,7 @@ def _measured(network: nn.Module, image: tuple[int, ...], training: bool) -> flo
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     assert __doc__ is not None
     lines = ["# Recipes at their published sizes", "", *__doc__.split("\n\n")[-1].strip().splitlines(), ""]
     lines += [
@@ -200,15 +200,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = rows()
     parser.add_argument("--only", choices=[row.name for row in every], action="append")
-    parser.add_argument("--measure", action="store_true", help="run a step of each on this CPU")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the sides; printed, not written")
+    parser.add_argument("--measure", action="store_true", help="run a step of each row on this CPU")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the sides; only printed")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     stored = json.loads(JSON.read_text()) if JSON.exists() and given.shrink == 1 else {}
     if given.write:
         PAGE.write_text(page(stored))
         return
-    machine = provenance()  # before the first row is written, which is a change that is not committed
+    machine = provenance()  # before the first row is written as an uncommitted change
     for row in every:
         if not given.only or row.name in given.only:
             stored[row.name] = {**size(row, given.shrink, given.measure), "provenance": machine}

@@ -1,13 +1,13 @@
-"""What a step of a network asks of a GPU, found without one: its kernels' launches, compilations and measured choices.
+"""Finds without a GPU what a network's step launches on one: kernels, compilations and measured choices.
 
-The tiles of a step run on fake tensors, as the plan runs them to count memory; each call of one of our ops is noted,
-once for each kind of tile, and how often the step makes it. Then every op runs alone on meta tensors with the launchers
-in place and the launches noted instead of made.
+The tiles of a step run on fake tensors, as in the plan's memory count. Each call of one of our ops is recorded once per
+kind of tile, with its number in the step. Then every op runs alone on meta tensors with its launcher, and the launches
+are recorded instead of made.
 
     python benchmarks/recorded_step.py [--network resnet50] [--tile 1024] [--json FILE]
 
-counts, for 20 sizes of mammograms one after the other, how many Triton specialisations each size compiles anew, and how
-many choices between kernels it measures anew. A network's first size pays for all; the others should pay nothing.
+counts, for 20 sizes of mammograms in order, how many Triton specialisations each size compiles, and how many choices
+between kernels it measures. A network's first size does all the work; the others should do none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor's form, by which a meta tensor is made."""
+    """A tensor's shape, strides and dtype, from which a meta tensor is made."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -69,22 +69,22 @@ class Like:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one of our ops, with forms in place of tensors."""
+    """One call of one of our ops, with `Like` in place of tensors."""
 
     name: str
     args: tuple[Any, ...]
 
     def run(self) -> None:
-        """Its own code on meta tensors."""
+        """Run the op's own code on meta tensors."""
         args = tree_map(lambda a: a.make() if isinstance(a, Like) else a, self.args)
         torch._library.custom_ops.OPDEFS[self.name]._init_fn(*args)  # pyright: ignore
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, what it is specialised on, and the multiply-adds on tensor cores that are wanted and that it makes.
+    """A kernel, what it is specialised on, and the needed and performed multiply-adds on tensor cores.
 
-    Each of the programs makes a tile of so many elements in so many turns of its loop.
+    Each program computes a tile of `elements` elements in `turns` iterations of its loop.
     """
 
     kernel: str
@@ -97,7 +97,7 @@ class Launch:
 
 
 def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Multiply-adds of a convolution in descriptor form, wanted and made, and its tiles; nothing of other kernels."""
+    """Return needed and performed multiply-adds of a convolution in descriptor form, and its tiles; () for others."""
     if kernel not in ("conv2d_descriptor_kernel", "wgrad_descriptor_kernel"):
         return ()
     product = given["P"]
@@ -115,7 +115,7 @@ def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tu
 
 
 class _Notes(simulate.Meter):
-    """Notes our ops besides."""
+    """A meter that also records calls of our ops."""
 
     calls: list[Call]
 
@@ -138,12 +138,12 @@ def calls_of_step(
     training: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Counter[Call]:
-    """The calls of our ops in a step, and how often each is made.
+    """Return the calls of our ops in a step with their numbers.
 
     Args:
         shape: of the image batch.
         chip: 10 * major + minor of the GPU's compute capability.
-        dtype: of autocast; None for none.
+        dtype: of autocast; None to disable it.
     """
     found: Counter[Call] = Counter()
     autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
@@ -160,7 +160,7 @@ def calls_of_step(
 
 
 def _kinds(tiled: TiledStage) -> Counter[tuple[int, int]]:
-    """The first tile of each kind, and how many there are: blocks of the same sizes are taken for alike."""
+    """Return the first tile of each kind with the number of tiles; blocks of the same sizes count as alike."""
 
     def firsts(axis: Any) -> list[int]:
         sizes = [
@@ -186,7 +186,7 @@ def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: se
 
 @contextlib.contextmanager
 def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int]]) -> Iterator[None]:
-    """Launches and choices (op, key, work) become entries; what is chosen is our kernel."""
+    """Record launches and choices (op, key, work) instead of making them; our kernel is always chosen."""
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         binder = self.device_caches[chip][-1]
@@ -206,7 +206,7 @@ def noted(chip: int, launches: list[Launch], choices: list[tuple[str, tuple, int
 def start_up(
     make: Callable[[], nn.Module], tile: int | None, chip: int, sizes: Sequence[tuple[int, int]]
 ) -> list[dict]:
-    """For each size in turn: calls of our ops in a step, compilations and measurements that it asks for anew."""
+    """Return for each size in order the calls of our ops in a step, and new compilations and measurements."""
     compiled: set[tuple[str, str]] = set()
     rows = []
     model = make()
@@ -253,9 +253,9 @@ def start_up(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet50")
-    parser.add_argument("--tile", type=int, help="side; none for one tile")
+    parser.add_argument("--tile", type=int, help="side; default: one tile")
     parser.add_argument("--chip", type=int, default=90)
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many of the sizes")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="number of sizes")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     make_torchvision_importable()

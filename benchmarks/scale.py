@@ -1,12 +1,12 @@
-"""What an archive costs: constants of this machine, images a second of 1, 8 and 64 GPUs, and a check by simulation.
+"""The cost of an archive: constants of this machine, images per second of 1, 8 and 64 GPUs, checked by simulation.
 
     python benchmarks/scale.py constants --image /data/dicom/mammogram.dcm
     python benchmarks/scale.py predict --compute 0.2
     python benchmarks/scale.py simulate --compute 0.1 --images 40
 
-`constants` measures CPU seconds (they count on a busy machine, too) and writes benchmarks/results/scale.json, which the
-others read. `simulate` runs the real runner with a network that sleeps for --compute seconds and compares its rate with
-the predicted one. --image is a mammogram as it is stored; by default a phantom compressed as JPEG lossless.
+`constants` measures CPU seconds, which are valid on a busy machine too, and writes benchmarks/results/scale.json for
+the others. `simulate` runs the real runner with a network that sleeps for --compute seconds and compares its rate with
+the prediction. --image is a mammogram as stored in an archive; by default a phantom compressed as JPEG lossless.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
-NODE_GPUS, CORES_PER_GPU, NETWORK = 8, 8, 1.25e9  # a node: GPUs, cores for each, bytes a second (10 Gbit/s)
+NODE_GPUS, CORES_PER_GPU, NETWORK = 8, 8, 1.25e9  # a node: GPUs, cores per GPU, bytes per second (10 Gbit/s)
 
 
-def least(call: Callable[[], object], rounds: int = 7) -> float:
-    """CPU seconds of a call, the least of some rounds."""
+def min_cpu_seconds(call: Callable[[], object], rounds: int = 7) -> float:
+    """Return the minimal CPU seconds of a call over some rounds."""
     found = []
     for _ in range(rounds):
         began = time.process_time()
@@ -47,7 +47,7 @@ def least(call: Callable[[], object], rounds: int = 7) -> float:
 
 
 def constants(image: Path, rows: int, folder: Path) -> dict[str, Any]:
-    """Of one image and of one row."""
+    """Measure the constants of one image and of one row."""
 
     def decoded() -> ImageSource:
         source = open_pixels(image)
@@ -68,8 +68,8 @@ def constants(image: Path, rows: int, folder: Path) -> dict[str, Any]:
     return {
         "image": f"{height} x {width}",
         "image_bytes": image.stat().st_size,
-        "decode_cpu_seconds": round(least(decoded), 5),
-        "hand_over_cpu_seconds": round(least(lambda: pickle.loads(pickle.dumps(held, 5))), 5),
+        "decode_cpu_seconds": round(min_cpu_seconds(decoded), 5),
+        "hand_over_cpu_seconds": round(min_cpu_seconds(lambda: pickle.loads(pickle.dumps(held, 5))), 5),
         "row_cpu_seconds": round(1 / row["images_per_cpu_second"], 6),
         "row_rows": rows,
         "sync_seconds": round(statistics.median(syncs), 5),
@@ -77,10 +77,10 @@ def constants(image: Path, rows: int, folder: Path) -> dict[str, Any]:
 
 
 def rates(found: dict[str, Any], gpus: int, compute: float, cores: int = CORES_PER_GPU) -> dict[str, float]:
-    """Images a second that each part allows; the run has the least of them.
+    """Return the images per second that each part allows; the run has the minimum.
 
-    A process for each GPU computes and takes decoded images; `cores` for each GPU decode and hand over; nodes of eight
-    GPUs fetch; one process keeps the rows of all (of shards each its own).
+    A process per GPU computes and receives decoded images; `cores` per GPU decode and transfer; nodes of eight GPUs
+    fetch; one process writes the rows of all (with shards, each writes its own).
     """
     nodes = -(-gpus // NODE_GPUS)
     return {
@@ -109,7 +109,7 @@ def _sleeper(seconds: float, *, device: str) -> Classifier:
 
 
 def simulate(image: Path, images: int, compute: float, devices: int, workers: int, folder: Path) -> dict[str, Any]:
-    """The real runner with a network that sleeps; decoding is measured on this image first."""
+    """Run the real runner with a network that sleeps; measure decoding of this image first."""
     own = constants(image, 200, folder)
     names = []
     for number in range(images):
@@ -156,15 +156,15 @@ def main() -> None:
         small = given.what == "simulate"
         image = given.image or compressed_phantom(folder / "phantom.dcm", *((1024, 768) if small else (3062, 2394)))
         found = constants(image, given.rows, folder) if not small else {}
-        kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         if small:
             line = simulate(image, given.images, given.compute, given.devices, given.workers, folder)
-            kept["simulated"] = [*kept.get("simulated", []), line]
+            stored["simulated"] = [*stored.get("simulated", []), line]
             print(json.dumps(line))
         else:
-            kept["constants"] = found
+            stored["constants"] = found
             print(json.dumps(found))
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

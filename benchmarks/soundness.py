@@ -1,18 +1,18 @@
-"""The soundness trial: random modules, each exact as stock PyTorch has it, or refused.
+"""The soundness trial: random modules must be exact as in stock PyTorch, or refused.
 
-A module does whatever a forward may do: gradient modes, state, hooks, containers, call styles, and things that its user
-changes between steps. It is run with stock PyTorch and accelerated, in float64, and everything that can be seen is
-compared after every step (`tests/helpers/judge.py`). With --opinfo, instead: PyTorch's own samples of its operations,
-each between two convolutions. With --foreign: small kinds of Python code as authors of networks write it, counted apart
-(`tests/helpers/random_modules/foreign`). Verdicts:
+A module does anything that a forward may do: gradient modes, state, hooks, containers, call styles, and changes by its
+user between steps. It runs with stock PyTorch and accelerated, in float64, and everything visible is compared after
+every step (`tests/helpers/judge.py`). With --opinfo, PyTorch's own samples of its operations are judged instead, each
+between two convolutions. With --foreign, small pieces of Python code as in published networks are judged and counted
+separately (`tests/helpers/random_modules/foreign`). Verdicts:
 
-    exact        everything agrees
-    refused      by an error of gigamorph that names the place and the remedy; stock runs afterwards as before
-    unclear      refused, but the message names no place or no remedy
-    wrong        something differs
+    exact        all results agree
+    refused      by a gigamorph error that names the location and the remedy; stock still runs afterwards
+    unclear      refused, but the message lacks the location or the remedy
+    wrong        a result differs
     traceback    any other exception
     lenient      it runs where stock raises
-    stock fails  stock raises, and so do we; or stock's numbers say nothing. Not counted.
+    stock fails  both raise, or stock's results are not meaningful; not counted
 
     python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--log FILE] [--json FILE] [--shrink]
     python benchmarks/soundness.py --foreign --modules 500 [--only Config] [--log FILE] [--json FILE] [--shrink]
@@ -56,7 +56,7 @@ SECONDS = 120  # for one module
 
 @dataclass(frozen=True)
 class Found:
-    """A judged module or sample, ready to be sent between processes."""
+    """A judged module or sample that can be sent between processes."""
 
     name: str
     kind: str
@@ -78,13 +78,13 @@ def _alarm(_signal: int, _frame: Any) -> None:
 
 
 def _judged(name: str, call: Any) -> Found:
-    """The verdict of a call, whatever happens in it."""
+    """Return the verdict of a call, even if the call fails."""
     signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(SECONDS)
     try:
         verdict, text = call()
         return Found(name, verdict.kind, verdict.reason, verdict.group, text)
-    except Exception as error:  # a fault of the trial itself must not pass for a verdict of the engine
+    except Exception as error:  # an error of the trial itself must not count as a verdict on the engine
         reason = f"trial: {type(error).__name__}: {error}"[:300]
         return Found(name, "traceback", reason, f"traceback: {reason[:100]}")
     finally:
@@ -92,7 +92,7 @@ def _judged(name: str, call: Any) -> Found:
 
 
 def _spec(name: str) -> Any:
-    """The module of a seed ("17"), or a scenario of a foreign piece ("ConfigRead.vars_of#3")."""
+    """Return the module of a seed ("17"), or a scenario of a foreign piece ("ConfigRead.vars_of#3")."""
     from random_modules import draw, draw_foreign
 
     piece, _, number = name.rpartition("#")
@@ -113,7 +113,7 @@ def _modules(names: list[str], shrinks: bool) -> list[Found]:
 
 
 def _stock(names: list[str], _shrinks: bool) -> None:
-    """Modules with stock PyTorch alone: a few of its kernels crash (of norms in channels_last, for one)."""
+    """Run modules only with stock PyTorch: a few of its kernels crash, for example of norms in channels_last."""
     from judge import play_stock
 
     for name in names:
@@ -121,7 +121,7 @@ def _stock(names: list[str], _shrinks: bool) -> None:
 
 
 def _kills(work: Any, chunk: list[Any]) -> bool:
-    """Whether a process dies of a piece of work."""
+    """Whether a piece of work crashes its process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _ready) as pool:
         return isinstance(pool.submit(work, chunk, False).exception(), BrokenProcessPool)
 
@@ -139,12 +139,12 @@ def _samples(names: list[str], _shrinks: bool) -> list[Found]:
 
 
 def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Iterator[tuple[list[Any], list[Found]]]:
-    """Chunks in processes; when one dies, what was in hand is tried one by one, and the element that kills is named."""
+    """Run chunks in processes; when one dies, run its elements one by one to identify the one that crashes."""
     waiting, suspects = chunks[::-1], []
     context = multiprocessing.get_context("spawn")
     while waiting or suspects:
         queue, count = (suspects, 1) if suspects else (waiting, workers)
-        # PyTorch's cache of fake ops grows without end, and with it what each garbage collection goes through.
+        # PyTorch's cache of fake ops grows without limit, and slows down garbage collection.
         pool = ProcessPoolExecutor(count, context, _ready, max_tasks_per_child=50)
         running: dict[Any, list[Any]] = {}
         try:
@@ -167,7 +167,7 @@ def _run(work: Any, chunks: list[list[Any]], workers: int, shrinks: bool) -> Ite
 
 
 def _settings(given: argparse.Namespace, source: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must have in common to be one."""
+    """Return the settings in which two runs must agree to be continued as one."""
     diff = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, check=False).stdout
     names = "modules", "seed", "opinfo", "foreign", "only", "fallback"
     of_source = {"commit": source["commit"], "diff": hashlib.sha256(diff).hexdigest()[:12], "torch": source["torch"]}
@@ -175,17 +175,17 @@ def _settings(given: argparse.Namespace, source: dict[str, Any]) -> dict[str, An
 
 
 def _resume(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier run has judged, a line for each chunk; starts the file where there is none."""
+    """Return what an earlier run has judged, one line per chunk; create the file if it does not exist."""
     text = path.read_text() if path.exists() else ""
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a line that was cut off is judged again
+    lines = text[: text.rfind("\n") + 1].splitlines()  # an incomplete line is judged again
     if lines and json.loads(lines[0]) != settings:
-        raise SystemExit(f"{path} is of another commit or of other settings; delete it, or choose another file")
+        raise SystemExit(f"{path} belongs to another commit or other settings; delete it, or choose another file")
     path.write_text("".join(line + "\n" for line in lines or [json.dumps(settings)]))
     return [json.loads(line) for line in lines[1:]]
 
 
 def _print_one(name: str, shrinks: bool) -> int:
-    """One module, its source and its verdict."""
+    """Print one module, its source and its verdict."""
     import inspect
 
     from judge import judge, shrink
@@ -209,25 +209,25 @@ def _print_one(name: str, shrinks: bool) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", type=int, default=2000, help="how many are drawn")
-    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--modules", type=int, default=2000, help="number of random modules")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first module")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seed-of", help="print and run this module alone")
+    parser.add_argument("--seed-of", help="print and run only this module")
     parser.add_argument(
-        "--shrink", action="store_true", help="and print the first of each reason without what is not needed"
+        "--shrink", action="store_true", help="also print the first of each reason, reduced to the necessary parts"
     )
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
-    parser.add_argument("--foreign", action="store_true", help="Python code as authors of networks write it")
-    parser.add_argument("--fallback", choices=["whole"], help="as of accelerate: graphs may break")
-    parser.add_argument("--only", default="", help="operations, or foreign pieces, whose name has this in it")
-    parser.add_argument("--first", type=int, default=40, help="how many reasons are printed")
+    parser.add_argument("--foreign", action="store_true", help="Python code as in published networks")
+    parser.add_argument("--fallback", choices=["whole"], help="as in accelerate: allow graph breaks")
+    parser.add_argument("--only", default="", help="only operations, or foreign pieces, whose name contains this")
+    parser.add_argument("--first", type=int, default=40, help="number of printed reasons")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--log", type=Path, help="verdicts as they come; the same command continues a run")
+    parser.add_argument("--log", type=Path, help="file of verdicts; the same command continues a run")
     return parser.parse_args()
 
 
 def _chunks(given: argparse.Namespace) -> tuple[Any, list[list[Any]]]:
-    """What judges, and what is to be judged, in pieces for one process each."""
+    """Return the function that judges, and the work in chunks for one process each."""
     if given.opinfo:
         from opinfo_modules import operations
 
@@ -252,7 +252,7 @@ def _carry_out(
     log: Path | None = None,
     shrinks: bool = False,
 ) -> list[Found]:
-    """The verdicts of all chunks, with those that are known, shown and logged as they come."""
+    """Return the verdicts of all chunks, including known ones; show and log them as they come."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     texts = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[counts]}")
@@ -270,13 +270,13 @@ def _carry_out(
                     file.write(json.dumps({"chunk": chunk, "found": [vars(one) for one in result]}) + "\n")
             rate = f"{(len(found) - before) / (time.perf_counter() - start):.1f}/s"
             counts = Counter(one.kind for one in found)
-            told = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
-            progress.update(task, advance=len(chunk), rate=rate, counts=told)
+            shown = " ".join(f"{kind} {counts[kind]}" for kind in KINDS if counts[kind])
+            progress.update(task, advance=len(chunk), rate=rate, counts=shown)
     return found
 
 
 def _by_reason(found: list[Found]) -> list[list[Found]]:
-    """What is wrong or lenient by reasons, the most frequent first."""
+    """Group wrong and lenient results by reason, the most frequent first."""
     groups: dict[str, list[Found]] = {}
     for one in sorted(found, key=lambda one: int(one.name) if one.name.isdigit() else 0):
         if one.kind in (*BAD, "lenient"):
@@ -287,7 +287,7 @@ def _by_reason(found: list[Found]) -> list[list[Found]]:
 def _report(
     given: argparse.Namespace, source: dict[str, Any], found: list[Found], groups: list[list[Found]], seconds: float
 ) -> dict[str, Any]:
-    """What --json writes."""
+    """Return the content for --json."""
     counts = Counter(one.kind for one in found)
     report: dict[str, Any] = {
         "machine": source,
@@ -341,7 +341,7 @@ def main() -> int:
 
 
 def _by_name(found: list[Found], separator: str) -> dict[str, dict[str, int]]:
-    """Verdicts counted by what stands in front of the separator in a name."""
+    """Count verdicts by the part of the name before the separator."""
     table: dict[str, Counter[str]] = {}
     for one in found:
         table.setdefault(one.name.split(separator)[0], Counter())[one.kind] += 1

@@ -1,11 +1,11 @@
-"""Bytes that a whole training step moves on a GPU, copies of the engine included; counted without a GPU.
+"""Counts without a GPU the bytes that a whole training step moves on one, including copies of the engine.
 
     env -u TRITON_INTERPRET python benchmarks/step_bytes.py [--network resnet50] [--frozen] [--json FILE]
 
-A whole step of `accelerate` runs on the CPU, in one tile, in bfloat16, with the graph of a GPU (its ops computed by
-PyTorch). Its graphs are stored, as on a GPU that has no budget. Of each op that is not a view, every tensor that it
-reads or writes counts once; what the gradients of a norm in training mode read twice counts twice. The step runs in two
-sizes: what grows with the pixels is printed per pixel, what does not (weights and their gradients) next to it.
+A whole step of `accelerate` runs on the CPU, in one tile, in bfloat16, with the graph of a GPU (PyTorch computes its
+ops). Its graphs are stored, as on a GPU without a budget. For each op that is not a view, every tensor that it reads or
+writes counts once; what the gradients of a norm in training mode read twice counts twice. The step runs in two sizes:
+traffic proportional to the pixels is printed per pixel, the rest (weights and their gradients) separately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gigamorph.engine.tiling import backward, stored_maps
 from gigamorph.kernels import choice
 
 SIZES = 512, 1024
-MADE_OF_NOTHING = {"aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_full"}
+CONSTANT_OPS = {"aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_full"}
 
 
 class Moved(TorchDispatchMode):
@@ -48,12 +48,12 @@ class Moved(TorchDispatchMode):
         name = func._schema.name
         if func.is_view or "empty" in name or name == "aten::detach":
             return result
-        given = [] if name in MADE_OF_NOTHING else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [] if name in CONSTANT_OPS else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        there = {(t.data_ptr(), t.numel(), t.dtype): t for t in (*given, *made)}
+        tensors = {(t.data_ptr(), t.numel(), t.dtype): t for t in (*given, *made)}
         self.launches[name] += 1
-        self.bytes[name] += sum(map(_bytes, there.values()))
-        # Of a complete gradient the second pass reads x, and dz where that was written, else dy.
+        self.bytes[name] += sum(map(_bytes, tensors.values()))
+        # For a complete gradient, the second pass reads x, and dz if that was written, otherwise dy.
         if name == "gigamorph::normalize_act_gradients" and len(args) > 9 and args[9]:
             self.bytes[name] += 2 * _bytes(given[0])
         return result
@@ -64,7 +64,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def step(network: str, size: int, live: bool) -> Moved:
-    """What the second of two steps moves."""
+    """Return the traffic of the second of two steps."""
     import timm
 
     torch.manual_seed(0)
@@ -94,8 +94,8 @@ def step(network: str, size: int, live: bool) -> Moved:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="resnet50", help="of timm")
-    parser.add_argument("--frozen", action="store_true", help="norms")
+    parser.add_argument("--network", default="resnet50", help="name in timm")
+    parser.add_argument("--frozen", action="store_true", help="use frozen norms")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     make_torchvision_importable()

@@ -1,4 +1,4 @@
-"""Growing a network, its checks included, against steps of stock PyTorch on the grown network, within one run."""
+"""Growing a network, including the checks, compared with steps of stock PyTorch on the grown network, in one run."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Time of a training step and of inference, ours against stock PyTorch, in turns within one run, on the CPU.
+"""Time of a training step and of inference, ours against stock PyTorch, alternately within one run, on the CPU.
 
     python -m pytest benchmarks/test_step.py --benchmark-json step.json
     python -m pytest benchmarks --side 1024 --rounds 1 -k resnet18
 
-The aims at 2048 x 2048 are a ratio of at most 1.0 for a training step and 0.7 for inference. What fails a run is a
-looser limit, or a ratio far above the saved one (see conftest.py). Images under 1024 pixels are too small for tiles of
-512 to mean anything: their ratio is reported only. Memory beside time: `gigamorph bench step`.
+The goals at 2048 x 2048 are a ratio of at most 1.0 for a training step and 0.7 for inference. A run fails at a looser
+limit, or at a ratio far above the saved one (see conftest.py). Images under 1024 pixels are too small for meaningful
+results with tiles of 512, so their ratio is only reported. For memory use `gigamorph bench step`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = {"train": 1.3, "train_third": 1.3, "inference": 0.9}
 
 
 def step(net: nn.Module, image: Tensor) -> float:
-    """One training step without the optimizer; the loss."""
+    """Run one training step without the optimizer, and return the loss."""
     net.zero_grad(set_to_none=True)
     loss = net(image).square().mean()
     loss.backward()
@@ -40,7 +40,7 @@ def infer(net: nn.Module, image: Tensor) -> float:
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 @pytest.mark.filterwarnings("ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
 def test_step(compare: Callable[..., float], request: pytest.FixtureRequest, model: str, mode: str) -> None:
-    """`train`: everything recomputed. `train_third`: tiles are retained as far as a third of stock's memory goes."""
+    """`train`: everything is recomputed. `train_third`: tiles are retained within a third of stock's memory."""
     side = request.config.getoption("--side")
     torch.manual_seed(0)
     stock = create_model(model, num_classes=1000, in_channels=3).eval()
@@ -57,7 +57,7 @@ def test_step(compare: Callable[..., float], request: pytest.FixtureRequest, mod
             pytest.skip(f"the image is too small for this comparison: {error}")
     ours = accelerate(stock, memory_budget=budget, tile=TILE)
 
-    # The program is recorded and the libraries are warm before anything is timed; the results must agree.
+    # The program is recorded and the libraries are warm before timing; the results must agree.
     expected = run(stock, image)
     assert run(ours, image) == pytest.approx(expected, rel=1e-4)
     compare(

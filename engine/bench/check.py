@@ -1,4 +1,4 @@
-"""Whether two peers computed the same."""
+"""Compares the results of two peers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from .results import Check
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-# Relative L2 norms. In float32 the outputs of stock PyTorch in two memory orders differ by 2e-7, but their gradients by
-# 4e-5 (ResNet-18): rounding turns some ReLUs on or off. A border computed wrongly, or a gradient counted twice, makes a
-# percent and more. How exact a peer is shows in float64.
+# Relative L2 norms. In float32 the outputs of stock PyTorch in two memory formats differ by 2e-7, but their gradients
+# by 4e-5 (ResNet-18), because rounding switches some ReLUs. A wrong border, or a gradient counted twice, causes a
+# percent or more. The float64 comparison shows how exact a peer is.
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-3, "bf16": 1e-1}
 
 
 def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Relative L2 norm of the difference of all tensors together; infinite where one is missing or misshaped."""
+    """Return the relative L2 norm of the difference over all tensors; infinite if names or shapes differ."""
     if found.keys() != expected.keys() or any(found[n].shape != t.shape for n, t in expected.items()):
         return float("inf")
     wrong = sum(float((found[n].double() - t.double()).square().sum()) for n, t in expected.items())
@@ -25,11 +25,11 @@ def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 
 
 def compare(found: Tensors, expected: Tensors, against: str, untrained: frozenset[str] = frozenset()) -> Check:
-    """How far a peer's results lie from the expected ones.
+    """Compare a peer's results with the expected ones.
 
     Args:
-        against: whose the expected ones are.
-        untrained: parameters that the peer does not train by its own rules; they are counted as `missing`.
+        against: the peer that computed the expected results.
+        untrained: parameters that the peer does not train by design; they count as `missing`.
     """
     outputs = distance(found["outputs"], expected["outputs"])
     gradients, worst = None, None
@@ -52,7 +52,7 @@ def compare(found: Tensors, expected: Tensors, against: str, untrained: frozense
 
 
 def complaint(check: Check, precision: str) -> str | None:
-    """What is wrong, or None."""
+    """Return a sentence on a result that exceeds its bound, or None."""
     bound = BOUNDS[precision]
     for what, error in (
         ("the output", check.outputs),

@@ -1,4 +1,4 @@
-"""Processes that run one peer's steps; they keep its network between requests, so that several peers can take turns."""
+"""Processes that run one peer's steps; they keep its network between requests, so that peers can run alternately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Child(Process):
         super().__init__(f"{__package__}.work", longest, lean)
 
     def start(self, task: Task, peer: str, settings: dict[str, Any], cap: int | None) -> Answer:
-        """Make a peer's network ready."""
+        """Prepare a peer's network."""
         return self.ask("start", task=dataclasses.asdict(task), peer=peer, settings=settings, cap=cap)
 
     def run(self, steps: int, warm: int = 0) -> Answer:
@@ -25,11 +25,11 @@ class Child(Process):
         return self.ask("run", steps=steps, warm=warm)
 
     def save(self, path: Path) -> Answer:
-        """Store what the last step computed; see `Work.results`."""
+        """Store the results of the last step; see `Work.results`."""
         return self.ask("save", path=str(path))
 
     def ceilings(self, device: str) -> Answer:
-        """Rates of this machine; see `roofline.measure_ceilings`."""
+        """Return the rates of this machine; see `roofline.measure_ceilings`."""
         return self.ask("ceilings", device=device)
 
     def profile(self, folder: Path) -> Answer:
@@ -37,7 +37,7 @@ class Child(Process):
         return self.ask("profile", folder=str(folder))
 
 
-def measure_alone(
+def measure_in_new_process(
     task: Task,
     peer: str,
     settings: dict[str, Any],
@@ -47,7 +47,7 @@ def measure_alone(
     longest: float = 600.0,
     lean: bool = False,
 ) -> Answer:
-    """Steps of a peer in a process that ends with them; see `Child` and `Work.run`."""
+    """Run steps of a peer in a new process; see `Child` and `Work.run`."""
     with Child(longest, lean) as child:
         answer = child.start(task, peer, settings, cap)
         return child.run(steps) if answer["status"] == OK else answer

@@ -1,4 +1,4 @@
-"""Reads what `benchmarks/gpu.py` writes as results of the one format."""
+"""Converts results of `benchmarks/gpu.py` into the common format."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PEERS = {
     "ours_equal": "gigamorph, stock's memory",
     "ours_8GiB": "gigamorph, 8 GiB",
 }
-LIVE = "_live"  # behind the name of a model whose BatchNorms take the statistics of the image
+LIVE = "_live"  # suffix of models whose norms use batch statistics
 _AGAINST = "channels_last"
-_BOUND = 0.03  # bfloat16: of loss and norm of the gradients
+_BOUND = 0.03  # on loss and gradient norm, in bfloat16
 
 
 def from_gpu(data: dict[str, Any]) -> Results:
-    """Steps and kernels of a run; its checks of kernels become the status of their rows."""
+    """Convert the steps and kernels of a run; its kernel checks set the status of their rows."""
     found = data["ceilings"].get("ceilings", {})
     ceilings = {"gb_per_s": found["gb_per_s"], "tflop_per_s bf16": found["tflop_per_s"]} if "gb_per_s" in found else {}
     machine = {k: v for k, v in data["ceilings"].get("machine", {}).items() if k != "clocks"}
@@ -52,7 +52,7 @@ def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> 
     made.peak_bytes = row["peak_bytes"] - row["left_bytes"] - row["image_bytes"]
     made.nvml_bytes, made.predicted_bytes = row.get("nvml_bytes"), row.get("planned_bytes")
     made.settings = {k: row[k] for k in ("tile", "retained", "replayed", "carries") if k in row}
-    # An image that lies in host memory has other pixels than stock's.
+    # An image in host memory has other pixels than stock's.
     expected = others.get(f"{model} {mode} {side} {_AGAINST}", {})
     if how != _AGAINST and row["image_bytes"] and "loss" in expected:
         errors = [abs(row[k] - expected[k]) / abs(expected[k]) for k in ("loss", "gradient") if k in row]

@@ -1,7 +1,7 @@
-"""lightstream 1.0.7 (StreamingCNN; Pinckaers, van Ginneken, Litjens 2022) as a peer: used as it is, if installed.
+"""lightstream 1.0.7 (StreamingCNN; Pinckaers, van Ginneken, Litjens 2022) as a peer, if installed.
 
-Its constructor assumes CUDA and three channels; the statistics of a tile are therefore made where the network lies, by
-its own class with the tile's true shape. Its norms are frozen and their affine parameters do not learn, as it asks for.
+Its constructor assumes CUDA and three channels. Therefore its own class computes the statistics of a tile on the
+network's device with the tile's true shape. As it requires, norms are frozen and their affine parameters not trained.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ..planning.simulate import stock_peak
 from .ordinary import Prepared, autocast, first_tensor, loss_of
 from .results import Task
 
-# Pixels by which tiles overlap in the backward, both sides together: lightstream's own statistics. The best tile is the
-# one with which the backward goes through the fewest pixels.
+# Pixels by which tiles overlap in the backward, both sides together, from lightstream's own statistics. The best tile
+# processes the fewest pixels in the backward.
 OVERLAPS = {"resnet18": 977, "resnet34": 1873, "resnet50": 881, "timm:vgg16": 372}
-_MOST_WORK = 8  # times the image's pixels; where tiles that fit do more, the whole image is one tile
-_LARGER = 1.12  # from one tile that is tried to the next
-_LOW, _HIGH = 128, 256  # sides from which the memory of larger ones follows
-_SMALL = 64  # side of the image on which a split is checked
-_STEP = 32  # of the tiles that are tried: their sides must be multiples of the network's total stride
+_MAX_WORK = 8  # times the image's pixels; above it, the whole image is one tile
+_GROWTH = 1.12  # ratio of two candidate tiles
+_LOW, _HIGH = 128, 256  # sides from which the memory of larger tiles is extrapolated
+_SMALL = 64  # side of the image that checks the split
+_STEP = 32  # between candidate tiles: multiples of the network's total stride
 
 
 def trunk_names(network: nn.Module) -> list[str]:
-    """The children that can be streamed: `features`, or all up to the last one with a convolution."""
+    """Return the children that can be streamed: `features`, or all up to the last one with a convolution."""
     names = [name for name, _ in network.named_children()]
     if "features" in names:
         return ["features"]
@@ -45,7 +45,7 @@ def trunk_names(network: nn.Module) -> list[str]:
 
 
 def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
-    """Tiles: the best that fits the budget; without one that does anything, larger ones until one does."""
+    """Return the best tile within the budget; if none has useful pixels, larger candidates in ascending order."""
     sides, fitting = _tiles(network, task, budget)
     overlap = _overlap(task)
     useful = [side for side in fitting if side >= overlap + _STEP]
@@ -53,31 +53,31 @@ def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
         return [_best(useful, task) or sides[-1]]
     tries = [max(useful or fitting or sides[:1])]
     while tries[-1] < sides[-1]:
-        tries.append(next((side for side in sides if side >= _LARGER * tries[-1]), sides[-1]))
+        tries.append(next((side for side in sides if side >= _GROWTH * tries[-1]), sides[-1]))
     return [side for side in tries if side >= overlap + _STEP] or sides[-1:]
 
 
 def tile_within(network: nn.Module, task: Task, budget: int) -> int:
-    """The best tile that keeps to the budget.
+    """Return the best tile within the budget.
 
     Raises:
-        BudgetError: where all that fit leave nothing of the overlap, or do more than eight times the work.
+        BudgetError: tiles that fit consist of overlap only, or do more than eight times the work.
     """
     _, fitting = _tiles(network, task, budget)
     overlap = _overlap(task)
     best = _best(fitting, task) if overlap else max(fitting, default=None)
     if best is None:
         raise BudgetError(
-            f"no tile of lightstream's that fits {budget / 1e9:.2f} GB does less than {_MOST_WORK} times the work "
-            f"(its overlap is {overlap} pixels); give it more memory"
+            f"no lightstream tile within {budget / 1e9:.2f} GB does less than {_MAX_WORK} times the work "
+            f"(its overlap is {overlap} pixels); increase the memory"
         )
     return best
 
 
 def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list[int]]:
-    """All sides that leave no rest (lightstream's results are wrong otherwise), and those of them that fit.
+    """Return all sides that tile the image without remainder (other results are wrong), and those within the budget.
 
-    A tile's memory is counted as that of a step of stock PyTorch on an image of its size, beside the parameters.
+    A tile's memory is that of a stock PyTorch step on an image of its size, plus the parameters.
     """
     n, channels, height, width = task.image
     sides = [
@@ -86,7 +86,7 @@ def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list
         if (height - side) % _STEP == 0 and (width - side) % _STEP == 0
     ]
     if not sides:
-        raise UnsupportedError(f"no tile of whole strides ({_STEP}) divides {height} x {width} without a rest")
+        raise UnsupportedError(f"no tile of whole strides ({_STEP}) divides {height} x {width} without remainder")
     parameters = sum(t.nbytes for t in network.state_dict().values())
     device = torch.device("cpu")
     with torch.set_grad_enabled(task.training):
@@ -97,26 +97,26 @@ def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list
 
 
 def _overlap(task: Task) -> int:
-    """0: not known, or none."""
+    """Return the overlap of tiles; 0 if it is unknown or zero."""
     return OVERLAPS.get(task.model, 0) if task.training else 0
 
 
 def _best(sides: list[int], task: Task) -> int | None:
-    """The tile that goes through the fewest pixels; None if that is too many."""
+    """Return the tile that processes the fewest pixels; None if it exceeds the limit on work."""
     size, overlap = task.image[2:], _overlap(task)
     useful = [side for side in sides if side >= overlap + _STEP or side >= max(size)]
     best = min(useful, key=lambda side: work(side, overlap, size), default=None)
-    return best if best is not None and work(best, overlap, size) <= _MOST_WORK * math.prod(size) else None
+    return best if best is not None and work(best, overlap, size) <= _MAX_WORK * math.prod(size) else None
 
 
 def work(side: int, overlap: int, size: tuple[int, ...]) -> int:
-    """Pixels that the backward goes through in tiles of a side; an image no larger than a tile has no overlap."""
+    """Return the pixels that the backward processes with tiles of a side; a single tile has no overlap."""
     own = (side - overlap) // _STEP * _STEP
     return math.prod(side if n <= side else -(-(n - overlap) // own) * side for n in size)
 
 
 def norm_parameters(network: nn.Module) -> list[str]:
-    """The parameters that lightstream does not train."""
+    """Return the names of the parameters that lightstream does not train."""
     return [
         f"{name}.{parameter}"
         for name, module in network.named_modules()
@@ -126,12 +126,12 @@ def norm_parameters(network: nn.Module) -> list[str]:
 
 
 def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
-    """A step by lightstream with square tiles of a side.
+    """Build a lightstream step with square tiles of a side.
 
     Raises:
-        UnsupportedError: if lightstream cannot be built for this network and tile.
+        UnsupportedError: lightstream cannot be built for this network and tile.
     """
-    make_torchvision_importable()  # lightning, which lightstream imports, imports it
+    make_torchvision_importable()  # lightstream imports lightning, which imports torchvision
     from lightstream.core.constructor import StreamingConstructor  # pyright: ignore[reportMissingImports]
     from lightstream.core.scnn.scnn import StreamingCNN  # pyright: ignore[reportMissingImports]
 
@@ -165,9 +165,9 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
     lost = streaming.tile_gradient_lost
     if tile < max(task.image[2:]) and tile - lost.top - lost.bottom < int(streaming.output_stride[1]):
         raise UnsupportedError(
-            f"a tile of {tile} leaves nothing of lightstream's overlap of {lost.top + lost.bottom} pixels"
+            f"a tile of {tile} has no pixels beyond lightstream's overlap of {lost.top + lost.bottom} pixels"
         )
-    # The caller's network: its parameters are those that learn.
+    # Use the caller's network: its parameters are trained.
     for name in names:
         network._modules[name] = streaming.stream_module.get_submodule(name)
 
@@ -189,9 +189,9 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
 
 
 def _check_split(network: nn.Module, trunk: nn.Module, head: nn.Module, channels: int) -> None:
-    """Refuse a network whose forward does more than go through its children."""
+    """Refuse a network whose forward is not the composition of its children."""
     parameter = next(network.parameters())
     image = torch.rand(1, channels, _SMALL, _SMALL, device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad():
         if not torch.equal(first_tensor(head(trunk(image))), first_tensor(network(image))):
-            raise UnsupportedError("the network is no sequence of a streamed part and a head")
+            raise UnsupportedError("the network is not a sequence of a streamed part and a head")

@@ -1,9 +1,9 @@
-"""How large an image can be: the largest square that a peer trains, or predicts, under a cap; by bisection.
+"""Largest square image that a peer can train on, or predict, under a cap; by bisection.
 
-Each size is tried in a process of its own, whose peak tells whether it kept to the cap; on the CPU it gives freed
-memory back at once, so that the peak is what is needed, not what the C library keeps. The search begins at what `plan`
-predicts, so that it takes few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps its halos in
-memory on the CPU: with those on disk an image may be larger still, and takes hours.
+Each size runs in a separate process, whose peak shows whether it kept the cap. On the CPU that process returns freed
+memory at once, so that the peak is the memory needed, not what the C library caches. The search starts at the
+prediction of `plan`, so that it needs few tries, and ends within 3 % of the side, 6 % of the pixels. gigamorph keeps
+its halos in memory on the CPU; with halos on disk, larger images are possible but take hours.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import BudgetError, UnsupportedError
-from .child import measure_alone
+from .child import measure_in_new_process
 from .peers import PEERS
 from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
 from .step import Options, planned, settings
 from .work import build
 
-_GRID = 32  # pixels: sides that are tried
-_CLOSE = 1.03
-_FINE = 0.01  # of the side: how closely a prediction is sought
-_GUESS = 1024  # where there is no prediction
+_GRID = 32  # pixels between candidate sides
+_CLOSE = 1.03  # final ratio of the sides that fail and fit
+_FINE = 0.01  # tolerance of a prediction, relative to the side
+_GUESS = 1024  # first side without a prediction
 _LARGEST = 2**20
 
 
 @dataclass(frozen=True)
 class Search:
-    """How a limit is sought.
+    """Parameters of the search for a limit.
 
     Attributes:
-        cap: bytes that parameters and a step may take.
-        share: of the cap, given to gigamorph as its budget: a prediction is not exact.
-        steps: run at each size; the heap of a CPU grows until the second or third.
-        longest: seconds that one try may take; what takes longer is not known to fit.
+        cap: maximal bytes of parameters and a step.
+        share: gigamorph's budget as a share of the cap, because predictions are not exact.
+        steps: steps at each size; the heap of a CPU grows until the second or third.
+        longest: maximal seconds of one try; a longer one counts as not run.
     """
 
     cap: int
@@ -45,7 +45,7 @@ class Search:
 
 
 def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lambda found: None) -> LimitRow:
-    """The largest side that fits, for one peer. The image size of `task` is left out of account."""
+    """Find the largest side that fits for one peer. The image size of `task` is ignored."""
     row = LimitRow(task, peer, search.cap)
     why = PEERS[peer].missing(task)
     if why is not None:
@@ -58,7 +58,7 @@ def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lam
     except UnsupportedError as error:
         row.status, row.reason = REFUSED, str(error)
     if row.side:
-        row.task = _sized(task, row.side)
+        row.task = _with_side(task, row.side)
     elif row.status == OK:
         last = row.tries[-1]
         row.status, row.reason = last.status, last.reason
@@ -66,23 +66,23 @@ def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lam
 
 
 def predicted_side(network: nn.Module, task: Task, peer: str, search: Search) -> int | None:
-    """The largest side on the grid that fits by `plan`; None for peers that it does not know."""
+    """Return the largest side on the grid that fits according to `plan`; None for peers without a plan."""
     if peer not in ("stock", "gigamorph"):
         return None
 
     def fits(side: int) -> bool:
         budget = int(search.share * search.cap) if peer == "gigamorph" else None
         try:
-            made = planned(network, _sized(task, side), budget, halos=_halos(task))
+            made = planned(network, _with_side(task, side), budget, halos=_halos(task))
         except BudgetError:
             return False
         return peer == "gigamorph" or (made.stock_bytes or 0) <= search.cap
 
-    return _largest(fits, _GUESS)
+    return _largest_fitting(fits, _GUESS)
 
 
-def _largest(fits: Callable[[int], bool], guess: int) -> int | None:
-    """The largest side on the grid that fits, where larger ones fit less."""
+def _largest_fitting(fits: Callable[[int], bool], guess: int) -> int | None:
+    """Return the largest side on the grid that fits, if `fits` is monotone."""
     low, high = 0, guess
     while high <= _LARGEST and fits(high):
         low, high = high, 2 * high
@@ -93,7 +93,7 @@ def _largest(fits: Callable[[int], bool], guess: int) -> int | None:
 
 
 def _bisect(row: LimitRow, network: nn.Module, search: Search, say: Callable[[Try], None]) -> None:
-    """Widens from the guess until one size fits and one does not, then halves between them."""
+    """Expand from the guess until one size fits and one does not, then bisect."""
     low, high = 0, 0
     side, factor = row.predicted_side or _GUESS, _CLOSE if row.predicted_side else 2.0
     while True:
@@ -112,9 +112,9 @@ def _bisect(row: LimitRow, network: nn.Module, search: Search, say: Callable[[Tr
         if low and high:
             if high <= max(_CLOSE * low, low + _GRID):
                 break
-            side = _grid((low + high) / 2)
+            side = _round_to_grid((low + high) / 2)
         else:
-            side = _grid(side * factor) if low else _grid(side / factor)
+            side = _round_to_grid(side * factor) if low else _round_to_grid(side / factor)
             side = max(side, low + _GRID) if low else min(side, high - _GRID)
             factor = min(2.0, factor**2)
         if not 0 < side <= _LARGEST or side in (low, high):
@@ -123,11 +123,11 @@ def _bisect(row: LimitRow, network: nn.Module, search: Search, say: Callable[[Tr
 
 
 def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
-    task = _sized(row.task, side)
+    task = _with_side(row.task, side)
     options = Options(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
     for chosen in settings(row.peer, task, network, options):
         row.settings = {**chosen, "halos": _halos(task)} if row.peer == "gigamorph" else chosen
-        answer = measure_alone(
+        answer = measure_in_new_process(
             task, row.peer, row.settings, search.steps, cap=search.cap, longest=search.longest, lean=True
         )
         if answer["status"] not in (REFUSED, FAILED):
@@ -143,9 +143,9 @@ def _halos(task: Task) -> str:
     return "device" if task.device == "cpu" else "auto"
 
 
-def _grid(side: float) -> int:
+def _round_to_grid(side: float) -> int:
     return round(side / _GRID) * _GRID
 
 
-def _sized(task: Task, side: int) -> Task:
+def _with_side(task: Task, side: int) -> Task:
     return replace(task, image=(*task.image[:2], side, side))

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit. Stored with every result."""
+"""Provenance of a measurement: machine, versions, commit. Stored with every result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _cpu() -> str:
 
 
 def _git(*args: str) -> str | None:
-    """What git says of this checkout; None where the package lies in no checkout of its own."""
+    """Return the output of git in this checkout; None if the package is not in its own checkout."""
     if not (ROOT / ".git").exists():
         return None
     with contextlib.suppress(OSError):
@@ -35,7 +35,7 @@ def _git(*args: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit, ready for JSON; sizes in bytes, load as of the last minute."""
+    """Return machine, versions and commit for JSON; sizes in bytes, load of the last minute."""
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

@@ -1,4 +1,4 @@
-"""The step meter: time and memory of calls in this process, for all that this project measures."""
+"""The step meter: time and memory of calls in this process, for all measurements of the project."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NVML_EVERY, _CURVE_EVERY = 0.002, 0.004  # seconds
 
 
 def time_call(call: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
-    """Seconds of one call by the clock, and of all threads of the process; on a GPU until all is computed."""
+    """Return wall-clock seconds and CPU seconds of all threads for one call, with synchronisation on a GPU."""
     cpu_started, started = time.process_time(), time.perf_counter()
     call()
     if device == "cuda":
@@ -27,14 +27,14 @@ def time_call(call: Callable[[], Any], device: str = "cpu") -> tuple[float, floa
 
 @dataclass
 class Cost:
-    """What some calls took. Bytes are as `used_bytes` counts them.
+    """Time and memory of some calls. Bytes are those of `used_bytes`.
 
     Attributes:
-        seconds, cpu_seconds: of each timed call, as `time_call` has them.
-        before_bytes: in use before the first.
-        peak_bytes: in use at most during all, those that were not timed too.
-        nvml_bytes: growth of the GPU's memory in use since `nvml` was made, by NVML; None on the CPU.
-        curve: (seconds since the first began, bytes above those before), if asked for.
+        seconds, cpu_seconds: per timed call, see `time_call`.
+        before_bytes: bytes in use before the first call.
+        peak_bytes: maximum in use during all calls, including untimed ones.
+        nvml_bytes: growth of the GPU's memory in use since `nvml` was created, by NVML; None on the CPU.
+        curve: (seconds since the first call began, bytes above `before_bytes`), if requested.
     """
 
     before_bytes: int
@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def added_bytes(self) -> int:
-        """What the calls took above what was there."""
+        """Bytes that the calls added at their peak."""
         return self.peak_bytes - self.before_bytes
 
 
@@ -58,16 +58,16 @@ def measure(
     curve: bool = False,
     nvml: NvmlPeak | None = None,
 ) -> Cost:
-    """Call again and again, the first `warm` times untimed."""
+    """Call repeatedly, the first `warm` times untimed."""
     nvml = nvml or NvmlPeak(device)
     cost = Cost(used_bytes(device))
     reset_peak(device)
     started = time.perf_counter()
 
-    def look() -> None:
+    def sample() -> None:
         cost.curve.append((round(time.perf_counter() - started, 4), used_bytes(device) - cost.before_bytes))
 
-    watch = repeatedly(look, _CURVE_EVERY) if curve else contextlib.nullcontext()
+    watch = repeatedly(sample, _CURVE_EVERY) if curve else contextlib.nullcontext()
     with nvml, watch:
         for number in range(warm + times):
             seconds, cpu_seconds = time_call(call, device)
@@ -80,7 +80,7 @@ def measure(
 
 @contextlib.contextmanager
 def repeatedly(call: Callable[[], object], every: float) -> Iterator[None]:
-    """Within it, a thread calls again and again, with a pause of some seconds before each."""
+    """Call a function in a background thread, with a pause before each call, while the context is open."""
     stop = threading.Event()
 
     def run() -> None:
@@ -97,7 +97,7 @@ def repeatedly(call: Callable[[], object], every: float) -> Iterator[None]:
 
 
 class NvmlPeak(contextlib.ExitStack):
-    """How much more of the GPU's memory is in use while it is open than when it was made, by NVML; None on the CPU."""
+    """Growth of the GPU's memory in use since creation, by NVML, sampled while it is open; None on the CPU."""
 
     def __init__(self, device: str):
         super().__init__()
@@ -112,8 +112,8 @@ class NvmlPeak(contextlib.ExitStack):
 
     def __enter__(self) -> NvmlPeak:
         if self.bytes is not None:
-            self.enter_context(repeatedly(self._look, _NVML_EVERY))
+            self.enter_context(repeatedly(self._sample, _NVML_EVERY))
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         self.bytes = max(self.bytes or 0, self._used() - self._before)

@@ -1,4 +1,4 @@
-"""An ordinary step of a network: one forward and one backward, and what it is for all peers."""
+"""A plain PyTorch step of a network, one forward and one backward, and definitions that all peers share."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.utils._pytree import tree_leaves
 from .results import Task
 
 Step = Callable[[Tensor], Tensor]
-Prepared = tuple[nn.Module, Step]  # what is called for a forward, and the step
+Prepared = tuple[nn.Module, Step]  # module that runs the forward, step
 
 
 def loss_of(output: Tensor) -> Tensor:
-    """The loss of every benchmark: the mean square of the output."""
+    """Return the loss of every benchmark: the mean square of the output."""
     return (output if output.dtype == torch.float64 else output.float()).square().mean()
 
 
 def autocast(task: Task) -> torch.autocast:
-    """The autocast that a task asks for."""
+    """Return the autocast context of a task."""
     return torch.autocast(task.device, dtype=torch.bfloat16, enabled=task.precision == "bf16")
 
 
 def ordinary(net: nn.Module, task: Task) -> Prepared:
-    """A step in one forward and one backward."""
+    """Build a step of one forward and one backward."""
 
     def train(image: Tensor) -> Tensor:
         if not task.accumulate:
@@ -44,5 +44,5 @@ def ordinary(net: nn.Module, task: Task) -> Prepared:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The output that the loss is taken of."""
+    """Return the output tensor that enters the loss."""
     return next(t for t in tree_leaves(output) if isinstance(t, Tensor))

@@ -1,7 +1,7 @@
-"""What is compared: stock PyTorch, its usual remedies for memory, lightstream, runtimes for inference, and gigamorph.
+"""The peers of the comparison: stock PyTorch, its usual memory remedies, lightstream, inference runtimes, gigamorph.
 
-A peer turns a network into a *step*: a function of the image that runs a forward (and, in training, the loss and the
-backward, so that the network's parameters hold their gradients) and returns the output.
+A peer turns a network into a *step*: a function of the image that runs a forward and returns the output. In training
+it also runs the loss and the backward, so that the network's parameters have their gradients.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """One of those that are compared.
+    """One method in the comparison.
 
     Attributes:
-        name: short, as on the command line and in results.
-        label: as in pictures.
-        prepare: makes a step of a network, given the task and settings; with it comes what is called for a forward.
-        missing: why it cannot run a task on this machine, or None.
-        channels_last: whether network and image are given in that memory order.
-        compiles: whether the first step takes a time of its own, which says nothing of the others.
+        name: short name for the command line and results.
+        label: name in figures.
+        prepare: builds a step of a network for a task and settings; also returns the module that runs the forward.
+        missing: returns why it cannot run a task on this machine, or None.
+        channels_last: whether network and image are in that memory format.
+        compiles: whether the first step includes a compilation, so that its time does not count.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _no_compiler(task: Task) -> str | None:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost modules named as blocks or bottlenecks, as ResNets, ConvNeXts and most of timm have them."""
+    """Return the outermost modules named as blocks or bottlenecks, as in ResNets, ConvNeXts and most of timm."""
     found: list[nn.Module] = []
 
     def search(module: nn.Module) -> None:
@@ -87,10 +87,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def checkpointed(network: nn.Module) -> nn.Module:
-    """Has a network keep the inputs of its blocks alone; a VGG those of the parts between poolings.
+    """Checkpoint a network's blocks, so that only their inputs are stored; for a VGG the parts between poolings.
 
     Raises:
-        UnsupportedError: if it has neither.
+        UnsupportedError: it has neither.
     """
     found = blocks(network)
     features = getattr(network, "features", None)
@@ -99,7 +99,7 @@ def checkpointed(network: nn.Module) -> nn.Module:
             features.add_module(name, part)
             found.append(part)
     if not found:
-        raise UnsupportedError(f"{type(network).__name__} has no blocks that could be checkpointed")
+        raise UnsupportedError(f"{type(network).__name__} has no blocks to checkpoint")
     for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return network
@@ -110,7 +110,7 @@ def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
 
 
 def _between_pools(features: nn.Sequential) -> list[tuple[str, nn.Module]]:
-    """Joins the layers up to each pooling under the name of the first; the others become identities."""
+    """Replace the layers up to each pooling by one module with the first layer's name; the others become identities."""
     parts: list[tuple[str, nn.Module]] = []
     names: list[str] = []
     layers: list[nn.Module] = []

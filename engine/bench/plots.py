@@ -1,4 +1,4 @@
-"""Pictures of results: names stand at their lines, axes have units, and a line that ends says why."""
+"""Figures of results: names are at the ends of their lines, axes have units, and a line that ends early says why."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _COLOURS = {
     EQUAL_MEMORY: "#aab7b8",
     "gigamorph": "#1f618d",
 }
-_OTHERS = "#2e86c1"
+_DEFAULT_COLOUR = "#2e86c1"
 _DRAWN = (OK, WRONG, OUT_OF_MEMORY)
-_LINE = 0.052  # height of a line of text, as a share of the axes
+_LINE_HEIGHT = 0.052  # height of a line of text, as a share of the axes
 
 
 def label(peer: str) -> str:
-    """A peer as pictures and tables call it."""
+    """Return a peer's name for figures and tables."""
     return PEERS[peer].label if peer in PEERS else peer
 
 
 def colour(peer: str) -> str:
-    return _COLOURS.get(peer, _OTHERS)
+    return _COLOURS.get(peer, _DEFAULT_COLOUR)
 
 
 def _digits(value: float) -> str:
-    """Two digits, or those before the point where there are more."""
+    """Format with two digits, or all digits before the decimal point if there are more."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
-    """Peak memory of a step against the image's pixels; where a peer runs out, its line ends in a cross.
+    """Plot peak memory of a step against the image's pixels; a line ends in a cross if the peer runs out of memory.
 
-    Of one size a bar for each peer.
+    With a single size, plot one bar per peer.
     """
-    if _of_one_size(rows):
-        return _one_size(rows, title, lambda row: (row.peak_bytes or 0) / 1e9, "GB", "peak memory of a step in GB")
+    if _has_one_size(rows):
+        return _bar_plot(rows, title, lambda row: (row.peak_bytes or 0) / 1e9, "GB", "peak memory of a step in GB")
     figure, axes = panel(8.2, 4.8, title)
     caps = {row.cap_bytes for row in rows if row.cap_bytes}
     cap = max(caps) / 1e9 if caps else None
@@ -68,10 +68,10 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
             ends.append((end.task.megapixels, height, name, colour(peer)))
         else:
             ends.append((x[-1], y[-1], f"{label(peer)}, {_digits(y[-1])} GB", colour(peer)))
-    if cap is not None and top > 0.5 * cap:  # else nobody comes near it
+    if cap is not None and top > 0.5 * cap:  # otherwise no line is near the cap
         last = max(row.task.megapixels for row in rows if row.status != NOT_RUN)
         axes.plot([0, last], [cap, cap], color="0.35", linestyle="--", linewidth=1)
-        text = f"all that a step may take: {cap:.3g} GB"
+        text = f"cap of a step: {cap:.3g} GB"
         axes.text(0.01 * last, cap, text, color="0.35", va="bottom", fontsize=9)
         top = max(top, cap)
     axes.set_ylim(0, 1.15 * top)
@@ -80,9 +80,9 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 
 def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
-    """Megapixels per second against the image's pixels; of one size a bar for each peer."""
-    if _of_one_size(rows):
-        return _one_size(rows, title, lambda row: row.mpx_per_s or 0, "Mpx/s", "megapixels per second")
+    """Plot megapixels per second against the image's pixels; with a single size, one bar per peer."""
+    if _has_one_size(rows):
+        return _bar_plot(rows, title, lambda row: row.mpx_per_s or 0, "Mpx/s", "megapixels per second")
     figure, axes = panel(8.2, 4.8, title)
     ends = []
     for peer, line in _by_peer(rows):
@@ -101,12 +101,12 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
     return figure
 
 
-def _of_one_size(rows: Sequence[StepRow]) -> bool:
+def _has_one_size(rows: Sequence[StepRow]) -> bool:
     return len({row.task.image for row in rows if row.status in _DRAWN}) == 1
 
 
-def _one_size(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], float], unit: str, what: str) -> Figure:
-    """A bar for each peer, the longest on top; who ran out of memory has none and is told."""
+def _bar_plot(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], float], unit: str, what: str) -> Figure:
+    """Plot one bar per peer, the longest on top; a peer that ran out of memory has a label without a bar."""
     run = sorted((row for row in rows if row.status in _DRAWN), key=value)
     bars = [
         (row.peer, 0.0, "out of memory")
@@ -122,7 +122,7 @@ def _one_size(rows: Sequence[StepRow], title: str, value: Callable[[StepRow], fl
 
 
 def roofline_figure(rows: Sequence[StepRow], title: str) -> Figure:
-    """The share of stock's roofline at the largest size that most peers reached: one bar each."""
+    """Plot the share of stock's roofline at the largest size that most peers reached, one bar each."""
     rows = [row for row in rows if row.status in (OK, WRONG)]
     sizes = [row.task.megapixels for row in rows if row.roofline_share]
     size = max(set(sizes), key=lambda s: (sizes.count(s), s))
@@ -136,7 +136,7 @@ def roofline_figure(rows: Sequence[StepRow], title: str) -> Figure:
 
 
 def limits_figure(rows: Sequence[LimitRow], title: str) -> Figure:
-    """The largest image of each peer in megapixels: one bar each."""
+    """Plot the largest image of each peer in megapixels, one bar each."""
     bars = [
         (row.peer, row.side**2 / 1e6, f"{row.side} × {row.side}{'' if row.too_large else ' and more'}")
         for row in sorted(rows, key=lambda row: row.side or 0)
@@ -149,7 +149,7 @@ def limits_figure(rows: Sequence[LimitRow], title: str) -> Figure:
 
 
 def _bars(bars: Sequence[tuple[str, float, str]], title: str) -> tuple[Figure, Axes]:
-    """A bar for each peer, its length, and what is written at its end; the first is the lowest."""
+    """Plot one bar per peer with its length and the text at its end; the first is the lowest."""
     figure, axes = panel(8.2, 1.3 + 0.45 * len(bars), title)
     for number, (peer, length, text) in enumerate(bars):
         axes.barh(number, length, color=colour(peer), height=0.62)
@@ -159,8 +159,8 @@ def _bars(bars: Sequence[tuple[str, float, str]], title: str) -> tuple[Figure, A
 
 
 def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:
-    """Peers with their rows by size; gigamorph last, so that its line lies on top."""
-    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")  # a stable sort
+    """Yield peers with their rows by size; gigamorph last, so that its line is on top."""
+    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")  # stable sort
     for peer in peers:
         yield peer, sorted((row for row in rows if row.peer == peer), key=lambda row: row.task.megapixels)
 
@@ -171,12 +171,12 @@ def _points(rows: Sequence[StepRow], value: Callable[[StepRow], float | None]) -
 
 
 def _end(rows: Sequence[StepRow], last: float) -> StepRow | None:
-    """The row at which a peer has run out of memory, behind its last point."""
+    """Return the row at which a peer ran out of memory, after its last point."""
     return next((row for row in rows if row.status == OUT_OF_MEMORY and row.task.megapixels > last), None)
 
 
 def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, str, str]], what: str) -> None:
-    """Axes, and the names beside the ends of their lines, moved apart where they would touch."""
+    """Format the axes, and put names at the ends of their lines without overlap."""
     run = [row.task.megapixels for row in rows if row.status != NOT_RUN]
     last = max(run)
     axes.set_xlim(0, 1.5 * last)
@@ -188,15 +188,15 @@ def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, 
     axes.set_xlabel("image in megapixels" + _sides(rows))
     axes.set_ylabel(what)
     height = axes.get_ylim()[1]
-    places = sorted(ends, key=lambda end: end[1])
+    by_height = sorted(ends, key=lambda end: end[1])
     lowest = -math.inf
-    for x, y, text, shade in places:
-        place = max(y, lowest + _LINE * height)
-        lowest = place
+    for x, y, text, shade in by_height:
+        position = max(y, lowest + _LINE_HEIGHT * height)
+        lowest = position
         axes.annotate(
             text,
             (x, y),
-            xytext=(x + 0.02 * last, place),
+            xytext=(x + 0.02 * last, position),
             textcoords="data",
             color=shade,
             va="center",
@@ -206,7 +206,7 @@ def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, 
 
 
 def _sides(rows: Sequence[StepRow]) -> str:
-    """The sides, if all images are square."""
+    """Return the sides as text if all images are square."""
     sizes = {row.task.image[2:] for row in rows}
     if any(height != width for height, width in sizes):
         return ""

@@ -1,7 +1,7 @@
-"""Measured processes: what one does cannot touch another's memory, and none is lost if one runs out of it.
+"""Processes for measurements: they do not affect each other's memory, and the parent survives their memory errors.
 
-The parent writes requests and reads answers, a line of JSON each. What is asked for are the methods of a class `Server`
-in some module; it lives as long as the process, so that what one request makes, the next can use.
+The parent writes requests and reads answers, one line of JSON each. A request names a method of the class `Server` in
+some module; the server lives as long as the process, so that requests can use results of earlier ones.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from typing import Any
 from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED
 
 Answer = dict[str, Any]
-_LEAN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# What the C++ side says when the system refuses memory; oneDNN cannot tell why a primitive could not be made.
+_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Messages of C++ code when the system refuses memory; oneDNN does not report why it could not create a primitive.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a memory")
 
 
 class Process:
-    """A process that answers requests. Use it as a context manager: it ends with the block.
+    """A process that answers requests. As a context manager, it ends with the block.
 
-    Every request gives an answer with a `status`; after one that is not "ok" the process has ended.
+    Every answer has a `status`; after one that is not "ok" the process has ended.
 
     Args:
-        server: the module whose `Server` answers.
-        longest: seconds that one request may take.
-        lean: freed memory goes back to the system at once (glibc), so that resident memory is what is in use; otherwise
-            the heap keeps as much again where blocks are small. It costs time.
-        folder: where the module lies, if Python does not find it otherwise.
+        server: the module with the `Server`.
+        longest: maximal seconds of one request.
+        lean: return freed memory to the system at once (glibc), so that resident memory is the memory in use. Otherwise
+            the heap may cache as much again if blocks are small. It costs time.
+        folder: the module's folder, if it is not on Python's path.
     """
 
     def __init__(self, server: str, longest: float = 600.0, lean: bool = False, folder: Path | None = None):
         self.longest = longest
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, server, *([] if folder is None else [str(folder)])],
-            env={**os.environ, **(_LEAN if lean else {})},
+            env={**os.environ, **(_RETURN_FREED_MEMORY if lean else {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ class Process:
             self._errors = [*self._errors[-20:], line.rstrip()]
 
     def ask(self, do: str, **what: Any) -> Answer:
-        """One request; its answer with "status" and, if that is not "ok", the "reason"."""
+        """Send one request; return its answer with "status" and, if that is not "ok", the "reason"."""
         assert self._process.stdin is not None
         try:
             print(json.dumps({"do": do, **what}), file=self._process.stdin, flush=True)
@@ -96,9 +96,9 @@ class Process:
 
 
 def serve(name: str) -> None:
-    """Answer requests by the `Server` of a module until the input ends or one fails."""
+    """Answer requests with the `Server` of a module until the input ends or one fails."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print does not mix with answers
+    os.dup2(2, 1)  # keep output of libraries apart from answers
     server = importlib.import_module(name).Server()
     for line in sys.stdin:
         request = json.loads(line)
@@ -109,11 +109,11 @@ def serve(name: str) -> None:
             answer["status"], answer["reason"] = status_of(error)
         print(json.dumps(answer), file=answers, flush=True)
         if answer["status"] != OK:
-            os._exit(0)  # what an error has left in memory would count
+            os._exit(0)  # memory left over by an error would count
 
 
 def status_of(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a step that ended with an error."""
+    """Return status and reason of a step that ended with an error."""
     import torch
 
     from ..errors import BudgetError, UnsupportedError

@@ -1,7 +1,7 @@
-"""One step looked at: bytes allocated against time and tiles, and a trace of all ops.
+"""Profile of one step: allocated bytes against time and tiles, and a trace of all ops.
 
-`trace.json` is torch's profiler's, for chrome://tracing or Perfetto; `timeline.json` is drawn from it: the allocator's
-total after every allocation and release, and when each of gigamorph's tiles was done.
+`trace.json` is torch's profile for chrome://tracing or Perfetto. `timeline.json` is derived from it: the allocator's
+total after every allocation and release, and the time when each of gigamorph's tiles was done.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..report.figure import panel, save_figure
 from ..tiling.scan import TileEvent
 from .plots import colour
 
-_TILE = "tile done: "  # what a trace calls it, before phase and number
-_POINTS = 4000  # of a timeline, at most: the largest of its neighbours stands for the others
+_TILE = "tile done: "  # name in the trace, before phase and number
+_MAX_POINTS = 4000  # maximum in a timeline: each is the largest of a group
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes allocated in a step.
+    """Allocated bytes during a step.
 
     Attributes:
         points: (seconds since the step began, bytes above those at its beginning).
-        tiles: (seconds, phase, tile) when a tile was done; empty for all but gigamorph.
+        tiles: (seconds, phase, tile) when a tile was done; only for gigamorph.
     """
 
     title: str
@@ -40,9 +40,9 @@ class Timeline:
 
 
 def read_timeline(trace: Path, title: str, device: str) -> Timeline:
-    """The timeline in a trace with memory."""
+    """Read the timeline from a trace with memory."""
     events = json.loads(trace.read_text())["traceEvents"]
-    kind = 0 if device == "cpu" else 1  # as torch numbers devices
+    kind = 0 if device == "cpu" else 1  # torch's device numbers
     changes = sorted(
         (e["ts"], e["args"]["Total Allocated"])
         for e in events
@@ -52,7 +52,7 @@ def read_timeline(trace: Path, title: str, device: str) -> Timeline:
         return Timeline(title, [], [])
     begin, held = changes[0][0], changes[0][1]
     points = [((ts - begin) / 1e6, total - held) for ts, total in changes]
-    step = -(-len(points) // _POINTS)
+    step = -(-len(points) // _MAX_POINTS)
     points = [max(points[i : i + step], key=lambda p: p[1]) for i in range(0, len(points), step)]
     tiles = sorted(
         ((e["ts"] - begin) / 1e6, *e["name"].removeprefix(_TILE).rsplit(" ", 1))
@@ -63,7 +63,7 @@ def read_timeline(trace: Path, title: str, device: str) -> Timeline:
 
 
 def timeline_figure(timeline: Timeline) -> Figure:
-    """Bytes allocated in one step against time, with a tick where a tile was done."""
+    """Plot allocated bytes of one step against time, with a tick when a tile was done."""
     figure, axes = panel(9.5, 4, timeline.title)
     seconds, held = [p[0] for p in timeline.points], [p[1] / 2**20 for p in timeline.points]
     axes.plot(seconds, held, color=colour("gigamorph"), linewidth=1)
@@ -82,7 +82,7 @@ def profile_step(runs: nn.Module, step: Callable[[], Any], title: str, device: s
     """Run one step under the profiler and write `trace.json`, `timeline.json`, `timeline.png`.
 
     Args:
-        runs: what is called for the step's forward.
+        runs: module that runs the step's forward.
     """
     folder.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]

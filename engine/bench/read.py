@@ -1,4 +1,4 @@
-"""The one reader of results: of gigamorph bench, benchmarks/gpu.py and benchmarks/morph_training.py."""
+"""Reads results of gigamorph bench, benchmarks/gpu.py and benchmarks/morph_training.py."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .results import FORMAT, ROWS, Check, Results, Task, Try
 
 
 def read(path: Path) -> Results:
-    """Results of `gigamorph bench`, `benchmarks/gpu.py` or `benchmarks/morph_training.py`.
+    """Read results of `gigamorph bench`, `benchmarks/gpu.py` or `benchmarks/morph_training.py`.
 
     Raises:
-        DataError: if the file is something else.
+        DataError: the file is something else.
     """
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no results can be read ({error}); give a JSON file of gigamorph bench") from error
+        raise DataError(f"{path}: cannot be read ({error}); use a JSON file of gigamorph bench") from error
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _own(data)
     if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
@@ -33,7 +33,7 @@ def read(path: Path) -> Results:
         return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=morph_rows(data))
     raise DataError(
         f"{path}: not results of gigamorph bench ({FORMAT!r}), benchmarks/gpu.py or benchmarks/morph_training.py; "
-        "measure it again"
+        "run the measurement again"
     )
 
 

@@ -1,6 +1,6 @@
-"""A page, pictures and tables of any set of results.
+"""Page, figures and tables for any set of results.
 
-`report.html` holds everything in one file; `report.md` is the same for where Markdown is read, beside the PNGs.
+`report.html` is self-contained; `report.md` has the same content as Markdown, next to the PNGs.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .results import (
 
 Cells = dict[str, str]
 _INTRO = (
-    "A step's peak is that of parameters, gradients and all that the step added; the image is not counted. Peers take "
-    "turns, each in a process of its own; times are medians, the spread is largest minus smallest. Every result is "
-    f'compared with another peer\'s; "{NOT_RUN}" and "{FAILED}" say why.'
+    "A step's peak includes parameters, gradients and all that the step added, but not the image. Peers run "
+    "alternately, each in its own process; times are medians, the spread is largest minus smallest. Every result is "
+    f'compared with that of another peer; the reason of "{NOT_RUN}" and "{FAILED}" is in the remarks.'
 )
 _OURS = plots.label("gigamorph")
 
 
 @dataclass
 class Section:
-    """A heading, a few sentences, figures by the names of their files without ``.png``, and a table."""
+    """A heading, a few sentences, figures by file name without ``.png``, and a table."""
 
     title: str
     table: Table
@@ -56,21 +56,21 @@ class Section:
 
     @property
     def pictures(self) -> dict[str, str]:
-        """What each figure shows: its own title."""
+        """Return the caption of each figure: its own title."""
         return {name: figure.axes[0].get_title(loc="left").replace("\n", ": ") for name, figure in self.figures.items()}
 
 
 def write_report(paths: Sequence[Path], folder: Path) -> Path:
-    """Write `report.html`, `report.md` and the PNGs into a folder; returns the page.
+    """Write `report.html`, `report.md` and the PNGs into a folder; return the page's path.
 
     Raises:
-        DataError: if a file holds no results.
-        GigamorphError: if there are none at all, or a file cannot be written.
+        DataError: a file is not a file of results.
+        GigamorphError: there are no rows, or a file cannot be written.
     """
     runs = [read(path) for path in paths]
     sections = [*_steps(runs), *_exactness(runs), *_limits(runs), *_kernels(runs), *_morphs(runs), *_declared(runs)]
     if not sections:
-        raise GigamorphError("these results hold no rows; measure something with gigamorph bench first")
+        raise GigamorphError("these results have no rows; measure something with gigamorph bench first")
     sections.append(_runs(runs))
     pictures = {name: png(figure) for one in sections for name, figure in one.figures.items()}
     page = write_page(folder / "report.html", "bench.html", pictures, intro=_INTRO, sections=sections)
@@ -81,7 +81,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows that differ in size and peer only, of one machine; `number` tells machines apart in file names."""
+    """Rows of one machine that differ only in size and peer; `number` distinguishes machines in file names."""
 
     task: Task
     machine: str
@@ -118,33 +118,33 @@ def _machine(run: Results) -> str:
     return made.get("gpu") or f"{made.get('cpu', 'CPU')}, {threads} thread{'s' * (threads != 1)}"
 
 
-def _numbered(runs: Sequence[Results], rows: Callable[[Results], Sequence[Any]]) -> list[tuple[int, Any]]:
-    """Rows with the number of their run."""
+def _with_run_numbers(runs: Sequence[Results], rows: Callable[[Results], Sequence[Any]]) -> list[tuple[int, Any]]:
+    """Return rows with the number of their run."""
     return [(number, row) for number, run in enumerate(runs, 1) for row in rows(run)]
 
 
 def _grouped(runs: Sequence[Results], rows: Callable[[Results], Sequence[Any]]) -> dict[_Group, list[tuple[int, Any]]]:
-    """Rows with the number of their run, in each group the smallest image first."""
+    """Return rows with the number of their run by group; the smallest image is first in each."""
     groups: dict[_Group, list[tuple[int, Any]]] = {}
     machines = list(dict.fromkeys(map(_machine, runs)))
-    for number, row in _numbered(runs, rows):
+    for number, row in _with_run_numbers(runs, rows):
         machine = _machine(runs[number - 1])
         task = dataclasses.replace(row.task, image=(*row.task.image[:2], 0, 0))
         groups.setdefault(_Group(task, machine, machines.index(machine)), []).append((number, row))
     return {group: sorted(found, key=lambda one: one[1].task.megapixels) for group, found in groups.items()}
 
 
-def _exact(runs: Sequence[Results]) -> list[tuple[int, StepRow]]:
-    """The comparisons in float64."""
-    return _numbered(runs, lambda run: [row for row in run.steps if row.task.precision == "fp64" and row.check])
+def _float64_rows(runs: Sequence[Results]) -> list[tuple[int, StepRow]]:
+    """Return the comparisons in float64."""
+    return _with_run_numbers(runs, lambda run: [row for row in run.steps if row.task.precision == "fp64" and row.check])
 
 
 def _steps(runs: Sequence[Results]) -> list[Section]:
-    exact = [row for _, row in _exact(runs)]
+    exact = [row for _, row in _float64_rows(runs)]
     sections = []
     for group, numbered in _grouped(runs, lambda run: [r for r in run.steps if r.task.precision != "fp64"]).items():
         rows: list[StepRow] = [row for _, row in numbered]
-        # Times of one run alone are compared: of the one with the most rows, of several such the last.
+        # Only times of one run are compared: the run with most rows, or the last of several such runs.
         sizes = Counter(number for number, _ in numbered)
         fullest = max(sizes, key=lambda number: (sizes[number], number))
         one = [row for number, row in numbered if number == fullest]
@@ -181,7 +181,7 @@ def _exactness(runs: Sequence[Results]) -> list[Section]:
             "run": str(number),
             "status": row.reason or row.status,
         }
-        for number, row in _exact(runs)
+        for number, row in _float64_rows(runs)
         if row.check
     ]
     title = "Exactness: float64, relative difference from stock PyTorch"
@@ -189,7 +189,7 @@ def _exactness(runs: Sequence[Results]) -> list[Section]:
 
 
 def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> list[str]:
-    """What the rows say of gigamorph, in sentences: at the largest size that others reached, too."""
+    """Return sentences on gigamorph's results, at the largest size that the other peer also reached."""
     lines = []
     for peer in ("stock", "checkpoint", "lightstream"):
         pairs = [
@@ -212,7 +212,7 @@ def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> list[str]:
     short = [row.task for row in rows if row.peer == EQUAL_MEMORY and row.status == OUT_OF_MEMORY]
     if short:
         sides = ", ".join(map(_size, short))
-        lines.append(f"In the memory that gigamorph took lightstream cannot run at {sides}.")
+        lines.append(f"With gigamorph's memory, lightstream cannot run at {sides}.")
     errors = [r.check.gradients for r in exact if r.peer == "gigamorph" and r.check and r.check.gradients is not None]
     if errors:
         lines.append(f"In float64 its gradients differ from stock's by {max(errors):.0e} at most.")
@@ -239,15 +239,15 @@ def _step_cells(number: int, row: StepRow, reference: bool) -> Cells:
         "image": f"{f'{n} × ' if n > 1 else ''}{_size(row.task)}",
         "peer": plots.label(row.peer),
         "status": row.status,
-        "time, s (spread)": _number(row.median_seconds, ".2f") + (f" ({row.spread:.0%})" if row.seconds[1:] else ""),
-        "CPU time, s": _number(row.median_cpu_seconds, ".2f"),
-        "Mpx/s": _number(row.mpx_per_s, ".3g"),
-        "peak, GB": _number(row.peak_bytes and row.peak_bytes / 1e9, ".2f"),
-        "whole process, GB": _number(row.process_bytes and row.process_bytes / 1e9, ".2f"),
-        "bytes per pixel": _number(row.bytes_per_pixel, ".0f"),
-        "predicted / peak": _number(ratio, ".2f"),
-        "of the roofline": _number(row.roofline_share, ".0%"),
-        "first step, s": _number(row.first_seconds, ".1f"),
+        "time, s (spread)": _format(row.median_seconds, ".2f") + (f" ({row.spread:.0%})" if row.seconds[1:] else ""),
+        "CPU time, s": _format(row.median_cpu_seconds, ".2f"),
+        "Mpx/s": _format(row.mpx_per_s, ".3g"),
+        "peak, GB": _format(row.peak_bytes and row.peak_bytes / 1e9, ".2f"),
+        "whole process, GB": _format(row.process_bytes and row.process_bytes / 1e9, ".2f"),
+        "bytes per pixel": _format(row.bytes_per_pixel, ".0f"),
+        "predicted / peak": _format(ratio, ".2f"),
+        "of the roofline": _format(row.roofline_share, ".0%"),
+        "first step, s": _format(row.first_seconds, ".1f"),
         "differs from": against,
         "run": str(number),
         "remarks": "; ".join(part for part in remarks if part),
@@ -282,23 +282,23 @@ def _limits(runs: Sequence[Results]) -> list[Section]:
 
 
 def _limit_cells(number: int, row: LimitRow) -> Cells:
-    there = next((one for one in row.tries if one.side == row.side), None)
+    largest = next((one for one in row.tries if one.side == row.side), None)
     return {
         "peer": plots.label(row.peer),
         "status": row.status,
         "largest, pixels": f"{row.side} × {row.side}" if row.side else "",
-        "Mpx": _number(row.side and row.side**2 / 1e6, ".3g"),
+        "Mpx": _format(row.side and row.side**2 / 1e6, ".3g"),
         "fails at": str(row.too_large or ""),
         "by plan()": str(row.predicted_side or ""),
-        "found / planned pixels": _number(row.agreement, ".2f"),
-        "time there, s": _number(there and there.seconds, ".1f"),
+        "found / planned pixels": _format(row.agreement, ".2f"),
+        "time there, s": _format(largest and largest.seconds, ".1f"),
         "run": str(number),
         "remarks": row.reason or "",
     }
 
 
 def _kernels(runs: Sequence[Results]) -> list[Section]:
-    numbered: list[tuple[int, KernelRow]] = _numbered(runs, lambda run: run.kernels)
+    numbered: list[tuple[int, KernelRow]] = _with_run_numbers(runs, lambda run: run.kernels)
     names = dict.fromkeys(name for _, row in numbered for name in row.ms)
     cells: list[Cells] = []
     for number, row in numbered:
@@ -308,14 +308,14 @@ def _kernels(runs: Sequence[Results]) -> list[Section]:
             {
                 "op and shape": row.op,
                 "dtype": row.dtype,
-                **{f"{name}, ms": _number(row.ms.get(name), ".3f") for name in names},
-                "floor, ms": _number(floor, ".3f"),
-                "ours: of the floor": _number(share, ".0%"),
+                **{f"{name}, ms": _format(row.ms.get(name), ".3f") for name in names},
+                "floor, ms": _format(floor, ".3f"),
+                "ours: of the floor": _format(share, ".0%"),
                 "run": str(number),
                 "remarks": row.reason or "",
             }
         )
-    lines = ["The floor is arithmetic over rate or traffic over bandwidth, whichever is more."]
+    lines = ["The floor is the larger of arithmetic / rate and traffic / bandwidth."]
     return [Section("Kernels", Table.of(cells), lines)] if cells else []
 
 
@@ -329,14 +329,14 @@ def _morphs(runs: Sequence[Results]) -> list[Section]:
         {
             "seed": str(row.seed),
             "network": row.how,
-            "morph, s": _number(row.morph_seconds, ".2f"),
+            "morph, s": _format(row.morph_seconds, ".2f"),
             "accuracy aimed at": f"{row.accuracy:.1%}",
-            "reached after, s": _number(row.seconds, ".1f") or "never",
+            "reached after, s": _format(row.seconds, ".1f") or "never",
             "epochs": "" if row.epochs is None else str(row.epochs),
             "run": str(number),
             "remarks": row.reason or "",
         }
-        for number, row in _numbered(runs, lambda run: run.morphs)
+        for number, row in _with_run_numbers(runs, lambda run: run.morphs)
     ]
     title = "Growing a trained network against training from scratch"
     return [Section(title, Table.of(cells, grouped=True))] if cells else []
@@ -352,9 +352,9 @@ def _declared(runs: Sequence[Results]) -> list[Section]:
             "run": str(number),
             "found": row.found or row.reason or "",
         }
-        for number, row in _numbered(runs, lambda run: run.declared)
+        for number, row in _with_run_numbers(runs, lambda run: run.declared)
     ]
-    lines = ["Each row is run where the machine allows."]
+    lines = ["Each row runs if the machine allows it."]
     return [Section("The declared list", Table.of(cells), lines)] if cells else []
 
 
@@ -379,10 +379,10 @@ def _runs(runs: Sequence[Results]) -> Section:
 
 
 def _ceiling(name: str, value: float) -> str:
-    """ "gb_per_s" and "tflop_per_s fp32" as people write them."""
+    """Format "gb_per_s" and "tflop_per_s fp32" with the usual units."""
     rate, _, dtype = name.partition(" ")
     return f"{value:.3g} {rate.replace('gb', 'GB').replace('tflop', 'TFLOP').replace('_per_', '/')} {dtype}".rstrip()
 
 
-def _number(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)

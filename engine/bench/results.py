@@ -1,9 +1,8 @@
-"""The one format of benchmark results; `read.py` reads it.
+"""The common format of benchmark results; `read.py` reads it.
 
 A file of results is a JSON object: `format`, `what` (the command), `provenance` (machine, versions, commit, date),
 `ceilings` (measured in the same run) and lists of rows: `steps`, `limits`, `kernels`, `morphs`, `declared`. Rows hold
-what was measured; rates and shares follow from it. A row that could not be measured is there as well, with its status
-and the reason.
+measurements, from which rates and shares follow. A row that could not be measured has its status and the reason.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
     "failed",
     "not run",
 )
-EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped by what gigamorph took
+EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped at gigamorph's memory
 
 
 @dataclass(frozen=True)
 class Task:
-    """One step that all peers are given.
+    """One step for all peers.
 
     Attributes:
-        model: as in `create_model`.
+        model: see `create_model`.
         image: (N, C, H, W).
-        training: with a backward, or inference.
+        training: with a backward; otherwise inference.
         batch_norm: "frozen" (evaluation mode) or "live".
         precision: "fp32", "fp64", or "bf16" (autocast over float32 parameters).
         device: "cpu" or "cuda".
-        accumulate: a step adds to the gradients of the one before, which are there while it runs.
+        accumulate: a step adds to the gradients of the previous one, which stay allocated.
     """
 
     model: str
@@ -68,14 +67,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Check:
-    """How far a step's results lie from those of another peer: relative L2 norms.
+    """Differences of a step's results from those of another peer: relative L2 norms.
 
     Attributes:
         against: that peer.
-        outputs: of the outputs.
-        gradients: of all gradients together; None for inference.
-        worst: of the parameter that differs most, and its name.
-        buffers: of the running statistics; None where they do not change.
+        outputs: difference of the outputs.
+        gradients: difference over all gradients; None for inference.
+        worst: name and difference of the parameter that differs most.
+        buffers: difference of the running statistics; None if they do not change.
         missing: trained parameters that got no gradient.
     """
 
@@ -89,20 +88,19 @@ class Check:
 
 @dataclass
 class StepRow:
-    """Time and memory of one peer's steps. Seconds and bytes.
+    """Time and memory of one peer's steps, in seconds and bytes.
 
     Attributes:
-        peer: as in `PEERS`; behind a comma may stand how it was run.
-        settings: what the peer was given: tile, memory budget, ...
-        cap_bytes: what a step was allowed to take; None: what is free.
-        seconds: of each timed step.
-        cpu_seconds: of the process, all threads together, in each timed step (CPU): what other work on the machine
-            changes least.
-        first_seconds: making the network ready, and of the first step: recording, compiling, planning.
-        peak_bytes: parameters and what the steps added at most; the image is not counted.
-        process_bytes: peak of the whole process, Python and libraries included (CPU).
-        nvml_bytes: growth of the GPU's memory in use since before the network was made, by NVML.
-        predicted_bytes: what `plan` says of `peak_bytes`.
+        peer: a name in `PEERS`, or such a name, a comma and how it was run.
+        settings: settings of the peer: tile, memory budget, ...
+        cap_bytes: maximal bytes of a step; None: free memory.
+        seconds: per timed step.
+        cpu_seconds: of all threads of the process, per timed step (CPU); least affected by other load on the machine.
+        first_seconds: preparation of the network plus the first step: recording, compiling, planning.
+        peak_bytes: parameters plus the maximum that the steps added, without the image.
+        process_bytes: peak of the whole process, including Python and libraries (CPU).
+        nvml_bytes: growth of the GPU's memory in use since before the network was created, by NVML.
+        predicted_bytes: `peak_bytes` as predicted by `plan`.
         flops: of one step in stock PyTorch.
         roofline_seconds: of one step in stock PyTorch: the sum over its ops of max(flops / rate, bytes / bandwidth).
     """
@@ -126,7 +124,7 @@ class StepRow:
 
     @property
     def base_peer(self) -> str:
-        """The peer as in `PEERS`."""
+        """Name of the peer in `PEERS`."""
         return self.peer.partition(",")[0]
 
     @property
@@ -152,13 +150,13 @@ class StepRow:
 
     @property
     def roofline_share(self) -> float | None:
-        """Of stock's roofline: above 1 only where ops are fused or maps stay in cache."""
+        """Share of stock's roofline: above 1 only if ops are fused or maps stay in cache."""
         return self.roofline_seconds / self.median_seconds if self.roofline_seconds and self.median_seconds else None
 
 
 @dataclass
 class Try:
-    """One size that was tried: its status, the peak in bytes and the seconds of its step."""
+    """Result for one size: its status, the peak in bytes and the seconds of its step."""
 
     side: int
     status: str
@@ -174,14 +172,14 @@ class Try:
 
 @dataclass
 class LimitRow:
-    """The largest square image of one peer under a cap.
+    """Largest square image of one peer under a cap.
 
     Attributes:
-        task: what is run; the image's height and width are those of `side`.
-        side: the largest side in pixels that fitted; None if none did.
-        too_large: the least side that did not fit; None if none was found.
-        predicted_side: by `plan`.
-        tries: in the order of trying.
+        task: the step; the image's height and width are those of `side`.
+        side: largest side in pixels that fitted; None if none did.
+        too_large: smallest side that did not fit; None if none was found.
+        predicted_side: the prediction of `plan`.
+        tries: in order.
     """
 
     task: Task
@@ -197,13 +195,13 @@ class LimitRow:
 
     @property
     def agreement(self) -> float | None:
-        """Pixels found over pixels predicted."""
+        """Pixels found divided by pixels predicted."""
         return (self.side / self.predicted_side) ** 2 if self.side and self.predicted_side else None
 
 
 @dataclass
 class KernelRow:
-    """One op and shape on a GPU: milliseconds of each candidate, and the floor by the ceilings.
+    """One op and shape on a GPU: milliseconds of each candidate, and counts for the floor.
 
     Attributes:
         ms: medians by candidate: "ours", "cudnn", "eager", "compile", ...
@@ -218,19 +216,19 @@ class KernelRow:
     reason: str | None = None
 
     def floor_ms(self, ceilings: dict[str, float]) -> float:
-        """The least time by arithmetic and by traffic."""
+        """Return the minimal time by arithmetic and by traffic."""
         return max(self.flops / ceilings["tflop_per_s"] / 1e9, self.bytes / ceilings["gb_per_s"] / 1e6)
 
 
 @dataclass
 class MorphRow:
-    """Growing a trained network, or its rival from scratch.
+    """Growth of a trained network, or its rival trained from scratch.
 
     Attributes:
         how: "widened", "widened, as many epochs", ...
         morph_seconds: of the morph with its checks; None for a rival.
-        accuracy: the accuracy that both reach.
-        seconds, epochs: until it was reached, the parent's training included; None: never.
+        accuracy: the accuracy that both must reach.
+        seconds, epochs: until it was reached, including the parent's training; None: never.
         curve: (seconds, epoch, accuracy).
     """
 
@@ -247,7 +245,7 @@ class MorphRow:
 
 @dataclass
 class DeclaredRow:
-    """A row of the declared list (`rows.py`): whether it was run, and if not, why."""
+    """A row of the declared list (`rows.py`): whether it was run, or why not."""
 
     number: int
     text: str
@@ -268,7 +266,7 @@ ROWS: dict[str, type] = {
 
 @dataclass
 class Results:
-    """What one command measured, or what several did where a report joins them."""
+    """Measurements of one command, or of several that a report joins."""
 
     what: str
     provenance: dict[str, Any]
@@ -280,10 +278,10 @@ class Results:
     declared: list[DeclaredRow] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write the JSON whole, or leave the old file as it was.
+        """Write the JSON atomically.
 
         Raises:
-            GigamorphError: if it cannot be written.
+            GigamorphError: it cannot be written.
         """
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
         write_atomically(path, lambda part: part.write_text(text), "results")

@@ -1,9 +1,9 @@
-"""Ceilings of this machine, and the least time that a step of stock PyTorch could take under them.
+"""Ceilings of this machine, and the minimal time of a stock PyTorch step under them.
 
-Roofline (Williams, Waterman, Patterson 2009): an op takes at least its arithmetic over the machine's rate and its
-traffic over the bandwidth, whichever is more. Traffic is every tensor that the op reads or writes, once. Summed over
-the ops of an eager step this is what perfect kernels could reach that are not fused; a step above it fuses ops, or
-keeps maps in cache.
+Roofline (Williams, Waterman, Patterson 2009): an op takes at least its arithmetic over the machine's rate, or its
+traffic over the bandwidth, whichever is more. Traffic counts every tensor that the op reads or writes once. The sum
+over the ops of an eager step is the limit of perfect kernels without fusion; a faster step fuses ops, or keeps maps in
+cache.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .results import Task
 
 
 def measure_ceilings(device: str, seconds: float = 1.5) -> dict[str, float]:
-    """Copy bandwidth (`gb_per_s`, bytes read plus written) and arithmetic by dtype (`tflop_per_s fp32`, ...).
+    """Measure copy bandwidth (`gb_per_s`, bytes read plus written) and arithmetic by dtype (`tflop_per_s fp32`, ...).
 
     Arithmetic is that of a matrix product or of a convolution, whichever is faster: on a CPU they come from two
-    libraries, of which one may use wider vectors than the other. The best of many counts: a ceiling is what the machine
-    can do, not what it does on average beside other work.
+    libraries, and one may use wider vectors. The best of many runs counts, because a ceiling is the machine's capacity,
+    not its average next to other load.
 
     Args:
-        seconds: that each of them is tried for.
+        seconds: duration of the measurement of each.
     """
     size = 2**28 if device == "cpu" else 2**32
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    found = {"gb_per_s": 2 * size / _least_seconds(lambda: target.copy_(source), device, seconds) / 1e9}
+    found = {"gb_per_s": 2 * size / _min_seconds(lambda: target.copy_(source), device, seconds) / 1e9}
     for name, dtype, side in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 8192)):
         if name == "bf16" and device == "cpu":
             continue
@@ -51,19 +51,19 @@ def measure_ceilings(device: str, seconds: float = 1.5) -> dict[str, float]:
             for shape in ((1, c, c, c), (c, c, k, k))
         )
         with torch.no_grad():
-            product = 2 * side**3 / _least_seconds(lambda a=a, b=b: a @ b, device, seconds)
-            convolution = 2 * c**4 * k**2 / _least_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device, seconds)
+            product = 2 * side**3 / _min_seconds(lambda a=a, b=b: a @ b, device, seconds)
+            convolution = 2 * c**4 * k**2 / _min_seconds(lambda x=x, w=w: conv2d(x, w, padding=1), device, seconds)
         found[f"tflop_per_s {name}"] = max(product, convolution) / 1e12
     return found
 
 
-def _least_seconds(run: Callable[[], Any], device: str, seconds: float) -> float:
+def _min_seconds(run: Callable[[], Any], device: str, seconds: float) -> float:
     best, spent = float("inf"), 0.0
     time_call(run, device)
     while spent < seconds:
         took, own = time_call(run, device)
         spent += took
-        if device == "cpu" and took > 1.5 * own:  # other work has the cores; alone it would have taken its own time
+        if device == "cpu" and took > 1.5 * own:  # other load takes the cores: estimate the time without it
             took = own / torch.get_num_threads()
         best = min(best, took)
     return best
@@ -71,7 +71,7 @@ def _least_seconds(run: Callable[[], Any], device: str, seconds: float) -> float
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of stock PyTorch does: (flops, bytes) of an op, and how many such ops there are."""
+    """Ops of a stock PyTorch step: (flops, bytes, number of such ops)."""
 
     ops: tuple[tuple[float, float, int], ...]
 
@@ -80,7 +80,7 @@ class Work:
         return sum(flops * times for flops, _, times in self.ops)
 
     def seconds(self, ceilings: dict[str, float], precision: str) -> float | None:
-        """The sum over ops of max(arithmetic, traffic); None where a ceiling is not known."""
+        """Return the sum over ops of max(arithmetic, traffic); None if a ceiling is unknown."""
         rate, bandwidth = ceilings.get(f"tflop_per_s {precision}"), ceilings.get("gb_per_s")
         if not rate or not bandwidth:
             return None
@@ -106,21 +106,21 @@ class _Count(TorchDispatchMode):
 
 
 def count(network: nn.Module, task: Task) -> Work:
-    """Count a step of stock PyTorch on fake tensors: nothing is computed.
+    """Count the ops of a stock PyTorch step on fake tensors, without computation.
 
     Raises:
-        GigamorphError: the network does not take such an image.
+        GigamorphError: the network does not accept such an image.
     """
     fake = FakeTensorMode()
     state = {**dict(network.named_buffers()), **dict(network.named_parameters())}
     twins: dict[str, Tensor] = {name: fake.from_tensor(t, static_shapes=True) for name, t in state.items()}
-    lies = next((twin.device for twin in twins.values()), torch.device("cpu"))  # `task.device` need not be here
+    device = next((twin.device for twin in twins.values()), torch.device("cpu"))  # `task.device` may not exist here
     with fake, torch.set_grad_enabled(task.training):
         dtype = torch.float64 if task.precision == "fp64" else torch.float32
-        image = torch.empty(task.image, dtype=dtype, device=lies)
+        image = torch.empty(task.image, dtype=dtype, device=device)
         leaves = [t for t in twins.values() if t.requires_grad]
         with _Count() as counter:
-            with autocast(replace(task, device=lies.type)), taking_images(network, task.model, task.image):
+            with autocast(replace(task, device=device.type)), taking_images(network, task.model, task.image):
                 output = first_tensor(torch.func.functional_call(network, twins, (image,)))
             if task.training:
                 torch.autograd.grad(loss_of(output), leaves, allow_unused=True)

@@ -1,6 +1,6 @@
-"""The declared list: what has to be shown on which machine. A row runs where the machine allows, else it says why not.
+"""The declared list: rows to show on given machines. A row runs if the machine allows it, otherwise it says why not.
 
-Networks and sizes are those that mammography and pathology need, and the largest that others have published.
+Networks and sizes are those of mammography and pathology, and the largest that others have published.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _EXACT = ("stock", "checkpoint", "gigamorph")
 
 @dataclass(frozen=True)
 class Declared:
-    """One row.
+    """One row of the list.
 
     Attributes:
-        tasks: with the caps under which each is run; None: all memory there is.
-        gpu: GiB of GPU memory that it takes; 0: it runs on the CPU.
-        host: GiB of memory that it takes on the CPU.
-        tile: gigamorph's.
+        tasks: pairs of a task and its cap in GiB; None: all memory.
+        gpu: GiB of GPU memory that it needs; 0: it runs on the CPU.
+        host: GiB of memory that it needs on the CPU.
+        tile: gigamorph's tile in pixels.
     """
 
     number: int
@@ -187,27 +187,27 @@ ROWS = (
 
 @dataclass
 class Outcome:
-    """A row's outcome and the steps that were measured for it."""
+    """Outcome of a row, and the steps that were measured for it."""
 
     row: DeclaredRow
     steps: list[StepRow] = field(default_factory=list)
 
 
 def missing(declared: Declared) -> str | None:
-    """What this machine lacks for a row, or None."""
+    """Return what this machine lacks for a row, or None."""
     if declared.gpu:
         if not torch.cuda.is_available():
-            return f"needs a GPU of {declared.gpu} GiB; there is none"
+            return f"needs a GPU of {declared.gpu} GiB; none found"
         has = torch.cuda.mem_get_info()[1] / GIB
         return None if has >= declared.gpu else f"needs a GPU of {declared.gpu} GiB; this one has {has:.0f}"
     free = available_bytes("cpu") / GIB
-    return None if free >= declared.host else f"needs {declared.host} GiB of free memory; there are {free:.1f}"
+    return None if free >= declared.host else f"needs {declared.host} GiB of free memory; {free:.1f} are free"
 
 
 def run(
     ceilings: dict[str, float], numbers: tuple[int, ...] = (), say: Callable[[StepRow], None] = lambda row: None
 ) -> Iterator[Outcome]:
-    """Each row in turn; with `numbers` those alone."""
+    """Run each row, or only those with the given numbers."""
     for declared in ROWS:
         if numbers and declared.number not in numbers:
             continue
@@ -222,12 +222,12 @@ def run(
             ours = [step for step in outcome.steps if step.peer == "gigamorph"]
             bad = next((step for step in ours if step.status != OK), None)
             row.status, row.reason = (OK, None) if bad is None else (bad.status or FAILED, bad.reason)
-            row.found = found(outcome.steps)
+            row.found = summarise(outcome.steps)
         yield outcome
 
 
-def found(steps: list[StepRow]) -> str:
-    """What gigamorph did, and how the others fared, in a line."""
+def summarise(steps: list[StepRow]) -> str:
+    """Summarise gigamorph's results and the failures of other peers in one line."""
     parts = []
     for step in steps:
         if step.peer == "gigamorph":

@@ -1,4 +1,4 @@
-"""Inference by ONNX Runtime and by OpenVINO: a network exported once, run on the whole image with PyTorch's threads."""
+"""Inference with ONNX Runtime and OpenVINO: the network is exported once and runs untiled with PyTorch's threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEEDS = {
 
 
 def missing(runtime: str, task: Task) -> str | None:
-    """Why a runtime cannot run a task, or None."""
+    """Return why a runtime cannot run a task, or None."""
     if task.training:
         return "it does not train"
     if task.device != "cpu" or task.precision != "fp32":
@@ -31,7 +31,7 @@ def missing(runtime: str, task: Task) -> str | None:
 
 
 def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
-    """A step by ONNX Runtime's CPU provider."""
+    """Build a step with ONNX Runtime's CPU provider."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,7 +49,7 @@ def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
 
 
 def openvino_step(network: nn.Module, task: Task) -> Prepared:
-    """A step by OpenVINO's CPU plugin, which would otherwise compute in bf16 where the processor can."""
+    """Build a step with OpenVINO's CPU plugin in float32; by default it uses bf16 if the processor can."""
     import openvino  # pyright: ignore[reportMissingImports]  (extra [peers])
 
     core = openvino.Core()
@@ -68,9 +68,9 @@ def openvino_step(network: nn.Module, task: Task) -> Prepared:
 
 
 def export(network: nn.Module, task: Task, folder: Path) -> Path:
-    """Write a network as ONNX for the image size of a task, weights within."""
+    """Export a network to ONNX for the image size of a task, including the weights."""
     path = folder / "network.onnx"
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it tells of its progress
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it prints its progress
         program = torch.onnx.export(network, (torch.zeros(task.image),), dynamo=True)
     assert program is not None
     program.save(str(path), external_data=False)

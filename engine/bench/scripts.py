@@ -1,4 +1,4 @@
-"""Measurements that are kept as scripts of the checkout, beside their results: kernels, and growing networks."""
+"""Measurements that are scripts of the checkout: kernels, and growing networks."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _RIVAL = "from scratch, same epochs"
 
 
 def script(name: str) -> ModuleType:
-    """A module of `benchmarks/`.
+    """Import a module of `benchmarks/`.
 
     Raises:
-        GigamorphError: where the package was installed without its checkout.
+        GigamorphError: the package was installed without its checkout.
     """
     folder = ROOT / "benchmarks"
     if not (folder / f"{name}.py").is_file():
-        raise GigamorphError(f"benchmarks/{name}.py is not here: run this in a clone of gigamorph (pip install -e .)")
+        raise GigamorphError(f"benchmarks/{name}.py not found; run this in a clone of gigamorph (pip install -e .)")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     return importlib.import_module(name)
 
 
 def measure_kernels(match: str = "", say: Callable[[KernelRow], None] = lambda row: None) -> list[KernelRow]:
-    """Each op of `benchmarks/gpu.py` whose name contains a text: ours, cuDNN, eager PyTorch and torch.compile.
+    """Measure each op of `benchmarks/gpu.py` whose name contains `match`: ours, cuDNN, eager PyTorch, torch.compile.
 
     Raises:
-        GigamorphError: without a GPU.
+        GigamorphError: torch finds no GPU.
     """
     if not torch.cuda.is_available():
-        raise GigamorphError("bench kernels needs a GPU: there is none that torch can use; gigamorph doctor says why")
+        raise GigamorphError("bench kernels needs a GPU, but torch finds none; run gigamorph doctor for the reason")
     ops = script("gpu_ops")
     timer = ops.Timer()
     rows = []
@@ -54,15 +54,16 @@ def measure_kernels(match: str = "", say: Callable[[KernelRow], None] = lambda r
 
 
 def measure_morphs(seeds: Sequence[int], say: Callable[[str], None] = print) -> list[MorphRow]:
-    """Run `benchmarks/morph_training.py` anew, of 30 epochs each."""
+    """Run `benchmarks/morph_training.py` with 30 epochs each."""
     return morph_rows(script("morph_training").run(seeds, (30, 30), say))
 
 
 def morph_rows(result: dict[str, Any]) -> list[MorphRow]:
-    """What `morph_training.run` returns, as rows: time and epochs until a grown network, and one that is trained from
-    scratch, reach the accuracy with which the latter ends.
+    """Convert the result of `morph_training.run` to rows: time and epochs until an accuracy is reached.
 
-    Seconds are of one CPU core, the parent's training included.
+    A grown network and one that is trained from scratch are compared; the accuracy is the final one of the latter.
+
+    Seconds are of one CPU core, including the parent's training.
     """
     rows = []
     for one in result["seeds"]:

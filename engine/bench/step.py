@@ -1,4 +1,4 @@
-"""Time and memory of a step over sizes: all peers in turns, A B A B, so that a noisy machine hurts all alike."""
+"""Time and memory of a step over sizes: peers run alternately, A B A B, so that other load affects all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import BudgetError, GigamorphError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
-from .child import Child, measure_alone
+from .child import Child, measure_in_new_process
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
@@ -26,24 +26,24 @@ from .work import build
 
 Say = Callable[[StepRow], None]
 _EXACT_IMAGE, _EXACT_TILE = (160, 128), 64  # of the comparison in float64
-_TILE_SHARE = 0.75  # of stock's bytes: with less, lightstream does several times the work
+_TILE_SHARE = 0.75  # of stock's bytes; with less, lightstream's work multiplies
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a comparison is run.
+    """Options of a comparison.
 
     Attributes:
-        peers: names, in the order of their turns.
-        rounds: timed turns of each, at most.
-        box: seconds of one peer's timed turns at a size. One turn is taken whatever it costs, unless the first step,
-            which is not timed otherwise, took longer than the box: then it counts (not where it compiles).
-        cap: bytes that a step may take, for all; None: what is free.
-        budget: bytes that gigamorph, and lightstream's tile, may take; a share of stock's bytes if below 1. None:
-            gigamorph takes what its default tile needs, lightstream its best tile in 0.75 of stock's.
-        tile: gigamorph's, in pixels; None lets the plan choose.
-        longest: seconds that one step may take.
-        folder: where each peer's step is profiled to; None: not profiled.
+        peers: names, in the order in which they alternate.
+        rounds: maximal number of timed rounds.
+        box: maximal seconds of one peer's timed steps at a size. At least one step is timed, unless the untimed first
+            step took longer than the box: then its time counts (except for peers that compile).
+        cap: maximal bytes of a step, for all peers; None: free memory.
+        budget: maximal bytes of gigamorph and lightstream's tile; a share of stock's bytes if below 1. None: what
+            gigamorph's default tile needs, and for lightstream the best tile in 0.75 of stock's bytes.
+        tile: gigamorph's tile in pixels; None: chosen by the plan.
+        longest: maximal seconds of one step.
+        folder: target of each peer's profile; None: no profiles.
     """
 
     peers: tuple[str, ...] = TRAINING
@@ -57,10 +57,10 @@ class Options:
 
 
 def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say = lambda row: None) -> list[StepRow]:
-    """One row for each peer, and `EQUAL_MEMORY`. Peers that fail are told as such; the others go on.
+    """Return one row per peer, and `EQUAL_MEMORY`. A peer's failure is stored in its row; the others continue.
 
     Args:
-        say: gets each row when it is done.
+        say: called with each finished row.
     """
     network = build(replace(task, device="cpu"))
     work = roofline.count(network, task)
@@ -88,11 +88,11 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
                 continue
             cells.append((row, cell))
             path = folder / f"{name}.pt"
-            if _take(row, cell.save(path)) and reference is not None:
-                _judge(row, network, path, *reference)
+            if _store_status(row, cell.save(path)) and reference is not None:
+                _compare(row, network, path, *reference)
             elif row.status == OK:
                 reference = name, path
-        _take_turns(cells, options)
+        _run_alternately(cells, options)
         for row, cell in cells:
             if options.folder is not None and row.seconds:
                 cell.profile(options.folder / f"{task} {row.peer}".replace(" ", "_"))
@@ -100,34 +100,34 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
     return rows
 
 
-def alone(row: StepRow, steps: int) -> StepRow:
-    """Take the steps of a row, all timed, in a process that ends with them, and note what they took in the row."""
-    answer = measure_alone(row.task, row.base_peer, row.settings, steps, cap=row.cap_bytes)
-    if _take(row, answer):
-        _time(row, answer)
-        _note(row, answer)
+def measure_row(row: StepRow, steps: int) -> StepRow:
+    """Time all steps of a row in a new process, and store the result in the row."""
+    answer = measure_in_new_process(row.task, row.base_peer, row.settings, steps, cap=row.cap_bytes)
+    if _store_status(row, answer):
+        _add_times(row, answer)
+        _update_peaks(row, answer)
     return row
 
 
 def _equal_cap(rows: list[StepRow]) -> int | None:
-    """What gigamorph took, where lightstream was run as well."""
+    """Return the bytes that gigamorph took, if lightstream was run as well."""
     run = {row.peer: row for row in rows if row.status != NOT_RUN}
     ours = run.get("gigamorph")
     return ours.peak_bytes if ours is not None and ours.status in (OK, WRONG) and "lightstream" in run else None
 
 
 def exactness(task: Task, say: Say = lambda row: None) -> list[StepRow]:
-    """Stock and gigamorph in float64 on a small image in small tiles: how exact the whole computation is."""
+    """Compare stock and gigamorph in float64 on a small image in small tiles, to show the exactness of a step."""
     options = Options(("stock", "gigamorph"), rounds=1, box=0, tile=_EXACT_TILE)
     small = replace(task, image=(1, task.image[1], *_EXACT_IMAGE), precision="fp64", device="cpu")
     try:
         return measure(small, options, {}, say)
-    except GigamorphError:  # most ViTs take images of one size alone
+    except GigamorphError:  # most ViTs accept only one image size
         return measure(replace(small, image=task.image), options, {}, say)
 
 
 def _first_step(row: StepRow, network: nn.Module, options: Options, stack: contextlib.ExitStack) -> Child | None:
-    """A process that has taken its first step; None, and the row's status, if there is none."""
+    """Start a process and run its first step; return None, with the row's status set, on failure."""
     why = PEERS[row.base_peer].missing(row.task)
     if why is not None:
         row.status, row.reason = NOT_RUN, why
@@ -142,13 +142,13 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
     for chosen in choices:
         row.settings = {**chosen, **known}
         cell = Child(options.longest)
-        if _take(row, started := cell.start(row.task, row.base_peer, chosen, row.cap_bytes)):
+        if _store_status(row, started := cell.start(row.task, row.base_peer, chosen, row.cap_bytes)):
             answer = cell.run(1)
-            if _take(row, answer):
+            if _store_status(row, answer):
                 row.first_seconds = started["prepare_seconds"] + answer["seconds"][0]
                 if answer["seconds"][0] > options.box > 0 and not PEERS[row.base_peer].compiles:
-                    _time(row, answer)
-                _note(row, answer)
+                    _add_times(row, answer)
+                _update_peaks(row, answer)
                 if row.status == OK:
                     return stack.enter_context(cell)
         cell.__exit__()
@@ -158,7 +158,7 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
 
 
 def settings(peer: str, task: Task, network: nn.Module, options: Options) -> list[Settings]:
-    """What a peer is given; where there are several, the first that works is taken."""
+    """Return candidate settings of a peer; the first that works is used."""
     budget = options.budget
     if peer == EQUAL_MEMORY:
         assert options.cap is not None
@@ -178,7 +178,7 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
 
 @functools.lru_cache(maxsize=4)
 def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None = None, halos: str = "auto") -> Plan:
-    """The plan of a task; see `plan`."""
+    """Return the plan of a task; see `plan`."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
         return plan(
@@ -194,7 +194,7 @@ def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None
 
 
 def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:
-    """Notes what is known of the peak beforehand, if the network has a plan; returns what the plan chooses."""
+    """Store the predicted peak in the row, if the network has a plan; return the plan's choices."""
     if row.peer not in ("stock", "gigamorph"):
         return {}
     with contextlib.suppress(BudgetError, UnsupportedError):
@@ -205,26 +205,26 @@ def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:
     return {}
 
 
-def _take(row: StepRow, answer: dict[str, Any]) -> bool:
-    """Whether a request went well; if not, the row says why."""
+def _store_status(row: StepRow, answer: dict[str, Any]) -> bool:
+    """Store the status of an answer in the row; return whether it is ok."""
     row.status, row.reason = answer["status"], answer.get("reason")
     return row.status == OK
 
 
-def _time(row: StepRow, answer: dict[str, Any]) -> None:
+def _add_times(row: StepRow, answer: dict[str, Any]) -> None:
     row.seconds += answer["seconds"]
     row.cpu_seconds += answer["cpu_seconds"]
 
 
-def _note(row: StepRow, answer: dict[str, Any]) -> None:
-    """Peaks grow from turn to turn; what exceeds the cap has run out of memory."""
+def _update_peaks(row: StepRow, answer: dict[str, Any]) -> None:
+    """Update the row's peaks, which grow from round to round; above the cap, the row is out of memory."""
     row.peak_bytes = max(row.peak_bytes or 0, answer["peak_bytes"])
     row.process_bytes, row.nvml_bytes = answer["process_bytes"], answer["nvml_bytes"]
     if row.cap_bytes is not None and row.peak_bytes > row.cap_bytes:
         row.status, row.reason = OUT_OF_MEMORY, f"its peak of {row.peak_bytes / 1e9:.2f} GB exceeds the cap"
 
 
-def _judge(row: StepRow, network: nn.Module, path: Path, against: str, reference: Path) -> None:
+def _compare(row: StepRow, network: nn.Module, path: Path, against: str, reference: Path) -> None:
     found, expected = torch.load(path), torch.load(reference)
     untrained = frozenset(norm_parameters(network)) if row.base_peer == "lightstream" else frozenset()
     row.check = check.compare(found, expected, against, untrained)
@@ -233,15 +233,15 @@ def _judge(row: StepRow, network: nn.Module, path: Path, against: str, reference
         row.status, row.reason = WRONG, wrong
 
 
-def _take_turns(cells: list[tuple[StepRow, Child]], options: Options) -> None:
-    """Timed turns, each peer until its rounds or its box are used up."""
-    warm = 1 if any(row.task.device == "cuda" for row, _ in cells) else 0  # memory went back after the last turn
+def _run_alternately(cells: list[tuple[StepRow, Child]], options: Options) -> None:
+    """Run timed steps alternately, until each peer's rounds or box are used up."""
+    warm = 1 if any(row.task.device == "cuda" for row, _ in cells) else 0  # memory was freed after the last round
     for _ in range(options.rounds):
         for row, cell in cells:
             if row.status not in (OK, WRONG) or (row.seconds and sum(row.seconds) + row.seconds[-1] > options.box):
                 continue
             verdict = row.status, row.reason
-            if _take(row, answer := cell.run(1, warm)):
+            if _store_status(row, answer := cell.run(1, warm)):
                 row.status, row.reason = verdict
-                _time(row, answer)
-                _note(row, answer)
+                _add_times(row, answer)
+                _update_peaks(row, answer)

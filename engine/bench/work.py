@@ -1,4 +1,4 @@
-"""What a measured process does: builds one peer's step, runs it, and says what that took."""
+"""Server of a measured process: builds one peer's step, runs it, and returns time and memory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .ordinary import loss_of
 from .peers import PEERS, Settings
 from .results import Task
 
-_ADDRESSES = 2**30  # bytes that the stacks and heaps of new threads may reserve; they take next to no memory
-_OUTPUTS = 1000  # of a classifier: ImageNet's
-_PER_PIXEL = 2  # of a network for masks: a thousand maps of the image's size are nobody's task
-_WARM = 64  # side of the image by which the libraries load what they need
+_THREAD_ADDRESS_SPACE = 2**30  # bytes of address space for stacks and heaps of new threads, almost all unused
+_OUTPUTS = 1000  # of a classifier, as in ImageNet
+_MASK_CLASSES = 2  # of a network for masks, where a thousand maps are unrealistic
+_WARM_UP_SIDE = 64  # side of the image that makes libraries load
 
 
 def build(task: Task) -> nn.Module:
-    """The network of a task, with the same weights in every process."""
+    """Build the network of a task, with the same weights in every process."""
     torch.manual_seed(0)
-    outputs = _PER_PIXEL if task.model.partition("?")[0] == "unet" else _OUTPUTS
+    outputs = _MASK_CLASSES if task.model.partition("?")[0] == "unet" else _OUTPUTS
     network = create_grown(task.model, outputs, task.image[1]).train(task.training)
     if task.batch_norm == "frozen":
         freeze_batch_norm(network)
@@ -39,7 +39,7 @@ def build(task: Task) -> nn.Module:
 
 
 def _spread_statistics(network: nn.Module) -> None:
-    """Give frozen norms statistics that a trained network might have, so that a mistake with them shows."""
+    """Give frozen norms realistic statistics, so that an error in their use is visible."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             assert module.running_var is not None
@@ -48,7 +48,7 @@ def _spread_statistics(network: nn.Module) -> None:
 
 
 def picture(task: Task, channels_last: bool) -> Tensor:
-    """Random pixels, the same in every process."""
+    """Return random pixels, the same in every process."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     image = torch.rand(task.image, generator=torch.Generator().manual_seed(1)).to(task.device, dtype)
     return image.contiguous(memory_format=torch.channels_last) if channels_last else image
@@ -58,9 +58,8 @@ class Work:
     """One peer's steps in this process.
 
     Args:
-        cap: bytes that parameters and steps may take. On a GPU the allocator keeps to it. On the CPU the address space
-            is held to twice as much and some room, for the machine's sake: a step that goes beyond the cap is known by
-            its peak.
+        cap: maximal bytes of parameters and steps. On a GPU the allocator enforces it. On the CPU the address space is
+            limited to about twice as much, to protect the machine; a step above the cap is detected by its peak.
     """
 
     def __init__(self, task: Task, peer: str, settings: Settings, cap: int | None):
@@ -90,25 +89,25 @@ class Work:
         self.process_bytes = peak_bytes("cpu")
         if task.device == "cpu" and cap is not None and sys.platform == "linux":
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            limit = held + 2 * cap + _ADDRESSES
+            limit = held + 2 * cap + _THREAD_ADDRESS_SPACE
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def _warm(self) -> None:
-        """Have the libraries load what they need; it would count as the step's memory otherwise."""
+        """Make the libraries load; that memory would count as the step's otherwise."""
         small = build_model("lesionnet", in_channels=1).eval()
-        for net in (small, accelerate(small, tile=_WARM // 2)):
-            loss_of(net(torch.rand(1, 1, _WARM, _WARM))).backward()
+        for net in (small, accelerate(small, tile=_WARM_UP_SIDE // 2)):
+            loss_of(net(torch.rand(1, 1, _WARM_UP_SIDE, _WARM_UP_SIDE))).backward()
 
     def run(self, steps: int, warm: int = 0) -> dict[str, Any]:
-        """Run steps, the first `warm` of them untimed. Peaks are those of all so far.
+        """Run steps, the first `warm` of them untimed. Peaks include all earlier steps.
 
         Returns:
-            `seconds` and `cpu_seconds` of each timed step, and bytes as in `StepRow`.
+            `seconds` and `cpu_seconds` of each timed step, and bytes, see `StepRow`.
         """
         device = self.task.device
         cost = measure(self._step, device, times=steps, warm=warm, nvml=self.nvml)
         if device == "cuda":
-            torch.cuda.empty_cache()  # for those who have the next turn
+            torch.cuda.empty_cache()  # for the next peer
         else:
             self.process_bytes = max(self.process_bytes, cost.peak_bytes)
         return {
@@ -124,7 +123,7 @@ class Work:
         self.output = self.step(self.image)
 
     def results(self) -> dict[str, dict[str, Tensor]]:
-        """Output, gradients and running statistics after the last step, on the CPU."""
+        """Return output, gradients and running statistics after the last step, on the CPU."""
         assert self.output is not None
         state = {n: p.grad for n, p in self.network.named_parameters() if p.grad is not None}
         buffers = {n: b for n, b in self.network.named_buffers() if b.is_floating_point()}
@@ -133,7 +132,7 @@ class Work:
 
 
 class Server:
-    """What `Child` asks for."""
+    """Methods that `Child` calls."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
@@ -159,7 +158,7 @@ class Server:
         return measure_ceilings(device)
 
     def profile(self, folder: str) -> None:
-        from .profile import profile_step  # matplotlib would count as memory of the process
+        from .profile import profile_step  # imported late: matplotlib would count as memory of the process
 
         work = self.work
         title = f"{work.task}, {work.label}"

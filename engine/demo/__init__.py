@@ -1,1 +1,1 @@
-"""The demonstration: the main job on phantom mammograms (`run.py`), beside a step of stock PyTorch, and its page."""
+"""The demonstration: training on phantom mammograms (`run.py`), compared with a step of stock PyTorch; its page."""

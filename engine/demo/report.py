@@ -24,14 +24,14 @@ from .run import BUDGET, FACTOR, HEIGHT, WIDTH, DemoResult
 from .step import StepCost
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; ends excluded
-_DETAIL = 160  # pixels: side of the part that is shown at full size
+_DETAIL = 160  # pixels: side of the region shown at full size
 
 
 def write_report(result: DemoResult, out: str | Path) -> Path:
-    """Write ``report.html``, ``evidence.png``, ``roc.png`` and ``memory.png`` into ``out``; returns the page's path.
+    """Write ``report.html``, ``evidence.png``, ``roc.png`` and ``memory.png`` into ``out``; return the page's path.
 
     Raises:
-        GigamorphError: if a file cannot be written.
+        GigamorphError: a file cannot be written.
     """
     figures = {
         "roc": roc_figure(
@@ -45,8 +45,8 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
     }
     settings = Settings(levels=("image",))
     areas = {
-        "native": _area(result.native, settings),
-        f"1/{FACTOR} of it": _area(result.low, settings),
+        "native": _auc(result.native, settings),
+        f"1/{FACTOR} of it": _auc(result.low, settings),
     }
     return write_page(
         Path(out) / "report.html",
@@ -65,15 +65,15 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
         costs=_costs(result.stock, result.tiled),
         made=[
             ("training at native resolution", f"{result.native_seconds:.0f} s"),
-            ("all of it", f"{result.seconds:.0f} s"),
+            ("whole demonstration", f"{result.seconds:.0f} s"),
             ("seed", result.seed),
         ],
         versions=versions_of_results().items(),
     )
 
 
-def _area(predictions: Sequence[Prediction], settings: Settings) -> dict[str, Any]:
-    """AUC per image with its interval over patients, or why there is none."""
+def _auc(predictions: Sequence[Prediction], settings: Settings) -> dict[str, Any]:
+    """Return the AUC per image with its interval over patients, or the reason why it has none."""
     [output] = evaluate(as_cases(predictions, ("0", "1")), settings)["levels"]["image"]["outputs"].values()
     return output["auc"]
 
@@ -109,19 +109,19 @@ def _memory_figure(stock: StepCost, tiled: StepCost) -> Figure:
 
 
 def _evidence_figure(result: DemoResult) -> Figure:
-    """Each example whole, reduced by maxima so that a few bright pixels stay visible, and its cluster at full size."""
+    """Plot each example reduced by maxima, which keeps a few bright pixels visible, and its cluster at full size."""
     figure = Figure(figsize=(11.5, 4.5 * len(result.overlays)), layout="constrained")
     axes = figure.subplots(len(result.overlays), 3, squeeze=False, width_ratios=(1, 1.1, 1.1))
     for row, (path, item) in enumerate(zip(result.overlays, result.examples, strict=True)):
         picture: NDArray[np.uint8] = imagecodecs.png_decode(path.read_bytes())
-        box = _numbers(item["record"].extra["cluster"])
-        window = _around(box, picture.shape[:2])
+        box = _parse_window(item["record"].extra["cluster"])
+        window = _window_around(box, picture.shape[:2])
         top, bottom, left, right = window
         pixels = item["image"].read(*window)[0].numpy()
         extent = (left, right, bottom, top)
         whole, plain, evidence = axes[row]
-        whole.imshow(_reduced(picture, 4), extent=(0, picture.shape[1], picture.shape[0], 0))
-        whole.set_title(f"{path.stem}: {_certainty(result, item)} sure of a cluster", fontsize=10)
+        whole.imshow(_max_pooled(picture, 4), extent=(0, picture.shape[1], picture.shape[0], 0))
+        whole.set_title(f"{path.stem}: {_probability(result, item)} probability of a cluster", fontsize=10)
         plain.imshow(pixels, cmap="gray", interpolation="nearest", extent=extent)
         plain.set_title("the cluster, every pixel", fontsize=10)
         evidence.imshow(picture[top:bottom, left:right], interpolation="nearest", extent=extent)
@@ -130,7 +130,7 @@ def _evidence_figure(result: DemoResult) -> Figure:
             corner, width, height = (box[2], box[0]), box[3] - box[2], box[1] - box[0]
             ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.5))
             ax.set_xlabel("column (pixels)")
-        above = box[0] > 250  # room for the text
+        above = box[0] > 250  # space for the text
         whole.annotate(
             "true cluster",
             (box[3], box[0] if above else box[1]),
@@ -144,13 +144,13 @@ def _evidence_figure(result: DemoResult) -> Figure:
     return figure
 
 
-def _numbers(text: str) -> Window:
+def _parse_window(text: str) -> Window:
     top, bottom, left, right = (int(side) for side in text.split())
     return top, bottom, left, right
 
 
-def _around(box: Window, shape: tuple[int, ...]) -> Window:
-    """A square around the box, of 160 pixels where the image has room."""
+def _window_around(box: Window, shape: tuple[int, ...]) -> Window:
+    """Return a square window around the box, of 160 pixels unless the image is smaller."""
     sides = []
     for low, high, size in ((box[0], box[1], shape[0]), (box[2], box[3], shape[1])):
         start = min(max((low + high) // 2 - _DETAIL // 2, 0), max(size - _DETAIL, 0))
@@ -158,12 +158,12 @@ def _around(box: Window, shape: tuple[int, ...]) -> Window:
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def _certainty(result: DemoResult, item: dict[str, Any]) -> str:
+def _probability(result: DemoResult, item: dict[str, Any]) -> str:
     found = next(p for p in result.native if p.image == str(item["record"].path))
     return f"{100 * found.probabilities[1]:.1f} %"
 
 
-def _reduced(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+def _max_pooled(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     height, width = (side // factor * factor for side in picture.shape[:2])
     blocks = picture[:height, :width].reshape(height // factor, factor, width // factor, factor, -1)
     return blocks.max((1, 3))

@@ -1,4 +1,4 @@
-"""The main job in small: phantom mammograms whose label only native resolution shows, learnt inside a memory budget."""
+"""A small training: phantom mammograms whose label is visible only at native resolution, within a memory budget."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ HEIGHT, WIDTH = 2048, 1664
 PATIENTS = {"train": 20, "val": 4, "test": 32}
 FACTOR = 8
 BUDGET = 96 * 2**20
-# The phantoms' grey levels, as fractions of the full range: middle tissue, and its spread.
+# The phantoms' grey levels, as fractions of the full range: mean of tissue, and its spread.
 _GREY = Normalize((0.3,), (0.1,))
 _MODEL = "lesionnet"
-_WRITTEN = {"data", "low", "native", "overlays", "report.html", "roc.png", "memory.png", "evidence.png"}
+_OUTPUTS = {"data", "low", "native", "overlays", "report.html", "roc.png", "memory.png", "evidence.png"}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration found. ``low`` and ``native`` are the test predictions of the two networks."""
+    """Results of the demonstration; ``low`` and ``native`` are the test predictions of the two networks."""
 
     stock: StepCost
     tiled: StepCost
@@ -42,7 +42,7 @@ class DemoResult:
     native: list[Prediction]
     overlays: list[Path]
     examples: list[dict[str, Any]]
-    """The items that the overlays show."""
+    """The items of the test images in ``overlays``."""
     native_seconds: float
     seconds: float
     seed: int
@@ -61,13 +61,13 @@ class DemoResult:
 def run_demo(
     out: str | Path, *, seed: int = 0, device: str = "cpu", report: Report | None = None, say: Callable[[str], None]
 ) -> DemoResult:
-    """Make the phantoms, measure a step of stock PyTorch and of ours, train at 1/8 and at native resolution.
+    """Write phantoms, measure a step of stock PyTorch and of gigamorph, and train at 1/8 and at native resolution.
 
-    The same network, the same patients and the same optimizer serve both resolutions; the small one, being 64 times
-    cheaper, gets three times the epochs. Writes ``data``, ``low``, ``native`` and ``overlays`` into ``out``.
+    Both resolutions use the same network, patients and optimizer; the smaller one, which is 64 times cheaper, gets
+    three times the epochs. Writes ``data``, ``low``, ``native`` and ``overlays`` into ``out``.
 
     Raises:
-        GigamorphError: if ``out`` holds anything but a former demonstration (which is replaced), or cannot be written.
+        GigamorphError: ``out`` contains files that are not from a former demonstration, or cannot be written.
     """
     out = Path(out)
     _clear(out)
@@ -81,7 +81,7 @@ def run_demo(
     native = training_data(table, normalize=_GREY, seed=seed)
     low = training_data(table, normalize=_GREY, downsample=FACTOR, seed=seed)
 
-    say("measuring one training step of stock PyTorch and of gigamorph, by turns, each in a process of its own")
+    say("measuring one training step of stock PyTorch and of gigamorph, alternately, each in its own process")
     image = native.train.records[0].path
     stock, tiled = measure_steps(image, _MODEL, (None, BUDGET), device=device)
 
@@ -117,7 +117,7 @@ def run_demo(
 
 
 def _examples(test: Images, fitted: Fitted, folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The two positive test images that the network is surest of, and where their overlays were written."""
+    """Return the two positive test images with the highest log-odds, and the paths of their overlays."""
     predictions = fitted.predictions["test"]
     order = sorted(range(len(predictions)), key=lambda i: -predictions[i].log_odds[1])
     examples, overlays = [], []
@@ -131,11 +131,11 @@ def _examples(test: Images, fitted: Fitted, folder: Path) -> tuple[list[dict[str
 
 
 def _clear(out: Path) -> None:
-    """Remove a former demonstration; nothing else is ever deleted."""
+    """Remove a former demonstration; refuse to delete anything else."""
     if not out.exists():
         return
-    others = sorted(entry.name for entry in out.iterdir() if entry.name not in _WRITTEN)
+    others = sorted(entry.name for entry in out.iterdir() if entry.name not in _OUTPUTS)
     if others:
-        raise GigamorphError(f"{out}: holds {', '.join(others[:3])}, not only a former demo; name another --out")
+        raise GigamorphError(f"{out}: contains other files ({', '.join(others[:3])}); choose another --out")
     for entry in out.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,4 +1,4 @@
-"""Memory and time of one training step on an image file, stock PyTorch's and ours, each in a process of its own."""
+"""Memory and time of one training step on an image file, stock PyTorch's and gigamorph's, each in its own process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..models import build_model
 
-_TURNS, _STEPS = 4, 4  # the first steps of a process give the heap's pages back to see what there is besides
+_ROUNDS, _STEPS = 4, 4  # several, because the allocator returns memory to the system in the first steps of a process
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step took. Bytes are above what the process held before: network, libraries, image file.
+    """Cost of one training step. Bytes exclude what the process held before: network, libraries, image file.
 
     Attributes:
-        seconds: the fastest of all its steps.
-        curve: seconds since the step began, and bytes then.
+        seconds: the fastest of all steps.
+        curve: (seconds since the step began, bytes).
     """
 
     peak_bytes: int
@@ -42,12 +42,12 @@ class StepCost:
 def measure_steps(
     image: str | Path, model: str, budgets: Sequence[int | None], *, classes: int = 2, device: str = "cpu"
 ) -> list[StepCost]:
-    """What a training step on an image file takes: by tiles within a budget, without one as stock PyTorch does it.
+    """Measure a training step on an image file: by tiles for each budget, with stock PyTorch if it is None.
 
-    Each has a fresh process, and they take turns, so that what else the machine does is no one's time alone.
+    Each runs in a fresh process; they run alternately, so that other load on the machine affects all of them.
 
     Raises:
-        GigamorphError: if a process fails, with its last line.
+        GigamorphError: a process fails; the message is its last line.
     """
     with ExitStack() as processes:
         each = [processes.enter_context(Process(__name__)) for _ in budgets]
@@ -61,30 +61,30 @@ def measure_steps(
         given = {"image": str(image), "model": model, "classes": classes, "device": device}
         first = [ask(process, "begin", budget=budget, **given) for process, budget in zip(each, budgets, strict=True)]
         costs = [StepCost(f["peak_bytes"], f["seconds"], [(t, b) for t, b in f["curve"]], f["loss"]) for f in first]
-        for _ in range(_TURNS):
+        for _ in range(_ROUNDS):
             seconds = [ask(process, "turn")["seconds"] for process in each]
             costs = [replace(c, seconds=min(c.seconds, s)) for c, s in zip(costs, seconds, strict=True)]
     return costs
 
 
 class Server:
-    """What a process does."""
+    """The measurements that run in one process."""
 
     def begin(self, image: str, model: str, classes: int, budget: int | None, device: str) -> dict[str, Any]:
-        """The first step."""
+        """Prepare the network, and measure the first step."""
         torch.manual_seed(0)
         self.device, self.stock = device, budget is None
         network = build_model(model, classes, 1).to(device)
         self.source = open_pixels(image)
         self.net = network if budget is None else accelerate(network, memory_budget=budget)
-        # The first use of each operation loads libraries; a small image does that without the memory of a large one.
+        # The first use of an operation loads libraries; a small image triggers that without much memory.
         _step(self.net, open_pixels(torch.zeros(1, 96, 96)), self.stock, device)
         losses = []
         cost = measure(lambda: losses.append(self._step()), device, curve=True)
         return asdict(StepCost(cost.added_bytes, cost.seconds[0], cost.curve, losses[0]))
 
     def turn(self) -> dict[str, Any]:
-        """Some more."""
+        """Measure further steps."""
         return {"seconds": min(measure(self._step, self.device, times=_STEPS).seconds)}
 
     def _step(self) -> float:

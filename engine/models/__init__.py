@@ -1,4 +1,4 @@
-"""Networks that need no extra package, and one function that builds any network."""
+"""Networks that need no extra package, and the functions that build any network by name."""
 
 from .lesionnet import LesionNet
 from .registry import MODELS, build_model, create_model, load_weights

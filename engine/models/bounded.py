@@ -1,4 +1,4 @@
-"""Networks that a file names, built in no more memory than the weights of the file justify."""
+"""A limit on the memory in which a network that a file names is built, derived from the file's weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
 
-_FACTOR = 4  # tables and masks that are no weights, and what weights are drawn from
+_FACTOR = 4  # allows for tables, masks, and tensors from which weights are drawn
 _FREE = 2**27  # values
 _TENSORS = 100_000
 
 
 class bounded(TorchDispatchMode):  # noqa: N801
-    """Inside, tensors are refused before they are allocated, if all together are far larger than the weights.
+    """Context manager that refuses to allocate tensors whose total size far exceeds that of the weights.
 
     Args:
-        weights: what will be loaded into the network.
+        weights: the weights that will be loaded into the network.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -34,5 +34,5 @@ class bounded(TorchDispatchMode):  # noqa: N801
             self._values -= max(0, math.prod(size))
             self._tensors -= 1
         if self._values < 0 or self._tensors < 0:
-            raise DataError("it would be far larger than its weights; correct its arguments, or take another file")
+            raise DataError("it would be far larger than its weights; correct its arguments, or use another file")
         return func(*args, **(kwargs or {}))

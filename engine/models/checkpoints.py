@@ -1,4 +1,4 @@
-"""Checkpoints of others as files: the weights in them are found, and no code in them is run."""
+"""Third-party checkpoint files: finds the weights in them without executing code from them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..parsing import parse_json
 from .numpy_weights import STAND_INS, Array, as_tensors
 from .weights import first_line, forms, some, subtree, unwrapped
 
-# Where checkpoints keep weights, also in one another. As timm does, averaged ones are preferred; then come names that
-# tell, then those that may be of something else (the weights of classes).
+# Keys under which checkpoints store weights, possibly nested. As in timm, averaged weights are preferred; then
+# unambiguous keys, then those that may hold something else (such as class weights).
 _AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema", "ema_state_dict", "ema_model", "shadow")
 _USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
-_PLACES = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
-_DEPTH = 3  # of such places
-_EXTRA = "_extra_state"  # what Module.get_extra_state gives, under the module's name
+_KEYS = (*_AVERAGED, *_USUAL, "checkpoint", "weights", "params", "module")
+_DEPTH = 3  # levels of such keys
+_EXTRA = "_extra_state"  # where Module.get_extra_state is stored, after the module's name
 INDEX = ".index.json"
 
 
 class _Inert:
-    """Stands for an object of a class that is not imported: it takes whatever it is given and does nothing."""
+    """Stand-in for an object of a class that is not imported: it accepts any state and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -47,12 +47,12 @@ class State:
     """The weights of a file.
 
     Attributes:
-        tensors: by the names of the file, after the prefix that was asked for.
-        place: where in the file they stand, as in "state_dict_ema" or "model.state_dict".
-        others: places of other weights that were passed over.
-        extras: names of what stands among the tensors and is none: numbers, what `get_extra_state` gives.
-        shards: the files with the tensors, where the file is an index of them.
-        rest: what else the checkpoint holds; objects of foreign classes are inert.
+        tensors: the weights by their names in the file, without the requested prefix.
+        place: the key of the weights in the file, such as "state_dict_ema" or "model.state_dict".
+        others: keys of other weights, which were not read.
+        extras: names of values among the tensors that are not tensors: numbers, results of `get_extra_state`.
+        shards: the files with the tensors, if the file is an index of them.
+        rest: the other content of the checkpoint; objects of foreign classes are inert.
     """
 
     path: Path
@@ -65,50 +65,51 @@ class State:
 
 
 def read_state(path: str | Path, prefix: str = "") -> State:
-    """The weights in a .safetensors file, in the files that an index of Hugging Face names
-    (``model.safetensors.index.json``), or in anything that torch.save wrote: a state dict, or a checkpoint with one.
+    """Read weights from a .safetensors file, a Hugging Face index or a file of torch.save.
 
-    Nothing in the file is executed: classes that a checkpoint names besides tensors are not imported.
+    An index is ``model.safetensors.index.json``; torch.save may have written a state dict or a checkpoint with one.
+
+    Nothing in the file is executed: of the classes that a checkpoint names, only those of tensors are imported.
 
     Args:
-        prefix: take the sub-tree of names that begin so (`subtree`), with or without the wrappers of DDP and
-            torch.compile; or the weights of this place in the file, or a sub-tree of them, as in "generator.encoder".
+        prefix: selects the names that begin with it (`subtree`), with or without the wrappers of DDP and
+            torch.compile; or the weights under this key of the file, or their sub-tree, as in "generator.encoder".
 
     Raises:
-        DataError: the file is missing or damaged, holds no state dict, or a whole pickled module; it holds several and
-            the prefix names none; no name begins with the prefix.
+        DataError: the file is missing or damaged, holds no state dict or a whole pickled module, or holds several
+            state dicts of which the prefix names none; or no name begins with the prefix.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
     if path.name.endswith(INDEX):
         tensors, shards = _sharded(path)
-        return State(path, _chosen(tensors, prefix, path), shards=shards)
+        return State(path, _select_subtree(tensors, prefix, path), shards=shards)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
             state = State(path, load_file(path))
-        except Exception as error:  # the library's own error class, and those of the system
+        except Exception as error:  # safetensors' own error class, and OSError
             _refuse_pointer(path)
             raise DataError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-        return replace(state, tensors=_chosen(state.tensors, prefix, path))
+        return replace(state, tensors=_select_subtree(state.tensors, prefix, path))
     loaded = load_inert(path)
     found = dict(_states(loaded))
-    place, prefix = _place(found, loaded, prefix, path)
+    place, prefix = _select_state(found, loaded, prefix, path)
     twins = {*unwrapped(found[place])}
     others = tuple(
-        other for other in found if other != place and (_known(other) or twins <= {*unwrapped(found[other])})
+        other for other in found if other != place and (_is_known_key(other) or twins <= {*unwrapped(found[other])})
     )
-    rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _PLACES} if place else {}
+    rest = {k: v for k, v in loaded.items() if k != place.split(".")[0] and k not in _KEYS} if place else {}
     for key in place.split(".") if place else ():
         loaded = loaded[key]
     extras = tuple(name for name in loaded if name not in found[place])
-    return State(path, _chosen(found[place], prefix, path), place, others, extras, rest=rest)
+    return State(path, _select_subtree(found[place], prefix, path), place, others, extras, rest=rest)
 
 
 def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    """The weights in the files that an index of Hugging Face names, and these files."""
+    """Return the weights in the files that a Hugging Face index names, and the paths of these files."""
     try:
         weight_map = dict(parse_json(index.read_text())["weight_map"])
         shards = tuple(index.parent / Path(name).name for name in dict.fromkeys(weight_map.values()))
@@ -119,15 +120,15 @@ def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
         found |= read_state(shard).tensors
     missing = [name for name in weight_map if name not in found]
     if missing:
-        raise DataError(f"{index}: its files do not hold {some(missing)}; fetch them again")
+        raise DataError(f"{index}: its files do not contain {some(missing)}; download them again")
     return found, shards
 
 
 def _states(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All state dicts in what a file holds, with their places."""
+    """Yield the key and the tensors of each state dict in the content of a file."""
     tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
     named = any("." in str(name) for name in tensors)
-    if is_state(tensors) and all(_is_beside(k, loaded[k], named) for k in loaded if k not in tensors):
+    if is_state(tensors) and all(_may_accompany(k, loaded[k], named) for k in loaded if k not in tensors):
         yield place, tensors
     elif isinstance(loaded, dict) and depth < _DEPTH:
         for key, value in loaded.items():
@@ -135,26 +136,26 @@ def _states(loaded: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str,
                 yield from _states(value, f"{place}.{key}" if place else key, depth + 1)
 
 
-def _is_beside(name: Any, value: Any, named: bool) -> bool:
-    """Whether what is no tensor may stand in a state dict: an extra state; or, among names of parts, a plain value."""
+def _may_accompany(name: Any, value: Any, named: bool) -> bool:
+    """Whether a state dict may have a value that is not a tensor: an extra state, or a plain one among dotted names."""
     if not isinstance(name, str):
         return False
     return f".{name}".endswith(f".{_EXTRA}") or (named and isinstance(value, int | float | str | None))
 
 
-def _known(place: str) -> bool:
-    return all(part in _PLACES for part in place.split("."))
+def _is_known_key(place: str) -> bool:
+    return all(part in _KEYS for part in place.split("."))
 
 
-def _place(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, path: Path) -> tuple[str, str]:
-    """Which of the state dicts in a file is meant, and what of the prefix is left to choose in it.
+def _select_state(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, path: Path) -> tuple[str, str]:
+    """Return the key of the state dict to read, and the prefix that remains to be applied in it.
 
-    It is the one in the place that is preferred, unless the prefix names another one.
+    Averaged weights are preferred, then the usual keys, unless the prefix names another key.
 
     Raises:
-        DataError: there is none, or several.
+        DataError: the file holds no state dict, or several.
     """
-    known = [place for place in found if not place or _known(place)]
+    known = [place for place in found if not place or _is_known_key(place)]
     for names in (_AVERAGED, _USUAL):
         known = [place for place in known if any(part in names for part in place.split("."))] or known
     named = [place for place in found if place and f"{prefix}.".startswith(f"{place}.")]
@@ -164,28 +165,28 @@ def _place(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: str, pat
         return named[0], prefix.removeprefix(named[0]).removeprefix(".")
     held = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
     inert = [key for key, value in held if isinstance(value, _Inert | Array)]
-    if inert and (not found or any(key in _PLACES for key in inert)):
+    if inert and (not found or any(key in _KEYS for key in inert)):
         raise DataError(_untrusted(path))
     if not found:
-        raise DataError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
+        raise DataError(f"{path}: contains no state_dict; save one with torch.save(model.state_dict(), path)")
     places = known or list(found)
     raise DataError(
-        f"{path}: holds weights in {some(places)}; name the place of those that are meant, as in --prefix {places[0]}"
+        f"{path}: contains weights under {some(places)}; select one of these keys, as in --prefix {places[0]}"
     )
 
 
-def _chosen(state: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
+def _select_subtree(state: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
     return subtree(_form_with(state, prefix) or unwrapped(state), prefix, path) if prefix else state
 
 
 def _form_with(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
-    """The weights with as many wrappers as leave names that begin with a prefix."""
+    """Return the form with fewest wrappers removed in which a name begins with the prefix; None if there is none."""
     begin = prefix.removesuffix(".") + "."
     return next((form for form in forms(state) if any(name.startswith(begin) for name in form)), None)
 
 
 def is_state(found: Any) -> bool:
-    """Whether it is a dictionary from names to tensors."""
+    """Whether `found` is a non-empty dictionary from names to tensors."""
     return (
         isinstance(found, dict)
         and bool(found)
@@ -193,13 +194,16 @@ def is_state(found: Any) -> bool:
     )
 
 
-_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of what torch.save and pickle write
+_MAGIC_BYTES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of torch.save and pickle files
 
 
 def load_inert(path: Path) -> Any:
-    """What torch.save wrote, NumPy's arrays as tensors and its numbers as Python's; no code in it is run.
+    """Load a torch.save file without executing code; NumPy arrays become tensors, NumPy numbers Python's.
 
-    Objects of classes besides torch's and NumPy's are inert stand-ins.
+    Objects of classes other than torch's and NumPy's become inert stand-ins.
+
+    Raises:
+        DataError: the file is missing, damaged, or can only be opened by executing code.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
@@ -212,29 +216,29 @@ def load_inert(path: Path) -> Any:
             foreign = [name for name in names if name not in STAND_INS]
             stand_ins += [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what that hinders is refused below
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # unreadable protocols are refused below
             return as_tensors(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         _refuse_pointer(path)
-        if start in _BEGINNINGS:
+        if start in _MAGIC_BYTES:
             raise DataError(_untrusted(path)) from error
         raise DataError(f"{path}: not a readable weights file: {first_line(error)}") from error
-    except Exception as error:  # zip and torch have their own errors for a damaged file
+    except Exception as error:  # zipfile and torch raise various errors for a damaged file
         _refuse_pointer(path)
         if "torchscript" in str(error).lower():
             raise DataError(_untrusted(path, "a TorchScript module")) from error
-        told = first_line(error) if start in _BEGINNINGS else "neither torch's nor a .safetensors"
-        raise DataError(f"{path}: not a readable weights file: {told}") from error
+        reason = first_line(error) if start in _MAGIC_BYTES else "neither a torch nor a .safetensors file"
+        raise DataError(f"{path}: not a readable weights file: {reason}") from error
 
 
 def _refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise DataError(f"{path}: is Git LFS's pointer to the weights, not the weights; git lfs pull fetches them")
+            raise DataError(f"{path}: is a Git LFS pointer, not the weights; run git lfs pull")
 
 
 def _untrusted(path: Path, what: str = "a pickled module or other objects") -> str:
     return (
-        f"{path}: holds {what}, and to open it runs the code in it; if you trust where it "
-        "comes from, give --trust where its own code is installed, or save its state_dict()"
+        f"{path}: holds {what}, and opening it executes the code in it; if you trust its origin, pass --trust "
+        "where its code is installed, or save its state_dict()"
     )

@@ -1,14 +1,14 @@
-"""Makes Lightning importable beside a torchvision that was built for another torch."""
+"""Makes Lightning importable if torchvision was built for another torch."""
 
 from __future__ import annotations
 
 import torch
 
-_keep: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []
 
 
 def make_torchvision_importable() -> bool:
-    """Define the operators whose absence breaks ``import torchvision`` (and Lightning and timm with it).
+    """Define the operators without which ``import torchvision`` fails (and Lightning and timm with it).
 
     A CUDA build of torchvision on a CPU build of torch cannot load its library, and then fails with "operator
     torchvision::nms does not exist". Nothing in gigamorph calls these operators; declaring them is enough.
@@ -16,7 +16,7 @@ def make_torchvision_importable() -> bool:
     Returns:
         True if the operators had to be declared.
     """
-    if _keep:
+    if _libraries:
         return True
     try:
         import torchvision  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -26,8 +26,8 @@ def make_torchvision_importable() -> bool:
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:
-            return False  # some other fault; whoever needs torchvision will meet it and say so
-        _keep.append(library)
+            return False  # another fault, which the code that needs torchvision reports
+        _libraries.append(library)
         return True
     except ImportError:
         pass

@@ -1,8 +1,8 @@
-"""A network in a folder: weights, what builds it, what its outputs and images are, and logits to check it by.
+"""A network in a folder: weights, how to build it, its outputs and images, and logits to check it.
 
-``model.json`` describes it, ``model.safetensors`` has the weights by the network's own names, ``reference.safetensors``
-a fixed image and the logits that ordinary PyTorch gave for it. An ensemble has a ``model.json`` that names its members,
-folders inside its own. Nothing in a folder is executed, except that the factory that builds the network is imported.
+``model.json`` describes the network, ``model.safetensors`` has the weights by the network's own names, and
+``reference.safetensors`` has a fixed image with the logits of ordinary PyTorch. An ensemble has a ``model.json`` that
+names its members, which are sub-folders. Nothing in a folder is executed; only the network's factory is imported.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Fit = Literal["pad", "widen", "stretch"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a file's pixels to what the network sees.
+    """How a file's pixels become the network's input.
 
     Attributes:
         channels: of the images.
         mean, std: the input is (grey - mean) / std, per channel.
-        voi: grey scale of DICOM images, as in `open_pixels`.
-        per_image: "minmax": an image's darkest pixel is 0 and its brightest 1 before mean and std; "standard": its own
-            mean and standard deviation are taken in their place.
-        size: (height, width) that images are brought to; None leaves every pixel.
-        fit: how: "pad": as large as fits, black around it; "widen": black beside it where it is narrower, then
-            stretched; "stretch".
+        voi: grey scale of DICOM images, see `open_pixels`.
+        per_image: "minmax": scale each image so that its darkest pixel is 0 and its brightest 1, before mean and std;
+            "standard": use the image's own mean and standard deviation instead.
+        size: (height, width) to which images are resized; None keeps every pixel.
+        fit: how they are resized. "pad": as large as fits, with black borders. "widen": black at the sides of a
+            narrower image, then stretched. "stretch".
     """
 
     channels: int = 1
@@ -63,11 +63,11 @@ class Preprocessing:
             object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
         if self.per_image not in (None, *get_args(PerImage)) or self.fit not in get_args(Fit):
             raise GigamorphError(
-                f"preprocessing per_image {self.per_image!r}, fit {self.fit!r}: take one of "
+                f"preprocessing per_image {self.per_image!r}, fit {self.fit!r}: must be one of "
                 f"{', '.join(get_args(PerImage))} or none, and one of {', '.join(get_args(Fit))}"
             )
         if not 0 < self.channels <= _CHANNELS or (self.size and not 0 < min(self.size) <= max(self.size) <= _LONGEST):
-            raise GigamorphError(f"preprocessing channels {self.channels}, size {self.size}: these are no images")
+            raise GigamorphError(f"preprocessing channels {self.channels}, size {self.size}: out of range for images")
         self.normalize.per_channel(self.channels)
 
     @property
@@ -76,26 +76,26 @@ class Preprocessing:
 
     @property
     def streams(self) -> bool:
-        """Whether an image can be read tile by tile as it is."""
+        """Whether images can be read tile by tile, without a change that needs the whole image."""
         return self.per_image is None and self.size is None
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ``model.json`` says.
+    """Content of ``model.json``.
 
     Attributes:
-        model: the spec that builds it, with all arguments, see `create_model`; "" for an ensemble.
-        outputs: what it gives.
-        preprocessing: what it takes.
-        source: the file that the weights came from (its name and SHA-256), the layout that was recognised, where in
-            the file they stood (place, prefix).
-        key_map: pairs (beginning of their names, of ours), the first that fits counts.
+        model: the spec that builds the network, with all arguments, see `create_model`; "" for an ensemble.
+        outputs: the network's outputs.
+        preprocessing: the network's input.
+        source: the file of the weights (name and SHA-256), its detected layout, and the key and prefix of the weights
+            in it (place, prefix).
+        key_map: pairs (beginning of their names, of ours); the first that fits applies.
         licence: of the weights, as their authors state it.
-        reference: of the fixed image: its shape, and by how much the logits that were computed by tiles differed.
-        versions: of the packages that it was made with.
+        reference: shape of the fixed image, and the difference of the logits that were computed by tiles.
+        versions: of the packages with which the folder was made.
         members: sub-folders of an ensemble; their probabilities are averaged.
-        flips: (left-right, up-down) of the images whose probabilities are averaged too.
+        flips: (left-right, up-down) flips of the images whose probabilities are averaged too.
     """
 
     model: str
@@ -124,12 +124,12 @@ class Description:
 
     @classmethod
     def from_json(cls, found: dict[str, Any], source: str) -> Description:
-        """The inverse of `to_json`; ``source`` is what messages call it.
+        """Invert `to_json`; messages call the file ``source``.
 
         Raises:
-            GigamorphError: a key is missing, or of another type or range.
+            GigamorphError: a key is missing, or has another type or a value out of range.
         """
-        check_plain(found, _Written, source)
+        check_plain(found, _ModelJson, source)
         given = {key: value for key, value in found["input"].items() if key != "units"}
         try:
             outputs, preprocessing = Outputs.from_json(found["outputs"]), from_plain(given, Preprocessing, source)
@@ -160,12 +160,12 @@ class _Head:
 
     def __post_init__(self) -> None:
         if self.activation == "number" and not len(self.center) == len(self.spread) == self.outputs:
-            raise DataError(f"key 'outputs': center and spread of {self.outputs} numbers are needed")
+            raise DataError(f"key 'outputs': center and spread must have {self.outputs} numbers")
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What ``model.json`` holds, by its keys."""
+class _ModelJson:
+    """The keys of ``model.json`` and their types."""
 
     outputs: tuple[_Head, ...]
     input: dict[str, Any]
@@ -179,70 +179,70 @@ class _Written:
     members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for key, there in (("outputs", self.outputs), ("flips", self.flips), ("model", self.model or self.members)):
-            if not there:
+        for key, value in (("outputs", self.outputs), ("flips", self.flips), ("model", self.model or self.members)):
+            if not value:
                 raise DataError(f"key '{key}' is empty")
 
 
 def require_logits(folder: str | Path, description: Description) -> None:
-    """Refuse to train a network that gives probabilities: losses would take them for logits.
+    """Refuse to train a network that outputs probabilities, which losses would take for logits.
 
     Raises:
-        DataError: it does; with what to import instead.
+        DataError: it outputs probabilities; the message says what to import instead.
     """
     if any(head.activation == "probability" for head in description.outputs.heads):
         raise DataError(
-            f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory "
+            f"{folder}: its network outputs probabilities, but training needs logits; import it from a factory "
             "without its last softmax or sigmoid"
         )
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a text is the path of a network's folder."""
-    return os.path.isfile(Path(path) / DESCRIPTION)  # Path.is_file raises where a name is too long
+    """Whether `path` is the folder of a network."""
+    return os.path.isfile(Path(path) / DESCRIPTION)  # Path.is_file raises if a name is too long
 
 
 def folder_of(path: str | Path) -> Path | None:
-    """The network's folder that a path names: itself, or that of its file of weights; None if there is none."""
+    """Return the network's folder for its own path or that of its weights file; None if value is none."""
     path = Path(path)
     folder = path.parent if path.name == WEIGHTS else path
     return folder if is_folder(folder) else None
 
 
 def require_no_run(folder: str | Path) -> None:
-    """Refuse the folder that `gigamorph train` wrote where a network is asked for.
+    """Refuse the folder of a `gigamorph train` run where the folder of a network is expected.
 
     Raises:
-        DataError: it is one; with what to name.
+        DataError: it is the folder of a run; the message says which file to name.
     """
     run = Path(folder) / "best.ckpt"
     if run.is_file():
-        raise DataError(f"{folder}: is the folder of a run; name its checkpoint, {run}")
+        raise DataError(f"{folder}: is the folder of a run; use its checkpoint, {run}")
     fold = Path(folder) / "fold1" / "best.ckpt"
     if fold.is_file():
         raise DataError(
-            f"{folder}: holds the runs of a cross-validation, whose mean predict and explain take by its config.toml; "
-            f"here name the checkpoint of one, {fold}"
+            f"{folder}: contains the runs of a cross-validation; predict and explain use their mean if given its "
+            f"config.toml; here use the checkpoint of one fold, {fold}"
         )
 
 
 def read_description(folder: str | Path) -> Description:
-    """What the folder of a network says.
+    """Read ``model.json`` of a network's folder.
 
     Raises:
-        DataError: it is no such folder, or its description is damaged or of another version of gigamorph.
+        DataError: it is not such a folder, or its description is damaged or of another version of gigamorph.
     """
     path = Path(folder) / DESCRIPTION
     try:
         found = parse_json(path.read_text())
     except FileNotFoundError as error:
         require_no_run(folder)
-        raise DataError(f"{folder}: has no {DESCRIPTION}; make such a folder with gigamorph import") from error
+        raise DataError(f"{folder}: has no {DESCRIPTION}; make a model folder with gigamorph import") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; import it again") from error
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
-        raise DataError(f"{path}: is of format {version!r}, not {FORMAT}; import it again with this gigamorph")
+        raise DataError(f"{path}: has format {version!r}, not {FORMAT}; import it again with this gigamorph")
     try:
         return Description.from_json(found, str(path))
     except GigamorphError as error:
@@ -256,26 +256,26 @@ def write_description(folder: str | Path, description: Description) -> None:
 
 
 def check_weights(folder: str | Path, description: Description) -> Path:
-    """The weights of a folder, after a look at their SHA-256.
+    """Return the path of a folder's weights after a check of their SHA-256.
 
     Raises:
-        DataError: they are missing or not those that were checked.
+        DataError: the file is missing, or is not the one that was checked at the import.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise DataError(f"{path}: no such weights file; import the network again")
     if sha256(path) != description.source.get("weights_sha256"):
-        raise DataError(f"{path}: is not the file that was checked when it was imported; import the network again")
+        raise DataError(f"{path}: is not the file that was checked at the import; import the network again")
     return path
 
 
 def digest_of(path: str | Path) -> str:
-    """SHA-256 of a checkpoint, or of the description of a folder, which has those of all its weights.
+    """Return the SHA-256 of a checkpoint, or of a folder's description, which contains the hashes of all its weights.
 
-    Of a folder of folds that of the checkpoints' own, one after the other.
+    For a folder of folds, it is the hash of the checkpoints' hashes in order.
 
     Raises:
-        DataError: as `read_description` and `fold_checkpoints`.
+        DataError: see `read_description` and `fold_checkpoints`.
     """
     path = Path(path)
     if not path.is_dir():

@@ -1,9 +1,9 @@
 """LesionNet: a small network without normalisation layers, for small findings in large images.
 
 It trains from scratch at batch size 1: residual branches start at zero (Fixup, Zhang et al. 2019), so no batch
-statistics are needed. The filters of the stem start with mean zero, so that the slow grey levels of tissue do not drown
-fine detail, and the pooling is the maximum, so that a finding of a few pixels is not averaged away in an image of
-millions. Every operation before that pooling is local: a training step is one scan over the tiles.
+statistics are needed. The stem's filters start with mean zero, so that the slow grey levels of tissue do not drown
+fine detail. The pooling is a maximum, so that a finding of a few pixels is not averaged away in an image of millions.
+Every operation before that pooling is local: a training step is one scan over the tiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.C
 
 
 class FixupBlock(nn.Module):
-    """relu(x + conv(relu(conv(x)))); the second convolution is zero at the start."""
+    """relu(x + conv(relu(conv(x)))); the second convolution starts at zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LesionNet(nn.Module):
         num_classes: outputs.
         in_channels: image channels.
         width: channels after the stem; each later stage has twice as many.
-        stages: halvings of the resolution, the stem's included; the output stride is ``2 ** stages``.
+        stages: number of halvings of the resolution, including the stem's; the output stride is ``2 ** stages``.
     """
 
     def __init__(self, num_classes: int = 2, in_channels: int = 1, width: int = 8, stages: int = 3) -> None:

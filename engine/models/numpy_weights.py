@@ -1,4 +1,4 @@
-"""NumPy's arrays and numbers in checkpoints, made of their bytes: no code is run, NumPy's unpickling neither."""
+"""NumPy arrays and numbers in checkpoints, built from their bytes without executing code or NumPy's unpickling."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _PLAIN = re.compile(r"[biufcSU]\d+")  # numbers and strings; objects, records an
 _ORDERS = ("<", ">", "=", "|")
 
 
-class _Kind:
-    """Stands for numpy.dtype: the kind's name, then in its state the byte order."""
+class _Dtype:
+    """Stand-in for numpy.dtype: gets the dtype's name, and its state the byte order."""
 
     def __init__(self, name: object = None, *_: object) -> None:
         self.dtype = np.dtype(name) if isinstance(name, str) and _PLAIN.fullmatch(name) else None
@@ -26,7 +26,7 @@ class _Kind:
 
 
 class Array:
-    """Stands for numpy.ndarray: `value` is what its state says, or None if that is no array of numbers or strings."""
+    """Stand-in for numpy.ndarray: `value` is the array, or None if its dtype is not one of numbers or strings."""
 
     value: np.ndarray | None = None
 
@@ -34,30 +34,30 @@ class Array:
 
     def __setstate__(self, state: object) -> None:
         match state:
-            case (_, tuple(shape), _Kind(dtype=np.dtype() as dtype), fortran, bytes(data)):
+            case (_, tuple(shape), _Dtype(dtype=np.dtype() as dtype), fortran, bytes(data)):
                 self.value = np.ndarray(shape, dtype, data, order="F" if fortran else "C")
 
 
 def _scalar(kind: object = None, data: object = None, *_: object) -> Any:
-    """numpy's number or string as Python's; an array without a value for any other kind."""
+    """Return a NumPy number or string as Python's; an `Array` without a value for any other dtype."""
     match kind, data:
-        case _Kind(dtype=np.dtype() as dtype), bytes(data):
+        case _Dtype(dtype=np.dtype() as dtype), bytes(data):
             return np.ndarray((), dtype, data).item()
     return Array()
 
 
 # The module moved in NumPy 2.
 STAND_INS: dict[str, Callable] = {
-    "numpy.dtype": _Kind,
+    "numpy.dtype": _Dtype,
     "numpy.ndarray": Array,
     **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
 }
-"""What an unpickler takes for NumPy's names; `as_tensors` makes tensors of what it gives."""
+"""Stand-ins for NumPy's names in the unpickler; `as_tensors` turns their objects into tensors."""
 
 
 def as_tensors(loaded: Any) -> Any:
-    """What was loaded, with a tensor for each array that PyTorch has a dtype for; the others stay."""
+    """Replace each array that has a PyTorch dtype by a tensor, in place in containers; other values stay."""
     if isinstance(loaded, dict):
         for key, value in loaded.items():
             loaded[key] = as_tensors(value)

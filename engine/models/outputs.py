@@ -1,4 +1,4 @@
-"""What the numbers that a network gives mean: classes, labels, several heads; and their log-odds."""
+"""The meaning of a network's output columns: classes, labels, several heads; and their log-odds."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 @dataclass(frozen=True)
 class Head:
-    """Neighbouring columns of a network's output that belong together.
+    """Adjacent columns of a network's output that belong together.
 
     Attributes:
-        classes: "softmax": names of classes that exclude each other, one a column. "sigmoid" and "probability": names
-            of labels, any of which may hold, one a column; or of two classes for a single column, which is the
-            second's. "ordinal": names of classes in their order, one more than columns, of which column k is the
-            logit of being above class k for what is not below it. "number": names of numbers, one a column.
-            "features": none; what is given is no prediction.
-        activation: what makes probabilities of the columns; "probability": they are.
-        columns: how many there are.
-        name: tells the heads of one network apart.
-        center, spread: of each number, which is center + spread * column.
+        classes: "softmax": names of exclusive classes, one per column. "sigmoid" and "probability": names of labels,
+            any of which may apply, one per column; or two class names for a single column, which belongs to the
+            second. "ordinal": names of ordered classes, one more than columns; column k is the logit of being above
+            class k, given that it is not below. "number": names of numbers, one per column. "features": empty; the
+            output is not a prediction.
+        activation: function that turns the columns into probabilities; with "probability" they already are.
+        columns: number of columns.
+        name: distinguishes the heads of one network.
+        center, spread: per number; the number is center + spread * column.
     """
 
     classes: tuple[str, ...]
@@ -42,7 +42,7 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
-            raise GigamorphError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+            raise GigamorphError(f"activation {self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
         fits = len(self.classes) == self.columns + (self.activation == "ordinal")
         fits = fits or (self.binary and len(self.classes) == 2)
         place = f"head {self.name!r}: " if self.name else ""
@@ -52,23 +52,23 @@ class Head:
                 f"outputs of a {self.activation}"
             )
         if self.activation == "softmax" and self.columns < 2:
-            raise GigamorphError(f"{place}a softmax of a single output is always 1; take sigmoid")
+            raise GigamorphError(f"{place}a softmax of a single output is always 1; use sigmoid")
 
     @property
     def binary(self) -> bool:
-        """Whether a single column stands for the second of two classes."""
+        """Whether a single column belongs to the second of two classes."""
         return self.columns == 1 and self.activation in ("sigmoid", "probability")
 
     def log_odds(self, values: Tensor) -> Tensor:
-        """(N, columns) -> (N, classes): of each class against all others, of each label against its absence.
+        """(N, columns) -> (N, classes): log-odds of each class against all others, of each label against its absence.
 
-        Of numbers it is these.
+        Numbers are returned as they are, after center and spread.
         """
         if self.activation == "softmax":
             others = [torch.cat([values[:, :c], values[:, c + 1 :]], 1) for c in range(self.columns)]
             return torch.stack([values[:, c] - torch.logsumexp(others[c], 1) for c in range(self.columns)], 1)
         if self.activation == "ordinal":
-            return _of_steps(values)
+            return _ordinal_log_odds(values)
         if self.activation == "number":
             return values * values.new_tensor(self.spread) + values.new_tensor(self.center)
         found = torch.logit(values) if self.activation == "probability" else values
@@ -77,14 +77,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The heads of a network, whose columns stand side by side in its output (N, width).
+    """The heads of a network, in the order of their columns in its output (N, width).
 
     Attributes:
-        averaged: what is given are log-odds (N, names) already, as of an ensemble.
-        views: how several views of an exam are one; "attention" is by one column more, the last. None for networks
-            of single images.
-        members: of an ensemble of networks of exams: the outputs of each, whose columns stand side by side, for views
-            are combined network by network before their probabilities are averaged.
+        averaged: the output already holds log-odds (N, names), as from an ensemble.
+        views: how the views of an exam are pooled; "attention" uses one more column, the last. None for networks of
+            single images.
+        members: outputs of each network in an ensemble of exam networks, in the order of their columns. Views are
+            pooled per network, before the probabilities are averaged.
     """
 
     heads: tuple[Head, ...]
@@ -94,7 +94,7 @@ class Outputs:
 
     @classmethod
     def of(cls, activation: Activation, columns: int, classes: tuple[str, ...] = ()) -> Outputs:
-        """One head; without names classes are called 0, 1, ..., those of a single sigmoid 0 and 1."""
+        """Return outputs with one head; default class names are 0, 1, ..., and 0 and 1 for a single sigmoid."""
         if not classes and activation != "features":
             binary = columns == 1 and activation != "softmax"
             classes = tuple(str(i) for i in range(2 if binary else columns))
@@ -106,12 +106,12 @@ class Outputs:
 
     @property
     def width(self) -> int:
-        """Columns of the network's output."""
+        """Number of columns of the network's output."""
         return self.columns + (self.views == "attention")
 
     @property
     def names(self) -> list[str]:
-        """Of all classes and labels, in order; those of several heads begin with the head's."""
+        """Names of all classes and labels, in order; with several heads, each begins with its head's name."""
         if len(self.heads) == 1:
             return list(self.heads[0].classes)
         found: list[str] = []
@@ -128,21 +128,21 @@ class Outputs:
 
     @property
     def ordered(self) -> bool:
-        """Whether the names are classes in an order."""
+        """Whether the names are ordered classes."""
         return self.heads[0].activation == "ordinal"
 
     @property
     def numbers(self) -> bool:
-        """Whether what is predicted are numbers, no probabilities."""
+        """Whether the predictions are numbers, not probabilities."""
         return any(head.activation == "number" for head in self.heads)
 
     @property
     def predicts(self) -> bool:
-        """Whether all of it are predictions, none features."""
+        """Whether all columns are predictions, not features."""
         return all(head.activation != "features" for head in self.heads)
 
     def log_odds(self, values: Tensor) -> Tensor:
-        """(N, columns) or (N, width) of the network -> (N, names), differentiable."""
+        """(N, columns) or (N, width) network output -> (N, names), differentiable."""
         if self.averaged:
             return values
         if self.members:
@@ -153,7 +153,7 @@ class Outputs:
         return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
 
     def together(self, rows: Tensor) -> Tensor:
-        """What the network gives of an exam's views (views, width) as that of the exam, (1, columns); see `views`."""
+        """Pool the outputs for an exam's views (views, width) to one row (1, columns); see `views`."""
         assert self.views is not None
         if self.members:
             own = rows.tensor_split(len(self.members), 1)
@@ -161,7 +161,7 @@ class Outputs:
         return pool(rows, self.views, exclusive=self.heads[0].activation == "softmax")
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain containers; `from_json` reads them back."""
+        """Return plain containers; `from_json` reads them."""
         return [
             {
                 "name": h.name,
@@ -175,7 +175,7 @@ class Outputs:
 
     @classmethod
     def from_json(cls, heads: list[Mapping[str, Any]]) -> Outputs:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         return cls(
             tuple(
                 Head(
@@ -192,12 +192,12 @@ class Outputs:
 
 
 def mean_log_odds(log_odds: Tensor) -> Tensor:
-    """Log-odds (...) of the mean of the probabilities along the first axis, without rounding them to 0 or 1."""
+    """Return the log-odds (...) of the mean probability along the first axis, without rounding to 0 or 1."""
     return torch.logsumexp(F.logsigmoid(log_odds), 0) - torch.logsumexp(F.logsigmoid(-log_odds), 0)
 
 
-def _of_steps(steps: Tensor) -> Tensor:
-    """Log-odds (N, K) of ordered classes from logits (N, K - 1) of going on above each class but the last."""
+def _ordinal_log_odds(steps: Tensor) -> Tensor:
+    """Return log-odds (N, K) of ordered classes from logits (N, K - 1) of exceeding each class but the last."""
     on, end = F.logsigmoid(steps), F.logsigmoid(-steps)
     reached = torch.cat([torch.zeros_like(on[:, :1]), on.cumsum(1)], 1)  # log of the probability of class k or above
     own = torch.cat([reached[:, :-1] + end, reached[:, -1:]], 1)
@@ -209,11 +209,11 @@ _ATTRIBUTE = "gigamorph_outputs"
 
 
 def set_outputs(network: Any, outputs: Outputs) -> None:
-    """Have a network say what its outputs are, for `outputs_of`."""
+    """Attach the meaning of a network's outputs to it, for `outputs_of`."""
     setattr(network, _ATTRIBUTE, outputs)
 
 
 def outputs_of(network: Any) -> Outputs | None:
-    """What the outputs of a network or an accelerated one are; None where it does not say: logits of a softmax."""
+    """Return the outputs of a network or an accelerated one; None if not attached, which means logits of a softmax."""
     found = getattr(network, _ATTRIBUTE, None)
     return found if isinstance(found, Outputs) else None

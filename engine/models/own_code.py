@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own, in a module of the working directory or an installed one."""
+"""Functions and classes of the user, in a module of the working directory or an installed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .weights import first_line
 
 @contextlib.contextmanager
 def working_directory_on_path() -> Iterator[None]:
-    """A console script does not have the working directory on its path; a user's own module lies there."""
+    """Put the working directory on Python's path, where a console script would not look for the user's modules."""
     added = str(Path.cwd())
     sys.path.insert(0, added)
     try:
@@ -30,10 +30,10 @@ def working_directory_on_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_fetched() -> Iterator[None]:
-    """torch.hub and Hugging Face give what is in their caches: code that asks for pretrained weights fetches none."""
+    """Let torch.hub and Hugging Face read their caches only, so that code cannot download pretrained weights."""
     try:
         import huggingface_hub.constants as hub
-    except ImportError:  # it comes with timm, and without it nobody asks it for anything
+    except ImportError:  # it comes with timm; without it nothing can download
         hub = SimpleNamespace(HF_HUB_OFFLINE=True)
     fetch, offline = torch.hub.download_url_to_file, hub.HF_HUB_OFFLINE
     torch.hub.download_url_to_file, hub.HF_HUB_OFFLINE = _refuse_to_fetch, True
@@ -44,20 +44,20 @@ def nothing_fetched() -> Iterator[None]:
 
 
 def _refuse_to_fetch(url: str, *_: Any, **__: Any) -> None:
-    raise GigamorphError(f"it would fetch {url}, and nothing is downloaded here; build it without pretrained weights")
+    raise GigamorphError(f"it would download {url}, which is not allowed here; build it without pretrained weights")
 
 
 def imported(what: str, module_name: str, name: str) -> Any:
-    """``name`` of a module; for the user's own, within `working_directory_on_path`.
+    """Import ``name`` from a module; for the user's own modules, inside `working_directory_on_path`.
 
     Args:
-        what: for messages, as in "model 'nets:tiny'".
+        what: name for messages, as in "model 'nets:tiny'".
 
     Raises:
-        GigamorphError: if there is no such module, it raises, or has no such name.
+        GigamorphError: the module does not exist, raises, or has no such name.
     """
     try:
-        if module_name.startswith("."):  # to Python that is relative to a package
+        if module_name.startswith("."):  # Python reads it as relative to a package
             raise ModuleNotFoundError(name=module_name)
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
@@ -69,12 +69,12 @@ def imported(what: str, module_name: str, name: str) -> Any:
             elsewhere = f", in its folder {path.parent}" if path.is_absolute() else ""
             module = path.name if elsewhere else ".".join(path.parts)
             raise GigamorphError(
-                f"{what} cannot be imported: {module_name!r} is a file; name its module, {module}:{name}{elsewhere}"
+                f"{what} cannot be imported: {module_name!r} is a file; use its module, {module}:{name}{elsewhere}"
             ) from error
         raise GigamorphError(
-            f"{what} cannot be imported: there is no module {error.name!r} in {Path.cwd()} or on Python's "
-            "path; run this in the folder that holds it, or put that folder into PYTHONPATH"
+            f"{what} cannot be imported: no module {error.name!r} in {Path.cwd()} or on Python's path; run this in the "
+            "folder that contains it, or add that folder to PYTHONPATH"
         ) from error
     except Exception as error:
-        # The module is the user's: whatever it raises is the answer to "why can it not be imported".
+        # The module is the user's: its own error explains why it cannot be imported.
         raise GigamorphError(f"{what} cannot be imported: {first_line(error)}") from error

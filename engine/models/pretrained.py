@@ -1,4 +1,4 @@
-"""Weights that timm fetches by the name of a network, and the scale of the images that they were made for."""
+"""timm's pretrained weights by network name, and the normalisation of the images that they were trained on."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ TIMM = "timm:"
 
 
 def pretrained_state(name: str) -> dict[str, Tensor]:
-    """The pretrained weights of ``timm:NAME``, for three channels and the classes that they were trained on.
+    """Return the pretrained weights of ``timm:NAME``, for three channels and their original classes.
 
     Raises:
-        DataError: they cannot be had. GigamorphError: timm is not there.
+        DataError: they cannot be downloaded. GigamorphError: timm is not installed.
     """
     timm, spec = _timm(name), Spec.parse(name)
     if ":" in spec.name:
-        raise GigamorphError(f"{name}: is not a network of timm's, whose names have no colon; name a file or folder")
+        raise GigamorphError(f"{name}: is not a timm network, whose names have no colon; use a file or folder")
     try:
         return dict(timm.create_model(spec.name, pretrained=True).state_dict())
     except Exception as error:  # of the network, the hub and its cache
         raise DataError(
-            f"{name}: timm cannot give its pretrained weights ({first_line(error)}); without a network fetch the file "
-            "yourself and give it to --init or gigamorph import"
+            f"{name}: timm cannot provide its pretrained weights ({first_line(error)}); without internet access, "
+            "download the file elsewhere and pass it to --init or gigamorph import"
         ) from error
 
 
 def pretrained_scale(name: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel for which ``timm:NAME`` was trained.
+    """Return mean and standard deviation per channel of the images that ``timm:NAME`` was trained on.
 
     Raises:
-        GigamorphError: timm is not there, or has no such network.
+        GigamorphError: timm is not installed, or has no such network.
     """
     timm, spec = _timm(name), Spec.parse(name)
     try:
@@ -45,7 +45,7 @@ def pretrained_scale(name: str) -> tuple[list[float], list[float]]:
             raise ValueError("it has no pretrained weights of this name")
         return list(found.mean), list(found.std)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise GigamorphError(f"{name}: timm has no pretrained weights of it: {first_line(error)}") from error
+        raise GigamorphError(f"{name}: timm has no pretrained weights for it: {first_line(error)}") from error
 
 
 def _timm(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The logits of a fixed image that a folder keeps, by which it is seen whether its network is what was imported."""
+"""A fixed image and its logits, stored in a network's folder to check that the network is the imported one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .folder import REFERENCE, read_description
 from .weights import first_line
 
 LIMIT32 = 1e-5
-"""Largest difference in float32, of the largest logit or 1."""
+"""Largest allowed difference in float32, relative to the largest logit or 1."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A fixed image and a network's logits (1, outputs) of it, by ordinary PyTorch in float32 and float64."""
+    """A fixed image and a network's logits (1, outputs) for it, from ordinary PyTorch in float32 and float64."""
 
     image: Tensor
     logits32: Tensor
@@ -43,17 +43,17 @@ class Reference:
         try:
             found = load_file(folder / REFERENCE)
             return cls(found["image"], found["logits_float32"], found["logits_float64"])
-        except Exception as error:  # the library's own error class, and those of the system
+        except Exception as error:  # safetensors' own error class, and OSError
             raise DataError(
                 f"{folder / REFERENCE}: cannot be read ({first_line(error)}); import the network again"
             ) from error
 
 
 def forward(network: nn.Module, image: Tensor, name: str) -> Any:
-    """One forward of ordinary PyTorch, whatever it gives.
+    """Run one forward in ordinary PyTorch, and return whatever it outputs.
 
     Raises:
-        GigamorphError: the network does not take the image.
+        GigamorphError: the network does not accept the image.
     """
     try:
         with torch.no_grad():
@@ -63,41 +63,41 @@ def forward(network: nn.Module, image: Tensor, name: str) -> Any:
             raise
         size = " x ".join(map(str, image.shape[1:]))
         raise GigamorphError(
-            f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; give "
+            f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; use "
             "another --size, --channels or arguments of its constructor"
         ) from error
 
 
 def ordinary(network: nn.Module, image: Tensor, name: str) -> Tensor:
-    """The same of a network that gives a row of numbers: (1, outputs)."""
+    """Run one forward in ordinary PyTorch; the output must be a row of finite numbers, (1, outputs)."""
     found = forward(network, image, name)
     if not isinstance(found, Tensor) or found.ndim != 2:
         what = " x ".join(map(str, found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise GigamorphError(f"model {name!r} gives {what} for an image, not a tensor (images, outputs)")
+        raise GigamorphError(f"model {name!r} outputs {what} for an image, not a tensor (images, outputs)")
     if not bool(found.isfinite().all()):
         size = " x ".join(map(str, image.shape[1:]))
-        raise GigamorphError(f"model {name!r} gives logits that are not finite for a fixed image of {size}")
+        raise GigamorphError(f"model {name!r} outputs logits that are not finite for a fixed image of {size}")
     return found
 
 
 def require_stored_logits(network: nn.Module, folder: Path) -> None:
-    """Refuse the network of a folder that does not give the logits which it had when it was imported.
+    """Refuse the network of a folder if its logits are not those of its import.
 
-    Weights are the same by their hash; the code around them may have changed since, one's own or a package's.
+    The hash proves equal weights; the code, the user's or a package's, may have changed since.
 
     Raises:
-        DataError: it gives others.
+        DataError: the logits differ.
     """
     reference = Reference.read(folder)
     with torch.no_grad():
         far = difference(ordinary(network, reference.image, str(folder)), reference.logits32)
-        if not far <= LIMIT32:  # another machine may round otherwise, in float32 alone
+        if not far <= LIMIT32:  # another machine may round differently, but only in float32
             exact = ordinary(copy.deepcopy(network).double(), reference.image.double(), str(folder))
             far = difference(exact, reference.logits64)
     if not far <= LIMIT32:
         raise DataError(
-            f"{folder}: gives other logits than when it was imported (by {far:.0e}), so the code that "
-            f"builds it has changed{_other_versions(read_description(folder).versions)}; import it again"
+            f"{folder}: outputs other logits than at its import (difference {far:.0e}), so the code that builds it has "
+            f"changed{_other_versions(read_description(folder).versions)}; import it again"
         )
 
 
@@ -108,5 +108,5 @@ def _other_versions(then: Mapping[str, str]) -> str:
 
 
 def difference(given: Tensor, wanted: Tensor) -> float:
-    """The largest difference, in parts of the largest wanted value, or of 1."""
+    """Return the largest difference, relative to the largest wanted value or 1."""
     return float((given - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))

@@ -1,4 +1,4 @@
-"""One function that builds a network from a short text: our own name, ``timm:NAME``, ``module:factory``, a folder."""
+"""Builds a network from a short text: a built-in name, ``timm:NAME``, ``module:factory``, or a folder."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights: str | Path | None = None) -> nn.Module:
-    """Build a network that you name; a module of your own in the name is trusted from then on.
+    """Build a network by name; a module of your own in the name is trusted from then on.
 
     Args:
-        spec: a name in `MODELS`, ``timm:NAME``, or ``module:factory``: a function or class of a module that Python can
-            import, also from the working directory. It gives a `torch.nn.Module` that maps (N, channels, H, W) to
-            logits (N, classes). It is called with ``num_classes`` and ``in_channels``, each only if its signature names
-            it; ``**kwargs`` counts as naming ``num_classes``, which torchvision's functions hand on. Arguments of its
-            own follow after a question mark, as in ``timm:resnet18?global_pool=max&drop_rate=0.2``; they go before
-            what is said here. Or the folder of a network that was imported (`gigamorph import`), with its weights; how
-            many outputs and channels it has, it says itself.
+        spec: a name in `MODELS`, ``timm:NAME``, ``module:factory``, or the folder of an imported network
+            (`gigamorph import`), which sets its own weights, outputs and channels. A factory is a function or class of
+            a module that Python can import, also from the working directory. It returns a `torch.nn.Module` that maps
+            (N, channels, H, W) to logits (N, classes). It is called with ``num_classes`` and ``in_channels``, each
+            only if its signature names it; ``**kwargs`` counts as naming ``num_classes``, which torchvision's
+            functions pass on. Other arguments follow a question mark and override those given here, as in
+            ``timm:resnet18?global_pool=max&drop_rate=0.2``.
         num_classes: outputs of the classifier.
         in_channels: channels of the image.
         weights: a safetensors or torch file. See `load_weights`.
 
     Raises:
-        GigamorphError: if the network is unknown or cannot be built.
-        DataError: if the weights do not fit.
+        GigamorphError: the network is unknown or cannot be built.
+        DataError: the weights do not fit.
     """
     if not is_folder(spec):
         trust_named(spec)
@@ -73,28 +73,28 @@ def create_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights:
 
 
 def build_model(spec: str, num_classes: int = 2, in_channels: int = 1, weights: str | Path | None = None) -> nn.Module:
-    """The same for a name that may come from a file, whose module is imported only if the user trusts it.
+    """Build a network whose name may come from a file; its module is imported only if the user trusts it.
 
     Raises:
-        UntrustedError: it is neither in a registry nor trusted, see `trust`.
+        UntrustedError: the module is neither in a registry nor trusted, see `trust`.
     """
-    model = _of_folder(Path(spec)) if is_folder(spec) else _build(_parse(spec), num_classes, in_channels)
+    model = _build_from_folder(Path(spec)) if is_folder(spec) else _build(_parse(spec), num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
     return model
 
 
 def open_checked(folder: str | Path) -> nn.Module:
-    """The network of a folder, in float32 and evaluation mode, once it has given the logits of when it was imported.
+    """Build the network of a folder in float32 and evaluation mode, and check the logits of its import.
 
-    Nothing random that is drawn later depends on whether it was asked for.
+    The state of the random number generators stays unchanged.
 
     Raises:
-        DataError: it gives others, as its code has changed; or the folder is damaged.
+        DataError: the logits differ because the code has changed, or the folder is damaged.
         GigamorphError: it cannot be built, or is an ensemble.
     """
     with torch.random.fork_rng(devices=[]):
-        network = build_model(str(folder)).float().eval()  # its factory may make others
+        network = build_model(str(folder)).float().eval()  # the factory may choose another dtype or mode
         require_stored_logits(network, Path(folder))
     return network
 
@@ -106,50 +106,50 @@ def _parse(text: str) -> Spec:
 
 
 def _build(spec: Spec, num_classes: int, in_channels: int, folder: Path | None = None) -> nn.Module:
-    model = _made(spec, num_classes, in_channels, folder)
+    model = _make(spec, num_classes, in_channels, folder)
     if spec.results:
         model.register_forward_hook(Columns(spec.results))
     return model
 
 
-def _made(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
+def _make(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     if spec.kind in ("hf-hub", "hf_hub"):
         raise GigamorphError(
-            f"model {str(spec)!r} would be downloaded; fetch it yourself (hf download {spec.name} --local-dir FOLDER) "
-            "and give the folder to gigamorph import"
+            f"model {str(spec)!r} would be downloaded; run hf download {spec.name} --local-dir FOLDER yourself "
+            "and pass the folder to gigamorph import"
         )
     if spec.kind == "timm":
-        return _timm(spec, num_classes, in_channels)
+        return _build_from_timm(spec, num_classes, in_channels)
     if spec.kind:
-        return _factory(spec, num_classes, in_channels, folder)
+        return _build_from_factory(spec, num_classes, in_channels, folder)
     if spec.name not in MODELS:
         own = ", ".join(sorted(MODELS))
-        hint = "; a folder of gigamorph import has a model.json" if os.path.isdir(spec.name) else ""
+        hint = "; a folder made by gigamorph import has a model.json" if os.path.isdir(spec.name) else ""
         file = Path(spec.name.removesuffix(".py") + ".py")
         if os.path.isfile(file):
-            hint = f"; of {file} name the function or class too, as in {file.stem}:factory"
+            hint = f"; name the function or class in {file} too, as in {file.stem}:factory"
         if spec.name.endswith(".ckpt"):
-            hint = f"; gigamorph import {spec.name} --out FOLDER makes a folder of a checkpoint, which is a model"
+            hint = f"; gigamorph import {spec.name} --out FOLDER makes a model folder from a checkpoint"
         if spec.name.startswith("timm/"):
-            hint = f"; timm's is timm:{spec.name.removeprefix('timm/')}"
-        raise GigamorphError(f"model {spec.name!r} is unknown; take one of {own}, timm:NAME or module:factory{hint}")
+            hint = f"; for timm's write timm:{spec.name.removeprefix('timm/')}"
+        raise GigamorphError(f"unknown model {spec.name!r}; use one of {own}, timm:NAME or module:factory{hint}")
     make = MODELS[spec.name]
     for name, value in spec.arguments.items():
         wanted = inspect.signature(make).parameters.get(name)
         if wanted is not None and wanted.annotation == "int" and not isinstance(value, int):
-            raise GigamorphError(f"model {str(spec)!r}: {name} is {value!r}, no whole number")
+            raise GigamorphError(f"model {str(spec)!r}: {name} must be a whole number, not {value!r}")
     try:
         return make(**{"num_classes": num_classes, "in_channels": in_channels, **spec.arguments})
-    except Exception as error:  # of a width that is negative, or for which there is no memory
+    except Exception as error:  # such as a negative width, or one that does not fit memory
         raise GigamorphError(f"model {str(spec)!r} cannot be built: {first_line(error)}") from error
 
 
-def _of_folder(folder: Path) -> nn.Module:
+def _build_from_folder(folder: Path) -> nn.Module:
     description = read_description(folder)
     if description.members:
         raise GigamorphError(
-            f"{folder}: is an ensemble of {len(description.members)} networks, which predicts; name one of its "
-            f"members, as {folder / description.members[0]}"
+            f"{folder}: is an ensemble of {len(description.members)} networks, which can only predict; use one of its "
+            f"members, such as {folder / description.members[0]}"
         )
     spec = _parse(description.model)
     columns = description.outputs.columns if description.outputs.predicts else 0
@@ -162,7 +162,7 @@ def _of_folder(folder: Path) -> nn.Module:
     return model
 
 
-def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
+def _build_from_timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
     make_torchvision_importable()
     try:
         import timm
@@ -173,11 +173,11 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
         ) from error
     if ":" in spec.name or spec.arguments.get("pretrained"):
         raise GigamorphError(
-            f"model {str(spec)!r} would be downloaded; fetch its files yourself and give them to gigamorph import"
+            f"model {str(spec)!r} would be downloaded; download its files yourself and pass them to gigamorph import"
         )
-    if reads := [name for name in _READS if name in spec.arguments]:  # some versions of timm run what is in such a file
+    if reads := [name for name in _FILE_ARGUMENTS if name in spec.arguments]:  # some timm versions execute such files
         raise GigamorphError(
-            f"model {str(spec)!r}: {reads[0]} names a file, which a model's name cannot; give --weights"
+            f"model {str(spec)!r}: {reads[0]} names a file, which a model's name must not; use --weights"
         )
     given = {"num_classes": num_classes, "in_chans": in_channels, **spec.arguments}
     try:
@@ -189,20 +189,20 @@ def _timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
         raise GigamorphError(f"timm cannot build {name!r}: {first_line(error)}{hint}") from error
 
 
-_READS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+_FILE_ARGUMENTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _LAYOUTS = __name__.removesuffix("models.registry") + "published.layouts."
 
 
 @contextlib.contextmanager
 def factory_of(spec: Spec) -> Iterator[Any]:
-    """The function or class of a module that makes a network.
+    """Provide the function or class of a module that makes a network.
 
-    The working directory is on Python's path while the context is open, since the user's own factory may import more
-    when it is called. It is not for networks of a registry: anybody may have made the folder.
+    The working directory is on Python's path while the context is open, because the user's factory may import more
+    when it is called. It is not for networks of a registry: the folder may have any author.
 
     Raises:
-        UntrustedError: the module is neither of a registry nor trusted.
-        GigamorphError: there is none.
+        UntrustedError: the module is neither in a registry nor trusted.
+        GigamorphError: the factory does not exist.
     """
     make_torchvision_importable()
     what = f"model {str(spec)!r}"
@@ -218,7 +218,7 @@ def factory_of(spec: Spec) -> Iterator[Any]:
 
 
 def _registered(spec: Spec) -> bool:
-    """Whether it is a network of torchvision's registry, or one of ours that was published with weights."""
+    """Whether the spec names a network of torchvision's registry, or one of ours that was published with weights."""
     if spec.kind.startswith(_LAYOUTS):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(spec.kind)
@@ -231,7 +231,7 @@ def _registered(spec: Spec) -> bool:
     return False
 
 
-def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
+def _build_from_factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None) -> nn.Module:
     text = str(spec)
     with factory_of(spec) as factory:
         try:
@@ -242,8 +242,8 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
             _refuse_other_functions(spec, factory, taken, folder)
         wanted: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
         if _of_torchvision(factory) and "weights_backbone" in taken:
-            wanted["weights_backbone"] = None  # which it would fetch
-        # torchvision's functions hand further keywords on to networks that know the one and not the other.
+            wanted["weights_backbone"] = None  # otherwise it is downloaded
+        # torchvision's functions pass further keywords on to networks that accept num_classes but not in_channels.
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
             taken = {**taken, "num_classes": None}
         try:
@@ -251,20 +251,20 @@ def _factory(spec: Spec, num_classes: int, in_channels: int, folder: Path | None
         except Exception as error:
             contract = f"; {_CONTRACT}" if isinstance(error, TypeError) else ""
             if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
-                contract = "; it asks for pretrained weights, and an import fetches nothing: build it without them"
+                contract = "; it requests pretrained weights, and an import downloads nothing: build it without them"
             raise GigamorphError(f"model {text!r} cannot be built: {first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
-        raise GigamorphError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise GigamorphError(f"model {text!r} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _refuse_other_functions(spec: Spec, factory: Callable[..., Any], taken: Mapping[str, Any], folder: Path) -> None:
-    """A folder may come from anybody: of what is installed it must not call what does not make networks."""
+    """Refuse to call an installed function that does not make networks: a folder may have any author."""
     network = isinstance(factory, type) and issubclass(factory, nn.Module)
     if not (network or _of_torchvision(factory) or "num_classes" in taken):
         raise GigamorphError(
-            f"{folder}: names {spec.kind}:{spec.name} as what builds its network, which is no class of a "
-            "torch.nn.Module and no function that takes num_classes; it is not called"
+            f"{folder}: names {spec.kind}:{spec.name} as the factory of its network, which is neither a "
+            "torch.nn.Module class nor a function that takes num_classes; it is not called"
         )
 
 
@@ -273,35 +273,34 @@ def _of_torchvision(factory: Callable[..., Any]) -> bool:
 
 
 _CONTRACT = (
-    "it is called with num_classes and, where its signature names it, in_channels, and nothing else but what follows "
-    "after a question mark, as in module:factory?width=32"
+    "it is called with num_classes, in_channels if its signature names it, and the arguments after a question mark, "
+    "as in module:factory?width=32"
 )
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
-    """Load parameters from a safetensors file or a torch file (``weights_only``: no code is run).
+    """Load parameters from a safetensors or torch file (``weights_only``: no code is executed).
 
-    A gigamorph or Lightning checkpoint serves as well. Of a first convolution for colour the channels are summed where
-    the network takes one, so that it sees in a grey image what it saw in three equal channels. Tensors of the last
-    layer whose shape differs are skipped with a warning that names them (another number of classes); any other
-    difference is an error. A folder of `gigamorph import` serves too: a last layer that it does not have (features) is
-    new, and one with a single sigmoid becomes that of two classes with the same probabilities. ``timm:NAME`` are timm's
-    pretrained weights of this name.
+    A gigamorph or Lightning checkpoint, a folder of `gigamorph import`, or ``timm:NAME`` (timm's pretrained weights)
+    works as well. If the network takes one channel, a first convolution for colour is summed over its channels, so that
+    a grey image gives the same as three equal channels. Tensors of the last layer with another shape (another number
+    of classes) are skipped with a warning that names them; any other difference is an error. If a folder has no last
+    layer (features), that layer stays new; a single sigmoid becomes two classes with the same probabilities.
 
     Returns:
         The names of the skipped tensors.
 
     Raises:
-        DataError: if the file cannot be read, or does not fit the network; or the code of a folder's own network has
-            changed since its import, see `open_checked`.
+        DataError: the file cannot be read or does not fit the network, or a folder's code has changed since its
+            import, see `open_checked`.
     """
     own = model.state_dict()
     head = head_prefix(own)
     if str(path).startswith(TIMM):
         found = pretrained_state(str(path))
     else:
-        found = _start(Path(path), own, head) if is_folder(path) else _read(Path(path), own)
-    state = _grey(found, own, path)
+        found = _folder_weights(Path(path), own, head) if is_folder(path) else _file_weights(Path(path), own)
+    state = _sum_colour_channels(found, own, path)
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
@@ -310,7 +309,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         for key, value in state.items()
         if key in own and own[key].shape != value.shape and key not in skipped
     ]
-    # Older files lack BatchNorm's counter, which no result depends on.
+    # Older files lack BatchNorm's counter, which does not affect any result.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
     problems = wrong + [f"{key} is missing" for key in missing] + [f"{key} is not in the model" for key in extra]
@@ -323,8 +322,8 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     return skipped
 
 
-def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Weights for colour summed where the network takes one channel: it sees the same in grey images."""
+def _sum_colour_channels(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Sum weights for colour over their channels if the network takes one; grey images then give the same."""
     found = dict(state)
     for key, value in state.items():
         if (
@@ -338,14 +337,14 @@ def _grey(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) ->
     return found
 
 
-def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:
-    """The weights of a folder, with the last layer that a network of other outputs starts with."""
+def _folder_weights(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]:
+    """Read the weights of a folder, with a last layer that fits the outputs of the network to be trained."""
     description = read_description(folder)
     state = open_checked(folder).state_dict()
     new = [name for name in own if name.startswith(head) and name not in state]
     if new and not description.outputs.predicts:
         state |= {name: own[name] for name in new}
-        log.warning("%s: gives features; the classifier is new: %s", folder, ", ".join(new))
+        log.warning("%s: outputs features; the classifier is new: %s", folder, ", ".join(new))
     if description.outputs.heads[0].binary and description.outputs.columns == 1:
         for name in (n for n in own if n.startswith(head) and n in state):
             if len(own[name]) == 2 and state[name].shape == (1, *own[name].shape[1:]):
@@ -353,17 +352,17 @@ def _start(folder: Path, own: dict[str, Tensor], head: str) -> dict[str, Tensor]
     return state
 
 
-def _read(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in a file by the network's names: without what wrappers and a LightningModule put before them."""
+def _file_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read weights by the network's names, without the prefixes of wrappers and a LightningModule."""
     state = read_state(path)
     if state.others:
-        log.warning("%s: takes the weights of %s, not those of %s", path, state.place, ", ".join(state.others))
+        log.warning("%s: uses the weights under %s, not those under %s", path, state.place, ", ".join(state.others))
     found = unwrapped(state.tensors, own)
     prefix = common_prefix(own, found)
     return subtree(found, prefix, path) if prefix else found
 
 
 def head_prefix(state: dict[str, Tensor]) -> str:
-    """The last layer that has a weight, by the order of the state_dict: the classifier."""
+    """Return the prefix of the classifier: the last layer with a weight, in the order of the state_dict."""
     weights = [key for key, value in state.items() if key.endswith("weight") and value.ndim >= 2]
     return weights[-1].removesuffix("weight") if weights else "\0"

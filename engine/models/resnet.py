@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride, as in torchvision's v1.5) and 1x1 convolutions and a skip connection."""
+    """1x1, 3x3 (which has the stride, as in torchvision's v1.5) and 1x1 convolutions and a skip connection."""
 
     expansion = 4
 

@@ -1,4 +1,4 @@
-"""ResNet-50 as Keras has it: the stride in the first convolution of a block, not in its second."""
+"""ResNet-50 as in Keras: the stride is in the first convolution of a block, not in the second."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 from .resnet import Bottleneck, ResNet
 
 EPS, OLD_EPS = 1.001e-5, 1e-3
-"""Of BatchNorm in Keras' ResNet-50, with the layers' new names (conv2_block1_1_conv) and old ones (res2a_branch2a)."""
+"""BatchNorm epsilon of Keras' ResNet-50 with new layer names (conv2_block1_1_conv) and old ones (res2a_branch2a)."""
 
 
 class BottleneckV1(Bottleneck):
-    """The parameters of `Bottleneck`; the stride is in the first 1x1 convolution (He et al., 2015, and Caffe)."""
+    """`Bottleneck` with the stride in the first 1x1 convolution (He et al., 2015, and Caffe)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__(in_channels, channels, 1, downsample)
@@ -21,12 +21,12 @@ class BottleneckV1(Bottleneck):
 def resnet50_v1(
     num_classes: int = 1000, in_channels: int = 3, width: int = 64, eps: float = EPS, pool_padding: int = 1
 ) -> ResNet:
-    """ResNet-50 (v1), with Keras' settings of BatchNorm; parameter names are those of `resnet50`.
+    """Build ResNet-50 (v1) with Keras' BatchNorm settings; parameter names are those of `resnet50`.
 
     Args:
-        width: of the first convolution.
-        eps: of BatchNorm; see `EPS`.
-        pool_padding: of the first pooling; 0 is that of Keras 2.0, which has no layer pool1_pad.
+        width: channels of the first convolution.
+        eps: epsilon of BatchNorm; see `EPS`.
+        pool_padding: padding of the first pooling; 0 as in Keras 2.0, which has no layer pool1_pad.
     """
     net = ResNet(BottleneckV1, (3, 4, 6, 3), num_classes, in_channels, width)
     net.maxpool.padding = pool_padding

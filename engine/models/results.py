@@ -1,4 +1,4 @@
-"""What a forward gives besides a single tensor: the tensors in its containers by name, some of them side by side."""
+"""The tensors in the result of a forward by name, and a hook that concatenates some of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import GigamorphError
 
 
 def tensors_in(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of a forward's result by keys, attributes and numbers with dots between them, as in "heads.0".
+    """Return the tensors in a forward's result by keys, attributes and numbers joined with dots, as in "heads.0".
 
-    Containers are mappings (those of Hugging Face among them), data classes, named and other tuples, and lists; what
-    else they hold is passed over. A tensor alone is called "output".
+    Containers are mappings (also Hugging Face's), data classes, tuples (also named ones) and lists; other values
+    are ignored. A single tensor is called "output".
     """
     if isinstance(result, Tensor):
         return {name or "output": result}
@@ -36,16 +36,16 @@ def tensors_in(result: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def is_row(value: Tensor) -> bool:
-    """Whether it has numbers for each image and nothing else: floating, (N,) or (N, columns)."""
+    """Whether it has numbers per image and nothing else: floating point, (N,) or (N, columns)."""
     return value.ndim in (1, 2) and value.is_floating_point()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A forward hook that gives some tensors of a network's result side by side: (N, columns).
+    """A forward hook that concatenates some tensors of a network's result: (N, columns).
 
     Attributes:
-        names: as `tensors_in` has them. A tensor (N,) is one column.
+        names: as in `tensors_in`. A tensor (N,) is one column.
     """
 
     names: tuple[str, ...]
@@ -54,13 +54,13 @@ class Columns:
         found = tensors_in(result)
         for name in self.names:
             if name not in found or not is_row(found[name]):
-                raise GigamorphError(f"the network gives no row of numbers {name!r}; it gives {told(found)}")
+                raise GigamorphError(f"the network has no row of numbers {name!r}; it outputs {format_tensors(found)}")
         rows = [found[name] for name in self.names]
         return torch.cat([row if row.ndim == 2 else row[:, None] for row in rows], 1)
 
 
-def told(found: Mapping[str, Tensor]) -> str:
-    """Tensors by name, for messages."""
+def format_tensors(found: Mapping[str, Tensor]) -> str:
+    """Format the names and shapes of tensors for a message."""
     shown = [f"{name} ({' x '.join(map(str, value.shape))})" for name, value in found.items()]
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     return f"{', '.join(shown[:10]) or 'no tensor'}{more}"

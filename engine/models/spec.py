@@ -1,4 +1,4 @@
-"""What a network's name says: who makes it, and the arguments that it is made with."""
+"""A network's name in parsed form: its source and the arguments with which it is built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 @dataclass(frozen=True)
 class Spec:
-    """``timm:NAME?in_chans=1&global_pool=max``, ``module:factory?width=32#cancer,density`` or a name of our own.
+    """``timm:NAME?in_chans=1&global_pool=max``, ``module:factory?width=32#cancer,density`` or a built-in name.
 
     Attributes:
-        kind: "timm", a module, or "" for a name of our own.
-        name: of the network or factory.
-        arguments: by keyword: numbers, true, false, none, tuples and text.
-        results: which tensors of what its forward gives are taken, side by side (`Columns`); () for the one it gives.
+        kind: "timm", a module, or "" for a built-in name.
+        name: name of the network or factory.
+        arguments: keyword arguments: numbers, true, false, none, tuples and text.
+        results: names of the output tensors to concatenate (`Columns`); () if the network outputs a single tensor.
     """
 
     kind: str
@@ -31,10 +31,10 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """The spec of a text.
+        """Parse a text.
 
         Raises:
-            GigamorphError: an argument without a name or value, or given twice; a result without a name; a text that
+            GigamorphError: an argument has no name or value, or is given twice; a result has no name; or the text
                 cannot be printed in one line.
         """
         if not text.isprintable():
@@ -43,8 +43,7 @@ class Spec:
         results = tuple(unquote(one) for one in named.split(",")) if mark else ()
         if "" in results or len(set(results)) < len(results):
             raise GigamorphError(
-                f"model {text!r}: after # come the names of what is taken of its outputs, once each, as in "
-                "module:factory#cancer,density"
+                f"model {text!r}: names of outputs must follow #, each once, as in module:factory#cancer,density"
             )
         path, _, query = rest.partition("?")
         kind, colon, name = path.partition(":")
@@ -53,8 +52,8 @@ class Spec:
             key, equals, value = part.partition("=")
             if not equals or not key.isidentifier() or key in arguments:
                 raise GigamorphError(
-                    f"model {text!r}: {part!r} is no argument, or is given twice; write NAME=VALUE with & between "
-                    "them, as in timm:resnet18?in_chans=1&global_pool=max"
+                    f"model {text!r}: {part!r} is not a valid argument, or is given twice; write NAME=VALUE with & "
+                    "between arguments, as in timm:resnet18?in_chans=1&global_pool=max"
                 )
             arguments[key] = _value(unquote(value))
         return cls(kind, name, arguments, results) if colon else cls("", path, arguments, results)

@@ -1,4 +1,4 @@
-"""The U-Net (Ronneberger et al., 2015): a map of logits of the image's own size, for masks."""
+"""The U-Net (Ronneberger et al., 2015): outputs logits at the image's resolution, for masks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 class UNet(nn.Module):
     """(N, in_channels, H, W) -> (N, num_classes, H, W), for images of any size.
 
-    Two convolutions with BatchNorm at each resolution, maxima of 2 x 2 pixels on the way down, transposed convolutions
-    on the way up. Images are padded with zeros to a multiple of ``2 ** depth`` at their lower and right border, and the
-    map is cut to their size again.
+    Each resolution has two convolutions with BatchNorm; 2 x 2 max pooling leads down, transposed convolutions up.
+    Images are padded with zeros at the lower and right border to a multiple of ``2 ** depth``; the output is cropped.
 
     Args:
         num_classes: channels of the map.
         in_channels: image channels.
-        width: channels at full resolution; each halving doubles them.
-        depth: halvings of the resolution.
+        width: channels at full resolution; doubled at each halving.
+        depth: number of halvings of the resolution.
     """
 
     def __init__(self, num_classes: int = 2, in_channels: int = 1, width: int = 16, depth: int = 4) -> None:

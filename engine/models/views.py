@@ -1,15 +1,15 @@
-"""Several views of one exam as one sample: what a network gives of each becomes what it says of the exam.
+"""Pools a network's outputs for several views of one exam into one output for the exam.
 
-With rows x_v (columns of the network for view v) the exam's is
+With rows x_v (the network's columns for view v), the exam's row is
 
     mean        sum_v x_v / V
-    max         of labels, numbers and steps of an order max_v x_v; of two classes the row of the view with the highest
-                log-odds of the second; of more classes max_v log softmax(x_v)
+    max         for labels, numbers and ordinal columns max_v x_v; for two classes the row of the view with the
+                highest log-odds of the second; for more classes max_v log softmax(x_v)
     attention   sum_v a_v x_v with a = softmax over the views of one further column
 
-None of them depends on the order of the views, nor on what a softmax does not see. Attention is that of Ilse, Tomczak
-and Welling (2018), of what each view says in the place of its features, so that what each adds can be told (as in
-Javed et al., 2022).
+No pooling depends on the order of the views, nor on offsets that a softmax ignores. Attention follows Ilse, Tomczak
+and Welling (2018), applied to each view's outputs instead of its features, so that each view's contribution is known
+(as in Javed et al., 2022).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ VIEWS: tuple[str, ...] = get_args(Views)
 
 
 def pool(rows: Tensor, views: Views, *, exclusive: bool) -> Tensor:
-    """What the views say together, (1, columns), differentiable.
+    """Pool the rows of the views to one row (1, columns), differentiable.
 
     Args:
-        rows: (views, columns), of "attention" (views, columns + 1).
-        exclusive: the columns are logits of one softmax.
+        rows: (views, columns); with "attention" (views, columns + 1).
+        exclusive: whether the columns are logits of one softmax.
     """
     if views == "attention":
         return (torch.softmax(rows[:, -1:], 0) * rows[:, :-1]).sum(0, keepdim=True)

@@ -1,4 +1,4 @@
-"""State dicts of others: without the names of wrappers, renamed, and fitted to a network."""
+"""Third-party state dicts: removal of wrapper prefixes, renaming, and loading into a network."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.nn.parameter import is_lazy
 from ..errors import DataError, GigamorphError
 
 _COMPILED, _WRAPPED = "_orig_mod", "module."  # by torch.compile; by DDP and AveragedModel
-_COUNTER = "n_averaged"  # of AveragedModel, beside the names that it wraps
+_COUNTER = "n_averaged"  # of AveragedModel, next to the wrapped names
 _LISTED = 10
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str, Tensor]:
-    """Weights by their names without what torch.compile, DDP and AveragedModel put before them.
+    """Remove the prefixes of torch.compile, DDP and AveragedModel from the names of weights.
 
-    A wrapper is what all names have, and not part of the network's own names: a child of it may be called module.
+    A wrapper's prefix is on all names and not part of the network's own names: a child may be called module.
 
     Args:
-        own: the names of the network; if no wrapper more or less gives one of them, or they are not known, none is
-            left.
+        own: names of the network; the form with most of these names is returned. If they are empty or no form has one,
+            all wrappers are removed.
     """
     found = list(forms(state))
     fitting = [sum(name in own for name in form) for form in found]
@@ -34,11 +34,11 @@ def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str
 
 
 def forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The weights as they are, then without one wrapper after the other."""
+    """Yield the weights as they are, then with one wrapper after the other removed."""
     form = dict(state)
     yield form
     plain = {".".join(part for part in name.split(".") if part != _COMPILED): value for name, value in form.items()}
-    if plain.keys() != form.keys():  # it stands where a module was compiled, of a part of them only inside
+    if plain.keys() != form.keys():  # inside names, if only a part was compiled
         yield plain
     form = plain
     while (names := [name for name in form if name != _COUNTER]) and all(n.startswith(_WRAPPED) for n in names):
@@ -47,22 +47,22 @@ def forms(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def subtree(state: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it.
+    """Return the tensors whose names begin with a prefix, without it.
 
     Raises:
-        DataError: if there are none; the message names the prefixes that there are.
+        DataError: no name begins with it; the message names the existing prefixes.
     """
     if prefix and not prefix.endswith("."):
         prefix += "."
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not found:
         first = dict.fromkeys(name.split(".")[0] + "." for name in state if "." in name)
-        raise DataError(f"{path}: no weight begins with {prefix!r}; they begin with {some(first)}")
+        raise DataError(f"{path}: no weight begins with {prefix!r}; existing prefixes: {some(first)}")
     return found
 
 
 def common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What stands before all names of a file, where the names after it are the network's; "" otherwise."""
+    """Return the prefix of all names of a file whose rest is in the network; "" if there is none."""
     first = next(iter(tensors), "")
     parts = first.split(".")
     for count in range(1, len(parts)):
@@ -73,7 +73,7 @@ def common_prefix(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> s
 
 
 def renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Names with their beginning exchanged by the first rule (theirs, ours) that fits; others stay as they are."""
+    """Replace the beginning of each name by the first rule (theirs, ours) that fits; other names stay."""
 
     def name_of(name: str) -> str:
         for theirs, ours in rules:
@@ -85,33 +85,33 @@ def renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> di
 
 
 def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load all weights of a network, and refuse what does not fit it name by name.
+    """Load all weights of a network, and refuse any name, shape or value that does not fit.
 
-    BatchNorm's counters may be missing: older files lack them and no result depends on them. So may all names but one
-    of a tensor that the network has under several. Weights of another floating dtype are converted to the network's.
+    BatchNorm's counters may be missing: older files lack them, and they do not affect results. If the network has a
+    tensor under several names, one of them is enough. Other floating dtypes are converted to the network's.
 
     Raises:
-        DataError: missing or other names (at most ten of each, and the nearest ones), other shapes, values that are
-            not finite, or differ where the network has one tensor under several names.
+        DataError: names are missing or unknown (the message lists at most ten of each, with the nearest ones), shapes
+            differ, values are not finite, or differ where the network has one tensor under several names.
     """
     own = own_tensors(network)
     tied = _tied(own)
-    told = [[name for name in names if name in state] for names in tied]
-    apart = [n for n in told if any(not _same(state[n[0]], state[name]) for name in n[1:])]
-    state = {**state, **_untold(tied, state)}
+    present = [[name for name in names if name in state] for names in tied]
+    apart = [n for n in present if any(not _equal(state[n[0]], state[name]) for name in n[1:])]
+    state = {**state, **_from_tied_names(tied, state)}
     problems = differences(own, state)
     if apart:
         each = " and ".join(apart[0])
-        problems.append(f"{each} are one tensor of the model, and differ in the file")
+        problems.append(f"{each} are one tensor of the model, but differ in the file")
     fitting = _prefixes(own, state) if problems else []
     if fitting:
         rest = [name for name in state if not name.startswith(f"{fitting[0]}.")]
         raise DataError(
-            f"{path}: all names of the model are there after {' and after '.join(map(repr, fitting))}, beside others "
-            f"({some(rest)}); take them with --prefix {fitting[0]}"
+            f"{path}: contains all names of the model after {' and after '.join(map(repr, fitting))}, and others "
+            f"({some(rest)}); select them with --prefix {fitting[0]}"
         )
     dense = {name: value for name, value in state.items() if _dense(value)}
-    bad = {name: _not_finite(value) for name, value in dense.items() if value.is_floating_point()}
+    bad = {name: _count_not_finite(value) for name, value in dense.items() if value.is_floating_point()}
     bad = {name: count for name, count in bad.items() if count}
     if bad:
         count = sum(bad.values())
@@ -123,57 +123,57 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
 
 
 def _tied(own: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names under which a network has the same tensor, where there are several."""
+    """Return the names of each tensor that the network has under several names."""
     found: dict[tuple, list[str]] = {}
     for name, value in own.items():
-        place = value.untyped_storage().data_ptr() if _dense(value) else 0  # 0: in no memory, as on the device meta
+        place = value.untyped_storage().data_ptr() if _dense(value) else 0  # 0: no storage, as on the meta device
         if place:
             found.setdefault((place, value.storage_offset(), value.shape, value.stride()), []).append(name)
     return [names for names in found.values() if len(names) > 1]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor, other: Tensor) -> bool:
     alike = one.shape == other.shape and _dense(one) and _dense(other)
     return alike and torch.equal(one, other.to(one.dtype))
 
 
-def _untold(tied: Sequence[Sequence[str]], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file leaves out, as safetensors does, since it has the same tensor under another name of the network."""
+def _from_tied_names(tied: Sequence[Sequence[str]], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that a file omits because it has them under another name of the network (safetensors does)."""
     found = {}
     for names in tied:
-        told = [name for name in names if name in state]
-        found |= {name: state[told[0]] for name in names if told and name not in state}
+        present = [name for name in names if name in state]
+        found |= {name: state[present[0]] for name in names if present and name not in state}
     return found
 
 
-def _not_finite(value: Tensor) -> int:
-    small = value.element_size() == 1  # floats of 8 bits, which have no such function
+def _count_not_finite(value: Tensor) -> int:
+    small = value.element_size() == 1  # 8-bit floats have no isfinite
     return int((~(value.float() if small else value).isfinite()).sum())
 
 
 def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network.
+    """Return the state dict of a network.
 
     Raises:
-        GigamorphError: a module of it keeps what is no tensor there, or has no shape yet.
+        GigamorphError: a module stores something other than a tensor there, or a tensor has no shape yet.
     """
     found = {name: value for name, value in network.state_dict().items() if value is not None}
     for name, value in found.items():
         if is_lazy(value):
             raise GigamorphError(
-                f"{type(network).__name__}: {name} has no shape before its first forward (a lazy module); give a "
+                f"{type(network).__name__}: {name} has no shape before its first forward (a lazy module); use a "
                 "factory that calls the network once before it returns it"
             )
         if not isinstance(value, Tensor):
             raise GigamorphError(
-                f"{type(network).__name__}: keeps a {type(value).__name__} as {name} in its state_dict, which a file "
-                "of tensors cannot hold; give a network whose get_extra_state gives a tensor or nothing"
+                f"{type(network).__name__}: stores a {type(value).__name__} as {name} in its state_dict, which a file "
+                "of tensors cannot contain; use a network whose get_extra_state returns a tensor or nothing"
             )
     return found
 
 
 def _prefixes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What stands before all names of a network in a file that has other names too."""
+    """Return the prefixes under which a file has all names of a network, among other names."""
     names = [name for name in own if not name.endswith("num_batches_tracked")]
     last = f".{names[0]}" if names else "\0"
     found = [name.removesuffix(last) for name in state if name.endswith(last)]
@@ -181,7 +181,7 @@ def _prefixes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[st
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps weights from fitting a network's, a phrase each: at most ten names, with the nearest of the others."""
+    """Return why weights do not fit a network's, one phrase each: at most ten names, with the nearest of the others."""
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     extra = [name for name in state if name not in own]
     shapes = [
@@ -190,24 +190,24 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
         if name in own and own[name].shape != value.shape
     ]
     kinds = [
-        f"{name} is {_kind(value)}, the model has {_kind(own[name])}"
+        f"{name} is {_dtype_name(value)}, the model has {_dtype_name(own[name])}"
         for name, value in state.items()
-        if name in own and _loses(value, own[name])
+        if name in own and _loses_information(value, own[name])
     ]
     found = []
     if missing:
-        found.append(f"{_count(missing)} of the model missing in the file: {some(_beside(missing, extra))}")
+        found.append(f"{_count(missing)} of the model missing in the file: {some(_with_nearest(missing, extra))}")
     if extra:
-        found.append(f"{_count(extra)} of the file not in the model: {some(_beside(extra, missing))}")
+        found.append(f"{_count(extra)} of the file not in the model: {some(_with_nearest(extra, missing))}")
     if shapes:
         found.append(f"{len(shapes)} of other shape: {some(shapes)}")
     if kinds:
-        found.append(f"{len(kinds)} of another kind, which would lose what they say: {some(kinds)}")
+        found.append(f"{len(kinds)} of another kind, whose conversion would lose information: {some(kinds)}")
     return found
 
 
-def _loses(value: Tensor, own: Tensor) -> bool:
-    """Whether a tensor says what one of the network's kind cannot hold, or may."""
+def _loses_information(value: Tensor, own: Tensor) -> bool:
+    """Whether a conversion to the dtype and layout of the network's tensor loses, or may lose, information."""
     if own.is_floating_point():
         return not (value.is_floating_point() and _dense(value))
     whole = value.isfinite() & (value == value.trunc()) if value.is_floating_point() else None
@@ -218,7 +218,7 @@ def _dense(value: Tensor) -> bool:
     return value.layout is torch.strided
 
 
-def _kind(value: Tensor) -> str:
+def _dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.") + ("" if _dense(value) else f" ({value.layout})")
 
 
@@ -226,8 +226,8 @@ def _count(names: Sequence[str]) -> str:
     return f"{len(names)} name is" if len(names) == 1 else f"{len(names)} names are"
 
 
-def _beside(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Each of the first names with the nearest of the others: the same one in another place, else one spelt alike."""
+def _with_nearest(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Append to each name the nearest of the others: the same one with another prefix, else one of similar spelling."""
     listed = []
     for name in names[:_LISTED]:
         near = [other for other in others if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
@@ -243,14 +243,14 @@ def some(names: Iterable[str]) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    if isinstance(error, pickle.UnpicklingError):  # whose own text advises to run the code in the file
-        return "no file of torch, or one that holds more than tensors"
+    """Format an error in one line."""
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to execute the file
+        return "not a torch file, or one that contains more than tensors"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,1 +1,1 @@
-"""Networks that others have published: imported, checked, predicted with, and exported again."""
+"""Networks that others have published: import, check, prediction and export."""

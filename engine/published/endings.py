@@ -1,4 +1,4 @@
-"""What a network does last to its outputs: probabilities already, as autograd's record of a forward tells."""
+"""Detects, from the autograd graph, whether a network's last operation is a softmax or a sigmoid."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_KNOWN = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
-# What changes no number: only its place, its shape, or its type.
-_MOVES = (
+_PROBABILITIES = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
+# Operations that move, reshape or copy values without changing them.
+_MOVEMENTS = (
     "View",
     "UnsafeView",
     "Reshape",
@@ -25,14 +25,14 @@ _MOVES = (
 
 
 def endings(network: nn.Module, image: Tensor, rows: int) -> list[str]:
-    """What makes each of a network's outputs: "softmax" or "sigmoid" of its own, "" for others or where unknown.
+    """Return the last operation of each of a network's outputs: "softmax", "sigmoid", or "" for others.
 
     Args:
-        rows: that `models.results.Columns` has put side by side; 0 where the network gives one row itself.
+        rows: number of outputs that `models.results.Columns` has concatenated; 0 if the network has a single output.
     """
     try:
-        end = network(image.clone().requires_grad_() + 0).grad_fn  # not a leaf, which nothing may change in place
-    except Exception:  # it may refuse gradients; what it is without them was looked at before
+        end = network(image.clone().requires_grad_() + 0).grad_fn  # not a leaf: in-place operations are allowed
+    except Exception:  # it may refuse gradients; the forward without them was checked before
         end = None
     if not rows:
         return [_ending(end)]
@@ -40,9 +40,9 @@ def endings(network: nn.Module, image: Tensor, rows: int) -> list[str]:
 
 
 def _ending(node: Any) -> str:
-    while node is not None and node.name().startswith(_MOVES) and node.next_functions:
+    while node is not None and node.name().startswith(_MOVEMENTS) and node.next_functions:
         node = node.next_functions[0][0]
     if node is not None and node.name() == "CatBackward0":
         parts: Sequence[str] = [_ending(part) for part, _ in node.next_functions]
         return " and ".join(dict.fromkeys(parts)) if all(parts) else ""
-    return "" if node is None else _KNOWN.get(node.name(), "")
+    return "" if node is None else _PROBABILITIES.get(node.name(), "")

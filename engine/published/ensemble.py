@@ -1,4 +1,4 @@
-"""Networks of folders as they predict and explain: one, and several with mirrored images as one."""
+"""Networks of folders for prediction and explanation: single ones, and ensembles with mirrored images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .images import PreparedSource
 
 
 class Published:
-    """An accelerated network; an image that the network itself refuses is an error of one line that names it."""
+    """An accelerated network that reports an image which the network refuses as an error of one line with its name."""
 
     def __init__(self, net: Accelerated, name: str) -> None:
         self.__dict__.update(net=net, network_name=name)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "net":  # while it is being copied or unpickled
+        if name == "net":  # during a copy or unpickling
             raise AttributeError(name)
         return getattr(self.net, name)
 
@@ -37,18 +37,18 @@ class Published:
         setattr(self.net, name, value)
 
     def __call__(self, image: Any) -> Any:
-        return self._told(image, lambda: self.net(image))
+        return self._with_image_name(image, lambda: self.net(image))
 
     def evidence_map(self, image: Any, score: Any) -> Any:
-        """As `Accelerated.evidence_map`."""
-        return self._told(image, lambda: self.net.evidence_map(image, score))
+        """See `Accelerated.evidence_map`."""
+        return self._with_image_name(image, lambda: self.net.evidence_map(image, score))
 
-    def _told(self, image: Any, compute: Callable[[], Any]) -> Any:
+    def _with_image_name(self, image: Any, compute: Callable[[], Any]) -> Any:
         one = image[0] if isinstance(image, list) else image
         name = str(getattr(one, "name", "image"))
         try:
             return compute()
-        except DataError as error:  # it may have been found where the image has no name, as in an encoder of tiles
+        except DataError as error:  # raised where the image's name is unknown, such as in an encoder of tiles
             raise error if name in str(error) else DataError(f"{name}: {error}") from error
         except Exception as raised:
             if not from_network(raised):
@@ -59,15 +59,15 @@ class Published:
                     record(self.net._network, self.network_name, (1, *shape), "cpu")
             except GigamorphError as error:
                 raise DataError(f"{name}: {error}") from error
-            raise  # no fault of the image
+            raise  # the image is not the cause
 
 
 @dataclass(frozen=True)
 class Member:
-    """A network of an ensemble: what it takes, and what it gives.
+    """A network of an ensemble with its input and outputs.
 
     Attributes:
-        preprocessing: None takes images as they are.
+        preprocessing: None if it takes images as they are.
     """
 
     net: Any
@@ -79,14 +79,14 @@ class Member:
 
 
 class Ensemble(SelfExplaining):
-    """Several networks, and mirror images, as one network: log-odds of the mean of their probabilities.
+    """Several networks, and mirrored images, as one network: log-odds of the mean of their probabilities.
 
-    A call takes an image, of grey values where members prepare it, or a list of one, and gives log-odds (1, names). Of
-    networks of exams it gives what each says of the image, side by side, for `Outputs.together` of an exam's views.
+    A call takes an image, with grey values if members prepare it, or a list of one, and returns log-odds (1, names).
+    Networks of exams return the concatenated outputs of all members, for `Outputs.together` over an exam's views.
 
     Args:
-        outputs: what the members' log-odds are of.
-        flips: (left-right, up-down) of the images that each member sees; the image as it is among them.
+        outputs: meaning of the members' log-odds.
+        flips: (left-right, up-down) flips of the images that each member gets, including (False, False).
     """
 
     def __init__(self, members: Sequence[Member], outputs: Outputs, flips: Sequence[tuple[bool, bool]]) -> None:
@@ -99,7 +99,7 @@ class Ensemble(SelfExplaining):
 
     @property
     def on_tile(self) -> Any:
-        """Called at each tile of each member."""
+        """Callback after each tile of each member."""
         return self._on_tile
 
     @on_tile.setter
@@ -121,17 +121,17 @@ class Ensemble(SelfExplaining):
         return self._mean(torch.stack([member.outputs.log_odds(rows) for member, rows in found]))
 
     def _mean(self, each: Tensor) -> Tensor:
-        """Of numbers their mean, of others the log-odds of the mean of their probabilities."""
+        """Return the mean of numbers, or the log-odds of the mean of probabilities."""
         return each.mean(0) if self._numbers else mean_log_odds(each)
 
     def explain_class(self, source: PixelSource, which: int | None) -> Explained:
-        """The sum of the members' maps, each times the slope of the mean's log-odds by its own; see `_merged`."""
-        return self._explained(source, which, lambda net, seen, number: explain_class(net, seen, number)[0])
+        """Sum the members' maps, each weighted by the slope of the mean's log-odds in its own; see `_merge`."""
+        return self._explain_with(source, which, lambda net, seen, number: explain_class(net, seen, number)[0])
 
     def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
-        """The gradient of the mean's log-odds by the image's grey values, of which members have their own sizes.
+        """Return the gradient of the mean's log-odds in the image's grey values; members may resize it differently.
 
-        Of images that members take as they are it is that by these.
+        If members take images as they are, it is the gradient in the image's values.
         """
 
         def by_grey(net: Any, seen: PixelSource, number: int) -> Explanation:
@@ -142,10 +142,10 @@ class Ensemble(SelfExplaining):
             scaled = found / torch.tensor(std, dtype=found.dtype)[:, None, None]
             return Explanation(seen, scaled, Affine())
 
-        found, log_odds, number = self._explained(source, which, by_grey)
+        found, log_odds, number = self._explain_with(source, which, by_grey)
         return replace(found, values=found.values.abs().amax(0), log_odds=None), log_odds, number
 
-    def _explained(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Explained:
+    def _explain_with(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Explained:
         views = list(self._views(source))
         with torch.no_grad():
             rows = [member.net(seen).double() for member, seen in views]
@@ -156,12 +156,12 @@ class Ensemble(SelfExplaining):
         log_slopes = _log_slope(each[:, 0, number]) - _log_slope(mean[0, number])
         slopes = (torch.zeros_like(log_slopes) if self._numbers else log_slopes).exp() / len(views)
         maps = [explain(member.net, seen, number) for member, seen in views]
-        # The first len(self.members) are of images that are not mirrored.
+        # The first len(self.members) maps are of images that are not mirrored.
         log_odds = float(mean[0, number])
-        return _merged(maps, slopes.tolist(), len(self.members), log_odds), given[0], number
+        return _merge(maps, slopes.tolist(), len(self.members), log_odds), given[0], number
 
     def _views(self, source: PixelSource) -> Iterator[tuple[Member, PixelSource]]:
-        """Each member with each image that it sees; images as they are come first."""
+        """Yield each member with each of its images; images that are not mirrored come first."""
         for left_right, up_down in sorted(self.flips):
             mirrored = MirroredSource(source, left_right=left_right, up_down=up_down)
             for member in self.members:
@@ -169,16 +169,16 @@ class Ensemble(SelfExplaining):
 
 
 def _log_slope(log_odds: Tensor) -> Tensor:
-    """log p (1 - p): how fast a probability rises with its log-odds."""
+    """log p (1 - p): the slope of a probability in its log-odds."""
     return F.logsigmoid(log_odds) + F.logsigmoid(-log_odds)
 
 
-def _merged(maps: Sequence[Explanation], slopes: Sequence[float], plain: int, log_odds: float) -> Explanation:
-    """The weighted sum of maps (..., h, w), on the finest cells of one whose image is not mirrored.
+def _merge(maps: Sequence[Explanation], slopes: Sequence[float], plain: int, log_odds: float) -> Explanation:
+    """Return the weighted sum of maps (..., h, w), on the finest grid of a map whose image is not mirrored.
 
-    With z = log-odds of the mean of n probabilities p_i of log-odds z_i, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)): so
-    much of what a place adds to z_i it adds to z. Cells of other sizes are carried over bilinearly; what adds up over
-    them is spread over as many as they cover.
+    With z the log-odds of the mean of n probabilities p_i with log-odds z_i, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)):
+    this is the share of a location's contribution to z_i in z. Maps on other grids are resampled bilinearly; additive
+    maps are also scaled by the ratio of the cells' areas.
     """
 
     def in_file(one: Explanation) -> Map:
@@ -193,11 +193,11 @@ def _merged(maps: Sequence[Explanation], slopes: Sequence[float], plain: int, lo
     to_base, adds_up = in_file(base).inverse(), all(one.adds_up for one in maps)
     total = torch.zeros(base.values.shape, dtype=torch.float64)
     for one, slope in zip(maps, slopes, strict=True):
-        place = to_base @ in_file(one)
+        to_grid = to_base @ in_file(one)
         _, rows, columns = one.source.shape
         reach = tuple(one.in_source.inverse().boxes([0, 0, columns, rows]).tolist())
         layers = one.values.detach().double().cpu().reshape(-1, *one.values.shape[-2:])
-        moved = [torch.from_numpy(place.resample(layer, 0, height, 0, width, reach)) for layer in layers]
+        moved = [torch.from_numpy(to_grid.resample(layer, 0, height, 0, width, reach)) for layer in layers]
         share = area(base) / area(one) if adds_up else 1.0
         total += slope * share * torch.stack(moved).double().reshape(total.shape)
     return replace(base, values=total.float(), log_odds=log_odds, adds_up=adds_up)

@@ -1,4 +1,4 @@
-"""Networks for other programs: a Hugging Face folder that timm loads, or ONNX; checked before they take their place."""
+"""Export of networks: a Hugging Face folder for timm, or ONNX; checked before it replaces the target."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..versions import versions_of_results
 from .importing import new_folder
 from .reference import fixed_image
 
-_SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # ours, which timm calls the same
+_SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # built-in networks with the same name in timm
 
 
 @dataclass(frozen=True)
 class Source:
-    """A network with its weights, in evaluation mode, and what a folder says of it."""
+    """A network with its weights, in evaluation mode, and its description."""
 
     path: Path
     network: nn.Module
@@ -41,17 +41,17 @@ class Source:
 
     @property
     def image(self) -> Tensor:
-        """A fixed image to check by, of the size that the import was checked by."""
+        """Return the fixed image for the check, of the size that the import used."""
         shape = self.description.reference.get("image")
         return fixed_image(self.description.preprocessing, (shape[2], shape[3]) if shape else (320, 256))
 
 
 def open_source(path: str | Path) -> Source:
-    """The network in a folder of `gigamorph import` or a checkpoint of `gigamorph train`.
+    """Open the network in a folder of `gigamorph import` or a checkpoint of `gigamorph train`.
 
     Raises:
-        DataError: it is neither, or gives other logits than when it was imported.
-        GigamorphError: it is an ensemble, or a recipe's.
+        DataError: it is neither, or its logits differ from those of its import.
+        GigamorphError: it is an ensemble, or belongs to a recipe.
     """
     path = Path(path)
     if is_folder(path) or path.is_dir():
@@ -61,7 +61,7 @@ def open_source(path: str | Path) -> Source:
     record = stored["gigamorph"]
     if "options" not in record:
         raise GigamorphError(
-            f"{path}: is a recipe's; only networks of gigamorph train and gigamorph import are written"
+            f"{path}: is a recipe's checkpoint; only networks of gigamorph train and gigamorph import can be exported"
         )
     given = preprocessing_of(record, path)
     net = restore_network(stored, path, memory_budget=None, device="cpu")
@@ -79,21 +79,21 @@ def open_source(path: str | Path) -> Source:
 
 
 def export_hub(source: Source, out: str | Path) -> float:
-    """Write a folder with ``model.safetensors`` and a ``config.json`` that timm loads, and load it again to compare.
+    """Write a folder with ``model.safetensors`` and a ``config.json`` for timm, and load it again to compare.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds it.
 
     Returns:
-        The largest difference of its logits of a fixed image, in parts of the largest.
+        The largest difference of its logits for a fixed image, relative to the largest logit.
 
     Raises:
-        GigamorphError: the network is none of timm's, or is not the same when timm has loaded it; nothing was written.
+        GigamorphError: the network is not timm's, or its logits differ when timm loads it; nothing was written.
     """
     spec = Spec.parse(source.description.model)
     timm_like = spec.kind == "timm" or (not spec.kind and spec.name in _SHARED_NAMES and "width" not in spec.arguments)
     if not timm_like or source.grown:
         what = "has grown, so that it is" if source.grown else f"({source.description.model!r}) is"
-        raise GigamorphError(f"{source.path}: its network {what} none of timm's; write it with --to onnx")
+        raise GigamorphError(f"{source.path}: its network {what} not one of timm's; export it with --to onnx")
     make_torchvision_importable()
     import timm
 
@@ -106,17 +106,17 @@ def export_hub(source: Source, out: str | Path) -> float:
         config = json.dumps(_hub_config(source, spec, timm), indent=1) + "\n"
         write_atomically(folder / "config.json", lambda path: path.write_text(config), "configuration")
         try:
-            again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        except Exception as error:  # timm's own: whatever it raises is the answer
-            raise GigamorphError(f"{source.path}: timm cannot load what was written: {first_line(error)}") from error
-        return _same(ordinary(again, image, str(spec)), ordinary(source.network, image, str(spec)), "timm")
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except Exception as error:  # timm's own errors
+            raise GigamorphError(f"{source.path}: timm cannot load the exported folder: {first_line(error)}") from error
+        return _compare(ordinary(loaded, image, str(spec)), ordinary(source.network, image, str(spec)), "timm")
 
 
 def _hub_config(source: Source, spec: Spec, timm: Any) -> dict[str, Any]:
     own, taken = source.description, source.description.preprocessing
     arguments = {name: value for name, value in spec.arguments.items() if name not in ("num_classes", "in_channels")}
     arguments["in_chans"] = taken.channels
-    about = getattr(source.network, "pretrained_cfg", None)  # of timm's networks
+    about = getattr(source.network, "pretrained_cfg", None)  # set by timm
     plain = about or timm.create_model(spec.name, num_classes=0).pretrained_cfg
     mean, std = taken.normalize.per_channel(taken.channels)
     size = taken.size or plain["input_size"][1:]
@@ -146,29 +146,29 @@ def _hub_config(source: Source, spec: Spec, timm: Any) -> dict[str, Any]:
 def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = None) -> float:
     """Write an ONNX file with the input ``image`` (N, C, H, W) and the output ``logits``, and run it to compare.
 
-    Images are those that the network takes, normalised; how is written in the file's metadata (``gigamorph``).
+    Images must have the network's preprocessing, which the file's metadata (``gigamorph``) describes.
 
     Args:
-        size: (height, width) that images have; None leaves them free, which a network whose padding depends on the
-            size in ways that cannot be written so does not allow. If the network takes few sizes, None is the one that
-            its images are brought to.
+        size: (height, width) of the images; None leaves them free, unless the network's padding depends on the size in
+            ways that ONNX cannot express. If the network accepts few sizes, None means the one to which its
+            images are resized.
 
     Returns:
-        As `export_hub`.
+        See `export_hub`.
 
     Raises:
-        GigamorphError: a package is missing, the network cannot be written so, takes few sizes and none is known, or
-            ONNX Runtime gives other logits; nothing was written.
+        GigamorphError: a package is missing, the network cannot be exported, accepts few sizes and none is known, or
+            ONNX Runtime outputs other logits; nothing was written.
     """
     try:
         import onnx
         import onnxruntime  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise GigamorphError(f"writing ONNX needs {error.name}; pip install 'gigamorph[onnx]'") from error
+        raise GigamorphError(f"ONNX export needs {error.name}; pip install 'gigamorph[onnx]'") from error
     out = Path(out)
     if out.exists():
-        raise GigamorphError(f"{out}: already exists; name another --out")
+        raise GigamorphError(f"{out}: already exists; choose another --out")
     name, network = source.description.model, copy.deepcopy(source.network).eval()
     size = size or _needed_size(source, network)
     images = [source.image] if size is None else [fixed_image(source.description.preprocessing, size)]
@@ -182,23 +182,23 @@ def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = 
         onnx.checker.check_model(str(path))
         far = 0.0
         for image, given in zip(images, _by_onnx_runtime(path, images, name, size is None), strict=True):
-            far = max(far, _same(given, ordinary(network, image, name), "ONNX Runtime"))
+            far = max(far, _compare(given, ordinary(network, image, name), "ONNX Runtime"))
         out.parent.mkdir(parents=True, exist_ok=True)
         path.rename(out)
     return far
 
 
 def _other_image(source: Source) -> Tensor:
-    """Another size and number of images than a network is written with."""
+    """Return images of another size and number than those of the export."""
     height, width = source.image.shape[2:]
     return fixed_image(source.description.preprocessing, (height + 64, width + 32)).repeat(2, 1, 1, 1)
 
 
 def _needed_size(source: Source, network: nn.Module) -> tuple[int, int] | None:
-    """The size that its images are brought to, of a network that does not take others; None if it does.
+    """Return the size to which the images are resized if the network accepts no other; None if it does.
 
     Raises:
-        GigamorphError: they are brought to none.
+        GigamorphError: it accepts no other size, and its images are not resized.
     """
     other = _other_image(source)
     try:
@@ -209,8 +209,8 @@ def _needed_size(source: Source, network: nn.Module) -> tuple[int, int] | None:
         if size is None:
             hint = f", as in --size {known[2]}x{known[3]}" if known else ""
             raise GigamorphError(
-                f"{source.path}: its network does not take images of any size ({other.shape[2]} x {other.shape[3]} is "
-                f"none); give --size HxW{hint}"
+                f"{source.path}: its network does not accept images of any size (such as {other.shape[2]} x "
+                f"{other.shape[3]}); use --size HxW{hint}"
             ) from error
         return size
 
@@ -223,24 +223,24 @@ def _by_onnx_runtime(path: Path, images: list[Tensor], name: str, free: bool) ->
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return [torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]) for image in images]
-    except Exception as error:  # it has its own
+    except Exception as error:  # ONNX Runtime's own errors
         raise GigamorphError(
-            f"model {name!r}: ONNX Runtime cannot run what was written: {first_line(error)}{_hint(free)}"
+            f"model {name!r}: ONNX Runtime cannot run the exported file: {first_line(error)}{_hint(free)}"
         ) from error
 
 
 def _hint(free: bool) -> str:
-    return "; with --size HxW it is written for images of one size" if free else ""
+    return "; try --size HxW, which exports it for images of one size" if free else ""
 
 
 def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> Any:
     batch = {0: torch.export.Dim("images")}
     shapes = {**batch, 2: torch.export.Dim("height", min=32), 3: torch.export.Dim("width", min=32)}
-    # Two images: a batch of one would be written as always one.
+    # Two images: with one, the exporter would fix the batch size to 1.
     example = image.repeat(2, 1, 1, 1) if free else image
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about PyTorch
+            warnings.simplefilter("ignore", FutureWarning)  # raised inside PyTorch
             return torch.onnx.export(
                 network,
                 (example,),
@@ -250,14 +250,14 @@ def _onnx_program(network: nn.Module, image: Tensor, name: str, free: bool) -> A
                 dynamic_shapes=(shapes,) if free else None,
                 verbose=False,
             )
-    except Exception as error:  # torch.onnx has many, with pages of text around the first of them
+    except Exception as error:  # torch.onnx raises many, nested with long texts
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise GigamorphError(f"model {name!r} cannot be written as ONNX: {first_line(cause)}{_hint(free)}") from error
+        raise GigamorphError(f"model {name!r} cannot be exported to ONNX: {first_line(cause)}{_hint(free)}") from error
 
 
-def _same(given: Tensor, wanted: Tensor, by: str) -> float:
+def _compare(given: Tensor, wanted: Tensor, by: str) -> float:
     far = difference(given, wanted) if given.shape == wanted.shape else float("inf")
     if not far <= LIMIT32:
         raise GigamorphError(f"logits by {by} differ by {far:.1e} from ordinary PyTorch's; nothing was written")

@@ -1,4 +1,4 @@
-"""The networks of a cross-validation (`gigamorph train --folds`) as one: the mean of their predictions."""
+"""The networks of a cross-validation (`gigamorph train --folds`) as one network: the mean of their predictions."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from ..train.inputs import images
 from ..train.network import restore_network, target_of
 from ..train.stored import preprocessing_of
 from .ensemble import Ensemble, Member, Published
-from .open import count_of, learnt
+from .open import add_splits, image_count
 
 
 def look_at_folds(folder: str | Path) -> str:
-    """What there is to say of the networks in a folder of folds.
+    """Describe the networks in a folder of folds in one line.
 
     Raises:
-        DataError: as `open_folds`.
+        DataError: see `open_folds`.
     """
     records: list[Mapping[str, Any]] = []
     for path in fold_checkpoints(folder):
         records.append(load_checkpoint(path)["gigamorph"])
         _require_alike(path, records)
     scales = [record["preprocessing"]["normalize"] for record in records]
-    own = ", each with mean and std of its own" if scales != scales[:1] * len(scales) else ""
+    own = ", each with its own mean and std" if scales != scales[:1] * len(scales) else ""
     return f"{folder}: the mean of {len(records)} networks{own}"
 
 
 def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()) -> Classifier:
-    """The networks of all folds in a budget and on a device, ready to predict as one.
+    """Open the networks of all folds, with a budget and on a device, to predict as one network.
 
-    Each takes images with its own mean and standard deviation, which of ``--mean auto`` are those of its training.
+    Each normalises images with its own mean and standard deviation; with ``--mean auto``, they come from its training.
 
     Args:
-        flips: of `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
+        flips: names in `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
-        DataError: a fold is not finished; their classes or their images differ; they are of masks.
+        DataError: a fold is not finished, the folds differ in classes or images, or they predict masks.
     """
     members: list[Member] = []
     records: list[Mapping[str, Any]] = []
@@ -60,8 +60,8 @@ def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, fl
     return Classifier(
         Ensemble(members, members[0].outputs, mirrorings(flips)),  # type: ignore[arg-type]
         members[0].outputs.names,
-        lambda found: images(learnt(found, records), first["channels"], grey),
-        count_of(records),
+        lambda found: images(add_splits(found, records), first["channels"], grey),
+        image_count(records),
     )
 
 
@@ -71,29 +71,29 @@ def _outputs(record: Mapping[str, Any]) -> Outputs:
 
 
 def _preprocessing(record: Mapping[str, Any]) -> Preprocessing:
-    """What a network does to grey values itself; all else is done once for all."""
+    """Return the preprocessing that each network applies itself; everything else is done once for all."""
     scale = record["preprocessing"]["normalize"]
     return Preprocessing(record["channels"], tuple(scale["mean"]), tuple(scale["std"]))
 
 
-def _learnt(record: Mapping[str, Any]) -> str:
+def _target_name(record: Mapping[str, Any]) -> str:
     target = target_of(record)
     of_exams = f" of exams ({target.views} of their views)" if target.views else ""
     return f"{target.kind} {', '.join(record['classes'])}{of_exams}"
 
 
 def _require_alike(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """That the last of the records, which is a checkpoint's, can be averaged with the first."""
+    """Refuse the last record, which is that of the checkpoint `path`, if it cannot be averaged with the first."""
     first, own = records[0], records[-1]
-    one = "; name the checkpoint of one fold"
+    one = "; use the checkpoint of one fold"
     if "options" not in own:
-        raise DataError(f"{path}: is no checkpoint of gigamorph train --folds{one}")
+        raise DataError(f"{path}: is not a checkpoint of gigamorph train --folds{one}")
     preprocessing_of(own, path)
     if target_of(own).kind == "masks":
-        raise DataError(f"{path}: is a network of masks, which are not averaged over folds{one}")
-    if _learnt(own) != _learnt(first):
-        raise DataError(f"{path}: learnt {_learnt(own)}, fold 1 {_learnt(first)}; they are not averaged{one}")
+        raise DataError(f"{path}: predicts masks, which cannot be averaged over folds{one}")
+    if _target_name(own) != _target_name(first):
+        raise DataError(f"{path}: predicts {_target_name(own)}, not {_target_name(first)} like fold 1{one}")
     taken, wanted = ({**record["preprocessing"], "channels": record["channels"]} for record in (own, first))
     differs = [name for name in wanted if name != "normalize" and taken.get(name) != wanted[name]]
     if differs:
-        raise DataError(f"{path}: takes images with another {differs[0]} than fold 1; they are not averaged{one}")
+        raise DataError(f"{path}: takes images with another {differs[0]} than fold 1; they cannot be averaged{one}")

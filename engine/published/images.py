@@ -1,4 +1,4 @@
-"""Images as a published network takes them: brought to its size, by its own statistics, then normalised."""
+"""Images prepared for a published network: resized, scaled by their own statistics, then normalised."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..images.derived import DerivedSource
 from ..images.pixels import Normalize, PixelSource, check_region
 from ..models.folder import Preprocessing
 
-_ROWS = 256  # of an image that are read at a time for its statistics
-_LEAST = 1e-5  # of an image's spread, so that an even one is no division by zero
+_ROWS = 256  # read at a time for an image's statistics
+_MIN_SPREAD = 1e-5  # minimal spread of an image, to avoid a division by zero
 
 
 class PreparedSource(DerivedSource):
-    """An image of grey values on top of which a network's preprocessing stands.
+    """An image of grey values with a network's preprocessing.
 
-    One that is brought to another size is held whole, in that size; of others what is asked for is read.
+    An image that is resized is stored whole, in the new size; otherwise only the requested region is read.
     """
 
     def __init__(self, source: PixelSource, preprocessing: Preprocessing) -> None:
@@ -39,9 +39,9 @@ class PreparedSource(DerivedSource):
 
     @property
     def normalize(self) -> Normalize:
-        """Of this image; by its own statistics where the network wants that."""
+        """The normalisation of this image, by its own statistics if the network needs that."""
         if self._normalize is None:
-            self._normalize = self._own()
+            self._normalize = self._image_normalize()
         return self._normalize
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -59,16 +59,16 @@ class PreparedSource(DerivedSource):
         return self._whole[:, top:bottom, left:right].clone()
 
     def _resized(self) -> Tensor:
-        """Bilinear between the middles of pixels, without a filter, as OpenCV's and PyTorch's default."""
+        """Resize bilinearly between pixel centres without antialiasing, as OpenCV and PyTorch do by default."""
         _, height, width = self.source.shape
         part, at = self.source.read(0, height, 0, width)[None], self._canvas
-        if at.beside != (0, 0):  # in the new rows, where it takes less memory; the two axes are resized one by one
-            part = F.pad(_bilinear(part, at.height, width), at.beside)
+        if at.side_columns != (0, 0):  # after the rows, to save memory: the axes are resized one after the other
+            part = F.pad(_bilinear(part, at.height, width), at.side_columns)
         out = torch.zeros(self.shape)
         out[:, at.top : at.top + at.height, at.left : at.left + at.width] = _bilinear(part, at.height, at.width)[0]
         return out
 
-    def _own(self) -> Normalize:
+    def _image_normalize(self) -> Normalize:
         wanted = self.preprocessing
         if wanted.per_image is None:
             return wanted.normalize
@@ -81,18 +81,18 @@ class PreparedSource(DerivedSource):
         count = self.shape[0] * height * width
         if wanted.per_image == "standard":
             mean = total / count
-            return Normalize((mean,), (max(np.sqrt(max(squares / count - mean**2, 0.0)), _LEAST),))
-        spread = max(high - low, _LEAST)
+            return Normalize((mean,), (max(np.sqrt(max(squares / count - mean**2, 0.0)), _MIN_SPREAD),))
+        spread = max(high - low, _MIN_SPREAD)
         return Normalize(tuple(low + m * spread for m in wanted.mean), tuple(s * spread for s in wanted.std))
 
 
 def _steps(wanted: Preprocessing) -> tuple[str, ...]:
-    """What is applied, in order."""
+    """Return the steps of the preprocessing in order."""
     found = []
     if wanted.size is not None:
-        found.append(f"brought to {wanted.size[0]} x {wanted.size[1]} ({wanted.fit})")
+        found.append(f"resized to {wanted.size[0]} x {wanted.size[1]} ({wanted.fit})")
     if wanted.per_image is not None:
-        found.append(f"{wanted.per_image} of the image itself")
+        found.append(f"{wanted.per_image} of the image")
     return (*found, *(wanted.normalize.steps if wanted.per_image != "standard" else ()))
 
 
@@ -102,15 +102,15 @@ def _bilinear(images: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Where an image lies in its new size.
+    """The location of an image in its new size.
 
     Attributes:
-        beside: columns of black, left and right, that widen the image before it is resized.
-        top, left, height, width: of what it is resized to.
-        down, across: its own pixels per pixel of that.
+        side_columns: black columns left and right that widen the image before it is resized.
+        top, left, height, width: the region to which it is resized.
+        down, across: original pixels per pixel of that region.
     """
 
-    beside: tuple[int, int]
+    side_columns: tuple[int, int]
     top: int
     left: int
     height: int
@@ -120,8 +120,8 @@ class _Canvas:
 
     @property
     def back(self) -> Affine:
-        """From the new size to the image."""
-        x0 = -self.left * self.across - self.beside[0]
+        """Return the map from the new size to the image."""
+        x0 = -self.left * self.across - self.side_columns[0]
         return Affine(xx=self.across, x0=x0, yy=self.down, y0=-self.top * self.down)
 
 
@@ -135,7 +135,7 @@ def _canvas(height: int, width: int, wanted: Preprocessing) -> _Canvas:
         missing = max(0, round(height / (new_height / new_width)) - width)
     top, left = (new_height - inner_height) // 2, (new_width - inner_width) // 2
     return _Canvas(
-        beside=(missing // 2, missing - missing // 2),
+        side_columns=(missing // 2, missing - missing // 2),
         top=top,
         left=left,
         height=inner_height,
@@ -146,11 +146,11 @@ def _canvas(height: int, width: int, wanted: Preprocessing) -> _Canvas:
 
 
 class PublishedImages:
-    """Records as images of grey values, opened one by one; an item is as `ImageDataset` has it.
+    """A sequence of records as images of grey values, opened one by one; items are those of `ImageDataset`.
 
     Args:
-        preprocessing: what the network takes; None leaves grey values to each member of an ensemble.
-        like: channels and grey scale of those.
+        preprocessing: that of the network; None leaves it to each member of an ensemble.
+        like: provides the channels and grey scale.
     """
 
     def __init__(self, records: Sequence[Record], preprocessing: Preprocessing | None, like: Preprocessing) -> None:

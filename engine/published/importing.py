@@ -1,6 +1,6 @@
-"""What `gigamorph import` does: a network and its weights become a folder, once its logits by tiles are those of stock.
+"""`gigamorph import`: converts a network and its weights into a folder, after a check of its logits by tiles.
 
-The folder is written beside its place and put there when everything in it is checked: it is whole or absent.
+The folder is written next to its target and moved there after all checks: it is complete or absent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..models.weights import sha256, subtree, unwrapped
 from ..versions import versions_of_results
 from . import pickled
 from .layouts import parts_of
-from .layouts.layout import trained
+from .layouts.layout import part_of_training
 from .one import Say, Wishes, channels_in, import_state
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 
@@ -36,15 +36,15 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
     """Write the folder of a network.
 
     Args:
-        source: a spec (`create_model`) whose weights ``wishes`` names; a Hugging Face folder of a timm model; or a
-            checkpoint of a known layout, of which an ensemble becomes a folder of folders.
-        say: called with what is worth knowing, a line each.
+        source: a spec (`create_model`) with its weights in ``wishes``; a Hugging Face folder of a timm model; or a
+            checkpoint of a known layout, where an ensemble becomes a folder of folders.
+        say: called with each line of the report.
 
     Returns:
-        The folders that hold a network.
+        The folders that contain a network.
 
     Raises:
-        GigamorphError: what is wrong in one line; nothing was written.
+        GigamorphError: the import fails; nothing was written.
     """
     path = Path(source)
     if path.exists():
@@ -52,7 +52,7 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
         if hub is not None:
             chosen = replace(wishes, classes=wishes.classes or hub.classes, licence=wishes.licence or hub.licence)
             with new_folder(out) as folder:
-                state = _read(hub.weights, chosen, say)
+                state = _read_weights(hub.weights, chosen, say)
                 import_state(hub.spec, state, hub.preprocessing, (), folder, chosen, say, hub.outputs)
             return [Path(out)]
         return _import_layout(weights_in(path), out, wishes, say)
@@ -60,46 +60,46 @@ def import_network(source: str, out: str | Path, wishes: Wishes, say: Say = prin
         raise GigamorphError(f"{source}: no such file or folder")
     spec = Spec.parse(source)
     if wishes.layout is not None:
-        raise GigamorphError(f"--layout is of a checkpoint file; {source!r} is no file that is here")
+        raise GigamorphError(f"--layout applies to a checkpoint file; {source!r} is not an existing file")
     if wishes.weights is None:
         raise GigamorphError(
-            f"{source!r}: name its weights, --weights FILE, or --weights cache for those that timm has fetched before"
+            f"{source!r}: needs its weights: --weights FILE, or --weights cache for those that timm downloaded before"
         )
     weights = cached(spec) if wishes.weights == "cache" and spec.kind == "timm" else weights_in(Path(wishes.weights))
     with new_folder(out) as folder:
         if wishes.trust and pickled.holds_module(weights):
             _import_pickled(spec, weights, folder, wishes, say)
         else:
-            state = _read(weights, wishes, say)
-            wanted, chosen = _wanted(spec, state.tensors, wishes)
+            state = _read_weights(weights, wishes, say)
+            wanted, chosen = _source_preprocessing(spec, state.tensors, wishes)
             import_state(spec, state, wanted, (), folder, chosen, say)
     return [Path(out)]
 
 
 def import_ensemble(folders: Sequence[str | Path], out: str | Path, flips: Sequence[tuple[bool, bool]]) -> Path:
-    """Copy networks into one folder whose prediction is the mean of their probabilities, of mirrored images too.
+    """Copy networks into one folder that predicts the mean of their probabilities, also over mirrored images.
 
     Args:
-        flips: (left-right, up-down) besides the image as it is.
+        flips: (left-right, up-down) flips in addition to the unflipped image.
 
     Raises:
-        GigamorphError: their outputs have other names, or one is no folder of a network.
+        GigamorphError: the names of their outputs differ, or a folder is not that of a network.
     """
     found = [read_description(folder) for folder in folders]
     for folder, one in zip(folders, found, strict=True):
         if one.members or one.flips != ((False, False),):
-            raise GigamorphError(f"{folder}: is an ensemble already; name the networks in it")
+            raise GigamorphError(f"{folder}: is already an ensemble; use the networks in it")
         if not one.outputs.predicts:
-            raise GigamorphError(f"{folder}: its network gives features, no predictions, which cannot be averaged")
+            raise GigamorphError(f"{folder}: its network outputs features, which cannot be averaged like predictions")
         if one.outputs.names != found[0].outputs.names:
             raise GigamorphError(
-                f"{folder}: predicts {', '.join(one.outputs.names)}, not {', '.join(found[0].outputs.names)} as "
+                f"{folder}: predicts {', '.join(one.outputs.names)}, not {', '.join(found[0].outputs.names)} like "
                 f"{folders[0]}"
             )
         if one.outputs.exclusive != found[0].outputs.exclusive:
-            one_holds, any_may = "classes of which one holds", "labels any of which may hold"
+            one_holds, any_may = "exclusive classes", "labels any of which may apply"
             own, other = (one_holds, any_may) if one.outputs.exclusive else (any_may, one_holds)
-            raise GigamorphError(f"{folder}: predicts {own}, not {other} as {folders[0]}")
+            raise GigamorphError(f"{folder}: predicts {own}, not {other} like {folders[0]}")
         mine, first = one.preprocessing, found[0].preprocessing
         if (mine.channels, mine.voi) != (first.channels, first.voi):
             raise GigamorphError(f"{folder}: takes other channels or another grey scale than {folders[0]}")
@@ -132,9 +132,9 @@ def _write_ensemble(
 
 
 def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> list[Path]:
-    state = _read(path, wishes, say)
+    state = _read_weights(path, wishes, say)
     state = replace(state, tensors=unwrapped(state.tensors))
-    own_part = trained(state) if wishes.layout is None else None
+    own_part = part_of_training(state) if wishes.layout is None else None
     name, parts = ("gigamorph train", [own_part]) if own_part else parts_of(state, wishes.layout)
     say(f"{path.name}: layout {name}, {len(parts)} network{'s' if len(parts) > 1 else ''}")
     with new_folder(out) as folder:
@@ -158,38 +158,38 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
     return [Path(out) / part.name if len(parts) > 1 else Path(out) for part in parts]
 
 
-def _wanted(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> tuple[Preprocessing, Wishes]:
-    """What a network takes as its source says; and the wishes, with licence and fixed size where those say none.
+def _source_preprocessing(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> tuple[Preprocessing, Wishes]:
+    """Return the preprocessing that the source implies, and the wishes with its licence and fixed size as defaults.
 
-    The licence is known of the weights that timm has fetched; a file may hold anybody's.
+    The licence is known only for weights that timm downloaded; a file may come from anybody.
     """
     channels = _channels_of(spec, tensors, wishes)
     if spec.kind != "timm":
         return Preprocessing(channels), wishes
     wanted, licence, fixed = timm_preprocessing(spec, channels)
-    if fixed is not None:  # or that of the network as its arguments have it, to which images are brought
+    if fixed is not None:  # --resize replaces timm's size
         fixed = (wishes.preprocessing or {}).get("size") or fixed
     known = licence if wishes.weights == "cache" else ""
     return wanted, replace(wishes, licence=wishes.licence or known, size=wishes.size or fixed)
 
 
 def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> int:
-    """What is said, else what the network's first convolution takes in the file, else 1."""
+    """Return the channels that options set, else those of the first convolution in the file, else 1."""
     said = (wishes.preprocessing or {}).get("channels")
     for name in ("in_chans", "in_channels"):
         said = spec.arguments.get(name, said)
         if said is not None and not isinstance(said, int):
-            raise GigamorphError(f"{str(spec)!r}: {name} is {said!r}, not a number of channels")
+            raise GigamorphError(f"{str(spec)!r}: {name} must be a number of channels, not {said!r}")
     if said is not None:
         return said
     return channels_in(spec, tensors) or 1
 
 
 def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say: Say) -> None:
-    """A pickled module becomes a state dict in a process of its own; the spec's network must give the same logits."""
+    """Extract a pickled module's state dict in a separate process; the spec's network must output the same logits."""
     found = pickled.extract(weights, wishes.prefix)
-    say(f"{weights.name}: a pickled {found.kind}, opened in a process of its own")
-    wanted, chosen = _wanted(spec, found.state.tensors, wishes)
+    say(f"{weights.name}: a pickled {found.kind}, opened in a separate process")
+    wanted, chosen = _source_preprocessing(spec, found.state.tensors, wishes)
     description = import_state(spec, found.state, wanted, (), folder, chosen, say)
     image = Reference.read(folder).image
     network = build_model(str(folder)).eval()
@@ -202,37 +202,37 @@ def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say
     write_description(folder, replace(description, source=source))
 
 
-def _read(path: Path, wishes: Wishes, say: Say) -> State:
+def _read_weights(path: Path, wishes: Wishes, say: Say) -> State:
     state = read_state(path, wishes.prefix)
     if state.others:
-        say(f"{path.name}: takes the weights of {state.place}, not those of {', '.join(state.others)}")
+        say(f"{path.name}: uses the weights under {state.place}, not those under {', '.join(state.others)}")
     if state.extras:
-        say(f"{path.name}: leaves out what is no tensor: {', '.join(state.extras)}")
+        say(f"{path.name}: ignores values that are not tensors: {', '.join(state.extras)}")
     return state
 
 
 @contextlib.contextmanager
 def new_folder(out: str | Path, keep: bool = True) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, if nothing is raised and `keep` says so.
+    """Provide a folder next to `out` that replaces it on success if `keep` is set.
 
     Raises:
-        GigamorphError: `out` is there already, or cannot be written.
+        GigamorphError: `out` already exists, or cannot be written.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GigamorphError(f"{out}: already exists; name another --out")
+        raise GigamorphError(f"{out}: already exists; choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = temporary_name(out)
-        aside.mkdir(mode=0o700)
+        temporary = temporary_name(out)
+        temporary.mkdir(mode=0o700)
     except OSError as error:
         raise GigamorphError(f"{out}: cannot be written: {error.strerror}") from error
     try:
-        yield aside
+        yield temporary
         if keep:
-            aside.chmod(0o755)
+            temporary.chmod(0o755)
             if out.exists():
                 out.rmdir()
-            aside.rename(out)
+            temporary.rename(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One network and its weights become a folder, once its logits by tiles are those of ordinary PyTorch."""
+"""Imports one network with its weights into a folder, after a check of its logits by tiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
 from ..models.reference import forward
-from ..models.results import Columns, is_row, tensors_in, told
+from ..models.results import Columns, format_tensors, is_row, tensors_in
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..versions import versions_of_results
@@ -30,18 +30,18 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says of a network; None and empty leave it to the weights.
+    """The user's options for an import; None and empty values are derived from the weights.
 
     Attributes:
         weights: a file, a Hugging Face folder, or "cache".
-        prefix: of the sub-tree of the checkpoint that is the network.
+        prefix: selects the network's sub-tree in the checkpoint.
         layout: one of `LAYOUTS`.
-        activation, classes: of a single head.
-        heads: of several: pairs (name, text) as ("density", "softmax:A,B,C,D").
-        preprocessing: fields of `Preprocessing` that go before what the source says.
-        licence: of the weights.
-        size: (height, width) of the image that it is checked by.
-        trust: whether a pickled module may run its code, in a process of its own.
+        activation, classes: for a single head.
+        heads: for several heads: pairs (name, text) such as ("density", "softmax:A,B,C,D").
+        preprocessing: fields of `Preprocessing` that override the source's.
+        licence: licence of the weights.
+        size: (height, width) of the image for the check.
+        trust: whether a pickled module may execute its code, in a separate process.
     """
 
     weights: str | None = None
@@ -69,28 +69,28 @@ def import_state(
     """Build, load, check and write one network.
 
     Args:
-        known: its outputs, where the source says what they are.
+        known: its outputs, if the source describes them.
     """
     channels = preprocessing.channels
     tensors = renamed(state.tensors, key_map)
-    network, tensors, prefix, asked = _built(replace(spec, results=()), tensors, channels, known)
+    network, tensors, prefix, asked = _build_for_weights(replace(spec, results=()), tensors, channels, known)
     if prefix:
-        say(f"{state.path.name}: all names begin with {prefix}, which the network's do not")
+        say(f"{state.path.name}: removed the prefix {prefix} from all names")
         tensors, key_map = subtree(tensors, prefix, state.path), ((prefix, ""), *key_map)
     converted = _load(network, spec, tensors, channels, state.path, say)
     wanted = replace(preprocessing, **(wishes.preprocessing or {}))
     image = fixed_image(wanted, wishes.size or SIZE)
-    taken = _taken(network, spec, image, wishes, say)
+    taken = _select_outputs(network, spec, image, wishes, say)
     if taken:
         spec = replace(spec, results=tuple(taken))
         network.register_forward_hook(Columns(spec.results))
     reference = compute(network, image, str(spec))
     ends = [""] * max(1, len(taken)) if known is not None else endings(network, image, len(taken))
     outputs = _outputs(wishes, known, reference.logits32.shape[1], taken, ends)
-    _tell_endings(outputs, ends, spec, say)
+    _report_endings(outputs, ends, spec, say)
     checked = verified(network, reference, str(spec))
     if wanted.size is None and wishes.size is not None:
-        _tell_fixed(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
+        _report_fixed_size(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
     _write_weights(network, folder)
     reference.write(folder)
     source = {
@@ -103,7 +103,7 @@ def import_state(
     source |= {"shards_sha256": {shard.name: sha256(shard) for shard in state.shards}} if state.shards else {}
     source |= {"converted": converted} if converted else {}
     description = Description(
-        model=str(_alone(spec, channels, asked, outputs)),
+        model=str(_stored_spec(spec, channels, asked, outputs)),
         outputs=outputs,
         preprocessing=wanted,
         source=source,
@@ -113,27 +113,27 @@ def import_state(
         versions=versions_of_results(),
     )
     write_description(folder, description)
-    build_model(str(folder))  # what cannot be opened again is not written
+    build_model(str(folder))  # refuse a folder that cannot be opened again
     return description
 
 
-def _tell_fixed(network: nn.Module, twice: Tensor, spec: Spec, say: Say) -> None:
+def _report_fixed_size(network: nn.Module, twice: Tensor, spec: Spec, say: Say) -> None:
     try:
         forward(network, twice, str(spec))
     except GigamorphError as error:
         say(
-            f"{spec.name}: does not take images of every size, as {twice.shape[2]} x {twice.shape[3]} "
-            f"({first_line(error.__cause__ or error)}); --resize HxW makes predict bring them to one that it takes"
+            f"{spec.name}: does not accept images of every size, such as {twice.shape[2]} x {twice.shape[3]} "
+            f"({first_line(error.__cause__ or error)}); with --resize HxW, predict resizes them to one that it accepts"
         )
 
 
-def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: Say) -> dict[str, int]:
-    """Which tensors of a network's result become its outputs, with their columns; none if it gives one row itself.
+def _select_outputs(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: Say) -> dict[str, int]:
+    """Return the output tensors to use, with their columns; empty if the network returns a single row itself.
 
-    They are those that the spec names after #, else those that heads are named after, else all rows of numbers.
+    They are those that the spec names after #, else those with the names of heads, else all rows of numbers.
 
     Raises:
-        GigamorphError: it gives no such tensor.
+        GigamorphError: there is no such tensor.
     """
     result = forward(network.float().eval(), image, str(spec))
     if isinstance(result, Tensor) and result.ndim == 2 and not spec.results:
@@ -148,56 +148,55 @@ def _taken(network: nn.Module, spec: Spec, image: Tensor, wishes: Wishes, say: S
     if unknown or not names:
         what = f"no row of numbers {unknown[0]!r}" if unknown else "no row of numbers"
         raise GigamorphError(
-            f"model {str(spec)!r} gives {what} for an image, but {told(found)}; name those that are, as in "
-            "module:factory#logits, or a factory whose network gives (images, outputs)"
+            f"model {str(spec)!r} has {what} for an image, only {format_tensors(found)}; name rows of numbers, as in "
+            "module:factory#logits, or use a factory whose network returns (images, outputs)"
         )
     rest = {name: value for name, value in found.items() if name not in names}
-    say(f"{spec.name}: takes {', '.join(names)}" + (f" of its outputs, not {told(rest)}" if rest else ""))
+    say(f"{spec.name}: uses {', '.join(names)}" + (f" of its outputs, not {format_tensors(rest)}" if rest else ""))
     return {name: rows[name].numel() for name in names}
 
 
 def _refuse_without_row(spec: Spec, found: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
-    """Say what is there for a network of boxes, of which an image may have one, as a row, or of maps alone."""
-    gives = f"model {str(spec)!r} gives no row of numbers for an image, but "
+    """Refuse a detector (even if it finds one box, which is a row) or a network of maps only; suggest alternatives."""
+    gives = f"model {str(spec)!r} outputs no row of numbers for an image, but "
     if any(name.split(".")[-1] == "boxes" for name in found):
         raise GigamorphError(
-            f"{gives}boxes: {told(found)}; an import holds no detector: accelerate(its backbone) in Python computes "
-            "the maps that its heads take"
+            f"{gives}boxes: {format_tensors(found)}; an import cannot contain a detector: in Python, "
+            "accelerate(its backbone) computes the maps for its heads"
         )
     if not rows and any(value.ndim == 4 for value in found.values()):
         raise GigamorphError(
-            f"{gives}maps: {told(found)}; in Python write_map writes them and dense_loss trains on them; gigamorph "
-            "train --task masks --init FILE takes a network of a single map"
+            f"{gives}maps: {format_tensors(found)}; in Python, write_map writes them and dense_loss trains on them; "
+            "gigamorph train --task masks --init FILE accepts a network with a single map"
         )
 
 
-def _alone(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:
-    """The spec that builds the network for as many outputs as it is asked for, and its own number of channels.
+def _stored_spec(spec: Spec, channels: int, asked: int, outputs: Outputs) -> Spec:
+    """Return the spec that builds the network with the number of outputs in its folder, and its own channels.
 
     Args:
-        asked: num_classes that it was built with; it is kept where the outputs are of another number.
+        asked: num_classes that it was built with; stored in the spec if the number of outputs differs.
     """
     arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
     if spec.kind == "timm":
         arguments.setdefault("in_chans", channels)
-    alone = replace(spec, arguments=arguments)
+    without_count = replace(spec, arguments=arguments)
     if not outputs.predicts or outputs.columns == asked or not spec.results:
-        return alone
-    kept = replace(spec, arguments={**arguments, "num_classes": asked})
+        return without_count
+    with_count = replace(spec, arguments={**arguments, "num_classes": asked})
     try:
-        build_model(str(kept), asked, channels)
-    except GigamorphError:  # it takes no num_classes
-        return alone
-    return kept
+        build_model(str(with_count), asked, channels)
+    except GigamorphError:  # it has no argument num_classes
+        return without_count
+    return with_count
 
 
-def _built(
+def _build_for_weights(
     spec: Spec, tensors: Mapping[str, Tensor], channels: int, known: Outputs | None
 ) -> tuple[nn.Module, dict[str, Tensor], str, int]:
-    """The network as the weights have it; these without wrappers; a prefix that all their names have before its.
+    """Return the network for the weights, the weights without wrappers, the common prefix of their names, num_classes.
 
-    And num_classes that it is built with. Which that was: where the first sides of tensors follow it, and the file's
-    are others.
+    num_classes is inferred from the first dimensions of tensors that follow it and differ in the file.
     """
     prefix, columns = "", None if known is None else known.columns if known.predicts else 0
     own = own_tensors(build_model(str(spec), 2 if columns is None else columns, channels))
@@ -215,14 +214,14 @@ def _built(
 
 
 def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
-    """Channels of images that weights are for, 1 or 3; None if they do not tell.
+    """Return the image channels that weights were trained for, 1 or 3; None if they do not show it.
 
-    They are those with which the network has the shapes in the file. Where its arguments keep it from having them, they
-    are those of the convolution that follows the number of channels; where none does, of the first one.
+    These are the channels with which the network's shapes match the file. If its arguments prevent a match, they are
+    those of the convolution that depends on the number of channels, or else of the first convolution.
     """
     plain, made = str(replace(spec, results=())), {}
     for channels in (1, 3):
-        with contextlib.suppress(GigamorphError):  # a first convolution in groups of 3 takes no grey images
+        with contextlib.suppress(GigamorphError):  # a first convolution with groups=3 refuses grey images
             made[channels] = own_tensors(build_model(plain, 2, channels))
     if len(made) < 2:
         return next(iter(made), None)
@@ -246,10 +245,10 @@ def channels_in(spec: Spec, tensors: Mapping[str, Tensor]) -> int | None:
 def _load(
     network: nn.Module, spec: Spec, tensors: Mapping[str, Tensor], channels: int, path: Path, say: Say
 ) -> list[str]:
-    """Load the weights; for timm's models as timm does, which sums the colours of a first convolution for grey images.
+    """Load the weights; as timm does for its models, sum a first convolution for colour over its channels.
 
     Returns:
-        Names of the tensors that were converted.
+        Names of the converted tensors.
     """
     own = own_tensors(network)
     convertible = [
@@ -269,60 +268,60 @@ def _load(
     (name,) = convertible
     changed = {**tensors, name: adapt_input_conv(channels, tensors[name])}
     load_exactly(network, changed, path)
-    say(f"{name}: was made for 3 channels; summed over them, as timm does, for {channels}")
+    say(f"{name}: converted from 3 channels to {channels} by timm's sum over channels")
     return [name]
 
 
-def _tell_endings(outputs: Outputs, ends: Sequence[str], spec: Spec, say: Say) -> None:
+def _report_endings(outputs: Outputs, ends: Sequence[str], spec: Spec, say: Say) -> None:
     again = {head.activation for head in outputs.heads} & {"softmax", "sigmoid"}
     for end in dict.fromkeys(filter(None, ends)):
-        so = "its numbers are probabilities"
+        so = "its outputs are probabilities"
         if again:
-            so += f", of which a {' and a '.join(sorted(again))} is taken as asked; --activation probability takes none"
+            so += f", to which a {' and a '.join(sorted(again))} is applied; --activation probability applies none"
         say(f"{spec.name}: ends in a {end}; {so}")
 
 
 def _outputs(
     wishes: Wishes, known: Outputs | None, columns: int, taken: Mapping[str, int], ends: Sequence[str]
 ) -> Outputs:
-    """What the user, the layout, the network's last op or the number of columns says of the outputs.
+    """Return the outputs by the user's options, the layout, the network's last operation or the number of columns.
 
     Args:
-        taken: columns of each tensor that is taken, if there are several; each is a head by default.
-        ends: of each of them, or of the one output, what has made probabilities of it already.
+        taken: columns of each tensor in use, if there are several; each is a head by default.
+        ends: for each of them, or the single output, its last operation if that makes probabilities.
 
     Raises:
-        GigamorphError: names that do not fit the columns, or are those of other outputs of the network.
+        GigamorphError: names do not fit the columns, or belong to other outputs of the network.
     """
     if wishes.heads:
-        outputs = Outputs(tuple(_head(name, text) for name, text in wishes.heads))
-        _require_own(outputs.heads, taken)
+        outputs = Outputs(tuple(_parse_head(name, text) for name, text in wishes.heads))
+        _require_own_names(outputs.heads, taken)
     elif wishes.activation is None and not wishes.classes and known is not None:
         outputs = known
     elif len(taken) > 1:
         names = wishes.classes or tuple(taken)
         if len(names) != len(taken) or (wishes.classes and columns > len(taken)):
             raise GigamorphError(
-                f"the network has {len(taken)} outputs ({', '.join(taken)}) of {columns} numbers, --classes names "
-                f"{len(names)}; name them one by one, as in --head {next(iter(taken))}=softmax:A,B"
+                f"the network has {len(taken)} outputs ({', '.join(taken)}) of {columns} numbers, but --classes has "
+                f"{len(names)} names; name them one by one, as in --head {next(iter(taken))}=softmax:A,B"
             )
         heads = zip(names, taken.values(), ends, strict=True)
         outputs = Outputs(
-            tuple(_default_head(n, count, wishes.activation or _usual(count, end)) for n, count, end in heads)
+            tuple(_default_head(n, count, wishes.activation or _activation(count, end)) for n, count, end in heads)
         )
-        _require_own(outputs.heads, taken)
+        _require_own_names(outputs.heads, taken)
     else:
-        outputs = Outputs.of(wishes.activation or _usual(columns, ends[0]), columns, wishes.classes)
+        outputs = Outputs.of(wishes.activation or _activation(columns, ends[0]), columns, wishes.classes)
     if outputs.columns != columns:
-        raise GigamorphError(f"the network has {columns} outputs, its heads as they are named {outputs.columns}")
+        raise GigamorphError(f"the network has {columns} outputs, but the named heads have {outputs.columns}")
     return outputs
 
 
-def _require_own(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
-    """Refuse heads that would stand for numbers of other outputs than the network's own names say.
+def _require_own_names(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
+    """Refuse heads whose columns belong to other outputs by the network's own names.
 
     Raises:
-        GigamorphError: one has the name of an output that is elsewhere, or takes numbers of two outputs.
+        GigamorphError: a head has the name of another output, or spans columns of two outputs.
     """
     owners = [name for name, count in taken.items() for _ in range(count)]
     start = 0
@@ -331,13 +330,13 @@ def _require_own(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
         if len(own) > 1 or (own and head.name in taken and own != [head.name]):
             order = ", ".join(f"{name} ({count})" for name, count in taken.items())
             raise GigamorphError(
-                f"head {head.name!r} would take the numbers of {' and '.join(own)}: the network's outputs are {order}; "
-                "call all heads as it does, or name them in this order"
+                f"head {head.name!r} would contain columns of {' and '.join(own)}: the network's outputs are {order}; "
+                "use these names for all heads, or list the heads in this order"
             )
         start += head.columns
 
 
-def _usual(columns: int, end: str) -> Activation:
+def _activation(columns: int, end: str) -> Activation:
     if end:
         return "probability"
     return "softmax" if columns > 1 else "sigmoid"
@@ -348,7 +347,7 @@ def _default_head(name: str, columns: int, activation: Activation) -> Head:
     return Head(classes, activation, columns, name)
 
 
-def _head(name: str, text: str) -> Head:
+def _parse_head(name: str, text: str) -> Head:
     activation, _, names = text.partition(":")
     classes = tuple(one.strip() for one in names.split(",")) if names else (name,)
     return Head(classes, activation, len(classes), name)  # type: ignore[arg-type]

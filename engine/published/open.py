@@ -1,4 +1,4 @@
-"""Published networks, ready to predict: a folder's network, or the networks of an ensemble as one."""
+"""Opens published networks for prediction: a folder's network, or an ensemble as one network."""
 
 from __future__ import annotations
 
@@ -23,57 +23,57 @@ Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], I
 
 
 def open_published(folder: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()) -> Opened:
-    """The network of a folder in a budget and on a device, the names of its outputs, and what opens images for it.
+    """Open the network of a folder with a budget on a device; return it, its output names and an opener of images.
 
-    And how many images the trainings of `gigamorph train` had, of which it is known; the images' records say which
-    split of them they were in.
+    The fourth value is the number of images in the `gigamorph train` trainings, as far as known; the records of the
+    images have the split that they were in.
 
     Args:
-        flips: of `FLIPS`; predictions are averaged over these mirror images too.
+        flips: names in `FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
-        DataError: if the folder is damaged, or its network gives other logits than when it was imported.
-        GigamorphError: its network cannot be built, gives features and no predictions, or averages over mirror images
-            already.
+        DataError: the folder is damaged, or its logits differ from those of its import.
+        GigamorphError: the network cannot be built, outputs features instead of predictions, or already averages
+            over mirror images.
     """
     folder = Path(folder)
-    description = read_description(folder)
-    if not description.outputs.predicts:
+    about = read_description(folder)
+    if not about.outputs.predicts:
         raise GigamorphError(
-            f"{folder}: its network gives features, no predictions; fine-tune it: gigamorph train --init {folder}"
+            f"{folder}: its network outputs features, not predictions; run gigamorph train --init {folder}"
         )
-    wanted = description.preprocessing
-    plain = description.flips == ((False, False),)
+    wanted = about.preprocessing
+    plain = about.flips == ((False, False),)
     if flips and not plain:
-        already = ", ".join(name for name, pair in FLIPS.items() if pair in description.flips)
-        raise GigamorphError(f"{folder}: is averaged over mirrored images already ({already}); leave --flip out")
-    seen = mirrorings(flips) if flips else description.flips
-    if len(seen) == 1 and not description.members:
+        already = ", ".join(name for name, pair in FLIPS.items() if pair in about.flips)
+        raise GigamorphError(f"{folder}: already averages over mirrored images ({already}); remove --flip")
+    seen = mirrorings(flips) if flips else about.flips
+    if len(seen) == 1 and not about.members:
         net = Published(_accelerated(folder, memory_budget, device), str(folder))
-        own = [description.source.get("training", {})]
-        return net, description.outputs.names, lambda r: PublishedImages(learnt(r, own), wanted, wanted), count_of(own)
-    members = _members(folder, description, memory_budget, device)
-    ensemble = Ensemble(members, description.outputs, seen)
-    folders = [folder / name for name in description.members] or [folder]
-    all_ = [read_description(path).source.get("training", {}) for path in folders]
-    return ensemble, description.outputs.names, lambda r: PublishedImages(learnt(r, all_), None, wanted), count_of(all_)
+        own = [about.source.get("training", {})]
+        return net, about.outputs.names, lambda r: PublishedImages(add_splits(r, own), wanted, wanted), image_count(own)
+    members = _members(folder, about, memory_budget, device)
+    ensemble = Ensemble(members, about.outputs, seen)
+    folders = [folder / name for name in about.members] or [folder]
+    own = [read_description(path).source.get("training", {}) for path in folders]
+    return ensemble, about.outputs.names, lambda r: PublishedImages(add_splits(r, own), None, wanted), image_count(own)
 
 
-def learnt(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """Records with the split that they had in the trainings: train if any of the networks has learnt from an image."""
+def add_splits(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Return records with their split in the trainings: train if any of the networks was trained on the image."""
     each = [with_splits(records, training) for training in trainings]
     of_image = ([record.split for record in records] for records in zip(*each, strict=True))
     splits = (next((name for name in SPLITS if name in own), None) for own in of_image)
     return [replace(record, split=split) for record, split in zip(records, splits, strict=True)]
 
 
-def count_of(trainings: Sequence[Mapping[str, Any]]) -> int:
-    """Images of the largest of the trainings."""
+def image_count(trainings: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of images in the largest training."""
     return max(sum(training.get("split", {}).get(name, 0) for name in SPLITS) for training in trainings)
 
 
-def _members(folder: Path, description: Description, memory_budget: int | None, device: str) -> list[Member]:
-    paths = [folder / name for name in description.members] or [folder]
+def _members(folder: Path, about: Description, memory_budget: int | None, device: str) -> list[Member]:
+    paths = [folder / name for name in about.members] or [folder]
     found = []
     for path in paths:
         own, net = read_description(path), Published(_accelerated(path, memory_budget, device), str(path))

@@ -1,4 +1,4 @@
-"""Where a published network's weights lie: a file, a Hugging Face folder on disk, a cache. Nothing is downloaded."""
+"""Locates a published network's weights: a file, a local Hugging Face folder, or a cache. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..parsing import parse_json
 
 _NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _SHARDED = tuple(name + INDEX for name in _NAMES[:2])
-# ImageNet's, which timm takes where a config.json names none.
+# ImageNet's, timm's default if a config.json has none.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """What the ``config.json`` of a Hugging Face folder says of a timm model; its outputs where we wrote it."""
+    """A timm model as the ``config.json`` of a Hugging Face folder describes it; its outputs if gigamorph wrote it."""
 
     weights: Path
     spec: Spec
@@ -38,22 +38,22 @@ class HubFolder:
 
 
 def weights_in(path: Path) -> Path:
-    """The weights file itself, or the one in a Hugging Face folder.
+    """Return the weights file itself, or the one in a Hugging Face folder.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder has none.
     """
     if not path.is_dir():
         return path
     found = next((path / name for name in (*_NAMES, *_SHARDED) if (path / name).is_file()), None)
     if found is None:
         require_no_run(path)
-        raise DataError(f"{path}: has none of {', '.join(_NAMES)}; name the weights file itself")
+        raise DataError(f"{path}: contains none of {', '.join(_NAMES)}; pass the weights file itself")
     return found
 
 
 def hub_folder(path: Path) -> HubFolder | None:
-    """A Hugging Face folder whose ``config.json`` names an architecture of timm; None for others.
+    """Read a Hugging Face folder whose ``config.json`` names a timm architecture; None for others.
 
     Raises:
         DataError: its config.json cannot be read, or it has no weights.
@@ -68,13 +68,13 @@ def hub_folder(path: Path) -> HubFolder | None:
     if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
         return None
     try:
-        return _described(path, found)
+        return _parse_config(path, found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{config}: is not as timm writes it: {first_line(error)}") from error
+        raise DataError(f"{config}: is not in timm's format: {first_line(error)}") from error
 
 
-def _described(path: Path, found: Mapping[str, Any]) -> HubFolder:
-    """As timm reads it: older files have all that is in ``pretrained_cfg`` beside the architecture."""
+def _parse_config(path: Path, found: Mapping[str, Any]) -> HubFolder:
+    """Read a configuration as timm does: older files have the keys of ``pretrained_cfg`` at the top level."""
     about = {"mean": _MEAN, "std": _STD, **(found.get("pretrained_cfg", found) or {})}
     arguments = dict(found.get("model_args") or {})
     if found.get("global_pool"):
@@ -98,7 +98,7 @@ def _described(path: Path, found: Mapping[str, Any]) -> HubFolder:
 
 
 def _licence(folder: Path) -> str:
-    """What the model card says; `config.json` has that of the weights which these were fine-tuned from."""
+    """Return the model card's licence; `config.json` has that of the weights from which these were fine-tuned."""
     card = folder / "README.md"
     text = card.read_text(errors="replace") if card.is_file() else ""
     head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -107,7 +107,7 @@ def _licence(folder: Path) -> str:
 
 
 def timm_preprocessing(spec: Spec, channels: int) -> tuple[Preprocessing, str, tuple[int, int] | None]:
-    """What timm says of a pretrained model: mean and standard deviation, its licence, the size where it is fixed."""
+    """Return timm's preprocessing (mean, std) for a pretrained model, its licence, and its input size if fixed."""
     about = pretrained_config(spec)
     size = about.get("input_size")
     fixed = (int(size[1]), int(size[2])) if size and about.get("fixed_input_size") else None
@@ -116,13 +116,13 @@ def timm_preprocessing(spec: Spec, channels: int) -> tuple[Preprocessing, str, t
 
 def _preprocessing(about: Mapping[str, Any], channels: int) -> Preprocessing:
     mean, std = tuple(about.get("mean") or (0.0,)), tuple(about.get("std") or (1.0,))
-    if len(mean) not in (1, channels):  # grey images of a network for colour ones: their average
+    if len(mean) not in (1, channels):  # grey images for a colour network: the average
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return Preprocessing(channels, mean, std)
 
 
 def pretrained_config(spec: Spec) -> Mapping[str, Any]:
-    """timm's own description of the weights of a model; empty where it has none."""
+    """Return timm's own description of a model's weights; empty if there is none."""
     make_torchvision_importable()
     try:
         import timm
@@ -133,10 +133,10 @@ def pretrained_config(spec: Spec) -> Mapping[str, Any]:
 
 
 def cached(spec: Spec) -> Path:
-    """The weights of a timm model in the caches of Hugging Face or torch.hub, if they are there already.
+    """Return the weights of a timm model in the caches of Hugging Face or torch.hub.
 
     Raises:
-        GigamorphError: they are not; the message says where they were looked for and how to fetch them.
+        GigamorphError: they are not there; the message lists the locations and how to download them.
     """
     about = pretrained_config(spec)
     looked = []
@@ -155,6 +155,6 @@ def cached(spec: Spec) -> Path:
         if path.is_file():
             return path
         looked.append(str(path))
-    where = "; looked for " + " and ".join(looked) if looked else "; timm knows no weights of it"
-    fetch = f"; fetch them yourself, as with hf download {repository} model.safetensors" if repository else ""
-    raise GigamorphError(f"{str(spec)!r}: its weights are in no cache{where}{fetch}")
+    where = "; searched " + " and ".join(looked) if looked else "; timm has no weights for it"
+    fetch = f"; download them, for example with hf download {repository} model.safetensors" if repository else ""
+    raise GigamorphError(f"{str(spec)!r}: its weights are not in a cache{where}{fetch}")

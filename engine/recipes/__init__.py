@@ -1,4 +1,4 @@
-"""Published methods, ready to run. A recipe's module is imported when it is used."""
+"""Published methods, ready to run. A recipe's module is imported on first use."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RECIPES: dict[str, str] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by its name.
+    """Return a recipe by its name.
 
     Raises:
-        GigamorphError: there is none of that name.
+        GigamorphError: the name is unknown.
     """
     if name not in RECIPES:
-        raise GigamorphError(f"recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
+        raise GigamorphError(f"unknown recipe {name!r}; use one of {', '.join(RECIPES)}")
     return importlib.import_module(f".{name}", __name__).RECIPE
 
 
 def default_text(name: str) -> str:
-    """The TOML file of a recipe: every published hyper-parameter with its source."""
+    """Return the TOML file of a recipe: every published hyper-parameter with its source."""
     return (Path(__file__).parent / "configs" / f"{name}.toml").read_text(encoding="utf-8")

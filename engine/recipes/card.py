@@ -28,20 +28,20 @@ def recipe_card(
     measured: Sequence[str] = (),
     pictures: Sequence[str] = (),
 ) -> Path:
-    """Write ``model_card.md`` into the run's folder; returns its path.
+    """Write ``model_card.md`` into the run's folder; return its path.
 
     Args:
         name: of the recipe.
-        config: its configuration, of which files are not named.
-        parameters: of the trained network.
+        config: its configuration; the card omits file names.
+        parameters: number of parameters of the trained network.
         records: the images of each split.
-        classes: names of the labels, in order; of several labels any.
-        predictions: of the images of "val" and "test".
-        pictures: as `draw_evidence` tells them.
-        output, measured: what a network says that predicts no images, and lines of how well.
+        classes: names of the classes in order, or of labels.
+        predictions: for the images of "val" and "test".
+        pictures: lines returned by `draw_evidence`.
+        output, measured: output of a network that does not predict for images, and lines with its measures.
     """
-    settings = {key: _told(key, value) for key, value in asdict(config).items()}
-    budget = "what is free" if run.memory_budget is None else format_bytes(run.memory_budget)
+    settings = {key: _describe(key, value) for key, value in asdict(config).items()}
+    budget = "free memory" if run.memory_budget is None else format_bytes(run.memory_budget)
     card = Card(
         title=f"{name}, {settings.get('model', 'see the configuration')}",
         model={"recipe": name, "parameters": f"{parameters:,}", "output": output or ", ".join(classes)},
@@ -62,12 +62,12 @@ def recipe_card(
     return write_card(run.out / "model_card.md", card)
 
 
-def _told(key: str, value: Any) -> Any:
-    """A setting as it is told: of a file that it was given, or its published name; of stages one after the other."""
+def _describe(key: str, value: Any) -> Any:
+    """Return a setting as text: "given" or the published name for a file; the settings of several stages in order."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_told(name, own)}" for name, own in value.items())
+        return ", ".join(f"{name} {_describe(name, own)}" for name, own in value.items())
     if isinstance(value, list | tuple):
-        return "; ".join(str(_told(key, own)) for own in value) or "none"
+        return "; ".join(str(_describe(key, own)) for own in value) or "none"
     if key == "weights":
         name = Path(value).name
         published = f"{name} ({PUBLISHED[name].source})" if name in PUBLISHED else "given"

@@ -1,9 +1,9 @@
-"""What a synthetic task shows of a paper's claim: a rule that is written down before the seeds are run, and judged.
+"""Tests a paper's claim on a synthetic task: a rule is written down before the seeds are run, and then judged.
 
-A seed draws data and networks anew, so it is the unit of which there are several: rows of one seed are averaged first.
-An effect is the difference of two columns; its interval is Student's t over the seeds. A claim holds if every
-effect's interval lies above zero, nearly every seed shows it by more than rounding moves, what is praised is good by
-itself (a floor), and nothing is so good that there would be no room for a difference (the ceiling).
+Each seed draws new data and networks, so it is the independent unit: rows of one seed are averaged first. An effect is
+the difference of two columns, with a Student's t interval over the seeds. A claim holds if every effect's interval is
+above zero, nearly every seed shows it by more than rounding, the praised columns are good in themselves (a floor), and
+no column is so good that no difference could show (the ceiling).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..train.run import Run
 
 Row = dict[str, Any]
 SEEN = (0, 1, 2)
-"""Seeds that were looked at while tasks and settings were chosen, unless a task names others."""
+"""Seeds that were inspected while tasks and settings were chosen, unless a task names others."""
 HELD_OUT = (20, 21, 22, 23, 24, 25, 26)
-"""Seeds that were not: they are run after task and rule are committed."""
+"""Seeds that were not inspected: they are run after task and rule are committed."""
 CEILING = 0.98
 WINS = 0.8
 LEAST = 0.005
-"""A seed's difference is larger where it counts as won. The same seeds, run at two states of the code whose sums are
-rounded otherwise, moved by up to 0.004, by which a verdict that hung on one of them (end2end's) had turned."""
+"""A seed counts as won if its difference is larger. The same seeds, run with two versions of the code that differ in
+rounding, moved by up to 0.004, enough to turn a verdict that depended on one seed (end2end's)."""
 FEWEST = 3
-"""Seeds, below which nothing is said to hold or not to."""
+"""Number of seeds below which no verdict is given."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One column above another, in the rows of some values."""
+    """The claim that one column is above another, in the rows with some values."""
 
     ours: str
     control: str
@@ -41,20 +41,20 @@ class Effect:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Readable name."""
         among = ", ".join(f"{key} {value}" for key, value in self.where.items())
         return f"{self.ours} - {self.control}" + (f" ({among})" if among else "")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a claim holds.
+    """The conditions under which a claim holds.
 
     Attributes:
-        effects: all of which the claim says.
-        floors: (column, least mean over the seeds).
-        beside: effects that are measured and reported, of which the claim says nothing.
-        ceiling: what the mean of every column of an effect is below.
+        effects: all effects that the claim states.
+        floors: (column, minimal mean over the seeds).
+        beside: effects that are measured and reported, but not part of the claim.
+        ceiling: upper bound on the mean of every column of an effect.
     """
 
     effects: tuple[Effect, ...]
@@ -64,17 +64,17 @@ class Rule:
 
     def __str__(self) -> str:
         parts = [f"the mean of {column} is at least {least:g}" for column, least in self.floors]
-        told = "; ".join(effect.name for effect in self.effects)
+        effects = "; ".join(effect.name for effect in self.effects)
         return (
             f"Over the seeds, with 95 % intervals (Student's t): {'; '.join(parts)}; no mean of a compared column is "
             f"{self.ceiling:g} or more; and each of these differences has an interval above 0 and is above "
-            f"{LEAST:g} with {WINS:.0%} of the seeds: {told}."
+            f"{LEAST:g} with {WINS:.0%} of the seeds: {effects}."
         )
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A synthetic task: what is claimed, how it is judged, and what makes the rows of a seed."""
+    """A synthetic task: the claim, its rule, and the function that makes the rows of a seed."""
 
     claim: str
     """The paper's sentence, in our words."""
@@ -86,30 +86,30 @@ class Synthetic:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those over which the claim is judged."""
+        """All seeds on which the claim is judged."""
         return (*self.seen, *self.held_out)
 
 
 def over_seeds(rows: Sequence[Row], column: str, where: Mapping[str, Any] | None = None) -> dict[int, float]:
-    """The mean of a column in each seed's rows, of those with the values of `where`."""
+    """Return the mean of a column per seed, over rows with the values of `where`."""
     chosen = [row for row in rows if all(row.get(key) == value for key, value in (where or {}).items())]
     seeds = dict.fromkeys(row["seed"] for row in chosen)
     return {seed: float(np.mean([row[column] for row in chosen if row["seed"] == seed])) for seed in seeds}
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Of the mean of independent values (Student's t); None of fewer than two."""
+    """Return Student's t interval of the mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(stats.sem(values))
-    reach = error * float(stats.t.ppf((1 + level) / 2, len(values) - 1))
-    return mean - reach, mean + reach
+    half_width = error * float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    return mean - half_width, mean + half_width
 
 
 def judge(rule: Rule, rows: Sequence[Row]) -> tuple[bool | None, list[Row]]:
-    """Whether the rule holds of rows, and a line for each of its parts: what, mean, low, high, wins, seeds, holds.
+    """Return whether the rule holds for rows, and a line per part of it: what, mean, low, high, wins, seeds, holds.
 
-    None where too few seeds cannot tell. A line of what stands beside the claim holds None, too.
+    The verdict is None with too few seeds; so is `holds` in lines of effects that are not part of the claim.
     """
     lines: list[Row] = []
     for column, least in rule.floors:

@@ -1,4 +1,4 @@
-"""Classifying whole images: what is predicted, the loss, the score, and the training of a network of any backbone."""
+"""Classification of whole images: targets, loss, score, and the training of a network with any backbone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .tta import PLAIN, predict
 
 
 def auc_of(cases: Cases) -> tuple[float | None, dict[str, float | None]]:
-    """The mean of the areas under the ROC curves, and that of each output; None where it is not defined."""
+    """Return the mean area under the ROC curves, and that of each output; None if it is undefined."""
     mean, each = labelwise_auc(cases.truth, cases.scores)
     return mean, dict(zip(cases.outputs, each, strict=True))
 
 
 def cross_entropy(cases: Cases) -> float:
-    """The mean over images: minus the logarithm of the probability of what is known to be true."""
+    """Return the mean over images of minus the log probability of the known truth."""
     known = ~np.isnan(cases.truth)
     signed = np.where(cases.truth == 1, cases.scores, -cases.scores)
-    if cases.kind == "classes":  # of each image its class counts alone
+    if cases.kind == "classes":  # only the true class of each image counts
         known &= cases.truth == 1
     return float(np.logaddexp(0, -signed[known]).mean())
 
@@ -44,23 +44,23 @@ def cross_entropy(cases: Cases) -> float:
 def read_target(
     table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: Splitting, run: Run
 ) -> tuple[dict[str, list[Record]], Target]:
-    """Records by split, and the target, of a table.
+    """Read a table's records by split, and its target.
 
     Args:
-        labels: names of label columns (``label_NAME``), for ``kind="labels"``; all of them where none is named, of
-            ChestX-ray14 its 14 findings.
+        labels: names of label columns (``label_NAME``), for ``kind="labels"``; empty for all of them, or for the 14
+            findings of ChestX-ray14.
 
     Raises:
-        DataError: if the table is wrong, a patient is in two splits, a label does not exist, or training or validation
-            images are of one class only.
+        DataError: the table is wrong, a patient is in two splits, a label does not exist, or training or validation
+            images have only one class.
     """
     read = read_table(table, labels=kind == "classes")
     if kind == "classes":
         target = Target(tuple(read.classes))
     else:
-        there = label_columns(table, read.records, labels)
-        # The data set's table has one column more, which says whether there is any finding.
-        every = FINDINGS if set(FINDINGS) <= set(there) else tuple(there)
+        columns = label_columns(table, read.records, labels)
+        # The data set's table has one more column, which says whether there is any finding.
+        every = FINDINGS if set(FINDINGS) <= set(columns) else tuple(columns)
         target = Target(tuple(labels) or every, "labels")
     records = split_records(read.records, config, run, table=table)
     parts = {name: [r for r in records if r.split == name] for name in SPLITS}
@@ -69,21 +69,21 @@ def read_target(
 
 
 def require_both(parts: dict[str, list[Record]], target: Target) -> None:
-    """Refuse to train on, or to choose the best epoch by, images of which some output has one value only."""
+    """Refuse training or validation images in which some output has only one value."""
     for split in ("train", "val"):
         truth = target.truth(parts[split])
         for name, column in zip(target.names, truth.T if len(truth) else np.empty((len(target.names), 0)), strict=True):
             values = np.unique(column[~np.isnan(column)])
             if len(values) < 2:
-                what = _alike(target, name, values[0]) if len(values) else "no images"
+                what = _describe_single_value(target, name, values[0]) if len(values) else "no images"
                 raise DataError(
-                    f"split {split} has {what}; give it patients of both kinds, or leave the column split out where "
-                    "there are several of each"
+                    f"split {split} has {what}; add patients of both kinds, or remove the column split if there are "
+                    "several of each"
                 )
 
 
-def _alike(target: Target, name: str, value: float) -> str:
-    """What is wrong with images of which an output has one value only."""
+def _describe_single_value(target: Target, name: str, value: float) -> str:
+    """Describe images in which an output has only one value."""
     if target.kind == "labels":
         return f"only images with {name} = {value:g}"
     if len(target.names) == 2 and not value:
@@ -92,9 +92,9 @@ def _alike(target: Target, name: str, value: float) -> str:
 
 
 def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> dict[str, Any]:
-    """What a checkpoint says of a recipe's classifier, for `open_classifier`."""
+    """Return the checkpoint record of a recipe's classifier, for `open_classifier`."""
     labels = {"target": target.to_plain()} if target.kind == "labels" else {}
-    # A checkpoint is passed on: it names no files and tells nothing of patients.
+    # Checkpoints are shared: they must not name files or describe patients.
     plain = to_plain(config, omit=("weights", "start", "patients"))
     return {"recipe": recipe, "classes": list(target.names), "config": plain, **labels, **more}
 
@@ -104,11 +104,11 @@ class ClassifierTask(ImageTask):
 
     Args:
         module: (N, C, H, W) -> (N, outputs).
-        train, val, record: see `ImageTask`; the best epoch is that of the largest mean area under the ROC curves.
+        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves.
         balanced: see `Target.loss`.
-        batch: images that are predicted at a time.
+        batch: number of images per prediction step.
         split: whether the processes of a group share each image.
-        stop_by_loss: patience goes by the mean cross-entropy of the validation images, not by the score.
+        stop_by_loss: patience uses the mean cross-entropy of the validation images instead of the score.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class ClassifierTask(ImageTask):
         return Score(area, stop=-cross_entropy(cases))
 
     def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
-        """What the network says of images, averaged over mirrored ones; it must be in evaluation mode.
+        """Predict for images, averaged over mirrored ones; the network must be in evaluation mode.
 
-        A collective of the process group.
+        This is a collective of the process group.
         """
         own = range(self.group.turn, len(images), self.group.at_once)
         labels = self.target.kind == "labels"

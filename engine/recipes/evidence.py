@@ -1,4 +1,4 @@
-"""Pictures of what a recipe's classifier goes by, on some test images: the visual results of its report."""
+"""Evidence maps of a recipe's classifier on some test images, for its report."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..train.target import Target
 SHOWN = 4
 
 
-def chosen(records: Sequence[Record], target: Target, count: int = SHOWN) -> list[tuple[int, int]]:
-    """Numbers of images and of the class or label that is shown on each, at most ``count``, spread over the images.
+def select_examples(records: Sequence[Record], target: Target, count: int = SHOWN) -> list[tuple[int, int]]:
+    """Return the numbers of at most ``count`` evenly spread images, each with the class or label to show.
 
-    They are chosen by the truth alone, so that several networks are shown on the same: images of the last class that
-    there is, and of labels those that have one.
+    The choice depends only on the truth, so that several networks are shown on the same images: those of the last
+    class, or with labels those that have one.
     """
     truth = np.nan_to_num(target.truth(records))
     if target.kind != "labels":
@@ -37,31 +37,31 @@ def chosen(records: Sequence[Record], target: Target, count: int = SHOWN) -> lis
 
 
 def draw_evidence(net: Any, images: Images, target: Target, run: Run) -> list[str]:
-    """Write ``evidence/NUMBER.png`` into the run's folder, over the files as stored; a collective of the process group.
+    """Write ``evidence/NUMBER.png`` into the run's folder, drawn over the stored images; a collective of the group.
 
     Args:
         net: accelerated, in evaluation mode.
-        images: of the test split.
+        images: images of the test split.
 
     Returns:
-        A line for each picture, or why there are none.
+        A line for each picture, or the reason why there is none.
     """
-    wanted, group, lines = chosen(images.records, target), run.group, []
+    wanted, group, lines = select_examples(images.records, target), run.group, []
     writes = group.leads if group.at_once == 1 else group.rank % group.together == 0
     if target.outputs is not None:
         set_outputs(net, target.outputs)
-    for place in range(group.turn, len(wanted), group.at_once):
-        number, which = wanted[place]
+    for position in range(group.turn, len(wanted), group.at_once):
+        number, which = wanted[position]
         try:
             with torch.no_grad():
                 found, logits, _ = explain_class(net, images[number]["image"], which)
         except GigamorphError as error:
-            lines.append(f"no map of what the network goes by: {error}")
+            lines.append(f"no evidence map: {error}")
             continue
-        told = caption(target.names[which], float(log_odds_of(logits[None].double(), which, target.outputs)[0]))
-        name = f"evidence/{overlay_name(str(place + 1), as_stored(found.source).shape)}"
+        text = caption(target.names[which], float(log_odds_of(logits[None].double(), which, target.outputs)[0]))
+        name = f"evidence/{overlay_name(str(position + 1), as_stored(found.source).shape)}"
         if writes:
             (run.out / "evidence").mkdir(parents=True, exist_ok=True)
-            write_overlay(found, run.out / name, stored=True, caption=told)
-        lines.append(f"{name}: {told}")
+            write_overlay(found, run.out / name, stored=True, caption=text)
+        lines.append(f"{name}: {text}")
     return list(dict.fromkeys(group.in_order(lines))) or ["no map: the test split has no image to show"]

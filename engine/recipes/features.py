@@ -1,8 +1,8 @@
-"""What a frozen network makes of images, computed once and kept on disk.
+"""Features of a frozen network, computed once and cached on disk.
 
 A feature's key is a hash of everything that it depends on: the network's weights and layers, the settings that turn a
-file into the network's input, and the bytes of the image's file. A file of the cache is whole or absent, so work that
-was killed goes on with the images that are missing, and nothing is ever read that belongs to other weights.
+file into the network's input, and the bytes of the image's file. Cache files are written atomically. So an interrupted
+run continues with the missing images, and features of other weights are never read.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .sized import Size, read_sized
 Array = np.ndarray[Any, Any]
 
 
-class _Reached(Exception):
-    """The layer was reached; what follows it need not be computed."""
+class _LayerReached(Exception):
+    """Raised at the layer, because the computation after it is not needed."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
 
 
-class _Stop:
+class _StopHook:
     """A forward hook that ends the forward while it is on."""
 
     on = False
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.on:
-            raise _Reached(output)
+            raise _LayerReached(output)
 
 
 class UpTo(nn.Module):
@@ -59,11 +59,11 @@ class UpTo(nn.Module):
         super().__init__()
         known = [name for name, _ in network.named_modules()]
         if layer not in known:
-            there = ", ".join(name for name in known if name and "." not in name)
-            raise GigamorphError(f"layer {layer!r} is no module of the network, whose parts are {there}")
-        self.network, self.layer, self._stop = network, layer, _Stop()
+            names = ", ".join(name for name in known if name and "." not in name)
+            raise GigamorphError(f"unknown layer {layer!r}; the network's modules are {names}")
+        self.network, self.layer, self._stop = network, layer, _StopHook()
         if layer:
-            # Not in each forward: TorchDynamo cannot record how a handle is made.
+            # Once, not in each forward: TorchDynamo cannot record the creation of a handle.
             network.get_submodule(layer).register_forward_hook(self._stop)
 
     def forward(self, x: Tensor) -> Any:
@@ -73,15 +73,15 @@ class UpTo(nn.Module):
         self._stop.on = True
         try:
             self.network(x)
-        except _Reached as reached:
-            return reached.output
+        except _LayerReached as stopped:
+            return stopped.output
         finally:
             self._stop.on = False
-        raise GigamorphError(f"layer {self.layer!r} is not used by the network's forward; name another")
+        raise GigamorphError(f"layer {self.layer!r} is not used by the network's forward; choose another")
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A hash of a network's layers, and of its parameters and buffers to the last bit."""
+    """Return a hash of a network's layers and of all bits of its parameters and buffers."""
     found = hashlib.sha256(repr(network).encode())
     for name, value in network.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -90,7 +90,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def image_digest(path: Path) -> str:
-    """A hash of an image's file, or of all files of an image that is a folder (zarr)."""
+    """Return a hash of an image's file, or of all files if the image is a folder (zarr)."""
     try:
         if not path.is_dir():
             with path.open("rb") as file:
@@ -106,13 +106,13 @@ def image_digest(path: Path) -> str:
 
 
 def record_digest(record: Record) -> str:
-    """A hash of an image's file, and what the table says of how it is to be read."""
-    told = record.frame, record.white, record.chest_wall, record.laterality
-    return " ".join([image_digest(record.path), *map(str, told)])
+    """Return a hash of an image's file, with the table's entries on how to read it."""
+    entries = record.frame, record.white, record.chest_wall, record.laterality
+    return " ".join([image_digest(record.path), *map(str, entries)])
 
 
 class Features(Sequence[Array]):
-    """Features of images in their order, each read from its file when it is asked for."""
+    """Features of images in order, each read from its file on access."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
@@ -126,7 +126,7 @@ class Features(Sequence[Array]):
         return np.load(self._paths[index], allow_pickle=False)
 
     def take(self, indices: Sequence[int]) -> Features:
-        """The features of some of the images."""
+        """Return the features of some images."""
         return Features([self._paths[index] for index in indices])
 
 
@@ -143,18 +143,18 @@ def frozen_features(
     report: Report | None = None,
     stage: str = "features",
 ) -> Features:
-    """The network's output for every image, from ``folder`` where it is there, else computed and kept there.
+    """Return the network's output for every image, from ``folder`` or computed and stored there.
 
     Args:
-        network: in evaluation mode while it is used; one tensor per image, a map (C, h, w) or a vector (C,).
+        network: used in evaluation mode; outputs one tensor per image, a map (C, h, w) or a vector (C,).
         images: their preprocessing is part of the key; they are not augmented.
-        size: what is made of an image's size. Native images are computed one at a time, read region by region; others
-            in batches.
-        memory_budget: bytes of a forward, as for `accelerate`.
+        size: how images are resized. Native images are computed one at a time, read region by region; others in
+            batches.
+        memory_budget: bytes of a forward, see `accelerate`.
 
     Raises:
-        DataError: an image that cannot be read. What was computed before it is kept.
-        GigamorphError: features that are not finite, or files that cannot be written.
+        DataError: an image cannot be read. Features computed before it are stored.
+        GigamorphError: features are not finite, or files cannot be written.
     """
     size, folder = size or Size(), Path(folder)
     key = hashlib.sha256((fingerprint(network) + json.dumps(_settings(images, size), sort_keys=True)).encode())
@@ -178,14 +178,14 @@ def frozen_features(
                 meter.image(source.shape[1] * source.shape[2])
             x = sources if size.native else torch.stack([read_sized(s, size) for s in sources]).to(device)
             for index, feature in zip(batch, net(x), strict=True):
-                _keep(paths[index], feature, sources[batch.index(index)].name)
+                _store(paths[index], feature, sources[batch.index(index)].name)
                 meter.image_done()
     return Features(paths)
 
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode of all modules; on the way out each is as it was."""
+    """Set all modules to evaluation mode; on exit restore the mode of each."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -195,15 +195,15 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _keep(path: Path, feature: Tensor, name: str) -> None:
+def _store(path: Path, feature: Tensor, name: str) -> None:
     values = feature.float().cpu().numpy()
     if not np.isfinite(values).all():
-        raise GigamorphError(f"{name}: the network's features are not finite; look at its weights and at the image")
+        raise GigamorphError(f"{name}: the network's features are not finite; check its weights and the image")
     write_atomically(path, lambda temporary: np.save(temporary, values, allow_pickle=False), "features")
 
 
 def _settings(images: ImageDataset, size: Size) -> Mapping[str, Any]:
-    """What turns a file into the network's input."""
+    """Return the settings that turn a file into the network's input."""
     normalize = None if images.normalize is None else images.normalize.to_dict()
     return {
         "resize": size.resize,

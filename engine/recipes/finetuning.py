@@ -1,4 +1,4 @@
-"""Networks that are fine-tuned as a whole, on images of one size or of any."""
+"""Fine-tuning of whole networks, on images of one size or of any."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .tensors import Measure
 
 
 class Finetuning(ImageTask):
-    """All layers learn, on images brought to one size or at their native resolution.
+    """Training of all layers, on images resized to one size or at their native resolution.
 
     Args:
         module: (N, C, H, W) -> (N, classes).
-        images: a subset's training images.
-        val: validation images, which choose the best epoch; where there are none, the training loss does.
+        images: training images of a subset.
+        val: validation images, which select the best epoch; if empty, the training loss does.
         record: see `ImageTask`.
     """
 
@@ -55,9 +55,9 @@ class Finetuning(ImageTask):
 
     @torch.no_grad()
     def predict(self, images: ImageDataset) -> Tensor:
-        """Logits (n, classes) on the CPU; the module is to be in evaluation mode."""
-        places = range(0, len(images), self.batch)
-        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in places]
+        """Return logits (n, classes) on the CPU; the module must be in evaluation mode."""
+        starts = range(0, len(images), self.batch)
+        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in starts]
         return torch.cat([self._logits(batch).float().cpu() for batch in batches])
 
     def _logits(self, sources: Sequence) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers of Keras' ResNet-50 and VGG as tensors of networks with torchvision's names."""
+"""Maps the layers of Keras' ResNet-50 and VGG to tensors of networks with torchvision's names."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _VGG = re.compile(r"block([1-5])_conv(\d)")
 _BATCH_NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 _FIRST = ("conv1.weight", "features.0.weight")
 _CLASSIFIERS = ("fc1000", "probs", "predictions")
-# The dense layers of VGG in timm, and in torchvision.
+# The dense layers of VGG in timm and in torchvision.
 _DENSE = ({"fc1": "pre_logits.fc1", "fc2": "pre_logits.fc2"}, {"fc1": "classifier.0", "fc2": "classifier.3"})
 _LAST = ("fc", "head.fc", "classifier.6")
 
 
 def keras_state(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """The weights of an h5 file of Keras by the names of a network, in its layout of tensors.
+    """Read the weights of a Keras h5 file with a network's tensor names and layouts.
 
-    Kernels of the first convolution, which Keras feeds blue, green, red, take red, green, blue. Biases of convolutions
-    before a BatchNorm, which the network has not, go into its running mean: the same function, and the same training.
-    Dense layers that the network has not are called head.LAYER, unknown layers keep their names.
+    The first convolution is converted from Keras' order blue, green, red to red, green, blue. Biases of convolutions
+    before a BatchNorm, which the network lacks, are moved into its running mean: function and training stay the same.
+    Dense layers that the network lacks are named head.LAYER; unknown layers keep their names.
+
 
     Raises:
-        DataError: see `read_keras`; or the network is a ResNet with other strides or another eps in BatchNorm.
+        DataError: see `read_keras`; or the network is a ResNet with other strides or another BatchNorm eps.
     """
     found = read_keras(path)
     _check(path, network, found.layers)
@@ -51,7 +52,7 @@ def keras_state(path: Path, network: nn.Module) -> dict[str, Tensor]:
 
 
 def _module_of(layer: str, arrays: Mapping[str, Array], layers: Mapping[str, object], modules: Mapping) -> str:
-    """What the network calls a layer."""
+    """Return the network's name of a layer."""
     if layer in _STEM:
         return _STEM[layer]
     if match := _OLD.fullmatch(layer):
@@ -75,7 +76,7 @@ def _module_of(layer: str, arrays: Mapping[str, Array], layers: Mapping[str, obj
 
 
 def _part(stage: int, block: int, part: int, norm: bool) -> str:
-    """Part 0 is the shortcut."""
+    """Return the name of a part of a residual block; part 0 is the shortcut."""
     own = f"{'bn' if norm else 'conv'}{part}" if part else f"downsample.{int(norm)}"
     return f"layer{stage - 1}.{block}.{own}"
 
@@ -96,7 +97,7 @@ def _tensors(layer: str, arrays: Mapping[str, Array], name: str, modules: Mappin
 
 
 def _dense(array: Array, shape: tuple[int, ...] | None, of_maps: bool) -> Array:
-    """A dense kernel (in, out); the inputs of VGG's first one are maps of 7 x 7 with the channels last."""
+    """Convert a dense kernel (in, out); inputs of VGG's first one are channels-last maps of 7 x 7."""
     if of_maps and shape is not None and len(array) % 49 == 0:
         array = array.reshape(7, 7, -1, array.shape[1]).transpose(3, 2, 0, 1)
         return array if len(shape) == 4 else array.reshape(len(array), -1)
@@ -114,7 +115,7 @@ def _without_biases(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict
 
 
 def _check(path: Path, network: nn.Module, layers: Mapping[str, object]) -> None:
-    """Refuse a ResNet that takes the weights by its names and shapes, and computes another function with them."""
+    """Refuse a ResNet with fitting names and shapes that computes another function with the weights."""
     old = any(map(_OLD.fullmatch, layers))
     if not old and not any(map(_NEW.fullmatch, layers)):
         return
@@ -123,11 +124,11 @@ def _check(path: Path, network: nn.Module, layers: Mapping[str, object]) -> None
     convs = [modules.get(f"layer{stage}.0.conv1") for stage in (2, 3, 4)]
     if any(isinstance(conv, nn.Conv2d) and conv.stride != (2, 2) for conv in convs):
         raise DataError(
-            f"{path}: Keras' ResNet-50 has the stride in the first convolution of a block, the network in another; "
-            f"take the network {take}"
+            f"{path}: Keras' ResNet-50 has the stride in the first convolution of a block, the network does not; "
+            f"use the network {take}"
         )
     norm = modules.get("bn1")
     if isinstance(norm, nn.BatchNorm2d) and abs(norm.eps / eps - 1) > 0.01:
         raise DataError(
-            f"{path}: the BatchNorm of its layers has eps {eps:g}, the network's {norm.eps:g}; take the network {take}"
+            f"{path}: the BatchNorm of its layers has eps {eps:g}, the network's {norm.eps:g}; use the network {take}"
         )

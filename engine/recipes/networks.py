@@ -1,4 +1,4 @@
-"""Classifiers of whole images in checkpoints, of `gigamorph train` and of recipes, and the images that they take."""
+"""Opens classifiers of whole images from checkpoints of `gigamorph train` and of recipes, with their images."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ from . import get_recipe
 def open_classifier(
     path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
 ) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
-    """The trained network of a checkpoint in a budget and on a device, its classes, and what opens images for it.
+    """Open a trained network with a budget on a device; return it, its classes, and an opener of images.
 
-    Of a folder of `gigamorph import` likewise, or the ensemble in it; of one of `gigamorph train --folds` the
-    mean of its networks.
+    The path is a checkpoint, a folder of `gigamorph import` (also an ensemble), or a folder of `gigamorph train
+    --folds`, whose networks are averaged. Records of the images have their split of the training, where it is known.
 
-    The images' records say which split of the training they were in, where that is known.
 
     Args:
-        flips: of `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
+        flips: names in `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
 
     Raises:
-        DataError: if it is no checkpoint, or what was trained classifies no whole images.
-        GigamorphError: predictions of it cannot be averaged over mirror images.
+        DataError: it is not a checkpoint, or its network does not classify whole images.
+        GigamorphError: its predictions cannot be averaged over mirror images.
     """
     found = open_predictor(path, memory_budget=memory_budget, device=device, flips=flips)
     return found.net, found.classes, found.open_images
@@ -51,29 +50,29 @@ def open_classifier(
 def open_predictor(
     path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
 ) -> Classifier:
-    """The same for `gigamorph.engine.predict`."""
+    """Open a trained network for `gigamorph.engine.predict`; see `open_classifier`."""
     if Path(path).is_dir():
         if fold_checkpoints(path):
             return open_folds(path, memory_budget=memory_budget, device=device, flips=flips)
         return Classifier(*open_published(path, memory_budget=memory_budget, device=device, flips=flips))  # type: ignore[arg-type]
-    found = _of_checkpoint(path, memory_budget, device)
-    return _mirrored(found, flips) if flips else found
+    found = _open_checkpoint(path, memory_budget, device)
+    return _average_mirrored(found, flips) if flips else found
 
 
-def _mirrored(found: Classifier, flips: Sequence[str]) -> Classifier:
-    """The same, averaged over mirror images."""
+def _average_mirrored(found: Classifier, flips: Sequence[str]) -> Classifier:
+    """Average a classifier's predictions over mirror images."""
     outputs = outputs_of(found.net) or Outputs.of("softmax", len(found.classes), tuple(found.classes))
     net = Ensemble([Member(found.net, None, outputs)], outputs, mirrorings(flips))
     return replace(found, net=net)  # type: ignore[arg-type]
 
 
-def _of_checkpoint(path: str | Path, memory_budget: int | None, device: str) -> Classifier:
+def _open_checkpoint(path: str | Path, memory_budget: int | None, device: str) -> Classifier:
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" in record:
         if target_of(record).kind == "masks":
             raise DataError(
-                f"{path}: is a network of masks, which tells no classes of images; gigamorph predict writes its masks, "
+                f"{path}: predicts masks, not classes of images; gigamorph predict writes its masks, "
                 "gigamorph view shows them"
             )
         prepared = preprocessing_of(record, path)
@@ -85,14 +84,14 @@ def _of_checkpoint(path: str | Path, memory_budget: int | None, device: str) -> 
         )
     restore = get_recipe(record["recipe"]).restore if "recipe" in record else None
     if restore is None:
-        raise DataError(f"{path}: what was trained here is no classifier of whole images; name a checkpoint of one")
+        raise DataError(f"{path}: its network does not classify whole images; use the checkpoint of a classifier")
     try:
         with bounded(stored["state_dict"]):
             network, opened = restore(record)
         network.load_state_dict({key.removeprefix("net."): value for key, value in stored["state_dict"].items()})
     except UntrustedError:
         raise
-    except Exception as error:  # each recipe reads its own keys
+    except Exception as error:  # recipes raise various errors for their keys
         raise DataError(f"{path}: its network cannot be built as recorded ({first_line(error)}); {REMEDY}") from error
     net, outputs = accelerate(network.to(device), memory_budget, fallback="whole"), target_of(record).outputs
     if outputs is not None:

@@ -1,4 +1,4 @@
-"""Patches of phantom mammograms, for synthetic tasks."""
+"""Patches of phantom mammograms for synthetic tasks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HEIGHT, _WIDTH, _SHIFT = 256, 192, 6
 def phantom_patches(
     count: int, side: int, seed: Sequence[int], lesions: Sequence[Kind] = LESIONS
 ) -> tuple[Tensor, Tensor]:
-    """Patches float32 (count, 1, side, side) on [0, 1], and their classes, int64 (count,): 0 normal, then `lesions`.
+    """Return patches float32 (count, 1, side, side) in [0, 1], and classes int64 (count,): 0 normal, then `lesions`.
 
-    Each is of a phantom of its own; classes come in turn. A patch of a lesion is around it, up to 6 pixels off; a
-    normal one is where a lesion would have been.
+    Each patch is from its own phantom; classes alternate. A lesion patch is centred on the lesion up to 6 pixels; a
+    normal patch is where a lesion would have been.
     """
     classes = 1 + len(lesions)
     patches = np.empty((count, 1, side, side), np.float32)

@@ -1,4 +1,4 @@
-"""Files of weights trained on ImageNet that recipes know: where they are from, and the inputs they are used to."""
+"""Files of ImageNet weights that recipes know: their source, and the normalisation of their inputs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CHOLLET = "https://github.com/fchollet/deep-learning-models/releases/download/"
 
 @dataclass(frozen=True)
 class Published:
-    """A file of weights trained on ImageNet.
+    """A file of ImageNet weights.
 
     Attributes:
-        source: where it is to be had.
-        sha256: its first digits, as its publisher gives them; empty where none does.
-        md5: where its publisher gives that, of each file of this name.
-        mean, std: of its training images, grey values from 0 to 1.
+        source: where it can be downloaded.
+        sha256: first digits of its hash, as published; empty if unknown.
+        md5: published hashes of files with this name.
+        mean, std: of its training images, with grey values from 0 to 1.
     """
 
     source: str
@@ -29,7 +29,7 @@ class Published:
 
 
 def keras_weights(source: str, *md5: str) -> Published:
-    """Of Keras: Caffe's inputs: from 0 to 255, less the mean of each channel (red, green, blue here)."""
+    """Describe Keras weights with Caffe's inputs: 0 to 255 minus the mean of each channel (red, green, blue here)."""
     return Published(source, md5=md5, mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,) * 3)
 
 

@@ -1,4 +1,4 @@
-"""Images at the size that a recipe wants: as they are, or resized and cropped as published methods do."""
+"""Images at a recipe's size: native, or resized and cropped as in published methods."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ..images.pixels import PixelSource, check_region
 
 @dataclass(frozen=True)
 class Size:
-    """What becomes of an image's size; the default leaves it at its native resolution."""
+    """How images are resized; the default keeps the native resolution."""
 
     resize: tuple[int, ...] = ()
     """Empty; the shorter side; or height and width."""
     crop: int = 0
-    """Side of the square that is cut from the middle; 0 for none."""
+    """Side of the central square to crop; 0 for none."""
 
     def __post_init__(self) -> None:
         if len(self.resize) > 2 or any(side < 1 for side in self.resize) or self.crop < 0:
             raise GigamorphError(
-                f"resize = {list(self.resize)} must be empty, the shorter side, or height and width, and crop not less "
-                "than 0"
+                f"resize = {list(self.resize)} must be empty, the shorter side, or height and width, and crop at least "
+                "0"
             )
 
     @property
     def native(self) -> bool:
-        """Whether images keep their pixels."""
+        """Whether images keep their native pixels."""
         return not self.resize and not self.crop
 
 
 class SizedSource(DerivedSource):
-    """An image at a recipe's size, which is small: it is read as a whole and held."""
+    """An image at a recipe's size, which is small: it is read whole and stored."""
 
     def __init__(self, source: PixelSource, size: Size) -> None:
-        self._image, self.back = _sized(source, size)
+        self._image, self.back = _resize(source, size)
         super().__init__(source, *self._image.shape[1:])
         self.added = (f"resized and cropped to {self.shape[1]} x {self.shape[2]} pixels",)
 
@@ -62,18 +62,18 @@ class SizedImages(ImageDataset):
 
 
 def read_sized(source: PixelSource, size: Size) -> Tensor:
-    """The whole image at that size: float32 (C, H, W).
+    """Read the whole image at that size: float32 (C, H, W).
 
-    Large images are averaged over whole blocks of pixels first, region by region, and then resized bilinearly with
+    Large images are first averaged over blocks of pixels, region by region, and then resized bilinearly with
     anti-aliasing.
     """
-    return _sized(source, size)[0]
+    return _resize(source, size)[0]
 
 
-def _sized(source: PixelSource, size: Size) -> tuple[Tensor, Affine]:
-    """The image at that size, and the map from its coordinates to those of the source."""
+def _resize(source: PixelSource, size: Size) -> tuple[Tensor, Affine]:
+    """Return the image at that size, and the map from its coordinates to those of the source."""
     _, height, width = source.shape
-    place = Affine()
+    to_source = Affine()
     if size.resize:
         wanted = size.resize
         if len(wanted) == 1:
@@ -85,15 +85,15 @@ def _sized(source: PixelSource, size: Size) -> tuple[Tensor, Affine]:
         _, height, width = source.shape
         image = source.read(0, height, 0, width)[None]
         image = F.interpolate(image, wanted, mode="bilinear", antialias=True, align_corners=False)[0]
-        place = Affine.scale(factor * width / wanted[1], factor * height / wanted[0])
+        to_source = Affine.scale(factor * width / wanted[1], factor * height / wanted[0])
     else:
         image = source.read(0, height, 0, width)
     if not size.crop:
-        return image, place
+        return image, to_source
     top, left = (image.shape[1] - size.crop) // 2, (image.shape[2] - size.crop) // 2
     if top < 0 or left < 0:
         raise GigamorphError(
-            f"{source.name}: {image.shape[1]} x {image.shape[2]} pixels are less than crop = {size.crop}; "
-            "make resize larger"
+            f"{source.name}: {image.shape[1]} x {image.shape[2]} pixels are smaller than crop = {size.crop}; "
+            "increase resize"
         )
-    return image[:, top : top + size.crop, left : left + size.crop], place @ Affine.shift(left, top)
+    return image[:, top : top + size.crop, left : left + size.crop], to_source @ Affine.shift(left, top)

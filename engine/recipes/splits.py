@@ -1,4 +1,4 @@
-"""Which images a recipe learns from, chooses by and is measured on: a table's own split, or one that is drawn."""
+"""Splits of a recipe's images into training, validation and test: the table's own split, or a random one."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from ..errors import DataError
 from ..train.run import Run
 
 SplitOf = Literal["table", "drawn"]
-"""The split that the table gives, where it gives one; or one that is drawn whatever the table says."""
+""""table": the table's own split, if it has one. "drawn": a random split in any case."""
 
 
 class Splitting(Protocol):
-    """What a configuration says of splits."""
+    """The part of a configuration that describes splits."""
 
     @property
     def split(self) -> SplitOf: ...
     @property
     def fractions(self) -> tuple[float, float, float]:
-        """Of the patients, for train, val and test."""
+        """Fractions of the patients for train, val and test."""
         ...
 
 
 def split_records(
     records: Sequence[Record], config: Splitting, run: Run, *, table: str | Path = "", validation: bool = True
 ) -> list[Record]:
-    """Records with train, val or test each, no patient in two of them.
+    """Return records with a split each (train, val or test), without a patient in two of them.
 
-    An official split runs as it is; where it has no val, patients of train become val, in the proportion that
-    `fractions` have.
+    The table's split is used as it is; without val, patients of train are moved to val in the proportions of
+    `fractions`.
+
 
     Args:
-        table: that errors name.
-        validation: whether the recipe chooses anything by val; if not, all of an official train is trained on.
+        table: its name for errors.
+        validation: whether the recipe uses val; if not, the table's train stays complete.
 
     Raises:
-        DataError: if splits are given for some records only, or put a patient in two of them.
+        DataError: only some records have a split, or a patient is in two of them.
     """
     if config.split == "drawn":
         records = [replace(record, split=None) for record in records]
@@ -49,11 +50,11 @@ def split_records(
     except DataError as error:
         raise DataError(f"{table}: {error}") from error
     if all(record.split != "test" for record in found):
-        run.say("there are no images in the split test, so nothing is measured")
+        run.say("the split test has no images, so nothing is measured")
     if not validation:
         return found
     filled = fill_validation(found, fractions=config.fractions, seed=run.seed)
     if filled != found:
         patients = {record.patient_id for record in filled if record.split == "val"}
-        run.say(f"the table has no split val: {len(patients)} patients of train are val")
+        run.say(f"the table has no split val: {len(patients)} patients of train are moved to val")
     return filled

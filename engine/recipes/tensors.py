@@ -1,4 +1,4 @@
-"""Classifying what is held in memory: patches or embeddings of one size."""
+"""Classification of data in memory: patches or embeddings of one size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from ..train.task import Task
 
 Measure = Callable[[Tensor, Tensor], float | None]
-"""(labels (n,), logits (n, classes)) -> larger is better; None where it is not defined."""
+"""(labels (n,), logits (n, classes)) -> score, larger is better; None if undefined."""
 
 
 class Inputs(Protocol):
-    """A tensor (n, ...), or what is read from files when a slice or a list of places is asked for."""
+    """A tensor (n, ...), or an object that reads a slice or a list of indices from files."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, chosen: Any, /) -> Tensor: ...
@@ -28,9 +28,9 @@ class TensorTask(Task):
     Args:
         module: (N, ...) -> (N, classes).
         inputs, labels: (n, ...) and int64 (n,).
-        val: inputs and labels that choose the best epoch.
-        measure: of what is said of them; by default their negative loss.
-        vary: changes a batch of training inputs, at random.
+        val: inputs and labels that select the best epoch.
+        measure: score of their logits; by default the negative loss.
+        vary: random augmentation of a batch of training inputs.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class TensorTask(Task):
 
 @torch.no_grad()
 def logits_of(module: nn.Module, inputs: Inputs, batch: int = 256) -> Tensor:
-    """float32 outputs on the CPU, in batches; the module is to be in evaluation mode."""
+    """Return float32 outputs on the CPU, in batches; the module must be in evaluation mode."""
     device = next(module.parameters()).device
     parts = (inputs[first : first + batch] for first in range(0, len(inputs), batch))
     return torch.cat([module(part.to(device)).float().cpu() for part in parts])
 
 
 def accuracy(labels: Tensor, logits: Tensor) -> float:
-    """The share of rows whose largest logit is the label's."""
+    """Return the share of rows whose largest logit is the label's."""
     return float((logits.argmax(1) == labels).double().mean())
 
 
 def negative_loss(labels: Tensor, logits: Tensor) -> float:
-    """Minus the mean cross-entropy."""
+    """Return minus the mean cross-entropy."""
     return -float(F.cross_entropy(logits, labels))

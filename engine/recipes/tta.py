@@ -1,4 +1,4 @@
-"""Predictions that are averaged: over mirrored images (test-time augmentation) and over networks (ensembles)."""
+"""Averaged predictions: over mirrored images (test-time augmentation) and over networks (ensembles)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PLAIN = ((False, False),)
 
 
 def mirrorings(augment: str) -> tuple[tuple[bool, bool], ...]:
-    """The image, and of its mirror images those that an augmentation draws in training: no others are fit to be
-    averaged over."""
+    """Return the flips that an augmentation draws in training, including none; averaging over others would not be
+    valid."""
     left_right, up_down = FLIPS.get(Augment.parse(augment).flip, (False, False))
     return *PLAIN, *((across, down) for across, down in FLIPS.values() if across <= left_right and down <= up_down)
 
@@ -35,13 +35,13 @@ def predict(
     labels: bool = False,
     batch: int = 1,
 ) -> Array:
-    """Log-odds (images, outputs) of each output, from the mean of its probabilities over mirrored images.
+    """Return log-odds (images, outputs) of each output's mean probability over mirrored images.
 
     Args:
         net: a list of pixel sources -> logits (images, outputs); in evaluation mode.
-        numbers: of the images to predict.
-        labels: outputs are labels, each with a sigmoid of its own; classes, with a softmax, otherwise.
-        batch: images that are computed at a time.
+        numbers: numbers of the images to predict.
+        labels: outputs are labels with a sigmoid each; otherwise classes with a softmax.
+        batch: number of images per step.
     """
     found = []
     with torch.no_grad():
@@ -58,5 +58,5 @@ def predict(
 
 
 def averaged(members: Sequence[Cases]) -> Cases:
-    """The ensemble of networks that predicted the same images: the mean of their probabilities."""
+    """Return the ensemble of networks that predicted the same images: the mean of their probabilities."""
     return replace(members[0], scores=odds.mean(np.stack([member.scores for member in members])))

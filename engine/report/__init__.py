@@ -1,1 +1,1 @@
-"""What every report is made with: HTML pages from templates (`page.py`), and figures (`figure.py`)."""
+"""Building blocks of all reports: HTML pages from templates (`page.py`), and figures (`figure.py`)."""

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: templates with one style, pictures embedded, all text from outside escaped."""
+"""Self-contained HTML pages: templates with one style, embedded pictures, and escaped foreign text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..files import write_atomically
 from .markdown import markdown
 
-_NUMBER = re.compile(r"[+\-−]?\.?\d(?![\da-f]{11})")  # a commit is no number
+_NUMBER = re.compile(r"[+\-−]?\.?\d(?![\da-f]{11})")  # a commit hash is not a number
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under names; numbers stand at the right of their columns.
+    """A table of text cells with column names; numeric columns are right-aligned.
 
     Attributes:
-        strong: rows with this cell are marked.
-        grouped: rows whose first cell is the same belong together.
+        strong: rows with this cell are emphasised.
+        grouped: rows with the same first cell form a group.
     """
 
     head: Sequence[str]
@@ -33,7 +33,7 @@ class Table:
 
     @property
     def styles(self) -> list[str]:
-        """The class of each column: words (as in the first), which need room where they are many, or numbers."""
+        """CSS class of each column: text (always for the first), wider if its cells are long, or numbers."""
         styles = []
         for number in range(len(self.head)):
             cells = [str(row[number]) for row in self.rows if str(row[number])]
@@ -45,26 +45,26 @@ class Table:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, object]], strong: str = "", grouped: bool = False) -> Table:
-        """Rows by the names of their cells, the same names in each; columns that are empty throughout are omitted."""
+        """Build a table from rows that map column names to cells; columns that are empty in all rows are omitted."""
         head = [name for name in (rows[0] if rows else ()) if any(str(row[name]) for row in rows)]
         return cls(head, [[row[name] for name in head] for row in rows], strong, grouped)
 
 
 def render(template: str, **content: Any) -> str:
-    """The text of a template; in ``.html`` everything is escaped, in ``.md`` what goes through ``markdown``."""
+    """Render a template; ``.html`` escapes everything, ``.md`` what passes through ``markdown``."""
     return _ENVIRONMENT.get_template(template).render(**content)
 
 
 def write_page(path: Path, template: str, pictures: Mapping[str, bytes], **content: Any) -> Path:
-    """Write a page, and beside it its pictures, which it also holds; returns its path.
+    """Write a page with embedded pictures, also write the pictures next to it, and return the page's path.
 
     Args:
-        template: a file of `templates/`.
-        pictures: PNG files by their names without ``.png``.
-        content: what the template names.
+        template: name of a file in `templates/`.
+        pictures: PNG files by name without ``.png``.
+        content: the template's variables.
 
     Raises:
-        GigamorphError: if a file cannot be written.
+        GigamorphError: a file cannot be written.
     """
     for name, data in pictures.items():
         write_atomically(path.parent / f"{name}.png", lambda p, data=data: p.write_bytes(data), "picture")

@@ -148,13 +148,13 @@ def test_summary_tells_what_is_wrong():
         },
     }
     text = "\n".join(gpu_summary.summary(data))
-    assert "checks: 1 of 3 hold" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
+    assert "checks: 1 of 3 passed" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
     assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text
     found = (
         "ours 3 (1.0), ours_auto 4 (2.0), channels_last 2 (4.0), eager out of memory; ours_auto 2.00 - -; ours 1.50 - -"
     )
     assert f"{found}  LOSS OF ours DIFFERS" in text and "LOSS OF ours_auto" not in text
-    assert "skipped for want of time: 1" in text
+    assert "skipped for lack of time: 1" in text
 
 
 def test_traces_are_of_the_gpu_alone_and_tell_when_it_was_idle():

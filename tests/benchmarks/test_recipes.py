@@ -50,7 +50,7 @@ def test_seeds_are_run_once_of_committed_states_only(monkeypatch, tmp_path):
     monkeypatch.setattr(recipes, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(sys, "argv", ["recipes.py", "--only", "morphhr"])
     monkeypatch.setattr(recipes, "changed", lambda: " M engine/x.py")
-    with pytest.raises(SystemExit, match="committed state only"):
+    with pytest.raises(SystemExit, match="must be of a committed state"):
         recipes.main()
     monkeypatch.setattr(recipes, "changed", lambda: "")
     ran = []

@@ -137,7 +137,7 @@ def test_a_network_that_does_not_take_the_images_is_told(tmp_path, capsys, monke
     )
     assert run("step", "--model", "colour_nets:colour", "--size", "64x48", "--peer", "stock") == 2
     error = capsys.readouterr().err
-    assert "its first convolution takes 3 channels, give it images of as many (--channels)" in error
+    assert "its first convolution takes 3 channels, use images with as many (--channels)" in error
     assert error.startswith("error: model 'colour_nets:colour' cannot take an image of 1 x ") and error.count("\n") == 1
 
 

@@ -39,7 +39,7 @@ def test_demo_deletes_nothing_but_a_former_demo(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "kept").write_text("x")
     assert run("demo", "--out", tmp_path) == 2
-    assert "holds notes, not only a former demo" in capsys.readouterr().err
+    assert "contains other files (notes)" in capsys.readouterr().err
     assert (tmp_path / "data" / "kept").exists() and (tmp_path / "notes" / "kept").exists()
     (tmp_path / "notes").rename(tmp_path / "low")
     assert run("demo", "--out", tmp_path) == 130

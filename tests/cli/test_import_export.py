@@ -216,7 +216,7 @@ def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path,
         splits[name] = [row["split"] for row in found[name]]
     assert splits["both"] == splits["folds"] == ["test" if split == "test" else "train" for split in given]
     # The folder of the folds is that ensemble, without any import.
-    assert "folds: the mean of 2 networks, each with mean and std of its own" in capsys.readouterr().out
+    assert "folds: the mean of 2 networks, each with its own mean and std" in capsys.readouterr().out
     for own, other in zip(found["folds"], found["both"], strict=True):
         assert float(own["log_odds_1"]) == pytest.approx(float(other["log_odds_1"]), rel=1e-12)
     image = given_images[0]
@@ -230,7 +230,7 @@ def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path,
     assert "holds the runs of a cross-validation" in capsys.readouterr().err
     one = tmp_path / "folds" / "fold1"
     assert run("predict", one, image, "--out", tmp_path / "none") == 2
-    assert f"is the folder of a run; name its checkpoint, {one / 'best.ckpt'}" in capsys.readouterr().err
+    assert f"is the folder of a run; use its checkpoint, {one / 'best.ckpt'}" in capsys.readouterr().err
     assert run("train", phantoms, "--folds", 2, "--out", one) == 2
     assert "holds a run without folds, or one fold; name another folder" in capsys.readouterr().err
     (tmp_path / "folds" / "fold2" / "metrics.json").unlink()
@@ -343,7 +343,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     assert "licence not stated" in said
     assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2
-    assert "is none of timm's; write it with --to onnx" in capsys.readouterr().err
+    assert "is not one of timm's; export it with --to onnx" in capsys.readouterr().err
     assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2
     assert run("import", tmp_path / "net", tmp_path / "w.pt", "--out", tmp_path / "both") == 2
     assert "w.pt: is no folder of gigamorph import" in capsys.readouterr().err

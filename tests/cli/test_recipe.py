@@ -51,7 +51,7 @@ def test_list_configuration_and_unknown_name(toy, capsys):
     assert run("recipe", "toy") == 0
     assert capsys.readouterr().out == "rate = 0.5  # Table 1\n"
     assert run("recipe", "nope") == 2
-    assert "recipe 'nope' is unknown; there are" in capsys.readouterr().err
+    assert "unknown recipe 'nope'; use one of" in capsys.readouterr().err
 
 
 def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
@@ -67,7 +67,7 @@ def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
     assert "result undecided with 1 seed; a claim needs 3 or more (" in shown and "not hold" not in shown
     assert json.loads((tmp_path / "c" / "claim.json").read_text())["holds"] is None
     assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, capsys):
@@ -85,12 +85,12 @@ def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, c
     command = ["recipe", "toy", "--synthetic", "--out", tmp_path / "a"]
     assert run(*command) == 130
     assert "the same command with --resume continues with the current seed" in capsys.readouterr().err
-    assert run(*command) == 2 and "seed_0: is there already; go on with --resume" in capsys.readouterr().err
+    assert run(*command) == 2 and "seed_0: already exists; continue with --resume" in capsys.readouterr().err
     assert run(*command, "--resume") == 0 and ran == [0, 1, 1, 2]
     monkeypatch.setattr(module, "RECIPE", own)
     (tmp_path / "b" / "seed_0").mkdir(parents=True)  # of something else
     assert run(*command[:-1], tmp_path / "b", "--resume") == 2
-    assert "seed_0: holds no seed of recipe toy; name another folder" in capsys.readouterr().err
+    assert "seed_0: does not contain a seed of recipe toy; choose another folder" in capsys.readouterr().err
     (tmp_path / "b" / "seed_0").rmdir()
     assert run(*command[:-1], tmp_path / "b") == 0
     a, b = (json.loads((tmp_path / name / "claim.json").read_text()) for name in "ab")

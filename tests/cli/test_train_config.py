@@ -135,9 +135,9 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--quiet", "--verbose"], "exclude each other"),
         (["--std", "0"], "std [0.0] must be finite numbers, std above 0"),
-        (["--model", "unet?width=a"], "model 'unet?width=a': width is 'a', no whole number"),
+        (["--model", "unet?width=a"], "model 'unet?width=a': width must be a whole number, not 'a'"),
         (["--log", "paper"], "unknown log 'paper'; use csv"),
-        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: there is no module 'nowhere'"),
+        (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: no module 'nowhere'"),
         (["--folds", "50"], "cannot make 50 folds of 4 patients; use 2 to 4"),
         (
             ["--task", "labels", "--label", "mass"],
@@ -262,9 +262,9 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     assert "fold 2 of 2" in capsys.readouterr().out
     (tmp_path / "cv" / "config.toml").unlink()
     assert run("train", table, "--out", tmp_path / "cv", "--resume") == 2
-    assert "holds the runs of a cross-validation" in capsys.readouterr().err
+    assert "contains the runs of a cross-validation" in capsys.readouterr().err
     assert run("import", tmp_path / "cv", "--out", tmp_path / "ensemble") == 2
-    assert "here name the checkpoint of one" in capsys.readouterr().err
+    assert "here use the checkpoint of one" in capsys.readouterr().err
     evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]
     assert run(*evaluated, "--out", tmp_path / "measured") == 0
 
@@ -508,7 +508,7 @@ def test_fine_tuning_from_files_and_from_timms_weights(phantoms, tmp_path, monke
         (0.226,), abs=1e-3
     )
     assert run("train", phantoms, "--init", "timm:nothing_at_all", "--out", tmp_path / "no") == 2
-    assert "timm has no pretrained weights of it" in capsys.readouterr().err
+    assert "timm has no pretrained weights for it" in capsys.readouterr().err
     # What timm would fetch, made here: the trained network begins as it, its colours summed.
     fetched = timm.create_model("resnet18", num_classes=1000)
     make = timm.create_model

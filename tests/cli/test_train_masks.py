@@ -121,9 +121,9 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
         return " ".join(" ".join(told).replace("│", " ").split())
 
     best = trained / "best.ckpt"
-    assert "is a network of masks, which tells no classes of images" in refused("explain", best, table)
+    assert "predicts masks, not classes of images" in refused("explain", best, table)
     assert "do not support checkpoints of masks" in refused("predict", best, table, "--heatmaps")
-    assert "a network for masks gives one map" in refused("train", table, *FAST, "--model", "lesionnet")
+    assert "a network for masks must output one map" in refused("train", table, *FAST, "--model", "lesionnet")
     other = tmp_path / "other.csv"
     other.write_text(f"image_path,mask_path,patient_id\n{table.parent / '0.png'},,p\n")
     assert "has no column mask_path and no masks in findings" in refused("train", other, *FAST)

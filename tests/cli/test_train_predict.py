@@ -504,7 +504,7 @@ def one_line(capsys):
 @pytest.mark.parametrize("command", ["predict", "explain"])
 def test_the_folder_of_a_run_is_no_network_but_holds_one(command, trained, phantoms, tmp_path, capsys):
     assert run(command, trained, phantoms, "--out", tmp_path / "out") == 2
-    assert f"name its checkpoint, {trained / 'best.ckpt'}" in one_line(capsys)
+    assert f"use its checkpoint, {trained / 'best.ckpt'}" in one_line(capsys)
     (tmp_path / "other").mkdir()
     assert run(command, tmp_path / "other", phantoms, "--out", tmp_path / "out") == 2
     assert "gigamorph import" in one_line(capsys) and not (tmp_path / "out").exists()

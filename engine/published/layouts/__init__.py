@@ -1,4 +1,4 @@
-"""Checkpoints as others have published them, one file each: recognised by their names, and what to make of them."""
+"""Layouts of published checkpoints, one file each: how to recognise them, and the networks in them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ LAYOUTS = {"mammoscreen": mammoscreen, "rsna-2023": rsna_2023, "mammo-clip": mam
 
 
 def parts_of(state: State, layout: str | None = None) -> tuple[str, Sequence[Part]]:
-    """The name of a checkpoint's layout and its networks.
+    """Return the name of a checkpoint's layout, and its networks.
 
     Raises:
-        GigamorphError: its layout is not known, or is not the one that was named.
+        GigamorphError: its layout is unknown, or not the given one.
     """
     for name, module in LAYOUTS.items():
         if layout in (None, name) and module.recognises(state):
             return name, module.parts(state)
     if layout is not None:
-        raise GigamorphError(f"{state.path}: does not have the names of {layout}; its own begin with {_first(state)}")
+        raise GigamorphError(f"{state.path}: is not in layout {layout}; its names begin with {_first_names(state)}")
     raise GigamorphError(
-        f"{state.path}: is of none of the known layouts ({', '.join(LAYOUTS)}); name what builds its network and give "
-        "it as --weights, as in gigamorph import timm:resnet50 --weights FILE"
+        f"{state.path}: has none of the known layouts ({', '.join(LAYOUTS)}); pass it as --weights of the factory "
+        "that builds its network, as in gigamorph import timm:resnet50 --weights FILE"
     )
 
 
-def _first(state: State) -> str:
+def _first_names(state: State) -> str:
     found = list(dict.fromkeys(name.split(".")[0] for name in state.tensors))
     return ", ".join(found[:10])

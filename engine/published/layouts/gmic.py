@@ -1,10 +1,10 @@
-"""GMIC (nyukat/GMIC): the global network alone, a ResNet-22 with saliency maps, which needs no crops.
+"""GMIC (nyukat/GMIC): only the global network, a ResNet-22 with saliency maps, which needs no crops.
 
-The second half of GMIC cuts crops where the saliency is high, which depends on the image; its weights are left out, and
-what remains is the prediction that its authors call y_global: of each of the two saliency maps (benign, malignant;
-sigmoids) the mean of the largest t percent. That t differs among the five published networks (0.02, 0.03, 0.03, 0.05,
-0.1); the file's name, as sample_model_3.p, tells which one it is. Images are cropped to 2944 x 1920 and each is brought
-to mean 0 and standard deviation 1. Source: src/modeling and src/constants.py, AGPL-3.0; the code here is our own.
+The second half of GMIC cuts crops at high saliency, so its computation depends on the image; its weights are ignored.
+The remaining prediction, y_global of its authors, is the mean of the largest t percent of each of the two saliency
+maps (benign, malignant; sigmoids). t differs among the five published networks (0.02, 0.03, 0.03, 0.05, 0.1); the
+file's name, such as sample_model_3.p, identifies the network. Images are cropped to 2944 x 1920 and standardised to
+mean 0 and standard deviation 1. Source: src/modeling and src/constants.py, AGPL-3.0; the code here is our own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PERCENT = {"1": 0.02, "2": 0.03, "3": 0.03, "4": 0.05, "5": 0.1}
 
 
 class _Block(nn.Module):
-    """Pre-activation residual block; a skip with a convolution takes the activated input."""
+    """Pre-activation residual block; a skip with a convolution gets the activated input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, first: bool) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class GlobalNetwork(nn.Module):
     """(N, in_channels, H, W) -> probabilities (N, num_classes): the mean of the largest values of saliency maps.
 
     Args:
-        percent_t: their share, 0 to 1.
-        logits: give the log-odds of these probabilities, which losses take.
+        percent_t: the share of these values, 0 to 1.
+        logits: return log-odds of the probabilities, for losses.
     """
 
     def __init__(
@@ -89,29 +89,28 @@ class GlobalNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.left_postprocess_net(self.ds_net(x)).flatten(2)
-        # At least one: GMIC's own images have 46 x 30 places, smaller ones may have so few that none would be left.
+        # At least one: GMIC's own images have maps of 46 x 30, smaller images might have none left.
         count = max(1, round(maps.shape[2] * self.percent_t))
         probabilities = maps.topk(count, 2)[0].mean(2)
         return torch.logit(probabilities) if self.logits else probabilities
 
 
 def recognises(state: State) -> bool:
-    """Whether it has a GMIC's global network."""
+    """Whether it contains GMIC's global network."""
     return {"ds_net.first_conv.weight", "left_postprocess_net.gn_conv_last.weight"} <= state.tensors.keys()
 
 
 def parts(state: State) -> list[Part]:
-    """Its global network.
+    """Return the global network.
 
     Raises:
-        GigamorphError: the file's name does not tell which t it was trained with.
+        GigamorphError: the file's name does not identify the t of its training.
     """
     number = re.fullmatch(r"sample_model_([1-5])\.\w+", state.path.name)
     if number is None:
         known = ", ".join(f"sample_model_{name}.p {share}" for name, share in _PERCENT.items())
         raise GigamorphError(
-            f"{state.path}: its name does not tell the t that its predictions are made with ({known}); keep the "
-            "published name"
+            f"{state.path}: its name does not identify the t of its predictions ({known}); keep the published name"
         )
     percent = _PERCENT[number[1]]
     return [

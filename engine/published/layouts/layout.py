@@ -1,4 +1,4 @@
-"""What a layout says of a network in a checkpoint."""
+"""The description of a network in a checkpoint of known layout."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Part:
     """One network of a checkpoint.
 
     Attributes:
-        name: of its folder, where there are several.
+        name: of its folder, if there are several.
         model: the spec that builds it.
-        outputs, preprocessing: as its authors' code has them.
+        outputs, preprocessing: those of its authors' code.
         prefix: of its weights.
         key_map: pairs (beginning of their names, of ours).
-        ignored: beginnings of names, after the prefix, that are of no use to it.
+        ignored: beginnings of names, after the prefix, that it does not use.
         licence: as its authors state it.
-        size: of an image to check it by.
-        training: by which `gigamorph.engine.train.splits.with_splits` knows the images of the training.
+        size: of the image for the check.
+        training: identifies the images of the training, for `gigamorph.engine.train.splits.with_splits`.
     """
 
     name: str
@@ -42,22 +42,22 @@ class Part:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def trained(state: State) -> Part | None:
-    """The network of a checkpoint of `gigamorph train`; None for others.
+def part_of_training(state: State) -> Part | None:
+    """Return the network of a checkpoint of `gigamorph train`; None for others.
 
     Raises:
-        GigamorphError: it has grown, is a recipe's, or was trained on images that a folder cannot describe.
+        GigamorphError: it has grown, belongs to a recipe, or was trained on images that a folder cannot describe.
     """
     record = record_of(state)
     if record is None:
         return None
     if "options" not in record or "grown" in record:
         what = "has a network that has grown" if "grown" in record else "is a recipe's"
-        raise GigamorphError(f"{state.path}: {what}, which is used as it is and not imported")
+        raise GigamorphError(f"{state.path}: {what}; use the checkpoint itself, it cannot be imported")
     given = preprocessing_of(record, state.path)
     other = [n for n in ("for_processing", "white") if given.get(n)] + ["downsample"] * (given["downsample"] != 1)
     if other:
-        raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot say")
+        raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot describe")
     normalize = given["normalize"]
     return Part(
         name="trained",

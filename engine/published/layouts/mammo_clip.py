@@ -1,11 +1,11 @@
 """Mammo-CLIP (batmanlab/Mammo-CLIP): the image tower, an EfficientNet-B5 or -B2, alone or with a linear classifier.
 
-A pre-training checkpoint (.tar) has the tower under ``model`` as ``image_encoder.``, beside text encoder and
-projections; its networks are those of EfficientNet-PyTorch, which pads as TensorFlow would pad images of the network's
-nominal size (456 for B5, 260 for B2), whatever size they have: `Tower` does so too, which timm's EfficientNets do not.
-The tower gives features. A checkpoint of the authors' classifier has a linear layer behind it, one sigmoid output or
-several. Images are grey, repeated in three channels, 1520 x 912; each is brought to [0, 1] by its own minimum and
-maximum, then minus 0.3089279, over 0.25053555408335154. Source: src/codebase.
+A pre-training checkpoint (.tar) has the tower in ``model`` as ``image_encoder.``, next to text encoder and projections.
+Its networks are those of EfficientNet-PyTorch, which uses TensorFlow's padding for the network's nominal image size
+(456 for B5, 260 for B2) at every size: `Tower` does the same, timm's EfficientNets do not. The tower outputs features.
+A checkpoint of the authors' classifier adds a linear layer with one sigmoid output or several. Images are grey,
+repeated in three channels, 1520 x 912; each is scaled to [0, 1] by its own minimum and maximum, then minus 0.3089279,
+over 0.25053555408335154. Source: src/codebase.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
 from .layout import Part
 
-# Width, depth, nominal side of images.
+# Width factor, depth factor, nominal side of images.
 _SCALES = {"b2": (1.1, 1.2, 260), "b5": (1.6, 2.2, 456)}
 # Blocks of B0: repeats, kernel, stride, expansion, channels.
 _BLOCKS = (
@@ -38,7 +38,7 @@ _TOWER = "image_encoder."
 
 
 class _NominalConv(nn.Conv2d):
-    """A convolution that pads as "same" padding of images with a nominal side would, whatever their size is."""
+    """A convolution with the "same" padding of images of a nominal side, whatever their size."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, side: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
@@ -56,7 +56,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _Block(nn.Module):
-    """Inverted bottleneck with squeeze and excitation; its parts have the names of EfficientNet-PyTorch."""
+    """Inverted bottleneck with squeeze and excitation; parameter names are those of EfficientNet-PyTorch."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, side: int) -> None:
         super().__init__()
@@ -80,12 +80,12 @@ class _Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """(N, 3, H, W) -> (N, features), or (N, num_classes) behind a linear layer if that is not 0.
+    """(N, 3, H, W) -> (N, features), or (N, num_classes) after a linear layer if that is not 0.
 
     Args:
         size: "b5" or "b2".
         num_classes: outputs of the linear layer ``classifier``; 0 for the features (2048 of B5, 1408 of B2).
-        in_channels: of the images; published towers take 3.
+        in_channels: image channels; published towers have 3.
     """
 
     def __init__(self, size: str = "b5", num_classes: int = 0, in_channels: int = 3) -> None:
@@ -118,12 +118,12 @@ class Tower(nn.Module):
 
 
 def recognises(state: State) -> bool:
-    """Whether it has such a tower."""
+    """Whether it contains such a tower."""
     return f"{_TOWER}_conv_stem.weight" in state.tensors
 
 
 def parts(state: State) -> list[Part]:
-    """The tower, with the classifier where there is one."""
+    """Return the tower, with the classifier if there is one."""
     width = len(state.tensors[f"{_TOWER}_bn1.weight"])
     size = "b2" if width == 1408 else "b5"
     head = _classifier(state.tensors)
@@ -144,5 +144,5 @@ def parts(state: State) -> list[Part]:
 
 
 def _classifier(tensors: Mapping[str, Tensor]) -> str:
-    """Name of the weight of the linear layer behind the tower; "" where there is none."""
+    """Return the name of the weight of the linear layer after the tower; "" if there is none."""
     return next((n for n, t in tensors.items() if n.startswith("classifier.") and t.ndim == 2), "")

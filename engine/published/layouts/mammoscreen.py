@@ -1,6 +1,6 @@
 """ianpan/mammoscreen on Hugging Face: three EfficientNetV2-S at three resolutions; cancer and density.
 
-Each network is timm's, without its classifier, an average pooling, and a linear layer with five outputs: a sigmoid for
+Each network is timm's without its classifier, an average pooling, and a linear layer with five outputs: a sigmoid for
 cancer, a softmax over four densities. Their probabilities are averaged over networks and views. Images are 8-bit grey,
 cropped to the breast, [0, 255] to [-1, 1]; two networks pad to an aspect ratio and stretch, the third pads to a square.
 Source: config.json and README.md of the model, Apache-2.0.
@@ -20,12 +20,12 @@ _OUTPUTS = Outputs((Head(("cancer",), "sigmoid", 1, "cancer"), Head(("A", "B", "
 
 
 def recognises(state: State) -> bool:
-    """Whether the names of a checkpoint are those of such an ensemble."""
+    """Whether a checkpoint has the names of such an ensemble."""
     return {"net0.backbone.conv_stem.weight", "net0.linear.weight"} <= state.tensors.keys()
 
 
 def parts(state: State) -> list[Part]:
-    """Its networks."""
+    """Return the networks of the ensemble."""
     found = sorted({int(m[1]) for name in state.tensors if (m := re.match(r"net(\d{1,3})\.", name))})
     return [
         Part(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class AlexNet(nn.Module):
-    """(N, in_channels, H, W) -> (N, num_classes); `features` gives (N, 256, 6, 6) of 227 x 227 pixels."""
+    """(N, in_channels, H, W) -> (N, num_classes); `features` outputs (N, 256, 6, 6) for 227 x 227 pixels."""
 
     def __init__(self, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()

@@ -33,14 +33,14 @@ class ConvAutoEncoder(nn.Module):
     """One auto-encoder: (N, channels, h, w) -> (N, code_channels, h // pool, w // pool) -> (N, channels, h, w).
 
     Args:
-        channels: of the maps.
+        channels: of the input maps.
         code_channels: of the code.
-        kernel: side of the filters, odd; maps are padded so that they keep their size.
+        kernel: side of the filters, odd; padding keeps the size of maps.
         mode: one of `MODES`.
         theta: the threshold t of trec and tlin.
-        tied: the decoder uses the encoder's weights; else it starts from them.
-        pool: side and stride of the maximum pooling, 1 for none. Rows and columns that fill no block are omitted, and
-            come back as zeros from the unpooling.
+        tied: the decoder uses the encoder's weights; otherwise it starts from them.
+        pool: side and stride of the maximum pooling, 1 for none. Rows and columns that do not fill a block are dropped,
+            and unpooled as zeros.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ConvAutoEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if mode not in MODES:
-            raise GigamorphError(f"mode {mode!r} is unknown; take one of {', '.join(MODES)}")
+            raise GigamorphError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
         if kernel < 1 or kernel % 2 == 0 or pool < 1:
             raise GigamorphError(f"kernel {kernel} must be odd and pool {pool} at least 1")
         self.mode, self.theta, self.tied, self.pool = mode, theta, tied, pool
@@ -67,7 +67,7 @@ class ConvAutoEncoder(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(channels)) if biased else None
 
     def encode(self, x: Tensor, *, training: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The code, and the places of the maxima (None without pooling); in the form of training or of encoding."""
+        """Return the code and the indices of the maxima (None without pooling), in training or encoding form."""
         z = F.conv2d(x, self.weight, self._bias(self.bias, training), padding=self.weight.shape[-1] // 2)
         if self.mode == "tlin":
             h = z * (z * z > self.theta) if training else z
@@ -79,38 +79,38 @@ class ConvAutoEncoder(nn.Module):
             return h, None
         if min(x.shape[-2:]) < self.pool:
             raise GigamorphError(
-                f"maps of {x.shape[-2]} x {x.shape[-1]} are smaller than the pooling of {self.pool}; take pool = 1, "
+                f"maps of {x.shape[-2]} x {x.shape[-1]} are smaller than the pooling of {self.pool}; use pool = 1, "
                 "an earlier layer of the backbone or fewer auto-encoders"
             )
         return F.max_pool2d(h, self.pool, return_indices=True)
 
-    def decode(self, code: Tensor, places: Tensor | None, size: Sequence[int], *, training: bool = False) -> Tensor:
+    def decode(self, code: Tensor, indices: Tensor | None, size: Sequence[int], *, training: bool = False) -> Tensor:
         """The reconstruction (N, channels, *size) of a code."""
-        if places is not None:
-            # Rows and columns that fill no block make the size ambiguous.
-            code = F.max_unpool2d(code, places, [self.pool] * 2, output_size=list(size))
+        if indices is not None:
+            # Rows and columns that do not fill a block make the size ambiguous.
+            code = F.max_unpool2d(code, indices, [self.pool] * 2, output_size=list(size))
         weight = self.weight if self.decoder_weight is None else self.decoder_weight
         r = F.conv_transpose2d(code, weight, self._bias(self.decoder_bias, training), padding=weight.shape[-1] // 2)
         return F.relu(r) if self.mode in ("relu_bias", "zero_bias_encode") else r
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction in the form of training."""
-        code, places = self.encode(x, training=True)
-        return self.decode(code, places, x.shape[-2:], training=True)
+        """Return the reconstruction in the training form."""
+        code, indices = self.encode(x, training=True)
+        return self.decode(code, indices, x.shape[-2:], training=True)
 
     def _bias(self, bias: Tensor | None, training: bool) -> Tensor | None:
         return bias if training or self.mode == "relu_bias" else None
 
 
 class Stack(nn.Module):
-    """Auto-encoders one on the other.
+    """Stacked auto-encoders.
 
     Args:
-        channels: of the maps.
-        code_channels: of the code of each layer.
-        feature: what a layer hands to the next, and the last one gives as the features: "reconstruction" (a layer
-            reads and gives maps of `channels` channels) or "code".
-        kernel, mode, theta, tied, pool: as for `ConvAutoEncoder`.
+        channels: of the input maps.
+        code_channels: of each layer's code.
+        feature: output of a layer for the next one, and of the stack: "reconstruction" (maps of `channels` channels) or
+            "code".
+        kernel, mode, theta, tied, pool: see `ConvAutoEncoder`.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         if feature not in FEATURES:
-            raise GigamorphError(f"feature {feature!r} is unknown; take one of {', '.join(FEATURES)}")
+            raise GigamorphError(f"unknown feature {feature!r}; use one of {', '.join(FEATURES)}")
         self.feature = feature
         inputs = [channels, *code_channels[:-1]] if feature == "code" else [channels] * len(code_channels)
         self.layers = nn.ModuleList(
@@ -136,16 +136,16 @@ class Stack(nn.Module):
         )
 
     def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """The features of the first `depth` layers (all) in the form of encoding."""
+        """Return the features of the first `depth` layers (all by default) in the encoding form."""
         for layer in self._list(depth):
             size = x.shape[-2:]
-            x, places = layer.encode(x)
+            x, indices = layer.encode(x)
             if self.feature == "reconstruction":
-                x = layer.decode(x, places, size)
+                x = layer.decode(x, indices, size)
         return x
 
     def layer_loss(self, x: Tensor, index: int) -> Tensor:
-        """Greedy: mean squared error of one layer on what the layers below hand to it; they get no gradient."""
+        """Greedy: mean squared error of one layer on the output of the layers below, which get no gradient."""
         with torch.no_grad():
             below = self(x, index)
         return F.mse_loss(self.layers[index](below), below)
@@ -160,10 +160,10 @@ class Stack(nn.Module):
         code, trail = x, []
         for layer in self._list():
             size = code.shape[-2:]
-            code, places = layer.encode(code, training=True)
-            trail.append((layer, places, size))
-        for layer, places, size in reversed(trail):
-            code = layer.decode(code, places, size, training=True)
+            code, indices = layer.encode(code, training=True)
+            trail.append((layer, indices, size))
+        for layer, indices, size in reversed(trail):
+            code = layer.decode(code, indices, size, training=True)
         return F.mse_loss(code, x)
 
     def _list(self, depth: int | None = None) -> list[ConvAutoEncoder]:

@@ -1,4 +1,4 @@
-"""Settings of the recipe; the defaults are the published ones, and `configs/cae.toml` tells their sources."""
+"""Settings of the recipe with the published defaults; `configs/cae.toml` lists their sources."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class CaeConfig:
     folds: int = 5
 
     finetune: tuple[Stage, ...] = ()
-    """Of the backbone with a new classifier, the supervised network to compare with; none is trained without stages."""
+    """Stages of the backbone with a new classifier, the supervised network for comparison; empty: it is not trained."""
     augment: str = ""
-    """Of that network's training images."""
+    """Augmentation of that network's training images."""
 
     def __post_init__(self) -> None:
         if not self.code_channels or min(self.code_channels) < 1:
-            raise GigamorphError("code_channels must name the channels of one auto-encoder at least")
+            raise GigamorphError("code_channels must have the channels of at least one auto-encoder")
         if not self.svm or not self.c or min(self.c) <= 0 or self.folds < 2:
-            raise GigamorphError("svm and c must name one value at least, c must be positive and folds 2 or more")
+            raise GigamorphError("svm and c must have at least one value, c must be positive and folds 2 or more")
         if not self.resize and not self.crop and not self.pyramid:
             raise GigamorphError(
-                "images of native resolution have maps of several sizes; give resize, or a pyramid such as [1, 2, 4]"
+                "images of native resolution have maps of several sizes; set resize, or a pyramid such as [1, 2, 4]"
             )

@@ -1,4 +1,4 @@
-"""Support vector machines on features, and how well they do."""
+"""Support vector machines on features, and their measures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def fit_svm(
     folds: int = 5,
     standardise: bool = True,
 ) -> Any:
-    """A classifier of scikit-learn on features (n, d); of several C the best in cross-validation by patient.
+    """Fit a scikit-learn classifier on features (n, d); with several C, select the best in cross-validation by patient.
 
     Raises:
-        DataError: with images of one class only, in all or in a fold.
+        DataError: images have only one class, in all or in a fold.
     """
     truth = np.asarray(labels)
     if len(np.unique(truth)) < 2:
-        raise DataError("the training images have one class only; an SVM needs images of two classes at least")
+        raise DataError("the training images have only one class; an SVM needs at least two classes")
     steps = [StandardScaler()] if standardise else []
     model = make_pipeline(*steps, SVC(kernel=kernel, C=c[0]))
     if len(c) == 1:
@@ -43,20 +43,20 @@ def fit_svm(
     groups = np.asarray(patients)
     if len(np.unique(groups)) < folds:
         raise DataError(
-            f"{len(np.unique(groups))} patients cannot be cut into {folds} folds; lower folds, or give one c"
+            f"{len(np.unique(groups))} patients cannot be split into {folds} folds; lower folds, or use one c"
         )
     cuts = list(cut.split(features, truth, groups))
     for number, (train, _) in enumerate(cuts):
         if len(np.unique(truth[train])) < 2:
             raise DataError(
-                f"fold {number + 1} of {folds} has training images of one class only; lower folds, or give one c"
+                f"fold {number + 1} of {folds} has training images of only one class; lower folds, or use one c"
             )
     search = GridSearchCV(model, {"svc__C": list(c)}, cv=cuts, scoring="accuracy", n_jobs=1)
     return search.fit(features, truth)
 
 
 def measure_svm(model: Any, features: NDArray[Any], labels: ArrayLike) -> dict[str, Any]:
-    """accuracy, macro_f1, auc (macro over the classes, None with one class) and c."""
+    """Return accuracy, macro_f1, auc (macro over the classes, None with one class) and c."""
     truth = np.asarray(labels)
     predicted = model.predict(features)
     count = int(max(truth.max(), model.classes_.max())) + 1
@@ -68,7 +68,7 @@ def measure_svm(model: Any, features: NDArray[Any], labels: ArrayLike) -> dict[s
 
 
 def measure_scores(truth: ArrayLike, predicted: ArrayLike, scores: NDArray[Any]) -> dict[str, Any]:
-    """accuracy, macro_f1 and auc of class numbers (n,), and of scores (n, classes)."""
+    """Return accuracy, macro_f1 and auc of class numbers (n,) and of scores (n, classes)."""
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
@@ -77,7 +77,7 @@ def measure_scores(truth: ArrayLike, predicted: ArrayLike, scores: NDArray[Any])
 
 
 def svm_scores(model: Any, features: NDArray[Any], count: int) -> NDArray[np.float64]:
-    """Scores (n, count), a column per class number; a class that was not in training has the least score."""
+    """Return scores (n, count), a column per class number; classes that were not in training get the lowest score."""
     decision, classes = model.decision_function(features), model.classes_
     if decision.ndim == 1:
         decision = np.stack([-decision, decision], 1)

@@ -1,4 +1,4 @@
-"""The recipe on images: maps of the frozen backbone, auto-encoders on them, an SVM on what these give."""
+"""Training of the recipe on images: maps of the frozen backbone, auto-encoders on them, an SVM on the codes."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from .config import CaeConfig
 from .svm import fit_svm, measure_scores, measure_svm, svm_scores
 
 Maps = Sequence[NDArray[Any]] | NDArray[Any]
-_BATCH = 64  # maps that are encoded at a time
+_BATCH = 64  # maps per encoding step
 
 
 class Reconstruction(Task):
-    """A stack learns to reconstruct maps: all of it, or one layer of it on what those below hand to it.
+    """Training of a stack to reconstruct maps: all layers, or one on the output of those below.
 
-    The epoch of the smallest training error is kept.
+    The epoch with the smallest training error is kept.
     """
 
     best_by_loss = True
@@ -67,7 +67,7 @@ class Reconstruction(Task):
 
 
 def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
-    """A stack of auto-encoders, trained on maps (C, h, w) without labels; its files are in ``run.out``."""
+    """Train a stack of auto-encoders on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
     stage = _stage(config)
     stack = Stack(
@@ -104,9 +104,9 @@ def _stage(config: CaeConfig) -> Stage:
 
 @torch.no_grad()
 def vectors(maps: Maps, pyramid: Sequence[int], stack: Stack | None = None) -> NDArray[np.float32]:
-    """Features (n, d) of maps: what the stack gives of them, or they themselves; flattened, or averaged over cells."""
+    """Return features (n, d) of maps, or of the stack's output for them; flattened, or averaged over pyramid cells."""
     device = torch.device("cpu") if stack is None else next(stack.parameters()).device
-    # Native images have maps of several sizes, each computed on its own.
+    # Native images have maps of different sizes, so each is computed separately.
     step = 1 if pyramid else _BATCH
     found = []
     for first in range(0, len(maps), step):
@@ -119,20 +119,20 @@ def vectors(maps: Maps, pyramid: Sequence[int], stack: Stack | None = None) -> N
 
 
 def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
-    """Train on a table's images and measure on its val and test splits; the raw features of the backbone beside it.
+    """Train on a table's images, and measure on its val and test splits, also with the backbone's raw features.
 
-    Writes the stack's checkpoints, ``metrics.json``, predictions of val and test by each machine (``test_rbf.csv``, for
-    `gigamorph eval`) and, for all images of the table, ``features.npz`` with the arrays
-    features, labels, splits and paths.
+    Writes the stack's checkpoints, ``metrics.json``, predictions of val and test by each SVM (``test_rbf.csv``, for
+    `gigamorph eval`) and, for all images of the table, ``features.npz`` with the arrays features, labels, splits
+    and paths.
 
     Raises:
-        DataError: a patient in two splits, training images of one class only, or images that cannot be read.
+        DataError: a patient is in two splits, training images have only one class, or images cannot be read.
     """
     read = read_table(table)
     records = split_records(read.records, config, run, table=table, validation=False)
     parts = {name: [i for i, r in enumerate(records) if r.split == name] for name in SPLITS}
     if len({records[i].label for i in parts["train"]}) < 2:
-        raise DataError(f"{table}: the training images have one class only; an SVM needs two at least")
+        raise DataError(f"{table}: the training images have only one class; an SVM needs at least two")
     pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
     network = _network(config, len(read.classes), weights, run)
@@ -143,7 +143,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     maps = _maps(backbone, records, config, run)
     stack = fit_stack(_maps(backbone, pool, config, run) if pool else maps.take(parts["train"]), config, run)
     features = {"raw": vectors(maps, config.pyramid), "cae": vectors(maps, config.pyramid, stack)}
-    measured, told = _classify(features, records, parts, read.classes, config)
+    measured, predictions = _classify(features, records, parts, read.classes, config)
     if config.finetune:
         network = _network(config, len(read.classes), weights, run)
         measured["finetuned"] = _finetuned(network, records, parts, config, run)
@@ -156,7 +156,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         "paths": np.array([r.path.as_posix() for r in records]),
     }
     write_atomically(run.out / "features.npz", lambda path: np.savez(path, **exported), "features")
-    for (part, kernel), cases in told.items():
+    for (part, kernel), cases in predictions.items():
         write_cases(run.out / f"{part}_{kernel}.csv", cases)
     recipe_card(
         run,
@@ -165,13 +165,13 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
         parameters=sum(p.numel() for own in (backbone, stack) for p in own.parameters()),
         records={name: [records[i] for i in own] for name, own in parts.items()},
         classes=read.classes,
-        predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in told.items()},
+        predictions={f"{part}, {kernel} SVM": cases for (part, kernel), cases in predictions.items()},
     )
     return finish(run, metrics)
 
 
 def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) -> nn.Module:
-    torch.manual_seed(seed_of(run.seed, 0))  # without a file of weights they are drawn
+    torch.manual_seed(seed_of(run.seed, 0))  # random weights if there is no file
     network = build_model(config.model, max(2, classes), config.channels)
     if weights is not None:
         load_pretrained(network, weights)
@@ -181,7 +181,7 @@ def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) ->
 def _finetuned(
     network: nn.Module, records: Sequence[Record], parts: dict[str, list[int]], config: CaeConfig, run: Run
 ) -> dict[str, Any]:
-    """The measures of val and test of the backbone itself, all of which has learnt from the labels."""
+    """Fine-tune the whole backbone on the labels, and return its measures on val and test."""
     images = {
         part: _images([records[i] for i in own], config, Augment.parse(config.augment) if part == "train" else None)
         for part, own in parts.items()
@@ -207,10 +207,10 @@ def _classify(
     classes: Sequence[str],
     config: CaeConfig,
 ) -> tuple[dict[str, Any], dict[tuple[str, str], Cases]]:
-    """Of each features and kernel the measures of val and test; of the codes, by (split, kernel), what the SVM says."""
+    """Return the measures of val and test by features and kernel, and the SVM's cases on codes by (split, kernel)."""
     labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
     train, held_out = parts["train"], {part: own for part, own in parts.items() if own and part != "train"}
-    metrics, told = {}, {}
+    metrics, predictions = {}, {}
     for name, values in features.items():
         for kernel in config.svm:
             model = fit_svm(
@@ -226,18 +226,18 @@ def _classify(
             metrics[f"{name}_{kernel}"] = found
             if name == "cae":
                 for part, own in held_out.items():
-                    told[part, kernel] = _cases(model, values[own], [records[i] for i in own], classes)
-    return metrics, told
+                    predictions[part, kernel] = _cases(model, values[own], [records[i] for i in own], classes)
+    return metrics, predictions
 
 
 def _cases(model: Any, features: NDArray[Any], records: Sequence[Record], classes: Sequence[str]) -> Cases:
-    """What an SVM says of images: scores that rank, and are no probabilities."""
+    """Return an SVM's predictions: scores that rank images but are not probabilities."""
     found = Target(tuple(classes)).cases(records, svm_scores(model, features, len(classes)))
     return replace(found, probable=False)
 
 
 def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record]:
-    """The images without labels, none of a patient who is measured on."""
+    """Read the images without labels; refuse those of patients in the val or test split."""
     if config.unlabelled is None:
         return []
     table = read_table(config.unlabelled, labels=False)
@@ -250,11 +250,11 @@ def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record
         if record.patient_id in measured:
             raise DataError(
                 f"{config.unlabelled}: patient {record.patient_id} is in the val or test split of the labelled table; "
-                "leave that patient out"
+                "remove that patient"
             )
-        if os.path.realpath(record.path) in images:  # of a folder, which names no patients
+        if os.path.realpath(record.path) in images:  # from a folder, which has no patient names
             raise DataError(
-                f"{config.unlabelled}: {record.path} is in the val or test split of the labelled table; leave it out"
+                f"{config.unlabelled}: {record.path} is in the val or test split of the labelled table; remove it"
             )
     return pool
 

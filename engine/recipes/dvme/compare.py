@@ -1,4 +1,4 @@
-"""All protocols on all subsets and repeats, on embeddings: each extractor alone, and all fused."""
+"""Runs all protocols on all subsets and repeats, on embeddings: each extractor alone, and all fused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .protocols import OnEmbeddings, fit_head, measure
 from .subsets import draw_subset
 
 Embeddings = Mapping[str, Tensor]
-"""(n, dim) of each extractor, by its name."""
+"""(n, dim) per extractor, by name."""
 
 
 def compare_heads(
@@ -30,8 +30,8 @@ def compare_heads(
         parts: "train", "val" and "test": embeddings of their images, and labels int64 (n,).
 
     Returns:
-        A row of subset, fold, protocol, extractor, train (images) and test (the measure) for each head; and the DVME
-        heads by (subset, fold).
+        One row per head with subset, fold, protocol, extractor, train (number of images) and test (the measure); and
+        the DVME heads by (subset, fold).
     """
     score = measure(config.metric, classes)
     rows, heads = [], {}
@@ -39,24 +39,24 @@ def compare_heads(
     fused = [extractor.name for extractor in config.extractors if extractor.fused]
     for size in config.subsets:
         for fold in range(config.folds):
-            chosen = draw_subset(labels.tolist(), classes, size, fold, run.seed)
+            subset = draw_subset(labels.tolist(), classes, size, fold, run.seed)
             for protocol in [p for p in config.protocols if not p.startswith("finetune")]:
-                alone = protocol in ("linear", "single")
-                for group in [[name] for name in names] if alone else [fused]:
-                    what = group[0] if alone else "all"
+                per_extractor = protocol in ("linear", "single")
+                for group in [[name] for name in names] if per_extractor else [fused]:
+                    what = group[0] if per_extractor else "all"
                     own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
                     train, val, test = ([parts[part][0][n] for n in group] for part in ("train", "val", "test"))
                     head = fit_head(
                         protocol,
-                        [e[chosen] for e in train],
-                        labels[chosen],
+                        [e[subset] for e in train],
+                        labels[subset],
                         (val, parts["val"][1]),
                         classes,
                         config,
                         own,
                     )
                     found = score(parts["test"][1], logits_of(head, torch.cat(test, 1)))
-                    rows.append(_row(size, fold, protocol, what, len(chosen), found))
+                    rows.append(_row(size, fold, protocol, what, len(subset), found))
                     if protocol == "dvme":
                         heads[size, fold] = head
     return rows, heads
@@ -67,27 +67,27 @@ def _row(size: int, fold: int, protocol: str, what: str, images: int, found: flo
 
 
 def folder(protocol: str, extractor: str, size: int, fold: int) -> str:
-    """Where the files of one training are."""
+    """Return the folder of one training, relative to the run's."""
     return f"{protocol}/{extractor}/{size or 'all'}_{fold}"
 
 
 def check_parts(labels: Mapping[str, Sequence[int]], classes: int) -> None:
-    """Refuse parts that nothing can be measured on, before any work.
+    """Refuse splits on which nothing can be measured, before any work.
 
     Raises:
-        DataError: val or test without images, or of one class only.
+        DataError: val or test has no images, or only one class.
     """
     for part in ("val", "test"):
         if len(set(labels[part])) < 2:
-            what = "no images" if not labels[part] else "images of one class only"
-            raise DataError(f"split {part} has {what}; give it images of two classes at least")
+            what = "no images" if not labels[part] else "images of only one class"
+            raise DataError(f"split {part} has {what}; it needs images of at least two classes")
     for number in range(classes):
         if number not in labels["train"]:
-            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; leave the class out")
+            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; remove the class")
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the folds of each subset, protocol and extractor."""
+    """Return mean and standard deviation over the folds of each subset, protocol and extractor."""
     groups: dict[tuple[int, str, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row["subset"], row["protocol"], row["extractor"]), []).append(row["test"])

@@ -1,4 +1,4 @@
-"""Settings of the recipe; the defaults are the published ones, and `configs/dvme.toml` tells their sources."""
+"""Settings of the recipe with the published defaults; `configs/dvme.toml` lists their sources."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ...errors import GigamorphError
 from ..splits import SplitOf
 
 Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
-"""On embeddings: a linear layer on each, the head on all of them, the same without attention, a linear layer on all
-side by side, the head without attention on each alone; and on images, all layers: of each, and of all with the head."""
+"""On embeddings: linear layer on each; DVME head on all; the same without attention; linear layer on the
+concatenation; head without attention on each. On images, training all layers: of each, and of all with the head."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """One frozen network and how its embedding is taken."""
+    """One frozen network and the definition of its embedding."""
 
     name: str
     model: str
@@ -25,7 +25,7 @@ class ExtractorConfig:
     blocks: int = 0
     """0: the network without its classifier; n: the class tokens of the last n blocks of a vision transformer."""
     fused: bool = True
-    """Whether it is one of those that are fused; one that is not is compared alone."""
+    """Whether it is part of the fusion; otherwise it is only compared."""
 
 
 PUBLISHED = (
@@ -39,7 +39,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class DvmeConfig:
-    """Extractors, what is trained on their embeddings, and on how many images."""
+    """Extractors, the protocols on their embeddings, and the numbers of training images."""
 
     extractors: tuple[ExtractorConfig, ...] = PUBLISHED
     channels: int = 3
@@ -76,10 +76,10 @@ class DvmeConfig:
     def __post_init__(self) -> None:
         names = [extractor.name for extractor in self.extractors]
         if not names or len(set(names)) < len(names):
-            raise GigamorphError("extractors must be named, each by a name of its own")
+            raise GigamorphError("extractors must have different names, and there must be at least one")
         if any(not name.replace("_", "").isalnum() for name in names):
-            raise GigamorphError("names of extractors are folders: letters, digits and underscores")
+            raise GigamorphError("names of extractors must be letters, digits and underscores: they become folders")
         if not any(extractor.fused for extractor in self.extractors):
-            raise GigamorphError("no extractor has fused = true; there must be one at least")
+            raise GigamorphError("no extractor has fused = true; at least one must have it")
         if not self.subsets or min(self.subsets) < 0 or self.folds < 1:
             raise GigamorphError("subsets must be numbers of images, 0 for all, and folds 1 or more")

@@ -18,19 +18,19 @@ class Extractor(nn.Module):
 
     Args:
         network: any network.
-        blocks: 0 takes what goes into its last linear layer, the classifier, which is cut off. n takes the class
-            tokens of the last n blocks of a vision transformer of timm, each normalised, side by side.
+        blocks: 0: the input of its last linear layer, the classifier, which is removed. n: the normalised class tokens
+            of the last n blocks of a timm vision transformer, concatenated.
     """
 
     def __init__(self, network: nn.Module, blocks: int = 0) -> None:
         super().__init__()
         self.network, self.blocks = network, blocks
         if blocks and not hasattr(network, "forward_intermediates"):
-            raise GigamorphError(f"{type(network).__name__} has no blocks with class tokens; take blocks = 0")
+            raise GigamorphError(f"{type(network).__name__} has no blocks with class tokens; set blocks = 0")
         last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not blocks and not last:
-            raise GigamorphError(f"{type(network).__name__} has no linear layer that is its classifier")
-        # A transformer of timm that is built for tokens still has its classifier.
+            raise GigamorphError(f"{type(network).__name__} has no linear layer as its classifier")
+        # A timm transformer that is built for tokens still has its classifier.
         if last and (not blocks or last[-1] == "head"):
             _replace(network, last[-1], nn.Identity())
 
@@ -44,7 +44,7 @@ class Extractor(nn.Module):
 
 
 def make_extractor(model: str, channels: int, weights: str | Path | None = None, blocks: int = 0) -> Extractor:
-    """An extractor of a network by its name, as for `create_model`; see `load_pretrained` for the file of weights."""
+    """Build an extractor from a network's name, see `create_model`; `load_pretrained` describes the weights file."""
     extractor = Extractor(build_model(model, 2, channels), blocks)
     if weights is not None:
         load_pretrained(extractor.network, weights)
@@ -57,7 +57,7 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class Fused(nn.Module):
-    """Extractors and a head on the list of their embeddings, as one network of images."""
+    """Extractors and a head on the list of their embeddings, as one network on images."""
 
     def __init__(self, extractors: Sequence[nn.Module], head: nn.Module) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
 """DVME: embeddings of several extractors, fused by self-attention (Truong et al., 2021, appendices C and E).
 
-    e_i -> W_i e_i + b_i            each embedding to p values, no activation
+    e_i -> W_i e_i + b_i            project each embedding to p values, no activation
     x = concat(...)                 (N, n p)
     x = attention(tokens of x)      no residual, no position embedding, no MLP
     y = W_2 dropout(relu(W_1 layer_norm(x)))
 
-The published listing makes n p tokens of one value each ("scalar"): 3,677,706 parameters for the embeddings 2048, 2048
-and 1536 and five classes, as the paper's table G1 says (3.6 M). Its text and figures speak of n tokens of p values
-("block"): 4,726,789.
+The published listing uses n p tokens of one value each ("scalar"): 3,677,706 parameters for the embeddings 2048, 2048
+and 1536 and five classes, as in the paper's table G1 (3.6 M). The paper's text and figures describe n tokens of p
+values ("block"): 4,726,789.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise GigamorphError(
-                f"tokens of {dim} value{'s' * (dim > 1)} cannot be shared among {heads} heads; take heads = 1"
+                f"tokens of {dim} value{'s' * (dim > 1)} cannot be split among {heads} heads; set heads = 1"
             )
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -38,12 +38,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._parts(x)
-        # Fused: the matrix of 1536 x 1536 weights for each example is never there.
+        # Fused attention never stores the matrix of 1536 x 1536 weights per example.
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention (N, heads, T, T); each row adds up to 1."""
+        """Return the attention (N, heads, T, T); each row sums to 1."""
         q, k, _ = self._parts(x)
         return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1)
 
@@ -53,16 +53,16 @@ class SelfAttention(nn.Module):
 
 
 class DVMEHead(nn.Module):
-    """Embeddings, a list of (N, dims[i]), -> logits (N, classes).
+    """Embeddings, a list of (N, dims[i]) -> logits (N, classes).
 
     Args:
-        dims: of the embeddings, in their order.
-        classes: outputs.
-        p: values that each embedding is brought to.
-        hidden: of the classifier.
+        dims: sizes of the embeddings in order.
+        classes: number of outputs.
+        p: size to which each embedding is projected.
+        hidden: width of the classifier's hidden layer.
         dropout: before the last layer.
-        tokens: "scalar", "block", or "none" for no attention at all (the paper's ablation).
-        heads: of the attention.
+        tokens: "scalar", "block", or "none" for no attention (the paper's ablation).
+        heads: number of attention heads.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class DVMEHead(nn.Module):
     ) -> None:
         super().__init__()
         if tokens not in TOKENS:
-            raise GigamorphError(f"tokens {tokens!r} are unknown; take one of {', '.join(TOKENS)}")
+            raise GigamorphError(f"unknown tokens {tokens!r}; use one of {', '.join(TOKENS)}")
         if not dims:
-            raise GigamorphError("a DVME head fuses one embedding at least")
+            raise GigamorphError("a DVME head needs at least one embedding")
         self.tokens, self.p = tokens, p
         self.project = nn.ModuleList(nn.Linear(dim, p) for dim in dims)
         width = p * len(dims)
@@ -98,9 +98,9 @@ class DVMEHead(nn.Module):
 
     @torch.no_grad()
     def attention_map(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """How much each extractor (row) attends to each (column), averaged over the images and heads: (n, n).
+        """Return how much each extractor (row) attends to each (column), averaged over images and heads: (n, n).
 
-        A row adds up to 1. Of scalar tokens, those of one extractor are averaged over as rows and summed as columns.
+        Rows sum to 1. Scalar tokens of one extractor are averaged as rows and summed as columns.
         """
         if self.attention is None:
             raise GigamorphError('a head with tokens = "none" has no attention to show')

@@ -1,4 +1,4 @@
-"""What is trained on a subset: a linear layer on an extractor, a DVME head on all, or the networks themselves."""
+"""Protocols on a subset: a linear layer on an extractor, a DVME head on all, or fine-tuning of the networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .head import DVMEHead
 
 
 class Linear(nn.Module):
-    """A linear layer on embeddings side by side: linear evaluation, of one or of all."""
+    """A linear layer on concatenated embeddings: linear evaluation of one or of all."""
 
     def __init__(self, dims: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
 
 class OnEmbeddings(nn.Module):
-    """A head on embeddings that are kept side by side: (N, sum of dims) -> logits."""
+    """A head on concatenated embeddings: (N, sum of dims) -> logits."""
 
     def __init__(self, dims: Sequence[int], head: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class OnEmbeddings(nn.Module):
 
 
 def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConfig) -> nn.Module:
-    """The head of a protocol on embeddings of these sizes."""
+    """Build the head of a protocol for embeddings of these sizes."""
     if protocol in ("linear", "concat", "finetune"):
         return Linear(dims, classes)
     tokens = "none" if protocol in ("no_attention", "single") else config.tokens
@@ -56,7 +56,7 @@ def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConf
 
 
 def measure(metric: str, classes: int) -> Measure:
-    """ "auc": the macro area under the ROC curves, one class against the rest; "kappa": Cohen's, quadratic."""
+    """Return "auc" (macro area under the ROC curves, one against the rest) or "kappa" (Cohen's quadratic)."""
 
     def auc(labels: Tensor, logits: Tensor) -> float | None:
         return macro_auc(labels.numpy(), odds.of_logits(logits.double().numpy()))
@@ -76,7 +76,7 @@ def fit_head(
     config: DvmeConfig,
     run: Run,
 ) -> OnEmbeddings:
-    """Train a head on embeddings (n, dims[i]) of frozen extractors; the best epoch on the validation images is kept."""
+    """Train a head on embeddings (n, dims[i]) of frozen extractors; keep the best epoch on validation images."""
     dims = [embedding.shape[1] for embedding in embeddings]
     torch.manual_seed(seed_of(run.seed, 1))
     module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
@@ -92,7 +92,7 @@ def fit_head(
 
 
 def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
-    """Of a protocol; `transformer`: with the rate and batch for one."""
+    """Return the stage of a protocol; `transformer` selects the rate and batch for transformers."""
     return Stage(
         name,
         config.epochs,
@@ -116,7 +116,7 @@ def fit_networks(
     transformer: bool,
     record: Mapping[str, Any],
 ) -> Finetuning:
-    """Fine-tune extractors with a head on them; `transformer`: with the rate and batch for one."""
+    """Fine-tune extractors with a head; `transformer` selects the rate and batch for transformers."""
     torch.manual_seed(seed_of(run.seed, 1))
     module = Fused(extractors, make_head(protocol, dims, classes, config))
     stage = make_stage(protocol, config, transformer)

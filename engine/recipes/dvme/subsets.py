@@ -1,4 +1,4 @@
-"""Which images a repeat learns from: few of a large training split, balanced over the classes."""
+"""Training images of a repeat: a small subset of a large training split, balanced over the classes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from ...train.run import seed_of
 
 
 def draw_subset(labels: Sequence[int], classes: int, size: int, fold: int, seed: int) -> list[int]:
-    """Places of the images of one repeat ("fold").
+    """Return the indices of the images of one repeat ("fold").
 
     Args:
         labels: of the images of the training split.
-        size: images to draw, the same number of each class (the first classes get what does not divide), without
-            replacement as far as a class has images, which are then taken again (oversampling). 0 takes all images
-            once, as they are.
-        fold: repeats are drawn independently of each other. The smaller subset is part of the larger one.
+        size: number of images to draw, equal per class (the first classes get the remainder), without replacement.
+            Classes with too few images repeat them (oversampling). 0 returns all images once.
+        fold: number of the repeat; repeats are independent. A smaller subset is part of a larger one.
 
     Raises:
-        DataError: a class without images, or fewer images to draw than classes.
+        DataError: a class has no images, or size is smaller than the number of classes.
     """
     truth = np.asarray(labels)
     for number in range(classes):
         if not (truth == number).any():
-            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; leave the class out")
+            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; remove the class")
     if size == 0:
         return list(range(len(truth)))
     if size < classes:
-        raise DataError(f"a subset of {size} images cannot hold {classes} classes; make it {classes} or more")
+        raise DataError(f"a subset of {size} images is too small for {classes} classes; use {classes} or more")
     found: list[int] = []
     for number in range(classes):
         own = np.flatnonzero(truth == number)

@@ -1,4 +1,4 @@
-"""The recipe on images: embeddings of all extractors, then the protocols on every subset and repeat."""
+"""Training of the recipe on images: embeddings of all extractors, then the protocols on every subset and repeat."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ from .subsets import draw_subset
 
 
 def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
-    """Run the protocols on a table's images: learn on its train split, choose on val, measure on test.
+    """Run the protocols on a table's images: train on its train split, select on val, measure on test.
 
-    Writes the embeddings, the checkpoints of every training in a folder of its own, beside those of the DVME head of
-    the first fold of the largest subset its model card and ``test.csv`` (for `gigamorph eval`), and ``metrics.json``:
-    rows (one for each training), summary (mean and deviation over the folds) and attention (how much each extractor
-    attends to each, over the test images, of that head).
-
+    Writes the embeddings, the checkpoints of every training in a separate folder, and ``metrics.json``: rows (one per
+    training), summary (mean and deviation over the folds) and attention (how much each extractor attends to each, over
+    the test images, for the DVME head of the first fold of the largest subset). That head's folder also has a model
+    card and ``test.csv`` (for `gigamorph eval`).
     Raises:
-        DataError: a patient in two splits, a class without training images, val or test of one class only, weights
-            that do not fit, or images that cannot be read.
+        DataError: a patient is in two splits, a class has no training images, val or test has only one class, weights
+            do not fit, or images cannot be read.
     """
     read = read_table(table)
     records = split_records(read.records, config, run, table=table)
@@ -58,13 +57,13 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
     if config.metric == "kappa" and classes > 2 and not in_order(read.classes)[1]:
         names = ", ".join(read.classes)
         raise DataError(
-            f"{table}: metric kappa needs an order, which the names {names} do not tell; number them from 0"
+            f"{table}: metric kappa needs an order, which the names {names} do not show; number them from 0"
         )
     check_parts(labels, classes)
     for number, own in enumerate(config.extractors):
         run.say(f"extractor {own.name}")
         find_weights(own.weights, config.mean, config.std, run)
-        _extractor(config, number, run)  # refused before any work
+        _extractor(config, number, run)  # refuse it before any work
     check_stages([make_stage(name, config) for name in config.protocols if name.startswith("finetune")], run.group)
     begin(run, "dvme", config, records)
     embeddings = _embeddings(config, parts, run)
@@ -104,7 +103,7 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
 
 
 def _embeddings(config: DvmeConfig, parts: dict[str, list[Record]], run: Run) -> dict[str, dict[str, Tensor]]:
-    """(images, dim) of each split and extractor."""
+    """Return (images, dim) of each split and extractor."""
     embeddings: dict[str, dict[str, Tensor]] = {name: {} for name in SPLITS}
     for number, extractor in enumerate(config.extractors):
         network = _extractor(config, number, run)
@@ -125,7 +124,7 @@ def _embeddings(config: DvmeConfig, parts: dict[str, list[Record]], run: Run) ->
 
 
 def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The fine-tuned network of a checkpoint's record, and what opens images for it."""
+    """Return the fine-tuned network of a checkpoint's record, and an opener of its images."""
     config = from_plain(record["config"], DvmeConfig, "checkpoint")
     chosen = [e for e in config.extractors if e.name in record["extractors"]]
     extractors = [make_extractor(e.model, config.channels, blocks=e.blocks) for e in chosen]
@@ -183,7 +182,7 @@ def _finetune(
 
 def _extractor(config: DvmeConfig, number: int, run: Run) -> nn.Module:
     own = config.extractors[number]
-    torch.manual_seed(seed_of(run.seed, 0, number))  # without a file of weights they are drawn
+    torch.manual_seed(seed_of(run.seed, 0, number))  # random weights if there is no file
     weights = find_weights(own.weights, config.mean, config.std)
     return make_extractor(own.model, config.channels, weights, own.blocks)
 

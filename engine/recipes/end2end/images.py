@@ -1,4 +1,4 @@
-"""Images at the size of the method, the lesions on them, and patches as pixel sources."""
+"""Images at the size of the method, their lesions, and patches as pixel sources."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample
 
 _FULL = 65535
-_SKEWED = 0.03  # by which the sides of a mask may be scaled unlike
+_SCALE_TOLERANCE = 0.03  # allowed difference in the scales of a mask's sides
 
 
-def opened(record: Record, config: Config) -> PixelSource:
-    """The image as its file stores it, unmirrored, so that findings lie where the table says."""
+def open_unmirrored(record: Record, config: Config) -> PixelSource:
+    """Open the image without mirroring, so that findings are at the table's coordinates."""
     return open_record(record, voi=config.voi, flip=False, channels=config.channels)
 
 
-def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
-    """Records of images at the configured size, which are written once as 16-bit ``.npy``; at native size, themselves.
+def write_resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
+    """Write images at the configured size once as 16-bit ``.npy``; at native size, return the records themselves.
 
-    A file is whole or absent, so what was interrupted goes on with the images that are missing.
+    Files are written atomically, so that an interrupted run continues with the missing images.
     """
     if not config.resize:
         return list(records)
@@ -45,7 +45,7 @@ def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Rec
     for number, record in enumerate(records):
         path = folder / f"{number:06d}.npy"
         if not path.exists():
-            image = read_sized(opened(record, replace(config, channels=1)), Size(config.resize))
+            image = read_sized(open_unmirrored(record, replace(config, channels=1)), Size(config.resize))
             pixels = (image[0].clamp(0, 1) * _FULL).round().numpy().astype(np.uint16)
             write_atomically(path, lambda p, pixels=pixels: np.save(p, pixels), "image")
         made.append(replace(record, path=path, frame=None, white=None))
@@ -53,11 +53,11 @@ def resized(records: Sequence[Record], config: Config, folder: Path) -> list[Rec
 
 
 def check_findings(records: Sequence[Record]) -> None:
-    """Refuse lesions of which nothing says where they are, before any image is read.
+    """Refuse lesions without a valid location, before any image is read.
 
     Raises:
-        DataError: a finding without mask and box, a mask that is missing or of another shape, or a box outside its
-            image.
+        DataError: a finding has neither mask nor box, its mask is missing or of another shape, or its box is outside
+            the image.
     """
     for record in records:
         boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
@@ -67,39 +67,39 @@ def check_findings(records: Sequence[Record]) -> None:
                 if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
                     raise DataError(
                         f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
-                        f"outside the image of {height} x {width} pixels; correct it, or leave the finding out"
+                        f"outside the image of {height} x {width} pixels; correct it, or remove the finding"
                     )
         for finding in record.findings:
             if finding.pathology and finding.mask is None and finding.box is None:
-                raise _nowhere(record)
+                raise _no_location(record)
             if finding.pathology and finding.mask is not None and is_absent(finding.mask):
-                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; leave the finding out")
+                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
             if finding.pathology and finding.mask is not None:
                 _check_shape(finding.mask, record)
 
 
 def _check_shape(path: Path, record: Record) -> None:
-    """Refuse a mask that is no picture of its whole image; those of CBIS-DDSM differ by a few rows."""
+    """Refuse a mask that does not cover the whole image; CBIS-DDSM's masks differ by a few rows."""
     image, mask = open_pixels(record.path, flip=False, frame=record.frame).shape[1:], open_inside(path)[0].shape[1:]
     down, across = (own / whole for own, whole in zip(mask, image, strict=True))
-    if max(down, across) > (1 + _SKEWED) * min(down, across):
+    if max(down, across) > (1 + _SCALE_TOLERANCE) * min(down, across):
         raise DataError(
-            f"{path}: is {mask[0]} x {mask[1]}, its image {image[0]} x {image[1]}, so that it is no mask of all of it; "
-            "correct the mask, or leave the finding out"
+            f"{path}: is {mask[0]} x {mask[1]}, its image {image[0]} x {image[1]}, so it does not cover all of it; "
+            "correct the mask, or remove the finding"
         )
 
 
-def _nowhere(record: Record) -> DataError:
-    return DataError(f"{record.path}: a finding has neither mask nor box; give one, or leave the finding out")
+def _no_location(record: Record) -> DataError:
+    return DataError(f"{record.path}: a finding has neither mask nor box; add one, or remove the finding")
 
 
 def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
-    """The lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
+    """Return the lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
 
-    A finding's mask is its mask file, else its box. Kinds that begin with calc are calcifications, others masses.
+    A finding's mask is its mask file, or else its box. Kinds that begin with calc are calcifications, others masses.
 
     Raises:
-        DataError: a finding without mask and box, or of which nothing is in the image.
+        DataError: a finding has neither mask nor box, or no part of it is in the image.
     """
     found = []
     for finding in record.findings:
@@ -110,8 +110,8 @@ def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
             )
             mask = _mask(finding, record, shape)
             if not mask.any():
-                what = f"holds nothing of a lesion ({CLASSES[label]})"
-                raise DataError(f"{finding.mask or record.path}: {what}; leave the finding out")
+                what = f"contains no pixel of a lesion ({CLASSES[label]})"
+                raise DataError(f"{finding.mask or record.path}: {what}; remove the finding")
             found.append(Lesion(mask, label))
     return found
 
@@ -124,7 +124,7 @@ def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarra
         mask = torch.zeros(1, 1, *source.shape[1:], dtype=torch.bool)
         mask[..., finding.box[0] : finding.box[1], finding.box[2] : finding.box[3]] = True
     else:
-        raise _nowhere(record)
+        raise _no_location(record)
     small = F.interpolate(mask.to(torch.uint8), shape, mode="nearest")
     if not small.any():  # a lesion smaller than a pixel
         small = F.adaptive_max_pool2d(mask.float(), shape)
@@ -132,27 +132,27 @@ def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class Place:
-    """A patch and the image it is of."""
+class ImagePatch:
+    """A patch and the number of its image."""
 
     image: int
     patch: Patch
 
 
-def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[Place]:
-    """The patches of images; every image has random numbers of its own.
+def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[ImagePatch]:
+    """Sample the patches of images; every image has its own random numbers.
 
     Args:
-        originals: with findings in pixels of their files.
+        originals: records with findings in pixels of their files.
         records: the same images at the configured size.
     """
     places = []
     for number, (original, record) in enumerate(zip(originals, records, strict=True)):
-        source = opened(record, replace(config, channels=1))
+        source = open_unmirrored(record, replace(config, channels=1))
         image = source.read(0, source.shape[1], 0, source.shape[2])[0].numpy()
         rng = np.random.default_rng([seed, number])
         found = sample(breast_box(image), lesions(original, image.shape), config.sampling, rng)
-        places += [Place(number, patch) for patch in found]
+        places += [ImagePatch(number, patch) for patch in found]
     return places
 
 
@@ -169,17 +169,17 @@ class Window:
         _, height, width = self.source.shape
         out = torch.zeros(self.shape[0], bottom - top, right - left)
         y, x = self.top + top, self.left + left
-        inside = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
-        if inside[0] < inside[1] and inside[2] < inside[3]:
-            out[:, inside[0] - y : inside[1] - y, inside[2] - x : inside[3] - x] = self.source.read(*inside)
+        overlap = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
+        if overlap[0] < overlap[1] and overlap[2] < overlap[3]:
+            out[:, overlap[0] - y : overlap[1] - y, overlap[2] - x : overlap[3] - x] = self.source.read(*overlap)
         return out
 
 
 class Patches:
-    """Patches of images as a sequence of (pixels (C, side, side) float32, class); varied anew in each epoch."""
+    """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
 
     def __init__(
-        self, records: Sequence[Record], places: Sequence[Place], config: Config, *, augment: bool, seed: int = 0
+        self, records: Sequence[Record], places: Sequence[ImagePatch], config: Config, *, augment: bool, seed: int = 0
     ) -> None:
         self.records, self.places, self.config, self.seed, self.epoch = records, places, config, seed, 0
         self.augment = Augment.parse(config.augment) if augment and config.augment else None
@@ -189,8 +189,8 @@ class Patches:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         place, side = self.places[index], self.config.sampling.side
-        # All channels are the grey values: one is varied, which takes most of the time.
-        source: PixelSource = opened(self.records[place.image], replace(self.config, channels=1))
+        # All channels are the grey values: only one is augmented, which takes most of the time.
+        source: PixelSource = open_unmirrored(self.records[place.image], replace(self.config, channels=1))
         source = Window(source, place.patch.top, place.patch.left, side)
         if self.augment is not None:
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index)
@@ -200,7 +200,7 @@ class Patches:
 
 
 def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
-    """The images of the whole-image network, which have its size already."""
+    """Return the images for the whole-image network, which already have its size."""
     return ImageDataset(
         records,
         normalize=Normalize(config.mean, config.std),
@@ -213,7 +213,7 @@ def whole_images(records: Sequence[Record], config: Config, *, augment: bool = F
 
 
 def sized_images(records: Sequence[Record], config: Config) -> SizedImages:
-    """Images of any size at the size of the whole-image network."""
+    """Return images of any size, resized for the whole-image network."""
     images = SizedImages(
         records, normalize=Normalize(config.mean, config.std), voi=config.voi, flip=False, channels=config.channels
     )

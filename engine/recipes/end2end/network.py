@@ -1,7 +1,7 @@
 """The patch network, and its conversion into a whole-image network (Shen et al., 2017, 2019).
 
-Both have parts of the same names, by which stages say what they train: ``features`` (the backbone up to its last maps),
-``top`` (the new blocks, of the whole-image network), ``heatmap`` (its variant) and ``head`` (the classifier).
+Both have submodules with the same names, which stages refer to: ``features`` (the backbone up to its last maps),
+``top`` (the new blocks of the whole-image network), ``heatmap`` (its variant) and ``head`` (the classifier).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .config import CLASSES, Block, Model
 
 
 class Maps(nn.Module):
-    """A network up to its last maps, by its ``forward_features`` (networks of timm have it)."""
+    """A network up to its last maps, by its ``forward_features`` (as in timm)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        for name in ("fc", "head", "classifier", "pre_logits"):  # parameters that nothing would train
+        for name in ("fc", "head", "classifier", "pre_logits"):  # parameters without a gradient
             if isinstance(getattr(net, name, None), nn.Module):
                 setattr(net, name, nn.Identity())
 
@@ -37,7 +37,7 @@ class Maps(nn.Module):
 
 
 def features(spec: str, channels: int, weights: str | Path | None = None, layer: str | None = None) -> nn.Module:
-    """The backbone ``spec`` up to its last maps, or up to a module's: (N, channels, H, W) -> (N, C, h, w)."""
+    """Build the backbone ``spec`` up to its last maps, or up to a module: (N, channels, H, W) -> (N, C, h, w)."""
     net = build_model(spec, 2, channels)
     if layer is not None:
         maps, named = UpTo(net, layer), net
@@ -47,18 +47,18 @@ def features(spec: str, channels: int, weights: str | Path | None = None, layer:
     elif hasattr(net, "forward_features"):
         maps, named = Maps(net), net
     else:
-        raise GigamorphError(f"backbone {spec!r} does not say which maps are its features; name the module as layer")
+        raise GigamorphError(f"backbone {spec!r} does not define its features; set layer to a module")
     if weights is not None:
         load_pretrained(named, weights)
     return maps
 
 
 def width_of(maps: nn.Module, channels: int) -> int:
-    """How many maps a backbone ends in."""
+    """Return the number of maps that a backbone outputs."""
     with evaluating(maps), torch.no_grad():
         found = maps(torch.zeros(1, channels, 64, 64))
     if not isinstance(found, torch.Tensor) or found.ndim != 4:
-        raise GigamorphError("the backbone's features are no maps (N, C, h, w); name another layer")
+        raise GigamorphError("the backbone's features must be maps (N, C, h, w); choose another layer")
     return found.shape[1]
 
 
@@ -100,7 +100,7 @@ class Bottleneck(nn.Module):
 
 
 def top_blocks(inputs: int, blocks: Sequence[Block]) -> tuple[nn.Sequential, int]:
-    """The blocks on top of the features, and how many maps they end in; He's initialisation."""
+    """Build the blocks on top of the features with He's initialisation; return them and their number of maps."""
     layers = nn.Sequential()
     for block in blocks:
         if block.kind == "residual":
@@ -135,14 +135,14 @@ class Connected(nn.Module):
             layers += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.0)]
         self.layers = nn.Sequential(*layers)
         self.shortcut = nn.Linear(inputs, 2) if shortcut else None
-        """To the two outputs."""
+        """Directly to the two outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
 class WholeNet(nn.Module):
-    """(N, channels, H, W) -> (N, 2): features of the patch network, its class maps or not, blocks, and a classifier."""
+    """(N, channels, H, W) -> (N, 2): the patch network's features, optionally its class maps, blocks, a classifier."""
 
     def __init__(self, maps: nn.Module, heatmap: nn.Module | None, top: nn.Sequential | Connected, width: int) -> None:
         super().__init__()
@@ -161,14 +161,14 @@ class WholeNet(nn.Module):
 
 
 def convert(patch: PatchNet, model: Model, size: tuple[int, ...] = (), channels: int = 3) -> WholeNet:
-    """A whole-image network from a trained patch network, which is left as it is.
+    """Build a whole-image network from a trained patch network, which stays unchanged.
 
     Args:
-        size: height and width of the images, which fully connected layers need to know.
+        size: height and width of the images, which fully connected layers need.
         channels: of the images.
 
-    With ``heatmap`` the patch network's classifier looks at every place of the maps, as a 1x1 convolution with its
-    weights, and only its classes (ReLU, max-pooled) are handed on.
+    With ``heatmap``, the patch network's classifier becomes a 1x1 convolution with the same weights on the maps, and
+    only its classes (ReLU, max-pooled) are passed on.
     """
     maps, classifier = copy.deepcopy(patch.features), patch.head[-1]
     assert isinstance(classifier, nn.Linear)

@@ -35,37 +35,37 @@ from ..recipe import begin, finish
 from ..tta import PLAIN, averaged, mirrorings
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
-from .images import Patches, check_findings, resized, sample_all, sized_images, whole_images
+from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
 from .network import PatchNet, WholeNet, convert, features, width_of
 
 Parts = dict[str, list[Record]]
 
 
 class PatchTask(Task):
-    """The patch classifier: cross-entropy in which all classes of a batch count the same.
+    """The patch classifier: cross-entropy in which all classes of a batch have equal weight.
 
-    The score is the accuracy on validation patches; patience goes by their plain cross-entropy.
+    The score is the accuracy on validation patches; patience uses their plain cross-entropy.
     """
 
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
         self.readers = ThreadPoolExecutor(available_cpus(), "gigamorph-patches")
-        self._coming: dict[tuple[int, ...], list[Future[tuple[Tensor, int]]]] = {}
+        self._pending: dict[tuple[int, ...], list[Future[tuple[Tensor, int]]]] = {}
 
     def examples(self, epoch: int) -> Sequence[int]:
         self.train.epoch = epoch
-        self._coming.clear()  # of an epoch that was interrupted
+        self._pending.clear()  # left over by an interrupted epoch
         return range(len(self.train))
 
     def ahead(self, batch: Sequence[int], seed: int) -> None:
-        self._coming[tuple(batch)] = [self.readers.submit(self.train.__getitem__, number) for number in batch]
+        self._pending[tuple(batch)] = [self.readers.submit(self.train.__getitem__, number) for number in batch]
 
     def loss(self, batch: Sequence[int]) -> Tensor:
-        coming = self._coming.pop(tuple(batch), None)
-        if coming is None:
+        pending = self._pending.pop(tuple(batch), None)
+        if pending is None:
             logits, labels = self._logits(self.train, batch)
         else:
-            logits, labels = self._of([one.result() for one in coming])
+            logits, labels = self._forward([one.result() for one in pending])
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
     def score(self) -> Score | None:
@@ -80,9 +80,9 @@ class PatchTask(Task):
         return Score(right / len(self.val), stop=-loss / len(self.val))
 
     def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self._of(list(self.readers.map(patches.__getitem__, numbers)))
+        return self._forward(list(self.readers.map(patches.__getitem__, numbers)))
 
-    def _of(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
         x = torch.stack([pixels for pixels, _ in batch])
         self.meter.image(len(x) * x.shape[-2] * x.shape[-1])
@@ -90,47 +90,47 @@ class PatchTask(Task):
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
-    """Run Shen's method on a table of images with two classes; see ``docs/recipes/end2end.md`` for what is written.
+    """Run Shen's method on a table of images with two classes; ``docs/recipes/end2end.md`` lists the written files.
 
     Args:
-        table: a csv or folder, as `read_table` takes it; lesions in its column findings (kind, pathology, mask or
-            box), which only the patch network learns from.
+        table: a csv or folder for `read_table`; lesions are in its column findings (kind, pathology, mask or box),
+            which only the patch network learns from.
 
     Returns:
-        As in ``metrics.json``: accuracy of the patch networks; area under the ROC curve per image of each whole-image
-        network on the test images, plain and averaged over mirrored images, and of the ensemble; of a transfer, before
-        and after training with this many patients.
+        The content of ``metrics.json``: accuracy of the patch networks; area under the ROC curve per image of each
+        whole-image network on the test images, plain and averaged over mirrored images, and of the ensemble. For a
+        transfer, these before and after training with each number of patients.
 
     Raises:
-        DataError: what is wrong with the table or an image, or that no training image has a lesion.
-        GigamorphError: a loss that is not finite, or a folder that holds another run.
+        DataError: the table or an image is wrong, or no training image has a lesion.
+        GigamorphError: a loss is not finite, or the folder contains another run.
     """
     parts, target = read_target(table, "classes", (), config, run)
     if len(target.names) != 2:
-        raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method tells two apart")
+        raise DataError(f"{table}: has the classes {', '.join(target.names)}; the method needs two")
     for model in config.models:
-        _check(model, config, run)
+        _check_model(model, config, run)
     if config.start is None and not any(f.pathology for record in parts["train"] for f in record.findings):
         raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     check_findings(parts["train"] + parts["val"] if config.start is None else ())
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
     everyone = [record for split in SPLITS for record in parts[split]]
     run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
-    sized = iter(resized(everyone, config, run.out / "images"))
+    sized = iter(write_resized(everyone, config, run.out / "images"))
     images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
     if config.start is not None:
         return finish(run, _transfer(images, parts, target, config, run))
     metrics: dict[str, Any] = {}
     patch_nets: dict[Any, PatchNet] = {}
     for model in config.models:
-        if _learnt(model) not in patch_nets:
-            patch_nets[_learnt(model)], accuracy = _patch_network(parts, images, model, config, run)
+        if _patch_key(model) not in patch_nets:
+            patch_nets[_patch_key(model)], accuracy = _patch_network(parts, images, model, config, run)
             metrics[f"patch_accuracy_{model.name}"] = accuracy
     members = []
     for number, model in enumerate(config.models):
         run.say(f"{model.name}: training the whole-image network with image labels")
         torch.manual_seed(run.seed + number)
-        net = convert(patch_nets[_learnt(model)], model, config.resize, config.channels)
+        net = convert(patch_nets[_patch_key(model)], model, config.resize, config.channels)
         own = run.part(model.name)
         task = _task(net, images, target, config, run, config.whole, model)
         trained = run_stages(task, config.whole, own)
@@ -145,8 +145,8 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     return finish(run, metrics)
 
 
-def _check(model: Model, config: Config, run: Run) -> None:
-    """Refuse networks, weights and stages that there are not, before any work."""
+def _check_model(model: Model, config: Config, run: Run) -> None:
+    """Refuse unknown networks, weights and stages, before any work."""
     if config.start is not None:
         check_stages(config.transfer, run.group, _load(Path(config.start) / model.name / "model.pt", model, config))
         return
@@ -156,18 +156,18 @@ def _check(model: Model, config: Config, run: Run) -> None:
     whole = convert(patch, model, config.resize, config.channels)
     check_stages(config.whole, run.group, whole)
     if model.front:
-        child, _ = _front(Grown(whole.eval(), channels=config.channels), model, config, run.seed)
+        child, _ = _add_front(Grown(whole.eval(), channels=config.channels), model, config, run.seed)
         check_stages(config.native, run.group, child.network)
 
 
 def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
-    """The trained network with a front for larger images, exactly at first, trained on with them."""
+    """Add a front for larger images to the trained network, exactly, and train it further on them."""
     larger = replace(config, resize=tuple(model.front * side for side in config.resize))
     everyone = [record for split in SPLITS for record in parts[split]]
-    sized = iter(resized(everyone, larger, run.out / f"images_{model.front}"))
+    sized = iter(write_resized(everyone, larger, run.out / f"images_{model.front}"))
     images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
     run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
-    child, _ = _front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
+    child, _ = _add_front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
     own = run.part(f"{model.name}-front")
     task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
     trained = run_stages(task, without_decay(config.native, child.network), own)
@@ -175,12 +175,12 @@ def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, targe
     return _results(task, images, parts, larger, own, trained)[0]
 
 
-def _front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
+def _add_front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
     return grow(parent, MorphConfig(channels=config.channels, factor=model.front), seed)
 
 
-def _learnt(model: Model) -> Any:
-    """What tells a patch network from another: models that share it learn their patches once."""
+def _patch_key(model: Model) -> Any:
+    """Return what identifies a patch network: models that share it learn their patches once."""
     return model.backbone, model.weights, model.layer
 
 
@@ -191,8 +191,8 @@ def _patch_network(
     for number, split in enumerate(("train", "val")):
         places = sample_all(parts[split], images[split], config, run.seed + number)
         counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
-        told = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
-        run.say(f"{model.name}: patches of {split}: {told}")
+        listed = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
+        run.say(f"{model.name}: patches of {split}: {listed}")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
     weights = find_weights(model.weights, config.mean, config.std, run)
@@ -228,7 +228,7 @@ def _task(
 
 
 def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The whole-image network of a checkpoint's record, and what opens images for it."""
+    """Return the whole-image network of a checkpoint's record, and an opener of its images."""
     config = from_plain(record["config"], Config, "checkpoint")
     model = next(model for model in config.models if model.name == record["model"])
     network: nn.Module = _untrained(model, config)
@@ -240,7 +240,7 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
 def _results(
     task: ClassifierTask, images: Parts, parts: Parts, config: Config, run: Run, trained: Trained | None
 ) -> tuple[dict[str, Any], Cases]:
-    """What is in metrics.json, and the predictions, which name the images of the table (`parts`), not their copies."""
+    """Return the content of metrics.json, and the predictions with the names of the table's images (`parts`)."""
     test = whole_images(images["test"], config)
     found: dict[str, Any] = {}
     predictions: dict[str, Cases] = {}
@@ -255,7 +255,7 @@ def _results(
         cases = replace(cases, names=tuple(str(record.path) for record in parts["test"]))
         found["auc"], predictions["test"] = auc_of(cases)[0], cases
         if found["auc"] is None:
-            run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+            run.say("split test has images of only one class, so its area under the ROC curve is undefined")
         write_cases(run.out / "test.csv", cases)
     else:
         found["auc"], cases = None, task.target.cases([], np.empty((0, 2)))
@@ -273,7 +273,7 @@ def _results(
 
 
 def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: Run) -> dict[str, Any]:
-    """Train the whole-image networks of a finished run on, at a small rate, with more and more patients."""
+    """Train the networks of a finished run further, at a small rate, with increasing numbers of patients."""
     assert config.start is not None
     metrics: dict[str, Any] = {"curve": []}
     order = _patients(images["train"], run.seed)
@@ -304,7 +304,7 @@ def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: 
 
 
 def _patients(records: Sequence[Record], seed: int) -> list[str]:
-    """Training patients in the order in which the learning curve takes them: drawn, the classes alternating."""
+    """Return the training patients in the random order of the learning curve, with alternating classes."""
     label: dict[str, int] = {}
     for record in records:
         label[record.patient_id] = max(record.label, label.get(record.patient_id, 0))
@@ -327,7 +327,7 @@ def _load(path: Path, model: Model, config: Config) -> WholeNet:
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        raise GigamorphError(f"{path}: no such network; start must be the folder of a finished run") from error
-    except Exception as error:  # torch has many errors for a damaged file
+        raise GigamorphError(f"{path}: network not found; start must be the folder of a finished run") from error
+    except Exception as error:  # torch raises many types for a damaged file
         raise GigamorphError(f"{path}: does not fit model {model.name!r}: {str(error).splitlines()[0]}") from error
     return net

@@ -1,4 +1,4 @@
-"""The child: a front for larger images in front of the parent, exactly; and the control, whose front is new."""
+"""Builds the child: an exact front for larger images on the parent; and the control, whose front is new."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .config import Config
 
 
 def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tuple[Grown, list[Report]]:
-    """The morphed child of a parent: child(x) == parent(mean of r x r pixels of x), in evaluation mode.
+    """Return the morphed child of a parent: child(x) == parent(mean of r x r pixels of x), in evaluation mode.
 
     Every morph is verified in float64 and in the network's own dtype; see `gigamorph.engine.morph`. With ``renew`` the
-    front and the stem are new (`renew_front`), and the equality is lost with them.
+    front and the stem are new (`renew_front`), and the equality does not hold.
 
     Raises:
-        MorphError: what is asked for cannot be exact.
+        MorphError: the configured morph cannot be exact.
     """
     reports: list[Report] = []
     example = parent.example()
@@ -61,14 +61,14 @@ def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tu
 
 
 def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
-    """Give random weights to the front that a step has brought and to the stem that reads it; returns their names.
+    """Give random weights to the front that a step added and to the stem that reads it; return their names.
 
-    This is the control of the ablation: the same architecture and the same trunk, but its front has to be learnt.
-    Convolutions get He's initialisation; P-activations are ordinary activations from the start.
+    This is the control of the ablation: the same architecture and trunk, but the front must be learnt. Convolutions get
+    He's initialisation; P-activations are ordinary activations from the start.
 
     Args:
         child: changed in place.
-        step: of the report of `gigamorph.engine.morph.front.front`.
+        step: from the report of `gigamorph.engine.morph.front.front`.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, 2))
     renewed = []
@@ -89,9 +89,9 @@ def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
 
 
 def _centre(child: nn.Module, step: FrontStep) -> None:
-    """Let the random filters that read the image have mean zero, so that slow grey levels do not drown fine detail.
+    """Set the mean of the random filters on the image to zero, so that slow grey levels do not drown fine detail.
 
-    What reads them has weight zero, so the child's function stays what it is.
+    The layer after them has zero weights, so the child's function does not change.
     """
     path = f"{step.at[0]}.front" if step.at else "front"
     first = next(m for m in child.get_submodule(path).modules() if isinstance(m, nn.Conv2d))
@@ -101,6 +101,6 @@ def _centre(child: nn.Module, step: FrontStep) -> None:
 
 
 def without_decay(stages: Sequence[Stage], network: nn.Module) -> list[Stage]:
-    """Stages that do not decay the slopes of P-activations: zero is one of their functions, not a smaller weight."""
+    """Return stages that exclude the slopes of P-activations from weight decay: zero is a function, not less weight."""
     slopes = [f"{name}.a" for name, module in network.named_modules() if isinstance(module, PAct)]
     return [replace(stage, undecayed=(*stage.undecayed, *slopes)) for stage in stages]

@@ -1,4 +1,4 @@
-"""Images for parent and child: shrunk by r, and at full size, cut to whole cells of r x r pixels."""
+"""Images for parent and child: downsampled by r, and at full size, cropped to whole cells of r x r pixels."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class WholeCells(DerivedSource):
     def __init__(self, source: PixelSource, r: int) -> None:
         _, height, width = source.shape
         if height < r or width < r:
-            raise DataError(f"{source.name}: {height} x {width} pixels hold no cell of {r} x {r}")
+            raise DataError(f"{source.name}: {height} x {width} pixels are smaller than a cell of {r} x {r}")
         super().__init__(source, height - height % r, width - width % r)
-        self.added = (f"cut to whole cells of {r} x {r} pixels",)
+        self.added = (f"cropped to whole cells of {r} x {r} pixels",)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
@@ -32,7 +32,7 @@ class WholeCells(DerivedSource):
 
 
 class ChildImages(ImageDataset):
-    """Images at full size, cut to whole cells of r x r pixels."""
+    """Images at full size, cropped to whole cells of r x r pixels."""
 
     r = 1
 
@@ -42,18 +42,18 @@ class ChildImages(ImageDataset):
 
 
 def parent_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
-    """What the parent sees: the mean of each cell of r x r pixels."""
-    return ImageDataset(records, downsample=config.factor, **_given(config, augment, seed))
+    """Return the parent's images: the mean of each cell of r x r pixels."""
+    return ImageDataset(records, downsample=config.factor, **_options(config, augment, seed))
 
 
 def child_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
-    """What the child sees: every pixel of the same cells."""
-    images = ChildImages(records, **_given(config, augment, seed))
+    """Return the child's images: every pixel of the same cells."""
+    images = ChildImages(records, **_options(config, augment, seed))
     images.r = config.factor
     return images
 
 
-def _given(config: Config, augment: bool, seed: int) -> dict[str, Any]:
+def _options(config: Config, augment: bool, seed: int) -> dict[str, Any]:
     return {
         "normalize": Normalize(config.mean, config.std),
         "voi": config.voi,

@@ -1,4 +1,4 @@
-"""The method from table to metrics: parent, morph, equality on the images themselves, child; and the ablation."""
+"""The method from table to metrics: parent, morph, check of equality on images, child; and the ablation."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from .config import Config
 from .grow import grow, without_decay
 from .images import child_images, parent_images
 
-_TOLD = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
-_TOLERANCE = 1e-3  # between logits, float32, relative to the largest: sums over r² pixels in another order
+_ARM_NAMES = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
+_TOLERANCE = 1e-3  # of float32 logits, relative to the largest: sums over r² pixels have another order
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Data:
     run: Run
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
-        """`images`: `parent_images` or `child_images`, which a network without morphs may be given too."""
+        """Build the training of a network on `parent_images` or `child_images`."""
         return ClassifierTask(
             net.network,
             images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
@@ -65,7 +65,7 @@ class _Data:
 
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The network of a checkpoint's record, and what opens images for it."""
+    """Return the network of a checkpoint's record, and an opener of its images."""
     config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
     network = build_model(config.model, len(record["classes"]), config.channels)
     images = child_images if record["full"] else parent_images
@@ -73,31 +73,31 @@ def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
-    """Run MorphHR on a table of images; see ``docs/recipes/morphhr.md`` for what is written.
+    """Run MorphHR on a table of images; ``docs/recipes/morphhr.md`` lists the written files.
 
     Args:
-        table: a csv or folder, as `read_table` takes it, with images of high resolution.
+        table: a csv or folder for `read_table`, with high-resolution images.
 
     Returns:
-        As in ``metrics.json``: of each arm its area under the ROC curve per image (the mean over the labels, and each),
-        and its epochs; and how far parent and morphed child differ on validation images.
+        The content of ``metrics.json``: for each arm its area under the ROC curve per image (the mean over the labels,
+        and each) and its epochs; and the difference of parent and morphed child on validation images.
 
     Raises:
-        DataError: what is wrong with the table or an image.
-        MorphError: the network has no front that could be exact.
-        GigamorphError: a loss that is not finite, or a folder that holds another run.
+        DataError: the table or an image is wrong.
+        MorphError: no exact front exists for the network.
+        GigamorphError: a loss is not finite, or the folder contains another run.
     """
     parts, target = read_target(table, config.task, config.labels, config, run)
     if set(target.names) & set(FINDINGS) and any(up_down for _, up_down in mirrorings(config.augment)):
         raise GigamorphError(
-            "the labels are those of chest radiographs, none of which is upside down; say flip=left-right in augment"
+            "the labels are those of chest radiographs, which are never upside down; set flip=left-right in augment"
         )
     weights = find_weights(config.weights, config.mean, config.std, run)
     torch.manual_seed(run.seed)
     parent = Grown(build_model(config.model, len(target.names), config.channels), channels=config.channels)
     if weights is not None:
         load_pretrained(parent.network, weights)
-    _check(parent, config, run)
+    _check_config(parent, config, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)
     run.say(f"fine-tuning {config.model} at 1/{config.factor} of the resolution")
@@ -117,7 +117,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
             for line in reports[-1].changes if not config.widen else reports[0].changes:
                 run.say(line)
             metrics["difference"] = _compare(data, parent, child)
-        run.say(f"training {_TOLD[arm]} at full resolution")
+        run.say(f"training {_ARM_NAMES[arm]} at full resolution")
         task = data.task(child, child_images, stages)
         trained = run_stages(task, without_decay(stages, child.network), run.part(arm))
         save_network(run.out / arm / "model.safetensors", child)
@@ -126,8 +126,8 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
 
 
-def _check(parent: Grown, config: Config, run: Run) -> None:
-    """Refuse stages and a front that cannot be, before the parent is trained."""
+def _check_config(parent: Grown, config: Config, run: Run) -> None:
+    """Refuse invalid stages and fronts before the parent is trained."""
     check_stages(config.low, run.group, parent.network)
     if "direct" in config.arms:
         try:
@@ -135,17 +135,17 @@ def _check(parent: Grown, config: Config, run: Run) -> None:
         except GigamorphError as error:
             if config.direct:
                 raise
-            raise GigamorphError(f"{error}; for the arm direct, the parent itself, write stages [[direct]]") from error
+            raise GigamorphError(f"{error}; for the arm direct, on the parent itself, add stages [[direct]]") from error
     if {"scratch", "morph"} & set(config.arms):
         child, _ = grow(copy.deepcopy(parent), config, run.seed)
         check_stages(config.high, run.group, child.network)
 
 
 def _compare(data: _Data, parent: Grown, child: Grown) -> float:
-    """The largest difference of parent and child on validation images, which training starts from.
+    """Return the largest difference of parent and child on validation images before training.
 
     Raises:
-        MorphError: if it is more than rounding, for what was verified in float64 was another function then.
+        MorphError: it exceeds rounding, although the functions were equal in float64.
     """
     records, config, budget = data.parts["val"][:4], data.config, data.run.memory_budget
     nets = [accelerate(g.network.eval().to(data.run.device), memory_budget=budget) for g in (parent, child)]
@@ -157,7 +157,7 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
             worst = max(worst, (first - second).abs().max().item())
             largest = max(largest, first.abs().max().item())
     if not worst <= _TOLERANCE * largest:
-        raise MorphError(f"parent and child differ by {worst:g} on validation images; report this")
+        raise MorphError(f"parent and child differ by {worst:g} on validation images; report this as an issue")
     data.run.say(f"parent and morphed child agree to {worst:.1e} on {len(records)} validation images")
     return worst
 
@@ -174,7 +174,7 @@ def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, f
             task.net, images(data.parts["test"], data.config), data.target, data.run.part(folder)
         )
         if found["auc"] is None:
-            data.run.say("split test has images of one class only, so its area under the ROC curve is not defined")
+            data.run.say("split test has images of only one class, so its area under the ROC curve is undefined")
     else:
         found["auc"] = None
     recipe_card(

@@ -1,4 +1,4 @@
-"""Van Vorst and Shen: contralateral patches teach a network what differs, without labels (arXiv 2401.05570)."""
+"""Van Vorst and Shen: networks learn without labels which contralateral patches differ (arXiv 2401.05570)."""
 
 from ..recipe import Recipe
 from .config import SiameseConfig
@@ -10,8 +10,8 @@ RECIPE = Recipe(
     title="Siamese networks with soft labels",
     paper="Van Vorst, Shen: Siamese Networks with Soft Labels for Unsupervised Lesion Detection and Patch Pretraining "
     "on Screening Mammograms. arXiv 2401.05570, 2024",
-    summary="Pairs of contralateral patches are compared by two networks; how far apart they are tells, softly, which "
-    "pairs differ, and that teaches the networks. They find lesions and start patch classifiers.",
+    summary="Two networks compare pairs of contralateral patches; the distances give soft labels for the pairs that "
+    "differ, which train the networks. They find lesions and initialise patch classifiers.",
     config=SiameseConfig,
     train=train,
     synthetic=SYNTHETIC,

@@ -1,6 +1,6 @@
-"""Random changes of patches (..., C, h, w); each leading index is changed on its own unless it says otherwise.
+"""Random augmentation of patches (..., C, h, w), independent for each leading index unless stated otherwise.
 
-Random numbers are those of a generator, by default PyTorch's own.
+Random numbers come from a generator, by default PyTorch's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def mirrored(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Up-down and left-right, each with probability 1/2; what shares its first index is mirrored alike."""
+    """Flip up-down and left-right, each with probability 1/2, equally for all patches with the same first index."""
     for axis in (-2, -1):
         turned = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, generator=generator) < 0.5
         x = torch.where(turned, x.flip(axis), x)
@@ -21,7 +21,7 @@ def mirrored(x: Tensor, generator: Generator | None = None) -> Tensor:
 
 
 def jittered(x: Tensor, jitter: float, noise: float, generator: Generator | None = None) -> Tensor:
-    """Contrast by a share of up to `jitter`, brightness by up to as much in units of normalised pixels, and noise."""
+    """Change contrast by a share of up to `jitter`, brightness by up to `jitter` normalised units, and add noise."""
     shape = (*x.shape[:-3], 1, 1, 1)
     own: dict[str, Any] = {"device": x.device, "generator": generator}
     contrast, brightness = (1 + jitter * (2 * torch.rand(shape, **own) - 1) for _ in range(2))
@@ -29,7 +29,7 @@ def jittered(x: Tensor, jitter: float, noise: float, generator: Generator | None
 
 
 def cropped(x: Tensor, least: float, generator: Generator | None = None) -> Tensor:
-    """A random square of patches (N, C, h, w), of `least` to all of their area, resized (bilinearly) to their size."""
+    """Crop a random square of patches (N, C, h, w) with `least` to all of their area, and resize it bilinearly."""
     own: dict[str, Any] = {"device": x.device, "generator": generator}
     side = (least + (1 - least) * torch.rand(len(x), 1, **own)).sqrt()
     middle = (1 - side) * (2 * torch.rand(len(x), 2, **own) - 1)

@@ -1,4 +1,4 @@
-"""BYOL (Grill et al., arXiv 2006.07733): of one view, a network predicts what its slow copy makes of the other.
+"""BYOL (Grill et al., arXiv 2006.07733): a network predicts its slow copy's projection of another view.
 
 L = |p / |p| - z / |z||^2 = 2 - 2 <p, z> / (|p| |z|)                  eq. 2; both orders of the views are added
 theta <- optimizer(theta, grad L)                                     eq. 3; the online network, with its predictor
@@ -23,28 +23,28 @@ from .two_views import Projected, TwoViews
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Eq. 2, averaged over predictions p of targets z (n, dim), to which no gradient goes."""
+    """Return eq. 2, averaged over predictions p of targets z (n, dim), which get no gradient."""
     p, z = at_least_float32(p), at_least_float32(z).detach()
     return (2 - 2 * F.cosine_similarity(p, z, dim=1)).mean()
 
 
 @torch.no_grad()
-def follow(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """Eq. 4, on parameters; running statistics of norms are each network's own."""
+def update_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Apply eq. 4 to parameters; each network keeps its own running statistics."""
     for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
         slow.lerp_(fast, 1 - tau)
 
 
 def tau_at(step: int, steps: int, base: float) -> float:
-    """From `base` at the first step to 1 at the end."""
+    """Return the target's momentum, which rises from `base` at the first step to 1 at the end."""
     return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
 class BYOLTask(TwoViews):
-    """The encoder of an embedding is the online network's.
+    """BYOL training of an embedding's encoder, which is the online network's.
 
-    The target follows at the beginning of a step, which is after the optimizer's step before it. It is part of the
-    checkpoint, and so is the number of steps.
+    The target is updated at the beginning of a step, after the previous optimizer step. It is part of the checkpoint,
+    as is the number of steps.
     """
 
     trainable = ("online", "predictor")
@@ -60,12 +60,12 @@ class BYOLTask(TwoViews):
 
     def loss(self, batch: Sequence[int]) -> Tensor:
         if self.step:
-            follow(self.target, self.projected, tau_at(self.step - 1, self.steps, self.config.momentum))
+            update_target(self.target, self.projected, tau_at(self.step - 1, self.steps, self.config.momentum))
         self.step += 1
         views = self.views(batch)
         predicted = self.predictor(self.projected(views))
         with torch.no_grad():
-            # The other view's: the halves change places.
+            # Swap the halves, because the target is the other view.
             wanted = self.target(views).roll(len(batch), 0)
         return 2 * byol_loss(predicted, wanted)
 
@@ -77,7 +77,7 @@ class BYOLTask(TwoViews):
 
 
 def _mlp(width: int, config: SiameseConfig) -> nn.Sequential:
-    """Projector and predictor as published: linear, BatchNorm, ReLU, linear."""
+    """Build a projector or predictor as published: linear, BatchNorm, ReLU, linear."""
     return nn.Sequential(
         nn.Linear(width, config.hidden), nn.BatchNorm1d(config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)
     )

@@ -1,4 +1,4 @@
-"""Settings of the recipe; `configs/siamese.toml` tells which are from the paper (few) and which are ours."""
+"""Settings of the recipe; `configs/siamese.toml` says which are from the paper (few) and which are ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Start = Literal["siamese", "scratch", "weights", "simclr", "byol"]
 
 @dataclass(frozen=True)
 class SiameseConfig:
-    """Pairs, networks, soft labels, and what is measured downstream."""
+    """Settings of pairs, networks, soft labels, and downstream measures."""
 
     model: str = "resnet18"
     weights: str = "random"
@@ -62,14 +62,14 @@ class SiameseConfig:
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.stride < 1 or not 0 <= self.tissue <= 1:
-            raise GigamorphError("patch and stride must be at least 1, tissue a share from 0 to 1")
+            raise GigamorphError("patch and stride must be at least 1, tissue must be from 0 to 1")
         if not 0 < self.least_share <= self.most_share < 1:
-            raise GigamorphError("least_share and most_share must be shares between 0 and 1, the least first")
+            raise GigamorphError("least_share and most_share must be between 0 and 1, with least_share <= most_share")
         if not self.labelled or not all(0 < f <= 1 for f in self.labelled):
-            raise GigamorphError("labelled must be shares of the labelled patches, above 0 and not above 1")
+            raise GigamorphError("labelled must be shares of the labelled patches, above 0 and at most 1")
         if len(set(self.starts)) < len(self.starts):
-            raise GigamorphError("starts must name each start once")
+            raise GigamorphError("starts must not contain duplicates")
         if "weights" in self.starts and self.weights == "random":
-            raise GigamorphError('starts names "weights", but they are random; set weights to a file, or to "timm"')
+            raise GigamorphError('starts contains "weights", but they are random; set weights to a file, or to "timm"')
         if not (self.temperature > 0 and 0 <= self.momentum < 1 and 0 < self.crop <= 1 and self.hidden >= 1):
-            raise GigamorphError("wanted: temperature > 0, 0 <= momentum < 1, 0 < crop <= 1 and hidden >= 1")
+            raise GigamorphError("must hold: temperature > 0, 0 <= momentum < 1, 0 < crop <= 1 and hidden >= 1")

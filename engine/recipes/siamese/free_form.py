@@ -1,4 +1,4 @@
-"""A free-form deformation: a uniform cubic B-spline moves every point (Rueckert et al., IEEE TMI 18, 1999)."""
+"""Free-form deformation by a uniform cubic B-spline (Rueckert et al., IEEE TMI 18, 1999)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scipy import ndimage
 from ...errors import DataError
 from ...images.affine import Coordinates, Map
 
-_CLOSE, _STEPS = 1e-6, 200  # pixels, and how often the way back is bettered at most
+_CLOSE, _STEPS = 1e-6, 200  # tolerance in pixels, and maximal iterations of the inverse
 
 
 @dataclass(frozen=True, eq=False)
 class FreeForm(Map):
     """p -> p + sum over grid points g of moves[g] B((p - origin) / spacing - g); B is the cubic B-spline.
 
-    moves: (2, rows, columns), what the grid points add to x and to y, in pixels. Beyond the grid its border goes on.
+    moves: (2, rows, columns), displacements of the grid points in x and y, in pixels; constant beyond the grid.
     origin, spacing: of the grid, (x, y) in pixels.
     """
 
@@ -31,19 +31,19 @@ class FreeForm(Map):
         return x + move_x, y + move_y
 
     def displacement(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
-        """float64 (x, y) displacements at points."""
+        """Return float64 (x, y) displacements at points."""
         column, row = ((p - o) / s for p, o, s in zip((x, y), self.origin, self.spacing, strict=True))
-        place = np.stack(np.broadcast_arrays(row, column))
-        found = [ndimage.map_coordinates(m, place, order=3, mode="nearest", prefilter=False) for m in self.moves]
+        position = np.stack(np.broadcast_arrays(row, column))
+        found = [ndimage.map_coordinates(m, position, order=3, mode="nearest", prefilter=False) for m in self.moves]
         return found[0], found[1]
 
     def inverse(self) -> Map:
-        return _Back(self)
+        return _InverseFreeForm(self)
 
 
 @dataclass(frozen=True, eq=False)
-class _Back(Map):
-    """The way back, by fixed-point iteration."""
+class _InverseFreeForm(Map):
+    """The inverse deformation, by fixed-point iteration."""
 
     forth: FreeForm
 
@@ -55,7 +55,7 @@ class _Back(Map):
             back_x, back_y = x - move_x, y - move_y
             if far < _CLOSE:
                 return back_x, back_y
-        raise DataError("the free-form deformation folds, so that it has no way back; take an affine registration")
+        raise DataError("the free-form deformation folds, so it has no inverse; use an affine registration")
 
     def inverse(self) -> FreeForm:
         return self.forth

@@ -1,8 +1,8 @@
-"""Labels of full images by the pairs: how different both breasts are at most, of each pair of the test split.
+"""Scores of full images: the largest difference of both breasts, for each pair of the test split.
 
-The soft labels are of pairs of patches, and so is what an image gets: the largest label over overlapping patches, and a
-quantile near it, which one strange patch does not decide. Both images of a pair have the same numbers, for a distance
-says that two patches differ and not which of them is the ill one.
+Soft labels are defined for pairs of patches, and so is an image's score: the largest label over overlapping patches,
+and a quantile near it, which a single outlier does not determine. Both images of a pair have the same scores, because
+a distance says that two patches differ, but not which is abnormal.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _UPPER = 0.95  # the quantile
 _BATCH = 64  # pairs of patches
 
 Key = tuple[Path, int | None]
-"""Of an image: its file and frame."""
+"""Key of an image: its file and frame."""
 
 
 def label_pairs(
     pairs: Sequence[Pair], networks: Sequence[Embedding], judges: Sequence[Judge], config: SiameseConfig, run: Run
 ) -> list[dict[str, Any]]:
-    """The scores of each pair; the maps of distances are written on the way. A collective of the process group.
+    """Return the scores of each pair, and write the maps of distances. A collective of the process group.
 
     The networks must be in evaluation mode.
     """
@@ -76,8 +76,9 @@ def _scores(
     config: SiameseConfig,
     device: str,
 ) -> dict[str, Any]:
-    """Of patches half a patch apart, as the map's cells are; None where both breasts share none. And ``places``: how
-    well they tell where findings are, see `localised`."""
+    """Return scores over patches half a patch apart, like the map's cells; None if the breasts share none.
+
+    ``places`` is the accuracy of localisation, see `localised`."""
     side = config.patch
     grid = cells_of(*sources, replace(config, stride=max(1, side // 2)))
     cells = grid.tolist()
@@ -99,10 +100,10 @@ def _scores(
 
 
 def classes_of(table: Path) -> dict[Key, int]:
-    """Of each image the table's label; of a table without labels, or of other than two classes, nothing."""
+    """Return the table's label of each image; empty for a table without labels or with other than two classes."""
     try:
         read = read_table(table)
-    except DataError:  # the recipe needs no labels, and all else was read before
+    except DataError:  # the recipe needs no labels, and the rest was read before
         return {}
     return {_key(r): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
 
@@ -110,12 +111,12 @@ def classes_of(table: Path) -> dict[Key, int]:
 def write_images(
     pairs: Sequence[Pair], scores: Sequence[Mapping[str, Any]], classes: Mapping[Key, int], findings: bool, run: Run
 ) -> Any:
-    """``images.csv``, a row for each image; returns the areas under the ROC curves, or why there are none.
+    """Write ``images.csv`` with a row per image; return areas under the ROC curves, or why there are none.
 
     Args:
         scores: of each pair, see `label_pairs`.
         classes: see `classes_of`.
-        findings: whether the table has any, so that an image without is known to have none.
+        findings: whether the table has findings, so that images without one are negative.
     """
     rows = []
     for number, (pair, own) in enumerate(zip(pairs, scores, strict=True)):
@@ -143,11 +144,11 @@ def write_images(
     if not rows:
         return "the table has no pair in the test split"
     write_atomically(run.out / "images.csv", write, "scores of images")
-    return _areas(rows) or "the test split has not both kinds of images, by findings or by labels of two classes"
+    return _areas(rows) or "the test split does not have both kinds of images, by findings or by labels of two classes"
 
 
 def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for what is true, by "finding" and by "label", of pairs (either image) and of images."""
+    """Return a row for each truth, "finding" and "label", of pairs (either image) and of images."""
     scored, found = [row for row in rows if row["patches"]], []
     for truth in ("finding", "label"):
         by_pair: dict[int, list[Mapping[str, Any]]] = {}
@@ -165,7 +166,7 @@ def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _either(values: Sequence[int | None]) -> int | None:
-    """1 if one of both is; unknown if one may be."""
+    """Return 1 if either value is 1; None if either is unknown."""
     return 1 if 1 in values else None if None in values else 0
 
 

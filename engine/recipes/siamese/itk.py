@@ -1,4 +1,4 @@
-"""Registration by SimpleITK: mean squares from coarse to fine; affine, and with a B-spline before it."""
+"""Registration with SimpleITK: mean squares from coarse to fine; affine, optionally after a B-spline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .free_form import FreeForm
 
 Array = NDArray[np.float64]
 
-_MESH = 4  # cells of the spline's grid along each side of the image: lesions are smaller, and are not bent away
+_MESH = 4  # cells of the spline's grid along each side; lesions are smaller, so they are not deformed away
 
 
 def simpleitk() -> Any:
-    """The module, or None where it is not installed."""
+    """Return the module, or None if it is not installed."""
     try:
         import SimpleITK
     except ImportError:
@@ -26,7 +26,7 @@ def simpleitk() -> Any:
 
 
 def affine(fixed: Array, moving: Array) -> Affine:
-    """The affine map from points of `fixed` to those of `moving` (h, w)."""
+    """Return the affine map from points of `fixed` to those of `moving` (h, w)."""
     sitk = _required()
     images = _images(sitk, fixed, moving)
     method = _method(sitk)
@@ -43,7 +43,7 @@ def affine(fixed: Array, moving: Array) -> Affine:
 
 
 def free_form(fixed: Array, moving: Array) -> Map:
-    """A cubic B-spline deformation, then `affine`."""
+    """Return a cubic B-spline deformation followed by `affine`."""
     sitk = _required()
     first = affine(fixed, moving)
     images = _images(sitk, fixed, moving)
@@ -63,14 +63,14 @@ def free_form(fixed: Array, moving: Array) -> Map:
 def _required() -> Any:
     sitk = simpleitk()
     if sitk is None:
-        raise GigamorphError("registration with SimpleITK needs it: pip install SimpleITK")
+        raise GigamorphError("this registration needs SimpleITK; pip install SimpleITK")
     return sitk
 
 
 def _images(sitk: Any, *values: Array) -> list[Any]:
     images = [sitk.GetImageFromArray(own) for own in values]
     for image in images:
-        image.SetOrigin((0.5, 0.5))  # its coordinates are then those of `Affine`
+        image.SetOrigin((0.5, 0.5))  # same coordinates as `Affine`
     return images
 
 
@@ -80,5 +80,5 @@ def _method(sitk: Any) -> Any:
     method.SetInterpolator(sitk.sitkLinear)
     method.SetShrinkFactorsPerLevel([4, 2, 1])
     method.SetSmoothingSigmasPerLevel([4, 2, 0])
-    method.SetNumberOfThreads(1)  # sums in one order: the same map every time
+    method.SetNumberOfThreads(1)  # fixed order of sums, for reproducible maps
     return method

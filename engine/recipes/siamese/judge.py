@@ -1,4 +1,4 @@
-"""What a network's distances say of a pair: the mixture of the distances that it was trained on, and soft labels."""
+"""Soft labels from a network's distances, by the mixture of the distances of its training pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .mixture import Array, Mixture, Rule, fit_mixture, soft_labels
 
 @dataclass(frozen=True)
 class Judge:
-    """The distances (n,) of the training pairs, their mixture, and the rule by which both give labels."""
+    """The distances (n,) of the training pairs, their mixture, and the rule for labels."""
 
     distances: Array
     mixture: Mixture
@@ -21,12 +21,12 @@ class Judge:
 
     @classmethod
     def fit(cls, distances: ArrayLike, config: SiameseConfig) -> Judge:
-        """The mixture of the distances of all training pairs."""
+        """Fit the mixture of the distances of all training pairs."""
         d = np.asarray(distances, np.float64)
         return cls(d, fit_mixture(d, least=config.least_share, most=config.most_share), config.labels)
 
     def labels(self, distances: ArrayLike) -> Array:
-        """Soft labels of distances, of these pairs or of others; zeros while the mixture's parts are one."""
+        """Return soft labels of distances, of these pairs or others; zeros while the mixture is not separated."""
         d = np.asarray(distances, np.float64)
         if not self.mixture.separated:
             return np.zeros(len(d))

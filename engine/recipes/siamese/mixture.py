@@ -1,7 +1,7 @@
-"""Soft labels: how probable it is, by its distance, that a pair of patches differs.
+"""Soft labels: the probability that a pair of patches differs, given its distance.
 
 A mixture of two Gaussians is fitted to all distances; the label is the posterior of the component with the larger
-mean. With unequal variances that posterior turns back in the tails; it is kept from doing so beyond the means.
+mean. With unequal variances that posterior is not monotone in the tails; beyond its extremum it is kept constant.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from ...errors import GigamorphError
 
 Array = NDArray[np.float64]
 Rule = Literal["gmm", "exp", "rank", "hard"]
-_FLOOR = 1e-6  # least variance of a component, of that of all distances: 1e-6 of it, so that none becomes a spike
+_FLOOR = 1e-6  # minimal variance of a component, relative to that of all distances, to prevent spikes
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Two Gaussians; [1] is of pairs that differ."""
+    """Two Gaussians; [1] is that of pairs that differ."""
 
     means: tuple[float, float]
     deviations: tuple[float, float]
     share: float
-    """Of the pairs that differ."""
+    """Share of the pairs that differ."""
 
     @property
     def separated(self) -> bool:
-        """Whether the means are further apart than one (pooled) standard deviation."""
+        """Whether the means differ by more than one (pooled) standard deviation."""
         pooled = np.sqrt((self.deviations[0] ** 2 + self.deviations[1] ** 2) / 2)
         return bool(self.means[1] - self.means[0] > pooled)
 
     def posterior(self, distances: ArrayLike) -> Array:
-        """P(differs) of distances (n,), never falling as the distance grows."""
+        """Return P(differs) for distances (n,), which never decreases with the distance."""
         d = np.asarray(distances, np.float64)
-        # The log-odds are quadratic in d and turn once: below the smaller mean if the other component is wider, else
-        # above the larger mean.
+        # The log-odds are quadratic in d, with one extremum: below the smaller mean if the other component is wider,
+        # otherwise above the larger mean.
         (low, high), (a, b) = self.means, (0.5 / deviation**2 for deviation in self.deviations)
         if a != b:
             turn = (a * low - b * high) / (a - b)
@@ -56,14 +56,14 @@ class Mixture:
 
 
 def fit_mixture(distances: ArrayLike, *, least: float = 0.01, most: float = 0.2) -> Mixture:
-    """Expectation-maximisation on distances (n,), from their lower and upper parts.
+    """Fit by expectation-maximisation on distances (n,), initialised at their median and 95 % quantile.
 
     Args:
-        least, most: the share of pairs that differ is kept between these.
+        least, most: bounds on the share of pairs that differ.
     """
     d = np.asarray(distances, np.float64)
     if len(d) < 4 or not np.isfinite(d).all():
-        raise GigamorphError(f"{len(d)} distances, or some that are not finite, cannot be told apart; give more pairs")
+        raise GigamorphError(f"{len(d)} distances are too few or not all finite; add more pairs")
     spread = max(float(d.var()), 1e-12)
     start = np.quantile(d, [0.5, 0.95])[:, None]
     model = GaussianMixture(
@@ -79,13 +79,13 @@ def fit_mixture(distances: ArrayLike, *, least: float = 0.01, most: float = 0.2)
 
 
 def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture, among: ArrayLike | None = None) -> Array:
-    """Labels (n,) from 0 (alike) to 1 (different) of distances (n,).
+    """Return labels (n,) from 0 (alike) to 1 (different) for distances (n,).
 
-    gmm: the mixture's posterior. hard: 1 where that is above 1/2. exp: 1 - exp(-D^2 / s^2), s the mixture's larger
-    mean. rank: the share of smaller distances, to the power of 1 / share of the mixture, so that few are near 1.
+    gmm: the mixture's posterior. hard: 1 if it is above 1/2. exp: 1 - exp(-D^2 / s^2), s the mixture's larger mean.
+    rank: the share of smaller distances, to the power of 1 / share of the mixture, so that few are near 1.
 
     Args:
-        among: the distances that rank goes by; these.
+        among: the distances among which rank is computed; by default `distances`.
     """
     d = np.asarray(distances, np.float64)
     if rule == "gmm":
@@ -95,5 +95,5 @@ def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture, among: Array
     if rule == "exp":
         return 1 - np.exp(-((d / max(mixture.means[1], 1e-12)) ** 2))
     others = d if among is None else np.asarray(among, np.float64)
-    places = np.minimum(np.searchsorted(np.sort(others), d) / max(len(others) - 1, 1), 1)
-    return places ** (1 / mixture.share)
+    ranks = np.minimum(np.searchsorted(np.sort(others), d) / max(len(others) - 1, 1), 1)
+    return ranks ** (1 / mixture.share)

@@ -21,9 +21,10 @@ class Embedding(nn.Module):
     """Patches (N, C, h, w) -> (N, dim) of norm 1.
 
     Args:
-        network: any network; `layer` is the module of it whose map is averaged.
-        dim: of the embedding.
-        patch: side of the patches in pixels, of which a `channels`-channel one tells the size of the maps.
+        network: any network.
+        layer: the module whose map is averaged.
+        dim: size of the embedding.
+        channels, patch: of the patches; patch is their side in pixels, which determines the size of the maps.
     """
 
     def __init__(self, network: nn.Module, layer: str, dim: int, channels: int, patch: int) -> None:
@@ -36,47 +37,47 @@ class Embedding(nn.Module):
         for module, mode in modes:
             module.training = mode
         if not isinstance(found, Tensor) or found.ndim != 4:
-            raise GigamorphError(f"layer {layer!r} gives no map (N, C, h, w); name one that does")
+            raise GigamorphError(f"layer {layer!r} does not output a map (N, C, h, w); choose another")
         self.cells = tuple(found.shape[2:])
         """Height and width of a patch's map."""
         self.project = nn.Linear(found.shape[1], dim)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, channels): the average of the maps, which downstream classifiers take."""
+        """Return (N, channels): the mean of the maps, the input of downstream classifiers."""
         return self.maps(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
-        with unrounded(x):
+        with without_autocast(x):
             return F.normalize(self.project(x.to(self.project.weight)), dim=1)
 
 
-def unrounded(x: Tensor) -> torch.autocast:
-    """Without autocast: distances and cosines of what is alike are lost in bfloat16's rounding."""
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Disable autocast: distances and cosines of similar inputs would be lost in bfloat16's rounding."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What autocast has made of lower precision in float32."""
+    """Convert tensors of lower precision, from autocast, to float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean (N,), of embeddings (N, dim)."""
+    """Return Euclidean distances (N,) of embeddings (N, dim)."""
     return ((a - b).square().sum(1) + _EPS).sqrt()
 
 
 def soft_contrastive(d: Tensor, y: Tensor, margin: float = 1.0) -> Tensor:
-    """The mean loss of distances (N,) with labels (N,), to which no gradient goes."""
+    """Return the mean loss of distances (N,) with labels (N,), which get no gradient."""
     y = y.detach()
     return ((1 - y) * d.square() + y * F.relu(margin - d).square()).mean()
 
 
 class AsymmetryMap(nn.Module):
-    """Two registered breasts, stacked as channels (N, 2 C, H, W), -> distances (N, 1, h, w) of their cells.
+    """Two registered breasts, stacked as channels (N, 2 C, H, W) -> distances (N, 1, h, w) of their cells.
 
-    A cell is an average over as many places of the maps as a patch has, `step` places further each time. Convolutions
-    see what is around a cell where a patch has a border: the distance is that of the patches up to this.
+    A cell averages as many locations of the maps as a patch has, with a stride of `step`. Convolutions see the
+    surroundings of a cell instead of a patch's border; apart from this, the distance is that of the patches.
     """
 
     def __init__(self, embedding: Embedding, step: int | None = None) -> None:

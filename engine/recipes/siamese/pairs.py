@@ -1,4 +1,4 @@
-"""Contralateral views: the left and the right breast in the same projection, in one geometry."""
+"""Contralateral views: the left and the right breast in the same projection and geometry."""
 
 from __future__ import annotations
 
@@ -36,63 +36,61 @@ class Pair:
 def find_pairs(
     records: Sequence[Record], *, skip_unpaired: bool = False, say: Callable[[str], object] = lambda text: None
 ) -> list[Pair]:
-    """The pairs of a table in their order.
+    """Return the pairs of a table in order.
 
     Args:
-        skip_unpaired: omit images without side, view, exam (where others of their patient have one) or counterpart, and
-            of several of one side and view all but the first.
-        say: told of how many.
+        skip_unpaired: omit images without side, view, exam (if others of their patient have one) or counterpart, and
+            all but the first of several images of one side and view.
+        say: called with a summary of the omitted images.
 
     Raises:
-        DataError: unless they are to be omitted, an image without side, view or exam, two images of one side and view
-            of an exam, or an image without its contralateral view.
+        DataError: the table has no pair; or, unless they are omitted, an image has no side, view, exam or contralateral
+            view, or an exam has two images of one side and view.
     """
     found: dict[tuple[str, str, str], dict[str, Record]] = {}
-    further: list[Record] = []
+    extra: list[Record] = []
     examless = set(unplaced([r.patient_id for r in records], [r.exam_id or "" for r in records]))
     for number, record in enumerate(records):
         if record.laterality is None or not record.view or number in examless:
             if not skip_unpaired:
-                reason = "the table gives no laterality (L, R), view or exam, where others of its patient have one"
-                raise DataError(
-                    f"{record.path}: {reason}; fill it in, or leave such images out with skip_unpaired = true"
-                )
-            further.append(record)
+                reason = "the table has no laterality (L, R), view or exam for it, but for others of its patient"
+                raise DataError(f"{record.path}: {reason}; fill it in, or omit such images with skip_unpaired = true")
+            extra.append(record)
             continue
         sides = found.setdefault((record.patient_id, record.exam_id or "", record.view), {})
         if record.laterality in sides and skip_unpaired:
-            further.append(record)
+            extra.append(record)
             continue
         if record.laterality in sides:
             raise DataError(
                 f"patient {record.patient_id} has two images {record.laterality} {record.view} of one exam: "
-                f"{sides[record.laterality].path} and {record.path}; give them different exam_id, or leave "
-                "all but the first out with skip_unpaired = true"
+                f"{sides[record.laterality].path} and {record.path}; give them different exam_id, or omit "
+                "all but the first with skip_unpaired = true"
             )
         sides[record.laterality] = record
-    alone = [next(iter(sides.values())) for sides in found.values() if len(sides) < 2]
-    if alone and not skip_unpaired:
-        first, more = alone[0], f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
-        lacking = "R" if first.laterality == "L" else "L"
+    unpaired = [next(iter(sides.values())) for sides in found.values() if len(sides) < 2]
+    if unpaired and not skip_unpaired:
+        first, more = unpaired[0], f" (and {len(unpaired) - 1} more)" if len(unpaired) > 1 else ""
+        missing = "R" if first.laterality == "L" else "L"
         raise DataError(
-            f"{first.path}: patient {first.patient_id} has no contralateral view {lacking} {first.view}{more}; add it, "
-            "or leave such images out with skip_unpaired = true"
+            f"{first.path}: patient {first.patient_id} has no contralateral view {missing} {first.view}{more}; add it, "
+            "or omit such images with skip_unpaired = true"
         )
-    left_out = [*further, *alone]
+    left_out = [*extra, *unpaired]
     if left_out:
-        what = "which have no contralateral view or are further ones of theirs"
-        say(f"left out are {len(left_out)} of {len(records)} images, {what}: {left_out[0].path}")
+        what = "which have no contralateral view or repeat a side and view"
+        say(f"omitted {len(left_out)} of {len(records)} images, {what}: {left_out[0].path}")
     pairs = [Pair(sides["L"], sides["R"]) for sides in found.values() if len(sides) == 2]
     if not pairs:
-        raise DataError("the table holds no pair of contralateral views")
+        raise DataError("the table contains no pair of contralateral views")
     return pairs
 
 
 def open_side(
     record: Record, *, mirror: Literal["auto", "table"], normalize: Normalize, channels: int, voi: str
 ) -> PixelSource:
-    """A breast with its chest wall where that of the other one is: on the left as the file's header says ("auto"), or
-    as stored if it is a left breast and mirrored if it is a right one ("table")."""
+    """Open a breast with its chest wall on the same side as the other one's: on the left according to the file's header
+    ("auto"), or as stored for a left breast and mirrored for a right one ("table")."""
     source: PixelSource = open_record(
         record,
         normalize=normalize,
@@ -106,7 +104,7 @@ def open_side(
 
 
 class StackedSource:
-    """Two images of one size as the channels of one: the first's, then the second's."""
+    """Two images of one size as the channels of one image: the first's, then the second's."""
 
     def __init__(self, first: PixelSource, second: PixelSource) -> None:
         if first.shape != second.shape:
@@ -117,7 +115,7 @@ class StackedSource:
 
     @property
     def to_original(self) -> Map:
-        """From this image's coordinates to those of the first one's file."""
+        """Map from this image's coordinates to those of the first one's file."""
         return to_original(self.first)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cells of a grid on registered pairs, as files of patches."""
+"""Patches on a grid of registered pairs, stored in files."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ...images.pixels import Normalize, PixelSource, to_original
 from ..features import record_digest
 from .config import SiameseConfig
 from .pairs import Pair, open_side
-from .register import breast_mask, downsampled, registered
+from .register import breast_mask, downsampled, resample_to
 
 _FULL = 65535
-_SMALL = 16  # a cell's tissue is judged on blocks of this many parts of its side
+_SMALL = 16  # blocks per side of a cell for the share of tissue
 
 
 def sources_of(pair: Pair, config: SiameseConfig) -> tuple[PixelSource, PixelSource]:
-    """Both breasts of a pair in the geometry of the left one."""
+    """Open both breasts of a pair in the geometry of the left one."""
     normalize = Normalize(config.mean, config.std)
     left, right = (
         open_side(record, mirror=config.mirror, normalize=normalize, channels=config.channels, voi=config.voi)
         for record in (pair.left, pair.right)
     )
-    return left, registered(left, right, config.registration)
+    return left, resample_to(left, right, config.registration)
 
 
 def cells_of(left: PixelSource, right: PixelSource, config: SiameseConfig) -> NDArray[np.int64]:
-    """Top and left (n, 2) of the grid's cells that lie in both breasts, with the wanted share of tissue in each."""
+    """Return top and left (n, 2) of the grid's cells that have the required share of tissue in both breasts."""
     _, height, width = left.shape
     places = [
         (top, x)
@@ -58,7 +58,7 @@ def cells_of(left: PixelSource, right: PixelSource, config: SiameseConfig) -> ND
 
 
 def _mask(source: PixelSource, factor: int) -> NDArray[np.bool_]:
-    """The breast, on an image averaged over blocks, the last of which may be cut off."""
+    """Return the breast's mask on an image averaged over blocks, the last of which may be incomplete."""
     small = downsampled(source, factor)
     _, height, width = small.shape
     mask = breast_mask(small.read(0, height, 0, width).mean(0).numpy())
@@ -67,7 +67,7 @@ def _mask(source: PixelSource, factor: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class PatchFile:
-    """The patches of one pair."""
+    """The patches of one pair in a file."""
 
     pair: Pair
     path: Path
@@ -75,25 +75,25 @@ class PatchFile:
     cells: NDArray[np.int64]
     """(n, 2): top and left."""
     boxes: NDArray[np.float64]
-    """(2, n, 4): where they are in the files of left and right; left, top, right, bottom."""
+    """(2, n, 4): boxes in the files of left and right; left, top, right, bottom."""
     config: SiameseConfig
 
     def open(self) -> NDArray[np.uint16]:
-        """A memory map, of which only what is taken is read."""
+        """Return a memory map, which reads only the requested parts."""
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def normalised(self, pixels: NDArray[np.uint16]) -> NDArray[np.float32]:
-        """Pixels (..., h, w) as networks take them: float32 (..., C, h, w)."""
+        """Convert pixels (..., h, w) to network inputs: float32 (..., C, h, w)."""
         mean, std = (np.array(own, np.float32)[:, None, None] for own in (self.config.mean, self.config.std))
         found = (pixels[..., None, :, :] * np.float32(1 / _FULL) - mean) / std
         return np.broadcast_to(found, (*pixels.shape[:-2], self.config.channels, *pixels.shape[-2:])).copy()
 
 
 def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
-    """The patches of a pair in files of ``folder``, which are kept under a hash of images and settings.
+    """Write the patches of a pair to ``folder``, unless files with the hash of its images and settings exist.
 
     Raises:
-        DataError: an image that cannot be read, or in which there is no breast.
+        DataError: an image cannot be read, or no breast is found in it.
     """
     names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
     key = json.dumps(["uint16", *(getattr(config, name) for name in names)])
@@ -107,7 +107,7 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
         found = np.empty((len(cells), 2, side, side), np.uint16)
         for index, (top, x) in enumerate(cells.tolist()):
             for number, source in enumerate((left, right)):
-                # All channels of an image are its grey values.
+                # All channels of an image have the same grey values.
                 grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
                 found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
         boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
@@ -126,13 +126,13 @@ def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
-    """(n, 4) left, top, right, bottom of the cells in their file."""
+    """Return (n, 4) left, top, right, bottom of the cells in their file."""
     top, x = cells[:, 0].astype(np.float64), cells[:, 1].astype(np.float64)
     return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
 
 
 class PatchPairs(Sequence[NDArray[Any]]):
-    """All patches of pairs in their order, float32 (2, C, h, w) each; a patch is read when it is asked for."""
+    """All patches of pairs in order, float32 (2, C, h, w) each; a patch is read on access."""
 
     def __init__(self, files: Sequence[PatchFile]) -> None:
         self.files = [file for file in files if len(file.cells)]
@@ -148,7 +148,7 @@ class PatchPairs(Sequence[NDArray[Any]]):
         return self.take([index])[0]
 
     def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
-        """Some of them, (n, 2, C, h, w): of each file at once, so that little of it is Python's work."""
+        """Return some of them, (n, 2, C, h, w), read per file for speed."""
         wanted = [self.where(index) for index in indices]
         pixels: NDArray[np.uint16] | None = None
         for number in dict.fromkeys(number for number, _ in wanted):
@@ -161,31 +161,31 @@ class PatchPairs(Sequence[NDArray[Any]]):
         return self.files[0].normalised(pixels)
 
     def _opened(self, number: int) -> NDArray[Any]:
-        opened = self._open  # another thread may read as well
+        opened = self._open  # local copy: another thread may change it
         if opened is None or opened[0] != number:
             self._open = opened = number, self.files[number].open()
         return opened[1]
 
     def where(self, index: int) -> tuple[int, int]:
-        """Which file a patch is in, and its place there."""
+        """Return the number of a patch's file, and its index in it."""
         number = bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
 
     @property
     def patients(self) -> list[str]:
-        """Of every patch."""
+        """Patient of every patch."""
         return [file.pair.left.patient_id for file in self.files for _ in file.cells]
 
 
 def stacked(pairs: Sequence[Any] | Tensor, indices: Sequence[int]) -> Tensor:
-    """Some of the pairs of patches, (n, 2, C, h, w)."""
+    """Return some pairs of patches, (n, 2, C, h, w)."""
     if isinstance(pairs, PatchPairs):
         return torch.from_numpy(pairs.take(indices))
     return torch.stack([torch.as_tensor(pairs[index]) for index in indices])
 
 
 class SinglePatches:
-    """Patches of both breasts, one by one, read when they are asked for: by a slice or a list, float32 (n, C, h, w)."""
+    """Single patches of both breasts, float32 (n, C, h, w), read on access by a slice or a list."""
 
     def __init__(self, files: Sequence[PatchFile], places: Sequence[tuple[int, int, int]] | None = None) -> None:
         self.files = files
@@ -194,7 +194,7 @@ class SinglePatches:
             if places is None
             else list(places)
         )
-        """Of each: its file, 0 for left and 1 for right, and its cell."""
+        """Per patch: its file, 0 for left and 1 for right, and its cell."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -205,5 +205,5 @@ class SinglePatches:
         return torch.from_numpy(np.stack(found))
 
     def take(self, chosen: Sequence[int]) -> SinglePatches:
-        """Some of them, which are not read yet."""
+        """Return a selection without reading it."""
         return SinglePatches(self.files, [self.places[i] for i in chosen])

@@ -1,4 +1,4 @@
-"""Where findings are, and whether distances of patches tell the place: localisation on the pairs of the test split."""
+"""Localisation of findings by distances of patches, measured on the pairs of the test split."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .pairs import Pair
 
 Array = NDArray[np.float64]
 Place = dict[str, float]
-"""What `localised` finds of a pair."""
+"""Result of `localised` for a pair."""
 
 
-def middles(record: Record) -> list[tuple[float, float]]:
-    """Row and column of the middle of each finding: of its box, else of what its outline or its mask fills."""
+def centres(record: Record) -> list[tuple[float, float]]:
+    """Return row and column of each finding's centre: of its box, or of the extent of its outline or mask."""
     found = []
     for finding in record.findings:
         if finding.box is not None:
@@ -35,7 +35,7 @@ def middles(record: Record) -> list[tuple[float, float]]:
 
 
 def holds(boxes: Array, places: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
-    """Which of the boxes (n, 4: left, top, right, bottom) hold one at least of the places (row, column)."""
+    """Return which boxes (n, 4: left, top, right, bottom) contain at least one of the places (row, column)."""
     left, top, right, bottom = boxes.T
     found = np.zeros(len(boxes), bool)
     for y, x in places:
@@ -44,41 +44,41 @@ def holds(boxes: Array, places: Sequence[tuple[float, float]]) -> NDArray[np.boo
 
 
 def localised(pair: Pair, boxes: Sequence[Array], distances: Array) -> Place | None:
-    """How well the distances of a pair's patches tell where its findings are; None without one in a patch, or in all.
+    """Measure how well distances of patches locate a pair's findings; None if no patch has one, or all have.
 
     Args:
         boxes: of the patches, in the files of the left and of the right image.
         distances: of the patches.
 
     Returns:
-        hit: whether a patch of the largest distance holds the middle of a finding of either breast; of equal ones the
-        share that do. by_chance: the share of all patches that do. auc: of the patches.
+        hit: whether the patch with the largest distance contains the centre of a finding of either breast; with ties,
+        the share that do. by_chance: the share of all patches that do. auc: of the patches.
     """
     sides = zip(boxes, (pair.left, pair.right), strict=True)
-    there = np.any([holds(own, middles(record)) for own, record in sides], 0)
-    if not 0 < there.sum() < len(there):
+    positive = np.any([holds(own, centres(record)) for own, record in sides], 0)
+    if not 0 < positive.sum() < len(positive):
         return None
     return {
-        "hit": float(there[distances == distances.max()].mean()),
-        "by_chance": float(there.mean()),
-        "auc": auc(there.astype(np.int64), distances) or 0.0,
+        "hit": float(positive[distances == distances.max()].mean()),
+        "by_chance": float(positive.mean()),
+        "auc": auc(positive.astype(np.int64), distances) or 0.0,
     }
 
 
 def localisation(found: Sequence[Place | None]) -> Any:
-    """The means over the pairs of which there is something to say, with their number; a text if there is none."""
+    """Return the means over the pairs with a result, and their number; a text if there are none."""
     known = [one for one in found if one is not None]
     if not known:
         return "no pair of the test split has a finding in some of its patches"
     return {"pairs": len(known), **{name: float(np.mean([one[name] for one in known])) for name in known[0]}}
 
 
-def localisation_told(found: Any) -> str:
-    """The same as a line of the model card."""
+def localisation_line(found: Any) -> str:
+    """Format the result of `localisation` as a line of the model card."""
     if isinstance(found, str):
-        return f"- Places of findings were not measured: {found}."
+        return f"- Locations of findings were not measured: {found}."
     return (
-        f"- Places of findings by the distances, means over {found['pairs']} pairs of the test split with one: the "
-        f"patch of the largest distance holds the middle of one in {found['hit']:.0%} ({found['by_chance']:.0%} of all "
-        f"patches do); AUC of patches {found['auc']:.3f}."
+        f"- Locations of findings by the distances, means over {found['pairs']} pairs of the test split with one: the "
+        f"patch with the largest distance contains the centre of one in {found['hit']:.0%} ({found['by_chance']:.0%} "
+        f"of all patches do); AUC of patches {found['auc']:.3f}."
     )

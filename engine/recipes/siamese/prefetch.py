@@ -1,4 +1,4 @@
-"""Patches that are read, and varied, while the networks compute the batch before."""
+"""Reads and augments the next batch of patches while the networks compute."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A batch that was read; on the CPU varied with the random numbers of a seed, and their state afterwards."""
+class _Batch:
+    """A batch that was read; on the CPU also augmented with a seed, with the random state afterwards."""
 
     pixels: Tensor
     seed: int | None = None
     state: Tensor | None = None
 
 
-class Ahead:
-    """Batches of patches, one ahead of the one that is asked for.
+class Prefetcher:
+    """Batches of patches, prefetched one step ahead.
 
-    Random numbers are those that the loss would draw itself, so that it makes no difference to a training who varies,
-    and when; on a GPU, which varies faster, batches are only read.
+    Random numbers are those that the loss itself would draw, so that prefetching does not change a training. On a GPU,
+    where augmentation is faster, batches are only read.
 
     Args:
-        read: the pixels of a batch, on the CPU.
-        vary: them at random, by a generator or, without, PyTorch's own.
-        device: where the networks are.
+        read: returns the pixels of a batch on the CPU.
+        vary: augments them at random, with a generator or, by default, PyTorch's own.
+        device: device of the networks.
     """
 
     def __init__(
@@ -39,18 +39,18 @@ class Ahead:
     ) -> None:
         self._read, self._vary, self._device = read, vary, device
         self._reader = ThreadPoolExecutor(1, "gigamorph-patches")
-        self._coming: dict[tuple[int, ...], Future[_Read]] = {}
+        self._pending: dict[tuple[int, ...], Future[_Batch]] = {}
 
     def announce(self, batch: Sequence[int], seed: int) -> None:
-        """Begin with a batch, whose random numbers are those of this seed."""
-        if len(self._coming) > 1:  # of an epoch that was interrupted
-            self._coming.clear()
-        self._coming[tuple(batch)] = self._reader.submit(self._prepared, batch, seed)
+        """Start to prepare a batch with the random numbers of this seed."""
+        if len(self._pending) > 1:  # left over by an interrupted epoch
+            self._pending.clear()
+        self._pending[tuple(batch)] = self._reader.submit(self._prepare, batch, seed)
 
     def varied(self, batch: Sequence[int]) -> Tensor:
-        """A batch at random, on the device; PyTorch's random numbers go on as if they had been drawn here."""
-        coming = self._coming.pop(tuple(batch), None)
-        found = _Read(self._read(batch)) if coming is None else coming.result()
+        """Return an augmented batch on the device; PyTorch's random state advances as if it had been augmented here."""
+        pending = self._pending.pop(tuple(batch), None)
+        found = _Batch(self._read(batch)) if pending is None else pending.result()
         if found.state is not None and found.seed == torch.initial_seed():
             torch.set_rng_state(found.state)
             return found.pixels
@@ -58,19 +58,19 @@ class Ahead:
         return self._vary(pixels.to(self._device), None)
 
     def plain(self, batches: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """Batches as they are, on the device."""
-        coming: Future[Tensor] | None = None
+        """Yield batches without augmentation, on the device."""
+        pending: Future[Tensor] | None = None
         for batch in batches:
-            following = self._reader.submit(self._read, batch)
-            if coming is not None:
-                yield coming.result().to(self._device)
-            coming = following
-        if coming is not None:
-            yield coming.result().to(self._device)
+            next_batch = self._reader.submit(self._read, batch)
+            if pending is not None:
+                yield pending.result().to(self._device)
+            pending = next_batch
+        if pending is not None:
+            yield pending.result().to(self._device)
 
-    def _prepared(self, batch: Sequence[int], seed: int) -> _Read:
+    def _prepare(self, batch: Sequence[int], seed: int) -> _Batch:
         pixels = self._read(batch)
         if torch.device(self._device).type != "cpu":
-            return _Read(pixels)
+            return _Batch(pixels)
         generator = torch.Generator().manual_seed(seed)
-        return _Read(self._vary(pixels, generator), seed, generator.get_state())
+        return _Batch(self._vary(pixels, generator), seed, generator.get_state())

@@ -1,4 +1,4 @@
-"""What an encoder is worth for classifying patches: a linear probe, and fine-tuning, on few labels."""
+"""Measures an encoder for patch classification with few labels: linear probe and fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .config import SiameseConfig
 from .network import Embedding
 from .patches import SinglePatches
 
-_C = 0.01  # inverse strength of the probe's penalty: a handful of labels is to give a direction, not a perfect fit
+_C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
 
 
 def patch_cases(patches: SinglePatches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
-    """What is said of patches (log-odds, n) beside what is true (0 or 1, n), each named by its file and its corner."""
+    """Return predictions (log-odds, n) of patches with the truth (0 or 1, n), named by file and corner."""
     pairs = [(patches.files[f], side, cell) for f, side, cell in patches.places]
     own = [(file.pair.left, file.pair.right)[side] for file, side, _ in pairs]
     corners = [file.boxes[side][cell][:2] for file, side, cell in pairs]
@@ -47,7 +47,7 @@ def patch_cases(patches: SinglePatches, y: Tensor, scores: NDArray[np.float64]) 
 
 
 class Classifier(nn.Module):
-    """The encoder of an embedding with a linear layer in the projection's place: patches -> logits of two classes."""
+    """The encoder of an embedding with a linear layer instead of the projection: patches -> logits of two classes."""
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 class _Features(nn.Module):
-    """Features of patches that are mirrored along some axes."""
+    """Features of patches flipped along some axes."""
 
     def __init__(self, embedding: Embedding, axes: Sequence[int] = ()) -> None:
         super().__init__()
@@ -70,15 +70,15 @@ class _Features(nn.Module):
 
 
 def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[np.float64]:
-    """Log-odds (n,) of test patches, by logistic regression on the frozen encoder's features of labelled ones.
+    """Return log-odds (n,) of test patches from logistic regression on the frozen encoder's features.
 
-    It learns from the four mirrorings of each labelled patch, as fine-tuning does; a test patch is seen as it is.
+    It is fitted to the four flips of each labelled patch, as in fine-tuning; test patches are not flipped.
 
     Raises:
-        DataError: labelled patches of one class only.
+        DataError: labelled patches have only one class.
     """
     if len(y.unique()) < 2:
-        raise DataError("the labelled patches have one class only; a probe needs patches with and without a finding")
+        raise DataError("the labelled patches have only one class; a probe needs patches with and without a finding")
     with evaluating(embedding):
         features = torch.cat([logits_of(_Features(embedding, axes), x) for axes in _MIRRORINGS]).numpy()
         others = logits_of(_Features(embedding), test).numpy()
@@ -89,7 +89,7 @@ def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[
 def fine_tuned(
     embedding: Embedding, x: Inputs, y: Tensor, test: Inputs, config: SiameseConfig, run: Run
 ) -> NDArray[np.float64]:
-    """Log-odds (n,) of test patches, by a copy of the encoder, all of which has learnt from the labelled ones."""
+    """Return log-odds (n,) of test patches from a copy of the encoder that is fine-tuned on the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))
     task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
     stage = Stage(

@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al., arXiv 2002.05709): a patch's other view is to be found among all views of the batch.
+"""SimCLR (Chen et al., arXiv 2002.05709): identify a patch's other view among all views of the batch.
 
 l(i, j) = -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t))      eq. 1; s the cosine of two projections
 """
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SiameseConfig
-from .network import Embedding, at_least_float32, unrounded
+from .network import Embedding, at_least_float32, without_autocast
 from .two_views import Projected, TwoViews
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
-    """Eq. 1, averaged over both orders of all pairs of views a, b (n, dim)."""
+    """Return eq. 1, averaged over both orders of all pairs of views a, b (n, dim)."""
     z = F.normalize(at_least_float32(torch.cat([a, b])), dim=1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    with unrounded(z):
+    with without_autocast(z):
         logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
 class SimCLRTask(TwoViews):
-    """The encoder of an embedding learns by `nt_xent` of what a head of two linear layers makes of its features."""
+    """Trains an embedding's encoder with `nt_xent` on projections of its features by a head of two linear layers."""
 
     def __init__(
         self, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str = "cpu"

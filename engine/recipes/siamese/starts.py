@@ -1,4 +1,4 @@
-"""What a classifier of patches can start from: nothing, published weights, SimCLR, BYOL, or the Siamese networks."""
+"""Initialisations of a patch classifier: random, published weights, SimCLR, BYOL, or the Siamese networks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TASKS = {"simclr": SimCLRTask, "byol": BYOLTask}
 
 
 def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool = True) -> Embedding:
-    """The network of the configuration, with its weights if it names any; its other weights are those of `number`."""
+    """Build the configured network with its weights, if any; other weights are random, drawn for `number`."""
     torch.manual_seed(seed_of(run.seed, 0, number))
     if weights and config.weights == "timm":
-        network = _of_timm(config)
+        network = _timm_network(config)
     else:
         network = build_model(config.model, 2, config.channels)
         path = find_weights(config.weights, config.mean, config.std) if weights else None
@@ -38,27 +38,27 @@ def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool 
     return Embedding(network, config.layer, config.dim, config.channels, config.patch).to(run.device)
 
 
-def _of_timm(config: SiameseConfig) -> nn.Module:
-    """The network with the weights that timm publishes for it (ImageNet's mostly), fitted to the image's channels."""
+def _timm_network(config: SiameseConfig) -> nn.Module:
+    """Build the network with timm's published weights (mostly ImageNet's), adapted to the image's channels."""
     kind, _, name = config.model.partition(":")
     if kind != "timm":
-        raise GigamorphError('weights = "timm" are of a model timm:NAME; name one as model, or a file as weights')
-    build_model(config.model, 2, config.channels)  # complains where timm or the model is missing
+        raise GigamorphError('weights = "timm" needs model = "timm:NAME"; set one, or set weights to a file')
+    build_model(config.model, 2, config.channels)  # reports a missing timm or model
     import timm
 
     try:
         return timm.create_model(name, pretrained=True, num_classes=2, in_chans=config.channels)
-    except Exception as error:  # there are none, or they cannot be fetched: each way has its own errors
+    except Exception as error:  # various errors, if there are none or the download fails
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GigamorphError(
-            f"timm has no weights of {name!r} at hand ({reason}); fetch them once online, or name a file as weights"
+            f"timm cannot provide weights of {name!r} ({reason}); download them once online, or set weights to a file"
         ) from error
 
 
 def make_starts(siamese: Embedding, patches: PatchPairs, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
-    """The starts that the configuration names, in its order.
+    """Build the starts of the configuration, in its order.
 
-    SimCLR and BYOL begin with the weights of the first Siamese network and leave theirs in ``starts/NAME``.
+    SimCLR and BYOL begin with the weights of the first Siamese network and store theirs in ``starts/NAME``.
     """
     found: dict[str, Embedding] = {}
     for name in config.starts:
@@ -78,9 +78,9 @@ def make_starts(siamese: Embedding, patches: PatchPairs, config: SiameseConfig, 
 def self_supervised(
     name: str, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, run: Run
 ) -> Embedding:
-    """The embedding, its encoder trained by "simclr" or "byol" on the patches (n, 2, C, h, w) of pairs.
+    """Train an embedding's encoder with "simclr" or "byol" on the patches (n, 2, C, h, w) of pairs, and return it.
 
-    Epochs, steps, patches a step, rate and decay are those of the Siamese networks.
+    Epochs, steps, patches per step, rate and decay are those of the Siamese networks.
     """
     task = _TASKS[name](embedding, pairs, config, run.device)
     stage = Stage(
@@ -92,11 +92,11 @@ def self_supervised(
         batch_size=2 * config.batch_size * config.accumulate,
     )
     run_stages(task, [stage], run.undealt())
-    task.look()
+    task.check_collapse()
     return embedding
 
 
 def write_encoder(embedding: Embedding, folder: Path) -> None:
-    """``encoder.pt``: a state_dict of the backbone, for `create_model`."""
+    """Write ``encoder.pt``: a state_dict of the backbone, for `create_model`."""
     state = embedding.maps.network.state_dict()
     save_torch(state, folder / "encoder.pt", "encoder")

@@ -17,22 +17,22 @@ from .judge import Judge
 from .mixture import Mixture
 from .network import Embedding, distance, soft_contrastive
 from .patches import stacked
-from .prefetch import Ahead
+from .prefetch import Prefetcher
 
 _BATCH = 128
-_COLLAPSED = 1e-3  # of the embeddings' standard deviation, which is 1 / sqrt(dim) for evenly spread ones
+_COLLAPSED = 1e-3  # minimal standard deviation of embeddings, which is 1 / sqrt(dim) if evenly spread
 
 
 class SiameseTask(Task):
-    """Pairs of patches without labels.
+    """Training on pairs of patches without labels.
 
-    Before each epoch both networks measure all pairs, and each gets the soft labels that follow from the distances of
-    the other. In the first epochs (warm-up) all contralateral pairs count as alike. Patches of different patients are
-    always pairs that differ: without those, embeddings could become one point.
+    Before each epoch both networks measure all pairs, and each gets the soft labels from the distances of the other. In
+    the first epochs (warm-up) all contralateral pairs count as alike. Patches of different patients always count as
+    different; otherwise the embeddings could collapse to one point.
 
     Args:
-        networks: one or two of equal build and different weights. One alone learns from its own labels.
-        pairs: (n, 2, C, h, w), by index; left and right of one place.
+        networks: one or two of the same architecture with different weights. A single one learns from its own labels.
+        pairs: (n, 2, C, h, w), by index; left and right at one location.
         patients: of the pairs.
     """
 
@@ -47,10 +47,10 @@ class SiameseTask(Task):
         self.module, self.pairs, self.config, self.device = nn.ModuleList(networks), pairs, config, device
         self.patients = np.unique(np.asarray(patients), return_inverse=True)[1]
         self.labels: list[Tensor] = [torch.zeros(len(pairs)) for _ in networks]
-        """What each network learns from."""
+        """The labels from which each network learns."""
         self.history: list[list[dict[str, float]]] = []
-        """For each epoch and network: what `SiameseTask.begin_epoch` found."""
-        self._ahead = Ahead(self._pairs, self._vary, device)
+        """Results of `SiameseTask.begin_epoch` for each epoch and network."""
+        self._ahead = Prefetcher(self._pairs, self._vary, device)
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.pairs))
@@ -66,23 +66,23 @@ class SiameseTask(Task):
         for row in self.history[-1]:
             if row["embedding_std"] < _COLLAPSED:
                 raise GigamorphError(
-                    f"the embeddings have collapsed (standard deviation {row['embedding_std']:.1e}); raise negatives "
-                    "or margin, or lower lr"
+                    f"the embeddings have collapsed (standard deviation {row['embedding_std']:.1e}); increase "
+                    "negatives or margin, or reduce lr"
                 )
-        # Exchanged: what one network takes for different the other learns from.
+        # Exchanged: each network learns from the labels of the other.
         self.labels = [labels for labels, _ in found[::-1]]
 
     @torch.no_grad()
     def measure(self, network: Embedding) -> tuple[Tensor, dict[str, float]]:
-        """Soft labels of all pairs by a network's distances, and their mixture; zeros where it has none."""
+        """Return soft labels of all pairs from a network's distances, and their mixture; zeros unless separated."""
         d, deviation = self.distances(network)
         judge = Judge.fit(d, self.config)
-        row = {**_told(judge.mixture), "embedding_std": deviation}
+        row = {**_mixture_row(judge.mixture), "embedding_std": deviation}
         return torch.from_numpy(judge.labels(d)).float(), row
 
     @torch.no_grad()
     def distances(self, network: Embedding) -> tuple[np.ndarray, float]:
-        """Distances (n,) of all pairs, and the standard deviation of the embeddings, averaged over their values."""
+        """Return distances (n,) of all pairs, and the mean standard deviation of the embeddings' values."""
         found, embedded = [], []
         count = len(self.pairs)
         for x in self._ahead.plain(range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)):
@@ -121,18 +121,18 @@ class SiameseTask(Task):
         return stacked(self.pairs, indices)
 
     def _others(self, batch: Sequence[int]) -> Tensor:
-        """Places (m, 2) in the batch of two different patients, one pair for each place that has a partner."""
+        """Return indices (m, 2) in the batch of two different patients, one pair for each sample with a partner."""
         patients = self.patients[list(batch)]
         order = torch.randperm(len(batch)).numpy()
         both = np.stack([order, np.roll(order, 1)], 1)
         return torch.from_numpy(both[patients[both[:, 0]] != patients[both[:, 1]]])
 
     def _vary(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """One mirroring for both patches of a pair; contrast, brightness and noise for each patch on its own."""
+        """Flip both patches of a pair equally; change contrast, brightness and noise of each patch independently."""
         return jittered(mirrored(x, generator), self.config.jitter, self.config.noise, generator)
 
 
-def _told(mixture: Mixture) -> dict[str, float]:
+def _mixture_row(mixture: Mixture) -> dict[str, float]:
     return {
         "mean_alike": mixture.means[0],
         "mean_different": mixture.means[1],

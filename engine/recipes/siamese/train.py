@@ -1,4 +1,4 @@
-"""The recipe on images: pairs, patches, two networks; soft labels, asymmetry maps, and a probe."""
+"""Training of the recipe on images: pairs, patches, two networks; soft labels, asymmetry maps, and a probe."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from .judge import Judge
 from .network import Embedding
 from .pairs import find_pairs
 from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
-from .places import holds, localisation, localisation_told, middles
+from .places import centres, holds, localisation, localisation_line
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
 
 
 def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
-    """Learn from a table's pairs of contralateral views; the labels are not used but for the probe.
+    """Learn from a table's pairs of contralateral views; labels are used only by the probe.
 
     Writes the patches, the checkpoints, ``encoder.pt`` (a state_dict of the backbone, for `create_model`),
-    ``model_card.md``, ``soft_labels.csv`` (a row for each pair of patches: place, distance, label), ``maps/NAME.tif``
-    (the distances over each pair of the test split, at native resolution, on the left breast's grid), ``images.csv``
-    (scores of the test split's full images), ``probe/START_SHARE/test_probe.csv`` and ``test_fine_tuned.csv`` (for
-    `gigamorph eval`) and ``metrics.json``.
+    ``model_card.md``, ``soft_labels.csv`` (a row per pair of patches: place, distance, label), ``maps/NAME.tif`` (the
+    distances over each pair of the test split, at native resolution, on the left breast's grid), ``images.csv`` (scores
+    of the test split's full images), ``probe/START_SHARE/test_probe.csv`` and ``test_fine_tuned.csv`` (for `gigamorph
+    eval`) and ``metrics.json``.
 
     Raises:
-        DataError: a patient in two splits, a missing contralateral view, or images that cannot be read.
+        DataError: a patient is in two splits, a contralateral view is missing, or an image cannot be read.
     """
     read = read_table(table, labels=False)
     records = split_records(read.records, config, run, table=table, validation=False)
@@ -53,7 +53,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         pairs[str(pair.left.split)].append(pair)
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
-    make_network(config, run, 0, weights=False)  # refused before any work
+    make_network(config, run, 0, weights=False)  # refuse it before any work
     stage = Stage(
         "pairs",
         config.epochs,
@@ -93,16 +93,16 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         records={name: [record for record in records if record.split == name] for name in SPLITS},
         output=f"maps of {config.layer}, their projection, and distances of pairs of patches",
         measured=[
-            *_told(metrics["probe"]),
-            *_told_images(metrics.get("images", "not asked for")),
-            localisation_told(metrics.get("localisation", "not asked for")),
+            *_probe_lines(metrics["probe"]),
+            *_image_lines(metrics.get("images", "not requested")),
+            localisation_line(metrics.get("localisation", "not requested")),
         ],
     )
     return finish(run, metrics)
 
 
-def _told(probe: Any) -> list[str]:
-    """The comparison of the starts, as lines of the model card."""
+def _probe_lines(probe: Any) -> list[str]:
+    """Format the comparison of the starts as lines of the model card."""
     if isinstance(probe, str):
         return [f"- Patches were not classified: {probe}."]
     return [
@@ -112,8 +112,8 @@ def _told(probe: Any) -> list[str]:
     ]
 
 
-def _told_images(images: Any) -> list[str]:
-    """The scores of full images, likewise."""
+def _image_lines(images: Any) -> list[str]:
+    """Format the scores of full images as lines of the model card."""
     if isinstance(images, str):
         return [f"- Full images were not measured: {images}."]
     return [
@@ -133,11 +133,11 @@ def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> Non
             writer = csv.writer(file)
             writer.writerow(["patient_id", "exam_id", "view", "top", "left", "distance", "soft_label"])
             for index, (d, label) in enumerate(zip(distances.tolist(), labels.tolist(), strict=True)):
-                number, place = patches.where(index)
+                number, cell = patches.where(index)
                 own = patches.files[number]
                 first = own.pair.left
                 writer.writerow(
-                    [first.patient_id, first.exam_id or "", first.view, *own.cells[place].tolist(), d, label]
+                    [first.patient_id, first.exam_id or "", first.view, *own.cells[cell].tolist(), d, label]
                 )
 
     write_atomically(run.out / "soft_labels.csv", write, "soft labels")
@@ -146,7 +146,7 @@ def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> Non
 def _downstream(
     files: dict[str, list[PatchFile]], patches: PatchPairs, network: Embedding, config: SiameseConfig, run: Run
 ) -> Any:
-    """AUC of telling patches with a finding from others, on the test split, for fractions of the labelled patches."""
+    """Return the test AUC of classifying patches with a finding, for fractions of the labelled patches."""
     x, y = _labelled(files["train"])
     test, test_y = _labelled(files["test"])
     if min(len(set(part.tolist())) for part in (y, test_y)) < 2:
@@ -169,7 +169,7 @@ def _downstream(
 
 
 def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """Places of that share of each class, two of each at least."""
+    """Return indices of that share of each class, at least two per class."""
     found = []
     for label in (0, 1):
         own = torch.nonzero(y == label)[:, 0].numpy()
@@ -179,8 +179,8 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
-    """Single patches of both breasts, and whether the middle of a finding is in them."""
+    """Return single patches of both breasts, and whether each contains the centre of a finding."""
     patches = SinglePatches(files)
-    sides = [(middles(file.pair.left), middles(file.pair.right)) for file in files]
-    there = [[holds(file.boxes[side], own[side]) for side in range(2)] for file, own in zip(files, sides, strict=True)]
-    return patches, torch.tensor([int(there[f][side][cell]) for f, side, cell in patches.places])
+    sides = [(centres(file.pair.left), centres(file.pair.right)) for file in files]
+    found = [[holds(file.boxes[side], own[side]) for side in range(2)] for file, own in zip(files, sides, strict=True)]
+    return patches, torch.tensor([int(found[f][side][cell]) for f, side, cell in patches.places])

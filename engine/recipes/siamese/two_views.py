@@ -1,4 +1,4 @@
-"""What SimCLR and BYOL share: single patches of both breasts, of each of which two random views are to be alike."""
+"""The common part of SimCLR and BYOL: random views of single patches of both breasts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...errors import GigamorphError
 from ...train.task import Task
 from .augment import cropped, jittered, mirrored
 from .config import SiameseConfig
-from .prefetch import Ahead
+from .prefetch import Prefetcher
 
-_LOOKED_AT = 512  # patches by which a collapse is seen
-_COLLAPSED = 1e-3  # of the projections' standard deviation, which is 1 / sqrt(dim) for evenly spread ones
+_CHECKED_PATCHES = 512  # patches in the check for collapse
+_COLLAPSED = 1e-3  # minimal standard deviation of projections, which is 1 / sqrt(dim) if evenly spread
 
 
 class Projected(nn.Module):
@@ -31,19 +31,19 @@ class Projected(nn.Module):
 
 
 class TwoViews(Task):
-    """Patches without labels; a method derives one and says what its `projected` network and its loss are.
+    """Training on patches without labels; a method derives a class with its `projected` network and its loss.
 
     Args:
-        pairs: (n, 2, C, h, w), by index; each of the two patches is an example of its own.
+        pairs: (n, 2, C, h, w), by index; each of the two patches is an example.
     """
 
     trainable: tuple[str, ...] = ("*",)
-    """Of a `Stage`."""
+    """`trainable` of the `Stage`."""
     projected: Projected
 
     def __init__(self, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str) -> None:
         self.pairs, self.config, self.device = pairs, config, device
-        self._ahead = Ahead(self._read, self._vary, device)
+        self._ahead = Prefetcher(self._read, self._vary, device)
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(2 * len(self.pairs))
@@ -53,24 +53,24 @@ class TwoViews(Task):
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch:
-            self.look()
+            self.check_collapse()
 
     @torch.no_grad()
-    def look(self) -> float:
-        """Standard deviation of the normalised projections of some patches, averaged over their values.
+    def check_collapse(self) -> float:
+        """Return the mean standard deviation of the normalised projections' values over some patches.
 
         Raises:
-            GigamorphError: it is about zero, for the network says the same of all patches.
+            GigamorphError: it is close to zero, because the network's output is the same for all patches.
         """
         count = 2 * len(self.pairs)
-        x = self.patches(range(0, count, -(-count // _LOOKED_AT)))
+        x = self.patches(range(0, count, -(-count // _CHECKED_PATCHES)))
         found = float(torch.cat([F.normalize(self.projected(part), dim=1) for part in x.split(128)]).std(0).mean())
         if found < _COLLAPSED:
-            raise GigamorphError(f"the projections have collapsed (standard deviation {found:.1e}); lower lr")
+            raise GigamorphError(f"the projections have collapsed (standard deviation {found:.1e}); reduce lr")
         return found
 
     def views(self, batch: Sequence[int]) -> Tensor:
-        """(2 n, C, h, w): one random view of each patch, then another of each."""
+        """Return (2 n, C, h, w): one random view of each patch, then another of each."""
         return self._ahead.varied(batch)
 
     def _vary(self, x: Tensor, generator: Generator | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class TwoViews(Task):
         return jittered(x, self.config.jitter, self.config.noise, generator)
 
     def patches(self, indices: Sequence[int]) -> Tensor:
-        """(n, C, h, w): left and right ones of the pairs in turn."""
+        """Return (n, C, h, w): the pairs' left and right patches alternately."""
         return self._read(indices).to(self.device)
 
     def _read(self, indices: Sequence[int]) -> Tensor:

@@ -65,7 +65,7 @@ def test_a_network_that_is_no_sequence_is_refused():
             return self.head(self.conv(x * x).mean((2, 3)))
 
     pytest.importorskip("lightstream")
-    with pytest.raises(UnsupportedError, match="no sequence"):
+    with pytest.raises(UnsupportedError, match="not a sequence"):
         lightstream.streaming_step(Squares(), Task("-", (1, 1, 64, 64)), 64)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from gigamorph import BudgetError, accelerate
 from gigamorph.engine.bench import limit
-from gigamorph.engine.bench.child import measure_alone
+from gigamorph.engine.bench.child import measure_in_new_process
 from gigamorph.engine.bench.limit import Search, find
 from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, LimitRow, Task, Try
 
@@ -90,7 +90,7 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
         given.update(image=task.image, settings=settings, steps=steps, **more)
         return {"status": OK, "peak_bytes": peak, "seconds": [2.0, 1.0]}
 
-    monkeypatch.setattr(limit, "measure_alone", pretend)
+    monkeypatch.setattr(limit, "measure_in_new_process", pretend)
     row = LimitRow(TASK, "gigamorph", 1000)
     found = limit._try(row, nn.Identity(), 96, Search(1000, longest=7.0))
     assert (found.side, found.status, found.peak_bytes, found.seconds) == (96, status, peak, 1.0)
@@ -103,7 +103,7 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
 def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
     """The stacks and heaps of threads reserve more addresses than such a cap has bytes."""
     task = Task("lesionnet", (1, 1, 512, 512))
-    answer = measure_alone(task, "gigamorph", {"tile": 128}, 1, cap=14 * 2**20, lean=True)
+    answer = measure_in_new_process(task, "gigamorph", {"tile": 128}, 1, cap=14 * 2**20, lean=True)
     assert answer["status"] == OK and answer["peak_bytes"] < 14 * 2**20, answer
 
 

@@ -5,7 +5,7 @@ from gigamorph.engine.bench import ratio
 
 def test_a_ratio_far_above_the_saved_one_fails():
     assert ratio.judge("step", 1.29, None, {"step": 1.0}) is None
-    assert "it was 1.00" in (ratio.judge("step", 1.31, None, {"step": 1.0}) or "")
+    assert "the saved ratio is 1.00" in (ratio.judge("step", 1.31, None, {"step": 1.0}) or "")
     assert ratio.judge("step", 9.0, None, {"other": 1.0}) is None
 
 

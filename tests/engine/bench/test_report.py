@@ -96,7 +96,7 @@ def test_what_lightstream_cannot_do_in_gigamorphs_memory_is_said(tmp_path):
     made.steps.append(StepRow(task, EQUAL_MEMORY, OUT_OF_MEMORY, "no tile", cap_bytes=600_000_000))
     made.write(tmp_path / "a.json")
     text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "In the memory that gigamorph took lightstream cannot run at 2000 × 2000." in text
+    assert "With gigamorph's memory, lightstream cannot run at 2000 × 2000." in text
 
 
 def test_the_headline_compares_with_what_kept_to_the_cap(tmp_path):

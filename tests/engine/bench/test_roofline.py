@@ -45,7 +45,7 @@ def test_views_cost_nothing():
 @pytest.mark.parametrize("product, convolution", [(1.0, 1e9), (1e9, 1.0)])
 def test_the_ceiling_is_the_faster_of_product_and_convolution(monkeypatch, product, convolution):
     seconds = iter((1.0, product, convolution))
-    monkeypatch.setattr("gigamorph.engine.bench.roofline._least_seconds", lambda run, device, longest: next(seconds))
+    monkeypatch.setattr("gigamorph.engine.bench.roofline._min_seconds", lambda run, device, longest: next(seconds))
     flops = 2 * 2048**3 if product < convolution else 2 * 9 * 256 * 256 * 256**2  # 3x3, 256 to 256 channels, 256 x 256
     assert measure_ceilings("cpu")["tflop_per_s fp32"] == flops / 1e12
 

@@ -60,7 +60,7 @@ def test_a_script_that_is_not_there_is_told(monkeypatch, tmp_path):
     from gigamorph.engine.bench import scripts
 
     monkeypatch.setattr(scripts, "ROOT", tmp_path)
-    with pytest.raises(GigamorphError, match=r"benchmarks/gpu_ops\.py is not here"):
+    with pytest.raises(GigamorphError, match=r"benchmarks/gpu_ops\.py not found"):
         scripts.script("gpu_ops")
 
 

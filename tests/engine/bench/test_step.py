@@ -107,7 +107,7 @@ def test_lightstream_gets_a_second_row_in_what_gigamorph_took(pretended, monkeyp
     monkeypatch.setattr(bench_step, "Child", Pretended)
     monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: name)
     last = measure(TASK, Options(peers, rounds=1, cap=10**9), {})[-1]
-    assert last.status == OUT_OF_MEMORY and "no tile" in (last.reason or "") and not last.seconds
+    assert last.status == OUT_OF_MEMORY and "no lightstream tile" in (last.reason or "") and not last.seconds
     monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: None)
     assert [row.peer for row in measure(TASK, Options(peers, rounds=1), {})] == list(peers)
 

@@ -103,11 +103,11 @@ def test_tables_of_trainings_and_recipes_warn(tmp_path, caplog):
 
     exams = ExamDataset(Images(records))  # type: ignore[arg-type]
     assert [(one.patient_id, one.exam_id) for one in exams.samples] == [("p0", "e"), ("p1", "e")]
-    with pytest.raises(DataError, match=r"1\.npy: the table gives no laterality \(L, R\), view or exam"):
+    with pytest.raises(DataError, match=r"1\.npy: the table has no laterality \(L, R\), view or exam"):
         find_pairs(records)
     said = []
     pairs = find_pairs(records, skip_unpaired=True, say=said.append)
-    assert [pair.left.patient_id for pair in pairs] == ["p1", "p1"] and "left out are 4 of 8 images" in said[0]
+    assert [pair.left.patient_id for pair in pairs] == ["p1", "p1"] and "omitted 4 of 8 images" in said[0]
 
 
 def test_a_training_and_a_prediction_count_the_same_breasts(tmp_path, caplog):

@@ -26,12 +26,12 @@ class Sized(nn.Module):
 
 
 REFUSED = {
-    r"'net' gives 1 x 1 for 1 image and 2 classes; .* 1 x 2$": network(outputs=1),
-    r"'net' gives 1 x 3 for 1 image and 2 classes": network(outputs=3),
-    r"'net' gives 1 x 4 x 38 x 28 for": network()[:1],
-    r"'net' gives several tensors or a container": Named(),
+    r"'net' outputs 1 x 1 for 1 image and 2 classes; .* 1 x 2$": network(outputs=1),
+    r"'net' outputs 1 x 3 for 1 image and 2 classes": network(outputs=3),
+    r"'net' outputs 1 x 4 x 38 x 28 for": network()[:1],
+    r"'net' outputs several tensors or a container": Named(),
     r"take an image of 1 x 40 x 30 .*RuntimeError: Given groups=1.* takes 3 channels.*\(--channels\)$": network(3),
-    r"AssertionError: Input height \(40\) doesn't match model.*test_classifier.py:.*size: .*--resize": Sized(),
+    r"AssertionError: Input height \(40\) doesn't match model.*test_classifier.py:.*size, .*--resize": Sized(),
 }
 
 

@@ -33,7 +33,7 @@ def test_nothing_is_declared_where_torchvision_is_sound_or_absent(monkeypatch):
 
     from gigamorph.engine.models import compat
 
-    monkeypatch.setattr(compat, "_keep", [])
+    monkeypatch.setattr(compat, "_libraries", [])
     monkeypatch.setattr(torch.library, "Library", lambda *a: pytest.fail("declared"))
     monkeypatch.setitem(sys.modules, "torchvision", None)  # import gives ImportError
     assert compat.make_torchvision_importable() is False

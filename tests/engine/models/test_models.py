@@ -54,15 +54,15 @@ def test_lesionnet_ignores_the_grey_level_and_sees_a_pixel_wherever_it_lies():
 
 
 def test_unknown_model_names_the_choices():
-    with pytest.raises(GigamorphError, match=r"'resnet19' is unknown; .*resnet18.*timm:NAME"):
+    with pytest.raises(GigamorphError, match=r"unknown model 'resnet19'; .*resnet18.*timm:NAME"):
         create_model("resnet19")
-    with pytest.raises(GigamorphError, match=r"; gigamorph import run/best\.ckpt --out FOLDER makes a folder"):
+    with pytest.raises(GigamorphError, match=r"; gigamorph import run/best\.ckpt --out FOLDER makes a model folder"):
         create_model("run/best.ckpt")  # of `gigamorph plan` and `bench`
 
 
 @pytest.mark.parametrize("spec", ["", ".", "/", ":", "?width=2"])
 def test_a_model_without_a_name_is_unknown(spec):
-    with pytest.raises(GigamorphError, match="is unknown; take one of"):
+    with pytest.raises(GigamorphError, match=r"unknown model .*; use one of"):
         create_model(spec)
 
 
@@ -71,23 +71,23 @@ def test_a_file_for_a_module_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec in ("my_file_nets", "my_file_nets.py"):
         with pytest.raises(
-            GigamorphError, match=r"of my_file_nets.py name the function or class too, as in my_file_nets:"
+            GigamorphError, match=r"name the function or class in my_file_nets.py too, as in my_file_nets:"
         ):
             create_model(spec)
-    with pytest.raises(GigamorphError, match=r"'my_file_nets.py' is a file; name its module, my_file_nets:tiny$"):
+    with pytest.raises(GigamorphError, match=r"'my_file_nets.py' is a file; use its module, my_file_nets:tiny$"):
         create_model("my_file_nets.py:tiny")
-    with pytest.raises(GigamorphError, match=r"'./my_file_nets.py' is a file; name its module, my_file_nets:tiny$"):
+    with pytest.raises(GigamorphError, match=r"'./my_file_nets.py' is a file; use its module, my_file_nets:tiny$"):
         create_model("./my_file_nets.py:tiny")
-    with pytest.raises(GigamorphError, match=r"there is no module '\.nets' in .* or on Python's path"):
+    with pytest.raises(GigamorphError, match=r"no module '\.nets' in .* or on Python's path"):
         create_model(".nets:tiny")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     with pytest.raises(
-        GigamorphError, match=rf"is a file; name its module, my_file_nets:tiny, in its folder {tmp_path}$"
+        GigamorphError, match=rf"is a file; use its module, my_file_nets:tiny, in its folder {tmp_path}$"
     ):
         create_model("../my_file_nets.py:tiny")
     with pytest.raises(
-        GigamorphError, match=rf"is a file; name its module, my_file_nets:tiny, in its folder {tmp_path}$"
+        GigamorphError, match=rf"is a file; use its module, my_file_nets:tiny, in its folder {tmp_path}$"
     ):
         create_model(f"{tmp_path}/my_file_nets.py:tiny")
 
@@ -106,7 +106,7 @@ def test_factory_from_the_working_directory(tmp_path, monkeypatch):
     assert create_model("my_nets:net", 5).out_features == 5
     with pytest.raises(GigamorphError, match=r"my_nets:broken.*no such depth"):
         create_model("my_nets:broken")
-    with pytest.raises(GigamorphError, match="gives a int"):
+    with pytest.raises(GigamorphError, match="returns a int"):
         create_model("my_nets:other")
     assert create_model("my_nets:passed_on", 5).out_features == 5
     for name, message in FACTORIES.items():
@@ -117,7 +117,7 @@ def test_factory_from_the_working_directory(tmp_path, monkeypatch):
 FACTORIES = {
     "my_nets:absent": r"my_nets:absent.*cannot be imported",
     "my_nets:number": "is a int, not a function or class",
-    "my_nets:sized": "argument: 'width'; it is called with num_classes and, where its signature names it, in_channels",
+    "my_nets:sized": "argument: 'width'; it is called with num_classes, in_channels if its signature names it",
     "no_such.nets:net": r"no module 'no_such' in \S+ or on Python's path; run this in the folder .* PYTHONPATH",
 }
 
@@ -185,7 +185,7 @@ def test_weights_files_that_cannot_be_used(tmp_path):
         with pytest.raises(DataError, match=f"{name}: not a readable (weights|safetensors) file"):
             create_model("lesionnet", weights=tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(DataError, match="holds no state_dict"):
+    with pytest.raises(DataError, match="contains no state_dict"):
         create_model("lesionnet", weights=tmp_path / "list.pt")
 
 
@@ -201,7 +201,7 @@ def test_weights_are_found_where_trainers_keep_them(tmp_path, caplog):
         torch.save(stored, path)
         other = create_model("lesionnet", weights=path)
         assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
-    assert "takes the weights of model_ema, not those of model" in caplog.text
+    assert "uses the weights under model_ema, not those under model" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -232,8 +232,8 @@ def test_what_others_call_a_network_is_told(monkeypatch):
     pytest.importorskip("timm")
     for spec, message in (
         ("timm:resnt18", r"cannot build 'resnt18': .*; nearest: resnet18, "),
-        ("timm/resnet18", r"; timm's is timm:resnet18$"),
-        ("hf-hub:timm/resnet18", r"hf download timm/resnet18 --local-dir FOLDER\) and give the folder to"),
+        ("timm/resnet18", r"; for timm's write timm:resnet18$"),
+        ("hf-hub:timm/resnet18", r"hf download timm/resnet18 --local-dir FOLDER yourself and pass the folder to"),
     ):
         with pytest.raises(GigamorphError, match=message):
             create_model(spec)

@@ -42,7 +42,7 @@ def test_names_that_do_not_fit_are_refused():
         Outputs.of("softmax", 2, ("a", "b", "c"))
     with pytest.raises(GigamorphError, match="softmax of a single output is always 1"):
         Outputs.of("softmax", 1, ("a",))
-    with pytest.raises(GigamorphError, match="'tanh' is none of softmax, sigmoid"):
+    with pytest.raises(GigamorphError, match="'tanh' must be one of softmax, sigmoid"):
         Outputs.of("tanh", 1, ("a",))
 
 

@@ -39,7 +39,7 @@ def test_words_numbers_and_text():
 
 @pytest.mark.parametrize("text", ["timm:net?in_chans", "net?=3", "net?a=1&a=2", "net?a=1&", "m:f?2x=1"])
 def test_what_is_no_argument_is_named(text):
-    with pytest.raises(GigamorphError, match="is no argument, or is given twice"):
+    with pytest.raises(GigamorphError, match="is not a valid argument, or is given twice"):
         Spec.parse(text)
 
 

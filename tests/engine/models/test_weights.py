@@ -82,7 +82,9 @@ def test_weights_in_several_places_are_named_and_the_prefix_chooses(tmp_path):
     )
     for stored, _, _ in cases[:2]:
         torch.save(stored, path)
-        with pytest.raises(DataError, match=r"w\.pt: holds weights in \w+, \w+; name the place .* --prefix \w+$"):
+        with pytest.raises(
+            DataError, match=r"w\.pt: contains weights under \w+, \w+; select one of these keys, .* --prefix \w+$"
+        ):
             read_state(path)
     for stored, one, two in cases:
         torch.save(stored, path)
@@ -90,7 +92,7 @@ def test_weights_in_several_places_are_named_and_the_prefix_chooses(tmp_path):
         names = list(read_state(path, two).tensors)
         assert names == list(state) and not any(name.startswith("encoder.") for name in names)
     torch.save({"mine": state, "epoch": 3}, path)
-    with pytest.raises(DataError, match=r"w\.pt: holds weights in mine; .* --prefix mine$"):
+    with pytest.raises(DataError, match=r"w\.pt: contains weights under mine; .* --prefix mine$"):
         read_state(path)
     assert list(read_state(path, "mine").tensors) == list(state)
     torch.save({"model": state, "model_ema": state}, path)
@@ -169,10 +171,10 @@ def test_files_that_hold_no_weights(tmp_path):
             read_state(tmp_path / name)
     for name in ("pointer.safetensors", "pointer.bin"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-        with pytest.raises(DataError, match=f"{re.escape(name)}: is Git LFS's pointer to the weights, not the weights"):
+        with pytest.raises(DataError, match=f"{re.escape(name)}: is a Git LFS pointer, not the weights"):
             read_state(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(DataError, match="holds no state_dict"):
+    with pytest.raises(DataError, match="contains no state_dict"):
         read_state(tmp_path / "list.pt")
 
 
@@ -231,7 +233,9 @@ def test_numbers_of_another_kind_are_refused():
     state["head.bias"] = state["head.bias"].to_sparse()
     with pytest.raises(DataError) as caught:
         load_exactly(network(), state, Path("w.pt"))
-    assert "3 of another kind, which would lose what they say: conv.weight is complex64, the" in str(caught.value)
+    assert "3 of another kind, whose conversion would lose information: conv.weight is complex64, the" in str(
+        caught.value
+    )
     assert "conv.bias is int8, the model has float32, head.bias is float32 (torch.sparse_coo)" in str(caught.value)
     with pytest.raises(GigamorphError, match=r"Sequential: 0.weight has no shape before its first forward"):
         load_exactly(nn.Sequential(nn.LazyConv2d(4, 3)), state, Path("w.pt"))
@@ -240,7 +244,7 @@ def test_numbers_of_another_kind_are_refused():
 def test_a_sub_tree_and_renamed_weights():
     state = {f"image_encoder.{n}": v for n, v in network().state_dict().items()} | {"text.weight": torch.zeros(2)}
     assert list(subtree(state, "image_encoder", Path("w"))) == list(network().state_dict())
-    with pytest.raises(DataError, match=r"no weight begins with 'tower\.'; they begin with image_encoder\., text\."):
+    with pytest.raises(DataError, match=r"no weight begins with 'tower\.'; existing prefixes: image_encoder\., text\."):
         subtree(state, "tower", Path("w"))
     found = renamed({"backbone.a": 1, "linear.b": 2, "c": 3}, (("backbone.", ""), ("linear.", "fc.")))
     assert found == {"a": 1, "fc.b": 2, "c": 3}

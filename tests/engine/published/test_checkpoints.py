@@ -48,13 +48,13 @@ def test_averaged_weights_are_taken_and_told(here, place):
     torch.save({"model": made.state_dict(), first: averaged}, here / "w.pt")
     said = []
     folder = imported(here, quiet=said)
-    assert said == [f"w.pt: takes the weights of {place}, not those of model"]
+    assert said == [f"w.pt: uses the weights under {place}, not those under model"]
     assert read_description(folder).source["place"] == place
     torch.save(
         {"model": made.state_dict(), "smooth": average.state_dict(), "loss": {"a": torch.ones(1)}}, here / "w.pt"
     )
     imported(here, "unknown", quiet=said)
-    assert said[1:] == ["w.pt: takes the weights of model, not those of smooth"]
+    assert said[1:] == ["w.pt: uses the weights under model, not those under smooth"]
     torch.save({"model": made.state_dict(), first: averaged}, here / "w.pt")
     plain = imported(here, "plain", prefix="model")
     image = torch.rand(1, 1, 60, 50)
@@ -80,7 +80,7 @@ def test_files_of_an_index_are_one_and_each_is_hashed(here):
             assert torch.equal(create_model(str(folder)).eval()(image), made(image))
         assert sorted(read_description(folder).source["shards_sha256"]) == sorted(set(files.values()))
     index.write_text(json.dumps({"weight_map": {**files, "gone.weight": files["fc.weight"]}}))
-    with pytest.raises(DataError, match=r"index.json: its files do not hold gone.weight; fetch them again"):
+    with pytest.raises(DataError, match=r"index.json: its files do not contain gone.weight; download them again"):
         imported(here, "c", weights=str(hub))
     (hub / files["fc.weight"]).unlink()
     with pytest.raises(DataError, match=r"model-0000.-of-00002.safetensors: no such weights file"):
@@ -112,8 +112,8 @@ def test_what_is_no_tensor_in_a_state_dict_is_left_out_or_refused(here):
         again = create_model(str(imported(here, name, source, quiet=said))).eval()
         with torch.no_grad():
             assert torch.equal(again(image), made(image))
-    assert said == ["w.pt: leaves out what is no tensor: _extra_state, fc._extra_state"] * 2
-    with pytest.raises(GigamorphError, match=r"^Counting: keeps a dict as _extra_state in .* get_extra"):
+    assert said == ["w.pt: ignores values that are not tensors: _extra_state, fc._extra_state"] * 2
+    with pytest.raises(GigamorphError, match=r"^Counting: stores a dict as _extra_state in .* get_extra"):
         imported(here, "c", "extra_nets:Counting")
 
 
@@ -121,7 +121,7 @@ def test_a_prefix_that_would_fit_is_named(here):
     state = {f"model.net.{name}": value for name, value in network().state_dict().items()}
     torch.save({**state, "loss.weight": torch.zeros(3)}, here / "w.pt")
     with pytest.raises(
-        DataError, match=r"after 'model.net', beside others \(loss.weight\); take .* --prefix model.net$"
+        DataError, match=r"after 'model.net', and others \(loss.weight\); select .* --prefix model.net$"
     ):
         imported(here)
     assert read_description(imported(here, prefix="model.net")).key_map == ()
@@ -157,7 +157,7 @@ def test_a_network_that_would_fetch_its_own_weights_fetches_nothing(here, monkey
     (here / "fetching_nets.py").write_text(f"import huggingface_hub, torch\ndef net(num_classes=2):\n    {fetch}\n")
     torch.save(network().state_dict(), here / "w.pt")
     with pytest.raises(
-        GigamorphError, match=r"'fetching_nets:net' cannot be built: .*(nothing is downloaded|fetches nothing)"
+        GigamorphError, match=r"'fetching_nets:net' cannot be built: .*(is not allowed here|downloads nothing)"
     ):
         imported(here, source="fetching_nets:net")
 
@@ -193,7 +193,7 @@ def test_numbers_of_numpy_stand_beside_tensors(here):
     torch.save({**made.state_dict(), "epoch.best": np.float64(0.5)}, here / "w.pt")
     said = []
     imported(here, quiet=said)
-    assert said == ["w.pt: leaves out what is no tensor: epoch.best"]
+    assert said == ["w.pt: ignores values that are not tensors: epoch.best"]
 
 
 class Runs:
@@ -208,7 +208,9 @@ def test_arrays_of_objects_stay_refused(here):
     torch.save(state, here / "w.pt")
     torch.save({"model": np.array([Runs()], object)}, here / "model.pt")
     for name in ("w.pt", "model.pt"):
-        with pytest.raises(DataError, match=rf"{name}: holds a pickled module or other objects, and to open it runs"):
+        with pytest.raises(
+            DataError, match=rf"{name}: holds a pickled module or other objects, and opening it executes"
+        ):
             read_state(here / name)
     torch.save({"state_dict": network().state_dict(), "names": np.array(["a", None], object)}, here / "beside.pt")
     assert read_state(here / "beside.pt").place == "state_dict"

@@ -87,7 +87,7 @@ def test_a_hugging_face_folder_of_others_is_read(tmp_path):
         assert (found.preprocessing.mean, found.outputs.names) == (mean, names)
     for part in ({"pretrained_cfg": [1]}, {"model_args": "x"}, {"pretrained_cfg": {"mean": "0.5"}}):
         path.write_text(json.dumps({**new, **part}))
-        with pytest.raises(DataError, match=r"config.json: is not as timm writes it: \w+Error: .*") as caught:
+        with pytest.raises(DataError, match=r"config.json: is not in timm's format: \w+Error: .*") as caught:
             import_network(str(path.parent), tmp_path / "none", Wishes(size=(96, 64)), str)
         assert "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_a_network_of_one_size_is_written_for_the_size_that_its_images_are_broug
     torch.save(create_model(model, 3, 3).state_dict(), tmp_path / "w.pt")
     for name, taken in (("every", None), ("fixed", {"size": (64, 64)})):
         import_network(model, tmp_path / name, Wishes(str(tmp_path / "w.pt"), preprocessing=taken, size=(64, 64)), str)
-    with pytest.raises(GigamorphError, match=r"every: its network .* give --size HxW, as in --size 64x64$") as caught:
+    with pytest.raises(GigamorphError, match=r"every: its network .* use --size HxW, as in --size 64x64$") as caught:
         export_onnx(open_source(tmp_path / "every"), tmp_path / "no.onnx")
     assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["every", "fixed", "w.pt"]
     for name, size in (("every", (64, 64)), ("fixed", None)):
@@ -140,7 +140,7 @@ def test_what_onnx_runtime_cannot_run_is_told_in_one_line(folder, tmp_path, monk
         raise RuntimeError("Got invalid dimensions\n index: 2")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
-    with pytest.raises(GigamorphError, match=r"ONNX Runtime cannot run .*: RuntimeError: Got .*; with --size"):
+    with pytest.raises(GigamorphError, match=r"ONNX Runtime cannot run .*: RuntimeError: Got .*; try --size"):
         export_onnx(open_source(folder), tmp_path / "net.onnx")
     assert os.listdir(tmp_path) == []
 
@@ -168,6 +168,6 @@ def test_our_resnets_are_timms(tmp_path):
 def test_networks_that_timm_has_not_are_refused_for_it(tmp_path):
     torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
     import_network("lesionnet", tmp_path / "net", Wishes(str(tmp_path / "w.pt"), size=(64, 64)), str)
-    with pytest.raises(GigamorphError, match=r"'lesionnet'.* is none of timm's; write it with --to onnx"):
+    with pytest.raises(GigamorphError, match=r"'lesionnet'.* is not one of timm's; export it with --to onnx"):
         export_hub(open_source(tmp_path / "net"), tmp_path / "hub")
     assert not (tmp_path / "hub").exists()

@@ -35,16 +35,16 @@ def write(folder, *changes, target=None):
         (
             None,
             {"classes": ["a", "c"], "target": Target(("a", "c")).to_plain()},
-            "fold2/best.ckpt: learnt classes a, c, fold 1 classes a, b",
+            "fold2/best.ckpt: predicts classes a, c, not classes a, b like fold 1",
         ),
         (None, {"channels": 3}, "takes images with another channels than fold 1"),
-        (MaskTarget(("a", "b")), {}, "fold1/best.ckpt: is a network of masks"),
+        (MaskTarget(("a", "b")), {}, "fold1/best.ckpt: predicts masks"),
         (
             None,
             {"target": Target(("a", "b"), "classes", views="mean").to_plain()},
-            r"fold2/best.ckpt: learnt classes a, b of exams \(mean of their views\), fold 1 classes a, b; they",
+            r"fold2/best.ckpt: predicts classes a, b of exams \(mean of their views\), not classes a, b like fold 1",
         ),
-        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "learnt ordinal a, b, fold 1 classes a, b"),
+        (None, {"target": Target(("a", "b"), "ordinal").to_plain()}, "predicts ordinal a, b, not classes a, b"),
     ],
 )
 def test_others_are_refused(tmp_path, target, change, said):
@@ -62,5 +62,5 @@ def test_folds_of_one_run_are_finished_together(tmp_path):
     # One that has gone on with more epochs leaves the others behind.
     for folder in (run, run / "fold1"):
         (folder / "config.toml").write_text("epochs = 9\n[data]\nfolds = 3\n")
-    with pytest.raises(DataError, match=r"fold 2 of 3 is not finished.*; or name .*fold1/best.ckpt"):
+    with pytest.raises(DataError, match=r"fold 2 of 3 is not finished.*; or use .*fold1/best.ckpt"):
         fold_checkpoints(run)

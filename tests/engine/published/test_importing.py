@@ -51,9 +51,9 @@ def test_outputs_channels_and_prefix_follow_from_the_weights(here):
     description = read_description(imported(here, quiet=said))
     assert description.preprocessing.channels == 3 and description.outputs.names == ["0", "1"]
     assert description.outputs.heads[0].activation == "sigmoid" and description.key_map == (("net.model.", ""),)
-    assert said == ["w.pt: all names begin with net.model., which the network's do not"]
+    assert said == ["w.pt: removed the prefix net.model. from all names"]
     torch.save({"state_dict": {**state, "loss.weight": torch.zeros(1)}}, here / "w.pt")
-    with pytest.raises(DataError, match=r"are there after 'net.model', beside others \(loss.weight\)"):
+    with pytest.raises(DataError, match=r"of the model after 'net.model', and others \(loss.weight\)"):
         imported(here, "other")
     assert read_description(imported(here, "third", prefix="net.model")).source["prefix"] == "net.model"
 
@@ -70,7 +70,7 @@ def test_several_heads(here):
     heads = (("cancer", "sigmoid"), ("density", "softmax:A,B,C,D"))
     description = read_description(imported(here, heads=heads))
     assert description.outputs.names == ["cancer", "density_A", "density_B", "density_C", "density_D"]
-    with pytest.raises(GigamorphError, match="the network has 5 outputs, its heads as they are named 2"):
+    with pytest.raises(GigamorphError, match="the network has 5 outputs, but the named heads have 2"):
         imported(here, "other", heads=(("density", "softmax:A,B"),))
 
 
@@ -87,7 +87,7 @@ def test_tensors_in_containers_are_heads_side_by_side(here, two_heads):
     said = []
     folder = imported(here, source="published_nets:Heads", quiet=said)
     description = read_description(folder)
-    assert said == ["Heads: takes heads.0, heads.1 of its outputs, not map (1 x 4 x 35 x 33)"]
+    assert said == ["Heads: uses heads.0, heads.1 of its outputs, not map (1 x 4 x 35 x 33)"]
     assert description.model == "published_nets:Heads?num_classes=4#heads.0,heads.1"
     names = ["heads.0_0", "heads.0_1", "heads.0_2", "heads.0_3", "heads.1"]
     assert description.outputs.names == names
@@ -128,8 +128,8 @@ def test_outputs_that_are_probabilities_already_are_taken_as_such(here, last, cl
         said.clear()
         imported(here, "asked", source=source, activation="softmax", quiet=said)
         assert said == [
-            "Sure: ends in a softmax; its numbers are probabilities, of which a softmax is taken as asked; "
-            "--activation probability takes none"
+            "Sure: ends in a softmax; its outputs are probabilities, to which a softmax is applied; "
+            "--activation probability applies none"
         ]
 
 
@@ -140,7 +140,7 @@ def test_one_of_several_outputs_is_named(here, two_heads):
     first = imported(here, "other", source="published_nets:Heads", heads=(("heads.1", "sigmoid"),))
     assert create_model(str(first)).eval()(torch.zeros(3, 1, 40, 40)).shape == (3, 1)
     assert create_model("published_nets:Heads#heads.0", 5)(torch.zeros(3, 1, 40, 40)).shape == (3, 5)
-    with pytest.raises(GigamorphError, match=r"2 outputs \(heads.0, heads.1\) of 5 numbers, --classes names 2"):
+    with pytest.raises(GigamorphError, match=r"2 outputs \(heads.0, heads.1\) of 5 numbers, but --classes has 2 names"):
         imported(here, "third", source="published_nets:Heads", classes=("density", "cancer"))
 
 
@@ -180,18 +180,18 @@ def test_bad_input_is_one_line_and_writes_nothing(here):
         "nan.pt: weights do not fit the model: 36 values are NaN": {"weights": str(here / "nan.pt")},
         "none.pt: no such weights file": {"weights": str(here / "none.pt")},
         "cannot take an image of 1 x 2 x 2": {"size": (2, 2)},
-        "name its weights, --weights FILE": {"weights": None},
-        "gives no row of numbers for an image, but maps: 0 (1 x 4 x 35 x 33), 1 (); in Python write_map writes them "
+        "needs its weights: --weights FILE": {"weights": None},
+        "outputs no row of numbers for an image, but maps: 0 (1 x 4 x 35 x 33), 1 (); in Python, write_map writes them "
         "and dense_loss trains on them; gigamorph train --task masks": {"source": "published_nets:Maps"},
-        "gives no row of numbers for an image, but boxes: 0.boxes (1 x 4), 0.scores (1); an import holds no detector: "
-        "accelerate(its backbone)": {"source": "published_nets:Boxes"},
-        "gives no row of numbers '1' for an image": {"source": "published_nets:Pair#1"},
-        "gives other logits at every call of ordinary PyTorch, by ": {"source": "published_nets:Random"},
-        "after # come the names": {"source": "published_nets:Pair#"},
+        "outputs no row of numbers for an image, but boxes: 0.boxes (1 x 4), 0.scores (1); an import cannot contain a "
+        "detector: in Python, accelerate(its backbone)": {"source": "published_nets:Boxes"},
+        "has no row of numbers '1' for an image": {"source": "published_nets:Pair#1"},
+        "outputs different logits at every call of ordinary PyTorch, by ": {"source": "published_nets:Random"},
+        "names of outputs must follow #": {"source": "published_nets:Pair#"},
         "'published_nets:Gone' cannot be imported": {"source": "published_nets:Gone"},
         "2 names (a, b) do not fit 3 outputs": {"classes": ("a", "b")},
         "downloads/gone.safetensors: no such file or folder": {"source": "downloads/gone.safetensors", "weights": None},
-        "in_channels is 'two', not a number of channels": {"source": "published_nets:Net?in_channels=two"},
+        "in_channels must be a number of channels, not 'two'": {"source": "published_nets:Net?in_channels=two"},
     }
     for message, wishes in cases.items():
         with pytest.raises(GigamorphError) as caught:
@@ -227,7 +227,7 @@ def test_a_folder_that_was_changed_is_refused(here):
 def test_a_network_of_probabilities_is_not_trained_as_if_they_were_logits(here):
     torch.save(network(classes=2).state_dict(), here / "w.pt")
     folder = imported(here, source="published_nets:Sure")
-    message = f"{folder}: its network ends in probabilities, and a training takes logits; import it from a factory"
+    message = f"{folder}: its network outputs probabilities, but training needs logits; import it from a factory"
     for named in (folder, folder / "model.safetensors"):
         with pytest.raises(DataError, match=message):
             make_config({"init": str(named)}, "options", print)
@@ -249,7 +249,7 @@ def test_the_file_of_weights_of_a_folder_stands_for_the_folder(here):
     [
         (
             {"heads": (("density", "softmax:A,B"), ("malignant", "sigmoid"))},
-            "'density' would take the numbers of cancer and",
+            "'density' would contain columns of cancer and",
         ),
         (
             {"heads": (("malignant", "sigmoid"), ("cancer", "softmax:A,B"))},
@@ -257,7 +257,7 @@ def test_the_file_of_weights_of_a_folder_stands_for_the_folder(here):
         ),
         (
             {"classes": ("density", "cancer")},
-            r"are cancer \(1\), density \(1\); call all heads as it does, or name them",
+            r"are cancer \(1\), density \(1\); use these names for all heads, or list",
         ),
     ],
 )
@@ -273,7 +273,7 @@ def test_what_a_file_says_of_a_tied_tensor_or_of_whole_numbers_is_not_lost(here)
     loaded = create_model(str(imported(here, source="published_nets:Tied")))
     assert torch.equal(loaded.again.weight, state["fc.weight"])
     for name, value, message in (
-        ("again.weight", state["fc.weight"] + 1, "fc.weight and again.weight are one tensor of the model, and differ"),
+        ("again.weight", state["fc.weight"] + 1, "fc.weight and again.weight are one tensor of the model, but differ"),
         ("order", state["order"] + 0.5, "1 of another kind, .*order is float32, the model has int64"),
     ):
         torch.save({**state, name: value}, here / "w.pt")
@@ -335,7 +335,7 @@ def test_a_folder_calls_nothing_that_makes_no_network(here):
             create_model(str(folder))
         assert not target.exists()
     (here / "plain_nets.py").write_text("from published_nets import Net\ndef net(): return Net(3)\n")
-    with pytest.raises(GigamorphError, match="no function that takes num_classes; it is not called"):
+    with pytest.raises(GigamorphError, match="nor a function that takes num_classes; it is not called"):
         imported(here, "other", source="plain_nets:net")
 
 
@@ -350,7 +350,7 @@ def test_timm_with_arguments_from_a_file_for_colour_images(here):
     grey = torch.rand(1, 1, 80, 72)
     with torch.no_grad():
         torch.testing.assert_close(again(grey), theirs(grey.repeat(1, 3, 1, 1)), rtol=0, atol=1e-5)
-    assert "was made for 3 channels" in said[0] and outputs_of(again).columns == 4
+    assert "converted from 3 channels" in said[0] and outputs_of(again).columns == 4
     mean = timm.get_pretrained_cfg("test_resnet").mean
     assert read_description(folder).preprocessing.mean == pytest.approx((sum(mean) / 3,))
 
@@ -362,7 +362,9 @@ def test_weights_in_caches_are_found_and_never_fetched(here, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))
-    with pytest.raises(GigamorphError, match=r"its weights are in no cache; looked for timm/test_resnet.* hf download"):
+    with pytest.raises(
+        GigamorphError, match=r"its weights are not in a cache; searched timm/test_resnet.* hf download"
+    ):
         imported(here, source="timm:test_resnet", weights="cache")
     config = timm.get_pretrained_cfg("test_resnet")
     snapshot = here / "hub" / f"models--{config.hf_hub_id.replace('/', '--')}" / "snapshots" / "0123"
@@ -428,14 +430,16 @@ def test_an_ensemble_holds_its_members_and_refuses_strangers(here):
     assert description.members == ("member0", "member1") and description.flips == ((False, False), (True, False))
     shutil.rmtree(here / "a")
     assert isinstance(create_model(str(both / "member0")), nn.Module)
-    with pytest.raises(GigamorphError, match="is an ensemble of 2 networks, which predicts; name one of its members"):
+    with pytest.raises(
+        GigamorphError, match="is an ensemble of 2 networks, which can only predict; use one of its members"
+    ):
         create_model(str(both))
-    with pytest.raises(GigamorphError, match="predicts 0, 1, 2, not 0, 1 as"):
+    with pytest.raises(GigamorphError, match="predicts 0, 1, 2, not 0, 1 like"):
         import_ensemble([here / "b", here / "c"], here / "other", [])
     torch.save(network(classes=2).state_dict(), here / "w.pt")
     imported(here, "labels", activation="sigmoid")
-    with pytest.raises(GigamorphError, match="labels any of which may hold, not classes of which one holds as"):
+    with pytest.raises(GigamorphError, match="labels any of which may apply, not exclusive classes like"):
         import_ensemble([here / "b", here / "labels"], here / "other", [])
-    with pytest.raises(GigamorphError, match="is an ensemble already"):
+    with pytest.raises(GigamorphError, match="is already an ensemble"):
         import_ensemble([both, here / "b"], here / "other", [])
     assert not (here / "other").exists()

@@ -379,13 +379,13 @@ def test_a_tower_alone_gives_features_to_fine_tune(tmp_path, capsys):
     assert load_weights(started, tmp_path / "net") == [] and started.classifier.out_features == 4
     own = started.state_dict()
     assert all(torch.equal(own[name], value) for name, value in network.state_dict().items())
-    with pytest.raises(GigamorphError, match="gives features, no predictions; fine-tune it: gigamorph train --init"):
+    with pytest.raises(GigamorphError, match="outputs features, not predictions; run gigamorph train --init"):
         command("predict", tmp_path / "net", tmp_path / "net", "--out", tmp_path / "out")
 
 
 def test_a_gmic_file_under_another_name_is_refused(tmp_path):
     gmic_checkpoint(tmp_path / "mine.p")
-    with pytest.raises(GigamorphError, match=r"its name does not tell the t .*sample_model_4.p 0.05"):
+    with pytest.raises(GigamorphError, match=r"its name does not identify the t .*sample_model_4.p 0.05"):
         import_network(str(tmp_path / "mine.p"), tmp_path / "net", Wishes(), str)
 
 
@@ -404,7 +404,7 @@ def test_a_layout_is_recognised_in_wrappers_and_under_a_prefix(tmp_path, wrapper
 
 def test_unknown_and_wrong_layouts_are_named(tmp_path):
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "w.pt")
-    with pytest.raises(GigamorphError, match=r"of none of the known layouts \(mammoscreen, rsna-2023, mammo-clip, gm"):
+    with pytest.raises(GigamorphError, match=r"has none of the known layouts \(mammoscreen, rsna-2023, mammo-clip, gm"):
         import_network(str(tmp_path / "w.pt"), tmp_path / "net", Wishes(), str)
-    with pytest.raises(GigamorphError, match="does not have the names of gmic; its own begin with a"):
+    with pytest.raises(GigamorphError, match="is not in layout gmic; its names begin with a"):
         import_network(str(tmp_path / "w.pt"), tmp_path / "net", Wishes(layout="gmic"), str)

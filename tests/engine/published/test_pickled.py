@@ -21,7 +21,7 @@ from gigamorph.engine.published.pickled import dump
 def in_this_process(monkeypatch):
     """Pickles open here, which has imported torch; the first test is of the process of their own."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(pickled, "_open", lambda path, folder, prefix: dump(str(path), str(folder), prefix))
+    monkeypatch.setattr(pickled, "_run_child", lambda path, folder, prefix: dump(str(path), str(folder), prefix))
 
 
 def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here):
@@ -35,7 +35,7 @@ def test_a_pickled_module_opens_in_a_process_of_its_own_and_only_if_trusted(here
 def opens_as(made, kind, here, name):
     said = []
     folder = imported(here, name, weights=str(here / f"{name}.pt"), trust=True, quiet=said)
-    assert said == [f"{name}.pt: a pickled {kind}, opened in a process of its own"]
+    assert said == [f"{name}.pt: a pickled {kind}, opened in a separate process"]
     image = Reference.read(folder).image
     with torch.no_grad():
         assert torch.equal(create_model(str(folder)).eval()(image), made(image))
@@ -74,8 +74,8 @@ def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here, in_this_
     torch.save(create_model(small, 2, 3).state_dict(), here / "w.pt")
     said, wishes = [], Wishes(str(here / "w.pt"), size=(64, 64))
     import_network(small, here / "untold", wishes, said.append)
-    assert "does not take images of every size, as 128 x 128 (AssertionError: Input height (128)" in said[0]
-    assert "; --resize HxW makes" in said[0] and len(said) == 1
+    assert "does not accept images of every size, such as 128 x 128 (AssertionError: Input height (128)" in said[0]
+    assert "; with --resize HxW, predict resizes" in said[0] and len(said) == 1
     import_network(small, here / "small", Wishes(str(here / "w.pt"), preprocessing={"size": (64, 64)}), said.append)
     assert len(said) == 1
     assert read_description(here / "small").reference["image"] == [1, 3, 64, 64]
@@ -95,8 +95,8 @@ def test_of_several_modules_one_is_named(here, monkeypatch):
     made, other, path = network(), network(seed=1), str(here / "w.pt")
     torch.save({"loss": nn.MSELoss(), "model": made, "ema": [nn.Sequential(other)]}, path)
     for wrong, message in (
-        ("", r"it holds several: model \(Net\), ema.0 \(Sequential\); name the one .* as in --prefix model$"),
-        ("ema.0.net", r"its Sequential has no part 'net'; it has 0$"),
+        ("", r"it contains several modules: model \(Net\), ema.0 \(Sequential\); select one, as in --prefix model$"),
+        ("ema.0.net", r"its Sequential has no sub-module 'net'; it has 0$"),
     ):
         with pytest.raises(SystemExit, match=message):
             dump(path, str(here), wrong)

@@ -160,11 +160,11 @@ def test_svm_of_classes_with_gaps_and_choice_of_c():
     model = fit_svm(features, labels, patients, kernel="linear", c=(0.01, 1.0), folds=3)
     found = measure_svm(model, features, labels)
     assert found["accuracy"] > 0.9 and found["auc"] > 0.95 and found["c"] in (0.01, 1.0)
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         fit_svm(features, np.zeros(60), patients, kernel="linear", c=(1.0,))
-    with pytest.raises(DataError, match="30 patients cannot be cut into 40 folds"):
+    with pytest.raises(DataError, match="30 patients cannot be split into 40 folds"):
         fit_svm(features, labels, patients, kernel="linear", c=(0.1, 1.0), folds=40)
-    with pytest.raises(DataError, match="fold 1 of 2 has training images of one class only"):
+    with pytest.raises(DataError, match="fold 1 of 2 has training images of only one class"):
         fit_svm(features[:40], labels[:40], (labels[:40] > 0) * 7, kernel="linear", c=(0.1, 1.0), folds=2)
 
 
@@ -271,7 +271,7 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
 
     refused("patient P0 is in train and test", text.replace("P8,test", "P0,test"))
     one = "\n".join(line.replace(",1,", ",0,") if ",train" in line else line for line in text.splitlines())
-    refused("training images have one class only", one)
+    refused("training images have only one class", one)
     pool = table.parent / "pool.csv"
     pool.write_text("image_path,patient_id\n8.npy,P8\n")
     refused("patient P8 is in the val or test split", config=replace(SMALL, unlabelled=str(pool)))

@@ -43,8 +43,8 @@ def test_settings_and_figures(tmp_path):
 
 def test_weights_are_told_by_their_published_names():
     """Of others only that they were given; where they are random, that."""
-    from gigamorph.engine.recipes.card import _told
+    from gigamorph.engine.recipes.card import _describe
 
-    assert _told("weights", "/secret/resnet50-0676ba61.pth").startswith("resnet50-0676ba61.pth (https://")
-    assert _told("weights", "random") == "random, nothing was trained before"
-    assert _told("models", ({"name": "a", "weights": "w.pt"},)) == "name a, weights given"
+    assert _describe("weights", "/secret/resnet50-0676ba61.pth").startswith("resnet50-0676ba61.pth (https://")
+    assert _describe("weights", "random") == "random, nothing was trained before"
+    assert _describe("models", ({"name": "a", "weights": "w.pt"},)) == "name a, weights given"

@@ -96,12 +96,12 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(tmp_path):
     """Where nothing has begun it begins, so that a job can always ask for it."""
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "last.ckpt").touch()
-    with pytest.raises(GigamorphError, match=r"last.ckpt: is there, but no recipe.json"):
+    with pytest.raises(GigamorphError, match=r"last.ckpt: exists, but recipe.json"):
         begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
     (tmp_path / "stage" / "last.ckpt").unlink()
     begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
     begin(Run(tmp_path, seed=1, resume=True), "toy", Config())
-    with pytest.raises(GigamorphError, match="already holds a run"):
+    with pytest.raises(GigamorphError, match="already contains a run"):
         begin(Run(tmp_path, seed=1), "toy", Config())
     with pytest.raises(GigamorphError, match="begun with seed 1, not 2"):
         begin(Run(tmp_path, seed=2, resume=True), "toy", Config())

@@ -124,9 +124,9 @@ def test_without_attention_the_order_of_extractors_is_one_of_weights_only():
 
 
 def test_heads_that_tokens_do_not_allow_are_refused():
-    with pytest.raises(GigamorphError, match="tokens of 1 value cannot be shared among 8 heads"):
+    with pytest.raises(GigamorphError, match="tokens of 1 value cannot be split among 8 heads"):
         DVMEHead((3, 3), 2, heads=8)
-    with pytest.raises(GigamorphError, match="tokens 'rows' are unknown"):
+    with pytest.raises(GigamorphError, match="unknown tokens 'rows'"):
         DVMEHead((3, 3), 2, tokens="rows")
 
 
@@ -168,7 +168,7 @@ def test_subsets_are_balanced_nested_and_repeatable():
     assert draw_subset(labels, 3, 0, 1, 7) == list(range(45))
     with pytest.raises(DataError, match="class 3 has no training images"):
         draw_subset(labels, 4, 8, 0, 0)
-    with pytest.raises(DataError, match="cannot hold 3 classes"):
+    with pytest.raises(DataError, match="is too small for 3 classes"):
         draw_subset(labels, 3, 2, 0, 0)
 
 
@@ -251,7 +251,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
     source = images(read_table(table).records)[0]["image"]
     assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
-    with pytest.raises(DataError, match="no classifier of whole images"):
+    with pytest.raises(DataError, match="does not classify whole images"):
         open_classifier(place.parents[3] / "linear" / "a" / "all_0" / "best.ckpt", memory_budget=None, device="cpu")
 
 
@@ -316,14 +316,14 @@ def test_bad_input_is_told_in_one_line(table, tmp_path):
     lines = text.splitlines()
     refused("class 1 has no training images", "\n".join(x.replace(",1,", ",0,") if ",train" in x else x for x in lines))
     one = "\n".join(x.replace(",1,", ",0,") if ",val" in x else x for x in lines)
-    refused("split val has images of one class only", one)
+    refused("split val has images of only one class", one)
     named = text.replace(",0,", ",high,").replace(",1,", ",low,").replace(",low,", ",mid,", 1)
-    refused("needs an order, which the names high, low, mid do not tell", named, config=replace(SMALL, metric="kappa"))
+    refused("needs an order, which the names high, low, mid do not show", named, config=replace(SMALL, metric="kappa"))
     assert not (tmp_path / "bad").exists()
     wild = replace(SMALL, lr=1e30)
     refused("stage '(linear|dvme)', epoch .*: the (loss|gradient|score) is", error=GigamorphError, config=wild)
     assert list((tmp_path / "bad" / "embeddings").rglob("*.npy"))
     refused("was begun with lr = .* in its configuration, not 0.001", error=GigamorphError, resume=True)
     missing = replace(SMALL, extractors=(ExtractorConfig("a", "resnet18", "none.pth"),))
-    with pytest.raises(GigamorphError, match=r"weights 'none.pth': no such file; name another"):
+    with pytest.raises(GigamorphError, match=r"weights 'none.pth': no such file; use another"):
         train(table, missing, Run(tmp_path / "other"))

@@ -18,9 +18,9 @@ from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.recipes.classify import ClassifierTask
 from gigamorph.engine.recipes.end2end.config import Block, Config, Model, Sampling
-from gigamorph.engine.recipes.end2end.images import resized, whole_images
+from gigamorph.engine.recipes.end2end.images import whole_images, write_resized
 from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features
-from gigamorph.engine.recipes.end2end.train import PatchTask, _front, _patients, train
+from gigamorph.engine.recipes.end2end.train import PatchTask, _add_front, _patients, train
 from gigamorph.engine.recipes.networks import open_classifier
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
@@ -95,7 +95,7 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_p
     state = torch.load(out / "a" / "best.ckpt", weights_only=True)["state_dict"]
     stock = convert(PatchNet(features(NET, 1), 32), SMALL.models[0])
     stock.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
-    [small] = resized([record], SMALL, tmp_path / "images")
+    [small] = write_resized([record], SMALL, tmp_path / "images")
     want = stock.eval()(whole_images([small], SMALL)[0]["image"].read(0, 48, 0, 40)[None])
     assert (net.eval()(source) - want).abs().max() < 1e-3  # the recipe keeps resized images in 16 bits
     for command, files in (("predict", ["--heatmaps"]), ("explain", [])):
@@ -106,7 +106,7 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_p
         assert done.value.code == 0
     for path in (tmp_path / "predict" / "heatmaps" / "3.png", tmp_path / "explain" / "3.png"):
         assert imagecodecs.png_decode(path.read_bytes()).shape == (60, 50, 3)
-    with pytest.raises(DataError, match="no classifier of whole images"):
+    with pytest.raises(DataError, match="does not classify whole images"):
         open_classifier(out / "a-patches" / "best.ckpt", memory_budget=None, device="cpu")
 
 
@@ -156,7 +156,7 @@ def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
     net = convert(PatchNet(features("lesionnet", 1, layer="stages"), 32), own).double().eval()
     x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
     assert (accelerate(net, tile=(64, 64))(x) - net(x)).abs().max() < 1e-12
-    for layer, told in (("body", "is no module"), ("fc", "are no maps")):
+    for layer, told in (("body", "unknown layer"), ("fc", "must be maps")):
         with pytest.raises(GigamorphError, match=told):
             train(table, replace(SMALL, models=(replace(own, layer=layer),)), Run(tmp_path / layer))
 
@@ -173,13 +173,13 @@ def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
     [item] = images([Record(table.parent / "3.npy", -1, "p")])
     assert item["image"].shape == (1, 96, 80) and net.eval()(item["image"]).shape == (1, 2)
     parent = convert(PatchNet(features(NET, 1), 32), model).double().eval()
-    child, _ = _front(Grown(parent), model, config, 0)
+    child, _ = _add_front(Grown(parent), model, config, 0)
     x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12
     with pytest.raises(GigamorphError, match="'nowhere' matches no parameter"):
         train(table, replace(config, native=(replace(native[0], trainable=("nowhere",)),)), Run(tmp_path / "bad"))
     assert not (tmp_path / "bad").exists()
-    with pytest.raises(GigamorphError, match="front is 2 or more, with blocks on images of one size"):
+    with pytest.raises(GigamorphError, match="front must be 2 or more, with blocks on one image size"):
         replace(config, resize=())
 
 
@@ -235,12 +235,12 @@ def test_bad_tables(tmp_path):
         [Record(tmp_path / "c" / f"{i}.npy", i % 3, f"p{i}", ("train", "val")[i // 4]) for i in range(8)],
         ["0", "1", "2"],
     )
-    with pytest.raises(DataError, match="has the classes 0, 1, 2; the method tells two apart"):
+    with pytest.raises(DataError, match="has the classes 0, 1, 2; the method needs two"):
         train(table, SMALL, Run(tmp_path / "do"))
     assert not any((tmp_path / f"{name}o").exists() for name in "bcd")
-    with pytest.raises(GigamorphError, match="models need different names"):
+    with pytest.raises(GigamorphError, match="models must have different names"):
         Config(models=(Model("a"), Model("a")))
-    with pytest.raises(GigamorphError, match="name the run to start from"):
+    with pytest.raises(GigamorphError, match="set start to the run to transfer"):
         Config(patients=(5,))
 
 

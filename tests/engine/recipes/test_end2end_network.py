@@ -90,7 +90,7 @@ def test_networks_of_timm():
     with torch.no_grad():
         assert maps(torch.zeros(1, 3, 64, 96)).shape == (1, 512, 2, 3)
     assert sum(p.numel() for p in maps.parameters()) == 14_714_688  # VGG-16 without its classifier
-    with pytest.raises(GigamorphError, match="does not say which maps"):
+    with pytest.raises(GigamorphError, match="does not define its features"):
         features("lesionnet", 1)
 
 
@@ -123,5 +123,5 @@ def test_fully_connected_layers_on_the_heat_map():
     assert (accelerate(net, tile=(32, 32))(x) - want).abs().max() < 1e-12
     with pytest.raises(GigamorphError, match=r"fc needs blocks = \[\] and images of one size"):
         Config(models=(replace(model, blocks=(Block("vgg", 4),)),))
-    with pytest.raises(GigamorphError, match="shortcut goes past fully connected layers"):
+    with pytest.raises(GigamorphError, match="shortcut bypasses fully connected layers"):
         Config(models=(Model(shortcut=True),))

@@ -14,7 +14,7 @@ from gigamorph.engine.recipes import default_text
 from gigamorph.engine.recipes.classify import cross_entropy
 from gigamorph.engine.recipes.end2end.config import Config, Model
 from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features
-from gigamorph.engine.recipes.end2end.train import PatchTask, _learnt
+from gigamorph.engine.recipes.end2end.train import PatchTask, _patch_key
 from gigamorph.engine.train.optimizers import make_optimizer
 from gigamorph.engine.train.stages import freeze, trainable_names
 from gigamorph.engine.train.target import Target
@@ -90,8 +90,8 @@ def test_patch_stages_of_each_backbone():
     vgg, hybrid = config.models
     assert [stage.epochs for stage in vgg.patch] == [3, 10, 37] and not hybrid.patch
     assert [block.kind for block in vgg.blocks + hybrid.blocks] == ["vgg", "vgg", "residual", "residual"]
-    assert _learnt(vgg) == _learnt(hybrid) != _learnt(Model())
-    with pytest.raises(GigamorphError, match="'hybrid': its patch network is that of a model before it"):
+    assert _patch_key(vgg) == _patch_key(hybrid) != _patch_key(Model())
+    with pytest.raises(GigamorphError, match="'hybrid': its patch network is that of an earlier model"):
         Config(models=(vgg, replace(hybrid, patch=vgg.patch)))
     with torch.device("meta"):
         patch = PatchNet(features(vgg.backbone, 3), 512)

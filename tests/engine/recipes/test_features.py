@@ -52,7 +52,7 @@ def test_up_to_stops_at_the_layer():
     assert torch.equal(UpTo(net, "")(x), net(x))
     assert net.calls == 2  # by itself the network goes on
     assert torch.equal(copy.deepcopy(UpTo(net, "body"))(x), net.body(x)) and net.calls == 2
-    with pytest.raises(GigamorphError, match="'tail' is no module of the network, whose parts are body, unused, head"):
+    with pytest.raises(GigamorphError, match="unknown layer 'tail'; the network's modules are body, unused, head"):
         UpTo(net, "tail")
     with pytest.raises(GigamorphError, match="'unused' is not used"):
         UpTo(net, "unused")(x)
@@ -158,7 +158,7 @@ def test_large_images_are_averaged_before_they_are_resized():
     torch.testing.assert_close(exact, want, rtol=1e-5, atol=1e-6)
     assert read_sized(source, Size((12,))).shape == (1, 16, 12)
     assert torch.equal(read_sized(source, Size(crop=10)), torch.from_numpy(image)[None, 27:37, 19:29])
-    with pytest.raises(GigamorphError, match="less than crop = 100"):
+    with pytest.raises(GigamorphError, match="smaller than crop = 100"):
         read_sized(source, Size((60,), 100))
     with pytest.raises(GigamorphError, match="resize"):
         Size((1, 2, 3))

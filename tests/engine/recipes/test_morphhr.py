@@ -25,7 +25,7 @@ from gigamorph.engine.morph.files import Grown, open_network
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.stem import activation_bytes
 from gigamorph.engine.recipes.classify import ClassifierTask, read_target
-from gigamorph.engine.recipes.evidence import chosen
+from gigamorph.engine.recipes.evidence import select_examples
 from gigamorph.engine.recipes.morphhr.config import Config
 from gigamorph.engine.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.recipes.morphhr.images import WholeCells
@@ -186,7 +186,7 @@ def test_labels_of_chestxray14(tmp_path):
         DataError, match=r"has no column label_Fracture; it has image_path, .*label_finding, label_Atelectasis"
     ):
         train(table, replace(config, labels=("Fracture",)), run)
-    with pytest.raises(GigamorphError, match="none of which is upside down; say flip=left-right"):
+    with pytest.raises(GigamorphError, match="which are never upside down; set flip=left-right"):
         train(table, replace(config, augment="flip"), run)
     assert not (tmp_path / "out").exists()
 
@@ -227,7 +227,7 @@ def test_every_network_is_shown_on_the_same_images(whole, table):
     out, metrics = whole
     records = [record for record in read_table(table).records if record.split == "test"]
     shown = [record for record in records if record.label == 1]
-    assert chosen(records, Target(("no", "yes"))) == [(records.index(record), 1) for record in shown] and shown
+    assert select_examples(records, Target(("no", "yes"))) == [(records.index(record), 1) for record in shown] and shown
     for name, arm in (("finetune", "parent"), ("morph", "morph")):
         net, _, images = open_classifier(out / arm / "best.ckpt", memory_budget=None, device="cpu")
         assert len(metrics[name]["evidence"]) == len(shown)
@@ -241,9 +241,9 @@ def test_every_network_is_shown_on_the_same_images(whole, table):
 
 def test_labels_are_shown_where_they_are_there():
     records = [Record(Path(f"{n}.png"), -1, f"p{n}", labels={"a": n % 2, "b": float(n == 2)}) for n in range(6)]
-    assert chosen(records, Target(("a", "b"), "labels"), 3) == [(1, 0), (3, 0), (5, 0)]
-    assert chosen(records[::2], Target(("a", "b"), "labels")) == [(1, 1)]
-    assert chosen(records[:1], Target(("a", "b"), "labels")) == []
+    assert select_examples(records, Target(("a", "b"), "labels"), 3) == [(1, 0), (3, 0), (5, 0)]
+    assert select_examples(records[::2], Target(("a", "b"), "labels")) == [(1, 1)]
+    assert select_examples(records[:1], Target(("a", "b"), "labels")) == []
 
 
 @pytest.mark.parametrize("arm", ["parent", "direct", "morph"])
@@ -276,7 +276,7 @@ def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path):
 
 def test_bad_tables_and_settings(tmp_path):
     kinds = [0, 0, 0, 0, 1, 0, 1, 0]
-    with pytest.raises(DataError, match="split train has only images of class no; give it patients of both kinds"):
+    with pytest.raises(DataError, match="split train has only images of class no; add patients of both kinds"):
         train(write(tmp_path / "a", kinds), SMALL, Run(tmp_path / "ao"))
     with pytest.raises(DataError, match="split val has only"):
         train(write(tmp_path / "b", [0, 1, 0, 1, 1, 1, 1, 0]), SMALL, Run(tmp_path / "bo"))
@@ -288,7 +288,7 @@ def test_bad_tables_and_settings(tmp_path):
     assert not any((tmp_path / f"{name}o").exists() for name in "abc")
     with pytest.raises(GigamorphError, match="factor = 1"):
         Config(factor=1)
-    with pytest.raises(GigamorphError, match="arms must name"):
+    with pytest.raises(GigamorphError, match="arms must have"):
         Config(arms=("morph", "morph"))
 
 

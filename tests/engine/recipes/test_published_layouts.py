@@ -78,7 +78,7 @@ def test_chestxray14_with_morphhr(tmp_path):
     assert tuple(metrics["morph"]["labelwise"]) == FINDINGS and len(metrics["morph"]["labelwise"]) == 14
     assert metrics["auc"] == pytest.approx(np.mean(list(metrics["morph"]["labelwise"].values())))
     card = (out / "morph" / "model_card.md").read_text()
-    assert "| test | image | mean |" in card and "weights: random, nothing was trained before" in card
+    assert "| test | image | mean |" in card and "weights: random, without pretraining" in card
     header = (out / "morph" / "test.csv").read_text().splitlines()
     assert len(header) == 1 + 6 and "label_Hernia" in header[0] and "label_finding" not in header[0]
     # Its checkpoint predicts and explains as it was measured.

@@ -23,7 +23,7 @@ from gigamorph.engine.recipes.siamese.byol import BYOLTask
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.recipes.siamese.patches import PatchFile, PatchPairs, SinglePatches, sources_of, write_patches
-from gigamorph.engine.recipes.siamese.places import middles
+from gigamorph.engine.recipes.siamese.places import centres
 from gigamorph.engine.recipes.siamese.probe import probed
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
@@ -89,7 +89,7 @@ def test_both_patches_of_a_pair_are_mirrored_alike_and_negatives_are_of_other_pa
 
 
 def test_probe_needs_two_classes():
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         probed(embeddings(1)[0], torch.randn(4, 1, 8, 8), torch.zeros(4), torch.randn(2, 1, 8, 8))
 
 
@@ -153,7 +153,7 @@ def test_a_finding_is_where_its_box_its_outline_or_its_mask_is(tmp_path, kind):
     np.save(tmp_path / "mask.npy", mask)
     told = {"box": (10, 14, 20, 30), "outline": ((10, 20), (14, 20), (14, 30), (10, 30)), "mask": tmp_path / "mask.npy"}
     record = Record(tmp_path / "a.npy", 1, "p", findings=(Finding(**{kind: told[kind]}), Finding("elsewhere")))
-    assert middles(record) == [(12, 25)]
+    assert centres(record) == [(12, 25)]
 
 
 def test_single_patches_are_read_when_they_are_asked_for(table, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 
 from gigamorph.engine.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.recipes.siamese.network import Embedding
-from gigamorph.engine.recipes.siamese.prefetch import Ahead
+from gigamorph.engine.recipes.siamese.prefetch import Prefetcher
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.recipes.siamese.task import SiameseTask
 from gigamorph.engine.train.loop import run_stages
@@ -49,14 +49,16 @@ def test_it_is_the_training_of_one_that_reads_when_it_needs_to(made, tmp_path, m
     assert "gigamorph-patches" in read
     if made is None:  # SimCLR looks at some patches between epochs
         assert read == {"gigamorph-patches"}
-    monkeypatch.setattr(Ahead, "announce", lambda self, batch, seed: None)
+    monkeypatch.setattr(Prefetcher, "announce", lambda self, batch, seed: None)
     plain, _ = trained(made, tmp_path / "plain")
     assert all(torch.equal(ahead[name], plain[name]) for name in plain)
 
 
 def test_a_batch_of_another_seed_is_varied_anew():
     """As a batch that a process repeats while others have their last."""
-    drawn = Ahead(lambda batch: torch.zeros(len(batch)), lambda x, own: x + torch.rand(len(x), generator=own), "cpu")
+    drawn = Prefetcher(
+        lambda batch: torch.zeros(len(batch)), lambda x, own: x + torch.rand(len(x), generator=own), "cpu"
+    )
     torch.manual_seed(1)
     wanted = torch.rand(2), torch.rand(1)
     for announced in (None, 1, 2):

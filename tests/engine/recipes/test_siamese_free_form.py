@@ -15,7 +15,7 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes.siamese.free_form import FreeForm
-from gigamorph.engine.recipes.siamese.register import breast_mask, downsampled, register, registered
+from gigamorph.engine.recipes.siamese.register import breast_mask, downsampled, register, resample_to
 
 
 def form(seed=0, size=2.0):
@@ -67,7 +67,7 @@ def test_a_smooth_deformation_is_recovered_where_an_affine_map_cannot():
         error[method] = np.median(np.linalg.norm(found.points(points) - known.points(points), axis=1))
     assert error["bspline"] < 0.5 < 2 < error["simpleitk"], error
     # Seen small, it is the small image of what is seen.
-    seen = registered(fixed, moving, "bspline")
+    seen = resample_to(fixed, moving, "bspline")
     np.testing.assert_array_equal(seen.back.points(points), found.points(points))
     small, whole = downsampled(seen, 4).read(0, 96, 0, 72), seen.read(0, 384, 0, 288)
     assert (small - whole.reshape(1, 96, 4, 72, 4).mean((2, 4))).abs().mean() < 0.02 * whole.abs().mean()

@@ -128,7 +128,8 @@ def test_the_recipe_labels_full_images(table, tmp_path):
     )
     assert found["localisation"]["pairs"] == 1
     assert (
-        "- Places of findings by the distances, means over 1 pairs" in (tmp_path / "run" / "model_card.md").read_text()
+        "- Locations of findings by the distances, means over 1 pairs"
+        in (tmp_path / "run" / "model_card.md").read_text()
     )
     without = train(table, replace(CONFIG, scores=False), Run(tmp_path / "without", seed=1))
     assert "images" not in without and not (tmp_path / "without" / "images.csv").exists()
@@ -144,7 +145,7 @@ def test_what_is_not_known_is_not_measured(tmp_path):
     scores.append({"patches": 0, **dict.fromkeys(SCORES)})  # no place in both breasts
     run = Run(tmp_path)
     assert write_images([], [], {}, False, run) == "the table has no pair in the test split"
-    assert write_images(pairs, scores, {}, False, run).startswith("the test split has not both kinds of images")
+    assert write_images(pairs, scores, {}, False, run).startswith("the test split does not have both kinds of images")
     rows = list(csv.DictReader((tmp_path / "images.csv").open()))
     assert rows[0]["finding"] == rows[0]["label"] == "" and rows[-1]["largest_distance"] == ""
     # A pair of which one image is unknown is ill if the other is, and else unknown; images count by themselves.

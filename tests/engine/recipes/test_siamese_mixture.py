@@ -56,7 +56,7 @@ def test_guards_of_the_mixture():
         and fit_mixture(two_gaussians(share=0.001)[0]).share >= 0.01
     )
     assert np.isfinite(fit_mixture(np.full(50, 0.3)).posterior([0.1, 0.3, 0.5])).all()  # a floor below the variances
-    with pytest.raises(GigamorphError, match="cannot be told apart"):
+    with pytest.raises(GigamorphError, match="distances are too few or not all finite"):
         fit_mixture([0.1, np.nan, 0.2, 0.3, 0.4])
 
 

@@ -16,7 +16,7 @@ from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.recipes.siamese.network import AsymmetryMap, Embedding, distance
 from gigamorph.engine.recipes.siamese.pairs import find_pairs
-from gigamorph.engine.recipes.siamese.register import register, registered
+from gigamorph.engine.recipes.siamese.register import register, resample_to
 
 
 @pytest.mark.parametrize("method", ["gauss_newton", "simpleitk"])
@@ -32,7 +32,7 @@ def test_a_known_affine_map_is_recovered(method):
     corners = np.array([[20, 120], [20, 400], [200, 256], [120, 180]])
     error = np.abs(found.points(corners) - known.points(corners)).max()
     assert error < 2.0, error
-    seen = registered(fixed, moving, method).read(0, 512, 0, 384)
+    seen = resample_to(fixed, moving, method).read(0, 512, 0, 384)
     wanted = fixed.read(0, 512, 0, 384)
     assert (seen - wanted).abs().mean() < 0.3 * (moving.read(0, 512, 0, 384) - wanted).abs().mean()
 
@@ -41,12 +41,12 @@ def test_images_of_other_sizes_are_seen_on_the_fixed_ones_canvas():
     values = PhantomImage(512, 384, seed=3).read(0, 512, 0, 384)
     fixed = open_pixels(values[:480])
     for method in ("gauss_newton", "none"):
-        seen = registered(fixed, open_pixels(values), method)
+        seen = resample_to(fixed, open_pixels(values), method)
         assert seen.shape == fixed.shape
         parts = torch.cat([seen.read(0, 200, 0, 384), seen.read(200, 480, 0, 384)], 1)
         assert torch.equal(parts, seen.read(0, 480, 0, 384))
     assert torch.equal(parts, fixed.read(0, 480, 0, 384))
-    larger = registered(open_pixels(values), fixed, "none").read(400, 512, 0, 384)
+    larger = resample_to(open_pixels(values), fixed, "none").read(400, 512, 0, 384)
     assert larger.shape == (1, 112, 384) and not larger[:, 80:].any()
     with pytest.raises(DataError, match="no breast"):
         register(fixed, open_pixels(np.zeros((512, 384), np.uint16)), "gauss_newton")
@@ -83,9 +83,7 @@ def test_pairs_are_of_one_exam_and_view():
     said = []
     [pair] = find_pairs([*twice, *alone[2:]], skip_unpaired=True, say=said.append)[:1]
     assert (pair.left.path, pair.right.path) == ("aLCC.npy", "aRCC.npy")
-    assert said == [
-        "left out are 3 of 5 images, which have no contralateral view or are further ones of theirs: again.npy"
-    ]
+    assert said == ["omitted 3 of 5 images, which have no contralateral view or repeat a side and view: again.npy"]
     with pytest.raises(DataError, match="no laterality"):
         find_pairs([Record("x.npy", 0, "a", "train", None, "CC")])
 

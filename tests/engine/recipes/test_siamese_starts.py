@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.recipes.siamese.augment import cropped, jittered, mirrored
-from gigamorph.engine.recipes.siamese.byol import BYOLTask, byol_loss, follow, tau_at
+from gigamorph.engine.recipes.siamese.byol import BYOLTask, byol_loss, tau_at, update_target
 from gigamorph.engine.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.recipes.siamese.simclr import SimCLRTask, nt_xent
@@ -98,7 +98,7 @@ def test_losses_and_momentum_are_those_of_lightly():
     torch.testing.assert_close(byol_loss(a, b), 2 + 2 * loss.NegativeCosineSimilarity()(a, b), rtol=1e-12, atol=1e-12)
     online, ours, theirs = (nn.Linear(3, 2).double() for _ in range(3))
     theirs.load_state_dict(ours.state_dict())
-    follow(ours, online, 0.9)
+    update_target(ours, online, 0.9)
     update_momentum(online, theirs, 0.9)
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-12)
 
@@ -111,7 +111,7 @@ def test_target_follows_parameters_and_keeps_its_own_statistics():
     nn.init.normal_(online.weight)
     online.running_mean.fill_(5)
     before = target.weight.detach().clone()
-    follow(target, online, 0.75)
+    update_target(target, online, 0.75)
     torch.testing.assert_close(target.weight, 0.75 * before + 0.25 * online.weight, rtol=1e-15, atol=0)
     assert not target.running_mean.any()
     found = [tau_at(step, 10, 0.9) for step in range(11)]
@@ -203,7 +203,7 @@ def test_collapse_ends_the_training(name, tmp_path):
     task = TASKS[name](embedding(), pairs(), SMALL)
     task.module.eval()
     task.begin_epoch(0)
-    assert task.look() > 1e-3
+    assert task.check_collapse() > 1e-3
     with torch.no_grad():
         task.projected.head[-1].weight.zero_()
         task.projected.head[-1].bias.fill_(1)
@@ -244,19 +244,19 @@ def test_weights_of_timm_are_asked_for(monkeypatch, tmp_path):
 
 
 def test_weights_that_are_not_there_are_told_in_one_line(monkeypatch, tmp_path):
-    with pytest.raises(GigamorphError, match='starts names "weights"'):
+    with pytest.raises(GigamorphError, match='starts contains "weights"'):
         SiameseConfig(starts=("weights",))
-    with pytest.raises(GigamorphError, match="each start once"):
+    with pytest.raises(GigamorphError, match="must not contain duplicates"):
         SiameseConfig(starts=("byol", "byol"))
     with pytest.raises(GigamorphError, match="0 < crop <= 1"):
         SiameseConfig(crop=0.0)
-    with pytest.raises(GigamorphError, match="of a model timm:NAME"):
+    with pytest.raises(GigamorphError, match='needs model = "timm:NAME'):
         make_network(SiameseConfig(weights="timm"), Run(tmp_path), 0)
     make_torchvision_importable()
     pytest.importorskip("timm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("resnet18", "test_byobnet"):
-        with pytest.raises(GigamorphError, match=rf"timm has no weights of '{name}' at hand") as caught:
+        with pytest.raises(GigamorphError, match=rf"timm cannot provide weights of '{name}'") as caught:
             make_network(SiameseConfig(model=f"timm:{name}", weights="timm", patch=32), Run(tmp_path), 0)
         assert "\n" not in str(caught.value)

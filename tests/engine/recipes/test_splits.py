@@ -30,7 +30,7 @@ def test_val_is_drawn_from_train_by_patient_and_test_stays(tmp_path):
     said = []
     found = split_records(official(), Config(), Run(tmp_path, say=said.append))
     assert patients(found) == {"test": 50, "train": 180, "val": 20}
-    assert said == ["the table has no split val: 20 patients of train are val"]
+    assert said == ["the table has no split val: 20 patients of train are moved to val"]
     with pytest.raises(DataError, match=r"^t.csv: patient p0 is in train and test; put"):
         mixed = [*official(), Record("other.png", 0, "p0", "train")]
         split_records(mixed, Config(), Run(tmp_path), table="t.csv")

@@ -65,7 +65,7 @@ def test_without_its_weights_a_recipe_does_not_begin(name, tmp_path, monkeypatch
         np.save(tmp_path / f"{i}.npy", np.zeros((8, 8), np.uint16))
         records.append(Record(tmp_path / f"{i}.npy", i % 2, f"p{i}", ("train", "val", "test")[i // 4]))
     table = write_table(tmp_path / "table.csv", records, ["0", "1"])
-    with pytest.raises(GigamorphError, match=r'no such file; fetch it from https://.* or write weights = "random"'):
+    with pytest.raises(GigamorphError, match=r'no such file; download it from https://.* or write weights = "random"'):
         get_recipe(name).train(table, get_recipe(name).config(), Run(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -75,10 +75,8 @@ def test_files_are_found_checked_and_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = []
     run = Run(tmp_path, say=said.append)
-    assert find_weights("random", (0.5,), (0.2,), run) is None and said == [
-        "weights: random, nothing was trained before"
-    ]
-    with pytest.raises(GigamorphError, match=r"weights 'mine.pth': no such file; name another"):
+    assert find_weights("random", (0.5,), (0.2,), run) is None and said == ["weights: random, without pretraining"]
+    with pytest.raises(GigamorphError, match=r"weights 'mine.pth': no such file; use another"):
         find_weights("mine.pth", (0.5,), (0.2,))
     cached = tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth"
     cached.parent.mkdir(parents=True)
@@ -132,7 +130,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(DataError, match=message):
             load_pretrained(network, tmp_path / "w.pth")
     torch.save({"a": 1}, tmp_path / "w.pth")
-    with pytest.raises(DataError, match="holds no state_dict"):
+    with pytest.raises(DataError, match="contains no state_dict"):
         load_pretrained(network, tmp_path / "w.pth")
     with pytest.raises(DataError, match="no such weights file"):
         load_pretrained(network, tmp_path / "none.pth")

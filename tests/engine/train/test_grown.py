@@ -123,8 +123,8 @@ def test_parts_of_a_grown_network_are_looked_for_in_it():
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"model": "resnet19"}, "model 'resnet19' is unknown; take one of"),
-        ({"model": "no_such_module:net"}, "there is no module 'no_such_module'"),
+        ({"model": "resnet19"}, "unknown model 'resnet19'; use one of"),
+        ({"model": "no_such_module:net"}, "no module 'no_such_module'"),
         ({"weights": "none.pt"}, "none.pt: no such weights file"),
     ],
 )

@@ -211,10 +211,12 @@ def test_bad_tables_are_refused_and_bad_masks_left_out_with_skip_bad(table, tmp_
 
 
 def test_networks_without_a_map_are_refused(table, tmp_path):
-    with pytest.raises(GigamorphError, match="gives 1 x 3 for 1 image and 3 classes; a network for masks gives one"):
+    with pytest.raises(
+        GigamorphError, match="outputs 1 x 3 for 1 image and 3 classes; a network for masks must output one"
+    ):
         fit(training_data(table, labels=MASKS), TrainOptions(model="lesionnet"), tmp_path / "run")
     pooled = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1))
-    with pytest.raises(GigamorphError, match="gives 1 x 3 x 1 x 1"):
+    with pytest.raises(GigamorphError, match="outputs 1 x 3 x 1 x 1"):
         check_segmenter(pooled, "pooled", (1, 1, 40, 33), 3)
 
 
