@@ -11,9 +11,9 @@ import torch
 from commands import run
 
 from gigamorph import accelerate
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.models import create_model
 
 

@@ -14,7 +14,7 @@ import pytest
 from commands import run
 
 from gigamorph.cli.main import _COMMANDS
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 CODES = {"closed": {0}, "ascii": {0}, "full": {2}, "unread": {1, 2}}  # 2: an error output is full as well
 SIZE = ["--size", "128x96"]

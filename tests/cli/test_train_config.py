@@ -20,7 +20,7 @@ from commands import rows, run
 from gigamorph import load
 from gigamorph.cli.train import scores_line
 from gigamorph.cli.train import train as command
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data

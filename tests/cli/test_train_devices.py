@@ -15,7 +15,7 @@ from commands import run
 from exactness import errors
 from forked import Forked, devices, gigamorph
 
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]

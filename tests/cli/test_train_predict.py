@@ -19,7 +19,7 @@ from commands import rows, run
 from forked import command as forked
 
 from gigamorph import GigamorphError, load
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.train.checkpoint import load_checkpoint
 

@@ -19,12 +19,12 @@ from forked import command as forked
 from hostile import hostile
 from viewed import shown
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables.skipped import made_by
-from gigamorph.engine.view.evidence import Evidence
-from gigamorph.engine.view.exams import read_exams
-from gigamorph.engine.view.server import PageServer
-from gigamorph.engine.view.site import Site
+from gigamorph.engine.mammography.phantom import write_phantoms
+from gigamorph.engine.mammography.view.evidence import Evidence
+from gigamorph.engine.mammography.view.exams import read_exams
+from gigamorph.engine.mammography.view.server import PageServer
+from gigamorph.engine.mammography.view.site import Site
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 chromium = pytest.mark.skipif(not browser.there(), reason="no chromium and chromedriver")

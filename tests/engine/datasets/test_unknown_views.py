@@ -15,8 +15,8 @@ from gigamorph.engine.datasets.tables.values import side
 from gigamorph.engine.datasets.unknown_views import unplaced
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.read import read_cases
+from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.predict.run import Options, predict
-from gigamorph.engine.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.train.metrics import Prediction, scores
 
 HEADER = "image_path patient_id exam_id laterality view label log_odds_0 log_odds_1".split()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gigamorph import DataError
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.explain.seg import REGION, write_segmentation
 from gigamorph.engine.images.dicom_results import MAY_BE_EMPTY
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from pydicom.pixels import apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom, read_info
 from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 Write = Callable[..., Path]
 # Damaged headers make pydicom warn before we raise.

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, PixelSource
 from gigamorph.engine.images.tiles import CACHE
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
 COLOUR = np.random.default_rng(1).integers(0, 256, (101, 77, 3), dtype=np.uint8)
