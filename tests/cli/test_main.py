@@ -210,5 +210,5 @@ def test_an_error_about_a_long_value_stays_short(tmp_path, capsys):
     (tmp_path / "images.csv").write_text(f"image_path,label,white\na.png,1,{'x' * 10**5}\n")
     assert run("data", "check", tmp_path / "images.csv") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "line 2: white level 'xxx" in line and "12 bits have 4095" in line
+    assert line.startswith("error: ") and "line 2: white level 'xxx" in line and "4095 for 12 bits" in line
     assert " [...] " in line and len(line) < 2100
