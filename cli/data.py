@@ -299,7 +299,7 @@ def convert(
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard need --images")
     table = _read(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     if not file_format and (Path(out) / "run.json").exists():
-        raise click.UsageError(f"{out} holds converted images; their table would be overwritten; give another --out")
+        raise click.UsageError(f"{out} holds converted images; their table would be overwritten; name another --out")
     outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _keep_existing(table.records, source, skip_missing), []
     if file_format:

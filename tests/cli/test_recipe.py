@@ -147,7 +147,7 @@ def test_what_goes_to_other_processes_can_be_pickled(toy, tmp_path, monkeypatch)
 
 def test_what_the_configuration_says_is_no_option_too(toy, tmp_path, capsys):
     assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--epochs", 3) == 2
-    assert "--epochs cannot go with --recipe" in " ".join(capsys.readouterr().err.split())
+    assert "--epochs cannot be used with --recipe" in " ".join(capsys.readouterr().err.split())
     assert run("train", tmp_path, "--out", "o", "--config", "x.toml") == 2
     assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--split-image") == 2
     assert not toy

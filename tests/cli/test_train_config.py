@@ -111,7 +111,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast', not a number"),
         (["-o", "lr=1"], "unknown key 'lr' (did you mean optimizer.lr?); known keys: model, weights"),
         (["-o", "optimizer=sgd"], "key 'optimizer' is 'sgd', not a table; optimizer.name is a key of it"),
-        (["--batch_size", "8"], "No such option '--batch_size': images go one by one, --accumulate N takes N per"),
+        (
+            ["--batch_size", "8"],
+            "No such option '--batch_size': images are processed one by one; --accumulate N uses N per",
+        ),
         (["--model-ema"], "No such option '--model-ema': -o average=0.999 sets it"),
         (["--dropout", "1"], "No such option '--dropout'. Did you mean '--out'? (gigamorph train --help)"),
         (["-o", "optimizer.options.betas=[0.9]"], "cannot make optimizer 'adamw' with betas=(0.9,): tuple index"),
@@ -414,7 +417,7 @@ def test_ctrl_c_before_the_first_checkpoint_is_one_line(phantoms, tmp_path, monk
             with monkeypatch.context() as patched:
                 patched.setattr(f"gigamorph.engine.train.{place}", press)
                 assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 130
-            told = "stopped before the first checkpoint; the same command begins anew\n"
+            told = "stopped before the first checkpoint; the same command starts again\n"
             assert capsys.readouterr().err == told
     finally:
         signal.signal(signal.SIGINT, former)

@@ -312,7 +312,7 @@ def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_pa
     tiles = Site.tiles_of
     monkeypatch.setattr(Site, "tiles_of", pressed)
     assert run("view", predicted / "predictions", "--static", "--out", tmp_path) == 130
-    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command goes on"
+    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command continues"
     assert capsys.readouterr().err.splitlines()[-1] == told
 
 
