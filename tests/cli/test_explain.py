@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
     path = sorted((table.parent / "images").iterdir())[0]
     np.save(tmp_path / "a.npy", np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64))
     cases = [
-        ([path, "--class", "cancer"], "has no class 'cancer'; there are 0, 1"),
+        ([path, "--class", "cancer"], "unknown class 'cancer'; it has 0, 1"),
         ([tmp_path / "a.npy", "--format", "seg"], "is no DICOM file"),
         ([tmp_path / "none.dcm"], "no such file"),
     ]
