@@ -124,7 +124,7 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
             "schedule 'OneCycleLR': total_steps is 2, but the run has 3; omit it",
         ),
         (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau'; set schedule.plateau = EPOCHS instead"),
-        (["-o", "loss.focal=-1"], "loss.focal is -1"),
+        (["-o", "loss.focal=-1"], "loss.focal must be 0 or more, not -1"),
         (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each stage has its own epochs; leave it out"),
         (
             ["--epochs", "20", "--config", "stages.toml"],
