@@ -124,10 +124,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "schedule.name=nothing"], "unknown schedule 'nothing'"),
         (
             ["-o", "schedule.name=OneCycleLR", "-o", "schedule.options.total_steps=2", "-o", "epochs=3"],
-            "schedule 'OneCycleLR': total_steps is 2, the run has 3; leave it out",
+            "schedule 'OneCycleLR': total_steps is 2, but the run has 3; omit it",
         ),
         (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau'; set schedule.plateau = EPOCHS instead"),
-        (["-o", "loss.focal=-1"], "loss.focal is -1"),
+        (["-o", "loss.focal=-1"], "loss.focal must be 0 or more, not -1"),
         (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each stage has its own epochs; leave it out"),
         (
             ["--epochs", "20", "--config", "stages.toml"],
@@ -374,7 +374,7 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     assert "test: MAE per image" in capsys.readouterr().out
     assert run("predict", tmp_path / "n" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "m") == 0
     told = capsys.readouterr()
-    assert "MAE per image" in told.out and "not known" not in told.err  # the column label is none of numbers
+    assert "MAE per image" in told.out and "unknown" not in told.err  # the column label is none of numbers
     assert (
         run("eval", tmp_path / "m" / "exams.csv", "--split", "all", "--resamples", "20", "--out", tmp_path / "f") == 0
     )

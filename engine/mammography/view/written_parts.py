@@ -28,8 +28,8 @@ def note_of(settings: object, files: Iterable[Path]) -> str | None:
 
 def is_current(part: Path, note: str | None) -> bool:
     """Whether a part is complete and was made from the same sources."""
-    beside = _note_path(part)
-    return note is not None and part.exists() and beside.is_file() and beside.read_text() == note
+    note_path = _note_path(part)
+    return note is not None and part.exists() and note_path.is_file() and note_path.read_text() == note
 
 
 def remove(part: Path) -> None:

@@ -68,7 +68,7 @@ def test_comparison_refuses_what_cannot_be_paired(cases):
         compare(cases, replace(cases, truth=truth))
     with pytest.raises(DataError, match="no image with a label in common"):
         compare(cases, replace(cases, names=tuple(f"j{n}" for n in range(120))))
-    with pytest.raises(DataError, match="i0: is there twice"):
+    with pytest.raises(DataError, match="i0: occurs twice"):
         compare(cases, cases.where([0, 0, 1]))
     with pytest.raises(DataError, match="different outputs: cancer; mass"):
         compare(cases, replace(cases, outputs=("mass",)))
