@@ -109,7 +109,7 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64))
     cases = [
         ([path, "--class", "cancer"], "has no class 'cancer'; there are 0, 1"),
-        ([tmp_path / "a.npy", "--format", "seg"], "is no DICOM file"),
+        ([tmp_path / "a.npy", "--format", "seg"], "is not a DICOM file"),
         ([tmp_path / "none.dcm"], "no such file"),
     ]
     for arguments, message in cases:

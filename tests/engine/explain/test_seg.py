@@ -93,7 +93,7 @@ def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
     ds = pydicom.dcmread(phantoms[0])
     del ds.StudyInstanceUID
     ds.save_as(tmp_path / "b.dcm")
-    with pytest.raises(DataError, match=r"b\.dcm: cannot have a DICOM SEG: .*; write png or tif") as error:
+    with pytest.raises(DataError, match=r"b\.dcm: a DICOM SEG cannot be created: .*; write png or tif") as error:
         write_segmentation(
             explained(tmp_path / "b.dcm"), tmp_path / "b.dcm", tmp_path / "s.dcm", label="x", kind="binary"
         )
