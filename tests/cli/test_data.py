@@ -198,7 +198,7 @@ def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
 def test_the_folder_of_converted_images_is_no_folder_of_classes(phantoms, tmp_path, capsys):
     assert run("convert", phantoms / "phantoms.csv", "--out", tmp_path / "out", "--images", "png") == 0
     assert commands.run("train", tmp_path / "out", "--out", tmp_path / "run") == 2
-    assert f"use its table,  {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
+    assert f"use its table, {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_convert_a_public_data_set(tmp_path, capsys):

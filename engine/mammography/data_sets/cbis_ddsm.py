@@ -45,7 +45,7 @@ _NEEDED = ("patient_id", "left_or_right_breast", "image_view", "pathology", "ima
 
 def read(files: Files) -> list[Record]:
     """One record per film, with a finding per abnormality."""
-    places = _Series(files)
+    series = _Series(files)
     rows = [
         {**row, "split": split, "kind": "mass" if name.startswith("mass") else "calcification"}
         for name, split in _TABLES.items()
@@ -62,7 +62,7 @@ def read(files: Files) -> list[Record]:
     for row in rows:
         film = row["patient_id"], row["left_or_right_breast"].upper(), row["image_view"].upper()
         films.setdefault(film, []).append(row)
-    return [_record(group, "test" if group[0]["patient_id"] in test else "train", places) for group in films.values()]
+    return [_record(group, "test" if group[0]["patient_id"] in test else "train", series) for group in films.values()]
 
 
 def _rows(table: Rows) -> list[dict[str, str]]:
@@ -79,9 +79,9 @@ def _rows(table: Rows) -> list[dict[str, str]]:
     return [{**row, "pathology": row["pathology"].upper()} for row in rows]
 
 
-def _record(rows: Sequence[dict[str, str]], split: str, places: _Series) -> Record:
+def _record(rows: Sequence[dict[str, str]], split: str, series: _Series) -> Record:
     first = rows[0]
-    images = [places.image(path) for path in dict.fromkeys(row["image_file_path"] for row in rows)]
+    images = [series.image(path) for path in dict.fromkeys(row["image_file_path"] for row in rows)]
     image = next((path for path in images if path.is_file()), images[0])
     densities = [d for row in rows if (d := values.density(row.get("breast_density", "")))]
     grades = [grade for row in rows if (grade := values.birads(row.get("assessment", "")))]
@@ -96,13 +96,13 @@ def _record(rows: Sequence[dict[str, str]], split: str, places: _Series) -> Reco
         density=max(densities, default=None),
         birads=max(grades, default=None),
         labels={"malignant": float(any(row["pathology"] == "MALIGNANT" for row in rows))},
-        findings=tuple(_finding(row, image, places) for row in rows),
+        findings=tuple(_finding(row, image, series) for row in rows),
         extra={"abnormalities": str(len(rows))},
     )
 
 
-def _finding(row: dict[str, str], image: Path, places: _Series) -> Finding:
-    mask = places.mask(row.get("roi_mask_file_path", ""), row.get("cropped_image_file_path", ""), image)
+def _finding(row: dict[str, str], image: Path, series: _Series) -> Finding:
+    mask = series.mask(row.get("roi_mask_file_path", ""), row.get("cropped_image_file_path", ""), image)
     return Finding(
         kind=row["kind"],
         mask=mask,

@@ -82,7 +82,7 @@ def test_where_no_image_of_a_patient_has_a_side_each_stands_for_itself(tmp_path,
 
 def test_a_side_that_is_none_is_refused(tmp_path):
     path = written(tmp_path / "p.csv", {1: {"laterality": "both"}})
-    with pytest.raises(DataError, match="line 3: laterality 'both' must be L or R"):
+    with pytest.raises(DataError, match="line 3: laterality 'both' is neither L nor R"):
         read_cases(path)
 
 
