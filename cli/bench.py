@@ -1,4 +1,4 @@
-"""``gigamorph bench``: how large, how fast, in how much memory; against stock PyTorch and its remedies."""
+"""``gigamorph bench``: image size, time and memory of a step, compared with stock PyTorch and other methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _json: Any = click.option(
     "path",
     type=click.Path(path_type=Path, dir_okay=False),
     callback=_parse_json,
-    help="Write results here.",
+    help="JSON file for the results.",
 )
 _seconds: Any = click.FloatRange(0, min_open=True)
 _peers: Any = click.option(
@@ -37,7 +37,7 @@ _peers: Any = click.option(
     "peers",
     multiple=True,
     metavar="NAME",
-    help="Compare these: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
+    help="Method to compare: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
 )
 _several: Any = click.option(
     "--model",
@@ -47,7 +47,7 @@ _several: Any = click.option(
     show_default=True,
     metavar="SPEC",
     callback=options.named,
-    help="As in gigamorph plan; may be given several times.",
+    help="As in gigamorph plan. Repeatable.",
 )
 
 
@@ -56,7 +56,7 @@ def _models(command: Any) -> Any:
 
 
 def _task(command: Any) -> Any:
-    """Options that say which step is run, where, and where its results go."""
+    """Add the options for the kind of step, the device and the file of results."""
     for option in (
         _json,
         options.device,
@@ -66,10 +66,10 @@ def _task(command: Any) -> Any:
             type=click.Choice(["fp32", "bf16"]),
             default="fp32",
             show_default=True,
-            help="bf16: autocast.",
+            help="fp32, or bf16 by autocast.",
         ),
-        click.option("--live", is_flag=True, help="BatchNorm with the image's own statistics, not frozen ones."),
-        click.option("--inference", is_flag=True, help="Predictions, not training steps."),
+        click.option("--live", is_flag=True, help="BatchNorm in training mode, with the image's own statistics."),
+        click.option("--inference", is_flag=True, help="Measure predictions instead of training steps."),
     ):
         command = option(command)
     return command
@@ -81,7 +81,7 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 
 @click.group()
 def bench() -> None:
-    """Measure what this machine can take, and draw it.
+    """Measure steps on this machine, and plot the results.
 
     Example: gigamorph bench step --model resnet18 --size 1024x1024 --size 2048x2048 --json steps.json
     """
@@ -94,7 +94,7 @@ _sizes: Any = click.option(
     required=True,
     metavar="HxW",
     callback=_parse_sizes,
-    help="May be given several times.",
+    help="Image size. Repeatable.",
 )
 
 
@@ -102,14 +102,14 @@ _sizes: Any = click.option(
 @_models
 @_sizes
 @_peers
-@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="All that a step may take, as in 8GiB.")
+@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step, as in 8GiB.")
 @options.memory_budget
 @click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed steps of each, at most.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed steps per peer.")
 @click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Seconds of one peer's timed steps at a size."
+    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed steps, in seconds."
 )
-@click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Trace a step of each into here.")
+@click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each step.")
 @_task
 def step(
     models: tuple[str, ...],
@@ -128,11 +128,11 @@ def step(
     device: str,
     path: Path | None,
 ) -> None:
-    """Time and peak memory of a step over sizes; all in turns, so that a busy machine hurts all alike.
+    """Measure time and peak memory of a step at each size; peers are interleaved, so that other load affects all alike.
 
-    Without --memory-budget gigamorph takes what its default tile needs. lightstream takes its best tile in that budget,
-    or without one in 0.75 of stock's memory; smaller tiles do several times the work. Beside gigamorph it gets a second
-    row, in the memory that gigamorph took.
+    Without --memory-budget, gigamorph takes what its default tile needs. lightstream takes its best tile in the budget;
+    without a budget, in 0.75 of stock's memory, because smaller tiles do several times the work. Next to gigamorph it
+    gets a second row, in the memory that gigamorph took.
 
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
@@ -140,7 +140,7 @@ def step(
     from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_known(peers, TRAINING), rounds, box, cap, memory_budget, tile, folder=profile)
+    chosen = Options(_selected_peers(peers, TRAINING), rounds, box, cap, memory_budget, tile, folder=profile)
     tasks = [
         Task(
             model,
@@ -164,16 +164,14 @@ def step(
     "peers",
     multiple=True,
     metavar="NAME",
-    help="Compare these: stock, compile, onnxruntime, openvino, gigamorph; all by default.",
+    help="Method to compare: stock, compile, onnxruntime, openvino or gigamorph; all by default. Repeatable.",
 )
-@click.option(
-    "--cap", metavar="SIZE", callback=options.parse_budget, help="All that a prediction may take, as in 8GiB."
-)
+@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a prediction, as in 8GiB.")
 @options.memory_budget
 @click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed turns of each, at most.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed runs per peer.")
 @click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Seconds of one peer's timed turns at a size."
+    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed runs, in seconds."
 )
 @options.channel_count
 @_json
@@ -189,9 +187,9 @@ def infer(
     channels: int,
     path: Path | None,
 ) -> None:
-    """Predictions on the CPU beside ONNX Runtime, OpenVINO and torch.compile; by the rules of gigamorph bench step.
+    """Compare CPU predictions with ONNX Runtime, OpenVINO and torch.compile, measured as in gigamorph bench step.
 
-    All are given the whole image, in float32 and with the same number of threads. The runtimes come with
+    All peers get the whole image in float32 and the same number of threads. Install the runtimes with
     pip install 'gigamorph[peers]'.
 
     Example: gigamorph bench infer --model resnet18 --size 2048x2048 --json infer.json
@@ -200,7 +198,7 @@ def infer(
     from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_known(peers, INFERENCE), rounds, box, cap, memory_budget, tile)
+    chosen = Options(_selected_peers(peers, INFERENCE), rounds, box, cap, memory_budget, tile)
     tasks = [
         Task(model, (1, options.channels_of(model, channels), *size), training=False)
         for model in models
@@ -212,10 +210,10 @@ def infer(
 @bench.command()
 @options.model
 @click.option(
-    "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="All that a step may take."
+    "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step."
 )
 @_peers
-@click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Seconds that one try may take.")
+@click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Time limit of a trial, in seconds.")
 @_task
 def limit(
     model: str,
@@ -229,9 +227,9 @@ def limit(
     device: str,
     path: Path | None,
 ) -> None:
-    """The largest square image that trains, or with --inference predicts, in a budget; found by trying.
+    """Find by trial the largest square image that trains in a budget, or predicts in it with --inference.
 
-    Each size is tried in a process of its own. gigamorph is given 0.9 of the budget to plan with.
+    Each size runs in a process of its own. gigamorph plans with 0.9 of the budget.
 
     Example: gigamorph bench limit --model resnet18 --memory-budget 1GiB --peer stock --peer gigamorph
     --json limits.json
@@ -240,7 +238,7 @@ def limit(
     from ..engine.bench.peers import TRAINING
     from ..engine.bench.results import Task
 
-    results = _begin(device)
+    results = _new_results(device)
     task = Task(
         model,
         (1, options.channels_of(model, channels), 0, 0),
@@ -249,55 +247,55 @@ def limit(
         precision,
         device,
     )
-    for peer in _known(peers, TRAINING):
+    for peer in _selected_peers(peers, TRAINING):
         row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)
         _show_limit(row)
-        _keep(results, path)
-    _end(results.limits)
+        _save(results, path)
+    _exit_on_failure(results.limits)
 
 
 @bench.command()
-@click.option("--match", default="", help="Only ops whose name contains this.")
+@click.option("--match", default="", help="Measure only ops whose name contains this text.")
 @_json
 def kernels(match: str, path: Path | None) -> None:
-    """Each kernel against cuDNN, eager PyTorch and torch.compile, per shape, with its floor. Needs a GPU.
+    """Compare each kernel with cuDNN, eager PyTorch, torch.compile and its roofline bound, per shape. Needs a GPU.
 
     Example: gigamorph bench kernels --match "3x3" --json kernels.json
     """
     from ..engine.bench.scripts import measure_kernels
 
     found = measure_kernels(match, lambda row: click.echo(f"{row.op:40} {row.ms} {row.reason or ''}"))
-    results = _begin("cuda")
+    results = _new_results("cuda")
     results.kernels = found
-    _keep(results, path)
+    _save(results, path)
 
 
 @bench.command()
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Sets of runs.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds.")
 @_json
 def morph(seeds: int, path: Path | None) -> None:
-    """Time of growing a network, and time until it is as good as one trained from scratch.
+    """Measure how long growing a network takes, and how soon it is as good as one trained from scratch.
 
     Example: gigamorph bench morph --seeds 1
     """
     from ..engine.bench.scripts import measure_morphs
 
-    results = _begin("cpu")
+    results = _new_results("cpu")
     for seed in range(seeds):
         found = measure_morphs([seed], say=click.echo)
         for row in found:
             reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
             click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")
         results.morphs += found
-        _keep(results, path)
+        _save(results, path)
 
 
 @bench.command()
-@click.option("--row", "numbers", type=int, multiple=True, help="Only these numbers.")
+@click.option("--row", "numbers", type=int, multiple=True, help="Number of a comparison; all by default. Repeatable.")
 @_json
 def rows(numbers: tuple[int, ...], path: Path | None) -> None:
-    """The declared list of comparisons: run what this machine allows, say why of the others.
+    """Run the declared comparisons that this machine can run, and print why it cannot run the others.
 
     Example: gigamorph bench rows --row 10 --row 11 --json rows.json
     """
@@ -307,23 +305,21 @@ def rows(numbers: tuple[int, ...], path: Path | None) -> None:
 
     known = [declared.number for declared in ROWS]
     if absent := [number for number in numbers if number not in known]:
-        raise click.BadParameter(
-            f"there is no row {absent[0]}; there are {min(known)} to {max(known)}", param_hint="--row"
-        )
-    results = _begin("cuda" if torch.cuda.is_available() else "cpu")
+        raise click.BadParameter(f"unknown row {absent[0]}; rows are {min(known)} to {max(known)}", param_hint="--row")
+    results = _new_results("cuda" if torch.cuda.is_available() else "cpu")
     for outcome in run(results.ceilings, numbers, _show_step):
         results.declared.append(outcome.row)
         results.steps += outcome.steps
         row = outcome.row
         click.echo(f"{row.number:2} {row.status:13} {row.text}: {row.found or row.reason}")
-        _keep(results, path)
+        _save(results, path)
 
 
 @bench.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the report.")
 def report(results: tuple[Path, ...], out: Path) -> None:
-    """One page, PNG pictures and tables of any results of gigamorph bench and benchmarks/gpu.py.
+    """Write a page with PNG plots and tables from results of gigamorph bench and benchmarks/gpu.py.
 
     Example: gigamorph bench report steps.json limits.json --out report
     """
@@ -333,10 +329,10 @@ def report(results: tuple[Path, ...], out: Path) -> None:
 
 
 def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
-    """Measure tasks, each model's exactness first, and show and keep what is found."""
+    """Check the exactness of each model, measure its tasks, and print and save the results."""
     from ..engine.bench.step import exactness, measure
 
-    results = _begin(tasks[0].device)
+    results = _new_results(tasks[0].device)
     for model in dict.fromkeys(task.model for task in tasks):
         own = [task for task in tasks if task.model == model]
         if "gigamorph" in chosen.peers:
@@ -344,12 +340,12 @@ def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
             _show_step(results.steps[-1])
         for task in own:
             results.steps += measure(task, chosen, results.ceilings, _show_step)
-            _keep(results, path)
-    _end(results.steps)
+            _save(results, path)
+    _exit_on_failure(results.steps)
 
 
-def _begin(device: str) -> Results:
-    """Empty results with this machine's ceilings."""
+def _new_results(device: str) -> Results:
+    """Return empty results with the peak rates of this machine."""
     from ..engine.bench.child import Child
     from ..engine.bench.machine import provenance
     from ..engine.bench.results import Results
@@ -364,25 +360,25 @@ def _begin(device: str) -> Results:
     return Results("gigamorph " + shlex.join(words), provenance(), ceilings)
 
 
-def _keep(results: Results, path: Path | None) -> None:
+def _save(results: Results, path: Path | None) -> None:
     if path is not None:
         results.write(path)
 
 
-def _end(rows: Iterable[StepRow | LimitRow]) -> None:
-    """Tell who reads no lines that something was wrong or failed; to run out of memory is a result."""
+def _exit_on_failure(rows: Iterable[StepRow | LimitRow]) -> None:
+    """Exit with code 1 if a row failed or is wrong; running out of memory is a valid result."""
     from ..engine.bench.results import FAILED, WRONG
 
     if any(row.status in (FAILED, WRONG) for row in rows):
         raise SystemExit(1)
 
 
-def _known(peers: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+def _selected_peers(peers: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
     from ..engine.bench.peers import PEERS
 
     for name in peers:
         if name not in PEERS:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(PEERS)}", param_hint="--peer")
+            raise click.BadParameter(f"unknown peer {name!r}; choose from {', '.join(PEERS)}", param_hint="--peer")
     return peers or default
 
 
@@ -399,5 +395,5 @@ def _show_step(row: StepRow) -> None:
 
 def _show_limit(row: LimitRow) -> None:
     found = f"{row.side} x {row.side}" if row.side else "none"
-    said = f", plan() says {row.predicted_side}" if row.predicted_side else ""
-    click.echo(f"{row.peer:13} {row.status:13} largest {found}{said}  {row.reason or ''}")
+    predicted = f", plan() predicts {row.predicted_side}" if row.predicted_side else ""
+    click.echo(f"{row.peer:13} {row.status:13} largest {found}{predicted}  {row.reason or ''}")

@@ -1,4 +1,4 @@
-"""How far a command is with a known amount of work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a command with a known amount of work: a bar on a terminal, otherwise a line at intervals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Count:
-    """A context manager; `start` says how much there is to do, `add` that more is done.
+    """Context manager that counts finished work with `add`, up to the total that `start` sets.
 
-    Elsewhere than on a terminal a line is printed every `interval` seconds, so that logs stay short.
+    Without a terminal, it prints a line every `interval` seconds, so that logs stay short.
     """
 
     def __init__(self, what: str, total: int = 0, console: Console | None = None, interval: float = 10.0) -> None:
@@ -34,13 +34,13 @@ class Count:
             self._bar.stop()
 
     def start(self, total: int) -> None:
-        """What `add` counts up to."""
+        """Set the total."""
         self._total = total
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], total=total)
 
     def add(self, count: int = 1) -> None:
-        """So much more is done."""
+        """Add `count` finished items."""
         self._done += count
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)

@@ -1,4 +1,4 @@
-"""``gigamorph data``: data sets become tables, are looked through, split, converted, shown, and made up."""
+"""``gigamorph data``: index, check, split, convert and preview images and data sets; make phantoms."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from ..engine.datasets.tables import Record, Table
     from ..engine.predict.options import RunOptions
 
-_SHOWN = 20  # problems that are printed
+_PRINTED = 20  # most problems that are printed
 
 _dataset: Any = click.option(
     "--dataset",
     metavar="NAME",
-    help="cbis-ddsm, inbreast, vindr-mammo, rsna, embed, csaw-cc, cmmd, cdd-cesm, mini-mias, nyu or chestxray14; found "
-    "out from the tables in the folder if left out.",
+    help="cbis-ddsm, inbreast, vindr-mammo, rsna, embed, csaw-cc, cmmd, cdd-cesm, mini-mias, nyu or chestxray14; by "
+    "default recognised by the tables in the folder.",
 )
 _label: Any = click.option(
     "--label",
     metavar="NAME",
-    help="Which of the data set's labels; the command says what the label means. Of a table of your own NAME is its "
-    "column label_NAME. none asks for no label.",
+    help="Which label of the data set; the command prints what it means. In a table of your own, NAME is the column "
+    "label_NAME. With none, the table has no label.",
 )
 _skip: Any = click.option(
-    "--skip-missing", is_flag=True, help="Leave out images and masks of lesions that were not downloaded."
+    "--skip-missing", is_flag=True, help="Leave out images and lesion masks that do not exist on disk."
 )
 
 
@@ -50,7 +50,7 @@ def _parse_fractions(ctx: click.Context, param: click.Parameter, value: str) -> 
 
 @click.group()
 def data() -> None:
-    """From images and tables as they are downloaded to a table that trains.
+    """Turn downloaded images and tables into a table for training.
 
     Example: gigamorph data convert downloads/cbis --dataset cbis-ddsm --out cbis
     """
@@ -58,22 +58,24 @@ def data() -> None:
 
 @data.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The table, csv.")
-@click.option("--identifiers", is_flag=True, help="Keep PatientID and StudyInstanceUID; numbers stand for them if not.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="CSV file for the table.")
+@click.option(
+    "--identifiers", is_flag=True, help="Keep PatientID and StudyInstanceUID; by default they become numbers."
+)
 @click.option(
     "--pattern",
     metavar="PATTERN",
-    help="How file names say patient, side and view, as in {patient}_{laterality}-{view}; {exam} and {any}, which is "
-    "passed over, may stand in it too, and slashes for folders. By default common ones are tried where headers say "
-    "nothing.",
+    help="Pattern of file names with patient, side and view, as in {patient}_{laterality}-{view}. It can also contain "
+    "{exam}, {any} (ignored) and slashes for folders. By default, common patterns are tried for images whose headers "
+    "lack these values.",
 )
 @options.workers
 def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers: int | None) -> None:
-    """List all images below a folder with what their headers say: side, view, size, grey scale, maker, oddities.
+    """List all images below a folder with the values of their headers: side, view, size, grey scale, manufacturer.
 
-    The table has no labels; add a column label to train from it. Files that are no images are listed and passed over;
-    masks, by their names (folder/masks/x.png, x_mask.png beside x.png), are left out.
-    Of PNG and TIFF files patient, side and view are in the names: the command shows which pattern it went by.
+    The table has no labels; add a column label to train from it. Files that are not images are skipped and listed.
+    Masks are recognised by their names (folder/masks/x.png, or x_mask.png next to x.png) and left out.
+    For PNG and TIFF files, patient, side and view come from the file names; the command prints the pattern in use.
 
     Example: gigamorph data index downloads/png --pattern "{patient}_{laterality}-{view}" --out index.csv
     """
@@ -92,53 +94,55 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
             on_start=count.start,
             on_done=count.add,
         )
-    for error in found.errors[:_SHOWN]:
-        click.echo(f"passed over: {error}", err=True)
-    if len(found.errors) > _SHOWN:
-        click.echo(f"... and {len(found.errors) - _SHOWN} more", err=True)
+    for error in found.errors[:_PRINTED]:
+        click.echo(f"skipped: {error}", err=True)
+    if len(found.errors) > _PRINTED:
+        click.echo(f"... and {len(found.errors) - _PRINTED} more", err=True)
     if not found.records:
         raise DataError(f"{folder}: holds no images")
     write_table(out, found.records, [])
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})
-    told = f"{counted(len(found.records), 'image')} of {counted(patients, 'patient')}"
-    click.echo(f"{told}, {counted(len(found.errors), 'file')} passed over; {out}")
-    _tell_masks(found.masks)
+    total = f"{counted(len(found.records), 'image')} of {counted(patients, 'patient')}"
+    click.echo(f"{total}, {counted(len(found.errors), 'file')} skipped; {out}")
+    _report_masks(found.masks)
     if found.pattern:
         first = known[0] if pattern else next(r for r in known if "modality" not in r.extra)
-        told = ", ".join(part for part in (first.laterality, first.view) if part)
-        click.echo(f"file names read as {found.pattern}: {first.path.name} is of patient {first.patient_id}, {told}")
+        view = ", ".join(part for part in (first.laterality, first.view) if part)
+        click.echo(f"file names read as {found.pattern}: {first.path.name} is of patient {first.patient_id}, {view}")
     if len(known) < len(found.records):
         click.echo(
-            f"warning: of {len(found.records) - len(known)} images the patient is not known; fill in patient_id, or "
-            "say with --pattern how file names tell it",
+            f"warning: the patient of {len(found.records) - len(known)} images is unknown; fill in patient_id, or give "
+            "the pattern of the file names with --pattern",
             err=True,
         )
     views = Counter(f"{record.laterality or '?'} {record.view or '?'}" for record in found.records)
     click.echo(", ".join(f"{count} {name}" for name, count in views.most_common(8)))
 
 
-def _tell_masks(masks: list[Path]) -> None:
-    from ..engine.datasets.tables.images_alone import LeftOut
+def _report_masks(masks: list[Path]) -> None:
+    from ..engine.datasets.tables.image_stream import LeftOutMasks
 
     if masks:
-        click.echo(LeftOut(len(masks), masks[0]))
+        click.echo(LeftOutMasks(len(masks), masks[0]))
 
 
 @data.command()
 @click.argument("source", type=click.Path(exists=True))
-@click.option("--out", type=click.Path(dir_okay=False), help="All problems as csv: image, kind, what is wrong.")
+@click.option("--out", type=click.Path(dir_okay=False), help="CSV file for all problems: image, kind and problem.")
 @_dataset
 @options.white
 @options.workers
 def check(source: str, out: str | None, dataset: str | None, white: Any, workers: int | None) -> None:
-    """Decode every image of a table, folder or public data set and name those that would spoil a training.
+    """Decode every image of a table, folder or public data set, and report those that would spoil a training.
 
-    Found are files that cannot be read, blank ones, those that use next to nothing of their grey scale (12 bits in a
-    16-bit PNG), masks that are missing or of another size, the same pixels twice (also mirrored, also in another
-    format), patients or images in two splits, sides and views on which table, header and pixels disagree, kinds of
-    files (DICOM, PNG) that tell the label or reach unlike grey values, and, to know, implants, spot views, phantoms and
-    the like. The exit code is 1 if there is anything to mend. Masks of a folder, by their names, are left out.
+    Files: unreadable or blank images, and masks that are missing or of another size than the image.
+    Grey values: images that use little of their grey scale (12 bits in a 16-bit PNG), and file types (DICOM, PNG) that
+    have different grey values or predict the label.
+    Tables: the same pixels twice (also mirrored or in another format), patients or images in two splits, and sides or
+    views on which table, header and pixels disagree. For information: implants, spot views, phantoms and similar.
+
+    The exit code is 1 if something must be corrected. Masks of a folder are recognised by their names and left out.
 
     Example: gigamorph data check table.csv --out problems.csv
     """
@@ -147,33 +151,33 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     from ..engine.predict.tables import write_csv
     from .counter import Count
 
-    table = _open(source, dataset, check_files=False, labels=False)
+    table = _read(source, dataset, check_files=False, labels=False)
     records = table.records
-    _tell_masks(table.masks)
+    _report_masks(table.masks)
     labels = labels_of(Path(source), table)
     if out:
         outputs.require_out(out, [source, *(record.path for record in records)])
-    looked_at: list[int] = []
+    checked: list[int] = []
     with Count("images", len(records)) as count:
         problems = check_images(
-            records, labels=labels, white=white, workers=workers, on_done=count.add, on_stopped=looked_at.append
+            records, labels=labels, white=white, workers=workers, on_done=count.add, on_stopped=checked.append
         )
     if out:
         write_csv(Path(out), ["image_path", "kind", "problem"], ((p.path, p.kind, p.message) for p in problems))
     serious = [problem for problem in problems if problem.kind != "flag"]
-    for problem in serious[:_SHOWN]:
+    for problem in serious[:_PRINTED]:
         click.echo(f"{problem.kind:<10}  {problem.path}: {problem.message}")
-    if len(serious) > _SHOWN:
-        click.echo(f"... and {len(serious) - _SHOWN} more" + ("" if out else "; --out FILE lists all"))
+    if len(serious) > _PRINTED:
+        click.echo(f"... and {len(serious) - _PRINTED} more" + ("" if out else "; --out FILE lists all"))
     counts = Counter(problem.kind for problem in problems)
     for kind, meaning in KINDS.items():
         if counts[kind]:
             click.echo(f"{counts[kind]:>6} {kind}: {meaning}")
-    told = f"{looked_at[0]} of " if looked_at else ""
+    part = f"{checked[0]} of " if checked else ""
     wrong = len({problem.path for problem in serious})
-    click.echo(f"{told}{counted(len(records), 'image')}, {wrong} with something to mend")
-    if looked_at:
-        click.echo("stopped by Ctrl-C; this is of the images that were looked at", err=True)
+    click.echo(f"{part}{counted(len(records), 'image')}, {wrong} with problems to correct")
+    if checked:
+        click.echo("stopped by Ctrl-C; this result covers only the checked images", err=True)
         raise Stopped
     if serious:
         raise SystemExit(1)
@@ -181,7 +185,7 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 
 @data.command()
 @click.argument("table", type=click.Path(exists=True))
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The table with its split, csv.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="CSV file for the table with its split.")
 @click.option(
     "--fractions",
     default="0.7,0.15,0.15",
@@ -191,10 +195,10 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 )
 @options.seed
 def split(table: str, out: str, fractions: tuple[float, float, float], seed: int) -> None:
-    """Split a table by patient, each label in the same proportions; the same seed gives the same split.
+    """Split a table by patient, with each label in the same proportions; the same seed gives the same split.
 
-    A split that the table has is kept and checked for leaks; where it is official and has no val, patients of train
-    become val in the proportion of --fractions.
+    If the table has a split, it is kept and checked for leaks. If that split is official and has no val, patients of
+    train move to val in the proportion of --fractions.
 
     Example: gigamorph data split table.csv --out split.csv --seed 1
     """
@@ -207,20 +211,20 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
     records = assign_splits(read.records, fractions=fractions, seed=seed)
     if given:
         before, records = records, fill_validation(records, fractions=fractions, seed=seed)
-        click.echo("the split of the table is kept" + ("; val is drawn from train" if records != before else ""))
+        click.echo("split of the table kept" + ("; val drawn from train" if records != before else ""))
     write_table(out, records, read.classes)
     for name in ("train", "val", "test"):
         part = [record for record in records if record.split == name]
         labels = Counter(read.classes[record.label] for record in part)
-        told = ", ".join(f"{labels[label]} of {label}" for label in read.classes)
-        click.echo(f"{name:<5} {len({record.patient_id for record in part}):>6} patients {len(part):>7} images: {told}")
+        text = ", ".join(f"{labels[label]} of {label}" for label in read.classes)
+        click.echo(f"{name:<5} {len({record.patient_id for record in part}):>6} patients {len(part):>7} images: {text}")
     if not given:
-        _tell_empty(records, fractions)
+        _warn_of_empty_splits(records, fractions)
     unknown = sum(not record.patient_known for record in records)
     if unknown:
         click.echo(
-            f"warning: of {unknown} images the patient is not known; each counts as a patient of its own, so that one "
-            f"woman may be in two splits; fill in patient_id",
+            f"warning: the patient of {unknown} images is unknown; each counts as its own patient, so one patient may "
+            f"be in two splits; fill in patient_id",
             err=True,
         )
         click.echo(out)
@@ -228,16 +232,16 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
         click.echo(f"no patient is in two splits; {out}")
 
 
-def _tell_empty(records: Sequence[Record], fractions: tuple[float, float, float]) -> None:
-    """Patients are drawn label by label, and a label of too few has none for some split: which have none at all."""
+def _warn_of_empty_splits(records: Sequence[Record], fractions: tuple[float, float, float]) -> None:
+    """Warn of splits without patients, which happen if every label has fewer patients than there are splits."""
     wanted = [name for name, fraction in zip(("train", "val", "test"), fractions, strict=True) if fraction > 0]
-    there = {record.split for record in records}
-    empty = [name for name in wanted if name not in there]
+    present = {record.split for record in records}
+    empty = [name for name in wanted if name not in present]
     if empty:
         have = "has" if len(empty) == 1 else "have"
         click.echo(
-            f"warning: {' and '.join(empty)} {have} no patient: of each label there are fewer than {len(wanted)}; say "
-            "with --fractions, as 0.5,0.5,0, which splits there shall be, or train with --folds",
+            f"warning: {' and '.join(empty)} {have} no patients, because each label has fewer than {len(wanted)}; give "
+            "fewer splits with --fractions, as in 0.5,0.5,0, or train with --folds",
             err=True,
         )
 
@@ -252,7 +256,7 @@ def _tell_empty(records: Sequence[Record], fractions: tuple[float, float, float]
     "--images",
     "file_format",
     type=click.Choice(["tiff", "png"]),
-    help="Write the images too: 16-bit grey values, chest wall left, every pixel, no patient data.",
+    help="Also write the images: all pixels, 16-bit grey values, chest wall left, no patient data.",
 )
 @options.voi
 @options.for_processing
@@ -278,13 +282,13 @@ def convert(
     shard: tuple[int, int],
     workers: int | None,
 ) -> None:
-    """Turn a public data set, as it was downloaded, into a table for training; its images too if asked for.
+    """Convert a downloaded public data set into a table for training, and with --images also its images.
 
-    SOURCE is the folder of the data set, or a table or folder of your own. Written are table.csv, unlabelled.csv with
-    the images whose label is not known, and table.json, which says what label and split mean.
+    SOURCE is the folder of the data set, or a table or folder of your own. The command writes table.csv, unlabelled.csv
+    (images with unknown label) and table.json (what label and split mean).
 
-    With --images each image is kept as soon as it is written: --resume goes on, and --shard shares the work out, as in
-    gigamorph predict. Images that cannot be read are left out; quarantine.csv says why.
+    With --images, finished images stay if the command stops: --resume continues, and --shard divides the work, as in
+    gigamorph predict. Images that cannot be read are left out and listed in quarantine.csv with the reason.
 
     Example: gigamorph data convert downloads/vindr --dataset vindr-mammo --out vindr --images tiff
     """
@@ -292,12 +296,12 @@ def convert(
     from ..engine.predict.options import RunOptions
 
     if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
-        raise click.UsageError("--resume, --retry-failed, --max-failures and --shard are of images; add --images")
-    table = _open(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
+        raise click.UsageError("--resume, --retry-failed, --max-failures and --shard need --images")
+    table = _read(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     if not file_format and (Path(out) / "run.json").exists():
-        raise click.UsageError(f"{out} holds converted images, whose table would be lost; name another --out")
+        raise click.UsageError(f"{out} holds converted images; their table would be overwritten; give another --out")
     outputs.require_out(Path(out) / "table.csv", [source])
-    records, errors = _with_masks(table.records, source, skip_missing), []
+    records, errors = _keep_existing(table.records, source, skip_missing), []
     if file_format:
         chosen = RunOptions(
             "",
@@ -318,7 +322,7 @@ def convert(
 
 
 def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[str, Any]) -> None:
-    """table.csv, unlabelled.csv and table.json; what is in them is told."""
+    """Write table.csv, unlabelled.csv and table.json, and print a summary."""
     from ..engine.datasets.tables import DATA_SETS, write_table
     from ..engine.files import write_atomically
 
@@ -343,21 +347,21 @@ def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[st
     if table.label_rule:
         click.echo(f"label {table.label_rule}")
         click.echo(f"split: {meaning['split']}")
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    text = ", ".join(f"{count} {name}" for name, count in counts.items())
     patients = counted(len({record.patient_id for record in records}), "patient")
-    click.echo(f"{counted(len(records), 'image')} of {patients} ({told}); {out}")
-    _tell_leaks(records)
+    click.echo(f"{counted(len(records), 'image')} of {patients} ({text}); {out}")
+    _warn_of_leaks(records)
 
 
-def _tell_leaks(records: list[Record]) -> None:
-    """Official lists of some data sets share patients; a training refuses them, but a table keeps what they say."""
+def _warn_of_leaks(records: list[Record]) -> None:
+    """Warn of patients in two splits, as in some official lists: a table keeps them, `train` refuses them."""
     from ..engine.datasets.splits import leaks
 
     if found := leaks(records):
         first, splits = next(iter(found.items()))
         click.echo(
             f"warning: {len(found)} patient{'s are' if len(found) > 1 else ' is'} in two splits, as {first} in "
-            f"{' and '.join(splits)}; train refuses that: put all images of a patient in one split",
+            f"{' and '.join(splits)}; train refuses such tables: put all images of a patient in one split",
             err=True,
         )
 
@@ -372,7 +376,7 @@ def _convert_images(
     chosen: RunOptions,
     source: str,
 ) -> tuple[list[Record], list[str]] | None:
-    """The records of what is written, and why others are not; None while other shards have some left."""
+    """Return the records of the written images and the errors of others; None while other shards are unfinished."""
     from ..engine.errors import DataError
     from ..engine.predict.convert import convert_images
 
@@ -391,11 +395,11 @@ def _convert_images(
         click.echo(f"left out: {error}", err=True)
     if not found.complete:
         written = counted(found.done, "image")
-        told = f"shard {chosen.shard[0]}/{chosen.shard[1]}: {written} written, {found.failed} left out"
-        click.echo(f"{told}; table.csv is written when the other shards are done")
+        shard = f"shard {chosen.shard[0]}/{chosen.shard[1]}: {written} written, {found.failed} left out"
+        click.echo(f"{shard}; table.csv is written when the other shards are done")
         return None
     if not records:
-        raise DataError(f"{source}: none of its {len(errors)} images can be read")
+        raise DataError(f"{source}: cannot read any of its {len(errors)} images")
     return records, errors
 
 
@@ -403,7 +407,7 @@ data.add_command(preview)
 data.add_command(phantom)
 
 
-def _open(
+def _read(
     source: str,
     dataset: str | None,
     *,
@@ -412,7 +416,7 @@ def _open(
     label: str | None = None,
     skip_missing: bool = False,
 ) -> Table:
-    """A public data set if it is one, else a table or folder of one's own."""
+    """Read a public data set if the source is one, else a table or folder of the user."""
     from ..engine.datasets.tables import DATA_SETS, detect, read_data_set, read_table
 
     name = dataset or (detect(source) if Path(source).is_dir() else None)
@@ -421,7 +425,7 @@ def _open(
         own = None if label == "none" else label
         return read_table(source, labels=labels, label=own, check_files=check_files, skip_missing=skip_missing)
     if dataset is None:
-        click.echo(f"{source} holds {DATA_SETS[name].title} (--dataset {name})")
+        click.echo(f"{source} is {DATA_SETS[name].title} (--dataset {name})")
     wanted = None if label == "none" else label
     table = read_data_set(name, source, label=wanted, check_files=check_files, skip_missing=skip_missing)
     if label == "none":
@@ -429,8 +433,8 @@ def _open(
     return table
 
 
-def _with_masks(records: list[Record], source: str, skip_missing: bool) -> list[Record]:
-    """The records without masks that do not exist; those are an error unless they may be left out."""
+def _keep_existing(records: list[Record], source: str, skip_missing: bool) -> list[Record]:
+    """Return the records without their missing masks; raise an error if masks are missing and not `skip_missing`."""
     from ..engine.datasets.tables import missing_masks, without_masks
     from ..engine.errors import DataError
 
@@ -439,10 +443,10 @@ def _with_masks(records: list[Record], source: str, skip_missing: bool) -> list[
         return records
     if not skip_missing:
         raise DataError(
-            f"{source}: {len(absent)} masks do not exist, the first {absent[0]}; download them, or leave them out "
-            "(--skip-missing)"
+            f"{source}: {len(absent)} masks do not exist, the first {absent[0]}; download them, or leave them out with "
+            "--skip-missing"
         )
-    click.echo(f"{len(absent)} masks are missing and left out, the first {absent[0]}", err=True)
+    click.echo(f"{len(absent)} missing masks left out, the first {absent[0]}", err=True)
     return without_masks(records, absent)
 
 

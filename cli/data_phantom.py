@@ -1,4 +1,4 @@
-"""``gigamorph data phantom``: mammograms that are made up, with labels that are known."""
+"""``gigamorph data phantom``: synthetic mammograms with known labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .numerals import counted
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and the table.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and table.")
 @click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
 @click.option(
     "--size",
@@ -17,14 +17,14 @@ from .numerals import counted
     show_default=True,
     metavar="HxW",
     callback=options.parse_size,
-    help="Pixels, up to any number for tiff.",
+    help="Image size in pixels; unlimited for tiff.",
 )
 @click.option(
     "--breasts",
     type=click.IntRange(1, 2),
     default=1,
     show_default=True,
-    help="1: CC and MLO of one breast; 2: the four views of an exam, with one breast affected.",
+    help="1: CC and MLO of one breast; 2: the four views of an exam, with lesions in one breast.",
 )
 @click.option(
     "--lesion",
@@ -33,15 +33,17 @@ from .numerals import counted
     type=click.Choice(["cluster", "mass", "asymmetry"]),
     default=["cluster"],
     show_default=True,
-    help="May be given often: kinds in turn.",
+    help="Kind of lesion. Repeatable; positive patients get the kinds alternately.",
 )
-@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of the patients.")
+@click.option(
+    "--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of patients with a lesion."
+)
 @click.option(
     "--symmetry",
     type=click.FloatRange(0, 1),
     default=0.8,
     show_default=True,
-    help="Correlation of the texture of the two breasts.",
+    help="Correlation between the textures of the two breasts.",
 )
 @click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
@@ -60,10 +62,10 @@ def phantom(
     seed: int,
     workers: int | None,
 ) -> None:
-    """Make phantom mammograms whose labels, boxes and masks are known, of any size, tile by tile.
+    """Make phantom mammograms of any size, tile by tile, with known labels, boxes and masks.
 
-    The same options give the same bytes. An image without a cluster has the same cluster blurred, so that only native
-    resolution tells.
+    The same options give the same bytes. An image without a cluster contains the same cluster blurred, so that the
+    label is visible only at native resolution.
 
     Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
     """

@@ -1,4 +1,4 @@
-"""``gigamorph data preview``: what the network sees of an image."""
+"""``gigamorph data preview``: an image as the network gets it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("image", type=click.Path(exists=True))
-@click.option("--out", type=click.Path(dir_okay=False), help="A 16-bit PNG of every pixel that the network sees.")
+@click.option("--out", type=click.Path(dir_okay=False), help="16-bit PNG file for all pixels as the network gets them.")
 @options.channels
 @options.mean
 @options.std
 @options.voi
-@click.option("--frame", type=click.IntRange(0), help="Of a file with several.")
+@click.option("--frame", type=click.IntRange(0), help="Frame of a file with several frames.")
 @options.for_processing
 @options.white
 @options.augment
@@ -37,9 +37,9 @@ def preview(
     augment: Augment | None,
     seed: int,
 ) -> None:
-    """Show exactly what the network will see of an image, and every step from the file to there.
+    """Show an image exactly as the network gets it, and every step of its preprocessing.
 
-    With --augment one variation of it, as a training image is varied; another --seed gives another one.
+    With --augment, show one random variation, as in training; each --seed gives another one.
 
     Example: gigamorph data preview exam.dcm --augment rotate=10,elastic=20,noise=0.01 --out exam.png
     """

@@ -1,4 +1,4 @@
-"""``gigamorph demo``: the main job on phantom mammograms, with a report."""
+"""``gigamorph demo``: training at native resolution on phantom mammograms, with a report."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from . import options
     default="demo-run",
     show_default=True,
     type=click.Path(file_okay=False),
-    help="Folder; a former demo in it is replaced.",
+    help="Folder; an earlier demo in it is replaced.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.device
 def demo(out: str, seed: int, device: str) -> None:
     """Train on phantom mammograms inside a memory budget that stock PyTorch exceeds, and write a report.
 
-    Makes phantom mammograms as real DICOM files, shows that at 1/8 of the resolution their label cannot be learnt,
-    trains at native resolution, and compares memory and time with stock PyTorch. Four minutes at most on two CPU cores.
+    Writes phantom mammograms as DICOM files, shows that their label cannot be learnt at 1/8 of the resolution, trains
+    at native resolution, and compares memory and time with stock PyTorch. Takes at most four minutes on two CPU cores.
 
     Example: gigamorph demo --out demo-run
     """

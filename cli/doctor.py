@@ -1,4 +1,4 @@
-"""``gigamorph doctor``: what is there, what will be used and why, and every known trap with its fix."""
+"""``gigamorph doctor``: hardware and versions, what will be used and why, and known problems with their fixes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print facts and problems as JSON.")
-@click.option("--report", is_flag=True, help="Print them as Markdown for a bug report; it names no path and no user.")
+@click.option("--report", is_flag=True, help="Print them as Markdown for a bug report, without paths or user names.")
 def doctor(as_json: bool, report: bool) -> None:
-    """Show hardware, driver and versions, what will be used and why, and every known trap with its fix.
+    """Show hardware, driver and versions, what will be used and why, and known problems with their fixes.
 
     The exit code is 1 if something prevents training.
 
@@ -31,8 +31,8 @@ def doctor(as_json: bool, report: bool) -> None:
     machine = probe()
     rows, found = facts(machine), problems(machine)
     if as_json:
-        told = {"facts": dict(rows), "machine": asdict(machine), "problems": [asdict(problem) for problem in found]}
-        click.echo(json.dumps(told, indent=1))
+        values = {"facts": dict(rows), "machine": asdict(machine), "problems": [asdict(problem) for problem in found]}
+        click.echo(json.dumps(values, indent=1))
     elif report:
         click.echo(_markdown(machine, rows, found))
     else:
@@ -42,18 +42,18 @@ def doctor(as_json: bool, report: bool) -> None:
         for problem in found:
             click.echo(f"\n{problem.level}: {problem.what}\n  fix: {problem.fix}")
         if not found:
-            click.echo("\nno known trap found")
+            click.echo("\nno known problem found")
     if any(problem.level == "error" for problem in found):
         raise SystemExit(1)
 
 
 def _markdown(machine: Machine, rows: Sequence[tuple[str, str]], found: Sequence[Problem]) -> str:
-    """What a bug report needs, with places to fill in."""
+    """Return the template of a bug report with the facts filled in."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
         "### What happened",
         "",
-        "(the command, what it printed, and what was expected)",
+        "(the command, its output, and what you expected)",
         "",
         "### Machine",
         "",
@@ -62,7 +62,7 @@ def _markdown(machine: Machine, rows: Sequence[tuple[str, str]], found: Sequence
         f"- packages: {versions}",
         *(f"- cannot be imported: {name}: {error}" for name, error in machine.import_errors.items()),
         "",
-        "### Known traps",
+        "### Known problems",
         "",
         *(f"- {problem.level}: {problem.what}" for problem in found),
         *([] if found else ["none found"]),

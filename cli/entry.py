@@ -1,10 +1,10 @@
-"""Where the command begins: a Ctrl-C while the command line itself is imported ends it like any other."""
+"""Entry point of the command: it also handles a Ctrl-C during the import of the command line."""
 
 import sys
 
 
 def main() -> None:
-    """The command line, once it is imported."""
+    """Import and run the command line."""
     try:
         from .main import main
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``gigamorph eval``: how good predictions are, with intervals, plots and a report."""
+"""``gigamorph eval``: measures of predictions with confidence intervals, plots and a report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
     rates = options.parse_numbers(ctx, param, value, "rates", "0.8,0.9")
     if not all(0 < rate < 1 for rate in rates):
-        raise click.BadParameter(f"{value!r}: rates are between 0 and 1", ctx, param)
+        raise click.BadParameter(f"{value!r}: rates must be between 0 and 1", ctx, param)
     return rates
 
 
@@ -36,7 +36,7 @@ def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | No
             raise ValueError(name)
         return {name or "threshold": float(number)}
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
+        raise click.BadParameter(f"{value!r} is not a threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
 
 
 def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -44,7 +44,7 @@ def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None)
         return value
     parts = [part.strip() for part in value.split(",")]
     if not set(parts) <= {"train", "val", "test"}:
-        raise click.BadParameter(f"{value!r}: write train, val, test, several with commas, or all", ctx, param)
+        raise click.BadParameter(f"{value!r}: write all, or train, val and test with commas between", ctx, param)
     return ",".join(parts)
 
 
@@ -58,85 +58,85 @@ def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option(
     "--table",
     type=click.Path(exists=True, dir_okay=False),
-    help="The csv that was predicted from: labels, splits, exams and columns that the predictions lack.",
+    help="The csv with the predicted images: labels, splits, exams and columns that the predictions lack.",
 )
-@click.option("--label", metavar="COLUMN", help="Column of the truth, 1 or 0; by default label, or label_NAME of each.")
+@click.option("--label", metavar="COLUMN", help="Column of the truth, 1 or 0; by default label, or every label_NAME.")
 @click.option(
     "--score",
     metavar="COLUMN",
-    help="Column of the score, larger for 1; by default log_odds_NAME, else p_NAME, else score_NAME.",
+    help="Column of the score, larger for label 1; by default log_odds_NAME, else p_NAME, else score_NAME.",
 )
 @click.option(
     "--classes",
     callback=_parse_classes,
     metavar="NAMES",
-    help="Order of three or more classes, the lowest first, with commas: kappa and the highest of an exam go by it. By "
-    "default that of the training, if it was stated, or of numbers.",
+    help="Order of three or more classes, lowest first, with commas between; kappa and the highest class of an exam "
+    "use it. By default, the order stated in training, or that of numbers.",
 )
 @click.option(
     "--split",
     callback=_parse_splits,
     metavar="SPLIT",
-    help="Which rows are measured: train, val or test, several with commas, or all, which leaves train out. Whatever "
-    "is fitted is fitted on the rows of val.",
+    help="Rows to measure: train, val or test, several with commas between, or all, which excludes train. Thresholds "
+    "and calibration are fitted on the rows of val.",
 )
 @click.option(
     "--level",
     "levels",
     multiple=True,
     type=click.Choice(["image", "breast", "exam"]),
-    help="What is a row; may be given several times. By default images, and breasts and exams where they are fewer.",
+    help="Unit that is measured. Repeatable. By default images, and breasts and exams if there are fewer of them.",
 )
-@click.option("--by", multiple=True, metavar="COLUMN", help="Subgroups by the values of a column; several times.")
+@click.option("--by", multiple=True, metavar="COLUMN", help="Subgroups by the values of a column. Repeatable.")
 @click.option(
     "--compare",
     "other",
     type=click.Path(exists=True, dir_okay=False),
-    help="Predictions of the same images, breasts or exams by another model or a reader: paired DeLong test.",
+    help="Predictions for the same images, breasts or exams by another model or a reader: paired DeLong test.",
 )
 @click.option(
     "--marks",
     type=click.Path(exists=True, dir_okay=False),
-    help="Marks in the images, as gigamorph explain writes them: FROC against the findings of --table.",
+    help="Marks in the images, as written by gigamorph explain: FROC against the findings of --table.",
 )
 @click.option(
     "--false-marks",
     default="0.125,0.25,0.5,1,2,4,8",
     show_default=True,
     callback=functools.partial(options.parse_numbers, example="0.125,1,2"),
-    help="Of --marks: false marks per image at which the lesions found are told.",
+    help="For --marks: false marks per image at which the share of lesions found is reported.",
 )
 @click.option(
     "--iou",
     type=float,
-    help="Of --marks: a box finds a lesion if they share so much of their union; by default if its middle is inside.",
+    help="For --marks: least overlap (IoU) of a box with the lesion it finds; by default, its centre must be inside.",
 )
 @click.option(
     "--threshold",
     callback=_parse_threshold,
     metavar="NUMBER",
-    help="A threshold that was fixed before, a probability or log_odds=NUMBER: what comes of calling from it on.",
+    help="A threshold fixed in advance, a probability or log_odds=NUMBER: results of calling cases at or above it.",
 )
-@click.option("--reader", metavar="COLUMN", help="Of a readers' study, whose rows are readings: who read (MRMC).")
-@click.option("--modality", metavar="COLUMN", help="Of a readers' study: by what was read; modalities are compared.")
+@click.option("--reader", metavar="COLUMN", help="For a reader study (MRMC), with one reading per row: the reader.")
+@click.option("--modality", metavar="COLUMN", help="For a reader study: the modality; modalities are compared.")
 @click.option(
     "--covariance",
     type=click.Choice(["delong", "jackknife"]),
     default="delong",
     show_default=True,
-    help="Of a readers' study: the covariance of the areas; the jackknife leaves out a patient at a time.",
+    help="For a reader study: covariance of the areas; the jackknife leaves out one patient at a time.",
 )
 @click.option(
     "--rates",
     default="0.8,0.9,0.95",
     show_default=True,
     callback=_parse_rates,
-    help="Specificities at which the sensitivity is told, and the other way round; partial areas begin there.",
+    help="Specificities at which sensitivity is reported, and vice versa; lower bounds of partial areas.",
 )
-@click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Of the bootstrap.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
-@click.option("--overwrite", is_flag=True, help="Replace the evaluation that --out holds.")
-@click.option("--json", "as_json", is_flag=True, help="Print metrics.json in the place of the lines.")
+@click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Bootstrap resamples.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--overwrite", is_flag=True, help="Replace the evaluation in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the summary.")
 def eval(
     predictions: str,
     out: str,
@@ -163,14 +163,17 @@ def eval(
 ) -> None:
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
-    PREDICTIONS is the csv of gigamorph predict, its folder, or any csv with a column of scores and one of labels. An
-    image is a row; a breast is the mean probability of its views; an exam is the highest of its breasts; of the folder
-    of a network trained with --views exams are rows, combined as in the training. metrics.json,
-    plots and report.html, which holds them all, come into --out; of two classes calibration.json as well, fitted on the
-    rows of split val, for gigamorph predict --calibration. Training rows are measured only where --split names them.
+    PREDICTIONS is the csv of gigamorph predict, its folder, or any csv with columns of scores and labels.
 
-    Of masks, as gigamorph predict writes their table: the mean Dice of the images, with intervals over patients; with
-    --table the images that are furthest off are drawn.
+    Each row is an image. A breast has the mean probability of its views, an exam the highest probability of its
+    breasts. For a network trained with --views, each row is an exam, combined as in training. Training rows are
+    measured only if --split names them.
+
+    The command writes metrics.json, plots and report.html, which contains both, to --out. For two classes it also
+    writes calibration.json, fitted on the rows of split val, for gigamorph predict --calibration.
+
+    For tables of masks, as written by gigamorph predict, it measures the mean Dice of the images with intervals over
+    patients; with --table it also draws the worst images.
 
     Example: gigamorph eval predictions/predictions.csv --table table.csv --split test --by density --out evaluation
     """
@@ -182,21 +185,21 @@ def eval(
     from ..engine.evaluate.evaluate import Settings
     from ..engine.evaluate.read import read_parts
 
-    _refuse(Path(out), overwrite)
-    predictions = str(_chosen(Path(predictions), levels))
+    _require_new(Path(out), overwrite)
+    predictions = str(_table_to_measure(Path(predictions), levels))
 
     def read(path: str) -> Parts:
         return read_parts(path, table=table, label=label, score=score, split=split, classes=classes)
 
-    def noted(rows: dict[str, Any], **others: str | None) -> dict[str, Any]:
+    def with_source(rows: dict[str, Any], **others: str | None) -> dict[str, Any]:
         return {"split": split, "rows": rows, **_source(Path(predictions), table=table, **others)}
 
     masks = read_dice(predictions, split)
     if masks is not None:
         if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, *threshold)):
-            raise click.UsageError("of predicted masks only --table, --split, --resamples and --seed can be said")
-        lines = _measure_dice(out, masks[0], noted(masks[1]), table, resamples, seed)
-        _tell(out, lines, as_json)
+            raise click.UsageError("predicted masks accept only --table, --split, --resamples and --seed")
+        lines = _measure_dice(out, masks[0], with_source(masks[1]), table, resamples, seed)
+        _print_result(out, lines, as_json)
         return
     parts = read(predictions)
     images = parts.measured
@@ -216,34 +219,34 @@ def eval(
     )
     if reader is not None:
         how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
-        lines = _compare_readers(out, images, noted(parts.rows), **how)
+        lines = _compare_readers(out, images, with_source(parts.rows), **how)
     elif images.kind == "numbers":
         if other is not None or marks is not None or threshold or by:
-            raise click.UsageError("--compare, --marks, --threshold and --by are of classes and labels, not of numbers")
-        lines = _measure_numbers(out, images, settings, noted(parts.rows))
+            raise click.UsageError("--compare, --marks, --threshold and --by need classes or labels, not numbers")
+        lines = _measure_numbers(out, images, settings, with_source(parts.rows))
     else:
-        notes = noted(parts.rows, compared_with=other, marks=marks)
+        notes = with_source(parts.rows, compared_with=other, marks=marks)
         compared = None if other is None else read(other).measured
         marked = None if marks is None else (marks, str(table))
         lines = _measure(out, parts, settings, notes, compared, marked, Path(predictions))
-    _tell(out, lines, as_json)
+    _print_result(out, lines, as_json)
 
 
-def _chosen(predictions: Path, levels: tuple[str, ...]) -> Path:
-    """The table to measure: of a network that takes the views of an exam as one sample that of exams, unless a level
-    below is asked for."""
+def _table_to_measure(predictions: Path, levels: tuple[str, ...]) -> Path:
+    """Return the table to measure: that of exams if the network takes an exam as one sample and no lower level is
+    asked for, else that of images."""
     from ..engine.evaluate.read import note_of, samples_in, table_in
 
     below = set(levels) & {"image", "breast"}
     chosen = table_in(predictions) if below else samples_in(predictions)
     views = note_of(chosen).get("views")
     if views is not None and chosen.name != "exams.csv" and not below:
-        told = f"{chosen}: the network takes an exam's views as one ({views}), which exams.csv has; here images count"
-        click.echo(f"warning: {told}", err=True)
+        text = f"{chosen}: the network combines the views of an exam ({views}), as in exams.csv; this measures images"
+        click.echo(f"warning: {text}", err=True)
     return chosen
 
 
-def _tell(out: str, lines: list[str], as_json: bool) -> None:
+def _print_result(out: str, lines: list[str], as_json: bool) -> None:
     if as_json:
         click.echo((Path(out) / "metrics.json").read_text(), nl=False)
         return
@@ -254,20 +257,20 @@ def _tell(out: str, lines: list[str], as_json: bool) -> None:
 _WRITTEN = ("metrics.json", "report.html", "calibration.json")
 
 
-def _refuse(out: Path, overwrite: bool) -> None:
-    """A folder that holds metrics, unless they may be replaced."""
+def _require_new(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that contains metrics, unless `overwrite`."""
     from ..engine.errors import GigamorphError
 
     if (out / "metrics.json").exists() and not overwrite:
-        raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
+        raise GigamorphError(f"{out}: already holds metrics; give another --out, or --overwrite")
 
 
-def _clear(out: str) -> None:
-    """Remove what an evaluation before has written; only when the new one is computed, and no picture of others."""
+def _remove_old_results(out: str) -> None:
+    """Remove the files of an earlier evaluation, but no other pictures; called once the new results are computed."""
     if not (Path(out) / "metrics.json").exists():
         return
     page = Path(out) / "report.html"
-    held = page.read_text(encoding="utf-8") if page.exists() else ""  # the page holds its pictures
+    held = page.read_text(encoding="utf-8") if page.exists() else ""  # the page embeds its pictures
     for path in Path(out).glob("*.png"):
         if base64.b64encode(path.read_bytes()).decode() in held:
             path.unlink()
@@ -276,13 +279,13 @@ def _clear(out: str) -> None:
 
 
 def _warn_of_repeats(images: Cases) -> None:
-    """Each row counts, which of a table of its own may not be meant."""
+    """Warn if the table has several rows per image, because each row is measured."""
     seen: set[tuple[str, str]] = set()
     frames = images.columns.get("frame", ("",) * len(images))
     repeated = [one for one in zip(images.names, frames, strict=True) if one in seen or seen.add(one)]
     if repeated:
         first = repeated[0][0]
-        repeats = f"{len(repeated)} of {len(images)} rows are of an image that is there before ({first}); each counts"
+        repeats = f"{len(repeated)} of {len(images)} rows repeat an image ({first}); every row is measured"
         click.echo(f"warning: {repeats}", err=True)
 
 
@@ -295,7 +298,7 @@ def _measure(
     marks: Any,
     predictions: Path,
 ) -> list[str]:
-    """Write the measures of classes or labels; lines for people."""
+    """Write the measures of classes or labels, and return a summary."""
     from ..engine.evaluate.evaluate import evaluate
     from ..engine.evaluate.read import note_of, read_marks
     from ..engine.evaluate.report import headline, order_line, rows_line, write_report
@@ -305,18 +308,18 @@ def _measure(
     if marked is not None:
         found["froc"]["findings_without_place"] = without
     found |= notes
-    _clear(out)
+    _remove_old_results(out)
     calibrated, lines = _fit_calibration(out, parts, found, note_of(predictions))
-    what = ["thresholds"] * _are_chosen(found) + ["calibration.json"] * calibrated
+    what = ["thresholds"] * _has_validation_thresholds(found) + ["calibration.json"] * calibrated
     if parts.validation is not None and what:
         found["rows"] = {**parts.rows, "fitted": {"what": what, "rows": len(parts.validation)}}
     page = write_report(out, parts.measured, found)
-    told = [line for line in (rows_line(found["rows"]), order_line(found)) if line]
-    return [*told, *headline(found), f"{page}, metrics.json and plots", *lines]
+    first = [line for line in (rows_line(found["rows"]), order_line(found)) if line]
+    return [*first, *headline(found), f"{page}, metrics.json and plots", *lines]
 
 
-def _are_chosen(found: dict[str, Any]) -> bool:
-    """Whether thresholds were taken of validation rows, if there are any."""
+def _has_validation_thresholds(found: dict[str, Any]) -> bool:
+    """Whether thresholds were chosen on validation rows."""
     outputs = [output for level in found["levels"].values() for output in level["outputs"].values()]
     return any(
         output.get("threshold", {}).get("from", "given") != "given"
@@ -326,8 +329,8 @@ def _are_chosen(found: dict[str, Any]) -> bool:
 
 
 def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Of two classes by a network that is known, unless the predictions are calibrated: whether there is one; lines for
-    people."""
+    """Fit and write a calibration if a known network predicted two classes without calibration; return whether one was
+    written, and lines that say why not."""
     from ..engine.errors import DataError
     from ..engine.evaluate.class_names import positive_number
     from ..engine.evaluate.recalibration import write_calibration
@@ -338,10 +341,10 @@ def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[s
         return False, []
     try:
         if parts.validation is None:
-            raise DataError("it is fitted on rows of split val, of which there are none")
+            raise DataError("it is fitted on rows of split val, and there are none")
         classes = note.get("classes", [None, *images.outputs])
         if len(classes) != 2 or (None not in classes and [classes[positive_number(classes)]] != list(images.outputs)):
-            raise DataError(f"{images.outputs[0]} is not the positive class of a network of two classes; omit --score")
+            raise DataError(f"{images.outputs[0]} is not the positive class of a two-class network; omit --score")
         write_calibration(out, parts.validation, found, note["sha256"], note.get("flip", ()))
     except DataError as error:
         return False, [f"no calibration.json: {error}"]
@@ -349,12 +352,12 @@ def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[s
 
 
 def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[str, Any]) -> list[str]:
-    """Write the measures of numbers; lines for people."""
+    """Write the measures of numbers, and return a summary."""
     from ..engine.evaluate.numbers import evaluate_numbers, numbers_headline, write_numbers_report
     from ..engine.evaluate.report import rows_line
 
     found = evaluate_numbers(images, settings) | notes
-    _clear(out)
+    _remove_old_results(out)
     page = write_numbers_report(out, images, found)
     return [rows_line(found["rows"]), *numbers_headline(found), f"{page}, metrics.json and plots"]
 
@@ -362,33 +365,33 @@ def _measure_numbers(out: str, images: Cases, settings: Settings, notes: dict[st
 def _measure_dice(
     out: str, rows: Rows, notes: dict[str, Any], table: str | None, resamples: int, seed: int
 ) -> list[str]:
-    """Write the Dice of masks; lines for people."""
+    """Write the Dice of masks, and return a summary."""
     from ..engine.evaluate.dice import dice_headline, evaluate_dice
     from ..engine.evaluate.dice_report import write_dice_report
     from ..engine.evaluate.report import rows_line
 
     found = evaluate_dice(rows, resamples=resamples, seed=seed) | notes
-    _clear(out)
+    _remove_old_results(out)
     page = write_dice_report(out, rows, found, table)
     undrawn = table is not None and "mask" not in rows.header
-    notes_of_images = [f"{rows.path.name} has no column mask: no image is drawn"] if undrawn else []
+    notes_of_images = [f"{rows.path.name} has no column mask; no images are drawn"] if undrawn else []
     return [rows_line(found["rows"]), *dice_headline(found), *notes_of_images, f"{page}, metrics.json and plots"]
 
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:
-    """Write a readers' study (MRMC), `how` being what `study_of` takes; lines for people."""
+    """Write a reader study (MRMC) with the arguments `how` of `study_of`, and return a summary."""
     from ..engine.evaluate.readers import study_of
     from ..engine.evaluate.readers_report import reader_headline, write_reader_report
     from ..engine.evaluate.report import rows_line
 
     study = study_of(images, **how)
-    _clear(out)
+    _remove_old_results(out)
     page = write_reader_report(out, study, notes)
     return [rows_line(notes["rows"]), *reader_headline(study), f"{page} and metrics.json"]
 
 
 def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
-    """What was evaluated, by names of files without their folders."""
+    """Return what was evaluated, with file names without their folders."""
     from ..engine.evaluate.read import note_of
 
     note = note_of(predictions)

@@ -1,4 +1,4 @@
-"""``gigamorph explain``: maps of what a prediction rests on, as pictures, TIFF and DICOM SEG."""
+"""``gigamorph explain``: maps of the evidence for a prediction, as pictures, TIFF and DICOM SEG."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from .numerals import counted
     type=click.Choice(["activation", "gradient"]),
     default="activation",
     show_default=True,
-    help="activation: what each place adds to the log-odds; gradient: how much each pixel moves them.",
+    help="activation: what each location adds to the log-odds; gradient: how strongly each pixel changes them.",
 )
 @click.option(
-    "--class", "name", metavar="NAME", help="Class to explain; by default the positive one of two, else the likeliest."
+    "--class",
+    "name",
+    metavar="NAME",
+    help="Class to explain; by default the positive of two, else the most probable.",
 )
 @click.option(
     "--format",
@@ -32,25 +35,26 @@ from .numerals import counted
     type=click.Choice(["png", "tif", "seg", "binary-seg"]),
     default=("png",),
     show_default=True,
-    help="png: drawn over the image; tif: values in float32; seg: DICOM SEG, fractional or of the region. Repeatable.",
+    help="png: over the image; tif: float32 values; seg, binary-seg: DICOM SEG, fractional or binary. Repeatable.",
 )
 @runner.over_images
 def explain(
     images: tuple[str, ...], out: str, method: Any, name: str | None, formats: tuple[Any, ...], run: runner.Run
 ) -> None:
-    """Show where a prediction comes from, on every pixel of the file as stored.
+    """Map the evidence for a prediction onto every pixel of the stored file.
 
-    Of two classes the positive one by its name is explained, as gigamorph eval takes it, of more the most probable one.
-    Class and probability are written in the picture, and its colours are on one scale for all images, so that a
-    negative is grey.
+    For two classes, the positive one is explained, chosen by its name as in gigamorph eval; for more classes, the most
+    probable one. Each picture shows class and probability. All pictures share one colour scale, so that a negative
+    image stays grey.
 
-    IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path. Maps are computed by tiles and
-    equal those of the whole image. What is done stays done and may be shared out, as in gigamorph predict. marks.csv
-    has the peaks of class activation maps, for gigamorph eval --marks. exams.csv combines the views of an exam as
-    predict does, and has the place that adds most to it.
+    IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path. Maps are computed in tiles and
+    equal those of the whole image. Runs can be resumed and divided into shards, as in gigamorph predict.
 
-    A DICOM SEG needs highdicom, and carries what identifies the patient, as it must to be shown with its image. With
-    --store the SEGs go to a DICOMweb store at the end.
+    marks.csv contains the peaks of class activation maps, for gigamorph eval --marks. exams.csv combines the views of
+    an exam as predict does, and contains the location with the largest contribution.
+
+    DICOM SEG files need highdicom. They contain the patient's identity, so that viewers show them with their image.
+    With --store, they are sent to a DICOMweb store at the end.
 
     CHECKPOINT is one of gigamorph train, its folder of --folds, or a folder of gigamorph import.
 
@@ -60,15 +64,15 @@ def explain(
     from ..engine.explain import explain as explained
 
     if run.options["store"] and not {"seg", "binary-seg"} & set(formats):
-        raise click.UsageError("--store takes DICOM SEGs; add --format seg or --format binary-seg")
+        raise click.UsageError("--store needs DICOM SEGs; add --format seg or --format binary-seg")
     chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = explained(run.opener, images, out, chosen, watch)
     if run.as_json:
-        runner.tell_end(found)
+        runner.print_end(found)
         return
     marks = ", marks.csv" if method == "activation" and found.complete else ""
     click.echo(f"{counted(found.done, 'image')} explained, {found.failed} skipped; {Path(out)}{marks}")
-    runner.tell_stored(found, chosen.store)
+    runner.print_stored(found, chosen.store)
     if found.failed:
-        click.echo(f"{Path(out) / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
+        click.echo(f"{Path(out) / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")

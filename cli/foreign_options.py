@@ -1,19 +1,19 @@
-"""Options of other training programs (timm's script, Ultralytics, the Lightning CLI), told as ours."""
+"""Options of other training programs (timm's script, Ultralytics, the Lightning CLI), mapped to those of `train`."""
 
 from __future__ import annotations
 
 import rich_click as click
 from click.exceptions import NoSuchOption
 
-_BATCH = "images go one by one, --accumulate N takes N per optimizer step"
-_SIZE = "images are taken at their own size, --downsample R averages R x R pixels"
-_OUT = "--out names the run's folder"
+_BATCH = "images are processed one by one; --accumulate N uses N per optimizer step"
+_SIZE = "images keep their own size; --downsample R averages R x R pixels"
+_OUT = "use --out for the folder of the run"
 _CONFIG = "-o {} sets it (docs/training.md)"
 _OURS = {
     **dict.fromkeys(("-b", "--batch", "--batch-size"), _BATCH),
     **dict.fromkeys(("--imgsz", "--img-size", "--input-size"), _SIZE),
     **dict.fromkeys(("--output", "--project", "--name", "--experiment", "--default-root-dir"), _OUT),
-    **dict.fromkeys(("--amp", "--amp-dtype", "--half"), "--precision bf16 computes in mixed precision"),
+    **dict.fromkeys(("--amp", "--amp-dtype", "--half"), "use --precision bf16 for mixed precision"),
     **dict.fromkeys(("--opt", "--optimizer"), _CONFIG.format("optimizer.name=sgd")),
     **dict.fromkeys(("--sched", "--scheduler"), _CONFIG.format("schedule.name=cosine")),
     **dict.fromkeys(("--warmup", "--warmup-epochs"), _CONFIG.format("schedule.warmup=0.1")),
@@ -23,17 +23,17 @@ _OURS = {
     "--focal": _CONFIG.format("loss.focal=2"),
     "--momentum": _CONFIG.format("optimizer.momentum=0.9"),
     "--layer-decay": _CONFIG.format("optimizer.layer_decay=0.8"),
-    "--pretrained": "--init timm:NAME begins with timm's pretrained weights",
-    "--in-chans": "--channels is it",
-    "--num-classes": "classes are those of the table",
-    "--max-epochs": "--epochs is it",
-    "--learning-rate": "--lr is it",
-    "--logger": "--log tensorboard is it",
+    "--pretrained": "use --init timm:NAME for timm's pretrained weights",
+    "--in-chans": "use --channels",
+    "--num-classes": "the table defines the classes",
+    "--max-epochs": "use --epochs",
+    "--learning-rate": "use --lr",
+    "--logger": "use --log, as in --log tensorboard",
 }
 
 
 class TrainCommand(click.RichCommand):
-    """Says of an option of another program which of ours it is."""
+    """A command that suggests our option for an unknown option of another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

@@ -1,4 +1,4 @@
-"""What this machine has, and which known trap it is in."""
+"""What this machine has, and which known problems it has."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _SAFE_LIGHTNING = (2, 6, 6)
 
 @dataclass(frozen=True)
 class Machine:
-    """All that `problems` judges by; sizes in bytes."""
+    """The facts that `problems` checks; sizes in bytes."""
 
     versions: dict[str, str]
-    """Installed packages of `PACKAGES`."""
+    """Versions of the installed packages among `PACKAGES`."""
     import_errors: dict[str, str]
-    """First line of what importing an installed package raised."""
+    """First line of the error of each installed package that cannot be imported."""
     cuda_build: str | None
-    """CUDA version that torch was built for, None for a CPU build."""
+    """CUDA version that torch was built for; None for a CPU build."""
     gpus: tuple[str, ...]
     """GPUs that torch can use."""
     driver: str | None
-    """What nvidia-smi says of the driver, None where it is missing or fails."""
+    """Driver version and GPU as reported by nvidia-smi; None if it is missing or fails."""
     cores: int
     """CPU cores that this process may use."""
     threads: int
     """Threads that torch uses."""
     memory: int
     shm: int | None
-    """Size of /dev/shm, None where there is none."""
+    """Size of /dev/shm; None if it does not exist."""
     kernels_lack: str | None = None
-    """What Triton lacks to compile kernels; None if nothing, or without a GPU."""
+    """What Triton lacks to compile kernels; None if it lacks nothing, or without a GPU."""
     failed_kernels: tuple[str, ...] = ()
-    """What failed on this GPU before, with its cause."""
+    """Kernels that failed on this GPU before, with the cause."""
     arena_lacks: str | None = None
     """Why steps on the CPU cannot allocate in an arena; None if they do."""
     winograd_lacks: str | None = None
@@ -56,13 +56,13 @@ class Machine:
 @dataclass(frozen=True)
 class Problem:
     level: str
-    """"error" prevents work, "warning" slows it or closes a way."""
+    """"error" prevents work; "warning" slows it down or disables a feature."""
     what: str
     fix: str
 
 
 def probe() -> Machine:
-    """Look at the machine; imports torch, torchvision, timm and imagecodecs."""
+    """Collect the facts of this machine; imports torch, torchvision, timm and imagecodecs."""
     import torch
 
     installed = versions(*PACKAGES)
@@ -71,13 +71,13 @@ def probe() -> Machine:
         if name in installed:
             try:
                 importlib.import_module(name)
-            except Exception as error:  # whatever it is, it is the answer
+            except Exception as error:  # any error is a result to report
                 errors[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            of = torch.cuda.get_device_properties(index)
-            gpus.append(f"{of.name}, {format_bytes(of.total_memory)}, sm_{of.major}{of.minor}")
+            gpu = torch.cuda.get_device_properties(index)
+            gpus.append(f"{gpu.name}, {format_bytes(gpu.total_memory)}, sm_{gpu.major}{gpu.minor}")
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
     lacks = kernels.missing() if gpus else None
     failed = {} if lacks or not gpus else failures()
@@ -109,7 +109,7 @@ def _driver() -> str | None:
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
-    """Pairs of name and text, the last ones saying what will be used and why."""
+    """Return pairs of name and text; the last pair states which device will be used and why."""
     rows = [
         (
             "system",
@@ -120,7 +120,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ("CPU steps", "allocate in an arena" if machine.arena_lacks is None else "allocate in the C library's heap"),
         ("CPU 3 x 3", f"oneDNN: {machine.winograd_lacks}" if machine.winograd_lacks else "Winograd's filtering"),
         ("GPU", "; ".join(machine.gpus) or "none that torch can use"),
-        ("driver", machine.driver or "no nvidia-smi"),
+        ("driver", machine.driver or "nvidia-smi not found"),
     ]
     rows += [(name, machine.versions.get(name, "not installed")) for name in PACKAGES]
     if machine.gpus:
@@ -134,23 +134,23 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def problems(machine: Machine) -> list[Problem]:
-    """The known traps that this machine is in."""
+    """Return the known problems of this machine."""
     return [
-        *_of_torchvision(machine),
-        *_of_gpus(machine),
-        *_of_host(machine),
-        *_of_packages(machine),
-        *_untested(machine),
+        *_torchvision_problems(machine),
+        *_gpu_problems(machine),
+        *_host_problems(machine),
+        *_package_problems(machine),
+        *_version_problems(machine),
     ]
 
 
-def _of_torchvision(machine: Machine) -> Iterator[Problem]:
+def _torchvision_problems(machine: Machine) -> Iterator[Problem]:
     torch_version = machine.versions.get("torch", "")
     vision = machine.import_errors.get("torchvision")
     if vision is not None:
         matched = "torchvision::nms" in vision
         what = (
-            f"torchvision {machine.versions['torchvision']} was built for another torch than {torch_version} "
+            f"torchvision {machine.versions['torchvision']} was not built for torch {torch_version} "
             "(operator torchvision::nms does not exist); timm and Lightning fail with it"
             if matched
             else f"torchvision cannot be imported: {vision}"
@@ -158,47 +158,47 @@ def _of_torchvision(machine: Machine) -> Iterator[Problem]:
         index = "https://download.pytorch.org/whl/" + ("cpu" if machine.cuda_build is None else "cu" + _digits(machine))
         yield Problem(
             "warning",
-            what + "; gigamorph declares the missing operator and works, other programs do not",
+            what + "; gigamorph works because it declares the missing operator, but other programs fail",
             f"pip install --force-reinstall --no-deps torchvision --index-url {index} (or uninstall torchvision)",
         )
 
 
-def _of_gpus(machine: Machine) -> Iterator[Problem]:
-    """GPUs that torch cannot use, and kernels that cannot be used on them."""
+def _gpu_problems(machine: Machine) -> Iterator[Problem]:
+    """Yield GPUs that torch cannot use, and kernels that cannot run on them."""
     if machine.cuda_build is not None and not machine.gpus:
         fix = (
-            "update the driver to one that knows CUDA " + machine.cuda_build
+            "update the driver to one that supports CUDA " + machine.cuda_build
             if machine.driver
-            else "nothing, if this machine has no GPU (a CPU build is smaller); else install the NVIDIA driver, "
-            "and in a container pass the GPU through (docker run --gpus all)"
+            else "none needed if this machine has no GPU (a CPU build is smaller); otherwise install the NVIDIA "
+            "driver, and in a container pass the GPU through (docker run --gpus all)"
         )
         yield Problem("warning", f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix)
     if machine.cuda_build is None and machine.driver is not None:
         yield Problem(
             "warning",
-            f"there is an NVIDIA GPU ({machine.driver}), but torch {machine.versions.get('torch', '')} is a CPU build",
+            f"the NVIDIA GPU ({machine.driver}) is unused: torch {machine.versions.get('torch', '')} is a CPU build",
             "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
         )
     if machine.kernels_lack is not None:
         what, _, fix = machine.kernels_lack.partition("; ")
-        yield Problem("warning", f"kernels cannot be compiled, PyTorch's own ops run on the GPU: {what}", fix)
+        yield Problem("warning", f"kernels cannot be compiled, so PyTorch's own ops run on the GPU: {what}", fix)
     if machine.failed_kernels:
         first, *others = machine.failed_kernels
         several = f", and {len(others)} more" if others else ""
         yield Problem(
             "warning",
-            f"kernels failed on this GPU, PyTorch's own ops do their work: {first}{several}",
+            f"kernels failed on this GPU, so PyTorch's own ops replace them: {first}{several}",
             "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
-            "an update of torch, triton or gigamorph tries them again",
+            "they are tried again after an update of torch, triton or gigamorph",
         )
 
 
-def _of_host(machine: Machine) -> Iterator[Problem]:
-    """Threads and shared memory."""
+def _host_problems(machine: Machine) -> Iterator[Problem]:
+    """Yield problems of threads, of the CPU allocator and of shared memory."""
     if machine.threads < machine.cores and machine.threads == 1:
         yield Problem(
             "warning",
-            f"torch uses 1 thread of {machine.cores} cores",
+            f"torch uses 1 thread on {machine.cores} cores",
             f"unset OMP_NUM_THREADS, or set it to {machine.cores}",
         )
     if machine.threads > machine.cores:
@@ -222,15 +222,15 @@ def _of_host(machine: Machine) -> Iterator[Problem]:
         )
 
 
-def _of_packages(machine: Machine) -> Iterator[Problem]:
-    """Packages without which commands fail."""
+def _package_problems(machine: Machine) -> Iterator[Problem]:
+    """Yield missing or broken packages that commands need."""
     lightning = machine.versions.get("lightning")
     if lightning is None:
-        yield Problem("error", "lightning is missing; training needs it", "pip install 'lightning>=2.6.6'")
+        yield Problem("error", "lightning is not installed; training needs it", "pip install 'lightning>=2.6.6'")
     elif _release(lightning) < _SAFE_LIGHTNING:
         yield Problem(
             "error",
-            f"lightning {lightning}: before 2.6.6 checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
+            f"lightning {lightning}: before 2.6.6, checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
             "pip install 'lightning>=2.6.6'",
         )
     elif "lightning" in machine.import_errors and "torchvision" not in machine.import_errors:
@@ -244,21 +244,21 @@ def _of_packages(machine: Machine) -> Iterator[Problem]:
         )
 
 
-def _untested(machine: Machine) -> Iterator[Problem]:
-    """Packages that are newer than the tests, and may have changed what gigamorph builds upon."""
-    there = {name: machine.versions.get(name, "") for name in TESTED}
-    newer = {name: TESTED[name] for name, text in there.items() if _release(text)[:2] > _release(TESTED[name].newest)}
+def _version_problems(machine: Machine) -> Iterator[Problem]:
+    """Yield packages that are newer than the tested versions; their behaviour may have changed."""
+    found = {name: machine.versions.get(name, "") for name in TESTED}
+    newer = {name: TESTED[name] for name, text in found.items() if _release(text)[:2] > _release(TESTED[name].newest)}
     if newer:
-        whole = ", ".join(f"{name} {tested.oldest} to {tested.newest}" for name, tested in newer.items())
-        parts = " and ".join(f"{name} {tested.in_parts}" for name, tested in newer.items())
-        named = " and ".join(f"{name} {there[name]}" for name in newer)
+        full = ", ".join(f"{name} {tested.oldest} to {tested.newest}" for name, tested in newer.items())
+        partial = " and ".join(f"{name} {tested.in_parts}" for name, tested in newer.items())
+        named = " and ".join(f"{name} {found[name]}" for name in newer)
         former = " ".join(f"'{name}=={tested.newest}.*'" for name, tested in newer.items())
         yield Problem(
             "warning",
-            f"{named}: newer than gigamorph is tested with ({whole}; in parts {parts})",
-            "nothing while results are right: accelerate(network, verify=True) compares a network with ordinary "
-            "PyTorch, as does gigamorph bench step --model NAME --size 512x512 --peer stock --peer gigamorph; where "
-            f"they differ, report it, and pip install {former}",
+            f"{named}: newer than the tested versions ({full}; partially tested {partial})",
+            "none needed while results are correct: accelerate(network, verify=True) compares a network with ordinary "
+            "PyTorch, as does gigamorph bench step --model NAME --size 512x512 --peer stock --peer gigamorph; if they "
+            f"differ, report it, and pip install {former}",
         )
 
 

@@ -1,4 +1,4 @@
-"""``gigamorph import``: a published network becomes a folder that every command takes as a model."""
+"""``gigamorph import``: convert a published network into a folder that every command accepts as a model."""
 
 from __future__ import annotations
 
@@ -39,50 +39,48 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option(
     "--weights",
     metavar="FILE",
-    help="State dict, checkpoint or Hugging Face folder on disk; cache: what timm has fetched before.",
+    help="State dict, checkpoint or Hugging Face folder on disk; cache: the weights that timm fetched earlier.",
 )
-@click.option("--prefix", default="", metavar="NAMES", help="Take the weights whose names begin so, as in model.")
+@click.option("--prefix", default="", metavar="NAMES", help="Use the weights whose names begin like this, as in model.")
 @click.option(
     "--layout",
     type=click.Choice(["mammoscreen", "rsna-2023", "mammo-clip", "gmic"]),
-    help="Of a checkpoint; by default recognised by its names.",
+    help="Layout of a checkpoint; by default recognised by the names in it.",
 )
 @click.option(
     "--activation",
     type=click.Choice(["softmax", "sigmoid", "probability", "features"]),
-    help="What the outputs are; by default softmax, of a single one sigmoid.",
+    help="Kind of outputs; by default softmax, or sigmoid for a single output.",
 )
-@click.option("--classes", metavar="NAMES", help="Names of the outputs with commas between; by default 0,1,...")
+@click.option("--classes", metavar="NAMES", help="Names of the outputs, with commas between; by default 0,1,...")
 @click.option(
     "--head",
     "heads",
     multiple=True,
     metavar="NAME=...",
     callback=_parse_heads,
-    help="Of several heads, in order: density=softmax:A,B,C,D. Repeatable.",
+    help="One of several heads, in order, as in density=softmax:A,B,C,D. Repeatable.",
 )
-@click.option("--channels", type=click.Choice([1, 3]), help="Of the images; by default what the weights take.")
+@click.option("--channels", type=click.Choice([1, 3]), help="Image channels; by default those of the weights.")
 @click.option("--mean", callback=_parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
 @click.option("--std", callback=_parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
 @click.option("--voi", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.")
 @click.option(
     "--per-image",
     type=click.Choice(["minmax", "standard", "none"]),
-    help="Bring each image to [0, 1], or to mean 0 and spread 1, by its own pixels.",
+    help="Scale each image by its own pixels: to [0, 1], or to mean 0 and standard deviation 1.",
 )
 @click.option(
     "--resize",
     metavar="HxW|none",
     callback=_parse_resize,
-    help="Size that images are brought to; none keeps every pixel, also of a layout that has a size.",
+    help="Resize images to this size; none keeps every pixel, even if the layout has a size.",
 )
-@click.option(
-    "--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How they are brought to it; by default pad."
-)
-@click.option("--licence", default="", help="Of the weights, to be kept with them.")
-@click.option("--size", metavar="HxW", callback=_parse_size, help="Of the image that the import is checked by.")
+@click.option("--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How images get this size; by default pad.")
+@click.option("--licence", default="", help="Licence of the weights, to be stored with them.")
+@click.option("--size", metavar="HxW", callback=_parse_size, help="Size of the image that checks the import.")
 @options.trust_pickles
-@options.flips("Average over the mirrored image too. Repeatable; SOURCES are folders then.")
+@options.flips("Also average over the mirrored image. Repeatable; every SOURCE must then be a folder.")
 def import_(
     sources: tuple[str, ...],
     out: str,
@@ -98,15 +96,15 @@ def import_(
     flips: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Make a folder of a published network: its weights, what builds it, what it takes and gives.
+    """Convert a published network into a folder with its weights, its constructor, and its inputs and outputs.
 
-    SOURCE is a network with arguments (timm:NAME?in_chans=1&global_pool=max, module:function?width=32) whose --weights
-    are named; a Hugging Face folder on disk; a checkpoint of ianpan/mammoscreen, the RSNA 2023 winner, Mammo-CLIP or
-    GMIC; or several folders of gigamorph import, which become an ensemble: the mean of their probabilities.
+    SOURCE is one of these: a network with arguments (timm:NAME?in_chans=1&global_pool=max, module:function?width=32)
+    and its --weights; a Hugging Face folder on disk; a checkpoint of ianpan/mammoscreen, the RSNA 2023 winner,
+    Mammo-CLIP or GMIC; or several folders of gigamorph import, which become an ensemble (mean of probabilities).
 
-    The folder has the logits of a fixed image by ordinary PyTorch. It is written only if the network, computed by
-    tiles, gives them too: to 1e-5 in float32, 1e-12 in float64. predict, explain, train --init, morph, bench and plan
-    take it as a model. Nothing is ever downloaded.
+    The folder contains the logits of ordinary PyTorch for a fixed image. It is written only if tiled execution gives
+    the same logits, to 1e-5 in float32 and 1e-12 in float64. predict, explain, train --init, morph, bench and plan
+    accept it as a model. Nothing is downloaded.
 
     Example: gigamorph import "timm:tf_efficientnetv2_s?in_chans=1&global_pool=max" --weights model.safetensors
     --out net
@@ -123,8 +121,8 @@ def import_(
             if not is_folder(source):
                 require_no_run(source)
                 raise GigamorphError(
-                    f"{source}: is no folder of gigamorph import, of which ensembles and --flip are; make one of it "
-                    f"first: gigamorph import {source} --out FOLDER"
+                    f"{source}: ensembles and --flip need folders of gigamorph import; make one first: gigamorph "
+                    f"import {source} --out FOLDER"
                 )
         path = import_ensemble(sources, out, [FLIPS[flip] for flip in flips])
         networks = f"{len(sources)} network{'s' * (len(sources) > 1)}"
@@ -139,26 +137,26 @@ def import_(
     names = tuple(name.strip() for name in classes.split(",")) if classes else ()
     wishes = Wishes(weights, prefix, layout, activation, names, heads, wanted, licence, size, trust)
     for folder in import_network(next(iter(sources)), out, wishes, click.echo):
-        _show(folder)
+        _print_summary(folder)
 
 
-def _show(folder: Any) -> None:
+def _print_summary(folder: Any) -> None:
     from ..engine.models.folder import read_description
 
     found = read_description(folder)
-    taken = found.preprocessing
-    size = f", {taken.size[0]} x {taken.size[1]} ({taken.fit})" if taken.size else ", every pixel"
+    inputs = found.preprocessing
+    size = f", {inputs.size[0]} x {inputs.size[1]} ({inputs.fit})" if inputs.size else ", every pixel"
     click.echo(f"{folder}: {found.model}")
-    click.echo(f"  gives {_listed(found.outputs.names) or f'{found.outputs.columns} features'}")
-    channels = f"{taken.channels} channel{'s' * (taken.channels > 1)}"
-    click.echo(f"  takes {channels}{size}, mean {list(taken.mean)}, std {list(taken.std)}")
-    far = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
+    click.echo(f"  outputs: {_listed(found.outputs.names) or f'{found.outputs.columns} features'}")
+    channels = f"{inputs.channels} channel{'s' * (inputs.channels > 1)}"
+    click.echo(f"  inputs: {channels}{size}, mean {list(inputs.mean)}, std {list(inputs.std)}")
+    error = ", ".join(f"{found.reference[f'{kind} difference']:.0e} in {kind}" for kind in ("float32", "float64"))
     casts = "; it casts to float32 itself, in the second comparison to float64" if "casts" in found.reference else ""
     licence = found.licence or "not stated"
-    click.echo(f"  logits by tiles differ from ordinary PyTorch's by {far}{casts}; licence {licence}")
+    click.echo(f"  tiled logits differ from those of ordinary PyTorch by {error}{casts}; licence {licence}")
 
 
 def _listed(names: list[str]) -> str:
     if len(names) > 20:
-        names = [*names[:3], "...", f"{names[-1]} ({len(names)} of them)"]
+        names = [*names[:3], "...", f"{names[-1]} ({len(names)} in total)"]
     return ", ".join(names)

@@ -1,4 +1,4 @@
-"""A Ctrl-C of which the user has been told."""
+"""Handling of Ctrl-C: safe during imports, and reported once."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from types import FrameType
 import rich_click as click
 from click.exceptions import Exit
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised by a command that has said in a line how it goes on."""
+    """Raised by a command that has already printed how to continue."""
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Callable[[], bool]]:
-    """Whether a Ctrl-C has come inside.
+def interrupt_recorded() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed inside the context.
 
-    One that comes while a library is imported is put off until it is: libraries swallow it just then, and fail later or
-    not at all, and PyTorch's compiled part ends the process. A second one is not put off.
+    A Ctrl-C during the import of a library is deferred until the import ends: libraries swallow it and may fail later,
+    and PyTorch's compiled code ends the process. A second Ctrl-C is not deferred.
     """
     pressed = False
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
         first, pressed = not pressed, True
-        if first and _libraries(frame) > before and sys.getprofile() is None:
-            sys.setprofile(imported)
+        if first and _imports_in_progress(frame) > before and sys.getprofile() is None:
+            sys.setprofile(on_profile_event)
         else:
             sys.setprofile(None)
             signal.default_int_handler(number, frame)
 
-    def imported(frame: FrameType, event: str, arg: object) -> None:
-        if event == "return" and frame.f_code.co_name == "<module>" and _libraries(frame.f_back) <= before:
+    def on_profile_event(frame: FrameType, event: str, arg: object) -> None:
+        if event == "return" and frame.f_code.co_name == "<module>" and _imports_in_progress(frame.f_back) <= before:
             sys.setprofile(None)
             raise KeyboardInterrupt
 
-    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    own = plain and threading.current_thread() is threading.main_thread()
-    before = _libraries(sys._getframe())
-    if own:
-        signal.signal(signal.SIGINT, note)
+    default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    replaces_handler = default_handler and threading.current_thread() is threading.main_thread()
+    before = _imports_in_progress(sys._getframe())
+    if replaces_handler:
+        signal.signal(signal.SIGINT, on_signal)
     try:
         yield lambda: pressed
     finally:
-        if own:
+        if replaces_handler:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _libraries(frame: FrameType | None) -> int:
-    """How many modules that are not ours are being imported, one by the other."""
+def _imports_in_progress(frame: FrameType | None) -> int:
+    """Count the nested imports of modules outside gigamorph in the call stack."""
     count = 0
     while frame is not None:
         code = frame.f_code
-        count += code.co_name == "<module>" and not code.co_filename.startswith(_OURS)
+        count += code.co_name == "<module>" and not code.co_filename.startswith(_OWN_FOLDER)
         frame = frame.f_back
     return count
 
 
 class Commands(click.RichGroup):
-    """Commands that may end so: with 130 and no further word, others with a line that says who ended them."""
+    """Command group that exits with code 130 after Ctrl-C; it prints a line unless the command printed one."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -76,5 +76,5 @@ class Commands(click.RichGroup):
         except KeyboardInterrupt:  # click would print an empty line
             click.echo("stopped by Ctrl-C", err=True)
             raise Exit(130) from None
-        except BrokenPipeError as error:  # of no output (see `streams`): click would end without a word
-            raise RuntimeError("a process that this one has started has ended") from error
+        except BrokenPipeError as error:  # not of an output stream (see `streams`); click would exit silently
+            raise RuntimeError("a child process ended unexpectedly") from error

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    """``4096x3328`` -> (4096, 3328), height first."""
+    """Parse ``4096x3328`` as (4096, 3328), height first."""
     match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", value.strip())
     if match is None:
-        raise click.BadParameter(f"{value!r} is no size; write height x width, as in 4096x3328", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a size; write height x width, as in 4096x3328", ctx, param)
     return int(match[1]), int(match[2])
 
 
@@ -38,26 +38,26 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 def usable_device(value: str) -> str:
-    """auto, cpu or cuda as cpu or cuda; a click error where there is no GPU."""
+    """Resolve auto, cpu or cuda to cpu or cuda; raise a click error for cuda without a GPU."""
     import torch
 
     usable = torch.cuda.is_available()
     if value not in ("auto", "cpu", "cuda"):
-        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda", param_hint="--device")
+        raise click.BadParameter(f"{value!r} must be auto, cpu or cuda", param_hint="--device")
     if value == "cuda" and not usable:
-        raise click.BadParameter("torch can use no GPU here; gigamorph doctor says why", param_hint="--device")
+        raise click.BadParameter("torch cannot use a GPU here; run gigamorph doctor", param_hint="--device")
     return ("cuda" if usable else "cpu") if value == "auto" else value
 
 
-def flips(told: str) -> Any:
-    """``--flip``, of mirror images to average over; the command takes them as `flips`, each once, in one order."""
+def flips(text: str) -> Any:
+    """Return the option ``--flip`` (mirror images to average over); the command gets `flips`, unique and ordered."""
     return click.option(
         "--flip",
         "flips",
         multiple=True,
         type=click.Choice(list(FLIPS)),
         callback=lambda ctx, param, given: tuple(name for name in FLIPS if name in given),
-        help=told,
+        help=text,
     )
 
 
@@ -71,7 +71,7 @@ def parse_numbers(
     try:
         return tuple(float(part) for part in value.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of {what}; write {example}", ctx, param) from error
+        raise click.BadParameter(f"{value!r} is not a list of {what}; write {example}", ctx, param) from error
 
 
 def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
@@ -99,14 +99,14 @@ def _parse_white(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 def channels_of(model: str, channels: int) -> int:
-    """Image channels that a model takes: as a folder of gigamorph import says, else as asked for."""
+    """Return the image channels of a model: those of a folder of gigamorph import, else `channels`."""
     from ..engine.models.folder import is_folder, read_description
 
     return read_description(model).preprocessing.channels if is_folder(model) else channels
 
 
 def named(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """What is typed is trusted: a module of the user's own in it is imported, also where a file names it."""
+    """Trust modules that the user typed: they may be imported, also if a file names them."""
     from ..engine.trust import trust_named
 
     trust_named(*(value if isinstance(value, tuple) else (value,)))
@@ -121,10 +121,10 @@ def _trust(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
     return value
 
 
-_TRUST = "Import modules that only a file names, which runs their code: if you trust who made it."
+_TRUST = "Import modules that only a file names, which runs their code; use it only if you trust the file's author."
 trust: Any = click.option("--trust", is_flag=True, expose_value=False, callback=_trust, help=_TRUST)
 trust_pickles: Any = click.option(
-    "--trust", is_flag=True, callback=_trust, help=f"{_TRUST} A pickled module is opened, in a process of its own."
+    "--trust", is_flag=True, callback=_trust, help=f"{_TRUST} Pickled modules are opened in a separate process."
 )
 _model: Any = click.option(
     "--model",
@@ -132,13 +132,13 @@ _model: Any = click.option(
     show_default=True,
     metavar="SPEC",
     callback=named,
-    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or module:factory of your own (see gigamorph train), "
-    "with arguments as in timm:NAME?global_pool=max; or a folder of gigamorph import, with its weights.",
+    help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or your own module:factory (see gigamorph train), with "
+    "arguments as in timm:NAME?global_pool=max; or a folder of gigamorph import, with its weights.",
 )
 
 
 def model(command: Any) -> Any:
-    """``--model``, with ``--trust`` for a folder that is one."""
+    """Add ``--model``, and ``--trust`` for folders of gigamorph import."""
     return _model(trust(command))
 
 
@@ -146,12 +146,12 @@ memory_budget: Any = click.option(
     "--memory-budget",
     metavar="SIZE",
     callback=parse_budget,
-    help="Memory for a step, as in 4GiB; by default what is free.",
+    help="Memory for a step, as in 4GiB; by default the free memory.",
 )
 batch_norm: Any = click.option(
     "--batch-norm",
     type=click.Choice(["frozen"]),
-    help="Keep the statistics of BatchNorm layers as they are: less memory and time than the whole image's own.",
+    help="Keep the running statistics of BatchNorm layers: needs less memory and time than those of the whole image.",
 )
 precision: Any = click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Autocast type."
@@ -162,13 +162,13 @@ device: Any = click.option(
     default="auto",
     show_default=True,
     callback=_parse_device,
-    help="Where to compute.",
+    help="Device to compute on.",
 )
 channels: Any = click.option(
-    "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Image channels that the model takes."
+    "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Input channels of the model."
 )
 channel_count: Any = click.option(
-    "--channels", type=click.IntRange(1), default=1, show_default=True, help="Image channels that the model takes."
+    "--channels", type=click.IntRange(1), default=1, show_default=True, help="Input channels of the model."
 )
 classes_count: Any = click.option(
     "--classes", type=click.IntRange(1), default=2, show_default=True, help="Outputs of the model."
@@ -178,10 +178,10 @@ mean: Any = click.option(
     default="0",
     show_default=True,
     callback=parse_numbers,
-    help="Grey value taken as zero, 0 black to 1 white; one number, or one per channel.",
+    help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel.",
 )
 std: Any = click.option(
-    "--std", default="1", show_default=True, callback=parse_numbers, help="Spread that is scaled to one."
+    "--std", default="1", show_default=True, callback=parse_numbers, help="Standard deviation that is scaled to one."
 )
 voi: Any = click.option(
     "--voi",
@@ -193,19 +193,17 @@ white: Any = click.option(
     "--white",
     callback=_parse_white,
     metavar="LEVEL",
-    help="The value that is white in PNG, TIFF and other files that are no DICOM: a number, as 4095 for 12 bits in a "
-    "16-bit PNG, or auto for the bits that each image uses; by default the largest value of the file's type.",
+    help="White level of PNG, TIFF and other non-DICOM files: a number, as in 4095 for 12 bits in a 16-bit PNG, or "
+    "auto for the bits that each image uses; by default the largest value of the file's type.",
 )
-for_processing: Any = click.option(
-    "--for-processing", is_flag=True, help="Accept DICOM images that are not meant for display."
-)
+for_processing: Any = click.option("--for-processing", is_flag=True, help="Accept DICOM images marked FOR PROCESSING.")
 augment: Any = click.option(
     "--augment",
     metavar="LIST",
     callback=_parse_augment,
-    help="Vary training images at random, up to the limits given: any of flip, rotate=10 (degrees), scale=0.1, shear=5 "
-    "(degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, brightness=0.05, noise=0.01, with "
-    "commas between them.",
+    help="Augment training images at random up to the given limits, with commas between: flip, rotate=10 (degrees), "
+    "scale=0.1, shear=5 (degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, "
+    "brightness=0.05, noise=0.01.",
 )
-seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For all that is drawn.")
+seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
 workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")

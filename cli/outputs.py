@@ -1,4 +1,4 @@
-"""What is looked at before long work whose result goes to one file: that it loses nothing, and can be written."""
+"""Checks of an output file before long work: it can be written, and overwrites nothing of value."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..engine.files import require_writable
 
 
 def require_out(out: str | Path, read: Iterable[str | Path]) -> None:
-    """Refuse an ``--out`` that is one of the files that are ``read``, or that cannot be written."""
+    """Refuse an ``--out`` that is one of the input files ``read``, or that cannot be written."""
     if os.path.realpath(out) in {os.path.realpath(path) for path in read}:
-        raise GigamorphError(f"{out}: is read, and would be lost; name another --out")
+        raise GigamorphError(f"{out}: is an input and would be overwritten; give another --out")
     require_writable(out)
 
 
 def require_no_labels(out: str | Path) -> None:
-    """Refuse an ``--out`` that is there and is more than a table without labels, or that cannot be written."""
+    """Refuse an existing ``--out`` unless it is a table without labels; refuse one that cannot be written."""
     from ..engine.datasets.tables.cells import read_rows
     from ..engine.datasets.tables.schema import require_csv
 
@@ -29,6 +29,6 @@ def require_no_labels(out: str | Path) -> None:
     try:
         found = read_rows(path)
     except DataError as error:
-        raise GigamorphError(f"{out}: is there, and is no table; name another --out") from error
+        raise GigamorphError(f"{out}: exists and is not a table; give another --out") from error
     if any(row.get("label") for row in found.rows):
-        raise GigamorphError(f"{out}: is there, and its labels would be lost; name another --out")
+        raise GigamorphError(f"{out}: exists, and its labels would be overwritten; give another --out")

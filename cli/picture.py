@@ -1,4 +1,4 @@
-"""Grey pictures in a terminal: two pixels a character where there is colour, else letters of ten densities."""
+"""Grey pictures in a terminal: two pixels per character with colour, else characters of ten densities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RAMP = " .:-=+*#%@"
 
 
 def show_picture(picture: np.ndarray, console: Console) -> None:
-    """Print uint8 (height, width), 0 black; a character is as wide as one pixel and as high as two."""
+    """Print a uint8 picture (height, width), 0 black; a character is one pixel wide and two pixels high."""
     if console.color_system is None:
         # Every other row: characters are twice as high as wide.
         for row in picture[::2]:

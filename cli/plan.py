@@ -1,4 +1,4 @@
-"""``gigamorph plan``: tile, memory and the comparison with stock PyTorch, before anything runs."""
+"""``gigamorph plan``: tile size, memory and a comparison with stock PyTorch, before anything runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
-    """``cuda:24GiB`` -> ("cuda", its bytes)."""
+    """Parse ``cuda:24GiB`` as ("cuda", bytes)."""
     import torch
 
     kind, colon, memory = value.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not re.search(r"[kmgt]", memory.lower()))):
-        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda and cuda:MEMORY, as in cuda:24GiB", ctx, param)
+        raise click.BadParameter(f"{value!r} must be auto, cpu, cuda or cuda:MEMORY, as in cuda:24GiB", ctx, param)
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     return kind, options.parse_budget(ctx, param, memory) if colon else None
@@ -45,7 +45,7 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Images of a step: a batch, or the views of an exam.",
+    help="Images per step: a batch, or the views of an exam.",
 )
 @options.channel_count
 @options.classes_count
@@ -57,11 +57,11 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
     show_default=True,
-    help="As of train: the loss of masks is taken by tiles; of others the network's output is there whole.",
+    help="As in train: the loss of masks is computed in tiles; for other tasks, the network's output is whole.",
 )
-@click.option("--inference", is_flag=True, help="Plan a prediction, not a training step.")
+@click.option("--inference", is_flag=True, help="Plan a prediction instead of a training step.")
 @click.option(
-    "--kernels", is_flag=True, help="Also run some tiles on the GPU and list our kernel's time and cuDNN's per layer."
+    "--kernels", is_flag=True, help="Also run some tiles on the GPU and list the times of our kernels and cuDNN's."
 )
 @click.option(
     "--device",
@@ -69,7 +69,7 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     show_default=True,
     callback=_parse_place,
     metavar="auto|cpu|cuda[:MEMORY]",
-    help="Where the step would run; the GPU need not be here, as in cuda:24GiB.",
+    help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan and the budgets as JSON; sizes in bytes.")
 def plan(
@@ -87,19 +87,19 @@ def plan(
     device: tuple[str, int | None],
     as_json: bool,
 ) -> None:
-    """Say which tile a network and an image size need, the predicted peak memory, and what stock PyTorch would need.
+    """Print the tile size for a network and an image size, the predicted peak memory, and that of stock PyTorch.
 
-    A table shows what five other budgets would cost, and on a GPU that is not here which GPUs are large enough. Their
-    times are lower bounds (roofline), for the rates that are named.
+    A table shows the cost of five other budgets, or, for a GPU that this machine does not have, which GPUs are large
+    enough. Its times are lower bounds (roofline) for the stated rates.
 
-    The step itself is not computed, except with --kernels. The exit code is 2 if no tile fits the budget. Which kernels
-    run is measured once per layer and amount of work and kept; the environment variable GIGAMORPH_KERNELS=stock (or
-    triton, or auto) overrides it.
+    The step itself is not computed, except with --kernels. The exit code is 2 if no tile fits the budget. The choice of
+    kernels is measured once per layer and amount of work, and stored; the environment variable
+    GIGAMORPH_KERNELS=stock (or triton, or auto) overrides it.
 
     Example: gigamorph plan --model timm:efficientnet_b2 --size 4096x3328 --views 4 --device cuda
     """
     if as_json and kernels:
-        raise click.UsageError("--kernels lists what runs, and has no JSON; omit one of both")
+        raise click.UsageError("--kernels and --json exclude each other")
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
@@ -114,7 +114,7 @@ def plan(
 
     kind, memory = device
     if memory is not None and memory_budget is not None and memory_budget > memory:
-        raise click.UsageError("--memory-budget is more than the memory of --device; name less, or a larger GPU")
+        raise click.UsageError("--memory-budget exceeds the memory of --device; lower it, or name a larger GPU")
     channels = options.channels_of(model, channels)
     net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":
@@ -125,7 +125,7 @@ def plan(
     shape = (batch, channels, *size)
     with _autocast(kind, autocast):
         with torch.set_grad_enabled(not inference):
-            record(net, model, shape, "cpu")  # what the network itself refuses, in one line
+            record(net, model, shape, "cpu")  # reports errors of the network itself in one line
         if task == "masks":
             net = WithLoss(net, classes, Loss())
         made = make_plan(net, shape, memory_budget, device=kind, training=not inference)
@@ -142,7 +142,7 @@ def plan(
 
 @contextlib.contextmanager
 def _autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """As `torch.autocast`, which does nothing for a GPU that is not here; and that is planned for on the CPU."""
+    """Enable autocast as `torch.autocast` does, but also for an absent GPU, whose step is planned on the CPU."""
     import torch
 
     kinds = {kind, "cpu"}
@@ -159,7 +159,7 @@ def _autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _plain(made: Plan) -> dict[str, Any]:
-    """A plan's numbers by name, with those that follow from them."""
+    """Return the numbers of a plan by name, with those derived from them."""
     kept = {own.name: getattr(made, own.name) for own in fields(made) if own.name not in ("choices", "choice")}
     kept["at_peak"] = made.at_peak and asdict(made.at_peak)
     return {**kept, "peak_bytes": made.peak_bytes, "work": made.work, "fits": made.fits}
@@ -171,7 +171,7 @@ def _row(row: BudgetRow) -> dict[str, Any]:
 
 
 def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) -> tuple[list[BudgetRow], str]:
-    """What five budgets would cost: shares of stock's memory, or GPUs that are not here; and by whose rates."""
+    """Return the cost of five budgets (shares of stock's memory, or GPUs), and the source of the rates."""
     import torch
 
     from ..engine.bench.results import Task
@@ -193,7 +193,7 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
             (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), _ceilings(*rate))
             for name, (gb, *rate) in constants.GPUS.items()
         ]
-        source = "those of the maker's data sheets"
+        source = "those of the manufacturer's data sheets"
     plans = plan_each(net, made.image, [budget for _, budget, _ in rows], device=kind, training=made.training)
     found = [
         BudgetRow(name, budget, each, each and _seconds(work, each, rates, sixteen))
@@ -212,13 +212,13 @@ def _rates(rates: dict[str, float], precision: str) -> str:
 
 
 def _seconds(work: Work, made: Plan, rates: dict[str, float], precision: str) -> float | None:
-    """At best: the floor of stock PyTorch's step under these rates, times the plan's work."""
+    """Return the lower bound of stock PyTorch's step at these rates, times the plan's work."""
     floor = work.seconds(rates, precision)
     return None if floor is None else floor * made.work
 
 
 def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Run the tiles of a small image, interior ones among them, and list what was chosen."""
+    """Run the tiles of a small image, including interior ones, and list the chosen kernels."""
     import torch
 
     from .. import kernels

@@ -1,4 +1,4 @@
-"""``gigamorph predict``: predictions of any number of images, per image and per breast, and heat maps."""
+"""``gigamorph predict``: predictions for any number of images, per image, breast and exam, and heat maps."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from ..engine.predict.options import Summary
     from ..engine.predict.run import Options
 
-_MANY = 100
-"""Images whose rate is told."""
+_LEAST_FOR_RATE = 100
+"""Least number of images for which the rate is printed."""
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the predictions.")
-@click.option("--heatmaps", is_flag=True, help="Draw what explain draws, on every pixel of each image as stored.")
+@click.option("--heatmaps", is_flag=True, help="Draw the maps of explain, on every pixel of each stored image.")
 @click.option(
     "--calibration",
-    "calibrated_by",
+    "calibration_file",
     type=click.Path(dir_okay=False),
-    help="calibration.json that gigamorph eval wrote of this checkpoint: calibrated probabilities, and who is called.",
+    help="calibration.json of this checkpoint, from gigamorph eval: calibrated probabilities, and a column called.",
 )
 @click.option(
     "--identifiers",
     is_flag=True,
-    help="Name patients and exams as DICOM files do (PatientID, StudyInstanceUID), not by numbers.",
+    help="Write PatientID and StudyInstanceUID of DICOM files instead of numbers for patients and exams.",
 )
 @options.precision
 @runner.over_images
@@ -42,44 +42,42 @@ def predict(
     images: tuple[str, ...],
     out: str,
     heatmaps: bool,
-    calibrated_by: str | None,
+    calibration_file: str | None,
     identifiers: bool,
     precision: Any,
     run: runner.Run,
 ) -> None:
-    """Predict with a checkpoint of gigamorph train, which knows model, classes and preprocessing.
+    """Predict with a checkpoint of gigamorph train, which contains model, classes and preprocessing.
 
-    Or with a folder of gigamorph import, an ensemble among them; or with the folder of gigamorph train --folds, as the
-    mean of its networks.
+    CHECKPOINT can also be a folder of gigamorph import (a network or an ensemble), a folder of gigamorph train --folds
+    (the mean of its networks), or a recipe's checkpoint with a classifier of whole images: those of morphhr and
+    end2end, and the fine-tuned networks of dvme.
 
-    A recipe's checkpoints serve as well where they hold a classifier of whole images: those of
-    morphhr and end2end, and the fine-tuned networks of dvme.
-
-    IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path; they may lie where fsspec
-    reaches them, as in https://host/a.dcm or zip://a.dcm::exams.zip, or in a DICOMweb store, as
+    IMAGES are image files, folders, or tables (csv or Parquet) with a column image_path. They can also be URLs of
+    fsspec, as in https://host/a.dcm or zip://a.dcm::exams.zip, or of a DICOMweb store, as in
     dicomweb+https://host/dicom-web/studies/UID or ...dicom-web/studies?StudyDate=20260101-. Memory does not grow with
-    their number.
+    the number of images.
 
-    With --store a structured report (TID 1500) of each study goes to a DICOMweb store at the end, or, of masks, a DICOM
-    SEG of each image.
+    Each result is stored in OUT/parts at once, so that --resume computes only the rest. At the end, the command writes
+    predictions.csv, breasts.csv (mean of the views of each breast), exams.csv (highest of the breasts of each exam) and
+    predictions.json (the model). A damaged image stops the command with an error that names it, unless --skip-bad or
+    --max-failures put it in quarantine.csv.
 
-    Each result is kept in OUT/parts as soon as it is known, whatever ends the command: --resume computes the rest.
-    predictions.csv, breasts.csv (the mean of the views of each breast) and exams.csv (the highest of the breasts of
-    each exam) are written at the end; predictions.json names the model. A damaged image ends the command with an error
-    that names it, unless --skip-bad or --max-failures put it in quarantine.csv.
+    The column split is the split of the image in the training's table, otherwise that of the given table. The area
+    under the ROC curve is reported for each split separately.
 
-    The column split says what an image was in the training: of the training's own table, else as the table says. Areas
-    under the ROC curve are given of each split alone.
+    With --calibration, probabilities and log-odds are calibrated as measured by gigamorph eval on other images (for
+    example, split val). The column called is 1 if the threshold of its middle specificity is reached.
 
-    With --calibration, probabilities and log-odds are calibrated as gigamorph eval measured it on other images (of the
-    split val, say), and the column called is 1 where the threshold of its middle specificity is reached.
+    For a checkpoint of --task masks, OUT/masks has a file for each image, of the same size, with the number of the most
+    probable class of each pixel. predictions.csv has the share of each class, and Dice if the table names masks.
 
-    Of a checkpoint of --task masks, OUT/masks has a file for each image, of the image's size, with the number of the
-    likeliest class in each pixel; predictions.csv has the share of each class, and Dice where the table names masks.
+    With --store, the command sends a structured report (TID 1500) of each study to a DICOMweb store at the end; for
+    masks, a DICOM SEG of each image.
 
     Example: gigamorph predict run/best.ckpt archive.parquet --max-failures 1% --devices 4 --out predictions --resume
 
-    Of all folds: gigamorph predict run table.csv --out predictions
+    With all folds: gigamorph predict run table.csv --out predictions
     """
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.predict.masks import gives_masks
@@ -87,40 +85,40 @@ def predict(
     from ..engine.predict.run import predict as predicted
 
     if gives_masks(run.checkpoint):
-        if heatmaps or calibrated_by is not None:
-            raise click.UsageError("--heatmaps and --calibration are of classes of images; this checkpoint is of masks")
+        if heatmaps or calibration_file is not None:
+            raise click.UsageError("--heatmaps and --calibration do not support checkpoints of masks; omit them")
         if run.options["flips"]:
-            raise click.UsageError("--flip averages probabilities of images; masks are not averaged, leave it out")
+            raise click.UsageError("--flip averages probabilities of images and does not support masks; omit it")
         predict_masks(images, Path(out), identifiers, precision, run)
         return
     calibration = None
-    if calibrated_by is not None:
+    if calibration_file is not None:
         calibration = read_calibration(
-            calibrated_by, run.opener(device="cpu").classes, run.options["model"], run.options["flips"]
+            calibration_file, run.opener(device="cpu").classes, run.options["model"], run.options["flips"]
         )
     own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration, "precision": precision}
     chosen = Options(**own, **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = predicted(run.opener, images, out, chosen, watch)
     if run.as_json:
-        runner.tell_end(found)
+        runner.print_end(found)
     else:
-        _tell(chosen, Path(out), found)
+        _print_summary(chosen, Path(out), found)
 
 
-def _tell(options: Options, out: Path, found: Summary) -> None:
-    """For people."""
+def _print_summary(options: Options, out: Path, found: Summary) -> None:
+    """Print the summary of a run."""
     if not found.complete:
-        of = f"shard {options.shard[0]}/{options.shard[1]}: " if options.shard[1] > 1 else ""
-        told = f"{of}{counted(found.done, 'image')} predicted, {found.failed} skipped; {out / 'parts'}"
-        click.echo(f"{told}; predictions.csv is written when the other shards are done")
+        shard = f"shard {options.shard[0]}/{options.shard[1]}: " if options.shard[1] > 1 else ""
+        done = f"{shard}{counted(found.done, 'image')} predicted, {found.failed} skipped; {out / 'parts'}"
+        click.echo(f"{done}; predictions.csv is written when the other shards are done")
         return
     tables = f"{out / 'predictions.csv'}, breasts.csv, exams.csv"
     click.echo(f"{counted(found.done, 'image')} predicted, {found.failed} skipped; {tables}")
-    runner.tell_stored(found, options.store)
+    runner.print_stored(found, options.store)
     if found.failed:
-        click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
-    if found.computed >= _MANY:
+        click.echo(f"{out / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
+    if found.computed >= _LEAST_FOR_RATE:
         rate = found.computed / max(found.seconds, 1e-9)
         click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
     for split, note in runner.SPLITS.items():

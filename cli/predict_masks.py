@@ -1,4 +1,4 @@
-"""``gigamorph predict`` of a checkpoint of masks."""
+"""``gigamorph predict`` with a checkpoint of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .train import scores_line
 
 
 def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, precision: Any, run: runner.Run) -> None:
-    """Write the masks of images, and their table."""
+    """Predict the masks of images, and write them and their table."""
     from ..engine.predict.job import opened_with_white
     from ..engine.predict.masks import MaskOptions, open_segmenter
     from ..engine.predict.masks import predict_masks as predicted
@@ -25,13 +25,13 @@ def predict_masks(images: tuple[str, ...], out: Path, identifiers: bool, precisi
     with runner.watching(run.as_json, options.device) as watch:
         found = predicted(opener, images, out, options, watch)
     if run.as_json:
-        runner.tell_end(found)
+        runner.print_end(found)
         return
     table = f"; {out / 'masks'}, predictions.csv" if found.complete else f"; {out / 'parts'}"
     click.echo(f"{counted(found.done, 'image')} predicted, {found.failed} skipped{table}")
-    runner.tell_stored(found, options.store)
+    runner.print_stored(found, options.store)
     if found.failed:
-        click.echo(f"{out / 'quarantine.csv'} says why; --resume --retry-failed tries them again")
+        click.echo(f"{out / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
     for split, note in runner.SPLITS.items():
         if split in found.scores:
             click.echo(f"{note}: {scores_line(found.scores[split])}")

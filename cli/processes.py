@@ -1,4 +1,4 @@
-"""Where a training runs and what it prints: in this process, or in several; all, or warnings alone."""
+"""Processes of a training, and what they print: in this process or in several; all messages or only warnings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import rich_click as click
 
 from .interrupts import Stopped
 
-_OF_A_PROCESS = 300 * 2**20  # what a process holds that has imported PyTorch and Lightning
+_BYTES_PER_PROCESS = 300 * 2**20  # memory of a process after importing PyTorch and Lightning
 
 
-class Teller:
-    """What is printed of a run: all, or warnings alone."""
+class Printer:
+    """Prints the messages of a run: all, or only warnings with --quiet."""
 
     def __init__(self, quiet: bool, verbose: bool) -> None:
         if quiet and verbose:
@@ -25,12 +25,12 @@ class Teller:
         self.quiet, self.verbose = quiet, verbose
         self._warned: set[str] = set()
         if quiet:
-            os.environ.setdefault("WANDB_SILENT", "true")  # it prints a summary of each run otherwise
-            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # and this that it makes a database
+            os.environ.setdefault("WANDB_SILENT", "true")  # otherwise it prints a summary of each run
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # otherwise it prints that it creates a database
         self.listen()
 
     def listen(self) -> None:
-        """With --verbose, print what is done as well, in this process."""
+        """With --verbose, also print debug messages of this process."""
         if self.verbose:
             from rich.logging import RichHandler
 
@@ -39,49 +39,49 @@ class Teller:
             log.handlers = [RichHandler(show_path=False)]
 
     def say(self, text: str) -> None:
-        """Print a line that people may want."""
+        """Print a line unless --quiet is given."""
         if not self.quiet:
             click.echo(text)
 
     def warn(self, text: str) -> None:
-        """Print a line that people must see, once: the folds of a cross-validation find the same."""
+        """Print a warning once, because the folds of a cross-validation repeat it."""
         if text not in self._warned:
             self._warned.add(text)
             click.echo(f"warning: {text}", err=True)
 
 
 def count_processes(devices: int | None, split_image: bool | int, per_image: int | None) -> int:
-    """How many processes train together; a click error where that contradicts a launcher."""
+    """Return how many processes train together; raise a click error if the options contradict a launcher."""
     from ..engine.parallel import launch
     from ..engine.tiling.memory import available_bytes, format_bytes
 
-    there = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
-    if devices not in (None, there):
-        raise click.UsageError(f"--devices {devices} in one of {there} processes that were launched; leave it out")
-    needed = there * _OF_A_PROCESS
-    if not launch.launched() and there > 1 and needed > available_bytes():
-        told = f"{format_bytes(needed)} before any work, and {format_bytes(available_bytes())} are free"
-        raise click.UsageError(f"--devices {there}: so many processes take {told}; give fewer")
-    if split_image and there == 1 and not launch.launched():
-        raise click.UsageError("--split-image shares an image between devices; say between how many with --devices")
+    processes = int(os.environ["WORLD_SIZE"]) if launch.launched() else devices or 1
+    if devices not in (None, processes):
+        raise click.UsageError(f"--devices {devices} contradicts the launcher, which started {processes}; omit it")
+    needed = processes * _BYTES_PER_PROCESS
+    if not launch.launched() and processes > 1 and needed > available_bytes():
+        text = f"{format_bytes(needed)} at start, but only {format_bytes(available_bytes())} are free"
+        raise click.UsageError(f"--devices {processes}: these processes need {text}; give fewer")
+    if split_image and processes == 1 and not launch.launched():
+        raise click.UsageError("--split-image splits an image between devices; give their number with --devices")
     if split_image and per_image is not None:
-        raise click.UsageError("--split-image shares an image between all devices, --devices-per-image between some")
-    if per_image is not None and there % per_image:
-        raise click.UsageError(f"--devices-per-image {per_image}: {there} devices are no multiple of it")
-    return there
+        raise click.UsageError("--split-image and --devices-per-image exclude each other")
+    if per_image is not None and processes % per_image:
+        raise click.UsageError(f"--devices-per-image {per_image}: {processes} devices are not a multiple of it")
+    return processes
 
 
 def start(
-    function: Callable[..., None], count: int, device: str, timeout: float, stopped: Callable[[], str], *args: Any
+    function: Callable[..., None], count: int, device: str, timeout: float, on_stop: Callable[[], str], *args: Any
 ) -> None:
-    """Call a function in this process, alone or as one that a launcher has started, or in `count` new ones.
+    """Call a function in this process (alone, or started by a launcher), or in `count` new processes.
 
     Args:
-        stopped: what a Ctrl-C, or SIGTERM, says: a line of the first process or of that which has started them.
+        on_stop: returns the line that Ctrl-C or SIGTERM prints, in the first or the parent process.
     """
     from ..engine.parallel import launch
 
-    with stopping(stopped):
+    with printing_stop(on_stop):
         if launch.launched():
             with launch.process_group(device, timeout=timeout):
                 function(*args)
@@ -92,26 +92,26 @@ def start(
 
 
 @contextlib.contextmanager
-def stopping(stopped: Callable[[], str]) -> Iterator[None]:
-    """Inside, a Ctrl-C, or SIGTERM, says this line, in the first process or in that which has started others."""
+def printing_stop(on_stop: Callable[[], str]) -> Iterator[None]:
+    """Print a line on Ctrl-C or SIGTERM inside this context, in the first or the parent process."""
     from ..engine.parallel.launch import terminated_as_interrupted
 
     try:
         with terminated_as_interrupted():
             yield
     except KeyboardInterrupt as error:
-        if leads():
-            click.echo(stopped(), err=True)
+        if is_first_process():
+            click.echo(on_stop(), err=True)
         raise Stopped from error
 
 
-def leads() -> bool:
-    """Whether this process is the first of those that a launcher has started, or alone."""
+def is_first_process() -> bool:
+    """Whether this process is the first one of a launcher, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def goes_on(out: Path) -> bool:
-    """Whether a launcher has started this run anew, which then goes on by itself."""
+def is_restarted(out: Path) -> bool:
+    """Whether a launcher has restarted this run, which then resumes automatically."""
     from ..engine.parallel import launch
 
     return launch.restarted() and any(out.rglob("last.ckpt"))

@@ -1,4 +1,4 @@
-"""Draws `Progress` reports, and the stages that a logger names: live on a terminal, plain lines elsewhere."""
+"""Views of `Progress` reports and of a logger's messages: live on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.progress import Progress as Bar
 from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
 from ..engine.train.progress import Progress
 
-_INSTANT = 0.1
-"""Seconds between two pictures of the bar; what it shows takes time to find out."""
+_REFRESH_INTERVAL = 0.1
+"""Seconds between updates of the bar; its values take time to measure."""
 
 
 class ProgressView:
-    """A context manager to be given to the engine as its report.
+    """Context manager that displays the progress reports of the engine.
 
-    On a terminal: one bar per stage with megapixels per second, memory in use and time left. Elsewhere: a line every
-    ``interval`` seconds and one for each note. Nothing if it is to be quiet.
+    On a terminal: one bar per stage with megapixels per second, memory in use and time left. Otherwise: a line every
+    ``interval`` seconds and one for each note. Prints nothing if ``quiet``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ProgressView:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def __call__(self, progress: Progress) -> None:
@@ -67,7 +67,7 @@ class ProgressView:
         if progress.note:
             self._console.print(progress.note, highlight=False, soft_wrap=True)
         if self._bar is not None:
-            if key != shown or now - self._shown >= _INSTANT or progress.image == progress.images:
+            if key != shown or now - self._shown >= _REFRESH_INTERVAL or progress.image == progress.images:
                 self._shown = now
                 for task in self._bar.task_ids:
                     self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
@@ -95,10 +95,10 @@ class ProgressView:
 
 
 class StageView(logging.Handler):
-    """A context manager that shows the info messages of a logger as the stage of the work, on standard error.
+    """Context manager that shows the latest info message of a logger as the current stage, on standard error.
 
-    On a terminal: one line with the stage, memory in use and time. Elsewhere: a line where the last one is
-    ``interval`` seconds ago.
+    On a terminal: one line with the stage, memory in use and time. Otherwise: at most one line every ``interval``
+    seconds.
     """
 
     def __init__(self, logger: str, console: Console | None = None, interval: float = 10.0) -> None:

@@ -1,4 +1,4 @@
-"""``gigamorph recipe``: what a published method claims, shown on a synthetic task."""
+"""``gigamorph recipe``: published methods, and their claims on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from . import options
-from .processes import stopping
+from .processes import printing_stop
 
 if TYPE_CHECKING:
     from ..engine.recipes.recipe import Claim
@@ -23,26 +23,26 @@ def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 
 @click.command()
 @click.argument("name")
-@click.option("--synthetic", is_flag=True, help="Run the synthetic task that shows the method's claim.")
+@click.option("--synthetic", is_flag=True, help="Run the synthetic task that tests the method's claim.")
 @click.option(
     "--seeds",
     default="0,1,2",
     show_default=True,
     metavar="LIST",
     callback=_parse_seeds,
-    help="Of data and networks; the task runs once with each.",
+    help="Seeds of data and networks; the task runs once with each.",
 )
-@click.option("--out", type=click.Path(file_okay=False), help="Folder, new; recipe-NAME by default.")
-@click.option("--resume", is_flag=True, help="Go on in a folder that the same command has begun: with its next seed.")
+@click.option("--out", type=click.Path(file_okay=False), help="New folder; by default recipe-NAME.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command at its next seed.")
 @options.device
 def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, resume: bool, device: str) -> int:
-    """Published methods as recipes: list them, print a configuration, see the claim on a synthetic task.
+    """Show published methods as recipes: list them, print a configuration, or test a claim on a synthetic task.
 
-    NAME is a recipe, or "list". Without --synthetic its configuration is printed: every published value with its
-    source, as TOML, to be kept in a file, changed, and given to gigamorph train --recipe NAME --config FILE.
+    NAME is a recipe, or "list". Without --synthetic, the command prints the configuration as TOML: every published
+    value with its source. Save it to a file, edit it, and pass it to gigamorph train --recipe NAME --config FILE.
 
-    The exit code of --synthetic is 0 where the claim holds, and 1 where it does not or fewer than three seeds say
-    nothing.
+    With --synthetic, the exit code is 0 if the claim holds, and 1 if it does not hold or if fewer than three seeds
+    leave it undecided.
 
     Example: gigamorph recipe morphhr --synthetic
     """
@@ -62,8 +62,8 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
 
     folder = Path(out or f"recipe-{name}")
     click.echo(f"{chosen.title}\n{chosen.paper}")
-    stopped = "stopped; the same command with --resume goes on with the seed under way"
-    with stopping(lambda: stopped), ProgressView(device=device) as view:
+    on_stop = "stopped; the same command with --resume continues with the current seed"
+    with printing_stop(lambda: on_stop), ProgressView(device=device) as view:
         claim = show_claim(chosen, Run(folder, device=device, resume=resume, report=view, say=view.say), seeds)
     click.echo()
     show_rows(claim.rows)
@@ -77,8 +77,8 @@ def _verdict(claim: Claim, folder: Path) -> str:
     from ..engine.recipes.claims import FEWEST
 
     seeds = len({row["seed"] for row in claim.rows})
-    told = "holds" if claim.holds else "does not hold"
+    text = "holds" if claim.holds else "does not hold"
     if claim.holds is None:
-        told = f"not decided by {seeds} seed{'s'[: seeds > 1]}; a claim is judged over {FEWEST} or more"
-    result = f"{told} ({claim.seconds:.0f} s); {folder / 'claim.json'}"
+        text = f"undecided with {seeds} seed{'s'[: seeds > 1]}; a claim needs {FEWEST} or more"
+    result = f"{text} ({claim.seconds:.0f} s); {folder / 'claim.json'}"
     return f"claim   {claim.claim}\nrule    {claim.rule}\nresult  {result}"

@@ -1,4 +1,4 @@
-"""What the commands that run over archives have in common: their options, and what they tell as they go."""
+"""Shared parts of commands that process many images: options, progress and JSON events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPLITS = {
     "train": "train (learnt from these, so this measures nothing)",
     "": "split not known (may hold images of the training)",
 }
-"""What is told of the scores of a split, in this order."""
+"""How scores of a split are labelled, in the order of printing."""
 
 
 def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) 
         return 1, 1
     parts = value.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
-        raise click.BadParameter(f"{value!r} is no shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
     return int(parts[0]), int(parts[1])
 
 
@@ -49,28 +49,28 @@ def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) 
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise click.BadParameter(f"{value!r} is no share; write 2% or 0.02", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a share; write 2% or 0.02", ctx, param)
     return share
 
 
-resume: Any = click.option("--resume", is_flag=True, help="Go on in a folder that a run of the same has begun.")
+resume: Any = click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
 max_failures: Any = click.option(
     "--max-failures",
     metavar="SHARE",
     callback=_parse_share,
-    help="Put damaged or missing images in quarantine.csv, but stop when more than this share has failed, as in 2%.",
+    help="List damaged or missing images in quarantine.csv, but stop when more than this share has failed, as in 2%.",
 )
-retry_failed: Any = click.option("--retry-failed", is_flag=True, help="Try images in quarantine again; with --resume.")
+retry_failed: Any = click.option("--retry-failed", is_flag=True, help="With --resume, retry images in quarantine.csv.")
 shard: Any = click.option(
     "--shard",
     metavar="I/N",
     callback=_parse_shard,
-    help="Do the I-th of N parts with about as many pixels each; all into one folder, on machines of any number.",
+    help="Process part I of N, of about equal pixels; all shards write to one folder, on one or more machines.",
 )
-_OF_A_MODEL = (
+_MODEL_OPTIONS = (
     resume,
-    click.option("--overwrite", is_flag=True, help="Begin anew in a folder that a run of this command has filled."),
-    click.option("--skip-bad", is_flag=True, help="Put images that are damaged or missing in quarantine.csv."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier run of this command in the folder."),
+    click.option("--skip-bad", is_flag=True, help="List damaged or missing images in quarantine.csv and continue."),
     max_failures,
     retry_failed,
     shard,
@@ -79,27 +79,27 @@ _OF_A_MODEL = (
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="GPUs, or processes on the CPU, to work on.",
+        help="Number of GPUs, or of CPU processes.",
     ),
-    options.flips("Average over the mirrored image too: its probabilities, or numbers. Repeatable."),
-    click.option("--workers", type=click.IntRange(0), help="Processes per device that read and decode ahead."),
+    options.flips("Also average the outputs over the mirrored image. Repeatable."),
+    click.option("--workers", type=click.IntRange(0), help="Processes per device that prefetch and decode images."),
     click.option(
         "--engine",
         type=click.Choice(["embedded", "ray"]),
         default="embedded",
         show_default=True,
-        help="Work on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
+        help="Run on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
     ),
     click.option(
-        "--address", help="Of the Ray cluster, as auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
+        "--address", help="Ray cluster, as in auto or HOST:6379; by default RAY_ADDRESS, or one on this machine."
     ),
     click.option(
         "--store",
         default="",
         metavar="URL",
-        help="DICOMweb store to which results go at the end, as dicomweb+https://host/dicom-web; each once.",
+        help="DICOMweb store for the results, sent once at the end, as in dicomweb+https://host/dicom-web.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Tell progress, failures and the end as lines of JSON."),
+    click.option("--json", "as_json", is_flag=True, help="Print progress, failures and the end as JSON lines."),
     options.white,
     options.trust,
     options.memory_budget,
@@ -109,14 +109,14 @@ _OF_A_MODEL = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run over images with a model, as the command line asks for it.
+    """Arguments of a run over images with a model.
 
     Attributes:
-        opener: opens the model.
-        options: of the run, by the names of `gigamorph.engine.predict.options.RunOptions`.
-        as_json: tell it as lines of JSON.
-        checkpoint: of the model, or its folder.
-        memory_budget: bytes.
+        opener: function that opens the model.
+        options: fields of `gigamorph.engine.predict.options.RunOptions` by name.
+        as_json: whether to print JSON lines.
+        checkpoint: file of the model, or its folder.
+        memory_budget: memory of a step in bytes.
     """
 
     opener: Opener
@@ -127,10 +127,10 @@ class Run:
 
 
 def over_images(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a run over images with its argument ``checkpoint``; it takes them as `run`."""
+    """Add the options of a run over images to a command with the argument ``checkpoint``; it gets them as `run`."""
 
     @functools.wraps(command)
-    def gathered(
+    def wrapper(
         checkpoint: str,
         skip_bad: bool,
         max_failures: float | None,
@@ -148,15 +148,15 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         from ..engine.train.checkpoint import load_checkpoint
 
         if address is not None and engine != "ray":
-            raise click.UsageError("--address is a Ray cluster's; add --engine ray")
+            raise click.UsageError("--address needs --engine ray")
         if not Path(checkpoint).is_dir():
-            load_checkpoint(checkpoint)  # before a folder is made or images are looked for
+            load_checkpoint(checkpoint)  # reports errors before a folder is made or images are searched
         elif fold_checkpoints(checkpoint):
-            told = look_at_folds(checkpoint)
+            summary = look_at_folds(checkpoint)
             if not as_json:
-                click.echo(told)
+                click.echo(summary)
         if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
-            raise click.UsageError("--overwrite removes a run and all its shards; leave out --resume and --shard")
+            raise click.UsageError("--overwrite removes a run and all its shards; omit --resume and --shard")
         names = (
             "resume",
             "overwrite",
@@ -181,9 +181,9 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         opener = functools.partial(opened_with_white, opener, chosen["white"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
-    for option in reversed(_OF_A_MODEL):
-        gathered = option(gathered)
-    return gathered
+    for option in reversed(_MODEL_OPTIONS):
+        wrapper = option(wrapper)
+    return wrapper
 
 
 def warn(text: str) -> None:
@@ -192,7 +192,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def watching(as_json: bool, device: str) -> Iterator[Watch]:
-    """Who draws a run, or writes it as lines of JSON; it warns of some images' grey scale."""
+    """Yield a watch that draws the progress of a run or prints JSON lines, and warns of unusual grey scales."""
     from ..engine.parallel.launch import terminated_as_interrupted
     from ..engine.predict.options import Watch
     from ..engine.train.progress import Meter
@@ -208,12 +208,12 @@ def watching(as_json: bool, device: str) -> Iterator[Watch]:
             look = functools.partial(_warn_of_grey, warn)
             yield Watch(meter, warn, lambda image, reason: meter.failed(f"skipped: {reason}"), look)
     except KeyboardInterrupt as error:
-        click.echo("stopped; what is done is kept, and the same command with --resume goes on", err=True)
+        click.echo("stopped; finished work is stored, and the same command with --resume continues", err=True)
         raise Stopped from error
 
 
 def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence[Record]) -> None:
-    """Look at the grey scale of a few images, and warn of an unusual one."""
+    """Check the grey scale of a few images, and warn if it is unusual."""
     from ..engine.datasets.dataset import dataset_in
     from ..engine.datasets.grey import grey_warnings
 
@@ -222,9 +222,9 @@ def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence
         warn(text)
 
 
-def tell_end(found: Summary) -> None:
-    """The last line of JSON."""
-    _say(
+def print_end(found: Summary) -> None:
+    """Print the event ``end``, the last JSON line."""
+    _print_event(
         "end",
         images=found.images,
         done=found.done,
@@ -239,28 +239,28 @@ def tell_end(found: Summary) -> None:
     )
 
 
-def tell_stored(found: Summary, store: str) -> None:
-    """What went to a DICOMweb store, if anything should."""
+def print_stored(found: Summary, store: str) -> None:
+    """Print how many instances were sent to the DICOMweb store, if one is given."""
     if store and found.complete:
         click.echo(f"{found.stored} instances stored in {store}")
 
 
 class _Lines:
-    """What a run tells, as lines of JSON: `progress` at most every second, `failed`, and `warning`."""
+    """Prints the events of a run as JSON lines: `progress` at most once per second, `failed`, and `warning`."""
 
     def __init__(self) -> None:
-        self._began, self._told, self._first = time.monotonic(), 0.0, -1
+        self._began, self._printed, self._first = time.monotonic(), 0.0, -1
         self._failed = 0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if self._first < 0:
             self._began, self._first = now, progress.image
-        if now - self._told < 1 and progress.image < progress.images:
+        if now - self._printed < 1 and progress.image < progress.images:
             return
-        self._told = now
+        self._printed = now
         rate = (progress.image - self._first) / max(now - self._began, 1e-9)
-        _say(
+        _print_event(
             "progress",
             done=progress.image,
             images=progress.images,
@@ -272,11 +272,11 @@ class _Lines:
 
     def failed(self, image: str, reason: str) -> None:
         self._failed += 1
-        _say("failed", image=image, reason=reason)
+        _print_event("failed", image=image, reason=reason)
 
     def warn(self, text: str) -> None:
-        _say("warning", text=text)
+        _print_event("warning", text=text)
 
 
-def _say(event: str, **values: object) -> None:
+def _print_event(event: str, **values: object) -> None:
     click.echo(json.dumps({"event": event, **values}))

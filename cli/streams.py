@@ -1,4 +1,4 @@
-"""The standard streams where they are closed, take nothing more, or lack letters: the work is done all the same."""
+"""Guards for standard streams that are closed, cannot be written or cannot encode text: the work continues."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-# What a terminal obeys, but for colours and moves of the cursor: names of files could set its title or the clipboard.
+# Control characters except colours and cursor moves: file names could set the terminal's title or the clipboard.
 _CONTROL = re.compile(r"(\x1b\[[0-?]*[ -/]*[@-~])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _NAMES = ("stdin", "stdout", "stderr")
 
 
-class Lost:
-    """Outputs that take nothing more."""
+class LostOutputs:
+    """Errors of output streams that can no longer be written."""
 
     def __init__(self) -> None:
         self.errors: list[OSError] = []
 
     def exit_code(self) -> int:
-        """0 if all was written; 1 if a reader has ended, as `| head` does, for which Python and click take it; else 2,
-        with a line that says why."""
+        """Return 0 if everything was written, 1 if a reader ended (as `| head` does; like Python and click), else 2 and
+        print the reason."""
         if not self.errors:
             return 0
         if all(error.errno == errno.EPIPE for error in self.errors):
             return 1
         reason = next(error.strerror for error in self.errors if error.errno != errno.EPIPE)
         with contextlib.suppress(OSError):
-            print(f"error: the output cannot be written: {reason}; send it elsewhere", file=sys.stderr, flush=True)
+            print(f"error: cannot write the output: {reason}; redirect it elsewhere", file=sys.stderr, flush=True)
         return 2
 
 
 class _Output(io.FileIO):
-    """An output that goes nowhere from its first error on, for what is printed must not end what is computed."""
+    """An output that is discarded after its first error, so that printing cannot stop a computation."""
 
-    def __init__(self, number: int, lost: Lost) -> None:
+    def __init__(self, number: int, lost: LostOutputs) -> None:
         super().__init__(number, "w", closefd=False)
         self._lost = lost
 
@@ -49,12 +49,12 @@ class _Output(io.FileIO):
             raise
         except OSError as error:
             self._lost.errors.append(error)
-            _to_nothing(self.fileno())
+            _open_null(self.fileno())
             return len(memoryview(data).cast("B"))
 
 
 class _Text(io.TextIOWrapper):
-    """Writes control characters as ``\\x1b``."""
+    """A text stream that escapes control characters, as in ``\\x1b``."""
 
     def write(self, text: str, /) -> int:
         super().write(_CONTROL.sub(lambda found: found[1] or f"\\x{ord(found[0]):02x}", text))
@@ -62,18 +62,18 @@ class _Text(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[Lost]:
-    """Inside, no standard stream is closed, and none raises an error for what is written to it.
+def guarded() -> Iterator[LostOutputs]:
+    """Inside the context, every standard stream is open, and writing to one raises no error.
 
-    A closed one is opened to nothing: the next file would get its number, and what libraries print would go into it.
-    Letters that the encoding of an output lacks, as of file names, are written as ``\\xe9``.
+    A closed stream is opened to the null device: otherwise the next file would get its number and the output of
+    libraries. Characters that an encoding lacks, such as those of file names, are written as ``\\xe9``.
     """
-    lost, former = Lost(), {name: getattr(sys, name) for name in _NAMES}
+    lost, former = LostOutputs(), {name: getattr(sys, name) for name in _NAMES}
     for number, (name, stream) in enumerate(former.items()):
         try:
             os.fstat(number)
         except OSError:
-            _to_nothing(number)
+            _open_null(number)
         if stream is None:
             stream = os.fdopen(number, "w" if number else "r", closefd=False, encoding="utf-8")
             former[name] = stream
@@ -87,12 +87,12 @@ def guarded() -> Iterator[Lost]:
             setattr(sys, name, stream)
 
 
-def _guarded(stream: TextIO, lost: Lost) -> TextIO:
+def _guarded(stream: TextIO, lost: LostOutputs) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     try:
         output = _Output(stream.fileno(), lost)
-    except ValueError:  # not a file of the system
+    except ValueError:  # not an operating-system file
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
@@ -105,7 +105,7 @@ def _guarded(stream: TextIO, lost: Lost) -> TextIO:
     )
 
 
-def _to_nothing(number: int) -> None:
+def _open_null(number: int) -> None:
     opened = os.open(os.devnull, os.O_RDWR)
     if opened == number:
         os.set_inheritable(number, True)

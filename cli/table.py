@@ -1,4 +1,4 @@
-"""Tables as people read them, a plan's with bars at a terminal; plain lines elsewhere."""
+"""Tables for the terminal, and a plan with bars; plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..engine.tiling.memory import format_bytes
 if TYPE_CHECKING:
     from ..kernels.choice import Choice
 
-_BAR = 32
-_WIDEST = 1000
+_BAR_WIDTH = 32
+_MAX_WIDTH = 1000
 
 
 def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
-    """Print a plan; the bars compare what is there at its peak, that, the budget and stock PyTorch on one scale."""
+    """Print a plan; bars on one scale compare the parts of its peak, the peak, the budget and stock PyTorch."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         click.echo(str(plan))
@@ -52,7 +52,7 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
     console.print("at the moment of the peak:")
     for group in (parts, sums):
         for name, size, style in group:
-            bar = "█" * max(1, round(_BAR * size / largest)) if size else ""
+            bar = "█" * max(1, round(_BAR_WIDTH * size / largest)) if size else ""
             table.add_row(name, format_bytes(size), bar, style=style)
         table.add_row()
     if plan.choices:
@@ -63,15 +63,15 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table whose numbers a narrow terminal would cut off; its lines run on there."""
-    needed = Measurement.get(console, console.options.update(width=_WIDEST), table).maximum
+    """Print a table without truncating numbers; in a narrow terminal, its lines wrap."""
+    needed = Measurement.get(console, console.options.update(width=_MAX_WIDTH), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """A budget of a plan's table: its name, its bytes, the plan (None where nothing fits), its least seconds."""
+    """A row of the budget table: name, bytes, plan (None if nothing fits) and lower bound of seconds."""
 
     name: str
     budget: int
@@ -80,7 +80,7 @@ class BudgetRow:
 
 
 def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None = None) -> None:
-    """Print what a step costs under several budgets, and in one line the least of them that is enough."""
+    """Print the cost of a step under several budgets, and the smallest sufficient budget."""
     console = console or Console(highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -99,10 +99,10 @@ def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None 
         least = min(enough, key=lambda row: row.budget)
         assert least.plan is not None
         what = f"peak {format_bytes(least.plan.peak_bytes)}, at best {_time(least.seconds)} a step"
-        console.print(f"the least that is enough: {least.name} ({what})", soft_wrap=True)
+        console.print(f"smallest sufficient budget: {least.name} ({what})", soft_wrap=True)
     console.print(
-        "work: times that of stock PyTorch's step. At best: an estimate (roofline), the least time of stock's "
-        f"arithmetic and traffic, times work; {rates}",
+        "work: arithmetic relative to stock PyTorch's step. At best: a lower bound (roofline) from stock's arithmetic "
+        f"and memory traffic, times work; {rates}",
         soft_wrap=True,
     )
 
@@ -112,7 +112,7 @@ def _time(seconds: float | None) -> str:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print rows of numbers and texts under the names of their columns; what a row lacks stays empty."""
+    """Print rows of numbers and texts with a header; missing values stay empty."""
     console = console or Console(highlight=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, pad_edge=False)
@@ -131,7 +131,7 @@ def _shown(value: Any) -> str:
 
 
 def show_choices(choices: Sequence[Choice], console: Console | None = None) -> None:
-    """Print which kernels run, with the times that decided it; those that gain most first."""
+    """Print the chosen kernels with the measured times, largest gain first."""
     console = console or Console(highlight=False)
     table = Table(title="kernels, as measured on this GPU", box=None, title_justify="left", pad_edge=False)
     for name in ("op", "channels and settings"):
@@ -148,7 +148,7 @@ def show_choices(choices: Sequence[Choice], console: Console | None = None) -> N
 
 
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:
-    """What is there at the peak, which is its sum but for what is not on the device."""
+    """Return the parts of the peak; all parts on the device add up to it."""
     where = {"device": "halos", "host": "halos, in host memory", "disk": "halos, on disk"}[plan.halos]
     resident = "" if plan.halos == "device" else "dim"
     assert plan.at_peak is not None

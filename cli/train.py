@@ -14,8 +14,8 @@ from click.core import ParameterSource
 from . import options
 from .foreign_options import TrainCommand
 from .numerals import counted
-from .processes import Teller, count_processes, goes_on, leads, start, stopping
-from .train_recipe import begin_recipe, refuse_others
+from .processes import Printer, count_processes, is_first_process, is_restarted, printing_stop, start
+from .train_recipe import begin_recipe, require_recipe_options
 
 if TYPE_CHECKING:
     from ..engine.train.config import TrainConfig
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SAVED, QUARANTINE = "config.toml", "quarantine.csv"
 
-# Where in a configuration the options of the command line stand, if not by their own name at its top.
-_KEYS = {
+# Tables of a configuration that contain options of the command line; others are at its top level.
+_TABLES = {
     **dict.fromkeys(
         ("task", "labels", "channels", "mean", "std", "voi", "for_processing", "white", "augment", "downsample"), "data"
     ),
@@ -32,7 +32,7 @@ _KEYS = {
     **dict.fromkeys(("lr", "rates", "weight_decay"), "optimizer"),
     "class_weights": "loss",
 }
-_APART = ("data", "out", "recipe", "config", "settings", "print_config", "resume", "quiet", "verbose")
+_NOT_IN_FILE = ("data", "out", "recipe", "config", "settings", "print_config", "resume", "quiet", "verbose")
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -57,7 +57,7 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", value.strip())
     seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
     if not seconds:
-        raise click.BadParameter(f"{value!r} is no time; write 90s, 30min or 2h", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30min or 2h", ctx, param)
     return seconds
 
 
@@ -65,43 +65,43 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 @click.argument("data", type=click.Path(exists=True), required=False)
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for checkpoints, log and metrics.")
 @click.option(
-    "--config", type=click.Path(), help="Options from a TOML, YAML or JSON file; of --recipe, the recipe's own."
+    "--config", type=click.Path(), help="Options from a TOML, YAML or JSON file; with --recipe, those of the recipe."
 )
 @click.option(
     "-o",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Set one key of the configuration, as optimizer.name=sgd or loss.focal=2. Repeatable; over file and options.",
+    help="Set a key of the configuration, as in optimizer.name=sgd; overrides file and options. Repeatable.",
 )
-@click.option("--print-config", is_flag=True, help="Print all of the configuration, with defaults, and do nothing.")
+@click.option("--print-config", is_flag=True, help="Print the whole configuration with defaults, and exit.")
 @options.model
 @click.option("--weights", type=click.Path(), help="Start from these weights: a safetensors or torch file.")
 @click.option(
     "--init",
-    metavar="WHERE",
-    help="Fine-tune: a weights file; a network of gigamorph import, with its model and, unless given, channels, "
-    "--mean, --std, --voi; or timm:NAME, whose pretrained weights timm fetches.",
+    metavar="SOURCE",
+    help="Fine-tune a weights file; a folder of gigamorph import, with its model and, unless given, --channels, "
+    "--mean, --std and --voi; or timm:NAME, with the pretrained weights that timm fetches.",
 )
 @click.option(
     "--freeze",
     multiple=True,
     metavar="PATTERN",
-    help="Parts that do not learn, as layer1 or blocks.[0-2]; BatchNorm in them keeps its statistics. Repeatable.",
+    help="Freeze modules, as in layer1 or blocks.[0-2], including their BatchNorm statistics. Repeatable.",
 )
 @click.option(
     "--task",
     type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
     show_default=True,
-    help="One of several classes; any of the columns label_NAME; classes in their order; numbers in label_NAME; "
-    "a class for each pixel, in the files of mask_path.",
+    help="classes: one of several classes; labels: any of the columns label_NAME; ordinal: ordered classes; numbers: "
+    "values of label_NAME; masks: a class for each pixel, in the files of mask_path.",
 )
-@click.option("--label", "labels", multiple=True, metavar="NAME", help="Of --task labels, numbers: columns to learn.")
+@click.option("--label", "labels", multiple=True, metavar="NAME", help="For --task labels or numbers: column to learn.")
 @click.option(
     "--views",
     type=click.Choice(["mean", "max", "attention"]),
-    help="Take all images of an exam (patient_id, exam_id) as one sample, its views combined so; default: each image.",
+    help="Use all images of an exam (patient_id, exam_id) as one sample, and combine its views like this.",
 )
 @options.memory_budget
 @options.batch_norm
@@ -111,11 +111,11 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     default="0",
     show_default=True,
     callback=_parse_scale,
-    help="Grey value taken as zero, 0 black to 1 white; one number, or one per channel; auto for mean and std takes "
-    "both of a sample of the training images.",
+    help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel. auto for --mean "
+    "and --std measures both on a sample of the training images.",
 )
 @click.option(
-    "--std", default="1", show_default=True, callback=_parse_scale, help="Spread that is scaled to one; see --mean."
+    "--std", default="1", show_default=True, callback=_parse_scale, help="Standard deviation that maps to one; or auto."
 )
 @options.voi
 @options.for_processing
@@ -126,14 +126,14 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Average so many pixels in both directions: a baseline of lower resolution.",
+    help="Average this many pixels in both directions, as a baseline with lower resolution.",
 )
-@click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out those that cannot be read.")
+@click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out unreadable ones.")
 @click.option(
     "--folds",
     type=click.IntRange(2),
     metavar="N",
-    help="Cross-validation by patient: N runs, in fold1 ...; predict takes OUT as their mean.",
+    help="Cross-validation by patient: N runs, in fold1 ...; predict accepts OUT as the mean of their networks.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Learning rate.")
@@ -143,7 +143,7 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     multiple=True,
     metavar="PATTERN=RATE",
     callback=_parse_rates,
-    help="A learning rate of their own for parts, as classifier=1e-3. Repeatable; the last that fits counts.",
+    help="Learning rate of some modules, as in classifier=1e-3. Repeatable; the last match counts.",
 )
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True)
 @click.option("--accumulate", type=click.IntRange(1), default=8, show_default=True, help="Images per optimizer step.")
@@ -156,14 +156,14 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     "--devices",
     type=click.IntRange(1),
     metavar="N",
-    help="Train on this many GPUs, or processes on the CPU: an image on each at a time, gradients averaged.",
+    help="Train on this many GPUs, or CPU processes: one image on each at a time, with averaged gradients.",
 )
-@click.option("--split-image", is_flag=True, help="Share each image between the devices instead, a band of rows each.")
+@click.option("--split-image", is_flag=True, help="Split each image between the devices instead, in bands of rows.")
 @click.option(
     "--devices-per-image",
     type=click.IntRange(1),
     metavar="N",
-    help="Share each image between N of the devices, and average the gradients over those that have different images.",
+    help="Split each image between N of the devices, and average gradients over the groups.",
 )
 @click.option(
     "--timeout",
@@ -171,14 +171,14 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     default="2h",
     show_default=True,
     callback=_parse_time,
-    help="How long processes wait for each other, as 90s, 30min or 2h; then the error names the one that is missing.",
+    help="Time limit for waiting on other processes, as in 90s, 30min or 2h; the error names the missing process.",
 )
 @click.option(
     "--log",
     multiple=True,
     metavar="NAME",
     callback=options.named,
-    help="Besides log.csv: csv, tensorboard, wandb, mlflow, or module:name of a Lightning logger. Repeatable.",
+    help="Logger in addition to log.csv: csv, tensorboard, wandb, mlflow, or module:name for Lightning. Repeatable.",
 )
 @click.option(
     "--callback",
@@ -186,46 +186,47 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     multiple=True,
     metavar="MODULE:NAME",
     callback=options.named,
-    help="A callback of Lightning. Repeatable.",
+    help="Lightning callback. Repeatable.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run in --out exactly where it stopped, or begin it; --epochs extends it.",
+    help="Continue the run in --out exactly where it stopped, or start it; --epochs extends it.",
 )
-@click.option("--recipe", metavar="NAME", help="Train as a published method does; gigamorph recipe list names them.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
-@click.option("--verbose", is_flag=True, help="Print the plan, the kernels and what learns at which rates as well.")
+@click.option("--recipe", metavar="NAME", help="Train with a published method; gigamorph recipe list names them.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and errors.")
+@click.option("--verbose", is_flag=True, help="Also print the plan, the kernels and the learning rates of modules.")
 @click.pass_context
 def train(ctx: click.Context, data: str | None, **given: Any) -> None:
-    """Train a classifier on images of any size, with the gradients that the whole image gives.
+    """Train a classifier on images of any size, with the gradients of the whole image.
 
-    DATA is a csv with the columns image_path, label, patient_id and, as you like, split (train, val, test),
-    laterality and view; or a folder with a sub-folder per class. Without a split, patients are drawn into one.
+    DATA is a csv with the columns image_path, label, patient_id and optionally split (train, val, test), laterality
+    and view; or a folder with a sub-folder per class. Without a split, patients are assigned at random.
 
-    All options can stand in a file: --print-config shows it, --config takes it, and --out keeps it as config.toml, with
-    which --resume goes on. Files say more than options do: optimizers and schedules by name, losses, stages, averages.
+    A configuration file can contain all options: --print-config prints it, --config reads it, and --out stores it as
+    config.toml, which --resume uses. Files have further settings: optimizers and schedules by name, losses, stages and
+    averages.
 
-    Ctrl-C finishes the image under way and leaves last.ckpt; --resume goes on from there, bit for bit on the CPU. With
-    more --epochs it also goes on with a run that was complete.
+    Ctrl-C finishes the current image and writes last.ckpt; --resume continues from there, bit for bit on the CPU. With
+    more --epochs, it also continues a finished run.
 
-    MODULE:FACTORY is a function or class of a Python module in this folder or on Python's path. It is called with
-    num_classes and in_channels, each if its signature names it, and gives a torch.nn.Module that maps (N, channels, H,
-    W) to logits (N, classes).
+    MODULE:FACTORY is a function or class of a Python module in this folder or on Python's path. It gets num_classes and
+    in_channels if its signature names them, and returns a torch.nn.Module that maps (N, channels, H, W) to logits (N,
+    classes).
 
-    With --recipe the model, its images and the stages of its training stand in --config; of the other options only
+    With --recipe, --config contains the model, its images and the stages of its training. The only other options are
     --memory-budget, --precision, --seed, --device, --devices, --split-image, --devices-per-image, --timeout and
-    --resume are taken.
+    --resume.
 
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
-    tell = Teller(given["quiet"], given["verbose"])
+    echo = Printer(given["quiet"], given["verbose"])
     if given["recipe"] is not None:
-        refuse_others(ctx)
-        begin_recipe(*_required(data, given["out"]), given, tell)
+        require_recipe_options(ctx)
+        begin_recipe(*_required(data, given["out"]), given, echo)
         return
-    config = _configured(ctx, given, tell)
+    config = _make_config(ctx, given, echo)
     device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
@@ -237,18 +238,18 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     from ..engine.files import require_writable
 
     table, out = _required(data, given["out"])
-    require_writable(out / SAVED, "configuration")  # before mean and std of all images, say, are sought
+    require_writable(out / SAVED, "configuration")  # before slow work, such as measuring mean and std
     count = count_processes(config.devices, config.split_image, config.devices_per_image)
     if config.data.folds is None:
-        _refuse_folds(out)
-        stopped = partial(_stopped, out)
-        start(_train, count, device, config.timeout, stopped, table, config, out, given["resume"], tell)
+        _require_no_folds(out)
+        on_stop = partial(_stop_message, out)
+        start(_train, count, device, config.timeout, on_stop, table, config, out, given["resume"], echo)
     else:
-        _train_folds(table, config, out, given["resume"], tell, count, device)
+        _train_folds(table, config, out, given["resume"], echo, count, device)
 
 
 def _required(data: str | None, out: str | None) -> tuple[str, Path]:
-    """What only --print-config can do without."""
+    """Return the arguments that every mode but --print-config needs."""
     if data is None:
         raise click.UsageError("Missing argument 'DATA'.")
     if out is None:
@@ -256,8 +257,8 @@ def _required(data: str | None, out: str | None) -> tuple[str, Path]:
     return data, Path(out)
 
 
-def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> TrainConfig:
-    """The file's values, the options' over them, and those of -o over both; of a run that goes on its own file's."""
+def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> TrainConfig:
+    """Merge the values of the file (of a resumed run, its own), of the options and of -o; later ones win."""
     from ..engine.config import parse_value, put, read_values
     from ..engine.train.config import make_config, read_saved
     from ..engine.trust import trust_named
@@ -270,22 +271,22 @@ def _configured(ctx: click.Context, given: dict[str, Any], tell: Teller) -> Trai
         source = str(Path(given["out"]) / SAVED)
         values = read_saved(source)
     for name, value in given.items():
-        if name not in _APART and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            table = _KEYS.get(name)
+        if name not in _NOT_IN_FILE and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            table = _TABLES.get(name)
             put(values, f"{table}.{name}" if table else name, _plain(name, value))
     for setting in given["settings"]:
         key, value = parse_value(setting)
-        if key in ("model", "log", "callbacks"):  # typed, as by the option
+        if key in ("model", "log", "callbacks"):  # typed by the user, as in the option
             trust_named(*map(str, value if isinstance(value, list) else [value]))
         put(values, key, value)
-    config = make_config(values, source or "options", tell.warn)
+    config = make_config(values, source or "options", echo.warn)
     if config.stages and ctx.get_parameter_source("epochs") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--epochs: each of the stages has its own; set stages in the file")
+        raise click.UsageError("--epochs cannot be used with stages; set the epochs of each stage in the file")
     return config
 
 
 def _plain(name: str, value: Any) -> Any:
-    """An option's value as a file has it."""
+    """Convert the value of an option to its form in a file."""
     if name in ("augment", "white") and value is not None:
         return str(value)
     return list(value) if isinstance(value, tuple) else value
@@ -296,11 +297,11 @@ def _train(
     config: TrainConfig,
     out: Path,
     resume: bool,
-    tell: Teller,
+    echo: Printer,
     fold: tuple[int, int] | None = None,
     read: Chosen | None = None,
 ) -> None:
-    """Train in this process, alone or as one of several, of which the first reports."""
+    """Train in this process, alone or as one of several; only the first process prints."""
     from ..engine.config import to_toml
     from ..engine.errors import GigamorphError
     from ..engine.files import write_atomically
@@ -313,40 +314,40 @@ def _train(
     from ..engine.train.option_checks import check_choices
     from .progress import ProgressView
 
-    resume = resume or goes_on(out)
-    if not resume and (out / "last.ckpt").exists():  # said again where others may have begun it meanwhile
+    resume = resume or is_restarted(out)
+    if not resume and (out / "last.ckpt").exists():  # checked again: another process may have begun it
         raise GigamorphError(f"{out}: already holds a run; continue it with --resume or name another folder")
     group = ProcessGroup.here(config.split)
     chosen = replace(config.options(), device=options.usable_device(config.device))
-    warn = tell.warn if group.leads else lambda text: None
+    warn = echo.warn if group.leads else lambda text: None
     check_choices(chosen, config.data.channels, config.log, config.callbacks, group.at_once)
     images = training_data(table, **config.data_arguments(), fold=fold, chosen=read, warn=warn)
-    watch = Watch(warn=tell.warn, loggers=config.log, callbacks=config.callbacks)
+    watch = Watch(warn=echo.warn, loggers=config.log, callbacks=config.callbacks)
     if not group.leads:
         fit(images, chosen, out, resume=resume, watch=watch)
         return
-    tell.listen()
+    echo.listen()
     counts = ", ".join(f"{len(part)} {name}" for name, part in images.parts.items())
     several = "" if group.size == 1 else f" in {group.size} processes"
     kind = "classes" if config.data.task in ("classes", "ordinal") else config.data.task
     samples = "images" if config.data.views is None else f"exams ({config.data.views} of their views)"
-    tell.say(f"{counts} {samples}; {kind} {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
+    echo.say(f"{counts} {samples}; {kind} {', '.join(images.classes)}; {chosen.model} on {chosen.device}{several}")
     if config.data.mean == "auto":
         scale = images.preprocessing["normalize"]
-        tell.say(f"mean {scale['mean']} and std {scale['std']} of the training images")
+        echo.say(f"mean {scale['mean']} and std {scale['std']} of the training images")
 
-    def begun() -> None:
+    def on_begin() -> None:
         text = to_toml(config)
         if fold is not None:
-            (out / "metrics.json").unlink(missing_ok=True)  # of fewer epochs: the fold is not finished any more
-        for folder in (out,) if fold is None else (out, out.parent):  # so that all folds go on from their folder's name
+            (out / "metrics.json").unlink(missing_ok=True)  # stale: the fold continues with more epochs
+        for folder in (out,) if fold is None else (out, out.parent):  # --resume of all folds reads the parent's
             write_atomically(folder / SAVED, lambda path: path.write_text(text, encoding="utf-8"), "configuration")
         if images.left_out:
             bad = [(str(path), reason) for path, reason in images.left_out.items()]
             write_csv(out / QUARANTINE, ["image_path", "reason"], bad)
 
-    with ProgressView(device=chosen.device, quiet=tell.quiet) as view:
-        watch = replace(watch, say=tell.say, begun=begun)
+    with ProgressView(device=chosen.device, quiet=echo.quiet) as view:
+        watch = replace(watch, say=echo.say, begun=on_begin)
         found = fit(images, chosen, out, resume=resume, report=view, watch=watch)
     if fold is not None and found.overlaps:
         write_overlaps(out / "val.csv", found.overlaps["val"], images.classes)
@@ -354,32 +355,32 @@ def _train(
         write_validation(out, found.predictions["val"], images)
     for part in ("val", "test"):
         if part in found.metrics:
-            tell.say(f"{part}: {scores_line(found.metrics[part])}")
+            echo.say(f"{part}: {scores_line(found.metrics[part])}")
     written = "best.ckpt, model_card.md, metrics.json, log.csv, curves.png, config.toml"
     if images.left_out:
         written += f", {QUARANTINE} ({counted(len(images.left_out), 'image')} left out)"
-    tell.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
+    echo.say(f"best epoch {found.metrics['best_epoch']}; {out}/{written}")
 
 
-def _stopped(out: Path, of_folds: bool = False) -> str:
-    """How a run goes on after a Ctrl-C."""
+def _stop_message(out: Path, of_folds: bool = False) -> str:
+    """Return the line printed after Ctrl-C, which says how to continue."""
     if (out / "last.ckpt").exists():
-        return f"stopped; the same command with --resume goes on from {out / 'last.ckpt'}"
-    again = "with --resume begins this fold anew" if of_folds else "begins anew"  # the folds before have theirs
+        return f"stopped; the same command with --resume continues from {out / 'last.ckpt'}"
+    again = "with --resume starts this fold again" if of_folds else "starts again"  # earlier folds have checkpoints
     return f"stopped before the first checkpoint; the same command {again}"
 
 
-def _refuse_folds(out: Path) -> None:
+def _require_no_folds(out: Path) -> None:
     from ..engine.errors import GigamorphError
 
     if (out / "fold1").is_dir():
-        raise GigamorphError(f"{out}: holds the runs of a cross-validation; give --folds, or name another folder")
+        raise GigamorphError(f"{out}: holds a cross-validation; give --folds, or name another folder")
 
 
 def _train_folds(
-    table: str, config: TrainConfig, out: Path, resume: bool, tell: Teller, count: int, device: str
+    table: str, config: TrainConfig, out: Path, resume: bool, echo: Printer, count: int, device: str
 ) -> None:
-    """A run for each fold, one after the other, and what they are together."""
+    """Train the folds one after the other, and summarise them."""
     from ..engine.errors import GigamorphError
     from ..engine.train.folds import summarise
 
@@ -388,59 +389,59 @@ def _train_folds(
     if (out / "last.ckpt").exists():
         raise GigamorphError(f"{out}: holds a run without folds, or one fold; name another folder")
     if resume:
-        _require_as_many(out, folds)
+        _require_same_folds(out, folds)
     read: Chosen | None = None
     for number in range(1, folds + 1):
         folder = out / f"fold{number}"
         begun = (folder / "last.ckpt").exists()
         if begun and not resume:
             raise GigamorphError(f"{folder}: already holds a run; continue with --resume or name another folder")
-        tell.say(f"fold {number} of {folds}")
-        stopped = partial(_stopped, folder, of_folds=True)
+        echo.say(f"fold {number} of {folds}")
+        on_stop = partial(_stop_message, folder, of_folds=True)
         if read is None:
-            with stopping(stopped):
-                read = _read_for_folds(table, config, device, count, tell)
-        start(_train, count, device, config.timeout, stopped, table, config, folder, begun, tell, (number, folds), read)
+            with printing_stop(on_stop):
+                read = _read_for_folds(table, config, device, count, echo)
+        start(_train, count, device, config.timeout, on_stop, table, config, folder, begun, echo, (number, folds), read)
     for line in summarise(out, folds):
-        tell.say(line)
+        echo.say(line)
 
 
-def _require_as_many(out: Path, folds: int) -> None:
-    """Patients are drawn into other folds by another number."""
+def _require_same_folds(out: Path, folds: int) -> None:
+    """Refuse to resume with another number of folds, which would assign patients to other folds."""
     from ..engine.errors import GigamorphError
     from ..engine.train.config import read_saved
 
     if (out / SAVED).is_file():
         before = read_saved(out / SAVED).get("data", {}).get("folds")
         if before is not None and before != folds:
-            raise GigamorphError(f"{out}: was begun with {before} folds, not {folds}; resume with as many")
+            raise GigamorphError(f"{out}: was started with {before} folds, not {folds}; resume with the same number")
 
 
-def _read_for_folds(table: str, config: TrainConfig, device: str, count: int, tell: Teller) -> Chosen:
-    """What all folds take: read once, and told once."""
+def _read_for_folds(table: str, config: TrainConfig, device: str, count: int, echo: Printer) -> Chosen:
+    """Read the images of all folds, so that they are read and reported once."""
     from ..engine.train.inputs import choose_images
     from ..engine.train.option_checks import check_choices
 
     at_once = 1 if config.split is True else count // max(1, config.split)
     chosen = replace(config.options(), device=options.usable_device(device))
     check_choices(chosen, config.data.channels, config.log, config.callbacks, at_once)
-    return choose_images(table, **config.data_arguments(), warn=tell.warn if leads() else lambda text: None)
+    return choose_images(table, **config.data_arguments(), warn=echo.warn if is_first_process() else lambda text: None)
 
 
 def scores_line(found: dict[str, float | int | None]) -> str:
-    """The measures of a split, per image, per breast where some have several images, or of its masks, for people."""
+    """Format the scores of a split: per image, breast and exam, or Dice of masks."""
     from ..engine.train.metrics import SHOWN
 
     if "dice" in found:
-        told = (f"{k.removeprefix('dice_')} {'undefined' if v is None else f'{v:.4f}'}" for k, v in found.items())
-        return f"Dice of {', '.join(list(told)[2:])} ({counted(int(found['images'] or 0), 'image')})"
+        values = (f"{k.removeprefix('dice_')} {'undefined' if v is None else f'{v:.4f}'}" for k, v in found.items())
+        return f"Dice of {', '.join(list(values)[2:])} ({counted(int(found['images'] or 0), 'image')})"
     parts = []
     for level, plural in (("image", "images"), ("breast", "breasts"), ("exam", "exams")):
         if level == "breast" and found.get("breasts") == found.get("images"):
-            continue  # they are the images, as where no side is known
+            continue  # breasts equal images, for example if sides are unknown
         for name in (own for own in found if own.endswith(f"_{level}")):
             value = found[name]
             shown = SHOWN[name.replace(level, "image")]
-            told = "undefined" if value is None else f"{value:.4f}"
-            parts.append(f"{shown} per {level} {told} ({found[plural]} {plural})")
+            text = "undefined" if value is None else f"{value:.4f}"
+            parts.append(f"{shown} per {level} {text} ({found[plural]} {plural})")
     return ", ".join(parts)

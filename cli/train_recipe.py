@@ -1,4 +1,4 @@
-"""``gigamorph train --recipe``: a published method in the place of the command's own training."""
+"""``gigamorph train --recipe``: training with a published method."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from typing import Any
 import rich_click as click
 from click.core import ParameterSource
 
-from .processes import Teller, count_processes, goes_on, start
+from .processes import Printer, count_processes, is_restarted, start
 
-_OF_RECIPES = {
+_RECIPE_OPTIONS = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
     *("devices_per_image", "timeout", "resume", "quiet", "verbose"),
 }
 
 
-def refuse_others(ctx: click.Context) -> None:
-    """What a recipe's configuration says cannot be said by an option as well."""
+def require_recipe_options(ctx: click.Context) -> None:
+    """Refuse options that a recipe's configuration contains."""
     given = [
         p for p in ctx.command.params if p.name and ctx.get_parameter_source(p.name) is not ParameterSource.DEFAULT
     ]
-    others = [p.opts[0] for p in given if p.name not in _OF_RECIPES]
-    if others:
-        raise click.UsageError(f"{', '.join(others)} cannot go with --recipe; it stands in the recipe's --config")
+    unsupported = [p.opts[0] for p in given if p.name not in _RECIPE_OPTIONS]
+    if unsupported:
+        raise click.UsageError(f"{', '.join(unsupported)} cannot be used with --recipe; set it in its --config")
 
 
-def begin_recipe(data: str, out: Path, given: dict[str, Any], tell: Teller) -> None:
-    """Train as a recipe does, by its own configuration."""
+def begin_recipe(data: str, out: Path, given: dict[str, Any], echo: Printer) -> None:
+    """Start the training of a recipe with its own configuration."""
     from ..engine.config import load_config
     from ..engine.recipes import get_recipe
 
     count = count_processes(given["devices"], given["split_image"], given["devices_per_image"])
     kind = get_recipe(given["recipe"]).config
     settings = kind() if given["config"] is None else load_config(given["config"], kind)
-    # What a Run is made of, which cannot be sent to another process itself.
+    # Arguments of `Run`, which itself cannot be sent to another process.
     own = {"out": out, **{name: given[name] for name in ("seed", "device", "memory_budget", "resume", "precision")}}
-    args = given["recipe"], settings, data, own, given["devices_per_image"] or given["split_image"], tell
-    told = f"stopped; the same command with --resume goes on from what is in {out}"
-    start(_train_recipe, count, given["device"], given["timeout"], lambda: told, *args)
+    args = given["recipe"], settings, data, own, given["devices_per_image"] or given["split_image"], echo
+    on_stop = f"stopped; the same command with --resume continues from the files in {out}"
+    start(_train_recipe, count, given["device"], given["timeout"], lambda: on_stop, *args)
 
 
-def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, tell: Teller) -> None:
-    """Run a recipe in this process, alone or as one of several, of which the first reports."""
+def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, echo: Printer) -> None:
+    """Run a recipe in this process, alone or as one of several; only the first process prints."""
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.recipes import get_recipe
     from ..engine.train.run import Run
     from .progress import ProgressView
     from .table import show_rows
 
-    run = Run(**{**own, "resume": own["resume"] or goes_on(own["out"])}, group=ProcessGroup.here(split))
+    run = Run(**{**own, "resume": own["resume"] or is_restarted(own["out"])}, group=ProcessGroup.here(split))
     if not run.group.leads:
         get_recipe(name).train(Path(data), config, run)
         return
-    tell.listen()
-    with ProgressView(device=run.device, quiet=tell.quiet) as view:
+    echo.listen()
+    with ProgressView(device=run.device, quiet=echo.quiet) as view:
         metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
-    if tell.quiet:
+    if echo.quiet:
         return
     show_rows([{"measure": key, "value": value} for key, value in _plain(metrics) if not key.startswith("versions.")])
-    click.echo(f"{run.out}/metrics.json has all of it")
+    click.echo(f"{run.out}/metrics.json contains all values")
 
 
 def _plain(metrics: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers and texts by where they stand, as rbf.test.auc; what is in lists is for metrics.json."""
+    """Yield numbers and texts with their paths, as in rbf.test.auc; lists are omitted."""
     for key, value in metrics.items():
         if isinstance(value, dict):
             yield from _plain(value, f"{above}{key}.")

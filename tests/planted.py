@@ -233,7 +233,7 @@ FAULTS = (
     Fault(
         "other-numbers-in-a-second-computation",
         "engine/execution/checkpoint.py",
-        "        set_random_state(ctx.random_state[0], device)\n",
+        "        torch.set_rng_state(ctx.random_state[0])\n",
         "",
         "tests/engine/tiling/test_dropout.py",
         "A network with dropout whose maps are computed again cannot be trained: its numbers are not drawn again.",

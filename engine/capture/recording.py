@@ -56,8 +56,6 @@ def record_call(
     device: torch.device | str,
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
-    vectors: Sequence[Given] = (),
-    image_grad: bool = False,
 ) -> Recording:
     """Record a call of the model on an image batch, in the current gradient mode and autocast.
 
@@ -66,10 +64,8 @@ def record_call(
         shape: (N, C, H, W) of the image batch; any size, because it is not allocated.
         dtype: dtype of the image.
         device: device of the image; a network on the meta device is recorded as if it were on this device.
-        call: function of the image, the `inputs` and the `vectors` to record instead of the model's call.
+        call: function of the image and the `inputs` to record instead of the model's call.
         inputs: further maps, with the image axes last.
-        vectors: further tensors without image axes.
-        image_grad: whether the image requires a gradient.
 
     Raises:
         UnsupportedError: the call cannot be recorded.
@@ -81,13 +77,12 @@ def record_call(
     fake = next((t.fake_mode for t in held if isinstance(t, FakeTensor)), None)
     with contextlib.nullcontext() if fake is None else fake:
         made = stand_in if fake is None else torch.empty
-        image = made(shape, dtype=dtype, device=home).requires_grad_(bool(image_grad))
-        like = (*inputs, *vectors)
-        given = [made(one.shape, dtype=one.dtype, device=home).requires_grad_(bool(one.grad)) for one in like]
-    graph, flat = record(_call, model if call is None else call, image, tuple(given))
-    roles = {id(image): "image", **{id(t): "map" if n < len(inputs) else "vector" for n, t in enumerate(given)}}
+        image = made(shape, dtype=dtype, device=home)
+        maps = [made(one.shape, dtype=one.dtype, device=home).requires_grad_(bool(one.grad)) for one in inputs]
+    graph, flat = record(_call, model if call is None else call, image, tuple(maps))
+    roles = {id(image): "image", **{id(one): "map" for one in maps}}
     found = {index: roles[id(value)] for index, value in enumerate(flat) if id(value) in roles}
-    batch = Given(tuple(shape), dtype, bool(image_grad))
+    batch = Given(tuple(shape), dtype)
     return Recording(graph, flat, found, batch, device, device if home.type == "meta" else None)
 
 
@@ -98,11 +93,9 @@ def capture(
     device: torch.device | str,
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
-    vectors: Sequence[Given] = (),
-    image_grad: bool = False,
 ) -> Program:
     """The program of a call; see `record_call`."""
-    return record_call(model, shape, dtype, device, call, inputs, vectors, image_grad).program()
+    return record_call(model, shape, dtype, device, call, inputs).program()
 
 
 @functools.cache

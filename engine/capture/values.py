@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import UnsupportedError
 from .aliases import Alias, Aliases, Step, inverse, is_same
 from .call_trees import Ref, refs, tree_map
-from .modes import straight_through
 from .program import Given, Op, Program, Value, location, order
 from .refusals import SPARSE
 
@@ -290,3 +289,19 @@ class Values:
         self.sharing.clear()
         self.aliases = Aliases()
         self.twins.clear()
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor):
+        ctx.set_materialize_grads(False)
+        return new.expand_as(old).clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor):
+        return grads[0], None
+
+
+def straight_through(old: Tensor, new: Tensor) -> Tensor:
+    """The values of `new` with the gradient of `old`."""
+    return _StraightThrough.apply(old, new.detach())  # pyright: ignore[reportReturnType]

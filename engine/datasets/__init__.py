@@ -1,1 +1,1 @@
-"""Tables of public data sets, checks, splits, augmentation, conversion, phantoms."""
+"""Data sets: tables, public data sets, checks, splits, masks, augmentation, conversion and phantoms."""

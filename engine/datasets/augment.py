@@ -1,7 +1,7 @@
-"""Random variations of training images that are the same whether an image is read whole or tile by tile.
+"""Augmentation: random variations of training images, identical for whole images and tiles.
 
-What is drawn follows from (seed, epoch, index of the image) alone, and a pixel's value from its place in the image, so
-a resumed run, another tile size and several processes that share an image all see the same image.
+The random numbers depend on (seed, epoch, index of the image) only, and a pixel's value on its position in the image.
+So a resumed run, another tile size and several processes that share an image see the same image.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ def _limit(most: float) -> Any:
 
 @dataclass(frozen=True)
 class Augment:
-    """How far images are varied; everything is drawn evenly within its limits, once per image and epoch.
+    """The limits of the variations; each is drawn uniformly within its limits, once per image and epoch.
 
     `parse` reads it from text and `str` writes it: "flip,rotate=10,scale=0.1,elastic=20:200,noise=0.01".
     """
 
     flip: str = ""
-    """"left-right", "up-down" or "both" (written "flip"): each mirroring happens in half of the cases."""
+    """"left-right", "up-down" or "both" (written "flip"); each mirroring has probability 1/2."""
     rotate: float = _limit(180)
-    """Degrees, to either side, around the middle of the image."""
+    """Degrees in either direction around the centre of the image."""
     scale: float = _limit(1)
-    """0.1: from 1/1.1 to 1.1 times as large, evenly in the logarithm."""
+    """0.1: factors from 1/1.1 to 1.1, uniform in the logarithm."""
     shear: float = _limit(45)
-    """Degrees, to either side."""
+    """Degrees in either direction."""
     translate: float = _limit(1e6)
-    """Pixels, whole ones, in either direction along both axes."""
+    """Whole pixels in either direction along both axes."""
     elastic: float = _limit(1e6)
-    """Pixels: the largest displacement along each axis."""
+    """The largest displacement along each axis, in pixels."""
     elastic_grid: float = 0.0
-    """Pixels: the distance of the points whose displacements are drawn; 0 for 10 times `elastic`."""
+    """The distance in pixels of the grid points with random displacements; 0 for 10 times `elastic`."""
     gamma: float = _limit(4)
-    """0.2: exponents from 1/1.2 to 1.2, evenly in the logarithm."""
+    """0.2: exponents from 1/1.2 to 1.2, uniform in the logarithm."""
     contrast: float = _limit(1)
     """0.2: grey values times 0.8 to 1.2."""
     brightness: float = _limit(1)
     """0.1: grey values (0 black, 1 white) plus -0.1 to 0.1."""
     noise: float = _limit(1)
-    """The largest standard deviation, in the same units."""
+    """The largest standard deviation, in units of grey values."""
 
     def __post_init__(self) -> None:
         if self.flip not in ("", *FLIPS):
-            raise DataError(f"augmentation flip={self.flip}: write flip, flip=left-right or flip=up-down")
+            raise DataError(f"augmentation flip={self.flip}: must be flip, flip=left-right or flip=up-down")
         for name, most in _LIMITS.items():
             value = getattr(self, name)
             if not 0 <= value <= most:
@@ -72,7 +72,7 @@ class Augment:
 
     @classmethod
     def parse(cls, text: str) -> Augment:
-        """The inverse of `str`; `DataError` names the part that is wrong."""
+        """The inverse of `str`; a `DataError` names the part that is wrong."""
         values: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, given, value = (piece.strip() for piece in part.partition("="))
@@ -81,7 +81,7 @@ class Augment:
             if name == "flip":
                 values[name] = value if given else "both"
             elif name not in _LIMITS:
-                raise DataError(f"augmentation {part}: unknown; there are flip, {', '.join(_LIMITS)}")
+                raise DataError(f"augmentation {part}: unknown; choose from flip, {', '.join(_LIMITS)}")
             elif name == "elastic" and ":" in value:
                 size, _, grid = value.partition(":")
                 values[name], values["elastic_grid"] = _number(part, size), _number(part, grid)
@@ -106,7 +106,7 @@ def _number(part: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise DataError(f"augmentation {part}: {text or 'nothing'!r} is no number, as in rotate=10") from None
+        raise DataError(f"augmentation {part}: {text or 'nothing'!r} is not a number, as in rotate=10") from None
 
 
 def _text(number: float) -> str:
@@ -114,22 +114,22 @@ def _text(number: float) -> str:
 
 
 def augmented(source: PixelSource, augment: Augment, *, seed: int, epoch: int, index: int) -> PixelSource:
-    """The source as it is seen in one epoch: mirrored, then moved, then changed in grey; steps without effect left out.
+    """The source with the variations of an epoch: mirrored, moved, then changed in grey; steps without effect left out.
 
-    Grey values are those before normalisation, 0 black to 1 white. What lies beyond the image is black.
+    Grey values are those before normalisation, 0 black to 1 white. Points beyond the image are black.
     """
     draw = _Draw(seed, epoch, index)
     mirrored = [draw.one() < 0.5 and allowed for allowed in FLIPS.get(augment.flip, (False, False))]
     if any(mirrored):
         source = MirroredSource(source, left_right=mirrored[0], up_down=mirrored[1])
-    move, told = _move(augment, draw, source.shape)
+    move, steps = _move(augment, draw, source.shape)
     back: Map = move.inverse()
     if augment.elastic:
         grid = augment.elastic_grid or 10 * augment.elastic
         back @= Elastic((draw.key(0), draw.key(1)), augment.elastic, grid)
-        told.append(f"bent by up to {augment.elastic:g} pixels on a grid of {grid:g}")
-    if told:
-        source = SampledSource(source, back, ", ".join(told))
+        steps.append(f"bent by up to {augment.elastic:g} pixels on a grid of {grid:g}")
+    if steps:
+        source = SampledSource(source, back, ", ".join(steps))
     intensity = Intensity(
         draw.key(2),
         gamma=math.exp(draw.within(math.log1p(augment.gamma))),
@@ -141,7 +141,7 @@ def augmented(source: PixelSource, augment: Augment, *, seed: int, epoch: int, i
 
 
 class _Draw:
-    """The random numbers of one image in one epoch, in a fixed order: an option more changes nothing for the others."""
+    """The random numbers of an image in an epoch, in a fixed order, so an option does not change those of others."""
 
     def __init__(self, *image: int) -> None:
         self._image, self._count = image, 0
@@ -150,17 +150,17 @@ class _Draw:
         return key_of(*self._image, 1 + purpose)
 
     def one(self) -> float:
-        """In [0, 1)."""
+        """A uniform number in [0, 1)."""
         self._count += 1
         return float(uniform(key_of(*self._image, 0), np.array([self._count], np.uint64))[0])
 
     def within(self, limit: float) -> float:
-        """In [-limit, limit)."""
+        """A uniform number in [-limit, limit)."""
         return (2 * self.one() - 1) * limit
 
 
 def _move(augment: Augment, draw: _Draw, shape: tuple[int, int, int]) -> tuple[Affine, list[str]]:
-    """Where the image's points go: scaled, sheared and turned around its middle, then moved by whole pixels."""
+    """The map of the image's points (scaled, sheared and rotated around the centre, then shifted) and its steps."""
     angle, shear = draw.within(augment.rotate), draw.within(augment.shear)
     scale = math.exp(draw.within(math.log1p(augment.scale)))
     right, down = (float(round(draw.within(augment.translate))) for _ in "xy")
@@ -169,11 +169,11 @@ def _move(augment: Augment, draw: _Draw, shape: tuple[int, int, int]) -> tuple[A
     turned = Affine(xx=cos, xy=-sin, yx=sin, yy=cos)
     sheared = Affine(xy=math.tan(math.radians(shear)))
     around = turned @ sheared @ Affine.scale(scale)
-    told = {
+    named = {
         f"{scale:.4g} times as large": scale != 1,
         f"sheared by {shear:.4g} degrees": shear != 0,
         f"turned by {angle:.4g} degrees": angle != 0,
         f"moved by {right:+g} pixels in x, {down:+g} in y": (right, down) != (0, 0),
     }
     move = Affine.shift(x + right, y + down) @ around @ Affine.shift(-x, -y)
-    return move, [step for step, is_done in told.items() if is_done]
+    return move, [step for step, is_done in named.items() if is_done]

@@ -1,4 +1,4 @@
-"""A whole data set looked through: files that cannot be read, images that are there twice, wrong sides, leaks."""
+"""Checks of a data set: unreadable files, duplicate images, wrong sides, leaks between splits."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ from ..images.pixels import ImageSource
 from .dataset import ImageDataset
 from .grey import odd_range, unlike_kinds
 from .index import is_dicom
-from .kinds import kinds_told
+from .kinds import label_by_kind_warning
 from .splits import leaks
 from .tables.schema import Record
 
 KINDS = {
     "unreadable": "cannot be opened or decoded",
     "blank": "all pixels are equal",
-    "grey": "far from the scale from black to white: nearly black, or brighter than white",
+    "grey": "outside the scale from black to white: nearly black, or brighter than white",
     "mask": "a mask that is missing, unreadable, empty, or of another size than its image",
     "duplicate": "the same pixels twice, perhaps mirrored",
     "leak": "a patient or an image in two splits",
-    "patient": "one patient under two names, so that no split by patient holds",
+    "patient": "one patient under two names, which breaks splits by patient",
     "laterality": "table, header and pixels disagree on the side of the breast",
     "view": "table and header disagree on the view",
-    "written": "kinds of files by which a network can tell labels, or images, apart",
-    "frames": "several images in one file, of which a run takes the one that a column frame names",
-    "flag": "not a standard view for presentation: to know, not to mend",
+    "written": "file types that reveal the label or the source of an image",
+    "frames": "several images in one file; a run reads the one that the column frame names",
+    "flag": "not a standard view for presentation; for information, not an error",
 }
 _ROWS = 256
-# Without PatientOrientation the side on which images of a laterality lie is learnt from so many, if so many agree.
+# Without PatientOrientation the usual side of a laterality needs at least _FEW images, of which the share _MOST agree.
 _FEW, _MOST = 3, 0.8
-# A PatientID that more patients of the table have is what an anonymiser wrote into all files.
+# A PatientID of more than this many patients of the table is a placeholder of an anonymiser.
 _PLACEHOLDER = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one image."""
+    """One problem of one image."""
 
     path: Path
     kind: str
     """A key of `KINDS`."""
     message: str
-    """What is wrong; names files and splits, no patients."""
+    """The problem in words; names files and splits, never patients."""
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What one image says of itself."""
+    """The results of reading one image."""
 
     digest: bytes
-    """Of shape and pixels; the same for an image and its mirror image."""
+    """Hash of shape and pixels; the same for an image and its mirror image."""
     blank: bool
     brighter: str | None
-    """"left" or "right" half of the stored image, where it is clear."""
+    """The brighter half of the stored image, "left" or "right"; None if unclear."""
     info: DicomInfo | None
     grey: str
-    """What is odd about the range of grey values; empty if nothing is."""
+    """The problem of the range of grey values; empty without one."""
     masks: tuple[str, ...]
-    """What is wrong with the masks."""
+    """The problems of the masks."""
 
 
 def check_images(
@@ -80,13 +80,17 @@ def check_images(
     on_done: Callable[[], object] | None = None,
     on_stopped: Callable[[int], object] | None = None,
 ) -> list[Problem]:
-    """Decode every image, in parallel, and compare all with each other and with the table; in the table's order.
+    """Decode all images in parallel, compare them with each other and with the table, and return their problems.
 
-    Nothing stops at the first bad file. Held in memory are 32 bytes and a header per image.
-    labels: of each image, empty where it is not known, besides those of `Record.labels`.
-    white: the white level of images of which the table does not say, as in `open_pixels`.
-    on_done: called after each image. on_stopped: called at a Ctrl-C with how many images were looked at; the problems
-        are then those of these images. Without it a Ctrl-C is raised.
+    A damaged file does not stop the check. Memory: 32 bytes and a header per image.
+
+    Args:
+        records: the images; the problems have the same order.
+        labels: the label of each image in addition to `Record.labels`; empty if it is unknown.
+        white: the white level of images without one in the table, as in `open_pixels`.
+        on_done: called after each image.
+        on_stopped: called on Ctrl-C with the number of checked images, whose problems are returned. Without it, Ctrl-C
+            raises `KeyboardInterrupt`.
     """
     facts: dict[int, _Facts | DataError] = {}
     tasks = [_Task(record, white if record.white is None else record.white) for record in records]
@@ -114,14 +118,14 @@ def check_images(
     problems += _duplicates(good)
     problems += _leaks(records, good)
     problems += _disagreements(good)
-    problems += [Problem(records[0].path, "written", text) for text in _written(records, labels)]
-    if not any(problem.kind == "grey" for problem in problems):  # which tells files apart, too
+    problems += [Problem(records[0].path, "written", text) for text in _labels_by_kind(records, labels)]
+    if not any(problem.kind == "grey" for problem in problems):  # that problem also makes file types differ
         unlike = unlike_kinds(ImageDataset([r for r, f in good if not f.blank], channels=1, white=white))
         problems += [Problem(good[0][0].path, "written", text) for text in unlike]
-    told = "all of which were looked at; a run takes one: say which in a column frame"
+    advice = "and all were checked; a run reads one: name it in the column frame"
     headers = [(record, fact.info) for record, fact in good if fact.info]
     problems += [
-        Problem(r.path, "frames", f"has {info.frames} frames, {told}") for r, info in headers if _are_frames(r, info)
+        Problem(r.path, "frames", f"has {info.frames} frames, {advice}") for r, info in headers if _are_frames(r, info)
     ]
     problems += [Problem(r.path, "flag", ", ".join(info.flags)) for r, info in headers if info.flags]
     order = {record.path: number for number, record in enumerate(records)}
@@ -129,7 +133,7 @@ def check_images(
 
 
 def _are_frames(record: Record, info: DicomInfo) -> bool:
-    """Whether a file has several images, and the table names none."""
+    """Whether a file has several images and the table does not choose one."""
     return record.frame is None and info.matrix is None and info.frames > 1
 
 
@@ -148,9 +152,9 @@ def _inspect(task: _Task) -> _Facts:
     frames: Iterable[int | None] = [frame]
     if info is not None and _are_frames(task.record, info):
         frames = range(info.frames)
-    # Grey values as stored, so that the choice of a window makes no difference.
+    # Stored grey values, so that the result does not depend on a window.
     parts, source = [], None
-    for number in frames:  # one after the other: a decoded frame stays with its source
+    for number in frames:  # one source at a time, because a source stores its decoded frame
         source = open_pixels(path, voi="none", flip=False, frame=number, white=task.white)
         parts.append(_read_through(source))
     assert source is not None
@@ -158,16 +162,16 @@ def _inspect(task: _Task) -> _Facts:
     digest = digests[0] if len(parts) == 1 else blake2b(b"".join(digests), digest_size=32).digest()
     blank = all(low == high for low, high in zip(least, most, strict=True))
     side, grey = brighter_half(np.sum(columns, 0)), odd_range(source, max(most))
-    masks = (_wrong_mask(finding.mask, source.shape) for finding in task.record.findings if finding.mask)
+    masks = (_mask_problem(finding.mask, source.shape) for finding in task.record.findings if finding.mask)
     return _Facts(digest, blank, side, info, grey, tuple(text for text in masks if text))
 
 
-def _wrong_mask(mask: Path, shape: tuple[int, int, int]) -> str:
-    """What is wrong with a mask of an image of this shape; empty if nothing is."""
+def _mask_problem(mask: Path, shape: tuple[int, int, int]) -> str:
+    """The problem of a mask of an image of this shape; empty without one."""
     try:
         source = open_pixels(mask, voi="none", flip=False)
         if source.shape[1:] != shape[1:]:
-            return f"{mask} is {source.shape[1]} x {source.shape[2]}, its image {shape[1]} x {shape[2]}"
+            return f"{mask} is {source.shape[1]} x {source.shape[2]}, but its image is {shape[1]} x {shape[2]}"
         _, _, most, _ = _read_through(source)
     except DataError as error:
         return f"{mask}: {_reason(error, mask)}"
@@ -175,7 +179,7 @@ def _wrong_mask(mask: Path, shape: tuple[int, int, int]) -> str:
 
 
 def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]:
-    """Digest, least and largest grey value, and the mean grey of every column."""
+    """Digest, smallest and largest grey value, and the mean grey value of each column."""
     channels, height, width = source.shape
     seed = f"{channels} {height} {width}".encode()
     plain, mirrored = blake2b(seed, digest_size=32), blake2b(seed, digest_size=32)
@@ -207,14 +211,14 @@ def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
             groups[fact.digest].append((record, fact))
     problems = []
     for group in groups.values():
-        first, its_fact = group[0]
+        first, first_fact = group[0]
         for record, fact in group[1:]:
             text = f"has the pixels of {first.path}"
             if record.split != first.split:
                 problems.append(
-                    Problem(record.path, "leak", f"{text}, which is in {first.split}, this in {record.split}")
+                    Problem(record.path, "leak", f"{text}, which is in {first.split}; this one is in {record.split}")
                 )
-            elif _patient(record, fact) != _patient(first, its_fact):
+            elif _patient(record, fact) != _patient(first, first_fact):
                 problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
             else:
                 problems.append(Problem(record.path, "duplicate", text))
@@ -222,7 +226,7 @@ def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
 
 
 def _patient(record: Record, fact: _Facts) -> str:
-    """As the table says; of an image that stands for itself as the header does."""
+    """The patient in the table, or in the header if the table has none."""
     own = fact.info.patient_id if fact.info and not record.patient_known else None
     return own or record.patient_id
 
@@ -236,14 +240,14 @@ def _leaks(records: Sequence[Record], good: Sequence[tuple[Record, _Facts]]) -> 
         for split in splits[1:]:
             path = next(record.path for record in of_patient[patient] if record.split == split)
             problems.append(Problem(path, "leak", f"its patient is in {' and '.join(splits)}"))
-    return problems + _renamed(good)
+    return problems + _patients_under_two_names(good)
 
 
-def _renamed(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
-    """Images that the headers give to one patient, and the table to two."""
+def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+    """Images of one patient by their headers, and of two patients by the table."""
     of_header: dict[str, dict[str, Record]] = defaultdict(dict)
     for record, fact in good:
-        # A table without patients lets each image stand for itself.
+        # In a table without patients, each image is a patient.
         if fact.info and fact.info.patient_id and Path(record.patient_id).name != record.path.name:
             of_header[fact.info.patient_id].setdefault(record.patient_id, record)
     problems = []
@@ -259,14 +263,14 @@ def _renamed(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
     return problems
 
 
-def _written(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
-    """What the kinds of files tell of labels, of all images together."""
-    told = [kinds_told((r.path, label) for r, label in zip(records, labels, strict=False) if label)]
+def _labels_by_kind(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
+    """Warnings about labels that the file type determines."""
+    found = [label_by_kind_warning((r.path, label) for r, label in zip(records, labels, strict=False) if label)]
     for name in dict.fromkeys(name for record in records for name in record.labels):
         known = [(r.path, f"{r.labels[name]:g}") for r in records if name in r.labels]
-        text = kinds_told(known) if {value for _, value in known} == {"0", "1"} else ""
-        told.append(text and f"label_{name}: {text}")
-    return list(filter(None, told))
+        text = label_by_kind_warning(known) if {value for _, value in known} == {"0", "1"} else ""
+        found.append(text and f"label_{name}: {text}")
+    return list(filter(None, found))
 
 
 def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
@@ -289,7 +293,7 @@ def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
 
 
 def _expected_side(fact: _Facts) -> str | None:
-    """Where PatientOrientation puts the chest wall, and the breast with it."""
+    """The side of the chest wall, and of the breast, by PatientOrientation."""
     info = fact.info
     if info is None or not info.is_mammogram or info.orientation is None:
         return None
@@ -297,7 +301,7 @@ def _expected_side(fact: _Facts) -> str | None:
 
 
 def _usual_sides(good: Iterable[tuple[Record, _Facts]]) -> dict[str, str]:
-    """On which half images of each laterality lie that have no PatientOrientation, where most agree."""
+    """The half with the breast for each laterality, by the majority of images without PatientOrientation."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for record, fact in good:
         side = record.laterality or (fact.info.laterality if fact.info else None)

@@ -1,4 +1,4 @@
-"""Images as the network sees them, written to plain files: one grey scale, chest wall left, no patient data."""
+"""Conversion of network inputs to plain files: one grey scale, chest wall on the left, no patient data."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SUFFIX = {"tiff": ".tif", "png": ".png"}
 
 @dataclass(frozen=True)
 class Conversion:
-    """How images are written to a folder: its ``images``, and ``masks`` of findings.
+    """A conversion of images to a folder with the sub-folders ``images`` and ``masks`` (of findings).
 
-    A pixel becomes its grey value, from 0 black to 65535 white, at native resolution and in the orientation of
-    `open_pixels`; TIFF files are tiled and compressed without loss, and written tile by tile.
+    Pixels are grey values from 0 black to 65535 white, at native resolution and in the orientation of `open_pixels`.
+    TIFF files are tiled, losslessly compressed, and written tile by tile.
     """
 
     folder: Path
@@ -41,11 +41,11 @@ class Conversion:
     white: White | None = None
 
     def open(self, record: Record) -> ImageSource:
-        """The image as it is to be written."""
+        """The image to be written."""
         return open_record(record, voi=self.voi, channels=1, for_processing=self.for_processing, white=self.white)
 
     def target(self, name: str) -> Path:
-        """The file of an image of this name."""
+        """The file of the image with this name."""
         return self.folder / "images" / (name + _SUFFIX[self.file_format])
 
     def mask(self, name: str, number: int) -> Path:
@@ -53,10 +53,10 @@ class Conversion:
         return self.folder / "masks" / f"{name}_{number}.tif"
 
     def write(self, record: Record, name: str) -> ImageSource:
-        """Write an image and its masks; returns it as it was opened.
+        """Write an image and its masks, and return the opened image.
 
         Raises:
-            DataError: if it or a mask cannot be read, or a file not be written.
+            DataError: if the image or a mask cannot be read, or a file cannot be written.
         """
         source = self.open(record)
         target = self.target(name)
@@ -68,18 +68,20 @@ class Conversion:
         return source
 
     def converted(self, record: Record, name: str, steps: Sequence[str], to_original: Affine, source: str) -> Record:
-        """The record of what was written, with its findings in the new coordinates.
+        """The record of the written image, with its findings in the new coordinates.
 
         Args:
-            steps, to_original: of the image that `write` has returned.
-            source: what `extra` says of where it comes from.
+            record: the record of the original image.
+            name: the name of the written image.
+            steps, to_original: those of the image that `write` returned.
+            source: the origin of the image, for `extra`.
         """
         back = to_original.inverse()
         findings = tuple(
             _moved(finding, back, None if finding.mask is None else self.mask(name, number))
             for number, finding in enumerate(record.findings)
         )
-        # What is written is on the scale of 16 bits and not to be mirrored again.
+        # The written image has the full 16-bit scale and must not be mirrored again.
         side = "left" if record.laterality or record.chest_wall else None
         extra = {**record.extra, "source": source, "steps": "; ".join(steps)}
         return replace(
@@ -94,9 +96,9 @@ class Conversion:
 
 
 def names_of(records: Sequence[Record]) -> list[str]:
-    """A name for each image: that of its file, unless several files share it (TCIA calls every first one 1-1.dcm).
+    """A name for each image: the name of its file, unless several files share it (TCIA's files are all 1-1.dcm).
 
-    Then it is called after patient, side and view, which others may be as well.
+    Such images are named by patient, side and view, which need not be unique.
     """
     stems = Counter(stem_of(record.path).lower() for record in records)
     names = []
@@ -129,13 +131,11 @@ def _write(source: ImageSource, target: Path, file_format: Format, white: int) -
 
 
 def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool, bool]) -> None:
-    """The mask turned as its image was; 255 where it is not 0 (of lossy JPEG files, where it is above half)."""
+    """Write the mask, flipped like its image: 255 where it is not 0 (above half of white for lossy JPEG)."""
     source, level = open_inside(mask)
     _, height, width = source.shape
     if source.shape[1:] != image.shape[1:]:
-        raise DataError(
-            f"{mask}: is {height} x {width}, its image {image.shape[1]} x {image.shape[2]}; correct the mask"
-        )
+        raise DataError(f"{mask}: is {height} x {width}, but its image {image.shape[1]} x {image.shape[2]}; correct it")
 
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         rows = (height - bottom, height - top) if flips[1] else (top, bottom)
@@ -158,7 +158,7 @@ def _moved(finding: Finding, back: Affine, mask: Path | None) -> Finding:
 
 
 def _moved_box(box: Box, back: Affine) -> Box | None:
-    """None of a box beyond the border that is the upper or left one now."""
+    """The box in new coordinates, clipped at the upper and left border; None if it lies beyond."""
     left, top, right, bottom = (round(float(side)) for side in back.boxes([box[2], box[0], box[3], box[1]]))
     top, left = max(top, 0), max(left, 0)
     return (top, bottom, left, right) if top < bottom and left < right else None

@@ -1,7 +1,7 @@
-"""Random numbers that depend on a key and a place only, so that every tile of an image draws what the whole would draw.
+"""Counter-based random numbers: they depend on a key and a position only, so a tile draws the same as the whole image.
 
 Number n of key k is output n of the generator SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
-generators, OOPSLA 2014) whose state begins at k: the state goes up by a constant, so any output is computed at once.
+generators, OOPSLA 2014) with initial state k: the state grows by a constant, so any output is computed directly.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def key_of(*numbers: int) -> np.uint64:
-    """A key for non-negative numbers (a seed, an epoch, an image, a purpose); others give an unrelated one."""
+    """The key of non-negative numbers (seed, epoch, image, purpose); different numbers have unrelated keys."""
     return np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
 
 
 def bits(key: np.uint64, counter: np.ndarray) -> np.ndarray:
-    """64 random bits for every counter (uint64, any shape); the same for the same key and counter."""
+    """64 random bits for each counter (uint64, any shape); equal for equal key and counter."""
     state = counter * _STEP
     state += _STEP
     state += key
@@ -34,12 +34,12 @@ def bits(key: np.uint64, counter: np.ndarray) -> np.ndarray:
 
 
 def uniform(key: np.uint64, counter: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1), multiples of 2**-53."""
+    """Uniform float64 numbers in [0, 1), multiples of 2**-53."""
     return (bits(key, counter) >> np.uint64(11)) * 2.0**-53
 
 
 def normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:
-    """float32 of mean 0 and standard deviation 1: one of 65,536 equally likely quantiles, within 4.4."""
+    """Normal float32 numbers of mean 0 and standard deviation 1: one of 65,536 equally likely quantiles, within 4.4."""
     return _quantiles()[bits(key, counter) >> np.uint64(48)]
 
 

@@ -1,4 +1,4 @@
-"""Records as a PyTorch data set of pixel sources: no pixel is read before the network asks for it."""
+"""Records as a PyTorch data set of pixel sources: pixels are read when the network needs them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from .views import DownsampledSource, NormalizedSource
 def open_record(
     record: Record, *, flip: bool | Literal["auto"] = "auto", white: White | None = None, **options: Any
 ) -> ImageSource:
-    """The image of a record, with frame, white level and side as the table says; the rest as in `open_pixels`.
+    """The image of a record, with the frame, white level and side of the table; other options as in `open_pixels`.
 
-    flip: "auto" goes by the table's chest_wall, where it has one. white: of images of which the table does not say.
+    Args:
+        flip: "auto" follows the table's column chest_wall if it has one.
+        white: the white level of images without one in the table.
     """
     if flip == "auto" and record.chest_wall is not None:
         flip = record.chest_wall == "right"
@@ -37,18 +39,18 @@ def open_record(
 
 
 def with_white(records: Sequence[Record], white: White | None) -> list[Record]:
-    """The records, with this white level where they have none; None changes nothing."""
+    """The records, with this white level for those that have none; None changes nothing."""
     return [replace(one, white=white) if one.white is None else one for one in records]
 
 
 def grey_of(images: object) -> dict[str, Any]:
-    """How images become grey values where their table does not say, as `open_record` takes it; empty if not known."""
+    """The options of `open_record` for grey values that images of a data set use; empty for other images."""
     data = dataset_in(images)
     return {} if data is None else {"voi": data.voi, "white": data.white, "for_processing": data.for_processing}
 
 
 def dataset_in(images: object) -> ImageDataset | None:
-    """Images of records, also those that something else holds as its ``data``; None of others."""
+    """The image data set, or the one in the attribute ``data`` of a wrapper; None for other objects."""
     data = getattr(images, "data", images)
     return data if isinstance(data, ImageDataset) else None
 
@@ -56,12 +58,14 @@ def dataset_in(images: object) -> ImageDataset | None:
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images of a table; an item is dict(image=PixelSource, label=int, index=int, record=Record).
 
-    normalize, voi, flip, channels, for_processing, white: as in `open_record`.
-    downsample: average factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
-    augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
-    `set_epoch` at the start of every epoch.
+    A file is opened when its item is requested and closed with the source. A `DataError` names an unusable file.
 
-    A file is opened when its item is asked for, and closed with the source. `DataError` names a file that is unusable.
+    Args:
+        records: the images.
+        normalize, voi, flip, channels, for_processing, white: as in `open_record`.
+        downsample: averages factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
+        augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
+            `set_epoch` at the start of every epoch.
     """
 
     def __init__(
@@ -87,14 +91,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew; before the data loader starts its workers."""
+        """Select the random variations of an epoch; call it before the data loader starts its workers."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.records)
 
     def opened(self, record: Record, normalize: Normalize | None) -> ImageSource:
-        """An image of this data set as it is prepared for the network, before it is averaged and varied."""
+        """An image of this data set prepared for the network, before downsampling and augmentation."""
         return open_record(
             record,
             normalize=normalize,

@@ -1,4 +1,4 @@
-"""The images of a data set by exams: the views of each are one sample."""
+"""The images of a data set grouped by exam: the views of an exam are one sample."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from .unknown_views import unplaced
 
 
 def exam_of(record: Record) -> tuple[str, ...]:
-    """What tells exams apart: patient and exam_id; an image without a patient is one by itself."""
+    """The key of an exam: patient and exam_id; an image without a patient is an exam of its own."""
     own = () if record.patient_known else ("image", str(record.path), str(record.frame))
     return (record.patient_id, record.exam_id or "", *own)
 
 
 class ExamDataset(Dataset[dict[str, Any]]):
-    """Exams of a data set of images, in the order of their first image; without images that are in none (`unplaced`).
+    """Exams of an image data set, in the order of their first image; images in no exam (`unplaced`) are left out.
 
-    An item is dict(views=[PixelSource], image=PixelSource, label=int, index=int, record=Record), where image is the
-    view with the most pixels, and the record that of the exam, see `samples`.
+    An item is dict(views=[PixelSource], image=PixelSource, label=int, index=int, record=Record): `image` is the view
+    with the most pixels, and `record` is the record of the exam, see `samples`.
 
     Attributes:
-        records: of all images.
-        samples: of the exams: the first view's record, with the highest class of the views; of labels the highest that
-            is known of each; of numbers the mean of what is known. Side and view are empty.
+        records: the records of all images.
+        samples: a record per exam: that of the first view, with the highest class of the views and, for each label
+            column, the highest known label, or the mean of known numbers. Side and view are empty.
 
     Args:
-        positive: the class that is the highest; None takes that of the highest number.
+        images: the images.
+        numbers: whether label columns are numbers, not classes.
+        positive: the class that counts as the highest; None for the class with the highest number.
     """
 
     def __init__(self, images: ImageDataset, *, numbers: bool = False, positive: int | None = None) -> None:
@@ -45,7 +47,7 @@ class ExamDataset(Dataset[dict[str, Any]]):
                 continue
             exams.setdefault(exam_of(record), []).append(number)
         self._exams = list(exams.values())
-        self.samples = [_together([self.records[i] for i in views], numbers, positive) for views in self._exams]
+        self.samples = [_exam_record([self.records[i] for i in views], numbers, positive) for views in self._exams]
 
     def set_epoch(self, epoch: int) -> None:
         """As `ImageDataset.set_epoch`."""
@@ -61,7 +63,7 @@ class ExamDataset(Dataset[dict[str, Any]]):
         return {"views": views, "image": largest, "label": sample.label, "index": index, "record": sample}
 
 
-def _together(records: Sequence[Record], numbers: bool, positive: int | None) -> Record:
+def _exam_record(records: Sequence[Record], numbers: bool, positive: int | None) -> Record:
     labels = {}
     for name in dict.fromkeys(name for record in records for name in record.labels):
         known = [record.labels[name] for record in records if not math.isnan(record.labels.get(name, math.nan))]

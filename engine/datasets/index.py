@@ -1,4 +1,4 @@
-"""A folder of images as a table: what the headers say of each, without who the patient is."""
+"""A table of a folder of images: the header data of each image, without the patient's identity."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ DICOM_MARK = b"DICM"
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder holds."""
+    """The images of a folder."""
 
     records: list[Record]
-    """One per image, label -1; `extra` has rows, columns, frames, and for DICOM what else matters for training."""
+    """One per image, label -1; `extra` has rows, columns, frames, and for DICOM other data that matter for training."""
     errors: list[DataError]
-    """Files that are no images or damaged, or whose names do not fit the pattern that was asked for, each named."""
+    """An error for each file that is not an image, is damaged, or does not fit the given pattern."""
     pattern: str | None
-    """Of the file names from which patients, sides and views are; None if none are."""
+    """The pattern of the file names that gave patients, sides and views; None if names were not used."""
     masks: list[Path]
-    """Files that are left out, because they are masks by their names."""
+    """Files that were left out because their names are names of masks."""
 
 
 def index_folder(
@@ -41,15 +41,19 @@ def index_folder(
     on_start: Callable[[int], object] | None = None,
     on_done: Callable[[], object] | None = None,
 ) -> Index:
-    """Read the headers of all images below a folder, in parallel; a bad file is noted, and stops nothing.
+    """Read the headers of all images below a folder, in parallel; a damaged file is recorded and stops nothing.
 
-    Patients and exams of DICOM files are numbered in the order of their first file (P00001, E00001), so that splits by
-    patient are possible and nobody is named; identifiers=True keeps PatientID and StudyInstanceUID.
+    Patients and exams of DICOM files are numbered in the order of their first file (P00001, E00001): this allows splits
+    by patient without identifying anybody.
 
-    Files whose header names no patient (PNG, TIFF) have patient, side and view from their names, if one of the common
-    patterns of `names.COMMON` fits all of them; else each stands for a patient of its own, and its `patient_known` is
-    False. pattern: a pattern for the names of all files, which then counts before their headers; see `names`.
-    on_start: called with the number of files. on_done: called after each.
+    Patient, side and view of files without a patient in the header (PNG, TIFF) come from the file names, if one of the
+    patterns `names.COMMON` fits all of them. Otherwise each file is a patient, with `patient_known` False.
+
+    Args:
+        identifiers: keeps PatientID and StudyInstanceUID.
+        pattern: a pattern for the names of all files, which takes precedence over their headers; see `names`.
+        on_start: called with the number of files.
+        on_done: called after each file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,7 +65,7 @@ def index_folder(
     paths = [path for path in paths if path not in left_out]
     if on_start is not None:
         on_start(len(paths))
-    found: list[Record | DataError] = [DataError(f"{path}: was not read") for path in paths]
+    found: list[Record | DataError] = [DataError(f"{path}: not read") for path in paths]
     for number, record in run_parallel(_read, paths, workers=workers, chunk=64):
         found[number] = record
         if on_done is not None:
@@ -75,7 +79,7 @@ def index_folder(
     if fitting is not None:
         named = [_named(record, fitting, always=wanted is not None) for record in records]
         errors += [
-            DataError(f"{record.path}: its name does not fit the pattern {fitting.text}; rename it, or name another")
+            DataError(f"{record.path}: name does not fit the pattern {fitting.text}; rename it, or change the pattern")
             for record, new in zip(records, named, strict=True)
             if new is None
         ]
@@ -84,10 +88,10 @@ def index_folder(
 
 
 def _numbered(records: Sequence[Record]) -> list[Record]:
-    """Records whose patients and exams of DICOM headers are numbers."""
+    """The records with numbers instead of the patients and exams of DICOM headers."""
     known = [record for record in records if record.patient_known]
     patients = {name: f"P{number:05d}" for number, name in enumerate(dict.fromkeys(r.patient_id for r in known), 1)}
-    named = dict.fromkeys(r.exam_id for r in records if r.exam_id)  # a study may be named where its patient is not
+    named = dict.fromkeys(r.exam_id for r in records if r.exam_id)  # a study may be known without its patient
     exams = {name: f"E{number:05d}" for number, name in enumerate(named, 1)}
     return [
         replace(
@@ -100,19 +104,19 @@ def _numbered(records: Sequence[Record]) -> list[Record]:
 
 
 def _named(record: Record, pattern: NamePattern, *, always: bool) -> Record | None:
-    """With what the file's name says, where the header says nothing or `always`; None if the name does not fit."""
+    """The record with the fields of the file name, unless the header has some; None if the name does not fit."""
     if record.patient_known and not always:
         return record
-    said = pattern.match(record.path)
-    if said is None or said.patient is None:
+    found = pattern.match(record.path)
+    if found is None or found.patient is None:
         return None
     return replace(
         record,
-        patient_id=said.patient,
+        patient_id=found.patient,
         patient_known=True,
-        exam_id=said.exam or said.patient,
-        laterality=said.laterality or record.laterality,
-        view=said.view or record.view,
+        exam_id=found.exam or found.patient,
+        laterality=found.laterality or record.laterality,
+        view=found.view or record.view,
     )
 
 
@@ -125,7 +129,7 @@ def _read(path: Path) -> Record:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file has DICOM's mark; `DataError` if it cannot be read."""
+    """Whether the file has the DICOM prefix; `DataError` if it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             return False
@@ -136,7 +140,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _dicom_record(path: Path, info: DicomInfo) -> Record:
-    # A list of what may be told, not of what may not: a new element of the header must not slip out.
+    # An allow-list: new header elements must not be exported by accident.
     extra = {
         "rows": str(info.rows),
         "columns": str(info.columns),

@@ -1,4 +1,4 @@
-"""Grey values changed pixel by pixel: gamma, contrast, brightness, and noise that belongs to the pixel's place."""
+"""Pixelwise changes of grey values: gamma, contrast, brightness, and noise that depends on the pixel's position."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..images.derived import DerivedSource
 from ..images.pixels import PixelSource, check_region
 from .counter_random import normal
 
-_ROWS = 64  # so that what a step leaves is still in the cache for the next one
+_ROWS = 64  # few enough that the results of a step are still in the cache for the next one
 
 
 @dataclass(frozen=True)
 class Intensity:
     """grey -> contrast * grey**gamma + brightness + noise * n(row, column), n normal with mean 0 and deviation 1.
 
-    Negative values (of float images) keep their sign under gamma. Nothing is cut off below black or above white. All
-    channels of a pixel get the same noise: grey stays grey.
+    Negative values of float images keep their sign under gamma. Values below black or above white are not clipped. All
+    channels of a pixel get the same noise, so grey stays grey.
     """
 
     key: np.uint64
@@ -30,9 +30,9 @@ class Intensity:
     noise: float = 0.0
 
     def apply(self, grey: np.ndarray, top: int, left: int) -> None:
-        """Change grey values, float32 (channels, rows, columns), in place; their first is that of row top, column left.
+        """Change grey values, float32 (channels, rows, columns), in place; the first pixel is at (top, left).
 
-        Every pixel is computed by itself, in float32, so a region gets the bits that the whole image gets.
+        Each pixel is computed independently in float32, so a region has the same bits as in the whole image.
         """
         if self.gamma != 1:
             np.copysign(np.power(np.abs(grey), np.float32(self.gamma)), grey, out=grey)
@@ -46,18 +46,18 @@ class Intensity:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What is done, in order."""
-        told = {
+        """The names of the changes, in order."""
+        named = {
             f"gamma {self.gamma:.4g}": self.gamma != 1,
             f"contrast times {self.contrast:.4g}": self.contrast != 1,
             f"brightness {self.brightness:+.4g}": self.brightness != 0,
             f"noise of standard deviation {self.noise:.4g}": self.noise != 0,
         }
-        return tuple(step for step, is_done in told.items() if is_done)
+        return tuple(step for step, is_done in named.items() if is_done)
 
 
 class IntensitySource(DerivedSource):
-    """An image of grey values, 0 black and 1 white, with its intensities changed."""
+    """An image of grey values, 0 black to 1 white, with changed intensities."""
 
     def __init__(self, source: PixelSource, intensity: Intensity) -> None:
         super().__init__(source)

@@ -1,7 +1,7 @@
-"""Masks of images: a class for each pixel, read by region, and brought to where the image's pixels have gone.
+"""Masks of images: a class for each pixel, read by region and transformed with the image.
 
-A mask is an image of one channel in the stored size of its image: 0 is the background, k the class number k, 255 is not
-judged. Where all masks of a table hold 0 and 255 alone, as many programs write them, 255 is the class 1.
+A mask is an image of one channel in the stored size of its image: 0 is the background, k is class k, and 255 is
+ignored. If all masks of a table contain 0 and 255 only, as many programs write them, 255 is class 1.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from .tables import Record
 from .views import DownsampledSource, MirroredSource, NormalizedSource
 
 IGNORED = 255
-"""What is not judged: neither learnt from nor scored."""
+"""The value of ignored pixels: neither trained on nor scored."""
 _STRIP = 512
 
 
 def read_inside(path: Path) -> np.ndarray:
-    """bool (rows, columns): which pixels lie in a finding whose mask the file is, in the file's own orientation."""
+    """The pixels inside the finding of a mask file, bool (rows, columns), in the orientation of the file."""
     source, level = open_inside(path)
     return (source.read(0, source.shape[1], 0, source.shape[2]).amax(0) > level).numpy()
 
 
 def open_inside(path: Path) -> tuple[ImageSource, float]:
-    """A mask of a finding, and the grey value above which pixels lie in it: 0; of lossy JPEG files half of white."""
+    """A mask of a finding, and the grey value above which pixels are inside: 0, or half of white for lossy JPEG."""
     source = open_pixels(path, voi="none", flip=False)
     return source, 0.5 if source.steps[0].startswith("JPEG") else 0.0
 
 
 class Mask(Protocol):
-    """Classes of pixels: `dense_loss` takes it as labels once it has its batch axis, see `Batched`."""
+    """Classes of pixels, read by region; with a batch axis (`Batched`) the labels of `dense_loss`."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,11 +57,11 @@ class Mask(Protocol):
 
 @dataclass(frozen=True)
 class Classes:
-    """What the values of masks mean.
+    """The meaning of mask values.
 
     Attributes:
-        names: of the classes 0, 1, ...; the first is the background.
-        binary: 255 is the class 1, not what is not judged.
+        names: the names of the classes 0, 1, ...; the first is the background.
+        binary: whether 255 is class 1 instead of ignored.
     """
 
     names: tuple[str, ...]
@@ -69,42 +69,42 @@ class Classes:
 
 
 class FileMask:
-    """A mask as its files store it; of several files (a mask for each finding) the largest value counts.
+    """A mask as its files store it; for several files (a mask per finding) the largest value counts.
 
     Raises:
-        DataError: a file that is missing, of another size than the image, or of several channels.
+        DataError: if a file is missing, has several channels, or differs from another file in size.
     """
 
     def __init__(self, record: Record, classes: Classes | None = None) -> None:
         self._classes = classes
         self._files = [_stored(path) for path in masks_of(record)]
         if not self._files:
-            raise DataError(f"{record.path}: has no mask; name one in the column mask_path, or leave the image out")
+            raise DataError(f"{record.path}: has no mask; add one in the column mask_path, or leave the image out")
         for path, file in zip(masks_of(record), self._files, strict=True):
             if file.shape[0] != 1:
-                raise DataError(f"{path}: has {file.shape[0]} channels; a mask has one, the number of a class")
+                raise DataError(f"{path}: has {file.shape[0]} channels; a mask must have one, with class numbers")
             if file.shape != self._files[0].shape:
-                raise DataError(f"{path}: is {_sides(file)}, another mask of the image {_sides(self._files[0])}")
+                raise DataError(f"{path}: is {_sides(file)}, but another mask of the image {_sides(self._files[0])}")
         self.path = masks_of(record)[0]
         self.shape = self._files[0].shape[1:]
 
     def require_size(self, image: PixelSource) -> None:
-        """Refuse a mask of another size than the image as stored.
+        """Raise an error if the mask and the stored image differ in size.
 
         Raises:
-            DataError: naming both.
+            DataError: names both sizes.
         """
         while not isinstance(image, ImageSource):
             image = _below(image)
         if image.stored.shape[1:] != self.shape:
             _, height, width = image.stored.shape
-            raise DataError(f"{self.path}: is {_sides(self._files[0])}, its image {height} x {width}; correct the mask")
+            raise DataError(f"{self.path}: is {_sides(self._files[0])}, but its image {height} x {width}; correct it")
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """As of `Mask`.
+        """As in `Mask`.
 
         Raises:
-            DataError: a value that is no class.
+            DataError: if a value is not a class.
         """
         found = self._values(top, bottom, left, right)
         if self._classes is None:
@@ -113,7 +113,7 @@ class FileMask:
             found = np.where(found == IGNORED, np.uint8(1), found)
         wrong = found[(found >= len(self._classes.names)) & (found != IGNORED)]
         if wrong.size:
-            raise DataError(_no_class(self.path, int(wrong[0]), self._classes))
+            raise DataError(_class_error(self.path, int(wrong[0]), self._classes))
         return found
 
     def _values(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
@@ -123,12 +123,12 @@ class FileMask:
                 continue
             odd = part[~((part >= 0) & (part <= 255) & (part == np.floor(part)))]
             if odd.size:
-                raise DataError(f"{self.path}: holds {odd[0]}, which names no class; classes are 0, 1, ... 254")
+                raise DataError(f"{self.path}: contains {odd[0]}, which is not a class; classes are 0, 1, ... 254")
         whole = [part.astype(np.uint8) for part in parts]
         return whole[0] if len(whole) == 1 else np.maximum.reduce(whole)
 
     def counts(self) -> np.ndarray:
-        """Pixels of each value, (256,) int64."""
+        """The number of pixels of each value, (256,) int64."""
         found = np.zeros(256, np.int64)
         for top, bottom in strips(self.shape[0]):
             found += np.bincount(self.read(top, bottom, 0, self.shape[1]).ravel(), minlength=256)
@@ -136,19 +136,19 @@ class FileMask:
 
 
 def masks_of(record: Record) -> list[Path]:
-    """The files of an image's masks: of the column mask_path, or of its findings."""
+    """The mask files of an image, from its findings; the column mask_path is a finding too."""
     return [finding.mask for finding in record.findings if finding.mask is not None]
 
 
 def strips(height: int) -> list[tuple[int, int]]:
-    """Rows (top, bottom) of what is read at a time of a mask that is not held."""
+    """Row ranges (top, bottom) in which a mask is read strip by strip."""
     return [(top, min(top + _STRIP, height)) for top in range(0, height, _STRIP)]
 
 
 def highest(mask: Mask, factor: int) -> np.ndarray:
-    """(rows, columns) uint8, the highest class of each block of factor x factor pixels, so that what is small stays.
+    """The highest class of each block of factor x factor pixels, uint8 (rows, columns), so that small regions remain.
 
-    What is not judged counts as background; blocks at the lower and right border may be cut.
+    Ignored pixels count as background; blocks at the lower and right border may be smaller.
     """
     step = max(1, _STRIP // factor) * factor
     height, width = mask.shape
@@ -158,7 +158,7 @@ def highest(mask: Mask, factor: int) -> np.ndarray:
 
 
 def highest_of(values: np.ndarray, factor: int) -> np.ndarray:
-    """`highest` of values that are there, (rows, columns)."""
+    """`highest` of an array of values, (rows, columns)."""
     values = np.where(values == IGNORED, np.uint8(0), values)
     if factor > 1:
         for axis in (0, 1):
@@ -166,62 +166,63 @@ def highest_of(values: np.ndarray, factor: int) -> np.ndarray:
     return values
 
 
-def survey(record: Record, names: Sequence[str] = ()) -> np.ndarray:
-    """Pixels of each value of an image's mask, (256,) int64.
+def count_values(record: Record, names: Sequence[str] = ()) -> np.ndarray:
+    """The number of pixels of each value of an image's mask, (256,) int64.
 
     Args:
-        names: of the classes; none takes any value for one.
+        record: the image.
+        names: the names of the classes; empty accepts each value as a class.
 
     Raises:
-        DataError: what is wrong with it: see `FileMask`; a value that names no class.
+        DataError: for the problems that `FileMask` raises, or if a value is not a class.
     """
     mask = FileMask(record)
     mask.require_size(open_record(record, flip=False, for_processing=True))
     found = mask.counts()
     wrong = [int(value) for value in np.flatnonzero(found) if names and len(names) <= value != IGNORED]
     if wrong:
-        raise DataError(_no_class(mask.path, wrong[0], Classes(tuple(names))))
+        raise DataError(_class_error(mask.path, wrong[0], Classes(tuple(names))))
     return found
 
 
 def classes_of(counts: dict[Path, np.ndarray], names: Sequence[str]) -> Classes:
-    """What the values of masks mean, by the pixels that there are of each.
+    """The meaning of mask values, derived from the number of pixels of each value.
 
     Args:
-        counts: of each image's mask, see `survey`.
-        names: of the classes; none takes background and as many numbers as the masks have.
+        counts: the counts of each image's mask, see `count_values`.
+        names: the names of the classes; empty for background and the numbers that the masks contain.
 
     Raises:
-        DataError: too many or too few names, a mask of which nothing is judged, or one class alone.
+        DataError: if there are too many or too few names, a mask is ignored everywhere, or there is only one class.
     """
     if names and not 2 <= len(names) <= IGNORED:
-        raise DataError(f"{len(names)} classes; name from 2 to {IGNORED} of them, the first for the background (0)")
+        raise DataError(f"{len(names)} classes; there must be 2 to {IGNORED}, the first one for the background (0)")
     there = np.flatnonzero(np.sum(list(counts.values()), 0))
     if set(there.tolist()) == {0, IGNORED} and len(names) in (0, 2):
         return Classes(tuple(names) or ("background", "1"), binary=True)
     judged = there[there != IGNORED]
     if not names:
         if len(judged) < 2:
-            only = f"value {judged[0]}" if len(judged) else "255, which is not judged,"
-            raise DataError(f"all masks hold {only} alone; training needs another class")
+            only = f"value {judged[0]}" if len(judged) else "255, which is ignored"
+            raise DataError(f"all masks contain only {only}; training needs another class")
         absent = sorted(set(range(int(judged[-1]))) - {0, *judged.tolist()})
         if absent:
             last = next(path for path, found in counts.items() if found[judged[-1]])
             raise DataError(
-                f"{last}: holds {judged[-1]}, and no mask holds {absent[0]}; correct it, or name all classes: "
+                f"{last}: contains {judged[-1]}, but no mask contains {absent[0]}; correct it, or name all classes: "
                 "-o 'data.classes=[\"background\", ...]'"
             )
         names = ["background", *(str(number) for number in range(1, int(judged[-1]) + 1))]
     classes = Classes(tuple(names))
     for path, found in counts.items():
         if not found[:IGNORED].any():
-            raise DataError(f"{path}: its mask is 255 everywhere, which is not judged; leave the image out")
+            raise DataError(f"{path}: mask is 255 everywhere, which is ignored; leave the image out")
     return classes
 
 
-def _no_class(path: Path, value: int, classes: Classes) -> str:
-    told = ", ".join(f"{number} {name}" for number, name in enumerate(classes.names))
-    return f"{path}: holds {value}, which names no class; there are {told}, and 255 for what is not judged"
+def _class_error(path: Path, value: int, classes: Classes) -> str:
+    named = ", ".join(f"{number} {name}" for number, name in enumerate(classes.names))
+    return f"{path}: contains {value}, which is not a class; classes are {named}, and 255 for ignored pixels"
 
 
 def _stored(path: Path) -> StoredPixels:
@@ -229,7 +230,7 @@ def _stored(path: Path) -> StoredPixels:
         return open_pixels(path, voi="none", flip=False, for_processing=True).stored
     except DataError as error:
         if not path.exists():
-            raise DataError(f"{path}: no such mask") from error
+            raise DataError(f"{path}: mask does not exist") from error
         raise
 
 
@@ -238,9 +239,11 @@ def _sides(stored: StoredPixels) -> str:
 
 
 class PickedMask:
-    """A mask whose rows and columns are some of another's: mirrored, of lower resolution, or of another grid.
+    """A mask whose rows and columns are picked from another mask: mirrored, of lower resolution, or on another grid.
 
-    rows, columns: numbers of the other's, for each row and column.
+    Args:
+        mask: the other mask.
+        rows, columns: the index in the other mask for each row and column.
     """
 
     def __init__(self, mask: Mask, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -257,9 +260,11 @@ class PickedMask:
 
 
 class SampledMask:
-    """A mask seen through a map of its coordinates: the class where the map leads, 255 beyond the other's border.
+    """A mask resampled by a coordinate map: the class at the mapped point, 255 beyond the border of the other mask.
 
-    back: from this mask's coordinates to those of the other.
+    Args:
+        mask: the other mask.
+        back: from this mask's coordinates to those of the other mask.
     """
 
     def __init__(self, mask: Mask, back: Map) -> None:
@@ -280,7 +285,7 @@ class SampledMask:
 
 
 class Batched:
-    """A mask as labels of a batch of one image: (1, rows, columns), int64."""
+    """A mask as the labels of a batch of one image, int64 (1, rows, columns)."""
 
     def __init__(self, mask: Mask) -> None:
         self._mask, self.shape = mask, (1, *mask.shape)
@@ -291,12 +296,12 @@ class Batched:
 
 
 def mask_as_seen(mask: Mask, image: PixelSource) -> Mask:
-    """A mask in its image's stored size, brought to where the pixels of the image are: mirrored, averaged, varied.
+    """A mask in its image's stored size, transformed like the image: mirrored, averaged, augmented.
 
-    A pixel that is the mean of several is of the class in their middle; one that was moved, of the class where it was.
+    A pixel that is the mean of a block has the class at the block's centre; a moved pixel keeps its class.
 
     Raises:
-        DataError: the image went through a step that no mask can follow.
+        DataError: if the image has a step that masks do not support.
     """
     if isinstance(image, ImageSource):
         return PickedMask(mask, *_mirrored(image))
@@ -313,18 +318,19 @@ def mask_as_seen(mask: Mask, image: PixelSource) -> Mask:
 
 
 def mask_on_grid(mask: Mask, shape: tuple[int, int]) -> Mask:
-    """A mask on another grid over the same image: the class in the middle of each cell.
+    """A mask on another grid over the same image: the class at the centre of each cell.
 
-    As ``torch.nn.functional.interpolate(mask, shape, mode="nearest-exact")``.
+    It equals ``torch.nn.functional.interpolate(mask, shape, mode="nearest-exact")``.
     """
     return mask if mask.shape == shape else PickedMask(mask, *_cells(mask.shape, shape))
 
 
 def mask_as_stored(mask: Mask, image: PixelSource) -> Mask:
-    """A mask on a grid over what a network saw of an image, in the size of its file: the way back of `mask_as_seen`.
+    """A mask on a grid over a network's input, in the size of the image's file: the inverse of `mask_as_seen`.
 
     Args:
-        image: not varied.
+        mask: the mask on the grid.
+        image: the network's input, without augmentation.
     """
     factor = 1
     while not isinstance(image, ImageSource):
@@ -332,25 +338,25 @@ def mask_as_stored(mask: Mask, image: PixelSource) -> Mask:
             factor *= image.factor
         image = _below(image)
     seen = tuple(side // factor for side in image.shape[1:])
-    # Rows that did not fill a whole block were not seen; they are like the last one that was.
+    # Rows beyond the last whole block are not in the input; they get the class of the last row.
     rows, columns = (np.minimum(np.arange(side) // factor, side // factor - 1) for side in image.shape[1:])
     whole = PickedMask(mask_on_grid(mask, (seen[0], seen[1])), rows, columns)
     return PickedMask(whole, *_mirrored(image))
 
 
 def _below(image: PixelSource) -> PixelSource:
-    """What an image that was mirrored, averaged or varied is made of."""
+    """The source of a mirrored, averaged or augmented image."""
     if isinstance(image, MirroredSource | SampledSource | DownsampledSource | IntensitySource | NormalizedSource):
         return image.source
-    raise DataError(f"{image.name}: a mask cannot follow its image through {type(image).__name__}")
+    raise DataError(f"{image.name}: masks do not support the step {type(image).__name__} of their image")
 
 
 def _mirrored(image: ImageSource) -> tuple[np.ndarray, np.ndarray]:
-    way = image.to_original
+    back = image.to_original
     rows, columns = (np.arange(side) for side in image.shape[1:])
-    return rows[:: -1 if way.yy < 0 else 1], columns[:: -1 if way.xx < 0 else 1]
+    return rows[:: -1 if back.yy < 0 else 1], columns[:: -1 if back.xx < 0 else 1]
 
 
 def _cells(have: tuple[int, int], want: tuple[int, int]) -> list[np.ndarray]:
-    """Along both axes, which of `have` cells lies in the middle of each of `want`; in whole numbers, exactly."""
+    """For each axis, the index of the `have` cell at the centre of each `want` cell, in exact integer arithmetic."""
     return [(2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(have, want, strict=True)]

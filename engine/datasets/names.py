@@ -1,4 +1,4 @@
-"""Patient, exam, side and view from the names of files, where no header says them."""
+"""Patient, exam, side and view from file names, for files whose header does not state them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ COMMON = (
     "{patient}_{laterality}_{view}_{any}",
     "{patient}.{laterality}_{view}{any}",
 )
-"""Patterns that are tried where none is given; the first that fits every name is taken."""
+"""Patterns that are tried if none is given; the first that fits every name is used."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """What the name of a file says; None where it says nothing."""
+    """The fields in a file name; None for a field that the pattern lacks."""
 
     patient: str | None = None
     exam: str | None = None
@@ -51,8 +51,11 @@ class Named:
 class NamePattern:
     """A pattern of file names, as ``{patient}_{laterality}-{view}``, without the ending of the file.
 
-    Fields are {patient}, {exam}, {laterality}, {view} and {any}, which is passed over; all else stands for itself, in
-    any case. With slashes it is of the last folders too. `DataError` for other fields, and without {patient}.
+    Fields are {patient}, {exam}, {laterality}, {view} and {any}, which is ignored; other text is literal and matches in
+    upper and lower case. A pattern with slashes also matches the last folders.
+
+    Raises:
+        DataError: if a field is unknown or repeated, or {patient} is missing.
     """
 
     def __init__(self, text: str) -> None:
@@ -61,8 +64,8 @@ class NamePattern:
         wrong = [field for field in fields if field not in _FIELDS]
         if wrong or "patient" not in fields or any(fields.count(field) > 1 for field in _FIELDS if field != "any"):
             raise DataError(
-                f"pattern {text!r}: write each of {{patient}}, {{exam}}, {{laterality}} and {{view}} once at most, "
-                "{any} for what is passed over; {patient} must be there"
+                f"pattern {text!r}: use each of {{patient}}, {{exam}}, {{laterality}} and {{view}} at most once, "
+                "and {any} for text to ignore; {patient} is required"
             )
         pieces = _FIELD.split(text)
         expression = re.escape(pieces[0])
@@ -73,19 +76,19 @@ class NamePattern:
         self._depth = text.count("/") + 1
 
     def match(self, path: Path) -> Named | None:
-        """What a path says; None if it does not fit."""
+        """The fields in a path; None if it does not fit the pattern."""
         parts = [*path.parts[:-1], path.stem][-self._depth :]
         found = self._expression.fullmatch("/".join(parts))
         if found is None:
             return None
-        said = found.groupdict()
-        view = said.get("view")
+        data = found.groupdict()
+        view = data.get("view")
         return Named(
-            said["patient"], said.get("exam"), values.side(said.get("laterality") or ""), view.upper() if view else None
+            data["patient"], data.get("exam"), values.side(data.get("laterality") or ""), view.upper() if view else None
         )
 
 
 def find_pattern(paths: Sequence[Path]) -> NamePattern | None:
-    """The first of the common patterns that fits all the paths; None if none does, or there are no paths."""
+    """The first common pattern that fits all paths; None if no pattern does, or there are no paths."""
     patterns = (NamePattern(text) for text in COMMON)
     return next((p for p in patterns if paths and all(p.match(path) for path in paths)), None)

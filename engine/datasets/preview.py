@@ -1,4 +1,4 @@
-"""What the network will see of an image: its input in figures, as PNG, and as characters for a terminal."""
+"""Previews of a network's input: statistics, a PNG, and a thumbnail for a terminal."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from ..images.writers import PNG_PIXELS, write_png
 from .grey import odd_range
 from .views import DownsampledSource, NormalizedSource
 
-Seen = ImageSource | NormalizedSource
+Input = ImageSource | NormalizedSource
 _ROWS = 256
-# What a network that was trained on normalised images rarely sees.
+# Normalised images rarely have larger values.
 _FAR = 20.0
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The input of the network in figures."""
+    """Statistics of a network's input."""
 
     shape: tuple[int, int, int]
     steps: tuple[str, ...]
-    """All that was done to the file's pixels, in order."""
+    """All steps that were applied to the file's pixels, in order."""
     least: float
     mean: float
     std: float
     most: float
     black: float
-    """Share of the pixels whose grey value is 0: background, or cut off by the window."""
+    """Share of the pixels with grey value 0: background, or clipped by the window."""
     white: float
-    """Share of the pixels whose grey value is 1."""
+    """Share of the pixels with grey value 1."""
     odd: str = ""
-    """What is odd about the range of grey values."""
+    """The problem of the range of grey values; empty without one."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a look at the figures alone should tell."""
+        """Warnings that follow from the statistics."""
         found = [self.odd] if self.odd else []
         if self.least == self.most:
             found.append("all pixels are equal")
         if self.white > 0.05:
-            found.append(f"{self.white:.1%} of the pixels are white: the window may cut tissue off")
+            found.append(f"{self.white:.1%} of the pixels are white: the window may clip tissue")
         if self.black > 0.95:
             found.append(f"{self.black:.1%} of the pixels are black")
         if max(abs(self.least), abs(self.most)) > _FAR:
-            found.append(f"values reach {max(self.least, self.most, key=abs):.4g}: mean and std are not of this image")
+            found.append(f"values reach {max(self.least, self.most, key=abs):.4g}: mean and std do not fit this image")
         return tuple(found)
 
 
-def preview(source: Seen) -> Preview:
-    """Read the image through once, a few rows at a time.
+def preview(source: Input) -> Preview:
+    """Read the image once, a few rows at a time, and return its statistics.
 
     Raises:
-        DataError: it cannot be read, or holds pixels that are no numbers.
+        DataError: if it cannot be read, or holds NaN or infinite pixels.
     """
     _, height, width = source.shape
     total = squares = 0.0
@@ -85,16 +85,16 @@ def preview(source: Seen) -> Preview:
     return Preview(source.shape, steps_of(source), least, mean, std, most, black / count, white / count, odd)
 
 
-def _grey(source: Seen, grey: np.float32) -> np.ndarray:
-    """What a grey value becomes, per channel, computed as the source does."""
+def _grey(source: Input, grey: np.float32) -> np.ndarray:
+    """The normalised value of a grey value per channel, computed as in the source."""
     mean, std = source.normalize.per_channel(source.shape[0])
     return ((np.float64(grey) - np.array(mean)) / np.array(std)).astype(np.float32)[:, None, None]
 
 
-def write_preview(source: Seen, path: str | Path) -> str:
-    """Write what the network sees as a 16-bit grey PNG, 0 black to 65535 white, before mean and std; say what it is.
+def write_preview(source: Input, path: str | Path) -> str:
+    """Write a network's input as a 16-bit grey PNG, 0 black to 65535 white, before mean and std.
 
-    Images above 64 million pixels are averaged over blocks until they fit.
+    Images above 64 million pixels are averaged over blocks until they fit. Returns a description of the resolution.
     """
     path = Path(path)
     shown: PixelSource = source
@@ -119,8 +119,8 @@ def write_preview(source: Seen, path: str | Path) -> str:
     return note
 
 
-def thumbnail(source: Seen, columns: int, rows: int) -> np.ndarray:
-    """uint8 (height, width) of at most `rows` x `columns`: grey values, averaged over square blocks."""
+def thumbnail(source: Input, columns: int, rows: int) -> np.ndarray:
+    """Grey values averaged over square blocks, uint8 (height, width), at most `rows` x `columns`."""
     factor = max(1, math.ceil(max(source.shape[1] / rows, source.shape[2] / columns)))
     factor = min(factor, source.shape[1], source.shape[2])
     shown = DownsampledSource(source, factor)

@@ -1,9 +1,9 @@
-"""An image seen through a map of its coordinates, read by region: each pixel is looked up where the map leads.
+"""An image resampled by a coordinate map, read by region: each pixel is interpolated at the mapped point.
 
     out(i, j) = bilinear(source, back(j + 1/2, i + 1/2)), black beyond the source
 
-A pixel's place is computed from its row and column in the whole image, so a region holds the same bits whether it is
-read alone or as part of a larger one.
+The mapped point of a pixel is computed from its row and column in the whole image, so a region has the same bits
+whether it is read alone or as part of a larger one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..images.derived import DerivedSource
 from ..images.parallel import available_cpus
 from ..images.pixels import PixelSource, check_region
 
-# Sides of what is read of the source at a time, so that what it decodes is decoded once, and of what is sampled at a
-# time, by one thread and within its cache.
+# Side of the part that is read from the source at once, so that a file tile is decoded once; side of the block that one
+# thread samples within its cache.
 _PART, _BLOCK = 1024, 256
 
 _Region = tuple[int, int, int, int]  # top, bottom, left, right; ends excluded
@@ -31,8 +31,9 @@ _Cells = list[tuple[np.ndarray, np.ndarray]]
 class SampledSource(DerivedSource):
     """An image of the same size as its source.
 
-    back: from this image's coordinates to those of the source.
-    what: the step, to be shown and recorded.
+    Args:
+        back: from this image's coordinates to those of the source.
+        what: the name of the step, for display and records.
     """
 
     back: Map
@@ -61,9 +62,9 @@ class SampledSource(DerivedSource):
         return torch.from_numpy(out)
 
     def _cells(self, region: _Region) -> _Cells:
-        """Along both axes (rows, columns): the first of the two source pixels around each pixel, the second's weight.
+        """For each axis (rows, columns): the first of the two source pixels around each point, and the second's weight.
 
-        Two pixels beyond either border stand for all that lie further away: both of a pair are black there.
+        Indices are clipped to two pixels beyond each border, where both pixels of a pair are black.
         """
         rows, columns = (
             axis.astype(np.float64) + 0.5 for axis in np.ogrid[region[0] : region[1], region[2] : region[3]]
@@ -77,7 +78,7 @@ class SampledSource(DerivedSource):
         return found
 
     def _patch(self, top: int, bottom: int, left: int, right: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """A region of the source that may lie outside it, where it is 0, and the place of its first pixel."""
+        """A region of the source, 0 outside of it, and the (row, column) of its first pixel."""
         channels, height, width = self.shape
         out = np.zeros((channels, bottom - top, right - left), np.float32)
         rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
@@ -89,18 +90,18 @@ class SampledSource(DerivedSource):
 
 def _cut(region: _Region, side: int) -> list[_Region]:
     top, bottom, left, right = region
-    places = product(range(top, bottom, side), range(left, right, side))
-    return [(y, min(y + side, bottom), x, min(x + side, right)) for y, x in places]
+    corners = product(range(top, bottom, side), range(left, right, side))
+    return [(y, min(y + side, bottom), x, min(x + side, right)) for y, x in corners]
 
 
 def _sample(pixels: np.ndarray, first: tuple[int, int], cells: _Cells, out: np.ndarray) -> None:
-    """Bilinear: pixels (channels, rows, columns), of which the first is `first` of the source, into out."""
+    """Interpolate bilinearly from pixels (channels, rows, columns) that start at `first` of the source into `out`."""
     (i, low), (j, right) = cells
     stride = pixels.shape[2]
-    place = (i - first[0]) * np.intp(stride) + (j - first[1])
-    below = place + stride
+    above = (i - first[0]) * np.intp(stride) + (j - first[1])
+    below = above + stride
     high, left = 1 - low, 1 - right
     for plane, goal in zip(pixels.reshape(len(pixels), -1), out, strict=True):
-        upper = plane[place] * left + plane[place + 1] * right
+        upper = plane[above] * left + plane[above + 1] * right
         lower = plane[below] * left + plane[below + 1] * right
         goal[...] = upper * high + lower * low

@@ -1,4 +1,4 @@
-"""Splits by patient: no patient may be in two of train, val and test, or the test flatters the model."""
+"""Splits by patient: a patient must not be in two of train, val and test, or the test result is too good."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from .tables import SPLITS, Record
 def assign_splits(
     records: Sequence[Record], *, fractions: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0
 ) -> list[Record]:
-    """Records with their split filled in; splits that the table gives are kept and only checked.
+    """Records with their split filled in; splits in the table are kept and only checked.
 
-    fractions: of the patients, for train, val and test; they add up to 1. Patients are drawn separately for every
-    label (a patient counts for the highest label of its images), and a label with at least as many patients as there
-    are splits is in all of them. The same records, fractions and seed give the same splits, whatever their order.
+    Patients are drawn separately for each label; a patient has the highest label of its images. A label with at least
+    as many patients as splits is in all splits. The same records, fractions and seed give the same splits, in any order
+    of the records.
 
-    Raises `DataError` if splits are given for some records only, or put a patient in two of them.
+    Args:
+        fractions: of the patients, for train, val and test; they sum to 1.
+
+    Raises:
+        DataError: if only some records have a split, or a patient is in two splits.
     """
     given = [record.split is not None for record in records]
     if any(given) and not all(given):
@@ -36,10 +40,10 @@ def assign_splits(
 def fill_validation(
     records: Sequence[Record], *, fractions: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0
 ) -> list[Record]:
-    """Records of an official split into train and test only, with part of the patients of train moved to val.
+    """Records of an official split into train and test, with a part of the train patients moved to val.
 
-    The share of val is that which `fractions` give to val of train and val together; drawn as in `assign_splits`.
-    Records that have no split, or a val already, come back unchanged.
+    The share of val is its share of train and val in `fractions`; patients are drawn as in `assign_splits`. Records
+    without a split, or with a val split, are returned unchanged.
     """
     if {record.split for record in records} - {"train", "test"} or not records:
         return list(records)
@@ -52,7 +56,7 @@ def fill_validation(
 
 
 def leaks(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Patients with images in more than one split, and which splits."""
+    """Patients with images in more than one split, with these splits."""
     splits: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record.split is not None:
@@ -63,7 +67,7 @@ def leaks(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def check_leaks(records: Sequence[Record]) -> None:
-    """`DataError` that names the first patient with images in two splits, and counts them."""
+    """Raise a `DataError` if a patient has images in two splits; it names the first one and counts the others."""
     found = leaks(records)
     if found:
         first, splits = next(iter(found.items()))
@@ -73,7 +77,7 @@ def check_leaks(records: Sequence[Record]) -> None:
 
 def _draw(records: Sequence[Record], fractions: tuple[float, float, float], seed: int) -> list[Record]:
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-        raise DataError(f"split fractions {fractions} must be three numbers from 0 that add up to 1")
+        raise DataError(f"split fractions {fractions} must be three non-negative numbers with sum 1")
     label_of: dict[str, int] = {}
     for record in records:
         label_of[record.patient_id] = max(record.label, label_of.get(record.patient_id, record.label))
@@ -84,13 +88,13 @@ def _draw(records: Sequence[Record], fractions: tuple[float, float, float], seed
     for label, patients in sorted(strata.items()):
         order = np.random.default_rng([seed, label + 1]).permutation(len(patients))
         bounds = np.cumsum(_counts(len(patients), fractions))
-        for place, number in enumerate(order):
-            split_of[patients[number]] = SPLITS[int(np.searchsorted(bounds, place, side="right"))]
+        for rank, number in enumerate(order):
+            split_of[patients[number]] = SPLITS[int(np.searchsorted(bounds, rank, side="right"))]
     return [replace(record, split=split_of[record.patient_id]) for record in records]
 
 
 def _counts(patients: int, fractions: tuple[float, ...]) -> list[int]:
-    """How many patients each split gets: largest remainders, and one at least where there are enough."""
+    """The number of patients per split, by largest remainders; at least one if there are enough."""
     exact = [patients * fraction for fraction in fractions]
     counts = [math.floor(value + 1e-9) for value in exact]
     by_remainder = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], i))

@@ -1,4 +1,4 @@
-"""Pixel sources on top of pixel sources: mirrored, area-averaged and normalised images, still read by region."""
+"""Pixel sources that wrap pixel sources: mirrored, area-averaged and normalised images, read by region."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .flips import FLIPS
 
 
 def mirrorings(names: Iterable[str]) -> tuple[tuple[bool, bool], ...]:
-    """The image as it is, and the mirror images of these names of `FLIPS`.
+    """(left-right, up-down) of the unchanged image and of the mirror images with these names of `FLIPS`.
 
     Raises:
-        GigamorphError: a name is none.
+        GigamorphError: if a name is unknown.
     """
     names = dict.fromkeys(names)
     unknown = next((name for name in names if name not in FLIPS), None)
     if unknown is not None:
-        raise GigamorphError(f"flip {unknown!r} is none of {', '.join(FLIPS)}")
+        raise GigamorphError(f"unknown flip {unknown!r}; choose from {', '.join(FLIPS)}")
     return ((False, False), *(FLIPS[name] for name in names))
 
 
-# Input values that one step of averaging reads at most: 16 MiB of float32.
+# The maximum number of input values per averaging step: 16 MiB of float32.
 _STEP = 2**22
 
 
 class MirroredSource(DerivedSource):
-    """An image mirrored left-right, up-down or both: the mirrored region is read and turned."""
+    """An image mirrored left-right, up-down or both: it reads the mirrored region and flips it."""
 
     def __init__(self, source: PixelSource, *, left_right: bool, up_down: bool) -> None:
         super().__init__(source)
@@ -51,9 +51,9 @@ class MirroredSource(DerivedSource):
 
 
 class DownsampledSource(DerivedSource):
-    """An image at 1/factor of its resolution: every pixel is the mean of factor x factor pixels.
+    """An image at 1/factor of its resolution: each pixel is the mean of factor x factor pixels.
 
-    Rows and columns at the lower and right border that do not fill a whole block are left out.
+    Rows and columns at the lower and right border that do not fill a block are dropped.
     """
 
     def __init__(self, source: PixelSource, factor: int) -> None:
@@ -78,7 +78,7 @@ class DownsampledSource(DerivedSource):
 
 
 class NormalizedSource(DerivedSource):
-    """An image of grey values with its normalisation on top, where other steps stand between the two."""
+    """An image of grey values that is normalised after other steps, such as augmentation."""
 
     def __init__(self, source: PixelSource, normalize: Normalize) -> None:
         super().__init__(source)

@@ -1,6 +1,6 @@
-"""How good predictions are: areas, operating points, calibration, free-response ROC, all with intervals over patients;
-studies of several readers.
+"""Measures of predictions: AUC, operating points, calibration, free-response ROC, all with intervals over patients; and
+multi-reader studies.
 
-Numpy, scipy and scikit-learn on float64; nothing here knows of networks. Larger scores mean 1, and scores are log-odds
-wherever they come from a network, so that no ranking is lost to the rounding of probabilities near 0 and 1.
+It uses numpy, scipy and scikit-learn in float64, and is independent of networks. Larger scores mean label 1. Scores of
+networks are log-odds, because rounded probabilities near 0 and 1 would lose the ranking.
 """

@@ -1,8 +1,8 @@
-"""Intervals from resampled patients: all rows of a patient come together, for they are not independent.
+"""Bootstrap intervals over patients: all rows of a patient are resampled together, because they are not independent.
 
-A resample is a weight per row, the number of times that its patient was drawn. What a statistic needs is a sum over
-rows times weights, so thousands of resamples are a few sums of a matrix; calling scikit-learn for each would take
-minutes. Efron and Tibshirani (1993), percentile intervals and standard errors.
+A resample is a weight per row, the number of times that its patient was drawn. Statistics are weighted sums over rows,
+so thousands of resamples are a few matrix operations, where calls of scikit-learn would take minutes. Percentile
+intervals and standard errors as in Efron and Tibshirani (1993).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Statistics = Callable[[Array], Mapping[str, Array]]
-"""(resamples, rows) weights -> (resamples,) values by name, NaN where not defined."""
-_AT_ONCE = 2**19  # weights that are held at a time: few enough to stay in the cache
+"""Weights (resamples, rows) -> values (resamples,) by name, NaN where undefined."""
+_AT_ONCE = 2**19  # weights in memory at a time, to fit into the cache
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a statistic varies over the resamples.
+    """The variation of a statistic over the resamples.
 
     Attributes:
         interval: the middle 95 %.
         error: the standard deviation, an estimate of the statistic's standard error.
-        why: where there is neither.
+        why: the reason if there is neither.
     """
 
     interval: tuple[float, float] | None
@@ -35,13 +35,13 @@ class Spread:
     why: str = ""
 
     def listed(self) -> dict[str, Any]:
-        """As it stands in a measure."""
+        """The values for a measure's dictionary."""
         found = {"bootstrap": None if self.interval is None else list(self.interval), "standard_error": self.error}
         return found | ({"why": self.why} if self.why else {})
 
 
 def listed(value: float, spread: Spread, undefined: str) -> dict[str, Any]:
-    """A measure with how it varies; `undefined` tells why there is none where the value is NaN."""
+    """A measure with its spread; `undefined` is the reason if the value is NaN."""
     if np.isnan(value):
         return {"value": None, **Spread(None, None, undefined).listed()}
     return {"value": float(value), **spread.listed()}
@@ -52,7 +52,8 @@ class Resamples:
 
     Args:
         clusters: the patient of each row.
-        count: resamples.
+        count: number of resamples.
+        seed: of the random numbers.
     """
 
     def __init__(self, clusters: Sequence[str], count: int = 2000, seed: int = 0) -> None:
@@ -61,7 +62,7 @@ class Resamples:
         self.patients, self.count, self._seed = len(names), count, seed
 
     def weights(self, rows: NDArray[Any] | None = None) -> Iterator[Array]:
-        """Weights (some resamples, rows), float64, of all rows, of a mask or in the order of numbers of rows."""
+        """Batches of weights (resamples, rows), float64, of all rows, or of those that a mask or indices select."""
         of_row = self._of_row if rows is None else self._of_row[rows]
         step = max(1, min(self.count, _AT_ONCE // max(len(of_row), self.patients, 1)))
         random = np.random.default_rng(self._seed)
@@ -69,12 +70,12 @@ class Resamples:
             some = min(step, self.count - first)
             drawn = random.integers(0, self.patients, (some, self.patients))
             drawn += np.arange(some)[:, None] * self.patients
-            # Bytes are gathered several times as fast as words; a patient is drawn 255 times never.
+            # Gathering bytes is several times faster than words; a patient is never drawn more than 255 times.
             draws = np.bincount(drawn.ravel(), minlength=drawn.size).astype(np.uint8).reshape(drawn.shape)
             yield draws.take(of_row, axis=1).astype(np.float64)
 
     def values(self, statistics: Statistics, rows: NDArray[Any] | None = None) -> dict[str, Array]:
-        """Each statistic of each resample: (count,) by name."""
+        """The values (count,) of each statistic over the resamples, by name."""
         parts: list[Mapping[str, Array]] = [statistics(weights) for weights in self.weights(rows)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -83,11 +84,11 @@ class Resamples:
         return {name: self.spread(values) for name, values in self.values(statistics, rows).items()}
 
     def spread(self, values: Array) -> Spread:
-        """The spread of values (count,) of the resamples, where they have any.
+        """The spread of values (count,) of the resamples.
 
-        A statistic is not defined in a resample that drew no positive patient, or no negative one; if more than a tenth
-        are not, there is no interval. Nor is there one of width 0, which would claim to be sure: of one patient, and
-        where every resample has the same value (a perfect ranking stays perfect however it is resampled).
+        A statistic is undefined in a resample without positive or negative patients; if more than a tenth are
+        undefined, there is no interval. Intervals of width 0 would claim certainty and are omitted: for a single
+        patient, or equal values in all resamples (a perfect ranking is perfect in every resample).
         """
         defined = values[~np.isnan(values)]
         if self.patients < 2:

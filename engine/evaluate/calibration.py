@@ -1,9 +1,9 @@
-"""Whether probabilities are frequencies: reliability curve, expected calibration error, Brier score, slope, intercept.
+"""Calibration of probabilities: reliability curve, expected calibration error, Brier score, slope and intercept.
 
-ECE = sum over 15 bins of equal width of |bin's frequency - bin's mean probability| x bin's share of the rows (Guo et
-al., 2017), here of the positive class. Brier score = mean (p - y)^2. Slope b and intercept a are those of
-logit P(y = 1) = a + b z, z the log-odds (Cox, 1958): b < 1 says that probabilities are too extreme. The calibration in
-the large is a with b = 1.
+ECE = sum over 15 bins of equal width of |bin's frequency - bin's mean probability| x bin's fraction of the rows (Guo et
+al., 2017), here for the positive class. Brier score = mean (p - y)^2. Slope b and intercept a are those of
+logit P(y = 1) = a + b z with log-odds z (Cox, 1958): b < 1 means that probabilities are too extreme. Calibration in the
+large is a for b = 1.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Reliability:
-    """Bins of as many rows each (up to ties), from the least probability to the highest; arrays of one length."""
+    """Bins with equal numbers of rows (except for ties), by increasing probability; arrays of one length."""
 
     probability: Array
-    """Mean of the bin."""
+    """Mean probability of the bin."""
     frequency: Array
-    """Share of positives."""
+    """Fraction of positives."""
     low: Array
     high: Array
     """Wilson's 95 % interval of the frequency."""
@@ -39,7 +39,7 @@ class Reliability:
 
 
 def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> Reliability:
-    """The reliability curve of rows (n,) in bins of equal counts; equal probabilities are never parted."""
+    """The reliability curve of rows (n,) in bins of equal counts; equal probabilities are in one bin."""
     truth, p = labels_and_probabilities(labels, probabilities)
     edges = np.unique(np.quantile(some(p), np.linspace(0, 1, bins + 1)))
     number = np.searchsorted(edges[1:-1], p, side="right")
@@ -59,7 +59,7 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> 
 
 
 def in_bin(probabilities: Array) -> NDArray[np.int64]:
-    """The bin of equal width, of `BINS`, that each probability lies in; the last one holds 1."""
+    """The index of the bin of equal width, of `BINS`, for each probability; the last one includes 1."""
     return np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
 
 
@@ -70,7 +70,7 @@ def expected_error(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 class Binned:
-    """Rows (n,) in the bins of the ECE, to be weighted; quickest where they are sorted by their probability."""
+    """Rows (n,) in the bins of the ECE, for weighted sums; fastest if sorted by probability."""
 
     def __init__(self, truth: Array, probabilities: Array) -> None:
         self._left = truth - probabilities
@@ -79,20 +79,20 @@ class Binned:
         self._bins = np.eye(BINS)[bins[self._starts]]
 
     def expected_error(self, weights: Array) -> Array:
-        """ECE (b,) of the rows with weights (b, n)."""
+        """ECE (b,) of the rows for weights (b, n)."""
         runs = np.add.reduceat(weights * self._left, self._starts, axis=1)
         return np.abs(runs @ self._bins).sum(1) / weights.sum(1)
 
 
 def slope_and_intercept(labels: ArrayLike, log_odds: ArrayLike) -> tuple[float, float] | None:
-    """Cox's slope and intercept; None if the scores part the classes or are infinite, where they are not finite."""
+    """Cox's slope and intercept; None if the scores separate the classes or are infinite."""
     truth, [z] = labels_and_scores(labels, log_odds)
-    if not np.isfinite(z).all() or _parted(truth, z):
+    if not np.isfinite(z).all() or _separated(truth, z):
         return None
-    # Standardised, the optimiser sees numbers of order one whatever the network's scale.
+    # Standardised, so that the optimiser sees numbers of order one at any scale of the network.
     middle, spread = float(z.mean()), float(z.std())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit that did not end shows in its gradient
+        warnings.simplefilter("ignore")  # convergence is checked by the gradient below
         model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
         model.fit(((z - middle) / spread)[:, None], truth)
     slope = float(np.ravel(model.coef_)[0]) / spread
@@ -102,7 +102,7 @@ def slope_and_intercept(labels: ArrayLike, log_odds: ArrayLike) -> tuple[float, 
 
 
 def in_the_large(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
-    """The shift of all log-odds that makes the mean probability the frequency; None with one class or infinite odds."""
+    """The shift of log-odds that equates mean probability and frequency; None with one class or infinite odds."""
     truth, [z] = labels_and_scores(labels, log_odds)
     if not np.isfinite(z).all() or truth.all() or not truth.any():
         return None
@@ -111,8 +111,8 @@ def in_the_large(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
     return float(brentq(lambda shift: float(np.mean(expit(z + shift)) - frequency), -reach, reach))  # pyright: ignore
 
 
-def _parted(truth: NDArray[np.bool_], z: Array) -> bool:
-    """Whether a threshold parts the classes, with one class or one value too: the fit then has no finite maximum."""
+def _separated(truth: NDArray[np.bool_], z: Array) -> bool:
+    """Whether a threshold separates the classes, or there is one class or value: the fit has no finite maximum."""
     if truth.all() or not truth.any() or z.min() == z.max():
         return True
     return bool(z[truth].min() >= z[~truth].max() or z[truth].max() <= z[~truth].min())

@@ -1,4 +1,4 @@
-"""What is scored: images, or the breasts or exams that they belong to, each with a truth and a score."""
+"""The evaluated rows: images, or breasts or exams that are formed of them, with truth and scores."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ class Cases:
     """Rows with truth and scores.
 
     Attributes:
-        outputs: names of what is scored: the positive class of two; each of several classes; each of several labels.
-        truth: (rows, outputs) 1, 0, or NaN where it is not known. Of several classes one is 1. Of numbers these.
-        scores: (rows, outputs), larger for 1: log-odds where `probable`, else any numbers, which only rank.
-        kind: "binary"; "classes", of which a row has one; "labels", any of which a row may have; "numbers", of which
-            truth and scores are two.
-        names: of the rows. patients, exams, sides: "" where not known.
-        columns: further values of each row, by which it can be put into subgroups.
-        ordered: whether the order of "classes" means anything, as that of grades does.
+        outputs: names of the outputs: the positive class of two, or all classes, labels or numbers.
+        truth: (rows, outputs) 1, 0, or NaN where unknown; for "classes" one is 1; for "numbers" the true numbers.
+        scores: (rows, outputs), larger for 1: log-odds if `probable`, else any numbers, of which only ranks count.
+        names: of the rows.
+        patients, exams, sides: of the rows; "" where unknown.
+        kind: "binary"; "classes" (a row has exactly one); "labels" (a row may have any); "numbers".
+        level: what a row is.
+        probable: whether scores are log-odds.
+        columns: other values of each row, for subgroups.
+        ordered: whether "classes" are ordered, like grades.
     """
 
     outputs: tuple[str, ...]
@@ -65,40 +67,40 @@ class Cases:
         fits = np.isfinite(self.truth) if self.kind == "numbers" else (self.truth == 0) | (self.truth == 1)
         wrong = np.flatnonzero(~(fits | np.isnan(self.truth)).all(1))
         if len(wrong):
-            wanted = "no finite number" if self.kind == "numbers" else "neither 1 nor 0"
-            raise DataError(f"{self.names[wrong[0]]}: its truth is {wanted}, nor NaN for not known")
-        # Of probabilities 0 and 1 the log-odds are infinite.
+            wanted = "a finite number" if self.kind == "numbers" else "1, 0"
+            raise DataError(f"{self.names[wrong[0]]}: its truth must be {wanted}, or NaN if unknown")
+        # The log-odds of probabilities 0 and 1 are infinite.
         fine = ~np.isnan(self.scores) if self.probable else np.isfinite(self.scores)
         bad = np.flatnonzero(~fine.all(1))
         if len(bad):
-            raise NotANumber(f"{self.names[bad[0]]}: its score is not a number; predict it again, or leave it out")
+            raise NotANumber(f"{self.names[bad[0]]}: its score is not a number; predict it again, or omit it")
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def clusters(self) -> tuple[str, ...]:
-        """The patient of each row; rows without one stand for themselves."""
+        """The patient of each row; rows without a patient form their own clusters."""
         return tuple(f"patient {p}" if p else f"row {name}" for p, name in zip(self.patients, self.names, strict=True))
 
     def counted_patients(self) -> dict[str, int]:
-        """How many patients there are, and how many rows have none: the latter count as one each in intervals."""
+        """The numbers of patients and of rows without a patient, each of which counts as a patient in intervals."""
         return {"patients": len(set(self.patients) - {""}), "rows_without_patient": self.patients.count("")}
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """The class of each row, -1 where not known; for "binary" 0 or 1. Not for "labels"."""
+        """The class of each row, -1 where unknown; for "binary" 0 or 1. Not for "labels"."""
         known = ~np.isnan(self.truth).any(1)
         found = self.truth[:, 0] if self.kind == "binary" else self.truth.argmax(1)
         return np.where(known, np.where(known, found, 0), -1).astype(np.int64)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """The most probable class of each row; of two that from probability 0.5 on. Not for "labels"."""
+        """The most probable class of each row; of two, 1 from probability 0.5. Not for "labels"."""
         return np.asarray(self.scores[:, 0] >= 0 if self.kind == "binary" else self.scores.argmax(1), np.int64)
 
     def where(self, rows: ArrayLike) -> Cases:
-        """Some of the rows, by their numbers or a mask."""
+        """The rows that indices or a mask select."""
         which = np.asarray(rows)
         chosen = np.arange(len(self))[which] if which.size else np.arange(0)
 
@@ -135,11 +137,11 @@ class Cases:
         return self.where([row not in missing for row in range(len(self))]) if missing else self
 
     def at(self, level: Level) -> Cases:
-        """The images' breasts or exams, by `LEVELS`; images without patient (or, for breasts, side) stay single."""
+        """The breasts or exams of the images, by `LEVELS`; images without patient (for breasts, side) remain single."""
         if level == self.level:
             return self
         if self.level == "exam" or level == "image":
-            raise DataError(f"rows are {self.level}s already; give those of images")
+            raise DataError(f"rows are already {self.level}s; use the table of images")
         breasts = self if self.level == "breast" else self._breasts()
         if level == "breast":
             return breasts
@@ -151,7 +153,7 @@ class Cases:
         return self._grouped("breast", list(zip(self.patients, self.exams, self.sides, strict=True)), sided)
 
     def _grouped(self, level: Level, keys: list[tuple[str, ...]], known: list[bool]) -> Cases:
-        """Rows of one key together, in the order of their first; those of unknown key single."""
+        """Rows grouped by key, in the order of each group's first row; rows with unknown key remain single."""
         numbers: dict[tuple[str, ...], int] = {}
         firsts: list[int] = []
         group = np.empty(len(self), np.int64)
@@ -190,7 +192,7 @@ class Cases:
             sums = members.reduce(np.add, np.nan_to_num(self.truth))
             return np.divide(sums, known, out=np.full_like(sums, np.nan), where=known > 0)
         if self.kind != "classes":
-            return members.reduce(np.fmax, self.truth)  # NaN only where none is known
+            return members.reduce(np.fmax, self.truth)  # NaN only if all are unknown
         labels = members.reduce(np.maximum, self.labels)
         return np.where((labels >= 0)[:, None], np.eye(len(self.outputs))[labels], np.nan)
 
@@ -204,14 +206,14 @@ class Cases:
             return self._mean_of(members)
         if self.kind != "classes" or not self.probable:
             return members.reduce(np.maximum, self.scores)
-        # One breast's probabilities as a whole, so that they still add up to 1: that of the highest expected class.
+        # All probabilities of one breast, so that they sum to 1: the breast with the highest expected class.
         expected = odds.probabilities(self.scores) @ np.arange(len(self.outputs))
-        best = np.lexsort((*self.scores.T, -expected, members.group))  # of equal ones whichever row is first
+        best = np.lexsort((*self.scores.T, -expected, members.group))  # independent of the order of rows
         return self.scores[best[members.starts]]
 
 
 class _Groups:
-    """Rows sorted into groups, none of which is empty."""
+    """Rows sorted into non-empty groups."""
 
     def __init__(self, group: NDArray[np.int64], count: int) -> None:
         self.group, self.order = group, np.argsort(group, kind="stable")

@@ -1,4 +1,4 @@
-"""Which class is the positive one, and in which order classes are: by their names, never by the order of columns."""
+"""The positive class and the order of classes, from their names, independent of the order of columns."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NOT = re.compile(r"(?:not?|non)[ _-]+(.+)")
 
 
 def positive_of(names: Sequence[str]) -> str | None:
-    """The positive one of two classes; None where their names do not tell.
+    """The positive one of two classes; None if their names do not determine it.
 
-    Names tell it that are 0 and 1, that are X and "not X" (of which X is not in `NEGATIVE`), or of which one alone is
-    in `POSITIVE`, or one alone in `NEGATIVE`; upper and lower case are the same.
+    Names determine it if they are 0 and 1, or X and "not X" (X not in `NEGATIVE`), or if only one of them is in
+    `POSITIVE` or `NEGATIVE`; case is ignored.
     """
     first, second = (name.strip().casefold() for name in names)
     if {first, second} == {"0", "1"}:
@@ -34,20 +34,21 @@ def positive_of(names: Sequence[str]) -> str | None:
 
 
 def positive_number(names: Sequence[str]) -> int:
-    """Which of two classes of a training is the positive one: by `positive_of`, else the second."""
+    """The index of the positive one of a training's two classes: by `positive_of`, else the second."""
     found = positive_of(names)
     return 1 if found is None else list(names).index(found)
 
 
 def in_order(names: Sequence[str], noted: Sequence[str] = (), *, stated: bool = False) -> tuple[list[str], bool]:
-    """Names of classes in an order that does not depend on theirs, and whether that order means anything.
+    """The names of classes in an order that is independent of their input order, and whether it is meaningful.
 
-    It does where the names are numbers, or a note beside the predictions has an order that somebody stated. Without
-    one, `gigamorph.engine.datasets.tables.read_table` sorts the names, so a sorted note says nothing.
+    It is meaningful if the names are numbers, or if the predictions' JSON file has an order that a user stated. Without
+    one, `gigamorph.engine.datasets.tables.read_table` sorts the names, so a sorted order is not meaningful.
 
     Args:
+        names: of the classes.
         noted: the order of the training.
-        stated: it is known to be stated, as that of ordinal classes.
+        stated: whether the order is known to be stated, as for ordinal classes.
     """
     if sorted(noted) == sorted(names):
         return list(noted), stated or list(noted) != sorted(names) or all(map(is_whole, names))

@@ -1,4 +1,4 @@
-"""Two predictions of the same rows: paired DeLong test, and the difference over resampled patients."""
+"""Compares two predictions of the same rows: paired DeLong test, and bootstrap of the difference over patients."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Key = tuple[str, ...]
 
 
 class UnpairedError(DataError):
-    """Rows of two predictions that cannot be told to be the same."""
+    """Rows of two predictions that cannot be paired."""
 
 
 def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
-    """The labelled rows that both have, in the order of the first.
+    """The labelled rows in both predictions, in the order of the first.
 
-    Rows are paired by their names; where no name is in both (other files of the same breasts, a table of a reader's
-    scores) by what both know of patient, exam, side and view, if that tells the rows of either apart.
+    Rows are paired by name. If no name is in both (other files of the same breasts, or a table of a reader's scores),
+    they are paired by the available ones of patient, exam, side and view, if these are unique in both.
 
     Raises:
-        UnpairedError: if rows cannot be told apart, or nothing is common.
-        DataError: if outputs differ, or a row has two truths.
+        UnpairedError: if rows are not unique, or there are no common rows.
+        DataError: if outputs differ, or a row has different truths.
     """
     first, second = first.labelled(), second.labelled()
     if sorted(first.outputs) == sorted(second.outputs):
         second = second.in_order(first.outputs)
     if first.outputs != second.outputs or first.kind != second.kind:
         raise DataError(
-            f"the two predictions are of other outputs: {', '.join(first.outputs)}; {', '.join(second.outputs)}"
+            f"the two predictions have different outputs: {', '.join(first.outputs)}; {', '.join(second.outputs)}"
         )
     keys, others = _keys(first, second)
     for cases, of in ((first, keys), (second, others)):
         if len(set(of)) != len(of):
             twice = next(name for name, key in zip(cases.names, of, strict=True) if of.count(key) > 1)
-            raise UnpairedError(f"{twice}: is there twice, so that predictions cannot be paired; leave one out")
+            raise UnpairedError(f"{twice}: occurs twice, so predictions cannot be paired; remove one")
     places = {key: row for row, key in enumerate(others)}
     rows = [row for row, key in enumerate(keys) if key in places]
     if not rows:
@@ -54,12 +54,12 @@ def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     one, two = first.where(rows), second.where([places[keys[row]] for row in rows])
     differ = np.flatnonzero(~np.isclose(one.truth, two.truth, equal_nan=True).all(1))
     if len(differ):
-        raise DataError(f"{one.names[differ[0]]}: the two predictions have different labels; take those of one table")
+        raise DataError(f"{one.names[differ[0]]}: the two predictions have different labels; use those of one table")
     return one, two
 
 
 def _keys(first: Cases, second: Cases) -> tuple[Sequence[Key], Sequence[Key]]:
-    """What tells the rows of each apart: names, or patient, exam, side and view."""
+    """The unique keys of the rows of each: names, or patient, exam, side and view."""
     of_frames = first.level == "image" and "frame" in first.columns and "frame" in second.columns
     names = [
         list(zip(cases.names, cases.columns["frame"] if of_frames else ("",) * len(cases), strict=True))
@@ -76,12 +76,12 @@ def _keys(first: Cases, second: Cases) -> tuple[Sequence[Key], Sequence[Key]]:
 
 
 def known_keys(cases: Cases) -> list[Key] | None:
-    """Patient, exam, side and view of each row; None where no patient is known."""
+    """Patient, exam, side and view of each row; None if no patient is known."""
     return list(zip(*_known(cases).values(), strict=True)) if any(cases.patients) else None
 
 
 def _known(cases: Cases) -> dict[str, tuple[str, ...]]:
-    """What is known of rows besides their names; "" where it is not."""
+    """The identifying columns of rows other than names; "" where unknown."""
     found = {"patient": cases.patients, "exam": cases.exams}
     if cases.level != "exam":
         found["side"] = cases.sides
@@ -91,7 +91,7 @@ def _known(cases: Cases) -> dict[str, tuple[str, ...]]:
 
 
 def compare(first: Cases, second: Cases, *, count: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """By output: both areas, their difference (second minus first), DeLong's z and p, and the bootstrap's interval."""
+    """For each output both AUCs, their difference (second minus first), DeLong's z and p, and a bootstrap interval."""
     one, two = common(first, second)
     resamples = Resamples(one.clusters, count, seed)
     left_out = len(first.labelled()) + len(second.labelled()) - 2 * len(one)

@@ -1,7 +1,7 @@
-"""The ROC and precision-recall curve of many weightings of the same rows at once: what intervals are made of.
+"""ROC and precision-recall curves for many weightings of the same rows at once, for bootstrap intervals.
 
-Rows are sorted once, negatives and positives each by rising score. For weights of them, two running sums tell all: how
-much of either class lies below any score. A million rows then take some ten milliseconds per weighting.
+Negatives and positives are each sorted once by increasing score. For each weighting, the cumulative weights of both
+classes below each score determine all measures. A million rows take about ten milliseconds per weighting.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .checks import labels_and_scores
 
 Array = NDArray[np.float64]
 Places = NDArray[np.int64]
-# A rate that should be exactly on the limit may miss it by a rounding.
+# Tolerance for rounding of a rate that should be exactly on the limit.
 _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
 class _Class:
-    """The rows of one class by rising score.
+    """The rows of one class by increasing score.
 
     Attributes:
         scores: (n,).
-        below, upto: of each row, how many of the other class are below its score, and not above it.
-        first, last: of each row, where the rows of its score begin, and where they end.
+        below, upto: for each row, the number of rows of the other class with a lower score, and with at most its score.
+        first, last: for each row, the start and end of the rows with its score.
     """
 
     scores: Array
@@ -39,12 +39,12 @@ class _Class:
 
     @classmethod
     def of(cls, scores: Array, others: Array) -> _Class:
-        """Both sorted."""
+        """The rows of a class, from sorted scores of both classes."""
         sides = [np.searchsorted(of, scores, side) for of in (others, scores) for side in ("left", "right")]
         return cls(scores, *sides)
 
     def mirrored(self, others: int) -> _Class:
-        """With the sign of all scores turned, of which the other class has so many."""
+        """The rows with negated scores; `others` is the number of rows of the other class."""
         n = len(self.scores)
         turned = (others - self.upto, others - self.below, n - self.last, n - self.first)
         return _Class(-self.scores[::-1], *(places[::-1] for places in turned))
@@ -58,8 +58,8 @@ class WeightedCurves:
         scores: (n,), larger for 1; the thresholds are its distinct values.
 
     Attributes:
-        order: (n,) rows, negatives and then positives, each by rising score. Rows that are given in this order are
-            weighted without being sorted again.
+        order: (n,) rows, negatives and then positives, each by increasing score. Rows in this order need not be sorted
+            for weighting.
     """
 
     def __init__(self, labels: ArrayLike, scores: ArrayLike) -> None:
@@ -74,7 +74,7 @@ class WeightedCurves:
         self._above = [np.searchsorted(one, distinct, "left") for one in by_class]
 
     def __call__(self, weights: Array) -> Curves:
-        """The curves of weights (b, n), in the order in which the rows were given."""
+        """The curves for weights (b, n), in the order of the input rows."""
         by_class = np.split(weights if self._sorted else weights[:, self.order], [len(self._rows[0].scores)], axis=1)
         sums = [np.empty((len(weights), one.shape[1] + 1)) for one in by_class]
         for one, sum_ in zip(by_class, sums, strict=True):
@@ -85,13 +85,14 @@ class WeightedCurves:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of b weightings. In every measure NaN stands where a weighting has no positives or no negatives.
+    """The curves of b weightings. Measures are NaN for weightings without positives or without negatives.
 
     Attributes:
-        rows: the negatives (n) and the positives (m). turned: those of the mirrored curves.
+        rows: the negatives (n) and the positives (m).
+        turned: those of the mirrored curves.
         of_negatives, of_positives: their weights (b, n) and (b, m).
-        negatives, positives: the weight of the first k of them (b, n + 1) and (b, m + 1).
-        above: of each threshold, from the highest on, how many negatives and positives are below it.
+        negatives, positives: the cumulative weights of the first k (b, n + 1) and (b, m + 1).
+        above: for each threshold, from the highest, the number of negatives and positives below it.
     """
 
     rows: tuple[_Class, _Class]
@@ -104,30 +105,30 @@ class Curves:
 
     @property
     def all_negatives(self) -> Array:
-        """(b, 1)."""
+        """The total weight (b, 1) of negatives."""
         return self.negatives[:, -1:]
 
     @property
     def all_positives(self) -> Array:
-        """(b, 1)."""
+        """The total weight (b, 1) of positives."""
         return self.positives[:, -1:]
 
     def counts(self) -> tuple[Array, Array]:
-        """True and false positives (b, thresholds), from the highest threshold on."""
+        """True and false positives (b, thresholds), from the highest threshold."""
         return (
             self.all_positives - self.positives[:, self.above[1]],
             self.all_negatives - self.negatives[:, self.above[0]],
         )
 
     def auc(self) -> Array:
-        """Area under the ROC curve (b,), ties half."""
+        """Area under the ROC curve (b,); ties count half."""
         [_, positive] = self.rows
         passed = self.negatives[:, positive.below] + self.negatives[:, positive.upto]
         pairs = self.all_positives * self.all_negatives
         return _ratio(np.einsum("ij,ij->i", self.of_positives, passed) / 2, pairs[:, 0])
 
     def average_precision(self) -> Array:
-        """sum over thresholds of (step of recall) x precision (b,)."""
+        """Average precision (b,): sum over thresholds of (step of recall) x precision."""
         [_, positive] = self.rows
         true = self.all_positives - self.positives[:, positive.first]
         above = true + self.all_negatives - self.negatives[:, positive.below]
@@ -135,9 +136,9 @@ class Curves:
         return _ratio(np.einsum("ij,ij->i", self.of_positives, precision), self.all_positives[:, 0])
 
     def sensitivity_at(self, specificity: float) -> Array:
-        """The highest sensitivity (b,) of a threshold whose specificity is at least that."""
+        """The highest sensitivity (b,) of a threshold with at least this specificity."""
         needed = specificity * self.all_negatives[:, 0] - _SLACK
-        k = np.count_nonzero(self.negatives < needed[:, None], axis=1)  # negatives that must lie below the threshold
+        k = np.count_nonzero(self.negatives < needed[:, None], axis=1)  # negatives that must be below the threshold
         upto = self.rows[0].upto
         below = np.where(k > 0, upto[np.maximum(k - 1, 0)], 0) if len(upto) else k
         missed = self.positives[np.arange(len(k)), below]
@@ -145,12 +146,12 @@ class Curves:
         return np.where(self.all_negatives[:, 0] > 0, found, np.nan)
 
     def specificity_at(self, sensitivity: float) -> Array:
-        """The highest specificity (b,) of a threshold whose sensitivity is at least that."""
+        """The highest specificity (b,) of a threshold with at least this sensitivity."""
         return self.mirrored.sensitivity_at(sensitivity)
 
     @cached_property
     def mirrored(self) -> Curves:
-        """The same curves with classes and signs turned: sensitivity is what specificity was."""
+        """The curves with classes and signs exchanged, so that sensitivity becomes specificity."""
         return Curves(
             self.turned,
             self.rows,
@@ -162,7 +163,7 @@ class Curves:
         )
 
     def partial_area(self, least: float) -> Array:
-        """Area (b,) under the ROC curve over specificities from `least` to 1: from 0 to 1 - least."""
+        """Area (b,) under the ROC curve over specificities from `least` to 1, from 0 to 1 - least."""
         [negative, _] = self.rows
         total = self.all_positives
         last, part, top, rise = self._cut(least * self.all_negatives)
@@ -173,25 +174,25 @@ class Curves:
         return _ratio(whole + (part * (top + rise / 2))[:, 0], (total * self.all_negatives)[:, 0])
 
     def rates(self, grid: Sequence[float] | Array) -> Array:
-        """Sensitivity (b, len(grid)) at false positive rates: linear between the points of each curve."""
+        """Sensitivity (b, len(grid)) at false positive rates, linearly interpolated between points of each curve."""
         _, _, top, rise = self._cut((1 - np.asarray(grid, np.float64)) * self.all_negatives)
         defined = (self.all_negatives > 0) & (self.all_positives > 0)
         return np.where(defined, _ratio(top + rise, np.broadcast_to(self.all_positives, top.shape)), np.nan)
 
     def _cut(self, below: Array) -> tuple[Places, Array, Array, Array]:
-        """Where the ROC curve is if a given weight of the negatives (b, g) is not called.
+        """The point of the ROC curve below which the given weight of negatives (b, g) lies.
 
-        Negatives of one score are called bit by bit, along a slope on which the positives of that score are found.
+        Between the thresholds of a score, the curve is linear in the weights of its negatives and positives.
 
         Returns:
-            The end of the negatives of the score that is being called, how much of them is, the weight of the positives
-            of higher scores, and that of those found on the slope; (b, g) each.
+            The end of the negatives with the point's score, the weight of these that is above the point, the weight of
+            positives with higher scores, and the interpolated weight of positives with this score; (b, g) each.
         """
         [negative, _] = self.rows
         row = np.arange(len(below))[:, None]
         if below.shape[1] == 1:
             sought = np.count_nonzero(self.negatives <= below, axis=1)[:, None]
-        else:  # a row at a time: more places than a search has steps
+        else:  # one search per row, because there are many grid points
             some = [np.searchsorted(sums, of, "right") for sums, of in zip(self.negatives, below, strict=True)]
             sought = np.array(some, np.int64)
         k = np.clip(sought - 1, 0, len(negative.scores) - 1)

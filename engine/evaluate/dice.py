@@ -1,4 +1,4 @@
-"""How well masks are predicted: the mean Dice of images and of patients, with intervals over patients."""
+"""Measures of predicted masks: the mean Dice of images and of patients, with intervals over patients."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from .read import note_of, read_rows_of
 from .report import format_value, no_interval
 
 DICE = "dice_"
-"""Before a class's name, of the columns of `gigamorph predict`."""
+"""Prefix of a column of `gigamorph predict`, before the class's name."""
 SHARE = "share_"
-"""Likewise, the part of the image's pixels that the class takes; of the background too."""
+"""Prefix of the columns with the fraction of the image's pixels of each class, including the background."""
 _UNDEFINED = "not defined: no image has the class, in its mask or its prediction"
 
 
 def read_dice(path: str | Path, split: str | None) -> tuple[Rows, dict[str, dict[str, int]]] | None:
-    """The rows of a csv that `gigamorph predict` wrote of masks, and their counts; None if it has no column dice_NAME.
+    """The rows of a csv of predicted masks by `gigamorph predict`, and their counts; None without a column dice_NAME.
 
     Args:
-        split: as in `read.read_parts`, which has the counts.
+        path: of the csv.
+        split: see `read.read_parts`, also on the counts.
 
     Raises:
-        DataError: several splits at once, a patient in two, or no rows.
+        DataError: for several splits without a choice, a patient in two splits, or no rows.
     """
     return read_rows_of(Path(path), split, only_with=DICE)
 
 
 def classes_of_masks(rows: Rows) -> Classes | None:
-    """What the values of the masks mean that a table is of, by its columns and the note beside it; None of others."""
+    """The classes of a table of masks, from its columns and its JSON file; None for other tables."""
     names = [name.removeprefix(SHARE) for name in rows.header if name.startswith(SHARE)]
     others = [name.removeprefix(DICE) for name in rows.header if name.startswith(DICE)]
     if not others:
@@ -49,20 +50,20 @@ def classes_of_masks(rows: Rows) -> Classes | None:
 
 
 def dice_of(rows: Rows) -> tuple[list[str], Array]:
-    """The classes, and the Dice of each in each image (images, classes), NaN where it is not defined.
+    """The classes, and the Dice of each image and class (images, classes), NaN where undefined.
 
     Raises:
-        DataError: a cell that is no Dice, or no image with one.
+        DataError: for an invalid Dice, or if no image has one.
     """
     names = [name.removeprefix(DICE) for name in rows.header if name.startswith(DICE)]
     values = np.array([[_number(rows, n, DICE + name) for name in names] for n in range(len(rows.rows))])
     if np.isnan(values).all():
-        raise DataError(f"{rows.path}: no image has a Dice; predict from a table with the column mask_path")
+        raise DataError(f"{rows.path}: no image has a Dice; predict with a table that has a column mask_path")
     return names, values
 
 
 def patients_of(rows: Rows) -> list[str]:
-    """Who each row is of; rows of nobody stand for themselves."""
+    """The patient of each row; rows without a patient form their own clusters."""
     patients = [row.get("patient_id", "") for row in rows.rows]
     return [f"patient {one}" if one else f"row {number}" for number, one in enumerate(patients)]
 
@@ -70,12 +71,17 @@ def patients_of(rows: Rows) -> list[str]:
 def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """The mean Dice of each class over the images where it is defined, and the mean of the classes; plain values.
 
-    It is not defined, and the cell empty, where neither mask nor prediction has the class, or there was no mask. Under
-    "per_patient" each patient counts the same: the mean over patients of the means of their images. Under "quartiles"
-    the 25, 50 and 75 percentiles of the images.
+    It is undefined, with an empty cell, if neither mask nor prediction has the class, or there is no mask.
+    "per_patient" weights patients equally: the mean over patients of the means of their images. "quartiles" are the 25,
+    50 and 75 percentiles of the images.
+
+    Args:
+        rows: result of `read_dice`.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
-        DataError: a cell that is no Dice, or no image with one.
+        DataError: for an invalid Dice, or if no image has one.
     """
     names, values = dice_of(rows)
     clusters = patients_of(rows)
@@ -85,7 +91,7 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
     np.add.at(of_patient, own, there)
 
     def measured(shares: Array) -> dict[str, Any]:
-        """Of images that count by shares (images, classes)."""
+        """The means with weights `shares` (images, classes) of the images."""
 
         def means(weights: Array) -> dict[str, Array]:
             counts = weights @ shares
@@ -119,15 +125,15 @@ def _quartiles(values: Array) -> list[float] | None:
 
 
 def dice_headline(found: dict[str, Any]) -> list[str]:
-    """A line for each class, and one for their mean."""
-    told = []
+    """A summary line for each class, and one for their mean."""
+    lines = []
     for name in found["outputs"]:
-        told.append((name, found[DICE + name], f", {found['images'][name]} images"))
-    if len(told) > 1:
-        told.append(("mean of the classes", found["dice"], ""))
+        lines.append((name, found[DICE + name], f", {found['images'][name]} images"))
+    if len(lines) > 1:
+        lines.append(("mean of the classes", found["dice"], ""))
     return [
         f"{name}: Dice {format_value(one)}{images}" + (f"; {no_interval(one)}" if no_interval(one) else "")
-        for name, one, images in told
+        for name, one, images in lines
     ]
 
 
@@ -136,5 +142,5 @@ def _number(rows: Rows, number: int, column: str) -> float:
     if not cell:
         return np.nan
     if not is_number(cell) or not 0 <= float(cell) <= 1:
-        raise DataError(f"{rows.path}, {rows.places[number]}: {column} {cell!r} is no number from 0 to 1")
+        raise DataError(f"{rows.path}, {rows.places[number]}: {column} {cell!r} must be a number from 0 to 1")
     return float(cell)

@@ -1,4 +1,4 @@
-"""An evaluation of masks as files: ``metrics.json``, plots, the images that are furthest off, one page of them all."""
+"""Writes an evaluation of masks: ``metrics.json``, plots, pictures of the worst images, and one HTML page."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ LISTED, PICTURED = 20, 6
 def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table: str | Path | None = None) -> Path:
     """Write ``metrics.json``, the plots as PNG and ``report.html`` into `out`; returns the page's path.
 
-    Rows are named by their place in the predictions, and patients not at all.
+    Rows are identified by their line in the predictions, without patients.
 
     Args:
-        rows: what was evaluated.
-        found: what `evaluate_dice` returned of them, with where they came from under the keys of `SOURCES`.
-        table: csv that was predicted from; the images that are furthest off are drawn with the masks in it, if the rows
-            name their own, which those of a cross-validation do not.
+        out: folder of the report.
+        rows: the evaluated rows.
+        found: the result of `evaluate_dice`, with the sources under the keys of `SOURCES`.
+        table: csv that was predicted; the worst images are drawn with its masks, if the predictions name mask files,
+            which those of a cross-validation do not.
 
     Raises:
-        DataError: an image or mask that cannot be read, or is not in the table. GigamorphError: if a file cannot be
-            written.
+        DataError: if an image or mask cannot be read, or is not in the table.
+        GigamorphError: if a file cannot be written.
     """
     names, values = dice_of(rows)
     means = _means(values)
@@ -74,7 +75,7 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
 
 
 def _means(values: Array) -> Array:
-    """(images,) of the classes that are defined."""
+    """The mean Dice (images,) over the defined classes."""
     there = ~np.isnan(values)
     return np.where(there.any(1), np.nansum(values, 1) / np.maximum(there.sum(1), 1), np.nan)
 
@@ -127,13 +128,11 @@ def _record(rows: Rows, number: int, known: ImageRecords, table: Path) -> Record
     for folder in (Path(), rows.path.parent):
         if (record := known.find(folder / name, rows.rows[number])) is not None:
             return record
-    raise DataError(
-        f"{rows.path}, {rows.places[number]}: {name} is not in {table}; give the table it was predicted from"
-    )
+    raise DataError(f"{rows.path}, {rows.places[number]}: {name} is not in {table}; use the table that was predicted")
 
 
 def _figure(names: Sequence[str], values: Array, means: Array, patients: Sequence[str]) -> Figure:
-    """How many images have which Dice, and each patient's mean with the range of the images."""
+    """A histogram of the images' Dice, and each patient's mean with the range of its images."""
     figure = Figure(figsize=(9.6, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     open_axes(left, right)

@@ -1,4 +1,4 @@
-"""All of it at once: what ``metrics.json`` holds and the report shows."""
+"""The complete evaluation, which ``metrics.json`` contains and the report shows."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ POINTS = ("sensitivity_at_specificity", "specificity_at_sensitivity")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured besides the areas.
+    """The settings of an evaluation.
 
     Attributes:
-        levels: None takes images, and breasts and exams where they are fewer.
-        rates: specificities at which the sensitivity is told, and the other way round.
-        threshold: probability (of scores that only rank: score) from which on a row is called; fixed before.
-        by: columns whose values make subgroups.
+        levels: levels to measure; None takes images, and breasts and exams if they are fewer.
+        rates: specificities at which the sensitivity is measured, and vice versa.
+        threshold: predefined probability (or score, if scores only rank) from which a row is called positive.
+        by: columns whose values form subgroups.
         resamples: of the bootstrap.
-        false_marks: per image, at which FROC's sensitivity is told.
-        iou: of FROC, the least intersection over union of a mark's box and the lesion's that it finds; None takes marks
-            whose middle lies in the lesion's box.
-        log_odds: the threshold as log-odds, where probabilities are too near 0 or 1 to be told apart.
+        seed: of the bootstrap.
+        false_marks: false marks per image at which FROC's sensitivity is measured.
+        iou: for FROC, the minimum intersection over union of a mark's box and the lesion's box that it finds; None
+            uses the marks' centres, which must be in the lesion's box.
+        log_odds: the threshold as log-odds, if probabilities are too close to 0 or 1 to be distinguished.
     """
 
     levels: tuple[Level, ...] | None = None
@@ -54,21 +55,22 @@ def evaluate(
     marked: Sequence[froc.Marked] | None = None,
     validation: Cases | None = None,
 ) -> dict[str, Any]:
-    """Measure predictions at each level; plain values, which go into JSON as they are.
+    """Measure predictions at each level; returns plain values for JSON.
 
     Args:
-        images: with their scores; those without a label count where another view of their breast has one.
-        other: another prediction of the same images, to be compared.
+        images: with scores; images without a label count if another view of their breast has one.
+        settings: of the evaluation.
+        other: another prediction of the same images, to compare.
         marked: marks and lesions, for FROC.
-        validation: images of split val, whose threshold at the middle rate others are called from where none was fixed
-            before. Only rows of split val, or without a split, have thresholds of their own.
+        validation: images of split val, whose threshold at the middle rate is applied to other splits if none is
+            predefined. Only rows of split val, or without a split, have thresholds from their own scores.
 
     Raises:
-        DataError: if nothing can be measured at any level, for all rows are of one class or none has a label; unknown
-            columns.
+        DataError: if nothing can be measured at any level because all rows have one class or none has a label; or for
+            unknown columns.
     """
     if images.kind == "numbers":
-        raise DataError("these are numbers, no classes or labels; numbers.evaluate_numbers measures them")
+        raise DataError("these are numbers, not classes or labels; use numbers.evaluate_numbers")
     settings = settings or Settings()
     found: dict[str, Any] = {
         "kind": images.kind,
@@ -78,8 +80,8 @@ def evaluate(
         "seed": settings.seed,
         "levels": {},
     }
-    there = at_levels(images, settings.levels)
-    for level, cases in there.items():
+    of_level = at_levels(images, settings.levels)
+    for level, cases in of_level.items():
         labelled = cases.labelled()
         chosen = _Thresholds(labelled, settings, None if validation is None else at_level(validation, level))
         found["levels"][level] = _at_level(labelled, settings, chosen) | {
@@ -102,12 +104,12 @@ def evaluate(
 
 
 def at_level(images: Cases, level: Level) -> Cases:
-    """The rows at a level, without those that are in none of its breasts or exams."""
+    """The rows at a level, without rows that cannot be assigned to a breast or exam."""
     return images.placed(level).at(level)
 
 
 def at_levels(images: Cases, levels: Sequence[Level] | None = None) -> dict[Level, Cases]:
-    """The rows at each of these levels; None takes their own, and those above at which there are fewer."""
+    """The rows at each level; None takes their own level, and higher levels with fewer rows."""
     if levels is not None:
         return {level: at_level(images, level) for level in levels}
     if images.level != "image":
@@ -122,7 +124,7 @@ def at_levels(images: Cases, levels: Sequence[Level] | None = None) -> dict[Leve
 
 
 def _compared(cases: Cases, other: Cases, settings: Settings) -> dict[str, Any]:
-    """The comparison at a level, or why the rows of this level are not paired."""
+    """The comparison at a level, or the reason why its rows cannot be paired."""
     if other.level not in ("image", cases.level):
         return {"unpaired": f"the other prediction is of {other.level}s, and has no {cases.level}s"}
     try:
@@ -132,16 +134,16 @@ def _compared(cases: Cases, other: Cases, settings: Settings) -> dict[str, Any]:
 
 
 class _Thresholds:
-    """From which score on the rows of a level are called: one that was fixed before, or that of validation rows."""
+    """The thresholds of the rows of a level: predefined, or measured on validation rows."""
 
     def __init__(self, cases: Cases, settings: Settings, validation: Cases | None) -> None:
         self._cases, self._settings = cases, settings
         self.own = set(cases.columns.get("split", ())) <= {"", "val"}
-        """Whether thresholds may be those of the measured rows."""
+        """Whether thresholds may be measured on the evaluated rows."""
         self._validation = None if self.own else validation
 
     def of(self, column: int) -> dict[str, Any] | None:
-        """threshold and log_odds as in `thresholds.threshold`, and where they are from; None where there are none."""
+        """threshold and log_odds as in `thresholds.threshold`, with the source under "from"; None without one."""
         settings = self._settings
         if settings.threshold is not None or settings.log_odds is not None:
             return {"threshold": settings.threshold, "log_odds": settings.log_odds, "from": "given"}
@@ -152,7 +154,7 @@ class _Thresholds:
         return None if found is None else {**found, "from": f"split val, specificity {rate:g}"}
 
     def score(self, limit: dict[str, Any] | None) -> float | None:
-        """The score that `of` is; None where no row is called, too."""
+        """The score of a result of `of`; None also if no row is called."""
         given = limit or {"threshold": None}
         return score_of(self._cases, Settings(threshold=given["threshold"], log_odds=given.get("log_odds")))
 
@@ -187,7 +189,7 @@ def _at_level(cases: Cases, settings: Settings, chosen: _Thresholds) -> dict[str
 def _subgroups(
     cases: Cases, by: str, outputs: dict[str, Any], settings: Settings, chosen: _Thresholds
 ) -> dict[str, Any]:
-    """By output: the threshold that all subgroups share, and their rows."""
+    """For each output: the common threshold of all subgroups, and their rows."""
     found = {}
     for column, name in enumerate(cases.outputs):
         if "undefined" in outputs[name]:
@@ -203,15 +205,15 @@ def _subgroups(
 
 
 def score_of(cases: Cases, settings: Settings) -> float | None:
-    """The score that the threshold is: log-odds of a probability, where scores are log-odds."""
+    """The threshold as a score: log-odds of a probability, if scores are log-odds."""
     if any(value is not None and value != value for value in (settings.threshold, settings.log_odds)):
         raise DataError("the threshold is not a number (NaN)")
     if settings.log_odds is not None:
         if not cases.probable:
-            raise DataError("the scores only rank, they are no log-odds; give the threshold as a score")
+            raise DataError("the scores only rank, they are not log-odds; give the threshold as a score")
         return settings.log_odds
     if settings.threshold is None or not cases.probable:
         return settings.threshold
     if not 0 <= settings.threshold <= 1:
-        raise DataError(f"the threshold is a probability, between 0 and 1, not {settings.threshold:g}")
+        raise DataError(f"the threshold must be a probability between 0 and 1, not {settings.threshold:g}")
     return float(odds.of_probabilities(settings.threshold))

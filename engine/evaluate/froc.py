@@ -1,10 +1,10 @@
-"""Free-response ROC: how many lesions are found for how many false marks per image.
+"""Free-response ROC: the fraction of lesions that are found, against the false marks per image.
 
-A mark is a place with a score. It finds a lesion if it lies in the lesion's box, or, of marks that are boxes, if the
-intersection of the two is a given part of their union at least; a mark that finds none is false. For each threshold:
-sensitivity = lesions found by a mark of at least that score / lesions, against false marks / images, all images
-counting (Chakraborty, 1989). The mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image is the
-competition performance metric (Niemeijer et al., 2011).
+A mark is a position with a score. It finds a lesion if it is in the lesion's box, or, for marks that are boxes, if the
+intersection over union of the boxes is at least a given value; otherwise it is false. For each threshold: sensitivity =
+lesions found by a mark with at least that score / lesions, against false marks / images, over all images (Chakraborty,
+1989). The mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false marks per image is the competition performance metric
+(Niemeijer et al., 2011).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Marked:
     """One image with its lesions and marks.
 
     Attributes:
-        patient: whose it is.
-        boxes: (lesions, 4) of the lesions, each top, bottom, left, right, ends excluded.
+        patient: of the image.
+        boxes: (lesions, 4) boxes of the lesions: top, bottom, left, right, ends excluded.
         places: (marks, 2) row and column of each mark.
         scores: (marks,) of the marks.
-        outlines: (marks, 4) boxes of the marks, where they are boxes.
+        outlines: (marks, 4) boxes of the marks, if they are boxes.
     """
 
     patient: str
@@ -46,24 +46,22 @@ class Marked:
         for name in ("boxes", "places", "outlines"):
             values = getattr(self, name)
             if values is not None and not np.isfinite(values).all():
-                raise DataError(f"{self.patient}: {name} of lesions or marks hold numbers that are not finite")
+                raise DataError(f"{self.patient}: {name} of lesions or marks must be finite")
         if np.isnan(self.scores).any() or len(self.scores) != len(self.places):
-            raise DataError(f"{self.patient}: each of the {len(self.places)} marks needs a score that is a number")
+            raise DataError(f"{self.patient}: each of the {len(self.places)} marks must have a score")
         for values in (self.boxes, self.outlines):
             if values is not None and not (values.reshape(-1, 4)[:, 1::2] > values.reshape(-1, 4)[:, ::2]).all():
-                raise DataError(
-                    f"{self.patient}: a box ends where it begins, or before; boxes are top, bottom, left, right"
-                )
+                raise DataError(f"{self.patient}: a box is empty; boxes must be top, bottom, left, right in this order")
 
     def hits(self, iou: float | None = None) -> NDArray[np.bool_]:
-        """Which lesion is found by which mark: (lesions, marks)."""
+        """Whether a lesion is found by a mark: (lesions, marks)."""
         boxes = self.boxes.reshape(-1, 1, 4)
         if iou is None:
             places = self.places.reshape(1, -1, 2)
             inside = (boxes[..., 0] <= places[..., 0]) & (places[..., 0] < boxes[..., 1])
             return inside & (boxes[..., 2] <= places[..., 1]) & (places[..., 1] < boxes[..., 3])
         if self.outlines is None:
-            raise DataError("the overlap of marks and lesions needs marks that are boxes: top, bottom, left and right")
+            raise DataError("the overlap of marks and lesions needs marks with boxes: top, bottom, left and right")
         marks = self.outlines.reshape(1, -1, 4)
         low, high = np.maximum(boxes, marks), np.minimum(boxes, marks)
         common = np.maximum(high[..., 1] - low[..., 0], 0) * np.maximum(high[..., 3] - low[..., 2], 0)
@@ -76,12 +74,13 @@ def _area(boxes: Array) -> Array:
 
 @dataclass(frozen=True)
 class Events:
-    """All images' lesions and false marks in one list, by falling score.
+    """Found lesions and false marks of all images in one list, by decreasing score.
 
     Attributes:
-        score: at which the event happens; lesions that no mark finds have none and are not listed.
-        found: whether a lesion is found (else a false mark is made).
-        image: of the event. lesions: (images,) how many each image has.
+        score: of the event; lesions that no mark finds are not listed.
+        found: whether a lesion is found; otherwise the event is a false mark.
+        image: of the event.
+        lesions: (images,) number of lesions.
     """
 
     score: Array
@@ -89,11 +88,11 @@ class Events:
     image: NDArray[np.int64]
     lesions: Array
     marks: int
-    """Marks, with those that find a lesion again."""
+    """Number of marks, including several marks of one lesion."""
 
 
 def events(images: Sequence[Marked], iou: float | None = None) -> Events:
-    """What happens at which score. A lesion is found at the highest score of the marks that find it."""
+    """The events of images. A lesion is found at the highest score of the marks that find it."""
     score, found, image, marks = [], [], [], 0
     for number, one in enumerate(images):
         inside = one.hits(iou)
@@ -118,9 +117,9 @@ def events(images: Sequence[Marked], iou: float | None = None) -> Events:
 
 
 def curve(one: Events, weights: Array | None = None) -> tuple[Array, Array]:
-    """False marks per image and sensitivity, (b, thresholds) each, for weights (b, images), by default one of ones.
+    """False marks per image and sensitivity, (b, thresholds) each, for weights (b, images), by default equal weights.
 
-    From the threshold above all scores on, where both are 0. Sensitivity is NaN without lesions.
+    The first threshold is above all scores, so both are 0. Sensitivity is NaN without lesions.
     """
     weights = np.ones((1, len(one.lesions))) if weights is None else weights
     ends = np.flatnonzero(np.append(one.score[1:] != one.score[:-1], True)) if len(one.score) else np.arange(0)
@@ -134,7 +133,7 @@ def curve(one: Events, weights: Array | None = None) -> tuple[Array, Array]:
 
 
 def sensitivity_at(false: Array, sensitivity: Array, rate: float) -> Array:
-    """Sensitivity (b,) of the lowest threshold with at most this many false marks per image; no interpolation."""
+    """Sensitivity (b,) at the lowest threshold with at most this rate of false marks per image; no interpolation."""
     last = (false <= rate + _SLACK).sum(1) - 1
     return np.take_along_axis(sensitivity, last[:, None], 1)[:, 0]
 
@@ -147,16 +146,21 @@ def measure(
     count: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Sensitivity at each of some rates of false marks per image and their mean, with intervals over patients, and the
-    curve.
+    """Sensitivity at the rates of false marks per image, and their mean, with intervals over patients; and the curve.
+
+    Args:
+        images: with lesions and marks.
+        rates: false marks per image.
+        iou: see `Marked.hits`.
+        count, seed: of the bootstrap.
 
     Raises:
         DataError: for rates below 0, an `iou` that is not above 0 and at most 1, or marks without boxes for it.
     """
     if any(not np.isfinite(rate) or rate < 0 for rate in rates) or not rates:
-        raise DataError(f"false marks per image are numbers from 0 on, not {', '.join(map(str, rates)) or 'none'}")
+        raise DataError(f"false marks per image must be at least 0, not {', '.join(map(str, rates)) or 'none'}")
     if iou is not None and not 0 < iou <= 1:
-        raise DataError(f"the overlap of a mark and a lesion is above 0 and at most 1, not {iou:g}")
+        raise DataError(f"the overlap of a mark and a lesion must be above 0 and at most 1, not {iou:g}")
     one = events(images, iou)
     lesions = int(one.lesions.sum())
     found: dict[str, Any] = {

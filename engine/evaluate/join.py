@@ -1,4 +1,4 @@
-"""Columns of the table that was predicted from, joined to rows of images, breasts or exams."""
+"""Joins columns of the predicted table to rows of images, breasts or exams."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from ..datasets.tables.generic import whole
 from ..errors import DataError
 
 KEYS = ("patient_id", "exam_id", "laterality")
-"""Who and what a row is of; the table knows it best."""
+"""Columns that identify a row; values of the table replace those of the predictions."""
 
 
 def join(rows: Rows, own: Rows, table: Path) -> None:
-    """Add the table's columns to the rows; what a row has is kept, but for `KEYS`.
+    """Add the table's columns to the rows; existing values of a row remain, except for `KEYS`.
 
-    Images are known by their path, and by the frame where both say it. Breasts and exams take what all images of theirs
-    say, texts that differ with a plus between them. Their truth is their own: the table's labels are of images.
+    Images are matched by path, and by frame if both have one. Breasts and exams get the values of all their images,
+    with different texts joined by a plus sign, but not their labels, which are those of images.
 
     Args:
-        own: the table's rows.
+        rows: of the predictions.
+        own: rows of the table.
+        table: path of the table.
 
     Raises:
-        DataError: a row that the table does not have, or has with two labels, splits or patients; no column to know it
-            by.
+        DataError: if the table lacks a row or a key column, or has a row with different labels, splits or patients.
     """
     header = own.header
     named = [{"exam_id": ""} | row for row in own.rows]
@@ -45,8 +46,8 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
         found = groups.get(_key(row, keys, Path()))
         if found is None:
             who = ", ".join(row[name] if name == "image_path" else f"{name} {row[name]!r}" for name in keys)
-            remedy = elsewhere(row["image_path"]) if images else ""
-            remedy = remedy or "give the table it was predicted from"
+            remedy = missing_file_hint(row["image_path"]) if images else ""
+            remedy = remedy or "use the table that was predicted"
             raise DataError(f"{rows.path}, {place}: {who} is not in {table}; {remedy}")
         for name in joined:
             given = sorted({one[name] for one in found} - {""})
@@ -54,15 +55,15 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
                 continue
             if images and len(given) > 1 and _is_one(name):
                 raise DataError(
-                    f"{table}: {row['image_path']} is there {len(found)} times, with {name} {' and '.join(given)}; "
-                    "keep one, or, of frames, name the frame in a column of the predictions too"
+                    f"{table}: {row['image_path']} occurs {len(found)} times, with {name} {' and '.join(given)}; "
+                    "keep one, or for frames, add a column frame to the predictions"
                 )
             row[name] = "+".join(given)
     rows.header.extend(name for name in joined if name not in rows.header)
 
 
 def _is_one(name: str) -> bool:
-    """Whether an image can have one value only in a column."""
+    """Whether an image can have only one value in a column."""
     return name in (*KEYS, "split") or name.startswith("label")
 
 
@@ -70,7 +71,8 @@ class ImageRecords:
     """The records of a table, by file and frame.
 
     Args:
-        table: their table.
+        records: of the table.
+        table: path of the table, for messages.
     """
 
     def __init__(self, records: Sequence[Record], table: str | Path) -> None:
@@ -80,34 +82,34 @@ class ImageRecords:
             self._frames.setdefault(record.path.absolute(), {})[record.frame] = record
 
     def find(self, path: Path, row: Mapping[str, str]) -> Record | None:
-        """The record of a row of predictions, whose frame counts where both name one; None if there is none.
+        """The record of a row of predictions, or None. Frames must match if both have one.
 
         Raises:
-            DataError: the table has several frames of the file, and the row does not say which.
+            DataError: if the table has several frames of the file, and the row does not name one.
         """
         found = self._frames.get(path.absolute(), {})
         cell = frame_of(row)
         frame = int(cell) if cell.isdecimal() else None
         if frame is None and len(found) > 1 and None not in found:
-            raise DataError(f"{path} has several frames in {self._table}; predict again, which names the frame of each")
+            raise DataError(f"{path} has several frames in {self._table}; predict again to get a column frame")
         return found.get(frame, next(iter(found.values()), None) if frame is None else found.get(None))
 
 
 def frame_of(row: Mapping[str, str]) -> str:
-    """The frame that a row names; "" if none."""
+    """The frame of a row; "" if there is none."""
     return whole(row.get("frame", ""))
 
 
 def place_of(image: str, folder: Path) -> str:
-    """The path of an image that a table in a folder names."""
+    """The absolute path of an image in a table in a folder."""
     return os.path.abspath(folder / image)
 
 
-def elsewhere(image: str) -> str:
-    """The remedy where a path of predictions names nothing here; empty where it does."""
+def missing_file_hint(image: str) -> str:
+    """The hint for a path of predictions that does not exist here; empty if it exists."""
     if os.path.isabs(image) or os.path.lexists(image):
         return ""
-    return "nor is there such a file: paths are as gigamorph predict was given them, so go to the folder where it ran"
+    return "the file does not exist: paths are relative to the folder where gigamorph predict ran; run it there"
 
 
 def _keys_of(rows: Rows) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""An image with a predicted mask and its reference: whole, and in detail where they differ most."""
+"""Draws an image with a predicted mask and its reference: the whole image, and the region of the largest difference."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from ..images.pixels import PixelSource
 from ..report.figure import class_colour, outline_colour
 
 _SIDE = 520
-"""Pixels of an image that a picture of it has on its longer side at most."""
+"""Maximum pixels on the longer side of a drawn image."""
 Box = tuple[int, int, int, int]
 
 
 def picture_of(record: Record, predicted: Path, classes: Classes) -> Figure:
-    """The image as its file stores it, classes of the prediction as areas of colour, those of the table as outlines.
+    """The stored image, with predicted classes as coloured areas and the table's classes as outlines.
 
-    At the left the whole image, at the right the area of which most is not of both.
+    The left panel shows the whole image, the right panel the area with the largest difference.
 
     Args:
-        record: of the table, with its mask; without one the prediction is alone.
+        record: of the table, with its mask; without one only the prediction is drawn.
         predicted: file of the predicted mask.
+        classes: of the masks.
 
     Raises:
-        DataError: an image or mask that cannot be read.
+        DataError: if an image or mask cannot be read.
     """
     source = open_record(record, flip=False)
     own = replace(record, findings=(Finding("", mask=predicted),))
@@ -65,7 +66,7 @@ def picture_of(record: Record, predicted: Path, classes: Classes) -> Figure:
 
 
 def _place(masks: list[NDArray[np.uint8]], factor: int, height: int, width: int) -> Box:
-    """(top, bottom, left, right) around the connected area of either mask of which most is not of both."""
+    """(top, bottom, left, right) around the connected area of the masks with the largest difference."""
     areas = masks[0] > 0 if len(masks) == 1 else (masks[0] > 0) | (masks[1] > 0)
     apart = masks[0] != masks[-1] if len(masks) > 1 else areas
     found: Any = label(areas)
@@ -85,7 +86,7 @@ def _place(masks: list[NDArray[np.uint8]], factor: int, height: int, width: int)
 
 
 def _grey(source: PixelSource, box: Box, factor: int) -> NDArray[np.float32]:
-    """Means of factor x factor pixels of a box, over the channels."""
+    """Means over factor x factor pixels and the channels in a box."""
     if factor == 1:
         return source.read(*box).mean(0).numpy()
     seen = DownsampledSource(source, factor)

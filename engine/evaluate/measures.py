@@ -1,4 +1,4 @@
-"""Everything that one output (a positive class, a label) is measured by, with intervals."""
+"""All measures of one output (a positive class or a label), with intervals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .thresholds import threshold as few_digits
 Array = NDArray[np.float64]
 Measure = dict[str, Any]
 """value, or None and why; bootstrap, its 95 % interval [low, high] over patients, and standard_error, or None and why;
-exact, where there is no bootstrap but an exact interval."""
+exact, an exact interval if there is no bootstrap interval."""
 
 
 def pf1(labels: ArrayLike, probabilities: ArrayLike) -> float:
@@ -30,14 +30,14 @@ def pf1(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
     Positives count with their probability p: precision = sum_pos p / sum p, recall = sum_pos p / positives, and
     F1 = 2 precision recall / (precision + recall) (Yacouby and Axman, 2020; the RSNA screening mammography challenge).
-    0 where no positive has any probability, NaN without positives.
+    It is 0 if all positives have probability 0, and NaN without positives.
     """
     truth, p = labels_and_probabilities(labels, probabilities)
     return float(weighted_pf1(truth, p, truth * p, np.ones((1, len(p))))[0])
 
 
 def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) -> Array:
-    """`pf1` (b,) of rows with weights (b, n); of positives the probabilities are `of_positives`, of others 0."""
+    """`pf1` (b,) of rows with weights (b, n); `of_positives` has probabilities of positives, 0 for negatives."""
     positives = weights @ truth
     # 2PR / (P + R) with P = hits / all and R = hits / positives
     hits, below = weights @ of_positives, weights @ p + positives
@@ -45,17 +45,17 @@ def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) ->
 
 
 def quadratic_kappa(labels: ArrayLike, predicted: ArrayLike, classes: int) -> float | None:
-    """Cohen's kappa with quadratic weights of classes (n,); None where all have one and the same class."""
+    """Cohen's kappa with quadratic weights of classes (n,); None if all have the same class."""
     labels, predicted = classes_of(labels, classes), classes_of(predicted, classes)
     if labels.shape != predicted.shape:
-        raise DataError(f"labels are of shape {labels.shape} and predicted classes of {predicted.shape}")
+        raise DataError(f"labels have shape {labels.shape} and predicted classes {predicted.shape}; both must be equal")
     if len(np.union1d(labels, predicted)) < 2:
         return None
     return float(cohen_kappa_score(labels, predicted, weights="quadratic", labels=list(range(classes))))
 
 
 class Confusion:
-    """Rows (n,) with classes, to be weighted; quickest where rows of equal classes stand together."""
+    """The confusion matrix of rows (n,) for weighted sums; fastest if rows are sorted by classes."""
 
     def __init__(self, labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> None:
         cells = labels * classes + predicted
@@ -64,10 +64,10 @@ class Confusion:
         self._cost = np.subtract.outer(np.arange(classes), np.arange(classes)) ** 2
 
     def kappa(self, weights: Array) -> Array:
-        """`quadratic_kappa` (b,) of the rows with weights (b, n); NaN where not defined."""
+        """`quadratic_kappa` (b,) of the rows with weights (b, n); NaN where undefined."""
         counts = np.add.reduceat(weights, self._starts, axis=1) @ self._cells
         table = counts.reshape(-1, *self._cost.shape)
-        rows = np.maximum(table.sum((1, 2)), 1)[:, None, None]  # none drawn: not defined below
+        rows = np.maximum(table.sum((1, 2)), 1)[:, None, None]  # no row drawn: undefined below
         chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :] / rows
         above, below = (table * self._cost).sum((1, 2)), (chance * self._cost).sum((1, 2))
         return 1 - np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
@@ -78,14 +78,15 @@ _WITHOUT_VARIANCE = {
     0.5: "all scores are equal",
     0.0: "every positive ranks below every negative",
 }
-"""The areas whose variance by DeLong is 0, and when."""
+"""The AUCs whose variance by DeLong is 0, and the cause."""
 
 
 def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
-    """The area under the ROC curve, and DeLong's interval of it.
+    """The area under the ROC curve, and DeLong's interval.
 
     Args:
-        fewer: rows of the class that has fewer.
+        scored: the rows.
+        fewer: number of rows of the smaller class.
     """
     error = roc.delong_error(scored.truth, scored.ranks)
     area = roc.auc(scored.truth, scored.ranks)
@@ -102,13 +103,14 @@ def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
 def measure_output(
     cases: Cases, column: int, resamples: Resamples, at: Sequence[float], threshold: float | None = None
 ) -> dict[str, Any]:
-    """AUC, average precision, sensitivity and specificity, and, of probabilities, pF1 and calibration.
+    """AUC, average precision, sensitivity and specificity, and for probabilities pF1 and calibration.
 
     Args:
-        cases: of which the rows whose label is known count; the resamples are of all of them.
+        cases: rows; those with a known label count.
         column: of the output.
-        at: specificities (and sensitivities) at which the other one is told, and from which on the partial areas are.
-        threshold: score from which on a row is called, if one was fixed before.
+        resamples: of all rows.
+        at: specificities (and sensitivities) at which the other is measured, and the lower limits of partial areas.
+        threshold: predefined score from which a row is called positive.
     """
     rows = np.flatnonzero(~np.isnan(cases.truth[:, column]))
     positives = int(cases.truth[rows, column].sum())
@@ -156,7 +158,7 @@ def measure_output(
 
 
 class _Scored:
-    """The rows of one output, sorted for `WeightedCurves`, and all that is resampled of them at once."""
+    """The rows of one output, sorted for `WeightedCurves`, and their resampled statistics."""
 
     def __init__(
         self, cases: Cases, column: int, rows: NDArray[np.int64], at: Sequence[float], threshold: float | None
@@ -166,7 +168,7 @@ class _Scored:
         self.p = odds.probabilities(self.odds)
         self.curves = WeightedCurves(self.truth, self.ranks)
         self.calls: dict[str, tuple[Array, Array]] = {}
-        """Of each share at the threshold: the rows that count, and those of them that are hit; 1 or 0."""
+        """For each fraction at the threshold: the rows of the denominator, and those of the numerator; 1 or 0."""
         if threshold is not None:
             called, positive = self.odds >= threshold, self.truth > 0
             every = np.ones(len(rows), bool)
@@ -183,7 +185,7 @@ class _Scored:
             self._binned, self._squares = Binned(self.truth, self.p), (self.p - self.truth) ** 2
 
     def statistics(self, weights: Array) -> dict[str, Array]:
-        """All that has an interval, of the rows with weights (b, n): (b,) by name."""
+        """The statistics with intervals, (b,) by name, of the rows with weights (b, n)."""
         drawn = self.curves(weights)
         values = {"auc": drawn.auc(), "average_precision": drawn.average_precision()}
         for rate in self.at:
@@ -205,17 +207,17 @@ class _Scored:
 
 
 def _operating_points(scored: _Scored, at: Sequence[float], around: dict[str, Spread]) -> dict[str, list[Measure]]:
-    """Sensitivity at each specificity and back, with the threshold: rows with that score or more are called."""
+    """Sensitivity at each specificity and vice versa, with the threshold from which rows are called positive."""
     found: dict[str, list[Measure]] = {"sensitivity_at_specificity": [], "specificity_at_sensitivity": []}
-    for name, fixed, rate, value, limit in _on_the_curve(scored.truth, scored.odds, scored.probable, at):
+    for name, fixed, rate, value, limit in _operating_point_values(scored.truth, scored.odds, scored.probable, at):
         found[f"{name}_at_{fixed}"].append({"at": rate, "value": value, **limit, **around[f"{name} {rate}"].listed()})
     return found
 
 
-def _on_the_curve(
+def _operating_point_values(
     truth: Array, scores: Array, probable: bool, at: Sequence[float]
 ) -> Iterator[tuple[str, str, float, float, dict[str, Any]]]:
-    """(what is measured, what is fixed, at which rate, value, threshold) of each point of the ROC curve."""
+    """(measured quantity, fixed quantity, its rate, value, threshold) for each operating point of the ROC curve."""
     false, true, thresholds = roc_curve(truth, roc.ranks(scores), drop_intermediate=False)
     distinct, negatives = np.unique(scores), int((truth == 0).sum())
     for rate in at:
@@ -232,21 +234,21 @@ def _on_the_curve(
 
 
 def threshold_at(cases: Cases, column: int, specificity: float) -> dict[str, Any] | None:
-    """The highest threshold of an output that reaches a specificity, as `thresholds.threshold`; None of one class."""
+    """The operating point of an output at a specificity, as `thresholds.threshold`; None if there is only one class."""
     known = ~np.isnan(cases.truth[:, column])
     truth, scores = cases.truth[known, column], cases.scores[known, column]
     if not 0 < truth.sum() < len(truth):
         return None
-    return next(_on_the_curve(truth, scores, cases.probable, [specificity]))[-1]
+    return next(_operating_point_values(truth, scores, cases.probable, [specificity]))[-1]
 
 
 def _share(scored: _Scored, name: str, value: float, around: Spread, clusters: NDArray[Any]) -> Measure:
-    """What comes of calling rows from a threshold on; a predictive value of no calls is not defined."""
+    """A fraction at the threshold; a predictive value without calls is undefined."""
     if np.isnan(value):
         return {"value": None, "why": "not defined: there are no such rows", "bootstrap": None, "standard_error": None}
     found = {"value": value, **around.listed()}
     if around.interval is None and value in (0, 1):
-        # Each patient is one trial, however many rows agree.
+        # Each patient counts as one trial, with any number of rows.
         patients = len(set(clusters[scored.calls[name][0] > 0]))
         sides = binomtest(round(value) * patients, patients).proportion_ci(method="exact")
         found["exact"] = [float(sides.low), float(sides.high)]
@@ -268,7 +270,7 @@ def _calibration(truth: Array, p: Array, z: Array) -> dict[str, Any]:
 
 
 def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
-    """Quadratic weighted kappa of the most probable class, with the confusion matrix (rows: truth)."""
+    """Quadratically weighted kappa of the most probable class, and the confusion matrix (rows: truth)."""
     rows = np.flatnonzero(cases.labels >= 0)
     rows = rows[np.lexsort((cases.predicted[rows], cases.labels[rows]))]
     labels, predicted = cases.labels[rows], cases.predicted[rows]
@@ -287,7 +289,7 @@ def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
 
 
 def measure_mean(cases: Cases, resamples: Resamples) -> Measure:
-    """The mean AUC over the outputs: classes each against the rest (macro), or labels. Undefined ones are omitted."""
+    """The mean AUC over the outputs: each class against the rest (macro), or labels. Undefined AUCs are omitted."""
     value, areas = roc.labelwise_auc(cases.truth, cases.scores)
     used = [column for column, area in enumerate(areas) if area is not None]
     left_out = [cases.outputs[c] for c in range(len(areas)) if c not in used]
@@ -298,7 +300,7 @@ def measure_mean(cases: Cases, resamples: Resamples) -> Measure:
         rows = ~np.isnan(cases.truth[:, column])
         weighted = WeightedCurves(cases.truth[rows, column], cases.scores[rows, column])
         each.append(resamples.values(lambda w, c=weighted: {"auc": c(w).auc()}, rows)["auc"])
-    # As in the value: the mean over those that the resample defines.
+    # As for the value: the mean over outputs that are defined in the resample.
     drawn = np.array(each)
     there = ~np.isnan(drawn)
     count = there.sum(0)
@@ -307,7 +309,7 @@ def measure_mean(cases: Cases, resamples: Resamples) -> Measure:
 
 
 def one_class(rows: int, positives: int, level: str) -> str:
-    """Why nothing can be measured."""
+    """The reason why nothing can be measured."""
     if not rows:
         return f"no {level} has a label"
     return f"one class only: all {rows} {level}s are {'positive' if positives else 'negative'}"

@@ -1,4 +1,4 @@
-"""How well numbers are predicted: errors, agreement and correlation, with intervals over patients, and their report."""
+"""Measures of predicted numbers: errors, agreement and correlation, with intervals over patients; and their report."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ NAMES = {
 
 
 def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Array]:
-    """Measures (b,) of numbers (n,) with weights (b, n); NaN where not defined.
+    """Measures (b,) of numbers (n,) with weights (b, n); NaN where undefined.
 
-    mae, rmse; bias, with the limits of agreement bias -+ 1.96 standard deviations of a sample, whose divisor is n - 1
-    (Bland and Altman, 1986); R2 = 1 - the errors' mean square over the truth's variance; Pearson's r; concordance
-    (Lin, 1989).
+    mae, rmse; bias, with the limits of agreement bias -+ 1.96 sample standard deviations with divisor n - 1 (Bland and
+    Altman, 1986); R2 = 1 - mean squared error / variance of the truth; Pearson's r; concordance (Lin, 1989).
     """
     total = weights.sum(1)
 
@@ -50,18 +49,18 @@ def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Arra
         return weights @ values / total
 
     error = predicted - truth
-    # Products of large numbers would round away how much they vary, and a little of rounding is no variation.
+    # Centred, because products of large numbers lose their variation to rounding; tiny variances count as 0.
     middles = [np.median(values) for values in (truth, predicted, error)]
-    true, told, off = (values - middle for values, middle in zip((truth, predicted, error), middles, strict=True))
+    true, estimated, off = (values - middle for values, middle in zip((truth, predicted, error), middles, strict=True))
 
     def variance(values: Array) -> Array:
         square = mean(values**2)
         found = square - mean(values) ** 2
         return np.where(found > _ROUNDING * square, found, 0)
 
-    own, other = variance(true), variance(told)
+    own, other = variance(true), variance(estimated)
     bias, square = mean(off) + middles[2], mean(error**2)
-    together = mean(true * told) - mean(true) * mean(told)
+    together = mean(true * estimated) - mean(true) * mean(estimated)
     with np.errstate(divide="ignore", invalid="ignore"):
         spread = np.sqrt(variance(off) * np.where(total > 1, total / (total - 1), np.nan))
         return {
@@ -77,9 +76,13 @@ def statistics(truth: Array, predicted: Array, weights: Array) -> dict[str, Arra
 
 
 def evaluate_numbers(images: Cases, settings: Settings | None = None) -> dict[str, Any]:
-    """Measure predicted numbers at each level; plain values, which go into JSON as they are.
+    """Measure predicted numbers at each level; returns plain values for JSON.
 
-    Of breasts and exams the means of truth and prediction count.
+    For breasts and exams, truth and prediction are the means over their images.
+
+    Args:
+        images: with true and predicted numbers.
+        settings: of the evaluation.
 
     Raises:
         DataError: if no row has a truth.
@@ -120,15 +123,15 @@ def _measure(cases: Cases, column: int, resamples: Resamples) -> dict[str, Any]:
 
 
 def numbers_headline(found: dict[str, Any]) -> list[str]:
-    """A line for each level and number."""
+    """A summary line for each level and number."""
     lines = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
             if "undefined" in output:
                 lines.append(f"{level} level, {name}: {output['undefined']}")
                 continue
-            told = f"MAE {format_value(output['mae'])}, r {format_value(output['pearson'])}"
-            lines.append(f"{level} level, {name}: {told}, {output['rows']} {level}s")
+            values = f"MAE {format_value(output['mae'])}, r {format_value(output['pearson'])}"
+            lines.append(f"{level} level, {name}: {values}, {output['rows']} {level}s")
     return lines
 
 
@@ -161,16 +164,16 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
 
 
 def _measures(outputs: dict[str, dict[str, Any]]) -> Table:
-    """A row for each measure, a column for each number: there are fewer of these."""
+    """A table with a row per measure and a column per number."""
     rows: list[Sequence[object]] = [["rows", *(one["rows"] for one in outputs.values())]]
-    rows += [[told, *(format_value(one[key]) for one in outputs.values())] for key, told in NAMES.items()]
+    rows += [[name, *(format_value(one[key]) for one in outputs.values())] for key, name in NAMES.items()]
     ranks = (one["spearman"] for one in outputs.values())
     rows.append(["Spearman's rho", *("not defined" if one is None else f"{one:.3f}" for one in ranks)])
     return Table(["", *outputs], rows)
 
 
 def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> Figure:
-    """Predicted against true numbers, and their difference against their mean."""
+    """Plots of predicted against true numbers, and of their difference against their mean."""
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     open_axes(left, right)

@@ -23,8 +23,9 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
     """ROC and precision-recall curves of each output that has both classes.
 
     Args:
-        cases: at their level, labelled.
-        found: the outputs' measures by name.
+        cases: labelled rows at their level.
+        found: measures of the outputs by name.
+        seed: of the bootstrap.
     """
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -45,8 +46,8 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
         (left, "ROC curve", "auc", "area"),
         (right, "Precision and recall", "average_precision", "average precision"),
     ):
-        told = f", {measure} {found[shown[0][1]][key]['value']:.3f}" if len(shown) == 1 else ""
-        axes.set_title(title + told, loc="left", fontsize=10)
+        value = f", {measure} {found[shown[0][1]][key]['value']:.3f}" if len(shown) == 1 else ""
+        axes.set_title(title + value, loc="left", fontsize=10)
     if len(shown) > 1:
         left.legend(fontsize=8, title="area", loc="lower right")
     left.set(xlabel="1 − specificity", ylabel="sensitivity")
@@ -58,20 +59,20 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
 
 
 def _drawn(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a curve that a picture can tell apart, of a million thresholds some thousand."""
+    """The points of a curve that a plot can resolve: a few thousand of a million thresholds."""
     cells = np.stack([np.round(2000 * true / true[-1]), np.round(2000 * false / false[-1])])
     kept = np.append((cells[:, 1:] != cells[:, :-1]).any(0), True)
     return true[kept], false[kept]
 
 
 def _steps(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and precision of the steps whose area is the average precision."""
+    """Recall and precision of the step curve whose area is the average precision."""
     recall, precision = true / true[-1], true / (true + false)
     return np.stack([np.append(0, recall[:-1]), recall], 1).ravel(), np.repeat(precision, 2)
 
 
 def _band(axes: Axes, cases: Cases, curve: WeightedCurves, rows: np.ndarray, seed: int) -> None:
-    """Where the middle 95 % of the resampled curves run."""
+    """Fill the band of the middle 95 % of the resampled curves."""
     grid = np.linspace(0, 1, 201)
     resamples = Resamples(cases.clusters, _BAND, seed)
     drawn = np.concatenate([curve(weights).rates(grid) for weights in resamples.weights(rows)])
@@ -88,7 +89,7 @@ def calibration_figure(found: dict[str, Any]) -> Figure:
     shown = {name: one["calibration"]["reliability"] for name, one in found.items() if "calibration" in one}
     for name, curve in shown.items():
         p, frequency = np.array(curve["probability"]), np.array(curve["frequency"])
-        # Only one output's intervals can be told apart.
+        # Intervals of several outputs would overlap.
         error = np.array([frequency - curve["low"], np.array(curve["high"]) - frequency]) if len(shown) == 1 else None
         axes.errorbar(
             p,
@@ -102,13 +103,13 @@ def calibration_figure(found: dict[str, Any]) -> Figure:
         )
     if len(shown) > 1:
         axes.legend(fontsize=8)
-    axes.set(xlabel="mean probability of the rows of a bin", ylabel="share of positives among them")
+    axes.set(xlabel="mean probability of the rows of a bin", ylabel="fraction of positives among them")
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     return figure
 
 
 def subgroups_figure(rows: Sequence[dict[str, Any]], by: str) -> Figure:
-    """The area of each subgroup with its interval."""
+    """The AUC of each subgroup with its interval."""
     shown = [row for row in rows if row.get("auc")]
     figure, axes = panel(6.4, 1.1 + 0.32 * len(shown), f"By {by}, rows in parentheses")
     for place, row in enumerate(shown):

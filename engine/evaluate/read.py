@@ -1,4 +1,4 @@
-"""Predictions from csv files: those of gigamorph predict, or any with a column of labels and one of scores."""
+"""Reads predictions from csv files of gigamorph predict, or other files with columns of labels and scores."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from .join import KEYS, frame_of, join, place_of
 Array = NDArray[np.float64]
 ODDS, PROBABILITY, SCORE, VALUE, LABEL = "log_odds_", "p_", "score_", "value_", "label_"
 ImageKey = tuple[str, str]
-"""Path and frame; "" where frames are not told apart."""
+"""Path and frame; "" if frames are not distinguished."""
 _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "exam"}
-"""The column that names the rows, by which it is known what they are."""
+"""The column with the names of the rows, which identifies the level of a table."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of a table by what they are for.
+    """The rows of a table by purpose.
 
     Attributes:
-        measured: those that are measured.
-        validation: those of split val, on which alone anything is fitted; None where there are none.
-        rows: how many are "measured" and "left_out", by their split; "" for those without one.
-        warnings: what people should know of them, a line each.
+        measured: the measured rows.
+        validation: rows of split val, the only ones for fitting; None if there are none.
+        rows: numbers of "measured" and "left_out" rows by split; "" for rows without a split.
+        warnings: warnings about the rows, one line each.
     """
 
     measured: Cases
@@ -54,7 +54,7 @@ class Parts:
 
 
 def read_cases(path: str | Path, **options: Any) -> Cases:
-    """The rows that are measured; arguments and errors are those of `read_parts`."""
+    """The measured rows; arguments and errors are those of `read_parts`."""
     return read_parts(path, **options).measured
 
 
@@ -67,24 +67,26 @@ def read_parts(
     split: str | None = None,
     classes: Sequence[str] | None = None,
 ) -> Parts:
-    """The images of a csv with their truth and scores; those without a label too. Of breasts.csv the breasts.
+    """The images (or breasts or exams) of a csv with truth and scores, including those without a label.
 
-    The scores are the columns log_odds_NAME, else p_NAME (of few digits in older files: ties), else score_NAME, which
-    only rank. The truth is the column label (name of the class, or 1 and 0), or label_NAME for each NAME: several
-    labels at once. Columns value_NAME are predicted numbers, whose truth is label_NAME.
+    Scores are the columns log_odds_NAME, else p_NAME (rounded in older files, with ties), else score_NAME, which only
+    rank. The truth is the column label (name of the class, or 1 and 0), or for several labels the columns label_NAME.
+    Columns value_NAME are predicted numbers, with truth label_NAME.
 
     Args:
-        table: csv of the images, joined by image_path, or by patient, exam and side to breasts and exams: labels of
-            images whose predictions have none, and columns by which to make subgroups.
-        label: column of the truth, 1 or 0, instead.
-        score: column of the score instead: log-odds of log_odds_NAME, the probability of label 1 (or of the class
-            NAME of p_NAME) if all values are from 0 to 1, else any number that is larger for 1, which then only ranks.
-        split: which rows are measured: train, val and test, several with commas between them, or "all" but those of
-            train. None is for files that hold one split only, which is not train.
+        path: of the csv.
+        table: csv of the images, joined by image_path, or to breasts and exams by patient, exam and side. It provides
+            missing labels of images, and columns for subgroups.
+        label: column of the truth, 1 or 0, instead of the default.
+        score: column of the score, instead of the default: log-odds in log_odds_NAME; probabilities of label 1 (or of
+            the class NAME of p_NAME) if all values are from 0 to 1; else any number that is larger for 1, which only
+            ranks.
+        split: measured splits: train, val or test, several separated by commas, or "all" except train. None requires
+            that the file has only one split, other than train.
         classes: names of three or more classes, the lowest first; by default in the order of the training.
 
     Raises:
-        DataError: what is wrong, with file and line: columns, labels, scores, a patient in two splits.
+        DataError: with file and line, for errors in columns, labels or scores, or a patient in two splits.
     """
     path = Path(path)
     rows = _read(path)
@@ -103,16 +105,16 @@ def read_parts(
 
 
 def _stated(cases: Cases, classes: tuple[str, ...], path: Path) -> Cases:
-    """Several classes in the order that is given."""
+    """The cases with classes in the stated order."""
     if cases.kind != "classes":
-        raise DataError(f"{path}: has no three classes whose order --classes can state; leave it out")
+        raise DataError(f"{path}: does not have three or more classes; omit --classes")
     if sorted(classes) != sorted(cases.outputs):
-        raise DataError(f"{path}: has the classes {', '.join(cases.outputs)}; name each once in --classes")
+        raise DataError(f"{path}: has the classes {', '.join(cases.outputs)}; list each once in --classes")
     return replace(cases.in_order(classes), ordered=True)
 
 
 def _warnings(rows: Rows, cases: Cases) -> Iterator[str]:
-    """Of images that are in no breast or exam."""
+    """Warnings about images that cannot be assigned to a breast or exam."""
     if cases.level != "image":
         return
     for column, values in (("laterality", cases.sides), ("exam_id", cases.exams)):
@@ -156,7 +158,7 @@ def _cases(rows: Rows, label: str | None, score: str | None) -> Cases:
 
 
 def write_cases(path: str | Path, cases: Cases) -> Path:
-    """Write cases so that `read_cases` reads them back: scores with all their digits. Returns the path."""
+    """Write cases for `read_cases`, with all digits of scores; returns the path."""
     path = Path(path)
     outputs, truth, scores = list(cases.outputs), cases.truth, cases.scores
     if cases.kind == "binary" and cases.probable:
@@ -188,22 +190,21 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
 
 
 def digits(value: float) -> str:
-    """A number with all its digits, whole ones without a point."""
+    """A number with all digits; integers without a decimal point."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[list[Marked], int]:
-    """Marks and lesions of the images, for FROC, and the number of findings without box and outline, which are left
-    out.
+    """Marks and lesions of the images, for FROC, and the number of findings that are left out without box or outline.
 
     Args:
-        marks: csv with image_path, score, and row and column, or top, bottom, left and right (their middle counts,
-            or their overlap with a lesion); in pixels of the file as stored, as gigamorph explain writes them.
+        marks: csv with image_path, score, and row and column, or top, bottom, left and right (whose centre or overlap
+            with a lesion counts); in pixels of the stored file, as written by gigamorph explain.
         table: csv whose findings are the lesions.
-        images: those that count, with marks or without.
+        images: the evaluated images, with or without marks.
 
     Raises:
-        DataError: for columns, numbers or images that do not fit.
+        DataError: for errors in columns, numbers or images.
     """
     found = _read(Path(marks))
     found.require("image_path", "score")
@@ -218,8 +219,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     }
     if len(wanted) < len(images):
         raise DataError(
-            f"{images.names[0]}: an image or its frames are there twice; leave one out, or name the frame in a column "
-            "of predictions and marks"
+            f"{images.names[0]}: an image or frame occurs twice; remove one, or add a column frame to predictions and "
+            "marks"
         )
 
     def key(row: Mapping[str, str]) -> ImageKey:
@@ -242,8 +243,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     lesions, without, there = _lesions(Path(table), wanted, of_frames)
     if found.rows and not there & {key(row) for row in found.rows}:
         raise DataError(
-            f"{marks}: none of its {len(found.rows)} marks is of an image of {table} (not "
-            f"{found.rows[0]['image_path']}); paths of marks begin in the folder where gigamorph runs"
+            f"{marks}: none of its {len(found.rows)} marks belongs to an image of {table} (such as "
+            f"{found.rows[0]['image_path']}); paths of marks are relative to the working directory"
         )
     return [
         Marked(
@@ -260,7 +261,7 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
 def _lesions(
     table: Path, wanted: dict[ImageKey, int], of_frames: bool
 ) -> tuple[list[list[Sequence[float]]], int, set[ImageKey]]:
-    """The boxes of each image, how many findings have none, and all images of the table."""
+    """The boxes of each image, the number of findings without a box, and all images of the table."""
     boxes: list[list[Sequence[float]]] = [[] for _ in wanted]
     without, known = 0, set()
     for record in read_table(table, labels=False, check_files=False).records:
@@ -283,7 +284,7 @@ def _lesions(
     if missing is not None:
         name, frame = missing
         missed = f"{name}, frame {frame}" if frame else name
-        raise DataError(f"{table}: has no row of {missed}; give the table that was predicted from")
+        raise DataError(f"{table}: has no row of {missed}; use the table that was predicted")
     return boxes, without, known
 
 
@@ -293,7 +294,7 @@ _TABLES = ("predictions.csv", "out_of_fold.csv", "val.csv")
 
 
 def samples_in(path: Path) -> Path:
-    """As `table_in`; of a network that takes the views of an exam as one sample, the table of exams.
+    """The table of samples: that of `table_in`, or the table of exams for a network that combines views.
 
     Raises:
         DataError: see `table_in`.
@@ -304,7 +305,7 @@ def samples_in(path: Path) -> Path:
 
 
 def note_of(predictions: Path) -> dict[str, Any]:
-    """What `gigamorph predict` notes of the network beside its tables; nothing of other predictions."""
+    """The JSON file of `gigamorph predict` that belongs to its tables; empty for other predictions."""
     beside = "predictions.csv" if predictions.name in _MERGED else predictions.name
     with contextlib.suppress(OSError, ValueError):
         note = parse_json(predictions.with_name(beside).with_suffix(".json").read_text())
@@ -313,10 +314,10 @@ def note_of(predictions: Path) -> dict[str, Any]:
 
 
 def table_in(path: Path) -> Path:
-    """A table of predictions, or that of a folder of `gigamorph predict` or of a cross-validation.
+    """The path of a table of predictions, also in a folder of `gigamorph predict` or of a cross-validation.
 
     Raises:
-        DataError: the folder has none.
+        DataError: if the folder has no predictions.
     """
     if not path.is_dir():
         return path
@@ -324,7 +325,7 @@ def table_in(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     run = path / "best.ckpt"
-    hint = f"; make them: gigamorph predict {run} TABLE --out FOLDER" if run.exists() else ""
+    hint = f"; create it with gigamorph predict {run} TABLE --out FOLDER" if run.exists() else ""
     raise DataError(f"{path}: holds no predictions.csv{hint}")
 
 
@@ -338,7 +339,7 @@ def _read(path: Path) -> Rows:
             row[key] = known(row[key])
     if "laterality" in rows.header:
         for place, row in zip(rows.places, rows.rows, strict=True):
-            sides = [side(one) for one in row["laterality"].split("+")]  # of exams both
+            sides = [side(one) for one in row["laterality"].split("+")]  # exams may have both
             if row["laterality"] and None in sides:
                 raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
             row["laterality"] = "+".join(filter(None, sides))
@@ -346,7 +347,7 @@ def _read(path: Path) -> Rows:
 
 
 def _add_own_names(rows: Rows) -> None:
-    """Columns that `read_table` takes by another name (study_id, Patient_ID) by ours too; options may say either."""
+    """Add our names of columns that `read_table` accepts under other names (study_id, Patient_ID); both can be used."""
     for name in tuple(rows.header):
         own = own_name(name, rows.header)
         if own != name:
@@ -356,8 +357,7 @@ def _add_own_names(rows: Rows) -> None:
 
 
 def read_rows_of(path: Path, split: str | None, *, only_with: str) -> tuple[Rows, dict[str, dict[str, int]]] | None:
-    """The rows that are measured and the counts of `Parts`; None of a csv without a column that begins with
-    ``only_with``."""
+    """The measured rows and the counts of `Parts`; None without a column that begins with ``only_with``."""
     rows = _read(path)
     if not any(name.startswith(only_with) for name in rows.header):
         return None
@@ -372,16 +372,16 @@ def _keep_rows(rows: Rows, numbers: Sequence[int]) -> None:
 
 
 def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, dict[str, int]]]:
-    """The numbers of the rows that are measured, and the counts of `Parts`.
+    """The indices of measured rows, and the counts of `Parts`.
 
     Raises:
-        DataError: there are none, a patient is in two splits, or several splits are there of which none is named.
+        DataError: if there are no rows, a patient is in two splits, or one of several splits must be chosen.
     """
     if not rows.rows:
         raise DataError(f"{rows.path}: holds no predictions")
     if "split" not in rows.header:
         if split not in (None, "all"):
-            raise DataError(f"{rows.path}: has no column split; leave --split out, or give the table with --table")
+            raise DataError(f"{rows.path}: has no column split; omit --split, or provide the table with --table")
         return list(range(len(rows.rows))), {"measured": {"": len(rows.rows)}, "left_out": {}}
     for row in rows.rows:
         row["split"] = SPLIT_NAMES.get(row["split"].lower(), row["split"])
@@ -396,12 +396,12 @@ def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, d
         )
     if split is None and len(there) > 1:
         names = ", ".join(sorted(name or "none" for name in there))
-        raise DataError(f"{rows.path}: holds images of several splits ({names}); say which with --split test")
+        raise DataError(f"{rows.path}: holds images of several splits ({names}); choose one, such as --split test")
     wanted = set(there) - {"train"} if split in (None, "all") else set(split.split(","))
     found = [n for n, row in enumerate(rows.rows) if row["split"] in wanted]
     if not found and split in (None, "all"):
-        reason = "all rows are of split train, on which the network has learnt; to measure them all the same"
-        raise DataError(f"{rows.path}: {reason}: --split train")
+        reason = "all rows are of split train, on which the network was trained; to measure them anyway, use"
+        raise DataError(f"{rows.path}: {reason} --split train")
     if not found:
         raise DataError(f"{rows.path}: holds no rows of split {split}")
     order = sorted(there, key=lambda name: (*SPLITS, name).index(name))
@@ -416,9 +416,10 @@ class _Scored:
     """The columns of scores.
 
     Attributes:
-        names: of the outputs; of classes in an order that does not depend on that of the columns.
-        values: (rows, outputs), log-odds where `probable`.
-        labels: if one column was asked for, the names of the classes that have columns of its kind: 1 of its own.
+        names: of the outputs.
+        values: (rows, outputs), log-odds if `probable`.
+        probable: whether values are log-odds.
+        labels: for a single requested column, the names of classes with columns of its kind: 1 for its own class.
     """
 
     names: list[str]
@@ -446,15 +447,15 @@ def _scores(rows: Rows, score: str | None, label: str | None) -> _Scored:
             values = _table(rows, columns)
             if prefix == PROBABILITY:
                 if not ((values >= 0) & (values <= 1)).all():
-                    raise DataError(f"{rows.path}: columns p_... hold numbers below 0 or above 1: no probabilities")
+                    raise DataError(f"{rows.path}: columns p_... must be probabilities between 0 and 1")
                 values = odds.of_probabilities(values)
             return _Scored([name.removeprefix(prefix) for name in columns], values, prefix not in (SCORE, VALUE))
     there = ", ".join(rows.header)
-    raise DataError(f"{rows.path}: has no column log_odds_NAME, p_NAME or score_NAME, but {there}; name one: --score")
+    raise DataError(f"{rows.path}: has no column log_odds_NAME, p_NAME or score_NAME, only {there}; use --score")
 
 
 def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
-    """Kind, outputs, truth, scores and whether classes are ordered."""
+    """Fields of `Cases`: kind, outputs, truth, scores and whether classes are ordered."""
     names, scores = scored.names, scored.values
     several = [LABEL + name for name in names]
     if label is None and len(names) > 1 and set(several) <= set(rows.header):
@@ -463,7 +464,7 @@ def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
     column = label or (several[0] if single else "label")
     rows.require(column)
     if len(names) == 1:
-        # A label of the name of the scored class says of it yes or no, also where it is called 0.
+        # A label column of the scored class has 1 or 0 for it, even if the class is named 0.
         own = {LABEL + name for name, is_scored in scored.labels.items() if is_scored}
         by_name = {} if column in own else scored.labels
         return {"kind": "binary", "outputs": (names[0],), "truth": _numbers(rows, [column], by_name), "scores": scores}
@@ -477,7 +478,7 @@ def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
     for place, row in zip(rows.places, rows.rows, strict=True):
         name = row[column] if row[column] in numbers else whole(row[column])
         if name and name not in numbers:
-            raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} is none of the classes {', '.join(order)}")
+            raise DataError(f"{rows.path}, {place}: {column} {row[column]!r} must be one of {', '.join(order)}")
         found.append(numbers.get(name, -1))
     labels = np.array(found)
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(names))[labels])
@@ -489,25 +490,25 @@ def _truth(rows: Rows, label: str | None, scored: _Scored) -> dict[str, Any]:
 
 
 def _positive(rows: Rows, names: Sequence[str], order: Sequence[str]) -> str:
-    """The positive one of two classes, of columns `names`: by its name, else the second of the training's `order`."""
+    """The positive one of two classes with columns `names`: by name, else the second of the training's `order`."""
     note = note_of(rows.path)
     found = positive_of(order) or (order[1] if list(order) == note.get("classes") else None)
     if found is None:
         columns = [prefix + name for name in order for prefix in (ODDS, PROBABILITY, SCORE)]
         asked = " or ".join(f"--score {name}" for name in columns if name in rows.header)
-        reason = f"the names {' and '.join(order)} do not tell which class is the positive one"
-        raise DataError(f"{rows.path}: {reason}; name its column: {asked}")
+        reason = f"the names {' and '.join(order)} do not determine the positive class"
+        raise DataError(f"{rows.path}: {reason}; use {asked}")
     if found != names[1] and not found.isdecimal() and "sha256" in note and "classes" not in note:
         raise DataError(f"{rows.path}: an older gigamorph predict wrote its labels as numbers; predict again, --resume")
     return found
 
 
 def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
-    """The true numbers (rows, outputs), NaN where the cell is empty."""
+    """The true numbers (rows, outputs), NaN for empty cells."""
     columns = [LABEL + name for name in names]
     if label is not None:
         if len(names) > 1:
-            raise DataError(f"{rows.path}: predicts {len(names)} numbers; --label names the truth of one")
+            raise DataError(f"{rows.path}: predicts {len(names)} numbers; --label applies only to one")
         columns = [label]
     rows.require(*columns)
     found = np.full((len(rows.rows), len(columns)), np.nan)
@@ -519,7 +520,7 @@ def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
 
 
 def _numbers(rows: Rows, columns: Sequence[str], by_name: Mapping[str, float] = _NO_NAMES) -> Array:
-    """Labels 1, 0, or NaN where the cell is empty; names of classes as `by_name` says."""
+    """Labels 1, 0, or NaN for empty cells; `by_name` maps names of classes."""
     found = np.full((len(rows.rows), len(columns)), np.nan)
     for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
         for j, column in enumerate(columns):
@@ -527,15 +528,15 @@ def _numbers(rows: Rows, columns: Sequence[str], by_name: Mapping[str, float] = 
                 known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
                 if known not in (0, 1):
                     raise DataError(
-                        f"{rows.path}, {place}: {column} {row[column]!r} is neither 1 nor 0, nor empty; where classes "
-                        "have names, give each a column p_NAME"
+                        f"{rows.path}, {place}: {column} {row[column]!r} must be 1, 0 or empty; for named classes, add "
+                        "a column p_NAME for each"
                     )
                 found[i, j] = known
     return found
 
 
 def _table(rows: Rows, columns: Sequence[str]) -> Array:
-    """The numbers of some columns."""
+    """The numbers (rows, columns) of columns."""
     pairs = zip(rows.places, rows.rows, strict=True)
     return np.array([[_number(row, column, rows, place) for column in columns] for place, row in pairs])
 

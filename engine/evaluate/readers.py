@@ -1,15 +1,14 @@
-"""Studies in which several readers read the same cases by several modalities (MRMC): are the modalities as good?
+"""Multi-reader multi-case (MRMC) studies: compares modalities by which several readers read the same cases.
 
-Obuchowski and Rockette (1995): the areas under the ROC curves, one for each modality i and reader j, follow an analysis
-of variance, theta_ij = mu + modality_i + Reader_j + (modality x Reader)_ij + error_ij, whose errors are correlated as
-all read the same cases. Of the covariance matrix of the areas (DeLong's, or the jackknife's over patients) four numbers
-are taken: the mean variance; Cov1, of one reader's areas by two modalities; Cov2, of two readers' by one modality;
-Cov3, of two readers' by two modalities. Tests and degrees of freedom are those of Hillis (2007); for new readers and
-new cases
+Obuchowski and Rockette (1995): the AUCs of modalities i and readers j follow an analysis of variance, theta_ij = mu +
+modality_i + Reader_j + (modality x Reader)_ij + error_ij, with correlated errors, because all readers read the same
+cases. Four numbers are taken from the covariance matrix of the AUCs (DeLong's, or the jackknife's over patients): the
+mean variance; Cov1, for one reader and two modalities; Cov2, for two readers and one modality; Cov3, for two readers
+and two modalities. Tests and degrees of freedom are those of Hillis (2007); for new readers and new cases
 
     F = MS(T) / [MS(TR) + J max(Cov2 - Cov3, 0)],   ddf = [that denominator]^2 / {MS(TR)^2 / [(I - 1)(J - 1)]},
 
-I modalities, J readers. Hillis, Berbaum and Metz (2008) print the same for fixed readers and for fixed cases.
+with I modalities and J readers. Hillis, Berbaum and Metz (2008) give the formulas for fixed readers or fixed cases.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ Covariance = Literal["delong", "jackknife"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error, degrees of freedom (None: normal) and 95 % interval, cut off at 0 and 1; of a
-    difference, cut off at -1 and 1, with the two-sided p of its being 0. None, all three, where the variance is 0."""
+    """A value with its standard error, degrees of freedom (None: normal) and 95 % interval, clipped to [0, 1]. A
+    difference is clipped to [-1, 1] and has a two-sided p of equality. All are None if the variance is 0."""
 
     value: float
     error: float | None
@@ -47,8 +46,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Test:
-    """Of all modalities being equally good: F, whose second degrees of freedom are None where they are infinite; of
-    fixed readers chi-square."""
+    """The test of equality of all modalities: F, with `denominator_df` None if infinite; for fixed readers
+    chi-square."""
 
     statistic: float
     df: int
@@ -58,13 +57,13 @@ class Test:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What holds for one kind of generalisation.
+    """The results for one kind of generalisation.
 
     Attributes:
-        test: None with one modality, or where the variance is 0.
-        modalities: the mean area of each over the readers.
-        differences: of each pair of modalities ("a - b"), the first minus the second.
-        readers: of fixed readers, each one's differences by the same names.
+        test: of all modalities; None with one modality, or if the variance is 0.
+        modalities: the mean AUC of each modality over the readers.
+        differences: for each pair of modalities ("a - b"), the first minus the second.
+        readers: for fixed readers, the differences of each reader by the same names.
     """
 
     test: Test | None
@@ -75,7 +74,7 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Components:
-    """Mean squares of the areas, the error's covariances, and what is left for readers (may come out below 0)."""
+    """Mean squares of the AUCs, covariances of the errors, and the variance components of readers (may be negative)."""
 
     ms_modality: float
     ms_reader: float
@@ -90,7 +89,7 @@ class Components:
 
 @dataclass(frozen=True)
 class ReaderStudy:
-    """The areas (modalities x readers) and the three analyses; those of random readers need two of them."""
+    """The AUCs (modalities x readers) and the three analyses; those with random readers need at least two readers."""
 
     areas: dict[str, dict[str, float]]
     cases: int
@@ -111,29 +110,29 @@ def reader_study(
     covariance: Covariance = "delong",
     patients: Sequence[str] | None = None,
 ) -> ReaderStudy:
-    """Compare modalities by the areas under the ROC curves of several readers.
+    """Compare modalities by the AUCs of several readers.
 
     Args:
         truth: (cases,) 1 or 0.
-        scores: (modalities, readers, cases), larger for 1; every reader reads every case by every modality.
-        modalities, readers: their names; by default numbers from 1 on.
-        covariance: of the areas; DeLong's takes cases as independent.
-        patients: of the cases; the jackknife leaves out a patient at a time, by default a case.
+        scores: (modalities, readers, cases), larger for 1; every reader reads every case with every modality.
+        modalities, readers: names; by default numbers from 1.
+        covariance: method for the covariance of the AUCs; DeLong's assumes independent cases.
+        patients: of the cases; the jackknife leaves out one patient at a time, by default one case.
 
     Raises:
-        DataError: for values that are no numbers, shapes that do not fit, and fewer than two cases of either class.
+        DataError: for values that are not numbers, wrong shapes, or fewer than two cases of a class.
     """
     values, positive = numbers(scores), truth_of(truth)
     if values.ndim != 3 or values.shape[2] != len(positive) or not values.size:
-        raise DataError(f"scores are (modalities, readers, {len(positive)} cases), not of shape {values.shape}")
+        raise DataError(f"scores must be (modalities, readers, {len(positive)} cases), not of shape {values.shape}")
     if not 2 <= positive.sum() <= len(positive) - 2:
-        raise DataError(f"{positive.sum()} of {len(positive)} cases are positive; two of either class are needed")
+        raise DataError(f"{positive.sum()} of {len(positive)} cases are positive; two of each class are needed")
     if patients is not None and (covariance != "jackknife" or len(patients) != len(positive)):
-        raise DataError("patients are one for each case, and for the jackknife; DeLong takes cases as independent")
+        raise DataError("patients must be one per case, and need the jackknife; DeLong assumes independent cases")
     names = [modalities or _numbered(values.shape[0]), readers or _numbered(values.shape[1])]
     for given, size in zip(names, values.shape, strict=False):
         if len(set(given)) != size:
-            raise DataError(f"{', '.join(given)}: {size} different names are needed")
+            raise DataError(f"{', '.join(given)}: must be {size} different names")
     flat = list(values.reshape(-1, len(positive)))
     areas, matrix = roc.delong(positive, flat)
     if covariance == "jackknife":
@@ -142,9 +141,9 @@ def reader_study(
 
 
 def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[str] | None = None) -> Array:
-    """The covariance matrix (k, k) of the areas of k scores (n,) of the same rows, each patient left out once.
+    """The jackknife covariance matrix (k, k) of the AUCs of k scores (n,) of the same rows, over patients.
 
-    (K - 1) / K times the sum of the products of the deviations, K patients (by default rows).
+    It is (K - 1) / K times the sum of products of deviations, for K patients (by default rows).
     """
     positive, columns = truth_of(truth), [numbers(each) for each in scores]
     _, of_patient = np.unique(np.arange(len(positive)) if patients is None else patients, return_inverse=True)
@@ -152,10 +151,10 @@ def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[
     inside = [of_patient[positive], of_patient[~positive]]
     left = [len(of) - np.bincount(of, minlength=count) for of in inside]
     if not (left[0] * left[1]).all():
-        raise DataError("without one of the patients a class has no case; the jackknife is not defined")
+        raise DataError("the jackknife is undefined because a class has no case without one of the patients")
     found = np.empty((len(columns), count))
     for row, (column, v10, v01) in enumerate(zip(columns, *roc.components(positive, columns), strict=True)):
-        # The pairs of the area, less those with a case of the patient; those with two such were counted twice.
+        # The pairs of the AUC, minus those with a case of the patient; pairs within the patient are subtracted twice.
         pairs = v10.sum() * len(v01)
         pairs = pairs - np.bincount(inside[0], v10, count) * len(v01) - np.bincount(inside[1], v01, count) * len(v10)
         twice = _within(column[positive], column[~positive], inside[0], inside[1], count)
@@ -167,7 +166,7 @@ def jackknife(truth: ArrayLike, scores: Sequence[ArrayLike], patients: Sequence[
 def _within(
     positives: Array, negatives: Array, of_positive: NDArray[np.intp], of_negative: NDArray[np.intp], count: int
 ) -> Array:
-    """The ordered pairs within each patient (count,), ties half."""
+    """The numbers (count,) of correctly ordered pairs within each patient; ties count half."""
     found = np.zeros(count)
     for patient in np.intersect1d(of_positive, of_negative):
         above = np.subtract.outer(positives[of_positive == patient], negatives[of_negative == patient])
@@ -178,25 +177,26 @@ def _within(
 def study_of(
     cases: Cases, *, reader: str = "reader", modality: str | None = None, covariance: Covariance = "delong"
 ) -> ReaderStudy:
-    """The study whose readings are rows: two columns say by whom and by which modality a case was read.
+    """The study of readings in rows, with columns for the reader and the modality.
 
     Args:
-        cases: of one output; a case is known by its name, or by patient, exam, side and view.
-        covariance: the jackknife leaves out a patient at a time.
+        cases: readings, of one output; a case is identified by its name, or by patient, exam, side and view.
+        reader: column of readers.
+        modality: column of modalities; None for one modality.
+        covariance: "delong", or "jackknife" over patients.
 
     Raises:
-        DataError: as `reader_study`; for a missing column, and readings that are missing, there twice or contradict
-            each other's truth.
+        DataError: see `reader_study`; or for a missing column, or missing, repeated or contradictory readings.
     """
     for column in (reader, modality):
         if column is not None and column not in cases.columns:
             raise DataError(f"no column {column!r}; there are {', '.join(sorted(cases.columns)) or 'none'}")
     if len(cases.outputs) != 1:
-        raise DataError(f"a readers' study is of one output, not of {', '.join(cases.outputs)}; name it with --score")
+        raise DataError(f"a reader study needs one output, not {', '.join(cases.outputs)}; choose it with --score")
     cases = cases.labelled()
     by = cases.columns[modality] if modality is not None else ("all",) * len(cases)
     keys = known_keys(cases)
-    # Names of rows that only say where they stand tell nothing of the case.
+    # Unique row names, such as line numbers, do not identify cases.
     keys = keys if len(set(cases.names)) == len(cases) and keys is not None else [(name,) for name in cases.names]
     who = cases.columns[reader]
     modalities, readers, of_cases = list(dict.fromkeys(by)), list(dict.fromkeys(who)), list(dict.fromkeys(keys))
@@ -205,17 +205,17 @@ def study_of(
     truth = np.full(len(of_cases), np.nan)
     for row, key in enumerate(keys):
         at = (modalities.index(by[row]), readers.index(who[row]), number_of_case[key])
-        told = f"{_named(key)}, {by[row]}, reader {who[row]}"
+        reading = f"{_named(key)}, {by[row]}, reader {who[row]}"
         if not np.isnan(scores[at]):
-            raise DataError(f"{told}: this reading is there twice; leave one out")
+            raise DataError(f"{reading}: this reading occurs twice; remove one")
         if truth[at[2]] == 1 - cases.truth[row, 0]:
-            raise DataError(f"{told}: its label is not that of the other readings of this case")
+            raise DataError(f"{reading}: its label differs from that of other readings of this case")
         scores[at], truth[at[2]] = cases.scores[row, 0], cases.truth[row, 0]
     missing = np.argwhere(np.isnan(scores))
     if len(missing):
         i, j, k = missing[0]
         of = f"{_named(of_cases[k])} by reader {readers[j]}, {modalities[i]}"
-        raise DataError(f"{len(missing)} readings are missing, the first of {of}; all readers read all cases")
+        raise DataError(f"{len(missing)} readings are missing, the first of {of}; all readers must read all cases")
     patient_of = dict(zip(keys, cases.clusters, strict=True))
     patients = [patient_of[key] for key in of_cases] if covariance == "jackknife" else None
     return reader_study(truth, scores, modalities=modalities, readers=readers, covariance=covariance, patients=patients)
@@ -227,7 +227,7 @@ def _named(key: tuple[str, ...]) -> str:
 
 class _Anova:
     def __init__(self, areas: Array, matrix: Array, modalities: Sequence[str], readers: Sequence[str]) -> None:
-        """Areas (I, J) and their covariance matrix (I J, I J)."""
+        """The analysis of variance of AUCs (I, J) with their covariance matrix (I J, I J)."""
         self.areas, self.modalities, self.readers = areas, modalities, readers
         self.i, self.j = areas.shape
         self.matrix = matrix.reshape(self.i, self.j, self.i, self.j)
@@ -241,7 +241,7 @@ class _Anova:
         ms_tr = float((rest**2).sum()) / (over_modalities * over_readers)
         reader = (ms_r - ms_tr) / self.i - cov1 + cov3
         both = ms_tr - error + cov1 + max(cov2 - cov3, 0)
-        self.least = 1e-12 * error  # what is left of equal areas is rounding
+        self.least = 1e-12 * error  # equal AUCs differ only by rounding
         self.found = Components(ms_t, ms_r, ms_tr, error, cov1, cov2, cov3, reader, both)
 
     def _covariances(self) -> tuple[float, float, float, float]:
@@ -274,7 +274,7 @@ class _Anova:
         )
 
     def _random_readers(self, random_cases: bool) -> Analysis:
-        """Readers are a sample; cases are one too, or are those that there are, without covariances."""
+        """The analysis for random readers, and random or fixed cases (without covariances)."""
         found, degrees = self.found, (self.i - 1) * (self.j - 1)
         shared = self.j * max(found.cov2 - found.cov3, 0) if random_cases else 0.0
         variance = found.ms_both + shared
@@ -284,7 +284,7 @@ class _Anova:
             statistic = found.ms_modality / variance
             if np.isfinite(df):
                 test = Test(statistic, self.i - 1, df, float(f.sf(statistic, self.i - 1, df)))
-            else:  # readers differ alike by all modalities: all variance is the cases'
+            else:  # no interaction of readers and modalities: all variance is that of the cases
                 test = Test(statistic, self.i - 1, None, float(chi2.sf(statistic * (self.i - 1), self.i - 1)))
         modalities = {}
         for row, name in enumerate(self.modalities):
@@ -295,7 +295,7 @@ class _Anova:
         return Analysis(test, modalities, self._differences(self.means, 2 * variance / self.j, df), {})
 
     def _fixed_readers(self) -> Analysis:
-        """Cases are a sample, readers are those that there are."""
+        """The analysis for random cases and fixed readers."""
         found = self.found
         variance = found.error - found.cov1 + (self.j - 1) * max(found.cov2 - found.cov3, 0)
         test = None
@@ -316,7 +316,7 @@ class _Anova:
         return Analysis(test, modalities, self._differences(self.means, 2 * variance / self.j, None), readers)
 
     def _cov2(self, row: int) -> float:
-        """Cov2 of one modality alone."""
+        """Cov2 of one modality."""
         own = self.matrix[row, :, row]
         return float(own[~np.eye(self.j, dtype=bool)].mean()) if self.j > 1 else 0.0
 

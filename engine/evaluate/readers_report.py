@@ -1,4 +1,4 @@
-"""A readers' study as files: ``metrics.json`` and one page of HTML."""
+"""Writes a reader study: ``metrics.json`` and one HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
     """Write ``metrics.json`` and ``report.html`` into `out`; returns the page's path.
 
     Args:
-        source: what is known of where the readings came from, under the keys of `report.SOURCES`, and "rows".
+        out: the folder.
+        study: the result of the study.
+        source: sources of the readings, under the keys of `report.SOURCES`, and "rows".
 
     Raises:
         GigamorphError: if a file cannot be written.
@@ -49,12 +51,12 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
 
 
 def reader_headline(study: ReaderStudy) -> list[str]:
-    """A line for each modality and difference, and each kind of generalisation."""
+    """A summary line for each modality and difference, and each kind of generalisation."""
     lines = []
     for words, analysis in _analyses(study):
         for name, one in (*analysis.modalities.items(), *analysis.differences.items()):
             p = "" if one.p is None else f", p {format_p(one.p)}"
-            lines.append(f"{words}: {name}: AUC {_told(one)}{p}")
+            lines.append(f"{words}: {name}: AUC {_with_interval(one)}{p}")
     return lines
 
 
@@ -76,10 +78,10 @@ def _table(analysis: Analysis) -> Table:
 
 def _row(one: Estimate) -> list[str]:
     error = "" if one.error is None else f"{one.error:.4f}"
-    return [_told(one), error, "" if one.df is None else f"{one.df:.2f}", format_p(one.p)]
+    return [_with_interval(one), error, "" if one.df is None else f"{one.df:.2f}", format_p(one.p)]
 
 
-def _told(one: Estimate) -> str:
+def _with_interval(one: Estimate) -> str:
     if one.interval is None:
         return f"{one.value:.3f} (no interval: the variance is 0)"
     return f"{one.value:.3f} ({one.interval[0]:.3f} to {one.interval[1]:.3f})"

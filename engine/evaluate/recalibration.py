@@ -1,7 +1,7 @@
-"""A calibration that was measured, kept in ``calibration.json``, so that it can be applied to further predictions.
+"""A calibration in ``calibration.json``, which can be applied to other predictions of two classes.
 
-Of two classes: log-odds z become a + b z, with Cox's intercept a and slope b of the validation images (Platt,
-1999), and an image is called where z reaches the threshold.
+Log-odds z become a + b z, with Cox's intercept a and slope b of the validation images (Platt, 1999), and an image is
+called positive if z is at least the threshold.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ _FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What predictions of a network become.
+    """The calibration of a network's predictions.
 
     Attributes:
         output: name of the positive class.
-        threshold: log-odds before the calibration, from which on an image is called.
-        images: how many it was measured on, of which split of a training.
-        sha256: of the checkpoint that predicted them.
-        flips: mirror images over which it averaged.
-        number: which of the checkpoint's two classes the positive one is; not stored.
+        slope, intercept: of the log-odds.
+        threshold: log-odds before calibration from which an image is called positive.
+        images: number of images that it was measured on.
+        split: their split of a training.
+        sha256: of the checkpoint.
+        flips: mirror images over which the checkpoint averaged.
+        number: index of the positive class in the checkpoint; not stored.
     """
 
     output: str
@@ -61,28 +63,30 @@ class Calibration:
 def write_calibration(
     out: str | Path, images: Cases, found: Mapping[str, Any], sha256: str, flips: Sequence[str] = ()
 ) -> Path:
-    """Write the calibration that is fitted on validation samples into a folder.
+    """Fit a calibration on validation samples, and write it into a folder.
 
-    There is one of log-odds of two classes that rank better than chance and do not part the classes. The threshold is
-    theirs at the middle of the specificities that were evaluated.
+    It requires log-odds of two classes that rank better than chance and do not separate the classes. The threshold is
+    that of the samples at the middle one of the evaluated specificities.
 
     Args:
-        images: what the network takes as one sample: images, or exams of several views; of split val alone.
-        found: of `evaluate`, of these or other samples.
-        sha256, flips: of the checkpoint, and over which mirror images it averaged.
+        out: the folder.
+        images: samples of the network (images, or exams with several views), only of split val.
+        found: result of `evaluate`, for these or other samples.
+        sha256: of the checkpoint.
+        flips: mirror images over which the checkpoint averaged.
 
     Raises:
-        DataError: there is none; why.
+        DataError: with the reason if there is no calibration.
     """
-    from .calibration import slope_and_intercept  # whose libraries those who only apply one do without
+    from .calibration import slope_and_intercept  # its libraries are not needed to apply a calibration
     from .measures import threshold_at
 
     known = images.labelled()
     if images.kind != "binary" or not images.probable:
-        raise DataError("it is of log-odds of two classes")
+        raise DataError("it needs log-odds of two classes")
     splits = set(images.columns.get("split", ())) - {"val"}
     if splits:
-        raise DataError(f"it is fitted on rows of split val alone, not of {' and '.join(sorted(splits)) or 'none'}")
+        raise DataError(f"it needs rows of split val only, not of {' and '.join(sorted(splits)) or 'none'}")
     [name] = images.outputs
     points = (
         found["levels"].get(images.level, {}).get("outputs", {}).get(name, {}).get("sensitivity_at_specificity", [])
@@ -90,10 +94,10 @@ def write_calibration(
     limit = threshold_at(images, 0, points[len(points) // 2]["at"]) if points else None
     threshold = (limit or {}).get("log_odds")
     if threshold is None:
-        raise DataError(f"no threshold was measured of the {images.level}s")
+        raise DataError(f"no threshold was measured for the {images.level}s")
     fitted = slope_and_intercept(known.truth[:, 0], known.scores[:, 0])
     if fitted is None:
-        raise DataError("the log-odds part the two classes, to which no slope can be fitted; more images may")
+        raise DataError("the log-odds separate the two classes, so no slope can be fitted; use more images")
     if fitted[0] <= 0:
         raise DataError(f"the log-odds rank worse than chance (slope {fitted[0]:.3g})")
     split = "val" if "split" in images.columns else found.get("split")
@@ -107,6 +111,12 @@ def write_calibration(
 def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: Sequence[str] = ()) -> Calibration:
     """The calibration in a file, for a checkpoint and its classes.
 
+    Args:
+        path: of the file.
+        classes: of the checkpoint.
+        sha256: of the checkpoint.
+        flips: mirror images over which the checkpoint averages.
+
     Raises:
         DataError: if it cannot be read, or belongs to another checkpoint, the other class or other mirror images.
     """
@@ -116,14 +126,14 @@ def read_calibration(path: str | Path, classes: list[str], sha256: str, flips: S
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: is no {_FILE} of gigamorph eval") from error
+        raise DataError(f"{path}: is not a {_FILE} of gigamorph eval") from error
     if found.sha256 != sha256 or len(classes) != 2 or found.output not in classes:
-        raise DataError(f"{path}: was measured on predictions of another checkpoint; evaluate those of this one")
+        raise DataError(f"{path}: was measured on another checkpoint; evaluate predictions of this one")
     number = positive_number(classes)
     if found.output != classes[number]:
-        told = f"{path}: is of the class {found.output}; the positive one of this checkpoint is {classes[number]}"
-        raise DataError(f"{told}; evaluate without --score")
+        text = f"{path}: is for class {found.output}; the positive class of this checkpoint is {classes[number]}"
+        raise DataError(f"{text}; evaluate without --score")
     if found.flips != tuple(flips):
         how = " and ".join(f"--flip {name}" for name in found.flips) or "no --flip"
-        raise DataError(f"{path}: was measured on predictions with {how}; predict as they were, or evaluate others")
+        raise DataError(f"{path}: was measured with {how}; predict with the same flips, or evaluate again")
     return replace(found, number=number)

@@ -1,4 +1,4 @@
-"""An evaluation as files: ``metrics.json``, plots, and one page of HTML that holds them all."""
+"""Writes an evaluation: ``metrics.json``, plots, and one HTML page with all results."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
     """Write ``metrics.json``, the plots as PNG and ``report.html`` into `out`; returns the page's path.
 
     Args:
-        images: what was evaluated.
-        found: what `evaluate` returned of it, with whatever was added; what is known of where it came from under the
-            keys of `SOURCES`.
+        out: the folder.
+        images: the evaluated images.
+        found: the result of `evaluate`, with any additions, and with the sources under the keys of `SOURCES`.
 
     Raises:
         GigamorphError: if a file cannot be written.
@@ -51,11 +51,11 @@ def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
 
 
 def rows_line(rows: Mapping[str, Any]) -> str:
-    """Which rows were measured and left out, and on which anything was fitted; the first line of a report.
+    """The first line of a report: the rows that were measured, left out, and used for fitting.
 
     Args:
-        rows: "measured" and "left_out", see `read.Parts`; "fitted", what is fitted by "what" on how many rows, if
-            anything is.
+        rows: "measured" and "left_out", see `read.Parts`; and "fitted", if anything was, with "what" and the number of
+            "rows".
     """
 
     def by_split(counts: Mapping[str, int]) -> list[str]:
@@ -75,26 +75,26 @@ def rows_line(rows: Mapping[str, Any]) -> str:
 
 
 def order_line(found: Mapping[str, Any]) -> str | None:
-    """In which order several classes are taken; None of others."""
+    """A line on the order of several classes; None for other kinds."""
     if found.get("kind") != "classes":
         return None
     if found["ordered"]:
         return f"classes in the order {' < '.join(found['outputs'])}"
     return (
-        f"the names of the classes tell no order: no kappa, and breasts and exams take the last of "
-        f"{', '.join(found['outputs'])}; state the order, the lowest first, with --classes"
+        f"the names of the classes do not determine an order: no kappa, and breasts and exams take the last of "
+        f"{', '.join(found['outputs'])}; state the order, lowest first, with --classes"
     )
 
 
 def facts_of(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a page says of where its figures came from: which rows first, then `SOURCES`."""
+    """The sources of a report's figures: rows, order of classes, then `SOURCES`."""
     rows = [("rows", rows_line(found["rows"]))] if "rows" in found else []
     rows += [("order", line)] if (line := order_line(found)) else []
     return rows + [(name, found[key]) for key, name in SOURCES.items() if found.get(key)]
 
 
 def headline(found: dict[str, Any]) -> list[str]:
-    """A line for each level and output: the area with its interval over patients."""
+    """A summary line for each level and output: the AUC with its interval over patients."""
     lines = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
@@ -141,7 +141,7 @@ def _subgroup_picture(level: str, by: str, output: str) -> str:
 
 
 def _content(found: dict[str, Any]) -> dict[str, Any]:
-    """What the page names."""
+    """The variables of the page's template."""
     froc = found.get("froc")
     return {
         "title": found.get("predictions") or "predictions",
@@ -161,7 +161,7 @@ def _overview(found: dict[str, Any]) -> Table:
     rows = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
-            row = [f"{level}, {name}", output["rows"], _counted(one), output["positives"]]
+            row = [f"{level}, {name}", output["rows"], _patient_count(one), output["positives"]]
             if "undefined" in output:
                 rows.append([*row, output["undefined"], "", ""])
             else:
@@ -171,7 +171,7 @@ def _overview(found: dict[str, Any]) -> Table:
             left_out = one["mean_auc"].get("left_out")
             note = f" without {', '.join(left_out)}" if left_out else ""
             mean = format_value(one["mean_auc"])
-            rows.append([f"{level}, mean{note}", one["rows"], _counted(one), "", mean, "", ""])
+            rows.append([f"{level}, mean{note}", one["rows"], _patient_count(one), "", mean, "", ""])
     header = ["level, output", "rows", "patients", "positive", "AUC", "DeLong's interval", "average precision"]
     return Table(header, rows)
 
@@ -211,17 +211,17 @@ def _level(level: str, one: dict[str, Any]) -> dict[str, Any]:
 
 def _output(output: dict[str, Any]) -> Table:
     rows = []
-    for key, fixed, told in (
+    for key, fixed, measured in (
         ("sensitivity_at_specificity", "specificity", "sensitivity"),
         ("specificity_at_sensitivity", "sensitivity", "specificity"),
     ):
         for point in output[key]:
             limit = _threshold(point) if "threshold" in point else ""
-            rows.append([f"{told} at {fixed} {point['at']:g}", format_value(point), limit])
+            rows.append([f"{measured} at {fixed} {point['at']:g}", format_value(point), limit])
     for area in output["partial_auc"]:
-        told = f"partial AUC, {area['over']} {area['from']:g} to 1"
+        name = f"partial AUC, {area['over']} {area['from']:g} to 1"
         raw = f"{area['raw']['value']:.4f} of {1 - area['from']:.4g}"
-        rows.append([told, f"{format_value(area)}; raw {raw}", ""])
+        rows.append([name, f"{format_value(area)}; raw {raw}", ""])
     for key, measure in output.get("at_threshold", {}).items():
         limit = output["threshold"]
         which = "the threshold given" if limit["from"] == "given" else f"the threshold of {limit['from']}"
@@ -238,17 +238,17 @@ def _output(output: dict[str, Any]) -> Table:
 
 
 def _threshold(point: dict[str, Any]) -> str:
-    """A threshold with all its digits, as ``--threshold`` takes it."""
+    """A threshold with all its digits, for ``--threshold``."""
     if point["threshold"] is not None:
         return str(point["threshold"])
     return "above all scores" if point.get("log_odds") is None else f"log_odds={point['log_odds']}"
 
 
 def _notes(one: dict[str, Any]) -> list[str]:
-    """Why there are no intervals, and whose rows count as patients."""
+    """Notes on left out images, rows without patients, and missing intervals."""
     notes = []
     if one["left_out"]:
-        which = "whose side or exam is not known, but that of others of their patient"
+        which = "whose side or exam is unknown, but known for other images of the patient"
         notes.append(f"Images left out, {which}: {one['left_out']}.")
     if one["rows_without_patient"]:
         notes.append(f"{_patients(one)[0].upper()}{_patients(one)[1:]}.")
@@ -292,13 +292,13 @@ def _pairs(one: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def _shared(level: str, one: dict[str, Any]) -> str:
-    """Of how many rows, where not all are in both predictions: the areas are not those of all rows then."""
+    """A note on the number of rows if not all are in both predictions: AUCs then differ from those of all rows."""
     found = one["comparison"]
     return f" (the {found['rows']} {level}s in both; {found['left_out']} are in one only)" if found["left_out"] else ""
 
 
 def format_value(measure: dict[str, Any]) -> str:
-    """A value with its interval over patients, or why there is none."""
+    """A value with its interval over patients, or the reason why there is none."""
     if measure["value"] is None:
         return str(measure.get("why", "not defined"))
     interval = _interval(measure.get("bootstrap"))
@@ -308,7 +308,7 @@ def format_value(measure: dict[str, Any]) -> str:
 
 
 def no_interval(measure: dict[str, Any]) -> str:
-    """Why a value has no interval over patients, "" where it has one."""
+    """The reason why a value has no interval over patients; "" if it has one."""
     return "" if measure["value"] is None else str(measure.get("why", ""))
 
 
@@ -317,16 +317,16 @@ def _why(measure: dict[str, Any]) -> str:
     return f"; {reason}" if reason else ""
 
 
-def _counted(one: dict[str, Any]) -> str:
-    return f"{one['patients']}" if one["patients"] else "not known"
+def _patient_count(one: dict[str, Any]) -> str:
+    return f"{one['patients']}" if one["patients"] else "unknown"
 
 
 def _patients(one: dict[str, Any]) -> str:
-    """How many patients there are; rows of none count as one each, which makes intervals too narrow."""
+    """A text on the number of patients; rows without a patient count as one each, so intervals are too narrow."""
     without = one["rows_without_patient"]
     if not one["patients"]:
-        return "patients not known, so intervals take each row for one"
-    return f"{one['patients']} patients" + (f" and {without} rows without one, each taken for one" if without else "")
+        return "patients unknown, so intervals treat each row as one"
+    return f"{one['patients']} patients" + (f" and {without} rows without one, each treated as one" if without else "")
 
 
 def _interval(pair: Sequence[float] | None) -> str:

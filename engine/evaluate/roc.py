@@ -1,9 +1,9 @@
-"""Area under the ROC curve, its variance, and the test of a difference of two.
+"""Area under the ROC curve (AUC), its variance, and the test of a difference of two.
 
-With m positives X, n negatives Y and psi(x, y) = 1, 1/2, 0 for x >, =, < y, the area is the mean of psi over all
-pairs. DeLong, DeLong and Clarke-Pearson (1988): the components V10(X_i) = mean_j psi(X_i, Y_j) and V01(Y_j) =
-mean_i psi(X_i, Y_j) give the covariance matrix S10 / m + S01 / n of the areas of several scores, S10 and S01 being the
-sample covariances of the components. They follow from mid-ranks in O(n log n) (Sun and Xu, 2014).
+With m positives X, n negatives Y and psi(x, y) = 1, 1/2, 0 for x >, =, < y, the AUC is the mean of psi over all pairs.
+DeLong, DeLong and Clarke-Pearson (1988): the components V10(X_i) = mean_j psi(X_i, Y_j) and V01(Y_j) = mean_i psi(X_i,
+Y_j) give the covariance matrix S10 / m + S01 / n of the AUCs of several scores, where S10 and S01 are the sample
+covariances of the components. They are computed from mid-ranks in O(n log n) (Sun and Xu, 2014).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _Z95 = float(norm.ppf(0.975))
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve of scores (n,) that are larger for label 1; None with one class only.
+    """AUC of scores (n,) that are larger for label 1; None if there is only one class.
 
     Raises:
-        DataError: for labels that are neither 1 nor 0, and scores that are not a number; so do all that follow.
+        DataError: for labels other than 1 or 0, or NaN scores; as in all functions of this module.
     """
     truth, [values] = labels_and_scores(labels, scores)
     return float(roc_auc_score(truth, ranks(values))) if truth.any() and not truth.all() else None
@@ -37,23 +37,23 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
 
 @dataclass(frozen=True)
 class PartialArea:
-    """An area under a part of the ROC curve."""
+    """The area under a part of the ROC curve."""
 
     raw: float
-    """The area itself, at most the width of the part."""
+    """The area, at most the width of the part."""
     standardised: float
-    """0.5 for chance, 1 for a perfect ranking, whatever the part (McClish, 1989)."""
+    """0.5 for chance, 1 for a perfect ranking, for any part (McClish, 1989)."""
 
 
 def partial_auc(
     labels: ArrayLike, scores: ArrayLike, least: float, over: Literal["specificity", "sensitivity"] = "specificity"
 ) -> PartialArea | None:
-    """The area under the ROC curve over specificities (or sensitivities) from `least` to 1; None with one class only.
+    """The area under the ROC curve over specificities (or sensitivities) from `least` to 1; None with only one class.
 
-    `least=0.9` is scikit-learn's ``max_fpr=0.1``, whose value is the standardised one.
+    `least=0.9` corresponds to scikit-learn's ``max_fpr=0.1``, which returns the standardised area.
     """
     if not 0 <= least < 1:
-        raise DataError(f"a partial area begins at a rate from 0 to below 1, not {least:g}")
+        raise DataError(f"a partial area must begin at a rate from 0 to below 1, not {least:g}")
     truth, [values] = labels_and_scores(labels, scores)
     if truth.all() or not truth.any():
         return None
@@ -63,25 +63,25 @@ def partial_auc(
 
 
 def standardised(area: Array, least: float) -> Array:
-    """McClish's form of areas over rates from `least` to 1: chance has e^2 / 2 and the best e, e = 1 - least."""
+    """McClish's standardised areas over rates from `least` to 1; for e = 1 - least, chance is e^2 / 2, the best e."""
     width = 1 - least
     return (1 + (area - width**2 / 2) / (width - width**2 / 2)) / 2
 
 
 def ranks(scores: ArrayLike) -> Array:
-    """Scores (n,) as their places in the sorted list, equal where equal: infinite scores keep their order too."""
+    """Dense ranks of scores (n,), equal for equal scores; infinite scores are allowed."""
     return np.unique(np.asarray(scores, np.float64), return_inverse=True)[1].astype(np.float64)
 
 
 def macro_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """The mean area over the classes, each against the rest.
+    """The mean AUC over the classes, each against the rest.
 
     Args:
         labels: class (n,) of each row, from 0.
-        scores: (n, classes), each column larger for its class. Of two columns the second alone counts.
+        scores: (n, classes), each column larger for its class. Of two columns only the second counts.
 
     Returns:
-        None where fewer than two classes occur; classes that do not occur are omitted from the mean.
+        The mean over the classes that occur; None if fewer than two do.
     """
     values = by_class(scores)
     truth = classes_of(labels, values.shape[1])
@@ -94,15 +94,15 @@ def macro_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
 
 
 def labelwise_auc(truth: ArrayLike, scores: ArrayLike) -> tuple[float | None, list[float | None]]:
-    """The areas of several labels, and their mean over the labels that have one.
+    """The AUCs of several labels, and the mean of those that are defined.
 
     Args:
-        truth: (n, labels) 1 or 0; NaN where a row's label is not known.
+        truth: (n, labels) 1 or 0; NaN where unknown.
         scores: (n, labels).
     """
     known, values = np.asarray(truth, np.float64), by_class(scores)
     if known.shape != values.shape:
-        raise DataError(f"labels are of shape {known.shape} and scores of {values.shape}; both have a column for each")
+        raise DataError(f"labels have shape {known.shape} and scores {values.shape}; both must have a column per label")
     found = []
     for column in range(known.shape[1]):
         rows = ~np.isnan(known[:, column])
@@ -112,15 +112,15 @@ def labelwise_auc(truth: ArrayLike, scores: ArrayLike) -> tuple[float | None, li
 
 
 def delong(labels: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Array, Array]:
-    """The areas (k,) of k scores of the same rows, and their covariance matrix (k, k).
+    """The AUCs (k,) of k scores of the same rows, and their covariance matrix (k, k).
 
     Args:
-        labels: (n,) 1 or 0, two of each at least.
+        labels: (n,) 1 or 0, at least two of each.
         scores: k arrays (n,).
 
     Raises:
-        ValueError: with fewer than two positives or negatives, whose variance is not defined.
-        DataError: as `auc`.
+        ValueError: for fewer than two positives or negatives, because the variance is undefined.
+        DataError: see `auc`.
     """
     truth, columns = labels_and_scores(labels, *scores)
     m, n = int(truth.sum()), int((~truth).sum())
@@ -131,7 +131,7 @@ def delong(labels: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Array, Array
 
 
 def components(truth: NDArray[np.bool_], scores: Sequence[Array]) -> tuple[Array, Array]:
-    """V10 (k, m) of the positives and V01 (k, n) of the negatives, of k scores (rows,)."""
+    """V10 (k, m) of the positives and V01 (k, n) of the negatives, for k scores (rows,)."""
     m, n = int(truth.sum()), int((~truth).sum())
     v10, v01 = np.empty((len(scores), m)), np.empty((len(scores), n))
     for k, values in enumerate(scores):
@@ -143,7 +143,7 @@ def components(truth: NDArray[np.bool_], scores: Sequence[Array]) -> tuple[Array
 
 
 def delong_error(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """DeLong's standard error of the area; None where it is not defined, or 0 (perfect ranking)."""
+    """DeLong's standard error of the AUC; None if undefined or 0 (perfect ranking)."""
     try:
         _, [[variance]] = delong(labels, [scores])
     except ValueError:
@@ -152,12 +152,12 @@ def delong_error(labels: ArrayLike, scores: ArrayLike) -> float | None:
 
 
 def delong_interval(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float] | None:
-    """The 95 % interval of the area, cut to [0, 1]; None where there is no `delong_error`."""
+    """The 95 % interval of the AUC, clipped to [0, 1]; None without `delong_error`."""
     return interval_of(auc(labels, scores), delong_error(labels, scores))
 
 
 def interval_of(area: float | None, error: float | None) -> tuple[float, float] | None:
-    """The normal 95 % interval of an area, cut to [0, 1]."""
+    """The normal 95 % interval of an AUC, clipped to [0, 1]."""
     if error is None or area is None:
         return None
     return max(0.0, area - _Z95 * error), min(1.0, area + _Z95 * error)
@@ -165,25 +165,25 @@ def interval_of(area: float | None, error: float | None) -> tuple[float, float] 
 
 @dataclass(frozen=True)
 class Paired:
-    """The areas of two scores of the same rows, and DeLong's test of their being equal."""
+    """The AUCs of two scores of the same rows, and DeLong's test of equality."""
 
     first: float
     second: float
     difference: float
     """Second minus first."""
     interval: tuple[float, float] | None
-    """95 %, of the difference."""
+    """95 % interval of the difference."""
     z: float | None
     p: float | None
-    """Two-sided; None where the variance of the difference is 0."""
+    """Two-sided; None if the variance of the difference is 0."""
 
 
 def paired_delong(labels: ArrayLike, first: ArrayLike, second: ArrayLike) -> Paired:
-    """Compare two scores (n,) of the same rows; `ValueError` as in `delong`."""
+    """Compare two scores (n,) of the same rows; raises `ValueError` like `delong`."""
     (a, b), covariance = delong(labels, [first, second])
     difference = float(b - a)
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    # What is left of equal scores is rounding.
+    # Equal scores differ only by rounding.
     if variance <= 1e-15 * max(1e-300, float(covariance[0, 0] + covariance[1, 1])):
         return Paired(float(a), float(b), difference, None, None, None)
     deviation = float(np.sqrt(variance))

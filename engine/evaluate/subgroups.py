@@ -1,4 +1,4 @@
-"""The same measures in parts of the rows: by view, density, manufacturer, age."""
+"""Measures in subgroups of the rows: by view, density, manufacturer, age."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .cases import Cases
 from .curves import WeightedCurves
 from .measures import one_class
 
-_FEW = 12  # numbers with more distinct values than this are put into bands
+_FEW = 12  # numbers with more distinct values are grouped into bands
 
 
 def bands(values: Sequence[str], name: str) -> list[str]:
-    """The subgroup of each value: itself; for a column of many numbers its decade (ages) or quarter; "" if empty.
+    """The subgroup of each value: the value, or in columns of many numbers its decade (ages) or quartile; "" if empty.
 
-    Of a breast whose images have several numbers (joined with plus signs) the middle of these counts.
+    For a breast with several numbers (joined by plus signs), their mean counts.
     """
     several = [_numbers(value) for value in values]
     if None in several or len({number for of in several if of for number in of}) <= _FEW:
@@ -34,13 +34,13 @@ def bands(values: Sequence[str], name: str) -> list[str]:
         return ["" if n is None else f"{int(n // 10) * 10}-{int(n // 10) * 10 + 9}" for n in numbers]
     given = np.array([n for n in numbers if n is not None])
     edges = np.unique(np.quantile(given, [0, 0.25, 0.5, 0.75, 1]))
-    texts = [f"{low} to {high}" for low, high in itertools.pairwise(_told_apart(edges))]
+    texts = [f"{low} to {high}" for low, high in itertools.pairwise(_distinct_texts(edges))]
     last = len(texts) - 1
     return ["" if n is None else texts[min(int(np.searchsorted(edges, n, "right")) - 1, last)] for n in numbers]
 
 
 def _numbers(value: str) -> list[float] | None:
-    """The numbers that a cell holds, joined with plus signs; None where it holds anything else."""
+    """The numbers in a cell, joined by plus signs; None for other content."""
     if not value:
         return []
     parts = [value] if number(value) is not None else value.split("+")
@@ -48,14 +48,14 @@ def _numbers(value: str) -> list[float] | None:
     return found if len(found) == len(parts) else None
 
 
-def _told_apart(edges: NDArray[np.float64]) -> list[str]:
-    """Different numbers as different texts, of six digits where these are enough."""
+def _distinct_texts(edges: NDArray[np.float64]) -> list[str]:
+    """Distinct texts of different numbers, with six digits if these suffice."""
     texts = ([f"{edge:.{digits}g}" for edge in edges] for digits in range(6, 18))
     return next(found for found in texts if len(set(found)) == len(edges))
 
 
-def _place(value: str) -> tuple[bool, float, str]:
-    """By which subgroups are sorted: by the number that they begin with, those not known last."""
+def _sort_key(value: str) -> tuple[bool, float, str]:
+    """The sort key of a subgroup: its leading number; unknown values come last."""
     begins = re.match(r"-?\d+\.?\d*(e[+-]?\d+)?", value)
     return not value, float(begins[0]) if begins else 0.0, value
 
@@ -63,25 +63,27 @@ def _place(value: str) -> tuple[bool, float, str]:
 def subgroups(
     cases: Cases, column: int, by: str, threshold: float | None, *, count: int = 2000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Of each value of a column: rows, patients, AUC with intervals, sensitivity and specificity at one threshold.
+    """For each value of a column: rows, patients, AUC with intervals, sensitivity and specificity at one threshold.
 
     Args:
-        cases: at their level; values of several images of a breast are joined with a plus sign.
+        cases: at their level; values of several images of a breast are joined by a plus sign.
         column: of the output.
         by: name of the column.
-        threshold: score from which on a row is called, the same for all subgroups; None leaves these two out.
+        threshold: score from which a row is called positive, common to all subgroups; None omits sensitivity and
+            specificity.
+        count, seed: of the bootstrap.
 
     Raises:
-        DataError: if there is no such column.
+        DataError: if the column does not exist.
     """
     if by not in cases.columns:
         there = ", ".join(sorted(cases.columns)) or "none"
-        raise DataError(f"no column {by!r} to make subgroups by; there are {there} (--table joins those of the table)")
+        raise DataError(f"unknown column {by!r} for subgroups; there are {there} (--table adds those of the table)")
     names = np.array(bands(cases.columns[by], by), dtype=str)
     known = ~np.isnan(cases.truth[:, column])
     return [
         {"value": value or "not known", **_part(cases.where(known & (names == value)), column, threshold, count, seed)}
-        for value in sorted(set(names[known]), key=_place)
+        for value in sorted(set(names[known]), key=_sort_key)
     ]
 
 

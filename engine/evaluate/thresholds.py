@@ -1,7 +1,7 @@
-"""Thresholds that do again what is told of them: numbers of few digits that call the same rows as the score itself.
+"""Reproducible thresholds: numbers with few digits that call the same rows as the exact score.
 
-A probability near 1 has few digits left of its log-odds, and a rounded one may lie above the row that it was taken
-from. So a threshold is any number between that row's score and the next lower one, rounded towards the lower.
+A rounded probability near 1 may be above the row from which it was taken. So a threshold is a number between this row's
+score and the next lower one, rounded towards the lower score.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from . import odds
 
 
 def threshold(score: float | None, lower: float | None, probable: bool) -> dict[str, Any]:
-    """A threshold from which on rows of this score and above are called, and none below.
+    """A threshold that calls rows with at least this score, and no others.
 
     Args:
-        score: None calls no row.
-        lower: the highest score that is not called, if there is any.
+        score: the lowest called score; None calls no row.
+        lower: the highest score that is not called, if any.
         probable: whether scores are log-odds.
 
     Returns:
-        threshold: a probability (of scores that only rank: a score), None where no row is called or where none parts
-        the two. Of probabilities log_odds too, None where that is minus infinity and every row is called.
+        "threshold": a probability (or a score, if scores only rank); None if no row is called, or no probability
+        separates the two scores. For probabilities also "log_odds"; None if it is minus infinity, which calls all rows.
     """
     if score is None:
         return {"threshold": None} | ({"log_odds": None} if probable else {})
@@ -42,13 +42,13 @@ def threshold(score: float | None, lower: float | None, probable: bool) -> dict[
         return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(least_called))
 
     probability = _short(float(odds.probabilities(score)), parts_probabilities)
-    if score == np.inf:  # as good as any number above the next score
+    if score == np.inf:  # any number above the next score is equivalent
         score = below + 1 if np.isfinite(below) else 0.0
     return {"threshold": probability, "log_odds": _short(score, parts) if np.isfinite(score) else None}
 
 
 def _short(value: float, fits: Callable[[float], bool]) -> float | None:
-    """The value rounded down to the fewest digits, four at least, that fit."""
+    """The value rounded down to the fewest digits, at least four, that fit."""
     for digits in range(4, 18):
         rounded = float(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(value)))
         if fits(rounded):

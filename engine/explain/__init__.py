@@ -1,4 +1,4 @@
-"""Why a network says what it says: exact maps at native resolution, in the coordinates of the file."""
+"""Explains predictions by exact maps at native resolution, in the coordinates of the file."""
 
 from .maps import Explanation, activation_map, gradient_map
 from .marks import Mark, find_marks

@@ -1,8 +1,8 @@
-"""The views of an exam as one: its log-odds as `gigamorph predict` combines them, and the place that adds most to them.
+"""Explains exams of several views: the combined log-odds, as of `gigamorph predict`, and the strongest contribution.
 
-An exam is as suspicious as its worse breast, a breast as the mean probability of its views. A place that adds a to the
-log-odds z_i of a view adds a dz / dz_i to those z of the breast, and so of the exam: of n views with probabilities p_i
-and mean p, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)).
+An exam has the log-odds of its worse breast, a breast the mean probability of its views. A position that contributes a
+to the log-odds z_i of a view contributes a dz / dz_i to the log-odds z of the breast, and so of the exam. For n views
+with probabilities p_i and mean p, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ HEADER = "exam patient_id exam_id class probability log_odds laterality views im
 
 @dataclass(frozen=True)
 class View:
-    """What was found in an image.
+    """The result for an image.
 
     Attributes:
         prediction: of the image.
-        patient: as the table says it; "" where only a DICOM header names the patient.
-        which: the class that was explained.
-        mark: the highest peak of its map, if there is one.
+        patient: in the table; "" if only a DICOM header names the patient.
+        which: index of the explained class.
+        mark: the highest peak of its map, if any.
     """
 
     prediction: Prediction
@@ -43,20 +43,22 @@ class View:
 def combined(
     views: Sequence[View], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
 ) -> list[object]:
-    """What `HEADER` names of one exam, without its number.
+    """The columns of `HEADER` for one exam, except its number.
 
     Args:
+        views: of the exam.
+        classes: names of the classes.
         which: the class; None takes the positive one of two, else the most probable one.
-        frame: the column frame at the end, where files have several.
+        frame: a final column frame, if files have several frames.
     """
-    # By their numbers, for the path does not tell apart the frames of a file.
+    # Identified by number, because frames of a file have the same path.
     predictions = [replace(view.prediction, image=str(number)) for number, view in enumerate(views)]
     (exam,) = per_exam(predictions, classes)
     number = which
     if number is None:
         two = exam.exclusive and len(classes) == 2
         number = positive_number(classes) if two else int(np.argmax(exam.log_odds))
-    # Of several classes the exam is that breast whose expected class is the highest, whichever class is explained.
+    # With several classes, the exam is the breast with the highest expected class, independent of the explained class.
     worse = next(one for one in per_breast(predictions, classes) if one.log_odds[number] == exam.log_odds[number])
     own = [
         view
@@ -95,7 +97,7 @@ def _log_slope(log_odds: float) -> float:
 def write_exams(
     path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
 ) -> None:
-    """``exams.csv``: a row for each exam, of several views."""
+    """Write ``exams.csv``, with a row for each exam of several views."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*HEADER, *frame])

@@ -1,4 +1,4 @@
-"""Maps of where an output comes from, computed by tiles, equal to those of the whole image."""
+"""Explanation maps of an output, computed by tiles and equal to untiled maps."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ __all__ = ["Explanation", "activation_map", "explain_gradient", "gradient_map"]
 
 
 def activation_map(net: Accelerated, source: PixelSource, output: int) -> Explanation:
-    """Class activation: what each place of the last map before the global pooling adds to the log-odds of a class.
+    """Class activation map: the contribution of each cell of the last map before pooling to the log-odds of a class.
 
-    See `explain_class`. Two inference passes by tiles.
+    See `explain_class`. It takes two tiled inference passes.
 
     Args:
         net: its output is (1, classes).
+        source: the image.
         output: index of the class.
 
     Raises:
-        GigamorphError: as `Accelerated.evidence`.
+        GigamorphError: see `Accelerated.evidence`.
     """
     net.eval()
     return explain_class(net, source, output)[0]
 
 
 def gradient_map(net: Accelerated, source: PixelSource, output: int) -> Explanation:
-    """Saliency of every pixel: the largest absolute gradient of the log-odds of a class over the channels.
+    """Saliency of every pixel: the maximum over channels of the absolute gradient of the log-odds of a class.
 
-    Simonyan et al., 2014, who take the logit; the log-odds are what of it counts. A forward and a backward by tiles.
-    The image and its gradient are held whole in host memory, 8 bytes a value in float32 together; no map of the network
-    is.
+    It follows Simonyan et al., 2014, with log-odds instead of the logit. It takes a tiled forward and backward. The
+    image and its gradient are in host memory, together 8 bytes per value in float32; maps of the network are not.
 
     Args:
         net: its output is (1, classes).
+        source: the image.
         output: index of the class.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Peaks of a map, as marks that a free-response ROC counts."""
+"""Peaks of a map, as marks for a free-response ROC."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..train.explanation import Explanation
 
 
 class Mark(NamedTuple):
-    """A place in the file as stored, in pixels, and what the map says there."""
+    """A position in pixels of the stored file, with the value of the map."""
 
     row: float
     column: float
@@ -19,10 +19,10 @@ class Mark(NamedTuple):
 
 
 def find_marks(found: Explanation, count: int = 10) -> list[Mark]:
-    """The highest positive peaks of a map, no two in neighbouring cells, by falling score.
+    """The highest positive peaks of a map, no two in neighbouring cells, by decreasing score.
 
-    A peak is a cell, or several equal ones that touch, that no neighbour exceeds; the mark is its middle. Scores are
-    values of the map: of a class activation map parts of the log-odds, which compare from image to image.
+    A peak is a cell, or a connected group of equal cells, without higher neighbours; the mark is its centre. Scores are
+    values of the map. Those of a class activation map are contributions to the log-odds, comparable between images.
     """
     values = found.values.double().cpu().numpy()
     highest = ndimage.maximum_filter(values, size=3, mode="constant", cval=-np.inf)

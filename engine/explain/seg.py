@@ -1,4 +1,4 @@
-"""A map as DICOM SEG on the image that it explains."""
+"""Writes a map as DICOM SEG of the explained image."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from ..train.explanation import Explanation
 
 Kind = Literal["fractional", "binary"]
 REGION = 0.5
-"""Share of the drawn map's maximum from which on a pixel belongs to the region of a binary SEG."""
+"""Fraction of the map's maximum from which a pixel belongs to the region of a binary SEG."""
 _STRIP = 512
 
 
 def write_segmentation(found: Explanation, image: str | Path, path: str | Path, *, label: str, kind: Kind) -> None:
-    """Write the relative map (`Explanation.relative`) of a DICOM image as a SEG of its size, one segment.
+    """Write the relative map (`Explanation.relative`) of a DICOM image as a SEG of its size, with one segment.
 
     Args:
-        image: the DICOM file that the map is of, of a single frame, or its place in a DICOMweb store.
+        found: the map.
+        image: the explained DICOM file, of a single frame, or its URL in a DICOMweb store.
+        path: of the SEG.
         label: of the segment.
-        kind: "fractional" has 255 where the drawn map is 1 (which is no probability of a lesion); "binary" has the
-            region of at least half of its maximum, which every viewer shows, or nothing where the class is less
-            probable than not.
+        kind: "fractional" maps 1 to 255 (which is not a probability of a lesion); "binary" has the region of at least
+            half of the maximum, which every viewer can show, and is empty if the class is less probable than not.
 
     Raises:
-        DataError: if highdicom is missing, the image is no DICOM file of one frame, or its header lacks what a SEG
-            must repeat.
+        DataError: if highdicom is missing, the image is not a DICOM file of one frame, or its header lacks an attribute
+            that a SEG must repeat.
     """
     try:
         import highdicom  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise DataError("DICOM SEG needs highdicom: pip install highdicom") from error
-    header = source_header(image, "so that it cannot have a DICOM SEG; write png or tif")
+    header = source_header(image, "so it cannot have a DICOM SEG; write png or tif")
     frames = int(header.get("NumberOfFrames") or 1)
     if frames != 1 or (header.Rows, header.Columns) != found.size:
-        raise DataError(f"{image}: has {frames} frames; a DICOM SEG is of one; write png or tif")
+        raise DataError(f"{image}: has {frames} frames; a DICOM SEG needs one; write png or tif")
     shown = found.relative()
-    heat = _whole(shown)
+    heat = _pixel_map(shown)
     pixels = heat if kind == "fractional" else _region(heat, shown)
     described = segment(1, label, codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion)
     try:
@@ -57,7 +58,7 @@ def _region(heat: np.ndarray, shown: Explanation) -> np.ndarray:
     return (heat >= REGION * float(shown.values.max())) & (heat > 0) & called
 
 
-def _whole(found: Explanation) -> np.ndarray:
+def _pixel_map(found: Explanation) -> np.ndarray:
     height, width = found.size
     heat = np.empty((height, width), np.float32)
     for top in range(0, height, _STRIP):

@@ -1,4 +1,4 @@
-"""Explanations of many images, as files beside a table of marks; on the runner of `gigamorph.engine.predict`."""
+"""Writes explanations of many images, and a table of marks, by the runner of `gigamorph.engine.predict`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import Job, Result, Start, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, check_numbers, headed, naming, open_one
+from ..predict.predictor import Classifier, Opener, check_numbers, header_columns, naming, open_one
 from ..predict.rows import Row, Work
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
@@ -44,7 +44,7 @@ from .seg import Kind, write_segmentation
 Method = Literal["activation", "gradient"]
 Format = Literal["png", "tif", "seg", "binary-seg"]
 SEGMENTATIONS = {"seg": ".seg.dcm", "binary-seg": ".binary.seg.dcm"}
-"""What names of files of these formats end with."""
+"""Suffixes of files in these formats."""
 _SEG_ENDS = tuple(SEGMENTATIONS.values())
 METHODS = {"activation": explain_class, "gradient": explain_gradient}
 
@@ -60,18 +60,18 @@ EXPLAINED = pa.schema(
         ("marks", pa.list_(_MARK)),
     ]
 )
-"""Of the parts. `name` is that of the image's files without suffix; marks are of class activation maps only, highest
-first; log-odds and what tells the breast are as in `gigamorph.engine.predict.predictor.RESULTS`."""
+"""Schema of the parts. `name` is the name of the image's files without suffix; only class activation maps have marks,
+highest first; other columns are those of `gigamorph.engine.predict.predictor.RESULTS`."""
 
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """How a run of explanations goes; see also `RunOptions`.
+    """Options of a run of explanations; see also `RunOptions`.
 
     Attributes:
-        method: of `METHODS`.
-        label: the class whose map it is; None takes the positive one of two, else the most probable one.
-        formats: of png, tif, seg and binary-seg.
+        method: one of `METHODS`.
+        label: the explained class; None takes the positive one of two, else the most probable one.
+        formats: any of png, tif, seg and binary-seg.
     """
 
     method: Method = "activation"
@@ -86,21 +86,24 @@ def explain(
     options: Options,
     watch: Watch | None = None,
 ) -> Summary:
-    """Write the maps of images into ``out``, on the pixels of their files as stored, and ``marks.csv``.
+    """Write maps of images, on the pixels of the stored files, and ``marks.csv`` into ``out``.
 
-    For an image called NAME: ``NAME.png`` (``.tif`` where it is very large), the map drawn over it with the class and
-    its probability; ``NAME.map.tif``, its values in float32; ``NAME.seg.dcm``, a fractional, or
-    ``NAME.binary.seg.dcm``, a binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval
-    --marks`; exams.csv what the views of an exam say together (`combined`), where there are several of one. What is
-    done stays done, whatever ends the run, see `gigamorph.engine.predict.runner.run`.
+    For an image NAME: ``NAME.png`` (``.tif`` if very large), the map drawn over the image with the class and its
+    probability; ``NAME.map.tif``, the values in float32; ``NAME.seg.dcm``, a fractional, or ``NAME.binary.seg.dcm``, a
+    binary DICOM SEG. marks.csv has the peaks of class activation maps, for `gigamorph eval --marks`; exams.csv has the
+    combined result (`combined`) of exams with several views. An interrupted run can be resumed, see
+    `gigamorph.engine.predict.runner.run`.
 
     Args:
-        opener: opens the network; to be pickled where there are several devices.
+        opener: opens the network; must be picklable if there are several devices.
         sources: tables, folders, images, or records.
+        out: folder of the results.
+        options: of the run.
+        watch: callbacks.
 
     Raises:
-        DataError: a damaged image, or one that cannot be written so, named; a class that is none.
-        GigamorphError: if ``out`` holds something else, or cannot be written.
+        DataError: naming an image that is damaged or cannot be written in a format; or for an unknown class.
+        GigamorphError: if ``out`` has other content, or cannot be written.
     """
     return run(_Explain(opener, options), sources, out, options, watch)
 
@@ -129,7 +132,7 @@ class _Explain(Job):
         self.classes = self._classifier.classes
         label = self._options.label
         if label is not None and label not in self.classes:
-            raise DataError(f"{options.checkpoint}: has no class {label!r}; there are {', '.join(self.classes)}")
+            raise DataError(f"{options.checkpoint}: unknown class {label!r}; it has {', '.join(self.classes)}")
 
     def look(self, index: Index, watch: Watch) -> None:
         watch.looked(self._classifier, [row.record for row in index.sample(4) if not row.url])
@@ -138,13 +141,13 @@ class _Explain(Job):
         self._out, self._secret = out, secret()
 
     def unit(self) -> Unit:
-        return Explaining(self._classifier, self._options, self._out, self._secret)
+        return ExplanationUnit(self._classifier, self._options, self._out, self._secret)
 
     def start(self) -> Start:
         return functools.partial(_start, self._opener, self._options, self._out, self._secret)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
-        """The DICOM SEGs that were written."""
+        """The written DICOM SEGs."""
         for row, result in index.joined(results):
             for one in self._options.formats:
                 if one in SEGMENTATIONS:
@@ -154,7 +157,7 @@ class _Explain(Job):
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         assert self.classes is not None
         classes, label = self.classes, self._options.label
-        frame = ["frame"] if "frame" in index.reading else []  # a mark is in pixels of the file, however it is read
+        frame = ["frame"] if "frame" in index.reading else []  # marks are in pixels of the stored file
 
         def marks() -> Iterator[list[str]]:
             for row, result in index.joined(results):
@@ -178,7 +181,7 @@ class _Explain(Job):
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._classifier.net)
-        # Numbers are not combined as probabilities are; a network that combines views itself does it otherwise.
+        # Numbers are not combined like probabilities, and networks of combined views combine them differently.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
         exams = (views for views in placed(index, "exam", attrgetter("prediction")) if len(views) > 1)
@@ -190,8 +193,8 @@ class _Explain(Job):
         return {}
 
 
-class Explaining:
-    """The unit (`job.Unit`) that explains."""
+class ExplanationUnit:
+    """The unit (`job.Unit`) of explanation."""
 
     def __init__(self, classifier: Classifier, options: Options, out: Path, secret: bytes) -> None:
         classifier.net.eval()
@@ -212,16 +215,16 @@ class Explaining:
         check_numbers(logits, image)
         outputs = outputs_of(self.net)
         log_odds = float(log_odds_of(logits.double().cpu()[None], which, outputs)[0])
-        said = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
+        text = caption(classes[which], log_odds, outputs is not None and outputs.numbers)
         for one in options.formats:
             if work.row.url and not is_dicomweb(work.row.url) and one in SEGMENTATIONS:
                 raise DataError(
-                    f"{image}: a DICOM SEG is written of files of this machine and of DICOMweb stores; fetch it, or "
-                    "write png or tif"
+                    f"{image}: a DICOM SEG needs a local file or a DICOMweb store; download the image, or write png or "
+                    "tif"
                 )
-            _write(found, work.row.place, self._out, work.name, one, classes[which], said)
+            _write(found, work.row.place, self._out, work.name, one, classes[which], text)
         marks = find_marks(found) if options.method == "activation" else []
-        told = prediction(opened.item, logits, outputs)
+        predicted = prediction(opened.item, logits, outputs)
         return {
             "key": work.key,
             "model": options.model,
@@ -229,28 +232,28 @@ class Explaining:
             "pixels": source.shape[-2] * source.shape[-1],
             "name": work.name,
             "class": classes[which],
-            "log_odds": list(told.log_odds),
-            "exclusive": told.exclusive,
-            **headed(source, self._secret),
+            "log_odds": list(predicted.log_odds),
+            "exclusive": predicted.exclusive,
+            **header_columns(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
 
 
-def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> Explaining:
-    return Explaining(opener(device=device), options, out, secret)
+def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> ExplanationUnit:
+    return ExplanationUnit(opener(device=device), options, out, secret)
 
 
 def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:
     marks = [Mark(**mark) for mark in result["marks"]]
     patient = row.record.patient_id if row.record.patient_known else ""
-    told = prediction_of(row, result, index, None, identifiers=False)
-    return View(told, patient, list(classes).index(result["class"]), next(iter(marks), None))
+    predicted = prediction_of(row, result, index, None, identifiers=False)
+    return View(predicted, patient, list(classes).index(result["class"]), next(iter(marks), None))
 
 
-def _write(found: Explanation, image: str, out: Path, stem: str, one: Format, label: str, told: str) -> None:
+def _write(found: Explanation, image: str, out: Path, stem: str, one: Format, label: str, text: str) -> None:
     if one == "png":
         name = overlay_name(stem, as_stored(found.source).shape)
-        write_overlay(found, out / name, stored=True, caption=told)
+        write_overlay(found, out / name, stored=True, caption=text)
     elif one == "tif":
         dtype = np.dtype(np.float32)
         path = out / f"{stem}.map.tif"
@@ -263,7 +266,7 @@ def _write(found: Explanation, image: str, out: Path, stem: str, one: Format, la
 def _read(path: Path) -> Dataset:
     try:
         return dcmread(path)
-    except Exception as error:  # pydicom has many
+    except Exception as error:  # pydicom has many error types
         raise DataError(f"{path}: cannot be read ({one_line(error)}); explain its image again") from error
 
 

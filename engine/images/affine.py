@@ -1,10 +1,11 @@
-"""Where a pixel of a changed image came from: every change of its geometry is a map that can be undone.
+"""Invertible coordinate maps: the origin of each pixel of a transformed image.
 
-Mirroring, cropping and scaling are affine; an elastic deformation (`data/elastic.py`) is a map too, and maps in a row
-are one (`Chain`).
+Mirroring, cropping and scaling are affine; an elastic deformation (`engine/datasets/elastic.py`) is a map too, and a
+composition of maps is a map (`Chain`).
 
 Coordinates are continuous, x to the right and y down, in pixels; the pixel in row i and column j covers
-[j, j + 1) x [i, i + 1). So a box around whole pixels keeps whole numbers when it is mirrored or averaged over blocks.
+[j, j + 1) x [i, i + 1). So a box around whole pixels has integer sides after mirroring, and after averaging by whole
+blocks.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ Coordinates = tuple[np.ndarray, np.ndarray]
 
 
 class Map:
-    """A continuous map from the points of one image to those of another, with a way back."""
+    """A continuous, invertible map from the points of one image to those of another."""
 
     def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
-        """Where points go: float64 (x, y) of arrays that broadcast together.
+        """The mapped points, float64 (x, y), of arrays that broadcast together.
 
-        A point's result depends on nothing but the point, to the last bit: there are no sums whose order a library
+        The result for a point depends on that point only, to the last bit: there are no sums whose order a library
         chooses by the size of the array.
         """
         raise NotImplementedError
 
     def inverse(self) -> Map:
-        """The way back."""
+        """The inverse map."""
         raise NotImplementedError
 
     def __matmul__(self, first: Map) -> Map:
-        """`first`, then this."""
+        """The composition: `first`, then this map."""
         return Chain((self, first))
 
     def points(self, xy: Any) -> np.ndarray:
-        """float64 (..., 2) of points (..., 2), each (x, y)."""
+        """The mapped points (x, y), float64 (..., 2), of points (..., 2)."""
         xy = np.asarray(xy, np.float64)
         return np.stack(self.at(xy[..., 0], xy[..., 1]), -1)
 
     def boxes(self, boxes: Any) -> np.ndarray:
-        """Boxes (..., 4), each (left, top, right, bottom): the boxes around their images, float64.
+        """The bounding boxes of mapped boxes (..., 4), each (left, top, right, bottom), float64.
 
-        Sides that this bends are followed from pixel to pixel.
+        Sides that the map bends are sampled at each pixel.
         """
         boxes = np.asarray(boxes, np.float64)
         found = np.empty_like(boxes)
@@ -72,14 +73,17 @@ class Map:
         right: int,
         reach: tuple[float, float, float, float] | None = None,
     ) -> np.ndarray:
-        """A map carried over: float32 (bottom - top, right - left), a region of the image that this leads to.
+        """Resample an array of values to a region of the target image, float32 (bottom - top, right - left).
 
-        values: (h, w), a map in the coordinates that this leads from, one value a pixel (for a heat map at stride s
-        multiply by `scale(s)` first). Bilinear between the pixels' middles, constant beyond the outer ones' middles;
-        0 where the map does not reach. Mirrored and shifted maps keep their values exactly.
+        Bilinear between pixel centres, constant beyond the outer centres, 0 outside of the array. Mirroring and shifts
+        by whole pixels preserve values exactly.
 
-        reach: (left, top, right, bottom) in those coordinates, up to where the map's outer values hold; by default to
-        its own borders.
+        Args:
+            values: (h, w), a value per pixel in the source coordinates (for a heat map at stride s, multiply by
+                `scale(s)` first).
+            top, bottom, left, right: the region.
+            reach: (left, top, right, bottom) in the source coordinates, the limit of the outer values; by default the
+                borders of the array.
         """
         values = np.asarray(values, np.float32)
         height, width = values.shape
@@ -109,7 +113,7 @@ class Affine(Map):
 
     @classmethod
     def mirror(cls, height: int, width: int, *, left_right: bool, up_down: bool) -> Affine:
-        """An image of height x width pixels, mirrored; its own inverse."""
+        """The mirroring of an image of height x width pixels; it is its own inverse."""
         return cls(
             xx=-1.0 if left_right else 1.0,
             x0=float(width) if left_right else 0.0,
@@ -119,12 +123,12 @@ class Affine(Map):
 
     @classmethod
     def scale(cls, x: float, y: float | None = None) -> Affine:
-        """Columns times x, rows times y (by default the same)."""
+        """The scaling of columns by x and rows by y (by default x)."""
         return cls(xx=float(x), yy=float(x if y is None else y))
 
     @classmethod
     def shift(cls, x: float, y: float) -> Affine:
-        """From a crop's coordinates to those of the image whose column x and row y it starts at."""
+        """The map from the coordinates of a crop at column x and row y to those of its image."""
         return cls(x0=float(x), y0=float(y))
 
     @overload
@@ -132,20 +136,20 @@ class Affine(Map):
     @overload
     def __matmul__(self, first: Map) -> Map: ...
     def __matmul__(self, first: Map) -> Map:
-        """`first`, then this."""
+        """The composition: `first`, then this map."""
         if not isinstance(first, Affine):
             return super().__matmul__(first)
         return Affine(*(self.matrix() @ first.matrix())[:2].ravel().tolist())
 
     def matrix(self) -> np.ndarray:
-        """float64 (3, 3), for column vectors (x, y, 1)."""
+        """The float64 matrix (3, 3) for column vectors (x, y, 1)."""
         return np.array([[self.xx, self.xy, self.x0], [self.yx, self.yy, self.y0], [0, 0, 1]], np.float64)
 
     def inverse(self) -> Affine:
-        """The way back; `DataError` if the image was squeezed to a line."""
+        """The inverse map; `DataError` if the matrix is singular."""
         determinant = self.xx * self.yy - self.xy * self.yx
         if determinant == 0:
-            raise DataError(f"{self} maps the image to a line; there is no way back")
+            raise DataError(f"{self} cannot be inverted because it maps the image to a line")
         xx, xy, yx, yy = (v / determinant + 0.0 for v in (self.yy, -self.xy, -self.yx, self.xx))
         return Affine(xx, xy, -(xx * self.x0 + xy * self.y0) + 0.0, yx, yy, -(yx * self.x0 + yy * self.y0) + 0.0)
 
@@ -153,7 +157,7 @@ class Affine(Map):
         return (self.xx * x + self.x0) + self.xy * y, (self.yy * y + self.y0) + self.yx * x
 
     def boxes(self, boxes: Any) -> np.ndarray:
-        """Boxes (..., 4), each (left, top, right, bottom): the boxes around their images, float64."""
+        """The bounding boxes of mapped boxes (..., 4), each (left, top, right, bottom), float64."""
         boxes = np.asarray(boxes, np.float64)
         corners = self.points(
             np.stack([boxes[..., [0, 1]], boxes[..., [2, 1]], boxes[..., [2, 3]], boxes[..., [0, 3]]])
@@ -161,7 +165,7 @@ class Affine(Map):
         return np.concatenate([corners.min(0), corners.max(0)], -1)
 
     def to_list(self) -> list[float]:
-        """Six numbers for JSON, in the order of the fields; `from_list` reads them back."""
+        """The six numbers in the order of the fields, for JSON; `from_list` is the inverse."""
         return [self.xx, self.xy, self.x0, self.yx, self.yy, self.y0]
 
     @classmethod
@@ -172,7 +176,7 @@ class Affine(Map):
 
 @dataclass(frozen=True)
 class Chain(Map):
-    """Maps in a row, the last one first, as in a product of matrices."""
+    """A composition of maps; the last one is applied first, as in a product of matrices."""
 
     maps: tuple[Map, ...]
 

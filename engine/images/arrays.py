@@ -1,4 +1,4 @@
-"""Images in memory: an array or tensor as the stored pixels of a file, and the order of an array's axes."""
+"""Images in memory: arrays and tensors as stored pixels, and the order of their axes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ArrayPixels:
 
 
 def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """The permutation that brings an array of this shape to (channels, height, width); `DataError` if none does."""
+    """The permutation from this shape to (channels, height, width); `DataError` if there is none."""
     if len(shape) == 2 and all(shape):
         return (0, 1)
     if len(shape) == 3 and all(shape):
@@ -40,4 +40,4 @@ def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
             return (0, 1, 2)
         if shape[2] in (1, 3):
             return (2, 0, 1)
-    raise DataError(f"{name}: shape {shape} is not (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")
+    raise DataError(f"{name}: shape {shape} must be (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")

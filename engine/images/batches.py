@@ -1,6 +1,6 @@
-"""Batches of images of one size: sources that are read together, and what users give a network as such batches.
+"""Batches of images of equal size: joint reading of sources, and conversion of users' inputs to batches.
 
-Users give tensors and pixel sources, alone or in lists.
+Inputs are tensors and pixel sources, single or in lists.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PixelBatch:
 
     @property
     def names(self) -> list[str]:
-        """What messages call the images."""
+        """The names of the images for messages."""
         return [source.name for source in self.sources]
 
     def __len__(self) -> int:
@@ -48,14 +48,14 @@ class PixelBatch:
         return f"PixelBatch(shape={self.shape})"
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
+        """A region, float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
         return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
 
 
 class StoredBatch:
-    """A batch whose tiles are read as their files store them and become what a network sees on the device.
+    """A batch whose tiles are read as stored values and converted to the network's input on the device.
 
-    So half as many bytes are uploaded of 16-bit images, a quarter of 8-bit ones, and the host converts nothing.
+    This uploads half the bytes for 16-bit images, a quarter for 8-bit images, and saves the conversion on the host.
     """
 
     def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
@@ -63,34 +63,34 @@ class StoredBatch:
 
     @classmethod
     def of(cls, batch: PixelBatch) -> StoredBatch | None:
-        """The same batch, if its sources are stored alike and can be developed."""
+        """The same batch if its sources support `develop` with equal stored dtypes and channels; otherwise None."""
         sources = [s for s in batch.sources if isinstance(s, ImageSource) and s.can_develop]
         alike = len({(s.stored.shape[0], integer_dtype(s.stored.dtype)) for s in sources}) == 1
         return cls(sources, batch.shape) if alike and len(sources) == len(batch) else None
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
+        """Stored values of a region, uint8 or uint16 (images, stored channels, bottom - top, right - left)."""
         return torch.stack([source.read_stored(top, bottom, left, right) for source in self.sources])
 
     def develop(self, stored: Tensor) -> Tensor:
-        """float32 (images, channels, bottom - top, right - left), as `PixelBatch.read` gives it."""
+        """The result of `PixelBatch.read`, float32 (images, channels, bottom - top, right - left)."""
         return torch.stack([source.develop(own) for source, own in zip(self.sources, stored, strict=True)])
 
 
 def is_batch(x: Any) -> bool:
-    """Whether an only argument is meant as an image batch: a dict or named tuple is the network's own."""
+    """Whether a single argument is an image batch: dicts and named tuples are inputs of the network itself."""
     return not isinstance(x, dict) and not (isinstance(x, tuple) and type(x) is not tuple)
 
 
 def as_batches(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSource]) -> list[Tensor | PixelBatch]:
-    """What a network takes as batches whose images are of one size each; one batch, unless a list has several sizes.
+    """Convert a network's input to batches with images of equal size: one batch, or several for a list of sizes.
 
     Args:
-        x: a tensor or `PixelBatch`, which is one already; a source; or a list of tensors (C, H, W) or (N, C, H, W) of
-            one dtype and of sources. Tensors of equal size are concatenated.
+        x: a tensor or `PixelBatch`, which is a batch already; a source; or a list of tensors (C, H, W) or (N, C, H, W)
+            of one dtype and of sources. Tensors of equal size are concatenated.
 
     Raises:
-        DataError: naming what is none of these, and its place in the list.
+        DataError: for other inputs, with their index in the list.
     """
     if not isinstance(x, list | tuple):
         return [_one_batch(x, "")]
@@ -99,7 +99,7 @@ def as_batches(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSou
     parts = [_one_batch(item, f" as item {number}") for number, item in enumerate(x)]
     dtypes = {str(part.dtype) for part in parts if isinstance(part, Tensor)}
     if len(dtypes) > 1:
-        raise DataError(f"the images of a list have the dtypes {', '.join(sorted(dtypes))}; give one dtype")
+        raise DataError(f"the images of a list have the dtypes {', '.join(sorted(dtypes))}; pass one dtype")
     if len({tuple(part.shape[1:]) for part in parts}) > 1:
         return parts
     tensors = [part for part in parts if isinstance(part, Tensor)]
@@ -110,7 +110,7 @@ def as_batches(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSou
 
 
 def as_batch(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSource]) -> Tensor | PixelBatch:
-    """`as_batches` where there can be one only.
+    """Convert a network's input to a single batch, as `as_batches` does.
 
     Raises:
         DataError: also for images of several sizes.
@@ -118,7 +118,7 @@ def as_batch(x: Tensor | PixelSource | PixelBatch | Sequence[Tensor | PixelSourc
     first, *others = as_batches(x)
     if others:
         shapes = ", ".join(str(tuple(part.shape[1:])) for part in (first, *others))
-        raise DataError(f"images of one batch differ in size or kind: {shapes}; give images of one size")
+        raise DataError(f"images of one batch differ in size or kind: {shapes}; pass images of one size")
     return first
 
 
@@ -130,8 +130,8 @@ def _one_batch(item: Any, where: str) -> Tensor | PixelBatch:
     if not isinstance(item, Tensor):
         raise DataError(
             f"expected a tensor, a pixel source or a list of them, got {type(item).__name__}{where}; "
-            "files are opened with open_pixels, and what an object holds is given as arguments or in a dict"
+            "open files with open_pixels, and pass the contents of an object as arguments or in a dict"
         )
     if where and item.dim() not in (3, 4):
-        raise DataError(f"the image{where} is a tensor of shape {tuple(item.shape)}, not (C, H, W) or (N, C, H, W)")
+        raise DataError(f"the image{where} has shape {tuple(item.shape)}; it must be (C, H, W) or (N, C, H, W)")
     return item[None] if where and item.dim() == 3 else item

@@ -1,8 +1,7 @@
-"""Compressed DICOM frames: which decoder for which transfer syntax, and how damage shows.
+"""Compressed DICOM frames: the decoders of the transfer syntaxes, and checks for damage.
 
-A damaged frame must not reach a decoder that would crash, ask for all memory there is or fill the image up in silence.
-So the size in the code stream is compared with the header's before anything is allocated, and what libraries leave
-unchecked is checked here.
+A damaged frame must not reach a decoder that would crash, allocate all memory or pad the image silently. So the size in
+the code stream is compared with the header before anything is allocated, with the checks that libraries lack.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ RLE = "1.2.840.10008.1.2.5"
 _JPEG, _JPEG_LS, JPEG_2000 = (
     {f"1.2.840.10008.1.2.4.{end}" for end in ends.split()} for ends in ("50 51 57 70", "80 81", "90 91 201 202 203")
 )
-# Frames are decoded whole. A claim above this is damage or a bomb if it comes from a thousandth of the bytes or fewer
-# (deflate cannot do better than 1 in 1032), and too large to be read at all above the second limit.
+# Frames are decoded whole. A size above the first limit with less than 1/1032 of the bytes is damage or a bomb (deflate
+# compresses at most to 1/1032); a size above the last limit is not decoded.
 _SUSPICIOUS_BYTES, _SUSPICIOUS_RATIO, LARGEST_BYTES = 64 * 2**20, 1032, 4 * 2**30
-# In entropy-coded data 0xFF goes before a restart marker or, so that it is no marker, a byte below 0x80.
+# In entropy-coded data 0xFF precedes a restart marker or a byte below 0x80, which is not a marker.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
-# Two bytes of PackBits stand for 128 at most.
+# Two bytes of PackBits decode to at most 128.
 _RLE_RATIO = 64
 _SIZ = b"\xff\x4f\xff\x51"
 
 
 class Frame(NamedTuple):
-    """What a header says about each frame."""
+    """The format of a frame by its header."""
 
     rows: int
     columns: int
@@ -44,68 +43,69 @@ class Frame(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a decoded frame: (rows, columns), or (rows, columns, samples)."""
+        """The shape of a decoded frame: (rows, columns), or (rows, columns, samples)."""
         return (self.rows, self.columns) if self.samples == 1 else (self.rows, self.columns, self.samples)
 
     @property
     def spare(self) -> int:
-        """Pixels that may follow a frame: fewer than a row or column, which would make it another image."""
+        """The number of pixels that may follow a frame: less than a row or column, so the size is certain."""
         return min(self.rows, self.columns) - 1
 
     @property
     def nbytes(self) -> int:
-        """Of a decoded frame."""
+        """The bytes of a decoded frame."""
         return self.rows * self.columns * self.samples * self.bits_allocated // 8
 
 
 def most_encoded(decoded: int) -> int:
-    """Bytes that a code stream of `decoded` bytes of pixels may have: twice as many, and 16 MiB for what else it says.
+    """The maximum bytes of a code stream for `decoded` bytes of pixels: twice as many, and 16 MiB for other data.
 
-    More is never read at once, so a few pixels with gigabytes behind them take no memory.
+    More is never read at once, so a small image followed by gigabytes does not fill the memory.
     """
     return 2 * decoded + 16 * 2**20
 
 
 def is_known(syntax: str) -> bool:
-    """Whether `decode` knows this transfer syntax; pydicom does the others."""
+    """Whether `decode` supports this transfer syntax; pydicom decodes the others."""
     return syntax in _JPEG | _JPEG_LS | JPEG_2000 | {RLE}
 
 
 def check_size(decoded: int, stored: int, name: str) -> None:
-    """`DataError` if `stored` bytes claim to be `decoded` ones, and that cannot be or is too much."""
+    """Raise a `DataError` if `stored` bytes cannot decode to `decoded` bytes, or these are too many."""
     if decoded > LARGEST_BYTES:
         raise DataError(
-            f"{name}: would take {decoded / 2**30:.1f} GiB, as it cannot be read by region; convert it to a tiled TIFF"
+            f"{name}: needs {decoded / 2**30:.1f} GiB, because it cannot be read by region; convert it to a tiled TIFF"
         )
     if decoded > _SUSPICIOUS_BYTES and decoded > _SUSPICIOUS_RATIO * stored:
-        raise DataError(f"{name}: {stored} bytes claim to hold {decoded} bytes of pixels; the file is damaged")
+        raise DataError(f"{name}: {stored} bytes cannot contain {decoded} bytes of pixels; the file is damaged")
 
 
 def decode(data: bytes, syntax: str, frame: Frame, name: str) -> np.ndarray:
-    """One frame of a compressed image: `frame.shape`, in the dtype of the code stream, colour as RGB.
+    """Decode a frame of a compressed image to `frame.shape`, in the dtype of the code stream, colour as RGB.
 
-    `DataError` if it is damaged, ends early or is not of the shape that the header declares.
+    Raises:
+        DataError: if it is damaged, truncated, or differs in shape from the header.
     """
     check_size(frame.nbytes, len(data), name)
     if syntax == RLE and frame.nbytes > _RLE_RATIO * len(data):
-        raise DataError(f"{name}: {len(data)} bytes of RLE cannot hold {frame.nbytes} bytes of pixels; it is damaged")
+        raise DataError(f"{name}: {len(data)} RLE bytes cannot contain {frame.nbytes} bytes of pixels; it is damaged")
     declared = _declared(data, syntax) if syntax != RLE else (frame.rows, frame.columns, frame.samples)
     if declared is None:
         raise DataError(f"{name}: the code stream has no header with its size; it is damaged")
     if declared != (frame.rows, frame.columns, frame.samples):
         raise DataError(
             f"{name}: the code stream is {declared[0]} x {declared[1]} with {declared[2]} samples, not "
-            f"{frame.rows} x {frame.columns} with {frame.samples} as the header says; it is damaged"
+            f"{frame.rows} x {frame.columns} with {frame.samples} as in the header; it is damaged"
         )
-    if syntax in _JPEG and not ends(data):
+    if syntax in _JPEG and not has_end_marker(data):
         raise DataError(f"{name}: pixel data end early (no end marker); fetch the file again")
     try:
         pixels = _decoder(syntax)(data, frame)
-    except Exception as error:  # every codec has its own exceptions
+    except Exception as error:  # each codec has its own exceptions
         raise DataError(f"{name}: damaged pixel data ({one_line(error)}); fetch the file again") from error
     if pixels.shape != frame.shape:
-        raise DataError(f"{name}: decodes to {pixels.shape}, the header says {frame.shape}; it is damaged")
-    # The decoder leaves out what it cannot find; an image of one value takes next to no bytes.
+        raise DataError(f"{name}: decodes to {pixels.shape}, but the header has {frame.shape}; it is damaged")
+    # The decoder skips missing data silently; a real image of one value has almost no bytes.
     if syntax in JPEG_2000 and len(data) > 1024 + pixels.size // 64 and pixels.min() == pixels.max():
         raise DataError(f"{name}: {len(data)} bytes decode to pixels of one value; they are damaged")
     return pixels
@@ -116,32 +116,32 @@ def _decoder(syntax: str) -> Callable[[bytes, Frame], np.ndarray]:
         return _jpeg
     if syntax in _JPEG_LS:
         return lambda data, _: imagecodecs.jpegls_decode(data)
-    # High-throughput JPEG 2000 goes to OpenJPEG too: the binding of OpenJPH swallows the errors of damaged streams.
+    # OpenJPEG also decodes high-throughput JPEG 2000, because the binding of OpenJPH ignores errors of damaged streams.
     return _rle if syntax == RLE else lambda data, _: imagecodecs.jpeg2k_decode(data)
 
 
 def _jpeg(data: bytes, frame: Frame) -> np.ndarray:
-    # Where neither a JFIF nor an Adobe segment says what the components are, the DICOM header does.
-    silent = b"JFIF\0" not in data[:64] and b"Adobe" not in data[:256]
-    if frame.samples == 3 and silent:
+    # Without a JFIF or Adobe segment, the DICOM header determines the colour space.
+    undeclared = b"JFIF\0" not in data[:64] and b"Adobe" not in data[:256]
+    if frame.samples == 3 and undeclared:
         colorspace = "RGB" if frame.photometric == "RGB" else "YCBCR"
         return imagecodecs.jpeg8_decode(data, colorspace=colorspace, outcolorspace="RGB")
     return imagecodecs.jpeg8_decode(data)
 
 
 def _rle(data: bytes, frame: Frame) -> np.ndarray:
-    """PS3.5 annex G: each byte of each sample is one PackBits segment, the most significant byte first.
+    """Decode RLE (PS3.5 annex G): each byte of each sample is a PackBits segment, the most significant byte first.
 
-    The segments are taken apart here because imagecodecs' own decoder crashes on offsets that point outside. Each is
-    decoded no further than the frame goes: one that holds more is of another image, or a bomb.
+    The segments are split here because imagecodecs' own decoder crashes on offsets beyond the data. A segment is
+    decoded up to the size of the frame: a longer one is from another image, or a bomb.
     """
     count, *offsets = struct.unpack("<16I", data[:64])
     width = frame.bits_allocated // 8
     if count != frame.samples * width:
-        raise ValueError(f"{count} segments, {frame.samples * width} expected")
+        raise ValueError(f"{count} segments instead of {frame.samples * width}")
     offsets = [*offsets[:count], len(data)]
     if offsets[0] < 64 or any(first >= last for first, last in itertools.pairwise(offsets)):
-        raise ValueError(f"segments at {offsets}")
+        raise ValueError(f"invalid segment offsets {offsets}")
     pixels = np.empty((frame.samples, frame.rows, frame.columns, width), np.uint8)
     for number in range(count):
         packed = data[offsets[number] : offsets[number + 1]]
@@ -155,70 +155,70 @@ def _rle(data: bytes, frame: Frame) -> np.ndarray:
 
 
 def _declared(data: bytes, syntax: str) -> tuple[int, int, int] | None:
-    """(rows, columns, samples) as the code stream says; None if it says nothing."""
+    """(rows, columns, samples) in the code stream; None if it lacks them."""
     return jpeg_2000_size(data) if syntax in JPEG_2000 else jpeg_size(data)
 
 
-def ends(data: bytes) -> bool:
-    """Whether a JPEG stream is whole: its decoder fills up what is missing and says nothing; the end marker tells.
+def has_end_marker(data: bytes) -> bool:
+    """Whether a JPEG stream is complete; without its end marker, the decoder pads missing data silently.
 
-    Phones and cameras write other data after it, so it is looked for from segment to segment: what a segment holds (a
-    thumbnail) may have an end of its own.
+    Cameras write other data after the marker, and segments may contain a thumbnail with its own end marker. So the
+    search goes from segment to segment.
     """
-    place = 2
-    while marker := _MARKER.search(data, place):
+    position = 2
+    while marker := _MARKER.search(data, position):
         if marker[1] == b"\xd9":
             return True
-        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return False
 
 
 def jpeg_size(data: bytes) -> tuple[int, int, int] | None:
-    """(rows, columns, samples) in the frame header; None if there is none."""
-    place = _frame_header(data)
-    return None if place is None else struct.unpack(">HHB", data[place + 5 : place + 10])
+    """(rows, columns, samples) in the frame header; None without one."""
+    start = _frame_header(data)
+    return None if start is None else struct.unpack(">HHB", data[start + 5 : start + 10])
 
 
 def _frame_header(data: bytes) -> int | None:
-    """Where the first SOF segment starts (ISO 10918-1 B.2.2; ISO 14495-1 C.2.2 for JPEG-LS)."""
-    place = 2
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+    """The position of the first SOF segment (ISO 10918-1 B.2.2; ISO 14495-1 C.2.2 for JPEG-LS)."""
+    position = 2
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == 0xFF:  # a fill byte
-            place += 1
+            position += 1
         elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return place
+            return position
         else:
-            place += 2 + max(length, 2)
+            position += 2 + max(length, 2)
     return None
 
 
 def jpeg_process(data: bytes) -> int | None:
-    """The SOF marker's second byte, which names the process (C0 baseline, C3 lossless, F7 JPEG-LS); None without."""
-    place = _frame_header(data)
-    return None if place is None else data[place + 1]
+    """The SOF marker's second byte, the process (C0 baseline, C3 lossless, F7 JPEG-LS); None without a marker."""
+    start = _frame_header(data)
+    return None if start is None else data[start + 1]
 
 
 def jpeg_bits(data: bytes) -> int:
-    """Bits of a sample, in the frame header that `jpeg_size` has found."""
-    place = _frame_header(data)
-    return data[place + 4] if place is not None else 8
+    """Bits of a sample in the frame header; 8 without one."""
+    start = _frame_header(data)
+    return data[start + 4] if start is not None else 8
 
 
 def jpeg_2000_size(data: bytes) -> tuple[int, int, int] | None:
-    """(rows, columns, samples) in the SIZ segment, which opens every code stream (ISO 15444-1 A.5.1)."""
+    """(rows, columns, samples) in the SIZ segment, the first of a code stream (ISO 15444-1 A.5.1); None without one."""
     start = _code_stream(data)
     if data[start : start + 4] != _SIZ or len(data) < start + 42:
         return None
     right, bottom, left, top, tile_width, tile_height = struct.unpack(">6I", data[start + 8 : start + 32])
-    # A damaged tile size makes millions of tiles; real ones are as large as the image or 64 and more.
+    # A damaged tile size may mean millions of tiles; real tiles have the size of the image, or at least 64.
     if tile_width < min(64, right - left) or tile_height < min(64, bottom - top):
         return -1, -1, -1
     return bottom - top, right - left, int.from_bytes(data[start + 40 : start + 42], "big")
 
 
 def jpeg_2000_sample(data: bytes) -> tuple[int, bool] | None:
-    """(bits, whether they are signed) of the first component (Ssiz, ISO 15444-1 A.5.1); None if nothing says it."""
+    """(bits, signed) of the first component (Ssiz, ISO 15444-1 A.5.1); None without a SIZ segment."""
     start = _code_stream(data)
     if data[start : start + 4] != _SIZ or len(data) < start + 43:
         return None
@@ -226,17 +226,17 @@ def jpeg_2000_sample(data: bytes) -> tuple[int, bool] | None:
 
 
 def _code_stream(data: bytes) -> int:
-    """Where a JPEG 2000 code stream starts: behind the boxes of a JP2 file (ISO 15444-1 I.4), else at once.
+    """The start of a JPEG 2000 code stream: after the boxes of a JP2 file (ISO 15444-1 I.4), otherwise 0.
 
-    Boxes are passed over by their lengths: others may hold what looks like a code stream.
+    Boxes are skipped by their lengths, because they may contain bytes that look like a code stream.
     """
-    place = 0
-    while data[4:8] == b"jP  " and place + 16 <= len(data):
-        length, kind, long = struct.unpack(">I4sQ", data[place : place + 16])
+    position = 0
+    while data[4:8] == b"jP  " and position + 16 <= len(data):
+        length, kind, long = struct.unpack(">I4sQ", data[position : position + 16])
         head, length = (16, long) if length == 1 else (8, length)
         if kind == b"jp2c":
-            return place + head
+            return position + head
         if length < head:
             break
-        place += length
-    return place
+        position += length
+    return position

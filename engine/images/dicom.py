@@ -1,7 +1,7 @@
-"""DICOM images as stored pixels: mammograms for presentation come out as the radiologist sees them.
+"""DICOM images as stored pixels: mammograms for presentation look as on a radiologist's workstation.
 
-Uncompressed frames are read by region from their place in the file; compressed ones are decoded once, in their own
-dtype, because their formats have no random access. Slides, whose frames are the tiles of one image, are in `slide.py`.
+Uncompressed frames are read by region from the file; compressed frames are decoded once, in their own dtype, because
+their formats lack random access. Slides, whose frames are the tiles of an image, are in `slide.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydicom.uid import UID
 from ..errors import DataError
 from . import grayscale
 from .affine import Affine
-from .dicom_file import DicomFile, StoredFrames, locate_frames, quietly, read_header
+from .dicom_file import DicomFile, StoredFrames, locate_frames, read_header, without_validation
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
 from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
@@ -27,7 +27,7 @@ from .rawfile import RawPixels, brief, one_line, warn_once
 from .slide import SlidePixels
 
 _SQUARE = 0.001
-"""Relative difference of the sides of a pixel that counts as square."""
+"""The maximum relative difference of the sides of a square pixel."""
 
 __all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
 
@@ -35,26 +35,26 @@ __all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "rea
 def open_dicom(
     path: Path, *, voi: str = "auto", frame: int | None = None, for_processing: bool = False
 ) -> DicomPixels | SlidePixels:
-    """A frame of a DICOM file, or the slide whose tiles its frames are; arguments as in `pixels.open_pixels`."""
+    """Open a frame of a DICOM file, or a slide whose tiles are the frames; arguments as in `open.open_pixels`."""
     grayscale.check_voi(voi)
     if isinstance(path, Instance) and path.frames > 1:
         ds, frames = locate_in_store(path)
-        with quietly():
-            return _opened(ds, path, lambda: frames, voi, frame, for_processing)
-    with DicomFile(path) as file, quietly():
+        with without_validation():
+            return _open_dataset(ds, path, lambda: frames, voi, frame, for_processing)
+    with DicomFile(path) as file, without_validation():
         ds, stream = read_header(file, path)
-        return _opened(ds, path, lambda: locate_frames(ds, file, stream, path), voi, frame, for_processing)
+        return _open_dataset(ds, path, lambda: locate_frames(ds, file, stream, path), voi, frame, for_processing)
 
 
-def _opened(
+def _open_dataset(
     ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: int | None, for_processing: bool
 ) -> DicomPixels | SlidePixels:
     info = describe(ds, path)
     try:
         if info.for_processing and not for_processing:
             raise DataError(
-                f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or ask "
-                "for it with for_processing=True (--for-processing)"
+                f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or allow "
+                "it with for_processing=True (--for-processing)"
             )
         _warn_of_contradictions(ds, path)
         if info.matrix is not None:
@@ -63,22 +63,22 @@ def _opened(
         return DicomPixels(ds, info, locate(), voi=voi, frame=frame or 0)
     except DataError:
         raise
-    except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
         raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
 
 
 def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
-    """Of a presentation that is not the one of PhotometricInterpretation, and of pixels that are not square."""
+    """Warn if PresentationLUTShape contradicts PhotometricInterpretation, or pixels are not square."""
     shape, photometric = str(ds.get("PresentationLUTShape") or ""), str(ds.get("PhotometricInterpretation") or "")
     if (shape, photometric) in (("IDENTITY", "MONOCHROME1"), ("INVERSE", "MONOCHROME2")):
         conflict = f"PresentationLUTShape {shape} and {photometric} contradict each other"
-        warn_once(f"{path}: {conflict}; {photometric} is believed, look at the image: gigamorph data preview")
+        warn_once(f"{path}: {conflict}; using {photometric}, inspect the image: gigamorph data preview")
     for keyword in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         sides = ds.get(keyword)
         pair = [float(side) for side in sides] if isinstance(sides, MultiValue) and len(sides) == 2 else [1.0, 1.0]
         if min(pair) <= 0 or max(pair) > (1 + _SQUARE) * min(pair):
             sides = f"pixels are not square ({keyword} {pair[0]:g}, {pair[1]:g})"
-            warn_once(f"{path}: {sides}; they are taken as they are stored, resample the image first")
+            warn_once(f"{path}: {sides}; pixels are used as stored, resample the image first")
             return
 
 
@@ -86,18 +86,18 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
     if info.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         if info.photometric == UNDECLARED:
             raise DataError(f"{path}: has no PhotometricInterpretation; add it: MONOCHROME1 or MONOCHROME2")
-        raise DataError(f"{path}: is {brief(info.photometric)}, not grey; only MONOCHROME1 and MONOCHROME2 are read")
+        raise DataError(f"{path}: is {brief(info.photometric)}, but must be grey: MONOCHROME1 or MONOCHROME2")
     if samples != 1:
-        raise DataError(f"{path}: is {info.photometric} with {samples} samples a pixel, not 1; correct the header")
+        raise DataError(f"{path}: is {info.photometric} with {samples} samples per pixel, not 1; correct the header")
     if frame is None and info.frames > 1:
-        places = f"0 to {info.frames - 1}: frame=0, or the column frame of a table"
-        raise DataError(f"{path}: has {info.frames} frames; say which one, {places}")
+        choice = f"0 to {info.frames - 1}: frame=0, or the column frame of a table"
+        raise DataError(f"{path}: has {info.frames} frames; choose one, {choice}")
     if frame is not None and not 0 <= frame < info.frames:
-        raise DataError(f"{path}: frame {frame} is wanted, the file has 0 to {info.frames - 1}")
+        raise DataError(f"{path}: frame {frame} does not exist; the file has 0 to {info.frames - 1}")
 
 
 class DicomPixels:
-    """Stored pixels (`stored.StoredPixels`) of one frame of a DICOM file; made by `open_dicom`."""
+    """Stored pixels (`stored.StoredPixels`) of a frame of a DICOM file; created by `open_dicom`."""
 
     self_describing = True
 
@@ -112,10 +112,10 @@ class DicomPixels:
         self._raw: RawPixels | None = None
         if frames.by_region:
             assert frames.offset is not None
-            place = frames.offset + frame * frames.frame.nbytes
-            self._raw = RawPixels(self.path, place, self.shape[1:], frames.stored_dtype, order=(0, 1))
+            offset = frames.offset + frame * frames.frame.nbytes
+            self._raw = RawPixels(self.path, offset, self.shape[1:], frames.stored_dtype, order=(0, 1))
         self._padding = grayscale.padding_patterns(ds)
-        # Least and largest pixel are only known once pixels are read, and the header is needed then.
+        # The smallest and largest pixel are known after reading, which needs the header.
         self._header = ds if voi == "minmax" else None
         self._scale: grayscale.GreyScale | None = None
         if voi != "minmax":
@@ -129,17 +129,17 @@ class DicomPixels:
 
     @property
     def table(self) -> np.ndarray:
-        """Grey level of every stored value."""
+        """The grey level of each stored value."""
         return self._grey().table
 
     @property
     def full(self) -> int:
-        """The grey level that means white."""
+        """The grey level of white."""
         return self._grey().full
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What leads from the file to grey values, in order."""
+        """The steps from the file to grey values, in order."""
         frames = self._frames
         name = UID(frames.syntax).name
         bits = f"{frames.bits} of {frames.frame.bits_allocated} bits"
@@ -148,7 +148,7 @@ class DicomPixels:
 
     @property
     def to_original(self) -> Affine:
-        """Identity: nothing is moved before mirroring."""
+        """The identity."""
         return Affine()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
@@ -162,23 +162,23 @@ class DicomPixels:
         return self._decoded[None, top:bottom, left:right]
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
-        """`DataError` if pixels differ and all get one grey: then code stream and header do not belong together."""
+        """The pixels; `DataError` if different pixels get the same grey, because the header does not fit then."""
         used = slice(int(pixels.min()), int(pixels.max()) + 1)
         blank = self._padding is not None and bool(self._padding[used].all())
         if self._scale is not None and used.stop - used.start > 1 and not blank:
             greys = self._scale.table[used]
             if greys.min() == greys.max():
-                raise DataError(f"{self.path}: every pixel gets the same grey; it is damaged, or choose another voi")
+                raise DataError(f"{self.path}: all pixels get the same grey; it is damaged, or choose another voi")
         return pixels
 
     def flips(self) -> tuple[bool, bool]:
-        """What brings a mammogram's chest wall to the left and its feet down; nothing for other images."""
+        """The mirroring that moves a mammogram's chest wall to the left and its feet down; none for other images."""
         if self._flips is None:
             self._flips = self._find_flips() if self.info.is_mammogram else (False, False)
         return self._flips
 
     def _find_flips(self) -> tuple[bool, bool]:
-        # FieldOfViewHorizontalFlip and FieldOfViewRotation tell what was done to the pixels already.
+        # FieldOfViewHorizontalFlip and FieldOfViewRotation describe earlier changes and are ignored.
         along_row, along_column = self.info.orientation or ("", "")
         upside_down = along_column.startswith("H")
         if along_row[:1] in ("A", "P"):
@@ -186,7 +186,7 @@ class DicomPixels:
         return self._breast_is_right(), upside_down
 
     def _breast_is_right(self) -> bool:
-        """Which half holds more breast: pixels that are not padding, or more grey where no padding is declared."""
+        """Whether the right half has more breast: more unpadded pixels, or more grey if no padding is declared."""
         width = self.shape[2]
         weight = self.table.astype(np.float64) if self._padding is None else (~self._padding).astype(np.float64)
         halves = np.zeros(2)
@@ -210,7 +210,7 @@ class DicomPixels:
 
     def _build(self, ds: Dataset, voi: str, present: np.ndarray | None = None) -> grayscale.GreyScale:
         for_display = not self.info.for_processing
-        with quietly():
+        with without_validation():
             return grayscale.build(
                 ds, voi=voi, frame=self.frame, for_display=for_display, name=self.name, present=present
             )

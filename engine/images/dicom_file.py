@@ -1,7 +1,7 @@
-"""DICOM files: the header, and where the frames lie in the file (PS3.5 A.4, PS3.10 7).
+"""DICOM files: the header, and the positions of the frames in the file (PS3.5 A.4, PS3.10 7).
 
-Nothing is trusted: lengths are checked against the file before they are read or allocated, a deflated file is inflated
-no further than its header says that pixels go, and what ends early is an error that names the file.
+Files are not trusted: lengths are checked against the file before anything is read or allocated, a deflated file is
+inflated only up to the pixels that its header declares, and a truncated file raises an error that names it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from ..errors import DataError
 from . import codecs
 from .rawfile import FileBytes, one_line, warn_once
 
-# A deflated header is looked for in this many inflated bytes; images' headers have kilobytes.
+# The number of bytes that are inflated for a header; headers of images have kilobytes.
 _INFLATED_HEADER = 16 * 2**20
-# Empty fragments would make the search for frames as long as the file.
+# The limit of fragments, because the search for frames would be slow with many empty ones.
 _FRAGMENTS = 2**20
 _ITEM, _SEQUENCE_END = 0xE000FFFE, 0xE0DDFFFE
 
 
-_quiet = threading.RLock()
+_validation_lock = threading.RLock()
 
 
 def _after_fork() -> None:
-    """A lock that another thread held stays locked in a forked process."""
-    global _quiet
-    _quiet = threading.RLock()
+    """Replace the lock in a forked process, where it may stay locked by a thread of the parent."""
+    global _validation_lock
+    _validation_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -56,26 +56,27 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """While elements are read: pydicom would warn of odd values and print them, patients' identifiers too.
+def without_validation() -> Iterator[None]:
+    """Context without pydicom's validation, whose warnings print odd values, including patients' identifiers.
 
-    Its setting is one for the process; the lock keeps two threads from restoring each other's.
+    The setting is global to the process; the lock keeps threads from restoring each other's value.
     """
-    with _quiet, disable_value_validation():
+    with _validation_lock, disable_value_validation():
         yield
 
 
 class DicomFile(io.BufferedReader):
-    """A file open for pydicom: no read asks for more memory than the file has bytes, and pydicom inflates nothing.
+    """A file for pydicom: reads never allocate more than the bytes of the file, and pydicom inflates nothing.
 
-    `deflated` is where, if at all, a deflate stream starts.
+    Attributes:
+        deflated: the start of the deflate stream; None without one.
     """
 
     deflated: int | None = None
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
-            raise DataError(f"{path}: is no regular file; name an image")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise DataError(f"{path}: is not a regular file; pass an image")
         self.path = path
         try:
             self._bytes: Any = path.open("rb", buffering=0)
@@ -86,20 +87,20 @@ class DicomFile(io.BufferedReader):
         self.seek(0)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:  # pydicom would inflate all of it, without a limit
-            raise DataError(f"{self.path}: is deflated behind an unusual header; save it uncompressed")
+        if size is None or size < 0:  # pydicom would inflate all of it without a limit
+            raise DataError(f"{self.path}: is deflated after an unusual header; save it uncompressed")
         if size > 2**16:
             size = min(size, max(0, self.size - self.tell()))
         return super().read(size)
 
-    def at(self, place: int, count: int) -> bytes:
-        """`count` bytes from a byte on, fewer where the file ends; only these are read."""
-        self._bytes.seek(place)
+    def at(self, position: int, count: int) -> bytes:
+        """`count` bytes from a position on, fewer at the end of the file; only these are read."""
+        self._bytes.seek(position)
         return self._bytes.read(count) or b""
 
 
 def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase]:
-    """The data set up to the pixels, and the stream that stands at the pixel data element behind it."""
+    """The data set before the pixels, and the stream positioned at the pixel data element."""
     try:
         stream = _inflated_header(file, path)
         ds = dcmread(stream, stop_before_pixels=True, force=stream is not file)
@@ -109,19 +110,19 @@ def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase
         index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
     except DataError:
         raise
-    except Exception as error:  # a damaged header shows in errors of every kind
+    except Exception as error:  # a damaged header raises errors of all kinds
         raise DataError(
             f"{path}: damaged or truncated DICOM header ({one_line(error)}); fetch the file again"
         ) from error
     if missing and index:
-        raise DataError(f"{path}: is a DICOMDIR, the index of a medium, no image; name the folder of its images")
+        raise DataError(f"{path}: is a DICOMDIR, the index of a medium, not an image; pass the folder of its images")
     if missing:
-        raise DataError(f"{path}: has no {missing[0]} in its header: no image, or truncated; fetch the file again")
+        raise DataError(f"{path}: has no {missing[0]} in its header: not an image, or truncated; fetch the file again")
     return ds, stream
 
 
 def _inflated_header(file: DicomFile, path: Path) -> io.BufferedIOBase:
-    """The file, or the first part of what it inflates to, which starts at the data set."""
+    """The file or, if it is deflated, the first part of the inflated data set."""
     head = file.read(4096)
     file.seek(0)
     if DeflatedExplicitVRLittleEndian.encode() not in head:
@@ -134,16 +135,16 @@ def _inflated_header(file: DicomFile, path: Path) -> io.BufferedIOBase:
 
 
 def _inflate(path: Path, start: int, count: int, skip: int = 0) -> bytearray:
-    """`count` bytes of the deflate stream at byte `start`, after the first `skip`; fewer where it ends.
+    """`count` bytes of the deflate stream at byte `start`, after the first `skip`; fewer at its end.
 
-    Nothing but these is held.
+    Only these bytes are stored.
     """
     stream, done, found = zlib.decompressobj(-zlib.MAX_WBITS), 0, bytearray()
     with path.open("rb") as file:
         file.seek(start)
         while len(found) < count and not stream.eof and (data := file.read(2**20)):
             part = b"more"
-            # Output may be left when all input is taken, and input when the stream has ended.
+            # Output may remain after the input is consumed, and input after the end of the stream.
             while (data or part) and len(found) < count and not stream.eof:
                 part = stream.decompress(data, min(skip + count - done, 2**20))
                 found += memoryview(part)[max(skip - done, 0) :]
@@ -154,37 +155,37 @@ def _inflate(path: Path, start: int, count: int, skip: int = 0) -> bytearray:
 
 @dataclass(frozen=True)
 class StoredFrames:
-    """The frames of a DICOM file and where they lie."""
+    """The frames of a DICOM file, with their format and positions."""
 
     path: Path
     syntax: str
     frame: codecs.Frame
     count: int
     planar: bool
-    """Colour plane by plane rather than pixel by pixel; uncompressed frames only."""
+    """Whether colours are stored plane by plane instead of pixel by pixel; uncompressed frames only."""
     shift: int
-    """Bits below the lowest stored one."""
+    """The number of bits below the lowest stored bit."""
     bits: int
     """BitsStored."""
     signed: bool
     """PixelRepresentation: the highest stored bit is the sign."""
     offset: int | None
-    """Of the first frame, uncompressed: in the file, or in what the file inflates to."""
+    """The position of the first frame, if uncompressed: in the file, or in the inflated data."""
     deflated: int | None
-    """Where the deflate stream starts in the file."""
+    """The start of the deflate stream in the file."""
     swapped: bool
-    """8-bit pixels in big-endian words."""
+    """Whether 8-bit pixels are in big-endian words."""
     ranges: np.ndarray | None
-    """int64 (count, 2), compressed: first byte and end of each frame's items in the file."""
+    """First byte and end of each frame's items in the file, if compressed; int64 (count, 2)."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of decoded frames."""
+        """The dtype of decoded frames."""
         return np.dtype(np.uint8 if self.frame.bits_allocated == 8 else np.uint16)
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """Of uncompressed frames as they lie in the file."""
+        """The dtype of uncompressed frames in the file."""
         return self.dtype.newbyteorder(">" if self.syntax == ExplicitVRBigEndian else "<")
 
     @property
@@ -193,29 +194,29 @@ class StoredFrames:
 
     @property
     def by_region(self) -> bool:
-        """Whether a part of a frame can be read without the rest."""
+        """Whether a part of a frame can be read separately."""
         return self.offset is not None and self.deflated is None and not self.swapped and not self.planar
 
     def decode(self, index: int) -> np.ndarray:
-        """A frame as unsigned bit patterns: `frame.shape`, each of BitsStored bits, writable."""
+        """A frame as unsigned bit patterns of BitsStored bits, of shape `frame.shape`, writable."""
         pixels = self._pixels(index)
         if pixels.shape != self.frame.shape:
             raise DataError(
-                f"{self.path}: decodes to {pixels.shape}, the header says {self.frame.shape}; it is damaged"
+                f"{self.path}: decodes to {pixels.shape}, but the header has {self.frame.shape}; it is damaged"
             )
         if pixels.dtype.kind not in "ui" or not self.bits <= 8 * pixels.dtype.itemsize <= 16:
-            raise DataError(f"{self.path}: decodes to {pixels.dtype}, {self.bits} bits expected; it is damaged")
-        if pixels.dtype.kind == "i":  # the same bits, as the table wants them
+            raise DataError(f"{self.path}: decodes to {pixels.dtype}, not {self.bits} bits; it is damaged")
+        if pixels.dtype.kind == "i":  # the same bits, as indices of the table
             pixels = pixels.view(pixels.dtype.str.replace("i", "u"))
         pixels = pixels.astype(self.dtype, copy=False)
-        # Uncompressed pixels and RLE keep what else stands in a word; in other code streams it would be pixel values.
+        # Words of uncompressed pixels and RLE may have other bits; in other code streams these would be pixel values.
         used = int(pixels.max()).bit_length() - self.shift
         if used > self.bits and not self.signed and self.compressed and self.syntax != codecs.RLE:
-            raise DataError(f"{self.path}: pixels have {used} bits, BitsStored says {self.bits}; correct the header")
+            raise DataError(f"{self.path}: pixels have {used} bits, but BitsStored is {self.bits}; correct the header")
         return self.patterns(pixels if pixels.flags.writeable else pixels.copy())
 
     def patterns(self, values: np.ndarray) -> np.ndarray:
-        """The BitsStored bits of each value, in place: those above hold overlays, copies of the sign or garbage."""
+        """The BitsStored bits of each value, in place; higher bits are overlays, copies of the sign or garbage."""
         if self.shift:
             np.right_shift(values, self.shift, out=values)
         if self.bits < 8 * values.dtype.itemsize:
@@ -230,26 +231,26 @@ class StoredFrames:
         return self._by_pydicom(index)
 
     def _data(self, index: int) -> bytes:
-        """The code stream of a frame: the values of its items, put together."""
+        """The code stream of a frame: the joined values of its items."""
         assert self.ranges is not None
-        start, end = (int(place) for place in self.ranges[index])
+        start, end = (int(position) for position in self.ranges[index])
         if end - start > codecs.most_encoded(self.frame.nbytes):
             sizes = f"{end - start} bytes for {self.frame.nbytes} bytes of pixels"
             raise DataError(f"{self.path}: frame {index} has {sizes}; it is damaged")
-        data, place, parts = FileBytes(self.path).read(start, end - start), 0, []
-        while place < len(data):
-            tag, length = struct.unpack("<II", data[place : place + 8]) if place + 8 <= len(data) else (0, 0)
-            if tag != _ITEM or place + 8 + length > len(data):
-                raise DataError(f"{self.path}: frame {index} is damaged at byte {start + place}; fetch the file again")
-            parts.append(data[place + 8 : place + 8 + length])
-            place += 8 + length
+        data, at, parts = FileBytes(self.path).read(start, end - start), 0, []
+        while at < len(data):
+            tag, length = struct.unpack("<II", data[at : at + 8]) if at + 8 <= len(data) else (0, 0)
+            if tag != _ITEM or at + 8 + length > len(data):
+                raise DataError(f"{self.path}: frame {index} is damaged at byte {start + at}; fetch the file again")
+            parts.append(data[at + 8 : at + 8 + length])
+            at += 8 + length
         return b"".join(parts)
 
     def _uncompressed(self, index: int) -> np.ndarray:
         assert self.offset is not None
         size = self.frame.nbytes
         start = self.offset + index * size
-        odd = start % 2 if self.swapped else 0  # from a whole word to a whole word
+        odd = start % 2 if self.swapped else 0  # read whole words
         start, count = start - odd, size + odd + (size + odd) % 2 if self.swapped else size
         if self.deflated is None:
             data = FileBytes(self.path).read(start, count)
@@ -263,7 +264,7 @@ class StoredFrames:
         return self._shaped(np.frombuffer(data, self.stored_dtype, size // self.dtype.itemsize))
 
     def _shaped(self, pixels: np.ndarray) -> np.ndarray:
-        """Uncompressed pixels of a frame, as `frame.shape`."""
+        """Uncompressed pixels of a frame, in shape `frame.shape`."""
         frame = self.frame
         if self.planar:
             return pixels.reshape(frame.samples, frame.rows, frame.columns).transpose(1, 2, 0)
@@ -274,47 +275,47 @@ class StoredFrames:
         try:
             with DicomFile(self.path) as file:
                 ds, _ = read_header(file, self.path)
-            # All bits as they are: pydicom would interpret signs and unused bits, and the table does that here.
+            # Keep all bits: pydicom would interpret signs and unused bits, which the table does here.
             ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
             ds.NumberOfFrames, ds.PixelData = 1, encapsulate([self._data(index)], has_bot=False)
             return pixel_array(ds, raw=True)
         except DataError:
             raise
-        except Exception as error:  # missing plugin, damaged data: pydicom raises errors of every kind
+        except Exception as error:  # missing plugin, damaged data: pydicom raises errors of all kinds
             raise DataError(f"{self.path}: pixel data cannot be decoded ({one_line(error)}); convert it") from error
 
 
 def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> StoredFrames:
-    """Where the frames are; `stream` stands where `read_header` left it. `DataError` if the file is too short."""
+    """Locate the frames; `stream` is at the position of `read_header`. `DataError` if the file is too short."""
     syntax = UID(str(ds.file_meta.TransferSyntaxUID))
     stored, allocated = int(ds.BitsStored), int(ds.BitsAllocated)
     high, count = int(ds.get("HighBit", stored - 1)), int(ds.get("NumberOfFrames") or 1)
     if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
         raise DataError(f"{path}: {stored} bits of {allocated}, high bit {high}, is not supported; convert the file")
     if (ds.get("PixelRepresentation") or 0) not in (0, 1):
-        raise DataError(f"{path}: PixelRepresentation {ds.PixelRepresentation} is neither 0 nor 1; correct the header")
+        raise DataError(f"{path}: PixelRepresentation {ds.PixelRepresentation} must be 0 or 1; correct the header")
     if high != stored - 1 and syntax.is_encapsulated and syntax != codecs.RLE:
-        # A code stream holds the values themselves, not words with room for more.
+        # A code stream has the values themselves, not words with additional bits.
         raise DataError(f"{path}: {stored} bits stored and high bit {high} contradict each other; correct the header")
     samples, photometric = int(ds.get("SamplesPerPixel", 1)), str(ds.get("PhotometricInterpretation", ""))
     frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
     big = syntax == ExplicitVRBigEndian
-    place, length, vr = _pixel_element(stream, big, syntax == ImplicitVRLittleEndian, path)
+    start, length, vr = _pixel_element(stream, big, syntax == ImplicitVRLittleEndian, path)
     ranges = None
     if syntax.is_encapsulated:
         if length != 0xFFFFFFFF:
             raise DataError(f"{path}: compressed pixel data without fragments; the file is damaged")
-        ranges = _frame_ranges(ds, file, place, count, path)
+        ranges = _frame_ranges(ds, file, start, count, path)
         if syntax in codecs.JPEG_2000:
-            _believe_sign(ds, file.at(int(ranges[0, 0]) + 8, 2**16), path)
+            _correct_sign(ds, file.at(int(ranges[0, 0]) + 8, 2**16), path)
     else:
-        end = place + frame.nbytes * count
+        end = start + frame.nbytes * count
         if length == 0xFFFFFFFF:
             raise DataError(f"{path}: uncompressed pixel data without a length; the file is damaged")
         surplus = length - frame.nbytes * count
         if surplus < 0 or surplus > max(frame.spare * frame.nbytes // (frame.rows * frame.columns), 1):
             raise DataError(
-                f"{path}: {length} bytes of pixel data, {frame.nbytes * count} expected for {count} frames of "
+                f"{path}: {length} bytes of pixel data instead of {frame.nbytes * count} for {count} frames of "
                 f"{frame.rows} x {frame.columns}; correct the header or fetch the file again"
             )
         if file.deflated is None and end > file.size:
@@ -328,17 +329,17 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
         shift=high + 1 - stored,
         bits=stored,
         signed=bool(ds.get("PixelRepresentation", 0)),
-        offset=None if syntax.is_encapsulated else place,
+        offset=None if syntax.is_encapsulated else start,
         deflated=file.deflated,
         swapped=big and allocated == 8 and vr == b"OW",
         ranges=ranges,
     )
 
 
-def _believe_sign(ds: Dataset, stream: bytes, path: Path) -> None:
-    """Correct a header that says otherwise than its JPEG 2000 stream whether pixels are signed; warns of it.
+def _correct_sign(ds: Dataset, stream: bytes, path: Path) -> None:
+    """Correct PixelRepresentation, with a warning, if the JPEG 2000 stream disagrees on signed pixels.
 
-    A stream of more bits than are stored holds words as they are in memory, whatever their sign.
+    A stream with more than BitsStored bits has the words in memory, so its sign is ignored.
     """
     sample = codecs.jpeg_2000_sample(stream)
     header = int(ds.get("PixelRepresentation") or 0)
@@ -346,12 +347,12 @@ def _believe_sign(ds: Dataset, stream: bytes, path: Path) -> None:
         return
     ds.PixelRepresentation = int(sample[1])
     kinds = ("unsigned", "signed")
-    conflict = f"the header says {kinds[header]} pixels, its JPEG 2000 stream {kinds[1 - header]} ones"
-    warn_once(f"{path}: {conflict}; the stream is believed, correct the header")
+    conflict = f"the header declares {kinds[header]} pixels, but its JPEG 2000 stream {kinds[1 - header]} ones"
+    warn_once(f"{path}: {conflict}; using the stream, correct the header")
 
 
 def _pixel_element(stream: Any, big: bool, implicit: bool, path: Path) -> tuple[int, int, bytes]:
-    """Where the value of the pixel data element at the stream's position starts, its length and its VR."""
+    """The start, length and VR of the value of the pixel data element at the stream's position."""
     order = ">" if big else "<"
     head = stream.read(8)
     if len(head) == 8 and struct.unpack(f"{order}HH", head[:4]) == (0x7FE0, 0x0010):
@@ -363,32 +364,32 @@ def _pixel_element(stream: Any, big: bool, implicit: bool, path: Path) -> tuple[
     raise DataError(f"{path}: has no integer pixel data, or is truncated before them; fetch the file again")
 
 
-def _frame_ranges(ds: Dataset, file: DicomFile, place: int, frames: int, path: Path) -> np.ndarray:
-    """Of encapsulated pixel data that start at `place`: by a table of offsets if there is a good one, else by search.
+def _frame_ranges(ds: Dataset, file: DicomFile, position: int, frames: int, path: Path) -> np.ndarray:
+    """The ranges of frames in the encapsulated pixel data at `position`, by a valid table of offsets or by search.
 
-    A table spares the search through the whole file, which takes a second on a slide of a million tiles.
+    The table avoids a search through the whole file, which takes a second for a slide with a million tiles.
     """
-    length, place, _ = _item(file, place, path)
-    basic = np.frombuffer(file.at(place, min(length, 4 * frames)), "<u4").astype(np.int64)
-    place += length
-    if place > file.size:
-        raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {place}; fetch the file again")
+    length, position, _ = _item(file, position, path)
+    basic = np.frombuffer(file.at(position, min(length, 4 * frames)), "<u4").astype(np.int64)
+    position += length
+    if position > file.size:
+        raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {position}; fetch the file again")
     offsets = _extended_offsets(ds)
     offsets = basic if offsets is None else offsets
-    # Beyond 4 GiB the basic table wraps around.
+    # The basic table overflows beyond 4 GiB.
     good = frames > 1 and len(offsets) == frames and offsets[0] == 0 and bool(np.all(np.diff(offsets) > 0))
-    if good and place + offsets[-1] < file.size:
-        starts = place + offsets
+    if good and position + offsets[-1] < file.size:
+        starts = position + offsets
         last = _search(file, int(starts[-1]), path)
         return np.stack([starts, np.append(starts[1:], last[-1][1])], 1)
-    items = np.array(_search(file, place, path), np.int64).reshape(-1, 2)
+    items = np.array(_search(file, position, path), np.int64).reshape(-1, 2)
     if len(items) < frames:
         raise DataError(f"{path}: {len(items)} fragments for {frames} frames of pixel data; fetch the file again")
     if frames == 1:
         return np.array([[items[0, 0], items[-1, 1]]])
     if len(items) == frames:
         return items
-    raise DataError(f"{path}: {len(items)} fragments for {frames} frames and no table of offsets; convert it")
+    raise DataError(f"{path}: {len(items)} fragments for {frames} frames without a table of offsets; convert it")
 
 
 def _extended_offsets(ds: Dataset) -> np.ndarray | None:
@@ -396,28 +397,28 @@ def _extended_offsets(ds: Dataset) -> np.ndarray | None:
     return np.frombuffer(data, "<u8").astype(np.int64) if isinstance(data, bytes) and len(data) % 8 == 0 else None
 
 
-def _search(file: DicomFile, place: int, path: Path) -> list[tuple[int, int]]:
-    """(first byte, end) of each item from `place` to the end of the sequence; never empty."""
+def _search(file: DicomFile, position: int, path: Path) -> list[tuple[int, int]]:
+    """(first byte, end) of each item from `position` to the end of the sequence; never empty."""
     items: list[tuple[int, int]] = []
     while True:
-        length, start, last = _item(file, place, path)
+        length, start, last = _item(file, position, path)
         if last:
             break
         if start + length > file.size:
-            raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {place}; fetch the file again")
+            raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {position}; fetch it again")
         if len(items) == _FRAGMENTS:
             raise DataError(f"{path}: has more than {_FRAGMENTS} fragments of pixel data; it is damaged")
-        items.append((place, start + length))
-        place = start + length
+        items.append((position, start + length))
+        position = start + length
     if not items:
-        raise DataError(f"{path}: has no fragment of pixel data at byte {place}; fetch the file again")
+        raise DataError(f"{path}: has no fragment of pixel data at byte {position}; fetch the file again")
     return items
 
 
-def _item(file: DicomFile, place: int, path: Path) -> tuple[int, int, bool]:
-    """Length and first byte of the value of the item at `place`, and whether it is the end of the sequence instead."""
-    head = file.at(place, 8)
+def _item(file: DicomFile, position: int, path: Path) -> tuple[int, int, bool]:
+    """Length and first byte of the value of the item at `position`, and whether it is the end of the sequence."""
+    head = file.at(position, 8)
     tag, length = struct.unpack("<II", head) if len(head) == 8 else (0, 0)
     if tag not in (_ITEM, _SEQUENCE_END):
-        raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {place}; fetch the file again")
-    return length, place + 8, tag == _SEQUENCE_END
+        raise DataError(f"{path}: is truncated or damaged in its pixel data at byte {position}; fetch the file again")
+    return length, position + 8, tag == _SEQUENCE_END

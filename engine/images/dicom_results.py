@@ -1,6 +1,6 @@
-"""Results as DICOM instances in the study of the image that they are of, by highdicom: segmentations.
+"""Results as DICOM instances in the study of their image, by highdicom: segmentations.
 
-They belong to their patient: they carry the name and numbers that the image's header has.
+They contain the patient's name and identifiers from the image's header.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .dicomweb import Instance, is_dicomweb
 
 MAKER = "gigamorph"
 _SCHEME = "99GIGAMORPH"
-# Of patient and study, which highdicom copies: type 2 (PS3.3 C.7.1, C.7.2), and files that were stripped lack them.
+# Type 2 elements of patient and study (PS3.3 C.7.1, C.7.2), which highdicom copies and de-identified files lack.
 MAY_BE_EMPTY = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
@@ -35,13 +35,14 @@ MAY_BE_EMPTY = (
 
 
 def source_header(image: str | Path, advice: str) -> Dataset:
-    """The header of a DICOM file, or of an image in a DICOMweb store, with all that results repeat of it.
+    """The header of a DICOM file, or of an image in a DICOMweb store, with all elements that results copy.
 
     Args:
-        advice: what follows from it, if it is none.
+        image: the path or URL.
+        advice: the end of the error message for other images.
 
     Raises:
-        DataError: if it is no DICOM image, or cannot be had.
+        DataError: if it is not a DICOM image, or cannot be read.
     """
     if is_dicomweb(str(image)):
         header = Instance(str(image)).header
@@ -49,22 +50,22 @@ def source_header(image: str | Path, advice: str) -> Dataset:
         try:
             with DicomFile(Path(image)) as file:
                 header, _ = read_header(file, Path(image))
-        except Exception as error:  # pydicom has many
-            raise DataError(f"{image}: is no DICOM file, {advice}") from error
+        except Exception as error:  # pydicom raises errors of many kinds
+            raise DataError(f"{image}: is not a DICOM file, {advice}") from error
     for keyword in MAY_BE_EMPTY:
         if keyword not in header:
             setattr(header, keyword, "")
     if "Modality" not in header:
-        header.Modality = "OT"  # highdicom compares that of its images, and writes its own
+        header.Modality = "OT"  # highdicom compares the modality of the images, and writes its own
     for keyword in ("StudyDate", "SeriesDate", "PatientBirthDate"):
-        # De-identified files have dates of zeros, which highdicom refuses; a date may be empty.
+        # De-identified files have dates of zeros, which highdicom refuses; empty dates are valid.
         if keyword in header and not _is_date(header[keyword].value):
             header[keyword].value = ""
     return header
 
 
 def own_code(name: str) -> Code:
-    """A code for what has none but the name that the model's maker gave it."""
+    """A private code for a name of the model's author that has no standard code."""
     short = re.fullmatch(r"\w{1,16}", name, re.ASCII) is not None
     value = name if short else hashlib.sha256(name.encode()).hexdigest()[:16]
     return Code(value, _SCHEME, name[:64] or "_")
@@ -73,23 +74,24 @@ def own_code(name: str) -> Code:
 def segmentation(
     image: str | Path, header: Dataset, pixels: np.ndarray, segments: list[Any], *, content: str, uid: str = ""
 ) -> Dataset:
-    """A DICOM SEG of the size of a single-frame image.
+    """A DICOM SEG with the size of a single-frame image.
 
     Args:
+        image: the path or URL of the image, for messages.
         header: see `source_header`.
-        pixels: (rows, columns); bool of one segment, float in 0..1 of one fractional segment, or uint8 numbers of
+        pixels: (rows, columns); bool for one segment, float in 0..1 for one fractional segment, or uint8 numbers of
             segments, 0 for none.
-        segments: of highdicom, see `segment`.
-        content: says what it is.
-        uid: of the instance; new by default.
+        segments: the segments of highdicom, see `segment`.
+        content: the content description.
+        uid: the UID of the instance; new by default.
 
     Raises:
-        DataError: if the header lacks what a SEG must repeat.
+        DataError: if the header lacks elements that a SEG requires.
     """
     import highdicom
 
     fractional = pixels.dtype.kind == "f"
-    with made_of(image, "a DICOM SEG"):
+    with highdicom_errors(image, "a DICOM SEG"):
         found = highdicom.seg.Segmentation(
             source_images=[header],
             pixel_array=pixels[None],
@@ -107,13 +109,13 @@ def segmentation(
             transfer_syntax_uid=RLELossless if fractional else ExplicitVRLittleEndian,
             omit_empty_frames=False,
         )
-    # Of images that are not in a frame of reference (PS3.3 C.7.6.1); highdicom leaves it out.
+    # Required for images without a frame of reference (PS3.3 C.7.6.1), but highdicom omits it.
     found.PatientOrientation = header.get("PatientOrientation") or ""
     return found
 
 
 def segment(number: int, label: str, category: Code, kind: Code) -> Any:
-    """The description of a segment that a network has drawn."""
+    """The description of a segment that a network predicted."""
     import highdicom
 
     return highdicom.seg.SegmentDescription(
@@ -129,15 +131,15 @@ def segment(number: int, label: str, category: Code, kind: Code) -> Any:
 
 
 @contextlib.contextmanager
-def made_of(image: str | Path, what: str) -> Iterator[None]:
-    """That highdicom cannot make a result is an error that names the image."""
+def highdicom_errors(image: str | Path, what: str) -> Iterator[None]:
+    """Context that turns errors of highdicom into a `DataError` that names the image."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they may print what identifies the patient
+        warnings.simplefilter("ignore")  # warnings may contain the patient's identity
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"{image}: cannot have {what}: {reason}") from error
+            raise DataError(f"{image}: {what} cannot be created: {reason}") from error
 
 
 def _is_date(value: object) -> bool:

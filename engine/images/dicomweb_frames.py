@@ -1,4 +1,4 @@
-"""Frames of an instance in a DICOMweb store, each fetched when it is read: slides by tile, one slice of many."""
+"""Frames of an instance in a DICOMweb store, each downloaded when it is read: tiles of slides, slices of volumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydicom.uid import (
 
 from ..errors import DataError
 from . import codecs
-from .dicom_file import StoredFrames, quietly
+from .dicom_file import StoredFrames, without_validation
 from .dicomweb import Instance
 
 _SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 0xF7: JPEGLSLossless}
@@ -33,7 +33,7 @@ _SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 
 class StoreFrames(StoredFrames):
     """Frames of an instance in a store.
 
-    A store may send a frame as it is stored or uncompressed, and does not say which: the frame does.
+    A store may send a frame as stored or uncompressed without saying which, so the syntax is detected from the frame.
     """
 
     @property
@@ -44,7 +44,7 @@ class StoreFrames(StoredFrames):
         data, name = cast(Instance, self.path).frame(index + 1), f"{self.path}/frames/{index + 1}"
         syntax = syntax_of(data, self.frame, name)
         if syntax.is_encapsulated != self.compressed:
-            raise DataError(f"{name}: its store sends some frames compressed, others not; download the file")
+            raise DataError(f"{name}: its store sends only some frames compressed; download the file")
         if syntax.is_encapsulated:
             return codecs.decode(data, syntax, self.frame, name)
         pixels = np.frombuffer(data, self.stored_dtype, self.frame.nbytes // self.dtype.itemsize)
@@ -52,10 +52,10 @@ class StoreFrames(StoredFrames):
 
 
 def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
-    """The transfer syntax of a frame that comes without one, or one that its decoder takes as well.
+    """The transfer syntax of a frame that a store sends without one, or another syntax with the same decoder.
 
     Raises:
-        DataError: if it is none that is known, or of another size than the header says.
+        DataError: if the syntax is unknown, or the size differs from the header.
     """
     size = frame.rows, frame.columns, frame.samples
     if data[:3] == b"\xff\xd8\xff" and codecs.jpeg_size(data) == size:
@@ -67,19 +67,19 @@ def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
     if data[:8] == struct.pack("<2I", frame.samples * frame.bits_allocated // 8, 64):
         return RLELossless
     raise DataError(
-        f"{name}: {len(data)} bytes from its store are no frame of {frame.rows} x {frame.columns} pixels with "
+        f"{name}: {len(data)} bytes from its store are not a frame of {frame.rows} x {frame.columns} pixels with "
         f"{frame.samples} samples; download the file"
     )
 
 
 def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
-    """The header of an instance of several frames, and the frames; the first is fetched, to see how they come.
+    """The header of a multi-frame instance and its frames; downloads the first frame to detect the syntax.
 
     Raises:
-        DataError: if the store does not say what is needed, or the frames cannot be had one by one.
+        DataError: if the store's metadata is incomplete, or frames cannot be downloaded separately.
     """
     ds = instance.header
-    with quietly():
+    with without_validation():
         try:
             allocated, stored = int(ds.BitsAllocated), int(ds.BitsStored)
             samples, high = int(ds.get("SamplesPerPixel", 1)), int(ds.get("HighBit", stored - 1))
@@ -87,14 +87,14 @@ def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
             frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
             planar, signed = int(ds.get("PlanarConfiguration") or 0), bool(ds.get("PixelRepresentation", 0))
         except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{instance}: its store does not say how large it is; download the file") from error
+            raise DataError(f"{instance}: its store's metadata lacks the size; download the file") from error
     if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
         raise DataError(f"{instance}: {stored} bits of {allocated}, high bit {high}, is not supported; convert it")
     first = instance.frame(1)
     syntax = syntax_of(first, frame, f"{instance}/frames/1")
     lossy = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
     if lossy and (codecs.jpeg_bits(first) < stored or str(ds.get("LossyImageCompression", "")) == "00"):
-        raise DataError(f"{instance}: its store gives frames with a loss that the image has not; download the file")
+        raise DataError(f"{instance}: its store sends frames with additional lossy compression; download the file")
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
     frames = StoreFrames(

@@ -1,7 +1,7 @@
-"""The DICOM grey-scale pipeline as one integer table from stored values to grey levels (PS3.3 C.11, PS3.4 N.2).
+"""The DICOM grey-scale pipeline as an integer table from stored values to grey levels (PS3.3 C.11, PS3.4 N.2).
 
-Stored value -> sign -> modality LUT -> one VOI transformation -> inversion of MONOCHROME1; padding is black at the end.
-A table has an entry for each of the 2^BitsStored stored values, so the whole pipeline is exact and costs one gather.
+Stored value -> sign -> modality LUT -> one VOI transformation -> inversion of MONOCHROME1; padding becomes black.
+A table has an entry for each of the 2^BitsStored stored values, so the pipeline is exact and costs one gather.
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from .rawfile import brief
 
 @dataclass(frozen=True)
 class GreyScale:
-    """Grey level of every stored value, and how it was made."""
+    """The grey level of each stored value, and the applied steps."""
 
     table: np.ndarray
-    """uint16 (2^BitsStored,), indexed by the BitsStored bits of a pixel: negative values lie in the upper half."""
+    """uint16 (2^BitsStored,), indexed by the BitsStored bits of a pixel: negative values are in the upper half."""
     full: int
-    """The level that means white."""
+    """The level of white."""
     steps: tuple[str, ...]
-    """What was applied, in order; no text of the file's own."""
+    """The applied steps, in order, without text from the file."""
 
 
 def build(
     ds: Dataset, *, voi: str, frame: int, for_display: bool, name: str, present: np.ndarray | None = None
 ) -> GreyScale:
-    """The grey scale of one frame.
+    """The grey scale of a frame.
 
-    voi: "auto" (first VOI LUT, else first window, else the full range), "none" (full range), "minmax" (from the darkest
-    to the brightest pixel), "window:I" or "lut:I" with I a number from 0 or the file's name for it.
-    present: bool (2^BitsStored,), which bit patterns the frame holds; for "minmax" only.
+    Args:
+        ds: the header.
+        voi: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax" (from the darkest
+            to the brightest pixel), "window:I" or "lut:I" with I a number from 0 or the name in the file.
+        frame: the index of the frame.
+        for_display: whether the image is for presentation.
+        name: the file, for messages.
+        present: the bit patterns in the frame, bool (2^BitsStored,); for "minmax" only.
 
-    `DataError` where the header contradicts itself, or where all stored values would have one grey.
+    Raises:
+        DataError: if the header contradicts itself, or gives all stored values the same grey.
     """
     bits = int(ds.BitsStored)
     stored = _stored(ds, bits)
@@ -46,7 +52,7 @@ def build(
     values, modality = _modality(ds, stored, frame, name)
     if not np.all(np.isfinite(values)):
         raise DataError(f"{name}: the rescaled values are not finite; correct the header")
-    if not for_display and voi == "auto":  # the VOI module is forbidden there, so what stands there means nothing
+    if not for_display and voi == "auto":  # these images must not have a VOI module, so it is ignored
         voi = "none"
     inside = values[present & ~padding] if present is not None else values
     grey, full, step = _voi(ds, values, inside, voi, frame, bits, name)
@@ -56,7 +62,7 @@ def build(
         steps.append("inverted, as MONOCHROME1 says")
     shown = grey[~padding]
     if present is None and (not shown.size or shown.min() == shown.max()):
-        raise DataError(f"{name}: the header gives every stored value the same grey ({step}); choose another voi")
+        raise DataError(f"{name}: the header gives all stored values the same grey ({step}); choose another voi")
     grey = np.where(padding, 0, grey)
     if padding.any():
         first, last = stored[padding].min(), stored[padding].max()
@@ -65,7 +71,7 @@ def build(
 
 
 def _stored(ds: Dataset, bits: int) -> np.ndarray:
-    """int64 (2^bits,): the stored value of every bit pattern."""
+    """The stored value of each bit pattern, int64 (2^bits,)."""
     stored = np.arange(2**bits, dtype=np.int64)
     if ds.get("PixelRepresentation", 0):
         stored = np.where(stored >= 2 ** (bits - 1), stored - 2**bits, stored)
@@ -73,7 +79,7 @@ def _stored(ds: Dataset, bits: int) -> np.ndarray:
 
 
 def padding_patterns(ds: Dataset) -> np.ndarray | None:
-    """bool (2^BitsStored,): which bit patterns are background; None if the file declares no padding."""
+    """The bit patterns of background, bool (2^BitsStored,); None if the file declares no padding."""
     if ds.get("PixelPaddingValue") is None:
         return None
     return _padding(ds, _stored(ds, int(ds.BitsStored)))
@@ -85,7 +91,7 @@ def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
         return np.zeros(stored.shape, bool)
     last = ds.get("PixelPaddingRangeLimit")
     limits = [int(first), int(first if last is None else last)]
-    if ds.get("PixelRepresentation", 0):  # written with an unsigned VR now and then
+    if ds.get("PixelRepresentation", 0):  # sometimes written with an unsigned VR
         limits = [value - 2**16 if value >= 2**15 else value for value in limits]
     else:
         limits = [value + 2**16 if value < 0 else value for value in limits]
@@ -93,7 +99,7 @@ def _padding(ds: Dataset, stored: np.ndarray) -> np.ndarray:
 
 
 def functional_group(ds: Dataset, sequence: str, frame: int) -> Dataset:
-    """The item of a functional group that holds for a frame: its own, else the shared one, else the top level."""
+    """The item of a functional group for a frame: its own, otherwise the shared one, otherwise the top level."""
     per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
     groups = [per_frame[frame]] if frame < len(per_frame) else []
     groups += list(ds.get("SharedFunctionalGroupsSequence") or [])
@@ -110,7 +116,7 @@ def _modality(ds: Dataset, stored: np.ndarray, frame: int, name: str) -> tuple[n
         return data[np.clip(stored - first, 0, len(data) - 1)], [f"modality LUT of {len(data)} entries from {first}"]
     slope, intercept = _number(group.get("RescaleSlope"), 1.0), _number(group.get("RescaleIntercept"), 0.0)
     if slope == 0:
-        raise DataError(f"{name}: RescaleSlope is 0, which makes every pixel equal; correct the header")
+        raise DataError(f"{name}: RescaleSlope is 0, which makes all pixels equal; correct the header")
     if (slope, intercept) == (1.0, 0.0):
         return stored, []
     return stored * slope + intercept, [f"rescaled by {slope:g}, {intercept:+g}"]
@@ -118,7 +124,7 @@ def _modality(ds: Dataset, stored: np.ndarray, frame: int, name: str) -> tuple[n
 
 def _voi(
     ds: Dataset, values: np.ndarray, inside: np.ndarray, voi: str, frame: int, bits: int, name: str
-) -> tuple[np.ndarray, int, str]:  # grey levels, full level, what was done
+) -> tuple[np.ndarray, int, str]:  # grey levels, level of white, step
     group = functional_group(ds, "FrameVOILUTSequence", frame)
     luts = list(group.get("VOILUTSequence") or [])
     centers, widths = _numbers(group.get("WindowCenter")), _numbers(group.get("WindowWidth"))
@@ -134,8 +140,8 @@ def _voi(
         data, first, full = _lut(ds, luts[index], signed, name)
         grey = data[np.clip(np.rint(values).astype(np.int64) - first, 0, len(data) - 1)]
         return grey, full, f"VOI lut:{index}, {len(data)} entries from {first}"
-    # Below are continuous functions, and a narrow one on few levels would show steps: as many levels as 16 bits hold,
-    # but a multiple of the stored ones, so that the full range stays exact.
+    # The functions below are continuous, and a narrow window on few levels would show steps. So the number of levels is
+    # the largest in 16 bits that is a multiple of the stored levels, which keeps the full range exact.
     fine = full * ((2**16 - 1) // full)
     if kind == "window":
         function = str(group.get("VOILUTFunction") or "LINEAR").upper()
@@ -149,7 +155,7 @@ def _voi(
 
 
 def _choice(voi: str, names: dict[str, list[str]], name: str) -> tuple[str, int]:
-    """The kind of transformation and, of a LUT or window, its number."""
+    """The kind of transformation, and the index of a LUT or window."""
     if voi == "auto":
         return ("lut", 0) if names["lut"] else ("window", 0) if names["window"] else ("none", 0)
     if voi in ("none", "minmax"):
@@ -162,25 +168,25 @@ def _choice(voi: str, names: dict[str, list[str]], name: str) -> tuple[str, int]
     if which.casefold() in spelt:
         return kind, spelt.index(which.casefold())
     count = len(names[kind])
-    raise DataError(f"{name}: voi={voi!r} is wanted, but the file has {count} of these; use voi='auto'")
+    raise DataError(f"{name}: voi={voi!r} does not exist; the file has {count} of these; use voi='auto'")
 
 
 def check_voi(voi: str) -> None:
-    """`DataError` unless `voi` has one of the forms that `build` takes."""
+    """Raise a `DataError` unless `voi` has a form that `build` accepts."""
     kind, _, which = voi.partition(":")
     if voi not in ("auto", "none", "minmax") and (kind not in ("lut", "window") or not which.strip()):
-        raise DataError(f"voi={voi!r} is not 'auto', 'none', 'minmax', 'window:I' or 'lut:I'")
+        raise DataError(f"voi={voi!r} must be 'auto', 'none', 'minmax', 'window:I' or 'lut:I'")
 
 
 def _window(values: np.ndarray, center: float, width: float, function: str, name: str) -> np.ndarray:
     """Grey as a fraction of the output range (PS3.3 C.11.2.1.2 and .3)."""
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise DataError(
-            f"{name}: VOILUTFunction {brief(function)!r} is unknown; choose another grey scale with voi='none'"
+            f"{name}: unknown VOILUTFunction {brief(function)!r}; choose another grey scale with voi='none'"
         )
     if not (np.isfinite(center) and np.isfinite(width)) or (width < 1 if function == "LINEAR" else width <= 0):
         raise DataError(
-            f"{name}: WindowCenter {center:g}, WindowWidth {width:g} is not allowed; choose another one with voi='none'"
+            f"{name}: WindowCenter {center:g}, WindowWidth {width:g} is not allowed; choose another with voi='none'"
         )
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
@@ -197,20 +203,20 @@ def _lut(ds: Dataset, item: Dataset, signed: bool, name: str) -> tuple[np.ndarra
     if descriptor is None or len(descriptor) != 3 or data is None:
         raise DataError(f"{name}: has a LUT without descriptor or data; choose another grey scale with voi='none'")
     count, first, bits = (int(value) for value in descriptor)
-    count = count % 2**16 or 2**16  # 0 stands for 65536
+    count = count % 2**16 or 2**16  # 0 means 65536
     if signed and first >= 2**15:
         first -= 2**16
     elif not signed and first < 0:
         first += 2**16
     entries = _entries(ds, data, count)
     if len(entries) != count:
-        raise DataError(f"{name}: a LUT has {len(entries)} entries, {count} declared; use voi='none' or another LUT")
-    # Real files declare fewer bits than their entries have.
+        raise DataError(f"{name}: a LUT has {len(entries)} entries instead of {count}; use voi='none' or another LUT")
+    # Some files declare fewer bits than their entries have.
     return entries, first, 2 ** max(bits, int(entries.max()).bit_length()) - 1
 
 
 def _entries(ds: Dataset, data: Any, count: int) -> np.ndarray:
-    """LUTData as int64: words (US, or OW as bytes) or, where there are half as many, bytes packed in words."""
+    """LUTData as int64: words (US, or OW as bytes) or, for half as many words, bytes packed into words."""
     order = "<" if getattr(ds, "original_encoding", (None, True))[1] else ">"
     if not isinstance(data, bytes | bytearray):
         words = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF

@@ -1,4 +1,4 @@
-"""What a DICOM header says about an image, without its pixels."""
+"""Image data in a DICOM header, without the pixels."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydicom.dataset import Dataset
 
 from ..errors import DataError
 from . import mammography
-from .dicom_file import DicomFile, quietly, read_header
+from .dicom_file import DicomFile, read_header, without_validation
 from .rawfile import one_line
 
 MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
-UNDECLARED = "not declared"  # the photometric interpretation of a header that has none
+UNDECLARED = "not declared"  # the photometric interpretation of a header without one
 # Mammography, breast projections, digital X-ray.
 _FOR_PROCESSING = {"1.2.840.10008.5.1.4.1.1.1.2.1", "1.2.840.10008.5.1.4.1.1.13.1.5", "1.2.840.10008.5.1.4.1.1.1.1.1"}
 
 
 @dataclass(frozen=True)
 class DicomInfo:
-    """What a DICOM header says about an image; None where it says nothing.
+    """Image data in a DICOM header; None for missing data.
 
-    What identifies the patient is left out of the printed form, so that it gets into no log by accident.
+    The printed form omits data that identify the patient, so that logs do not contain them by accident.
     """
 
     rows: int
@@ -40,37 +40,37 @@ class DicomInfo:
     view: str | None
     """CC, MLO, ML, ... as in ViewPosition."""
     orientation: tuple[str, str] | None
-    """Where columns and rows go to, as in PatientOrientation: ("A", "F") is anterior to the right, feet below."""
+    """The directions of rows and columns, as in PatientOrientation: ("A", "F") is anterior to the right, feet below."""
     spacing: tuple[float, float] | None
     """Millimetres between rows and between columns, at the detector unless the file is calibrated."""
     photometric: str
     for_processing: bool
     """Raw detector values, not meant for display."""
     flags: tuple[str, ...]
-    """What sets it apart from a standard view, sorted: "implant", "spot", "magnification", "phantom", "stereo",
+    """Differences from a standard view, sorted: "implant", "spot", "magnification", "phantom", "stereo",
     "synthetic", "tomosynthesis", "projection", "contrast", "partial", "burned in", "lossy", "overlay", and view
     modifiers ("rolled", "tangential", "cleavage", "implant displaced", ...)."""
     magnification: float | None
-    """How much larger than the breast the detector shows it: `spacing` divided by this is millimetres in the breast."""
+    """The magnification at the detector: `spacing` divided by it is millimetres in the breast."""
     manufacturer: str | None
     matrix: tuple[int, int] | None
-    """Rows and columns of the whole slide whose tiles the frames are."""
+    """Rows and columns of the whole slide, if the frames are its tiles."""
 
     @property
     def is_mammogram(self) -> bool:
-        """Whether the chest wall has a side: modality MG, or a view that only mammograms have."""
+        """Whether the image is a mammogram: modality MG, or a mammographic view."""
         return self.modality == "MG" or self.view in mammography.VIEWS
 
 
 def read_info(path: str | Path) -> DicomInfo:
-    """The header of a DICOM file; the pixels are not read. `DataError` if it is missing, damaged or no image."""
+    """The header of a DICOM file, without its pixels; `DataError` if it is missing, damaged or not an image."""
     path = Path(path)
-    with DicomFile(path) as file, quietly():
+    with DicomFile(path) as file, without_validation():
         return describe(read_header(file, path)[0], path)
 
 
 def describe(ds: Dataset, path: Path) -> DicomInfo:
-    """A header that is read. `DataError` naming `path` where elements hold what they cannot."""
+    """The data of a parsed header; `DataError` for invalid elements."""
     try:
         laterality, view = mammography.side_and_view(ds)
         sop_class = str(ds.get("SOPClassUID", ""))
@@ -97,13 +97,13 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             manufacturer=_text(ds.get("Manufacturer")),
             matrix=(int(matrix[0]), int(matrix[1])) if all(matrix) else None,  # pyright: ignore[reportArgumentType]
         )
-    except Exception as error:  # pydicom converts elements when they are used, and says in many ways that it cannot
+    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
         raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
     if info.rows < 1 or info.columns < 1 or info.frames < 1:
-        raise DataError(f"{path}: {info.frames} frames of {info.rows} x {info.columns} pixels; the header is damaged")
+        raise DataError(f"{path}: damaged header ({info.frames} frames of {info.rows} x {info.columns} pixels)")
     return info
 
 
 def _text(value: Any) -> str | None:
-    """In one line; None if there is none."""
+    """The value as text in one line; None if it is empty."""
     return " ".join(str(value).split()) or None if value is not None else None

@@ -13,9 +13,12 @@ from .parallel import run_parallel
 def read_headers(
     paths: Sequence[Path], *, workers: int | None = None, on_done: Callable[[], object] | None = None
 ) -> list[DicomInfo | DataError]:
-    """`dicom.read_info` of every file, in the order of `paths`; what cannot be read is its error.
+    """`dicom.read_info` of each file, in the order of `paths`; the error for a file that cannot be read.
 
-    on_done: called once for every file that is done.
+    Args:
+        paths: the files.
+        workers: the number of processes, as in `run_parallel`.
+        on_done: called after each file.
     """
     found: list[DicomInfo | DataError] = [DataError("not read")] * len(paths)
     for index, result in run_parallel(read_info, paths, workers=workers, chunk=64):

@@ -1,4 +1,4 @@
-"""Labels of a map's loss, read by region as images are, and the loss on them."""
+"""Labels of a dense loss, read by region like images, and the loss on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Criterion = Callable[[Any, Any], Any]
 
 @dataclass
 class Labels:
-    """Labels as a source of the stage: a tensor that is there, or something that is read by region."""
+    """Labels as a source of a stage: a tensor, or a source that is read by region."""
 
     values: Any
     shape: tuple[int, ...] = field(init=False)
@@ -35,7 +35,7 @@ class Labels:
             )
         self.shape = tuple(self.values.shape)
         if len(self.shape) < 2 or not all(self.shape):
-            raise GigamorphError(f"labels of shape {self.shape} have no two image axes at the end")
+            raise GigamorphError(f"labels of shape {self.shape} must have two non-empty image axes at the end")
         self.dtype = self.values.dtype if isinstance(self.values, Tensor) else self.read(0, 1, 0, 1).dtype
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -45,21 +45,21 @@ class Labels:
 
 
 def _tensor(values: Any) -> Tensor:
-    """An array's values, integers as int64."""
+    """An array as a tensor, integers as int64."""
     array = np.asarray(values)
     if array.dtype.kind in "iu":
         array = array.astype(np.int64)
     if array.dtype.kind not in "ifb":
-        raise GigamorphError(f"labels of {array.dtype} are not numbers")
+        raise GigamorphError(f"labels must be numbers, not {array.dtype}")
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
 
 
-# Partials of functions and not closures, so that a recording finds what the criterion depends on.
+# Partials of functions instead of closures, so that a recording finds the dependencies of the criterion.
 def with_loss(network: nn.Module, criterion: Criterion, structure: TreeSpec, image: Tensor, *labels: Tensor) -> Any:
-    """A criterion on what a network makes of an image, and labels that were a tree of this structure."""
+    """The loss of a network's outputs for an image, with flattened labels of a tree structure."""
     return loss_of(criterion, structure, network(image), *labels)
 
 
 def loss_of(criterion: Criterion, structure: TreeSpec, outputs: Any, *labels: Tensor) -> Any:
-    """The same of what the network has made."""
+    """The loss of given outputs, with flattened labels of a tree structure."""
     return criterion(outputs, tree_unflatten(list(labels), structure))

@@ -1,7 +1,7 @@
-"""What files other than DICOM do not say: which value is white, and on which side the chest wall is.
+"""White level and side of the chest wall for files other than DICOM, which do not store them.
 
-Detectors have 10, 12 or 14 bits, and PNG and TIFF files hold their values in 16: read on the file's own scale, 12 bits
-in 16 are an almost black image.
+Detectors have 10, 12 or 14 bits, and PNG and TIFF files store their values in 16. Scaled by the file's range, 12 bits
+in 16 give an almost black image.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..errors import DataError
 from .stored import StoredPixels, is_wide
 
 White = float | Literal["auto"]
-"""The stored value that is white, or the least of `WHITES` that no pixel exceeds."""
+"""The stored value of white; "auto" is the smallest of `WHITES` that no pixel exceeds."""
 WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 DARK = 1 / 16
-"""An image that uses no more of its scale is taken to be on another scale: 12 bits in 16 use a sixteenth."""
+"""An image that uses at most this share of its scale is probably on another scale: 12 bits in 16 use a sixteenth."""
 _ROWS, _STRIPS = 16, 64
-# How much brighter the half with the breast must be before its side counts as seen.
+# The side of the breast is clear if its half is brighter by at least this factor.
 _CLEAR = 1.3
 
 
 def parse_white(text: str) -> White:
-    """``auto`` or a positive number; `DataError` if it is neither."""
+    """Parse ``auto`` or a positive number; `DataError` for other text."""
     if text.strip().lower() == "auto":
         return "auto"
     try:
@@ -35,26 +35,26 @@ def parse_white(text: str) -> White:
     except ValueError:
         value = 0.0
     if not 0 < value < np.inf:
-        raise DataError(f"white level {text!r} is neither auto nor a positive number; 12 bits have 4095")
+        raise DataError(f"white level {text!r} must be auto or a positive number, such as 4095 for 12 bits")
     return value
 
 
 def require_white(white: White | None) -> None:
-    """`DataError` unless it is a white level, or None for the file's own."""
+    """Raise a `DataError` unless it is a white level, or None for that of the file."""
     if white not in (None, "auto") and not (isinstance(white, Real) and 0 < white < np.inf):
-        raise DataError(f"white={white!r} is neither 'auto' nor a positive number; 12 bits have 4095")
+        raise DataError(f"white={white!r} must be 'auto' or a positive number, such as 4095 for 12 bits")
 
 
 def require_side(laterality: str | None) -> None:
-    """`DataError` unless it is the side of a breast, or None where there is none."""
+    """Raise a `DataError` unless it is the side of a breast, or None without one."""
     if laterality not in (None, "L", "R"):
-        raise DataError(f"laterality={laterality!r} is neither 'L' nor 'R'")
+        raise DataError(f"laterality={laterality!r} must be 'L' or 'R'")
 
 
 def find_white(stored: StoredPixels) -> float:
-    """The least of `WHITES` that no pixel exceeds, but no more than the file's own white; reads the whole image.
+    """The smallest of `WHITES` that no pixel exceeds, at most the white of the file; reads the whole image.
 
-    Of integers of more than 16 bits that exceed all of them, the largest pixel.
+    For integers of more than 16 bits that exceed all of `WHITES`, it is the largest pixel.
     """
     integer = np.dtype(str(stored.dtype).removeprefix("torch.")).kind in "ui"
     least = 255.0 if integer else 1.0
@@ -67,18 +67,18 @@ def find_white(stored: StoredPixels) -> float:
 
 
 def largest(stored: StoredPixels) -> float:
-    """The largest stored value of an image; reads all of it, some rows at a time."""
+    """The largest stored value of an image; reads all of it, a few rows at a time."""
     _, height, width = stored.shape
     return max(highest(stored.read(top, min(top + 256, height), 0, width)) for top in range(0, height, 256))
 
 
 def highest(values: np.ndarray | Tensor) -> float:
-    """The largest of some values, whatever their type (PyTorch has no maximum of uint16)."""
+    """The largest value, for all dtypes (PyTorch has no maximum of uint16)."""
     return float(values.max()) if isinstance(values, np.ndarray) else float(values.to(float32).max())
 
 
 def sample_rows(height: int) -> Iterator[tuple[int, int]]:
-    """(top, bottom) of strips that are spread evenly: all rows of small images, a thousand of large ones."""
+    """(top, bottom) of evenly spaced strips: all rows of small images, about a thousand rows of large ones."""
     count = min(_STRIPS, -(-height // _ROWS))
     for number in range(count):
         top = number * height // count
@@ -86,19 +86,20 @@ def sample_rows(height: int) -> Iterator[tuple[int, int]]:
 
 
 def require_numbers(strip: Tensor, where: str = "") -> None:
-    """Refuse pixels that are NaN or infinite, which files of floating point may hold.
+    """Raise an error for NaN or infinite pixels, which floating-point files may contain.
 
     Raises:
-        DataError: that begins with ``where``.
+        DataError: begins with ``where``.
     """
     if not strip.isfinite().all():
-        raise DataError(f"{where}holds pixels that are no numbers (NaN or infinite); save it without them")
+        raise DataError(f"{where}contains NaN or infinite pixels; save it without them")
 
 
 def brighter_half(columns: np.ndarray) -> Literal["left", "right"] | None:
-    """The half that holds more above the darkest column, if it is clear.
+    """The half of an image with the larger sum above the darkest column; None if unclear.
 
-    columns: (width,), grey of each column, of any scale.
+    Args:
+        columns: the grey value of each column, (width,), on any scale.
     """
     weight = columns - columns.min()
     half = len(weight) // 2

@@ -1,8 +1,7 @@
-"""What a DICOM header says of a mammogram: side, view, spacing, and what sets it apart from a standard view.
+"""Data of mammograms in a DICOM header: side, view, spacing, and differences from a standard view.
 
-Each of these may stand in several places: in an element of its own, as a code of SNOMED CT or its predecessor
-SNOMED RT, in the functional groups of a multi-frame file, or only in a description. The first that says something
-counts, in this order.
+Each may be in an element of its own, as a code of SNOMED CT or its predecessor SNOMED RT, in the functional groups of a
+multi-frame file, or only in a description. The first one found counts, in this order.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ VIEW_CODES = {
     **dict.fromkeys(("127457009", "G-8310"), "SPECIMEN"),
 }
 VIEWS = {*VIEW_CODES.values(), "AT"}
-# CID 244, and the breast of one side as anatomy.
+# CID 244, and the left or right breast as anatomy.
 SIDE_CODES = {
     **dict.fromkeys(("7771000", "G-A101", "80248007", "T-04030"), "L"),
     **dict.fromkeys(("24028007", "G-A100", "73056007", "T-04020"), "R"),
 }
-# CID 4015: the modifiers that make a view another picture than its name promises.
+# CID 4015: the modifiers that change what a view shows.
 MODIFIER_CODES = {
     **dict.fromkeys(("399163009", "R-102D6"), "magnification"),
     **dict.fromkeys(("399055006", "R-102D7"), "spot"),
@@ -60,12 +59,12 @@ _CONTRAST = re.compile(r"CESM|CEDM|CONTRAST|LOW_ENERGY|HIGH_ENERGY|RECOMBINED|SU
 
 
 def text(value: Any) -> str:
-    """In one line and capitals; empty if there is none."""
+    """The value in one line and capitals; empty for None."""
     return " ".join(str(value).split()).upper() if value is not None else ""
 
 
-def _places(ds: Dataset) -> Iterator[Dataset]:
-    """The data set itself, then the items of its shared functional groups and of those of the first frame."""
+def _data_sets(ds: Dataset) -> Iterator[Dataset]:
+    """The data set, the items of its shared functional groups, and those of the first frame."""
     yield ds
     per_frame = list(ds.get("PerFrameFunctionalGroupsSequence") or [])[:1]
     for group in [*(ds.get("SharedFunctionalGroupsSequence") or []), *per_frame]:
@@ -75,7 +74,7 @@ def _places(ds: Dataset) -> Iterator[Dataset]:
 
 
 def _codes(item: Dataset, *path: str) -> Iterator[str]:
-    """Code values in the items of a sequence, or of a sequence in those items."""
+    """The code values in the items of a sequence, or of a nested sequence."""
     for inner in item.get(path[0]) or []:
         if len(path) > 1:
             yield from _codes(inner, *path[1:])
@@ -84,12 +83,12 @@ def _codes(item: Dataset, *path: str) -> Iterator[str]:
 
 
 def side_and_view(ds: Dataset) -> tuple[str | None, str | None]:
-    """L or R, and the view as in ViewPosition; None where nothing says."""
-    places = list(_places(ds))
-    side = _own_side(places)
+    """L or R, and the view as in ViewPosition; None if unknown."""
+    items = list(_data_sets(ds))
+    side = _own_side(items)
     position = text(ds.get("ViewPosition"))
     view = position if position in VIEWS else None
-    codes = [VIEW_CODES[code] for item in places for code in _codes(item, "ViewCodeSequence") if code in VIEW_CODES]
+    codes = [VIEW_CODES[code] for item in items for code in _codes(item, "ViewCodeSequence") if code in VIEW_CODES]
     view = view or next(iter(codes), None)
     for words in (position, text(ds.get("SeriesDescription")), text(ds.get("ProtocolName"))):
         first, last = _SIDE_FIRST.search(words), _VIEW_FIRST.search(words)
@@ -99,13 +98,13 @@ def side_and_view(ds: Dataset) -> tuple[str | None, str | None]:
     return side or _side_by_orientation(ds), view or position or None
 
 
-def _own_side(places: list[Dataset]) -> str | None:
+def _own_side(items: list[Dataset]) -> str | None:
     for keyword in ("ImageLaterality", "Laterality", "FrameLaterality"):
-        for item in places:
+        for item in items:
             if text(item.get(keyword)) in ("L", "R"):
                 return text(item.get(keyword))
     for path in (("AnatomicRegionSequence", "AnatomicRegionModifierSequence"), ("AnatomicRegionSequence",)):
-        for item in places:
+        for item in items:
             for code in _codes(item, *path):
                 if code in SIDE_CODES:
                     return SIDE_CODES[code]
@@ -113,8 +112,8 @@ def _own_side(places: list[Dataset]) -> str | None:
 
 
 def orientation(ds: Dataset) -> tuple[str, str] | None:
-    """Where rows and columns go to: PatientOrientation, for a multi-frame file perhaps in its functional groups."""
-    for item in _places(ds):
+    """The directions of rows and columns: PatientOrientation, maybe in the functional groups of a multi-frame file."""
+    for item in _data_sets(ds):
         inner = item.get("PatientOrientationInFrameSequence")
         value = item.get("PatientOrientation") or (inner[0].get("PatientOrientation") if inner else None)
         if value and not isinstance(value, str) and len(value) == 2 and all(value):
@@ -123,8 +122,8 @@ def orientation(ds: Dataset) -> tuple[str, str] | None:
 
 
 def _side_by_orientation(ds: Dataset) -> str | None:
-    """A left breast as it is hung has anterior to the right and its medial side, the right, below; a right one the
-    other way round. Images that are hung otherwise say nothing."""
+    """The side by the standard display: a left breast has anterior right and its medial side below, a right one the
+    opposite; None for other orientations."""
     row, column = orientation(ds) or ("", "")
     if row == "A" and column in ("R", "FR"):
         return "L"
@@ -132,14 +131,14 @@ def _side_by_orientation(ds: Dataset) -> str | None:
 
 
 def spacing(ds: Dataset) -> tuple[float, float] | None:
-    """Millimetres between rows and between columns: calibrated or of a reconstruction if so, else at the detector."""
+    """Millimetres between rows and between columns: calibrated or of a reconstruction, otherwise at the detector."""
     if not ds.get("PixelSpacingCalibrationType") and ds.get("ImagerPixelSpacing"):
         keywords = ("ImagerPixelSpacing", "PixelSpacing", "NominalScannedPixelSpacing")
     else:
         keywords = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    places = list(_places(ds)) + list(ds.get("XRay3DAcquisitionSequence") or [])[:1]
+    items = list(_data_sets(ds)) + list(ds.get("XRay3DAcquisitionSequence") or [])[:1]
     for keyword in keywords:
-        for item in places:
+        for item in items:
             value = item.get(keyword)
             if value and not isinstance(value, str) and len(value) == 2:
                 pair = float(value[0]), float(value[1])
@@ -149,7 +148,7 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
 
 
 def magnification(ds: Dataset) -> float | None:
-    """EstimatedRadiographicMagnificationFactor: 1 to 1.1 in contact, 1.5 and more on a magnification table."""
+    """EstimatedRadiographicMagnificationFactor: 1 to 1.1 for contact views, at least 1.5 on a magnification table."""
     for item in (ds, *(ds.get("XRay3DAcquisitionSequence") or [])):
         value = item.get("EstimatedRadiographicMagnificationFactor")
         if value not in (None, ""):
@@ -158,19 +157,19 @@ def magnification(ds: Dataset) -> float | None:
 
 
 def flags(ds: Dataset) -> tuple[str, ...]:
-    """What sets the image apart from a standard view of a breast, sorted: "implant", "spot", "phantom", ..."""
-    places = list(_places(ds))
+    """Differences from a standard view of a breast, sorted: "implant", "spot", "phantom", ..."""
+    items = list(_data_sets(ds))
     kinds = [text(value) for value in _values(ds.get("ImageType"))]
     words = " ".join(text(ds.get(key)) for key in ("SeriesDescription", "ProtocolName", "ViewPosition"))
     paddles = " ".join(
-        text(item.get("PaddleDescription")) for item in (*places, *(ds.get("XRay3DAcquisitionSequence") or []))
+        text(item.get("PaddleDescription")) for item in (*items, *(ds.get("XRay3DAcquisitionSequence") or []))
     )
     studied = " ".join(
         text(ds.get(key)) for key in ("BodyPartExamined", "StudyDescription", "PatientID", "PatientName")
     )
     modifiers = {
         MODIFIER_CODES.get(code)
-        for item in places
+        for item in items
         for code in _codes(item, "ViewCodeSequence", "ViewModifierCodeSequence")
     }
     sop_class = str(ds.get("SOPClassUID", ""))
@@ -190,7 +189,7 @@ def flags(ds: Dataset) -> tuple[str, ...]:
         "partial": text(ds.get("PartialView")) == "YES",
         "burned in": text(ds.get("BurnedInAnnotation")) == "YES",
         "lossy": text(ds.get("LossyImageCompression")) == "01",
-        "overlay": any(0x60000000 <= int(tag) < 0x61000000 for tag in ds.keys()),  # noqa: SIM118 (a Dataset, no dict)
+        "overlay": any(0x60000000 <= int(tag) < 0x61000000 for tag in ds.keys()),  # noqa: SIM118 (not a dict)
     }
     return tuple(sorted({name for name, is_so in found.items() if is_so} | {name for name in modifiers if name}))
 

@@ -1,4 +1,4 @@
-"""A pixel source of any file, told by its first bytes, or of an array."""
+"""Opens pixel sources of files, whose format is detected by the first bytes, and of arrays."""
 
 from __future__ import annotations
 
@@ -31,39 +31,43 @@ def open_pixels(
     white: White | None = None,
     laterality: str | None = None,
 ) -> ImageSource:
-    """A `PixelSource` of a file or array.
+    """Open a file or array as a `PixelSource`.
 
-    Files are told by their first bytes, not their name. `.npy`, zarr and OME-Zarr, TIFF (OME-TIFF, SVS), uncompressed
-    DICOM and DICOM slides are read by region and never whole; PNG, JPEG and compressed DICOM have no random access and
-    are decoded once, in their own dtype, at the first read. Integers are divided by their largest value (BitsStored for
-    DICOM and TIFF), floats kept.
+    The format of a file is detected by its first bytes, not its name. `.npy`, zarr and OME-Zarr, TIFF (OME-TIFF, SVS),
+    uncompressed DICOM and DICOM slides are read by region and never whole. PNG, JPEG and compressed DICOM lack random
+    access and are decoded once, in their own dtype, at the first read. Integers are divided by their largest value
+    (BitsStored for DICOM and TIFF); floats are unchanged.
 
-    image: path, URL that fsspec reaches (https://, s3://, memory://; only what is read is fetched), or
-        array/tensor/memmap laid out (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) where both fit.
-    normalize: what comes after grey values on [0, 1]; default nothing.
-    voi: DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range), "minmax"
-        (from the image's darkest to its brightest pixel), "window:I" or "lut:I", I a number from 0 or the file's name.
-    flip: True mirrors left-right; "auto" mirrors mammograms so that the chest wall is left, and nothing else.
-        Mammograms are DICOM files that say so, and other files whose `laterality` is given.
-    channels: 3 repeats grey, 1 takes one channel of a colour image whose channels are equal; default as stored.
-    frame: which frame of a multi-frame DICOM file, or plane of a slide, TIFF or OME-Zarr image that has several, from
-        0; such files are refused without it.
-    for_processing: accept DICOM images that are not meant for display (raw detector values).
-    white: the value that is white in files other than DICOM, by default the largest of their type (1 for floats);
-        4095 for 12 bits in a 16-bit PNG; "auto" takes the least of 255, 1023, 4095, 16383, 65535 that no pixel exceeds
-        and is the default of integers of more than 16 bits, whose largest pixel is white if it exceeds all of these.
-    laterality: "L" or "R" tells that a file other than DICOM is a mammogram. The chest wall is where the breast is and,
-        where that is unclear, where it is as the breast is hung: on the right of a right one.
+    Args:
+        image: path, URL that fsspec supports (https://, s3://, memory://; only required bytes are fetched), or array,
+            tensor or memmap of shape (H, W), (C, H, W) or (H, W, C) with C 1 or 3; (C, H, W) if both fit.
+        normalize: the normalisation of grey values on [0, 1]; none by default.
+        voi: the DICOM grey scale: "auto" (first VOI LUT, else first window, else full range), "none" (full range),
+            "minmax" (from the darkest to the brightest pixel), "window:I" or "lut:I", I a number from 0 or the name in
+            the file.
+        flip: True mirrors left-right; "auto" mirrors mammograms so that the chest wall is on the left. Mammograms are
+            DICOM files with such a header, and other files with a `laterality`.
+        channels: 3 repeats grey, 1 takes a channel of a colour image with equal channels; by default as stored.
+        frame: the frame of a multi-frame DICOM file, or the plane of a slide, TIFF or OME-Zarr image, from 0; required
+            if there are several.
+        for_processing: accepts DICOM images that are not for display (raw detector values).
+        white: the value of white in files other than DICOM, such as 4095 for 12 bits in a 16-bit PNG; by default the
+            largest value of the type (1 for floats). "auto" uses the smallest of 255, 1023, 4095, 16383, 65535 that no
+            pixel exceeds, and is the default for integers of more than 16 bits; their white is the largest pixel if it
+            exceeds all of these.
+        laterality: "L" or "R" declares a file other than DICOM a mammogram. The chest wall is on the side of the
+            breast or, if that is unclear, as in the standard display: on the right for a right breast.
 
-    Raises `DataError` naming the file: missing, damaged, truncated, of an unknown format, or not what was asked for.
+    Raises:
+        DataError: if the file is missing, damaged, truncated, of an unknown format, or does not fit the options.
     """
     if isinstance(image, str) and is_url(image):
         found = remote_file(image)
         if found is None:
-            raise DataError(f"{image}: no part of it can be read alone where it lies; fetch it")
+            raise DataError(f"{image}: its server does not support byte ranges; download it")
         image = found
     if isinstance(image, str | Path | RemoteFile):
-        # As much of a path as is asked of one.
+        # A remote file has the methods of a path that are used.
         path = cast(Path, image) if isinstance(image, RemoteFile) else Path(image)
         stored = _open_file(path, voi=voi, frame=frame, for_processing=for_processing)
     else:
@@ -72,20 +76,20 @@ def open_pixels(
 
 
 def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool) -> StoredPixels:
-    # Lazily, because the libraries of these modules take time to load.
+    # Imports are lazy, because the libraries of these modules take time to load.
     if isinstance(path, Instance):
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
-    try:  # a folder that is closed, or a name that is too long, is an error of each of these
+    try:  # each call fails for a folder without permission, or for a name that is too long
         if path.is_dir():
             from .zarrs import MARKS, ZarrPixels
 
             if any((path / mark).is_file() for mark in MARKS):
                 return ZarrPixels(path, frame)
-            os.listdir(path)  # of a folder that is closed this is what it lacks
-        if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for its writer
-            raise DataError(f"{path}: is no regular file; name an image")
+            os.listdir(path)  # raises the error of a folder without permission
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer
+            raise DataError(f"{path}: is not a regular file; pass an image")
         with path.open("rb") as file:
             head = file.read(132)
     except OSError as error:
@@ -115,40 +119,40 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
 
         stored = open_pgm(path)
     else:
-        what = "is empty" if not head else "is no DICOM (with its DICM mark), PNG, JPEG, PGM, TIFF, zarr or .npy file"
+        what = "is empty" if not head else "is not a DICOM (with DICM prefix), PNG, JPEG, PGM, TIFF, zarr or .npy file"
         raise DataError(f"{path}: {what}; check the path or convert the file")
     if frame not in (None, 0):
-        raise DataError(f"{path}: frame {frame} is wanted, the file holds one image")
+        raise DataError(f"{path}: frame {frame} does not exist; the file has a single image")
     return stored
 
 
 def _open_array(image: np.ndarray | Tensor) -> StoredPixels:
     if not isinstance(image, np.ndarray | Tensor):
         what = type(image).__name__
-        raise DataError(f"an image is a path, an array or a tensor, not {what}; np.asarray makes an array")
+        raise DataError(f"an image must be a path, an array or a tensor, not {what}; convert it with np.asarray")
     sides = "x".join(str(side) for side in image.shape)
     if isinstance(image, Tensor):
         name = f"<tensor {sides}>"
         if image.is_complex() or image.layout != strided:
-            raise DataError(f"{name}: is {image.dtype}, {image.layout}; give a dense tensor of real numbers")
+            raise DataError(f"{name}: is {image.dtype}, {image.layout}; pass a dense tensor of real numbers")
         order = channels_first(tuple(image.shape), name)
         image = image.detach()
         return ArrayPixels(image[None] if image.ndim == 2 else image.permute(order), name)
     name = f"<array {sides}>"
-    if isinstance(image, np.memmap) and (file := _its_file(image)) is not None:
-        # A mapping of a whole file is read from that file: it pickles as a path, and what was read stays out of the
-        # process's resident memory.
+    if isinstance(image, np.memmap) and (file := _backing_file(image)) is not None:
+        # A map of a whole file is read from the file: it is pickled as a path, and its pages do not become resident
+        # memory.
         from .rawfile import RawPixels
 
         return RawPixels(file, image.offset, image.shape, image.dtype)
     if image.dtype.kind not in "buif":
-        raise DataError(f"{name}: holds {image.dtype}, not numbers that can be pixels")
+        raise DataError(f"{name}: contains {image.dtype}, but pixels must be numbers")
     order = channels_first(image.shape, name)
     return ArrayPixels(image[None] if image.ndim == 2 else image.transpose(order), name)
 
 
-def _its_file(image: np.memmap) -> Path | None:
-    """The file that holds all of a memory map in order; None where that is a part of it, or is copied on write."""
+def _backing_file(image: np.memmap) -> Path | None:
+    """The file of a contiguous memory map; None for a view of another array, or a copy-on-write map."""
     whole = isinstance(image.base, mmap.mmap) and image.flags.c_contiguous and image.mode != "c"
     path = Path(image.filename) if whole and image.filename else None
     return path if path is not None and path.is_file() else None

@@ -1,4 +1,4 @@
-"""The same work on many files in several processes, none of which can stop the others."""
+"""Parallel work on many files in several processes; a crash of one does not stop the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Below this the processes cost more than they save.
+# For fewer items, starting processes costs more than it saves.
 _FEW = 32
 
 
@@ -27,13 +27,16 @@ def run_parallel(
     workers: int | None = None,
     chunk: int = 1,
 ) -> Iterator[tuple[int, Result | DataError]]:
-    """(index, function(item)) for every item, as results come in, in no particular order.
+    """Iterate over (index, function(item)) of all items, in order of completion.
 
-    `DataError`s are results, too; so is a crash of the process (a damaged file in a faulty decoder), as a `DataError`
-    that names the item. Any other exception is a fault of ours and is raised.
+    A `DataError` is a result too, and so is a crash of the process (a damaged file in a faulty decoder), as a
+    `DataError` that names the item. Other exceptions are bugs and are raised.
 
-    function: of a module's top level, so that it can be sent to a process. workers: by default one per CPU; 1 works in
-    this process. chunk: items that a process gets at a time.
+    Args:
+        function: a function at the top level of a module, so that it can be pickled.
+        items: the items.
+        workers: the number of processes, by default one per CPU; 1 runs in this process.
+        chunk: the number of items per task.
     """
     workers = min(workers or available_cpus(), max(1, len(items) // 2))
     if workers == 1 or (len(items) < _FEW and chunk > 1):
@@ -57,14 +60,14 @@ def run_parallel(
                 yield from enumerate(results, start)
         finally:
             pool.shutdown(cancel_futures=True)
-    # Whoever crashed took all unfinished ones along: once more, each in a process of its own.
+    # A crash breaks the pool, so unfinished items run again, each in its own process.
     for start in sorted(lost):
         for index in range(start, min(start + chunk, len(items))):
-            yield index, _alone(function, items[index])
+            yield index, _run_isolated(function, items[index])
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -79,7 +82,7 @@ def _guarded(function: Callable[[Item], Result], item: Item) -> Result | DataErr
         return error
 
 
-def _alone(function: Callable[[Item], Result], item: Item) -> Result | DataError:
+def _run_isolated(function: Callable[[Item], Result], item: Item) -> Result | DataError:
     try:
         with _pool(1) as pool:
             return pool.submit(_guarded, function, item).result()

@@ -1,11 +1,11 @@
 """Pixel sources: images that are read region by region, converted and normalised on the fly.
 
-The scan asks a source for one tile at a time, so an image of any size is never held whole in the compute dtype. What
-a file stores (the *stored* values) and what a network sees are kept apart: a reader of a format delivers stored values
-of a region, and `ImageSource` puts grey scale, mirroring, channels and normalisation on top, once for all formats.
+The scan reads one tile at a time, so an image is never in memory as a whole in the compute dtype. Stored values of a
+file and a network's input are separate: a reader of a format returns stored values of a region, and `ImageSource`
+applies grey scale, mirroring, channels and normalisation, in the same way for all formats.
 
-Grey values are fractions of the image's full grey range (0 black, 1 white) before normalisation, whatever the bit depth
-of the file, so one `Normalize` serves 8-, 12- and 16-bit files of the same data set.
+Grey values before normalisation are fractions of the image's full grey range (0 black, 1 white) for all bit depths, so
+one `Normalize` fits 8-, 12- and 16-bit files of the same data set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .stored import StoredPixels, integer_dtype, is_wide
 
 @runtime_checkable
 class PixelSource(Protocol):
-    """An image that can be read by region. Implementations are thread-safe and picklable."""
+    """An image that is read by region; implementations are thread-safe and picklable."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -34,24 +34,25 @@ class PixelSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it: the file, or the kind of array."""
+        """The name in messages: the file, or the kind of array."""
         ...
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """Rows top..bottom, columns left..right (ends excluded): float32 (channels, bottom - top, right - left).
+        """Read a region (ends excluded) as a new tensor, float32 (channels, bottom - top, right - left).
 
-        A fresh tensor that the caller may change. `DataError` if the file is damaged; `ValueError` if the region leaves
-        the image.
+        Raises:
+            DataError: if the file is damaged.
+            ValueError: if the region exceeds the image.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """output = (grey - mean) / std, per channel; grey is the fraction of the full grey range, 0 black to 1 white.
+    """The normalisation (grey - mean) / std per channel; grey is the fraction of the full range, 0 black to 1 white.
 
-    The default leaves the full grey range on [0, 1]. One value serves all channels. For statistics known in grey levels
-    divide by the full range first: mean 7048 of 16-bit images is 7048 / 65535.
+    The default keeps grey values on [0, 1]. A single value applies to all channels. Divide statistics in grey levels by
+    the full range first: mean 7048 of 16-bit images is 7048 / 65535.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -61,14 +62,12 @@ class Normalize:
         object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
         object.__setattr__(self, "std", tuple(float(s) for s in self.std))
         if len(self.mean) != len(self.std) or not self.mean:
-            raise DataError(f"normalisation needs as many means as stds, got {len(self.mean)} and {len(self.std)}")
+            raise DataError(f"normalisation needs as many means as stds, not {len(self.mean)} and {len(self.std)}")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(s) and s > 0 for s in self.std):
-            raise DataError(
-                f"mean {list(self.mean)} and std {list(self.std)} normalise nothing; std is above 0, both are finite"
-            )
+            raise DataError(f"mean {list(self.mean)} and std {list(self.std)} must be finite numbers, std above 0")
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Plain lists, for JSON and checkpoints; `from_dict` reads them back."""
+        """Plain lists for JSON and checkpoints; `from_dict` is the inverse."""
         return {key: list(values) for key, values in asdict(self).items()}
 
     @classmethod
@@ -78,7 +77,7 @@ class Normalize:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The step as it is shown and recorded; none where nothing is changed."""
+        """The step for display and records; empty for the default."""
         return () if self == Normalize() else (f"minus {list(self.mean)}, over {list(self.std)}",)
 
     def per_channel(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -87,13 +86,16 @@ class Normalize:
             return self.mean, self.std
         if len(self.mean) == 1:
             return self.mean * channels, self.std * channels
-        raise DataError(f"normalisation has {len(self.mean)} values for {channels} channels; give 1 or {channels}")
+        raise DataError(f"normalisation has {len(self.mean)} values for {channels} channels; pass 1 or {channels}")
 
 
 class ImageSource:
-    """Stored pixels with grey scale, mirroring, channels and normalisation on top: a `PixelSource`.
+    """A `PixelSource` of stored pixels, with grey scale, mirroring, channels and normalisation.
 
-    white, laterality: as in `open_pixels`; files that say themselves go by what they say.
+    Args:
+        stored: the stored pixels.
+        normalize, flip, channels: as in `open_pixels`.
+        white, laterality: as in `open_pixels`; ignored for files that define them.
     """
 
     def __init__(
@@ -111,9 +113,7 @@ class ImageSource:
         own, height, width = stored.shape
         channels = own if channels is None else channels
         if channels != own and {channels, own} != {1, 3}:
-            raise DataError(
-                f"{stored.name}: has {own} channels, {channels} wanted; only grey and colour can be exchanged"
-            )
+            raise DataError(f"{stored.name}: cannot convert {own} to {channels} channels; channels must be 1 or 3")
         self.stored = stored
         self.normalize = normalize or Normalize()
         self.flip = flip
@@ -126,7 +126,7 @@ class ImageSource:
         self._tables: list[np.ndarray] | None = None
         self._full: float | None = None
         self._chest_wall_right: bool | None = None
-        self._uploaded: dict[tuple[int, torch.device], Tensor] = {}  # tables where they are looked up
+        self._uploaded: dict[tuple[int, torch.device], Tensor] = {}  # tables by channel and device
 
     @property
     def name(self) -> str:
@@ -140,19 +140,19 @@ class ImageSource:
 
     @property
     def to_original(self) -> Affine:
-        """From this image's coordinates to those of the file: boxes and heat maps go back through it."""
+        """The map from this image's coordinates to those of the file, for boxes and heat maps."""
         left_right, up_down = self._mirrored()
         _, height, width = self.shape
         return self.stored.to_original @ Affine.mirror(height, width, left_right=left_right, up_down=up_down)
 
     @property
     def as_stored(self) -> ImageSource:
-        """The same image as the file stores it: not mirrored."""
+        """The same image in the file's orientation: not mirrored."""
         return ImageSource(self.stored, normalize=self.normalize, flip=False, channels=self.shape[0], white=self.white)
 
     @property
     def full(self) -> float:
-        """The grey value that means white: as the file says, or as was asked for."""
+        """The grey value of white: that of the file or of the option `white`."""
         if self._full is None:
             own = find_white(self.stored) if self.white == "auto" else self.white
             self._full = float(self.stored.full if own is None else own)
@@ -160,9 +160,9 @@ class ImageSource:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Everything that was applied to the file's pixels, in order, to be shown and recorded.
+        """All steps that were applied to the file's pixels, in order, for display and records.
 
-        Nothing in it identifies a patient, not even the file's name.
+        They do not identify a patient, and do not include the file's name.
         """
         own, channels = self.stored.shape[0], self.shape[0]
         mirrored = [side for side, is_so in zip(("left-right", "up-down"), self._mirrored(), strict=True) if is_so]
@@ -181,9 +181,9 @@ class ImageSource:
         return self.stored.flips() if self.laterality is None else (self._is_right(), False)
 
     def _is_right(self) -> bool:
-        """Whether the chest wall is on the right: by the pixels, and as a right breast is hung where they are unclear.
+        """Whether the chest wall is on the right: by the pixels or, if they are unclear, by the laterality.
 
-        Files that were mirrored before say nothing of it, so the pixels come first.
+        Pixels take precedence, because a file does not record earlier mirroring.
         """
         if self._chest_wall_right is None:
             _, height, width = self.stored.shape
@@ -205,13 +205,13 @@ class ImageSource:
 
     @property
     def can_develop(self) -> bool:
-        """Whether `read_stored` and `develop` give what `read` gives: stored values are integers of 8 or 16 bits."""
+        """Whether `read_stored` and `develop` equal `read`: stored values must be integers of 8 or 16 bits."""
         own, wanted = self.stored.shape[0], self.shape[0]
-        # Whether a colour image is grey can only be told by looking at it.
+        # A colour image must be read to know whether it is grey.
         return integer_dtype(self.stored.dtype) is not None and (own == wanted or own == 1)
 
     def read_stored(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """The stored values of a region, as they are mirrored: uint8 or uint16, to be developed elsewhere."""
+        """The mirrored stored values of a region, uint8 or uint16, for `develop` on any device."""
         values = self._read(top, bottom, left, right)
         dtype = integer_dtype(self.stored.dtype)
         if isinstance(values, np.ndarray):
@@ -219,7 +219,7 @@ class ImageSource:
         return values
 
     def develop(self, stored: Tensor) -> Tensor:
-        """What `read` gives, bit for bit, from what `read_stored` gives, on the device where that is."""
+        """Convert the result of `read_stored` to that of `read`, bit for bit, on its device."""
         if self.stored.table is None:
             return self._scale(stored)
         planes = []
@@ -248,10 +248,10 @@ class ImageSource:
         if self.white not in (None, "auto") and self.full < self.stored.full:
             most = highest(values) if 0 not in values.shape else 0.0
             if most > self.full:
-                raise DataError(f"{self.name}: holds {most:g}, above white {self.full:g}; give a larger white level")
+                raise DataError(f"{self.name}: contains {most:g}, above white {self.full:g}; use a larger white level")
 
     def _own_tables(self, table: np.ndarray) -> list[np.ndarray]:
-        """For each channel a table with grey scale and normalisation in it."""
+        """A table per channel that includes grey scale and normalisation."""
         if self._tables is None:
             grey = (table - (self.stored.full - self.full)) / self.full
             pairs = zip(self._mean, self._std, strict=True)
@@ -265,14 +265,14 @@ class ImageSource:
         out = np.empty((len(tables), *values.shape[1:]), np.float32)
         for channel, own in enumerate(tables):
             plane = values[channel if len(values) > 1 else 0]
-            # numpy widens the indices to 64 bits first; a few rows at a time they stay in the cache.
+            # numpy converts the indices to 64 bits; for a few rows at a time they stay in the cache.
             for row in range(0, len(plane), 64):
                 np.take(own, plane[row : row + 64], out=out[channel, row : row + 64], mode="clip")
         return torch.from_numpy(out)
 
     def _scale(self, values: np.ndarray | Tensor) -> Tensor:
         if isinstance(values, np.ndarray):
-            # A copy, and of a mirrored line too: numpy takes one for contiguous, and PyTorch takes no negative strides.
+            # Copy also a single mirrored line: numpy calls it contiguous, but PyTorch rejects its negative stride.
             grey = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         else:
             grey = values.to(torch.float32, copy=True)
@@ -281,7 +281,7 @@ class ImageSource:
         if self.shape[0] == 1 and len(grey) == 3:
             if not (torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])):
                 raise DataError(
-                    f"{self.name}: is a colour image, but the model takes grey; convert it, or take three channels"
+                    f"{self.name}: is a colour image, but the model needs grey; convert it, or use three channels"
                 )
             grey = grey[:1]
         if self.shape[0] == 3 and len(grey) == 1:
@@ -293,29 +293,29 @@ class ImageSource:
 
 
 def _flipped(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mirrored; PyTorch mirrors no uint16, but the same bits as int16."""
+    """The mirrored tensor; uint16 is mirrored as int16, because PyTorch does not support uint16."""
     if values.dtype == torch.uint16:
         return values.view(torch.int16).flip(axes).view(torch.uint16)
     return values.flip(axes)
 
 
 def to_original(source: PixelSource) -> Map:
-    """From a source's coordinates to those of its file; the identity for sources that do not say."""
+    """The map from a source's coordinates to those of its file; the identity for sources without one."""
     return getattr(source, "to_original", Affine())
 
 
 def as_stored(source: PixelSource) -> PixelSource:
-    """The same image in the geometry of its file; itself for sources that do not say."""
+    """The same image in the geometry of its file; itself for sources without one."""
     return getattr(source, "as_stored", source)
 
 
 def steps_of(source: PixelSource) -> tuple[str, ...]:
-    """What was applied to a source's pixels, in order; nothing for sources that do not say."""
+    """The steps that were applied to a source's pixels, in order; empty for sources without steps."""
     return getattr(source, "steps", ())
 
 
 def check_region(shape: tuple[int, int, int], top: int, bottom: int, left: int, right: int, name: str) -> None:
-    """`ValueError` unless the region lies in an image of this shape; empty regions may."""
+    """Raise a `ValueError` unless the region, which may be empty, is inside an image of this shape."""
     _, height, width = shape
     if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
         raise ValueError(f"{name}: rows {top}..{bottom}, columns {left}..{right} are not in {height} x {width}")

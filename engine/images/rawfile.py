@@ -1,7 +1,7 @@
-"""Uncompressed pixels in a file, read by region: `.npy`, and what TIFF and DICOM store without compression.
+"""Uncompressed pixels in a file, read by region: `.npy`, PGM, and uncompressed TIFF and DICOM.
 
-Rows are read with plain file reads, not through a memory map: pages of a map that were once touched count as resident
-memory, so a scan over a map ends with the whole image resident, and a file that shrinks under a map kills the process.
+Rows are read with plain file reads, not through a memory map. Touched pages of a map count as resident memory, so a
+scan over a map makes the whole image resident, and a file that shrinks under a map kills the process.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _log = logging.getLogger("gigamorph")
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Log a warning, once in each process: a file is opened many times."""
+    """Log a warning once per process, because a file is opened many times."""
     _log.warning("%s", text)
 
 
 def one_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """The message of a library's error in one line."""
     return brief(str(error)) or type(error).__name__
 
 
 def brief(text: str) -> str:
-    """In one line, cut where it is long: damaged headers are quoted by the kilobyte."""
+    """The text in one line, truncated, because some libraries quote kilobytes of a damaged header."""
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-_TOGETHER, _MOST_BETWEEN = 1 << 20, 8  # bytes of one read of several runs; of a run's, from its beginning to the next's
+_READ_BYTES, _MAX_GAP = 1 << 20, 8  # bytes of one read of several runs; maximum step between runs, in run lengths
 
 
 class FileBytes:
-    """Byte ranges of one file; opened at the first read, thread-safe, and picklable as its path."""
+    """Byte ranges of a file; it is opened at the first read, thread-safe, and pickled as its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class FileBytes:
             self._file = None
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target` from byte `offset` on; `DataError` if the file ends before."""
+        """Fill `target` with the bytes from `offset` on; `DataError` if the file is too short."""
         done = 0
         try:
             with self._lock:
@@ -79,7 +79,7 @@ class FileBytes:
                     self._file = self.path.open("rb", buffering=0)
                 self._file.seek(offset)
                 while done < len(target):
-                    # One call may deliver less than asked for (2 GiB at most on Linux).
+                    # A call may return fewer bytes than requested (at most 2 GiB on Linux).
                     count = self._file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]
                     if not count:
                         break
@@ -90,7 +90,7 @@ class FileBytes:
             raise DataError(f"{self.path}: is truncated ({offset + len(target)} bytes expected); fetch the file again")
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from byte `offset` on."""
+        """`count` bytes from `offset` on."""
         data = bytearray(count)
         self.read_into(offset, memoryview(data))
         return bytes(data)
@@ -99,8 +99,13 @@ class FileBytes:
 class RawPixels:
     """A C-ordered array at a byte offset of a file, as stored pixels (`stored.StoredPixels`).
 
-    shape: of the array as it lies in the file. order: the permutation to (channels, height, width) or (height, width),
-    by default the one of `channels_first`. full: the value that means white, by default that of the dtype.
+    Args:
+        path: the file.
+        offset: the position of the first byte.
+        shape: the shape of the array in the file.
+        dtype: of the array.
+        order: the permutation to (channels, height, width) or (height, width); by default that of `channels_first`.
+        full: the value of white; by default that of the dtype.
     """
 
     table = None
@@ -118,7 +123,7 @@ class RawPixels:
     ) -> None:
         self.name = str(path)
         if dtype.kind not in "buif":
-            raise DataError(f"{path}: holds {dtype}, not numbers that can be pixels; save it as integers or floats")
+            raise DataError(f"{path}: contains {dtype}, but pixels must be numbers; save it as integers or floats")
         self.order = channels_first(shape, self.name) if order is None else order
         self.full = full_range(dtype) if full is None else full
         self.offset, self.stored_shape, self.dtype = offset, tuple(int(side) for side in shape), dtype
@@ -140,15 +145,15 @@ class RawPixels:
         return False, False
 
     def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
-        """The box of the stored array, with one file read for every contiguous run.
+        """A box of the stored array, with one file read per contiguous run.
 
-        Where runs are a good part of what lies between their beginnings, many are read at once with that.
+        If the gaps between runs are small, several runs are read at once together with the gaps.
         """
         out = np.empty([stop - start for start, stop in ranges], self.dtype)
         if not out.size:
             return out
         shape = self.stored_shape
-        # The run covers the last axes that are wanted whole, and the one before them.
+        # A run covers the last axes that are read completely, and the axis before them.
         run = len(shape) - 1
         while run > 0 and ranges[run] == (0, shape[run]):
             run -= 1
@@ -156,31 +161,31 @@ class RawPixels:
         length = math.prod(out.shape[run:]) * self.dtype.itemsize
         target = out.reshape(-1).view(np.uint8).reshape(-1, length)
         step = strides[run - 1] if run else length
-        together = max(1, _TOGETHER // step) if step <= _MOST_BETWEEN * length else 1
-        count = out.shape[run - 1] if run else 1  # of runs that lie a step apart
+        together = max(1, _READ_BYTES // step) if step <= _MAX_GAP * length else 1
+        count = out.shape[run - 1] if run else 1  # the number of runs at a distance of `step`
         done = 0
         for index in itertools.product(*(range(*pair) for pair in ranges[: max(0, run - 1)])):
             corner = (*index, *(start for start, _ in ranges[len(index) : run + 1]))
-            place = self.offset + sum(i * stride for i, stride in zip(corner, strides, strict=False))
+            offset = self.offset + sum(i * stride for i, stride in zip(corner, strides, strict=False))
             for first in range(0, count, together):
                 rows = min(together, count - first)
                 if rows == 1:
-                    self._bytes.read_into(place + first * step, target[done].data)
+                    self._bytes.read_into(offset + first * step, target[done].data)
                 else:
                     span = np.empty((rows, step), np.uint8)
                     needed = (rows - 1) * step + length
-                    self._bytes.read_into(place + first * step, span.reshape(-1).data[:needed])
+                    self._bytes.read_into(offset + first * step, span.reshape(-1).data[:needed])
                     target[done : done + rows] = span[:, :length]
                 done += rows
         return out
 
 
 def open_npy(path: Path) -> RawPixels:
-    """The array in a `.npy` file, laid out as `open_pixels` says, C or Fortran order; never read whole."""
+    """The array in a `.npy` file, in a layout of `open_pixels`, C or Fortran order; never read whole."""
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            # numpy would allocate whatever length the header claims, and shape and dtype take a hundred bytes.
+            # numpy would allocate any length that the header claims; shape and dtype need about a hundred bytes.
             width = 2 if version == (1, 0) else 4
             claimed = int.from_bytes(file.read(width), "little")
             if claimed > min(path.stat().st_size, 2**20):
@@ -189,7 +194,7 @@ def open_npy(path: Path) -> RawPixels:
             reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = reader(file)
             offset = file.tell()
-    except Exception as error:  # numpy lets errors of every kind out of a damaged header
+    except Exception as error:  # numpy raises errors of all kinds for a damaged header
         raise DataError(f"{path}: damaged .npy header ({one_line(error)}); save it again") from error
     if not fortran:
         return RawPixels(path, offset, shape, dtype)
@@ -206,6 +211,6 @@ def open_pgm(path: Path) -> RawPixels:
         raise DataError(f"{path}: damaged PGM header; fetch the file again")
     width, height, white = (int(number) for number in head.groups())
     if not width or not height or not 0 < white < 2**16:
-        raise DataError(f"{path}: {width} x {height} pixels with white {white}; fetch the file again")
+        raise DataError(f"{path}: damaged PGM header ({width} x {height}, white {white}); fetch the file again")
     dtype = np.dtype(np.uint8 if white < 256 else ">u2")
     return RawPixels(path, head.end(), (height, width), dtype, order=(0, 1), full=float(white))

@@ -1,4 +1,4 @@
-"""Image files that fsspec reaches (https, s3, gcs, memory, ...), read by byte ranges as the formats ask for them."""
+"""Remote image files of fsspec (https, s3, gcs, memory, ...), read by byte ranges on demand."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .rawfile import one_line
 T = TypeVar("T")
 _TRIES = 3
 SMALL = 2**25
-"""Bytes of a file up to which it is fetched at once: many small requests take longer."""
+"""The maximum bytes of a file that is fetched at once, because many small requests take longer."""
 BLOCK = 2**20
-"""Bytes that are fetched together of a larger file."""
+"""The bytes per request of a larger file."""
 _HELD = 16  # blocks
 _REFERENCE = re.compile(r"(?<![^:/])reference:(//|:)", re.IGNORECASE)
-_WITH_RANGES: dict[str, bool] = {}  # of web servers that were asked
-# What a further try does not change; each file system has its own errors besides.
+_WITH_RANGES: dict[str, bool] = {}  # whether a web server supports byte ranges
+# Errors that a retry does not change; file systems may have others.
 _FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError, NotADirectoryError)
 
 
 def is_url(text: str) -> bool:
-    """Whether fsspec is to find it, as in https://host/a.dcm and zip://a.dcm::b.zip."""
+    """Whether it is a URL for fsspec, such as https://host/a.dcm and zip://a.dcm::b.zip."""
     return "://" in text
 
 
-def tried(url: str, call: Callable[[], T]) -> T:
-    """What a call gives that goes over a network, at the third try at the latest.
+def with_retries(url: str, call: Callable[[], T]) -> T:
+    """The result of a network call, after at most three tries.
 
     Raises:
-        DataError: that the file cannot be fetched, and why; or what the call raises.
+        DataError: if the file cannot be fetched, with the reason; or that of the call.
     """
     for left in reversed(range(_TRIES)):
         try:
@@ -47,13 +47,13 @@ def tried(url: str, call: Callable[[], T]) -> T:
             raise
         except Exception as error:
             if not left or (isinstance(error, _FINAL) and _status(error) < 500):
-                raise DataError(f"{url}: cannot be fetched ({said(error)})") from error
+                raise DataError(f"{url}: cannot be fetched ({describe_error(error)})") from error
             time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
     raise AssertionError
 
 
-def said(error: Exception) -> str:
-    """An error of a file system, in one line."""
+def describe_error(error: Exception) -> str:
+    """The type and message of a file system's error, in one line."""
     cause = error.__cause__
     if _status(error) >= 500 and isinstance(cause, Exception):
         error = cause
@@ -61,9 +61,9 @@ def said(error: Exception) -> str:
 
 
 def _status(error: Exception) -> int:
-    """Of HTTP, where fsspec says of whatever goes wrong that there is no such file; 0 of others.
+    """The HTTP status of an error, because fsspec raises FileNotFoundError for all failures; 0 for others.
 
-    A host that cannot be reached counts as one that is out of order (503), as does one that asks for patience.
+    An unreachable host counts as out of order (503), and so do timeouts (408) and too many requests (429).
     """
     if not isinstance(error, FileNotFoundError) or error.__cause__ is None:
         return 0
@@ -75,20 +75,20 @@ def file_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
     Raises:
-        DataError: it is fsspec's ``reference``, whose files hold templates of Jinja, which many versions run as code.
+        DataError: for fsspec's ``reference``, whose files may contain Jinja templates, which many versions run as code.
     """
     import fsspec
 
     if _REFERENCE.search(url):
-        raise DataError(f"{url}: a file of references may run code, and is not opened; name the files it refers to")
+        raise DataError(f"{url}: cannot be opened because a file of references may run code; pass the files in it")
     return fsspec.url_to_fs(url)
 
 
 class RemoteFile:
-    """A file, or a zarr folder, elsewhere: as much of a `Path` as the readers of images need. Picklable as its URL.
+    """A remote file or zarr folder, with the methods of `Path` that image readers use; pickled as its URL.
 
     Raises:
-        DataError: if it cannot be had, or its server knows no byte ranges.
+        DataError: if it cannot be fetched, or its server does not support byte ranges.
     """
 
     def __init__(self, url: str) -> None:
@@ -101,10 +101,10 @@ class RemoteFile:
 
     @classmethod
     def by_region(cls, url: str) -> RemoteFile | None:
-        """The file, if parts of it can be fetched alone; None if it is to be fetched whole.
+        """The file, if it can be fetched by byte ranges; None if it must be fetched whole.
 
-        That is what stands in an archive (`zip://a.dcm::b.zip`), which is unpacked from its beginning, and what is not
-        small on a server without byte ranges.
+        The latter are files in archives (`zip://a.dcm::b.zip`), which are unpacked from the start, and large files on a
+        server without byte ranges.
 
         Raises:
             DataError: if it cannot be reached.
@@ -112,7 +112,7 @@ class RemoteFile:
         if "::" in url:
             return None
         file = cls(url)
-        return file if file.is_dir() or file._ranges() else None
+        return file if file.is_dir() or file._supports_ranges() else None
 
     def __getstate__(self) -> str:
         return self.url
@@ -131,14 +131,14 @@ class RemoteFile:
         return tuple(self.url.split("/"))
 
     def is_dir(self) -> bool:
-        if not self.url.rstrip("/").lower().endswith(".zarr"):  # to look for folders would be a request for each image
+        if not self.url.rstrip("/").lower().endswith(".zarr"):  # saves a request per image
             return False
-        return tried(self.url, lambda: self._open_system().isdir(self._path))
+        return with_retries(self.url, lambda: self._open_system().isdir(self._path))
 
     def is_file(self) -> bool:
         if ".zarr/" not in self.url.lower():
-            return True  # else opening it says why not
-        return tried(self.url, lambda: self._open_system().isfile(self._path))
+            return True  # otherwise opening it reports the reason
+        return with_retries(self.url, lambda: self._open_system().isfile(self._path))
 
     def exists(self) -> bool:
         return True
@@ -149,21 +149,21 @@ class RemoteFile:
     @property
     def size(self) -> int:
         if self._size is None:
-            self._size = tried(self.url, lambda: self._open_system().info(self._path)).get("size")
+            self._size = with_retries(self.url, lambda: self._open_system().info(self._path)).get("size")
         if self._size is None:
-            raise DataError(f"{self.url}: its server does not say how large it is; fetch it")
+            raise DataError(f"{self.url}: its server does not report the size; download it")
         return self._size
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """A seekable binary file; ``buffering=0`` has no buffer beyond the blocks that are fetched."""
+        """A seekable binary file; ``buffering=0`` has no buffer in addition to the fetched blocks."""
         raw = _Reader(self)
         return io.BufferedReader(raw) if buffering else raw
 
     def read_bytes(self) -> bytes:
-        return self.some(0, self.size) if self.size <= SMALL else self.fetch(0, self.size)
+        return self.read_range(0, self.size) if self.size <= SMALL else self.fetch(0, self.size)
 
-    def some(self, start: int, end: int) -> bytes:
-        """Bytes from one place on; to another, or to the end of what is fetched together."""
+    def read_range(self, start: int, end: int) -> bytes:
+        """Cached bytes from `start` to `end`, or to the end of the block."""
         size = self.size
         end = min(end, size)
         if start >= end:
@@ -172,7 +172,7 @@ class RemoteFile:
         if end - start >= block < size:
             return self.fetch(start, end)
         number = start // block
-        with self._lock:  # so that two threads do not fetch the same
+        with self._lock:  # two threads must not fetch the same block
             found = self._blocks.pop(number, None)
             if found is None:
                 found = self.fetch(number * block, min((number + 1) * block, size))
@@ -182,38 +182,36 @@ class RemoteFile:
         return found[start - number * block : end - number * block]
 
     def fetch(self, start: int, end: int) -> bytes:
-        """Bytes from one place to another, anew."""
+        """Fetch the bytes from `start` to `end`, without the cache."""
         system, whole = self._open_system(), (start, end) == (0, self.size)
         part = {} if whole else {"start": start, "end": end}
-        data = tried(self.url, lambda: system.cat_file(self._path, **part))
+        data = with_retries(self.url, lambda: system.cat_file(self._path, **part))
         if len(data) != end - start:
-            raise DataError(
-                f"{self.url}: its server sends {len(data)} bytes where {end - start} were asked for; fetch it"
-            )
+            raise DataError(f"{self.url}: its server sends {len(data)} bytes instead of {end - start}; download it")
         return data
 
-    def _ranges(self) -> bool:
-        """Whether parts can be fetched."""
-        info = tried(self.url, lambda: self._open_system().info(self._path))
+    def _supports_ranges(self) -> bool:
+        """Whether byte ranges can be fetched."""
+        info = with_retries(self.url, lambda: self._open_system().info(self._path))
         self._size = info.get("size")
         if self._size is None or self._size <= SMALL or not self.url.startswith(("http://", "https://")):
             return self._size is not None
         host = urlsplit(self.url).netloc
         if host not in _WITH_RANGES:
-            _WITH_RANGES[host] = tried(self.url, self._last_byte)
+            _WITH_RANGES[host] = with_retries(self.url, self._can_fetch_last_byte)
         return _WITH_RANGES[host]
 
-    def _last_byte(self) -> bool:
-        """Whether it can be had without those before it."""
+    def _can_fetch_last_byte(self) -> bool:
+        """Whether the last byte can be fetched without the others."""
         with self._open_system().open(self._path, "rb", cache_type="none") as file:
             try:
                 file.seek(self.size - 1)
                 return len(file.read(1)) == 1
-            except ValueError:  # as fsspec says it
+            except ValueError:  # fsspec's error for a server without byte ranges
                 return False
 
     def _open_system(self) -> Any:
-        if self._process != os.getpid():  # connections do not go over to forked processes
+        if self._process != os.getpid():  # forked processes must not share connections
             self._system, self._path = file_system(self.url)
             self._process = os.getpid()
         return self._system
@@ -225,7 +223,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
         self.name = str(file)
-        self._file, self._place = file, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -234,21 +232,21 @@ class _Reader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        self._place = max(0, base + offset)
-        return self._place
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
         target = memoryview(buffer).cast("B")
         done = 0
-        while done < len(target):  # unbuffered files of this machine give all that is asked for, too
-            data = self._file.some(self._place, self._place + len(target) - done)
+        while done < len(target):  # fill the buffer, as unbuffered local files do
+            data = self._file.read_range(self._position, self._position + len(target) - done)
             if not data:
                 break
             target[done : done + len(data)] = data
             done += len(data)
-            self._place += len(data)
+            self._position += len(data)
         return done

@@ -1,4 +1,4 @@
-"""Whole-slide DICOM: one image whose tiles are the frames of a file (PS3.3 C.8.12.4, C.7.6.17), read by region."""
+"""Whole-slide DICOM: an image whose tiles are the frames of a file (PS3.3 C.8.12.4, C.7.6.17), read by region."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from .header import DicomInfo
 from .tiles import TileGrid
 
 _RGB = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
-# A sparse slide that holds less than this part of its matrix has a damaged header.
+# A sparse slide with less than this part of its matrix has a damaged header.
 _SPARSEST = 1e-4
 
 
 class SlidePixels:
-    """Stored pixels (`stored.StoredPixels`) of a slide; made by `dicom.open_dicom`.
+    """Stored pixels (`stored.StoredPixels`) of a slide; created by `dicom.open_dicom`.
 
-    plane: which focal plane and optical path, from 0, focal planes first; needed where there are several.
-    Tiles that a sparse slide leaves out are white in colour and black in grey.
+    Missing tiles of a sparse slide are white in colour images and black in grey images.
+
+    Args:
+        ds, info: the header and its data.
+        frames: the frames of the file.
+        voi: the grey scale, as in `open_pixels`.
+        plane: the index of focal plane and optical path, focal planes first; required if there are several.
     """
 
     to_original = Affine()
@@ -36,21 +41,21 @@ class SlidePixels:
         assert info.matrix is not None
         samples, photometric = frames.frame.samples, info.photometric
         grey = photometric in ("MONOCHROME1", "MONOCHROME2") and samples == 1
-        # Codecs give RGB; what is not compressed must be it already.
+        # Codecs return RGB; uncompressed pixels must be RGB already.
         colour = samples == 3 and (photometric == "RGB" or (photometric in _RGB and frames.compressed))
         if not (grey or colour):
             raise DataError(f"{self.path}: {photometric} with {samples} samples is not supported; convert it to RGB")
         self.shape = (samples, *info.matrix)
         self.dtype = frames.dtype
         self.tile_size = (info.rows, info.columns)
-        self._index, self.plane, planes = _arrange(ds, info, plane, self.name)
+        self._index, self.plane, planes = _tile_frames(ds, info, plane, self.name)
         self.table: np.ndarray | None = None
         self.full: float = 2**frames.bits - 1
         self._absent = self.full
         scale: tuple[str, ...] = ()
         if grey:
             if voi == "minmax":
-                raise DataError(f"{self.path}: voi='minmax' would read the whole slide first; choose another")
+                raise DataError(f"{self.path}: cannot use voi='minmax', which reads the whole slide; choose another")
             for_display = not info.for_processing
             built = grayscale.build(
                 ds, voi=voi, frame=min(self._frames_used()), for_display=for_display, name=self.name
@@ -74,7 +79,7 @@ class SlidePixels:
         return False, False
 
     def tile(self, row: int, column: int) -> np.ndarray:
-        """(samples, rows, columns) of one frame, as unsigned bit patterns."""
+        """The pixels (samples, rows, columns) of a frame, as unsigned bit patterns."""
         across = -(-self.shape[2] // self.tile_size[1])
         index = self._index + row * across + column if isinstance(self._index, int) else self._index.get((row, column))
         if index is None:
@@ -86,23 +91,23 @@ class SlidePixels:
         return [self._index] if isinstance(self._index, int) else list(self._index.values())
 
 
-def _arrange(
+def _tile_frames(
     ds: Dataset, info: DicomInfo, plane: int | None, name: str
 ) -> tuple[int | dict[tuple[int, int], int], int, int]:
-    """The frame of the first tile, or of each tile by (row, column); the plane; how many planes there are."""
+    """The frame of the first tile, or of each tile by (row, column); the plane; the number of planes."""
     assert info.matrix is not None
     down, across = (-(-side // tile) for side, tile in zip(info.matrix, (info.rows, info.columns), strict=True))
     groups = list(ds.get("PerFrameFunctionalGroupsSequence") or [])
     full = str(ds.get("DimensionOrganizationType") or "") == "TILED_FULL"
     if full or len(groups) != info.frames or not groups[0].get("PlanePositionSlideSequence"):
-        planes, rest = divmod(info.frames, down * across)
-        if rest or not planes:
-            raise DataError(f"{name}: {info.frames} frames do not fill {down} x {across} tiles; fetch all of the slide")
-        chosen = _plane(plane, planes, name)
-        return chosen * down * across, chosen, planes
+        count, rest = divmod(info.frames, down * across)
+        if rest or not count:
+            raise DataError(f"{name}: {info.frames} frames do not fill {down} x {across} tiles; fetch the whole slide")
+        chosen = _plane(plane, count, name)
+        return chosen * down * across, chosen, count
     if info.frames * info.rows * info.columns < _SPARSEST * info.matrix[0] * info.matrix[1]:
         raise DataError(f"{name}: {info.frames} frames are too few for {down} x {across} tiles; the header is damaged")
-    places: dict[tuple[str, float], dict[tuple[int, int], int]] = {}
+    planes: dict[tuple[str, float], dict[tuple[int, int], int]] = {}
     for number, group in enumerate(groups):
         position = group.PlanePositionSlideSequence[0]
         row, column = (
@@ -110,17 +115,17 @@ def _arrange(
             int(position.ColumnPositionInTotalImagePixelMatrix) - 1,
         )
         if row % info.rows or column % info.columns or not (0 <= row < info.matrix[0] and 0 <= column < info.matrix[1]):
-            raise DataError(f"{name}: frame {number} lies at {row}, {column}, which is no tile's place; convert it")
+            raise DataError(f"{name}: frame {number} at {row}, {column} is not on the grid of tiles; convert it")
         path = (group.get("OpticalPathIdentificationSequence") or [Dataset()])[0].get("OpticalPathIdentifier")
         depth = float(position.get("ZOffsetInSlideCoordinateSystem") or 0)
-        places.setdefault((str(path or ""), depth), {})[row // info.rows, column // info.columns] = number
-    chosen = _plane(plane, len(places), name)
-    return places[sorted(places)[chosen]], chosen, len(places)
+        planes.setdefault((str(path or ""), depth), {})[row // info.rows, column // info.columns] = number
+    chosen = _plane(plane, len(planes), name)
+    return planes[sorted(planes)[chosen]], chosen, len(planes)
 
 
 def _plane(plane: int | None, planes: int, name: str) -> int:
     if plane is None and planes > 1:
-        raise DataError(f"{name}: has {planes} focal planes and optical paths; say which (frame=0 to {planes - 1})")
+        raise DataError(f"{name}: has {planes} focal planes and optical paths; choose one (frame=0 to {planes - 1})")
     if plane is not None and not 0 <= plane < planes:
-        raise DataError(f"{name}: plane {plane} is wanted, the slide has 0 to {planes - 1}")
+        raise DataError(f"{name}: plane {plane} does not exist; the slide has 0 to {planes - 1}")
     return plane or 0

@@ -1,4 +1,4 @@
-"""TIFF files (OME-TIFF and SVS too) by region: only the tiles or strips that a region touches are decoded."""
+"""TIFF files (also OME-TIFF and SVS), read by region: only tiles or strips that overlap a region are decoded."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from .rawfile import FileBytes, RawPixels, one_line
 from .tiles import TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
-_ALPHA = {1, 2}  # ExtraSamples: associated, unassociated; 0 is data that is not specified
+_ALPHA = {1, 2}  # ExtraSamples: associated, unassociated alpha; 0 is unspecified data
 _JPEG, _JPEG_2000, _APERIO_YCBCR = {6, 7, 34892, 33007}, {33004, 33005, 34712}, 33003
 
 
 def _only_alpha(page: tifffile.TiffPage, channels: int) -> bool:
-    """Whether what a pixel has beside grey or colour is how opaque it is, and not further bands."""
+    """Whether the samples of a pixel in addition to grey or colour are alpha, not further bands."""
     extra = page.samplesperpixel - channels
-    if extra == 1 and not page.extrasamples:  # no tag explains it; libtiff takes it for alpha too
+    if extra == 1 and not page.extrasamples:  # without a tag it is alpha, as in libtiff
         return True
     return sum(int(kind) in _ALPHA for kind in page.extrasamples) >= extra
 
 
 class TiffPixels:
-    """Stored pixels (`stored.StoredPixels`) of one plane of a TIFF file, at full resolution; alpha is dropped.
+    """Stored pixels (`stored.StoredPixels`) of a plane of a TIFF file, at full resolution; alpha is dropped.
 
-    frame: which plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF. Needed
-    where there are several. Thumbnails, labels and lower resolutions are further images and never meant.
+    Args:
+        path: the file.
+        frame: the plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF;
+            required if there are several. Thumbnails, labels and lower resolutions are other images and ignored.
     """
 
     to_original = Affine()
@@ -44,13 +46,13 @@ class TiffPixels:
         self.path = path
         self.frame = frame
         try:
-            # The files of a set are found beside it only on this machine.
+            # Other files of a multi-file image are found for local files only.
             with tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif:
                 self._choose(tif, frame)
                 self._describe()
         except DataError:
             raise
-        except Exception as error:  # tifffile lets errors of every kind out of a damaged directory
+        except Exception as error:  # tifffile raises errors of all kinds for a damaged directory
             raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,16 +63,16 @@ class TiffPixels:
 
     def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
         if not tif.series:
-            raise DataError(f"{self.path}: holds no image; fetch the file again")
+            raise DataError(f"{self.path}: contains no image; fetch the file again")
         whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
         series = next(whole, tif.series[0]).levels[0]
         self._planes = len(series)
         if frame is None and self._planes > 1:
-            raise DataError(f"{self.path}: has {self._planes} planes; say which one (frame=0 to {self._planes - 1})")
+            raise DataError(f"{self.path}: has {self._planes} planes; choose one (frame=0 to {self._planes - 1})")
         if frame is not None and not 0 <= frame < self._planes:
-            raise DataError(f"{self.path}: frame {frame} is wanted, the file has 0 to {self._planes - 1}")
+            raise DataError(f"{self.path}: frame {frame} does not exist; the file has 0 to {self._planes - 1}")
         page = series.keyframe
-        if series.dataoffset is not None:  # one block, perhaps with one directory for all planes
+        if series.dataoffset is not None:  # a contiguous block, perhaps with one directory for all planes
             offsets, counts = (series.dataoffset + (frame or 0) * page.nbytes,), (page.nbytes,)
         else:
             own = series[frame or 0]
@@ -78,25 +80,25 @@ class TiffPixels:
                 raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
             offsets, counts = own.dataoffsets, own.databytecounts
             page = own if isinstance(own, tifffile.TiffPage) else page
-            self._bytes = FileBytes(self.path if own.parent is tif else self._beside(own.parent))
-        self._page, self._offsets, self._counts = page, self._places(offsets), self._places(counts)
+            self._bytes = FileBytes(self.path if own.parent is tif else self._other_file(own.parent))
+        self._page, self._offsets, self._counts = page, self._integers(offsets), self._integers(counts)
         self._contiguous = series.dataoffset is not None or (page.is_contiguous and page.is_memmappable)
         if series.dataoffset is not None:
             self._bytes = FileBytes(self.path)
 
-    def _beside(self, other: tifffile.TiffFile) -> Path:
-        """The file of a plane of OME-TIFF that is in another one; any path may be written there."""
+    def _other_file(self, other: tifffile.TiffFile) -> Path:
+        """The file of an OME-TIFF plane in another file, which must be in the same folder or below."""
         found = Path(os.path.abspath(other.filehandle.path))
         if not found.is_relative_to(os.path.abspath(self.path.parent)):
             raise DataError(
-                f"{self.path}: plane {self.frame} is in {found}, outside of its folder; put them into one folder"
+                f"{self.path}: plane {self.frame} is in {found}, outside of its folder; move them into one folder"
             )
         return found
 
-    def _places(self, values: Any) -> np.ndarray:
-        """int64 of a tag's offsets or lengths, which may have any type in a damaged file."""
+    def _integers(self, values: Any) -> np.ndarray:
+        """A tag's offsets or lengths as int64; they may have any type in a damaged file."""
         array = np.asarray(values)
-        # What 64 bits cannot hold becomes a float, an object or, of unsigned ones, negative.
+        # Numbers beyond 64 bits become floats, objects or, if unsigned, negative.
         if array.dtype.kind not in "iu" or not array.size or array.astype(np.int64).min() < 0:
             raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
         return array.astype(np.int64)
@@ -113,12 +115,12 @@ class TiffPixels:
         if page.compression == _APERIO_YCBCR or (page.photometric == _YCBCR and not decoded):
             raise DataError(f"{self.path}: colour is stored as YCbCr; save it as RGB")
         if page.dtype is None or page.dtype.kind not in "buif" or page.imagedepth != 1:
-            raise DataError(f"{self.path}: holds {page.dtype}, depth {page.imagedepth}; save it as grey or RGB")
+            raise DataError(f"{self.path}: contains {page.dtype}, depth {page.imagedepth}; save it as grey or RGB")
         channels = 3 if colour else 1
         if page.samplesperpixel < channels:
-            raise DataError(f"{self.path}: has {page.samplesperpixel} samples, {channels} expected; save it again")
+            raise DataError(f"{self.path}: has {page.samplesperpixel} samples instead of {channels}; save it again")
         if not _only_alpha(page, channels):
-            bands = f"{page.samplesperpixel} bands, {channels} expected beside alpha"
+            bands = f"{page.samplesperpixel} bands instead of {channels} and alpha"
             raise DataError(f"{self.path}: has {bands}; save it as grey or RGB")
         self.shape = (channels, page.imagelength, page.imagewidth)
         self.dtype = page.dtype
@@ -152,24 +154,24 @@ class TiffPixels:
         else:
             size = min(page.rowsperstrip, page.imagelength), page.imagewidth
         if min(size) < 1:
-            raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; fetch the file again")
+            raise DataError(f"{self.path}: damaged segments of {size[0]} x {size[1]} pixels; fetch the file again")
         self._down, self._across = (-(-side // step) for side, step in zip(self.shape[1:], size, strict=True))
         planes = self.shape[0] if self._planar else 1
         if planes * self._down * self._across > len(self._offsets):
             raise DataError(f"{self.path}: {len(self._offsets)} segments are too few; fetch the file again")
-        if not self._counts.any():  # single tiles may be left out, and hold the fill value
-            raise DataError(f"{self.path}: says that it holds no pixels; fetch the file again")
+        if not self._counts.any():  # single tiles may be missing and have the fill value
+            raise DataError(f"{self.path}: contains no pixels; fetch the file again")
         if len(self._offsets) != len(self._counts):
             raise DataError(f"{self.path}: damaged TIFF directory; fetch the file again")
-        held = self._bytes.path.stat().st_size
+        size_on_disk = self._bytes.path.stat().st_size
         end = int((np.minimum(self._offsets, 2**62) + np.minimum(self._counts, 2**62)).max())
-        if end > held:
-            raise DataError(f"{self.path}: is truncated ({held} of {end} bytes); fetch the file again")
+        if end > size_on_disk:
+            raise DataError(f"{self.path}: is truncated ({size_on_disk} of {end} bytes); fetch the file again")
         if math.prod(size) * page.samplesperpixel * self.dtype.itemsize > codecs.LARGEST_BYTES:
             raise DataError(f"{self.path}: segments of {size[0]} x {size[1]} pixels; save it in smaller tiles")
         self._size = size
         self._grid = TileGrid(size)
-        _ = page.decode, page.jpegtables  # both need the open file once, and are kept
+        _ = page.decode, page.jpegtables  # both read the open file once and are cached
 
     def flips(self) -> tuple[bool, bool]:
         return False, False
@@ -180,7 +182,7 @@ class TiffPixels:
         return self._grid.read(self, top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
-        """(channels, rows, columns) of one tile or strip."""
+        """The pixels (channels, rows, columns) of a tile or strip."""
         number = row * self._across + column
         if not self._planar:
             return self._segment(number)[..., : self.shape[0]].transpose(2, 0, 1)
@@ -188,7 +190,7 @@ class TiffPixels:
         return np.stack(planes)
 
     def _segment(self, index: int) -> np.ndarray:
-        """(rows, columns, samples), decoded."""
+        """The decoded pixels (rows, columns, samples) of a segment."""
         page = self._page
         count = int(self._counts[index])
         decoded = math.prod(self._size) * page.samplesperpixel * self.dtype.itemsize
@@ -199,23 +201,23 @@ class TiffPixels:
             self._check(data, index)
         try:
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        except Exception as error:  # every codec has its own exceptions
+        except Exception as error:  # each codec has its own exceptions
             raise DataError(
                 f"{self.path}: segment {index} is damaged ({one_line(error)}); fetch the file again"
             ) from error
-        if decoded is None:  # a segment that was never written holds the fill value
+        if decoded is None:  # a segment that was never written has the fill value
             decoded = np.full(shape, page.nodata, page.dtype)
-        if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders give a byte for each bit
+        if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders return a byte per bit
             decoded = decoded.astype(bool)
         if decoded.ndim != 4 or decoded.dtype != page.dtype or decoded.shape[3] != shape[3]:
             raise DataError(f"{self.path}: segment {index} decodes to another shape or type; fetch the file again")
         return decoded[0, : shape[1], : shape[2]]
 
     def _check(self, data: bytes, index: int) -> None:
-        """A code stream that would decode to more than a segment, or fill up its end in silence, is refused first."""
+        """Refuse a code stream that would decode to more than a segment, or be padded silently."""
         compression = self._page.compression
-        if compression in _JPEG and not codecs.ends(data):
-            raise DataError(f"{self.path}: segment {index} ends early (no end marker); fetch the file again")
+        if compression in _JPEG and not codecs.has_end_marker(data):
+            raise DataError(f"{self.path}: segment {index} is truncated (no end marker); fetch the file again")
         size = None
         if compression in _JPEG:
             size = codecs.jpeg_size(data)
@@ -225,4 +227,4 @@ class TiffPixels:
         if size is not None and not all(
             0 < side <= -(-step // 16) * 16 for side, step in zip(size[:2], self._size, strict=True)
         ):
-            raise DataError(f"{self.path}: segment {index} says {size[0]} x {size[1]} pixels; fetch the file again")
+            raise DataError(f"{self.path}: segment {index} has {size[0]} x {size[1]} pixels; fetch the file again")

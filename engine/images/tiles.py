@@ -1,7 +1,7 @@
-"""Images stored in tiles: a region decodes the tiles it touches, in threads, and keeps them for its neighbours.
+"""Images stored in tiles: reading a region decodes its tiles in threads and caches them for neighbouring regions.
 
-The cache is one for the process, so that its limit holds however many files are open. A scan goes along a row of tiles
-and straddles file tiles at their borders; the limit holds the decoded tiles of such a row.
+The cache is global to the process, so its limit is independent of the number of open files. A scan moves along a row of
+tiles that overlap file tiles at their borders; the limit is enough for the decoded file tiles of such a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Key = tuple[int, tuple[int, int]]
 
 
 class TileCache:
-    """Decoded tiles, the least recently used dropped as soon as they take more than `limit` bytes; thread-safe."""
+    """A thread-safe cache of decoded tiles; the least recently used are dropped beyond `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -33,23 +33,23 @@ class TileCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes of the cached tiles."""
         return self._bytes
 
     def keys(self, owner: int) -> list[tuple[int, int]]:
-        """(row, column) of the tiles held for one image, the least recently used first."""
+        """(row, column) of the cached tiles of an image, the least recently used first."""
         with self._lock:
-            return [place for image, place in self._tiles if image == owner]
+            return [index for image, index in self._tiles if image == owner]
 
     def get(self, key: _Key) -> np.ndarray | None:
-        """A tile, or None."""
+        """The tile, or None."""
         with self._lock:
             if key in self._tiles:
                 self._tiles.move_to_end(key)
             return self._tiles.get(key)
 
     def put(self, key: _Key, tile: np.ndarray) -> None:
-        """Keep a tile; one that is larger than the limit is not kept."""
+        """Add a tile; a tile larger than the limit is ignored."""
         if tile.nbytes > self.limit:
             return
         with self._lock:
@@ -60,7 +60,7 @@ class TileCache:
                 self._bytes -= self._tiles.popitem(last=False)[1].nbytes
 
     def drop(self, owner: int) -> None:
-        """Forget the tiles of one image."""
+        """Remove the tiles of an image."""
         with self._lock:
             for key in [key for key in self._tiles if key[0] == owner]:
                 self._bytes -= self._tiles.pop(key).nbytes
@@ -74,7 +74,7 @@ _threads_lock = threading.Lock()
 
 
 def _pool() -> ThreadPoolExecutor:
-    """The threads that decode."""
+    """The thread pool for decoding."""
     global _threads
     with _threads_lock:
         if _threads is None:
@@ -83,7 +83,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    """A forked process has none of its parent's threads, and locks that they held stay locked."""
+    """Reset threads and locks in a forked process, which lacks the parent's threads but keeps their locks."""
     global _threads, _threads_lock
     _threads, _threads_lock = None, threading.Lock()
     CACHE.__init__(CACHE.limit)
@@ -94,7 +94,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Tiled(Protocol):
-    """What a file format offers to be read tile by tile."""
+    """The interface of a file format that is read tile by tile."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
@@ -106,12 +106,12 @@ class Tiled(Protocol):
     def name(self) -> str: ...
 
     def tile(self, row: int, column: int) -> np.ndarray:
-        """(channels, rows, columns) of one tile; those at the lower and right border may reach beyond the image."""
+        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
         ...
 
 
 class TileGrid:
-    """Reads regions of an image (channels, height, width) that is stored in tiles of `size` (rows, columns)."""
+    """A reader of regions of an image (channels, height, width) stored in tiles of `size` (rows, columns)."""
 
     def __init__(self, size: tuple[int, int], cache: TileCache = CACHE) -> None:
         self.size, self.cache = size, cache
@@ -119,30 +119,30 @@ class TileGrid:
         weakref.finalize(self, cache.drop, self.owner)
 
     def read(self, image: Tiled, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """(channels, bottom - top, right - left), fresh; `image` is always the same one."""
+        """A region as a new array (channels, bottom - top, right - left); all calls must have the same `image`."""
         out = np.empty((image.shape[0], bottom - top, right - left), image.dtype)
         if not out.size:
             return out
 
-        def paste(place: tuple[int, int]) -> None:
-            tile = self._tile(image, *place)
-            y, x = place[0] * self.size[0], place[1] * self.size[1]
+        def paste(index: tuple[int, int]) -> None:
+            tile = self._tile(image, *index)
+            y, x = index[0] * self.size[0], index[1] * self.size[1]
             rows = max(y, top), min(y + self.size[0], bottom)
             columns = max(x, left), min(x + self.size[1], right)
             part = tile[:, rows[0] - y : rows[1] - y, columns[0] - x : columns[1] - x]
             goal = out[:, rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
             if part.shape != goal.shape:
                 raise DataError(
-                    f"{image.name}: tile {place} has shape {tile.shape}, at least {goal.shape} expected; it is damaged"
+                    f"{image.name}: tile {index} has shape {tile.shape}, less than {goal.shape}; it is damaged"
                 )
             goal[...] = part
 
-        places = list(self._touched(top, bottom, left, right))
-        missing = [place for place in places if self.cache.get((self.owner, place)) is None]
-        _each(paste, places) if len(missing) > 1 else [paste(place) for place in places]
+        indices = list(self._overlapping(top, bottom, left, right))
+        missing = [index for index in indices if self.cache.get((self.owner, index)) is None]
+        _run_all(paste, indices) if len(missing) > 1 else [paste(index) for index in indices]
         return out
 
-    def _touched(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int]]:
+    def _overlapping(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int]]:
         height, width = self.size
         return itertools.product(range(top // height, -(-bottom // height)), range(left // width, -(-right // width)))
 
@@ -155,9 +155,9 @@ class TileGrid:
         return tile
 
 
-def _each(task: Callable[[tuple[int, int]], None], places: list[tuple[int, int]]) -> None:
-    """All of them in threads; the first error is raised once no thread is at work on `places` any more."""
-    futures = [_pool().submit(task, place) for place in places]
+def _run_all(task: Callable[[tuple[int, int]], None], indices: list[tuple[int, int]]) -> None:
+    """Run a task for all indices in threads; the first error is raised after all threads have finished."""
+    futures = [_pool().submit(task, index) for index in indices]
     errors = []
     for future in futures:
         if errors:

@@ -1,4 +1,4 @@
-"""PNG and JPEG files: no random access, so they are decoded whole at the first read, in their own dtype."""
+"""PNG and JPEG files: without random access, so they are decoded whole at the first read, in their own dtype."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from . import codecs
 from .affine import Affine
 from .rawfile import one_line
 
-# Channels that count as pixels, by the colour type in the header; alpha is dropped.
+# Channels without alpha, which is dropped, by the colour type in the header.
 _CHANNELS = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}
-# Bytes that may follow the last row before it counts as damage.
+# The maximum bytes after the last row; more is damage.
 _SURPLUS = 2**16
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# First row and column, and steps, of the passes: of a plain PNG and of an interlaced one.
+# First row, first column and steps of the passes: of a PNG without and with interlacing.
 _PASSES = (
     ((0, 0, 1, 1),),
     ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)),
@@ -31,7 +31,7 @@ _BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16
 
 
 class WholeFile:
-    """Stored pixels (`stored.StoredPixels`) of a file that is decoded in one piece; a base class."""
+    """Stored pixels (`stored.StoredPixels`) of a file that is decoded as a whole; a base class."""
 
     table = None
     self_describing = False
@@ -72,17 +72,17 @@ class WholeFile:
         raise NotImplementedError
 
     def _decode(self) -> np.ndarray:
-        """(rows, columns) or (rows, columns, samples)."""
+        """The decoded pixels, (rows, columns) or (rows, columns, samples)."""
         raise NotImplementedError
 
-    def _start(self, count: int) -> bytes:
-        """The first bytes of the file, as many as there are: what follows an image may be any amount."""
+    def _first_bytes(self, count: int) -> bytes:
+        """The first `count` bytes of the file, or all if it is shorter; any data may follow the image."""
         with self.path.open("rb") as file:
             return file.read(min(count, self.path.stat().st_size))
 
     @property
-    def _most(self) -> int:
-        """Bytes of the file that are read at most."""
+    def _max_bytes(self) -> int:
+        """The maximum number of bytes that are read from the file."""
         return codecs.most_encoded(math.prod(self.shape) * self.dtype.itemsize)
 
     def _decoded(self) -> np.ndarray:
@@ -92,7 +92,7 @@ class WholeFile:
             raise
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
-        except Exception as error:  # every codec has its own exceptions
+        except Exception as error:  # each codec has its own exceptions
             raise DataError(
                 f"{self.path}: damaged or truncated image ({one_line(error)}); fetch the file again"
             ) from error
@@ -100,7 +100,7 @@ class WholeFile:
         pixels = pixels[:, :, : self.shape[0]].transpose(2, 0, 1)
         if pixels.shape != self.shape or pixels.dtype != self.dtype:
             raise DataError(
-                f"{self.path}: decodes to {pixels.dtype} {pixels.shape}, its header says {self.dtype} {self.shape}"
+                f"{self.path}: decodes to {pixels.dtype} {pixels.shape}, but its header has {self.dtype} {self.shape}"
             )
         return pixels
 
@@ -122,44 +122,44 @@ class PngPixels(WholeFile):
         if interlaced > 1 or bits not in _BITS.get(colour, ()) or not width or not height:
             raise DataError(f"{self.path}: damaged PNG header; fetch the file again")
         self.shape = (_CHANNELS[colour], height, width)
-        # Fewer than 8 bits are spread over 8 by the decoder.
+        # The decoder scales fewer than 8 bits to 8.
         self.dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
         self.full = 65535.0 if bits == 16 else 255.0
         self.steps = (f"PNG, {bits} bits",)
         samples = _SAMPLES[colour]
         passes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in _PASSES[interlaced]]
-        # Each row has a byte before its pixels that names its filter.
+        # Each row starts with a byte for its filter.
         self._inflated = sum(rows * (1 + -(-columns * bits * samples // 8)) for rows, columns in passes if columns > 0)
 
     def _decode(self) -> np.ndarray:
-        """By libpng, which inflates all that it gets, to a thousand times as much: so it gets what is inflated here."""
+        """Decode with libpng, from data inflated here with a limit, because libpng inflates without one."""
         chunks = self._chunks()
         packed = b"".join(chunk[8:-4] for chunk in chunks if chunk[4:8] == b"IDAT")
         try:
             rows = imagecodecs.deflate_decode(packed, out=self._inflated + _SURPLUS)
         except imagecodecs.DeflateError as error:
             raise DataError(
-                f"{self.path}: damaged PNG, or one with more pixels than its header says; fetch the file again"
+                f"{self.path}: damaged PNG, or more pixels than in its header; fetch the file again"
             ) from error
-        stored = memoryview(zlib.compress(rows, 0))  # which libpng only copies
+        stored = memoryview(zlib.compress(rows, 0))  # uncompressed, so that libpng only copies it
         del rows, packed
         parts = [_chunk(b"IDAT", stored[start : start + 2**30]) for start in range(0, len(stored), 2**30)]
         head = [chunk for chunk in chunks if chunk[4:8] not in (b"IDAT", b"IEND")]
         return imagecodecs.png_decode(b"".join((*head, *parts, _chunk(b"IEND", b""))))
 
     def _chunks(self) -> list[bytes]:
-        """The file up to its end marker, without the chunks that a decoder of grey and colour need not know."""
-        found, held = [b"\x89PNG\r\n\x1a\n"], 0
+        """The chunks of the file up to its end marker, without ancillary chunks."""
+        found, size = [b"\x89PNG\r\n\x1a\n"], 0
         with self.path.open("rb") as file:
             file.seek(8)
             while True:
                 head = file.read(8)
                 length, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"")
-                if kind[:1].islower():  # such chunks may be left out (ISO 15948, 5.4)
+                if kind[:1].islower():  # ancillary chunks may be left out (ISO 15948, 5.4)
                     file.seek(length + 4, 1)
                     continue
-                held += length
-                if not kind or held > self._most:
+                size += length
+                if not kind or size > self._max_bytes:
                     raise DataError(f"{self.path}: damaged or truncated image; fetch the file again")
                 found.append(head + file.read(length + 4))
                 if kind == b"IEND":
@@ -167,13 +167,13 @@ class PngPixels(WholeFile):
 
 
 class JpegPixels(WholeFile):
-    """A JPEG or JPEG-LS file of any bits; grey or RGB."""
+    """A JPEG or JPEG-LS file of any bit depth; grey or RGB."""
 
     def _describe(self) -> None:
-        data = self._start(codecs.most_encoded(0))
+        data = self._first_bytes(codecs.most_encoded(0))
         size = codecs.jpeg_size(data)
         if size is not None and size[2] == 4:
-            raise DataError(f"{self.path}: is a JPEG of four colours (CMYK); save it as grey or RGB")
+            raise DataError(f"{self.path}: is a CMYK JPEG; save it as grey or RGB")
         if size is None or not all(size) or size[2] not in (1, 3):
             raise DataError(f"{self.path}: damaged JPEG header; fetch the file again")
         bits = codecs.jpeg_bits(data)
@@ -181,11 +181,11 @@ class JpegPixels(WholeFile):
         self.dtype = np.dtype(np.uint8 if bits <= 8 else np.uint16)
         self.full = float(2**bits - 1)
         self.steps = (f"JPEG, {bits} bits",)
-        if not codecs.ends(data) and not codecs.ends(self._start(self._most)):
-            raise DataError(f"{self.path}: ends early (no end marker); fetch the file again")
+        if not codecs.has_end_marker(data) and not codecs.has_end_marker(self._first_bytes(self._max_bytes)):
+            raise DataError(f"{self.path}: is truncated (no end marker); fetch the file again")
 
     def _decode(self) -> np.ndarray:
-        data = self._start(self._most)
+        data = self._first_bytes(self._max_bytes)
         if codecs.jpeg_process(data) == 0xF7:  # JPEG-LS
             return imagecodecs.jpegls_decode(data)
         return imagecodecs.jpeg8_decode(data)

@@ -1,4 +1,4 @@
-"""Images to files by region: tiled TIFF of any size, and 16-bit PNG of what fits into memory."""
+"""Writing of images by region: tiled TIFF of any size, and PNG for images that fit into memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import tifffile
 from ..errors import DataError
 
 ReadRegion = Callable[[int, int, int, int], np.ndarray]
-"""(top, bottom, left, right) -> (rows, columns) of the region."""
+"""Maps (top, bottom, left, right) to the pixels (rows, columns) of the region."""
 
 TILE = 512
-# Pixels of the largest PNG, which is encoded in one piece: 128 MiB of 16 bits.
+# Pixels of the largest PNG, which is encoded as a whole: 128 MiB of 16 bits.
 PNG_PIXELS = 2**26
 
 Item = TypeVar("Item")
@@ -35,9 +35,16 @@ def write_tiff(
     threads: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> None:
-    """A tiled grey (Big)TIFF, zstd without loss, tile by tile; nothing else of the image is held.
+    """Write a tiled grey (Big)TIFF with lossless zstd, tile by tile; only these tiles are in memory.
 
-    spacing: millimetres between pixels. threads: that read tiles ahead. report: called with numbers of pixels done.
+    Args:
+        path: the file.
+        shape: (rows, columns) of the image.
+        dtype: of the pixels.
+        read: returns the pixels of a region.
+        spacing: millimetres between pixels.
+        threads: the number of threads that read tiles ahead.
+        report: called with numbers of pixels written.
     """
     height, width = shape
     regions = [
@@ -50,13 +57,13 @@ def write_tiff(
         values = read(*region)
         if report is not None:
             report(values.size)
-        # tifffile wants whole tiles; the file says how much of them is image.
+        # tifffile requires whole tiles; the file has the size of the image.
         return np.pad(values, ((0, TILE - values.shape[0]), (0, TILE - values.shape[1])))
 
     resolution = {"resolution": (10 / spacing, 10 / spacing), "resolutionunit": "CENTIMETER"} if spacing else {}
     with tifffile.TiffWriter(path, bigtiff=height * width * dtype.itemsize > 2**31) as file:
         file.write(
-            ahead(tile, regions, threads),
+            map_ahead(tile, regions, threads),
             shape=shape,
             dtype=dtype,
             tile=(TILE, TILE),
@@ -70,14 +77,14 @@ def write_tiff(
 
 
 def write_png(path: Path, shape: tuple[int, int], read: ReadRegion) -> None:
-    """A grey PNG; `DataError` if the image is too large to be encoded in one piece."""
+    """Write a grey PNG; `DataError` if the image is too large, because it is encoded as a whole."""
     if shape[0] * shape[1] > PNG_PIXELS:
         raise DataError(f"{path}: {shape[0]} x {shape[1]} pixels are too many for a PNG; write tiff")
     path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(read(0, shape[0], 0, shape[1])), level=4))
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """function(item) of every item in order, made by some threads that are a few items ahead at most."""
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """function(item) of each item in order, computed by threads at most a few items ahead."""
     if threads == 1:
         yield from map(function, items)
         return

@@ -1,4 +1,4 @@
-"""Zarr arrays whose chunks decompress to no more than a chunk: zarr's own codecs make whatever a stream says."""
+"""Zarr arrays with a limit of decompressed bytes per chunk, because zarr's codecs have none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numcodecs.abc import Codec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
 
-# Checksums that other codecs add to a chunk.
+# Additional bytes of a chunk for the checksums of other codecs.
 _SPARE = 2**16
 _STREAMS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
@@ -25,13 +25,13 @@ _STREAMS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "lzma": lzma.LZMADecompressor,
 }
-# Where in a stream its decompressed length is.
+# The position of the decompressed length in a stream.
 _LENGTHS = {"blosc": slice(4, 8), "lz4": slice(0, 4)}
 _BOUNDED = {"zstd", *_STREAMS, *_LENGTHS}
 
 
 def bounded(array: zarr.Array) -> zarr.Array:
-    """The same array; a chunk that decompresses to more than its shape and type say is a `ValueError` when read."""
+    """The same array; reading a chunk that decompresses to more than its shape and type raises a `ValueError`."""
     limit = math.prod(array.chunks) * array.dtype.itemsize + _SPARE
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
@@ -56,7 +56,7 @@ def _limited(codec: Any, limit: int) -> Any:
 
 @dataclass(frozen=True)
 class _LimitedBytes(BytesBytesCodec):
-    """A codec of zarr 3 that makes at most `limit` bytes."""
+    """A codec of zarr 3 that returns at most `limit` bytes."""
 
     codec: Any
     limit: int
@@ -80,9 +80,9 @@ class _LimitedBytes(BytesBytesCodec):
 
 
 class _Limited(Codec):
-    """A codec of zarr 2 that makes at most `limit` bytes."""
+    """A codec of zarr 2 that returns at most `limit` bytes."""
 
-    codec_id = "limited"  # zarr asks the class for it
+    codec_id = "limited"  # zarr reads it from the class
 
     def __init__(self, codec: Any, limit: int) -> None:
         self.codec, self.limit, self.codec_id = codec, limit, codec.codec_id
@@ -94,22 +94,22 @@ class _Limited(Codec):
         return self.codec.encode(buf)
 
     def decode(self, buf: Any, out: Any = None) -> Any:
-        # Filters see arrays, and change no lengths.
+        # Filters get arrays and do not change lengths.
         found = _decoded(self.codec_id, bytes(buf), self.limit) if self.codec_id in _BOUNDED else None
         return self.codec.decode(buf, out) if found is None else found
 
 
 def _decoded(name: str, data: bytes, limit: int) -> bytes | None:
-    """What a stream decompresses to; None where the codec itself may do it. `ValueError` if it is more than `limit`."""
+    """The decompressed stream; None if the codec itself can decode it safely; `ValueError` beyond `limit` bytes."""
     if name == "zstd":
         return bytes(imagecodecs.zstd_decode(data, out=limit))
     if name in _STREAMS:
         found = bytearray()
-        while data:  # one stream may follow another
+        while data:  # several streams may be concatenated
             stream = _STREAMS[name]()
             found += stream.decompress(data, limit + 1 - len(found))
             if len(found) > limit or not stream.eof:
-                raise ValueError(f"{name} of more than {limit} bytes, or cut off")
+                raise ValueError(f"{name} of more than {limit} bytes, or truncated")
             data = stream.unused_data
         return bytes(found)
     if name in _LENGTHS and int.from_bytes(data[_LENGTHS[name]], "little") > limit:

@@ -1,2 +1,1 @@
-"""Prediction over archives: from a table of any length to predictions that a kill at any moment neither loses nor
-doubles."""
+"""Prediction over archives of any size. A killed run neither loses nor duplicates results."""

@@ -1,7 +1,7 @@
-"""The work of a run on a Ray cluster: actors that hold the network take images by their paths, and give results back.
+"""Runs the work on a Ray cluster: actors with the network take paths of images and return results.
 
-Ray Data deals images out, starts actors anew that have died, on other nodes if need be, and repeats their images. The
-process that runs keeps what has come back (`parts`), each image once, as with processes of its own.
+Ray Data distributes images, restarts dead actors, if necessary on other nodes, and repeats their images. The calling
+process stores each image's result once (`parts`), as it does for local processes.
 """
 
 from __future__ import annotations
@@ -27,30 +27,34 @@ from .devices import Outcome, Reading, compute_here
 from .job import Start
 from .rows import Work
 
-TOGETHER = 8
-"""Images that go to an actor at a time, and come back together."""
-_LISTED = 10_000  # images of a file of the list
-_AT_ONCE = 200_000  # images that are listed together: the actors start anew for the next, and memory stays bounded
+_BATCH = 8
+"""Images per batch of an actor."""
+_LISTED = 10_000  # images per file of the list
+_AT_ONCE = 200_000  # images per list, to bound the memory; the actors restart for the next list
 _RETRIES = 2
-"""How often Ray tries images again whose actor has died."""
+"""Retries by Ray of images whose actor has died."""
 _FRUITLESS = 3
-"""Rounds in a row that end in a death and bring nothing: then one of the images is held to be what kills.
-Ray itself gives its work up when an actor or a node dies at a moment that it does not expect."""
+"""Consecutive rounds that end by a death without any result, after which an image is assumed to cause it.
+Ray aborts its work if an actor or a node dies at an unexpected moment."""
 
 
 def compute_by_ray(
     start: Start, reading: Reading, work: Iterator[Work], actors: int, device: str, address: str | None, shared: Path
 ) -> Generator[Outcome, None, None]:
-    """Work on a cluster, in the order in which images are done.
+    """Compute on a cluster; yields outcomes in the order of completion.
 
     Args:
-        actors: as many at most, each with a CPU, or with a GPU as well.
-        address: of a running cluster, as in `ray.init`; None takes the one that RAY_ADDRESS names, or starts one on
-            this machine, which ends with the work.
-        shared: a folder that all nodes see; the list of images lies there meanwhile.
+        start: makes the unit of an actor.
+        reading: how images are read.
+        work: the images.
+        actors: maximum number of actors, each with a CPU, or with a CPU and a GPU.
+        device: "cpu" or "cuda".
+        address: of a running cluster, as in `ray.init`; None takes that of RAY_ADDRESS, or starts a cluster on this
+            machine, which ends with the work.
+        shared: a folder that all nodes can read, for the temporary list of images.
 
     Raises:
-        GigamorphError: without Ray or a cluster, or if the work fails there for another reason than its images.
+        GigamorphError: without Ray or a cluster, or if the work fails for another reason than its images.
     """
     ray = _ray()
     first = next(work, None)
@@ -61,35 +65,35 @@ def compute_by_ray(
     listed.mkdir(mode=0o700)
     try:
         while given := {one.key: one for one in islice(work, _AT_ONCE)}:
-            yield from _all_of(
+            yield from _repeated(
                 ray, given, listed, lambda: _batches(ray, listed, start, reading, actors, device, address)
             )
     finally:
         shutil.rmtree(listed, ignore_errors=True)
 
 
-def _all_of(ray: Any, given: dict[str, Work], listed: Path, deal: Callable[[], Iterator[Any]]) -> Iterator[Outcome]:
-    """What comes back, until all has; dealt anew where a death ends Ray's work, as long as rounds bring something."""
+def _repeated(ray: Any, given: dict[str, Work], listed: Path, deal: Callable[[], Iterator[Any]]) -> Iterator[Outcome]:
+    """The outcomes of all images; if a death aborts Ray's work, the rest is repeated while rounds yield results."""
     fruitless = 0
     while given:
-        _list(given.values(), listed)
+        _write_list(given.values(), listed)
         left = len(given)
         try:
             for found in (pickle.loads(one) for batch in deal() for one in batch["outcome"].to_pylist()):
                 one = given.pop(found[0], None)
-                if one is not None:  # else an actor that died had done it, too
+                if one is not None:  # else an actor that died has also done it
                     yield Outcome(one, *found[1:])
         except ray.exceptions.RayError as error:
             fruitless = 0 if len(given) < left else fruitless + 1
             if isinstance(error, ray.exceptions.RayTaskError) or fruitless == _FRUITLESS:
-                raise _told(error) from error
+                raise _error_of(error) from error
         else:
             if given:
-                raise GigamorphError(f"Ray has lost {len(given)} images; --resume does them")
+                raise GigamorphError(f"Ray has lost {len(given)} images; use --resume to repeat them")
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it would tell its makers of this cluster
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     try:
         import ray  # pyright: ignore[reportMissingImports]  (extra [ray])
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -99,14 +103,14 @@ def _ray() -> Any:
     return ray
 
 
-def _list(images: Iterable[Work], folder: Path) -> None:
-    """Files of images to do, in place of others, that Ray reads as it goes."""
+def _write_list(images: Iterable[Work], folder: Path) -> None:
+    """Replace the files with the list of images, which Ray reads."""
     for path in folder.iterdir():
         path.unlink()
     waiting, number = iter(images), 0
     while some := list(islice(waiting, _LISTED)):
         table = pa.table({"work": pa.array([pickle.dumps(one, 5) for one in some], pa.binary())})
-        pq.write_table(table, folder / f"{number:08d}.parquet", row_group_size=64 * TOGETHER)
+        pq.write_table(table, folder / f"{number:08d}.parquet", row_group_size=64 * _BATCH)
         number += 1
 
 
@@ -117,7 +121,7 @@ def _connected(ray: Any, address: str | None, actors: int, device: str) -> Itera
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None and "RAY_ADDRESS" not in os.environ:
-        # The process that runs needs a share as well: Ray gives its own tasks a CPU each.
+        # One more CPU for the tasks of Ray itself.
         options |= {"num_cpus": actors + 1, "include_dashboard": False}
     else:
         options["address"] = address or os.environ["RAY_ADDRESS"]
@@ -128,7 +132,7 @@ def _connected(ray: Any, address: str | None, actors: int, device: str) -> Itera
         raise GigamorphError(f"no Ray cluster at {options.get('address', 'this machine')} ({text})") from error
     try:
         if device == "cuda" and not ray.cluster_resources().get("GPU"):
-            raise GigamorphError("the Ray cluster has no GPUs; give --device cpu")
+            raise GigamorphError("the Ray cluster has no GPUs; use --device cpu")
         yield
     finally:
         ray.shutdown()
@@ -137,10 +141,10 @@ def _connected(ray: Any, address: str | None, actors: int, device: str) -> Itera
 def _batches(
     ray: Any, listed: Path, start: Start, reading: Reading, actors: int, device: str, address: str | None
 ) -> Iterator[Any]:
-    """Batches of outcomes, as they come.
+    """Batches of outcomes, as they are completed.
 
-    Each time by a connection of its own: of work that has failed, Ray leaves actors alive that hold their CPUs until
-    the connection ends, and what comes next would wait for these for ever.
+    Each call has a new connection: after failed work, Ray's actors hold their CPUs until the connection ends, and new
+    work would wait for these CPUs forever.
     """
     with _connected(ray, address, actors, device):
         yield from _data(ray, listed, start, reading, actors, device)
@@ -150,11 +154,11 @@ def _data(ray: Any, listed: Path, start: Start, reading: Reading, actors: int, d
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    images = ray.data.read_parquet(str(listed)).repartition(target_num_rows_per_block=TOGETHER)
+    images = ray.data.read_parquet(str(listed)).repartition(target_num_rows_per_block=_BATCH)
     done = images.map_batches(
         _Actor,
         fn_constructor_args=(start, replace(reading, staging=Path()), device),
-        batch_size=TOGETHER,
+        batch_size=_BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=1,
@@ -166,7 +170,7 @@ def _data(ray: Any, listed: Path, start: Start, reading: Reading, actors: int, d
 
 
 class _Actor:
-    """A process of the cluster that holds the network."""
+    """An actor with the network."""
 
     def __init__(self, start: Start, reading: Reading, device: str) -> None:
         self._staging = tempfile.mkdtemp(prefix="gigamorph-")
@@ -186,8 +190,8 @@ class _Actor:
         return pa.table({"outcome": pa.array(found, pa.binary())})
 
 
-def _told(error: Any) -> GigamorphError:
-    """What an actor has raised, or that actors die."""
+def _error_of(error: Any) -> GigamorphError:
+    """The error that an actor has raised, or an error on dead actors."""
     cause = error
     while cause is not None:
         if isinstance(cause, GigamorphError):
@@ -195,4 +199,4 @@ def _told(error: Any) -> GigamorphError:
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     own = next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else type(error).__name__)
-    return GigamorphError(f"Ray: {own[:300]}; what has come back is kept, --resume goes on")
+    return GigamorphError(f"Ray: {own[:300]}; results so far are stored, --resume continues")

@@ -1,4 +1,4 @@
-"""Images of a data set as plain files, on the runner: what is written stays, whatever ends the run."""
+"""Converts images of a data set to plain files, by the runner, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONVERTED = pa.schema(
         ("to_original", pa.list_(pa.float64())),
     ]
 )
-"""Of the parts: the name of an image's file without suffix, what was done, and the way back to the file's pixels."""
+"""Schema of the parts; steps are the applied operations, to_original the transform to pixels of the source file."""
 
 
 def convert_images(
@@ -49,19 +49,23 @@ def convert_images(
 ) -> tuple[list[Record], list[str], Summary]:
     """Write every image to `folder`/images, and the masks of its findings to `folder`/masks, see `Conversion`.
 
-    Files keep their names; those of several folders that share one are called after patient, side and view. An image
-    that stands twice with the same masks is written once.
+    Files keep their names; if several folders have files of the same name, these are named by patient, side and view.
+    Repeated rows with the same image and masks are written once.
 
     Args:
-        options: by default a process per CPU, and images that cannot be read, or whose mask cannot, stop nothing.
+        records: the images.
+        folder: of the result.
+        file_format, voi, for_processing, white: see `Conversion`.
+        options: by default a process per CPU, and no limit on images or masks that cannot be read.
+        watch: callbacks.
 
     Returns:
-        The records of what is written, with their findings in the new coordinates, `extra["source"]`, the path of the
-        file below the folder that holds all of them, and `extra["steps"]`, what was done; the reasons why others are
-        not; and how the run ended. Records and reasons are those of all shards, as far as they are known.
+        The records of written images, with findings in the new coordinates, `extra["source"]` (path of the file
+        relative to the common folder) and `extra["steps"]` (applied operations); the reasons of failures; and the
+        summary of the run. Records and reasons include those of other shards, as far as known.
 
     Raises:
-        GigamorphError: if `folder` holds something else or cannot be written, or too many images failed.
+        GigamorphError: if `folder` has other content or cannot be written, or too many images failed.
     """
     folder = Path(folder)
     job = _Convert(records, Conversion(folder, file_format, voi, for_processing, white))
@@ -107,7 +111,7 @@ class _Convert(Job):
             raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
 
     def unit(self) -> Unit:
-        return Converting(self._conversion)
+        return ConversionUnit(self._conversion)
 
     def start(self) -> Start:
         return functools.partial(_start, self._conversion)
@@ -128,8 +132,8 @@ class _Convert(Job):
         return {}
 
 
-class Converting:
-    """The unit (`job.Unit`) that converts: all of it in the process that opens the image."""
+class ConversionUnit:
+    """The unit (`job.Unit`) of conversion; all work is done in the process that opens the image."""
 
     net = None
 
@@ -155,5 +159,5 @@ class Converting:
         return opened.item["result"]
 
 
-def _start(conversion: Conversion, *, device: str) -> Converting:
-    return Converting(conversion)
+def _start(conversion: Conversion, *, device: str) -> ConversionUnit:
+    return ConversionUnit(conversion)

@@ -1,12 +1,12 @@
-"""Images read and decoded ahead in processes of their own, in order, so that a GPU waits for no decoder.
+"""Reads and decodes images ahead in separate processes, in order, so that a GPU does not wait for decoders.
 
-What comes over is the image as its file stores it, once; images too large for that come as their source and are read by
-region where they are computed. Files of other places than this machine (`Row.url`) are read by region, too, or fetched
-where that cannot be.
+The stored pixels of an image are transferred once. Larger images are transferred as a source, whose regions are read
+where they are computed. Remote files (`Row.url`) are also read by region, or downloaded if that is not possible.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..datasets.grey import odd_grey
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
@@ -37,55 +38,57 @@ from ..images.rawfile import one_line
 from .rows import Work, fetch
 
 LARGEST = 2**28
-"""Bytes of an image, as stored, that is decoded ahead; larger ones are read by region."""
-# Images that are read quickly go to a process several at a time: as many as take so many seconds, at most so many.
+"""Maximum stored bytes of an image that is decoded ahead; larger images are read by region."""
+# Quickly read images are sent to a process in batches, which take at most these seconds and have at most this size.
 _BRIEF, _MOST = 0.02, 32
 
 Open = Callable[[Record, Work], dict[str, Any]]
-"""As `job.Unit.open`."""
+"""See `job.Unit.open`."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An image that is ready to be computed, or why it is not."""
+    """An opened image, or the error of opening it."""
 
     work: Work
     item: dict[str, Any] | None = None
-    """As of `job.Unit.open`."""
+    """The result of `job.Unit.open`."""
     error: GigamorphError | None = None
     staged: Path | None = None
-    """Folder of a fetched copy that the item still reads from."""
+    """Folder of a downloaded copy that the item still reads."""
     fault: str = ""
-    """The traceback of an unforeseen error."""
+    """The traceback of an unexpected error."""
     bytes: int = 0
-    """That were decoded ahead."""
+    """Bytes that were decoded ahead."""
+    odd: str = ""
+    """`odd_grey` of the image; empty for images larger than `LARGEST`."""
     seconds: float = 0.0
-    """That reading it has taken."""
+    """Duration of reading."""
 
     def close(self) -> None:
-        """The image is done."""
+        """Delete the downloaded copy, after the image is done."""
         if self.staged is not None:
             shutil.rmtree(self.staged, ignore_errors=True)
 
 
 class Ahead:
-    """A context manager; called with work, gives it opened, in order.
+    """A context manager; a call with work yields the opened images in order.
 
     Args:
-        open_image: work's record -> its item.
-        workers: processes; 0 opens each image when it is asked for, in this process, and decodes it when it is read.
-        depth: images that are asked for before they are needed.
-        staging: folder for files that are fetched.
+        open_image: opens a record of the work.
+        workers: processes; 0 opens each image on demand in this process, and decodes it when it is read.
+        depth: number of batches that are requested ahead.
+        staging: folder for downloaded files.
 
     Attributes:
-        waited: seconds that the caller was kept waiting.
+        waited: seconds that the caller has waited.
     """
 
     def __init__(self, open_image: Open, workers: int, depth: int, staging: Path) -> None:
         self._open, self._depth, self._staging = open_image, depth, staging
         self._workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
         self._pool: ProcessPoolExecutor | None = None
-        self._together = 1
+        self._batch = 1
         self.waited = 0.0
 
     def __enter__(self) -> Ahead:
@@ -93,14 +96,15 @@ class Ahead:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._pool is not None:
-            # Python waits at its end for what is being decoded in any case, and trips over a pool that ends just then.
+            # Python waits for running decoders at exit anyway, and fails if a pool is just ending then.
             self._pool.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
 
     def __call__(self, work: Iterable[Work], more: Callable[[], bool] = lambda: True) -> Iterator[Opened]:
-        """Work, opened.
+        """The opened images of the work.
 
         Args:
-            more: whether the next piece of work, or the end, comes at once.
+            work: the images to open.
+            more: whether the next work, or the end, is available immediately.
         """
         if not self._workers:
             for one in work:
@@ -113,8 +117,8 @@ class Ahead:
         pending: deque[tuple[list[Work], Future[list[Opened]]]] = deque()
         while True:
             some = []
-            # To wait for further work while some is done would be to wait for those who wait for that.
-            while len(pending) < self._depth and len(some) < self._together and (more() or not (some or pending)):
+            # Waiting for more work while some is pending could deadlock with a sender that waits for results.
+            while len(pending) < self._depth and len(some) < self._batch and (more() or not (some or pending)):
                 one = next(work, None)
                 if one is None:
                     break
@@ -131,13 +135,13 @@ class Ahead:
             self._pool = self._new_pool(self._workers)
         try:
             return self._pool.submit(_in_worker, some)
-        except BrokenProcessPool as error:  # a worker has crashed just now; those before this one are told as well
+        except BrokenProcessPool as error:  # a worker has just crashed; earlier futures fail as well
             crashed: Future[list[Opened]] = Future()
             crashed.set_exception(error)
             return crashed
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
-        # What a forked process needs to open images need not be sent to it.
+        # Forked processes inherit the arguments; they are not pickled.
         given = self._open, self._staging, os.getpid()
         return ProcessPoolExecutor(
             workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=given
@@ -149,42 +153,42 @@ class Ahead:
         try:
             found = future.result()
         except BrokenProcessPool:
-            # Whoever crashed took all that were under way along: these one by one, the others anew.
+            # A crash cancels all pending work: this batch is repeated one by one, the others are resubmitted.
             assert self._pool is not None
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-            found = [self._alone(one) for one in some]
+            found = [self._open_separately(one) for one in some]
             waiting = [others for others, _ in pending]
             pending.clear()
             pending.extend((others, self._submit(others)) for others in waiting)
         self.waited += time.monotonic() - began
         slowest = max(opened.seconds for opened in found)
-        self._together = min(max(1, int(_BRIEF / max(slowest, 1e-6))), 2 * self._together, _MOST)
+        self._batch = min(max(1, int(_BRIEF / max(slowest, 1e-6))), 2 * self._batch, _MOST)
         return found
 
-    def _alone(self, one: Work) -> Opened:
+    def _open_separately(self, one: Work) -> Opened:
         with self._new_pool(1) as pool:
             try:
                 return pool.submit(_in_worker, [one]).result()[0]
             except BrokenProcessPool:
-                said = "reading it ended the process; the file is damaged, or memory too small; fetch it again"
+                said = "reading it ended the process; the file is damaged or memory is too small; download it again"
                 return Opened(one, error=DataError(f"{one.row.name}: {said}"))
 
 
-_given: tuple[Open, Path] | None = None  # of a worker
+_given: tuple[Open, Path] | None = None  # arguments of a worker
 
 
 def _start_worker(open_image: Open, staging: Path, parent: int) -> None:
     global _given
     _given = open_image, staging
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the one that computes ends the rest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with(parent)
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent has gone, killed perhaps: its queue would never end."""
+    """End this process when its parent has ended, perhaps by a kill: otherwise it would wait for its queue forever."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -207,7 +211,7 @@ def _in_worker(some: list[Work]) -> list[Opened]:
 
 
 def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opened:
-    """An image, fetched and, if `whole`, decoded."""
+    """Download an image if necessary, open it and, if `whole`, decode it."""
     record, staged = one.row.record, None
     try:
         if one.row.url:
@@ -218,7 +222,11 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             record = replace(record, path=remote)
         item = open_image(record, one)
         source = stored_source(item["image"])
-        decoded = _decode(source, one.row.name) if source is not None and (whole or staged is not None) else 0
+        decoded, odd = 0, ""
+        if source is not None and (size := _size(source)) <= LARGEST:
+            if whole or staged is not None:
+                source.stored, decoded = DecodedPixels(source, one.row.name), size
+            odd = odd_grey(source)
     except Exception as error:
         known = isinstance(error, GigamorphError)
         text = str(error) if known else f"{one.row.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
@@ -227,25 +235,19 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             text = text.replace(str(record.path), one.row.url)
         kind = type(error) if known else DataError
         return Opened(one, error=kind(text), fault="" if known else traceback.format_exc())
-    opened = Opened(one, item, staged=staged, bytes=decoded)
+    opened = Opened(one, item, staged=staged, bytes=decoded, odd=odd)
     if decoded:
         opened.close()
     return opened
 
 
-def _decode(source: ImageSource, name: str) -> int:
-    """Let the source hold its pixels; how many bytes they are, 0 if they are too many to be held."""
-    stored = source.stored
-    channels, height, width = stored.shape
-    size = channels * height * width * np.dtype(str(stored.dtype).removeprefix("torch.")).itemsize
-    if size > LARGEST:
-        return 0
-    source.stored = DecodedPixels(source, name)
-    return size
+def _size(source: ImageSource) -> int:
+    """Bytes of the pixels as stored."""
+    return math.prod(source.stored.shape) * np.dtype(str(source.stored.dtype).removeprefix("torch.")).itemsize
 
 
 class DecodedPixels:
-    """What a file stores (`stored.StoredPixels`), held: it needs the file no more, and goes to other processes."""
+    """Decoded pixels of a file (`stored.StoredPixels`), which can be sent to other processes without the file."""
 
     def __init__(self, source: ImageSource, name: str) -> None:
         stored = source.stored
@@ -255,7 +257,7 @@ class DecodedPixels:
         self.info = getattr(stored, "info", None)
         _, height, width = stored.shape
         self.values = stored.read(0, height, 0, width)
-        # Some are only known once pixels are read, and cost time.
+        # Some values are only known after pixels are read, and take time.
         self.table, self.full, self.steps = stored.table, stored.full, stored.steps
         self._flips = stored.flips() if source.flip == "auto" and source.laterality is None else (False, False)
         _ = source.full, source.to_original

@@ -1,4 +1,4 @@
-"""Results that go to a DICOMweb store when a run is done: each once, however often the run is stopped and goes on."""
+"""Sends results to a DICOMweb store after a run, each exactly once, even if the run is interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _STORED = pa.schema([(name, pa.string()) for name in ("key", "name", "instance")
 
 @dataclass(frozen=True)
 class Document:
-    """An instance that is made of results.
+    """A DICOM instance that is made from results.
 
     Attributes:
-        key: of what it is made of; the same results make no second one.
-        name: of image or study, for messages.
-        make: the instance; takes a UID for it.
+        key: of the results; an instance is not stored again for the same results.
+        name: of the image or study, for messages.
+        make: makes the instance, given its UID.
     """
 
     key: str
@@ -38,17 +38,19 @@ class Document:
 
 
 def deliver(documents: Iterable[Document], index: Index, url: str, folder: Path) -> int:
-    """Store documents that the store has not got from this folder yet; returns how many.
+    """Store documents that this folder has not sent to the store yet; returns their number.
 
-    An instance's UID follows from what it is made of, so that one that was stored just before a kill is replaced by
-    itself. One that cannot be made or that the store refuses does not keep the others back.
+    An instance's UID is derived from its results, so if the run is killed just after a transfer, the repeated transfer
+    replaces the instance by itself. A document that fails does not stop the others.
 
     Args:
-        index: keeps what is stored.
-        folder: the notes of what is stored.
+        documents: the documents.
+        index: holds the keys of stored documents.
+        url: of the store.
+        folder: of the records of stored documents.
 
     Raises:
-        GigamorphError: the store cannot be reached, or has not taken all; what it has stays noted.
+        GigamorphError: if the store cannot be reached, or has refused a document; stored documents remain recorded.
     """
     from pydicom.uid import generate_uid
 
@@ -76,12 +78,12 @@ def deliver(documents: Iterable[Document], index: Index, url: str, folder: Path)
             notes.sync(now=False)
             done += 1
     finally:
-        with contextlib.suppress(GigamorphError):  # a further error hides the first
+        with contextlib.suppress(GigamorphError):  # another error would hide the first
             notes.close()
     notes.pack()
     if last is not None:
         raise GigamorphError(
-            f"{failed} of {done + failed} results were not stored in {url}, the others were; --resume tries them "
-            f"again; the last: {last}"
+            f"{failed} of {done + failed} results were not stored in {url}, the others were; --resume retries them; "
+            f"last error: {last}"
         )
     return done

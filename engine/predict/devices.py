@@ -1,4 +1,4 @@
-"""One device in this process, or several, each in a process of its own that reads ahead for itself."""
+"""Computes on one device in this process, or on several devices, each in a process that reads ahead for itself."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from .job import Result, Start, Unit
 from .rows import Work
 
 _GRACE = 5.0
-"""Seconds that a process has to end by itself."""
+"""Seconds that a process has to end before it is killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image: a result or an error."""
+    """The result or the error of an image."""
 
     work: Work
     result: Result | None = None
     error: GigamorphError | None = None
     waited: float = 0.0
-    """Seconds that the device had nothing to compute before it got this image."""
+    """Seconds that the device was idle before it got this image."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read ahead, for each device.
+    """How each device reads images ahead.
 
     Attributes:
-        workers: processes; 0 reads in the process that computes.
-        staging: folder for files that are fetched.
-        forgiving: an unforeseen error of reading an image is one of that image; else it is raised.
+        workers: processes; 0 reads in the computing process.
+        staging: folder for downloaded files.
+        forgiving: whether an unexpected error of reading is recorded as that image's failure; otherwise it is raised.
     """
 
     workers: int
@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def depth(self) -> int:
-        """Images that are asked for before they are needed."""
+        """Number of batches that are requested ahead."""
         return self.workers + 2 if self.workers else 1
 
 
@@ -64,11 +64,14 @@ def compute_here(
     before: Callable[[Opened], object] = lambda opened: None,
     more: Callable[[], bool] = lambda: True,
 ) -> Generator[Outcome, None, None]:
-    """Work in this process, in order.
+    """Compute in this process; yields outcomes in order.
 
     Args:
-        before: called with each image that is about to be computed.
-        more: as in `Ahead`.
+        unit: computes an image.
+        reading: how images are read.
+        work: the images.
+        before: called with each image before it is computed.
+        more: see `Ahead`.
     """
     waited = 0.0
     with Ahead(unit.open, reading.workers, reading.depth, reading.staging) as ahead:
@@ -91,23 +94,28 @@ def compute_here(
 def compute_in_processes(
     start: Start, reading: Reading, work: Iterator[Work], devices: int, device: str
 ) -> Generator[Outcome, None, None]:
-    """Work in a process for each device, in the order in which images are done.
+    """Compute in a process per device; yields outcomes in the order of completion.
 
     Args:
-        device: "cpu", or "cuda" for a GPU each.
+        start: makes the unit of a process.
+        reading: how images are read.
+        work: the images.
+        devices: number of processes.
+        device: "cpu", or "cuda" for a GPU per process.
 
     Raises:
-        GigamorphError: what ended a process, or that one died. RuntimeError: an unforeseen error, with its traceback.
+        GigamorphError: if a process raised it, or died.
+        RuntimeError: for an unexpected error, with its traceback.
     """
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, threads // devices)
-    processes = _started(start, reading, devices, device, threads)
+    processes = _start_processes(start, reading, devices, device, threads)
     given: dict[Connection, dict[str, Work]] = {pipe: {} for pipe in processes}
 
     def give(pipe: Connection) -> None:
         one = next(work, None)
-        with suppress(OSError):  # it has died, as is seen when it is asked
+        with suppress(OSError):  # it has died, which the next recv reports
             pipe.send(one)
         if one is not None:
             given[pipe][one.key] = one
@@ -144,10 +152,10 @@ def compute_in_processes(
             pipe.close()
 
 
-def _started(start: Start, reading: Reading, devices: int, device: str, threads: int) -> dict[Connection, Any]:
+def _start_processes(start: Start, reading: Reading, devices: int, device: str, threads: int) -> dict[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
-    # A terminal sends Ctrl-C to all: processes inherit that they pass over it, and this one ends them.
+    # A terminal sends Ctrl-C to all processes: the children inherit that it is ignored, and this process ends them.
     main = threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
@@ -169,7 +177,7 @@ def _death(process: Any) -> GigamorphError:
     code = process.exitcode
     how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
     hint = "; it may have run out of memory" if code == -signal.SIGKILL else ""
-    return GigamorphError(f"the process of {process.name} {how}{hint}; what was computed is kept, --resume goes on")
+    return GigamorphError(f"the process of {process.name} {how}{hint}; results so far are stored, --resume continues")
 
 
 def _device(
@@ -197,9 +205,9 @@ def _device(
     except Exception:
         said = f"the process of {multiprocessing.current_process().name} failed:\n{traceback.format_exc()}"
         last = "fault", "", said, 0.0
-    with suppress(OSError):  # nobody is there any more to hear it
+    with suppress(OSError):  # the parent has ended
         pipe.send(last)
-    # At once: Python would wait for the processes that read, which wait for it.
+    # Exit immediately: Python would wait for the reading processes, which wait for it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""What a network says of the images of a study, as a DICOM structured report (TID 1500), through highdicom."""
+"""Predictions for the images of a study as a DICOM structured report (TID 1500), by highdicom."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from ..errors import DataError
-from ..images.dicom_results import MAKER, made_of, own_code, source_header
-from ..images.dicomweb import is_dicomweb, place_of
+from ..images.dicom_results import MAKER, highdicom_errors, own_code, source_header
+from ..images.dicomweb import is_dicomweb, parse_location
 from ..images.header import read_info
 from ..versions import OWN
 from .rows import Row
 
 
 @dataclass(frozen=True)
-class Said:
-    """What is said of an image.
+class ImageValues:
+    """The predicted values of an image.
 
     Attributes:
         key: of the result.
-        values: of each class or number, by name.
-        numbers: they are numbers, no probabilities.
+        row: the image.
+        values: probability of each class, or numbers, by name.
+        numbers: whether the values are numbers, not probabilities.
     """
 
     key: str
@@ -34,32 +35,33 @@ class Said:
 
 
 def study_of(row: Row) -> str:
-    """The UID of an image's study; of what is no DICOM image its name, which no other has."""
+    """The UID of an image's study; for other files than DICOM images, their unique name."""
     if is_dicomweb(row.url):
-        return place_of(row.url).study or row.name
+        return parse_location(row.url).study or row.name
     try:
         return (None if row.url else read_info(row.record.path).study_uid) or row.name
     except DataError:
         return row.name
 
 
-def report(said: Sequence[Said], uid: str, checkpoint: str, model: str) -> Dataset:
-    """A Comprehensive SR of the images of a study: of each a measurement group for each class, with its probability.
+def report(said: Sequence[ImageValues], uid: str, checkpoint: str, model: str) -> Dataset:
+    """A Comprehensive SR of the images of a study, with a measurement group per image and class for its probability.
 
-    Classes have codes of their own, with their names as meanings: what they mean is the model's maker's to say.
+    Classes have private codes with their names as meanings, because only the model's author knows what they mean.
 
     Args:
+        said: the values of each image.
         uid: of the instance.
-        checkpoint: its name.
-        model: its SHA-256.
+        checkpoint: name of the checkpoint.
+        model: SHA-256 of the checkpoint.
 
     Raises:
-        DataError: if an image is no DICOM image, or its header lacks what a report must repeat.
+        DataError: if a file is not a DICOM image, or its header lacks an attribute that the report must repeat.
     """
     import highdicom.sr as sr
 
-    headers = [source_header(one.row.place, "so that its result cannot be stored") for one in said]
-    with made_of(said[0].row.name, "a structured report"):
+    headers = [source_header(one.row.place, "so its result cannot be stored") for one in said]
+    with highdicom_errors(said[0].row.name, "a structured report"):
         algorithm = sr.AlgorithmIdentification(
             name=f"{MAKER} {checkpoint}"[:64], version=OWN, parameters=[f"model SHA-256 {model}"]
         )

@@ -1,7 +1,7 @@
-"""The folder of a run: what it is, who works in it, and what is refused there.
+"""The folder of a run: its description, its locks, and checks of its content.
 
-``run.json`` says what the run is, ``parts/N-of-M/`` holds results and ``quarantine/N-of-M/`` images that failed. Shards
-share a folder; each writes to its own parts.
+``run.json`` describes the run, ``parts/N-of-M/`` holds results and ``quarantine/N-of-M/`` failed images. Shards share a
+folder; each writes to its own parts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .options import RunOptions
 from .parts import read_results
 
 _OF_TRAINING = ("last.ckpt", "log.csv", "folds.json")
-"""What tells a folder of `gigamorph train`, whose quarantine.csv is of its own images."""
+"""Files that identify a folder of `gigamorph train`, which has a quarantine.csv of its own images."""
 
 
 class RunFolder:
-    """A folder for the results of a job, of which this process has a shard."""
+    """The folder of a job's results; this process computes one shard."""
 
     def __init__(self, path: Path, job: Job, options: RunOptions) -> None:
         self.path, self._job, self._options = path, job, options
@@ -47,10 +47,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While this process alone writes to the shard. An error before there is any result leaves nothing behind.
+        """Context in which only this process writes to the shard. After an error without results, files are removed.
 
         Raises:
-            GigamorphError: naming the process that does, or what else is in the folder.
+            GigamorphError: naming another process that writes to it, or other content of the folder.
         """
         made, said = not self.path.exists(), (self.path / "run.json").exists()
         with hold(self.parts / self.shard / "_lock", self.path):
@@ -58,45 +58,45 @@ class RunFolder:
             try:
                 yield
             except BaseException:
-                if not said and self._options.shard[1] == 1 and not self.begun():  # another shard may just begin
+                if not said and self._options.shard[1] == 1 and not self.begun():  # another shard may be starting
                     with contextlib.suppress(OSError):
                         self._empty(made)
                 raise
 
     def _empty(self, made: bool) -> None:
-        """Take away what this process has put here, and the folder if it has made it."""
+        """Remove the files that this process has written, and the folder if it has made it."""
         for path in (self.path / "run.json", self.parts / "_patients.key", self.parts / "_finish"):
             path.unlink(missing_ok=True)
         for kept in (self.parts, self.quarantine):
             shutil.rmtree(kept / self.shard, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it was there, with something else in it
+            with contextlib.suppress(OSError):  # it existed before, with other content
                 kept.rmdir()
         if made:
             self.path.rmdir()
 
     def finishing(self) -> contextlib.AbstractContextManager[None]:
-        """While this process alone writes the tables of all shards; waits for others."""
+        """Context in which only this process writes the tables of all shards; waits for other processes."""
         return hold(self.parts / "_finish", self.path, wait=True)
 
     def refuse(self, *, ours: bool) -> None:
-        """Refuse a folder that holds something else, or is in use.
+        """Refuse a folder that has other content, or is in use.
 
         Args:
-            ours: this process holds the shard.
+            ours: whether this process holds the shard.
         """
         job, options, out = self._job, self._options, self.path
-        self._refuse_others(ours)
-        found = self._refuse_foreign()
+        self._refuse_other_processes(ours)
+        found = self._refuse_other_runs()
         if found is None or options.overwrite:
             return
         if found["model"] != options.model:
             raise GigamorphError(
-                f"{out}: holds results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
+                f"{out}: has results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
                 f"name another --out{self._or_overwrite}"
             )
         if not options.resume and (options.shard[1] == 1 or self._begun(self.shard)):
             raise GigamorphError(
-                f"{out}: already holds {job.made}; go on with --resume, or name another --out{self._or_overwrite}"
+                f"{out}: already holds {job.made}; continue with --resume, or name another --out{self._or_overwrite}"
             )
         for name, value in job.described().items():
             if found.get(name) != value:
@@ -106,7 +106,7 @@ class RunFolder:
     def _or_overwrite(self) -> str:
         return ", or give --overwrite" if self._job.files else ""
 
-    def _refuse_others(self, ours: bool) -> None:
+    def _refuse_other_processes(self, ours: bool) -> None:
         """Refuse a folder that another process writes to."""
         options, out = self._options, self.path
         for lock in self._locks():
@@ -115,28 +115,28 @@ class RunFolder:
             if clash and not (mine and ours) and (holder := held(lock)):
                 raise GigamorphError(f"{out}: {holder} writes to it; wait for it, or name another --out")
 
-    def _refuse_foreign(self) -> dict[str, Any] | None:
-        """What `run.json` says of the run that the folder holds, if any; refuse what is of another command."""
+    def _refuse_other_runs(self) -> dict[str, Any] | None:
+        """The content of `run.json`, or None; refuses the folder of another command."""
         job, out = self._job, self.path
         found = _read_description(out / "run.json")
         if found is None or not self.begun():
             if found is None and job.product and (out / job.product).exists():
                 raise GigamorphError(
-                    f"{out / job.product}: already exists, and no run.json says of which run; name another --out"
+                    f"{out / job.product}: already exists, without the run.json of its run; name another --out"
                 )
             trained = next((name for name in _OF_TRAINING if (out / name).exists()), None)
             if trained is not None:
                 raise GigamorphError(f"{out}: holds a run of gigamorph train ({trained}); name another --out")
             return None
         if found["kind"] != job.kind:
-            raise GigamorphError(f"{out}: is of gigamorph {found['kind']}; name another --out")
+            raise GigamorphError(f"{out}: belongs to gigamorph {found['kind']}; name another --out")
         return found
 
     def clear(self) -> None:
-        """Take a run of this kind away, with all that it wrote; nothing else that lies in the folder.
+        """Remove the files of a run of this kind, and no others.
 
         Raises:
-            GigamorphError: as `refuse`, or what cannot be removed.
+            GigamorphError: see `refuse`; or if a file cannot be removed.
         """
         self.refuse(ours=False)
         job, out = self._job, self.path
@@ -153,10 +153,12 @@ class RunFolder:
             raise cannot_write(out, error, "name another --out") from error
 
     def join(self, rows: int, table: str, warn: Callable[[str], object]) -> None:
-        """Say in the folder what the run is, or see that it is the same.
+        """Write the description of the run, or check that it matches.
 
         Args:
-            rows, table: how many images there are, and a digest of which.
+            rows: number of images.
+            table: digest of the images.
+            warn: called with a warning if the table has changed.
         """
         out, options = self.path, self._options
         path = out / "run.json"
@@ -170,33 +172,33 @@ class RunFolder:
             "table": table,
         }
         text = json.dumps(own, indent=2) + "\n"
-        others = [told for lock in self._locks() if lock.parent.name != self.shard and (told := held(lock))]
+        others = [holder for lock in self._locks() if lock.parent.name != self.shard and (holder := held(lock))]
         if not path.exists():
             with contextlib.suppress(FileExistsError):
                 _write_once(path, text.encode())
-        elif not others and not self.begun():  # of a run that came to nothing
+        elif not others and not self.begun():  # of a run without results
             write_atomically(path, lambda p: p.write_text(text), "note")
         found = _read_description(path)
         if found is not None and (found["rows"], found["table"]) != (rows, table):
             if others:
-                raise GigamorphError(f"{out}: {others[0]} works on another table of images; wait for it")
-            told = f"{found['rows']} rows then, {rows} now"
-            warn(f"{out}: the table is not the one that the run began with ({told}); results are by image")
+                raise GigamorphError(f"{out}: {others[0]} works on another table of images; wait until it ends")
+            counts = f"{found['rows']} rows then, {rows} now"
+            warn(f"{out}: the table has changed since the run started ({counts}); results are matched by image")
             write_atomically(path, lambda p: p.write_text(text), "note")
 
     def secret(self) -> bytes:
-        """By which patients are renamed, the same for all shards."""
+        """The key that pseudonymizes patients, the same for all shards."""
         path = self.parts / "_patients.key"
         with contextlib.suppress(FileExistsError):
             _write_once(path, secrets.token_bytes(32), 0o600)
         return path.read_bytes()
 
     def begun(self) -> bool:
-        """Whether there is any result or failure."""
+        """Whether any result or failure exists."""
         return self._begun("*-of-*")
 
     def _begun(self, shards: str) -> bool:
-        """Whether there is any result or failure of these shards."""
+        """Whether any result or failure of these shards exists."""
         found = (path for kept in (self.parts, self.quarantine) for path in kept.glob(f"{shards}/*"))
         return any(path.name != "_lock" for path in found)
 
@@ -211,13 +213,13 @@ def _read_description(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise GigamorphError(f"{path.parent}: cannot be written: it is a file; name a folder") from error
+        raise GigamorphError(f"{path.parent}: cannot be written because it is a file; name a folder") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); name another --out") from error
 
 
 def _write_once(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a file that several processes may write first, whole. `FileExistsError` if one has."""
+    """Write a file atomically if it does not exist; otherwise raises `FileExistsError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         own = temporary_name(path)

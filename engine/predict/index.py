@@ -1,7 +1,6 @@
-"""What is to be done, what is done and what failed, of any number of images: a database on disk in bounded memory.
+"""A temporary database of the images of a run and their states, on disk, with bounded memory.
 
-It is made anew at every start, of the table and of the parts, which alone are kept; SQLite removes it when the process
-ends, however that comes.
+It is rebuilt at every start from the table and the stored parts; SQLite removes it when the process ends or is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from ..datasets.tables import READING, Record, reading_of
 from ..datasets.tables.generic import is_absent
-from ..datasets.tables.images_alone import LeftOut
+from ..datasets.tables.image_stream import LeftOutMasks
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, is_table, rows_of, writable
 
@@ -52,20 +51,20 @@ _NAMED = 5  # labels
 
 
 class Index:
-    """The rows of a run; a context manager, which raises `GigamorphError` where the database cannot be written.
+    """The rows of a run; a context manager, which raises `GigamorphError` if the database cannot be written.
 
     Args:
-        key: the identity of a row's result.
+        key: returns the key of a row's result.
     """
 
     def __init__(self, key: Callable[[Row], str]) -> None:
         self._key = key
-        # A private file in TMPDIR, of which SQLite holds a part in memory.
+        # A private file in TMPDIR, with a cache in memory.
         self._base = sqlite3.connect("", isolation_level=None)
         for setting in ("journal_mode=memory", "synchronous=off", f"cache_size=-{_CACHE_KIB}", "temp_store=file"):
             self._base.execute(f"pragma {setting}")
         self._base.executescript(_TABLES)
-        self._alone = itertools.count()
+        self._single = itertools.count()
         self.rows = self.images = 0
         self.sha256 = ""
         self._reading = set[str]()
@@ -76,7 +75,7 @@ class Index:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._base.close()
         if isinstance(error, sqlite3.Error):
-            raise GigamorphError(f"the list of images cannot be kept in TMPDIR ({error}); free some space") from error
+            raise GigamorphError(f"cannot store the list of images in TMPDIR ({error}); free some space") from error
 
     def fill(
         self,
@@ -86,33 +85,35 @@ class Index:
         check_files: bool,
         skip: Path | None = None,
     ) -> list[str]:
-        """Take the rows of all sources, in order; what there is to say of labels that are no classes, and of masks.
+        """Add the rows of all sources, in order; returns warnings about unknown labels, masks and repeated images.
 
         Args:
-            check_files: refuse files that do not exist, before any work.
-            skip: a folder whose files are no images.
+            sources: tables, folders, images or records.
+            classes: names of the classes.
+            check_files: raise an error for missing files, before any work.
+            skip: a folder whose files are ignored.
 
         Raises:
-            DataError: if a table is wrong, a file is missing (with ``check_files``), or nothing is there.
+            DataError: if a table is invalid, a file is missing (with ``check_files``), or there are no images.
         """
-        told: list[str] = []
-        # What a table says of an image counts before what its folder does.
+        texts: list[str] = []
+        # Tables before folders, because the row of a table has more information on an image.
         for number, source in enumerate(sorted(sources, key=is_folder)):
-            unknown, again, left = Counter[str](), Counter[str](), LeftOut()
+            unknown, again, left = Counter[str](), Counter[str](), LeftOutMasks()
             rows = rows_of(source, classes, unknown, left, skip)
-            with self._together():
+            with self._transaction():
                 self._add(
                     rows if isinstance(source, Record) or len(sources) == 1 else self._new(rows, number, source, again)
                 )
             if again:
-                told.append(f"{again.total()} of the images of {source} are given before, and count once")
+                texts.append(f"{again.total()} images of {source} are repeated, and count once")
             if left.count:
-                told.append(f"{source}: {left}")
+                texts.append(f"{source}: {left}")
             if unknown and classes is not None:
-                odd = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
-                told.append(
-                    f"{source}: the labels of {unknown.total()} images are none of the classes {', '.join(classes)} "
-                    f"and count as not known: {odd}"
+                listed = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_NAMED))
+                texts.append(
+                    f"{source}: the labels of {unknown.total()} images are not among the classes {', '.join(classes)} "
+                    f"and count as unknown: {listed}"
                 )
         [self.rows] = self._one("select count(*) from rows")
         if not self.rows:
@@ -126,15 +127,15 @@ class Index:
         for (key,) in self._base.execute("select key from rows order by number"):
             digest.update(key.encode())
         self.sha256 = digest.hexdigest()
-        return told
+        return texts
 
     @property
     def reading(self) -> list[str]:
-        """Which columns of `READING` the rows fill."""
+        """The columns of `READING` that have values in the rows."""
         return [name for name in READING if name in self._reading]
 
     def resolve(self, change: Callable[[list[Record]], Sequence[Record]]) -> None:
-        """Replace all records by what becomes of them together; of as many as are in memory at once."""
+        """Replace all records by `change` of all of them; needs memory for all rows."""
         rows = list(self.all_rows())
         changed = change([row.record for _, row in rows])
         for (number, row), record in zip(rows, changed, strict=True):
@@ -142,13 +143,13 @@ class Index:
             self._base.execute("update rows set row = ? where number = ?", (blob, number))
 
     def sample(self, count: int) -> list[Row]:
-        """Some rows, spread over the table."""
+        """`count` rows, spread over the table."""
         wanted = sorted({round(n * (self.rows - 1) / max(count - 1, 1)) + 1 for n in range(count)})
         found = [self._one("select row from rows where number = ?", number) for number in wanted]
         return [pickle.loads(blob) for (blob,) in found]
 
     def measure(self, pixels: Callable[[Iterator[Row]], Iterable[int]]) -> None:
-        """Let the sizes be looked up of images whose size the table does not say."""
+        """Look up the sizes of images whose table does not contain them."""
         unknown = "from images join rows using (number) where pixels = 0 order by number"
         numbers = (number for (number,) in self._base.execute(f"select number {unknown}"))
         rows = (pickle.loads(blob) for (blob,) in self._base.execute(f"select row {unknown}"))
@@ -156,8 +157,8 @@ class Index:
         self._base.execute("update rows set pixels = sizes.pixels from sizes where sizes.number = rows.number")
 
     def share_out(self, shards: int) -> None:
-        """Give each image to a shard, so that all have about as many pixels, whoever computes it: the largest images
-        first, each to the shard that has least (Graham's rule: none has more than 4/3 of the best possible)."""
+        """Assign images to shards with about equal numbers of pixels, reproducibly: the largest images first, each to
+        the smallest shard (Graham's rule: no shard has more than 4/3 of the optimum)."""
         loads = [(0, 0, shard) for shard in range(1, shards + 1)]
         found = self._base.execute(
             "select number, pixels from images join rows using (number) order by pixels desc, images.key"
@@ -169,40 +170,40 @@ class Index:
                 heapq.heapreplace(loads, (load + pixels, count + 1, shard))
                 yield number, shard
 
-        with self._together():
+        with self._transaction():
             self._base.executemany("insert into shares values (?, ?)", shares())
         self._base.execute("update images set shard = shares.shard from shares where shares.number = images.number")
 
     def add_done(self, results: Iterable[tuple[str, str | None]]) -> None:
-        """The keys of images that have a result, and the names of their files."""
-        with self._together():
+        """Add the keys of images that have a result, and the names of their files."""
+        with self._transaction():
             for key, name in results:
                 self._base.execute("insert or ignore into done values (?)", (key,))
                 if name:
                     self._base.execute("insert or ignore into names values (?)", (name,))
 
     def add_stored(self, keys: Iterable[str]) -> None:
-        """The keys of documents that a store has."""
-        with self._together():
+        """Add the keys of documents that a store has."""
+        with self._transaction():
             self._base.executemany("insert or ignore into stored values (?)", ((key,) for key in keys))
 
     def is_stored(self, key: str) -> bool:
-        """Whether a document is among these."""
+        """Whether a store has a document."""
         return self._one("select count(*) from stored where key = ?", key)[0] > 0
 
     def add_failed(self, failures: Iterable[dict[str, Any]]) -> None:
-        """Images that failed; the last reason stands."""
-        told = ((failure["key"], failure["image_path"], failure["reason"]) for failure in failures)
-        with self._together():
-            self._base.executemany("insert or replace into failed values (?, ?, ?)", told)
+        """Add failed images; the last reason replaces earlier ones."""
+        values = ((failure["key"], failure["image_path"], failure["reason"]) for failure in failures)
+        with self._transaction():
+            self._base.executemany("insert or replace into failed values (?, ?, ?)", values)
 
     def name_files(self, wanted: Callable[[Row], str]) -> None:
-        """Names for what is written of images without a result: those wanted, with -2, -3, ... where they are taken."""
+        """Name the files of images without a result, as `wanted`, with -2, -3, ... if a name is taken."""
         found = self._base.execute(
             "select number, row from images join rows using (number) "
             "where images.key not in (select key from done) order by number"
         )
-        with self._together():
+        with self._transaction():
             self._name(found, wanted)
         self._base.execute("update images set name = named.name from named where named.number = images.number")
 
@@ -217,7 +218,7 @@ class Index:
             self._base.execute("insert into named values (?, ?)", (number, own))
 
     def work(self, shard: int, *, failed: bool) -> Iterator[Work]:
-        """What a shard has to do, in the order of the table; images that failed only if asked for."""
+        """The work of a shard, in the order of the table, including failed images with `failed`."""
         again = "" if failed else "and images.key not in (select key from failed)"
         found = self._base.execute(
             "select images.key, row, name from images join rows using (number) where shard = ? "
@@ -228,7 +229,7 @@ class Index:
             yield Work(key, pickle.loads(blob), name or "")
 
     def counts(self, shard: int | None = None) -> tuple[int, int, int]:
-        """(images, those with a result, those that failed), of a shard or of all."""
+        """The numbers of images, of results and of failed images, of a shard or of all."""
         where = "1" if shard is None else f"shard = {shard}"
         [images] = self._one(f"select count(*) from images where {where}")
         [done] = self._one(f"select count(*) from images where {where} and key in (select key from done)")
@@ -238,12 +239,12 @@ class Index:
         )
         return images, done, failed
 
-    def strangers(self) -> int:
-        """Results of images that the table does not name."""
+    def unlisted_results(self) -> int:
+        """The number of results whose images are not in the table."""
         return self._one("select count(*) from done where key not in (select key from images)")[0]
 
     def failures(self) -> Iterator[tuple[str, str]]:
-        """(image, reason) of the images of the table that failed and have no result, in the order of the table."""
+        """(image, reason) of failed images without a result, in the order of the table."""
         yield from self._base.execute(
             "select image, reason from images join failed using (key) "
             "where key not in (select key from done) order by number"
@@ -255,40 +256,40 @@ class Index:
             yield number, pickle.loads(blob)
 
     def joined(self, results: Iterable[dict[str, Any]]) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """Each row of the table that has a result, with that, in the order of the table."""
-        told = ((result["key"], pickle.dumps(result, 5)) for result in results)
-        with self._together():
+        """The rows with a result, and the result, in the order of the table."""
+        values = ((result["key"], pickle.dumps(result, 5)) for result in results)
+        with self._transaction():
             self._base.execute("delete from results")
-            self._base.executemany("insert or ignore into results values (?, ?)", told)
+            self._base.executemany("insert or ignore into results values (?, ?)", values)
         for blob, result in self._base.execute("select row, result from rows join results using (key) order by number"):
             yield pickle.loads(blob), pickle.loads(result)
 
     def keep(self, items: Iterable[tuple[tuple[str, ...] | None, tuple[str, ...] | None, Any]]) -> None:
-        """Keep items, each with its breast and its exam; without one it stays alone."""
+        """Store items with their breasts and exams; None forms a group of one item."""
 
         def name(group: tuple[str, ...] | None) -> str:
-            return f"\0{next(self._alone)}" if group is None else "\0".join(group)
+            return f"\0{next(self._single)}" if group is None else "\0".join(group)
 
-        told = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
-        with self._together():
-            self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", told)
+        values = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
+        with self._transaction():
+            self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", values)
 
     def forget(self) -> None:
-        """Drop the items that were kept."""
+        """Delete the stored items."""
         self._base.execute("delete from items")
 
     def know(self, level: Level, patients: Iterable[str]) -> None:
-        """Patients of whom an image says its breast's side, or its exam."""
+        """Add patients with at least one image of known side (level "breast") or known exam (level "exam")."""
         known = ((level, patient) for patient in patients)
-        with self._together():
+        with self._transaction():
             self._base.executemany("insert or ignore into known values (?, ?)", known)
 
     def knows(self, level: Level, patient: str) -> bool:
-        """Whether the patient is one of these."""
+        """Whether `know` has added the patient."""
         return self._one("select count(*) from known where level = ? and patient = ?", level, patient)[0] > 0
 
     def groups(self, level: Level) -> Iterator[list[Any]]:
-        """The items that were kept, those of a breast or exam together, in the order of their first."""
+        """The stored items, grouped by breast or exam, in the order of the first item of each group."""
         group: list[Any] = []
         last = None
         found = f"select min(number) over (partition by {level}) as first, item from items order by first, number"
@@ -302,32 +303,32 @@ class Index:
             yield group
 
     def numbered(self, kind: Kind, name: str) -> str:
-        """What stands for a name: P00001 for a patient, E00001 for an exam, ...; none that the rows have themselves."""
+        """The pseudonym of a name: P00001 for a patient, E00001 for an exam, ..., distinct from names in the rows."""
         count = "select ?, ?, 1 + coalesce(max(number), 0) from numbers where kind = ?"
         self._base.execute(f"insert or ignore into numbers (kind, name, number) {count}", (kind, name, kind))
         return f"{kind}{self._one('select number from numbers where kind = ? and name = ?', kind, name)[0]:05d}"
 
-    def _take(self, name: str | None) -> None:
-        """The number of a name that looks as `numbered` writes it, as `gigamorph data index` does."""
+    def _reserve_number(self, name: str | None) -> None:
+        """Reserve the number of a name that has the form of `numbered`, as in tables of `gigamorph data index`."""
         if name and _NUMBERED.fullmatch(name):
-            told = (name[0], name, int(name[1:]))
-            self._base.execute("insert or ignore into numbers (kind, name, number) values (?, ?, ?)", told)
+            values = (name[0], name, int(name[1:]))
+            self._base.execute("insert or ignore into numbers (kind, name, number) values (?, ?, ?)", values)
 
     def _add(self, rows: Iterable[Row]) -> None:
-        def told() -> Iterator[tuple[str, bytes, int]]:
+        def values() -> Iterator[tuple[str, bytes, int]]:
             for row in rows:
-                self._take(row.record.patient_id)
-                self._take(row.record.exam_id)
+                self._reserve_number(row.record.patient_id)
+                self._reserve_number(row.record.exam_id)
                 self._reading.update(reading_of(row.record))
                 yield self._key(row), pickle.dumps(row, 5), row.pixels
 
-        self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", told())
+        self._base.executemany("insert into rows (key, row, pixels) values (?, ?, ?)", values())
 
     def _new(self, rows: Iterable[Row], number: int, source: str | Path, again: Counter[str]) -> Iterator[Row]:
-        """The rows whose image no source before has; of a folder each image once. An image that is named stays.
+        """The rows whose images are not in earlier sources; images of folders are unique. Single images always remain.
 
         Raises:
-            DataError: if a source before has the image with another label.
+            DataError: if an earlier source has the image with another label.
         """
         named = not is_folder(source) and not is_table(source)
         for row in rows:
@@ -341,7 +342,7 @@ class Index:
             again["images"] += 1
             if label != before and min(label, before) >= 0:
                 raise DataError(
-                    f"{source}: {row.name} has label {label}, but {before} where it was given before; keep one of them"
+                    f"{source}: {row.name} has label {label}, but {before} in an earlier source; keep one of them"
                 )
 
     def _check_files(self) -> None:
@@ -354,12 +355,12 @@ class Index:
         if count == 1:
             raise DataError(f"{missing[0]}: no such file")
         if count:
-            told = ", ".join(map(str, missing)) + (", ..." if count > _MISSING else "")
-            raise DataError(f"{count} of {self.rows} images do not exist: {told}")
+            names = ", ".join(map(str, missing)) + (", ..." if count > _MISSING else "")
+            raise DataError(f"{count} of {self.rows} images do not exist: {names}")
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Changes that are written together, which is faster."""
+    def _transaction(self) -> Iterator[None]:
+        """Context of a transaction, which makes many changes faster."""
         self._base.execute("savepoint together")
         yield
         self._base.execute("release together")

@@ -1,4 +1,4 @@
-"""What a run makes of each image: predictions, explanations, converted files. The runner knows no more than this."""
+"""The interface between the runner and the jobs that it runs: predictions, explanations, converted files."""
 
 from __future__ import annotations
 
@@ -29,51 +29,53 @@ def texts(*names: str) -> list[tuple[str, pa.DataType]]:
 
 
 FAILURES = pa.schema(texts("key", "model", "image_path", "reason"))
-"""Of the quarantine."""
+"""Schema of the quarantine."""
 
 
 class Unit(Protocol):
-    """The work of one process: it opens images, also in the processes that read ahead, and makes a result of each."""
+    """The work of a process: opens images, also in the reading processes, and computes a result for each."""
 
     @property
     def net(self) -> Any:
-        """The network, whose tiles are counted; None without one."""
+        """The network, whose tiles are reported; None without a network."""
         ...
 
     def open(self, record: Record, work: Work) -> dict[str, Any]:
-        """An item with "image" (None if all is done here) and "record".
+        """An item with "image" (None if no computation follows) and "record".
 
         Args:
-            record: of the work, but for its path where the file was fetched.
+            record: the record of the work, with the local path of a downloaded file.
+            work: the image.
         """
         ...
 
     def __call__(self, opened: Opened) -> Result:
-        """The result, a row of the job's schema.
+        """The result of an image, a row of the job's schema.
 
         Raises:
-            DataError, BudgetError: of this image, which they name.
+            DataError, BudgetError: for an error of this image, which they name.
         """
         ...
 
 
 class Start(Protocol):
-    """Makes the unit of another process; to be pickled."""
+    """Makes the unit of another process; must be picklable."""
 
     def __call__(self, *, device: str) -> Unit: ...
 
 
 class Job:
-    """What is made of each image of a run, and the tables at its end.
+    """The computation for each image of a run, and the tables at its end.
 
     Attributes:
         kind: the command.
-        made: what a folder of it holds, for messages.
-        product: a table at the end that nothing else may have written; empty if any may be replaced.
+        made: what the folder contains, for messages.
+        product: a final table that must not exist before the run; empty if any table may be replaced.
         schema: of the results; has key, model, image_path and pixels.
-        files: in the run's folder besides the parts, as patterns; of an image, with ``{name}`` for what `named` says.
-        named: the column with the name of an image's files; empty where none are written.
-        classes: as in `stream_table`; known once the job is open.
+        files: patterns of files in the run's folder, in addition to the parts; ``{name}`` is the value of column
+            `named`.
+        named: the column with the name of an image's files; empty without files.
+        classes: see `stream_table`; known after `open`.
     """
 
     kind: ClassVar[str]
@@ -85,80 +87,82 @@ class Job:
     classes: Sequence[str] | None = None
 
     def described(self) -> dict[str, Any]:
-        """What decides the results besides the model; a folder keeps it, and refuses a run that differs."""
+        """The settings that, with the model, determine the results; a folder stores them and refuses other settings."""
         return {}
 
     def differs(self, name: str, before: Any) -> str:
-        """What to say of a folder whose run was begun with another value of what `described` calls `name`."""
+        """The error text for a folder whose run has another value of the setting `name` of `described`."""
         option = f"--{name.replace('_', '-')}"
         if isinstance(before, bool):
             state = "with" if before else "without"
-            return f"was begun {state} {option}; go on {state} it, or name another --out"
+            return f"was started {state} {option}; continue {state} it, or name another --out"
         if isinstance(before, list):
             before = f" {option} ".join(before)
             if not before:
-                return f"was begun without {option}; go on without it, or name another --out"
-        return f"was begun with {option} {before}; go on with that, or name another --out"
+                return f"was started without {option}; continue without it, or name another --out"
+        return f"was started with {option} {before}; continue with it, or name another --out"
 
     def open(self, options: RunOptions) -> None:
-        """Get ready in this process, before the images are listed."""
+        """Prepare this process, before the images are listed."""
 
     def key(self, row: Row, model: str) -> str:
-        """The identity of a row's result."""
+        """The key of a row's result."""
         return row.key(model)
 
     def name(self, row: Row) -> str:
-        """Of an image's files; further images of the same name get -2, -3, ..."""
+        """The name of an image's files; other images of the same name get -2, -3, ..."""
         return row.stem
 
     def look(self, index: Index, watch: Watch) -> None:
-        """Look at the images before any work."""
+        """Inspect the images before any work."""
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
-        """The folder is this process's, and the work begins.
+        """Prepare the folder, which this process has locked, before the work.
 
         Args:
-            secret: by which patients are renamed, the same in all shards.
+            out: the folder.
+            secret: returns the key that pseudonymizes patients, the same in all shards.
         """
 
     def pixels(self, row: Row) -> int:
-        """Of an image whose size the table does not say.
+        """The number of pixels of an image whose size is not in the table.
 
         Raises:
-            DataError: if it cannot be told.
+            DataError: if it is unknown.
         """
         shape = self.unit().open(row.record, Work("", row))["image"].shape
         return shape[-2] * shape[-1]
 
     def unit(self) -> Unit:
-        """Of this process."""
+        """The unit of this process."""
         raise NotImplementedError
 
     def start(self) -> Start:
-        """Makes those of others."""
+        """The factory of units in other processes."""
         raise NotImplementedError
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
-        """Write the tables of all that has a result; returns measures."""
+        """Write the tables of all results; returns measures."""
         raise NotImplementedError
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
-        """What goes to a DICOMweb store when all is done and the tables are written."""
+        """The documents for a DICOMweb store, after the tables are written."""
         raise NotImplementedError
 
 
 def opened_with_white(opener: Callable[..., Any], white: White | None, *, device: str) -> Any:
-    """What an opener opens, which takes this white level of images of which the table does not say; None: its own."""
+    """The opened network, with a default white level for images whose table has none; None uses the network's own."""
     found = opener(device=device)
     return replace(found, open_images=lambda records: found.open_images(with_white(records, white)))
 
 
 class PredictJob(Job):
-    """What runs of `gigamorph predict` share, whatever their network says of an image.
+    """Base class of the jobs of `gigamorph predict`.
 
     Args:
-        opener: opens the network, which has `open_images` and `trained_on` as
+        opener: opens the network, which has `open_images` and `trained_on` like
             `gigamorph.engine.predict.predictor.Classifier`.
+        options: of the run.
     """
 
     kind, made, product = "predict", "predictions", "predictions.csv"
@@ -170,19 +174,19 @@ class PredictJob(Job):
         self._opener, self._options = opener, options
 
     def open(self, options: RunOptions) -> None:
-        # Where other processes compute, this one only needs to know the classes, and how images are opened.
+        # If other processes compute, this one only needs the classes, and opens images.
         self._network = self._opener(device=options.device if options.here else "cpu")
 
     def look(self, index: Index, watch: Watch) -> None:
         network = self._network
-        # The training may have left images out, and its table still tells which split each was in; an archive is not
-        # held in memory to find that out.
+        # The table may be that of the training, with images that it left out, and then determines the splits. Larger
+        # archives are not loaded into memory for this.
         if network.trained_on <= index.rows <= 2 * network.trained_on:
             index.resolve(lambda records: network.open_images(records).records)
         watch.looked(network, [row.record for row in index.sample(4) if not row.url])
 
     def write_note(self, out: Path, **more: Any) -> None:
-        """Beside the table: which network its predictions are of."""
+        """Write predictions.json, which describes the network and the settings of the predictions."""
         options = self._options
         note: dict[str, Any] = {"checkpoint": options.checkpoint, "sha256": options.model}
         note |= {"flip": list(options.flips)} if options.flips else {}

@@ -1,4 +1,4 @@
-"""Prediction of masks over an archive: a file of classes for each image, and a table of what they take up."""
+"""Predicts masks over an archive: a file of classes for each image, and a table of their areas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..datasets.tables import SPLITS, Record, reading_of
 from ..dense import map_shape, write_map
 from ..errors import DataError
 from ..files import temporary_name, whole_or_absent
-from ..images.dicom_results import made_of, own_code, segment, segmentation, source_header
+from ..images.dicom_results import highdicom_errors, own_code, segment, segmentation, source_header
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..images.writers import write_png, write_tiff
@@ -38,7 +38,7 @@ from .delivery import Document
 from .index import Index
 from .job import PredictJob, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import Wanted, headed, naming
+from .predictor import Wanted, header_columns, naming
 from .rows import Row, Work
 from .runner import run
 from .tables import patient_of, write_csv
@@ -52,12 +52,12 @@ MASKS = pa.schema(
         ("counts", pa.list_(pa.int64())),
     ]
 )
-"""Of the parts: the mask's name and its file, its pixels of each class; where the table has a mask, counts (3, classes)
-as of `gigamorph.engine.train.mask_target.MaskLoss`, row by row."""
+"""Schema of the parts: the mask's name and file, its pixels of each class, and if the table has a mask, the flattened
+counts (3, classes) of `gigamorph.engine.train.mask_target.MaskLoss`."""
 
 
 class Classes(nn.Module):
-    """A network's likeliest class of each place: (N, C, H, W) -> (N, H', W') uint8."""
+    """A network's most probable class at each position: (N, C, H, W) -> (N, H', W') uint8."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -73,8 +73,9 @@ class Segmenter:
 
     Attributes:
         net: pixel source -> (1, H', W') classes.
-        open_images: of records.
-        trained_on: how many images the training had; their table tells which split an image was in.
+        target: the classes.
+        open_images: opens the images of records.
+        trained_on: number of images in the training.
     """
 
     net: Accelerated
@@ -84,33 +85,33 @@ class Segmenter:
 
 
 class MaskOpener(Protocol):
-    """Opens the network in the process that computes; to be pickled where there are several."""
+    """Opens the network in the computing process; must be picklable if there are several."""
 
     def __call__(self, *, device: str) -> Segmenter: ...
 
 
 def gives_masks(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint of `gigamorph train` is of masks."""
+    """Whether a checkpoint of `gigamorph train` predicts masks."""
     return not Path(checkpoint).is_dir() and target_or_none(load_checkpoint(checkpoint)) is not None
 
 
 def target_or_none(stored: dict[str, Any]) -> MaskTarget | None:
-    """What a checkpoint's network says of each pixel; None if it says nothing of them."""
+    """The mask target of a checkpoint's network; None for networks that do not predict masks."""
     record = stored["gigamorph"]
     target = target_of(record) if "options" in record else None
     return target if isinstance(target, MaskTarget) else None
 
 
 def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) -> Segmenter:
-    """The trained network of a checkpoint in a budget and on a device.
+    """The trained network of a checkpoint, with the given memory budget and device.
 
     Raises:
-        DataError: if it is none of masks.
+        DataError: if it does not predict masks.
     """
     stored = load_checkpoint(path)
     record, target = stored["gigamorph"], target_or_none(stored)
     if target is None:
-        raise DataError(f"{path}: is no network of masks; train one with --task masks")
+        raise DataError(f"{path}: does not predict masks; train a network with --task masks")
     prepared = preprocessing_of(record, path)
     trained = restore_network(stored, path, memory_budget=memory_budget, device=device)
     net = accelerate(Classes(trained._network), memory_budget, batch_norm=record["options"].get("batch_norm"))
@@ -122,8 +123,8 @@ def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) 
     )
 
 
-class Drawing:
-    """The unit (`job.Unit`) that predicts masks."""
+class SegmentationUnit:
+    """The unit (`job.Unit`) of mask prediction."""
 
     def __init__(self, segmenter: Segmenter, wanted: Wanted) -> None:
         segmenter.net.eval()
@@ -137,13 +138,13 @@ class Drawing:
 
 
 def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
-    """Write an image's mask in the size and orientation of its file; the result, a row of `MASKS`.
+    """Write an image's mask in the size and orientation of its file; returns a row of `MASKS`.
 
-    Blocks of the map go to a file beside the mask as they are computed, and from there to the mask.
+    Blocks of the map are first written to a temporary file next to the mask.
 
     Raises:
-        DataError: if the image, or the mask that the table has of it, cannot be read, or the mask not be written.
-        BudgetError: if no tile of the image fits. All name it.
+        DataError: naming the image, if it or the table's mask cannot be read, or its mask cannot be written.
+        BudgetError: naming the image, if none of its tiles fits.
     """
     item, work = opened.item, opened.work
     assert item is not None
@@ -153,14 +154,14 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
     try:
         with naming(work.row.name):
             write_map(segmenter.net, source, raw)
-        mask = mask_as_stored(Held(np.load(raw, mmap_mode="r")), source)
+        mask = mask_as_stored(ArrayMask(np.load(raw, mmap_mode="r")), source)
         target = wanted.out / "masks" / overlay_name(work.name, (1, *mask.shape))
         with whole_or_absent(target) as part:
             if target.suffix == ".png":
                 write_png(part, mask.shape, mask.read)
             else:
                 write_tiff(part, mask.shape, np.dtype(np.uint8), mask.read)
-        area, counts = _counted(mask, own, len(segmenter.target.names))
+        area, counts = _pixel_counts(mask, own, len(segmenter.target.names))
     except OSError as error:
         raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -169,7 +170,7 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
         "key": work.key,
         "model": wanted.model,
         "image_path": work.row.name,
-        **headed(source, wanted.secret),
+        **header_columns(source, wanted.secret),
         "pixels": source.shape[-2] * source.shape[-1],
         "name": work.name,
         "mask": target.name,
@@ -178,8 +179,8 @@ def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
     }
 
 
-class Held:
-    """Classes (1, rows, columns) in memory or mapped to it, read by region."""
+class ArrayMask:
+    """Classes (1, rows, columns), in memory or memory-mapped, read by region."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values[0]
@@ -190,22 +191,24 @@ class Held:
 
 
 def mask_of(net: Accelerated, source: PixelSource) -> np.ndarray:
-    """The mask of an image in the size and orientation of its file, uint8 (rows, columns); a byte a cell is held.
+    """The mask of an image in the size and orientation of its file, uint8 (rows, columns); uses a byte per cell.
 
     Args:
         net: of a `Segmenter`.
+        source: the image.
 
     Raises:
-        DataError: if the image cannot be read. BudgetError: if no tile of it fits.
+        DataError: if the image cannot be read.
+        BudgetError: if none of its tiles fits.
     """
     values = np.empty(map_shape(net, source), np.uint8)
     write_map(net, source, values)
-    mask = mask_as_stored(Held(values), source)
+    mask = mask_as_stored(ArrayMask(values), source)
     return mask.read(0, mask.shape[0], 0, mask.shape[1])
 
 
-def _counted(found: Mask, own: Mask | None, classes: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels of each class (classes,), and with a mask (3, classes) of both, of the prediction and of the mask."""
+def _pixel_counts(found: Mask, own: Mask | None, classes: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels of each class (classes,); and with a mask counts (3, classes): in both, in the prediction, in the mask."""
     area, counts = np.zeros(classes, np.int64), np.zeros((3, classes), np.int64)
     for top, bottom in strips(found.shape[0]):
         values = found.read(top, bottom, 0, found.shape[1])
@@ -221,10 +224,10 @@ def _counted(found: Mask, own: Mask | None, classes: int) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class MaskOptions(RunOptions):
-    """How a run of masks goes; see also `RunOptions`.
+    """Options of a run that predicts masks; see also `RunOptions`.
 
     Attributes:
-        identifiers: name patients that only the DICOM headers name; they are numbered otherwise.
+        identifiers: write patient names that only DICOM headers have; otherwise they are numbered.
     """
 
     identifiers: bool = False
@@ -239,12 +242,19 @@ def predict_masks(
 ) -> Summary:
     """Predict the masks of images into ``out/masks``, and write ``predictions.csv``; see `runner.run`.
 
-    The table has each image's mask, the share of its pixels that each class takes, and, where the images' table names a
-    mask, the Dice of each class but the background; empty where neither has it.
+    The table has each image's mask, the fraction of pixels of each class, and if the images' table has a mask, the Dice
+    of each class except the background, empty if undefined.
+
+    Args:
+        opener: opens the network.
+        sources: tables, folders, images or records.
+        out: folder of the results.
+        options: of the run.
+        watch: callbacks.
 
     Raises:
-        DataError: a damaged image or mask, named; a table that is wrong.
-        GigamorphError: if ``out`` holds other results or is held by another process, cannot be written, or too many
+        DataError: naming a damaged image or mask, or for an invalid table.
+        GigamorphError: if ``out`` has other results or is in use by another process, cannot be written, or too many
             images failed.
     """
     return run(_Masks(opener, options), sources, out, options, watch)
@@ -262,7 +272,7 @@ class _Masks(PredictJob):
         return {"identifiers": own.identifiers, "precision": own.precision, "white": own.white}
 
     def key(self, row: Row, model: str) -> str:
-        # By the table's masks too, with which the result compares.
+        # The result also depends on the table's masks.
         return row.key("\0".join([model, *map(str, masks_of(row.record))]))
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
@@ -273,7 +283,7 @@ class _Masks(PredictJob):
         self._wanted = Wanted(self._options.model, out, secret=None if self._options.identifiers else secret())
 
     def unit(self) -> Unit:
-        return Drawing(self._network, self._wanted)
+        return SegmentationUnit(self._network, self._wanted)
 
     def start(self) -> Start:
         return functools.partial(_start, self._opener, self._wanted)
@@ -312,21 +322,24 @@ class _Masks(PredictJob):
 
 
 def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> Dataset:
-    """A predicted mask as DICOM SEG, a segment for each class but the background.
+    """A predicted mask as DICOM SEG, with a segment for each class except the background.
 
     Args:
-        names: of the classes; segments have codes of their own, with these as meanings.
+        row: the image.
+        mask: file of the predicted mask.
+        names: of the classes; segments have private codes with these meanings.
         uid: of the instance.
 
     Raises:
-        DataError: if the image is no DICOM image of one frame, or its header lacks what a SEG must repeat.
+        DataError: if the image is not a DICOM image of one frame, or its header lacks an attribute that a SEG must
+            repeat.
     """
-    header = source_header(row.place, "so that its mask cannot be stored")
+    header = source_header(row.place, "so its mask cannot be stored")
     pixels = open_pixels(mask).stored
     _, height, width = pixels.shape
     if int(header.get("NumberOfFrames") or 1) != 1 or (header.Rows, header.Columns) != (height, width):
-        raise DataError(f"{row.name}: has {header.get('NumberOfFrames', 1)} frames; masks are stored of images of one")
-    with made_of(row.name, "a DICOM SEG"):
+        raise DataError(f"{row.name}: has {header.get('NumberOfFrames', 1)} frames; masks can be stored only for one")
+    with highdicom_errors(row.name, "a DICOM SEG"):
         segments = [
             segment(number, name, codes.SCT.SpatialAndRelationalConcept, own_code(name))
             for number, name in enumerate(names)
@@ -336,12 +349,12 @@ def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> D
     return segmentation(row.name, header, values, segments, content="Classes of pixels", uid=uid)
 
 
-def _start(opener: MaskOpener, wanted: Wanted, *, device: str) -> Drawing:
-    return Drawing(opener(device=device), wanted)
+def _start(opener: MaskOpener, wanted: Wanted, *, device: str) -> SegmentationUnit:
+    return SegmentationUnit(opener(device=device), wanted)
 
 
 def _measures(result: Result, counts: np.ndarray | None, classes: int) -> list[str]:
     area = np.array(result["area"], np.float64)
     values = [] if counts is None else dice(counts)[1:].tolist()
-    told = ["" if np.isnan(value) else repr(value) for value in values] or [""] * (classes - 1)
-    return [*(repr(share) for share in (area / area.sum()).tolist()), *told]
+    scores = ["" if np.isnan(value) else repr(value) for value in values] or [""] * (classes - 1)
+    return [*(repr(share) for share in (area / area.sum()).tolist()), *scores]

@@ -1,4 +1,4 @@
-"""How a run goes, who is told of it, and how it ended."""
+"""The options, callbacks and summary of a run."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Scores = dict[str, dict[str, float | int | None]]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes.
+    """The options of a run.
 
     Attributes:
-        model: SHA-256 of the checkpoint, or what else stands for what is done; results are of image and model.
-        checkpoint: its name, for messages.
-        resume: go on in a folder that holds results of this model.
-        overwrite: begin anew in a folder that holds a run of the same kind, whatever its model; it is removed.
-        retry_failed: try images of the quarantine again.
-        max_failures: share of the images that may fail; None ends the run at the first, and keeps none of them.
+        model: SHA-256 of the checkpoint, or another identifier of the computation; part of each result's key.
+        checkpoint: name of the checkpoint, for messages.
+        resume: continue in a folder with results of this model.
+        overwrite: remove a run of the same kind from the folder, whatever its model, and start again.
+        retry_failed: retry images of the quarantine.
+        max_failures: fraction of the images that may fail; None ends the run at the first, which is not recorded.
         shard: (i, n): the i-th of n parts of the images, from 1.
-        devices: processes that compute; 1 computes in this process.
-        device: "cpu", or "cuda" for a GPU each.
-        workers: processes that read ahead, for each device; None takes some.
+        devices: computing processes; 1 computes in this process.
+        device: "cpu", or "cuda" for a GPU per process.
+        workers: reading processes per device; None chooses a number.
         engine: "embedded" computes on this machine, "ray" with `devices` actors of a Ray cluster.
-        address: of that; None takes RAY_ADDRESS, or starts one on this machine.
-        flips: mirror images that the opened network averages over, by name; the folder keeps them.
-        precision: of what is computed; "bf16" and "fp16" are autocast's, and the folder keeps it.
-        white: the white level with which images are opened of which the table does not say, for messages and notes.
-        store: DICOMweb store to which results go when all is done, as a URL; empty if they go nowhere.
+        address: of the cluster; None takes RAY_ADDRESS, or starts a cluster on this machine.
+        flips: names of mirror images over which the opened network averages; stored in the folder.
+        precision: of the computation; "bf16" and "fp16" use autocast. Stored in the folder.
+        store: URL of the DICOMweb store that gets the results at the end; empty for none.
+        white: default white level for images whose table has none, for messages and notes.
     """
 
     model: str
@@ -56,7 +56,7 @@ class RunOptions:
 
     @property
     def here(self) -> bool:
-        """Whether this process computes."""
+        """Whether this process does the computation."""
         return self.engine == "embedded" and self.devices == 1
 
     @property
@@ -66,14 +66,16 @@ class RunOptions:
 
 @dataclass
 class Summary:
-    """How a run ended.
+    """The summary of a run.
 
     Attributes:
-        images: of the shard.
-        done: of them, with a result, also of earlier runs.
-        failed: of them, in quarantine.
-        complete: all images of all shards have a result or have failed, and the tables are written.
-        computed, seconds, waited: of this run; how long the devices had nothing to compute, summed over them.
+        images: number of images in the shard.
+        done: images with a result, including earlier runs.
+        failed: images in quarantine.
+        complete: whether all images of all shards have a result or have failed, and the tables are written.
+        computed, seconds: images and duration of this run.
+        waited: idle seconds, summed over the devices.
+        devices: number of devices.
         scores: measures of each split's labelled images.
         stored: instances that this run has stored in a DICOMweb store.
     """
@@ -91,19 +93,19 @@ class Summary:
 
     @property
     def idle(self) -> float:
-        """Share of the time that devices waited for images."""
+        """Fraction of the time that devices waited for images."""
         return self.waited / max(self.seconds * self.devices, 1e-9)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told of a run as it goes.
+    """The callbacks of a run.
 
     Attributes:
-        meter: of progress; counts an image when its result is durable.
-        warn: called with a line.
+        meter: reports progress; counts an image when its result is durable.
+        warn: called with each warning.
         failed: called with an image's name and the reason.
-        looked: called with what opens images and some records, spread over the table, before any work.
+        looked: called before any work with the network, which opens images, and sample records of the table.
     """
 
     meter: Meter = field(default_factory=lambda: Meter(None))

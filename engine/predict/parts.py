@@ -1,11 +1,11 @@
-"""Rows that are kept one by one: each is whole and durable, or absent, whatever ends the process or the machine.
+"""Stores rows one by one: each is complete and durable, or absent, even if the process or the machine fails.
 
-A shard of a run writes its rows to a journal, ``_00000003.jsonl``, a line each. When that has enough rows it becomes
-the part ``00000003.parquet``, which appears whole under its name, and the journal goes. A journal beside a part of its
-number was left by a kill between the two and holds nothing else. A line without its end was cut by a kill and was never
-counted as done.
+A shard of a run writes its rows to a journal, ``_00000003.jsonl``, one per line. When full, it is converted to the
+part ``00000003.parquet``, which is created atomically, and the journal is removed. A journal with the number of an
+existing part was left by a kill between these steps and has the same rows. An incomplete line was cut by a kill and was
+never counted as done.
 
-Readers of Parquet pass over names that begin with ``_``, so a folder of parts is a data set at any moment.
+Parquet readers ignore names that begin with ``_``, so a folder of parts is always a valid data set.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..parallel.lock import cannot_write
 from ..parsing import is_whole, parse_json
 
 ROWS = 10_000
-"""Rows of a part."""
-# A sync may take milliseconds: so seldom that it costs a twentieth of the time, at least every so many seconds' work.
+"""Rows per part."""
+# A sync may take milliseconds; it is limited to this fraction of the time.
 _SHARE = 0.05
 
 _NAMES = ("name", "mask", "heatmap")  # columns
@@ -38,15 +38,15 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Parts:
-    """The rows that one process adds to a folder, which it holds alone.
+    """Adds rows to a folder, which this process has locked.
 
     Args:
-        folder: made when the first row comes.
+        folder: created with the first row.
         schema: of the parts.
-        rows: of a part.
+        rows: maximum rows per part.
 
     Raises:
-        GigamorphError: here and in all methods, if the folder cannot be read or written; what was written is valid.
+        GigamorphError: here and in all methods, if the folder cannot be read or written; earlier rows remain valid.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, rows: int = ROWS) -> None:
@@ -55,19 +55,19 @@ class Parts:
         self._size = self._count = self._unsynced = 0
         self._synced, self._cost = time.monotonic(), 0.0
         self._number = 1
-        with _telling(folder):
+        with _write_errors(folder):
             self._recover()
 
     def append(self, row: Row) -> None:
-        """Add a row. It outlives this process at once, and the machine after the next `sync`."""
+        """Add a row. It survives a crash of this process immediately, and of the machine after the next `sync`."""
         line = _encode(row).encode() + b"\n"
-        with _telling(self._folder):
+        with _write_errors(self._folder):
             if self._file is None:
                 self._open()
             assert self._file is not None
             try:
                 rest = line
-                while rest:  # a write may stop in its midst, and say why only when asked for the rest
+                while rest:  # a write may be partial, and raise its error only for the rest
                     rest = rest[os.write(self._file, rest) :]
             except OSError:
                 with contextlib.suppress(OSError):
@@ -79,13 +79,13 @@ class Parts:
         self._unsynced += 1
 
     def sync(self, *, now: bool = True) -> int:
-        """Make the rows durable; returns how many became so. Unless `now`, only if that costs little."""
-        full = self._count >= self._most  # else parts, and what is held of them, would grow with the speed of images
+        """Make the rows durable; returns their number. Unless `now`, only if it costs little time."""
+        full = self._count >= self._most  # else parts, and their memory, would grow with the speed of images
         if not self._unsynced or not (now or full or (time.monotonic() - self._synced) * _SHARE >= self._cost):
             return 0
         assert self._file is not None
         began = time.monotonic()
-        with _telling(self._folder):
+        with _write_errors(self._folder):
             os.fsync(self._file)
         done, self._unsynced = self._unsynced, 0
         if self._count >= self._most:
@@ -95,13 +95,13 @@ class Parts:
         return done
 
     def pack(self) -> None:
-        """Make a part of the rows in the journal."""
+        """Convert the journal to a part."""
         if self._count:
             journal = self._journal(self._number)
             rows = _lines(journal.read_bytes())[0]
             part = self._folder / f"{self._number:08d}.parquet"
             write_atomically(part, lambda path: _write(path, rows, self._schema), "part")
-            with _telling(self._folder):
+            with _write_errors(self._folder):
                 _sync_folder(self._folder)
                 self._close()
                 journal.unlink()
@@ -115,7 +115,7 @@ class Parts:
             self._close()
 
     def _recover(self) -> None:
-        """Go on where the last process stopped."""
+        """Continue the journal of the last process."""
         if not self._folder.is_dir():
             return
         parts = _numbers(path.stem for path in self._folder.glob("*.parquet"))
@@ -149,7 +149,7 @@ class Parts:
 
 
 def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
-    """The rows of all shards below a folder, some at a time, those in journals too; other processes may write there.
+    """The rows of all shards below a folder, in batches, including journals; other processes may write there.
 
     Raises:
         GigamorphError: if a part cannot be read.
@@ -164,39 +164,39 @@ def read_parts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[l
             except (OSError, pa.ArrowException) as error:
                 said = " ".join(str(error).split())[:160]
                 raise GigamorphError(
-                    f"{path}: cannot be read ({said}); without it its images are predicted again"
+                    f"{path}: cannot be read ({said}); if you remove it, its images are predicted again"
                 ) from error
         for path in sorted(shard.glob("_[0-9]*.jsonl")):
             if shard / f"{path.stem[1:]}.parquet" not in names:
-                with contextlib.suppress(FileNotFoundError):  # it has just become a part, which another run reads
+                with contextlib.suppress(FileNotFoundError):  # it has just become a part, which another run will read
                     yield _lines(path.read_bytes())[0]
 
 
 def read_results(folder: Path, columns: Sequence[str] | None = None) -> Iterator[list[Row]]:
-    """`read_parts` of results, whose names are those of files: by these files are removed, and sent to a store.
+    """`read_parts` of results, with a check of their file names, by which files are removed or sent to a store.
 
     Raises:
-        GigamorphError: if a part cannot be read, or names a file that is elsewhere.
+        GigamorphError: if a part cannot be read, or names a file in another folder.
     """
     for rows in read_parts(folder, columns):
         for name in (str(row[column]) for row in rows for column in _NAMES if row.get(column) is not None):
             if os.path.basename(name) != name:
-                raise GigamorphError(f"{folder}: names the file {name!r}, which is elsewhere; name another --out")
+                raise GigamorphError(f"{folder}: names the file {name!r} of another folder; name another --out")
         yield rows
 
 
 def _numbers(names: Iterable[str]) -> set[int]:
-    """Of parts; others may have put files of other names beside them."""
+    """The numbers of parts; files with other names are ignored."""
     return {int(name) for name in names if is_whole(name)}
 
 
 def _lines(data: bytes) -> tuple[list[Row], int]:
-    """The rows of a journal, and where the last whole one ends."""
+    """The rows of a journal, and the end of the last complete one."""
     rows, end = [], 0
     while (stop := data.find(b"\n", end)) >= 0:
         try:
             row = parse_json(data[end:stop])
-        except ValueError:  # what a machine left that lost its power before the sync
+        except ValueError:  # after a power loss before the sync
             break
         if not isinstance(row, dict):
             break
@@ -212,7 +212,7 @@ def _write(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the directory entries of a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -221,9 +221,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _telling(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        known = cannot_write(folder, error, "look at the disk")
-        raise GigamorphError(f"{known}, --resume goes on") from error
+        known = cannot_write(folder, error, "check the disk")
+        raise GigamorphError(f"{known}; then continue with --resume") from error

@@ -1,4 +1,4 @@
-"""Work of a run in mixed precision: PyTorch's autocast around what is computed of each image."""
+"""Computes a run in mixed precision, with PyTorch's autocast around each image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .job import Result, Start, Unit
 from .rows import Work
 
 
-class Mixed:
-    """A unit (`job.Unit`) whose network computes in autocast's type; images are opened as ever.
+class MixedPrecisionUnit:
+    """A unit (`job.Unit`) that computes with autocast; images are opened unchanged.
 
     Args:
+        unit: the wrapped unit.
+        precision: "bf16" or "fp16".
         device: "cpu" or "cuda".
     """
 
@@ -36,10 +38,10 @@ class Mixed:
 
 
 def in_precision(unit: Unit, precision: Precision, device: str) -> Unit:
-    """The unit, in mixed precision unless that is "fp32"."""
-    return unit if precision == "fp32" else Mixed(unit, precision, device)
+    """The unit, in mixed precision unless `precision` is "fp32"."""
+    return unit if precision == "fp32" else MixedPrecisionUnit(unit, precision, device)
 
 
 def start_in_precision(start: Start, precision: Precision, *, device: str) -> Unit:
-    """As `job.Start`, of the processes that compute."""
+    """A `job.Start` for computing processes."""
     return in_precision(start(device=device), precision, device)

@@ -1,4 +1,4 @@
-"""One image through the network: its result, and its heat map."""
+"""Predicts a single image: its result, and its heat map."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ RESULTS = pa.schema(
         ("exclusive", pa.bool_()),
         ("row", pa.list_(pa.float64())),
         ("pixels", pa.int64()),
-        *texts("heatmap"),
+        *texts("heatmap", "odd"),
     ]
 )
-"""Of the parts. Keys are of image and model; log-odds are those of the network, before any calibration; header_patient
-and header_exam stand for the patient and the study that a DICOM header names, laterality and view are its own; row is
-what the network gave, where it combines views by that."""
+"""Schema of the parts. Keys identify image and model. Log-odds are those of the network, before calibration.
+header_patient and header_exam are (pseudonyms of) patient and study in the DICOM header, laterality and view are those
+of the header. row is the network's output, if views are combined from outputs. odd is a warning about grey values."""
 OpenImages = Callable[[Sequence[Record]], Images]
-"""Records -> their images."""
+"""Opens the images of records."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Classifier:
     Attributes:
         net: pixel source -> (1, classes).
         classes: names of the outputs.
-        open_images: of records.
-        trained_on: how many images the training had; their table tells which split an image was in.
+        open_images: opens the images of records.
+        trained_on: number of images in the training.
     """
 
     net: Accelerated
@@ -64,19 +64,21 @@ class Classifier:
 
 
 class Opener(Protocol):
-    """Opens the network in the process that computes; to be pickled where there are several."""
+    """Opens the network in the computing process; must be picklable if there are several."""
 
     def __call__(self, *, device: str) -> Classifier: ...
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of each image; goes to the processes that compute.
+    """The requested outputs per image; sent to the computing processes.
 
     Attributes:
         model: SHA-256 of the checkpoint.
         out: folder of the run.
-        secret: by which patients of DICOM headers are renamed; None names them.
+        heatmaps: whether to draw heat maps.
+        calibration: of two classes, for heat maps.
+        secret: key that pseudonymizes patients of DICOM headers; None keeps their names.
     """
 
     model: str
@@ -87,12 +89,12 @@ class Wanted:
 
 
 def open_one(classifier: Classifier, record: Record, work: Work) -> dict[str, Any]:
-    """The item of a record, which keeps what the table says of it."""
+    """The item of a record, with the record of the table."""
     return {**classifier.open_images([record])[0], "record": work.row.record}
 
 
-class Predicting:
-    """The unit (`job.Unit`) that predicts."""
+class PredictionUnit:
+    """The unit (`job.Unit`) of prediction."""
 
     def __init__(self, classifier: Classifier, wanted: Wanted) -> None:
         classifier.net.eval()
@@ -105,16 +107,17 @@ class Predicting:
         return predict_image(self._classifier, self._wanted, opened)
 
 
-def start_predicting(opener: Opener, wanted: Wanted, *, device: str) -> Predicting:
-    """As `job.Start`."""
-    return Predicting(opener(device=device), wanted)
+def start_predicting(opener: Opener, wanted: Wanted, *, device: str) -> PredictionUnit:
+    """A `job.Start` of predictions."""
+    return PredictionUnit(opener(device=device), wanted)
 
 
 def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dict[str, Any]:
-    """The result of an image, a row of `RESULTS`; its heat map is drawn.
+    """The result of an image, a row of `RESULTS`; writes its heat map if requested.
 
     Raises:
-        DataError: if the image cannot be read. BudgetError: if no tile of it fits. Both name it.
+        DataError: naming the image, if it cannot be read.
+        BudgetError: naming the image, if none of its tiles fits.
     """
     item, work = opened.item, opened.work
     assert item is not None
@@ -134,9 +137,9 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "model": wanted.model,
         "image_path": work.row.name,
         "patient_id": record.patient_id,
-        **headed(source, wanted.secret),
+        **header_columns(source, wanted.secret),
         "exam_id": record.exam_id or "",
-        "header_exam": renamed(header.study_uid, wanted.secret) if getattr(header, "study_uid", None) else None,
+        "header_exam": pseudonym(header.study_uid, wanted.secret) if getattr(header, "study_uid", None) else None,
         "split": found.split,
         "label": found.label,
         "log_odds": list(found.log_odds),
@@ -144,6 +147,7 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
         "row": logits.tolist() if outputs is not None and outputs.views is not None else None,
         "pixels": source.shape[-2] * source.shape[-1],
         "heatmap": None,
+        "odd": opened.odd or None,
     }
     if explained is not None:
         log_odds = found.log_odds[which]
@@ -159,9 +163,9 @@ def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dic
 
 @contextlib.contextmanager
 def naming(image: str) -> Iterator[None]:
-    """That nothing of an image fits is an error that names it: the larger images of a set may not fit.
+    """Context whose budget errors name the image, because only the larger images of a set may not fit.
 
-    Where nothing of any image would, all of them are not tried.
+    If no image can fit, a `GigamorphError` ends the run instead.
     """
     try:
         yield
@@ -177,33 +181,33 @@ def naming(image: str) -> Iterator[None]:
 
 
 def check_numbers(logits: torch.Tensor, image: str) -> None:
-    """Of an image whose pixels are NaN, or that overflows, nothing is known; it must not spoil the tables.
+    """Refuse non-finite outputs, caused by NaN pixels or overflow, so that they do not enter the tables.
 
     Raises:
-        DataError: that names it.
+        DataError: naming the image.
     """
     if not logits.isfinite().all():
         raise DataError(
-            f"{image}: the network gives no number ({', '.join(map(str, logits.tolist()))}); look at its pixels: "
-            "gigamorph data preview"
+            f"{image}: the network's output is not finite ({', '.join(map(str, logits.tolist()))}); inspect its pixels "
+            "with gigamorph data preview"
         )
 
 
-def headed(source: Any, secret: bytes | None) -> dict[str, str | None]:
-    """What the header of an image says, whatever a table does: the table of a resumed run may say something else.
+def header_columns(source: Any, secret: bytes | None) -> dict[str, str | None]:
+    """The values of an image's header, independent of the table, which may change before a run is resumed.
 
     Returns:
-        Columns of `RESULTS`: header_patient (a header without a patient has its study in the place), laterality, view.
+        Columns of `RESULTS`: header_patient (or the study if the header has no patient), laterality, view.
     """
     header = header_of(source)
     patient = getattr(header, "patient_id", None) or getattr(header, "study_uid", None)
     return {
-        "header_patient": renamed(patient, secret) if patient else None,
+        "header_patient": pseudonym(patient, secret) if patient else None,
         "laterality": getattr(header, "laterality", None) or "",
         "view": getattr(header, "view", None) or "",
     }
 
 
-def renamed(patient: str, secret: bytes | None) -> str:
-    """What stands for a patient in the parts of a run: the same for the same patient, and no way back."""
+def pseudonym(patient: str, secret: bytes | None) -> str:
+    """The pseudonym of a patient in the parts of a run: a keyed hash, or the name without a secret."""
     return patient if secret is None else hmac.digest(secret, patient.encode(), "sha256").hex()[:24]

@@ -1,4 +1,4 @@
-"""The images to predict, one by one: files, folders, tables of any length, and places that fsspec reaches."""
+"""Lists the images to predict: files, folders, tables of any length, DICOMweb stores and fsspec file systems."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path, PurePosixPath
 from ..datasets.tables import Record
 from ..datasets.tables.file_names import stem_of, suffix_of
 from ..datasets.tables.folders import SUFFIXES, iter_image_files
-from ..datasets.tables.images_alone import LeftOut, images_alone
+from ..datasets.tables.image_stream import LeftOutMasks, images_without_masks
 from ..datasets.tables.mask_names import masks_among
 from ..datasets.tables.stream import TABLES, stream_table
 from ..errors import DataError
-from ..images.dicomweb import Instance, is_dicomweb, place_of, search
-from ..images.remote import file_system, is_url, said, tried
+from ..images.dicomweb import Instance, is_dicomweb, parse_location, search
+from ..images.remote import describe_error, file_system, is_url, with_retries
 from ..parsing import is_whole
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: an image and what is known of it."""
+    """A row of a table: an image and its labels."""
 
     record: Record
     url: str = ""
-    """Where the image is to be fetched from; empty for files of this machine."""
+    """URL of the image; empty for local files."""
 
     @property
     def name(self) -> str:
-        """What tables and messages call the image; in UTF-8, as not all names of files are."""
-        return _printed(self.url or str(self.record.path))
+        """The name of the image in tables and messages, valid UTF-8, which file names may not be."""
+        return _as_utf8(self.url or str(self.record.path))
 
     def key(self, model: str) -> str:
-        """The identity of a result: the image, as the table says that it is to be read, and the model.
+        """The key of a result: a hash of the image, the way that it is read, and the model.
 
         Args:
             model: SHA-256 of the checkpoint.
@@ -46,57 +46,58 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Its URL, or the path of its file."""
+        """The URL, or the path of the file."""
         return self.url or str(self.record.path)
 
     @property
     def stem(self) -> str:
-        """What files that are written of it are called, without a suffix."""
+        """The name of output files of the image, without a suffix."""
         return stem_of(self.record.path)
 
     @property
     def pixels(self) -> int:
-        """Rows times columns as the table says (`gigamorph data index` writes them); 0 where it does not."""
+        """Rows times columns in the table (written by `gigamorph data index`); 0 if unknown."""
         sides = [self.record.extra.get(name, "") for name in ("rows", "columns")]
         return int(sides[0]) * int(sides[1]) if all(map(is_whole, sides)) else 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """An image that is to be done."""
+    """An image to compute."""
 
     key: str
     row: Row
     name: str = ""
-    """Of the files that are written of it, without the suffix."""
+    """Name of output files of the image, without a suffix."""
 
 
 def rows_of(
     source: str | Path | Record,
     classes: Sequence[str] | None,
     unknown: Counter[str],
-    left: LeftOut,
+    left: LeftOutMasks,
     skip: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
 
     Args:
-        classes, unknown: as in `stream_table`.
-        left: counts the masks of a folder, which are no images.
-        skip: a folder whose files are no images.
+        source: a table, folder, image, URL or record.
+        classes, unknown: see `stream_table`.
+        left: counts masks in a folder, which are left out.
+        skip: a folder whose files are ignored.
 
     Raises:
-        DataError: if a table is wrong, or a folder cannot be listed.
+        DataError: if a table is invalid, or a folder cannot be listed.
     """
     if isinstance(source, Record):
         yield Row(source)
     elif is_dicomweb(str(source)):
-        yield from _in_store(str(source))
+        yield from _store_rows(str(source))
     elif is_url(str(source)):
-        yield from (_of_url(Record(Path(), -1, url, patient_known=False), url) for url in _listed(str(source), left))
+        yield from (_url_row(Record(Path(), -1, url, patient_known=False), url) for url in _urls(str(source), left))
     elif is_table(source):
         for cell, record in stream_table(Path(source), classes, unknown):
-            yield _of_url(record, cell) if is_url(cell) else Row(record)
+            yield _url_row(record, cell) if is_url(cell) else Row(record)
     elif is_folder(source):
         found = False
         below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
@@ -106,30 +107,30 @@ def rows_of(
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
-        for path in images_alone(files, Path(source), left):
+        for path in images_without_masks(files, Path(source), left):
             found = True
-            yield Row(Record(path, -1, _printed(str(path)), patient_known=False))
+            yield Row(Record(path, -1, _as_utf8(str(path)), patient_known=False))
         if not found:
             raise DataError(f"{source}: holds no images, nor do its sub-folders")
     else:
-        yield Row(Record(Path(source), -1, _printed(str(source))))
+        yield Row(Record(Path(source), -1, _as_utf8(str(source))))
 
 
 def is_folder(source: str | Path | Record) -> bool:
-    """Whether the name is one of a folder of this machine, of which the images are meant."""
+    """Whether the source is a local folder of images."""
     return not isinstance(source, Record) and Path(source).is_dir() and Path(source).suffix.lower() != ".zarr"
 
 
 def is_table(source: str | Path) -> bool:
-    """Whether the name is one of a csv or Parquet file."""
+    """Whether the source is a csv or Parquet file, by its name."""
     return str(source).lower().endswith(TABLES)
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Copy a file, or a zarr folder, that fsspec reaches into a folder; its path there.
+    """Download a file or zarr folder by fsspec into a folder; returns its path.
 
     Raises:
-        DataError: if it cannot be had, after three tries where its place was not reached.
+        DataError: if the download fails, after three attempts if the server is unreachable.
     """
     name = url.partition("::")[0].rstrip("/").rpartition("/")[2].partition("?")[0]
     target = folder / (name if name.strip(".") else "image")
@@ -137,50 +138,50 @@ def fetch(url: str, folder: Path) -> Path:
     def get() -> Path:
         system, path = file_system(url)
         names = system.find(path) if system.isdir(path) else [path]
-        # One target for each file, since older versions of fsspec follow ".." in the names that they list.
+        # One target per file, because older versions of fsspec follow ".." in listed names.
         system.get(names, [str(target / _below(path, name)) for name in names])
         return target
 
-    return tried(url, get)
+    return with_retries(url, get)
 
 
 def _below(folder: str, name: str) -> PurePosixPath:
-    """The path of a file that a store lists, from its folder on.
+    """The path of a listed file, relative to its folder.
 
     Raises:
-        ValueError: it is outside.
+        ValueError: if it is outside the folder.
     """
     found = PurePosixPath(name.strip("/")).relative_to(folder.strip("/"))
     if ".." in found.parts:
-        raise ValueError(f"{name!r} is outside of its folder")
+        raise ValueError(f"{name!r} is outside its folder")
     return found
 
 
-def _in_store(url: str) -> Iterator[Row]:
-    place = place_of(url)
-    if place.instance:  # whether it is there is seen when it is read, as of a table's images
-        yield _of_url(Record(Path(), -1, Instance(url).url, patient_known=False), url)
+def _store_rows(url: str) -> Iterator[Row]:
+    place = parse_location(url)
+    if place.instance:  # reading it will show whether it exists, as for a table's images
+        yield _url_row(Record(Path(), -1, Instance(url).url, patient_known=False), url)
         return
     for own, found in search(url):
         extra: dict[str, str] = {}
-        if found.get("Rows") and found.get("Columns"):  # of slides and stacks, as many pixels as their frames have
+        if found.get("Rows") and found.get("Columns"):  # for slides and stacks, the pixels of all frames
             extra = {"rows": str(found.Rows * int(found.get("NumberOfFrames") or 1)), "columns": str(found.Columns)}
-        study = place_of(own).study
-        yield _of_url(Record(Path(), -1, own, exam_id=study, extra=extra, patient_known=False), own)
+        study = parse_location(own).study
+        yield _url_row(Record(Path(), -1, own, exam_id=study, extra=extra, patient_known=False), own)
 
 
-def _of_url(record: Record, url: str) -> Row:
+def _url_row(record: Record, url: str) -> Row:
     patient = record.patient_id if record.patient_known else url
     return Row(replace(record, path=Path(url), patient_id=patient), url)
 
 
-def _listed(url: str, left: LeftOut) -> Iterator[str]:
-    """The images below a folder of an fsspec file system; of an image itself alone."""
+def _urls(url: str, left: LeftOutMasks) -> Iterator[str]:
+    """The images below a folder of an fsspec file system, or the URL of a single image."""
     if is_table(url.partition("::")[0]):
-        raise DataError(f"{url}: tables are read from this machine only; fetch it")
+        raise DataError(f"{url}: tables must be local files; download it")
     own, mark, rest = url.partition("::")
     if suffix_of(Path(own.partition("?")[0])) in SUFFIXES - {".zarr", ""}:
-        yield url  # whether it is there is seen when it is read, as of a table's images
+        yield url  # reading it will show whether it exists, as for a table's images
         return
     try:
         system, path = file_system(url)
@@ -190,8 +191,8 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
         names = sorted(system.find(path))
     except DataError:
         raise
-    except Exception as error:  # each file system has its own
-        raise DataError(f"{url}: cannot be listed ({said(error)})") from error
+    except Exception as error:  # each file system has its own errors
+        raise DataError(f"{url}: cannot be listed ({describe_error(error)})") from error
     protocol = own.partition("://")[0]
     found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     if not found:
@@ -204,14 +205,14 @@ def _listed(url: str, left: LeftOut) -> Iterator[str]:
         yield name + mark + rest if "://" in name else f"{protocol}://{place}{mark}{rest}"
 
 
-_LONGEST = 200  # bytes: file systems take 255, with .binary.seg.dcm and what a file is called until it is whole
+_LONGEST = 200  # bytes: file systems allow 255, including suffixes and temporary names
 
 
 def writable(name: str) -> str:
-    """A name as files can have it, with endings of ours: in UTF-8, and not too long."""
-    return _printed(name).encode()[:_LONGEST].decode(errors="ignore")
+    """A name for output files: valid UTF-8, and short enough for our suffixes."""
+    return _as_utf8(name).encode()[:_LONGEST].decode(errors="ignore")
 
 
-def _printed(name: str) -> str:
-    """A name as it can be written in UTF-8."""
+def _as_utf8(name: str) -> str:
+    """A name with invalid UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()

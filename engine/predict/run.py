@@ -1,4 +1,4 @@
-"""Prediction over an archive: results of every image, heat maps, and the tables of images, breasts and exams."""
+"""Predicts an archive: results and heat maps of images, and the tables of images, breasts and exams."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .delivery import Document
 from .index import Index
 from .job import PredictJob, Result, Start, Unit
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import RESULTS, Classifier, Opener, Predicting, Wanted, start_predicting
+from .predictor import RESULTS, Classifier, Opener, PredictionUnit, Wanted, start_predicting
 from .rows import Row
 from .runner import run
-from .tables import prediction_of, write_tables
+from .tables import prediction_of, write_odd, write_tables
 
 __all__ = ["Options", "Summary", "Watch", "predict"]
 
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """How a run of predictions goes; see also `RunOptions`.
+    """Options of a run of predictions; see also `RunOptions`.
 
     Attributes:
-        heatmaps: draw ``heatmaps/NAME.png``, as `gigamorph explain` does.
-        identifiers: name patients that only the DICOM headers name; they are numbered otherwise.
+        heatmaps: draw ``heatmaps/NAME.png``, like `gigamorph explain`.
+        identifiers: write patient names that only DICOM headers have; otherwise they are numbered.
         calibration: of two classes, for tables and heat maps.
     """
 
@@ -52,12 +52,15 @@ def predict(
     written at the end.
 
     Args:
-        opener: opens the network; to be pickled where there are several devices.
+        opener: opens the network; must be picklable if there are several devices.
         sources: tables, folders, images, or records.
+        out: folder of the results.
+        options: of the run.
+        watch: callbacks.
 
     Raises:
-        DataError: a damaged image, named; a table that is wrong.
-        GigamorphError: if ``out`` holds other results or is held by another process, cannot be written, or too many
+        DataError: naming a damaged image, or for an invalid table.
+        GigamorphError: if ``out`` has other results or is in use by another process, cannot be written, or too many
             images failed.
     """
     return run(_Predict(opener, options), sources, out, options, watch)
@@ -88,13 +91,13 @@ class _Predict(PredictJob):
 
     def differs(self, name: str, before: Any) -> str:
         if name == "drawn":
-            return "its heat maps have another calibration; go on with that, or name another --out"
+            return "its heat maps have another calibration; continue with it, or name another --out"
         return super().differs(name, before)
 
     def open(self, options: RunOptions) -> None:
         super().open(options)
         outputs = outputs_of(self._network.net)
-        exclusive = outputs is None or outputs.exclusive  # labels and numbers have columns of their own
+        exclusive = outputs is None or outputs.exclusive  # labels and numbers have separate columns
         self.classes = self._network.classes if exclusive else None
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
@@ -103,37 +106,37 @@ class _Predict(PredictJob):
         self._wanted = Wanted(options.model, out, options.heatmaps, options.calibration, by)
 
     def unit(self) -> Unit:
-        return Predicting(self._network, self._wanted)
+        return PredictionUnit(self._network, self._wanted)
 
     def start(self) -> Start:
         return functools.partial(start_predicting, self._opener, self._wanted)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """A structured report for each study."""
-        from .dicom_report import Said, report, study_of  # whose code tables take half a second
+        from .dicom_report import ImageValues, report, study_of  # its code tables take half a second
 
         options, classes, outputs = self._options, self._network.classes, outputs_of(self._network.net)
         numbers = outputs is not None and outputs.numbers
 
-        def said(row: Row, result: Result) -> Said:
+        def said(row: Row, result: Result) -> ImageValues:
             found = prediction_of(row, result, index, options.calibration, identifiers=True)
             values = found.log_odds if numbers else found.probabilities
-            return Said(result["key"], row, dict(zip(classes, map(float, values), strict=True)), numbers)
+            return ImageValues(result["key"], row, dict(zip(classes, map(float, values), strict=True)), numbers)
 
         index.forget()
         for row, result in index.joined(results):
             index.keep([(None, (study_of(row),), said(row, result))])
         for group in index.groups("exam"):
-            images = list({one.key: one for one in group}.values())  # one that stands in several rows once
-            told = repr([(one.key, one.values) for one in images])
+            images = list({one.key: one for one in group}.values())  # an image of several rows once
+            content = repr([(one.key, one.values) for one in images])
             make = functools.partial(report, images, checkpoint=options.checkpoint, model=options.model)
-            yield Document(told, images[0].row.name, make)
+            yield Document(content, images[0].row.name, make)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         options, outputs = self._options, outputs_of(self._network.net)
         scores = write_tables(
             index,
-            results,
+            write_odd(results, out),
             out,
             self._network.classes,
             options.calibration,

@@ -1,6 +1,6 @@
-"""The runner over archives: what is left to do is done, each result kept as soon as it is known, tables at the end.
+"""The runner over archives: computes missing results, stores each one immediately, and writes tables at the end.
 
-It knows nothing of networks; what is made of each image is a `Job`'s.
+A `Job` defines the computation for each image.
 """
 
 from __future__ import annotations
@@ -34,25 +34,29 @@ from .rows import Row, Work
 from .tables import write_failures
 
 _FEW_TRIED = 100
-"""Images of which so many have to be tried before their failures are judged as a share."""
+"""Minimum number of images for the fraction of failures."""
 _PROMPT = 200_000
-"""Rows of which the tables are also written when a run ends early."""
+"""Maximum number of rows for which an interrupted run also writes its tables."""
 
 
 def run(
     job: Job, sources: Sequence[str | Path | Record], out: str | Path, options: RunOptions, watch: Watch | None = None
 ) -> Summary:
-    """Do a job for images, into the folder ``out``.
+    """Run a job for images, with results in the folder ``out``.
 
-    Results are durable as soon as they count as done, so that whatever ends the run leaves them, and a run with
-    ``resume`` computes the rest. Tables are written when all is done, and when a run that is not large ends early.
+    A result counts as done when it is durable, so an interrupted run keeps its results, and a run with ``resume``
+    computes the rest. Tables are written at the end, and also when a run of few images is interrupted.
 
     Args:
+        job: the computation.
         sources: tables, folders, images, or records.
+        out: folder of the results.
+        options: of the run.
+        watch: callbacks.
 
     Raises:
-        DataError: a damaged image, named; a table that is wrong.
-        GigamorphError: if ``out`` holds other results or is held by another process, cannot be written, or too many
+        DataError: naming a damaged image, or for an invalid table.
+        GigamorphError: if ``out`` has other results or is in use by another process, cannot be written, or too many
             images failed.
     """
     watch = watch or Watch()
@@ -61,7 +65,7 @@ def run(
     if options.device == "cuda" and options.engine == "embedded":
         need_gpus(options.devices)
     if options.store:
-        service_of(options.store)  # before any work
+        service_of(options.store)  # to raise errors before any work
     job.open(options)
     with Index(lambda row: job.key(row, options.model)) as index:
         for text in index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path):
@@ -74,7 +78,7 @@ def run(
 
 
 class _Runner:
-    """A shard of a run, whose folder this process holds."""
+    """Runs a shard; this process has locked its folder."""
 
     def __init__(self, job: Job, folder: RunFolder, options: RunOptions, watch: Watch, index: Index) -> None:
         self._job, self._folder, self._options, self._watch, self._index = job, folder, options, watch, index
@@ -85,10 +89,10 @@ class _Runner:
         options, index, folder = self._options, self._index, self._folder
         folder.join(index.rows, index.sha256, self._watch.warn)
         self._job.begin(folder.path, folder.secret)
-        self._know()
-        strange = index.strangers()
-        if strange:
-            self._watch.warn(f"{folder.path}: {strange} results are of images that the table does not name (any more)")
+        self._load_states()
+        unlisted = index.unlisted_results()
+        if unlisted:
+            self._watch.warn(f"{folder.path}: has {unlisted} results of images that are not in the table")
         if options.shard[1] > 1:
             index.measure(lambda rows: map(self._pixels, rows))
             index.share_out(options.shard[1])
@@ -101,7 +105,7 @@ class _Runner:
         try:
             self._work()
         except BaseException:
-            # The first error is the one to show: on a full disk this may fail as well.
+            # The first error is reported: on a full disk this may fail as well.
             with contextlib.suppress(GigamorphError, OSError, sqlite3.Error):
                 if index.rows <= _PROMPT and options.shard[1] == 1 and folder.begun():
                     self._tables()
@@ -109,8 +113,8 @@ class _Runner:
         self._finish()
         return self._summary
 
-    def _know(self) -> None:
-        """What is done and what failed, by all shards."""
+    def _load_states(self) -> None:
+        """Load the results and failures of all shards into the index."""
         named = self._job.named
         for rows in read_results(self._folder.parts, ["key", named] if named else ["key"]):
             self._index.add_done((row["key"], row.get(named)) for row in rows)
@@ -119,7 +123,7 @@ class _Runner:
     def _work(self) -> None:
         options, meter, folder = self._options, self._watch.meter, self._folder
         found = self._index.work(options.shard[0], failed=options.retry_failed)
-        staging = temporary_name(Path(tempfile.gettempdir()) / "gigamorph")  # nobody can make it before
+        staging = temporary_name(Path(tempfile.gettempdir()) / "gigamorph")  # an unpredictable name
         staging.mkdir(mode=0o700)
         workers = default_workers(options) if options.workers is None else options.workers
         reading = Reading(workers, staging, forgiving=options.max_failures is not None)
@@ -129,15 +133,15 @@ class _Runner:
         meter.start(self._job.kind, self._summary.images, done=done)
         began = time.monotonic()
         try:
-            with _told_of_errors(self._outcomes(reading, found)) as outcomes:
+            with _errors_thrown_into(self._outcomes(reading, found)) as outcomes:
                 for outcome in outcomes:
                     self._summary.waited += outcome.waited
-                    self._take(outcome, results, failures)
-            self._synced(results, failures)
+                    self._record(outcome, results, failures)
+            self._sync(results, failures)
         finally:
             self._summary.seconds = time.monotonic() - began
             shutil.rmtree(staging, ignore_errors=True)
-            with contextlib.suppress(GigamorphError):  # what was synced is kept; a further error hides the first
+            with contextlib.suppress(GigamorphError):  # synced results are durable; another error would hide the first
                 results.close()
             with contextlib.suppress(GigamorphError):
                 failures.close()
@@ -164,10 +168,10 @@ class _Runner:
 
         return compute_here(unit, reading, work, before)
 
-    def _take(self, outcome: Outcome, results: Parts, failures: Parts) -> None:
+    def _record(self, outcome: Outcome, results: Parts, failures: Parts) -> None:
         if outcome.error is not None:
             if self._options.max_failures is None:
-                self._synced(results, failures)
+                self._sync(results, failures)
                 raise outcome.error
             reason = " ".join(str(outcome.error).split())
             work = outcome.work
@@ -180,10 +184,10 @@ class _Runner:
             results.append(outcome.result)
         self._pending.append(outcome)
         if outcome.error is not None or results.sync(now=False):
-            self._synced(results, failures)
+            self._sync(results, failures)
 
-    def _synced(self, results: Parts, failures: Parts) -> None:
-        """Count what has become durable."""
+    def _sync(self, results: Parts, failures: Parts) -> None:
+        """Make results durable, count them, and check the fraction of failures."""
         results.sync()
         failures.sync()
         summary, meter = self._summary, self._watch.meter
@@ -202,18 +206,18 @@ class _Runner:
             if summary.failed > share * tried:
                 raise GigamorphError(
                     f"{summary.failed} of {summary.done + summary.failed} images failed, more than --max-failures "
-                    f"{share:.2%} allows; see {self._folder.path / 'quarantine.csv'}; the last: {last}"
+                    f"{share:.2%} allows; see {self._folder.path / 'quarantine.csv'}; last error: {last}"
                 )
 
     def _pixels(self, row: Row) -> int:
-        """Of an image whose size the table does not say; 0 where it cannot be told."""
+        """The number of pixels of an image whose size is not in the table; 0 if unknown."""
         try:
             return self._job.pixels(row)
         except DataError:
             return 0
 
     def _finish(self) -> None:
-        """Write the tables if no shard has anything left to do."""
+        """Write the tables if all shards are complete."""
         index, summary = self._index, self._summary
         options = self._options
         with self._folder.finishing():
@@ -229,7 +233,7 @@ class _Runner:
 
     def _tables(self, *, only_if_complete: bool = False) -> None:
         index, out = self._index, self._folder.path
-        self._know()
+        self._load_states()
         write_failures(index, out)
         images, done, failed = index.counts()
         self._summary.complete = done + failed == images
@@ -239,11 +243,10 @@ class _Runner:
 
 
 @contextlib.contextmanager
-def _told_of_errors(outcomes: Generator[Outcome, None, None]) -> Iterator[Iterator[Outcome]]:
-    """A generator that ends with the error of whoever reads it: after one it waits for its processes, after Ctrl-C not.
+def _errors_thrown_into(outcomes: Generator[Outcome, None, None]) -> Iterator[Iterator[Outcome]]:
+    """Context that throws the error of its body into the generator, which waits for its processes except after Ctrl-C.
 
-    Processes that nobody waits for would not end where this one is a child of `multiprocessing`, which closes their
-    queue first.
+    Otherwise, processes would not end if this one is a child of `multiprocessing`, which closes their queue first.
     """
     try:
         yield outcomes
@@ -253,7 +256,7 @@ def _told_of_errors(outcomes: Generator[Outcome, None, None]) -> Iterator[Iterat
 
 
 def default_workers(options: RunOptions) -> int:
-    """Processes that read ahead for each device: of this machine as many as it has room for."""
+    """The default number of reading processes per device, by the CPUs of this machine."""
     if options.engine == "ray":
-        return 2 if options.device == "cuda" else 0  # an actor on the CPU has one core, which is to compute
+        return 2 if options.device == "cuda" else 0  # an actor on the CPU has only one core, for computing
     return max(1, min(8, available_cpus() // options.devices - 1))

@@ -1,4 +1,4 @@
-"""The tables that people read, made of the parts: of images, breasts, exams and failures; and the measures."""
+"""Writes the tables of images, breasts, exams and failures from the parts, and computes the measures."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .rows import Row
 from .views import combined
 
 MEASURED = 200_000
-"""Labelled images that are measured here; more are measured of the table, by `gigamorph eval`."""
-_TOGETHER = 4096
+"""Maximum number of labelled images that are measured here; use `gigamorph eval` on the table for more."""
+_BATCH = 4096
 log = logging.getLogger("gigamorph")
 
 
@@ -41,32 +41,36 @@ def write_tables(
     identifiers: bool,
     outputs: Outputs | None = None,
 ) -> dict[str, dict[str, float | int | None]]:
-    """Write the tables of all rows that have a result, and of the failures.
+    """Write the tables of all rows that have a result.
 
-    predictions.csv has the columns by which the same pixels are read again (`Index.reading`).
+    predictions.csv has the columns that are needed to read the same pixels again (`Index.reading`).
 
     Args:
-        index: also holds what does not fit into memory.
-        identifiers: header_patient is a name; otherwise it is numbered.
-        outputs: what the network gives, see `outputs_of`. Numbers are in columns value_NAME, no probabilities; of
-            numbers and labels the truth is in columns label_NAME as well; of networks that were trained on several
-            views as one, breasts and exams are combined as they do it.
+        index: of the run; also stores intermediate data that may not fit into memory.
+        results: of the images.
+        out: folder of the tables.
+        classes: names of the outputs.
+        calibration: of two classes.
+        identifiers: whether header_patient is written as a name; otherwise it is numbered.
+        outputs: the meaning of the network's outputs, see `outputs_of`. Numbers are in columns value_NAME instead of
+            probabilities; the truth of numbers and labels is in columns label_NAME. Networks that were trained on
+            combined views combine those of breasts and exams in the same way.
 
     Returns:
-        The measures (`scores`) of the labelled images of each split; nothing if they are more than `MEASURED`.
+        The measures (`scores`) of the labelled images of each split; empty if there are more than `MEASURED`.
     """
     labelled: list[Prediction] = []
     exams: list[Prediction] = []
     header = _header(classes, outputs)
     called = [] if calibration is None else ["called"]
-    images = _noted(_images(index, results, calibration, identifiers, outputs), labelled)
+    images = _collecting(_images(index, results, calibration, identifiers, outputs), labelled)
     rows = ([*_row(one, classes, index.reading), *_called(one, calibration)] for one in images)
     write_csv(out / "predictions.csv", [header[0], *index.reading, *header[1:], *called], rows)
     levels: tuple[Level, ...] = ("breast", "exam")
     for level in levels:
-        found = _together(index, level, classes, outputs, calibration)
+        found = _grouped(index, level, classes, outputs, calibration)
         if level == "exam" and outputs is not None and outputs.views is not None:
-            found = _noted(found, exams)
+            found = _collecting(found, exams)
         write_csv(out / f"{level}s.csv", [level, *header[1:]], (_row(one, classes) for one in found))
     if len(labelled) > MEASURED:
         return {}
@@ -86,23 +90,23 @@ def _images(
     identifiers: bool,
     outputs: Outputs | None,
 ) -> Iterator[Prediction]:
-    """Each image, kept for `_together`."""
+    """The prediction of each image, which is also stored in the index for `_grouped`."""
     joined = index.joined(results)
-    while some := list(itertools.islice(joined, _TOGETHER)):
+    while some := list(itertools.islice(joined, _BATCH)):
         found = [prediction_of(row, result, index, calibration, identifiers) for row, result in some]
         if outputs is not None and not outputs.exclusive:
-            told = [truth_of(row.record, outputs.names) for row, _ in some]
-            found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, told, strict=True)]
+            true = [truth_of(row.record, outputs.names) for row, _ in some]
+            found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, true, strict=True)]
         index.know("breast", {one.patient for one in found if one.patient and one.laterality})
         index.know("exam", {one.patient for one in found if one.patient and one.exam})
         index.keep((_breast(one), _exam(one), one) for one in found)
         yield from found
 
 
-def _together(
+def _grouped(
     index: Index, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
-    """The images of each breast or exam as one; without those that are in none (`unplaced`), of which it warns."""
+    """The prediction of each breast or exam; images without one (`unplaced`) are left out with a warning."""
     groups = placed(index, level)
     if outputs is not None and outputs.views is not None:
         yield from (combined(outputs, classes, calibration, level, group) for group in groups)
@@ -111,7 +115,7 @@ def _together(
     batch: list[Prediction] = []
     for group in groups:
         batch += group
-        if len(batch) >= _TOGETHER:
+        if len(batch) >= _BATCH:
             yield from merged(batch, classes)
             batch = []
     yield from merged(batch, classes)
@@ -120,15 +124,16 @@ def _together(
 def placed(
     index: Index, level: Level, prediction: Callable[[Any], Prediction] = lambda item: item
 ) -> Iterator[list[Any]]:
-    """The items of each breast or exam that were kept, without those that are in none (`unplaced`), of which it warns.
+    """The stored items of each breast or exam; items without one (`unplaced`) are left out with a warning.
 
     Args:
-        index: also knows the patients of whom an image says side and exam.
-        prediction: of an item.
+        index: has the items, and the patients with images of known side or exam.
+        level: "breast" or "exam".
+        prediction: returns the prediction of an item.
     """
     left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
     for group in index.groups(level):
-        one = prediction(group[0])  # of a group all or none have a side, or an exam
+        one = prediction(group[0])  # all or no items of a group have a side, or an exam
         if one.patient and not one.exam and index.knows("exam", one.patient):
             left_out["exam_id"] += [prediction(item).image for item in group]
         elif level == "breast" and one.patient and not one.laterality and index.knows("breast", one.patient):
@@ -140,16 +145,30 @@ def placed(
             log.warning(unplaced_line(column, len(images), images[0]))
 
 
-def _noted(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
-    """The same; those with a label are noted, but for those beyond what is measured."""
+def _collecting(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
+    """Pass predictions through, and add labelled ones to a list, up to the limit `MEASURED`."""
     for one in found:
         if one.known and len(labelled) <= MEASURED:
             labelled.append(one)
         yield one
 
 
+def write_odd(results: Iterable[dict[str, Any]], out: Path) -> Iterator[dict[str, Any]]:
+    """The results again; afterwards, odd.csv lists the images with odd grey values, and one line warns of them."""
+    found = list[tuple[str, str]]()
+    for result in results:
+        if result.get("odd"):
+            found.append((result["image_path"], result["odd"]))
+        yield result
+    if not found:
+        (out / "odd.csv").unlink(missing_ok=True)
+        return
+    write_csv(out / "odd.csv", ["image_path", "reason"], found)
+    log.warning("odd grey values in %d image(s), listed in odd.csv; first %s: %s", len(found), *found[0])
+
+
 def write_failures(index: Index, out: Path) -> None:
-    """quarantine.csv, if there is anything to tell."""
+    """Write quarantine.csv, if there are failures or the file exists."""
     path = out / "quarantine.csv"
     if index.counts()[2] or path.exists():
         write_csv(path, ["image_path", "reason"], index.failures())
@@ -158,11 +177,13 @@ def write_failures(index: Index, out: Path) -> None:
 def prediction_of(
     row: Row, result: dict[str, Any], index: Index, calibration: Calibration | None, identifiers: bool
 ) -> Prediction:
-    """What a row of the table says of an image, and the result of the image.
+    """The prediction of an image, from its row of the table and its result.
 
     Args:
+        row: of the table.
         result: has log_odds, exclusive, header_patient, header_exam, laterality and view, see `RESULTS`.
         index: numbers the patients and exams that only headers name.
+        calibration: of two classes.
         identifiers: see `write_tables`.
     """
     own = row.record
@@ -185,7 +206,7 @@ def prediction_of(
 
 
 def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
-    """As the table says; where it does not, as the header does (`header_patient`), see `prediction_of`."""
+    """The patient in the table, or else in the header (`header_patient`), see `prediction_of`."""
     patient = row.record.patient_id
     if _names_patient(row) or not result["header_patient"]:
         return patient
@@ -194,7 +215,7 @@ def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool
 
 
 def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
-    """As the table says; where it names neither exam nor patient, the study of the header (`header_exam`)."""
+    """The exam in the table; if the table has neither exam nor patient, the study of the header (`header_exam`)."""
     exam = result.get("header_exam")
     if row.record.exam_id or not exam or _names_patient(row):
         return row.record.exam_id or ""
@@ -206,12 +227,12 @@ def _names_patient(row: Row) -> bool:
 
 
 def _breast(found: Prediction) -> tuple[str, ...] | None:
-    """Which breast it is; None if that is not known."""
+    """The key of the breast; None if unknown."""
     return (found.patient, found.exam, found.laterality) if found.patient and found.laterality else None
 
 
 def _exam(found: Prediction) -> tuple[str, ...] | None:
-    """Which exam it is of; None if its patient is not known."""
+    """The key of the exam; None if the patient is unknown."""
     return (found.patient, found.exam) if found.patient else None
 
 
@@ -229,7 +250,7 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
 
 
 def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ()) -> list[object]:
-    """By the names of the classes, so that the order of columns says nothing."""
+    """A row of a table; columns are identified by class names, not by order."""
     label = "" if found.label is None else classes[found.label]
     keys: tuple[object, ...] = (
         found.image,
@@ -246,13 +267,13 @@ def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ())
         keys += tuple("" if math.isnan(value) else digits(value) for value in truth)
     if found.numbers:
         return [*keys, *(repr(value) for value in found.log_odds)]
-    # Probabilities are for reading; log-odds, with all digits, keep the order of images that the network is sure of.
+    # Log-odds have all digits, because probabilities near 0 or 1 lose the order of images.
     values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
     return [*keys, *values]
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A csv file, whole and durable when this returns; texts that a spreadsheet would compute are escaped."""
+    """Write a csv file atomically and durably; text that a spreadsheet would evaluate is escaped."""
 
     def write(part: Path) -> None:
         with part.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Breasts and exams by networks that were trained on several views as one sample."""
+"""Predictions of breasts and exams by networks that were trained on combined views."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def combined(
     level: Level,
     views: Sequence[Prediction],
 ) -> Prediction:
-    """The views of a breast or an exam as one, combined by what the network gave of each as in its training.
+    """The prediction of a breast or exam, combined from the network's outputs for its views as in the training.
 
     Args:
-        outputs: with `views`.
+        outputs: of the network, with `views`.
+        classes: names of the outputs.
         calibration: of two classes.
         level: "breast" or "exam".
-        views: of one breast or exam, each with its row.
+        views: predictions of the views of one breast or exam, each with its row.
     """
     [found] = (per_breast if level == "breast" else per_exam)(views, classes)
     rows = torch.tensor([view.row for view in views], dtype=torch.float64)

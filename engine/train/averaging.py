@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights and statistics, as timm's and MONAI's scripts keep one."""
+"""An exponential moving average of a network's weights and statistics, as in the scripts of timm and MONAI."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ from torch import Tensor, nn
 
 
 class Average:
-    """average = decay * average + (1 - decay) * weights after each optimizer step.
+    """The average of a network's weights: average = decay * average + (1 - decay) * weights after each optimizer step.
 
-    The first steps count more: the decay is min(decay, (1 + n) / (10 + n)) at step n, or the random beginning would
-    stay in it. Floating-point parameters and buffers are averaged, counters are those of the network.
+    The first steps count more: the decay at step n is min(decay, (1 + n) / (10 + n)), or the random initial weights
+    would dominate. Floating-point parameters and buffers are averaged; counters are taken from the network.
 
     Args:
-        stored: of `stored`, to go on with.
+        module: the network, which is read at each `update`.
+        decay: in [0, 1).
+        stored: the result of `stored` in an earlier run, to continue from it.
     """
 
     def __init__(self, module: nn.Module, decay: float, stored: dict[str, Any] | None = None) -> None:
         self.module, self.decay = module, decay
-        own = self._own()
+        own = self._floating_values()
         self.steps = 0 if stored is None else int(stored["steps"])
-        kept = own if stored is None else stored["values"]
-        self.values = {name: kept[name].detach().to(value.device, copy=True) for name, value in own.items()}
+        start = own if stored is None else stored["values"]
+        self.values = {name: start[name].detach().to(value.device, copy=True) for name, value in own.items()}
 
-    def _own(self) -> dict[str, Tensor]:
+    def _floating_values(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.module.state_dict().items() if value.is_floating_point()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of the network as those of one more step."""
+        """Include the network's current weights, after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        own = self._own()
+        own = self._floating_values()
         for name, value in self.values.items():
             value.lerp_(own[name].to(value.dtype), 1 - decay)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the network has the averaged values."""
-        own = self._own()
+        """Context in which the network has the averaged values."""
+        own = self._floating_values()
         former = {name: value.clone() for name, value in own.items()}
         try:
             with torch.no_grad():
@@ -55,5 +57,5 @@ class Average:
                     value.copy_(former[name])
 
     def stored(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return {"steps": self.steps, "values": {name: value.cpu() for name, value in self.values.items()}}

@@ -1,6 +1,6 @@
-"""The model card that is written with a trained network (Mitchell et al., 2019): what is known, and nothing else.
+"""The model card of a trained network (Mitchell et al., 2019), from known facts only.
 
-It is passed on with the weights, so it names no patient and no path: counts, settings, figures, versions.
+The card is passed on with the weights, so it contains counts, settings, figures and versions, but no patient or path.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _COUNTED = ("view", "laterality", "density", "manufacturer")
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells.
+    """The content of a model card.
 
     Attributes:
-        title: what the network is for, in a few words.
-        model: facts of the network by name: architecture, parameters, input.
-        training: facts of the training by name: recipe, settings, memory, time.
+        title: purpose of the network, in a few words.
+        model: facts about the network by name: architecture, parameters, input.
+        training: facts about the training by name: recipe, settings, memory, time.
         records: the images of each split.
         classes: names of the labels, in order.
-        predictions: of the splits that were predicted ("val", "test"), images with their scores.
-        resamples: of the intervals' bootstrap.
-        measured: lines of the results, of a network that predicts no images.
-        pictures: lines on what the network goes by.
-        labelled: classes are labels of images.
+        predictions: scores of the images, for each predicted split ("val", "test").
+        resamples: bootstrap resamples of the intervals.
+        measured: lines of results, for a network without predictions per image.
+        pictures: lines on the image regions that the network uses.
+        labelled: whether the classes are labels of images.
     """
 
     title: str
@@ -72,7 +72,7 @@ def _lines(card: Card) -> list[str]:
     return [
         f"# Model card: {markdown(card.title)}",
         "",
-        "Written by gigamorph at the end of training, from what it knows. It names no patient and no file.",
+        "Written by gigamorph at the end of training, from the facts of the run. It names no patient and no file.",
         *_section("Model", _facts(card.model)),
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
@@ -107,24 +107,24 @@ def _data(card: Card) -> list[str]:
     known = []
     for column in _COUNTED:
         values = Counter(getattr(record, column) for record in everything)
-        told = ", ".join(f"{value} {count}" for value, count in sorted(values.items(), key=str) if value is not None)
-        if told:
-            missing = f", not known {values[None]}" if values[None] else ""
-            known.append(markdown(f"- {column}: {told}{missing}"))
+        counted = ", ".join(f"{value} {count}" for value, count in sorted(values.items(), key=str) if value is not None)
+        if counted:
+            missing = f", unknown {values[None]}" if values[None] else ""
+            known.append(markdown(f"- {column}: {counted}{missing}"))
     unknown = sum(not record.patient_known for part in card.records.values() for record in part)
     leaks = "No patient is in two splits."
     if unknown:
-        leaks = f"The patient of {unknown} images is not known, so one may be in two splits."
-    return [*lines, "", leaks, "", *(known or ["Views, densities and makers are not known."])]
+        leaks = f"The patient of {unknown} images is unknown, so a patient may be in two splits."
+    return [*lines, "", leaks, "", *(known or ["Views, densities and manufacturers are unknown."])]
 
 
 def _is(record: Record, number: int, name: str) -> bool:
-    """Whether an image is of a class, or has a label."""
+    """Whether an image has this class or label."""
     return record.label == number or (record.label < 0 and record.labels.get(name) == 1)
 
 
 def _numbers(card: Card) -> list[str]:
-    """The results of predicted numbers, a line each."""
+    """A line of results for each predicted number."""
     lines = []
     for split, cases in card.predictions.items():
         if cases.kind == "numbers":
@@ -134,7 +134,7 @@ def _numbers(card: Card) -> list[str]:
 
 
 def _evaluated(cases: Cases, resamples: int) -> dict[str, Any] | str:
-    """What `evaluate` finds, or why it finds nothing."""
+    """The result of `evaluate`, or the reason why there is none."""
     try:
         return evaluate(cases, Settings(resamples=resamples))
     except DataError as error:
@@ -183,21 +183,21 @@ def _row(output: dict[str, Any]) -> list[object]:
 
 
 def _limits(card: Card, found: Mapping[str, dict[str, Any] | str]) -> list[str]:
-    """What follows from the rest; what it is meant for only its maker can say."""
+    """Lines on limits that follow from the data; only the author can state the intended use."""
     patients = len({record.patient_id for record in card.records.get("test", ())})
-    lines = ["- Intended use: not stated. Whoever passes the model on states it here."]
+    lines = ["- Intended use: not stated. State it here before you pass the model on."]
     if patients:
-        lines.append(f"- Tested on {patients} patients of the same table as it was trained on, and on no other data.")
+        lines.append(f"- Tested on {patients} patients of the table that it was trained on, and on no other data.")
     else:
-        lines.append("- Not tested: there were no test images. Validation images chose the epoch, and flatter it.")
+        lines.append("- Not tested: no test images. Validation scores are optimistic: they selected the epoch.")
     if any(not isinstance(one, str) for one in found.values()):
         lines.append(
-            "- Probabilities are those of the prevalence in this table; at another one they need to be calibrated, and "
-            "thresholds chosen, anew."
+            "- Probabilities hold for the prevalence in this table; at another prevalence, recalibrate them and choose "
+            "new thresholds."
         )
     everything = [record for records in card.records.values() for record in records]
     unknown = [column for column in _COUNTED[2:] if all(getattr(record, column) is None for record in everything)]
     if unknown:
-        lines.append(f"- Whether it does as well for each {' and '.join(unknown)} is not known: the table has none.")
-    lines.append("- No clinical study of it is known to the software that wrote this card.")
+        lines.append(f"- Performance by {' and '.join(unknown)} is unknown: the table does not record it.")
+    lines.append("- The software that wrote this card knows of no clinical study of this network.")
     return lines

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and what a run must know to be repeated."""
+"""Reading checkpoints, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written aside and then renamed; by the process that leads, all have the same."""
+    """Writes Lightning's checkpoints atomically, in the leading process only: all processes have the same state."""
 
     def __init__(self, leads: bool = True) -> None:
         super().__init__()
@@ -35,9 +35,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_torch(content: object, path: str | Path, what: str) -> None:
-    """torch.save to a file that is whole or absent, as `write_atomically`.
+    """`torch.save` by `write_atomically`.
 
-    Through a file of Python: where torch opens the file itself, the system's reason for a failure is lost.
+    The file is opened by Python: if torch opens it, the system's reason for a failure is lost.
     """
 
     def write(temporary: Path) -> None:
@@ -51,34 +51,34 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a gigamorph checkpoint without running any code in it.
 
     Raises:
-        DataError: if it cannot be read or is not a checkpoint of `run_stages`; or what is used of its record lacks, or
-            is of another type or range.
+        DataError: if it cannot be read or is not a checkpoint of `run_stages`, or a value of its record that is needed
+            is missing or has another type or range.
     """
     path = Path(path)
     if path.name.endswith(ENDING) or (path.suffix in SUFFIXES and path.is_file() and recipe_of(path).morphs):
         raise DataError(
-            f"{path}: is of gigamorph morph, and does not hold which model it began as, its classes and preprocessing; "
-            "train on with gigamorph train --init, and name the run's best.ckpt here"
+            f"{path}: is a file of gigamorph morph, without the original model, classes and preprocessing; train it "
+            "with gigamorph train --init, and use the run's best.ckpt here"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has many errors for a damaged file
-        if _is_cut_off(path):
-            raise DataError(f"{path}: is cut off, as by a full disk or a copy that stopped; copy it again") from error
-        told = first_line(error) if isinstance(error, OSError | RuntimeError | UnpicklingError) else "no file of torch"
-        raise DataError(f"{path}: not a readable checkpoint: {told}") from error
+        if _is_truncated(path):
+            raise DataError(f"{path}: is truncated (full disk, or interrupted copy); copy it again") from error
+        text = first_line(error) if isinstance(error, OSError | RuntimeError | UnpicklingError) else "not a torch file"
+        raise DataError(f"{path}: not a readable checkpoint: {text}") from error
     if not isinstance(checkpoint, dict) or "gigamorph" not in checkpoint:
-        raise DataError(f"{path}: not written by gigamorph train; gigamorph train --init starts from weights")
+        raise DataError(f"{path}: not a checkpoint of gigamorph train; to start from weights use --init")
     require_record(checkpoint["gigamorph"], path)
     weights = checkpoint.get("state_dict")
     if weights != {} and not is_state(weights):
-        raise DataError(f"{path}: key 'state_dict' is missing or no table of tensors; {REMEDY}")
+        raise DataError(f"{path}: key 'state_dict' is missing or not a table of tensors; {REMEDY}")
     return checkpoint
 
 
-def _is_cut_off(path: Path) -> bool:
-    """Whether a zip archive, as torch writes it, lacks its directory, which stands at its end."""
+def _is_truncated(path: Path) -> bool:
+    """Whether a zip archive, as torch writes it, lacks the directory at its end."""
     with path.open("rb") as file:
         return file.read(2) == b"PK" and not zipfile.is_zipfile(path)

@@ -1,4 +1,4 @@
-"""Images of any size and what is to be said of each: the task of `gigamorph train`."""
+"""The classification task of `gigamorph train`: a prediction per image of any size."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .pixels import sources_of
 
 
 class Classification(TargetTask[Prediction]):
-    """A target learnt by a network (N, C, H, W) or pixel sources -> (N, width of the target).
+    """Trains a network (N, C, H, W) or pixel sources -> (N, width of the target).
 
-    The score is the AUC per image, or what a target has; of several views of an exam that are one sample per exam.
+    The score is the target's measure, such as the AUC, per image; per exam if the views of an exam are one sample.
     """
 
     def loss(self, batch: Sequence[dict[str, Any]]) -> Tensor:
@@ -43,23 +43,23 @@ class Classification(TargetTask[Prediction]):
         return scores(found, self.target.names)
 
     def loss_of(self, found: Prediction) -> float:
-        """-log p of the truth's probability p, whose log-odds are z: log(1 + exp(-z)), weighted as in training; of
-        numbers the squared error in units of their spread."""
+        """The loss of a prediction, weighted as in training: -log p = log(1 + exp(-z)) for the log-odds z of the true
+        class; for numbers the squared error in units of their spread."""
         if self.target.kind in ("classes", "ordinal"):
             label = found.label or 0
             return (self.weights or [1.0] * len(found.log_odds))[label] * np.logaddexp(0.0, -found.log_odds[label])
         truth, values = np.array(found.truth), np.array(found.log_odds)
         if self.target.kind == "numbers":
             return float(np.nanmean(((values - truth) / np.array(self.target.spread)) ** 2))
-        weights = np.where(truth > 0.5, self.weights or 1.0, 1.0)  # of positives alone, see `Target.weights`
+        weights = np.where(truth > 0.5, self.weights or 1.0, 1.0)  # only positives are weighted, see `Target.weights`
         return float(np.nanmean(weights * np.logaddexp(0.0, np.where(truth > 0.5, -values, values)) + 0 * truth))
 
 
 def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Outputs | None = None) -> Tensor:
-    """(items, outputs) of a data set's items: of images, or of exams, whose views go through the network one by one.
+    """Logits (items, outputs) of a data set's items: images, or exams whose views pass the network one by one.
 
     Args:
-        outputs: how views are combined; None where items are images.
+        outputs: how views are combined; None if the items are images.
 
     Raises:
         BudgetError: naming the first image's file.
@@ -75,12 +75,12 @@ def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Ou
 
 
 def pixels_of(item: Mapping[str, Any]) -> int:
-    """How many pixels an item has, of all its views."""
+    """The number of pixels of an item, over all its views."""
     return sum(source.shape[-2] * source.shape[-1] for source in sources_of(item))
 
 
 def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
-    """What the table says of these labels or numbers, NaN where it says nothing; None if it says nothing of any."""
+    """The table's values of these labels or numbers, NaN where unknown; None if all are unknown."""
     found = tuple(record.labels.get(name, math.nan) for name in names)
     return None if all(math.isnan(value) for value in found) else found
 
@@ -88,16 +88,16 @@ def truth_of(record: Record, names: Sequence[str]) -> tuple[float, ...] | None:
 def prediction(item: dict[str, Any], logits: Tensor, outputs: Outputs | None = None) -> Prediction:
     """The prediction of one image, or of an exam of several views, from its logits (classes,).
 
-    Patient, exam (the study), laterality and view come from the table, else from the DICOM header; one that names no
-    patient tells by its study which images are of the same one.
+    Patient, exam (the study), laterality and view come from the table, else from the DICOM header. If the header has no
+    patient, its study groups the images of a patient.
 
     Args:
-        outputs: what the logits are, where they are not those of one softmax, see `outputs_of`.
+        outputs: the meaning of the logits if they are not one softmax, see `outputs_of`.
     """
     record: Record = item["record"]
     together = "views" in item
     header = None if together else header_of(item["image"])
-    # Tables without patients stand each image for itself.
+    # In a table without patients the image's file name is its patient.
     patient = record.patient_id
     exam = record.exam_id or ""
     if Path(patient).name == record.path.name:

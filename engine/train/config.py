@@ -1,4 +1,4 @@
-"""The configuration of `gigamorph train`: all that its command line can say, as a file has it."""
+"""The configuration of `gigamorph train`: all options of its command line, as read from a file."""
 
 from __future__ import annotations
 
@@ -27,85 +27,85 @@ Numbers = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a table becomes images, and what of it is learnt."""
+    """How the images of a table are prepared, and which of its labels are learnt."""
 
     task: Literal["classes", "labels", "ordinal", "numbers", "masks"] = "classes"
-    """One of several classes; any of several labels (columns label_NAME); classes in their order; numbers (columns
-    label_NAME); a class for each pixel (files of column mask_path)."""
+    """"classes": one of several; "labels": any of several (columns label_NAME); "ordinal": ordered classes; "numbers":
+    columns label_NAME; "masks": a class for each pixel (files in column mask_path)."""
     labels: tuple[str, ...] = ()
-    """Of "labels" and "numbers": the columns' names without label_; all where none is named."""
+    """For "labels" and "numbers": the columns' names without label_; all columns by default."""
     classes: tuple[str, ...] = ()
-    """Names of the classes in their order; by default as the table has them, sorted. Of "masks" the names of 0 (the
-    background), 1, ...; by default as many as the masks have."""
+    """Names of the classes in their order; by default those of the table, sorted. For "masks" the names of the values 0
+    (background), 1, ...; by default as many as the masks have."""
     channels: Literal[1, 3] = 1
     mean: Numbers | Literal["auto"] = 0.0
-    """"auto" for mean and std takes both of a sample of the training images."""
+    """"auto" for mean and std measures both on a sample of the training images."""
     std: Numbers | Literal["auto"] = 1.0
     voi: str = "auto"
     for_processing: bool = False
     white: float | str | None = None
     augment: str | None = None
     downsample: int = 1
-    """Average so many pixels in both directions: what a baseline of lower resolution sees."""
+    """Average this many pixels in each direction: the input of a baseline at lower resolution."""
     skip_bad: bool = False
     views: Views | None = None
-    """Take the views of an exam (patient_id, exam_id) as one sample: by the mean of their logits, the highest, or
-    attention over the views."""
+    """Combine the views of an exam (patient_id, exam_id) into one sample: by the mean of their logits, their maximum,
+    or attention over the views."""
     folds: int | None = None
-    """Cross-validation by patient: as many runs."""
+    """Number of runs of a cross-validation by patient."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """A run of `gigamorph train`; what is not set takes the defaults."""
+    """The configuration of a run of `gigamorph train`."""
 
     init: str | None = None
-    """Where weights come from: a file, a folder of gigamorph import (which says model and preprocessing), or
-    timm:NAME, whose pretrained weights timm fetches."""
+    """Initial weights: a file, a folder of gigamorph import (which sets model and preprocessing), or timm:NAME, whose
+    pretrained weights timm downloads."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = None
     devices_per_image: int | None = None
-    """As many of the devices share each image, in the place of all (``split_image``)."""
+    """Number of devices that share each image, instead of all devices (``split_image``)."""
     timeout: float = 7200.0
     """Seconds that processes wait for each other."""
     log: tuple[str, ...] = ()
-    """Further logs: csv, tensorboard, wandb, mlflow, or module:name of a logger of Lightning."""
+    """Additional loggers: csv, tensorboard, wandb, mlflow, or module:name of a Lightning logger."""
     callbacks: tuple[str, ...] = ()
-    """module:name of callbacks of Lightning."""
+    """Lightning callbacks, as module:name."""
     data: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
         if (self.data.mean == "auto") != (self.data.std == "auto"):
-            raise GigamorphError("data.mean and data.std are taken of the images together; make both auto")
+            raise GigamorphError("data.mean and data.std must both be auto, or neither")
         super().__post_init__()
         require("data.downsample", self.data.downsample, 1)
         require("data.folds", self.data.folds, 2)
         check_voi(self.data.voi)
         self.data_arguments()
-        self._require_use()
+        self._refuse_unused()
         for name in ("devices", "devices_per_image", "timeout"):
             require(name, getattr(self, name), 1)
 
-    def _require_use(self) -> None:
-        """Refuse what would have no effect, and names that are there twice."""
+    def _refuse_unused(self) -> None:
+        """Refuse options without effect, and duplicate names."""
         if self.stages and self.epochs != TrainOptions.epochs:
             raise GigamorphError(
-                f"epochs is {self.epochs}, but each of the stages has its own; leave it out, or set those"
+                f"epochs is {self.epochs}, but each stage has its own epochs; leave it out, or set those of the stages"
             )
         of_numbers = self.data.task == "numbers"
         for name in ("class_weights", "label_smoothing", "focal") if of_numbers else ("regression",):
             if getattr(self.loss, name) != getattr(Loss(), name):
-                whose = "classes and labels; numbers have none" if of_numbers else "--task numbers; leave it out"
-                raise GigamorphError(f"loss.{name} is of {whose}")
+                what = "classes and labels, not to numbers" if of_numbers else "--task numbers; leave it out"
+                raise GigamorphError(f"loss.{name} applies only to {what}")
         optimizer = self.optimizer.name
         if self.optimizer.momentum is not None and optimizer.lower() != "sgd":
             raise GigamorphError(
-                f"optimizer.momentum is of sgd; of {optimizer} it is in optimizer.options, if it has one"
+                f"optimizer.momentum applies only to sgd; set the momentum of {optimizer}, if any, in optimizer.options"
             )
         for name, tasks in (("labels", ("labels", "numbers")), ("classes", ("classes", "ordinal", "masks"))):
             if getattr(self.data, name) and self.data.task not in tasks:
-                whose = f"{', '.join(tasks[:-1])} and {tasks[-1]}"
-                raise GigamorphError(f"data.{name} is of --task {whose}; leave it out, or set data.task")
+                listed = f"{', '.join(tasks[:-1])} and {tasks[-1]}"
+                raise GigamorphError(f"data.{name} applies only to --task {listed}; leave it out, or set data.task")
         for name in ("labels", "classes"):
             given = getattr(self.data, name)
             if twice := [one for number, one in enumerate(given) if one in given[:number]]:
@@ -113,20 +113,20 @@ class TrainConfig(TrainOptions):
 
     @property
     def split(self) -> bool | int:
-        """What `TrainOptions.split_image` is."""
+        """The value of `TrainOptions.split_image`."""
         return self.devices_per_image or self.split_image
 
     def options(self) -> TrainOptions:
-        """What `fit` takes."""
+        """The options for `fit`."""
         values = {own.name: getattr(self, own.name) for own in fields(TrainOptions)}
         values["split_image"] = self.split
         return TrainOptions(**values)
 
     def data_arguments(self) -> dict[str, Any]:
-        """What `training_data` takes, without the table.
+        """The arguments of `training_data`, without the table.
 
         Raises:
-            GigamorphError: for values that no image can be prepared by.
+            GigamorphError: for invalid values.
         """
         own = self.data
         normalize: Any = "auto" if own.mean == "auto" else Normalize(_numbers(own.mean), _numbers(own.std))
@@ -149,26 +149,26 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], object]) -> TrainConfig:
-    """A configuration from the values that were said; what a network of --init is made for fills what was not.
+    """A configuration from the given values; missing ones are taken from the network of --init.
 
     Args:
         values: nested, by the names of `TrainConfig`.
-        source: what messages call it.
-        warn: called with a line where the images are not those that the network was made for.
+        source: the name of the configuration in messages.
+        warn: called with a line if the images are prepared differently than the network expects.
 
     Raises:
-        GigamorphError: a key or value that does not fit.
+        GigamorphError: for an unknown key or an invalid value.
     """
     config = from_plain(dict(values), TrainConfig, source)
     values, init = without_nulls(values), config.init
     if init is not None and "model" not in values and (folder := folder_of(init)):
-        init = str(folder)  # also where its file of weights is named
+        init = str(folder)  # also if --init names the folder's weights file
     if init is None:
         if not is_folder(config.model):
             return config
         init = config.model
     elif "model" in values and (init.startswith(_TIMM) or Path(init).is_dir()):
-        raise GigamorphError("--init says the model; omit --model")
+        raise GigamorphError("--init determines the model; omit --model")
     if config.weights is not None:
         raise GigamorphError(f"--weights {config.weights}: {init} has its own weights; omit them")
     if init.startswith(_TIMM):
@@ -180,9 +180,9 @@ def make_config(values: Mapping[str, Any], source: str, warn: Callable[[str], ob
 
 
 def read_saved(path: str | Path) -> dict[str, Any]:
-    """What stands in the file that a run has kept, which goes on as it was begun.
+    """The values in the configuration file that a run has stored, for resuming it.
 
-    Those of older versions say of every optimizer the momentum that only sgd has taken.
+    Files of older versions hold a momentum for every optimizer, although only sgd used it.
 
     Raises:
         GigamorphError: as `read_values`.
@@ -194,9 +194,9 @@ def read_saved(path: str | Path) -> dict[str, Any]:
 
 
 def _of_timm(values: Mapping[str, Any], init: str, channels: int) -> dict[str, Any]:
-    """Values with a model of timm, its weights, and the mean and std that it was made for, where they do not say them.
+    """Values with a timm model, its weights, and its mean and std as defaults.
 
-    A grey image is the mean of equal channels, so it takes the mean of their means and standard deviations.
+    The channels of a grey image are equal, so its mean and std are the averages over the channels.
     """
     mean, std = pretrained_scale(init)
     if channels == 1:
@@ -210,19 +210,19 @@ def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _of_folder(values: Mapping[str, Any], folder: str, warn: Callable[[str], object]) -> dict[str, Any]:
-    """Values with the model, weights, channels, mean, std and grey scale of a folder, where they do not say them."""
+    """Values with the model and weights of a folder, and its channels, mean, std and grey scale as defaults."""
     found = read_description(folder)
     if found.members:
-        raise GigamorphError(f"{folder}: is an ensemble; fine-tune one of its members, as {folder}/{found.members[0]}")
+        raise GigamorphError(f"{folder}: is an ensemble; fine-tune a member, such as {folder}/{found.members[0]}")
     require_logits(folder, found)
-    open_checked(folder)  # said before any image is read
+    open_checked(folder)  # so that errors are raised before any image is read
     own, said = found.preprocessing, dict(values.get("data", {}))
     if not own.streams and not {"mean", "std"} <= said.keys():
         size = f"{own.size[0]} x {own.size[1]} pixels" if own.size else ""
         by = f"{own.per_image} of each image" if own.per_image else ""
         warn(
-            f"{folder} was made for images brought to {' and '.join(filter(None, (size, by)))}; here it "
-            "learns on every pixel, normalised by --mean and --std"
+            f"{folder} expects images scaled to {' and '.join(filter(None, (size, by)))}; here it is trained on every "
+            "pixel, normalised by --mean and --std"
         )
     given = {"channels": own.channels, "mean": list(own.mean), "std": list(own.std), "voi": own.voi}
     data = {**given, **said}

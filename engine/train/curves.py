@@ -1,4 +1,4 @@
-"""The pictures that show how a run went: curves.png, roc.png."""
+"""Plots of a run: curves.png, roc.png."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .metrics import SHOWN, Prediction
 
 
 def write_curves(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The curves of a log's rows, in ``curves.png``."""
+    """Plot the rows of a log in ``curves.png``."""
     save_figure(_curves(rows), folder / "curves.png")
 
 
@@ -40,13 +40,13 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     score.set(xlabel="epoch", ylabel=f"validation {shown}")
     score.set_ylim(0, 1.02 if measure == "auc" else None)
     for axes in (loss, score):
-        if axes.lines:  # above the axes, where no curve comes
+        if axes.lines:  # above the axes, to avoid the curves
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
 def _dice(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Of each class of masks; the mean where there are several."""
+    """Plot the Dice of each class of masks, and the mean if there are several."""
     names = [name for name in rows[0] if name.startswith("val_dice_")]
     for name in names if len(names) == 1 else [*names, "val_dice"]:
         label = name.removeprefix("val_dice_") if name != "val_dice" else "mean"
@@ -54,7 +54,7 @@ def _dice(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
-    """ROC curves of two-class predictions, named above them; only labelled predictions count."""
+    """ROC curves of labelled two-class predictions, with their names above the axes."""
     figure, axes = panel(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for name, predictions in curves.items():
@@ -64,6 +64,6 @@ def roc_figure(curves: Mapping[str, Sequence[Prediction]]) -> Figure:
         axes.plot(false, true, linewidth=2, clip_on=False, label=name)
     axes.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    # Above the axes: a curve at chance runs along the diagonal, and a name beside it would lie over that.
+    # Above the axes: inside, the legend would cover curves near the diagonal.
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, labelcolor="linecolor")
     return figure

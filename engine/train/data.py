@@ -13,7 +13,7 @@ from .target import Target
 
 
 class Images(Protocol):
-    """What `gigamorph.engine.datasets.dataset.ImageDataset` offers: records, and items that open their file."""
+    """The interface of `gigamorph.engine.datasets.dataset.ImageDataset`: records, and items that open their file."""
 
     records: list[Record]
 
@@ -25,10 +25,15 @@ class Images(Protocol):
 class Data:
     """The images of a run, split by patient.
 
-    ``classes`` names the labels in order; ``preprocessing`` is all that turns a file into what the network sees, and
-    how training images are varied. `fit` tells training images that have a ``set_epoch`` which epoch it is. ``target``
-    is what is learnt; one of the classes, unless it says otherwise. ``left_out`` has the images that could not be read,
-    and why.
+    `fit` calls ``set_epoch`` of the training images in each epoch, if they have such a method.
+
+    Attributes:
+        train, val, test: the images of each split.
+        classes: names of the labels, in order.
+        channels: of the images.
+        preprocessing: all settings that turn a file into the network's input, including augmentation.
+        target: what is learnt; by default one of the classes.
+        left_out: the images that could not be read, with the reasons.
     """
 
     train: Images
@@ -49,31 +54,33 @@ class Data:
         return {"train": self.train, "val": self.val, "test": self.test}
 
     def require_fit(self) -> None:
-        """Refuse to train on nothing, without labels, or with a patient in two splits.
+        """Refuse data without training images, with a missing label, or with a patient in two splits.
 
         Raises:
             DataError: naming the image or the patient.
         """
         if not len(self.train):
-            raise DataError("no training images: give rows of split 'train', or leave the column out to have it made")
+            raise DataError("no training images: add rows of split 'train', or omit the column to draw splits")
         where: dict[str, str] = {}
         what = "image" if self.target.views is None else "exam"
         for name, images in self.parts.items():
             for record in samples_of(images):
                 if not self.target.knows(record):
-                    raise DataError(f"{record.path}: has no label; training needs one for each {what}")
+                    raise DataError(f"{record.path}: has no label; each {what} needs one for training")
                 first = where.setdefault(record.patient_id, name)
                 if first != name:
-                    raise DataError(f"patient {record.patient_id} is in both {first} and {name}; split by patient")
+                    raise DataError(
+                        f"patient {record.patient_id} is in both {first} and {name}; use a split by patient"
+                    )
 
 
 def samples_of(images: Images) -> list[Record]:
-    """A record for each item: of the image, or of the exam that its views are of."""
+    """A record for each item: an image, or an exam with its views."""
     return getattr(images, "samples", images.records)
 
 
-def tell_epoch(images: Any, epoch: int) -> None:
-    """Images that vary from epoch to epoch are told which one it is."""
-    tell = getattr(images, "set_epoch", None)
-    if tell is not None:
-        tell(epoch)
+def set_epoch_of(images: Any, epoch: int) -> None:
+    """Set the epoch of images that are augmented differently in each epoch."""
+    setter = getattr(images, "set_epoch", None)
+    if setter is not None:
+        setter(epoch)

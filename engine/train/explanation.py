@@ -1,4 +1,4 @@
-"""What the log-odds of a class rest on: a map with its place in the file, and what of it stands out."""
+"""Explanation maps of the log-odds of a class, their position in the file, and their relevant parts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ..models.outputs import Outputs, outputs_of
 
 @dataclass(frozen=True)
 class Explanation:
-    """A map of an image, one value a cell, with its place in the file.
+    """A map of an image, one value per cell, with its position in the file.
 
     Attributes:
         source: the image that the network saw.
         values: (h, w) float.
-        cells: from the coordinates of cells (column j covers j to j + 1) to those of the source's pixels; None for
-            cells that cover the image in equal parts.
-        log_odds: what the values are a part of: the image's log-odds of a class; None where they are no such thing.
-        adds_up: whether the values of cells add up in it, as after a mean; after a maximum they do not.
-        border: rows and columns of cells at each side of the image that look at padding as much as at the image.
+        cells: transforms coordinates of cells (column j covers j to j + 1) to those of the source's pixels; None if the
+            cells divide the image into equal parts.
+        log_odds: the image's log-odds of a class, of which the values are contributions; None if they are not.
+        adds_up: whether the values sum to the log-odds, as after a mean; False after a maximum.
+        border: rows and columns of cells at each side of the image that see as much padding as image.
     """
 
     source: PixelSource
@@ -46,13 +46,13 @@ class Explanation:
 
     @property
     def in_source(self) -> Affine:
-        """From cells to the pixels of the image that the network saw."""
+        """The transform from cells to pixels of the image that the network saw."""
         height, width = self.values.shape[-2:]
         return self.cells or Affine.scale(self.source.shape[2] / width, self.source.shape[1] / height)
 
     @property
     def place(self) -> Map:
-        """From cells to pixels of the file as stored: mirroring, cropping and averaging undone."""
+        """The transform from cells to pixels of the stored file, which undoes mirroring, cropping and averaging."""
         return to_original(as_stored(self.source)).inverse() @ to_original(self.source) @ self.in_source
 
     @property
@@ -61,12 +61,13 @@ class Explanation:
         return as_stored(self.source).shape[1:]
 
     def read(self, top: int, bottom: int, left: int, right: int, *, stored: bool = True) -> np.ndarray:
-        """The map on a region of the file, float32: bilinear between the middles of cells, 0 outside of the image.
+        """The map in a region, float32: bilinear between the centres of cells, 0 outside the image.
 
-        A map of one value a pixel comes back as it is.
+        A map with one value per pixel is returned unchanged.
 
         Args:
-            stored: of the file as stored; otherwise of the image that the network saw.
+            top, bottom, left, right: the region, in pixels.
+            stored: whether the region is one of the stored file, or of the image that the network saw.
         """
         _, height, width = self.source.shape
         x0, y0, x1, y1 = self.in_source.inverse().boxes([0, 0, width, height]).tolist()
@@ -74,7 +75,7 @@ class Explanation:
         return place.resample(self._values, top, bottom, left, right, (x0, y0, x1, y1))
 
     def points(self, cells: np.ndarray) -> np.ndarray:
-        """Middles of cells (n, 2), each (x, y), as points of the file, none outside of the image."""
+        """Centres of cells (n, 2), each (x, y), as points of the file, clipped to the image."""
         _, height, width = self.source.shape
         inside = self.in_source.points(cells).clip(0.5, [width - 0.5, height - 0.5])
         return (to_original(as_stored(self.source)).inverse() @ to_original(self.source)).points(inside)
@@ -84,15 +85,15 @@ class Explanation:
         return self.values.detach().float().cpu().numpy()
 
     def relative(self) -> Explanation:
-        """What of it stands out, as it is drawn: in [0, 1].
+        """The map of relevance in [0, 1] that is drawn.
 
-        Standing out is e = value - what is usual (`usual`), where that is positive. All of it together gives S to the
-        log-odds z: the sum of e, or after a maximum the largest. A place is drawn as
+        The excess of a cell is e = max(value - `usual` value, 0). All cells together contribute S to the log-odds z,
+        the sum of e, or after a maximum the largest e. The relevance of a cell is
 
             sigmoid(z - S + S e / max e) - sigmoid(z - S),
 
-        so that the strongest one shows by how much the probability rises for what stands out, and the scale is the same
-        for all images. Of maps that are no log-odds it is e / max e.
+        so that the strongest cell shows by how much the excess raises the probability, on the same scale for all
+        images. For maps that are not contributions to log-odds, the relevance is e / max e.
         """
         excess = (self.values.detach().double().cpu() - usual(self.values, self.border)).clamp(min=0)
         share = excess / excess.max().clamp(min=torch.finfo(torch.float64).tiny)
@@ -104,10 +105,10 @@ class Explanation:
 
 
 def usual(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
-    """What half of a map (h, w) has anyway, float64 (h, w), not below 0.
+    """The baseline of a map (h, w): its median, at least 0, as float64 (h, w).
 
-    Networks may answer to padding all along a border. Of the rows and columns of cells there it is what half of such a
-    row or column has, where that is more.
+    Networks may respond to padding all along a border. In the border's rows and columns of cells, the baseline is the
+    median of the row or column, if that is larger.
     """
     values = values.detach().double().cpu()
     middle = values.median().clamp(min=0)
@@ -118,30 +119,31 @@ def usual(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
 
 
 Explained = tuple[Explanation, Tensor, int]
-"""A map, the logits (classes,), and the class that it is of."""
+"""A map, the logits (classes,), and the class that the map explains."""
 
 
 class SelfExplaining(ABC):
-    """A network of several: what they say of an image is one map."""
+    """A network that computes its own explanations, such as an ensemble with one map of all members."""
 
     @abstractmethod
     def explain_class(self, source: PixelSource, which: int | None) -> Explained:
-        """As the function of this name."""
+        """See `explain_class`."""
 
     @abstractmethod
     def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
-        """As the function of this name."""
+        """See `explain_gradient`."""
 
 
 def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None = None) -> Explained:
-    """The class activation map of the log-odds of a class against all others, computed by tiles.
+    """The class activation map of the log-odds of a class against all others, computed tile by tile.
 
-    For the last map before the global pooling, the sum over channels of d log-odds / d channel x channel (Zhou et al.,
-    2016; after an average pooling also Grad-CAM's, Selvaraju et al., 2017, before its rectification). Two inference
-    passes by tiles.
+    It is the sum over channels of d log-odds / d channel x channel, for the last map before the global pooling (Zhou et
+    al., 2016; for average pooling it equals Grad-CAM, Selvaraju et al., 2017, before its rectification). It takes two
+    tiled inference passes.
 
     Args:
         net: in evaluation mode; its output is (1, classes).
+        source: the image.
         which: the class; None takes the second of two, else the most probable one.
 
     Returns:
@@ -164,7 +166,7 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
     log_odds = None
     if heads is None or not heads.numbers:
         log_odds = float(log_odds_of(found.outputs.double(), number, heads)[0])
-    # Half of what a cell sees, around its middle, is what counts most; of a small map a quarter at most is border.
+    # The central half of a cell's receptive field matters most; at most a quarter of a small map is border.
     near = (ceil(axis.extent / 4 / axis.stride) for axis in (found.rows, found.columns))
     height, width = found.values.shape[1:]
     border = min(next(near), height // 4), min(next(near), width // 4)
@@ -172,9 +174,9 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
 
 
 def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None) -> Explained:
-    """Saliency of every pixel: the largest absolute `gradient` of the log-odds of a class over the channels.
+    """Saliency of every pixel: the maximum over channels of the absolute `gradient` of the log-odds of a class.
 
-    Args and returns as `explain_class`.
+    Arguments and results are those of `explain_class`.
     """
     if isinstance(net, SelfExplaining):
         return net.explain_gradient(source, which)
@@ -183,10 +185,15 @@ def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, whi
 
 
 def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[Tensor, Tensor, int]:
-    """The gradient (C, H, W) of the log-odds of a class, by an image's pixels as the network sees them.
+    """The gradient (C, H, W) of the log-odds of a class with respect to the pixels that the network sees.
+
+    Args:
+        net: the network.
+        source: the image.
+        which: the class, see `explain_class`.
 
     Returns:
-        The gradient, the logits (classes,), and the class; None takes it as `explain_class` does.
+        The gradient, the logits (classes,), and the class.
     """
     net.eval()
     _, height, width = source.shape
@@ -202,7 +209,7 @@ def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[
 
 @contextlib.contextmanager
 def _frozen(net: nn.Module) -> Iterator[None]:
-    """No gradients of parameters, which would cost time and memory."""
+    """Context without gradients of parameters, which would cost time and memory."""
     wanted = [p for p in net.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -214,30 +221,35 @@ def _frozen(net: nn.Module) -> Iterator[None]:
 
 
 def caption(label: str, log_odds: float, number: bool = False) -> str:
-    """What a picture of an explanation says of the image; of a number the number itself stands for the log-odds."""
+    """The caption of an explanation; for a predicted number, `log_odds` is the number itself."""
     if number:
         return f"{label}: {log_odds:.4g}"
     return f"{label}: probability {expit(log_odds):.3f}, log-odds {log_odds:+.2f}"
 
 
 def positive_class(classes: Sequence[str], heads: Outputs | None) -> int | None:
-    """The number of the positive one of two classes, by its name; None of others, as `explain_class` takes it.
+    """The index of the positive one of two classes, by its name; otherwise None, see `explain_class`.
 
     Args:
-        heads: what the network gives, where it is not one softmax; of several heads nothing is known.
+        classes: names of the classes.
+        heads: the network's outputs if they are not one softmax; None is returned for several heads.
     """
     exclusive = heads is None or heads.exclusive
     return positive_number(classes) if exclusive and len(classes) == 2 else None
 
 
 def class_of(outputs: Tensor, which: int | None, heads: Outputs | None = None) -> int:
-    """The class that is explained: the one asked for, else the second of two, else the most probable one.
+    """The class to explain: `which`, else the second of two, else the most probable one.
 
-    Of several heads it is the first one's; of labels that do not exclude each other the most probable one.
+    By default it is a class of the first head; for labels that do not exclude each other, the most probable one.
 
     Args:
         outputs: logits (1, classes).
-        heads: what they are, where they are not those of one softmax.
+        which: index of the class, also negative, or None.
+        heads: the meaning of the outputs if they are not one softmax.
+
+    Raises:
+        GigamorphError: if the class does not exist.
     """
     names = outputs.shape[1] if heads is None else len(heads.names)
     if which is None:
@@ -248,12 +260,12 @@ def class_of(outputs: Tensor, which: int | None, heads: Outputs | None = None) -
             return first - 1
         return int(heads.log_odds(outputs)[0, :first].argmax())
     if not -names <= which < names:
-        raise GigamorphError(f"output {which} does not exist; the network has {names}")
+        raise GigamorphError(f"output {which} does not exist; the network has {names} outputs")
     return which % names
 
 
 def log_odds_of(outputs: Tensor, which: int, heads: Outputs | None = None) -> Tensor:
-    """Log-odds (N,) of a class against all others, of logits (N, classes); of a single output that logit."""
+    """Log-odds (N,) of a class against all others from logits (N, classes); a single output is returned unchanged."""
     if heads is not None:
         return heads.log_odds(outputs)[:, which]
     others = torch.cat([outputs[:, :which], outputs[:, which + 1 :]], 1)

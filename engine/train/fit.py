@@ -1,4 +1,4 @@
-"""Train a classifier at native resolution: what `gigamorph train` does."""
+"""Trains a network at native resolution, for `gigamorph train`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from .metrics import Prediction, as_cases
 from .network import build_network
 from .options import TrainOptions
 from .progress import Report
-from .record import make_record, require_same, scale_told
+from .record import make_record, require_same, scale_warning
 from .run import Run
-from .run_preview import proposal
+from .run_preview import preview_lines
 
 log = logging.getLogger("gigamorph")
 
@@ -42,9 +42,9 @@ _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of a run: what ``metrics.json`` holds, its predictions ("val", "test"), the best network.
+    """The result of a run: the content of ``metrics.json``, predictions ("val", "test"), and the best network.
 
-    Of a run on masks ``overlaps`` are in the place of the predictions.
+    A run on masks has ``overlaps`` instead of predictions.
     """
 
     metrics: dict[str, Any]
@@ -55,13 +55,13 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who looks on at a run.
+    """The callbacks and loggers of a run.
 
     Attributes:
-        say: called with a few lines before the run: what it will take.
-        warn: called with what people should know of an image, as that all its pixels are equal.
-        begun: called when all has been checked, before the first step.
-        loggers, callbacks: by name, of Lightning; see `loggers`.
+        say: called before the run with a few lines on the memory and steps that it will take.
+        warn: called with a warning about an image, such as that all its pixels are equal.
+        begun: called after all checks, before the first step.
+        loggers, callbacks: names of Lightning loggers and callbacks; see `loggers`.
     """
 
     say: Callable[[str], object] | None = None
@@ -80,17 +80,24 @@ def fit(
     report: Report | None = None,
     watch: Watch | None = None,
 ) -> Fitted:
-    """Train, and write into ``out``: ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json``,
-    ``model_card.md``.
+    """Train, and write ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json`` and
+    ``model_card.md`` into ``out``.
 
-    A resumed run ends with the parameters, bit for bit on the CPU, that it would have had without the interruption.
-    More epochs than it was begun with extend it, also a complete one: from there on the learning rate is that of as
-    many epochs. Where there is no ``last.ckpt`` yet, the run begins: what starts jobs again need not know how far they
-    came.
+    A resumed run ends with the same parameters, bit for bit on the CPU, as an uninterrupted one. A larger number of
+    epochs extends a run, even a complete one; from there on the learning rate follows the schedule of the new number.
+    With ``resume`` and without ``last.ckpt`` the run starts, so job schedulers can always pass ``resume``.
 
-    All processes of a group of `torch.distributed` train together when each of them calls this, see `run_stages`: with
-    ``split_image`` they share each image, else each has one of its own. `gigamorph.engine.parallel.launch` starts such
+    All processes of a `torch.distributed` group must call this to train together, see `run_stages`: with
+    ``split_image`` they share each image, else each has its own image. `gigamorph.engine.parallel.launch` starts such
     processes; in other groups a process uses its current device.
+
+    Args:
+        data: the images of each split.
+        options: all settings of the training.
+        out: folder of the run.
+        resume: continue the run in ``out``.
+        report: called with the progress.
+        watch: callbacks and loggers.
 
     Returns:
         The best checkpoint's scores on the validation and test images, with the hash of the split, the seconds of all
@@ -98,8 +105,8 @@ def fit(
 
     Raises:
         DataError: if the split leaks a patient or a checkpoint belongs to another split.
-        GigamorphError: if the network does not take the images or gives other than a logit per class, ``out`` already
-            holds a run, a file cannot be written, or ``accumulate`` is no multiple of the number of images that are
+        GigamorphError: if the network does not accept the images or does not return a logit per class, ``out`` already
+            holds a run, a file cannot be written, or ``accumulate`` is not a multiple of the number of images that are
             computed at a time.
         KeyboardInterrupt: at Ctrl-C or SIGTERM, after ``last.ckpt`` was written.
     """
@@ -110,22 +117,22 @@ def fit(
     if resume and not last.exists():
         resume = False
         if watch.say is not None:
-            watch.say(f"{last}: not there yet, so the run begins")
-    record = _begun(make_record(data, options, group), data, options, last if resume else None)
+            watch.say(f"{last}: not found, so the run starts from the beginning")
+    record = _with_origin(make_record(data, options, group), data, options, last if resume else None)
     net = _network(record, data, options, None if resume else options.weights, group)
     if options.batch_norm == "frozen" and not any(isinstance(m, _BATCH_NORM) for m in net.modules()):
         log.warning("batch_norm has no effect: %s has no BatchNorm", options.model)
     if not len(data.val):
-        log.warning("there are no validation images: the last epoch is kept")
+        log.warning("there are no validation images: the last epoch is saved as the best")
         if options.patience is not None:
-            log.warning("patience has no effect: there are no validation images, and all epochs are trained")
+            log.warning("patience has no effect without validation images: all epochs are trained")
         if options.schedule.plateau is not None:
-            log.warning("schedule.plateau has no effect: there are no validation images to wait for")
-    if not resume and options.weights and (told := scale_told(options.weights, data.preprocessing)):
-        watch.warn(told)
+            log.warning("schedule.plateau has no effect without validation images")
+    if not resume and options.weights and (text := scale_warning(options.weights, data.preprocessing)):
+        watch.warn(text)
     log.debug("kernels: %s", _kernels(options.device))
     if watch.say is not None:
-        for line in proposal(net, data, options):
+        for line in preview_lines(net, data, options):
             watch.say(line)
     task = _task(net, data, options, record, watch.warn)
     own = (out, options.seed, options.device, options.budget, resume, options.precision, report)
@@ -142,7 +149,7 @@ def fit(
 def _network(
     record: dict[str, Any], data: Data, options: TrainOptions, weights: str | Path | None, group: ProcessGroup
 ) -> Accelerated:
-    """The network as it begins, after a look whether it takes the images."""
+    """The initial network, after a check that it accepts the images."""
     torch.manual_seed(options.seed)
     net = build_network(record, weights, group.split)
     shape = (1, *data.train[0]["image"].shape)
@@ -152,23 +159,23 @@ def _network(
 
 
 def _kernels(device: str) -> str:
-    """Whose convolutions a run takes."""
+    """The convolution kernels that a run uses, for the log."""
     if device.startswith("cuda"):
-        lacks = kernels.missing()
-        return "Triton's where they are faster" if lacks is None else f"PyTorch's ({lacks})"
-    lacks = winograd.missing()
-    return "Winograd's filtering for 3 x 3, else oneDNN's" if lacks is None else f"oneDNN's ({lacks})"
+        reason = kernels.missing()
+        return "Triton's where they are faster" if reason is None else f"PyTorch's ({reason})"
+    reason = winograd.missing()
+    return "Winograd's filtering for 3 x 3, else oneDNN's" if reason is None else f"oneDNN's ({reason})"
 
 
-def _begun(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:
-    """The record of a run with what it knows of its beginning: of the run that ``last`` is of, or of given weights."""
+def _with_origin(record: dict[str, Any], data: Data, options: TrainOptions, last: Path | None) -> dict[str, Any]:
+    """The record of a run with its origin: that of the checkpoint ``last``, or of the initial weights."""
     if last is not None:
         stored = load_checkpoint(last)["gigamorph"]
         if "options" not in stored:
-            raise DataError(f"{last}: is a recipe's; resume it with --recipe, or name another folder")
+            raise DataError(f"{last}: is a checkpoint of a recipe; resume it with --recipe, or name another folder")
         require_same(stored, record, last)
         grown = {"grown": stored["grown"]} if "grown" in stored else {}
-        # The code may be newer than the run: what began the run stays on record beside what continues it.
+        # The code may be newer than the run, so the versions at the start are recorded too.
         return {**record, **grown, "versions_at_start": stored.get("versions_at_start", stored["versions"])}
     origin = Origin.of_file(options.model, options.weights, data.channels) if options.weights else None
     return record | ({"grown": origin.record()} if origin else {})
@@ -195,7 +202,7 @@ def _task(
 def _measure(
     task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: Trained
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The scores of the best epoch, with what repeats the run, and the predictions or overlaps that they are of."""
+    """The scores of the best epoch with the facts needed to repeat the run, and the predictions or overlaps."""
     metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}
     found: dict[str, list[Any]] = {}
     for name, stage in (("val", "validate"), ("test", "test")):
@@ -204,7 +211,7 @@ def _measure(
         found[name] = task.predict(data.parts[name], stage)
         metrics[name] = task.measures(found[name])
     metrics |= {
-        "seconds": round(sum(row["seconds"] for row in trained.rows), 2),  # also of those before a run went on
+        "seconds": round(sum(row["seconds"] for row in trained.rows), 2),  # including epochs before a resume
         "peak_bytes": max(row["peak_bytes"] for row in trained.rows),
         "split_sha256": record["split"]["sha256"],
         "truth_sha256": record["split"]["truth_sha256"],
@@ -222,18 +229,18 @@ _LEARNT = {
     "numbers": "numbers",
     "masks": "a class for each pixel",
 }
-_KEPT = ("epochs", "accumulate", "precision", "patience", "average", "sampling", "freeze", "seed", "device")
+_SHOWN = ("epochs", "accumulate", "precision", "patience", "average", "sampling", "freeze", "seed", "device")
 
 
-def _told(options: TrainOptions) -> dict[str, Any]:
-    """Of a card: the settings by name; those of optimizer, schedule and loss together."""
+def _card_settings(options: TrainOptions) -> dict[str, Any]:
+    """The settings of a model card by name; those of optimizer, schedule and loss in one line each."""
     parts = {}
     for name in ("optimizer", "schedule", "loss"):
         values = {key: value for key, value in asdict(getattr(options, name)).items() if value not in (None, {})}
         parts[name] = ", ".join(f"{key} {value}" for key, value in values.items())
     stages = ", ".join(f"{stage.epochs} epochs {stage.name}".strip() for stage in options.stages)
-    kept = {name: getattr(options, name) for name in _KEPT}
-    return {name: value for name, value in {**kept, **parts, "stages": stages}.items() if value not in (None, (), "")}
+    plain = {name: getattr(options, name) for name in _SHOWN}
+    return {name: value for name, value in {**plain, **parts, "stages": stages}.items() if value not in (None, (), "")}
 
 
 def _card(
@@ -258,8 +265,8 @@ def _card(
         training={
             "recipe": "gigamorph train",
             "learnt": _LEARNT[data.target.kind],
-            "begun from": "weights that were given" if options.weights else "random weights",
-            **_told(options),
+            "initial weights": "given weights" if options.weights else "random",
+            **_card_settings(options),
             "best epoch": metrics["best_epoch"],
             "memory budget of a step": budget,
             "largest memory of the process": format_bytes(metrics["peak_bytes"]),

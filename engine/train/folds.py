@@ -1,4 +1,4 @@
-"""Cross-validation by patient: several runs on the same table, each with another part of the patients to validate."""
+"""Cross-validation by patient: several runs on the same table, each validated on different patients."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from .metrics import COUNTS, Prediction, as_cases
 def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Record]]:
     """The records of each of ``count`` runs, with their splits.
 
-    Patients are drawn into folds by the seed, whatever the order of the records, and of several classes so that each
-    fold has about the same share of each. Run k validates on fold k and trains on the others. Rows that the table gives
-    to the test stay there in all runs; its other splits are drawn anew.
+    The seed assigns patients to folds, independently of the order of the records and stratified by class. Run k
+    validates on fold k and trains on the others. Rows of the table's split "test" stay there in all runs; its other
+    splits are ignored.
 
     Raises:
-        DataError: there are fewer patients, or images of each class, than folds.
+        DataError: if there are fewer patients, or fewer images of each class, than folds.
     """
     order = sorted(range(len(records)), key=lambda i: (str(records[i].path), records[i].frame or 0))
     drawn = [i for i in order if records[i].split != "test"]
     patients = [records[i].patient_id for i in drawn]
-    there = len(set(patients))
-    if there < 2:
-        raise DataError(f"{count} folds need two patients at least that are not in split test; there are {there}")
-    if count < 2 or there < count:
-        raise DataError(f"{count} folds of {there} patients cannot be made; take from 2 to {there}")
+    patients_left = len(set(patients))
+    if patients_left < 2:
+        raise DataError(f"{count} folds need at least two patients outside split test; there are {patients_left}")
+    if count < 2 or patients_left < count:
+        raise DataError(f"cannot make {count} folds of {patients_left} patients; use 2 to {patients_left}")
     labels = [records[i].label for i in drawn]
     kind = StratifiedGroupKFold if len(set(labels)) > 1 else GroupKFold
     fold_of: dict[int, int] = {}
     splitter = kind(count, shuffle=True, random_state=seed)
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a class has fewer images than folds
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a class may have fewer images than folds
             shares = list(splitter.split(np.zeros(len(drawn)), labels, patients))
     except ValueError as error:
         most = max(Counter(labels).values())
-        raise DataError(f"{count} folds cannot be made: no class has more than {most} images; take fewer") from error
+        raise DataError(f"cannot make {count} folds because no class has more than {most} images; use fewer") from error
     for number, (_, held) in enumerate(shares):
         fold_of.update((drawn[i], number) for i in held)
     return [
@@ -63,9 +63,9 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
 
 
 def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -> None:
-    """``val.csv``: what a run says of the images that it did not learn from; patients as the table names them.
+    """Write ``val.csv``, the predictions of a run on its validation images, with the table's names of patients.
 
-    Beside it ``val.json`` has the order of the classes, which their names in the table do not tell.
+    ``val.json`` holds the order of the classes, which does not follow from their names.
     """
     known = zip(predictions, samples_of(data.val), strict=True)
     named = [found if record.patient_known else replace(found, patient="") for found, record in known]
@@ -74,9 +74,9 @@ def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -
 
 
 def summarise(out: Path, count: int) -> Iterator[str]:
-    """Write ``folds.json`` and ``out_of_fold.csv`` of the runs in ``out``; gives lines for people.
+    """Write ``folds.json`` and ``out_of_fold.csv`` of the runs in ``out``; yields lines of a summary.
 
-    Each image of ``out_of_fold.csv`` was predicted by the run that did not learn from its patient.
+    Each image in ``out_of_fold.csv`` was predicted by the run that did not train on its patient.
     """
     metrics = [parse_json((out / f"fold{number + 1}" / "metrics.json").read_text()) for number in range(count)]
     found: dict[str, dict[str, float | int]] = {}

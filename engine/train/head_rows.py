@@ -1,4 +1,4 @@
-"""The last layer of the weights that a training starts from: each row goes to the class that it is of."""
+"""Initial weights of the last layer: rows are matched to classes by name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .stored import read_record
 from .target import Target
 
 log = logging.getLogger("gigamorph")
-_ATTENTION = "attention over views"  # the row that is no class; no column of a table has such a name
+_ATTENTION = "attention over views"  # the row of the attention logit; no column of a table has this name
 
 
 def start_from(model: nn.Module, weights: str | Path, target: Target) -> None:
     """Load weights into a network for a target, see `load_weights`.
 
-    Where the weights say which classes they are of, rows of the last layer go to the classes of the same name; a class
-    that they do not know has a new row. Where they know none of the classes, the rows stay in their order.
+    If the weights name their classes, rows of the last layer are assigned to the classes of the same name, and other
+    classes get new rows. If no class has the same name, the rows stay in their order.
 
     Raises:
-        DataError: the weights do not fit, or tell the same classes apart in another order of theirs; or a folder's
-            network gives probabilities.
+        DataError: if the weights do not fit, have the same ordinal classes in another order, or belong to a folder
+            whose network returns probabilities.
     """
     if folder := folder_of(weights):
         require_logits(folder, read_description(folder))
@@ -41,22 +41,22 @@ def start_from(model: nn.Module, weights: str | Path, target: Target) -> None:
     if theirs == ours or len(theirs) != len(ours) or not new:
         return
     if ordered or target.kind == "ordinal":
-        _require_other(theirs, ours, weights)
+        _refuse_reordered(theirs, ours, weights)
     elif set(theirs) & set(ours):
         _sort(model, head, new, [theirs.index(name) if name in theirs else None for name in ours])
         if fresh := [name for name in ours if name not in theirs]:
-            log.warning("%s: knows no %s, whose part of the last layer is new", weights, ", ".join(fresh))
+            log.warning("%s: has no class %s; its rows of the last layer are new", weights, ", ".join(fresh))
         return
-    told = ", ".join(theirs), ", ".join(ours)
-    log.warning("%s: its last layer, of %s, begins as that of %s in this order", weights, *told)
+    names = ", ".join(theirs), ", ".join(ours)
+    log.warning("%s: the last layer of %s initialises that of %s, in this order", weights, *names)
 
 
-def _require_other(theirs: Sequence[str], ours: Sequence[str], weights: str | Path) -> None:
-    """Steps from class to class have no other order than that of their classes."""
+def _refuse_reordered(theirs: Sequence[str], ours: Sequence[str], weights: str | Path) -> None:
+    """Refuse the same ordinal classes in another order: their outputs are steps between classes."""
     if sorted(theirs) == sorted(ours):
         named = "[" + ", ".join(f'"{name}"' for name in theirs) + "]"
         raise DataError(
-            f"{weights}: its classes are {' < '.join(theirs)}, not {' < '.join(ours)}; give -o 'data.classes={named}'"
+            f"{weights}: its classes are {' < '.join(theirs)}, not {' < '.join(ours)}; set -o 'data.classes={named}'"
         )
 
 
@@ -65,7 +65,7 @@ def _with_attention(names: Sequence[str], views: str | None) -> list[str]:
 
 
 def _names(weights: str | Path) -> tuple[list[str], bool]:
-    """The classes, labels or numbers whose rows the last layer has, and whether they are steps of an order."""
+    """The classes, labels or numbers of the last layer's rows, and whether they are ordinal."""
     path = Path(weights)
     if str(weights).startswith(TIMM):
         return [], False
@@ -82,15 +82,15 @@ def _names(weights: str | Path) -> tuple[list[str], bool]:
 
 
 def _rows(model: nn.Module, head: str, width: int) -> list[tuple[str, Tensor]]:
-    """The tensors of the last layer that have a row for each output."""
+    """The tensors of the last layer that have one row per output."""
     own = [(name, value) for name, value in model.state_dict().items() if name.startswith(head)]
     return [(name, value) for name, value in own if value.ndim and len(value) == width]
 
 
-def _sort(model: nn.Module, head: str, new: dict[str, Tensor], places: Sequence[int | None]) -> None:
-    """Put the rows of the last layer in places; where there is none, those that the network was built with stay."""
+def _sort(model: nn.Module, head: str, new: dict[str, Tensor], sources: Sequence[int | None]) -> None:
+    """Reorder the rows of the last layer by their source rows; None takes the row of the newly built network."""
     with torch.no_grad():
-        for name, value in _rows(model, head, len(places)):
+        for name, value in _rows(model, head, len(sources)):
             found = value.clone()
-            for row, place in enumerate(places):
-                value[row] = new[name][row] if place is None else found[place]
+            for row, source in enumerate(sources):
+                value[row] = new[name][row] if source is None else found[source]

@@ -1,4 +1,4 @@
-"""Evidence drawn over the image at native resolution, strip by strip: no native-size float array is ever held."""
+"""Draws evidence over the image at native resolution, in strips, without a float array of the full size."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..images.pixels import PixelSource, as_stored
 from .explanation import Explanation
 
 _TILE = 512
-# Above this a PNG (held whole, 3 bytes per pixel) would need more than 300 MB; a TIFF is written tile by tile.
+# A larger PNG (in memory as a whole, 3 bytes per pixel) would need more than 300 MB; a TIFF is written tile by tile.
 PNG_PIXELS = 100_000_000
 
 
 def overlay_name(stem: str, shape: tuple[int, int, int]) -> str:
-    """``stem.png``, or ``stem.tif`` for images too large for a PNG that is held whole."""
+    """``stem.png``, or ``stem.tif`` if a PNG would take too much memory."""
     return stem + (".png" if shape[1] * shape[2] <= PNG_PIXELS else ".tif")
 
 
 def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False, caption: str = "") -> None:
-    """Write an 8-bit RGB picture of the image in grey with what stands out (`Explanation.relative`) in red to yellow.
+    """Write an 8-bit RGB picture: the image in grey, overlaid with `Explanation.relative` in red to yellow.
 
     Args:
-        found: drawn bilinearly; the channels of its image are averaged.
+        found: the map, drawn bilinearly; the channels of its image are averaged.
         path: ``.png``, or ``.tif`` (tiled, deflate).
-        stored: draw on the image as its file stores it, every pixel, the map carried back through mirroring and
-            averaging; else on what the network saw.
-        caption: written into the corner where least stands out.
+        stored: draw on all pixels of the stored file, with mirroring and averaging of the map undone; else on the image
+            that the network saw.
+        caption: text, drawn in the corner with the least evidence.
 
     Raises:
         GigamorphError: if the file cannot be written, or has another suffix.
@@ -49,7 +49,7 @@ def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False,
     elif path.suffix in (".tif", ".tiff"):
         write_atomically(path, _tiff_writer(strips, source.shape), "heat map")
     else:
-        raise GigamorphError(f"{path}: heat maps are written as .png or .tif")
+        raise GigamorphError(f"{path}: the suffix of a heat map must be .png or .tif")
 
 
 def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -98,17 +98,19 @@ def _strips(source: PixelSource, shown: Explanation, stored: bool, caption: str)
         bottom = min(top + _TILE, height)
         grey = grey_of(top, bottom, 0, width)
         heat = torch.cat([heat_of(top, bottom, x, min(x + _TILE, width)) for x in range(0, width, _TILE)], 1)
-        # Half-transparent at most, so that what lies below the evidence stays visible.
+        # At most half opaque, so that the image stays visible below the evidence.
         alpha = heat.sqrt().mul_(0.6)
         rgb = torch.stack((grey * (1 - alpha) + alpha, grey * (1 - alpha) + alpha * heat, grey * (1 - alpha)), -1)
         yield note.written(rgb, top).mul_(255).round_().to(torch.uint8).numpy()
 
 
 class _Caption:
-    """A line of white text on dark ground in a corner of a picture.
+    """A line of white text on a dark background in a corner of a picture.
 
     Args:
-        look: (top, bottom, left, right) -> what the corner is chosen by, the least.
+        text: the line; empty for none.
+        height, width: of the picture.
+        look: (top, bottom, left, right) -> a rating of this box; the corner with the lowest rating is used.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class _Caption:
             self.top, self.left = min(corners, key=lambda at: look(at[0], at[0] + rows, at[1], at[1] + columns))
 
     def written(self, rgb: Tensor, top: int) -> Tensor:
-        """A strip of the picture, (rows, W, 3) in [0, 1], that begins at row `top`, with its part of the text."""
+        """Draw the text into a strip of the picture, (rows, W, 3) in [0, 1], that begins at row `top`."""
         first, last = max(self.top, top), min(self.top + len(self.ink), top + len(rgb))
         if first < last:
             ink = self.ink[first - self.top : last - self.top, :, None]
@@ -132,8 +134,8 @@ class _Caption:
 
 
 def _ink(text: str, size: int, width: int) -> Tensor:
-    """A line of text, `size` pixels high or what a picture's width allows: float32 (h, w), 1 where it is written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, for captions alone
+    """A rendered line of text, float32 (h, w) in [0, 1], `size` pixels high or less if the width requires it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second; only captions need it
     from matplotlib.figure import Figure
 
     figure = Figure(dpi=72)  # so that points are pixels

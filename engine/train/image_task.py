@@ -1,4 +1,4 @@
-"""Tasks on images of any size: how these are taken, and what validation images say of an epoch."""
+"""Base classes of tasks on images of any size: examples, prediction, and the validation score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..accelerate import Accelerated
 from ..errors import DataError
 from ..images.derived import stored_source
 from ..images.pixels import PixelSource
-from .data import Images, tell_epoch
+from .data import Images, set_epoch_of
 from .metrics import COUNTS, SHOWN, SMALLER
 from .options import Loss
 from .pixels import is_blank, read_through, sources_of
@@ -32,10 +32,10 @@ class ImageTask(Task):
 
     Args:
         module: see `Task`.
-        net: what computes it, accelerated.
-        train: images of the epochs; told which one it is where they have a ``set_epoch``.
-        val: images that choose the best epoch.
-        record: what checkpoints say of the network.
+        net: the accelerated network that computes it.
+        train: training images; ``set_epoch`` is called in each epoch if they have it.
+        val: validation images, which select the best epoch.
+        record: description of the network for checkpoints.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ImageTask(Task):
         net.on_tile = lambda event: self.meter.on_tile(event)
 
     def examples(self, epoch: int) -> Any:
-        tell_epoch(self.images, epoch)
+        set_epoch_of(self.images, epoch)
         return self.images
 
     def blame(self, batch: Sequence[Any]) -> str:
@@ -59,15 +59,15 @@ class ImageTask(Task):
 
 
 class TargetTask(ImageTask, Generic[Found]):
-    """What `gigamorph train` learns of a table; derived classes have the loss, and what is ``Found`` of an image.
+    """A task of `gigamorph train`; derived classes define the loss and the result per image (``Found``).
 
     Args:
         net, train, val, record: see `ImageTask`.
         target: what is learnt.
         settings: of the loss.
-        weights: of the classes in the loss, see `Target.weights`.
-        drawn: (train,) probabilities by which an epoch's images are drawn; None takes each once.
-        warn: called with what people should know of an image.
+        weights: class weights of the loss, see `Target.weights`.
+        drawn: (train,) sampling probabilities of an epoch's images; None takes each image once.
+        warn: called with warnings about images.
     """
 
     def __init__(
@@ -91,29 +91,29 @@ class TargetTask(ImageTask, Generic[Found]):
         return super().order(count, generator) if self.drawn is None else generator.choice(count, count, p=self.drawn)
 
     def look(self, batch: Sequence[dict[str, Any]]) -> None:
-        """Tell of images all of whose pixels are equal, each once, when they have just been read anyway."""
+        """Warn once of each image whose pixels are all equal; called when the images have just been read."""
         for item in batch if self.group.speaks else ():
             for source in sources_of(item):
                 name = _file_of(source, item)
                 if name not in self._seen:
                     self._seen.add(name)
                     if is_blank(source):
-                        self.warn(f"{name}: all its pixels are equal; a network learns nothing from it")
+                        self.warn(f"{name}: all its pixels are equal; a network cannot learn from it")
 
     def find(self, item: dict[str, Any]) -> Found:
-        """What the network says of an image, in evaluation mode without gradients."""
+        """The network's result for an image, in evaluation mode without gradients."""
         raise NotImplementedError
 
     def loss_of(self, found: Found) -> float:
-        """Of an image, of which this was found."""
+        """The loss of an image with this result."""
         raise NotImplementedError
 
     def measures(self, found: Sequence[Found]) -> dict[str, float | int | None]:
-        """Counts (`COUNTS`) and measures, of which the first chooses the best epoch; None where not defined."""
+        """Counts (`COUNTS`) and measures, or None for undefined ones; the first measure selects the best epoch."""
         raise NotImplementedError
 
     def predict(self, images: Images, stage: str) -> list[Found]:
-        """What is found of the images, in order; a collective of the process group."""
+        """The results of the images, in order; a collective of the process group."""
         self.module.eval()
         self.meter.start(stage, len(images))
         found = []
@@ -123,35 +123,35 @@ class TargetTask(ImageTask, Generic[Found]):
                 found.append(self.find(item))
                 with np.errstate(invalid="ignore"):
                     known = math.isfinite(self.loss_of(found[-1]))
-                if not known and (told := self.blame([item])):
-                    raise DataError(told)
+                if not known and (text := self.blame([item])):
+                    raise DataError(text)
                 self.look([item])
                 self.meter.image_done()
         return self.group.in_order(found)
 
     def score(self) -> Score | None:
-        """By the loss where the measure is not defined."""
+        """The score of the validation images; the negative loss if the measure is undefined."""
         if not len(self.val):
             return None
         found = self.predict(self.val, "validate")
         measures = {name: value for name, value in self.measures(found).items() if name not in COUNTS}
-        # In float32, as in training, so that sums that processes round otherwise are equal.
+        # In float32, as in training, so that sums that processes round differently are equal.
         losses = np.array([self.loss_of(one) for one in found], np.float32)
         loss = float(np.mean(losses, dtype=np.float64))
         main, value = next(iter(measures.items()))
         score = -loss if value is None else float(value) * (-1 if main in SMALLER else 1)
         columns = {f"val_{name}": math.nan if one is None else float(one) for name, one in measures.items()}
         shown = {"val loss": loss, f"val {SHOWN[main]}": columns[f"val_{main}"]}
-        # Few images make many equal scores: the loss decides between them.
+        # With few images many scores are equal: the loss decides.
         return Score(score, -loss, {"val_loss": loss, "val_score": score, **columns}, shown)
 
     def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        from .curves import write_curves  # with matplotlib, which a prediction does without
+        from .curves import write_curves  # imports matplotlib, which predictions do not need
 
         write_curves(folder, rows)
 
 
 def _file_of(source: PixelSource, item: Mapping[str, Any]) -> str:
-    """What messages call an image; of an exam the view's own file."""
+    """The file of an image for messages; for an exam the file of the view."""
     stored = stored_source(source) if "views" in item else None
     return str(item["record"].path if stored is None else stored.name)

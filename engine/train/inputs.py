@@ -1,4 +1,4 @@
-"""From a table, a folder or single files to the images of a run."""
+"""Reads the images of a run from a table or a folder, and splits them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from ..models.views import Views
 from .data import Data, samples_of
 from .data_statistics import normalize_of, unreadable
 from .folds import draw_folds
-from .labels import check_names, labels_told
+from .labels import check_names, label_warnings
 from .mask_target import read_masks
 from .target import Kind, Target
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What of a table is learnt.
+    """The labels of a table that are learnt.
 
     Attributes:
-        kind: as in `Target`.
-        names: of "labels" and "numbers" the columns label_NAME; all of them where none is named.
-        classes: of "classes" and "ordinal" their names in order; as in `read_table` where none is named. Of "masks"
-            the names of 0, 1, ...
-        views: how the views of an exam (patient, exam_id) are one sample, as in `Target`; None takes single images.
+        kind: see `Target`.
+        names: for "labels" and "numbers" the NAMEs of columns label_NAME; by default all.
+        classes: for "classes" and "ordinal" their names in order, by default those of `read_table`; for "masks" the
+            names of 0, 1, ...
+        views: how the views of an exam (patient, exam_id) are combined, see `Target`; None takes single images.
     """
 
     kind: Kind = "classes"
@@ -48,7 +48,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What of a table is learnt from: its images, what is learnt of them, and those that were left out, with why."""
+    """The images of a table that are used, the target, and the images that were left out, with the reasons."""
 
     records: list[Record]
     target: Target
@@ -67,22 +67,23 @@ def choose_images(
     warn: Callable[[str], object] = warnings.warn,
     **others: Any,
 ) -> Chosen:
-    """Read a table, and with ``skip_bad`` all its images, as `training_data` does: once, where several runs take it.
+    """Read a table, and with ``skip_bad`` all its images, once for several calls of `training_data`.
 
     Args:
-        others: what else `training_data` takes, and is no matter here.
+        table, labels, channels, voi, for_processing, white, skip_bad, warn: see `training_data`.
+        others: other arguments of `training_data`, which are ignored.
 
     Raises:
-        DataError: what is wrong with the table.
+        DataError: for errors in the table.
     """
     bad: dict[Path, str] = {}
     records, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
     if skip_bad:
-        records = _without_bad(images(records, channels, _prepared(None, voi, 1, for_processing, white)), warn, bad)
+        records = _without_bad(images(records, channels, _settings(None, voi, 1, for_processing, white)), warn, bad)
     return Chosen(records, target, bad)
 
 
-def _prepared(normalize: Any, voi: str, downsample: int, for_processing: bool, white: White | None) -> dict[str, Any]:
+def _settings(normalize: Any, voi: str, downsample: int, for_processing: bool, white: White | None) -> dict[str, Any]:
     return {
         "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
         "voi": voi,
@@ -110,25 +111,32 @@ def training_data(
     seed: int = 0,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Data:
-    """The images of a csv or of a folder per class, split by patient as the table says, or drawn by the seed.
+    """The images of a csv or of a folder per class, split by patient according to the table or to the seed.
 
-    Only the training images are varied as ``augment`` says, anew in each epoch. ``warn`` is called with what a look at
-    a few training images tells: a grey scale or a normalisation that cannot be theirs.
+    Only training images are augmented, differently in each epoch. Warnings report a grey scale or a normalisation that
+    does not fit a sample of the training images.
 
     Args:
-        normalize: "auto" takes mean and standard deviation of a sample of the training images, see `survey`.
-        skip_bad: read all images first, and leave out those that cannot be.
+        table: csv file, or folder with a subfolder per class.
+        labels: what is learnt; by default one of several classes.
+        channels: of the images, 1 or 3.
+        normalize: "auto" measures mean and standard deviation on a sample of the training images, see `normalize_of`.
+        voi, downsample, for_processing, white: how pixels are read, see `ImageDataset`.
+        augment: augmentation of the training images.
+        skip_bad: read all images first, and leave out unreadable ones.
         fold: (k, n): the k-th of n runs of a cross-validation, from 1; see `folds.draw_folds`.
-        chosen: what `choose_images` has found in the table; None looks now.
+        chosen: the result of `choose_images`; None reads the table.
+        seed: of splits and augmentation.
+        warn: called with each warning.
 
     Raises:
-        DataError: what is wrong with the table, with file and line; missing files; a patient in two splits.
+        DataError: for errors in the table, with file and line; missing files; a patient in two splits.
     """
     if chosen is None:
         how: dict[str, Any] = {"voi": voi, "for_processing": for_processing, "white": white}
         chosen = choose_images(table, labels=labels, channels=channels, skip_bad=skip_bad, warn=warn, **how)
     read, target = chosen.records, chosen.target
-    preprocessing = _prepared(normalize, voi, downsample, for_processing, white)
+    preprocessing = _settings(normalize, voi, downsample, for_processing, white)
     try:
         records = _split(read, fold, seed)
     except DataError as error:
@@ -150,8 +158,8 @@ def training_data(
         for name in ("train", "val", "test")
     ]
     train, val, test = (_samples(part, target) for part in parts)
-    told = labels_told(target, samples_of(train), samples_of(val), Path(table))
-    for text in [*told, *_strange(records, parts[0])]:
+    texts = label_warnings(target, samples_of(train), samples_of(val), Path(table))
+    for text in [*texts, *_image_warnings(records, parts[0])]:
         warn(text)
     measured = target.measured_on(samples_of(train))
     return Data(train, val, test, target.names, channels, preprocessing, measured, chosen.left_out)
@@ -174,35 +182,35 @@ def _split(records: list[Record], fold: tuple[int, int] | None, seed: int) -> li
 def _require_training(records: Sequence[Record], table: str | Path) -> None:
     there = Counter(record.split for record in records)
     if not there["train"]:
-        told = ", ".join(f"{count} {name}" for name, count in there.items())
+        counts = ", ".join(f"{count} {name}" for name, count in there.items())
         raise DataError(
-            f"{table}: no images are in split train ({told}); give it to some patients, or leave the column out"
+            f"{table}: no images are in split train ({counts}); assign some patients to it, or omit the column split"
         )
 
 
-def _strange(records: Sequence[Record], train: ImageDataset) -> list[str]:
-    """What people should know of a table's images before they train on it."""
+def _image_warnings(records: Sequence[Record], train: ImageDataset) -> list[str]:
+    """Warnings about the images of a table."""
     unknown = sum(not record.patient_known for record in records)
     if not unknown:
         return grey_warnings(train)
-    text = f"of {unknown} of {len(records)} images the patient is not known, so that one may be in two splits"
+    text = f"the patient of {unknown} of {len(records)} images is unknown, so a patient may be in two splits"
     return [text, *grey_warnings(train)]
 
 
 def _read(
     table: str | Path, labels: Labels, check_files: bool, warn: Callable[[str], object], bad: dict[Path, str]
 ) -> tuple[list[Record], Target]:
-    """The records that say something of the target, and the target.
+    """The records that have a label of the target, and the target.
 
     Args:
-        bad: gets the images whose masks cannot be used, and why.
+        bad: is filled with the images whose masks are unusable, and the reasons.
 
     Raises:
-        DataError: what is wrong with the table.
+        DataError: for errors in the table.
     """
     if labels.kind == "masks":
         if labels.views is not None:
-            raise DataError("--views makes one sample of several images; masks are of single images")
+            raise DataError("--views cannot be used with masks, which belong to single images; omit it")
         return read_masks(table, labels.classes, check_files=check_files, warn=warn, bad=bad)
     if labels.kind in ("classes", "ordinal"):
         read = read_table(table, classes=labels.classes or None, check_files=check_files)
@@ -214,15 +222,15 @@ def _read(
     target = Target(labels.names or tuple(there), labels.kind, views=labels.views)
     records = target.known(read.records)
     if len(records) < len(read.records):
-        warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label, and are left out")
-    others = "" if labels.names else "; --label NAME names those to learn"
+        warn(f"{len(read.records) - len(records)} of {len(read.records)} images have no label and are left out")
+    others = "" if labels.names else "; select labels with --label NAME"
     for record in records:
         for name in target.names:
             value = record.labels.get(name, 0)
             if labels.kind == "labels" and value not in (0, 1):
-                raise DataError(f"{table}: label_{name} of {record.path.name} is neither 1 nor 0, nor empty{others}")
+                raise DataError(f"{table}: label_{name} of {record.path.name} must be 1, 0 or empty{others}")
             if math.isinf(value):
-                raise DataError(f"{table}: label_{name} of {record.path.name} is {value}; leave it empty if not known")
+                raise DataError(f"{table}: label_{name} of {record.path.name} is {value}; leave it empty if unknown")
     return records, target
 
 
@@ -244,7 +252,7 @@ def images(
     augment: Augment | None = None,
     seed: int = 0,
 ) -> ImageDataset:
-    """Records as images that are prepared as a checkpoint's ``preprocessing`` says; varied only by ``augment``."""
+    """The images of records, prepared according to a checkpoint's ``preprocessing``."""
     return ImageDataset(
         records,
         channels=channels,

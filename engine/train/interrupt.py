@@ -1,4 +1,4 @@
-"""Ctrl-C, or SIGTERM, as a request: the first lets the work under way finish, a second one stops at once."""
+"""Handles Ctrl-C and SIGTERM: the first lets the current work finish, a second one stops immediately."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptedTraining(Exception):
-    """Training stopped at Ctrl-C, after the checkpoint was written."""
+    """Training was stopped by Ctrl-C, after the checkpoint was written."""
 
 
 class Interrupt:
-    """Whether a Ctrl-C has come, or SIGTERM. In threads other than the main one none can be waited for."""
+    """Whether Ctrl-C or SIGTERM has been received; only the main thread can handle them."""
 
     def __init__(self) -> None:
         self.asked = False
         self._former: dict[int, Any] = {}
 
     @contextlib.contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Inside, a first Ctrl-C only sets `asked`.
+    def handled(self) -> Iterator[None]:
+        """Context in which a first Ctrl-C only sets `asked`.
 
         Raises:
-            KeyboardInterrupt: in the place of `InterruptedTraining`, and of the exit that Lightning makes of a second
-                Ctrl-C.
+            KeyboardInterrupt: instead of `InterruptedTraining`, or of Lightning's `SystemExit` at a second Ctrl-C.
         """
         if threading.current_thread() is threading.main_thread():
             self._former = {one: signal.getsignal(one) or signal.SIG_DFL for one in _SIGNALS}
@@ -40,12 +39,12 @@ class Interrupt:
         except (InterruptedTraining, SystemExit) as error:
             raise KeyboardInterrupt from error
         finally:  # Lightning leaves Ctrl-C ignored after an interruption
-            self._give_back()
+            self._restore_handlers()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        self._give_back()
+        self._restore_handlers()
 
-    def _give_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for one, handler in self._former.items():
             signal.signal(one, handler)

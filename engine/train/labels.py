@@ -1,4 +1,4 @@
-"""What a look at a table's labels tells before anything is trained on them."""
+"""Checks of a table's labels before training."""
 
 from __future__ import annotations
 
@@ -7,75 +7,75 @@ from pathlib import Path
 
 import numpy as np
 
-from ..datasets.kinds import kinds_told
+from ..datasets.kinds import label_by_kind_warning
 from ..datasets.tables import Record
 from ..errors import DataError
 from .target import Kind, Target
 
 
 def check_names(table: str | Path, names: Sequence[str], kind: Kind, warn: Callable[[str], object]) -> None:
-    """Refuse labels that are one but for their spelling; warn of the order in which names are taken."""
+    """Refuse labels that differ only in case or blanks; warn of the assumed order of names."""
     spelt: dict[str, str] = {}
     for name in names:
         other = spelt.setdefault(" ".join(name.split()).casefold(), name)
         if other != name:
             raise DataError(
-                f"{table}: the labels {other!r} and {name!r} differ in case or blanks alone; write them alike, or name "
+                f"{table}: the labels {other!r} and {name!r} differ only in case or blanks; spell them alike, or list "
                 "all in data.classes"
             )
     if not all(name.isdigit() for name in names) and (kind == "ordinal" or len(names) > 2):
-        told = "[" + ", ".join(f'"{name}"' for name in names) + "]"
-        of = "" if kind == "ordinal" else ", by which breasts and exams have the highest class of their images"
-        warn(f"the order taken is {' < '.join(names)}{of}; another one is given by -o 'data.classes={told}'")
+        listed = "[" + ", ".join(f'"{name}"' for name in names) + "]"
+        of = "" if kind == "ordinal" else "; breasts and exams have the highest class of their images"
+        warn(f"the assumed order is {' < '.join(names)}{of}; change it by -o 'data.classes={listed}'")
 
 
-def labels_told(target: Target, train: Sequence[Record], val: Sequence[Record], table: Path) -> list[str]:
-    """What people should know of the labels of training and validation samples.
+def label_warnings(target: Target, train: Sequence[Record], val: Sequence[Record], table: Path) -> list[str]:
+    """Warnings about the labels of training and validation samples.
 
     Raises:
-        DataError: all training samples have one label, or, of several labels, each is the same for all.
+        DataError: if all training samples have the same class, or each of several labels is constant.
     """
     if target.kind == "labels":
-        return _of_labels(target, train, table)
+        return _label_set_warnings(target, train, table)
     if target.kind in ("classes", "ordinal"):
-        return [*_of_classes(target, train, val, table), *_columns_left(train)]
+        return [*_class_warnings(target, train, val, table), *_unused_columns(train)]
     return []
 
 
-def _of_classes(target: Target, train: Sequence[Record], val: Sequence[Record], table: Path) -> list[str]:
+def _class_warnings(target: Target, train: Sequence[Record], val: Sequence[Record], table: Path) -> list[str]:
     samples = "images" if target.views is None else "exams"
     learnt, seen = ({record.label for record in part} for part in (train, val))
     if len(learnt) == 1:
         name = target.names[learnt.pop()]
-        raise DataError(f"{table}: all {len(train)} training {samples} have label {name}; training needs another class")
-    told = [f"no training {samples[:-1]} has label {name}" for n, name in enumerate(target.names) if n not in learnt]
-    told += filter(None, [kinds_told((record.path, target.names[record.label]) for record in train)])
+        raise DataError(f"{table}: all {len(train)} training {samples} have label {name}; training needs two classes")
+    texts = [f"no training {samples[:-1]} has label {name}" for n, name in enumerate(target.names) if n not in learnt]
+    texts += filter(None, [label_by_kind_warning((record.path, target.names[record.label]) for record in train)])
     if len(seen) == 1:
         name = target.names[seen.pop()]
-        told.append(
-            f"all {len(val)} validation {samples} have label {name}: their AUC is not defined, and the loss chooses "
+        texts.append(
+            f"all {len(val)} validation {samples} have label {name}: their AUC is undefined, and the loss selects "
             "the best epoch"
         )
-    return told
+    return texts
 
 
-def _of_labels(target: Target, train: Sequence[Record], table: Path) -> list[str]:
+def _label_set_warnings(target: Target, train: Sequence[Record], table: Path) -> list[str]:
     truth = target.truth(train)
     constant = {
         name: values[0]
         for name, column in zip(target.names, truth.T, strict=True)
         if len(values := np.unique(column[~np.isnan(column)])) == 1
     }
-    told = [f"label_{name} is {value:g} for all training images that have one" for name, value in constant.items()]
-    if len(told) == len(target.names):
-        raise DataError(f"{table}: {', '.join(told)}; nothing is to learn")
-    return [f"{one}; nothing is learnt of it" for one in told]
+    texts = [f"label_{name} is {value:g} for all training images that have one" for name, value in constant.items()]
+    if len(texts) == len(target.names):
+        raise DataError(f"{table}: {', '.join(texts)}; there is nothing to learn")
+    return [f"{one}; nothing is learnt from it" for one in texts]
 
 
-def _columns_left(train: Sequence[Record]) -> list[str]:
+def _unused_columns(train: Sequence[Record]) -> list[str]:
     names = sorted({name for record in train for name in record.labels})
-    # A label that was made from a column is that column.
+    # A label that was made from a column equals that column.
     if any(all(r.labels.get(name) == r.label for r in train) for name in names):
         return []
-    told = ", ".join(f"label_{name}" for name in names)
-    return [f"columns {told} are not learnt, label is (data convert --label makes another one it)"] if told else []
+    columns = ", ".join(f"label_{name}" for name in names)
+    return [f"columns {columns} are not learnt, only label (choose it with data convert --label)"] if columns else []

@@ -1,4 +1,4 @@
-"""Lightning's loggers and callbacks by name, beside our own ``log.csv``."""
+"""Lightning's loggers and callbacks by name, in addition to ``log.csv``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def _wandb(out: Path) -> Logger:
 
 
 _DATABASES: set[str] = set()
-"""Of runs of this process."""
+"""Tracking addresses of this process's runs."""
 
 
 def _mlflow(out: Path) -> Logger:
-    """Of the server in MLFLOW_TRACKING_URI, else in a database of the run's folder: MLflow ended its plain files.
+    """A logger to the server in MLFLOW_TRACKING_URI, else to a database in the run's folder.
 
-    MLflow writes the address that it is given into that variable, where the next fold finds it.
+    MLflow no longer supports plain files. It writes its address into that variable, so the next fold ignores
+    addresses of this process.
     """
     server, own = os.environ.get("MLFLOW_TRACKING_URI"), out.absolute()
     if server in _DATABASES:
@@ -53,7 +54,7 @@ def _mlflow(out: Path) -> Logger:
     )
 
 
-_MADE: dict[str, Callable[[Path], Logger]] = {
+_LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda out: of_lightning.CSVLogger(out, name="csv", version=""),
     "tensorboard": lambda out: of_lightning.TensorBoardLogger(
         out, name="tensorboard", version="", default_hp_metric=False
@@ -67,16 +68,16 @@ _LIBRARIES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",
 
 
 def require_loggers(names: Sequence[str]) -> None:
-    """Look whether `make_loggers` will find them, without making any.
+    """Check that `make_loggers` can find the loggers, without making them.
 
     Raises:
-        GigamorphError: see there.
+        GigamorphError: see `make_loggers`.
     """
     for name in names:
         if ":" in name:
-            _found(name, "logger")
-        elif name not in _MADE:
-            raise GigamorphError(f"log {name!r} is unknown; take {', '.join(_MADE)}, or module:name of your own")
+            _import_name(name, "logger")
+        elif name not in _LOGGERS:
+            raise GigamorphError(f"unknown log {name!r}; use {', '.join(_LOGGERS)}, or module:name of your own logger")
         elif name in _LIBRARIES and not any(map(importlib.util.find_spec, _LIBRARIES[name])):
             raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}")
         elif name == "wandb":
@@ -84,142 +85,142 @@ def require_loggers(names: Sequence[str]) -> None:
 
 
 def _require_account() -> None:
-    """That Weights & Biases will take a run; of its older versions that is found when the run begins."""
+    """Check that Weights & Biases accepts a run; with its older versions, the start of the run checks it."""
     wandb = importlib.import_module("wandb")
     if wandb.setup().settings.mode != "online" or "prompt" not in inspect.signature(wandb.login).parameters:
         return
     try:
-        told = "" if wandb.login(prompt=False) else "no account is configured"
-    except Exception as error:  # the library's own: a server that does not answer
-        told = first_line(error)
-    if told:
-        raise GigamorphError(f"log 'wandb' cannot be begun: {told}; run wandb login, or set WANDB_MODE=offline")
+        reason = "" if wandb.login(prompt=False) else "no account is configured"
+    except Exception as error:  # any error of the library: a server that does not answer
+        reason = first_line(error)
+    if reason:
+        raise GigamorphError(f"cannot start log 'wandb': {reason}; run wandb login, or set WANDB_MODE=offline")
 
 
 def require_callbacks(names: Sequence[str]) -> None:
-    """Look whether `make_callbacks` will find them, without making any.
+    """Check that `make_callbacks` can find the callbacks, without making them.
 
     Raises:
-        GigamorphError: see there.
+        GigamorphError: see `make_callbacks`.
     """
     for name in names:
-        _found(name, "callback")
+        _import_name(name, "callback")
 
 
 def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """Loggers that write into a run's folder: csv, tensorboard, wandb, mlflow, or ``module:name`` of one's own.
+    """Loggers that write into a run's folder: csv, tensorboard, wandb, mlflow, or ``module:name`` of a user's logger.
 
-    One's own is a `Logger` of Lightning, or a class or function that makes one; it may take the folder.
+    A user's logger is a Lightning `Logger`, or a class or function that makes one and may take the folder.
 
     Raises:
-        GigamorphError: one that is unknown, or whose library is not installed.
+        GigamorphError: for an unknown logger, or one whose library is not installed.
     """
     require_loggers(names)
     found = []
     for name in names:
         if ":" in name:
-            found.append(_own(name, Logger, "logger", out))
+            found.append(_make_own(name, Logger, "logger", out))
             continue
         try:
-            found.append(_MADE[name](out))
+            found.append(_LOGGERS[name](out))
         except (ImportError, ModuleNotFoundError) as error:
             raise GigamorphError(f"log {name!r} needs a library that is not installed: pip install {name}") from error
-        except Exception as error:  # the library's own: a server that does not answer
-            raise GigamorphError(f"log {name!r} cannot be begun: {first_line(error)}") from error
+        except Exception as error:  # any error of the library: a server that does not answer
+            raise GigamorphError(f"cannot start log {name!r}: {first_line(error)}") from error
     for logger in found:
-        logger.finalize = _guarded(logger.finalize)  # type: ignore[method-assign]
+        logger.finalize = _warns_on_error(logger.finalize)  # type: ignore[method-assign]
     return found
 
 
-def _guarded(finalize: Callable[[str], None]) -> Callable[[str], None]:
-    """Lightning ends loggers after each stage; what they cannot end ends no run."""
+def _warns_on_error(finalize: Callable[[str], None]) -> Callable[[str], None]:
+    """`finalize`, which Lightning calls after each stage, with a warning instead of an error."""
 
     def guarded(status: str) -> None:
         try:
             finalize(status)
-        except Exception as error:  # the library's own: a server that has gone
-            log.warning("a log cannot be ended: %s", first_line(error))
+        except Exception as error:  # any error of the library: a server that does not respond
+            log.warning("cannot close a log: %s", first_line(error))
 
     return guarded
 
 
 @contextlib.contextmanager
 def logged(loggers: Sequence[Logger], settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Begin and end loggers around a run: they get its settings, and the epochs that it had before it was resumed.
+    """Context that starts and ends the loggers of a run; they get its settings and the epochs before a resume.
 
-    TensorBoard's folder has those epochs still; the others begin anew.
+    TensorBoard's folder still holds those epochs; the other loggers start a new record.
 
     Raises:
-        GigamorphError: one that cannot begin: no account, no server.
+        GigamorphError: if a logger cannot start, such as without an account or a server.
     """
     for logger in loggers:
         try:
             logger.log_hyperparams(_plain(settings))
             for row in () if isinstance(logger, of_lightning.TensorBoardLogger) else rows:
                 log_row(logger, row)
-        except Exception as error:  # the library's own
+        except Exception as error:  # any error of the library
             name = type(logger).__name__
             raise GigamorphError(f"{name} cannot log this run: {first_line(error)}") from error
     try:
         yield
     finally:
         for logger in loggers:
-            if isinstance(logger, of_lightning.WandbLogger):  # else the next run of this process, a fold, joins it
+            if isinstance(logger, of_lightning.WandbLogger):  # else the next run of this process (a fold) continues it
                 try:
                     logger.experiment.finish()
-                except Exception as error:  # the library's own; what was trained is there
+                except Exception as error:  # any error of the library; the training is complete
                     log.warning("wandb: %s", first_line(error))
 
 
 def _plain(value: Any) -> Any:
-    """Lists in the place of tuples, which YAML files have under a name that only Python's own reader knows."""
+    """The value with lists instead of tuples, which other YAML readers cannot read."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def log_row(logger: Logger, row: Mapping[str, Any]) -> None:
-    """The numbers of an epoch's row in ``log.csv``."""
+    """Log the numbers of an epoch's row in ``log.csv``."""
     logger.log_metrics(numbers_of(row), step=row["epoch"])
     logger.save()
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """What of an epoch's row in ``log.csv`` is a number, by name."""
+    """The numbers of an epoch's row in ``log.csv``, by name."""
     return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 
 def make_callbacks(names: Sequence[str]) -> list[Callback]:
-    """Callbacks by ``module:name``: a `Callback` of Lightning, or a class or function that makes one.
+    """Callbacks by ``module:name``: a Lightning `Callback`, or a class or function that makes one.
 
     Raises:
-        GigamorphError: one that cannot be imported or made.
+        GigamorphError: if one cannot be imported or made.
     """
-    return [_own(name, Callback, "callback") for name in names]
+    return [_make_own(name, Callback, "callback") for name in names]
 
 
-def _found(name: str, what: str) -> Any:
+def _import_name(name: str, what: str) -> Any:
     module, _, attribute = name.partition(":")
     require_trusted(f"{what} {name!r}", module)
     with working_directory_on_path():
         return imported(f"{what} {name!r}", module, attribute)
 
 
-def _own(name: str, kind: type, what: str, *arguments: Any) -> Any:
-    found = _found(name, what)
+def _make_own(name: str, kind: type, what: str, *arguments: Any) -> Any:
+    found = _import_name(name, what)
     with working_directory_on_path():
         if isinstance(found, kind):
             return found
         try:
-            made = _called(found, arguments)
+            made = _call(found, arguments)
         except Exception as error:  # the code is the user's
-            raise GigamorphError(f"{what} {name!r} cannot be made: {first_line(error)}") from error
+            raise GigamorphError(f"cannot make {what} {name!r}: {first_line(error)}") from error
     if not isinstance(made, kind):
-        raise GigamorphError(f"{what} {name!r} gives a {type(made).__name__}, not a {kind.__name__} of Lightning")
+        raise GigamorphError(f"{what} {name!r} is a {type(made).__name__}; it must be a Lightning {kind.__name__}")
     return made
 
 
-def _called(found: Any, arguments: Sequence[Any]) -> Any:
-    """One's own class or function takes the arguments if it takes any."""
+def _call(found: Any, arguments: Sequence[Any]) -> Any:
+    """The result of a user's class or function, called with as many arguments as it requires."""
     wanted = [p for p in inspect.signature(found).parameters.values() if p.default is p.empty]
     return found(*arguments[: len(wanted)])

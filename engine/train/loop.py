@@ -1,7 +1,7 @@
-"""The training loop: stages one after another on Lightning, resumable at any moment, bit for bit on the CPU.
+"""The training loop: consecutive stages on Lightning, resumable at any time, bit for bit on the CPU.
 
-Every random number of a step follows from (seed, epoch, step), the order of the examples from (seed, epoch), so that a
-run that was killed goes on from ``last.ckpt`` to the same weights as one that was not.
+All random numbers of a step are seeded by (seed, epoch, step), the order of the examples by (seed, epoch). A killed run
+therefore continues from ``last.ckpt`` to the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .precision import LIGHTNING
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of
-from .stages import Stage, freeze, require_deal, restored, trainable_names
+from .stages import Stage, freeze, require_multiple, restored, trainable_names
 from .state import State
 from .stored import REMEDY, stored_state
 from .task import Task
@@ -45,7 +45,7 @@ from lightning.pytorch.loggers import Logger  # noqa: E402
 
 @dataclass(frozen=True)
 class Trained:
-    """The end of the stages; the module has the parameters of the best epoch, or of the last without scores."""
+    """The result of `run_stages`; the module has the parameters of the best epoch, or of the last without scores."""
 
     rows: list[dict[str, Any]]
     """As in ``log.csv``: stage, epoch, train_loss, score (or the columns of a `Score`), lr, seconds, peak_bytes, and
@@ -56,32 +56,36 @@ class Trained:
 
 
 def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
-    """Train through stages; each goes on from the weights that the one before has left.
+    """Train through stages; each continues from the weights of the previous one.
 
-    Writes ``last.ckpt``, ``best.ckpt`` and ``log.csv`` into ``run.out``. With ``run.resume`` it goes on where the
-    folder's run stopped, from the start if it had not begun, and returns at once if it was complete. The last stage may
-    have more epochs than before.
+    Writes ``last.ckpt``, ``best.ckpt`` and ``log.csv`` into ``run.out``. With ``run.resume`` it continues the folder's
+    run, or starts it if there is none, and returns immediately if it is complete. The last stage may have more epochs
+    than before.
 
-    The processes of ``run.group`` train together when each of them calls this: if they split each image, all of them
-    compute every batch; else the batches of an optimizer step are dealt to them, whole, and the gradients are averaged,
-    so that a step is that of one process, and so are BatchNorm's running statistics; its statistics in training are
-    those of each batch, in one process as in several. The first of them reports and writes. Sums over processes may be
-    rounded otherwise in a run that was resumed.
+    All processes of ``run.group`` must call this to train together. If they split each image, all of them compute every
+    batch. Otherwise the batches of an optimizer step are distributed to them and the gradients are averaged. A step and
+    BatchNorm's running statistics are then those of one process; in training, BatchNorm uses the statistics of each
+    batch in either case. The first process reports and writes. A resumed run may round sums over processes differently.
+
+    Args:
+        task: what is trained.
+        stages: the stages, in order.
+        run: folder, device, seed and other settings.
 
     Raises:
-        GigamorphError: a loss or gradient that is not finite (the last checkpoint is kept), a pattern that names no
-            parameter, batches that cannot be dealt to the processes, a folder that holds another run or that another
-            process trains in, or a file that cannot be written.
+        GigamorphError: if a loss or gradient is not finite (the last checkpoint remains), a pattern matches no
+            parameter, batches cannot be distributed to the processes, the folder holds another run or is in use by
+            another process, or a file cannot be written.
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
     check_stages(stages, run.group, task.module)
-    with _alone(run):
+    with _locked_folder(run):
         return _run_stages(task, stages, run)
 
 
 @contextlib.contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Inside, no other run writes to the folder; the process that leads sees to it."""
+def _locked_folder(run: Run) -> Iterator[None]:
+    """Context in which the leading process locks the folder against other runs."""
     if not run.group.leads:
         yield
         return
@@ -99,58 +103,60 @@ def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
     task.module.to(run.device)
     if run.precision == "fp16" and not run.device.startswith("cuda"):
-        task.meter.note("fp16 is a GPU's; bf16 is taken on the CPU")  # by Lightning
+        task.meter.note("fp16 needs a GPU; the CPU uses bf16")  # Lightning switches
     state, goes_on, stored = State(), run.resume and last.exists(), dict[str, Any]()
     if goes_on:
         stored = load_checkpoint(last)
         state = _resumed(task, stored, record, str(last))
     elif last.exists():
         raise GigamorphError(f"{run.out}: already holds a run; continue it with --resume or name another folder")
-    group.wait()  # all have seen the folder as it was
+    group.wait()  # until all processes have read the folder
     interrupt = Interrupt()
-    watchers = _Watchers(make_loggers(run.log, run.out) if group.leads else [], make_callbacks(run.callbacks))
+    hooks = _Hooks(make_loggers(run.log, run.out) if group.leads else [], make_callbacks(run.callbacks))
     left = state.stage < len(stages) - 1 or not state.is_over(stages[-1])
-    loggers = watchers.loggers if left else ()
+    loggers = hooks.loggers if left else ()
     with logged(loggers, record.get("options", record["settings"]), state.rows):
         run.begun()
-        with interrupt.awaited():
+        with interrupt.handled():
             while state.stage < len(stages):
                 stage = stages[state.stage]
                 if not state.is_over(stage):
-                    _fit(task, stage, state, run, record, goes_on, interrupt, watchers)
+                    _fit(task, stage, state, run, record, goes_on, interrupt, hooks)
                 elif goes_on:
-                    task.meter.note(f"{stage.name}: nothing is left to do, {state.ending(stage)}")
-                    _give_back(watchers.callbacks, stored)  # else Lightning does, where the stage goes on
+                    task.meter.note(f"{stage.name}: nothing left to do, {state.ending(stage)}")
+                    _restore_callbacks(hooks.callbacks, stored)  # if the stage continues, Lightning does
                 state.next_stage()
                 goes_on = False
     if state.best_epoch != state.epoch or stages[-1].average is not None:
-        _take(task, load_checkpoint(best), str(best))
+        _load_state(task, load_checkpoint(best), str(best))
     task.module.eval()
     return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
 
 
 def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module | None = None) -> None:
-    """Refuse stages that cannot be trained, before any work.
+    """Refuse invalid stages before any work.
 
     Args:
-        module: what they train; None leaves their patterns and the optimizer's options to `run_stages`.
+        stages: the stages.
+        group: the processes that train together.
+        module: the trained module; without it, patterns and optimizer options are not checked.
 
     Raises:
-        GigamorphError: a pattern that names no parameter of the module, batches that cannot be dealt to the processes,
-            or an optimizer or a schedule that there is not.
+        GigamorphError: if a pattern matches no parameter of the module, batches cannot be distributed to the processes,
+            or an optimizer or schedule is unknown.
     """
     for stage in stages:
         if module is not None:
             trainable_names(module, stage)
             make_optimizer(module, stage)
-        require_deal(stage, group.at_once)
+        require_multiple(stage, group.at_once)
         find_optimizer(stage.optimizer)
         factor_of(stage, 1)
 
 
 @dataclass(frozen=True)
-class _Watchers:
-    """Who looks on besides ourselves, through all stages."""
+class _Hooks:
+    """The user's loggers and callbacks, for all stages."""
 
     loggers: list[Logger]
     callbacks: list[pl.Callback]
@@ -164,27 +170,27 @@ def _fit(
     record: dict[str, Any],
     goes_on: bool,
     interrupt: Interrupt,
-    watchers: _Watchers,
+    hooks: _Hooks,
 ) -> None:
-    """One stage in Lightning's loop, which takes up what it needs from ``last.ckpt`` if the stage `goes_on`."""
+    """Train one stage in Lightning's loop, which restores its state from ``last.ckpt`` if the stage `goes_on`."""
     on_gpu = run.device.startswith("cuda")
     with restored(task.module), warnings.catch_warnings():
         freeze(task.module, stage)
-        # Lightning advises on workers, loggers and folders; none of it concerns sources that are read by tiles.
+        # Lightning's advice on workers, loggers and folders does not apply to sources that are read by tiles.
         warnings.filterwarnings("ignore", module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         epochs = Epochs(interrupt)
         trainer = pl.Trainer(
             accelerator="gpu" if on_gpu else "cpu",
-            # Lightning sees one process of its own everywhere; what several have in common is the group's.
+            # Lightning sees a single process; the process group handles communication.
             devices=[torch.cuda.current_device()] if on_gpu else 1,
             max_epochs=stage.epochs,
             accumulate_grad_batches=stage.accumulate // task.group.at_once,
             precision=LIGHTNING[run.precision],
-            callbacks=[epochs, *watchers.callbacks, epochs.at_end],
+            callbacks=[epochs, *hooks.callbacks, epochs.at_end],
             plugins=[AtomicCheckpointIO(task.group.leads)],
             default_root_dir=run.out,
-            logger=watchers.loggers or False,
+            logger=hooks.loggers or False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -193,13 +199,13 @@ def _fit(
         module = StageModule(task, stage, state, run, record)
         try:
             trainer.fit(module, ckpt_path=run.out / "last.ckpt" if goes_on else None, weights_only=True)
-        except MisconfigurationException as error:  # of callbacks, as one that logs where there is no logger
+        except MisconfigurationException as error:  # for example of a callback that logs without a logger
             raise GigamorphError(f"{first_line(error)} (callbacks that log need one: --log csv)") from error
         except Exception as error:
             if epochs.began or not goes_on or isinstance(error, GigamorphError):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"{run.out / 'last.ckpt'}: the run cannot go on with it ({reason}); {REMEDY}") from error
+            raise DataError(f"{run.out / 'last.ckpt'}: cannot resume the run from it ({reason}); {REMEDY}") from error
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:
@@ -214,29 +220,29 @@ def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: s
         if name == "stages" and _extends(value, before):
             continue
         if before != value:
-            raise GigamorphError(f"{path}: was begun with other {name}; resume with the same")
-    _take(task, stored, path)
+            raise GigamorphError(f"{path}: was started with different {name}; resume with the same")
+    _load_state(task, stored, path)
     state.losses = state.losses[task.group.turn :: task.group.at_once]
     return state
 
 
 def _extends(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> bool:
-    """Whether stages are those that there were before, but for more epochs of the last one."""
+    """Whether the stages equal the earlier ones, except for more epochs of the last one."""
     return [*before[:-1], {**before[-1], "epochs": max(before[-1]["epochs"], now[-1]["epochs"])}] == now
 
 
-def _give_back(callbacks: Sequence[pl.Callback], stored: dict[str, Any]) -> None:
-    """Callbacks go through all stages: what they knew at the end of one, they know at the start of the next."""
+def _restore_callbacks(callbacks: Sequence[pl.Callback], stored: dict[str, Any]) -> None:
+    """Restore the callbacks' states, which persist through all stages."""
     for callback in callbacks:
         if (state := stored.get("callbacks", {}).get(callback.state_key)) is not None:
             callback.load_state_dict(state)
 
 
-def _take(task: Task, stored: dict[str, Any], path: str) -> None:
+def _load_state(task: Task, stored: dict[str, Any], path: str) -> None:
     try:
         task.module.load_state_dict({k.removeprefix("net."): v for k, v in stored["state_dict"].items()})
     except RuntimeError as error:
-        raise GigamorphError(f"{path}: belongs to another network; resume with the same") from error
+        raise GigamorphError(f"{path}: belongs to another network; resume with the same network") from error
     try:
         task.load_state(stored["gigamorph"]["task"])
     except (KeyError, TypeError) as error:  # each recipe reads its own keys

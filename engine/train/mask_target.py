@@ -1,4 +1,4 @@
-"""What is learnt of images with masks: a class for each pixel. And how a table of them is read."""
+"""The target of segmentation, a class for each pixel; its loss, and the table of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets.masks import IGNORED, Classes, FileMask, Mask, classes_of, mask_as_seen, masks_of, survey
+from ..datasets.masks import IGNORED, Classes, FileMask, Mask, classes_of, count_values, mask_as_seen, masks_of
 from ..datasets.tables import Record, read_table
 from ..errors import DataError
 from ..images.parallel import available_cpus
@@ -23,12 +23,12 @@ from .options import Loss
 from .target import Target
 
 Array = np.ndarray
-_ONE = 1e-12  # below which 1 - p counts as it, where an exponent under 1 has no derivative
+_ONE = 1e-12  # lower bound of 1 - p, because an exponent below 1 has no derivative at 0
 
 
 @dataclass(frozen=True)
 class MaskTarget(Target):
-    """A class for each pixel; the network gives a map with a logit for each, of a softmax.
+    """A class for each pixel; the network returns a map with softmax logits of the classes.
 
     Attributes:
         binary: see `gigamorph.engine.datasets.masks.Classes`.
@@ -46,43 +46,43 @@ class MaskTarget(Target):
 
     @property
     def outputs(self) -> None:
-        """None: logits of a softmax, of each place."""
+        """None: softmax logits at each position."""
         return None
 
     @property
     def classes(self) -> Classes:
-        """What the values of masks mean."""
+        """The meaning of the values in masks."""
         return Classes(self.names, self.binary)
 
     def knows(self, record: Record) -> bool:
         return bool(masks_of(record))
 
     def stored(self, record: Record, image: PixelSource) -> FileMask:
-        """An image's mask, as stored.
+        """The stored mask of an image.
 
         Raises:
-            DataError: what is wrong with it.
+            DataError: if it is invalid.
         """
         mask = FileMask(record, self.classes)
         mask.require_size(image)
         return mask
 
     def seen(self, record: Record, image: PixelSource) -> Mask:
-        """The mask where the pixels of the image are.
+        """The mask, aligned with the pixels of the image that the network sees.
 
         Raises:
-            DataError: what is wrong with it.
+            DataError: if it is invalid.
         """
         return mask_as_seen(self.stored(record, image), image)
 
     def weights(self, records: Sequence[Record]) -> tuple[float, ...]:
-        """By which classes count so that all count the same, with mean 1 over the pixels that are judged."""
+        """Class weights that give all classes the same total weight, with mean 1 over the labelled pixels."""
         pixels = self._pixels(records).sum(0)
         present = int((pixels > 0).sum())
         return tuple(float(pixels.sum() / (present * n)) if n else 0.0 for n in pixels)
 
     def rarity(self, records: Sequence[Record]) -> Array:
-        """(images,) probabilities by which images with each class, and those of background alone, are equally
+        """Sampling probabilities (images,) that make images with each class, and those with only background, equally
         frequent."""
         there = self._pixels(records)[:, 1:] > 0
         kinds = np.concatenate([there, ~there.any(1, keepdims=True)], 1).astype(np.float64)
@@ -90,7 +90,7 @@ class MaskTarget(Target):
         return drawn / drawn.sum()
 
     def _pixels(self, records: Sequence[Record]) -> Array:
-        """(images, classes) of each."""
+        """The number of pixels (images, classes) of each class."""
         with ThreadPoolExecutor(available_cpus()) as pool:
             counts = pool.map(lambda record: FileMask(record, self.classes).counts(), records)
             return np.array([one[: len(self.names)] for one in counts])
@@ -104,27 +104,29 @@ def read_masks(
     warn: Callable[[str], object],
     bad: dict[Path, str],
 ) -> tuple[list[Record], MaskTarget]:
-    """The images of a table that have masks, all of which are read once, and the classes in them; others are left out.
+    """The images of a table that have masks, and the classes of the masks; reads every mask once.
 
     Args:
-        names: of the classes, the background's first; none takes numbers, as many as the masks have.
-        check_files: refuse what cannot be used; otherwise it is left out, and told.
-        bad: gets the images that are left out, and why.
+        table: path of the table.
+        names: of the classes, background first; if empty, numbers for the values in the masks.
+        check_files: raise an error for an unusable mask; otherwise leave the image out with a warning.
+        warn: called with each warning.
+        bad: is filled with the images that are left out, and the reasons.
 
     Raises:
-        DataError: what is wrong with the table, or a mask that is missing, of another size, or of other classes.
+        DataError: for errors in the table, or a mask that is missing or has another size or other classes.
     """
     read = read_table(table, labels=False, check_files=check_files).records
     records = [record for record in read if masks_of(record)]
     if not records:
-        raise DataError(f"{table}: has no column mask_path, and no masks in findings; name each image's mask there")
+        raise DataError(f"{table}: has no column mask_path and no masks in findings; enter each image's mask there")
     if len(records) < len(read):
-        without = f"{len(read) - len(records)} of {len(read)} images have no mask, and are left out"
-        warn(f"{without}; where there is nothing to mark, a mask of zeros teaches that")
+        without = f"{len(read) - len(records)} of {len(read)} images have no mask and are left out"
+        warn(f"{without}; use a mask of zeros for an image without findings")
     counts: dict[Path, np.ndarray] = {}
     kept = []
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for record, found in zip(records, pool.map(lambda one: _surveyed(one, names), records), strict=True):
+        for record, found in zip(records, pool.map(lambda one: _survey_or_error(one, names), records), strict=True):
             if isinstance(found, DataError):
                 if check_files:
                     raise found
@@ -140,30 +142,32 @@ def read_masks(
     there = np.sum(list(counts.values()), 0)
     for number, name in enumerate(names if not classes.binary else ()):
         if not there[number]:
-            warn(f"no mask holds {number}, the class {name}")
+            warn(f"no mask contains {number}, the class {name}")
     if classes.binary:
-        warn(f"the masks hold 0 and 255 alone: 255 is taken as class 1, {classes.names[1]}")
+        warn(f"the masks contain only 0 and 255: 255 is read as class 1, {classes.names[1]}")
     return kept, MaskTarget(classes.names, binary=classes.binary)
 
 
-def _surveyed(record: Record, names: Sequence[str]) -> np.ndarray | DataError:
+def _survey_or_error(record: Record, names: Sequence[str]) -> np.ndarray | DataError:
     try:
-        return survey(record, names)
+        return count_values(record, names)
     except DataError as error:
         return error
 
 
 @dataclass(frozen=True)
 class MaskLoss:
-    """Cross-entropy of a map with a mask, the mean over the pixels that are judged; a criterion for `dense_loss`.
+    """Mean cross-entropy of a map and a mask over the labelled pixels; a criterion for `dense_loss`.
 
-    Equal to ``F.cross_entropy(logits, mask, weight, ignore_index=255, label_smoothing=...)``, but 0 where nothing is
-    judged, as of an image that augmentation moved out of sight. With an exponent each pixel counts by (1 - p)^focal,
-    p being the probability of its class.
+    Equal to ``F.cross_entropy(logits, mask, weight, ignore_index=255, label_smoothing=...)``, but 0 without labelled
+    pixels, for example if augmentation moved the image out of view. With an exponent, each pixel has the factor
+    (1 - p)^focal, where p is the probability of its class.
 
     Attributes:
+        classes: number of classes.
+        settings: of the loss.
         weights: of the classes.
-        counted: also count, see `__call__`.
+        counted: also return pixel counts, see `__call__`.
     """
 
     classes: int
@@ -172,8 +176,8 @@ class MaskLoss:
     counted: bool = False
 
     def __call__(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """The loss, a scalar; and where it counts (3, classes) float64 pixels: of mask and prediction both, of the
-        prediction, of the mask, among those that are judged.
+        """The loss, a scalar; and with `counted` the labelled pixels (3, classes), float64: in both mask and
+        prediction, in the prediction, in the mask.
 
         Args:
             logits: (N, classes, H, W).
@@ -202,7 +206,7 @@ class MaskLoss:
 
 
 class WithLoss(nn.Module):
-    """A network with the loss of its map, for the plan of a step: its likeliest classes stand for the mask."""
+    """A network with its loss, for planning a step: its most probable classes replace the mask."""
 
     def __init__(self, net: nn.Module, classes: int, settings: Loss) -> None:
         super().__init__()
@@ -215,9 +219,9 @@ class WithLoss(nn.Module):
 
 
 def dice(counts: np.ndarray) -> np.ndarray:
-    """Dice's coefficient of each class, 2 |A and B| / (|A| + |B|), of counts (..., 3, classes) as of `MaskLoss`.
+    """The Dice coefficient of each class, 2 |A and B| / (|A| + |B|), from counts (..., 3, classes) of `MaskLoss`.
 
-    NaN where a class is neither in the mask nor predicted.
+    NaN if a class is neither in the mask nor predicted.
     """
     both, given, own = np.moveaxis(np.asarray(counts, np.float64), -2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -225,12 +229,14 @@ def dice(counts: np.ndarray) -> np.ndarray:
 
 
 def dice_scores(counts: np.ndarray, images: int, names: Sequence[str]) -> dict[str, float | int | None]:
-    """Dice of each class but the background over the pixels of all images together, and their mean ("dice").
+    """Dice of each class except the background over the pixels of all images, and their mean ("dice").
 
-    None where no mask has the class.
+    None if no mask has the class.
 
     Args:
-        counts: (3, classes), the sum of those of the images.
+        counts: (3, classes), the sum over the images.
+        images: number of images.
+        names: of the classes.
     """
     each = np.where(counts[2] > 0, dice(counts), np.nan)[1:].tolist()
     known = [value for value in each if not math.isnan(value)]

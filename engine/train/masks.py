@@ -1,4 +1,4 @@
-"""Masks learnt from images of any size: the loss by tiles, so that neither map nor mask is ever whole."""
+"""The segmentation task on images of any size: the loss is computed by tiles, without a complete map or mask."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from .options import Loss
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a prediction of one image has in common with its mask.
+    """The overlap of an image's prediction with its mask.
 
     Attributes:
-        counts: (3, classes) pixels: of both, of the prediction, of the mask.
+        record: the image.
+        loss: its loss.
+        counts: (3, classes) pixels: in both, in the prediction, in the mask.
     """
 
     record: Record
@@ -37,9 +39,9 @@ class Overlap:
 
 
 class Segmentation(TargetTask[Overlap]):
-    """A class for each pixel, learnt by a network, pixel sources -> (N, classes, H', W'); the score is the mean Dice.
+    """Trains a network, pixel sources -> (N, classes, H', W'), for a class per pixel; the score is the mean Dice.
 
-    Where the map is coarser than the image, the mask is brought to its grid: a cell has the class in its middle.
+    If the map is coarser than the image, the mask is sampled at the centres of the map's cells.
     """
 
     target: MaskTarget
@@ -50,10 +52,10 @@ class Segmentation(TargetTask[Overlap]):
         return torch.stack(losses).mean()
 
     def _computed(self, item: dict[str, Any], settings: Loss, counted: bool = False) -> tuple[Tensor, ...]:
-        """What `MaskLoss` says of an image.
+        """The result of `MaskLoss` for an image.
 
         Raises:
-            BudgetError: naming its file.
+            BudgetError: naming the image's file.
         """
         image = item["image"]
         self.meter.image(image.shape[-2] * image.shape[-1])
@@ -66,7 +68,7 @@ class Segmentation(TargetTask[Overlap]):
             raise BudgetError(f"{item['record'].path}: {error}") from error
 
     def find(self, item: dict[str, Any]) -> Overlap:
-        loss, counts = self._computed(item, Loss(), counted=True)  # of validation: weighted, else plain
+        loss, counts = self._computed(item, Loss(), counted=True)  # validation: class weights, but default settings
         return Overlap(item["record"], float(loss), counts.cpu().numpy())
 
     def loss_of(self, found: Overlap) -> float:
@@ -77,7 +79,7 @@ class Segmentation(TargetTask[Overlap]):
 
 
 def write_overlaps(path: Path, found: Sequence[Overlap], names: Sequence[str]) -> None:
-    """A row for each image: Dice of each class but the background, empty where neither mask nor prediction has it."""
+    """Write a row for each image: Dice of each class except the background, empty if undefined."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -92,11 +94,11 @@ def write_overlaps(path: Path, found: Sequence[Overlap], names: Sequence[str]) -
 
 
 def scored_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """Lines of a model card: the Dice of each class in each split that was held out."""
+    """Lines of a model card: the Dice of each class in each held-out split."""
     lines = []
     for split in ("val", "test"):
         for name, value in metrics.get(split, {}).items():
             if name.startswith("dice_"):
-                told = "undefined, no mask has it" if value is None else f"{value:.4f}"
-                lines.append(f"- {split}, {name.removeprefix('dice_')}: Dice {told}, {metrics[split]['images']} images")
-    return lines and [*lines, "", "Dice of the pixels of all images together, without an interval."]
+                text = "undefined, in no mask" if value is None else f"{value:.4f}"
+                lines.append(f"- {split}, {name.removeprefix('dice_')}: Dice {text}, {metrics[split]['images']} images")
+    return lines and [*lines, "", "Dice over the pixels of all images, without an interval."]

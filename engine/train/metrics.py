@@ -1,4 +1,4 @@
-"""Predictions of images and breasts, and how well they rank: what a run is followed by."""
+"""Predictions of images, breasts and exams, and the validation measures of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from ..evaluate.class_names import positive_number
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one image, or of an exam of several views that are one sample.
+    """The prediction for one image, or for an exam whose views are one sample.
 
-    ``log_odds`` are those of each class against all others, float64: large logits keep their order, which probabilities
-    near 1 do not. ``patient``, ``exam`` and ``laterality`` name the breast; ``laterality`` is "" where it is not known,
-    and then an image stands for itself. ``split`` is what the image was in the training; "" where that is not known.
-    ``exclusive`` says that an image is of exactly one of the classes; otherwise each is a label of its own, or, with
-    ``numbers``, a number, which then stands in ``log_odds``. ``truth`` is what is known of these, NaN where it is not.
+    Attributes:
+        image: name of the image or exam.
+        log_odds: of each class against all others, float64, because probabilities near 1 lose their order; or the
+            predicted numbers.
+        label: the true class; None if unknown.
+        patient, exam, laterality: identify the breast; "" if unknown. An image of unknown laterality is not grouped.
+        view: of the breast.
+        split: the image's split in the training; "" if unknown.
+        exclusive: whether an image has exactly one of the classes; otherwise each class is a separate label.
+        numbers: whether numbers are predicted.
+        truth: true labels or numbers if not exclusive, NaN where unknown.
+        level: "image" or "exam".
     """
 
     image: str
@@ -38,23 +45,23 @@ class Prediction:
     truth: tuple[float, ...] | None = None
     level: Level = "image"
     row: tuple[float, ...] = ()
-    """What the network gave, where views are combined by that."""
+    """The network's output, if views are combined from outputs."""
     reading: Mapping[str, str] = field(default_factory=dict)
-    """Which pixels of the file it is of, see `reading_of`."""
+    """The pixels of the file that were read, see `reading_of`."""
 
     @property
     def known(self) -> bool:
-        """Whether anything is known of the truth."""
+        """Whether the truth is at least partly known."""
         return self.label is not None if self.exclusive else self.truth is not None
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Of each class; those of classes that exclude each other add up to 1."""
+        """The probability of each class; those of exclusive classes sum to 1."""
         return tuple(of.probabilities(self.log_odds).tolist())
 
 
 def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases:
-    """Predictions as what `gigamorph.engine.evaluate` measures; of two classes the positive one (`positive_number`)."""
+    """Predictions as cases for `gigamorph.engine.evaluate`; of two classes only the positive (`positive_number`)."""
     exclusive = all(p.exclusive for p in predictions)
     labels = np.array([-1 if p.label is None or not exclusive else p.label for p in predictions])
     truth = np.where((labels < 0)[:, None], np.nan, np.eye(len(classes))[labels])
@@ -86,18 +93,18 @@ def as_cases(predictions: Sequence[Prediction], classes: Sequence[str]) -> Cases
 
 
 def per_breast(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[Prediction]:
-    """The mean probability of the views of each breast (patient, exam, side); its label is the highest of its views'.
+    """The mean probability of the views of each breast (patient, exam, side); its label is the highest of its views.
 
-    Images without patient or laterality stay single. The order is that of each breast's first image. Of two classes the
-    highest one is the positive one by its name (`positive_number`).
+    Images without patient or laterality remain single. Breasts are ordered by their first image. Of two classes the
+    highest is the positive one by its name (`positive_number`).
     """
     return _grouped(predictions, classes, "breast")
 
 
 def per_exam(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[Prediction]:
-    """The views of each exam (patient, exam) as one: the highest of its breasts, each the mean of its views.
+    """The prediction of each exam (patient, exam): the maximum over its breasts, each the mean of its views.
 
-    Of two classes the highest breast is that of the positive one. Images without patient stay single.
+    Of two classes the maximum is that of the positive one. Images without patient remain single.
     """
     return _grouped(predictions, classes, "exam")
 
@@ -132,14 +139,15 @@ def _grouped(predictions: Sequence[Prediction], classes: Sequence[str], level: L
 
 COUNTS = ("images", "breasts", "exams")
 SMALLER = ("mae_image", "mae_breast", "mae_exam")
-"""Measures of `scores` that are better when they are smaller."""
+"""Measures of `scores` for which smaller is better."""
 SHOWN = {"auc_image": "AUC", "mae_image": "MAE", "auc_exam": "AUC", "mae_exam": "MAE", "dice": "Dice"}
 
 
 def scores(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[str, float | int | None]:
-    """Measures per image and per breast with the counts, over the predictions whose truth is known; of exams per exam.
+    """Measures and counts of the predictions whose truth is known, per image and per breast, or per exam.
 
-    AUC (of several classes or labels the mean); of numbers the mean absolute error (mae). None where not defined.
+    The measure is the AUC (the mean over classes or labels), or for numbers the mean absolute error (mae). None if
+    undefined.
     """
     known = [p for p in predictions if p.known]
     name, measure = ("mae", mae_of) if any(p.numbers for p in known) else ("auc", auc_of)
@@ -160,11 +168,11 @@ def scores(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[st
 
 
 def auc_of(predictions: Sequence[Prediction]) -> float | None:
-    """AUC of predictions, by their labels; None where it is not defined."""
+    """AUC of predictions; None if undefined."""
     if not predictions:
         return None
     values = np.array([p.log_odds for p in predictions], np.float64)
-    from ..evaluate.roc import labelwise_auc, macro_auc  # whose libraries take a second, and a prediction needs none
+    from ..evaluate.roc import labelwise_auc, macro_auc  # a second of imports that predictions do not need
 
     if not predictions[0].exclusive:
         return labelwise_auc([p.truth or [np.nan] * values.shape[1] for p in predictions], values)[0]
@@ -172,7 +180,7 @@ def auc_of(predictions: Sequence[Prediction]) -> float | None:
 
 
 def mae_of(predictions: Sequence[Prediction]) -> float | None:
-    """Mean absolute error of numbers, the mean of those of each; None without any."""
+    """Mean absolute error, averaged over the numbers; None without predictions."""
     if not predictions:
         return None
     truth = np.array([p.truth for p in predictions], np.float64)

@@ -1,4 +1,4 @@
-"""A task's stage in Lightning's words: its batches, their loss, its optimizer and its learning rate."""
+"""A stage of a task as a Lightning module: batches, loss, optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ log = logging.getLogger("gigamorph")
 
 
 class Batches:
-    """The batches of a task's epochs that are this process's: an iterable that draws an order anew each time.
+    """This process's batches of a task's epochs: an iterable that draws a new order in each epoch.
 
-    The order follows from the seed and the epoch alone, and what was done before an interruption is omitted: a resumed
-    run sees the batches of an uninterrupted one. Of what remains the processes of a group have their shares.
+    The order depends only on the seed and the epoch, and batches that were done before an interruption are omitted, so
+    a resumed run sees the same batches as an uninterrupted one. The rest is distributed to the processes of the group.
 
     Raises:
         GigamorphError: if there are no examples.
@@ -43,7 +43,7 @@ class Batches:
     def __init__(self, task: Task, stage: Stage, state: State, seed: int) -> None:
         self._task, self._stage, self._state, self._seed = task, stage, state, seed
         self.total = -(-len(self._examples()) // stage.batch_size)
-        """Of an epoch, for all processes."""
+        """Batches of an epoch, for all processes."""
 
     def _examples(self) -> Sequence[Any]:
         examples = self._task.examples(self._state.epoch)
@@ -64,8 +64,8 @@ class Batches:
         self._task.meter.start(self._stage.name, len(order), state.within, self._stage.epochs, done, training=True)
         own = iter(self._task.group.share(batches))
 
-        def announced() -> list[Any] | None:
-            """A batch of which the task knows while it computes the one before."""
+        def next_batch() -> list[Any] | None:
+            """The next batch, which the task can prefetch while it computes the current one."""
             number = next(own, None)
             if number is None:
                 return None
@@ -73,30 +73,33 @@ class Batches:
             self._task.ahead(batch, seed_of_batch(self._seed, state.epoch, number, self._stage))
             return batch
 
-        coming = announced()
+        coming = next_batch()
         while (batch := coming) is not None:
-            coming = announced()
+            coming = next_batch()
             yield batch
 
 
 def seed_of_batch(seed: int, epoch: int, number: int, stage: Stage) -> int:
-    """Of the random numbers of a batch: of the run's seed, the epoch, the optimizer step and the place in it."""
+    """The seed of a batch: from the run's seed, the epoch, the optimizer step and the index in the step."""
     return seed_of(seed, epoch, *divmod(number, stage.accumulate))
 
 
 class StageModule(pl.LightningModule):
-    """One stage of a task whose parameters were frozen as the stage wants it.
+    """One stage of a task, after `freeze`.
 
-    Every random number of a batch (dropout, stochastic depth) follows from the seed, the epoch, the optimizer step and
-    the batch's place in it, so that a resumed run repeats an uninterrupted one. If the processes of the task's group
-    have batches of their own, gradients are averaged over them at each optimizer step.
+    Random numbers of a batch (dropout, stochastic depth) are seeded by `seed_of_batch`, so a resumed run repeats an
+    uninterrupted one. If the processes of the task's group have different batches, gradients are averaged over them at
+    each optimizer step.
 
     Args:
-        state: changed while it trains.
-        record: what checkpoints say besides weights, state and what Lightning needs.
+        task: what is trained.
+        stage: the settings of the stage.
+        state: progress of the run, updated during training.
+        run: folder, device, seed and other settings.
+        record: facts for checkpoints, in addition to weights, state and Lightning's own entries.
 
     Raises:
-        GigamorphError: a loss or gradient that is not finite.
+        GigamorphError: if a loss or gradient is not finite.
     """
 
     _loss: Any
@@ -106,8 +109,8 @@ class StageModule(pl.LightningModule):
         self.net = task.module
         self.task, self.stage, self.state, self.run, self.record = task, stage, state, run, record
         self.batches = Batches(task, stage, state, run.seed)
-        # Not one of this module's children, among whose parameters those of the network would be twice.
-        self.__dict__["_loss"] = _averaged(task) if task.group.at_once > 1 else task.loss
+        # Not registered as a child, or the network's parameters would be listed twice.
+        self.__dict__["_loss"] = _data_parallel(task) if task.group.at_once > 1 else task.loss
         self._statistics = RunningStatistics(task.module, task.group)
         self._gradients: dict[str, Tensor] = {}
         self._counts = True
@@ -120,16 +123,16 @@ class StageModule(pl.LightningModule):
         return self.batches
 
     def cpu(self) -> Self:
-        """The network stays where it is: Lightning would move it to the CPU at the end of each stage."""
+        """Do nothing: Lightning would move the network to the CPU at the end of each stage."""
         return self
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # pixel sources are read, and uploaded, tile by tile
+        return batch  # pixel sources are read and uploaded tile by tile
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         made = make_optimizer(self.net, self.stage)
         if self.task.group.leads:
-            log.debug(_learning(self.net, self.stage, made))
+            log.debug(_learning_summary(self.net, self.stage, made))
         return made
 
     def on_train_start(self) -> None:
@@ -142,7 +145,7 @@ class StageModule(pl.LightningModule):
             self.average, self._average = Average(self.net, self.stage.average, self._average), None
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the network has the weights that are scored and kept: the averaged ones, if they are averaged."""
+        """Context in which the network has the weights that are scored and saved: the averages, if enabled."""
         return contextlib.nullcontext() if self.average is None else self.average.swapped()
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
@@ -154,11 +157,11 @@ class StageModule(pl.LightningModule):
             loss = self._loss(batch)
         self._counts = group.counts(batch_idx, self.batches.total)
         if not self._counts:
-            return loss * 0  # a batch that this process repeats while others have their last
+            return loss * 0  # a repeated batch, while other processes have their last one
         value = float(loss.detach())
         self._require_finite("loss", value, batch)
         self.state.losses.append(value)
-        # Lightning divides by the size of a full step; the last one of an epoch may have fewer batches.
+        # Lightning divides by the size of a full step; the last step of an epoch may have fewer batches.
         together = min(size, self.batches.total - number // size * size)
         return loss if together == size else loss * (size / together)
 
@@ -166,7 +169,7 @@ class StageModule(pl.LightningModule):
         self._statistics.merge(self._counts)
 
     def _accumulating(self, batch_idx: int) -> contextlib.AbstractContextManager[Any]:
-        """Processes average their gradients when an optimizer step follows, not after each batch."""
+        """Context that delays the averaging of gradients over processes until an optimizer step follows."""
         done = batch_idx + 1
         last = done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
         return contextlib.nullcontext() if self.task.group.at_once == 1 or last else self._loss.no_sync()
@@ -189,20 +192,20 @@ class StageModule(pl.LightningModule):
     ) -> None:
         learning = [p for p in self.net.parameters() if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(learning, math.inf if self.stage.clip is None else self.stage.clip))
-        if self.run.precision != "fp16":  # whose loss is scaled until the gradient is finite
+        if self.run.precision != "fp16":  # fp16 scales the loss until the gradient is finite
             self._require_finite("gradient", norm)
 
     @property
     def _step(self) -> int:
-        """Number of the optimizer step in the epoch."""
+        """Index of the optimizer step in the epoch."""
         return self.state.batch // self.stage.accumulate
 
     def _require_finite(self, what: str, value: float, batch: Sequence[Any] = ()) -> None:
         if not math.isfinite(value):
-            if told := self.task.blame(batch):
-                raise DataError(told)
-            place = f"stage '{self.stage.name}', epoch {self.state.within + 1}, step {self._step + 1}"
-            raise GigamorphError(f"{place}: the {what} is {value}; {remedy(self.run)}")
+            if text := self.task.blame(batch):
+                raise DataError(text)
+            where = f"stage '{self.stage.name}', epoch {self.state.within + 1}, step {self._step + 1}"
+            raise GigamorphError(f"{where}: the {what} is {value}; {remedy(self.run)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         group = self.task.group
@@ -210,7 +213,7 @@ class StageModule(pl.LightningModule):
             **self.record,
             "state": self.state.stored(group.in_order(self.state.losses)),
             "task": self.task.state(),
-            # Inside an accumulation the gradients so far are part of the state.
+            # During accumulation the gradients so far are part of the state.
             "gradients": {
                 name: group.mean(p.grad.detach()).cpu()
                 for name, p in self.net.named_parameters()
@@ -224,8 +227,8 @@ class StageModule(pl.LightningModule):
         self._average = checkpoint["gigamorph"].get("average")
 
 
-def _learning(net: nn.Module, stage: Stage, optimizer: torch.optim.Optimizer) -> str:
-    """What of a network a stage trains, and at which rates, for people."""
+def _learning_summary(net: nn.Module, stage: Stage, optimizer: torch.optim.Optimizer) -> str:
+    """A line for the log: the parameters that a stage trains, and their learning rates."""
     every = list(net.parameters())
     learning = [p for p in every if p.requires_grad]
     groups = (
@@ -239,23 +242,23 @@ def _learning(net: nn.Module, stage: Stage, optimizer: torch.optim.Optimizer) ->
 
 
 def remedy(run: Run) -> str:
-    """What to do about a value that is not finite, and where the state before it is."""
+    """The hint after a non-finite value: the last checkpoints, and what to change."""
     last, best = run.out / "last.ckpt", run.out / "best.ckpt"
-    kept = f"{last} has the state of the last checkpoint before it" if last.exists() else ""
-    kept += f" and {best} the best epoch, which can be used as it is; " if kept and best.exists() else "; " * bool(kept)
-    return f"{kept}train anew with a lower lr, or look at the images and labels"
+    saved = f"{last} is the last checkpoint before it" if last.exists() else ""
+    saved += f" and {best} is the best epoch, ready for use; " if saved and best.exists() else "; " * bool(saved)
+    return f"{saved}train again with a lower lr, or check the images and labels"
 
 
-def where_it_goes_on(run: Run) -> str:
-    """What of a run that ends is kept, and how it goes on."""
+def resume_hint(run: Run) -> str:
+    """The hint of a failed run: how to continue it."""
     last = run.out / "last.ckpt"
     if not last.exists():
-        return "no checkpoint was written before, begin the run anew"
-    return f"{last} is whole, and --resume (resume=True in Python) goes on from it"
+        return "no checkpoint was written before; start the run again"
+    return f"{last} is complete; continue from it with --resume (resume=True in Python)"
 
 
 class _Loss(nn.Module):
-    """A task's loss as a module, which DistributedDataParallel takes."""
+    """A task's loss as a module for DistributedDataParallel."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -265,6 +268,6 @@ class _Loss(nn.Module):
         return self._task.loss(batch)
 
 
-def _averaged(task: Task) -> nn.parallel.DistributedDataParallel:
-    # A network may have parameters that an image does not reach; DDP must not wait for their gradients.
+def _data_parallel(task: Task) -> nn.parallel.DistributedDataParallel:
+    # A network may have parameters that an image does not use; DDP must not wait for their gradients.
     return nn.parallel.DistributedDataParallel(_Loss(task), gradient_as_bucket_view=True, find_unused_parameters=True)

@@ -1,4 +1,4 @@
-"""The network that a checkpoint's record describes, made anew or with its trained parameters."""
+"""Builds the network that a checkpoint's record describes, with new or trained parameters."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from .target import Target
 
 
 def target_of(record: Mapping[str, Any]) -> Target:
-    """What a checkpoint's network was trained to say."""
+    """The target of a checkpoint's network."""
     if "target" in record and record["target"]["kind"] == "masks":
         return MaskTarget.from_plain(record["target"])
     return Target.from_plain(record["target"]) if "target" in record else Target(tuple(record["classes"]))
 
 
 def outputs_of_record(record: Mapping[str, Any]) -> Outputs:
-    """What the outputs of a checkpoint's network are, for a folder that describes it.
+    """The outputs of a checkpoint's network, for a folder that describes it.
 
     Raises:
-        GigamorphError: it combines views, which a folder cannot say, or gives maps.
+        GigamorphError: if the network combines views, which a folder cannot describe, or returns maps.
     """
     target = target_of(record)
     if target.views is not None:
         raise GigamorphError(
-            f"the network was trained on exams of several views (views {target.views!r}), which other programs would "
-            "take for single images; predict with its checkpoint"
+            f"cannot export a network of exams with several views (views {target.views!r}), because other programs "
+            "would treat them as single images; predict with its checkpoint"
         )
     if target.kind == "masks":
-        raise GigamorphError("a network of --task masks gives maps and no classes of images; it is not exported")
+        raise GigamorphError("cannot export a network of --task masks because it returns maps, not image classes")
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
 
 
@@ -53,7 +53,10 @@ def build_network(
     """The accelerated network that a checkpoint's record describes, on its device, without trained parameters.
 
     Args:
-        trained: the parameters that it will get; a network that is far larger is refused before it takes memory.
+        record: of a checkpoint.
+        weights: initial weights.
+        split: see `accelerate`.
+        trained: the parameters that will be loaded; a much larger network is refused before it allocates memory.
     """
     options, target = record["options"], target_of(record)
     with contextlib.nullcontext() if trained is None else bounded(trained):
@@ -73,10 +76,10 @@ def build_network(
 def restore_network(
     checkpoint: dict[str, Any], path: str | Path, *, memory_budget: int | None, device: str
 ) -> Accelerated:
-    """The trained network of a checkpoint (`load_checkpoint`), in another budget and on another device.
+    """The trained network of a checkpoint (`load_checkpoint`), with the given memory budget and device.
 
     Raises:
-        DataError: it cannot be built, or the parameters do not fit it; naming the file.
+        DataError: naming the file, if the network cannot be built or the parameters do not fit.
     """
     record = checkpoint["gigamorph"]
     here = {**record["options"], "memory_budget": memory_budget, "device": device}
@@ -86,11 +89,11 @@ def restore_network(
         net.load_state_dict(trained)
     except GigamorphError as error:
         if type(error) not in (DataError, GigamorphError, MorphError):
-            raise  # of the place where it is computed, or of code that is not trusted
+            raise  # about the device, or about untrusted code
         raise DataError(f"{path}: {error}") from error
     except RuntimeError as error:
         raise DataError(
-            f"{path}: the checkpoint's weights are not those of {here['model']!r} as it is built today: "
+            f"{path}: the checkpoint's weights do not fit {here['model']!r} as it is built now: "
             f"{str(error).strip().splitlines()[-1].strip()}"
         ) from error
     return net

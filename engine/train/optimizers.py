@@ -1,4 +1,4 @@
-"""Optimizers by name: those of `torch.optim` and of timm, with a rate and a decay for each kind of parameter."""
+"""Optimizers of `torch.optim` and timm by name, with learning rate and decay per group of parameters."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..models.compat import make_torchvision_importable
 from .stages import Stage, matching
 
 _UNFIT = {
-    "lbfgs": "evaluates the loss several times a step",
-    "muon": "takes matrices alone, no kernels and biases; timm:muon flattens kernels and gives biases to AdamW",
-    "sparseadam": "takes sparse gradients alone",
+    "lbfgs": "evaluates the loss several times per step",
+    "muon": "accepts only matrices, not kernels or biases; timm:muon flattens kernels and passes biases to AdamW",
+    "sparseadam": "accepts only sparse gradients",
 }
-"""Optimizers of `torch.optim` that serve nobody here, and why."""
-_NEAREST = 5  # names of timm's hundred that an error tells
+"""Unsupported optimizers of `torch.optim`, and why."""
+_NEAREST = 5  # similar names of timm's hundred optimizers in an error
 
 
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """Of the parameters that learn, weights (two axes and more) apart from biases and norms, which do not decay.
+    """The optimizer of the trainable parameters; weights (two or more axes) decay, biases and norms do not.
 
-    Groups of another learning rate come after the others; ``base`` is theirs before any schedule.
+    Groups with a learning rate of their own come last; ``base`` is a group's rate before any schedule.
 
     Raises:
-        GigamorphError: the optimizer is unknown, or does not take these options.
+        GigamorphError: if the optimizer is unknown, or does not accept these options.
     """
     rates = _rates(module, stage)
     names = [name for name, _ in module.named_parameters()]
@@ -43,10 +43,10 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
             groups.append({"params": some, "weight_decay": weight_decay, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     make = find_optimizer(stage.optimizer)
-    if own := {"lr", "weight_decay"} & stage.optimizer_options.keys():  # groups have theirs, which would count
+    if own := {"lr", "weight_decay"} & stage.optimizer_options.keys():  # the groups' own values would override them
         name = sorted(own)[0]
-        raise GigamorphError(f"{name} is no option of the optimizer {stage.optimizer!r}; set optimizer.{name}")
-    # Files have lists where PyTorch has pairs, as betas.
+        raise GigamorphError(f"cannot set {name} in the options of {stage.optimizer!r}; set optimizer.{name}")
+    # Files have lists where PyTorch has pairs, such as betas.
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.optimizer_options.items()}
     if stage.optimizer.lower() == "sgd":
         options = {"momentum": stage.momentum, "nesterov": stage.momentum > 0, **options}
@@ -55,18 +55,18 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         raise GigamorphError(f"optimizer {stage.optimizer!r} has no weight decay; set weight_decay to 0")
     try:
         return make(groups, lr=stage.lr, **options)
-    except Exception as error:  # whatever its class raises for values that it cannot take
-        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    except Exception as error:  # any error that the class raises for invalid values
+        listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise GigamorphError(
-            f"optimizer {stage.optimizer!r} cannot be made{' with ' * bool(told)}{told}: {error}"
+            f"cannot make optimizer {stage.optimizer!r}{' with ' * bool(listed)}{listed}: {error}"
         ) from error
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of an optimizer: of `torch.optim` in letters of any case, or ``timm:NAME``.
+    """The class of an optimizer: of `torch.optim` (case-insensitive), or ``timm:NAME``.
 
     Raises:
-        GigamorphError: there is none of this name.
+        GigamorphError: if the name is unknown or unsupported.
     """
     if name.startswith("timm:"):
         make_torchvision_importable()
@@ -77,15 +77,15 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
         names = [str(known) for known in list_optimizers()]
         if (own := name.removeprefix("timm:")) not in names:
             near = difflib.get_close_matches(own, names, _NEAREST)
-            hint = f"its nearest are {', '.join(near)}" if near else "timm.optim.list_optimizers() names all"
-            raise GigamorphError(f"optimizer {name!r} is unknown; timm has {len(names)}, {hint}")
+            hint = f"did you mean {', '.join(near)}?" if near else "see timm.optim.list_optimizers()"
+            raise GigamorphError(f"unknown optimizer {name!r}; timm has {len(names)}; {hint}")
         return get_optimizer_class(own, bind_defaults=True)
     if name.lower() in _UNFIT:
-        raise GigamorphError(f"optimizer {name!r} cannot train a network here: it {_UNFIT[name.lower()]}")
+        raise GigamorphError(f"cannot use optimizer {name!r} because it {_UNFIT[name.lower()]}")
     there = {key.lower(): value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     if name.lower() not in there:
         names = ", ".join(sorted(there))
-        raise GigamorphError(f"optimizer {name!r} is unknown; take one of {names}, or timm:NAME")
+        raise GigamorphError(f"unknown optimizer {name!r}; use one of {names}, or timm:NAME")
     return there[name.lower()]
 
 
@@ -96,7 +96,7 @@ def _is_optimizer(found: Any) -> bool:
 
 
 def _rates(module: nn.Module, stage: Stage) -> dict[str, float]:
-    """The learning rates of parameters that have one of their own, by name."""
+    """The learning rates of parameters whose rate differs from the stage's, by name."""
     names = [name for name, _ in module.named_parameters()]
     rates = {}
     if stage.layer_decay != 1:
@@ -106,12 +106,12 @@ def _rates(module: nn.Module, stage: Stage) -> dict[str, float]:
 
 
 def parts(names: Sequence[str]) -> list[str]:
-    """The parts of a network that parameters of these names are of, from its input to its output."""
+    """The parts of a network that these parameters belong to, from input to output."""
     return list(dict.fromkeys(part_of(name) for name in names))
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter is of: ``layer1.0`` of ``layer1.0.conv1.weight``, ``fc`` of ``fc.bias``."""
+    """The part of a parameter: ``layer1.0`` for ``layer1.0.conv1.weight``, ``fc`` for ``fc.bias``."""
     pieces = name.split(".")[:-1] or [name]
     until = next((i + 1 for i, piece in enumerate(pieces) if piece.isdigit()), 1)
     return ".".join(pieces[:until])

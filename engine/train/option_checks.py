@@ -1,4 +1,4 @@
-"""Whether there is what a run asks for by name, before any image is read: a look at all images may take hours."""
+"""Checks that all names in a run's options exist, before images are read, which may take hours."""
 
 from __future__ import annotations
 
@@ -19,48 +19,52 @@ from .loggers import require_callbacks, require_loggers
 from .optimizers import make_optimizer
 from .options import TrainOptions
 from .schedules import factor_of
-from .stages import require_deal, trainable_names
+from .stages import require_multiple, trainable_names
 
 
 def check_choices(
     options: TrainOptions, channels: int, loggers: Sequence[str], callbacks: Sequence[str], at_once: int = 1
 ) -> None:
-    """Look for the network, its weights, optimizers, schedules, parts of the network, loggers and callbacks.
+    """Check the network, its weights, optimizers, schedules, parameter patterns, loggers and callbacks.
 
-    Parts of the network are looked for where they are named (`freeze`, rates of their own); those of a grown one, which
-    has other parts than the network that it began as, when it is built to be trained.
+    Parameter patterns (`freeze`, `rates`) are matched against the network. Those of a grown network, whose parameters
+    differ from the original network's, are checked when it is built for training.
 
     Args:
-        at_once: images that are computed at a time, by processes.
+        options: of the run.
+        channels: of the images.
+        loggers, callbacks: names, see `loggers`.
+        at_once: images that are computed concurrently.
 
     Raises:
-        GigamorphError: one that is not there, or does not take its options; steps that cannot be dealt to processes.
+        GigamorphError: if a name is unknown or does not accept its options, or if steps cannot be distributed to the
+            processes.
     """
     require_loggers(loggers)
     require_callbacks(callbacks)
     check_steps(options)
     stages = options.made_stages(validated=True)
     for stage in stages:
-        require_deal(stage, at_once)
+        require_multiple(stage, at_once)
     _require_weights(options.weights)
     named = any(stage.frozen or stage.rates for stage in stages)
     if _grown(options.weights):
         return
     spec = None if is_folder(options.model) else Spec.parse(options.model)
-    if not named and spec is not None and spec.kind not in ("", "timm"):  # the user's code may take long: called once
+    if not named and spec is not None and spec.kind not in ("", "timm"):  # user code may be slow: not called here
         with factory_of(spec):
             return
-    model = _without_values(options.model, channels)
+    model = _meta_network(options.model, channels)
     for stage in stages if named else ():
         trainable_names(model, stage)
         make_optimizer(model, stage)
 
 
 def check_steps(options: TrainOptions) -> None:
-    """Look for the optimizers and schedules alone, without a network.
+    """Check only the optimizers and schedules, without a network.
 
     Raises:
-        GigamorphError: one that is not there, or does not take its options.
+        GigamorphError: if one is unknown or does not accept its options.
     """
     for stage in options.made_stages(validated=True):
         factor_of(stage, 1)
@@ -72,8 +76,8 @@ def _require_weights(weights: str | None) -> None:
         raise DataError(f"{weights}: no such weights file")
 
 
-def _without_values(name: str, channels: int) -> nn.Module:
-    """The network without memory for its parameters, where its code asks for no values while it is built."""
+def _meta_network(name: str, channels: int) -> nn.Module:
+    """The network on the meta device, or on the CPU if its constructor needs values."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What decides the result of a run besides the data: `TrainOptions` and its parts, which configurations fill."""
+"""The options that, with the data, determine the result of a run: `TrainOptions` and its parts."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from .stages import Stage
 
 
 def require(name: str, value: float | None, least: float, below: float = math.inf) -> None:
-    """Refuse a number outside of a range; None is not set.
+    """Refuse a number outside [least, below); None is accepted.
 
     Raises:
-        GigamorphError: naming it; NaN and infinity are in no range.
+        GigamorphError: naming the option, also for NaN and infinity.
     """
     if value is not None and not least <= value < below:
-        told = f"at least {least} and below {below}" if below < math.inf else f"{least} or more"
-        raise GigamorphError(f"{name} is {value}; it is {told}")
+        wanted = f"at least {least} and below {below}" if below < math.inf else f"{least} or more"
+        raise GigamorphError(f"{name} must be {wanted}, not {value}")
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How weights are changed.
+    """The optimizer and its options.
 
     Raises:
-        GigamorphError: for values that no optimizer has.
+        GigamorphError: for invalid values.
     """
 
     name: str = "adamw"
-    """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
+    """A class of `torch.optim` (case-insensitive), or ``timm:NAME``."""
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    """On weights, not on biases and norms."""
+    """Weight decay of weights; biases and norms do not decay."""
     momentum: float | None = None
-    """Of "sgd", which takes 0.9 where none is set."""
+    """Momentum of "sgd", 0.9 by default."""
     clip: float | None = 1.0
-    """Largest norm of the gradients of a step; 0 for any."""
+    """Maximum norm of the gradients of a step; 0 disables clipping."""
     layer_decay: float = 1.0
-    """Each part of the network learns at so much of the rate of the part after it."""
+    """Factor of the learning rate of each part of the network, relative to the next part."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Rates of their own, by patterns of modules or parameters; the last that fits counts."""
+    """Learning rates by patterns of modules or parameters; the last matching pattern counts."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer, as betas."""
+    """Additional arguments of the optimizer, such as betas."""
 
     def __post_init__(self) -> None:
         if self.momentum is None and self.name.lower() == "sgd":
@@ -59,17 +59,17 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate goes; see `schedules.factor_of`.
+    """The learning rate schedule; see `schedules.factor_of`.
 
     Raises:
-        GigamorphError: for values that no schedule has.
+        GigamorphError: for invalid values.
     """
 
     name: str = "cosine"
     warmup: float = 0.1
-    """Share of the steps over which the rate rises."""
+    """Fraction of the steps in which the rate rises."""
     plateau: int | None = None
-    """The rate is divided by ten after this many epochs without a better validation score."""
+    """Divide the rate by ten after this many epochs without a better validation score."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,20 +79,20 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised.
+    """The loss function.
 
     Raises:
-        GigamorphError: for values that no loss has.
+        GigamorphError: for invalid values.
     """
 
     class_weights: bool = False
-    """Weigh classes by the inverse of their frequency; of labels the positives."""
+    """Weight classes by their inverse frequency; for labels, weight the positives."""
     label_smoothing: float = 0.0
-    """Share of the truth that is spread over the classes (Szegedy et al., 2016)."""
+    """Fraction of the target that is spread over the classes (Szegedy et al., 2016)."""
     focal: float = 0.0
     """The exponent gamma of the focal loss (Lin et al., 2017); 0 for cross-entropy."""
     regression: Literal["squared", "absolute", "huber"] = "squared"
-    """Of numbers, in units of their standard deviation."""
+    """The loss of numbers, in units of their standard deviation."""
 
     def __post_init__(self) -> None:
         require("loss.label_smoothing", self.label_smoothing, 0, 1)
@@ -101,10 +101,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class StageOptions:
-    """A stage of the training; what is not set is as the whole run has it.
+    """A stage of the training; None takes the value of the run.
 
     Raises:
-        GigamorphError: for values that no stage has.
+        GigamorphError: for invalid values.
     """
 
     epochs: int
@@ -119,44 +119,44 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Everything that decides the result of a run besides the data; stored in the checkpoint.
+    """All options that, with the data, determine the result of a run; stored in the checkpoint.
 
     Raises:
-        GigamorphError: for values that no run has.
+        GigamorphError: for invalid values.
     """
 
     model: str = "resnet18"
     weights: str | None = None
     memory_budget: int | str | None = None
-    """Bytes, or a text as "8GiB"; None lets the engine take what is free."""
+    """Bytes, or a string like "8GiB"; None uses the free memory."""
     batch_norm: Literal["frozen"] | None = None
     epochs: int = 20
     accumulate: int = 8
-    """Images per optimizer step. Each is a batch of its own, because their sizes differ."""
+    """Images per optimizer step. Each image is a separate batch, because sizes differ."""
     precision: Precision = "fp32"
     patience: int | None = None
-    """Epochs without a better validation score after which the run ends."""
+    """End the run after this many epochs without a better validation score."""
     seed: int = 0
     device: str = "cpu"
     freeze: tuple[str, ...] = ()
-    """Patterns of modules or parameters that do not learn; their BatchNorm keeps its statistics."""
+    """Patterns of frozen modules or parameters; the statistics of their BatchNorm are frozen too."""
     split_image: bool | int = False
-    """Whether all processes share each image, a band of rows each, instead of having one each; or how many do."""
+    """Whether all processes share each image, with a band of rows per process; or how many processes share one."""
     average: float | None = None
-    """Decay of an exponential moving average of the weights (EMA), which then is scored and kept as the best."""
+    """Decay of an exponential moving average of the weights (EMA), which is then scored and saved as the best."""
     sampling: Literal["all", "balanced"] = "all"
-    """"all": an epoch has each image once; "balanced": as many, drawn so that all classes are equally frequent."""
+    """"all": each image once per epoch; "balanced": equally many, drawn so that all classes are equally frequent."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     loss: Loss = field(default_factory=Loss)
     stages: tuple[StageOptions, ...] = ()
-    """One after the other, in the place of a single one of ``epochs``."""
+    """Consecutive stages, instead of a single one of ``epochs``."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "patience"):
             require(name, getattr(self, name), 1)
         require("average", self.average, 0, 1)
-        require("seed", self.seed, 0, 2**32)  # scikit-learn, which draws folds, takes no other
+        require("seed", self.seed, 0, 2**32)  # the range of scikit-learn, which draws folds
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
 
@@ -166,10 +166,10 @@ class TrainOptions:
         return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     def made_stages(self, validated: bool) -> list[Stage]:
-        """The stages as the training loop takes them.
+        """The stages for the training loop.
 
         Args:
-            validated: whether there are validation images, without which nothing can be waited for.
+            validated: whether there are validation images, which `plateau` and `patience` need.
         """
         own = self.optimizer
         whole = Stage(

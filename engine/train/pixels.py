@@ -1,4 +1,4 @@
-"""What may be wrong with the pixels of an image that a network learns from: no numbers, or all of them equal."""
+"""Checks of the pixels of training images: NaN or infinite values, and constant images."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _ROWS, _FIRST = 256, 16
 
 
 def sources_of(item: Mapping[str, Any]) -> Sequence[PixelSource]:
-    """The image of a data set's item, or all views of an exam."""
+    """The image of a data set's item, or all views of its exam."""
     return item.get("views") or [item["image"]]
 
 
 def read_through(source: PixelSource, name: str) -> None:
-    """Read an image to its end as the network does.
+    """Read a complete image as the network does.
 
     Raises:
-        DataError: it cannot be read, or holds pixels that are no numbers.
+        DataError: if it cannot be read, or has pixels that are NaN or infinite.
     """
     for top in range(0, source.shape[1], _ROWS):
         require_numbers(source.read(top, min(top + _ROWS, source.shape[1]), 0, source.shape[2]), f"{name}: ")
 
 
 def is_blank(source: PixelSource) -> bool:
-    """Whether all pixels of the file have one value, in each channel; of most images some rows in the middle tell."""
+    """Whether each channel of the file is constant; for most images a few rows in the middle suffice."""
     found = stored_source(source)
     if found is None:
         return False

@@ -1,4 +1,4 @@
-"""What a long job tells its caller while it runs; the command line draws it."""
+"""Progress reports of long jobs, which the command line displays."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """A state of the work. ``pixels`` counts the finished part of the image under way."""
+    """A progress report. ``pixels`` includes the finished part of the current image."""
 
     stage: str
     """"validate", "test", "predict", or the name of a stage of training."""
     epoch: int
     epochs: int
     image: int
-    """Images that are complete in this stage."""
+    """Completed images of this stage."""
     images: int
     pixels: float
-    """Pixels done in this stage."""
+    """Completed pixels of this stage."""
     part: float = 0.0
-    """Share of the image under way that is done."""
+    """Completed fraction of the current image."""
     note: str = ""
-    """A line that is worth keeping: the result of an epoch, an image that was skipped."""
+    """A line to print: the result of an epoch, or a skipped image."""
     failed: int = 0
-    """Images of this stage that were skipped."""
+    """Skipped images of this stage."""
 
 
 Report = Callable[[Progress], None]
 
 
 class Meter:
-    """Counts images and pixels of a stage and reports them; its `on_tile` is hung on the accelerated network.
+    """Counts and reports images and pixels of a stage; the accelerated network calls `on_tile`.
 
     Args:
-        at_once: images that are computed at a time, one by each of as many processes; they are counted as if all were
-            as large as this process's.
+        report: called with each `Progress`.
+        at_once: images that are computed concurrently; they are counted as if all had the size of this process's image.
     """
 
-    # Share of a training step's arithmetic that lies in the first pass: 1 of forward 1, recompute 1, backward 2.
+    # Fraction of a training step's arithmetic in the first pass: 1 of forward 1, recompute 1, backward 2.
     _FORWARD = 0.25
 
     def __init__(self, report: Report | None, at_once: int = 1) -> None:
@@ -50,24 +50,24 @@ class Meter:
 
     @property
     def pixels(self) -> float:
-        """Of the stage's images that are complete, in all processes."""
+        """Pixels of the stage's completed images, in all processes."""
         return self._pixels
 
     def start(
         self, stage: str, images: int, epoch: int = 0, epochs: int = 1, done: int = 0, *, training: bool = False
     ) -> None:
-        """Begin a stage of ``images`` images, ``done`` of which were done before."""
+        """Begin a stage of ``images`` images, of which ``done`` are already complete."""
         self._training = training
         self._stage, self._images, self._epoch, self._epochs = stage, images, epoch, epochs
         self._image, self._pixels, self._current, self._failed = done, 0.0, 0.0, 0
         self._send()
 
     def image(self, pixels: int) -> None:
-        """The next image begins, of ``pixels`` pixels; or several, of this many together."""
+        """Begin the next image, or several, with ``pixels`` pixels in total."""
         self._current = float(pixels * self._at_once)
 
     def on_tile(self, event: Any) -> None:
-        """Take the engine's ``TileEvent``."""
+        """Report the engine's ``TileEvent``."""
         share = event.done / max(event.total, 1)
         if self._training:
             first = self._FORWARD
@@ -84,7 +84,7 @@ class Meter:
         self._send(note=text)
 
     def failed(self, text: str) -> None:
-        """An image is skipped, and why."""
+        """Count a skipped image, and report the reason."""
         self._failed += 1
         self._send(note=text)
 

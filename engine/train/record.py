@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, and whether a run that goes on is the same one."""
+"""The record of a run in its checkpoints, and the check that a resumed run has the same settings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .options import TrainOptions
 from .splits import hash_of, hash_of_reading, hash_of_truth
 from .stored import read_record, scale_of
 
-# Where and in how much memory a step is computed does not change what it computes.
-_FREE = ("memory_budget", "device", "weights", "split_image")
+# Options that do not change the result.
+_IRRELEVANT = ("memory_budget", "device", "weights", "split_image")
 
 
 def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[str, Any]:
-    """What a checkpoint says besides weights, state and what Lightning needs."""
+    """The record for checkpoints, in addition to weights, state and Lightning's own entries."""
     parts = {name: images.records for name, images in data.parts.items()}
     return {
         "format": 1,
@@ -33,7 +33,7 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
         "target": data.target.to_plain(),
         "channels": data.channels,
         "preprocessing": data.preprocessing,
-        # A checkpoint is passed on: it tells whether a split is the same, not who is in it.
+        # Checkpoints are passed on: they identify the split by a hash, without patients.
         "split": {
             "sha256": hash_of(parts),
             "truth_sha256": hash_of_truth(parts, data.target),
@@ -48,15 +48,15 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
 
 
 def _digest(weights: str | Path | None) -> str | None:
-    """Of a file or a folder; others (of timm, say) are known by their name."""
+    """The digest of a file or folder; None for weights that have only a name, such as timm's."""
     return digest_of(weights) if weights is not None and Path(weights).exists() else None
 
 
-def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | None:
-    """A line where a checkpoint's network has learnt on another scale of grey values than it gets now; else None.
+def scale_warning(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | None:
+    """A warning if a checkpoint's network was trained on another scale of grey values than the present one; else None.
 
-    Scales count as another where a value would be moved by half a standard deviation, or spread half as much again:
-    those that two sets of images measure (``--mean auto``) are always a little apart.
+    Scales differ if the means are more than half a standard deviation apart, or the standard deviations more than a
+    factor of 1.5: scales measured on two data sets (``--mean auto``) always differ slightly.
     """
     path = Path(weights)
     if not path.is_file() or path.suffix == ".safetensors":
@@ -70,72 +70,71 @@ def scale_told(weights: str | Path, preprocessing: Mapping[str, Any]) -> str | N
     if (abs(means[0] - means[1]) <= stds[0] / 2).all() and (abs(np.log(stds[0] / stds[1])) <= np.log(1.5)).all():
         return None
     return (
-        f"{path}: has learnt on grey values of mean {before['mean']} and std {before['std']}, and gets them by mean "
-        f"{now['mean']} and std {now['std']}; give its own with --mean and --std"
+        f"{path}: was trained with mean {before['mean']} and std {before['std']}, but this run has mean "
+        f"{now['mean']} and std {now['std']}; pass the former with --mean and --std"
     )
 
 
 def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with a run as another one.
+    """Refuse to resume a run with different data or options.
 
     Raises:
-        DataError: it has another split, or learns other labels. GigamorphError: other options.
+        DataError: if the split or the labels differ.
+        GigamorphError: if options differ.
     """
-    if stored["options"]["seed"] != record["options"]["seed"]:  # it draws the split
-        raise _other(path, "seed", stored["options"]["seed"], record["options"]["seed"])
+    if stored["options"]["seed"] != record["options"]["seed"]:  # the seed draws the split
+        raise _changed_option(path, "seed", stored["options"]["seed"], record["options"]["seed"])
     if stored["split"]["sha256"] != record["split"]["sha256"]:
-        raise DataError(f"{path}: belongs to another split of the data; resume with the table it was begun with")
+        raise DataError(f"{path}: belongs to another split of the data; resume with the table that it was started with")
     for name, value in stored.get("target", {}).items():
         now = record["target"].get(name)
         if not _equal(value, now):
             raise DataError(
-                f"{path}: was begun to learn {name} {_TOLD.get(name, '')}{value}, not {now}; resume with the labels, "
-                "and the table, that it was begun with"
+                f"{path}: was started with target {name} {_MEANINGS.get(name, '')}{value}, not {now}; resume with the "
+                "same labels and table"
             )
     truth = record["split"]["truth_sha256"]
-    if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions do not say
+    if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions lack it
         what = "masks" if record["target"]["kind"] == "masks" else "labels"
         raise DataError(
-            f"{path}: was begun with other {what} or frames of the same images; resume with those it was begun with"
+            f"{path}: was started with different {what} or frames of the same images; resume with the same table"
         )
     reading = record["split"]["reading_sha256"]
     if stored["split"].get("reading_sha256", reading) != reading:
         what = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
-        raise DataError(
-            f"{path}: was begun with other {what} of the same images; resume with the table it was begun with"
-        )
+        raise DataError(f"{path}: was started with different {what} of the same images; resume with the same table")
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
-            f"{path}: was begun with {stored.get('images_at_once', 1)} images at a time, each on a device of its own, "
-            f"not {record['images_at_once']}; resume with as many devices"
+            f"{path}: was started with {stored.get('images_at_once', 1)} images at a time, one per device, not "
+            f"{record['images_at_once']}; resume with the same number of devices"
         )
     given = dict(_flat(record["options"], ""))
     for name, value in _flat(stored["options"], ""):
         now = given.get(name)
-        if name in _FREE or (name == "epochs" and now > value):
+        if name in _IRRELEVANT or (name == "epochs" and now > value):
             continue
-        if name == "optimizer.momentum" and now is None:  # runs of older versions say one of every optimizer
+        if name == "optimizer.momentum" and now is None:  # older versions stored one for every optimizer
             continue
         if now != value:
-            raise _other(path, name, value, now)
+            raise _changed_option(path, name, value, now)
     weights = record["weights_sha256"]
-    if weights is not None and stored.get("weights_sha256", weights) != weights:  # other folds would begin from them
-        told = f"was begun from other weights than {record['options']['weights']} has now"
-        raise DataError(f"{path}: {told}; resume with those it was begun from")
+    if weights is not None and stored.get("weights_sha256", weights) != weights:  # other folds would start from them
+        reason = f"was started from other weights than {record['options']['weights']} now contains"
+        raise DataError(f"{path}: {reason}; resume with the same weights")
     if stored["preprocessing"] != record["preprocessing"]:
-        raise GigamorphError(f"{path}: was begun with another preprocessing; resume with {stored['preprocessing']}")
+        raise GigamorphError(f"{path}: was started with another preprocessing; resume with {stored['preprocessing']}")
 
 
-def _other(path: Path, name: str, before: Any, now: Any) -> GigamorphError:
+def _changed_option(path: Path, name: str, before: Any, now: Any) -> GigamorphError:
     more = " or more" if name == "epochs" else ""
-    return GigamorphError(f"{path}: was begun with {name}={before!r}, not {now!r}; resume with the same{more}")
+    return GigamorphError(f"{path}: was started with {name}={before!r}, not {now!r}; resume with the same value{more}")
 
 
-_TOLD = {"center": "(the training images' mean) ", "spread": "(their standard deviation) "}
+_MEANINGS = {"center": "(the training images' mean) ", "spread": "(their standard deviation) "}
 
 
 def _equal(before: Any, now: Any) -> bool:
-    """Means and deviations up to the order of their sums."""
+    """Whether values are equal; means and deviations up to rounding."""
     if before == now:
         return True
     numbers = all(isinstance(one, list) and one and isinstance(one[0], float) for one in (before, now))
@@ -143,7 +142,7 @@ def _equal(before: Any, now: Any) -> bool:
 
 
 def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
-    """Values by their dotted keys."""
+    """Values with their dotted keys."""
     for key, value in values.items():
         if isinstance(value, dict) and value and key not in ("options", "rates"):
             yield from _flat(value, f"{before}{key}.")

@@ -1,4 +1,4 @@
-"""Where, and with what, something is trained; and the seeds of its random numbers."""
+"""The settings of a run (folder, device, logging), and the seeds of its random numbers."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ def _silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Where, and with what, a training or a whole recipe runs."""
+    """The settings of a training or of a complete recipe."""
 
     out: Path
     seed: int = 0
     device: str = "cpu"
     memory_budget: int | None = None
-    """Bytes of a step; None lets the engine take what is free."""
+    """Bytes of a step; None uses the free memory."""
     resume: bool = False
     precision: Precision = "fp32"
     report: Report | None = None
-    """Called while it works, for a progress bar."""
+    """Called with the progress, for a progress bar."""
     say: Callable[[str], None] = _silent
-    """Called with a line for people."""
+    """Called with lines to print."""
     log: tuple[str, ...] = ()
-    """Loggers beside ``log.csv``, see `loggers.make_loggers`."""
+    """Loggers in addition to ``log.csv``, see `loggers.make_loggers`."""
     callbacks: tuple[str, ...] = ()
-    """Callbacks of Lightning, see `loggers.make_callbacks`."""
+    """Lightning callbacks, see `loggers.make_callbacks`."""
     begun: Callable[[], object] = lambda: None
-    """Called when all has been checked, before the first step."""
+    """Called after all checks, before the first step."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
-    """The processes that run it together: each does all of it but the training, which they share."""
+    """The processes that run it together: they share the training, and each does everything else."""
 
     def undealt(self) -> Run:
-        """The run of what is too small to be dealt to processes, or is one batch a step: each computes all of it."""
+        """The run with every batch computed by each process, for work that is too small to be distributed."""
         return replace(self, group=self.group.undealt())
 
     def part(self, name: str) -> Run:
-        """The run of a part of the whole, in a folder of its own."""
+        """The run of a part, in a subfolder."""
         return replace(self, out=self.out / name)
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for random numbers that belong to these."""
+    """A seed that is derived from these numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

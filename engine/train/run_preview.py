@@ -1,4 +1,4 @@
-"""What a run will take, told before it: the largest image's plan, and how many optimizer steps there are."""
+"""A preview of a run: the plan of the largest image, and the number of optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,29 +23,34 @@ from .options import TrainOptions
 
 log = logging.getLogger("gigamorph")
 
-_LOOKED_AT = 16
-_PATIENCE = 1.0
-"""Seconds that a plan may have taken for another one, of a larger budget, to be made as well."""
-_TOLD_FROM = 1.1
-"""By how much a step has to become faster for a larger budget to be told."""
+_SAMPLED_IMAGES = 16
+_QUICK_PLAN = 1.0
+"""Maximum seconds of a plan after which a second plan, with a larger budget, is made."""
+_MIN_SPEEDUP = 1.1
+"""Minimum speed-up of a step for which a larger budget is suggested."""
 
 
-def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[str]:
-    """Lines for people: tile, predicted peak and budget of a step on the largest image; steps of an epoch; a budget by
-    which a step would be faster, if there is one and planning is quick.
+def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[str]:
+    """Lines to print: tile, predicted peak and budget of a step on the largest image; steps of an epoch; and a larger
+    budget that makes steps faster, if there is one and planning is quick.
 
-    Of the training images at most 16 are opened, spread over the table; larger ones may be among the others.
+    At most 16 training images, spread over the table, are opened; others may be larger.
+
+    Args:
+        net: the network.
+        data: the images.
+        options: of the run.
 
     Raises:
-        BudgetError: if no tile of that image fits the budget; it names the image.
+        BudgetError: naming the image, if none of its tiles fits the budget.
     """
     count = len(data.train)
-    chosen = sorted({round(number) for number in np.linspace(0, count - 1, _LOOKED_AT)})
-    looked = [_look(data.train[number]) for number in chosen]
+    chosen = sorted({round(number) for number in np.linspace(0, count - 1, _SAMPLED_IMAGES)})
+    looked = [_image_size(data.train[number]) for number in chosen]
     shape, path, _ = max(looked, key=lambda one: one[0][-2] * one[0][-1])
     samples = "images" if data.target.views is None else "exams"
     planned = net
-    if isinstance(data.target, MaskTarget):  # the map is never whole in a step, as it would be in a call
+    if isinstance(data.target, MaskTarget):  # a step does not compute the complete map, as a call would
         with_loss = WithLoss(net._network, len(data.target.names), options.loss)
         planned = accelerate(with_loss, options.budget, batch_norm=options.batch_norm)
     planned.train()
@@ -55,13 +60,13 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
             plan = planned.plan_for((1, *shape))
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}") from error
-    quick = time.monotonic() - started < _PATIENCE
+    quick = time.monotonic() - started < _QUICK_PLAN
     log.debug("plan of the largest image\n%s", plan)
     budget = "what is free" if options.budget is None else format_bytes(options.budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
     yield (
-        f"largest of {sum(count for _, _, count in looked)} images looked at: {shape[-2]} x {shape[-1]}, {tiles}, "
+        f"largest of {sum(count for _, _, count in looked)} sampled images: {shape[-2]} x {shape[-1]}, {tiles}, "
         f"predicted peak {format_bytes(plan.peak_bytes)} of {budget}"
     )
     steps, epochs = -(-count // options.accumulate), sum(s.epochs for s in options.stages) or options.epochs
@@ -74,30 +79,30 @@ def proposal(net: Accelerated, data: Data, options: TrainOptions) -> Iterator[st
 
 
 def larger_budget(planned: Accelerated, shape: tuple[int, ...], plan: Plan) -> Iterator[str]:
-    """A line on a budget of at most four times the bytes, or of what is free, by which a step computes less twice."""
+    """A line on a budget, at most four times the present one or the free memory, with which a step recomputes less."""
     device, budget = planned._device(), planned.memory_budget
     free = int(constants.FREE_SHARE * available_bytes(device))
     most = free if budget is None else min(4 * budget, free)
-    # Without a budget a GPU fills what is free already.
-    if plan.work < _TOLD_FROM or most <= (budget or 0) or (budget is None and device.type != "cpu"):
+    # Without a budget, a GPU already uses all free memory.
+    if plan.work < _MIN_SPEEDUP or most <= (budget or 0) or (budget is None and device.type != "cpu"):
         return
     dtype = next((p.dtype for p in planned.parameters() if p.is_floating_point()), torch.float32)
     with torch.enable_grad():
         other = _with_budget(planned, most).plan_for(shape, dtype, device)
     faster = plan.work / other.work
-    if faster >= _TOLD_FROM:
+    if faster >= _MIN_SPEEDUP:
         enough = min(most, math.ceil(1.1 * other.peak_bytes / 2**20) * 2**20)
         yield (
-            f"--memory-budget {enough // 2**20}MiB would make a step about {faster:.1f} x faster, by its arithmetic "
-            "and moved bytes; gigamorph plan compares budgets"
+            f"--memory-budget {enough // 2**20}MiB would make a step about {faster:.1f} x faster, estimated from "
+            "arithmetic and moved bytes; gigamorph plan compares budgets"
         )
 
 
 def _with_budget(net: Accelerated, memory_budget: int) -> Accelerated:
-    """The same network, accelerated in the same way within another budget."""
+    """The network, accelerated with the same settings and another budget."""
     return accelerate(net._network, memory_budget, net.tile, net.batch_norm, net.halos, net.fallback, net.split)
 
 
-def _look(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Path, int]:
-    """Shape of an image, or of the largest view of an exam; its file; how many views there are."""
+def _image_size(item: Mapping[str, Any]) -> tuple[tuple[int, ...], Path, int]:
+    """Shape of an image, or of the largest view of an exam; its file; the number of views."""
     return tuple(item["image"].shape), item["record"].path, len(item.get("views", (1,)))

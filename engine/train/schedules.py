@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a stage: a function of the step's number alone, so that a resumed run has it."""
+"""Learning rate schedules of a stage, as functions of the step alone, so that resumed runs get the same rates."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ from .stages import Stage
 
 Factor = Callable[[int], float]
 
-# PyTorch's documentation steps these after each batch, all others after each epoch.
+# According to PyTorch's documentation these are stepped after each batch, all others after each epoch.
 _PER_STEP = {"onecyclelr", "cycliclr"}
-# They need functions or other schedules, or a score (which `Stage.plateau` looks at).
+# These need functions, other schedules, or a score (see `Stage.plateau`).
 _UNFIT = {"lrscheduler", "lambdalr", "multiplicativelr", "sequentiallr", "chainedscheduler", "reducelronplateau"}
 
 
 def factor_of(stage: Stage, steps_of_epoch: int) -> Factor:
     """The factor of the learning rate at each optimizer step of a stage, counted from 0.
 
-    "constant"; "cosine" and "linear", which fall to zero over the steps after the warm-up; a class of
+    Schedules are "constant"; "cosine" and "linear", which fall to zero after the warm-up; a class of
     `torch.optim.lr_scheduler`, stepped after each epoch (OneCycleLR and CyclicLR after each step); or ``timm:NAME``.
-    Counts that PyTorch's classes need (T_max, total_steps, total_iters) are those of the stage where they are not
-    given; rates (eta_min, max_lr, base_lr, timm's min_lr) are rates, and those of parts that have another go in
-    proportion. The warm-up is linear; it precedes our own, and is a factor of the others.
+    Counts of PyTorch's classes (T_max, total_steps, total_iters) default to those of the stage. Rates (eta_min, max_lr,
+    base_lr, timm's min_lr) are absolute; parameters with another rate are scaled in proportion. The warm-up is linear:
+    it precedes the first three schedules, and multiplies the others.
+
+    Args:
+        stage: settings of the stage.
+        steps_of_epoch: optimizer steps per epoch.
 
     Raises:
-        GigamorphError: the schedule is unknown, or does not take these options.
+        GigamorphError: if the schedule is unknown, or does not accept these options.
     """
     steps = max(stage.epochs * steps_of_epoch, 1)
     share = (0.0 if stage.schedule == "constant" else 0.1) if stage.warmup is None else stage.warmup
     if not 0 <= share < 1:
-        raise GigamorphError(f"warmup {share} is no share of the steps; it is at least 0 and below 1")
+        raise GigamorphError(f"warmup must be a fraction of the steps, at least 0 and below 1, not {share}")
     own = {"constant": _constant, "cosine": _cosine, "linear": _linear}.get(stage.schedule)
-    # The published recipes' warm-up has one step at least.
+    # As in the published recipes, a warm-up has at least one step.
     warmup = max(1, int(steps * share)) if share else 0
     if own is not None:
         if stage.schedule_options:
             raise GigamorphError(
-                f"schedule {stage.schedule!r} takes no options, not {', '.join(stage.schedule_options)}"
+                f"schedule {stage.schedule!r} has no options; remove {', '.join(stage.schedule_options)}"
             )
         rest = max(1, steps - warmup)
         return lambda step: (step + 1) / warmup if step < warmup else own(min((step - warmup) / rest, 1.0))
@@ -75,10 +79,10 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     }
     name = stage.schedule.lower()
     if name == "reducelronplateau":
-        raise GigamorphError(f"schedule {stage.schedule!r}: schedule.plateau = EPOCHS divides the rate by ten so")
+        raise GigamorphError(f"cannot use schedule {stage.schedule!r}; set schedule.plateau = EPOCHS instead")
     if name not in there:
         raise GigamorphError(
-            f"schedule {stage.schedule!r} is unknown; take one of constant, cosine, linear, "
+            f"unknown schedule {stage.schedule!r}; use one of constant, cosine, linear, "
             f"{', '.join(sorted({value.__name__ for value in there.values()}))}, or timm:NAME"
         )
     every = 1 if name in _PER_STEP else max(steps_of_epoch, 1)
@@ -86,7 +90,7 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     count = stage.epochs * max(steps_of_epoch, 1) // every
     own = stage.schedule_options.get("total_steps")
     if isinstance(own, int) and own < count:
-        raise GigamorphError(f"schedule {stage.schedule!r}: total_steps is {own}, the run has {count}; leave it out")
+        raise GigamorphError(f"schedule {stage.schedule!r}: total_steps is {own}, but the run has {count}; omit it")
     counted = {key: count for key in ("T_max", "total_steps", "total_iters") if key in taken}
     rate = {"max_lr": _rate(stage)} if name == "onecyclelr" else {}
     still = {"cycle_momentum": False} if "cycle_momentum" in taken else {}
@@ -94,7 +98,7 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     def make(optimizer: torch.optim.Optimizer) -> Any:
         return there[name](optimizer, **{**counted, **rate, **still, **stage.schedule_options})
 
-    replayed = _Replayed(_tried(stage, make))
+    replayed = _Replayed(_checked_factory(stage, make))
     return lambda step: replayed(step // every) / _rate(stage)
 
 
@@ -113,7 +117,7 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
             raise ValueError("timm has cosine, tanh, step, multistep, poly")
         return made
 
-    optimizer, scheduler = _tried(stage, make)()
+    optimizer, scheduler = _checked_factory(stage, make)()
 
     def factor(step: int) -> float:
         scheduler.step_update(step)
@@ -122,39 +126,39 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
     return factor
 
 
-def _tried(
+def _checked_factory(
     stage: Stage, make: Callable[[torch.optim.Optimizer], Any]
 ) -> Callable[[], tuple[torch.optim.Optimizer, Any]]:
-    """Makes a schedule of an optimizer that has the stage's rate: what becomes of it, by that, is the factor."""
+    """A function that makes an optimizer with the stage's rate, and its schedule; tried once to report errors."""
 
-    def begin() -> tuple[torch.optim.Optimizer, Any]:
+    def make_both() -> tuple[torch.optim.Optimizer, Any]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_rate(stage))
         return optimizer, make(optimizer)
 
     try:
-        begin()
-    except Exception as error:  # whatever its class raises for values that it cannot take
-        told = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
-        raise GigamorphError(f"schedule {stage.schedule!r} cannot be made with {told}: {error}") from error
-    return begin
+        make_both()
+    except Exception as error:  # any error that the class raises for invalid values
+        listed = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
+        raise GigamorphError(f"cannot make schedule {stage.schedule!r} with {listed}: {error}") from error
+    return make_both
 
 
 def _rate(stage: Stage) -> float:
-    return stage.lr or 1.0  # of a rate of 0 no factor makes another
+    return stage.lr or 1.0  # any factor of a rate of 0 is 0
 
 
 class _Replayed:
-    """The rate of a schedule that goes on step by step; asked for an earlier one it begins anew."""
+    """The rate of a stepwise schedule at any step; for an earlier step, the schedule is restarted."""
 
-    def __init__(self, begin: Callable[[], tuple[torch.optim.Optimizer, Any]]) -> None:
-        self._begin = begin
+    def __init__(self, make_both: Callable[[], tuple[torch.optim.Optimizer, Any]]) -> None:
+        self._make_both = make_both
         self._at = 0
-        self._optimizer, self._scheduler = begin()
+        self._optimizer, self._scheduler = make_both()
 
     def __call__(self, number: int) -> float:
         if number < self._at:
             self._at = 0
-            self._optimizer, self._scheduler = self._begin()
+            self._optimizer, self._scheduler = self._make_both()
         while self._at < number:
             self._optimizer.step()
             self._scheduler.step()

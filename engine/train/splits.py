@@ -1,4 +1,4 @@
-"""Which split of a training an image was in, as far as a checkpoint can tell: it knows the split, not who is in it."""
+"""The splits of images in a training, reconstructed from the hash in a checkpoint, which contains no patients."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .folds import draw_folds
 from .network import target_of
 from .target import Target
 
-_FOLDS = 10  # of larger cross-validations it is not known
+_FOLDS = 10  # larger cross-validations are not reconstructed
 
 
 def hash_of(parts: Mapping[str, Sequence[Record]]) -> str:
-    """SHA-256 of which images, patients and labels are in which split."""
-    # The last two parts of a path: the folder may have moved when a run is resumed.
+    """SHA-256 of the images, patients and labels of each split."""
+    # Only the last two parts of a path: the folder may have moved before a resume.
     split = {name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in part] for name, part in parts.items()}
     return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
 
 
 def hash_of_truth(parts: Mapping[str, Sequence[Record]], target: Target) -> str:
-    """SHA-256 of what the table, and its masks, say of each image that is learnt."""
+    """SHA-256 of the labels, or masks, of each image."""
     digest = hashlib.sha256()
     for part in parts.values():
         for record, truth in zip(part, _truths(part, target), strict=True):
@@ -41,24 +41,26 @@ def hash_of_truth(parts: Mapping[str, Sequence[Record]], target: Target) -> str:
 
 
 def hash_of_reading(parts: Mapping[str, Sequence[Record]], *, sides: bool = True, exams: bool = True) -> str:
-    """SHA-256 of what the table says of how each image is read, and with which others it is one exam.
+    """SHA-256 of the table's columns on how images are read, and of the grouping of images into exams.
 
     Args:
-        sides: whether an image is turned by its laterality. exams: whether views of an exam are one sample.
+        parts: records of each split.
+        sides: whether images are mirrored by laterality.
+        exams: whether the views of an exam are one sample.
     """
     digest = hashlib.sha256()
     for part in parts.values():
-        numbers: dict[tuple[str, ...], int] = {}  # exams may be named in another way
+        numbers: dict[tuple[str, ...], int] = {}  # exams may have been renamed
         for record in part:
-            told: list[Any] = [record.frame, record.white, record.chest_wall]
-            told.append(record.laterality if sides and record.chest_wall is None else None)
-            told.append(numbers.setdefault(exam_of(record), len(numbers)) if exams else None)
-            digest.update(json.dumps(told).encode())
+            values: list[Any] = [record.frame, record.white, record.chest_wall]
+            values.append(record.laterality if sides and record.chest_wall is None else None)
+            values.append(numbers.setdefault(exam_of(record), len(numbers)) if exams else None)
+            digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 
 def _truths(records: Sequence[Record], target: Target) -> Iterable[list[Any]]:
-    """Plain values for each."""
+    """The truth of each image, as plain values."""
     if target.kind != "masks":
         return target.truth(records).tolist()
     with ThreadPoolExecutor(available_cpus()) as pool:
@@ -73,23 +75,23 @@ def _digest(path: Path) -> str:
 
 
 def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[Record]:
-    """Records with the split that they had in a training, as far as it is known.
+    """Records with the split that they had in a training, if known.
 
-    The table of the training gives the splits of the training: drawn again by its seed, with the same hash; images that
-    it left out, for they say nothing of what is learnt, have their patient's. Of other images it is the split that
-    their table names, or None.
+    If the records are the training's table, the splits are drawn again by its seed and verified by the hash. Images
+    without labels get the split of their patient. For other tables, the records keep the split of their table, or None.
 
     Args:
-        trained: what a checkpoint says of its network.
+        records: images of a table.
+        trained: the record of a checkpoint.
     """
-    with contextlib.suppress(DataError, KeyError):  # other images; a recipe's checkpoint, which keeps no hash
+    with contextlib.suppress(DataError, KeyError):  # other images, or a recipe's checkpoint, which has no hash
         own, seed = trained["split"], trained["options"]["seed"]
         learnt = target_of(trained).known(records) if "target" in trained else records
         if len(learnt) != sum(own.get(name, 0) for name in SPLITS):
             return list(records)
         for drawn in _draws(learnt, seed):
             parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
-            # Counts first, for the hash of a large table takes long.
+            # Counts first, because the hash of a large table takes long.
             if all(len(part) == own.get(name, len(part)) for name, part in parts.items()) and (
                 hash_of(parts) == own["sha256"]
             ):
@@ -99,7 +101,7 @@ def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[R
 
 
 def _draws(records: Sequence[Record], seed: int) -> Iterator[list[Record]]:
-    """The split of a run by itself, and those of cross-validations."""
+    """The split of a single run, and those of cross-validations."""
     yield assign_splits(records, seed=seed)
     for count in range(2, _FOLDS + 1):
         yield from draw_folds(records, count, seed)

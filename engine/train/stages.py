@@ -1,4 +1,4 @@
-"""Stages of training: which parameters learn, at which rate, and what the layers around them do meanwhile."""
+"""Stages of training: trainable parameters, learning rates, and the modes of BatchNorm and dropout."""
 
 from __future__ import annotations
 
@@ -18,93 +18,93 @@ _DROPOUT = nn.modules.dropout._DropoutNd
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. An optimizer is made anew for each; patterns are matched against names with `fnmatch`."""
+    """One stage, with a new optimizer; patterns are matched against names by `fnmatch`."""
 
     name: str
     epochs: int
     lr: float
     trainable: tuple[str, ...] = ("*",)
-    """Patterns of parameters, or of modules, all of whose parameters are meant; all others are frozen."""
+    """Patterns of trainable parameters, or of modules with all their parameters; all others are frozen."""
     frozen: tuple[str, ...] = ()
-    """Patterns of those that are frozen nevertheless."""
+    """Patterns of exceptions that are frozen."""
     rates: tuple[tuple[str, float], ...] = ()
-    """Patterns of parameters with a learning rate of their own in the place of ``lr``; the last that fits counts."""
+    """Patterns of parameters with a learning rate that replaces ``lr``; the last matching pattern counts."""
     weight_decay: float = 0.0
-    """On weights, not on biases and norms. With "adam" and "sgd" it is a gradient, with "adamw" a decay of its own."""
+    """Decay of weights, not of biases and norms. "adam" and "sgd" add it to the gradient, "adamw" decouples it."""
     undecayed: tuple[str, ...] = ()
-    """Patterns of parameters that learn without decay."""
+    """Patterns of parameters without weight decay."""
     optimizer: str = "adam"
-    """A class of `torch.optim`, in letters of any case, or ``timm:NAME``."""
+    """A class of `torch.optim` (case-insensitive), or ``timm:NAME``."""
     momentum: float = 0.9
-    """Of "sgd", Nesterov's where it is not zero."""
+    """Nesterov momentum of "sgd"; 0 for none."""
     optimizer_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer, as betas."""
+    """Additional arguments of the optimizer, such as betas."""
     layer_decay: float = 1.0
-    """The last part of the network (a block of layers, `parts`) learns at ``lr``, each one before it at so much of the
-    rate of the one after."""
+    """Factor of the learning rate of each part of the network (a block of layers, see `parts`), relative to the next
+    part; the last part has ``lr``."""
     batch_size: int = 1
     accumulate: int = 1
     """Batches per optimizer step, whose losses are averaged."""
     schedule: str = "constant"
-    """"constant"; "cosine" and "linear", which fall to zero; or another, see `schedules.factor_of`."""
+    """"constant"; "cosine" and "linear", which fall to zero; or others, see `schedules.factor_of`."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the schedule."""
+    """Additional arguments of the schedule."""
     warmup: float | None = None
-    """Share of the stage's steps over which the rate rises; None: a tenth, of "constant" none."""
+    """Fraction of the stage's steps in which the rate rises; None means 0.1, or 0 for "constant"."""
     plateau: int | None = None
-    """The rate is divided by ten after this many epochs without a better score."""
+    """Divide the rate by ten after this many epochs without a better score."""
     patience: int | None = None
-    """The stage ends after this many epochs without a better score."""
+    """End the stage after this many epochs without a better score."""
     dropout: float | None = None
-    """Probability of every dropout layer; None leaves each as it was built."""
+    """Probability of all dropout layers; None leaves them unchanged."""
     batch_norm: Literal["train", "eval", "trainable"] = "train"
-    """"eval": all use and keep their stored statistics; "trainable": only those whose weights are frozen do."""
+    """"eval": all layers use their running statistics, unchanged; "trainable": only layers with frozen weights do."""
     clip: float | None = None
-    """Largest norm of the gradients of a step."""
+    """Maximum norm of the gradients of a step."""
     average: float | None = None
-    """Decay of an exponential moving average of the weights, which then is what is scored and kept as the best."""
+    """Decay of an exponential moving average of the weights, which is then scored and saved as the best."""
 
 
 def trainable_names(module: nn.Module, stage: Stage) -> list[str]:
-    """Names of the parameters that a stage trains, in the module's order.
+    """Names of a stage's trainable parameters, in the module's order.
 
     Raises:
-        GigamorphError: if a pattern names no parameter, or none is left.
+        GigamorphError: if a pattern matches no parameter, or all are frozen.
     """
     names = [name for name, _ in module.named_parameters()]
     found = {name for pattern in stage.trainable for name in matching(names, pattern, stage)}
     found -= {name for pattern in stage.frozen for name in matching(names, pattern, stage)}
     if not found:
-        raise GigamorphError(f"stage '{stage.name}': all parameters are frozen; nothing would be trained")
+        raise GigamorphError(f"stage '{stage.name}': all parameters are frozen, so nothing would be trained")
     return [name for name in names if name in found]
 
 
 def matching(names: list[str], pattern: str, stage: Stage) -> list[str]:
-    """The parameters, of those named, that a pattern of a stage means.
+    """The names of parameters that match a pattern of a stage.
 
     Raises:
-        GigamorphError: if it means none.
+        GigamorphError: if there are none.
     """
     hits = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
     if not hits:
         there = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
         raise GigamorphError(
-            f"stage '{stage.name}': {pattern!r} names no parameter of the network, whose parts are {there}"
+            f"stage '{stage.name}': {pattern!r} matches no parameter of the network; its parts are {there}"
         )
     return hits
 
 
-def require_deal(stage: Stage, processes: int) -> None:
-    """Refuse a stage whose batches of an optimizer step cannot be dealt to so many processes.
+def require_multiple(stage: Stage, processes: int) -> None:
+    """Refuse a stage whose batches per optimizer step cannot be distributed to the processes.
 
     Raises:
-        GigamorphError: accumulate is no multiple of them.
+        GigamorphError: if accumulate is not a multiple of the number of processes.
     """
     if stage.accumulate % processes:
         size = f", {stage.batch_size} at a time," if stage.batch_size > 1 else ""
         raise GigamorphError(
             f"stage '{stage.name}': {stage.accumulate * stage.batch_size} images per optimizer step{size} cannot be "
-            f"dealt to {processes} processes; make accumulate a multiple, or let them share each image"
+            f"distributed to {processes} processes; make accumulate a multiple, or let them share each image"
         )
 
 
@@ -115,7 +115,7 @@ def _prefixes(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """On the way out, parameters learn or not, and dropout layers drop, as they did before."""
+    """Context that restores `requires_grad` of parameters and the probabilities of dropout layers on exit."""
     wants = [(p, p.requires_grad) for p in module.parameters()]
     drops = [(m, m.p) for m in module.modules() if isinstance(m, _DROPOUT)]
     try:
@@ -128,7 +128,7 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 
 def freeze(module: nn.Module, stage: Stage) -> None:
-    """Let the stage's parameters learn and no others, and set its dropout."""
+    """Make only the stage's parameters trainable, and set its dropout."""
     wanted = set(trainable_names(module, stage))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in wanted)
@@ -140,7 +140,7 @@ def freeze(module: nn.Module, stage: Stage) -> None:
 
 
 def train_mode(module: nn.Module, stage: Stage) -> None:
-    """Training mode, with BatchNorm as the stage wants it; call `freeze` first."""
+    """Set training mode, with BatchNorm according to the stage; call `freeze` first."""
     module.train()
     for layer in module.modules():
         if isinstance(layer, _NORM):

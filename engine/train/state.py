@@ -1,4 +1,4 @@
-"""Where a training through stages is, and what it has found so far."""
+"""The progress of a training through stages, and its results so far."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .task import Score
 
 @dataclass
 class State:
-    """Plain values, which checkpoints hold."""
+    """The progress, as plain values for checkpoints."""
 
     stage: int = 0
     within: int = 0
-    """Epochs of the stage that are complete."""
+    """Completed epochs of the stage."""
     epoch: int = 0
-    """Epochs of all stages that are complete."""
+    """Completed epochs of all stages."""
     batch: int = 0
-    """Batches of the epoch under way that are done, by all processes."""
+    """Completed batches of the current epoch, over all processes."""
     losses: list[float] = field(default_factory=list)
-    """Of the batches of the epoch under way that this process has done."""
+    """Losses of this process's batches in the current epoch."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Of ``log.csv``."""
+    """Rows of ``log.csv``."""
     best: list[float] | None = None
-    """Value and tie of the best score."""
+    """Value and tie-breaker of the best score."""
     best_epoch: int = 0
     """Counted from 1, through the stages."""
     decay: float = 1.0
@@ -35,7 +35,7 @@ class State:
     stale: int = 0
     """Epochs of the stage without a better value."""
     stopped: bool = False
-    """A callback of the user's has ended the stage."""
+    """Whether a user's callback has ended the stage."""
 
     def is_over(self, stage: Stage) -> bool:
         return (
@@ -43,7 +43,7 @@ class State:
         )
 
     def ending(self, stage: Stage) -> str:
-        """Why a stage is over, for people; empty where it is not."""
+        """A text on why a stage is over; empty if it is not."""
         if self.within >= stage.epochs:
             return f"complete after epoch {stage.epochs}"
         if self.stopped:
@@ -53,7 +53,7 @@ class State:
         return ""
 
     def end_epoch(self, stage: Stage, row: dict[str, Any], score: Score | None) -> bool:
-        """Count an epoch; returns whether it is the best so far. Without a score the latest is the best known."""
+        """Count an epoch; returns whether it is the best so far. Without a score the latest epoch is the best."""
         self.rows.append(row)
         value = -row["train_loss"] if score is None else score.value if score.stop is None else score.stop
         self.stale = 0 if value > self.stage_best else self.stale + 1
@@ -72,5 +72,5 @@ class State:
         self.decay, self.stage_best, self.stale, self.stopped = 1.0, -math.inf, 0, False
 
     def stored(self, losses: list[float]) -> dict[str, Any]:
-        """For a checkpoint; the losses are those of all processes."""
+        """The state for a checkpoint, with the losses of all processes."""
         return {**asdict(self), "losses": losses}

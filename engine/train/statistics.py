@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorms whose batches are dealt to several processes: those of one process."""
+"""Running statistics of BatchNorm over distributed batches, equal to those of a single process."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ _NORM = nn.modules.batchnorm._BatchNorm
 
 
 class RunningStatistics:
-    """What the batches of all processes leave in running means and variances, as if one had computed them in turn.
+    """Merges the running means and variances of all processes, as if one process had computed the batches in order.
 
-    DDP keeps those of the first process's batches alone, which a later stage or the score would see. A batch makes
-    keep * r + s of a running value r, with s of its own pixels: from what each process has made of the same r the s of
-    all batches follow, and are added in the order of the batches. Layers that exchange statistics themselves
-    (SyncBatchNorm) are left as they are.
+    DDP would use only the first process's batches. A batch changes a running value r to a * r + s, where s depends on
+    its pixels. All processes start from the same r, so the s of all batches can be recovered and added in the order of
+    the batches. Layers that exchange statistics themselves (SyncBatchNorm) are not changed.
     """
 
     def __init__(self, net: nn.Module, group: ProcessGroup) -> None:
         layers = [m for m in net.modules() if isinstance(m, _NORM) and m.running_mean is not None]
-        self._all = [m for m in layers if not isinstance(m, nn.SyncBatchNorm)] if group.at_once > 1 else []
+        self._norms = [m for m in layers if not isinstance(m, nn.SyncBatchNorm)] if group.at_once > 1 else []
         self._group = group
         self._layers: list[Any] = []
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
         """Call before a batch."""
-        self._layers = [layer for layer in self._all if layer.training]
+        self._layers = [layer for layer in self._norms if layer.training]
         self._before = self._values()
 
     @torch.no_grad()
     def merge(self, counts: bool) -> None:
-        """Call after a batch and its backward, which may read what the forward has left; a collective.
+        """Call after a batch and its backward, which may read the forward's statistics; a collective.
 
         Args:
-            counts: whether this process's batch is not one that it repeats.
+            counts: whether this process's batch is not a repetition.
         """
         if not self._layers:
             return
@@ -57,13 +56,13 @@ class RunningStatistics:
             layer.running_var.copy_(var)
 
     def _values(self) -> list[Tensor]:
-        """Of each layer (1 + 2 * channels,): the number of batches that it has seen, running means and variances."""
+        """The number of batches, running means and running variances of each layer, (1 + 2 * channels,)."""
         parts = ((m.num_batches_tracked.reshape(1), m.running_mean, m.running_var) for m in self._layers)
         return [torch.cat([part.double() for part in own]) for own in parts]
 
 
 def _after(values: Tensor, before: Tensor, found: Tensor, momentum: float | None) -> Tensor:
-    """`values` after a batch that has made `found` of `before`."""
+    """`values` after the batch that changed `before` to `found`."""
     times, seen = found[0] - before[0], values[0]
     if momentum is None:  # means over all batches
         total = (seen + times).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The record in a checkpoint, checked: whoever made the file, what is used of it has its type and range."""
+"""Checks types and ranges of the record in a checkpoint, which may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models.checkpoints import read_state
 from ..models.views import Views
 from .state import State
 
-_CHANNELS = 4096  # no image has more; a list of as many numbers is made
+_CHANNELS = 4096  # a limit on the lists of numbers that are allocated
 REMEDY = "the file is damaged; take another copy of it"
 
 
@@ -88,7 +88,7 @@ class _Preprocessing:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is used where images are opened; data that were made in Python prepare them in their own way."""
+    """The values that are needed to open images; `Data` made in Python may have other preprocessing."""
 
     channels: int
     preprocessing: _Preprocessing
@@ -119,7 +119,7 @@ class _Grown:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What is used of the record of `gigamorph train`."""
+    """The values that are used of a record of `gigamorph train`."""
 
     options: _Options
     classes: tuple[str, ...]
@@ -139,7 +139,7 @@ class _Trained:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What is used of a recipe's record wherever it is opened."""
+    """The values that are used of a recipe's record."""
 
     recipe: str = ""
     classes: tuple[str, ...] = ()
@@ -161,7 +161,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What is used of a record where its run goes on."""
+    """The values that are used of a record to resume its run."""
 
     settings: _Settings
     state: State
@@ -177,7 +177,7 @@ class _Resumed:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is used of a row of ``log.csv``."""
+    """The values that are used of a row of ``log.csv``."""
 
     train_loss: float
     seconds: float
@@ -195,7 +195,7 @@ class _Logged:
 
 
 def require_record(record: Any, path: str | Path) -> None:
-    """Refuse a record of which a value that is used lacks, or is of another type or range.
+    """Refuse a record with a required value that is missing or has a wrong type or range.
 
     Raises:
         DataError: naming file and key.
@@ -209,7 +209,7 @@ def require_record(record: Any, path: str | Path) -> None:
 
 
 def preprocessing_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """How the images of a checkpoint of `gigamorph train` are prepared.
+    """The preprocessing of images in a checkpoint of `gigamorph train`.
 
     Raises:
         DataError: naming file and key.
@@ -219,7 +219,7 @@ def preprocessing_of(record: Mapping[str, Any], path: str | Path) -> dict[str, A
 
 
 def scale_of(record: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
-    """Mean and std of the grey values that a checkpoint's network has learnt on; None if the record does not say.
+    """Mean and std of the grey values that a checkpoint's network was trained on; None if not recorded.
 
     Raises:
         DataError: naming file and key.
@@ -232,7 +232,7 @@ def scale_of(record: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
 
 
 def record_of(weights: Weights) -> dict[str, Any] | None:
-    """The record of the checkpoint of which these are the weights; None for other files."""
+    """The record of the checkpoint that contains these weights; None for other files."""
     record = weights.rest.get("gigamorph")
     if record is None:
         return None
@@ -246,11 +246,12 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def stored_state(checkpoint: Mapping[str, Any], module: nn.Module, path: str) -> State:
-    """Where the run of a checkpoint is, once all that goes on with it has been checked.
+    """The progress of a checkpoint's run, after checks of all values that resuming needs.
 
     Args:
-        checkpoint: all of it, as `load_checkpoint` gives it.
-        module: what the run trains.
+        checkpoint: the result of `load_checkpoint`.
+        module: the trained module.
+        path: of the checkpoint, for messages.
 
     Raises:
         DataError: naming file and key.
@@ -278,7 +279,7 @@ def _require_tensors(found: Any, own: Mapping[str, Tensor], what: str) -> None:
 
 def _require(fits: bool, key: str, value: object) -> None:
     if not fits:
-        raise DataError(f"key '{key}' is {_shown(value)}, which no training has written; {REMEDY}")
+        raise DataError(f"key '{key}' is {_shown(value)}, which is not valid; {REMEDY}")
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What is learnt of images: one of several classes, of classes in an order, any of several labels, or numbers."""
+"""Targets of images: one of several classes, ordered classes, any of several labels, or numbers."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _ACTIVATIONS: dict[Kind, Activation] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a network says of an image.
+    """The quantity that a network predicts for an image.
 
     Attributes:
-        names: of the classes, labels (columns ``label_NAME``) or numbers (likewise).
-        kind: "classes": one of them, a logit for each. "ordinal": likewise, in their order; output k is the logit of
-            being above class k for images that are not below it (continuation ratios; as in Shi, Cao and Raschka,
-            2021), one output fewer than classes. "labels": any of them, a logit for each. "numbers": an output for
-            each, in units of ``spread`` around ``center``.
+        names: of the classes, labels (columns ``label_NAME``) or numbers (columns ``label_NAME``).
+        kind: "classes": one of them, with a logit each. "ordinal": ordered classes; output k is the logit of exceeding
+            class k for images that are not below it (continuation ratios; as in Shi, Cao and Raschka, 2021), so there
+            is one output less than classes. "labels": any of them, with a logit each. "numbers": one output each, in
+            units of ``spread`` around ``center``.
         center, spread: mean and standard deviation of each number over the training images.
-        views: how several views of an exam are one sample, see `gigamorph.engine.models.views`; None for single images.
+        views: how views of an exam are combined, see `gigamorph.engine.models.views`; None for single images.
     """
 
     names: tuple[str, ...]
@@ -52,23 +52,23 @@ class Target:
 
     @property
     def columns(self) -> int:
-        """Logits or numbers of a sample."""
+        """Number of logits or numbers per sample."""
         return len(self.names) - (self.kind == "ordinal")
 
     @property
     def positive(self) -> int | None:
-        """The number of the positive one of two classes; None of others."""
+        """Index of the positive one of two classes; otherwise None."""
         exclusive = self.kind in ("classes", "ordinal")
         return positive_number(self.names) if exclusive and len(self.names) == 2 else None
 
     @property
     def width(self) -> int:
-        """Outputs of the network, of which one may be the attention that a view gets."""
+        """Number of outputs of the network, including the attention logit of a view."""
         return self.columns if self.outputs is None else self.outputs.width
 
     @property
     def outputs(self) -> Outputs | None:
-        """What the network's outputs are; None for logits of a softmax of single images."""
+        """The meaning of the network's outputs; None for softmax logits of single images."""
         if self.kind == "classes" and self.views is None:
             return None
         activation = _ACTIVATIONS[self.kind]
@@ -76,7 +76,7 @@ class Target:
         return Outputs((head,), views=self.views)
 
     def to_plain(self) -> dict[str, Any]:
-        """For a checkpoint; `from_plain` reads it back."""
+        """Plain values for a checkpoint, which `from_plain` reads."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
@@ -86,10 +86,10 @@ class Target:
         return cls(tuple(values["names"]), values["kind"], center, spread, values.get("views"))
 
     def measured_on(self, records: Sequence[Record]) -> Target:
-        """Of numbers: with mean and standard deviation over these images; otherwise as it is.
+        """The target with mean and standard deviation of numbers over these images; other kinds are unchanged.
 
         Raises:
-            DataError: a number that is the same for all of them.
+            DataError: if a number is the same for all images.
         """
         if self.kind != "numbers":
             return self
@@ -97,11 +97,11 @@ class Target:
         center, spread = np.nanmean(values, 0), np.nanstd(values, 0)
         for name, width in zip(self.names, spread, strict=True):
             if not width > 0:
-                raise DataError(f"label_{name} is the same for all {len(records)} training images; nothing is to learn")
+                raise DataError(f"label_{name} is the same for all {len(records)} training images: nothing to learn")
         return replace(self, center=tuple(center.tolist()), spread=tuple(spread.tolist()))
 
     def truth(self, records: Iterable[Record]) -> Array:
-        """(images, names): 1, 0, or NaN where it is not known; of numbers these."""
+        """The truth (images, names): 1, 0 or the number, NaN where unknown."""
         if self.kind in ("labels", "numbers"):
             rows = [[r.labels.get(name, np.nan) for name in self.names] for r in records]
             return np.array(rows, np.float64).reshape(len(rows), len(self.names))
@@ -110,11 +110,11 @@ class Target:
         return rows.reshape(len(numbers), len(self.names))
 
     def knows(self, record: Record) -> bool:
-        """Whether there is anything to learn from an image."""
+        """Whether an image has a label."""
         return not np.isnan(self.truth([record])).all()
 
     def known(self, records: Sequence[Record]) -> list[Record]:
-        """The images from which there is anything to learn, with all views of an exam of which one is such."""
+        """The images with labels; with `views`, all views of exams of which one view has a label."""
         found = [record for record in records if self.knows(record)]
         if self.views is None:
             return found
@@ -122,7 +122,7 @@ class Target:
         return [record for record in records if exam_of(record) in exams]
 
     def weights(self, records: Sequence[Record]) -> tuple[float, ...]:
-        """By which classes count so that all count the same, with mean 1 over the images; of labels their positives."""
+        """Weights that give all classes the same total, with mean 1 over the images; for labels, those of positives."""
         truth = self.truth(records)
         known, positive = (~np.isnan(truth)).sum(0), np.nansum(truth, 0)
         if self.kind == "labels":
@@ -131,15 +131,15 @@ class Target:
         return tuple(float(len(records) / (present * n)) if n else 0.0 for n in positive)
 
     def rarity(self, records: Sequence[Record]) -> Array:
-        """(images,) probabilities by which drawing makes all classes (of labels: positives of each) equally frequent.
+        """Sampling probabilities (images,) that make all classes, or the positives of all labels, equally frequent.
 
         Raises:
-            DataError: of numbers, which have no classes.
+            DataError: for numbers, which have no classes.
         """
         if self.kind == "numbers":
-            raise DataError("sampling 'balanced' is of classes and labels; numbers have none")
+            raise DataError("sampling 'balanced' applies only to classes and labels, not to numbers")
         truth = np.nan_to_num(self.truth(records))
-        if self.kind == "labels":  # images without any positive are a class of their own
+        if self.kind == "labels":  # images without positives form an additional class
             truth = np.concatenate([truth, truth.sum(1, keepdims=True) == 0], 1)
         share = truth / np.maximum(truth.sum(0), 1)
         drawn = share.max(1)
@@ -148,13 +148,14 @@ class Target:
     def losses(self, logits: Tensor, truth: Array, settings: Loss, weights: Sequence[float] | None = None) -> Tensor:
         """The loss (images,) of each image, float32.
 
-        Cross-entropy, of labels and steps of an order the binary one, smoothed, weighted and focal as the settings say;
-        means over the labels that are known of an image. Of numbers in units of their spread.
+        Cross-entropy (binary for labels and for steps between ordered classes) with the smoothing, weights and focal
+        exponent of the settings, averaged over the known labels. The loss of numbers is in units of their spread.
 
         Args:
             logits: (images, columns).
-            truth: as from `truth`.
-            weights: as from `weights`.
+            truth: the result of `truth`.
+            settings: of the loss.
+            weights: the result of `weights`.
         """
         logits = logits.float()
         known = torch.from_numpy(~np.isnan(truth)).to(logits.device)
@@ -165,7 +166,7 @@ class Target:
             return _mean_of_known(self._number_losses(logits, wanted, settings), known)
         if self.kind == "ordinal":
             at = torch.cumsum(wanted.flip(1), 1).flip(1)  # 1 up to the image's class, 0 above
-            # Step k is asked of images that are in class k or above it.
+            # Step k counts for images in class k or above.
             steps = _binary_losses(logits, at[:, 1:], settings, None) * at[:, :-1]
             losses = steps.sum(1) * known.all(1)
             return losses if weights is None else losses * (wanted @ logits.new_tensor(weights))
@@ -181,10 +182,12 @@ class Target:
         return F.huber_loss(values, wanted, reduction="none")
 
     def loss(self, logits: Tensor, truth: Array, *, balanced: bool = False) -> Tensor:
-        """The mean of `losses` as recipes take it; of labels the mean over all that are known.
+        """The mean of `losses` for recipes; for labels, the mean over all known ones.
 
         Args:
-            balanced: weigh images so that all classes of the batch count the same; of classes only.
+            logits: (images, columns).
+            truth: the result of `truth`.
+            balanced: weight images so that all classes of the batch have the same total weight; only for classes.
         """
         if self.kind == "labels":
             known = torch.from_numpy(~np.isnan(truth)).to(logits.device)
@@ -196,12 +199,12 @@ class Target:
         return (losses * batch_weights(labels).to(losses)).mean() if balanced else losses.mean()
 
     def log_odds(self, logits: Tensor) -> Array:
-        """(images, columns) of the network -> (images, names), float64: log-odds of each; of numbers these."""
+        """Outputs (images, columns) -> (images, names), float64: log-odds of each class or label, or the numbers."""
         values = logits.detach().double().cpu()
         return odds.of_logits(values.numpy()) if self.outputs is None else self.outputs.log_odds(values).numpy()
 
     def cases(self, records: Sequence[Record], scores: Array) -> Cases:
-        """Predictions with what is known of the images, for `engine.evaluate`; of two classes the positive one."""
+        """Predictions with the truth of the images, for `engine.evaluate`; of two classes only the positive one."""
         truth, names = self.truth(records), self.names
         classes, number = self.kind in ("classes", "ordinal"), self.positive
         if number is not None:
@@ -221,13 +224,13 @@ class Target:
 
 
 def batch_weights(labels: Tensor) -> Tensor:
-    """Weights (n,) with mean 1 that give every class of a batch (labels, int64) the same sum (Shen et al., 2019)."""
+    """Weights (n,) with mean 1 that give every class of a batch (labels, int64) the same total (Shen et al., 2019)."""
     _, place, counts = labels.unique(return_inverse=True, return_counts=True)
     return len(labels) / (len(counts) * counts[place]).float()
 
 
 def _classes_loss(logits: Tensor, wanted: Tensor, settings: Loss, weights: Sequence[float] | None) -> Tensor:
-    """``F.cross_entropy(weight=…)`` divides by the sum of the weights, which cancels them at batch size 1."""
+    """Losses (images,). ``F.cross_entropy(weight=…)`` divides by the sum of weights, which cancels at batch size 1."""
     labels = wanted.argmax(1)
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=settings.label_smoothing)
     if settings.focal:

@@ -1,4 +1,4 @@
-"""What is trained: a network with its examples, its loss and its score."""
+"""The interface of a training task: a network with its examples, loss and score."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .progress import Meter
 
 @dataclass(frozen=True)
 class Score:
-    """What validation data say of an epoch."""
+    """The validation score of an epoch."""
 
     value: float
-    """Larger is better."""
+    """The score; larger is better."""
     tie: float = 0.0
-    """Decides between epochs of equal value; larger is better."""
+    """Tie-breaker between epochs of equal value; larger is better."""
     columns: Mapping[str, float] = field(default_factory=dict)
-    """Of ``log.csv``, in place of its column score."""
+    """Columns of ``log.csv`` that replace the column score."""
     shown: Mapping[str, float] = field(default_factory=dict)
-    """What the line of an epoch tells, in place of the value."""
+    """Values in the printed line of an epoch, instead of `value`."""
     stop: float | None = None
-    """What patience and plateau go by, larger is better; the value where it is None."""
+    """Score for patience and plateau; larger is better. None uses `value`."""
 
 
 class Task:
-    """A network with its examples, its loss and its score. `gigamorph train` and each recipe derive their own.
+    """A network with its examples, loss and score. `gigamorph train` and each recipe derive from it.
 
     Attributes:
-        module: all parameters and buffers. What `accelerate` makes of its parts shares them.
-        record: what checkpoints say of the network besides its weights: plain containers, numbers and texts.
-        meter: counts images and pixels.
-        group: the processes that train together. `run_stages` sets both before the first example.
+        module: all parameters and buffers, which accelerated versions of its parts share.
+        record: description of the network for checkpoints: plain containers, numbers and strings.
+        meter: counts images and pixels. `run_stages` sets it before the first example.
+        group: the processes that train together. `run_stages` sets it before the first example.
     """
 
     module: nn.Module
@@ -46,24 +46,25 @@ class Task:
     meter = Meter(None)
     group = ProcessGroup()
     best_by_loss = False
-    """Whether, where there is no score, the epoch of the smallest training loss is kept, not the last."""
+    """Whether, without a score, the epoch with the smallest training loss is saved as the best, not the last."""
 
     def examples(self, epoch: int) -> Sequence[Any]:
-        """The examples of an epoch, counted on through the stages; taken in an order that is drawn anew each time.
+        """The examples of an epoch, which is counted through all stages; their order is drawn separately.
 
-        All epochs of a stage have equally many.
+        All epochs of a stage have equally many examples.
         """
         raise NotImplementedError
 
     def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        """The numbers of an epoch's examples, (count,), in the order in which they are taken."""
+        """The indices (count,) of an epoch's examples, in training order."""
         return generator.permutation(count)
 
     def ahead(self, batch: Sequence[Any], seed: int) -> None:
-        """A batch of which `loss` will be asked after the one in work: it may be read while that is computed.
+        """Announce the batch after the current one, which may be read while the current one is computed.
 
         Args:
-            seed: with which PyTorch's random numbers will begin then.
+            batch: the argument of the next call of `loss`.
+            seed: PyTorch's random seed in that call.
         """
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
@@ -71,22 +72,22 @@ class Task:
         raise NotImplementedError
 
     def blame(self, batch: Sequence[Any]) -> str:
-        """What of a batch is to blame for a loss that is no number, with its name; empty where nothing is known."""
+        """The cause of a non-finite loss in a batch, with the image's name; empty if unknown."""
         return ""
 
     def score(self) -> Score | float | None:
-        """On validation data, in evaluation mode without gradients; larger is better. None where there are none."""
+        """The validation score, computed in evaluation mode; larger is better. None without validation data."""
         return None
 
     def begin_epoch(self, epoch: int) -> None:
-        """Work between epochs, in evaluation mode without gradients. What it leaves belongs into `state`."""
+        """Work before an epoch, in evaluation mode without gradients. Its results belong into `state`."""
 
     def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Pictures of all rows of ``log.csv`` so far, at times and where a run ends; in the process that leads."""
+        """Plot all rows of ``log.csv``; the leading process calls it repeatedly and at the end of a run."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the module: plain containers, numbers, texts and tensors."""
+        """State for checkpoints, in addition to the module: plain containers, numbers, strings and tensors."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore a result of `state`."""

@@ -1,4 +1,4 @@
-"""What a prediction rests on, as a small picture over the image that is shown."""
+"""Explanation maps of predictions, as small overlays of the viewer's images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ SIDE = 256
 
 
 class Evidence:
-    """Maps of a trained network, computed when they are asked for; one at a time.
+    """Maps of a trained network, computed on demand, one at a time.
 
     Args:
         checkpoint: of gigamorph train, or a folder of gigamorph import.
-        flips: mirror images over which its predictions are averaged.
-        white: of images of which the table does not say; None takes the network's own.
+        memory_budget: in bytes.
+        device: "cpu" or "cuda".
+        flips: mirror images over which predictions are averaged.
+        white: default white level for images whose table has none; None takes the network's own.
     """
 
     def __init__(
@@ -44,18 +46,19 @@ class Evidence:
         self._net, classes, self._open = opened
         self._class = positive_class(classes, outputs_of(self._net))
         self.grey = grey_of(self._open([]))
-        """How the network's images become grey values; empty if not known."""
+        """How the network's images are converted to grey values; empty if unknown."""
         self._net.eval()
         self._lock = threading.Lock()
         self._white: White | None = white
         self.made_by = (digest_of(checkpoint), tuple(flips), white)
-        """Of what the maps are made, besides the images."""
+        """The settings that, with the images, determine the maps."""
 
     def of(self, view: View, shown: PixelSource) -> NDArray[np.uint8]:
-        """(height, width), at most 256 on a side: 255 where all of the probability rests, see `Explanation.relative`.
+        """The relative map (height, width), at most 256 pixels per side, from 0 to 255; see `Explanation.relative`.
 
         Raises:
-            DataError: if the image cannot be read. GigamorphError: the network has no map to explain.
+            DataError: if the image cannot be read.
+            GigamorphError: if the network has no map to explain.
         """
         with self._lock:
             image = self._open(with_white([view.record], self._white))[0]["image"]
@@ -64,7 +67,7 @@ class Evidence:
 
 
 def on_shown(found: Explanation, shown: PixelSource) -> NDArray[np.uint8]:
-    """An explanation in the geometry of the image that is shown: bilinear, 0 outside of its cells."""
+    """An explanation in the geometry of the displayed image: bilinear, 0 outside its cells."""
     _, height, width = shown.shape
     scale = max(height, width) / SIDE
     rows, columns = max(1, round(height / scale)), max(1, round(width / scale))

@@ -1,4 +1,4 @@
-"""What a viewer shows: the exams of a table of predictions, their images as they are hung, the worst errors first."""
+"""The exams of a table of predictions for the viewer: images in hanging order, exams with the largest errors first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..datasets.views import MirroredSource
 from ..errors import DataError
 from ..evaluate.class_names import positive_of
 from ..evaluate.dice import DICE, SHARE, classes_of_masks
-from ..evaluate.join import ImageRecords, elsewhere
+from ..evaluate.join import ImageRecords, missing_file_hint
 from ..evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ..images.affine import Map
 from ..images.pixels import PixelSource, as_stored, to_original
@@ -30,12 +30,12 @@ _VIEWS = {"CC": 0, "MLO": 1}
 
 @dataclass(frozen=True)
 class PredictedMask:
-    """What is known of an image whose mask was predicted.
+    """The predicted mask of an image.
 
     Attributes:
-        classes: what the values of the masks mean.
-        dice: of each class but the background, where it is defined.
-        files: of the "predicted" mask and of the "reference", as far as there are any.
+        classes: meaning of the values in masks.
+        dice: of each class except the background, if defined.
+        files: of the "predicted" mask and the "reference", if any.
     """
 
     classes: Classes
@@ -48,11 +48,13 @@ class View:
     """One image of an exam.
 
     Attributes:
-        predicted: probabilities of classes or labels, or numbers, by name; of masks the share of the image that each
-            class but the background takes.
-        truth: by name, what is known of them; of several classes 1 of the true one and 0 of the others.
-        masks: of an image whose mask was predicted.
-        grey: how it becomes grey values where its record does not say, as `open_record` takes it.
+        record: of the image.
+        predicted: probabilities of classes or labels, or numbers, by name; for masks the fraction of the image's pixels
+            of each class except the background.
+        truth: known true values by name; for several classes 1 for the true one and 0 for the others.
+        numbers: whether numbers are predicted.
+        masks: the predicted mask, if any.
+        grey: default options of `open_record` for the conversion to grey values.
     """
 
     record: Record
@@ -64,9 +66,9 @@ class View:
 
     @property
     def error(self) -> float | None:
-        """The largest difference of what was predicted and what is true; None where nothing is known.
+        """The largest difference between prediction and truth; None if the truth is unknown.
 
-        Of masks 1 less the mean Dice of the classes.
+        For masks it is 1 minus the mean Dice of the classes.
         """
         if self.masks is not None:
             return 1 - float(np.mean(list(self.masks.dice.values()))) if self.masks.dice else None
@@ -74,24 +76,25 @@ class View:
         return max(differences) if differences else None
 
     def open(self) -> PixelSource:
-        """The image as it is hung: the chest wall of a left breast at the left, of a right one at the right.
+        """The image in hanging orientation: the chest wall of a left breast at the left, of a right one at the right.
 
         Raises:
             DataError: if it cannot be opened.
         """
-        if remedy := elsewhere(str(self.record.path)):
-            raise DataError(f"{self.record.path}: is not beside the predictions, {remedy}")
+        if remedy := missing_file_hint(str(self.record.path)):
+            raise DataError(f"{self.record.path}: is not next to the predictions; {remedy}")
         source = open_record(self.record, **self.grey)
         return MirroredSource(source, left_right=True, up_down=False) if self.record.laterality == "R" else source
 
     def mask(self, which: str, source: PixelSource) -> Mask:
-        """A mask where the pixels of `open`'s image are.
+        """A mask, aligned with the pixels of `open`'s image.
 
         Args:
             which: "predicted" or "reference"; one of the keys of ``masks.files``.
+            source: the image.
 
         Raises:
-            DataError: if it cannot be read, or is not of the image's size.
+            DataError: if it cannot be read, or has another size than the image.
         """
         assert self.masks is not None
         files = tuple(Finding("", mask=path) for path in self.masks.files[which])
@@ -100,7 +103,7 @@ class View:
         return mask_as_seen(mask, source)
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:
-        """The findings' boxes (left, top, right, bottom, what it is) in pixels of `open`'s image."""
+        """The findings' boxes (left, top, right, bottom, description) in pixels of `open`'s image."""
         place = stored_place(source).inverse()
         found = []
         for finding in self.record.findings:
@@ -117,7 +120,7 @@ class View:
 
 
 def stored_place(source: PixelSource) -> Map:
-    """From coordinates of an image to those of the file as stored."""
+    """The transform from coordinates of an image to those of the stored file."""
     return to_original(as_stored(source)).inverse() @ to_original(source)
 
 
@@ -130,7 +133,7 @@ class Exam:
 
     @property
     def error(self) -> float | None:
-        """Of the image that is furthest off."""
+        """The largest error of the images."""
         known = [view.error for view in self.views if view.error is not None]
         return max(known) if known else None
 
@@ -142,17 +145,16 @@ def read_exams(
     split: str | None = None,
     grey: Mapping[str, Any] | None = None,
 ) -> list[Exam]:
-    """The exams of a predictions.csv, or of a folder that holds one; those that are furthest off first.
+    """The exams of a predictions.csv, or of the folder that contains it, by decreasing error.
 
     Args:
         source: of gigamorph predict, or the folder of a cross-validation (out_of_fold.csv).
-        table: csv that was predicted from: findings, and labels that the predictions lack; of predicted exams their
-            images.
-        split: keep only the images of this split.
-        grey: as `View.grey`.
+        table: csv that was predicted, with findings and missing labels, and the images of predicted exams.
+        split: only show images of this split.
+        grey: see `View.grey`.
 
     Raises:
-        DataError: if there are no predictions, or a table is wrong.
+        DataError: if there are no predictions, or a table is invalid.
     """
     path = table_in(Path(source))
     rows = read_rows(path)
@@ -169,23 +171,23 @@ def read_exams(
             continue
         view = replace(_view(rows, place, row, known, classes), grey=grey or {})
         own = view.record
-        # Images of patients who are not known stand for themselves.
+        # Each image of an unknown patient is an exam.
         alone = row["image_path"], "" if own.frame is None else f"frame {own.frame}"
         key = (own.patient_id, own.exam_id or "") if own.patient_known else ("", *alone)
         exams.setdefault(key, []).append(view)
     if not exams:
         raise DataError(f"{path}: holds no predictions{f' of split {split}' if split else ''}")
     if there and not any(view.record.path.absolute() in there for views in exams.values() for view in views):
-        remedy = elsewhere(rows.rows[0]["image_path"]) or "give the table that was predicted from"
+        remedy = missing_file_hint(rows.rows[0]["image_path"]) or "use the table that was predicted"
         raise DataError(f"{table}: names none of the images of {path}; {remedy}")
     found = [Exam(tuple(sorted(views, key=_place)), " ".join(filter(None, key))) for key, views in exams.items()]
     return sorted(found, key=lambda exam: -1.0 if exam.error is None else exam.error, reverse=True)
 
 
 def _expand(rows: Rows, table: str | Path | None, records: Sequence[Record]) -> None:
-    """Rows of exams become those of their images, the table's records, with what was predicted of the exam."""
+    """Replace rows of exams by rows of their images in the table, with the exam's predictions."""
     if table is None:
-        raise DataError(f"{rows.path}: holds exams without their images; name the table of these: --table")
+        raise DataError(f"{rows.path}: holds exams without their images; provide their table with --table")
     rows.require("patient_id", "exam_id")
     images: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -196,13 +198,13 @@ def _expand(rows: Rows, table: str | Path | None, records: Sequence[Record]) -> 
         for one in images.get((row["patient_id"], row["exam_id"]), ())
     ]
     if not found:
-        raise DataError(f"{table}: names none of the exams of {rows.path}; give the table that they are of")
+        raise DataError(f"{table}: names none of the exams of {rows.path}; use their table")
     rows.header.append("image_path")
     rows.places[:], rows.rows[:] = map(list, zip(*found, strict=True))
 
 
 def _cells(record: Record) -> dict[str, str]:
-    """Of an image, in a row of its exam."""
+    """The columns of an image in a row of its exam."""
     own = {"image_path": str(record.path), "laterality": record.laterality or "", "view": record.view or ""}
     return {**own, **reading_of(record)}
 
@@ -255,7 +257,7 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, c
 def _masked(
     rows: Rows, place: str, row: Mapping[str, str], record: Record, classes: Classes, reference: Sequence[Path]
 ) -> View:
-    """Of tables of masks."""
+    """The view of a row in a table of masks."""
     shares = {name: _number(rows, place, row, SHARE + name) for name in classes.names[1:] if SHARE + name in row}
     dice = {name: _number(rows, place, row, DICE + name) for name in classes.names[1:] if row.get(DICE + name)}
     predicted = [rows.path.parent / row["mask"]] if row.get("mask") else []
@@ -268,7 +270,7 @@ def _masked(
 
 
 def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> View:
-    """Of tables that hold log-odds alone, as of a cross-validation."""
+    """The view of a row in a table with only log-odds, such as that of a cross-validation."""
     columns = [name for name in rows.header if name.startswith("log_odds_")]
     if not columns:
         raise DataError(f"{rows.path}: has no column p_NAME, value_NAME or log_odds_NAME")
@@ -279,7 +281,7 @@ def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> V
 
 
 def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:
-    """What the predictions' own columns, or else the table, say."""
+    """The true values in the predictions' columns, or else in the table."""
     found = {}
     for name in names:
         cell = row.get(LABEL + name, "")
@@ -292,7 +294,7 @@ def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names
         return found
     true = label if label in names else None
     if true is None and label in ("0", "1") and len(names) == 2 and (positive := positive_of(names)):
-        # Tables of other programs. The order of columns says nothing.
+        # Tables of other programs, in any order of columns.
         true = next(name for name in names if (name == positive) == (label == "1"))
     return {} if true is None else {name: float(name == true) for name in names}
 

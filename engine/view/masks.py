@@ -1,4 +1,4 @@
-"""Masks over an image at every scale, in tiles: predictions as areas of colour, references as outlines."""
+"""Tiles of masks at every scale: predictions as coloured areas, references as outlines."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ..report.figure import class_colour, outline_colour
 from .pyramid import DIRECT, OVERVIEW, Grid, png
 
 _LINE = 2
-"""Pixels of a tile that an outline is wide, and so how far beyond a tile it looks."""
+"""Width of outlines in pixels of a tile, and so the margin that a tile reads."""
 
 
 class MaskTiles(Grid):
-    """Tiles of a mask in the colours of its classes, without any of the background; one thread at a time.
+    """Tiles of a mask in the colours of its classes, with a transparent background; one thread at a time.
 
-    Of several pixels the highest class is shown, so that what is small stays at every scale.
+    Downsampling keeps the highest class, so that small areas are visible at every scale.
 
     Args:
-        outlined: show the classes' outlines, not their areas.
+        mask: the mask.
+        outlined: show the outlines of classes instead of their areas.
     """
 
     def __init__(self, mask: Mask, *, outlined: bool) -> None:
@@ -35,7 +36,8 @@ class MaskTiles(Grid):
         """A tile as PNG of red, green, blue and opacity.
 
         Raises:
-            IndexError: there is none. DataError: the mask cannot be read, or holds a value that is no class.
+            IndexError: if the tile does not exist.
+            DataError: if the mask cannot be read, or has a value without a class.
         """
         top, bottom, left, right = self.box(level, column, row)
         factor = 1 << level
@@ -61,7 +63,7 @@ class MaskTiles(Grid):
 
 
 def _outlines(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Classes where they end, 0 within them."""
+    """The classes at their borders, 0 in the interior."""
     found = np.zeros_like(values)
     for number in np.unique(values[values > 0]):
         area = values == number
@@ -70,7 +72,7 @@ def _outlines(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _coloured(values: NDArray[np.uint8], colour_of: Callable[[int], str]) -> NDArray[np.uint8]:
-    """(4, rows, columns) of classes (rows, columns)."""
+    """Colours (4, rows, columns) of classes (rows, columns)."""
     colours = np.zeros((256, 4), np.uint8)
     for number in range(1, 256):
         colours[number] = [*bytes.fromhex(colour_of(number)[1:]), 255]

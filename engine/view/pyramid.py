@@ -1,4 +1,4 @@
-"""An image at every scale, in tiles: what a viewer asks for."""
+"""Tiles of an image at every scale, for the viewer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..images.pixels import PixelSource
 
 TILE = 512
 DIRECT = 2
-"""Up to this factor tiles are read from the image itself; coarser ones come from an overview that is made once."""
+"""Up to this factor, tiles are read from the image; coarser tiles come from an overview that is computed once."""
 OVERVIEW = 4
 _ROWS = 256
 
 
 class Grid:
-    """Where the tiles of an image lie at every scale: 1, 2, 4, ... pixels to one in both directions."""
+    """The positions of an image's tiles at every scale: 1, 2, 4, ... pixels to one in both directions."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
 
     @property
     def levels(self) -> int:
-        """How often the image is halved until it fits a tile."""
+        """The number of halvings until the image fits into a tile."""
         return max(0, math.ceil(math.log2(max(self.height, self.width) / TILE)))
 
     def tiles(self, level: int) -> tuple[int, int]:
-        """(columns, rows) of tiles at a level, 0 being the image itself."""
+        """(columns, rows) of tiles at a level; 0 is the image."""
         side = TILE << level
         return -(-self.width // side), -(-self.height // side)
 
@@ -39,7 +39,7 @@ class Grid:
         """(top, bottom, left, right) of a tile in pixels of the image.
 
         Raises:
-            IndexError: there is none.
+            IndexError: if the tile does not exist.
         """
         columns, rows = self.tiles(level)
         if not (0 <= level <= self.levels and 0 <= column < columns and 0 <= row < rows):
@@ -52,7 +52,7 @@ class Pyramid(Grid):
     """Tiles of an image averaged over 1, 2, 4, ... pixels in both directions; one thread at a time.
 
     Args:
-        source: grey values from 0 to 1, of one or three channels.
+        source: grey values from 0 to 1, with one or three channels.
     """
 
     def __init__(self, source: PixelSource) -> None:
@@ -61,10 +61,11 @@ class Pyramid(Grid):
         self._overview: NDArray[np.uint8] | None = None
 
     def tile(self, level: int, column: int, row: int) -> bytes:
-        """A tile as PNG, 8 bits a channel.
+        """A tile as PNG, 8 bits per channel.
 
         Raises:
-            IndexError: there is none. DataError: the image cannot be read.
+            IndexError: if the tile does not exist.
+            DataError: if the image cannot be read.
         """
         top, bottom, left, right = self.box(level, column, row)
         factor = 1 << level
@@ -80,7 +81,7 @@ class Pyramid(Grid):
         return png(values)
 
     def _coarse(self) -> NDArray[np.uint8]:
-        """(channels, height / 4, width / 4): read once, in strips."""
+        """The overview (channels, height / 4, width / 4), read once, in strips."""
         if self._overview is None:
             found = [
                 _bytes(
@@ -93,7 +94,7 @@ class Pyramid(Grid):
 
 
 def png(values: NDArray[np.uint8]) -> bytes:
-    """(channels, height, width), of one, three or, with opacity, four channels, as PNG."""
+    """Pixels (channels, height, width) as PNG, with one, three or (with opacity) four channels."""
     image: Any = values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
     return bytes(imagecodecs.png_encode(np.ascontiguousarray(image), level=4))
 
@@ -103,7 +104,7 @@ def _bytes(pixels: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _averaged(pixels: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Means of squares of pixels (channels, height, width); those at the borders may be cut."""
+    """Means over squares of pixels (channels, height, width); squares at the borders may be smaller."""
     if factor == 1:
         return pixels
     for axis in (1, 2):

@@ -1,4 +1,4 @@
-"""A small server for this machine's browser: a viewer's page, and its tiles and maps when the page asks for them."""
+"""A local server of the viewer's page, with tiles and maps on demand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-# Few digits, so that no request makes a number that takes long to compute with.
+# Few digits, because computing with huge numbers would be slow.
 _TILE = re.compile(
     r"(?:tiles/([0-9]{1,9})|masks/([0-9]{1,9})/(predicted|reference))/([0-9]{1,2})/([0-9]{1,9})_([0-9]{1,9})\.png"
 )
@@ -38,18 +38,20 @@ _EVIDENCE = re.compile(r"evidence/([0-9]{1,9})\.png")
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves a site to those who know its address, which holds a random token.
+    """Serves a site to clients that know its address, which contains a random token.
 
-    The token is in the path and not in a cookie: browsers send a cookie to every port of this machine.
+    The token is in the path and not in a cookie, because browsers send cookies to all ports of a machine.
 
     Args:
-        port: 0 takes one that is free.
+        site: the page and its files.
+        port: 0 takes a free port.
 
     Attributes:
         address: of the page.
 
     Raises:
-        GigamorphError: the port is taken. DataError: an image cannot be opened.
+        GigamorphError: if the port is in use.
+        DataError: if an image cannot be opened.
     """
 
     def __init__(self, site: Site, port: int) -> None:
@@ -60,9 +62,9 @@ class PageServer(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
-            raise GigamorphError(f"port {port} cannot be opened ({error.strerror}); give another --port") from error
+            raise GigamorphError(f"port {port} cannot be opened ({error.strerror}); choose another --port") from error
         own = f":{self.server_port}"
-        ends = (own, "") if self.server_port == 80 else (own,)  # browsers leave out the port of http
+        ends = (own, "") if self.server_port == 80 else (own,)  # browsers omit the default port
         self.hosts = {name + end for name in ("127.0.0.1", "localhost") for end in ends}
         self.address = f"http://127.0.0.1{own}{self.root}"
 
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"  # HTTP/0.9 has no headers
 
     def parse_request(self) -> bool:
-        """Requests of all methods are checked before they are looked at."""
+        """Check requests of all methods before they are handled."""
         if not super().parse_request():
             return False
         refusal = self._refusal()
@@ -80,26 +82,26 @@ class _Handler(BaseHTTPRequestHandler):
         return not refusal
 
     def _refusal(self) -> str:
-        """Why a request is refused; empty if the user or the page itself sent it."""
+        """The reason to refuse a request; empty if the user or the page sent it."""
         server = cast(PageServer, self.server)
         hosts, origins, sites = (self.headers.get_all(name, []) for name in ("Host", "Origin", "Sec-Fetch-Site"))
-        if len(hosts) != 1 or hosts[0] not in server.hosts:  # names of other pages may resolve to this machine
-            return f"this is no address of gigamorph view, which is at port {server.server_port} of 127.0.0.1"
-        # Pages do not link to themselves: only the user opens them.
+        if len(hosts) != 1 or hosts[0] not in server.hosts:  # host names of other sites may resolve to this machine
+            return f"this is not the address of gigamorph view, which is at port {server.server_port} of 127.0.0.1"
+        # The page does not link to itself: only the user navigates to it.
         senders = {"none"} if self.headers.get("Sec-Fetch-Mode") == "navigate" else {"none", "same-origin"}
         if {*origins} - {f"http://{hosts[0]}"} or {*sites} - senders:
-            return "another page asks for this; copy the address that gigamorph view printed into a new tab"
+            return "the request comes from another page; copy the address that gigamorph view printed into a new tab"
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
             return "a request must have no body"
         if not hmac.compare_digest(self.path[: len(server.root)].encode("latin-1"), server.root.encode()):
-            return "open the whole address that gigamorph view printed"
+            return "open the complete address that gigamorph view printed"
         return ""
 
     def do_GET(self) -> None:
         server = cast(PageServer, self.server)
         name = self.path[len(server.root) :]
         try:
-            body = server.files[name] if name in server.files else _made(server.site, name)
+            body = server.files[name] if name in server.files else _generated(server.site, name)
         except (IndexError, FileNotFoundError):
             self.send_error(HTTPStatus.NOT_FOUND)
         except GigamorphError as error:
@@ -111,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """One line of text, which is not in the status line: names of files may hold anything."""
+        """Send the error as a line in the body, not the status line, because file names may contain any characters."""
         status = HTTPStatus(code)
         line = " ".join((message or status.phrase).split())
         self._answer(status, _TEXT, f"{code:d}: {line}\n".encode(errors="replace"))
@@ -128,8 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _made(site: Site, name: str) -> bytes:
-    """A tile or a map, by its name."""
+def _generated(site: Site, name: str) -> bytes:
+    """The tile or map with this name."""
     if found := _TILE.fullmatch(name):
         image, masked, which = found.groups()[:3]
         level, column, row = map(int, found.groups()[3:])

@@ -1,4 +1,4 @@
-"""A viewer's page with what it shows, and tiles and evidence, written ahead into a folder or made when asked for."""
+"""The viewer's page, tiles and evidence, written into a folder or generated on demand."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .pyramid import TILE, Pyramid, png
 from .written_parts import is_current, mark, note_of, remove
 
 PAGE = Path(__file__).parent / "page"
-_KEPT = 36
-"""Images and masks whose overview stays in memory."""
+_CACHED = 36
+"""Maximum number of images and masks with cached overviews."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the folder that is written ahead: where, of what, and how."""
+    """A part of the folder: its path, a note on its sources, and a function that writes it."""
 
     path: Path
     note: str | None
@@ -37,73 +37,74 @@ class _Part:
 
 
 class Site:
-    """A viewer's files, by their names.
+    """The viewer's files, by name.
 
     Args:
-        evidence: None shows none.
-        identifiers: name patients and files; otherwise exams are numbered.
+        exams: the exams.
+        evidence: computes evidence maps; None shows none.
+        identifiers: show names of patients and files; otherwise exams are numbered.
     """
 
     def __init__(self, exams: Sequence[Exam], evidence: Evidence | None, *, identifiers: bool) -> None:
         self.exams, self._evidence, self._identifiers = list(exams), evidence, identifiers
         self.views: list[View] = [view for exam in self.exams for view in exam.views]
-        self._kept: OrderedDict[tuple[int, str], Pyramid | MaskTiles] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str], Pyramid | MaskTiles] = OrderedDict()
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
-        """Write the page with what it shows, without tiles and evidence; returns the page's path.
+        """Write the page without tiles and evidence; returns its path.
 
-        Of tiles and evidence that are there, those of other images or of files that have changed are removed.
+        Existing tiles and evidence of other images or of changed files are removed.
 
         Raises:
-            GigamorphError: the folder holds other files than a viewer's, or cannot be written.
-            DataError: an image cannot be opened.
+            GigamorphError: if the folder has files of other programs, or cannot be written.
+            DataError: if an image cannot be opened.
         """
         there = [path.name for path in out.iterdir()] if out.is_dir() else []
         ours = {path.name for path in PAGE.iterdir()}
         if there and "view.js" not in there and not ours.issuperset(there):
-            raise GigamorphError(f"{out}: holds other files; name another --out")
-        text = self.page("js")  # opens all images: if one fails, nothing is written
+            raise GigamorphError(f"{out}: has other files; name another --out")
+        text = self.page("js")  # opens all images, so that nothing is written if one fails
         parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
         current = {part.path for part in parts if is_current(part.path, part.note)}
-        with _written(out):
+        with _write_errors(out):
             for pattern in ("tiles/*", "masks/*/*", "evidence/*.js"):
                 for path in sorted(out.glob(pattern)):
                     if path.suffix != ".made" and path not in current:
                         remove(path)
-            (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote what is shown, maybe names, there
+            (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote data there, maybe with names
             out.mkdir(parents=True, exist_ok=True)
             for name in ours - {"index.html"}:
-                # Not through a link that others have put there.
+                # Atomically, to avoid writing through a link that another user has created.
                 write_atomically(out / name, lambda path, name=name: shutil.copyfile(PAGE / name, path), "page")
-        page = out / "index.html"  # last, so that no page shows what is missing
+        page = out / "index.html"  # last, so that the page never refers to missing files
         write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"), "page")
         return page
 
     def page(self, maps: str) -> str:
-        """index.html, which holds what it shows as JSON.
+        """The text of index.html, with its data as JSON.
 
         Args:
-            maps: suffix of the files in evidence/: "png", or "js" for a page that is opened from files, where no script
-                may read the pixels of a picture.
+            maps: suffix of the files in evidence/: "png", or "js" for a page that is opened from files, where scripts
+                cannot read the pixels of pictures.
 
         Raises:
-            DataError: an image cannot be opened, or a number of it is not finite, which JSON cannot express.
+            DataError: if an image cannot be opened, or one of its numbers is not finite, which JSON does not allow.
         """
-        # Names may hold anything, also the end of the element.
+        # Names may contain any characters, including the end tag of the element.
         text = json.dumps(self._data(maps)).replace("<", "\\u003c")
         return (PAGE / "index.html").read_text(encoding="utf-8").replace("DATA", text)
 
     def write_all(self, out: Path, done: Callable[[int], object]) -> int:
-        """Write all tiles and maps, so that the page works from its files; ``done`` is told after each image.
+        """Write all tiles and maps, so that the page works without a server; ``done`` is called after each image.
 
-        What is there already, of the same files, stays. Returns how many images were all there.
+        Existing parts of unchanged files remain. Returns the number of images that were already complete.
         """
         there = 0
         for number in range(len(self.views)):
             missing = [part for part in self._parts(out, number) if not is_current(part.path, part.note)]
             there += not missing
-            with _written(out):
+            with _write_errors(out):
                 for part in missing:
                     remove(part.path)
                     part.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class Site:
         return there
 
     def _parts(self, out: Path, number: int) -> Iterator[_Part]:
-        """An image's tiles, those of its masks, and its map."""
+        """The tiles of an image and its masks, and its map."""
         view = self.views[number]
         own = view.record
         shown = (own.frame, own.white, own.laterality, own.chest_wall, sorted(view.grey.items()), TILE)
@@ -132,33 +133,33 @@ class Site:
             yield _Part(path, note, lambda: path.write_text(_script(number, self.evidence(number))))
 
     def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
-        """Of an image, or of its "predicted" mask or its "reference"; the last ones that were asked for are kept.
+        """The tiles of an image, or of its "predicted" mask or "reference"; the most recently used ones are cached.
 
         Raises:
-            IndexError: there is none.
+            IndexError: if there is no such mask.
         """
         view = self.views[number]
         if which and (view.masks is None or which not in view.masks.files):
             raise IndexError(f"image {number} has no mask {which}")
         with self._lock:
-            if (number, which) not in self._kept:
+            if (number, which) not in self._cache:
                 source = view.open()
                 outlined = which == "reference"
                 found = MaskTiles(view.mask(which, source), outlined=outlined) if which else Pyramid(source)
-                self._kept[number, which] = found
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end((number, which))
-            return self._kept[number, which]
+                self._cache[number, which] = found
+                while len(self._cache) > _CACHED:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end((number, which))
+            return self._cache[number, which]
 
     def evidence(self, number: int) -> bytes:
-        """An image's map as a grey PNG.
+        """The map of an image as a grey PNG.
 
         Raises:
-            IndexError: there is none.
+            IndexError: if there are no maps.
         """
         if self._evidence is None:
-            raise IndexError("no evidence was asked for")
+            raise IndexError("no evidence was requested")
         view = self.views[number]
         return png(self._evidence.of(view, view.open())[None])
 
@@ -176,7 +177,7 @@ class Site:
         return {"exams": exams, "tile": TILE, "evidence": evidence, "classes": self._classes()}
 
     def _classes(self) -> dict[str, str]:
-        """Colours of the classes of masks by their names; none where no masks are shown."""
+        """Colours of the classes of masks by name; empty without masks."""
         masks = next((view.masks for view in self.views if view.masks is not None), None)
         names = () if masks is None else masks.classes.names[1:]
         return {name: class_colour(number) for number, name in enumerate(names, 1)}
@@ -222,10 +223,10 @@ def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:
 
 
 @contextlib.contextmanager
-def _written(out: Path) -> Iterator[None]:
-    """While files are written into a folder: what the disk refuses is an error of one line."""
+def _write_errors(out: Path) -> Iterator[None]:
+    """Context that converts errors of writing into a folder to a `GigamorphError`."""
     try:
         yield
     except OSError as error:
-        told = f"{out}: cannot be written ({error.strerror or error}); name another --out, or free some space"
-        raise GigamorphError(told) from error
+        text = f"{out}: cannot be written ({error.strerror or error}); name another --out, or free some space"
+        raise GigamorphError(text) from error

@@ -1,4 +1,4 @@
-"""Parts of a page that are written already, beside a note of what each was made of."""
+"""Tracks the written parts of a page, by a note next to each part with a hash of its sources."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..versions import OWN
 
 
 def note_of(settings: object, files: Iterable[Path]) -> str | None:
-    """Of what a part is made: settings with a `repr` that says all, and files, by place, size and time.
+    """The hash of a part's sources: settings with a complete `repr`, and files by path, size and time.
 
-    A hash alone, for pages name nobody. None where a file is not on this machine: then nothing is known.
+    It is a hash because pages must not contain names. None if a file is not local, because its state is unknown.
     """
-    told = [OWN, repr(settings)]
+    texts = [OWN, repr(settings)]
     try:
         for path in files:
             inside = sorted(path.rglob("*")) if path.is_dir() else []
-            told += [repr((one.absolute(), one.stat().st_size, one.stat().st_mtime_ns)) for one in (path, *inside)]
+            texts += [repr((one.absolute(), one.stat().st_size, one.stat().st_mtime_ns)) for one in (path, *inside)]
     except OSError:
         return None
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def is_current(part: Path, note: str | None) -> bool:
-    """Whether a part was written whole, and of the same."""
-    beside = _beside(part)
+    """Whether a part is complete and was made from the same sources."""
+    beside = _note_path(part)
     return note is not None and part.exists() and beside.is_file() and beside.read_text() == note
 
 
 def remove(part: Path) -> None:
-    """A part, if it is there; its note first."""
-    _beside(part).unlink(missing_ok=True)
+    """Remove a part if it exists, its note first."""
+    _note_path(part).unlink(missing_ok=True)
     if part.is_dir():
         shutil.rmtree(part)
     else:
@@ -42,10 +42,10 @@ def remove(part: Path) -> None:
 
 
 def mark(part: Path, note: str | None) -> None:
-    """A part is whole."""
+    """Write the note of a complete part."""
     if note is not None:
-        write_atomically(_beside(part), lambda path: path.write_text(note), "page")
+        write_atomically(_note_path(part), lambda path: path.write_text(note), "page")
 
 
-def _beside(part: Path) -> Path:
+def _note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.made")

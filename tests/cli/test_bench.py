@@ -92,7 +92,7 @@ def test_limit_prints_what_was_found(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(limit, "find", find)
     assert run("limit", "--memory-budget", "2GiB", "--peer", "stock", "--json", str(tmp_path / "l.json")) == 0
     assert read(tmp_path / "l.json").limits[0].cap_bytes == 2**31
-    assert "largest 64 x 64, plan() says 96" in capsys.readouterr().out
+    assert "largest 64 x 64, plan() predicts 96" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_index(phantoms, tmp_path, capsys):
     (tmp_path / "in" / "notes").write_text("x")
     assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv") == 0
     said = capsys.readouterr()
-    assert "24 images of 6 patients, 1 file passed over" in said.out
+    assert "24 images of 6 patients, 1 file skipped" in said.out
     assert "6 L CC, 6 L MLO, 6 R CC, 6 R MLO" in said.out
-    assert "passed over: " in said.err and "notes" in said.err
+    assert "skipped: " in said.err and "notes" in said.err
     assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"P{n:05d}" for n in range(1, 7)}
     assert run("index", tmp_path / "in", "--out", tmp_path / "i.csv", "--identifiers") == 0
     assert {row["patient_id"] for row in rows(tmp_path / "i.csv")} == {f"PHANTOM{n:04d}" for n in range(6)}
@@ -68,7 +68,7 @@ def test_index(phantoms, tmp_path, capsys):
 def test_check(phantoms, tmp_path, capsys):
     assert run("check", phantoms / "phantoms.csv") == 0
     said = capsys.readouterr().out
-    assert "24 images, 0 with something to mend" in said
+    assert "24 images, 0 with problems to correct" in said
     assert "24 flag: not a standard view" in said
     table = (phantoms / "phantoms.csv").read_text().replace("_R_CC.dcm,0,PHANTOM0000", "_R_CC.dcm,0,PHANTOM0001")
     (phantoms / "wrong.csv").write_text(table.replace(",L,CC,", ",R,CC,", 1))
@@ -76,7 +76,7 @@ def test_check(phantoms, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "is R in the table, L in the header" in said
     found = [row for row in rows(tmp_path / "problems.csv") if row["kind"] != "flag"]
-    assert f"{len({row['image_path'] for row in found})} with something to mend" in said
+    assert f"{len({row['image_path'] for row in found})} with problems to correct" in said
     assert {row["kind"] for row in found} == {"laterality", "patient"}
     (phantoms / "wrong.csv").unlink()
 
@@ -96,8 +96,8 @@ def test_ctrl_c_tells_what_the_check_has_found(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Count, "add", add)
     assert run("check", table, "--out", tmp_path / "p.csv", "--workers", 1) == 130
     said = capsys.readouterr()
-    assert "3 of 4 images, 2 with something to mend" in said.out
-    assert "stopped by Ctrl-C; this is of the images that were looked at" in said.err and said.err.count("\n") == 1
+    assert "3 of 4 images, 2 with problems to correct" in said.out
+    assert "stopped by Ctrl-C; this result covers only the checked images" in said.err and said.err.count("\n") == 1
     assert [(row["image_path"][-5:], row["kind"]) for row in rows(tmp_path / "p.csv")] == [
         ("b.png", "unreadable"),
         ("c.png", "duplicate"),
@@ -136,7 +136,7 @@ def test_no_out_destroys_what_is_read(tmp_path, capsys):
     assert run("convert", table, "--out", tmp_path / "out", "--images", "tiff") == 0
     converted = (tmp_path / "out" / "table.csv").read_bytes()
     assert run("convert", table, "--out", tmp_path / "out") == 2
-    assert "holds converted images, whose table would be lost" in capsys.readouterr().err
+    assert "holds converted images; their table would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "out" / "table.csv").read_bytes() == converted
 
 
@@ -156,7 +156,7 @@ def test_split_keeps_the_table_that_it_reads(tmp_path, capsys):
     link.symlink_to(table)
     before = table.read_bytes()
     assert run("split", table, "--out", link) == 2
-    assert capsys.readouterr().err == f"error: {link}: is read, and would be lost; name another --out\n"
+    assert capsys.readouterr().err == f"error: {link}: is an input and would be overwritten; give another --out\n"
     assert table.read_bytes() == before
 
 
@@ -172,7 +172,7 @@ def test_split(phantoms, tmp_path, capsys):
     records = read_table(tmp_path / "a.csv").records  # the images are found from there, too
     assert {record.split for record in records} == {"train", "val", "test"}
     assert run("split", tmp_path / "a.csv", "--out", tmp_path / "c.csv", "--seed", 5) == 0
-    assert "the split of the table is kept\n" in capsys.readouterr().out
+    assert "split of the table kept\n" in capsys.readouterr().out
     assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
     official = (tmp_path / "a.csv").read_text().replace(",val\n", ",train\n")
     (tmp_path / "official.csv").write_text(official)
@@ -195,7 +195,7 @@ def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
 def test_the_folder_of_converted_images_is_no_folder_of_classes(phantoms, tmp_path, capsys):
     assert run("convert", phantoms / "phantoms.csv", "--out", tmp_path / "out", "--images", "png") == 0
     assert commands.run("train", tmp_path / "out", "--out", tmp_path / "run") == 2
-    assert f"name its table, {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
+    assert f"use its table,  {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_convert_a_public_data_set(tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_twelve_bits_in_sixteen(tmp_path, capsys):
     save_png(tmp_path / "x.png", pixels)
     (tmp_path / "t.csv").write_text("image_path,label,patient_id\nx.png,0,a\n")
     assert run("check", tmp_path / "t.csv") == 1
-    assert "nearly black; say where white is: --white 4095" in capsys.readouterr().out
+    assert "nearly black; set the white level: --white 4095" in capsys.readouterr().out
     assert run("check", tmp_path / "t.csv", "--white", "auto") == 0
     assert run("preview", tmp_path / "x.png") == 0
     assert "warning: grey values reach only 4095 of 65535" in capsys.readouterr().err
@@ -375,7 +375,7 @@ def test_preview_of_a_varied_image(phantoms, tmp_path, capsys):
     assert np.abs(imagecodecs.png_decode(out.read_bytes()) - expected).max() < 1
     assert run("preview", image, "--augment", "turn=20") == 2
     error = capsys.readouterr().err
-    assert "augmentation turn=20: unknown; there are flip, rotate" in error
+    assert "augmentation turn=20: unknown; choose from flip, rotate" in error
 
 
 def test_preview_of_the_real_mammogram(real_data, capsys):

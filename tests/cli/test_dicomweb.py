@@ -11,7 +11,7 @@ import stores
 from commands import rows, run
 
 from gigamorph.engine.evaluate.read import PROBABILITY
-from gigamorph.engine.images.dicomweb import place_of
+from gigamorph.engine.images.dicomweb import parse_location
 from gigamorph.engine.images.open import open_pixels
 
 pytestmark = pytest.mark.skipif(
@@ -77,15 +77,15 @@ def test_evidence_of_a_store_goes_back_as_segmentations(server, files, checkpoin
     url, client = server
     image = stores.uid_url(url, files[0])
     assert run("explain", checkpoint, image, "--out", tmp_path / "png", "--store", url) == 2
-    assert "--store takes DICOM SEGs; add --format seg" in capsys.readouterr().err
+    assert "--store needs DICOM SEGs; add --format seg" in capsys.readouterr().err
     assert run("explain", checkpoint, image, "--out", tmp_path / "out", "--format", "seg", "--store", url) == 0
     assert run("explain", checkpoint, files[0], "--out", tmp_path / "file", "--format", "seg") == 0
     [path] = (tmp_path / "out").glob("*.seg.dcm")
-    assert path.name == f"{place_of(image).instance}.seg.dcm"
+    assert path.name == f"{parse_location(image).instance}.seg.dcm"
     [stored] = stores.instances(client, "SEG")
     here = highdicom.seg.segread(tmp_path / "file" / f"{files[0].stem}.seg.dcm")
     assert np.array_equal(highdicom.seg.Segmentation.from_dataset(stored).pixel_array, here.pixel_array)
-    assert stored.StudyInstanceUID == place_of(image).study and here.pixel_array.any()
+    assert stored.StudyInstanceUID == parse_location(image).study and here.pixel_array.any()
 
 
 @pytest.mark.parametrize("syntax", [image_files.EXPLICIT, image_files.RLE, image_files.JPEG + "90"])
@@ -103,8 +103,8 @@ def test_slides_come_frame_by_frame(server, tmp_path, syntax):
 def test_bad_input_is_one_line(server, checkpoint, tmp_path, capsys):
     url, _ = server
     for arguments, message in (
-        ([f"{url}/studies?PatientID=nobody"], "holds no images"),
-        ([f"{url}/instances/1.2.3"], "is no image"),
+        ([f"{url}/studies?PatientID=nobody"], "contains no images"),
+        ([f"{url}/instances/1.2.3"], "not the URL of an image"),
         (["dicomweb+http://127.0.0.1:9/dicom-web"], "cannot be reached (Connection refused)"),
         ([url, "--store", f"{url}x"], "answers 404"),
         ([url, "--store", f"{url}/studies/1.2"], "results go to a store"),
@@ -125,4 +125,4 @@ def test_user_and_password_are_those_of_netrc(tmp_path, checkpoint, files, monke
         netrc.write_text("machine 127.0.0.1 login ann password secret\n")
         netrc.chmod(0o600)
         assert run("predict", checkpoint, url, "--out", tmp_path / "out") == 2
-        assert "holds no images" in capsys.readouterr().err
+        assert "contains no images" in capsys.readouterr().err

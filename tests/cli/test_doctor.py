@@ -68,7 +68,7 @@ def test_healthy_machines_have_no_problem():
             "ptxas died, and 1 more",
             "GIGAMORPH_KERNELS=triton",
         ),
-        (replace(HEALTHY, threads=1), "warning", "1 thread of 8 cores", "OMP_NUM_THREADS"),
+        (replace(HEALTHY, threads=1), "warning", "1 thread on 8 cores", "OMP_NUM_THREADS"),
         (replace(HEALTHY, threads=64), "warning", "64 threads on 8 usable cores", "OMP_NUM_THREADS=8"),
         (replace(HEALTHY, arena_lacks="no C++ compiler; install g++ or set CXX"), "warning", "no C++ compiler", "g++"),
         (
@@ -78,7 +78,7 @@ def test_healthy_machines_have_no_problem():
             "apt install",
         ),
         (replace(HEALTHY, shm=2**26), "warning", "/dev/shm has 64.0 MiB", "--shm-size"),
-        (without(HEALTHY, "lightning"), "error", "lightning is missing", ">=2.6.6"),
+        (without(HEALTHY, "lightning"), "error", "lightning is not installed", ">=2.6.6"),
         (replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.6.3"}), "error", "malware", ">=2.6.6"),
         (replace(HEALTHY, import_errors={"lightning": "boom"}), "error", "boom", ">=2.6.6"),
         (without(HEALTHY, "imagecodecs"), "error", "imagecodecs is missing", "pip install"),
@@ -99,8 +99,8 @@ def test_packages_newer_than_those_tested_are_named_with_the_self_check():
     [problem] = problems(with_versions(torch="2.16.0.dev1+cu130", triton="3.9.0"))
     assert problem.level == "warning"
     assert problem.what == (
-        "torch 2.16.0.dev1+cu130 and triton 3.9.0: newer than gigamorph is tested with "
-        "(torch 2.11 to 2.14, triton 3.6 to 3.8; in parts torch 2.15 and triton 3.8)"
+        "torch 2.16.0.dev1+cu130 and triton 3.9.0: newer than the tested versions "
+        "(torch 2.11 to 2.14, triton 3.6 to 3.8; partially tested torch 2.15 and triton 3.8)"
     )
     assert problem.fix.endswith("pip install 'torch==2.14.*' 'triton==3.8.*'")
     assert "verify=True" in problem.fix and "verify" in inspect.signature(accelerate).parameters
@@ -130,7 +130,7 @@ def test_command_shows_facts_and_exits_by_what_it_found(machine, code, monkeypat
         main(["doctor"])
     assert exit_.value.code == code
     out = capsys.readouterr().out
-    assert "will use" in out and ("error: lightning is missing" in out) == bool(code)
+    assert "will use" in out and ("error: lightning is not installed" in out) == bool(code)
 
 
 def test_this_machine_can_be_probed():

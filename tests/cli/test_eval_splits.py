@@ -113,7 +113,7 @@ def test_without_validation_rows_nothing_is_fitted(tmp_path, capsys):
 def test_calibration_of_other_rows_is_refused(predictions, tmp_path):
     images = read_cases(predictions, split="test")
     found = evaluate(images, Settings(levels=("image",), resamples=5))
-    with pytest.raises(DataError, match=r"rows of split val alone, not of test"):
+    with pytest.raises(DataError, match=r"it needs rows of split val only, not of test"):
         write_calibration(tmp_path, images, found, "abc")
     parts = read_parts(predictions, split="test")
     assert len(parts.measured) == 40 and len(parts.validation) == 60

@@ -139,11 +139,11 @@ def test_explanations_go_on_where_they_were_and_are_shared_out(table, checkpoint
     assert not (out / "bad.png").exists() and len(list(out.glob("*.png"))) == 3
     drawn = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert run(*command, out, listed, "--skip-bad") == 2
-    assert "already holds explanations; go on with --resume" in capsys.readouterr().err
+    assert "already holds explanations; continue with --resume" in capsys.readouterr().err
     assert run(*command, out, listed, "--skip-bad", "--resume", "--method", "gradient") == 2
-    assert "was begun with --method activation; go on with that" in capsys.readouterr().err
+    assert "was started with --method activation; continue with it" in capsys.readouterr().err
     assert run("predict", checkpoint, listed, "--resume", "--out", out) == 2
-    assert "is of gigamorph explain" in capsys.readouterr().err
+    assert "belongs to gigamorph explain" in capsys.readouterr().err
     assert run(*command, out, listed, "--skip-bad", "--resume") == 0
     assert "3 images explained, 1 skipped" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.png")} == drawn

@@ -156,7 +156,7 @@ def test_flips_average_over_mirror_images_and_belong_to_the_run(tmp_path, phanto
     assert run("predict", model, *paths, *flips, "--out", out, "--resume") == 0
     capsys.readouterr()
     assert run("predict", model, *paths, "--flip", "both", "--out", out, "--resume") == 2
-    assert "was begun with --flip left-right --flip up-down; go on with that" in capsys.readouterr().err
+    assert "was started with --flip left-right --flip up-down; continue with it" in capsys.readouterr().err
     # A map of what is predicted.
     for method in ("activation", "gradient"):
         where = tmp_path / method
@@ -166,7 +166,7 @@ def test_flips_average_over_mirror_images_and_belong_to_the_run(tmp_path, phanto
         np.testing.assert_allclose(tifffile.imread(next(where.glob("*.map.tif"))), one.read(0, height, 0, width))
     capsys.readouterr()
     assert run("explain", model, paths[0], "--format", "tif", "--out", where, "--resume", "--method", "gradient") == 2
-    assert "was begun with --flip left-right --flip up-down; go on with that" in capsys.readouterr().err
+    assert "was started with --flip left-right --flip up-down; continue with it" in capsys.readouterr().err
 
 
 def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(tmp_path, phantoms, capsys):
@@ -183,7 +183,7 @@ def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(t
             assert error.endswith("name another --out, or give --overwrite\n") and error.count("\n") == 1
         other = "explain" if command == "predict" else "predict"
         assert run(other, second, images[0], "--out", out, "--overwrite") == 2
-        assert f"is of gigamorph {command}; name another --out" in capsys.readouterr().err
+        assert f"belongs to gigamorph {command}; name another --out" in capsys.readouterr().err
         assert run(command, second, images[0], "--out", out, "--overwrite", "--resume") == 2
         assert run(command, second, images[0], "--out", out, "--overwrite") == 0
         assert run(command, second, images[0], "--out", tmp_path / f"{command}-new") == 0
@@ -270,10 +270,10 @@ def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
 def test_init_and_freeze_refuse_what_cannot_be(tmp_path, phantoms, capsys):
     make(tmp_path / "net", 2)
     cases = {
-        "--init says the model; omit --model": ["--init", tmp_path / "net", "--model", "resnet18"],
+        "--init determines the model; omit --model": ["--init", tmp_path / "net", "--model", "resnet18"],
         "has its own weights; omit them": ["--init", tmp_path / "net", "--weights", "w.pt"],
         "has no model.json": ["--init", tmp_path],
-        "'layer9' names no parameter of the network": ["--init", tmp_path / "net", "--freeze", "layer9"],
+        "'layer9' matches no parameter of the network": ["--init", tmp_path / "net", "--freeze", "layer9"],
         "all parameters are frozen": ["--init", tmp_path / "net", "--freeze", "*"],
         "write PATTERN=RATE": ["--init", tmp_path / "net", "--lr-of", "fc"],
     }

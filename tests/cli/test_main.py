@@ -157,7 +157,7 @@ def test_an_output_that_takes_nothing(args, monkeypatch, capfd):
             os.dup2(kept, 1)
             os.close(kept)
     error = capfd.readouterr().err
-    assert error == "error: the output cannot be written: No space left on device; send it elsewhere\n"
+    assert error == "error: cannot write the output: No space left on device; redirect it elsewhere\n"
 
 
 def test_version(capsys):
@@ -204,3 +204,11 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch, tmp_pat
     assert run("eval", tmp_path / "predictions.csv", "--resamples", "20", "--out", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["versions"]["gigamorph"] == gigamorph.__version__
     assert versions_of_results()["gigamorph"] == gigamorph.__version__
+
+
+def test_an_error_about_a_long_value_stays_short(tmp_path, capsys):
+    (tmp_path / "images.csv").write_text(f"image_path,label,white\na.png,1,{'x' * 10**5}\n")
+    assert run("data", "check", tmp_path / "images.csv") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "line 2: white level 'xxx" in line and "12 bits have 4095" in line
+    assert " [...] " in line and len(line) < 2100

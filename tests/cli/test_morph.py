@@ -277,8 +277,8 @@ def test_predict_names_what_a_grown_file_does_not_hold(folder, capsys):
     for name in ("b.safetensors", "b.recipe.json", "b.pt"):
         assert commands.run("predict", name, "image.png", "--out", "out") == 2
         assert lines(capsys.readouterr().err) == [
-            f"error: {name}: is of gigamorph morph, and does not hold which model it began as, its classes and "
-            "preprocessing; train on with gigamorph train --init, and name the run's best.ckpt here"
+            f"error: {name}: is a file of gigamorph morph, without the original model, classes and preprocessing; "
+            "train it with gigamorph train --init, and use the run's best.ckpt here"
         ]
     assert not (folder / "out").exists()
 

@@ -150,7 +150,7 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     assert (
         sum(re.match(r"(stock's memory|1/\d+ of it) +[\d.]+ \wiB ", line) is not None for line in out.splitlines()) == 5
     )
-    assert "the least that is enough: 1/" in out
+    assert "smallest sufficient budget: 1/" in out
     assert out.rstrip().endswith("rates: this machine's, measured now: 10 GB/s, 0.1 TFLOP/s")
 
 
@@ -158,7 +158,7 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
 def test_which_gpu_of_those_that_are_not_here(more, table, capsys):
     assert run("--model", "resnet18", "--size", "1024x1024", "--views", "4", "--device", "cuda", *more) == 0
     out = capsys.readouterr().out
-    (answer,) = (line for line in out.splitlines() if line.startswith("the least that is enough"))
+    (answer,) = (line for line in out.splitlines() if line.startswith("smallest sufficient budget"))
     assert re.fullmatch(r".*: T4, 16 GB \(peak [\d.]+ [MG]iB, at best [\d.]+ s a step\)", answer)
     assert out.count(" GB ") >= 5 and "data sheets" in out
 
@@ -170,7 +170,7 @@ def test_a_gpu_s_memory_is_the_budget(capsys):
 
 def test_a_budget_above_the_gpu_s_memory_is_refused(capsys):
     assert run(*RESNET, "--device", "cuda:1GiB", "--memory-budget", "2GiB") == 2
-    assert "--memory-budget is more than the memory of --device" in capsys.readouterr().err
+    assert "--memory-budget exceeds the memory of --device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda:lots", "cpu:4GiB", "cuda:0GiB"])

@@ -64,7 +64,7 @@ def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
     assert "does not hold" in capsys.readouterr().out
     assert run("recipe", "toy", "--synthetic", "--seeds", "5", "--out", tmp_path / "c") == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "result not decided by 1 seed; a claim is judged over 3 or more (" in shown and "not hold" not in shown
+    assert "result undecided with 1 seed; a claim needs 3 or more (" in shown and "not hold" not in shown
     assert json.loads((tmp_path / "c" / "claim.json").read_text())["holds"] is None
     assert run("recipe", "toy", "--synthetic", "--out", tmp_path / "b") == 2
     assert "already exists" in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, c
     monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))
     command = ["recipe", "toy", "--synthetic", "--out", tmp_path / "a"]
     assert run(*command) == 130
-    assert "the same command with --resume goes on with the seed under way" in capsys.readouterr().err
+    assert "the same command with --resume continues with the current seed" in capsys.readouterr().err
     assert run(*command) == 2 and "seed_0: already exists; continue with --resume" in capsys.readouterr().err
     assert run(*command, "--resume") == 0 and ran == [0, 1, 1, 2]
     monkeypatch.setattr(module, "RECIPE", own)
@@ -130,7 +130,7 @@ def test_train_hands_the_configuration_on(toy, tmp_path, capsys):
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
     file.write_text("lr = 1\n")
     assert run("train", tmp_path, "--recipe", "toy", "--config", file, "--out", tmp_path / "o") == 2
-    assert "unknown key 'lr'" in capsys.readouterr().err
+    assert "unknown key 'lr'; known keys: rate" in capsys.readouterr().err
 
 
 def test_what_goes_to_other_processes_can_be_pickled(toy, tmp_path, monkeypatch):

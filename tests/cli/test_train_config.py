@@ -114,28 +114,31 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["--batch_size", "8"], "No such option '--batch_size': images go one by one, --accumulate N takes N per"),
         (["--model-ema"], "No such option '--model-ema': -o average=0.999 sets it"),
         (["--dropout", "1"], "No such option '--dropout'. Did you mean '--out'? (gigamorph train --help)"),
-        (["-o", "optimizer.options.betas=[0.9]"], "optimizer 'adamw' cannot be made with betas=(0.9,): tuple index"),
+        (["-o", "optimizer.options.betas=[0.9]"], "cannot make optimizer 'adamw' with betas=(0.9,): tuple index"),
         (["-o", "optimizer.lr"], "is not a setting; write KEY=VALUE"),
         (["-o", "model.depth=2", "--model", "x"], "'model' is a value, not a table"),
-        (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
-        (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
+        (["-o", "optimizer.name=nothing"], "unknown optimizer 'nothing'"),
+        (["-o", "schedule.name=nothing"], "unknown schedule 'nothing'"),
         (
             ["-o", "schedule.name=OneCycleLR", "-o", "schedule.options.total_steps=2", "-o", "epochs=3"],
             "schedule 'OneCycleLR': total_steps is 2, the run has 3; leave it out",
         ),
-        (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau': schedule.plateau = EPOCHS divides the rate"),
+        (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau'; set schedule.plateau = EPOCHS instead"),
         (["-o", "loss.focal=-1"], "loss.focal is -1"),
-        (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each of the stages has its own; leave it out"),
-        (["--epochs", "20", "--config", "stages.toml"], "--epochs: each of the stages has its own; set stages in"),
-        (["-o", "epochs=0"], "epochs is 0; it is 1 or more"),
-        (["--mean", "auto", "--std", "1"], "make both auto"),
+        (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each stage has its own epochs; leave it out"),
+        (
+            ["--epochs", "20", "--config", "stages.toml"],
+            "--epochs cannot be used with stages; set the epochs of each stage in",
+        ),
+        (["-o", "epochs=0"], "epochs must be 1 or more, not 0"),
+        (["--mean", "auto", "--std", "1"], "must both be auto"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
         (["--quiet", "--verbose"], "exclude each other"),
-        (["--std", "0"], "std [0.0] normalise nothing; std is above 0"),
+        (["--std", "0"], "std [0.0] must be finite numbers, std above 0"),
         (["--model", "unet?width=a"], "model 'unet?width=a': width must be a whole number, not 'a'"),
-        (["--log", "paper"], "log 'paper' is unknown; take csv"),
+        (["--log", "paper"], "unknown log 'paper'; use csv"),
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported: no module 'nowhere'"),
-        (["--folds", "50"], "50 folds of 4 patients cannot be made; take from 2 to 4"),
+        (["--folds", "50"], "cannot make 50 folds of 4 patients; use 2 to 4"),
         (
             ["--task", "labels", "--label", "mass"],
             "phantoms.csv: has no column label_mass; it has image_path, label, patient_id",
@@ -211,7 +214,7 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
         (tmp_path / "nan.csv").write_text("\n".join(map(",".join, written)) + "\n")
         out = tmp_path / f"none{count}"
         assert run("train", tmp_path / "nan.csv", *FAST, "--std", scale, "--mean", scale, "--out", out) == 2
-        assert "nan.npy: holds pixels that are no numbers" in capsys.readouterr().err
+        assert "nan.npy: contains NaN or infinite pixels" in capsys.readouterr().err
     assert run("train", table, *FAST, "--skip-bad", "--folds", "2", "--out", tmp_path / "run") == 0
     told = capsys.readouterr()
     named = [line.split(": ") for line in told.err.splitlines() if "left out: " in line]
@@ -221,7 +224,7 @@ def test_images_that_cannot_be_read_are_left_out_if_asked(phantoms, tmp_path, ca
     for fold in ("fold1", "fold2"):
         found = rows(tmp_path / "run" / fold / "quarantine.csv")
         assert [Path(row["image_path"]).name for row in found] == ["cut.dcm", "absent.dcm", "nan.npy"]
-        assert "nan.npy: holds pixels that are no numbers" in found[2]["reason"]
+        assert "nan.npy: contains NaN or infinite pixels" in found[2]["reason"]
     assert told.out.count("quarantine.csv (3 images left out)") == 2
     assert json.loads((tmp_path / "run" / "fold1" / "metrics.json").read_text())["best_epoch"] == 1
 
@@ -246,7 +249,10 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     assert run("train", table, *given) == 2 and "already holds a run" in capsys.readouterr().err
     for other, told in (
         (["--folds", "3"], "was begun with 2 folds, not 3"),
-        (["--weights", tmp_path / "cv" / "fold1" / "best.ckpt"], "fold1/last.ckpt: was begun from other weights than"),
+        (
+            ["--weights", tmp_path / "cv" / "fold1" / "best.ckpt"],
+            "fold1/last.ckpt: was started from other weights than",
+        ),
     ):
         assert run("train", table, *given, "--resume", *other) == 2
         assert told in "".join(capsys.readouterr().err.split("\n"))
@@ -271,19 +277,19 @@ def test_names_are_looked_up_before_images_are_read(tmp_path, capsys):
         lines.append(f"{number}.png,{number % 2},p{number},{'train' if number < 2 else 'val'}")
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     for options, message in (
-        (["-o", "optimizer.name=nothing"], "optimizer 'nothing' is unknown"),
-        (["-o", "optimizer.options.speed=3"], "optimizer 'adamw' cannot be made with speed=3"),
-        (["-o", "schedule.name=nothing"], "schedule 'nothing' is unknown"),
-        (["--log", "nothing"], "log 'nothing' is unknown"),
+        (["-o", "optimizer.name=nothing"], "unknown optimizer 'nothing'"),
+        (["-o", "optimizer.options.speed=3"], "cannot make optimizer 'adamw' with speed=3"),
+        (["-o", "schedule.name=nothing"], "unknown schedule 'nothing'"),
+        (["--log", "nothing"], "unknown log 'nothing'"),
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported"),
-        (["--freeze", "nothing"], "'nothing' names no parameter of the network"),
-        (["--lr-of", "nothing=1"], "'nothing' names no parameter of the network"),
+        (["--freeze", "nothing"], "'nothing' matches no parameter of the network"),
+        (["--lr-of", "nothing=1"], "'nothing' matches no parameter of the network"),
         (["-o", "data.classes=['no', 'yes']"], "label '0' is none of"),
         ([], "none of the 4 images can be read"),
     ):
         assert run("train", tmp_path / "t.csv", *FAST, "--skip-bad", *options, "--out", tmp_path / "run") == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-        if message.startswith(("optimizer", "schedule")):
+        if message.startswith(("unknown optimizer", "cannot make optimizer", "unknown schedule")):
             assert run("train", "--print-config", *options) == 2 and message in capsys.readouterr().err
 
 
@@ -299,7 +305,7 @@ def test_classes_that_are_absent_are_told(phantoms, tmp_path, capsys):
     assert run(*given) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "no training image has label 2" in told
-    assert "validation images have label" in told and "the loss chooses the best epoch" in told
+    assert "validation images have label" in told and "the loss selects the best epoch" in told
 
 
 def test_names_of_labels_are_looked_at(phantoms, tmp_path, capsys):
@@ -317,9 +323,9 @@ def test_names_of_labels_are_looked_at(phantoms, tmp_path, capsys):
         return phantoms.parent / "named.csv"
 
     assert run("train", written(["malignant", "Malignant"]), *FAST, "--out", tmp_path / "spelt") == 2
-    assert "differ in case or blanks alone" in capsys.readouterr().err
+    assert "differ only in case or blanks" in capsys.readouterr().err
     assert run("train", written(["small", "large"]), *FAST, "--task", "ordinal", "--out", tmp_path / "grades") == 0
-    assert "the order taken is large < small" in capsys.readouterr().err
+    assert "the assumed order is large < small" in capsys.readouterr().err
 
 
 def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path, capsys):
@@ -355,7 +361,7 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     write(table)
     given = [*FAST, "--task", "labels", "--label", "all"]
     assert run("train", tmp_path / "t.csv", *given, "--out", tmp_path / "x") == 2
-    assert "label_all is 1 for all training images that have one; nothing is to learn" in capsys.readouterr().err
+    assert "label_all is 1 for all training images that have one; there is nothing to learn" in capsys.readouterr().err
     assert run("train", tmp_path / "t.csv", *given, "--label", "calc", "--out", tmp_path / "y") == 0
     assert "label_all is 1 for all training images that have one; nothing is learnt" in capsys.readouterr().err
     assert run("train", tmp_path / "t.csv", *FAST, "--task", "labels", "--label", "age", "--out", tmp_path / "x") == 2
@@ -464,7 +470,7 @@ def test_what_a_callback_knows_and_decides_outlives_the_run(phantoms, tmp_path, 
     log = (tmp_path / "run" / "log.csv").read_text()
     assert log.count("\n") == 4  # the first epoch is the best, and two are waited for
     assert run(*command, "--epochs", "6", "--resume") == 0
-    assert "train: nothing is left to do, stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
+    assert "train: nothing left to do, stopped by a callback after epoch 3 of 6" in capsys.readouterr().out
     assert (tmp_path / "run" / "log.csv").read_text() == log
 
 

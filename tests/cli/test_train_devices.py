@@ -77,7 +77,7 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     assert len(started) == 2
     assert child.wait() == 130, child.error
-    assert child.error == f"stopped; the same command with --resume goes on from {last}\n"
+    assert child.error == f"stopped; the same command with --resume continues from {last}\n"
     assert child.output.count("in 2 processes") == 1
     assert not (tmp_path / "split" / "metrics.json").exists()
     end = time.monotonic() + 30
@@ -125,12 +125,12 @@ def test_a_process_that_a_launcher_has_started(phantoms, tmp_path, monkeypatch, 
 def test_what_cannot_be(phantoms, tmp_path, capsys):
     command = ["train", phantoms, *FAST, "--out", tmp_path / "run"]
     assert run(*command, "--split-image") == 2
-    assert "between how many with --devices" in capsys.readouterr().err
+    assert "give their number with --devices" in capsys.readouterr().err
     unread = phantoms.with_name("unread.csv")  # is told before any image is looked for
     unread.write_text("image_path,label,patient_id\nnone.png,0,p\n")
     child = forked("train", unread, *command[2:], "--accumulate", "3", "--devices", "2")
     assert child.wait() == 2
-    assert "3 images per optimizer step cannot be dealt to 2 processes" in child.error
+    assert "3 images per optimizer step cannot be distributed to 2 processes" in child.error
     assert child.error.count("\n") == 1
 
 

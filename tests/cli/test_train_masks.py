@@ -122,14 +122,14 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
 
     best = trained / "best.ckpt"
     assert "predicts masks, not classes of images" in refused("explain", best, table)
-    assert "this checkpoint is of masks" in refused("predict", best, table, "--heatmaps")
+    assert "do not support checkpoints of masks" in refused("predict", best, table, "--heatmaps")
     assert "a network for masks must output one map" in refused("train", table, *FAST, "--model", "lesionnet")
     other = tmp_path / "other.csv"
     other.write_text(f"image_path,mask_path,patient_id\n{table.parent / '0.png'},,p\n")
-    assert "has no column mask_path, and no masks in findings" in refused("train", other, *FAST)
+    assert "has no column mask_path and no masks in findings" in refused("train", other, *FAST)
     _, mask = squares(0)
     for name, values, said in (
-        ("value", np.where(mask == 2, np.uint8(9), mask), "holds 9, which names no class"),
+        ("value", np.where(mask == 2, np.uint8(9), mask), "contains 9, which is not a class"),
         ("size", mask[1:], "correct the mask"),
     ):
         (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(values))
@@ -137,9 +137,9 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
         classes = ["-o", 'data.classes=["no","grey","bright"]']
         assert said in refused("train", other, *FAST, *classes)
         if name == "value":  # a stray value makes no classes
-            assert "value.png: holds 9, and no mask holds 2; correct it" in refused("train", other, *FAST)
+            assert "value.png: contains 9, but no mask contains 2; correct it" in refused("train", other, *FAST)
         assert said in refused("predict", best, other, "--device", "cpu")
-    assert "it is not exported" in refused("export", best, "--to", "onnx")
+    assert "cannot export a network of --task masks because it returns maps" in refused("export", best, "--to", "onnx")
 
 
 def test_a_resumed_run_compares_all_images_with_the_masks_of_its_table(trained, table, tmp_path):

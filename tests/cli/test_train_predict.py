@@ -127,11 +127,11 @@ def test_a_calibration_is_applied_to_probabilities_calls_and_pictures(trained, p
     (tmp_path / "calibration.json").write_text(json.dumps(stored | {"sha256": "0"}))
     assert run(*command, "--out", tmp_path / "other") == 2
     error = capsys.readouterr().err
-    assert "measured on predictions of another checkpoint" in error and error.count("\n") == 1
+    assert "was measured on another checkpoint" in error and error.count("\n") == 1
     (tmp_path / "calibration.json").write_text(json.dumps(stored | {"flips": ["both"]}))
     assert run(*command, "--out", tmp_path / "other") == 2
     error = capsys.readouterr().err
-    assert "measured on predictions with --flip both; predict as they were" in error and error.count("\n") == 1
+    assert "was measured with --flip both; predict with the same flips" in error and error.count("\n") == 1
 
 
 def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path):
@@ -157,7 +157,7 @@ def test_resume_takes_the_epochs_of_the_run_and_more_extend_it(trained, phantoms
     out, others = tmp_path / "run", [option for option in FAST if option not in ("--epochs", "1")]
     shutil.copytree(trained, out)
     assert run("train", phantoms, "--out", out, *others, "--resume") == 0
-    assert "train: nothing is left to do, complete after epoch 1" in capsys.readouterr().out
+    assert "train: nothing left to do, complete after epoch 1" in capsys.readouterr().out
     assert run("train", phantoms, "--out", out, *others, "--resume", "--epochs", "2") == 0
     assert [row["epoch"] for row in rows(out / "log.csv")] == ["1", "2"]
 
@@ -323,7 +323,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     assert re.fullmatch(
         r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; "
         r"the existing file is unchanged; raise the limit .*; "
-        r"\S+/run/last\.ckpt is whole, and --resume .* goes on from it\n",
+        r"\S+/run/last\.ckpt is complete; continue from it with --resume .*\n",
         done.error,
     )
     assert (out / "last.ckpt").read_bytes() == before
@@ -332,7 +332,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
     new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=20_000)
     assert new.wait() == 2
-    assert "no checkpoint was written before, begin the run anew" in new.error and new.error.count("\n") == 1
+    assert "no checkpoint was written before; start the run again" in new.error and new.error.count("\n") == 1
 
 
 def test_full_disk_while_predicting_keeps_the_results_before(trained, phantoms, tmp_path, capsys):
@@ -384,7 +384,7 @@ def test_ctrl_c_and_sigterm_keep_the_results_before(
         patched.setattr("gigamorph.engine.predict.parts._SHARE", 1e9)
         assert run("predict", trained / "best.ckpt", phantoms, "--out", tmp_path / "out") == 130
     told = capsys.readouterr().err.strip("\n")
-    assert told == "stopped; what is done is kept, and the same command with --resume goes on"
+    assert told == "stopped; finished work is stored, and the same command with --resume continues"
     computed = len(rows(tmp_path / "out" / "predictions.csv"))
     assert computed == 3
     assert len(rows(tmp_path / "out" / "breasts.csv")) == (computed + 1) // 2
@@ -432,8 +432,8 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "y.ckpt")
     for name, message in (
         ("x", "not a readable checkpoint"),
-        ("y", "not written by gigamorph train"),
-        ("cut", "is cut off, as by a full disk"),
+        ("y", "not a checkpoint of gigamorph train"),
+        ("cut", "is truncated (full disk, or interrupted copy)"),
         ("z", "no such"),
     ):
         assert run("predict", tmp_path / f"{name}.ckpt", phantoms, "--out", tmp_path / "out") == 2
@@ -450,7 +450,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phan
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGTERM)  # as a scheduler does
     assert child.wait() == 130, child.error
-    assert "--resume goes on from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
+    assert "--resume continues from" in child.error and not (tmp_path / "cut" / "metrics.json").exists()
     assert run(*command, tmp_path / "cut", "--resume") == 0
     a, b = (torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
     for key, value in a["state_dict"].items():
@@ -464,7 +464,7 @@ def test_real_mammograms_from_index_to_report_at_native_resolution(real_data, tm
     for name in ("mg_ge_jpeg_lossless.dcm", "dbt_4frames_jpeg2000.dcm"):
         (tmp_path / "dicom" / name).symlink_to(real_data / "dicom" / name)
     assert run("data", "index", tmp_path / "dicom", "--out", tmp_path / "index.csv") == 0
-    assert "2 images of 2 patients, 0 files passed over" in capsys.readouterr().out
+    assert "2 images of 2 patients, 0 files skipped" in capsys.readouterr().out
     indexed = rows(tmp_path / "index.csv")
     with (tmp_path / "t.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*indexed[0], "split", "frame"])
@@ -515,7 +515,7 @@ def test_pixels_that_are_no_numbers_cost_their_image_alone(command, trained, pha
     np.save(tmp_path / "a.npy", np.full((160, 128), np.nan, np.float32))
     images = [tmp_path / "a.npy", phantoms.parent / "images"]
     assert run(command, trained / "best.ckpt", *images, "--out", tmp_path / "one") == 2
-    assert "a.npy: the network gives no number" in one_line(capsys)
+    assert "a.npy: the network's output is not finite" in one_line(capsys)
     assert run(command, trained / "best.ckpt", *images, "--skip-bad", "--out", tmp_path / "all") == 0
     assert "16 images" in capsys.readouterr().out
     assert [row["image_path"] for row in rows(tmp_path / "all" / "quarantine.csv")] == [str(tmp_path / "a.npy")]
@@ -534,7 +534,7 @@ def test_a_text_is_neither_checkpoint_nor_weights(trained, phantoms, tmp_path, c
 def test_a_folder_of_images_is_told_how_it_becomes_a_table(phantoms, tmp_path, capsys):
     assert run("train", phantoms.parent / "images", "--out", tmp_path / "run", *FAST) == 2
     told = one_line(capsys)
-    assert "holds no images in a sub-folder per class" in told and "gigamorph data index" in told
+    assert "contains no images in a sub-folder per class" in told and "gigamorph data index" in told
 
 
 def test_a_colour_image_is_told_of_channels(trained, tmp_path, capsys):
@@ -547,11 +547,11 @@ def test_a_cell_without_a_label_is_told_what_to_do(phantoms, tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text("image_path,label,patient_id\na.dcm,,p\n")
     assert run("train", table, "--out", tmp_path / "run", *FAST) == 2
-    assert "line 2: label is empty; fill it in, or leave the row out" in one_line(capsys)
+    assert "line 2: label is empty; fill it in, or remove the row" in one_line(capsys)
 
 
 def test_a_run_without_validation_says_so(phantoms, tmp_path, caplog):
     table = phantoms.parent / "train_only.csv"
     table.write_text(re.sub(r",(val|test),", ",train,", phantoms.read_text()))
     assert run("train", table, "--out", tmp_path / "run", *FAST) == 0
-    assert "no validation images: the last epoch is kept" in caplog.text
+    assert "no validation images: the last epoch is saved as the best" in caplog.text

@@ -7,6 +7,8 @@ from commands import rows, run
 
 from gigamorph.engine.datasets.phantom import write_phantoms
 
+LABELS = ["--task", "labels", "--label", "cluster", "--label", "lesion"]
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -14,7 +16,7 @@ def table(tmp_path_factory):
     table = write_phantoms(tmp_path_factory.mktemp("phantoms"), patients=4, height=128, width=96, seed=1)
     found = rows(table)
     for row in found:
-        row["exam_id"] = "E"
+        row["exam_id"], row["label_lesion"] = "E", row["label"]
         del row["split"]
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, found[0])
@@ -25,8 +27,8 @@ def table(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "options",
-    [["-o", "average=0.9", "--augment", "flip=left-right", "--precision", "bf16"], ["--views", "mean"]],
-    ids=["images", "exams"],
+    [["-o", "average=0.9", "--augment", "flip=left-right", "--precision", "bf16"], ["--views", "mean"], LABELS],
+    ids=["images", "exams", "labels"],
 )
 def test_validation_rows_are_those_of_predict(table, tmp_path, options):
     fast = [
@@ -49,5 +51,7 @@ def test_validation_rows_are_those_of_predict(table, tmp_path, options):
     key, name = ("exam", "exams.csv") if "--views" in options else ("image_path", "predictions.csv")
     found, validated = {row[key]: row for row in rows(out / name)}, rows(own / "val.csv")
     assert len(validated) >= 2
+    odds = ["log_odds_cluster", "log_odds_lesion"] if options == LABELS else ["log_odds_1"]
     for row in validated:
-        assert float(row["log_odds_1"]) == pytest.approx(float(found[row[key]]["log_odds_1"]), rel=1e-5, abs=1e-6)
+        other = found[row[key]]
+        assert [float(row[o]) for o in odds] == pytest.approx([float(other[o]) for o in odds], rel=1e-5, abs=1e-6)

@@ -71,15 +71,15 @@ def test_what_is_there_and_current_is_not_written_again(predicted, static, tmp_p
         return capsys.readouterr().out
 
     first = (page / "tiles" / "5" / "0" / "0_0.png").read_bytes()
-    assert "12 images, 12 of them there already; " in view() and not made
+    assert "12 images, 12 of them already written; " in view() and not made
     (page / "tiles" / "5.made").unlink()  # as where it was stopped
     (page / "tiles" / "5" / "0" / "0_0.png").write_bytes(b"half")
-    assert "12 images, 11 of them there already; " in view() and made == [5]
+    assert "12 images, 11 of them already written; " in view() and made == [5]
     assert (page / "tiles" / "5" / "0" / "0_0.png").read_bytes() == first
     image = read_exams(predicted / "predictions")[1].views[1].record.path
     os.utime(image, ns=(0, image.stat().st_mtime_ns + 1))
-    assert "11 of them there already; " in view() and made == [5, "5"]
-    assert "4 images, 4 of them there already; " in view("--most", "1") and not made
+    assert "11 of them already written; " in view() and made == [5, "5"]
+    assert "4 images, 4 of them already written; " in view("--most", "1") and not made
     assert sorted(path.name for path in (page / "tiles").iterdir()) == [
         f"{n}{e}" for n in range(4) for e in ("", ".made")
     ]
@@ -116,8 +116,8 @@ def test_images_that_are_elsewhere_are_told_with_the_remedy(predicted, tmp_path,
     table.write_text("image_path,p_0,p_1\nimages/a.dcm,0.2,0.8\n")
     assert run("view", table, "--static", "--out", tmp_path / "page") == 2
     error = capsys.readouterr().err
-    assert "error: images/a.dcm: is not beside the predictions, nor is there such a file" in error
-    assert "go to the folder where it ran" in error and error.count("\n") == 1
+    assert "error: images/a.dcm: is not next to the predictions; the file does not exist" in error
+    assert "relative to the folder where gigamorph predict ran; run it there" in error and error.count("\n") == 1
     assert not (tmp_path / "page").exists()  # so that the same command serves once the image is there
     (tmp_path / "images").mkdir()
     image = next((predicted / "phantoms" / "images").iterdir())
@@ -145,13 +145,13 @@ def test_the_page_names_nobody_unless_asked(static, predicted, capsys):
     (predicted / "other").mkdir()
     (predicted / "other" / "mine.txt").write_text("")
     assert run("view", predicted / "predictions", "--static", "--out", predicted / "other") == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "has other files" in capsys.readouterr().err
     (predicted / "half").mkdir()
     (predicted / "half" / "view.css").write_text("")  # the disk was full
     assert run("view", predicted / "predictions", "--most", "1", "--static", "--out", predicted / "half") == 0
     capsys.readouterr()
     assert run("view", predicted / "run", "--static", "--out", predicted / "none") == 2
-    assert "make them: gigamorph predict" in capsys.readouterr().err
+    assert "create it with gigamorph predict" in capsys.readouterr().err
 
 
 PAINTED = "return state.shown.length > 0 && state.shown.every(s => s.viewer.world.getItemCount() && s.canvas)"
@@ -323,7 +323,7 @@ def test_the_command_serves_until_ctrl_c(predicted, tmp_path, capsys):
     long = 600
     try:
         address, told = printed_address(process), process.output
-        assert told.startswith("3 exams, 12 images; ") and "Ctrl-C ends it" in told
+        assert told.startswith("3 exams, 12 images; ") and "Ctrl-C stops it" in told
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{43}/", address)
         assert not (predicted / "predictions" / "view").exists()
         for place, begin in (("", b"<!doctype html>"), ("tiles/0/0/0_0.png", b"\x89PNG")):
@@ -335,4 +335,4 @@ def test_the_command_serves_until_ctrl_c(predicted, tmp_path, capsys):
     finally:
         process.end()
     assert run("view", predicted / "predictions", "--no-browser", "--out", tmp_path) == 2
-    assert "--out is the folder of --static; add --static" in capsys.readouterr().err
+    assert "--out needs --static" in capsys.readouterr().err

@@ -1,8 +1,7 @@
 """Phantom mammograms of any size: a task that is easy at native resolution and impossible at low resolution.
 
-The label of the standard phantoms is whether there is a cluster of micro-calcifications. An image without one has the
-same cluster blurred, so that averaging over 8 x 8 pixels leaves nothing that tells the two apart, while masses and
-lines are in both classes alike.
+The label of the standard phantoms is 1 with a cluster of micro-calcifications. An image without one has the same
+cluster blurred, so that averaging over 8 x 8 pixels removes the difference; masses and lines are in both classes.
 """
 
 from .exams import Phantom, make_array, write_phantoms

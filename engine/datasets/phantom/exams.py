@@ -1,4 +1,4 @@
-"""Phantom patients: exams of one or both breasts as image files, masks and the table of them."""
+"""Phantom patients: exams of one or both breasts as image files, masks and a table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ VIEWS = ("CC", "MLO")
 
 @dataclass(frozen=True)
 class Phantom:
-    """A phantom mammogram with its chest wall on the left, as `open_pixels` delivers it."""
+    """A phantom mammogram with its chest wall on the left, as from `open_pixels`."""
 
     pixels: np.ndarray
     """uint16 (height, width), 12 bit, background 0."""
     cluster: Box | None
-    """The cluster of micro-calcifications; None where there is none."""
+    """The cluster of micro-calcifications; None without one."""
     masses: tuple[Box, ...]
     """Soft masses, in both classes."""
 
@@ -38,9 +38,9 @@ class Phantom:
 
 
 def make_array(seed: Seed, *, cluster: bool, height: int = 1024, width: int = 768, view: str = "CC") -> Phantom:
-    """One phantom in memory; the same arguments give the same pixels.
+    """A phantom in memory; the same arguments give the same pixels.
 
-    Calls that differ only in `cluster` give the same breast, with sharp or blurred specks. See `PhantomImage`.
+    Calls that differ only in `cluster` give the same breast with sharp or blurred specks. See `PhantomImage`.
     """
     image = PhantomImage(height, width, seed=seed, view=view, lesions=("cluster",) if cluster else ())
     box = image.lesions[0].box if cluster else None
@@ -64,24 +64,34 @@ def write_phantoms(
     workers: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> Path:
-    """Write phantom patients as image files and the table of them; returns the path of the csv.
+    """Write phantom patients as image files with a table, and return the path of the csv.
 
-    folder: gets `images/*.dcm` (For Presentation mammograms, 12 bit, as stored by a scanner: right breasts with their
-    chest wall on the right) or `images/*.tif`, `masks/*.tif` if asked for, and `phantoms.csv`: the columns of `Record`
-    with label 1 for breasts with a lesion, `label_KIND`, findings in pixels of the file, and cluster: top, bottom,
-    left, right of a cluster as `open_pixels` shows DICOM files, empty without one.
-    breasts: 1 writes two views (CC, MLO) of one breast; 2 the four views of an exam, a lesion being in one breast only.
-    lesions: kinds, in turn among the patients that have one. positive: their share of the patients.
-    symmetry: correlation of the texture of the two breasts.
-    fractions: of the patients, for train, val and test.
-    workers: processes, or threads where the images are few. report: called with numbers of pixels written.
-    Raises `DataError` if the folder cannot be written or the format cannot hold such images.
+    The folder gets `images/*.dcm` (For Presentation mammograms, 12 bit, as a scanner stores them: right breasts have
+    their chest wall on the right) or `images/*.tif`, `masks/*.tif` on request, and `phantoms.csv`. The table has the
+    columns of `Record`, with label 1 for breasts with a lesion, `label_KIND`, findings in pixels of the file, and
+    cluster: top, bottom, left, right of a cluster as `open_pixels` shows DICOM files, empty without one.
+
+    Args:
+        folder: the folder; it is created.
+        patients, height, width, seed: the number of patients, the size of the images, and the seed.
+        fractions: of the patients, for train, val and test.
+        breasts: 1 writes two views (CC, MLO) of one breast; 2 the four views of an exam, with a lesion in one breast.
+        lesions: the kinds of lesions, which alternate among the positive patients.
+        positive: the share of patients with a lesion.
+        symmetry: the correlation of the texture of the two breasts.
+        file_format: of the images.
+        masks: whether masks of the lesions are written.
+        workers: the number of processes, or of threads if there are few images.
+        report: called with numbers of pixels written.
+
+    Raises:
+        DataError: if the folder cannot be written, or the images are too large for the format.
     """
     folder = Path(folder)
     kinds = tuple(dict.fromkeys(lesions))
     if patients < 1 or not kinds or not 0 <= positive <= 1:
         raise DataError(
-            "phantoms need one patient and one kind of lesion at least, and a share of positives from 0 to 1"
+            "phantoms need at least one patient and one kind of lesion, and a share of positives from 0 to 1"
         )
     images = [image for number in range(patients) for image in _patient(number, seed, breasts, kinds, positive)]
     options = _Options(folder, height, width, seed, 1.0 if breasts == 1 else symmetry, kinds, file_format, masks)
@@ -91,8 +101,8 @@ def write_phantoms(
         records = _write_all(images, options, workers, report)
         records = assign_splits(records, fractions=fractions, seed=seed)
     except OSError as error:
-        told = f"phantoms cannot be written ({error.strerror or error})"
-        raise DataError(f"{folder}: {told}; name another folder, or free some space") from error
+        reason = f"phantoms cannot be written ({error.strerror or error})"
+        raise DataError(f"{folder}: {reason}; name another folder, or free some space") from error
     return write_table(folder / "phantoms.csv", records, ["0", "1"])
 
 
@@ -110,7 +120,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Image:
-    """What distinguishes one image of a patient."""
+    """The properties of an image of a patient."""
 
     patient: str
     laterality: str

@@ -1,4 +1,4 @@
-"""Phantoms as files, written tile by tile: no image is ever held whole."""
+"""Phantoms as files, written tile by tile, so that no image is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .image import Lesion, PhantomImage
 
 SPACING = 0.1  # millimetres
 _VIEWS = {"CC": ("399162004", "cranio-caudal"), "MLO": ("399368009", "medio-lateral oblique")}
-_STRIP = 256, 2048  # rows and columns that are made at a time for DICOM
-_MOST = 2**32 - 2  # bytes of an element of explicit length
+_STRIP = 256, 2048  # rows and columns of a block that is computed at once for DICOM
+_MOST = 2**32 - 2  # the maximum bytes of an element of explicit length
 
 
 def stored_box(box: Box, width: int, laterality: str) -> Box:
-    """Where a box of the image with its chest wall left lies in the file: right breasts are stored mirrored."""
+    """A box of the image with its chest wall left, in file coordinates: right breasts are stored mirrored."""
     return box if laterality == "L" else (box[0], box[1], width - box[3], width - box[2])
 
 
@@ -37,16 +37,23 @@ def write_dicom(
     threads: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> None:
-    """A For Presentation mammogram, 12 bit, uncompressed, as stored by a scanner: right breasts have their chest wall
-    on the right.
+    """Write a For Presentation mammogram, 12 bit, uncompressed, as a scanner stores it: right breasts have their chest
+    wall on the right.
 
-    report: called with the number of pixels that were written since the last call.
-    Raises `DataError` if a single frame of DICOM cannot hold the image.
+    Args:
+        path: the file.
+        image: the phantom.
+        patient, study, laterality, view: values of the header.
+        threads: the number of threads that compute blocks.
+        report: called with the number of pixels written since the last call.
+
+    Raises:
+        DataError: if the image is too large for a DICOM frame.
     """
     height, width = image.shape
     size = 2 * height * width
     if max(height, width) > 65535 or size > _MOST:
-        raise DataError(f"{path}: one frame of DICOM cannot hold {height} x {width} pixels; write phantoms as tiff")
+        raise DataError(f"{path}: {height} x {width} pixels exceed a DICOM frame; write phantoms as tiff")
     header(image.shape, patient, study, laterality, view).save_as(path, enforce_file_format=True)
     tiles = [
         stored_box((top, min(top + _STRIP[0], height), left, min(left + _STRIP[1], width)), width, laterality)
@@ -54,7 +61,7 @@ def write_dicom(
         for left in range(0, width, _STRIP[1])
     ]
     across = len(range(0, width, _STRIP[1]))
-    parts = writers.ahead(lambda tile: _turned(image.read(*tile), laterality), tiles, threads)
+    parts = writers.map_ahead(lambda tile: _oriented(image.read(*tile), laterality), tiles, threads)
     with path.open("ab") as file:
         file.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, size))
         for _ in range(0, height, _STRIP[0]):
@@ -72,31 +79,31 @@ def write_tiff(
     threads: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> None:
-    """A tiled 16-bit (Big)TIFF, compressed without loss; the 12 bits are spread over 16. Otherwise as `write_dicom`."""
+    """Write a tiled, losslessly compressed 16-bit (Big)TIFF, 12 bits scaled to 16; otherwise as `write_dicom`."""
 
     def read(*region: int) -> np.ndarray:
         values = image.read(*stored_box(region, image.shape[1], laterality))  # pyright: ignore[reportArgumentType]
-        return _turned(values << 4 | values >> 8, laterality)
+        return _oriented(values << 4 | values >> 8, laterality)
 
     writers.write_tiff(path, image.shape, np.dtype(np.uint16), read, spacing=SPACING, threads=threads, report=report)
 
 
 def write_mask(path: Path, image: PhantomImage, lesion: Lesion, *, laterality: str) -> None:
-    """A tiled 8-bit TIFF of the size of the image: 255 inside the lesion."""
+    """Write a mask as a tiled 8-bit TIFF of the size of the image: 255 inside the lesion."""
 
     def read(*region: int) -> np.ndarray:
         box = stored_box(region, image.shape[1], laterality)  # pyright: ignore[reportArgumentType]
-        return _turned(image.mask(lesion, *box), laterality)
+        return _oriented(image.mask(lesion, *box), laterality)
 
     writers.write_tiff(path, image.shape, np.dtype(np.uint8), read, spacing=SPACING)
 
 
-def _turned(values: np.ndarray, laterality: str) -> np.ndarray:
+def _oriented(values: np.ndarray, laterality: str) -> np.ndarray:
     return values if laterality == "L" else values[:, ::-1]
 
 
 def _coded(value: str, meaning: str) -> Dataset:
-    """An item of a code sequence, of SNOMED CT."""
+    """An item of a code sequence, with a SNOMED CT code."""
     ds = Dataset()
     ds.CodeValue, ds.CodingSchemeDesignator, ds.CodeMeaning = value, "SCT", meaning
     return ds

@@ -1,6 +1,6 @@
-"""Soft shapes as functions of the pixel's place: discs, ellipses and lines with the profile of a Gaussian, nearly.
+"""Soft shapes as functions of the pixel's position: discs, ellipses and lines with a nearly Gaussian profile.
 
-Additions, multiplications, divisions and square roots only, for the reason given in `texture`.
+They use additions, multiplications, divisions and square roots only, for the reason in `texture`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ..tables.schema import Box
 
 @dataclass(frozen=True)
 class Ellipse:
-    """height * (1 - r^2)^power inside the ellipse r < 1, 0 outside; power 4 falls softly, 0.5 like a ball's shadow."""
+    """height * (1 - r^2)^power inside the ellipse r < 1, 0 outside; a higher power falls off more softly."""
 
     y: float
     x: float
     semi_y: float
     semi_x: float
     angle: float
-    """Of the semi-axis `semi_x` against the columns."""
+    """The angle between the semi-axis `semi_x` and the columns axis, in radians."""
     height: float
     power: int
     """1, 2 or 4."""
 
     @property
     def reach(self) -> float:
-        """Pixels from the centre beyond which it is 0."""
+        """The distance from the centre, in pixels, beyond which the shape is 0."""
         return max(self.semi_y, self.semi_x)
 
     def draw(self, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
@@ -57,14 +57,14 @@ class Line:
 
     @property
     def reach(self) -> float:
-        """Pixels from the centre beyond which it is 0."""
+        """The distance from the centre, in pixels, beyond which the shape is 0."""
         return self.length / 2 + 3 * self.sigma
 
     def draw(self, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
         """Values at the offsets (rows, 1) and (1, columns) from the centre."""
         cos, sin = np.float32(math.cos(self.angle)), np.float32(math.sin(self.angle))
         across, along = dx * sin - dy * cos, dx * cos + dy * sin
-        # (1 - t^2 / 8)^4 is close to exp(-t^2 / 2), and ends.
+        # (1 - t^2 / 8)^4 approximates exp(-t^2 / 2) with a finite support.
         profile = np.maximum(np.float32(1) - across * across / np.float32(8 * self.sigma**2), np.float32(0))
         profile *= profile
         profile *= profile
@@ -76,7 +76,7 @@ Shape = Ellipse | Line
 
 
 def box_of(shape: Shape, height: int, width: int) -> Box:
-    """The part of the image in which the shape is not 0."""
+    """The box of the image outside of which the shape is 0."""
     reach = shape.reach
     top, bottom = math.floor(shape.y - reach), math.ceil(shape.y + reach) + 1
     left, right = math.floor(shape.x - reach), math.ceil(shape.x + reach) + 1
@@ -84,14 +84,14 @@ def box_of(shape: Shape, height: int, width: int) -> Box:
 
 
 def overlap(first: Box, second: Box) -> Box | None:
-    """What two boxes share."""
+    """The intersection of two boxes; None if it is empty."""
     top, bottom = max(first[0], second[0]), min(first[1], second[1])
     left, right = max(first[2], second[2]), min(first[3], second[3])
     return (top, bottom, left, right) if top < bottom and left < right else None
 
 
 def add(shape: Shape, image: np.ndarray, region: Box, box: Box) -> None:
-    """Add the shape to the pixels of a region of the image; box: of the shape."""
+    """Add the shape, whose box is `box`, to the pixels of a region of the image."""
     shared = overlap(region, box)
     if shared is None:
         return

@@ -1,4 +1,4 @@
-"""Tables of images: one's own (csv, folder per class) and those of public data sets, as records of one schema."""
+"""Tables of images, as records of one schema: csv files, folders per class, and tables of public data sets."""
 
 from .generic import label_columns, missing_files, missing_masks, read_table, without_masks
 from .public import DATA_SETS, detect, read_data_set

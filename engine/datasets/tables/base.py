@@ -1,4 +1,4 @@
-"""What a reader of a public data set offers."""
+"""The interface of a reader of a public data set."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .schema import Record
 
 @dataclass(frozen=True)
 class DataSet:
-    """A public data set: how to recognise it, what its labels mean, how to read it."""
+    """A public data set: its tables, the meaning of its labels, and its reader."""
 
     name: str
-    """As on the command line."""
+    """The name on the command line."""
     title: str
     tables: tuple[str, ...]
-    """Names of its tables as downloaded; a folder that holds one of them may be this data set."""
+    """The names of its tables as downloaded; a folder that contains one of them may be this data set."""
     rules: dict[str, str]
-    """Label columns and what 1 and 0 mean; the first is the label unless another is chosen."""
+    """Label columns with the meaning of 1 and 0; the first is the label by default."""
     split: str
-    """Which official split it has."""
+    """The official split."""
     read: Callable[[Files], list[Record]]
-    """All images of its tables, in their order, with `labels` filled in and `label` -1; files need not exist."""
+    """Returns all images of its tables in their order, with `labels` filled in and `label` -1; files need not exist."""
     columns: tuple[str, ...] = ()
-    """Of the table, where its name does not tell enough."""
+    """Columns that identify the table if its name is not specific."""

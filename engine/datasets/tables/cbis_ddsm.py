@@ -1,11 +1,11 @@
 """CBIS-DDSM (TCIA): digitised films with a mask per abnormality; four tables, in two generations of column names.
 
-A table has a row per abnormality. The paths in it are those of the first release, StudyUID/SeriesUID/00000N.dcm; later
-downloads call the files 1-1.dcm in folders named after dates and series descriptions, so files are looked up by the UID
-of their series, which names the last folder (tcia_utils, Kaggle's JPEG release) or stands in NBIA's metadata.csv. A
-film with masses and calcifications is in both tables, under two names and with two labels: it is one image here, and
-malignant if any finding is. Cropped image and mask lie in one series and are swapped in some of the
-rows: the mask is the larger of the two.
+A table has a row per abnormality. Its paths are those of the first release, StudyUID/SeriesUID/00000N.dcm. Later
+downloads name the files 1-1.dcm, in folders named after dates and series descriptions. So files are looked up by the
+UID of their series, which is the name of the last folder (tcia_utils, Kaggle's JPEG release) or in NBIA's metadata.csv.
+A film with masses and calcifications is in both tables, under two names and with two labels: it is one image here, and
+malignant if any finding is. Cropped image and mask are in one series and are swapped in some rows: the mask is the
+larger one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TABLES = {
     for split, part in (("train", "train"), ("test", "test"))
     for name in (f"mass_case_description_{part}_set.csv", f"calc_case_description_{part}_set.csv")
 }
-# Names of the first generation of the tables, and the two spellings within the second.
+# Column names of the first generation, and the two spellings of the second.
 _NAMES = {
     "side": "left_or_right_breast",
     "view": "image_view",
@@ -38,7 +38,7 @@ _NAMES = {
     "mask_path": "roi_mask_file_path",
 }
 _ENDINGS = (".dcm", ".jpg")
-"""Of images as TCIA has them, and of Kaggle's release, which is JPEG of 8 bits: jpeg/SERIES UID/1-172.jpg."""
+"""Suffixes of TCIA's images, and of Kaggle's release in 8-bit JPEG: jpeg/SERIES UID/1-172.jpg."""
 _PATHOLOGIES = ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK")
 _NEEDED = ("patient_id", "left_or_right_breast", "image_view", "pathology", "image_file_path")
 
@@ -53,9 +53,9 @@ def read(files: Files) -> list[Record]:
         for row in _rows(read_rows(path))
     ]
     if not rows:
-        raise DataError(f"{files.path}: holds none of {', '.join(_TABLES)}; name the folder of the data set")
-    # The tables of masses and of calcifications are split separately and share patients: whoever is in a test set is
-    # in test.
+        raise DataError(f"{files.path}: contains none of {', '.join(_TABLES)}; pass the folder of the data set")
+    # The tables of masses and of calcifications are split separately and share patients: a patient of either test set
+    # is in test.
     test = {row["patient_id"] for row in rows if row["split"] == "test"}
     # A film with masses and calcifications is in both tables, under two names.
     films: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -74,8 +74,8 @@ def _rows(table: Rows) -> list[dict[str, str]]:
     rows = [dict(zip(names, row.values(), strict=True)) for row in table.rows]
     for place, row in zip(table.places, rows, strict=True):
         if row["pathology"].upper() not in _PATHOLOGIES:
-            told = f"pathology {row['pathology']!r} is none of {', '.join(_PATHOLOGIES)}"
-            raise DataError(f"{table.path}, {place}: {told}; fetch the table again")
+            reason = f"pathology {row['pathology']!r} must be one of {', '.join(_PATHOLOGIES)}"
+            raise DataError(f"{table.path}, {place}: {reason}; download the table again")
     return [{**row, "pathology": row["pathology"].upper()} for row in rows]
 
 
@@ -112,24 +112,24 @@ def _finding(row: dict[str, str], image: Path, places: _Series) -> Finding:
 
 
 class _Series:
-    """Files of a series by its UID, in any layout of the download."""
+    """The files of a series by its UID, for all layouts of the download."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
         self._folders: dict[str, Path] = {}
         if not files.path.is_dir():
             return
-        # Most tools name the last folder after the series; NBIA's own names it otherwise, and metadata.csv tells.
+        # Most tools name the last folder after the series; for NBIA's tool, metadata.csv lists the folders.
         for path in files.matching(_ENDINGS):
             self._folders.setdefault(path.parent.name, path.parent)
         for path in files.matching(["metadata.csv"]):
             for row in read_rows(path).rows:
                 if row.get("Series UID") and row.get("File Location"):
-                    place = row["File Location"].replace("\\", "/").removeprefix("./")
-                    self._folders[row["Series UID"]] = path.parent / place
+                    folder = row["File Location"].replace("\\", "/").removeprefix("./")
+                    self._folders[row["Series UID"]] = path.parent / folder
 
     def files(self, path: str) -> list[Path]:
-        """The image files of the series that a path of the table names; empty if it was not downloaded."""
+        """The image files of the series of a path in the table; empty if it was not downloaded."""
         wanted = PurePosixPath(path)
         own = self._files.folder / wanted.parent
         below = self._files.folder / "CBIS-DDSM" / wanted.parent
@@ -141,12 +141,12 @@ class _Series:
         return []
 
     def image(self, path: str) -> Path:
-        """The full image; where the table expects it if it was not downloaded."""
+        """The path of the full image; the path in the table if it was not downloaded."""
         found = self.files(path)
         return found[0] if found else self._files.folder / path
 
     def mask(self, mask: str, crop: str, image: Path) -> Path | None:
-        """The larger file of the series of mask and crop; None if only a crop was downloaded.
+        """The larger file of the series of mask and crop; None if only the crop was downloaded.
 
         Without any file, where the table expects the mask.
         """
@@ -155,7 +155,7 @@ class _Series:
             return self._files.folder / mask if mask else None
         sizes = {path: _pixels(path) for path in found}
         largest = max(found, key=lambda path: sizes[path])
-        # Some masks differ from their image by a few rows; crops are far smaller.
+        # Some masks differ from their image by a few rows; crops are much smaller.
         if image.is_file() and 2 * sizes[largest] < _pixels(image):
             return None
         return largest

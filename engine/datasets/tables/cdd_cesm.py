@@ -24,7 +24,7 @@ _PATHOLOGY = "Pathology Classification/ Follow up"
 
 
 def read(files: Files) -> list[Record]:
-    """One record per image; a sheet with several rows of an image (one per lesion) has them joined."""
+    """One record per image; several rows of an image (one per lesion) are merged."""
     table = files.rows(*_TABLES, sheet="all")
     table.require("Image_name", "Patient_ID", "Side", "Type", "View", _PATHOLOGY)
     outlines = _outlines(files)
@@ -71,7 +71,7 @@ def _outlines(files: Files) -> dict[str, list[Finding]]:
         try:
             finding = _finding(parse_json(row["region_shape_attributes"] or "{}"))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{table.path}, {place}: region_shape_attributes are damaged ({error})") from error
+            raise DataError(f"{table.path}, {place}: damaged region_shape_attributes ({error}); correct it") from error
         if finding:
             name = row["#filename"].rsplit(".", 1)[0].strip()
             found.setdefault(name, []).append(finding)
@@ -90,7 +90,7 @@ def _finding(shape: dict[str, Any]) -> Finding | None:
         )
     if kind in ("circle", "ellipse"):
         ry, rx = (shape["r"],) * 2 if kind == "circle" else (shape["ry"], shape["rx"])
-        turn = shape.get("theta", 0.0)  # of an ellipse that was turned after drawing
+        turn = shape.get("theta", 0.0)  # the rotation of an ellipse after drawing
         ry, rx = (
             math.hypot(rx * math.sin(turn), ry * math.cos(turn)),
             math.hypot(rx * math.cos(turn), ry * math.sin(turn)),

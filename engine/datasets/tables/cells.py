@@ -1,4 +1,4 @@
-"""Rows of a table as people publish it: csv in every dialect, compressed or not, Parquet and Excel."""
+"""Rows of published tables: csv in all dialects, compressed or not, Parquet and Excel."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import DataError
-from .packed import FACTOR, most_of
+from .packed import FACTOR, unpacked_limit
 from .parquet import PARQUET, parquet_rows
 
 EXCEL = (".xlsx", ".xls")
-"""What names of Excel's files end with."""
-# The field of the csv module may hold 128 KiB at most unless told; outlines of findings are longer.
+"""Suffixes of Excel files."""
+# The default limit of a field is 128 KiB; outlines of findings are longer.
 csv.field_size_limit(2**27)
-# What a spreadsheet takes for a formula, perhaps escaped already.
+# Cells that a spreadsheet would run as a formula, perhaps already escaped.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
@@ -42,10 +42,10 @@ class Rows:
     header: list[str]
     rows: list[dict[str, str]]
     places: list[str]
-    """Where each row stands, for messages: "line 7", "row 7"."""
+    """The line of each row for messages: "line 7", "row 7"."""
 
     def require(self, *names: str) -> None:
-        """`DataError` that names the first column that is missing."""
+        """Raise a `DataError` if columns are missing."""
         missing = [name for name in names if name not in self.header]
         if missing:
             raise DataError(f"{self.path}: column {', '.join(missing)} is missing; it has {', '.join(self.header)}")
@@ -54,18 +54,22 @@ class Rows:
 def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
     """All rows of a csv (also .gz), Parquet, .xlsx or .xls file; empty rows and columns without a name are dropped.
 
-    Separator (comma, semicolon, tab, or as a first line sep=; names it) and line ends are found out; text is UTF-8, or
-    UTF-16 with its mark. Line breaks within a cell become
-    blanks. Whole numbers of Excel sheets lose their ".0".
+    Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8, or
+    UTF-16 with a byte order mark. Line breaks within a cell become blanks. Integers of Excel sheets lose their ".0".
 
-    sheet: of an Excel file, else its first. fallback: the encoding of csv files that are not in UTF-8; None refuses.
-    Raises `DataError` that names the file and the line.
+    Args:
+        path: the file.
+        sheet: the sheet of an Excel file; the first one by default.
+        fallback: the encoding of csv files that are not UTF-8; None raises an error.
+
+    Raises:
+        DataError: names the file and the line.
     """
     if path.name.lower().endswith(PARQUET):
         columns, found = parquet_rows(path)
         header = column_names(path, columns)
-        told = [(place, dict(zip(header, row.values(), strict=True))) for place, row in found]
-        return Rows(path, header, [row for _, row in told], [place for place, _ in told])
+        pairs = [(place, dict(zip(header, row.values(), strict=True))) for place, row in found]
+        return Rows(path, header, [row for _, row in pairs], [place for place, _ in pairs])
     if path.name.lower().endswith(EXCEL):
         table, unit = _excel(path, sheet), "row"
     else:
@@ -81,9 +85,10 @@ def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "c
 
 
 def stream_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
-    """The columns of a csv (also .gz) in UTF-8, and (place, row) of its rows one by one, as `read_rows` has them.
+    """The columns of a csv (also .gz) in UTF-8, and an iterator over (line, row), with rows as in `read_rows`.
 
-    Raises `DataError` that names the file and the line, also while the rows are taken.
+    Raises:
+        DataError: names the file and the line; also during iteration.
     """
     lines = _csv_lines(path)
     names = column_names(path, next(lines, (0, []))[1])
@@ -98,48 +103,48 @@ def stream_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, st
 
 
 def column_names(path: Path, cells: Sequence[str]) -> list[str]:
-    """The names in a header, cleaned; "" for a column without one. `DataError` if there are none, or one twice."""
+    """The cleaned names in a header, "" for a column without a name; `DataError` if it is empty or has duplicates."""
     if not any(cell.strip() for cell in cells):
-        raise DataError(f"{path}: is empty; the first line must name the columns")
+        raise DataError(f"{path}: is empty; the first line must have the names of the columns")
     names = [_clean(cell) for cell in cells]
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
-        raise DataError(f"{path}: column {twice[0]} is there twice; rename one")
-    while not names[-1]:  # commas at the end of lines, which some tables have in the header or below it only
+        raise DataError(f"{path}: duplicate column {twice[0]}; rename one")
+    while not names[-1]:  # commas at line ends, which some tables have in the header only or in the rows only
         names.pop()
     return names
 
 
 def _row(path: Path, unit: str, number: int, cells: Sequence[str], names: Sequence[str]) -> dict[str, str] | None:
-    """A row by the names of its columns; None if it is empty."""
+    """A row as a dictionary by column name; None if it is empty."""
     values = [_clean(cell) for cell in cells]
     if not any(values):
         return None
     if unit == "line" and (len(values) < len(names) or any(values[len(names) :])):
-        raise DataError(f"{path}, line {number}: has {len(values)} cells, the header {len(names)}")
+        raise DataError(f"{path}, line {number}: has {len(values)} cells, but the header has {len(names)}; correct it")
     values += [""] * (len(names) - len(values))
     return {name: value for name, value in zip(names, values, strict=False) if name}
 
 
 def no_number(cell: str, remedy: str = "") -> str:
-    """Why a cell is not a finite number, and what to do: write a decimal point for a comma, otherwise the `remedy`."""
+    """Why a cell is not a finite number, with a remedy: to replace a decimal comma, otherwise `remedy`."""
     point = cell.replace(",", ".")
     if is_number(cell):
         reason = "is not finite"
     else:
-        reason, remedy = "is no number", f"write {point}" if is_number(point) else remedy
+        reason, remedy = "is not a number", f"write {point}" if is_number(point) else remedy
     return f"{cell!r} {reason}{remedy and '; '}{remedy}"
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is a number as tables write them; Python's own reading takes 1_0 for 10."""
+    """Whether a cell is a number in a form that tables use; Python's float() also accepts 1_0."""
     return _NUMBER.fullmatch(text) is not None
 
 
 def escape(value: object) -> str:
-    """A cell for a csv file: what a spreadsheet would run as a formula gets an apostrophe, which `read_rows` drops.
+    """A cell for a csv file: text that a spreadsheet would run as a formula gets an apostrophe, removed by `read_rows`.
 
-    Numbers stay as they are, negative ones too.
+    Numbers are unchanged, also negative ones.
     """
     text = "" if value is None else str(value)
     return f"'{text}" if _FORMULA.match(text) and not is_number(text) else text
@@ -153,13 +158,13 @@ def _clean(cell: str) -> str:
 
 
 def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
-    """(number of the line where it ends, cells) of every row."""
+    """(number of its last line, cells) of each row."""
     try:
-        with _opened(path) as file:
+        with _open_unpacked(path) as file:
             data = file.read()
         encoding = _encoding(data)
         if encoding != _UTF16 and b"\0" in data:
-            raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
+            raise DataError(f"{path}: is not a csv file (it contains zero bytes); save it as csv in UTF-8")
         text = data.decode(encoding)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
@@ -180,14 +185,14 @@ def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
 
 
 def _encoding(start: bytes) -> str:
-    """Of a file that begins so: UTF-8 but for Excel's "Unicode text"."""
+    """The encoding of a file by its first bytes: UTF-8, or UTF-16 for Excel's "Unicode text"."""
     return _UTF16 if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
-    """A reader of the rows, from the first line on, and how many lines stand before them.
+    """The number of lines before the rows, and a reader of the rows.
 
-    Excel writes, and obeys, a first line that names the separator: ``sep=;``.
+    Excel writes and reads a first line with the separator: ``sep=;``.
     """
     if named := _SEPARATOR.fullmatch(first):
         return 1, csv.reader(lines, delimiter=named[1], strict=True)
@@ -196,9 +201,9 @@ def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """What `_csv` gives of a file in UTF-8 or UTF-16, without holding it."""
+    """The rows of `_csv` for a file in UTF-8 or UTF-16, without loading it."""
     try:
-        with _opened(path) as file:
+        with _open_unpacked(path) as file:
             encoding = _encoding(file.read(2))
             file.seek(0)
             text = io.TextIOWrapper(file, encoding=encoding, newline="")  # pyright: ignore[reportArgumentType]
@@ -221,7 +226,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _without_zeros(lines: Iterable[str], path: Path) -> Iterator[str]:
     for line in lines:
         if "\0" in line:
-            raise DataError(f"{path}: is not a csv file (it holds zero bytes); save it as csv in UTF-8")
+            raise DataError(f"{path}: is not a csv file (it contains zero bytes); save it as csv in UTF-8")
         yield line
 
 
@@ -230,30 +235,30 @@ def _excel(path: Path, sheet: str | None) -> list[tuple[int, list[str]]]:
         import python_calamine  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise DataError(
-            f"{path}: reading Excel files needs python-calamine: pip install python-calamine, or save it as csv"
+            f"{path}: Excel files need python-calamine: pip install python-calamine, or save it as csv"
         ) from error
     child = Path(__file__).with_name("excel_child.py")
     command = [sys.executable, "-P", str(child), str(path), sheet or "", str(_EXCEL_MEMORY)]
     run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    said = run.stderr.decode(errors="replace")
-    if run.returncode == 1 and "MemoryError" not in said:
-        raise DataError(f"{path}: is not a readable Excel file ({' '.join(said.split())})")
+    errors = run.stderr.decode(errors="replace")
+    if run.returncode == 1 and "MemoryError" not in errors:
+        raise DataError(f"{path}: is not a readable Excel file ({' '.join(errors.split())}); save it as csv")
     if run.returncode:
-        raise DataError(f"{path}: needs more than {_EXCEL_MEMORY // 2**30} GiB to be read; save it as csv")
+        raise DataError(f"{path}: reading needs more than {_EXCEL_MEMORY // 2**30} GiB; save it as csv")
     return list(enumerate(json.loads(run.stdout), 1))
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A file, unpacked if it is packed: up to what tables are packed to, however little it was made of."""
+def _open_unpacked(path: Path) -> BinaryIO:
+    """Open a file; a .gz file is decompressed up to the size limit of tables."""
     if path.suffix != ".gz":
         return path.open("rb")
-    return io.BufferedReader(_Unpacked(path))
+    return io.BufferedReader(_LimitedGzip(path))
 
 
-class _Unpacked(io.RawIOBase):
+class _LimitedGzip(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, gzip.GzipFile(path)
-        self._left = most_of(path)
+        self._left = unpacked_limit(path)
 
     def readable(self) -> bool:
         return True
@@ -263,7 +268,7 @@ class _Unpacked(io.RawIOBase):
         self._left -= count
         if self._left < 0:
             raise DataError(
-                f"{self._path}: unpacks to more than {FACTOR} times its size; unpack it yourself if it is sound"
+                f"{self._path}: unpacks to more than {FACTOR} times its size; if you trust it, unpack it yourself"
             )
         return count
 
@@ -271,7 +276,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._left = most_of(self._path)
+        self._left = unpacked_limit(self._path)
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:

@@ -32,7 +32,7 @@ _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "nih_Data_Entry_2
 def read(files: Files) -> list[Record]:
     """One record per row of Data_Entry_2017.csv, of either release.
 
-    The commas in two of its column names are not quoted: "OriginalImage[Width,Height]" is two columns to any reader.
+    The commas in two column names are not quoted, so "OriginalImage[Width,Height]" is read as two columns.
     """
     table = files.rows(*_TABLES)
     table.require("Image Index", "Finding Labels", "Patient ID", "View Position")
@@ -42,7 +42,7 @@ def read(files: Files) -> list[Record]:
     for place, row in zip(table.places, table.rows, strict=True):
         found = set(row["Finding Labels"].split("|")) - {"No Finding"}
         if found - set(FINDINGS):
-            raise DataError(f"{table.path}, {place}: finding {sorted(found - set(FINDINGS))[0]!r} is none of the 14")
+            raise DataError(f"{table.path}, {place}: unknown finding {sorted(found - set(FINDINGS))[0]!r}; correct it")
         name = row["Image Index"]
         records.append(
             Record(
@@ -69,7 +69,7 @@ def _splits(files: Files) -> dict[str, str]:
         path = files.table(name) if files.path.is_dir() else None
         for image in [] if path is None else _lines(path):
             if found.setdefault(image, split) != split:
-                raise DataError(f"{path}: {image} is in train_val_list.txt too; fetch both again")
+                raise DataError(f"{path}: {image} is also in train_val_list.txt; download both again")
     return found
 
 
@@ -77,11 +77,11 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is no list of image names ({error}); fetch it again") from error
+        raise DataError(f"{path}: not a list of image names ({error}); download it again") from error
 
 
 def _boxes(files: Files) -> dict[str, list[Finding]]:
-    """BBox_List_2017.csv; its header breaks "Bbox [x,y,w,h]" over four columns and adds empty ones."""
+    """The boxes in BBox_List_2017.csv; its header splits "Bbox [x,y,w,h]" into four columns and adds empty ones."""
     if files.path.is_file() or files.table("BBox_List_2017.csv") is None:
         return {}
     table = files.rows("BBox_List_2017.csv")
@@ -90,7 +90,7 @@ def _boxes(files: Files) -> dict[str, list[Finding]]:
         cells = list(row.values())
         sides = [values.number(cell) for cell in cells[2:6]]
         if len(sides) < 4 or None in sides:
-            raise DataError(f"{table.path}, {place}: has no box x, y, w, h; fetch the table again")
+            raise DataError(f"{table.path}, {place}: has no box x, y, w, h; download the table again")
         x, y, width, height = (side for side in sides if side is not None)
         box: Box = (max(round(y), 0), round(y + height), max(round(x), 0), round(x + width))
         found.setdefault(cells[0], []).append(Finding(kind=cells[1].lower(), box=box))

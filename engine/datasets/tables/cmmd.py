@@ -1,4 +1,4 @@
-"""CMMD, the Chinese Mammography Database (TCIA): a row per breast; side and view stand only in the DICOM headers."""
+"""CMMD, the Chinese Mammography Database (TCIA): a row per breast; side and view are in the DICOM headers only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per DICOM file. A breast of which the table says nothing has no label, nor its images."""
+    """One record per DICOM file; images of a breast that is not in the table have no label."""
     table = files.rows(*_TABLES)
     table.require("ID1", "LeftRight", "classification")
     breasts: dict[tuple[str, str | None], dict[str, str]] = {}
@@ -24,14 +24,14 @@ def read(files: Files) -> list[Record]:
         kind = row["classification"].lower()
         if side is None or kind not in _KINDS:
             text = f"LeftRight {row['LeftRight']!r}, classification {row['classification']!r}"
-            raise DataError(f"{table.path}, {place}: {text} are not those of CMMD; fetch the table again")
+            raise DataError(f"{table.path}, {place}: unknown {text}; download the table again")
         known = breasts.setdefault((row["ID1"], side), row)
         if _KINDS.index(kind) > _KINDS.index(known["classification"].lower()):  # a row for each finding
             breasts[row["ID1"], side] = row
     paths = files.matching([".dcm"]) if files.path.is_dir() else []
     records = []
     for path, info in zip(paths, read_headers(paths), strict=True):
-        # An unreadable file is found again, with its reason, by whoever opens it.
+        # An unreadable file is reported when it is opened.
         header = info if isinstance(info, DicomInfo) else None
         patient = (header.patient_id if header else None) or path.parent.name
         side = header.laterality if header else None
@@ -50,7 +50,7 @@ def read(files: Files) -> list[Record]:
             )
         )
     if not records:
-        raise DataError(f"{files.path}: holds no .dcm files, without which side and view are not known; fetch them")
+        raise DataError(f"{files.path}: contains no .dcm files, which have side and view; download them")
     return records
 
 

@@ -24,7 +24,7 @@ _KEPT = (
 
 
 def read(files: Files) -> list[Record]:
-    """One record per row; a mask where FILE_mask.png exists."""
+    """One record per row, with a mask if FILE_mask.png exists."""
     table = files.rows(_TABLE)
     table.require("anon_patientid", "imagelaterality", "viewposition", "anon_filename", "x_case", "x_cancer_laterality")
     records = []
@@ -51,10 +51,10 @@ def read(files: Files) -> list[Record]:
 
 
 def _cancer(row: dict[str, str], side: str | None) -> float | None:
-    case, ill = values.number(row["x_case"]), values.side(row["x_cancer_laterality"])
+    case, affected = values.number(row["x_case"]), values.side(row["x_cancer_laterality"])
     if case == 0:
         return 0.0
-    return None if case is None or side is None or ill is None else float(side == ill)
+    return None if case is None or side is None or affected is None else float(side == affected)
 
 
 DATA_SET = DataSet(

@@ -1,6 +1,6 @@
-"""EMBED (Emory): screening and diagnostic mammograms; a table of images, and one of findings with their pathology.
+"""EMBED (Emory): screening and diagnostic mammograms; a table of images, and one of findings with pathology.
 
-A row of the clinical table belongs to the images of its exam (acc_anon) and side; side B or none means both breasts.
+A row of the clinical table belongs to the images of its exam (acc_anon) and side; side B or empty means both breasts.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .schema import Box, Finding, Record
 
 _METADATA = ("EMBED_OpenData_metadata.csv", "EMBED_OpenData_metadata_reduced.csv")
 _CLINICAL = ("EMBED_OpenData_clinical.csv", "EMBED_OpenData_clinical_reduced.csv")
-# asses -> BI-RADS, from the gravest on.
+# asses -> BI-RADS, most severe first.
 _ASSESSMENTS = {"K": "6", "M": "5", "S": "4", "A": "0", "P": "3", "B": "2", "N": "1"}
 _KEPT = ("study_date_anon", "StudyDescription", "FinalImageType", "spot_mag", "match_level")
 _SCREENSHOTS = ("ROI_SSC", "ROI_SS")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per image; the screenshots in which radiologists drew (ROI_SSC, ROI_SS) are not mammograms."""
+    """One record per image, without the screenshots with radiologists' drawings (ROI_SSC, ROI_SS)."""
     table = files.rows(*_METADATA)
     table.require("empi_anon", "acc_anon", "anon_dicom_path", "ImageLateralityFinal", "ViewPosition")
     clinical = _clinical(files)
@@ -75,12 +75,12 @@ def _cancer(found: list[dict[str, str]]) -> float | None:
         return 1.0
     if severities & {"2", "3", "4", "5"}:
         return 0.0
-    # Without pathology only what was called negative or benign is known to be so.
+    # Without pathology, only exams assessed as negative or benign are known to be free of cancer.
     return 0.0 if found and not severities and {item["asses"] for item in found} <= {"N", "B"} else None
 
 
 def _boxes(text: str, place: str) -> tuple[Finding, ...]:
-    """ROI_coords: [[ymin, xmin, ymax, xmax], ...], as a Python list or tuple."""
+    """The boxes of ROI_coords: [[ymin, xmin, ymax, xmax], ...], as a Python list or tuple."""
     if not text or text in ("[]", "()"):
         return ()
     try:
@@ -88,7 +88,7 @@ def _boxes(text: str, place: str) -> tuple[Finding, ...]:
         rows = value if isinstance(value[0], list | tuple) else [value]
         boxes: list[Box] = [(int(top), int(bottom), int(left), int(right)) for top, left, bottom, right in rows]
     except (ValueError, OverflowError, TypeError, IndexError) as error:
-        raise DataError(f"{place}: ROI_coords {text!r} are no boxes; fetch the table again") from error
+        raise DataError(f"{place}: ROI_coords {text!r} must be boxes; download the table again") from error
     boxes = [(max(top, 0), bottom, max(left, 0), right) for top, bottom, left, right in boxes]
     return tuple(Finding(box=box) for box in boxes if box[0] < box[1] and box[2] < box[3])
 

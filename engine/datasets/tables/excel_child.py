@@ -1,7 +1,7 @@
-"""Prints the rows of an Excel sheet as JSON, in a process of its own with limited memory.
+"""Prints the rows of an Excel sheet as JSON; runs as a separate process with limited memory.
 
-A few bytes of such a file can name a cell in the last row and column, for which calamine takes half a terabyte, and
-Rust ends its process where memory is short.
+A few bytes of such a file can address a cell in the last row and column, for which calamine allocates half a terabyte,
+and Rust aborts its process when memory is exhausted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(path: str, sheet: str, limit: int) -> None:
         json.dump([[_text(cell) for cell in row] for row in rows], sys.stdout)
     except MemoryError:
         raise
-    except Exception as error:  # damaged files show in errors of many kinds
+    except Exception as error:  # damaged files raise errors of many kinds
         sys.exit(" ".join(str(error).split()) or type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Names of files: where a suffix begins."""
+"""File names: suffix and stem."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 
 def suffix_of(path: PurePath) -> str:
-    """The suffix in lower case; none of a UID, after which DICOM files are called (MG.1.2.840.10008.5)."""
+    """The suffix in lower case; empty for UIDs, which name DICOM files (MG.1.2.840.10008.5)."""
     suffix = path.suffix.lower()
     return "" if suffix[1:].isdecimal() else suffix
 

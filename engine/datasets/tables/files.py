@@ -1,4 +1,4 @@
-"""Where the files of a data set lie below the folder into which it was downloaded."""
+"""Look-up of the files of a data set below the folder of its download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cells import Rows, read_rows
 
 
 class Files:
-    """The folder of a data set, or one table of it whose images lie beside it."""
+    """The folder of a data set, or a table of it with the images in the same folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -22,11 +22,11 @@ class Files:
 
     @cached_property
     def _names(self) -> dict[str, list[Path]]:
-        """Files below the folder by their lower-case name; one walk, however many look-ups."""
+        """Files below the folder by lower-case name, from a single walk."""
         found: dict[str, list[Path]] = {}
         seen: set[str] = set()
         for folder, folders, names in os.walk(self.folder, followlinks=True):
-            if os.path.realpath(folder) in seen:  # links may lead in a circle
+            if os.path.realpath(folder) in seen:  # links may cycle
                 folders.clear()
                 continue
             seen.add(os.path.realpath(folder))
@@ -36,7 +36,7 @@ class Files:
         return found
 
     def table(self, *names: str) -> Path | None:
-        """The first of the names that exists (also as .gz), wherever it lies; None if none does."""
+        """The first table of these names (also as .gz), in the folder or below; None if none exists."""
         if self.path.is_file():
             own = self.path.name.lower().removesuffix(".gz")
             return self.path if own in {name.lower() for name in names} else None
@@ -52,16 +52,16 @@ class Files:
         return None
 
     def rows(self, *names: str, sheet: str | None = None) -> Rows:
-        """The table of one of the names; `DataError` if there is none."""
+        """The rows of the first table of these names; `DataError` if none exists."""
         path = self.table(*names)
         if path is None:
-            raise DataError(f"{self.path}: holds no {' or '.join(names)}; name the folder of the data set")
+            raise DataError(f"{self.path}: contains no {' or '.join(names)}; pass the folder of the data set")
         return read_rows(path, sheet=sheet)
 
     def find(self, path: str) -> Path | None:
-        """The file of that name; among several, the one whose path shares the longest end with `path`.
+        """The file with the name of `path`; of several, the one whose path shares the longest end with `path`.
 
-        None if there is no such file, or several that share nothing but the name.
+        None if there is no such file, or if several share only the name.
         """
         wanted = path.replace("\\", "/")
         found = self._names.get(wanted.rpartition("/")[2].lower(), [])
@@ -75,11 +75,11 @@ class Files:
         return best[0] if len(best) == 1 and most > 1 else None
 
     def expect(self, path: str) -> Path:
-        """`find`, or where the file would be expected."""
+        """The result of `find`, or the expected path of a missing file."""
         return self.find(path) or self.folder / path.replace("\\", "/").lstrip("/")
 
     def matching(self, suffixes: Iterable[str]) -> list[Path]:
-        """All files with one of these endings, sorted."""
+        """All files with one of these suffixes, sorted."""
         endings = tuple(suffixes)
         return sorted(path for name, paths in self._names.items() if name.endswith(endings) for path in paths)
 

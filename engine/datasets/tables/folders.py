@@ -10,30 +10,34 @@ from pathlib import Path
 
 from ...errors import DataError
 from .file_names import suffix_of
-from .skipped import BOOKS, CONVERTED, UNREAD, is_left_out, made_by, tell_made, tell_unread
+from .skipped import CONVERTED, NOT_IMAGES, UNREAD, is_left_out, made_by, warn_of_results, warn_of_unread
 
 SUFFIXES = {
     *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),
     *(".png", ".jpg", ".jpeg", ".jls", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
 }
-"""Of files that may be images; DICOM files often have none."""
+"""Suffixes of files that may be images; DICOM files often have none."""
 _INDEX = "DICOMDIR"
-"""The index of a DICOM medium, beside whose images it lies; the standard wants this name (PS3.10 8.6)."""
+"""The index of a DICOM medium, next to its images; the standard prescribes this name (PS3.10 8.6)."""
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files that may be images, and zarr folders, which are one image each; sorted. See `iter_image_files`."""
+    """Files that may be images, and zarr folders (an image each), sorted. See `iter_image_files`."""
     return list(iter_image_files(folder))
 
 
 def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
-    """The same one by one: what is held are the names of one folder, and of those above it.
+    """Iterate over the same files; memory holds the names of one folder and of its parents.
 
-    A sub-folder that cannot be listed stands for its images: whoever reads it is told why. `DataError` if it is the
-    folder itself. What `gigamorph data convert` wrote is left out beside other images, of which it may be.
+    A sub-folder that cannot be listed is yielded in place of its images, and reading it reports the reason. Results of
+    `gigamorph data convert` are left out if there are other images, because they may be copies of these.
 
     Args:
-        tell: what is left out.
+        folder: the folder.
+        tell: whether to log warnings about files and folders that are left out.
+
+    Raises:
+        DataError: if the folder itself cannot be listed.
     """
     unread, converted, others = Counter[str](), list[Path](), False
     for entry in walk(folder, set(), unread, tell, converted):
@@ -45,17 +49,17 @@ def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
         else:
             yield entry.folder
     if tell:
-        tell_unread(folder, unread)
+        warn_of_unread(folder, unread)
     for made in converted:
         if not others:
             yield from iter_image_files(made, tell)
         elif tell:
-            tell_made(made, CONVERTED)
+            warn_of_results(made, CONVERTED)
 
 
 @dataclass(frozen=True)
 class Unlisted:
-    """A folder that cannot be listed, and why."""
+    """A folder that cannot be listed, with the error."""
 
     folder: Path
     error: DataError
@@ -64,12 +68,14 @@ class Unlisted:
 def walk(
     folder: Path, seen: set[str], unread: Counter[str], tell: bool = True, converted: list[Path] | None = None
 ) -> Iterator[Path | Unlisted]:
-    """Images below a folder, without the folders whose real paths are in `seen`: links may lead in a circle.
+    """Iterate over the images below a folder, without folders whose real paths are in `seen`, because links may cycle.
 
     Args:
-        unread: counts files of other formats, by their suffix.
-        tell: which folders are left out.
-        converted: gets the folders of `gigamorph data convert`; without it they are left out as others are.
+        folder: the folder.
+        seen: the real paths of visited folders; it grows.
+        unread: counts files of other formats by their suffix.
+        tell: whether to log warnings about folders that are left out.
+        converted: collects result folders of `gigamorph data convert`; None leaves them out like other results.
     """
     seen.add(os.path.realpath(folder))
     try:
@@ -77,9 +83,9 @@ def walk(
     except OSError as error:
         yield Unlisted(folder, DataError(f"{folder}: cannot be listed ({error.strerror or error})"))
         return
-    books = BOOKS if made_by(folder) == CONVERTED else ()
+    not_images = NOT_IMAGES if made_by(folder) == CONVERTED else ()
     for entry in entries:
-        if entry.name.startswith(".") or entry.name in books or entry.name.upper() == _INDEX:
+        if entry.name.startswith(".") or entry.name in not_images or entry.name.upper() == _INDEX:
             continue
         directory = _is_folder(entry)
         if directory and entry.suffix.lower() != ".zarr":
@@ -96,7 +102,7 @@ def walk(
 
 
 def _is_folder(entry: Path) -> bool:
-    """What may not be looked at is taken for a file, and reading it tells why."""
+    """Whether it is a folder; False without permission, because reading it as a file then reports the reason."""
     try:
         return entry.is_dir()
     except OSError:

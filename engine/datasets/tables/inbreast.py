@@ -1,4 +1,4 @@
-"""INbreast: full-field digital mammograms with outlines; patients only in the file names, no pathology."""
+"""INbreast: full-field digital mammograms with outlines; patients are in the file names only, no pathology."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _labels(grade: str | None) -> dict[str, float]:
 
 
 def _outlines(path: Path) -> tuple[Finding, ...]:
-    """Outlines in an Apple property list: Images[0].ROIs[] with Name and Point_px, "(x, y)" each."""
+    """The outlines in an Apple property list: Images[0].ROIs[] with Name and Point_px, "(x, y)" each."""
     try:
         images = plistlib.loads(path.read_bytes())["Images"]
         rois = [roi for image in images for roi in image["ROIs"]]
@@ -70,8 +70,8 @@ def _outlines(path: Path) -> tuple[Finding, ...]:
                 rows, columns = zip(*corners, strict=True)
                 box = values.box_around(min(rows), max(rows), min(columns), max(columns))
                 found.append(Finding(kind=kind, box=box, outline=corners if len(corners) > 2 else ()))
-    except Exception as error:  # a damaged property list shows in errors of many kinds
-        raise DataError(f"{path}: is no list of outlines ({' '.join(str(error).split())}); fetch it again") from error
+    except Exception as error:  # a damaged property list raises errors of many kinds
+        raise DataError(f"{path}: damaged outlines ({' '.join(str(error).split())}); download it again") from error
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are masks of others, by their names."""
+"""File names of masks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _NAME = re.compile(r"(.+)[_-]mask(?:_?\d+)?", re.IGNORECASE)
 
 
 def masks_among(paths: Sequence[P], below: PurePath) -> list[P]:
-    """Those in a folder of masks (``masks``, ``roi_masks``, TCIA's "ROI mask images"), and those that are called after
-    an image that is there too (``x_mask.png``, ``x_mask_2.png`` of ``x.dcm``); none if there is nothing else.
+    """The files that are masks by their names; empty if all files are.
+
+    These are files in a folder of masks (``masks``, ``roi_masks``, TCIA's "ROI mask images") and files named after
+    another image of the list (``x_mask.png``, ``x_mask_2.png`` for ``x.dcm``).
 
     Args:
-        paths: of files.
-        below: a folder, whose own name and those above it tell nothing.
+        paths: the files.
+        below: a folder; its own name and those of its parents are ignored.
     """
     stems = {stem_of(path).lower() for path in paths}
     found = [path for path in paths if in_mask_folder(path, below) or masked(path) in stems]
@@ -28,16 +30,16 @@ def masks_among(paths: Sequence[P], below: PurePath) -> list[P]:
 
 
 def in_mask_folder(path: PurePath, below: PurePath) -> bool:
-    """Whether a folder between `below` and the file is one of masks."""
+    """Whether a folder between `below` and the file has the name of a folder of masks."""
     return any(map(names_masks, path.relative_to(below).parts[:-1]))
 
 
 def names_masks(name: str) -> bool:
-    """Whether a folder of this name is one of masks."""
+    """Whether this is the name of a folder of masks."""
     return _FOLDER.fullmatch(name) is not None
 
 
 def masked(path: PurePath) -> str | None:
-    """The lower-case name, without suffix, of the image after which a mask is called; None of other names."""
+    """The lower-case stem of the image after which a mask is named; None for other names."""
     match = _NAME.fullmatch(stem_of(path))
     return None if match is None else match[1].lower()

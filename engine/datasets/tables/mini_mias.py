@@ -23,14 +23,14 @@ _PLACE = re.compile(r"\s+(\d{1,9})\s+(\d{1,9})(?:\s+(\d{1,9}))?\s*")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per film; films of a woman are neighbours in number, the left one odd.
+    """One record per film; the films of a patient have consecutive numbers, and the left one is odd.
 
-    The README of mini-MIAS says that even numbers are left. The names of the films in the original MIAS say the side
-    (mdb001lm, mdb002rl), and are followed here; whether films were mirrored since is not known.
+    The README of mini-MIAS says that even numbers are left. This reader follows the names of the films in the original
+    MIAS, which state the side (mdb001lm, mdb002rl); whether films were mirrored later is unknown.
     """
     path = files.table("Info.txt")
     if path is None:
-        raise DataError(f"{files.path}: holds no Info.txt; name the folder of the data set")
+        raise DataError(f"{files.path}: contains no Info.txt; pass the folder of the data set")
     films: dict[str, list[re.Match[str]]] = {}
     for number, line in enumerate(path.read_text(encoding="latin-1").splitlines(), 1):
         match = _LINE.fullmatch(line.strip())
@@ -38,10 +38,10 @@ def read(files: Files) -> list[Record]:
             films.setdefault(match[1], []).append(match)
         elif line.startswith("mdb"):
             raise DataError(
-                f"{path}, line {number}: {line.strip()!r} is no line of REFNUM BG CLASS SEVERITY X Y RADIUS"
+                f"{path}, line {number}: {line.strip()!r} must be REFNUM BG CLASS SEVERITY X Y RADIUS; correct it"
             )
     if not films:
-        raise DataError(f"{path}: names no films; is it the Info.txt of mini-MIAS?")
+        raise DataError(f"{path}: lists no films; pass the Info.txt of mini-MIAS")
     return [_record(files, name, lines) for name, lines in films.items()]
 
 
@@ -60,7 +60,7 @@ def _record(files: Files, name: str, lines: list[re.Match[str]]) -> Record:
             "abnormal": float(bool(findings)),
         },
         findings=tuple(findings),
-        # Fatty, fatty-glandular or dense, which is not the scale of BI-RADS.
+        # Fatty, fatty-glandular or dense: not the BI-RADS scale.
         extra={"tissue": lines[0][3]},
     )
 

@@ -1,9 +1,9 @@
 """Exam lists of NYU's classifiers (breast_cancer_classifier, GMIC, mammography_metarepository): a pickled list of
 dictionaries, one per exam, and 16-bit PNG files.
 
-An exam names its files by view, without ending, as {'L-CC': ['0_L_CC'], ...}; 'horizontal_flip' says whether all of
-them are stored mirrored; 'cancer_label' has labels per breast, where there are any; 'L-CC_malignant_seg' and the like
-name masks. Layout and meaning are those of the README files of the three repositories.
+An exam lists its files by view, without suffix, as {'L-CC': ['0_L_CC'], ...}; 'horizontal_flip' states whether they are
+all stored mirrored; the optional 'cancer_label' has labels per breast; keys such as 'L-CC_malignant_seg' list masks.
+Layout and meaning are those of the README files of the three repositories.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _OTHER = {"left": "right", "right": "left"}
 
 
 def read(files: Files) -> list[Record]:
-    """One record per image. The lists name no patients, so each exam stands for one."""
+    """One record per image; the lists have no patients, so each exam is used as a patient."""
     path = files.path if files.path.is_file() else files.table(*_TABLES)
     if path is None:
-        raise DataError(f"{files.path}: holds no {', '.join(_TABLES)}; name the folder or the list")
+        raise DataError(f"{files.path}: contains none of {', '.join(_TABLES)}; pass the folder or the list")
     exams = read_pickle(path)
     if not isinstance(exams, list) or not all(isinstance(e, dict) and any(v in e for v in _VIEWS) for e in exams):
-        raise DataError(f"{path}: is no list of exams with {', '.join(_VIEWS)}; name another pickle file")
+        raise DataError(f"{path}: must be a list of exams with {', '.join(_VIEWS)}; pass another pickle file")
     return [
-        _record(files, path, exam, number, view, name, place)
+        _record(files, path, exam, number, view, name, index)
         for number, exam in enumerate(exams)
         for view in _VIEWS
-        for place, name in enumerate(_texts(path, number, exam, view))
+        for index, name in enumerate(_file_names(path, number, exam, view))
     ]
 
 
-def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, name: str, place: int) -> Record:
+def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, name: str, index: int) -> Record:
     laterality, _, projection = view.partition("-")
     side = _SIDES[laterality]
     flip = exam.get("horizontal_flip", "NO")
     if flip not in ("YES", "NO"):
-        raise DataError(f"{path}, exam {number}: horizontal_flip is neither YES nor NO")
+        raise DataError(f"{path}, exam {number}: horizontal_flip must be YES or NO")
     return Record(
         path=files.expect(_png(name)),
         label=-1,
@@ -53,8 +53,8 @@ def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: s
         view=projection,
         exam_id=f"exam{number}",
         labels=_labels(path, exam, number, side),
-        findings=tuple(_masks(files, path, exam, number, view, place)),
-        # 12 bits, stored as they are by some and rescaled to 16 by others.
+        findings=tuple(_masks(files, path, exam, number, view, index)),
+        # Some exams store 12 bits unchanged, others rescaled to 16.
         white="auto",
         chest_wall=_OTHER[side] if flip == "YES" else side,
     )
@@ -68,24 +68,24 @@ def _labels(path: Path, exam: dict[str, Any], number: int, side: str) -> dict[st
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise DataError(f"{path}, exam {number}: cancer_label {side}_{kind} is neither 0 nor 1")
+            raise DataError(f"{path}, exam {number}: cancer_label {side}_{kind} must be 0 or 1")
         found[kind] = float(value)
     return found
 
 
-def _masks(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, place: int) -> list[Finding]:
+def _masks(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, index: int) -> list[Finding]:
     found = []
     for kind in ("malignant", "benign"):
-        names = _texts(path, number, exam, f"{view}_{kind}_seg")
-        if place < len(names) and (mask := files.find(_png(names[place]))) is not None:
+        names = _file_names(path, number, exam, f"{view}_{kind}_seg")
+        if index < len(names) and (mask := files.find(_png(names[index]))) is not None:
             found.append(Finding(mask=mask, pathology=kind))
     return found
 
 
-def _texts(path: Path, number: int, exam: dict[str, Any], key: str) -> list[str]:
+def _file_names(path: Path, number: int, exam: dict[str, Any], key: str) -> list[str]:
     names = exam.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path}, exam {number}: {key} is no list of file names")
+        raise DataError(f"{path}, exam {number}: {key} must be a list of file names")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Rows of Parquet files as those of csv files."""
+"""Rows of Parquet files, in the form of csv rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from ...errors import DataError
 from ...images.rawfile import one_line
-from .packed import FACTOR, most_of
+from .packed import FACTOR, unpacked_limit
 
 PARQUET = ".parquet"
 _BATCH = 4096
 
 
 def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
-    """The names of the columns, and (place, row) of the rows one by one; `DataError` also while they are taken."""
+    """The names of the columns, and an iterator over (line, row), which may raise a `DataError` too."""
     import pyarrow
     import pyarrow.parquet
 
@@ -25,8 +25,8 @@ def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, s
         columns = map(file.schema.column, range(len(file.schema)))
         texts = [one.path for one in columns if one.physical_type == "BYTE_ARRAY"]
         file.close()
-        file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)  # so that a text that repeats is held once
-        left = most_of(path) - _declared(file.metadata)
+        file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)  # stores repeated texts once
+        left = unpacked_limit(path) - _declared_bytes(file.metadata)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, pyarrow.ArrowException) as error:
@@ -36,41 +36,41 @@ def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, s
         raise _bomb(path)
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
-        number, room = 0, left
+        number, free = 0, left
         with file:
             try:
                 for batch in file.iter_batches(_BATCH):
-                    room -= sum(map(_bytes, batch.columns))
-                    if room < 0:
+                    free -= sum(map(_bytes, batch.columns))
+                    if free < 0:
                         raise _bomb(path)
                     for cells in batch.to_pylist():
                         number += 1
                         yield f"row {number}", {name: _text(cell) for name, cell in cells.items()}
             except DataError:
                 raise
-            except Exception as error:  # dates, durations and text that Python cannot hold raise errors of many kinds
-                raise DataError(f"{path}: is damaged after row {number} ({one_line(error)}); write it again") from error
+            except Exception as error:  # dates, durations and text beyond Python's range raise errors of many kinds
+                raise DataError(f"{path}: damaged after row {number} ({one_line(error)}); write it again") from error
 
     return file.schema_arrow.names, rows()
 
 
 def _bomb(path: Path) -> DataError:
-    return DataError(f"{path}: unpacks to more than {FACTOR} times its size; save it as csv if it is sound")
+    return DataError(f"{path}: unpacks to more than {FACTOR} times its size; if you trust it, save it as csv")
 
 
-def _declared(metadata: Any) -> int:
-    """Bytes of the columns by the file's own word, of packed values or of Python's."""
+def _declared_bytes(metadata: Any) -> int:
+    """The bytes of the columns that the file declares, or of Python's values if those are more."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
     return sum(max(16 * column.num_values, column.total_uncompressed_size) for column in columns)
 
 
 def _bytes(column: Any) -> int:
-    """Of an array, with each of its texts."""
+    """The bytes of an array, with the text of each row."""
     import pyarrow
     import pyarrow.compute
 
-    compute: Any = pyarrow.compute  # whose functions are made as it is imported
+    compute: Any = pyarrow.compute  # its functions are generated on import
     if pyarrow.types.is_dictionary(column.type):
         lengths = compute.binary_length(column.dictionary)
         return compute.sum(compute.take(lengths, column.indices)).as_py() or 0
@@ -82,7 +82,7 @@ def _bytes(column: Any) -> int:
 
 
 def _text(cell: Any) -> str:
-    """As the cell would stand in a csv file."""
+    """The cell as text of a csv file."""
     if cell is None or cell != cell:  # NaN
         return ""
     if isinstance(cell, bool):

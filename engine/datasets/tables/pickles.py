@@ -1,4 +1,4 @@
-"""Pickle files read as data: lists, dictionaries, text and numbers, and nothing in them is imported or called."""
+"""Pickle files read as data: lists, dictionaries, text and numbers; nothing is imported or called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...images.rawfile import one_line
 
 
 class Unread:
-    """Stands for an object of any class, which is not made."""
+    """A placeholder for an object of any class."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -33,14 +33,15 @@ class _Reader(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle file holds, with `Unread` for all that is no list, tuple, set, dictionary, text, number or None.
+    """The contents of a pickle file: lists, tuples, sets, dictionaries, text, numbers, None, and `Unread` for others.
 
-    Raises `DataError` that names the file if it is no pickle or damaged.
+    Raises:
+        DataError: if the file is not a pickle, or is damaged.
     """
     try:
         with path.open("rb") as file:
             return _Reader(file, encoding="latin1").load()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # a damaged pickle shows in errors of every kind
-        raise DataError(f"{path}: is no pickle file, or damaged ({one_line(error)}); fetch it again") from error
+    except Exception as error:  # a damaged pickle raises errors of all kinds
+        raise DataError(f"{path}: not a pickle file, or damaged ({one_line(error)}); download it again") from error

@@ -1,4 +1,4 @@
-"""Public data sets, read from their files as downloaded."""
+"""Public data sets, read from the files as downloaded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .schema import Record, Table
 
 _MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}
-_TOLD = [field.name for field in fields(Record) if field.name not in ("extra", "patient_known")]
-"""What two rows of one image must agree on."""
+_COMPARED = [field.name for field in fields(Record) if field.name not in ("extra", "patient_known")]
+"""The fields that must be equal in two rows of one image."""
 
 
 def read_data_set(
@@ -25,24 +25,29 @@ def read_data_set(
 ) -> Table:
     """All images of a public data set as records, with the classes "0" and "1".
 
-    name: of `DATA_SETS`. path: the folder into which it was downloaded, or its table.
-    label: which label column becomes the label, by default the first of the data set's rules; its meaning is the
-    table's `label_rule`. Images of which it is not known have label -1.
-    check_files: refuse if image files are missing; skip_missing: leave them out instead.
-    Raises `DataError` that names the file and the place in it.
+    Args:
+        name: a key of `DATA_SETS`.
+        path: the folder of the download, or its table.
+        label: the label column to use as the label, by default the first of the data set's rules; its meaning is the
+            table's `label_rule`. Images with an unknown label have label -1.
+        check_files: whether missing image files raise an error.
+        skip_missing: leaves missing image files out instead.
+
+    Raises:
+        DataError: names the file and the line.
     """
     if name not in DATA_SETS:
-        raise DataError(f"data set {name!r} is unknown; choose from {', '.join(DATA_SETS)}")
+        raise DataError(f"unknown data set {name!r}; choose from {', '.join(DATA_SETS)}")
     data_set = DATA_SETS[name]
     label = label or next(iter(data_set.rules))
     if label not in data_set.rules:
         raise DataError(f"{data_set.title} has no label {label!r}; choose from {', '.join(data_set.rules)}")
-    records = [_labelled(record, label) for record in _once(path, data_set.read(Files(path)))]
+    records = [_labelled(record, label) for record in _unique(path, data_set.read(Files(path)))]
     if not records:
-        raise DataError(f"{path}: holds no images of {data_set.title}")
+        raise DataError(f"{path}: contains no images of {data_set.title}; check the path")
     nameless = [record for record in records if not record.patient_id]
-    if nameless:  # without patients no split is safe
-        raise DataError(f"{path}: the table names no patient for {nameless[0].path.name}; fetch it again")
+    if nameless:  # splits would leak without patients
+        raise DataError(f"{path}: the table has no patient for {nameless[0].path.name}; download it again")
     if skip_missing or check_files:
         missing = set(missing_files(records))
         if missing and not skip_missing:
@@ -56,7 +61,7 @@ def read_data_set(
 
 
 def detect(path: str | Path) -> str | None:
-    """The name of the data set whose table lies in the folder (or is the file); None if none does, or several do."""
+    """The name of the data set whose table is in the folder (or is the file); None without a unique one."""
     files = Files(path)
     found = [name for name, data_set in DATA_SETS.items() if _is_there(files, data_set)]
     return found[0] if len(found) == 1 else None
@@ -67,16 +72,16 @@ def _is_there(files: Files, data_set: DataSet) -> bool:
     return path is not None and (not data_set.columns or set(data_set.columns) <= set(read_rows(path).header))
 
 
-def _once(path: str | Path, records: Sequence[Record]) -> list[Record]:
-    """Each image, and each finding of it, once; `DataError` where two rows of an image say different things."""
+def _unique(path: str | Path, records: Sequence[Record]) -> list[Record]:
+    """The records without duplicate images and findings; `DataError` if two rows of an image disagree."""
     found: dict[tuple[Path, int | None], Record] = {}
     for record in records:
         record = replace(record, findings=tuple(dict.fromkeys(record.findings)))
         first = found.setdefault((record.path, record.frame), record)
-        told = [name for name in _TOLD if getattr(first, name) != getattr(record, name)]
-        if told:
+        differing = [name for name in _COMPARED if getattr(first, name) != getattr(record, name)]
+        if differing:
             raise DataError(
-                f"{path}: {record.path.name} is in two rows that disagree on {', '.join(told)}; leave one of them out"
+                f"{path}: {record.path.name} is in two rows that disagree on {', '.join(differing)}; remove one of them"
             )
     return list(found.values())
 

@@ -13,7 +13,7 @@ _KEPT = ("site_id", "age", "implant", "machine_id")
 
 
 def read(files: Files) -> list[Record]:
-    """One record per row of train.csv; of test.csv, which has no labels, if there is no train.csv."""
+    """One record per row of train.csv or, if it is missing, of test.csv, which has no labels."""
     table = files.rows("train.csv", "test.csv")
     table.require("patient_id", "image_id", "laterality", "view")
     folder = f"{table.path.name.split('.')[0]}_images"
@@ -41,7 +41,7 @@ def _truth(cell: str, name: str, place: str) -> float | None:
     try:
         return values.truth(cell)
     except ValueError as error:
-        raise DataError(f"{place}: {name} {error}; fetch the table again") from error
+        raise DataError(f"{place}: {name} {error}; download the table again") from error
 
 
 DATA_SET = DataSet(

@@ -1,4 +1,4 @@
-"""What is known of an image, whatever data set it is from: `Record`; and the csv file that holds records."""
+"""The schema of tables: `Record`, the data of one image of any data set, and the csv file of records."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .parquet import PARQUET
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"
-"""Columns with this prefix are label columns: `label_cancer` is `labels["cancer"]`."""
+"""The prefix of label columns: `label_cancer` is `labels["cancer"]`."""
 
 Box = tuple[int, int, int, int]
-"""Top, bottom, left, right in pixels of the file as stored, before any mirroring; ends excluded."""
+"""Top, bottom, left, right in pixels of the stored file, before any mirroring; ends excluded."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One annotated place in an image, in pixels of the file as stored; what a data set does not give is empty."""
+    """An annotated region of an image, in pixels of the stored file; unknown fields are empty."""
 
     kind: str = ""
-    """mass, calcification, asymmetry, ... in lower case, as the data set names it."""
+    """mass, calcification, asymmetry, ... in lower case, with the data set's name."""
     box: Box | None = None
     outline: tuple[tuple[float, float], ...] = ()
     """Corners (row, column) of a closed polygon."""
     mask: Path | None = None
-    """An image of the same size that is not zero inside the finding."""
+    """An image of the same size, non-zero inside the finding."""
     pathology: str = ""
     """malignant, benign, ... in lower case."""
     birads: str = ""
 
     def to_json(self, folder: Path) -> dict[str, Any]:
-        """Plain values without what is empty; paths below `folder` are relative to it."""
+        """The non-empty fields as plain values; paths below `folder` are relative to it."""
         values: dict[str, Any] = {"kind": self.kind, "box": self.box, "outline": self.outline}
         values |= {"mask": relative(self.mask, folder) if self.mask else "", "pathology": self.pathology}
         values["birads"] = self.birads
@@ -49,7 +49,7 @@ class Finding:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], folder: Path) -> Finding:
-        """The inverse of `to_json`. KeyError, TypeError, ValueError or OverflowError if they are of another form."""
+        """The inverse of `to_json`; raises KeyError, TypeError, ValueError or OverflowError for malformed values."""
         unknown = set(values) - {"kind", "box", "outline", "mask", "pathology", "birads"}
         if unknown:
             raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
@@ -57,11 +57,11 @@ class Finding:
         if box is not None:
             top, bottom, left, right = (int(side) for side in box)
             if not (0 <= top < bottom and 0 <= left < right):
-                raise ValueError(f"box {box} is not top, bottom, left, right")
+                raise ValueError(f"box {box} must be top, bottom, left, right")
             box = top, bottom, left, right
         outline = tuple((float(row), float(column)) for row, column in values.get("outline", ()))
         if not all(math.isfinite(side) for point in outline for side in point):
-            raise ValueError("an outline is not finite")
+            raise ValueError("outlines must be finite")
         return cls(
             kind=str(values.get("kind", "")),
             box=box,
@@ -78,16 +78,16 @@ class Record:
 
     path: Path
     label: int
-    """Index into the table's classes; -1 where the image has no label."""
+    """The index into the table's classes; -1 without a label."""
     patient_id: str
     split: str | None = None
-    """train, val or test; None where the table does not say."""
+    """train, val or test; None if the table has no split."""
     laterality: str | None = None
     """L or R."""
     view: str | None = None
     """CC, MLO, ML, ...; PA or AP of chest radiographs."""
     extra: dict[str, str] = field(default_factory=dict, compare=False)
-    """All other columns, as they stand in the file."""
+    """All other columns, unchanged."""
     exam_id: str | None = None
     density: str | None = None
     """A, B, C or D (BI-RADS)."""
@@ -95,16 +95,16 @@ class Record:
     """0, 1, 2, 3, 4, 4A, 4B, 4C, 5 or 6."""
     manufacturer: str | None = None
     labels: dict[str, float] = field(default_factory=dict, compare=False)
-    """Label columns by name; a label that is not known of this image is absent."""
+    """Label columns by name; unknown labels are absent."""
     findings: tuple[Finding, ...] = ()
     frame: int | None = None
-    """Which frame of a file that has several, from 0."""
+    """The frame of a file with several frames, from 0."""
     white: White | None = None
-    """The stored value that is white, or "auto", as in `open_pixels`; None where the table does not say."""
+    """The stored value of white, or "auto", as in `open_pixels`; None if the table has none."""
     patient_known: bool = field(default=True, compare=False)
-    """False where nothing says who the patient is, and the image stands for a patient of its own."""
+    """False if the patient is unknown; the image then counts as a patient."""
     chest_wall: str | None = None
-    """left or right: where the chest wall lies in the file; None where header and pixels are to say."""
+    """The side of the chest wall in the file, left or right; None if header and pixels determine it."""
 
 
 @dataclass(frozen=True)
@@ -113,32 +113,34 @@ class Table:
 
     records: list[Record]
     classes: list[str]
-    """Class names in the order of the labels; empty where the table was read without labels."""
+    """Class names in the order of the labels; empty if the table was read without labels."""
     label_rule: str = ""
-    """What the label means, where a reader of a public data set made it."""
+    """The meaning of the label of a public data set."""
     name: str = ""
-    """Of the public data set, as in `DATA_SETS`."""
+    """The name of the public data set, as in `DATA_SETS`."""
     masks: list[Path] = field(default_factory=list)
-    """Files of a folder without labels that are left out, because they are masks by their names."""
+    """Files of a folder without labels that were left out because their names are names of masks."""
 
 
 READING = ("frame", "white", "chest_wall")
-"""Columns that say which pixels of a file are read, and how."""
+"""Columns that control which pixels of a file are read, and how."""
 
 
 def reading_of(record: Record) -> dict[str, str]:
-    """The cells of the columns `READING` that a record fills."""
+    """The non-empty cells of a record in the columns `READING`."""
     white = "" if record.white is None else _plain(record.white)
     cells = ("" if record.frame is None else str(record.frame), white, record.chest_wall or "")
     return {name: cell for name, cell in zip(READING, cells, strict=True) if cell}
 
 
 def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[str]) -> Path:
-    """Write records as a csv file that `read_table` reads back; returns its path.
+    """Write records as a csv file for `read_table`, and return its path.
 
-    Columns that no record fills are left out; paths below the csv's folder are relative to it. Records with label -1
-    get an empty label, with which `read_table` can only read them as images to predict.
-    Raises `GigamorphError` if the file cannot be written; a former one is kept.
+    Empty columns are left out; paths below the csv's folder are relative to it. Records with label -1 get an empty
+    label; `read_table` reads them only as images to predict.
+
+    Raises:
+        GigamorphError: if the file cannot be written; an existing file is unchanged.
     """
     path = require_csv(path)
     folder = Path(os.path.abspath(path)).parent
@@ -162,20 +164,20 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
 
 
 def require_csv(path: str | Path) -> Path:
-    """The path of a table that is to be written; `DataError` if its name says that it is no csv."""
+    """The path of a table to write; `DataError` if its suffix is that of another format."""
     if str(path).lower().endswith((PARQUET, *EXCEL)):
-        raise DataError(f"{path}: would be a csv by another name; end it in .csv")
+        raise DataError(f"{path}: tables are written as csv; the name must end in .csv")
     return Path(path)
 
 
 def relative(path: Path, folder: Path) -> str:
-    """`path` from `folder` on if it lies below, else as an absolute path; with slashes on every system."""
+    """`path` relative to `folder` if it is below, else the absolute path; with slashes on all systems."""
     path = Path(os.path.abspath(path))
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
 
 
 def _plain(value: float | str) -> str:
-    """A number in full, whole ones without a point; text as it is."""
+    """A number at full precision, integers without a point; text is unchanged."""
     if isinstance(value, str):
         return value
     return str(int(value)) if float(value).is_integer() else repr(float(value))
@@ -189,7 +191,7 @@ def _row(record: Record, classes: Sequence[str], folder: Path) -> dict[str, str]
         "image_path": relative(record.path, folder),
         "frame": reading.get("frame", ""),
         "label": label,
-        # Who reads this again sees that the image stands for its patient.
+        # The path in this column marks an unknown patient for later readers.
         "patient_id": record.patient_id if record.patient_known else relative(record.path, folder),
         "split": record.split or "",
         "laterality": record.laterality or "",

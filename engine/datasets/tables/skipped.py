@@ -1,4 +1,4 @@
-"""What is left out of folders of images, and told: what commands of gigamorph wrote, and formats that are not read."""
+"""Files and folders that are left out of folders of images, with warnings: results of gigamorph, other formats."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ _MADE_BY = {
     "eval": (("report.html", "metrics.json"),),
     "view": (("index.html", "view.js"),),
 }
-"""Files that tell it, all of one of the groups."""
+"""The files that identify the results of a command: all files of one of the groups."""
 UNREAD = {
     *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".ljpeg", ".heic"),
     *(".nii", ".nrrd", ".mha", ".mhd", ".npz", ".ndpi", ".mrxs"),
 }
-"""Of files that are images, too."""
+"""Suffixes of images in formats that are not supported."""
 CONVERTED = "data convert"
 _NOTED = ("predict", "explain", CONVERTED)
-BOOKS = ("parts", "quarantine")
-"""Of folders with such a note: what is done."""
+NOT_IMAGES = ("parts", "quarantine")
+"""Sub-folders of converted data that hold records of progress, not images."""
 
 
-def tell_unread(folder: Path, found: Counter[str]) -> None:
-    """Say how many files of each suffix in `UNREAD` a folder has."""
+def warn_of_unread(folder: Path, found: Counter[str]) -> None:
+    """Log a warning with the number of files of each suffix in `UNREAD`."""
     if found:
-        told = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
-        log.warning("%s: left out, because their format is not read: %s; convert them to PNG or TIFF", folder, told)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
+        log.warning("%s: left out files of unsupported formats: %s; convert them to PNG or TIFF", folder, counts)
 
 
 def is_left_out(folder: Path) -> bool:
-    """Whether a folder inside one of images holds results, which is told."""
+    """Whether a folder of results is left out of a folder of images; logs a warning if so."""
     command = made_by(folder)
     if command:
-        tell_made(folder, command)
+        warn_of_results(folder, command)
     return bool(command)
 
 
-def tell_made(folder: Path, command: str) -> None:
-    """Say whose results a folder holds, which is left out therefore."""
-    named = f"; {folder / 'table.csv'} names its images" if command == CONVERTED else ""
-    log.warning("%s: left out, because it holds what gigamorph %s wrote%s", folder, command, named)
+def warn_of_results(folder: Path, command: str) -> None:
+    """Log a warning that a folder is left out because it contains results of a command."""
+    table = f"; {folder / 'table.csv'} lists its images" if command == CONVERTED else ""
+    log.warning("%s: left out, because it contains results of gigamorph %s%s", folder, command, table)
 
 
 def made_by(folder: Path) -> str:
-    """The command whose results a folder holds; empty if it is of none."""
+    """The command that wrote the results in a folder; empty for other folders."""
     try:
         for command, groups in _MADE_BY.items():
             if any(all((folder / name).is_file() for name in group) for group in groups):

@@ -1,6 +1,6 @@
-"""Tables of images to predict, row by row: of any length, in the memory of one row (csv) or row group (Parquet).
+"""Tables of images to predict, read row by row: any length, in the memory of a row (csv) or row group (Parquet).
 
-Sheets of Excel, which end at a million rows, are read at once.
+Excel sheets, which have at most a million rows, are read as a whole.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from .parquet import PARQUET, parquet_rows
 from .schema import Record
 
 TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)
-"""What the name of a table to predict from ends with."""
+"""Suffixes of tables."""
 
 
 def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str]) -> Iterator[tuple[str, Record]]:
-    """(cell image_path, record) of every row of a csv, Parquet or Excel file, with what `read_table` reads of a row.
+    """Iterate over (cell image_path, record) of the rows of a csv, Parquet or Excel file; records as in `read_table`.
 
-    Unlike there an image may stand in several rows, and whether files exist is not looked at.
+    In contrast to `read_table`, an image may be in several rows, and files need not exist.
 
     Args:
-        classes: names of the classes, whose numbers the labels become, -1 where there is none; None reads no labels.
-        unknown: counts the labels that are none of the classes.
+        path: the file.
+        classes: the class names; a label becomes the index of its class, or -1. None reads no labels.
+        unknown: counts the labels that are not classes.
 
     Raises:
-        DataError: what is wrong with the table, with file and line; also while the rows are taken.
+        DataError: names the file and line of a problem; also during iteration.
     """
     found, rows = _rows(path)
     header, needed = columns_of(path, found, False, None)
@@ -38,7 +39,7 @@ def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str
         row = dict(zip(header, cells.values(), strict=True))
         for name in needed:
             if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or leave the row out")
+                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or remove the row")
         label = -1
         if classes is not None and row.get("label"):
             label = numbers.get(whole(row["label"]), -1)

@@ -1,4 +1,4 @@
-"""The many spellings of laterality, view, density and BI-RADS, each as one."""
+"""Normalisation of the spellings of laterality, view, density and BI-RADS."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ _BIRADS = re.compile(r"(?:BI-?RADS\s*)?(0|1|2|3|4[ABC]?|5|6)", re.IGNORECASE)
 
 
 def side(text: str) -> str | None:
-    """L or R of "left", "R", ...; None of anything else."""
+    """L or R for "left", "R", ...; None for other text."""
     return _SIDES.get(text.strip().upper())
 
 
 def density(text: str) -> str | None:
-    """A to D of "3", "DENSITY C", "c"; None of anything else."""
+    """A to D for "3", "DENSITY C", "c"; None for other text."""
     return _DENSITY.get(text.strip().upper().removeprefix("DENSITY").strip())
 
 
 def birads(text: str) -> str | None:
-    """0, 1, 2, 3, 4, 4A, 4B, 4C, 5 or 6 of "BI-RADS 4", "4a", ...; None of anything else."""
+    """0, 1, 2, 3, 4, 4A, 4B, 4C, 5 or 6 for "BI-RADS 4", "4a", ...; None for other text."""
     match = _BIRADS.fullmatch(text.strip())
     return match[1].upper() if match else None
 
 
 def suspicious(value: str | None) -> float | None:
-    """1 for BI-RADS 4 to 6, 0 for 1 to 3; None for 0 (incomplete) and where there is none."""
+    """1 for BI-RADS 4 to 6, 0 for 1 to 3; None for 0 (incomplete) and None."""
     return None if value in (None, "0") else float(value[0] >= "4")
 
 
 def box_around(top: float, bottom: float, left: float, right: float) -> Box:
-    """The whole pixels that points between these rows and columns, ends included, lie in.
+    """The box of whole pixels that contain the points between these rows and columns, ends included.
 
-    `ValueError` if none of them does, because the points are above or left of the image, or no numbers.
+    Raises:
+        ValueError: if all points are above or left of the image, or a number is not finite.
     """
     if not all(map(math.isfinite, (top, bottom, left, right))):
         raise ValueError(f"rows {top:g} to {bottom:g}, columns {left:g} to {right:g} are not in an image")
@@ -47,7 +48,7 @@ def box_around(top: float, bottom: float, left: float, right: float) -> Box:
 
 
 def number(text: str) -> float | None:
-    """The number that the text is; None if it is none, or not finite."""
+    """The text as a finite number; None if it is not one."""
     try:
         found = float(text)
     except ValueError:
@@ -56,8 +57,8 @@ def number(text: str) -> float | None:
 
 
 def truth(text: str) -> float | None:
-    """1 or 0 of "1", "0.0", "True", ...; None where it is empty or nan. `ValueError` of anything else."""
+    """1 or 0 for "1", "0.0", "True", ...; None for empty text or nan; `ValueError` for other text."""
     value = number({"true": "1", "false": "0"}.get(text.lower(), text))
     if value not in (0, 1, None) or (value is None and text and text.lower() != "nan"):
-        raise ValueError(f"{text!r} is neither 0 nor 1")
+        raise ValueError(f"{text!r} must be 0 or 1")
     return value

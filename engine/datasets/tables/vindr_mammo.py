@@ -14,7 +14,7 @@ from .schema import Box, Finding, Record
 def read(files: Files) -> list[Record]:
     """One record per row of breast-level_annotations.csv; boxes from finding_annotations.csv.
 
-    The data set does not name patients; every exam is of another, so the study stands for the patient.
+    The data set has no patients; each exam is of a different one, so the study is used as the patient.
     """
     table = files.rows("breast-level_annotations.csv")
     table.require("study_id", "image_id", "laterality", "view_position", "breast_birads", "split")
@@ -26,7 +26,7 @@ def read(files: Files) -> list[Record]:
         suspicious = values.suspicious(grade)
         split = row["split"].lower()
         if split not in SPLIT_NAMES:
-            raise DataError(f"{table.path}, {place}: split {row['split']!r} is neither training nor test")
+            raise DataError(f"{table.path}, {place}: split {row['split']!r} must be training or test")
         records.append(
             Record(
                 path=files.expect(f"images/{row['study_id']}/{row['image_id']}.dicom"),
@@ -56,8 +56,8 @@ def _findings(files: Files) -> dict[str, list[Finding]]:
         try:
             kinds = [str(kind) for kind in parse_literal(row["finding_categories"])]
         except ValueError as error:
-            text = f"finding_categories {row['finding_categories']!r} are no list"
-            raise DataError(f"{table.path}, {place}: {text}; fetch it again") from error
+            text = f"finding_categories {row['finding_categories']!r} must be a list"
+            raise DataError(f"{table.path}, {place}: {text}; download it again") from error
         sides = [values.number(row[name]) for name in ("ymin", "ymax", "xmin", "xmax")]
         if kinds == ["No Finding"] or None in sides:
             continue
@@ -73,7 +73,7 @@ def _findings(files: Files) -> dict[str, list[Finding]]:
 
 
 def _manufacturers(files: Files) -> dict[str, str]:
-    """From metadata.csv, where it was downloaded: the tag by image."""
+    """The manufacturer by image, from metadata.csv; empty if it was not downloaded."""
     if files.table("metadata.csv") is None:
         return {}
     table = files.rows("metadata.csv")

@@ -1,7 +1,8 @@
 """Rules of ops along one dimension: per pixel along channels; along an image axis a window, reductions or whole map.
 
 `diff` along rows reads each row and the next ones. A mirror image reads the last row first, so no tile can compute it
-before the map is complete: it needs the whole map. Joined to the map itself it is a padding (`reflect.py`).
+before the map is complete: it needs the whole map. Joined to the map itself it is a padding (`reflect.py`). A softmax
+over the image, and a division by its norm, are reductions and a local op that reads their results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dime
 from .circular import circular_pad
 from .pointwise import aligned_axes, only_maps
 from .promote import promoted
-from .softmax import normalize_over_image, softmax_over_image
+from .reductions import ReductionCall, mapped, root, shifted_exp, squared, vector, wide
 
 
 def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
@@ -155,3 +156,34 @@ def rotate_or_flip(op: Op, maps: Maps) -> Local | Whole:
     if set(dims) & set(axes):
         return Whole(op)
     return _per_pixel(op, maps, value)
+
+
+def softmax_over_image(op: Op, maps: Maps, value: int, dim: int, logarithm: bool) -> list[Node]:
+    """Softmax along an image axis, or along the positions of a flattened map."""
+    call = ReductionCall(op, maps, value, (dim,), {"keepdim": True})
+    nodes, made, top, total = shifted_exp(call, torch.Tensor.detach)
+    dtype = call.dtype
+    found, sums = call.keepdim_result(total)
+    if logarithm:
+        more, most = call.keepdim_result(top)
+
+        def finish(x: Tensor, most: Tensor, sums: Tensor) -> Tensor:
+            return (x.to(sums.dtype) - most.detach() - sums.log()).to(dtype)
+
+        last, _ = mapped(op, maps, "log_softmax", (value,), finish, dtype, (most, sums), call.output)
+        return [*nodes, *found, *more, last]
+    last, _ = mapped(op, maps, "softmax", (made,), lambda e, sums: (e / sums).to(dtype), dtype, (sums,), call.output)
+    return [*nodes, *found, last]
+
+
+def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], eps: float) -> list[Node]:
+    """x / max(|x|, eps) with the Euclidean norm over the image, or over one of its axes."""
+    call = ReductionCall(op, maps, value, dims, {"keepdim": True})
+    own, dtype = wide(maps.program.values[value].dtype), call.dtype
+    local, made = call.mapped("square", lambda x: squared(x.to(own)), own)
+    sizes = [1 if d in call.dims else n for d, n in enumerate(call.shape)]
+    total, length = (maps.new_value(sizes, own, like=value) for _ in range(2))
+    scale = vector((total,), length, lambda t: root(t).clamp_min(eps))
+    found, norms = call.keepdim_result(length)
+    last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (norms,), call.output)
+    return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]

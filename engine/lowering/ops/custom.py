@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...capture.program import Op, Ref, bind
-from .base import Axes, Block, Env, Local, Maps, Refusal, rule
+from .base import Axes, Block, Env, Local, Maps, Refusal, Whole, rule
 
 _COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
 _WRITES = frozenset(f"aten::{name}" for name in "masked_fill_ index_put_ fill_ zero_ copy_".split())
@@ -302,3 +302,12 @@ def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) 
 
 def _is_slot(leaf: Any) -> bool:
     return isinstance(leaf, _Slot)
+
+
+@rule("tensor_hook")
+def tensor_hook(op: Op, maps: Maps) -> Whole:
+    """The output is the first input under a new value number; hooks receive whole gradients."""
+    (made,), given = op.outputs, op.inputs[0]
+    if given in maps and given in maps.flat:
+        raise Refusal("a tensor hook on a flattened map is not supported; register it on a map with both image axes")
+    return Whole(op, {made: maps.axes[given]} if given in maps else {})

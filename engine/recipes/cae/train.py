@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
 from ...datasets.tables import SPLITS, Record, read_table
-from ...datasets.tables.images_alone import LeftOut
+from ...datasets.tables.image_stream import LeftOutMasks
 from ...errors import DataError
 from ...evaluate import odds
 from ...evaluate.cases import Cases
@@ -243,7 +243,7 @@ def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record
     table = read_table(config.unlabelled, labels=False)
     pool = table.records
     if table.masks:
-        run.say(f"{config.unlabelled}: {LeftOut(len(table.masks), table.masks[0])}")
+        run.say(f"{config.unlabelled}: {LeftOutMasks(len(table.masks), table.masks[0])}")
     own = [record for record in records if record.split != "train"]
     measured, images = {record.patient_id for record in own}, {os.path.realpath(record.path) for record in own}
     for record in pool:

@@ -135,7 +135,7 @@ def test_what_is_no_image_is_told():
     net = accelerate(Network(), tile=8)
     with pytest.raises(GigamorphError, match=r"the arguments contain no image.*got: uint8 \(2, 1, 8, 8\)"):
         net({"image": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
-    with pytest.raises(GigamorphError, match="got Network; files are opened with open_pixels"):
+    with pytest.raises(GigamorphError, match="got Network; open files with open_pixels"):
         net(Network())
 
 

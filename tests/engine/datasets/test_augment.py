@@ -275,17 +275,17 @@ def test_a_gigapixel_is_read_where_it_is_needed_only() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rotat=10", "augmentation rotat=10: unknown; there are flip, rotate, scale"),
-        ("rotate", "augmentation rotate: 'nothing' is no number, as in rotate=10"),
-        ("flip,noise=x", "augmentation noise=x: 'x' is no number"),
+        ("rotat=10", "augmentation rotat=10: unknown; choose from flip, rotate, scale"),
+        ("rotate", "augmentation rotate: 'nothing' is not a number, as in rotate=10"),
+        ("flip,noise=x", "augmentation noise=x: 'x' is not a number"),
         ("noise=1,noise=1", "augmentation noise=1: noise is given twice"),
-        ("flip=sideways", "augmentation flip=sideways: write flip, flip=left-right or flip=up-down"),
+        ("flip=sideways", "augmentation flip=sideways: must be flip, flip=left-right or flip=up-down"),
         ("rotate=181", "augmentation rotate=181: must be between 0 and 180"),
         ("gamma=-1", "augmentation gamma=-1: must be between 0 and 4"),
         ("contrast=nan", "augmentation contrast=nan: must be between 0 and 1"),
         ("elastic=20:90", "augmentation elastic=20:90: the grid must be at least 5 times as wide"),
         ("elastic=20:inf", "augmentation elastic=20:inf: the grid"),
-        ("elastic=20:", "augmentation elastic=20:: 'nothing' is no number"),
+        ("elastic=20:", "augmentation elastic=20:: 'nothing' is not a number"),
     ],
 )
 def test_wrong_text_is_one_line(text: str, message: str) -> None:

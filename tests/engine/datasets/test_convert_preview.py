@@ -77,7 +77,7 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
     records, errors, _ = convert_images([bad[0], phantoms[0], *bad[1:]], tmp_path / "out", options=options)
     assert [record.path.stem for record in records] == [phantoms[0].path.stem]
     assert "cut.dcm: is truncated" in errors[0]
-    assert "mask.png: is 3 x 3, its image 600 x 530" in errors[1]
+    assert "mask.png: is 3 x 3, but its image 600 x 530" in errors[1]
     assert "absent.png: cannot be read (No such file or directory)" in errors[2]
 
 
@@ -85,7 +85,7 @@ def test_bad_images_are_left_out_and_named(phantoms: list[Record], tmp_path: Pat
 def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path, file_format: str) -> None:
     image = tmp_path / "nan.npy"
     np.save(image, np.array([[0.5, np.nan]], np.float32))
-    with pytest.raises(DataError, match=r"nan.npy: holds pixels that are no numbers"):
+    with pytest.raises(DataError, match=r"nan.npy: contains NaN or infinite pixels"):
         preview(open_pixels(image))
     record = Record(image, 0, "p")
     records, errors, _ = convert_images(
@@ -94,7 +94,7 @@ def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path, file_for
         file_format=file_format,  # pyright: ignore[reportArgumentType]
         options=RunOptions("", max_failures=1.0, workers=0),
     )
-    assert records == [] and "nan.npy: holds pixels that are no numbers" in errors[0]
+    assert records == [] and "nan.npy: contains NaN or infinite pixels" in errors[0]
     assert not list((tmp_path / "out" / "images").iterdir())
 
 
@@ -147,7 +147,7 @@ def test_a_conversion_goes_on_where_it_was_and_is_shared_out(phantoms: list[Reco
         convert_images(given, tmp_path / "out", options=here)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").iterdir()}
     assert len(written) == 2
-    with pytest.raises(GigamorphError, match="was begun with --images tiff; go on with that"):
+    with pytest.raises(GigamorphError, match="was started with --images tiff; continue with it"):
         convert_images(given, tmp_path / "out", file_format="png", options=replace(here, resume=True))
     forgiving = replace(here, max_failures=0.5, resume=True)
     records, errors, found = convert_images(given, tmp_path / "out", options=forgiving)

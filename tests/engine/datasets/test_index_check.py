@@ -21,7 +21,7 @@ from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.datasets.tables.folders import image_files, iter_image_files
-from gigamorph.engine.datasets.tables.images_alone import LeftOut, images_alone
+from gigamorph.engine.datasets.tables.image_stream import LeftOutMasks, images_without_masks
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 
@@ -38,7 +38,9 @@ def test_the_index_of_a_medium_is_no_image(tmp_path: Path) -> None:
     medium.write(tmp_path / "medium")
     (file,) = image_files(tmp_path / "medium")
     assert file.name == "IM000000" and open_pixels(file).shape == (1, 37, 53)
-    with pytest.raises(DataError, match=r"DICOMDIR: is a DICOMDIR, the index of a medium, no image; name the folder"):
+    with pytest.raises(
+        DataError, match=r"DICOMDIR: is a DICOMDIR, the index of a medium, not an image; pass the folder"
+    ):
         open_pixels(tmp_path / "medium" / "DICOMDIR")
 
 
@@ -115,16 +117,16 @@ def test_masks_are_no_images(tmp_path: Path) -> None:
     found = index_folder(tmp_path)
     assert {record.path.relative_to(tmp_path).as_posix() for record in found.records} == set(IMAGES)
     assert {path.relative_to(tmp_path).as_posix() for path in found.masks} == set(MASKS)
-    read, left = read_table(tmp_path, labels=False), LeftOut()
+    read, left = read_table(tmp_path, labels=False), LeftOutMasks()
     assert {record.path for record in read.records} == {record.path for record in found.records}
     assert read.masks == found.masks
-    one_by_one = images_alone(partial(iter_image_files, tmp_path), tmp_path, left)
+    one_by_one = images_without_masks(partial(iter_image_files, tmp_path), tmp_path, left)
     assert set(one_by_one) == {record.path for record in found.records} and left.count == len(MASKS)
     for folder in ("masks", "x/roi_masks"):
         alone = index_folder(tmp_path / folder)
         assert len(alone.records) == 1 and not alone.masks
         below = tmp_path / folder
-        files = list(images_alone(partial(iter_image_files, below), below, left))
+        files = list(images_without_masks(partial(iter_image_files, below), below, left))
         assert len(files) == 1 and left.count == len(MASKS)
 
 
@@ -318,7 +320,7 @@ def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / "copy.dcm")
     found = problems([Record(path, 0, "a"), Record(tmp_path / "copy.dcm", 0, "a")])
     assert sorted(problem.kind for problem in found if problem.kind != "flag") == ["duplicate", "frames", "frames"]
-    told = "has 4 frames, all of which were looked at; a run takes one: say which in a column frame"
+    told = "has 4 frames, and all were checked; a run reads one: name it in the column frame"
     assert [problem.message for problem in found if problem.kind == "frames"] == [told, told]
     assert not any("4 frames" in p.message for p in problems([Record(path, 0, "a", frame=1)]))
 
@@ -340,13 +342,13 @@ def test_images_on_another_grey_scale(tmp_path: Path) -> None:
     assert (dark.kind, bright.kind) == ("grey", "grey")
     most = int(pixels.max())
     assert dark.message == (
-        f"grey values reach only {most} of 65535, nearly black; say where white is: --white 4095, or a column white"
+        f"grey values reach only {most} of 65535, nearly black; set the white level: --white 4095, or a column white"
     )
-    assert bright.message.startswith(f"grey values reach {most}, and white is 1; say where white is: --white 4095")
+    assert bright.message.startswith(f"grey values reach {most}, but white is 1; set the white level: --white 4095")
     assert check_images([replace(record, white="auto") for record in records]) == []
     assert check_images(records, white=4095) == []
     [found] = check_images([replace(records[0], white=1023)])
-    assert (found.kind, found.message.split(";")[0]) == ("unreadable", f"holds {most}, above white 1023")
+    assert (found.kind, found.message.split(";")[0]) == ("unreadable", f"contains {most}, above white 1023")
 
 
 def test_masks_are_looked_at(tmp_path: Path) -> None:
@@ -362,7 +364,7 @@ def test_masks_are_looked_at(tmp_path: Path) -> None:
     masks = {
         good: "",
         tmp_path / "absent.png": "absent.png: cannot be read (No such file or directory)",
-        save("small.png", np.ones((4, 3), np.uint8)): "small.png is 4 x 3, its image 40 x 30",
+        save("small.png", np.ones((4, 3), np.uint8)): "small.png is 4 x 3, but its image is 40 x 30",
         save("empty.png", np.zeros((40, 30), np.uint8)): "empty.png is empty",
         cut: "cut.png: damaged or truncated image",
     }
@@ -379,7 +381,7 @@ def test_pixels_that_are_no_numbers(tmp_path: Path) -> None:
     pixels[0, 1] = np.nan
     np.save(tmp_path / "nan.npy", pixels)
     [found] = check_images([Record(tmp_path / "nan.npy", 0, "p")])
-    assert found.kind == "unreadable" and found.message.startswith("holds pixels that are no numbers")
+    assert found.kind == "unreadable" and found.message.startswith("contains NaN or infinite pixels")
     np.save(tmp_path / "blank.npy", np.ones((40, 30), np.uint8))
     [found] = check_images([Record(tmp_path / "blank.npy", 0, "p")])
     assert found.message == "all pixels are equal"

@@ -13,10 +13,10 @@ from gigamorph.engine.datasets.masks import (
     IGNORED,
     FileMask,
     classes_of,
+    count_values,
     mask_as_seen,
     mask_as_stored,
     mask_on_grid,
-    survey,
 )
 from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
@@ -115,13 +115,13 @@ def test_what_the_values_mean(tmp_path):
         return classes_of({tmp_path / "m.png": counts}, names)
 
     assert classes(0, 1, 2, 255).names == classes(1, 2).names == ("background", "1", "2")
-    with pytest.raises(DataError, match=r"m\.png: holds 9, and no mask holds 2; correct it, or name all classes"):
+    with pytest.raises(DataError, match=r"m\.png: contains 9, but no mask contains 2; correct it, or name all classes"):
         classes(0, 1, 9, 255)
     assert classes(0, 1, names=("tissue", "mass", "cyst")).names == ("tissue", "mass", "cyst")
     assert classes(0, 255).binary and classes(0, 255, names=("no", "mass")).names == ("no", "mass")
     assert not classes(0, 1, 255).binary
     assert classes(0, 1, 255, names=("no", "mass")).names == ("no", "mass")
-    with pytest.raises(DataError, match="all masks hold value 0 alone"):
+    with pytest.raises(DataError, match="all masks contain only value 0"):
         classes(0)
     with pytest.raises(DataError, match="255 everywhere"):
         classes_of({tmp_path / "m.png": np.eye(256, dtype=np.int64)[255], tmp_path / "n.png": counts_of(0, 1)}, ())
@@ -133,21 +133,21 @@ def counts_of(*values):
 
 def test_masks_that_cannot_be_used_are_named(tmp_path):
     record = written(tmp_path, drawn())
-    with pytest.raises(DataError, match=r"i\.png: has no mask; name one in the column mask_path"):
-        survey(Record(record.path, -1, "p"))
-    with pytest.raises(DataError, match=r"gone\.png: no such mask"):
-        survey(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "gone.png"),)))
-    with pytest.raises(DataError, match=r"m\.png: holds 2, which names no class; there are 0 no, 1 mass, and 255"):
-        survey(record, ("no", "mass"))
+    with pytest.raises(DataError, match=r"i\.png: has no mask; add one in the column mask_path"):
+        count_values(Record(record.path, -1, "p"))
+    with pytest.raises(DataError, match=r"gone\.png: mask does not exist"):
+        count_values(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "gone.png"),)))
+    with pytest.raises(DataError, match=r"m\.png: contains 2, which is not a class; classes are 0 no, 1 mass, and 255"):
+        count_values(record, ("no", "mass"))
     (tmp_path / "m.png").write_bytes(imagecodecs.png_encode(drawn()[:-1]))
-    with pytest.raises(DataError, match=r"m\.png: is 40 x 34, its image 41 x 34"):
-        survey(record)
+    with pytest.raises(DataError, match=r"m\.png: is 40 x 34, but its image 41 x 34"):
+        count_values(record)
     (tmp_path / "m.png").write_bytes(imagecodecs.png_encode(np.stack([drawn()] * 3, -1)))
-    with pytest.raises(DataError, match="has 3 channels; a mask has one"):
-        survey(record)
+    with pytest.raises(DataError, match="has 3 channels; a mask must have one"):
+        count_values(record)
     np.save(tmp_path / "m.npy", drawn() + 0.5)
-    with pytest.raises(DataError, match="which names no class"):
-        survey(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "m.npy"),)))
+    with pytest.raises(DataError, match="which is not a class"):
+        count_values(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "m.npy"),)))
 
 
 def test_masks_of_several_findings_are_one(tmp_path):

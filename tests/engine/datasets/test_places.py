@@ -55,10 +55,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     save(tmp_path / "x.png")
     found = index_folder(tmp_path)
     assert [record.path.name for record in found.records] == ["x.png"]
-    assert all("is no regular file" in str(error) for error in found.errors)
+    assert all("is not a regular file" in str(error) for error in found.errors)
     assert len(found.errors) == 2
     for reader in (open_pixels, read_info):
-        with pytest.raises(DataError, match=r"pipe\.dcm: is no regular file"):
+        with pytest.raises(DataError, match=r"pipe\.dcm: is not a regular file"):
             reader(tmp_path / "pipe.dcm")
     assert [problem.kind for problem in check_images([Record(tmp_path / "pipe", 0, "p")])] == ["unreadable"]
 
@@ -110,14 +110,14 @@ def table(folder: Path, labels: list[str], header: str = "label") -> Path:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([str(0.1 * n) for n in range(24)], "label 0.1 is no class; number classes 0, 1, ... or name them"),
-        (["0", "1", "-1"], "label -1 is no class"),
-        (["0", "1", "nan"], "label nan is no class"),
-        (["benign", "malignant", "NaN"], "label NaN is no class"),
-        (["0", "1", "NA"], "label NA is no class"),
-        (["0.0", "None", "1.0"], "label None is no class"),
-        (["0.5", "1.5"], "label 0.5 is no class"),
-        (["inf", "1"], "label inf is no class"),
+        ([str(0.1 * n) for n in range(24)], "label 0.1 is not a class; number classes 0, 1, ... or name them"),
+        (["0", "1", "-1"], "label -1 is not a class"),
+        (["0", "1", "nan"], "label nan is not a class"),
+        (["benign", "malignant", "NaN"], "label NaN is not a class"),
+        (["0", "1", "NA"], "label NA is not a class"),
+        (["0.0", "None", "1.0"], "label None is not a class"),
+        (["0.5", "1.5"], "label 0.5 is not a class"),
+        (["inf", "1"], "label inf is not a class"),
     ],
 )
 def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: str) -> None:
@@ -158,7 +158,7 @@ def test_one_label_is_nothing_to_learn(tmp_path: Path, labels: list[str], name: 
 def test_label_columns(tmp_path: Path) -> None:
     path = table(tmp_path, [f"{n % 2},{'' if n == 4 else n // 3}" for n in range(9)], "label_cancer,label_kind")
     with pytest.raises(
-        DataError, match=r"make one of label_cancer, label_kind the label: gigamorph data convert .*cancer"
+        DataError, match=r"use one of label_cancer, label_kind as the label: gigamorph data convert .*cancer"
     ):
         read_table(path)
     read = read_table(path, label="kind")
@@ -175,7 +175,7 @@ def test_label_columns(tmp_path: Path) -> None:
     text = path.read_text().replace("label_cancer,label_kind", "label,label_kind")
     both.write_text(text)
     training_data(both, warn=warn)
-    assert told == ["columns label_kind are not learnt, label is (data convert --label makes another one it)"]
+    assert told == ["columns label_kind are not learnt, only label (choose it with data convert --label)"]
     told.clear()
     both.write_text("\n".join(line.rpartition(",")[0] + f",{line.rpartition(',')[2]}" for line in text.splitlines()))
     cancer = read_table(path, label="cancer")
@@ -188,7 +188,7 @@ def test_patients_that_nobody_names_are_told(tmp_path: Path) -> None:
         save(tmp_path / "in" / "ab"[n % 2] / f"{n}.png", n)
     told = []
     training_data(tmp_path / "in", warn=told.append)
-    assert told[0] == "of 12 of 12 images the patient is not known, so that one may be in two splits"
+    assert told[0] == "the patient of 12 of 12 images is unknown, so a patient may be in two splits"
 
 
 def test_nothing_but_missing_files(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_pickles_are_read_and_not_run(tmp_path: Path, protocol: int) -> None:
     assert len(read_data_set("nyu", tmp_path, check_files=False).records) == 4
     assert not trap.exists()
     for wrong, message in (
-        (b"no pickle", "is no pickle file, or damaged"),
-        (path.read_bytes()[:-40], "is no pickle file, or damaged"),
-        (pickle.dumps({"a": 1}), "is no list of exams"),
-        (pickle.dumps([{"L-CC": "0_L_CC"}]), "exam 0: L-CC is no list of file names"),
+        (b"no pickle", "not a pickle file, or damaged"),
+        (path.read_bytes()[:-40], "not a pickle file, or damaged"),
+        (pickle.dumps({"a": 1}), "must be a list of exams"),
+        (pickle.dumps([{"L-CC": "0_L_CC"}]), "exam 0: L-CC must be a list of file names"),
         (
             pickle.dumps([{**lookalikes.EXAMS[0], "cancer_label": {"left_malignant": 3}}]),
             "exam 0: cancer_label left_malignant",
@@ -301,7 +301,7 @@ def test_long_headers_are_quoted_in_brief(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             open_pixels(path)
         assert len(str(error.value)) < len(str(path)) + 300
-    with pytest.raises(DataError, match="is MONOCHROME2 with 31 samples a pixel, not 1; correct the header"):
+    with pytest.raises(DataError, match="is MONOCHROME2 with 31 samples per pixel, not 1; correct the header"):
         open_pixels(write_dicom(tmp_path / "x.dcm", pixels, SamplesPerPixel=31))
 
 
@@ -352,7 +352,7 @@ def test_results_among_the_images_are_no_images_of_a_class(tmp_path, caplog):
         save(tmp_path / folder / "heatmaps" / "3.png", 3)
         (tmp_path / folder / note).write_text(text)
     assert [record.path.name for record in read_table(tmp_path).records] == ["1.png", "2.png"]
-    assert f"{tmp_path / 'found'}: left out, because it holds what gigamorph predict wrote" in caplog.text
+    assert f"{tmp_path / 'found'}: left out, because it contains results of gigamorph predict" in caplog.text
     assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["1.png", "2.png"]
     assert len(index_folder(tmp_path / "run", workers=1).records) == 1  # who names it means it
 
@@ -367,15 +367,15 @@ def test_converted_images_are_left_out_beside_those_that_they_were_made_of(tmp_p
     assert len(index_folder(tmp_path, workers=1).records) == 2 and not caplog.text
     shutil.copytree(tmp_path / "benign", tmp_path / "flat" / "converted")
     save(tmp_path / "flat" / "4.png", 4)
-    with pytest.raises(DataError, match="flat: holds no images in a sub-folder per class"):
+    with pytest.raises(DataError, match="flat: contains no images in a sub-folder per class"):
         read_table(tmp_path / "flat")
     shutil.rmtree(tmp_path / "flat")
     save(tmp_path / "other" / "3.png", 3)
     assert [record.path.name for record in read_table(tmp_path).records] == ["3.png"]
     caplog.clear()
     assert [record.path.name for record in index_folder(tmp_path, workers=1).records] == ["3.png"]
-    told = f"{tmp_path / 'benign'}: left out, because it holds what gigamorph data convert wrote"
-    assert f"{told}; {tmp_path / 'benign' / 'table.csv'} names its images" in caplog.text
+    told = f"{tmp_path / 'benign'}: left out, because it contains results of gigamorph data convert"
+    assert f"{told}; {tmp_path / 'benign' / 'table.csv'} lists its images" in caplog.text
 
 
 def test_an_image_under_two_names_is_there_once(tmp_path):
@@ -404,6 +404,6 @@ def test_formats_that_are_not_read_are_told(tmp_path, caplog):
     assert len(read_table(tmp_path).records) == len(index_folder(tmp_path, workers=1).records) == 2
     told = [text.partition(": ") for text in caplog.messages]
     assert [(Path(folder).name, text) for folder, _, text in told] == [
-        (name, f"left out, because their format is not read: {count} .bmp; convert them to PNG or TIFF")
+        (name, f"left out files of unsupported formats: {count} .bmp; convert them to PNG or TIFF")
         for name, count in (("benign", 1), ("malign", 1), (tmp_path.name, 2))
     ]

@@ -61,7 +61,7 @@ def test_seeds_differ_and_zero_fractions_stay_empty() -> None:
         "train": 20,
         "val": 20,
     }
-    with pytest.raises(DataError, match="add up to 1"):
+    with pytest.raises(DataError, match="with sum 1"):
         assign_splits(table, fractions=(0.5, 0.5, 0.5))
 
 

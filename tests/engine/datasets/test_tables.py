@@ -70,9 +70,9 @@ def test_tables_that_excel_saved(folder: Path, encoding: str, first: str, packed
     path = folder / ("t.csv.gz" if packed else "t.csv")
     path.write_bytes(gzip.compress(text.encode(encoding)) if packed else text.encode(encoding))
     line = 5 if first else 4
-    with pytest.raises(DataError, match=f"line {line}: has 4 cells, the header 3"):
+    with pytest.raises(DataError, match=f"line {line}: has 4 cells, but the header has 3"):
         read_table(path)
-    with pytest.raises(DataError, match=f"line {line}: has 4 cells, the header 3"):
+    with pytest.raises(DataError, match=f"line {line}: has 4 cells, but the header has 3"):
         list(stream_table(path, ["0", "1"], Counter()))
     text = text.removesuffix("img/c.dcm;1;P3;x\r\n")
     path.write_bytes(gzip.compress(text.encode(encoding)) if packed else text.encode(encoding))
@@ -119,7 +119,7 @@ def test_paths_as_windows_writes_them(folder: Path) -> None:
 def test_classes_of_a_trained_model_number_the_labels(folder: Path) -> None:
     path = write(folder, HEADER + "img/a.png,benign,P1,\n")
     assert read_table(path, classes=["malign", "benign"]).records[0].label == 1
-    with pytest.raises(DataError, match=r"line 2: label 'benign' is none of the classes malign, normal"):
+    with pytest.raises(DataError, match=r"line 2: unknown label 'benign'; the classes are malign, normal"):
         read_table(path, classes=["malign", "normal"])
 
 
@@ -142,20 +142,20 @@ def test_single_class_of_zeros_and_ones(folder: Path) -> None:
     [
         ("", "is empty"),
         ("\n\n", "is empty"),
-        (HEADER, "holds no images"),
+        (HEADER, "contains no images"),
         ("path,label,patient_id\nimg/a.png,0,P1\n", "column image_path is missing; it has path, label, patient_id"),
         ("image_path\nimg/a.png\n", "column label, patient_id is missing"),
-        ("image_path,label,patient_id,label\nimg/a.png,0,P1,0\n", "column label is there twice"),
-        (HEADER + "img/a.png,0,P1\n", "line 2: has 3 cells, the header 4"),
+        ("image_path,label,patient_id,label\nimg/a.png,0,P1,0\n", "duplicate column label"),
+        (HEADER + "img/a.png,0,P1\n", "line 2: has 3 cells, but the header has 4"),
         (HEADER + "img/a.png,0,P1,train\n,0,P1,train\n", "line 3: image_path is empty"),
         (HEADER + "img/a.png,,P1,train\n", "line 2: label is empty"),
         (HEADER + "img/a.png,0,,train\n", "line 2: patient_id is empty"),
-        (HEADER + "img/a.png,0,P1,holdout\n", "line 2: split 'holdout' is none of train, val, test"),
+        (HEADER + "img/a.png,0,P1,holdout\n", "line 2: split 'holdout' must be one of train, val, test"),
         (HEADER + "img/a.png,0,P1,\nimg/a.png,1,P1,\n", "line 3: a.png is already in line 2"),
-        (HEADER + "img/a.png,0,P1,\nimg/b.png,3,P2,\n", "labels 0, 3 leave out 1, 2"),
+        (HEADER + "img/a.png,0,P1,\nimg/b.png,3,P2,\n", "labels 0, 3 lack 1, 2"),
         (HEADER + "img/z.png,0,P1,\nimg/b.png,1,P2,\n", "1 of 2 images do not exist: .*z.png"),
         (HEADER + '"img/a.png,0,P1,\n', "is not a csv file"),
-        ("image_path,label,patient_id,laterality\nimg/a.png,0,P1,both\n", "laterality 'both' is neither L nor R"),
+        ("image_path,label,patient_id,laterality\nimg/a.png,0,P1,both\n", "laterality 'both' must be L or R"),
     ],
 )
 def test_wrong_tables(folder: Path, text: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_folder_per_class(tmp_path: Path) -> None:
     assert patients[1] == patients[2] == "P7"
     assert len(set(patients)) == 3  # benign/1.png and malign/1.png are two patients
     (tmp_path / "malign" / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         read_table(tmp_path / "malign" / "empty")
 
 
@@ -219,7 +219,7 @@ def test_a_folder_of_masks_is_no_class(tmp_path: Path, name: str) -> None:
     for folder in ("images", name):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").touch()
-    with pytest.raises(DataError, match=rf"{name}: holds masks by its name, .*gigamorph data index"):
+    with pytest.raises(DataError, match=rf"{name}: has the name of a folder of masks, .*gigamorph data index"):
         read_table(tmp_path)
     assert [record.path.parent.name for record in read_table(tmp_path, labels=False).records] == ["images"]
 
@@ -229,7 +229,7 @@ def test_masks_beside_the_images_of_a_class_are_refused(tmp_path: Path) -> None:
     for name in ("benign/benign (1).png", "benign/benign (1)_mask.png", "no_mask/a_mask.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 file is a mask by its name, the first .*\(1\)_mask.png; move"):
+    with pytest.raises(DataError, match=r"1 file has the name of a mask, the first .*\(1\)_mask.png; move"):
         read_table(tmp_path)
     (tmp_path / "benign" / "benign (1)_mask.png").unlink()
     assert len(read_table(tmp_path).records) == 2
@@ -277,12 +277,12 @@ def test_densities_and_assessments_of_a_tables_own_are_kept(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ('"[{""box"": [5, 1, 2, 9]}]"', r"line 2: findings are not a JSON list of findings \(box \[5, 1, 2, 9\]"),
+        ('"[{""box"": [5, 1, 2, 9]}]"', r"line 2: findings must be a JSON list of findings \(box \[5, 1, 2, 9\]"),
         ('"[{""bbox"": [1, 5, 2, 9]}]"', "unknown entry 'bbox'"),
-        ('"[{""box"": [1, 5]}]"', "line 2: findings are not"),
-        ('"{""box"": 1}"', "line 2: findings are not"),
-        ("5", "line 2: findings are not"),
-        ("[", "line 2: findings are not"),
+        ('"[{""box"": [1, 5]}]"', "line 2: findings must be"),
+        ('"{""box"": 1}"', "line 2: findings must be"),
+        ("5", "line 2: findings must be"),
+        ("[", "line 2: findings must be"),
     ],
 )
 def test_wrong_findings(folder: Path, cell: str, message: str) -> None:
@@ -298,14 +298,14 @@ def test_frames_of_one_file(folder: Path) -> None:
     # As pandas writes a column that has empty cells.
     pointed = text.replace(",3,", ",3.0,").replace("a.png,,", "a.png,nan,")
     assert [record.frame for record in read_table(write(folder, pointed)).records] == [0, 3, None]
-    with pytest.raises(DataError, match=r"line 5: frame '0\.5' is no number from 0"):
+    with pytest.raises(DataError, match=r"line 5: frame '0\.5' must be a number from 0"):
         read_table(write(folder, text + "img/c.dcm,0.5,0,P1\n"))
-    with pytest.raises(DataError, match="line 5: frame 'first' is no number from 0"):
+    with pytest.raises(DataError, match="line 5: frame 'first' must be a number from 0"):
         read_table(write(folder, text + "img/c.dcm,first,0,P1\n"))
 
 
 def test_wrong_label_column(folder: Path) -> None:
-    with pytest.raises(DataError, match="line 2: label_cancer 'yes' is no number; leave it empty"):
+    with pytest.raises(DataError, match="line 2: label_cancer 'yes' is not a number; leave it empty"):
         read_table(write(folder, "image_path,label,patient_id,label_cancer\nimg/a.png,0,P1,yes\n"))
 
 
@@ -364,7 +364,7 @@ def test_table_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GigamorphError, match=r"file/t\.csv: the table cannot be written"):
         write_table(tmp_path / "file" / "t.csv", [], [])
-    with pytest.raises(DataError, match=r"t\.parquet: would be a csv by another name; end it in \.csv"):
+    with pytest.raises(DataError, match=r"t\.parquet: tables are written as csv; the name must end in \.csv"):
         write_table(tmp_path / "t.parquet", [], [])
 
 
@@ -395,5 +395,5 @@ def test_labels_with_a_decimal_comma_are_numbers(tmp_path):
     (tmp_path / "t.csv").write_text("image_path;label;patient_id\n0.png;0,0;p\n1.png;1,0;q\n")
     assert read_table(tmp_path / "t.csv").classes == ["0", "1"]
     (tmp_path / "t.csv").write_text("image_path;label;patient_id\n0.png;0,2;p\n1.png;0,73;q\n")
-    with pytest.raises(DataError, match=r"label 0,2 is no class; .* make classes of a score by a threshold"):
+    with pytest.raises(DataError, match=r"label 0,2 is not a class; .* turn scores into classes by a threshold"):
         read_table(tmp_path / "t.csv")

@@ -23,7 +23,7 @@ def rsna(tmp_path: Path, *cancer: str) -> list[Record]:
 def test_truths_of_rsna(tmp_path: Path) -> None:
     assert [r.label for r in rsna(tmp_path, "1", "0.0", "", "nan", "TRUE", "False")] == [1, 0, -1, -1, 1, 0]
     for odd in ("2", "0.5", "yes"):
-        with pytest.raises(DataError, match=rf"train.csv, line 3: cancer '{odd}' is neither 0 nor 1; fetch"):
+        with pytest.raises(DataError, match=rf"train.csv, line 3: cancer '{odd}' must be 0 or 1; download"):
             rsna(tmp_path, "1", odd)
 
 
@@ -35,7 +35,7 @@ def test_pathologies_of_cbis_ddsm(tmp_path: Path) -> None:
 
     assert [label(text) for text in ("MALIGNANT ", "malignant", "BENIGN_WITHOUT_CALLBACK")] == [1, 1, 0]
     for odd in ("", "BENGIN"):
-        with pytest.raises(DataError, match=rf"_set.csv, line 2: pathology '{odd}' is none of MALIGNANT, BENIGN, "):
+        with pytest.raises(DataError, match=rf"_set.csv, line 2: pathology '{odd}' must be one of MALIGNANT, BENIGN, "):
             label(odd)
 
 
@@ -84,7 +84,7 @@ def test_an_image_in_two_rows(tmp_path: Path) -> None:
     row = ["s", "e", "i", "L", "CC", 96, 80, "BI-RADS 5", "DENSITY C", "training"]
     (record,) = vindr(tmp_path, row, row)
     assert record.label == 1
-    with pytest.raises(DataError, match=r"i.dicom is in two rows that disagree on birads, labels; leave one"):
+    with pytest.raises(DataError, match=r"i.dicom is in two rows that disagree on birads, labels; remove one"):
         vindr(tmp_path, row, [*row[:7], "BI-RADS 1", *row[8:]])
     with pytest.raises(DataError, match="disagree on split; "):
         vindr(tmp_path, row, [*row[:9], "test"])
@@ -110,7 +110,7 @@ def test_an_image_in_both_lists_of_chestxray14(tmp_path: Path) -> None:
     lookalikes.table(tmp_path / "Data_Entry_2017.csv", header, [["a.png", "No Finding", 1, "PA"]])
     for name in ("train_val_list.txt", "test_list.txt"):
         (tmp_path / name).write_text("a.png\n")
-    with pytest.raises(DataError, match=r"test_list.txt: a.png is in train_val_list.txt too; fetch both again"):
+    with pytest.raises(DataError, match=r"test_list.txt: a.png is also in train_val_list.txt; download both again"):
         read_data_set("chestxray14", tmp_path, check_files=False)
 
 

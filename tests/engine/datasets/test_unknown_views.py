@@ -54,9 +54,7 @@ def test_a_missing_side_makes_no_third_breast(tmp_path, capsys, spelt):
     )
     assert run("eval", path, "--out", tmp_path / "out", "--resamples", 5) == 0
     error = capsys.readouterr().err
-    told = (
-        "2 images without a side, where others of their patient have one (first: 1.npy, line 3); they are in no breast"
-    )
+    told = "2 images without a side, but others of their patient have one (first: 1.npy, line 3); they are in no breast"
     assert error.count("\n") == 1 and told in error
     levels = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
     assert levels["breast"]["rows"] == 4 and levels["breast"]["left_out"] == 2
@@ -68,7 +66,7 @@ def test_a_missing_exam_makes_no_further_exam(tmp_path, capsys):
     path = written(tmp_path / "p.csv", {3: {"exam_id": ""}})
     assert run("eval", path, "--out", tmp_path / "out", "--resamples", 5) == 0
     assert (
-        "1 image without an exam, where others of their patient have one (first: 3.npy, line 5)"
+        "1 image without an exam, but others of their patient have one (first: 3.npy, line 5)"
         in capsys.readouterr().err
     )
     levels = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
@@ -84,7 +82,7 @@ def test_where_no_image_of_a_patient_has_a_side_each_stands_for_itself(tmp_path,
 
 def test_a_side_that_is_none_is_refused(tmp_path):
     path = written(tmp_path / "p.csv", {1: {"laterality": "both"}})
-    with pytest.raises(DataError, match="line 3: laterality 'both' is neither L nor R"):
+    with pytest.raises(DataError, match="line 3: laterality 'both' must be L or R"):
         read_cases(path)
 
 
@@ -144,7 +142,7 @@ def test_frames_are_no_repeats(tmp_path, capsys):
     lines = [f"a.dcm,{n},p{n},{n % 2},{n}" for n in range(4)]
     (tmp_path / "p.csv").write_text("\n".join(["image_path,frame,patient_id,label,score_1", *lines]) + "\n")
     assert run("eval", tmp_path / "p.csv", "--out", tmp_path / "out", "--resamples", 5) == 0
-    assert "there before" not in capsys.readouterr().err
+    assert "repeat an image" not in capsys.readouterr().err
 
 
 def test_a_record_without_a_patient_is_of_no_other():

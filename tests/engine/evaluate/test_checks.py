@@ -54,7 +54,7 @@ def test_labels_of_a_table_may_be_unknown_but_scores_not():
 
 def test_classes_are_whole_numbers_that_there_are():
     for wrong in (-1, 3, 0.5):
-        with pytest.raises(DataError, match="numbered from 0 to 2"):
+        with pytest.raises(DataError, match="classes must be from 0 to 2"):
             measures.quadratic_kappa([0, wrong, 2], [0, 1, 2], 3)
 
 
@@ -62,10 +62,10 @@ def test_classes_are_whole_numbers_that_there_are():
     ("change", "message"),
     [
         ({"places": [[np.nan, 1]]}, "not finite"),
-        ({"scores": [np.nan]}, "needs a score"),
-        ({"scores": [1, 2]}, "needs a score"),
-        ({"boxes": [[5, 5, 0, 9]]}, "ends where it begins"),
-        ({"outlines": [[9, 0, 0, 9]]}, "ends where it begins"),
+        ({"scores": [np.nan]}, "must have a score"),
+        ({"scores": [1, 2]}, "must have a score"),
+        ({"boxes": [[5, 5, 0, 9]]}, "a box is empty"),
+        ({"outlines": [[9, 0, 0, 9]]}, "a box is empty"),
     ],
 )
 def test_marks_and_lesions_are_numbers(change, message):

@@ -97,7 +97,7 @@ def test_the_note_of_a_prediction_tells_the_order_of_the_training(tmp_path):
 
 def test_numbers_are_not_the_names_of_several_classes(tmp_path):
     path = write(tmp_path / "p.csv", ["image_path", "label", "p_low", "p_mid", "p_high"], [("x", 1, 0.2, 0.5, 0.3)])
-    with pytest.raises(DataError, match=r"line 2: label '1' is none of the classes high, low, mid"):
+    with pytest.raises(DataError, match=r"line 2: label '1' must be one of high, low, mid"):
         read_cases(path)
 
 
@@ -209,7 +209,10 @@ def test_sorted_names_of_a_training_are_no_order(note, order, tmp_path, capsys):
     assert run("eval", path, "--out", tmp_path / "out", "--resamples", 5) == 0
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
     if order is None:
-        assert "tell no order: no kappa, and breasts and exams take the last of benign, cancer, normal; state" in said
+        assert (
+            "do not determine an order: no kappa, and breasts and exams take the last of benign, cancer, normal; state"
+            in said
+        )
         assert found["levels"]["image"]["kappa"]["value"] is None and found["ordered"] is False
     else:
         assert f"classes in the order {' < '.join(order)}\n" in said and found["ordered"] is True
@@ -228,5 +231,5 @@ def test_an_order_of_other_classes_is_one_line(tmp_path):
     with pytest.raises(DataError, match=r"has the classes benign, cancer, normal; name each once in --classes"):
         read_cases(path, classes=["normal", "benign", "benign"])
     two = write(tmp_path / "two.csv", ["image_path", "label", "p_0", "p_1"], [("x", 0, 0.6, 0.4)])
-    with pytest.raises(DataError, match="has no three classes whose order --classes can state"):
+    with pytest.raises(DataError, match="does not have three or more classes; omit --classes"):
         read_cases(two, classes=["0", "1"])

@@ -70,7 +70,7 @@ def test_comparison_refuses_what_cannot_be_paired(cases):
         compare(cases, replace(cases, names=tuple(f"j{n}" for n in range(120))))
     with pytest.raises(DataError, match="i0: is there twice"):
         compare(cases, cases.where([0, 0, 1]))
-    with pytest.raises(DataError, match="other outputs: cancer; mass"):
+    with pytest.raises(DataError, match="different outputs: cancer; mass"):
         compare(cases, replace(cases, outputs=("mass",)))
 
 
@@ -83,7 +83,7 @@ def test_subgroups_have_their_own_areas_at_one_threshold(cases):
         called = part.scores[:, 0] >= 0.5
         assert row["sensitivity"] == called[part.truth[:, 0] == 1].mean()
         assert row["specificity"] == (~called)[part.truth[:, 0] == 0].mean()
-    with pytest.raises(DataError, match="no column 'maker' to make subgroups by; there are age, density"):
+    with pytest.raises(DataError, match="unknown column 'maker' for subgroups; there are age, density"):
         subgroups(cases, 0, "maker", None)
 
 

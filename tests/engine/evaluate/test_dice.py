@@ -53,7 +53,7 @@ def test_bad_tables_are_refused_in_one_line(table):
     with pytest.raises(DataError, match="several splits"):
         read_dice(table, None)
     table.write_text("image_path,dice_mass\n0.png,1.5\n")
-    with pytest.raises(DataError, match=r"line 2: dice_mass '1\.5' is no number from 0 to 1"):
+    with pytest.raises(DataError, match=r"line 2: dice_mass '1\.5' must be a number from 0 to 1"):
         evaluate_dice(read_dice(table, None)[0])
     table.write_text("image_path,dice_mass\n0.png,\n")
     with pytest.raises(DataError, match="no image has a Dice"):
@@ -67,4 +67,4 @@ def test_eval_of_masks(table, tmp_path, capsys):
     assert "mass: Dice 0." in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["kind"] == "masks"
     assert run("eval", table, "--split", "test", "--by", "split", "--out", tmp_path / "more") == 2
-    assert "of predicted masks only" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "predicted masks accept only" in " ".join(capsys.readouterr().err.replace("│", " ").split())

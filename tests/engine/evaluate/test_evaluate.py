@@ -185,8 +185,8 @@ def test_whatever_the_rows_are_there_are_plain_values_or_one_line(seed, kind, n,
 def test_rows_without_a_patient_are_told(tmp_path):
     images = exams()
     for known, text in (
-        (0, "patients not known, so intervals take each row for one"),
-        (100, "25 patients and 20 rows without one, each taken for one"),
+        (0, "patients unknown, so intervals treat each row as one"),
+        (100, "25 patients and 20 rows without one, each treated as one"),
     ):
         patients = images.patients[:known] + ("",) * (120 - known)
         some = Cases(**{**vars(images), "patients": patients})

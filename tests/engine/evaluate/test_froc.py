@@ -113,10 +113,10 @@ def test_any_rates_and_the_overlap_of_boxes():
 
 
 def test_rates_and_overlaps_that_cannot_be_are_refused():
-    with pytest.raises(DataError, match="numbers from 0 on, not -1"):
+    with pytest.raises(DataError, match="must be at least 0, not -1"):
         froc.measure(IMAGES, rates=(-1,))
     for iou in (0, 1.5, float("nan")):
         with pytest.raises(DataError, match="above 0 and at most 1"):
             froc.measure(IMAGES, iou=iou)
-    with pytest.raises(DataError, match="needs marks that are boxes"):
+    with pytest.raises(DataError, match="needs marks with boxes"):
         froc.measure(IMAGES, iou=0.2)

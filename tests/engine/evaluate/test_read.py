@@ -62,7 +62,7 @@ def test_the_table_gives_labels_and_columns(predictions, tmp_path):
         read_cases(predictions, table=table)
     predictions.write_text(predictions.read_text().replace(f"{tmp_path}/", "images/"))
     with pytest.raises(
-        DataError, match=r"images/a\.png is not in .*; nor is there such a file: .* folder where it ran"
+        DataError, match=r"images/a\.png is not in .*; the file does not exist: .* folder where gigamorph predict ran"
     ):
         read_cases(predictions, table=table)
 
@@ -123,7 +123,7 @@ def test_splits(predictions, tmp_path):
     assert read_cases(tmp_path / "p.csv", table=table, split="test").names == (f"{tmp_path}/b.png", f"{tmp_path}/c.png")
     assert len(read_cases(tmp_path / "p.csv", table=table, split="train,test")) == 3
     assert len(read_cases(tmp_path / "p.csv", table=table, split="all")) == 2
-    with pytest.raises(DataError, match=r"several splits \(test, train\); say which with --split test"):
+    with pytest.raises(DataError, match=r"several splits \(test, train\); choose one, such as --split test"):
         read_cases(tmp_path / "p.csv", table=table)
     with pytest.raises(DataError, match="no rows of split val"):
         read_cases(tmp_path / "p.csv", table=table, split="val")
@@ -172,16 +172,16 @@ def test_written_ranks_and_labels_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image_path,label\na,1\n", "has no column log_odds_NAME, p_NAME or score_NAME, but image_path, label"),
+        ("image_path,label\na,1\n", "has no column log_odds_NAME, p_NAME or score_NAME, only image_path, label"),
         ("image_path,p_0,p_1\na,1,0\n", "column label is missing"),
         ("image_path,label,p_0,p_1\na,1,nan,0.5\n", r"line 2: p_0 is not a number \(NaN\)"),
-        ("image_path,label,p_0,p_1\na,1,0.5,x\n", "line 2: p_1 'x' is no number$"),
-        ('image_path,label,p_0,p_1\na,1,"0,5",0.5\n', "line 2: p_0 '0,5' is no number; write 0.5"),
-        ("image_path,label,p_0,p_1\na,1,-0.5,1.5\n", "below 0 or above 1"),
-        ("image_path,label,p_0,p_1\na,2,0.5,0.5\n", "line 2: label '2' is none of the classes 0, 1"),
-        ("image_path,label,p_1\na,2,0.5\n", "line 2: label '2' is neither 1 nor 0, nor empty"),
-        ("image_path,label,p_1\na,benign,0.5\n", "line 2: label 'benign' is neither .*classes have names, give each a"),
-        ("image_path,label,p_1\na,nan,0.5\n", "line 2: label 'nan' is neither 1 nor 0, nor empty"),
+        ("image_path,label,p_0,p_1\na,1,0.5,x\n", "line 2: p_1 'x' is not a number$"),
+        ('image_path,label,p_0,p_1\na,1,"0,5",0.5\n', "line 2: p_0 '0,5' is not a number; write 0.5"),
+        ("image_path,label,p_0,p_1\na,1,-0.5,1.5\n", "must be probabilities between 0 and 1"),
+        ("image_path,label,p_0,p_1\na,2,0.5,0.5\n", "line 2: label '2' must be one of 0, 1"),
+        ("image_path,label,p_1\na,2,0.5\n", "line 2: label '2' must be 1, 0 or empty"),
+        ("image_path,label,p_1\na,benign,0.5\n", "line 2: label 'benign' must be 1, .*named classes, add a column"),
+        ("image_path,label,p_1\na,nan,0.5\n", "line 2: label 'nan' must be 1, 0 or empty"),
         ("image_path,label,p_0,p_1\n", "holds no predictions"),
     ],
 )
@@ -211,12 +211,14 @@ def test_marks_and_lesions(predictions, tmp_path):
     with pytest.raises(DataError, match="column row, column is missing"):
         read_marks(write(tmp_path / "x.csv", "image_path,score\na,1\n"), table, read_cases(predictions))
     others = write(tmp_path / "others.csv", "image_path,row,column,score\nother/a.png,5,6,0.9\n")
-    with pytest.raises(DataError, match=r"none of its 1 marks is of an image of .*t\.csv \(not other/a\.png\)"):
+    with pytest.raises(
+        DataError, match=r"none of its 1 marks belongs to an image of .*t\.csv \(such as other/a\.png\)"
+    ):
         read_marks(others, table, read_cases(predictions))  # else it would find no lesion
     none = write(tmp_path / "none.csv", "image_path,row,column,score\n")
     assert [len(one.scores) for one in read_marks(none, table, read_cases(predictions))[0]] == [0, 0, 0]
     twice = read_cases(predictions).where([0, 0, 1])
-    with pytest.raises(DataError, match=r"a\.png: an image or its frames are there twice"):
+    with pytest.raises(DataError, match=r"a\.png: an image or frame occurs twice"):
         read_marks(marks, table, twice)
     table.write_text("image_path,findings\na.png,\n")
     with pytest.raises(DataError, match=r"has no row of .*b\.png"):

@@ -187,19 +187,19 @@ def test_readings_are_rows_in_any_order(van_dyke):
 def test_incomplete_studies_are_refused():
     with pytest.raises(DataError, match=r"1 readings are missing, the first of patient 113 by reader E, cine"):
         study_of(readings().where(np.arange(1139)), modality="modality")
-    with pytest.raises(DataError, match="patient 0, spin echo, reader A: this reading is there twice"):
+    with pytest.raises(DataError, match="patient 0, spin echo, reader A: this reading occurs twice"):
         study_of(readings().where([*range(1140), 0]), modality="modality")
     truth = readings().truth
     truth[1] = 1
-    with pytest.raises(DataError, match="patient 1, spin echo, reader B: its label is not that"):
+    with pytest.raises(DataError, match="patient 1, spin echo, reader B: its label differs from that"):
         study_of(readings(truth=truth), modality="modality")
     with pytest.raises(DataError, match="no column 'doctor'; there are modality, reader"):
         study_of(readings(), reader="doctor")
-    with pytest.raises(DataError, match="this reading is there twice"):
+    with pytest.raises(DataError, match="this reading occurs twice"):
         study_of(readings())  # both modalities as one
     with pytest.raises(DataError, match="0 of 69 cases are positive"):
         reader_study(TRUTH[:69], SCORES[..., :69])
-    with pytest.raises(DataError, match="patients are one for each case, and for the jackknife"):
+    with pytest.raises(DataError, match="patients must be one per case, and need the jackknife"):
         reader_study(TRUTH, SCORES, patients=["p"] * 114)
 
 

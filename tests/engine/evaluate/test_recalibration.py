@@ -47,7 +47,7 @@ def test_it_makes_probabilities_of_other_images_frequencies(tmp_path):
 def test_where_there_is_none_nothing_is_written(tmp_path):
     worse = overconfident(200, 0, flip=True)
     parted = replace(worse, scores=worse.truth - 0.5)
-    for cases, why in ((worse, "rank worse than chance"), (parted, "part the two classes")):
+    for cases, why in ((worse, "rank worse than chance"), (parted, "separate the two classes")):
         with pytest.raises(DataError, match=why):
             write_calibration(tmp_path, cases, evaluate(cases, FEW), "abc")
     assert not list(tmp_path.iterdir())
@@ -56,11 +56,11 @@ def test_where_there_is_none_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "is no calibration.json of gigamorph eval"),
-        ("nothing", "is no calibration.json of gigamorph eval"),
+        ("{}", "is not a calibration.json of gigamorph eval"),
+        ("nothing", "is not a calibration.json of gigamorph eval"),
         (None, "cannot be read: No such file"),
-        (("1", "abd"), "was measured on predictions of another checkpoint"),
-        (("2", "abc"), "was measured on predictions of another checkpoint"),
+        (("1", "abd"), "was measured on another checkpoint"),
+        (("2", "abc"), "was measured on another checkpoint"),
     ],
 )
 def test_a_file_that_does_not_belong_is_one_line(tmp_path, content, message):

@@ -88,7 +88,7 @@ def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
         write_segmentation(found, tmp_path / "a.npy", tmp_path / "s.dcm", label="x", kind="binary")
     stack = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
     slices = Explanation(open_pixels(stack, frame=1), torch.rand(10, 10))
-    with pytest.raises(DataError, match="has 4 frames; a DICOM SEG is of one"):
+    with pytest.raises(DataError, match="has 4 frames; a DICOM SEG needs one"):
         write_segmentation(slices, stack, tmp_path / "s.dcm", label="x", kind="binary")
     ds = pydicom.dcmread(phantoms[0])
     del ds.StudyInstanceUID

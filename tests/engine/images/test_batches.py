@@ -90,7 +90,7 @@ def test_batch_of_sources():
 BAD = {
     "a batch needs at least one image": [],
     "got ndarray as item 1": [A, np.zeros((3, 3))],
-    r"as item 0 is a tensor of shape \(37, 29\), not \(C, H, W\)": [A[0, 0], B],
+    r"as item 0 has shape \(37, 29\); it must be \(C, H, W\)": [A[0, 0], B],
     r"dtypes torch\.float32, torch\.float64; give one": [A, B.float()],
     r"dtypes torch\.float32, torch\.float64; give": [A, B.float()[..., :20]],
 }

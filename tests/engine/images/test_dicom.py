@@ -144,7 +144,7 @@ def test_frames_however_they_are_indexed(write_dicom: Write, syntax: str, offset
 
 def test_frames_in_fragments_without_a_table_are_refused(write_dicom: Write) -> None:
     path = write_dicom(picture(12, (4, 37, 53)), JPEG + "70", offsets="none", fragments=3)
-    with pytest.raises(DataError, match="12 fragments for 4 frames and no table"):
+    with pytest.raises(DataError, match="12 fragments for 4 frames without a table"):
         open_dicom(path, frame=1)
 
 
@@ -247,7 +247,7 @@ def test_voi_lut_goes_before_windows_and_is_clamped(write_dicom: Write) -> None:
     second = np.clip((pixels - 98.5) / 2 + 0.5, 0, 1)
     np.testing.assert_allclose(whole(open_pixels(path, voi="window:1")), second, atol=1e-5)
     np.testing.assert_allclose(whole(open_pixels(path, voi="none")), pixels / 4095, atol=1e-6)
-    for voi, message in [("window:2", "has 2"), ("lut:1", "has 1"), ("bright", "is not"), ("lut:x", "has 1")]:
+    for voi, message in [("window:2", "has 2"), ("lut:1", "has 1"), ("bright", "must be 'auto'"), ("lut:x", "has 1")]:
         with pytest.raises(DataError, match=message):
             open_pixels(path, voi=voi)
 
@@ -272,11 +272,11 @@ def test_voi_lut_with_bytes_and_with_too_few_bits_declared(write_dicom: Write) -
         ({"RescaleSlope": 0, "RescaleIntercept": 1}, "RescaleSlope"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "RGB"),
         ({"BitsStored": 20}, "20 bits of 16"),
-        ({"PixelRepresentation": 2}, "PixelRepresentation 2 is neither 0 nor 1"),
-        ({"PixelRepresentation": 65535}, "PixelRepresentation 65535 is neither 0 nor 1"),
-        ({"Rows": 36}, "3922 bytes of pixel data, 3816 expected for 1 frames of 36 x 53; correct the header"),
-        ({"Columns": 52}, "3922 bytes of pixel data, 3848 expected for 1 frames of 37 x 52"),
-        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "3922 bytes of pixel data, 1961 expected"),
+        ({"PixelRepresentation": 2}, "PixelRepresentation 2 must be 0 or 1"),
+        ({"PixelRepresentation": 65535}, "PixelRepresentation 65535 must be 0 or 1"),
+        ({"Rows": 36}, "3922 bytes of pixel data instead of 3816 for 1 frames of 36 x 53; correct the header"),
+        ({"Columns": 52}, "3922 bytes of pixel data instead of 3848 for 1 frames of 37 x 52"),
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, "3922 bytes of pixel data instead of 1961"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.2.1"}, "For Processing"),
         ({"PresentationIntentType": "FOR PROCESSING"}, "For Processing"),
     ],
@@ -327,7 +327,7 @@ def test_bombs_take_no_more_than_the_header_says(write_dicom: Write, monkeypatch
     tracemalloc.stop()
     # A size that two bytes for 128 cannot reach is refused before anything is allocated.
     monkeypatch.setattr("image_files.encode", lambda *_: start + b"\x81\x05" * 1000)
-    with pytest.raises(DataError, match="bytes of RLE cannot hold"):
+    with pytest.raises(DataError, match="RLE bytes cannot contain"):
         whole(open_pixels(write_dicom(np.zeros((512, 512), np.uint8), RLE, 8)))
 
 
@@ -373,7 +373,7 @@ def test_grey_scale_by_name(write_dicom: Write) -> None:
     path = write_dicom(pixels, VOILUTSequence=Sequence(luts), **elements)
     for named, numbered in [("lut:softer", "lut:1"), ("window:HARD ONE", "window:1"), ("lut:NORMAL", "auto")]:
         np.testing.assert_array_equal(whole(open_pixels(path, voi=named)), whole(open_pixels(path, voi=numbered)))
-    for voi, message in [("window:B", "has 2 of these"), ("window:", "is not 'auto'"), ("window", "is not 'auto'")]:
+    for voi, message in [("window:B", "has 2 of these"), ("window:", "must be 'auto'"), ("window", "must be 'auto'")]:
         with pytest.raises(DataError, match=message):
             open_pixels(path, voi=voi)
 
@@ -400,7 +400,7 @@ def test_a_code_stream_with_fewer_bits_than_the_header_says(write_dicom: Write, 
     assert data[place] == 11
     data[place] = stored - 1
     path.write_bytes(bytes(data))
-    with pytest.raises(DataError, match=r"x\.dcm: (decodes to uint8, 12 bits expected|every pixel gets the same grey)"):
+    with pytest.raises(DataError, match=r"x\.dcm: (decodes to uint8, not 12 bits|all pixels get the same grey)"):
         whole(open_pixels(path))
 
 

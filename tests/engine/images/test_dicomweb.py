@@ -13,7 +13,7 @@ from image_files import EXPLICIT, JPEG, encode, picture, write_dicom, write_slid
 from gigamorph import DataError, open_pixels
 from gigamorph.engine.images import dicomweb
 from gigamorph.engine.images.codecs import Frame
-from gigamorph.engine.images.dicomweb import Instance, asked, place_of, search, service_of
+from gigamorph.engine.images.dicomweb import Instance, ask_store, parse_location, search, service_of
 from gigamorph.engine.images.dicomweb_frames import syntax_of
 
 
@@ -23,7 +23,7 @@ def whole(source):
 
 
 def test_a_store_a_study_a_series_and_searches_in_them_name_images(store, files):
-    own = [place_of(stores.uid_url(store.url, path)) for path in files]
+    own = [parse_location(stores.uid_url(store.url, path)) for path in files]
     everything = {stores.uid_url(store.url, path) for path in files}
     of_first = {own[0].url(p.study, p.series, p.instance) for p in own if p.study == own[0].study}
     assert len(everything) == 4 and len(of_first) == 2
@@ -50,7 +50,7 @@ def test_a_store_that_knows_no_offsets_is_seen(store, monkeypatch):
     store._client.search_for_studies = lambda limit, offset, **options: real(limit=limit, **options)
     assert len(list(search(store.url))) == 4  # all of it came at once
     monkeypatch.setattr(dicomweb, "_PAGE", 1)
-    with pytest.raises(DataError, match="its store gives the same results at each offset; name fewer at once"):
+    with pytest.raises(DataError, match="its store returns the same results at each offset; search for fewer images"):
         list(search(store.url))
 
 
@@ -61,16 +61,16 @@ def test_what_is_no_image_is_left_out(store, files):
     report.StudyInstanceUID, report.SeriesInstanceUID, report.Modality = "1.2.3", "1.2.3.5", "SR"
     store.store_instances([report])
     assert len(list(search(store.url))) == 4
-    with pytest.raises(DataError, match=r"studies/1\.2\.3: holds no images"):
+    with pytest.raises(DataError, match=r"studies/1\.2\.3: contains no images"):
         list(search(f"{store.url}/studies/1.2.3"))
 
 
 @pytest.mark.parametrize(
     "end, message",
     [
-        ("/studies?PatientsID=1", "PatientsID is no attribute of DICOM, and stores pass over what they do not know"),
-        ("/studies?limit=3", "limit is no attribute to search for; leave it out"),
-        ("/patients/1#", "is no DICOMweb place"),
+        ("/studies?PatientsID=1", "unknown DICOM attribute PatientsID; correct it, because stores ignore unknown ones"),
+        ("/studies?limit=3", "limit is not a search attribute; remove it"),
+        ("/patients/1#", "not a DICOMweb URL"),
     ],
 )
 def test_searches_that_mean_nothing_are_refused(store, end, message):
@@ -81,7 +81,7 @@ def test_searches_that_mean_nothing_are_refused(store, end, message):
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():
     with pytest.raises(DataError, match=r"put it into ~/\.netrc") as error:
-        place_of("dicomweb+https://ann:secret@host/dicom-web/studies")
+        parse_location("dicomweb+https://ann:secret@host/dicom-web/studies")
     assert "secret" not in str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_a_frame_of_many_is_fetched_alone(tmp_path, monkeypatch):
     url = stores.uid_url(store.url, path)
     assert np.array_equal(whole(open_pixels(url, frame=3)), whole(open_pixels(path, frame=3)))
     assert "retrieve_instance" not in store.asked
-    with pytest.raises(DataError, match="has 5 frames; say which one"):
+    with pytest.raises(DataError, match="has 5 frames; choose one"):
         open_pixels(url)
 
 
@@ -129,7 +129,7 @@ def test_a_grey_scale_by_reference_is_refused(tmp_path, monkeypatch):
     real = store._client.retrieve_instance_metadata
     table = {"00283010": {"vr": "SQ", "Value": [{"00283006": {"vr": "OW", "BulkDataURI": "http://x/1"}}]}}
     store._client.retrieve_instance_metadata = lambda *uids: real(*uids) | table
-    with pytest.raises(DataError, match="gives the grey scale by reference alone; download the file"):
+    with pytest.raises(DataError, match="returns the grey scale by reference; download the file"):
         open_pixels(stores.uid_url(store.url, path), frame=0)
 
 
@@ -140,13 +140,13 @@ def test_frames_that_a_store_has_compressed_with_a_loss_are_refused(tmp_path, mo
     store.put([path])
     jpeg = encode(picture(8, (32, 48, 3)), JPEG + "50", 8)
     store._client.retrieve_instance_frames = lambda *uids, media_types: [jpeg]
-    with pytest.raises(DataError, match="gives frames with a loss that the image has not; download the file"):
+    with pytest.raises(DataError, match="sends frames with additional lossy compression; download the file"):
         open_pixels(stores.uid_url(store.url, path))
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"<html>", b"\xff\xd8\xff\xc0\x00\x11\x08" + b"\0" * 20])
 def test_bytes_that_are_no_frame_are_refused(data):
-    with pytest.raises(DataError, match="are no frame of 32 x 48 pixels with 1 samples"):
+    with pytest.raises(DataError, match="are not a frame of 32 x 48 pixels with 1 samples"):
         syntax_of(data, Frame(32, 48, 1, 16, "MONOCHROME2"), "x")
 
 
@@ -185,17 +185,17 @@ def test_what_a_store_answers_in_one_line(store, monkeypatch, error, calls, unre
     monkeypatch.setattr(dicomweb.time, "sleep", lambda seconds: None)
     failing = Failing(error)
     with pytest.raises(DataError, match=f"^{message}$") as caught:
-        asked("u", store.service, failing)
+        ask_store("u", store.service, failing)
     assert failing.calls == calls and isinstance(caught.value, dicomweb.StoreUnreachableError) == unreachable
     if calls == 3:
-        assert asked("u", store.service, Failing(error, 2)) == "answer"
+        assert ask_store("u", store.service, Failing(error, 2)) == "answer"
 
 
 def test_where_results_go_is_a_store(store, monkeypatch):
     assert service_of(store.url) == store.service
-    with pytest.raises(DataError, match="results go to a store, each into its image's study"):
+    with pytest.raises(DataError, match="results go to a store, into the study of their image"):
         service_of(f"{store.url}/studies/1.2.3")
-    with pytest.raises(DataError, match=r"is no image; name \.\.\./studies/UID/series/UID/instances/UID"):
+    with pytest.raises(DataError, match=r"not the URL of an image; write \.\.\./studies/UID/series/UID/instances/UID"):
         Instance(f"{store.url}/studies/1.2.3")
 
 

@@ -81,7 +81,7 @@ def test_a_look_warns_once_of_images_of_all_kinds_that_are_black_or_white(tmp_pa
     found = PublishedImages([Record(path, 0, "P") for path in paths], like := Preprocessing(), like)
     text = grey_warnings(found.data)
     assert len(text) == 1
-    assert "0.png (and 2 more of 3 that were looked at): grey values reach only" in text[0]
+    assert "0.png (and 2 more of 3 checked images): grey values reach only" in text[0]
     assert "--white 65535" in text[0]
     white = write_dicom(tmp_path / "w.dcm", GREY + 1, WindowCenter=1, WindowWidth=1)
     assert "of the pixels are white; choose another" in grey_warnings(images([Record(white, 0, "P")], 1, AUTO))[0]
@@ -145,7 +145,7 @@ def test_a_jpeg_2000_stream_is_believed_about_the_sign(
     for _ in range(2):
         assert torch.equal(open_pixels(wrong).read(0, 37, 0, 53), expected)
     assert len(caplog.messages) == 1
-    assert "b.dcm: the header says signed pixels, its JPEG 2000 stream unsigned ones" in caplog.messages[0]
+    assert "b.dcm: the header declares signed pixels, but its JPEG 2000 stream unsigned ones" in caplog.messages[0]
 
 
 def test_a_signed_stream_under_an_unsigned_header(
@@ -157,7 +157,7 @@ def test_a_signed_stream_under_an_unsigned_header(
     path = write_dicom(tmp_path / "a.dcm", values.view(np.uint16), JPEG + "90", 16)
     found = open_pixels(path).read(0, 64, 0, 64)[0].numpy()
     np.testing.assert_allclose(found, (values + 32768.0) / 65535, atol=1e-5)
-    assert "unsigned pixels, its JPEG 2000 stream signed ones" in caplog.text
+    assert "unsigned pixels, but its JPEG 2000 stream signed ones" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,13 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("white", [0, -1, float("nan"), float("inf"), "bright", "4095"])
 def test_levels_that_are_none_are_refused(white: float | str) -> None:
-    with pytest.raises(DataError, match="is neither 'auto' nor a positive number"):
+    with pytest.raises(DataError, match="must be 'auto' or a positive number"):
         open_pixels(np.zeros((4, 5), np.uint16), white=white)
 
 
 @pytest.mark.parametrize("laterality", ["left", "r", "", "X"])
 def test_sides_that_are_none_are_refused(laterality: str) -> None:
-    with pytest.raises(DataError, match="is neither 'L' nor 'R'"):
+    with pytest.raises(DataError, match="must be 'L' or 'R'"):
         open_pixels(np.zeros((4, 5), np.uint16), laterality=laterality)
 
 
@@ -94,10 +94,10 @@ def test_white_is_zero_in_some_tiff_files(tmp_path: Path) -> None:
 
 def test_what_is_brighter_than_white_is_an_error(tmp_path: Path) -> None:
     path = save(tmp_path / "x.png", picture(12))
-    with pytest.raises(DataError, match=r"x\.png: holds 4095, above white 1023; give a larger white level"):
+    with pytest.raises(DataError, match=r"x\.png: contains 4095, above white 1023; use a larger white level"):
         whole(open_pixels(path, white=1023))
     for wrong in ("0", "-4095", "nan", "inf", "white"):
-        with pytest.raises(DataError, match="neither auto nor a positive number"):
+        with pytest.raises(DataError, match="must be auto or a positive number"):
             parse_white(wrong)
     assert (parse_white("Auto"), parse_white("4095")) == ("auto", 4095.0)
 
@@ -156,17 +156,17 @@ def test_a_data_set_takes_the_tables_level_before_its_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("pixels", "options", "told"),
     [
-        (picture(12), {}, ["x.npy (and 1 more of 2 that were looked at): grey values reach only 4095 of 65535, "]),
+        (picture(12), {}, ["x.npy (and 1 more of 2 checked images): grey values reach only 4095 of 65535, "]),
         (picture(12), {"white": 4095.0}, []),
         (picture(14), {}, []),
         (
             picture(8).astype(np.float32),
             {},
-            ["grey values reach 255, and white is 1; say where white is: --white 255,"],
+            ["grey values reach 255, but white is 1; set the white level: --white 255,"],
         ),
         (picture(8), {"normalize": Normalize((0.2,), (0.2,))}, []),
-        (picture(8), {"normalize": Normalize((128.0,), (1.0,))}, ["mean 128 is no grey value of these images; "]),
-        (picture(8), {"normalize": Normalize((128.0,), (64.0,))}, ["mean 128 is no grey", "std 64 is more than"]),
+        (picture(8), {"normalize": Normalize((128.0,), (1.0,))}, ["mean 128 is outside the grey range; "]),
+        (picture(8), {"normalize": Normalize((128.0,), (64.0,))}, ["mean 128 is outside", "std 64 exceeds the"]),
         (picture(12), {"normalize": Normalize((7048.0,), (12005.0,)), "white": 4095.0}, ["mean 7048", "std 12005"]),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 import range_server
 from fsspec.implementations.reference import ReferenceFileSystem
 
-from gigamorph.engine.datasets.tables.images_alone import LeftOut
+from gigamorph.engine.datasets.tables.image_stream import LeftOutMasks
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images import remote
 from gigamorph.engine.images.open import open_pixels
@@ -80,7 +80,7 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SMALL", 99)
     np.save(tmp_path / "a.npy", np.ones((9, 9), np.float32))
     with range_server.serving(tmp_path, ranges=False) as served:
-        with pytest.raises(DataError, match=r"a\.npy: no part of it can be read alone where it lies; fetch it"):
+        with pytest.raises(DataError, match=r"a\.npy: its server does not support byte ranges; download it"):
             open_pixels(f"{served.url}/a.npy")
         with pytest.raises(DataError, match=r"none\.npy: cannot be fetched \(FileNotFoundError"):
             open_pixels(f"{served.url}/none.npy")
@@ -136,7 +136,7 @@ def references(path: Path, monkeypatch) -> list[Path]:
         "generic://reference://a.npy::{}",
     ],
 )
-@pytest.mark.parametrize("how", [open_pixels, lambda url: list(rows_of(url, None, Counter(), LeftOut())), fetched])
+@pytest.mark.parametrize("how", [open_pixels, lambda url: list(rows_of(url, None, Counter(), LeftOutMasks())), fetched])
 def test_a_file_of_references_is_never_opened(how, url, tmp_path, monkeypatch):
     opened = references(tmp_path / "refs.json", monkeypatch)
     with contextlib.suppress(DataError):
@@ -145,7 +145,9 @@ def test_a_file_of_references_is_never_opened(how, url, tmp_path, monkeypatch):
 
 
 def test_a_file_of_references_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"refs\.json: a file of references may run code, and is not opened; name"):
+    with pytest.raises(
+        DataError, match=r"refs\.json: cannot be opened because a file of references may run code; pass"
+    ):
         fetch(f"reference://a.npy::file://{tmp_path}/refs.json", tmp_path)
 
 

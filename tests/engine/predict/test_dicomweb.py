@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_files(store, files, tmp_path):
     for url, row in found.items():
         for name in ("log_odds_0", "log_odds_1", "laterality", "view"):
             assert row[name] == expected[url][name], name
-        assert row["exam_id"] == dicomweb.place_of(url).study
+        assert row["exam_id"] == dicomweb.parse_location(url).study
     assert {row["patient_id"] for row in found.values()} == {"P00001", "P00002"}
     assert len(rows(tmp_path / "store-out/exams.csv")) == 2
     assert "PHANTOM" not in (tmp_path / "store-out/predictions.csv").read_text()
@@ -108,7 +108,7 @@ def test_a_report_for_each_study_says_what_the_table_says(store, tmp_path):
         assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
         own = groups(report)
         images = {
-            dicomweb.place_of(row["image_path"]).instance
+            dicomweb.parse_location(row["image_path"]).instance
             for row in rows(out / "predictions.csv")
             if row["exam_id"] == report.StudyInstanceUID
         }
@@ -117,7 +117,7 @@ def test_a_report_for_each_study_says_what_the_table_says(store, tmp_path):
     assert len(found) == 8
     for row in rows(out / "predictions.csv"):
         for name in archives.CLASSES:
-            own = found[dicomweb.place_of(row["image_path"]).instance, name]
+            own = found[dicomweb.parse_location(row["image_path"]).instance, name]
             assert own == pytest.approx(float(row[PROBABILITY + name]), abs=1e-6)
     # What is stored is no image, and is not stored twice.
     again = predict(archives.tiny, [store.url], out, replace(HERE, store=store.url, resume=True))
@@ -157,7 +157,7 @@ def test_what_the_store_refuses_keeps_nothing_else_back(store, files, tmp_path, 
 
     monkeypatch.setattr(store._client, "store_instances", store_instances)
     options = replace(HERE, store=store.url)
-    with pytest.raises(GigamorphError, match=r"1 of 2 results were not stored .* --resume tries .* \(reason 0110H\)"):
+    with pytest.raises(GigamorphError, match=r"1 of 2 results were not stored .* --resume retries .* \(reason 0110H\)"):
         predict(archives.stub, [store.url], tmp_path / "out", options)
     assert len(instances(store, "SR")) == 1 and len(rows(tmp_path / "out" / "predictions.csv")) == 4
     assert predict(archives.stub, [store.url], tmp_path / "out", replace(options, resume=True)).stored == 1
@@ -167,7 +167,7 @@ def test_what_the_store_refuses_keeps_nothing_else_back(store, files, tmp_path, 
 def test_results_of_files_go_to_a_store_if_they_are_dicom(store, files, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((24, 24), np.float32))
     options = replace(HERE, store=store.url)
-    with pytest.raises(GigamorphError, match=r"1 of 3 .*a\.npy: is no DICOM file, so that its result cannot be stored"):
+    with pytest.raises(GigamorphError, match=r"1 of 3 .*a\.npy: is not a DICOM file, so its result cannot be stored"):
         predict(archives.stub, [*files, tmp_path / "a.npy"], tmp_path / "out", options)
     assert {one.StudyInstanceUID for one in instances(store, "SR")} == {
         pydicom.dcmread(path).StudyInstanceUID for path in files

@@ -165,7 +165,7 @@ def test_names_of_files_that_lead_elsewhere_are_refused(name, column, packed, tm
     parts.sync()
     if packed:
         parts.pack()
-    with pytest.raises(GigamorphError, match=rf"names the file '{name}', which is elsewhere; name another --out"):
+    with pytest.raises(GigamorphError, match=rf"names the file '{name}' of another folder; name another --out"):
         list(read_results(tmp_path))
 
 

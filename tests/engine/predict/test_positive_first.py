@@ -132,6 +132,6 @@ def test_views_of_an_exam_are_calibrated_by_the_name(tmp_path):
 
 
 def test_a_calibration_of_the_negative_class_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="is of the class normal; the positive one of this checkpoint is cancer"):
+    with pytest.raises(DataError, match="is for class normal; the positive class of this checkpoint is cancer"):
         calibration(tmp_path, ["cancer", "normal"], output="normal")
     assert isinstance(calibration(tmp_path, ["cancer", "normal"]), Calibration)

@@ -15,7 +15,7 @@ from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict.decoders import Opened
 from gigamorph.engine.predict.precision import in_precision, start_in_precision
-from gigamorph.engine.predict.predictor import Predicting, Wanted, start_predicting
+from gigamorph.engine.predict.predictor import PredictionUnit, Wanted, start_predicting
 from gigamorph.engine.predict.rows import Row, Work
 from gigamorph.engine.predict.run import Options, predict
 
@@ -55,8 +55,8 @@ def test_other_processes_compute_the_same(table, tmp_path):
     wanted = Wanted("m", tmp_path)
     units = (
         start_in_precision(functools.partial(start_predicting, archives.tiny, wanted), "bf16", device="cpu"),
-        in_precision(Predicting(archives.tiny(device="cpu"), wanted), "bf16", "cpu"),
-        Predicting(archives.tiny(device="cpu"), wanted),
+        in_precision(PredictionUnit(archives.tiny(device="cpu"), wanted), "bf16", "cpu"),
+        PredictionUnit(archives.tiny(device="cpu"), wanted),
     )
     record = read_table(table).records[0]
     work = Work("key", Row(record))
@@ -67,6 +67,8 @@ def test_other_processes_compute_the_same(table, tmp_path):
 def test_a_folder_is_of_one_precision(table, tmp_path):
     out = tmp_path / "out"
     predict(archives.tiny, [table], out, replace(HERE, precision="bf16"))
-    with pytest.raises(GigamorphError, match="was begun with --precision bf16; go on with that, or name another --out"):
+    with pytest.raises(
+        GigamorphError, match="was started with --precision bf16; continue with it, or name another --out"
+    ):
         predict(archives.tiny, [table], out, replace(HERE, resume=True))
     assert predict(archives.tiny, [table], out, replace(HERE, resume=True, precision="bf16")).computed == 0

@@ -42,7 +42,7 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
 def test_an_address_is_rays(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "x.ckpt", "a.dcm", "--out", str(tmp_path / "o"), "--address", "auto"])
-    assert "--address is a Ray cluster's; add --engine ray" in capsys.readouterr().err
+    assert "--address needs --engine ray" in capsys.readouterr().err
 
 
 class RayError(Exception):
@@ -86,7 +86,7 @@ def test_where_a_death_ends_rays_work_the_rest_is_dealt_anew(monkeypatch, tmp_pa
 def test_rounds_that_bring_nothing_and_errors_of_actors_end_the_run(monkeypatch, tmp_path):
     done = []
     listings, found = rounds(monkeypatch, tmp_path, (1, RayError), *3 * [(0, RayError)])
-    with pytest.raises(GigamorphError, match=r"^Ray: .*an actor has died; what has come back is kept"):
+    with pytest.raises(GigamorphError, match=r"^Ray: .*an actor has died; results so far are stored"):
         done.extend(one.work.key for one in found)
     assert len(listings) == 4 and not list(tmp_path.glob(".work-*"))
     listings, found = rounds(monkeypatch, tmp_path, (1, TaskError))
@@ -149,7 +149,7 @@ def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_r
     assert len(set(keys)) == len(keys) == COUNT - 1
     assert not list((tmp_path / "out").glob(".work-*"))
     # An image that kills whoever computes it ends the run, with what else is done, and in one line.
-    with pytest.raises(GigamorphError, match=r"^Ray: .*; what has come back is kept, --resume goes on$"):
+    with pytest.raises(GigamorphError, match=r"^Ray: .*; results so far are stored, --resume continues$"):
         predict(archives.deadly, [table], tmp_path / "deadly", options)
     # What is written is not done again: nothing is left for a cluster.
     again = predict(opener, [table], tmp_path / "out", replace(options, resume=True, address="127.0.0.1:9"))

@@ -187,12 +187,12 @@ def test_only_what_is_left_is_computed(table, tmp_path):
     found = predict(second, [table], tmp_path / "out", replace(HERE, resume=True), Watch(warn=warned.append))
     assert len(first.opened) == 5 and second.opened == [f"{n:04d}.npy" for n in range(5, 12)]
     assert (found.computed, found.done, len(rows(tmp_path / "out" / "predictions.csv"))) == (7, 12, 12)
-    assert len(warned) == 1 and "the table is not the one that the run began with (5 rows then, 12 now)" in warned[0]
+    assert len(warned) == 1 and "the table has changed since the run started (5 rows then, 12 now)" in warned[0]
     # A table that names fewer images: what it no longer names stays in the parts, and is not in the tables.
     warned.clear()
     assert predict(second, [part], tmp_path / "out", replace(HERE, resume=True), Watch(warn=warned.append)).done == 5
     assert len(rows(tmp_path / "out" / "predictions.csv")) == 5 and len(keys(tmp_path / "out")) == 12
-    assert any("7 results are of images that the table does not name" in text for text in warned)
+    assert any("has 7 results of images that are not in the table" in text for text in warned)
 
 
 def test_a_folder_that_is_not_this_runs_is_refused(table, tmp_path):
@@ -202,10 +202,10 @@ def test_a_folder_that_is_not_this_runs_is_refused(table, tmp_path):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = replace(options, resume=True)
     for other, message in (
-        (options, "already holds predictions; go on with --resume, or name another --out"),
-        (replace(again, model="other"), r"holds results of another model \(first.ckpt, SHA-256 m...\); name another"),
-        (replace(again, heatmaps=True), "was begun without --heatmaps; go on without it"),
-        (replace(again, identifiers=True), "was begun without --identifiers"),
+        (options, "already holds predictions; continue with --resume, or name another --out"),
+        (replace(again, model="other"), r"has results of another model \(first.ckpt, SHA-256 m...\); name another"),
+        (replace(again, heatmaps=True), "was started without --heatmaps; continue without it"),
+        (replace(again, identifiers=True), "was started without --identifiers"),
     ):
         with pytest.raises(GigamorphError, match=message):
             predict(archives.stub, [table], out, other)
@@ -362,7 +362,7 @@ def test_masks_of_a_folder_are_no_images(table, tmp_path):
         told, out = [], tmp_path / str(number)
         predict(archives.stub, [source], out, HERE, Watch(warn=told.append))
         assert [Path(row["image_path"]).name for row in rows(out / "predictions.csv")] == ["0.npy", "1.npy"]
-        assert len(told) == 1 and "2 masks are left out, by their names, the first" in told[0]
+        assert len(told) == 1 and "2 masks are left out, recognised by name, the first" in told[0]
     assert predict(archives.stub, [folder / "masks"], tmp_path / "masks", HERE).images == 1
 
 
@@ -370,9 +370,9 @@ def test_masks_of_a_folder_are_no_images(table, tmp_path):
     ("text", "message"),
     [
         ("file,label\na.npy,0\n", "column image_path is missing"),
-        ("image_path,label\na.npy,0\nb.npy\n", "line 3: has 1 cells, the header 2"),
-        ("image_path\n\0\n", "it holds zero bytes"),
-        ("image_path,frame\na.npy,x\n", "line 2: frame 'x' is no number"),
+        ("image_path,label\na.npy,0\nb.npy\n", "line 3: has 1 cells, but the header has 2"),
+        ("image_path\n\0\n", "it contains zero bytes"),
+        ("image_path,frame\na.npy,x\n", "line 2: frame 'x' must be a number"),
         ("image_path\n", "no images to predict"),
         ("image_path\nnone.npy\nnope.npy\n", "2 of 2 images do not exist: .*none.npy, .*nope.npy"),
     ],
@@ -423,7 +423,7 @@ def test_labels_count_where_they_are_known(table, tmp_path, kind):
     known = [row["label"] for row in rows(tmp_path / "out" / "predictions.csv")]
     assert known == ["", "", "", *(row[4] for row in cells[3:])]
     assert told == [
-        f"{given}: the labels of 2 images are none of the classes 0, 1 and count as not known: 7 (1), true (1)"
+        f"{given}: the labels of 2 images are not among the classes 0, 1 and count as unknown: 7 (1), true (1)"
     ]
 
 
@@ -593,7 +593,7 @@ def test_shards_into_one_folder_are_one_run(table, whole, tmp_path):
     assert [end.complete for end in ends] == [False, False, True] and sum(end.computed for end in ends) == 12
     for name in ("predictions.csv", "breasts.csv"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
-    with pytest.raises(GigamorphError, match="already holds predictions; go on with --resume"):
+    with pytest.raises(GigamorphError, match="already holds predictions; continue with --resume"):
         predict(archives.tiny, [table], out, replace(HERE, shard=(2, 3)))
     # What other shards have done is done, however many there are now.
     assert predict(archives.tiny, [table], out, replace(HERE, shard=(1, 2), resume=True)).computed == 0

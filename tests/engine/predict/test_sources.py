@@ -26,7 +26,7 @@ def test_an_image_of_a_table_and_of_its_folder_counts_once_as_the_table_says(tab
     predict(archives.tiny, [table], tmp_path / "whole", HERE)
     predict(archives.tiny, [table.parent, table], tmp_path / "out", HERE, Watch(warn=said.append))
     assert rows(tmp_path / "out" / "predictions.csv") == rows(tmp_path / "whole" / "predictions.csv")
-    assert said == [f"12 of the images of {table.parent} are given before, and count once"]
+    assert said == [f"12 images of {table.parent} are repeated, and count once"]
 
 
 def test_an_image_of_two_tables_counts_once_and_has_one_label(table, tmp_path):
@@ -37,11 +37,11 @@ def test_an_image_of_two_tables_counts_once_and_has_one_label(table, tmp_path):
         tables = [table, table.parent / "more.csv"]
         predict(archives.tiny, tables, tmp_path / "out", HERE, Watch(warn=said.append))
         assert len(rows(tmp_path / "out" / "predictions.csv")) == 12
-        assert said == [f"4 of the images of {tables[1]} are given before, and count once"]
+        assert said == [f"4 images of {tables[1]} are repeated, and count once"]
         wrong = others[0].split(",")
         wrong[first.split(",").index("label")] = str(1 - int(wrong[first.split(",").index("label")]))
         tables[1].write_text("\n".join([first, ",".join(wrong)]) + "\n")
-        with pytest.raises(DataError, match=r"more.csv: .* has label \d, but \d where it was given before; keep one"):
+        with pytest.raises(DataError, match=r"more.csv: .* has label \d, but \d in an earlier source; keep one"):
             predict(archives.tiny, tables, tmp_path / "none", HERE)
     finally:
         (table.parent / "more.csv").unlink()

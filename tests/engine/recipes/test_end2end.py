@@ -176,7 +176,7 @@ def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
     child, _ = _add_front(Grown(parent), model, config, 0)
     x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12
-    with pytest.raises(GigamorphError, match="'nowhere' names no parameter"):
+    with pytest.raises(GigamorphError, match="'nowhere' matches no parameter"):
         train(table, replace(config, native=(replace(native[0], trainable=("nowhere",)),)), Run(tmp_path / "bad"))
     assert not (tmp_path / "bad").exists()
     with pytest.raises(GigamorphError, match="front must be 2 or more, with blocks on one image size"):

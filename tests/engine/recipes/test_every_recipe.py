@@ -87,7 +87,7 @@ def test_a_network_that_there_is_not_takes_no_folder(name, wrong, table, tmp_pat
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_batches_that_cannot_be_dealt_take_no_folder(name, table, tmp_path):
     run = Run(tmp_path / "run", group=ProcessGroup(0, 2))
-    with pytest.raises(GigamorphError, match="2 images per optimizer step, 2 at a time, cannot be dealt to 2"):
+    with pytest.raises(GigamorphError, match="2 images per optimizer step, 2 at a time, cannot be distributed to 2"):
         get_recipe(name).train(table, small_recipes.configs(1)[name], run)
     assert not (tmp_path / "run").exists()
 

@@ -22,5 +22,5 @@ def test_batches_are_dealt_whole_and_images_are_split(tmp_path: Path):
         for name in ("last.ckpt", "best.ckpt"):
             states = [load_checkpoint(place / name)["state_dict"] for place in (alone, folder)]
             assert max(errors(*states).values()) < 1e-9
-    assert all("6 images per optimizer step, 2 at a time, cannot be dealt to 2 processes" in text for text in odd)
+    assert all("6 images per optimizer step, 2 at a time, cannot be distributed to 2 processes" in text for text in odd)
     assert not (tmp_path / "odd").exists()

@@ -62,7 +62,7 @@ def test_training_images_alone_are_varied_and_it_is_recorded(table: Path, tmp_pa
     seen = images(data.val.records, 1, stored)[0]["image"]
     assert steps_of(seen) == steps_of(data.val[0]["image"]) and not any("turned" in step for step in steps_of(seen))
     assert any("turned" in step for step in steps_of(data.train[0]["image"]))
-    with pytest.raises(GigamorphError, match="was begun with another preprocessing"):
+    with pytest.raises(GigamorphError, match="was started with another preprocessing"):
         fit(training_data(table, seed=5), OPTIONS, tmp_path / "run", resume=True)
 
 

@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(data, whol
 def test_a_network_that_is_built_otherwise_today(whole):
     stored = load_checkpoint(whole / "best.ckpt")
     stored["gigamorph"]["options"]["model"] = "lesionnet"
-    with pytest.raises(DataError, match="weights are not those of 'lesionnet' as it is built today"):
+    with pytest.raises(DataError, match="weights do not fit 'lesionnet' as it is built now"):
         restore_network(stored, "best.ckpt", memory_budget=None, device="cpu")
 
 
@@ -185,10 +185,10 @@ def test_more_epochs_extend_a_run(data, tmp_path):
     assert long["gigamorph"]["options"]["epochs"] == 4 and long["gigamorph"]["state"]["epoch"] == 4
     steps = [max(float(s["step"]) for s in c["optimizer_states"][0]["state"].values()) for c in (short, long)]
     assert steps[1] == 2 * steps[0]
-    with pytest.raises(GigamorphError, match="was begun with epochs=4, not 3; resume with the same or more"):
+    with pytest.raises(GigamorphError, match="was started with epochs=4, not 3; resume with the same value or more"):
         fit(data, OPTIONS, tmp_path / "run", resume=True)
     fit(data, replace(OPTIONS, epochs=4), tmp_path / "run", resume=True, report=lambda p: notes.append(p.note))
-    assert "train: nothing is left to do, complete after epoch 4" in notes
+    assert "train: nothing left to do, complete after epoch 4" in notes
 
 
 def test_a_diverged_run_keeps_what_it_had(data, tmp_path):
@@ -295,10 +295,10 @@ def test_refusals_name_the_culprit(data, tmp_path):
         fit(replace(data, train=Images([])), OPTIONS, tmp_path / "run")
     said = []
     fit(data, replace(OPTIONS, epochs=1), tmp_path / "run", resume=True, watch=Watch(say=said.append))
-    assert f"{tmp_path / 'run' / 'last.ckpt'}: not there yet, so the run begins" in said
+    assert f"{tmp_path / 'run' / 'last.ckpt'}: not found, so the run starts from the beginning" in said
     with pytest.raises(GigamorphError, match="already holds a run; continue it with --resume"):
         fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")
-    with pytest.raises(GigamorphError, match=r"was begun with accumulate=3, not 1; resume with the same$"):
+    with pytest.raises(GigamorphError, match=r"was started with accumulate=3, not 1; resume with the same value$"):
         fit(data, replace(OPTIONS, accumulate=1), tmp_path / "run", resume=True)
     with pytest.raises(DataError, match="another split"):
         fit(replace(data, test=Images([])), replace(OPTIONS, epochs=1), tmp_path / "run", resume=True)

@@ -20,7 +20,7 @@ from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.network import restore_network
-from gigamorph.engine.train.option_checks import _without_values, check_choices
+from gigamorph.engine.train.option_checks import _meta_network, check_choices
 from gigamorph.engine.train.options import Optimizer, TrainOptions
 
 OPTIONS = TrainOptions(model="grown_nets:small", epochs=1, accumulate=3, seed=5)
@@ -115,7 +115,7 @@ def test_parts_of_a_grown_network_are_looked_for_in_it():
     own = {name for name, _ in grown.network.named_parameters()}
     [new, *_] = sorted(own - {name for name, _ in parent.network.named_parameters()})
     check_choices(replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), 1, (), ())
-    with pytest.raises(GigamorphError, match="names no parameter"):
+    with pytest.raises(GigamorphError, match="matches no parameter"):
         check_choices(replace(OPTIONS, freeze=(new,)), 1, (), ())
     fit(make_data(), replace(OPTIONS, weights="deep.safetensors", freeze=(new,)), "run")
 
@@ -134,5 +134,5 @@ def test_a_network_that_is_not_there_is_told_before_any_image_is_read(wrong, tol
 
 
 def test_the_parts_of_a_network_are_looked_for_without_its_memory():
-    names = [name for name, p in _without_values("resnet18", 1).named_parameters() if p.is_meta]
+    names = [name for name, p in _meta_network("resnet18", 1).named_parameters() if p.is_meta]
     assert names == [name for name, _ in create_model("resnet18", in_channels=1).named_parameters()]

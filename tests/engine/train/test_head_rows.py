@@ -63,7 +63,7 @@ def test_a_class_that_the_weights_do_not_know_has_a_new_row(began, caplog):
     with caplog.at_level(logging.WARNING, "gigamorph"):
         start_from(own, path, ABC)
     assert torch.equal(own[9].weight, torch.stack([head.weight[1], built[1], head.weight[0]]))
-    assert "knows no b, whose part of the last layer is new" in caplog.text
+    assert "has no class b; its rows of the last layer are new" in caplog.text
 
 
 def test_rows_of_other_classes_keep_their_order_and_are_told(began, caplog):
@@ -72,7 +72,7 @@ def test_rows_of_other_classes_keep_their_order_and_are_told(began, caplog):
     with caplog.at_level(logging.WARNING, "gigamorph"):
         start_from(own, path, ABC)
     assert torch.equal(own[9].weight, head.weight)
-    assert "its last layer, of x, y, z, begins as that of a, b, c in this order" in caplog.text
+    assert "the last layer of x, y, z initialises that of a, b, c, in this order" in caplog.text
 
 
 def test_another_order_of_grades_is_refused(began):

@@ -90,7 +90,7 @@ def test_negative_or_no_evidence_leaves_the_image_grey(tmp_path, source):
 def test_a_large_image_is_a_tiff_and_other_suffixes_are_refused(tmp_path, source):
     assert overlay_name("x", (1, 4096, 3328)) == "x.png"
     assert overlay_name("x", (1, 32768, 32768)) == "x.tif"
-    with pytest.raises(GigamorphError, match=r"a\.jpg: heat maps are written as"):
+    with pytest.raises(GigamorphError, match=r"a\.jpg: the suffix of a heat map must be"):
         write_overlay(Explanation(source, torch.rand(3, 3)), tmp_path / "a.jpg")
 
 

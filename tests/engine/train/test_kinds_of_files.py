@@ -45,18 +45,18 @@ def test_eight_and_sixteen_bits_are_one_scale(mixed):
 
 def test_kinds_on_unlike_scales_are_told(mixed):
     [told] = grey_warnings(ImageDataset(read_table(mixed(0, white_of_png=80)).records, channels=1))
-    assert told.startswith("files of several kinds reach unlike grey values (0.31 in PNG, 1 in DICOM;")
+    assert told.startswith("file types reach different grey values (0.31 in PNG, 1 in DICOM;")
 
 
 def test_a_kind_of_file_that_tells_the_label_is_told(mixed):
     said = []
     training_data(mixed(1), warn=said.append)
-    assert any("all PNG have label 0, DICOM have label 1): the network may learn how" in text for text in said)
+    assert any("all PNG have label 0, DICOM have label 1): the network may learn the type" in text for text in said)
     problems = CliRunner().invoke(data, ["check", str(mixed(1)), "--workers", "1"])
     assert problems.exit_code == 1
     assert "written     " in problems.output and "(all PNG have label 0, DICOM have label 1)" in problems.output
     problems = CliRunner().invoke(data, ["check", str(mixed(0, white_of_png=80)), "--workers", "1"])
-    assert "written" in problems.output and "reach unlike grey values (0.31 in PNG" in problems.output
+    assert "written" in problems.output and "reach different grey values (0.31 in PNG" in problems.output
     said.clear()
     training_data(mixed(0), warn=said.append)
-    assert not any("kind of a file" in text for text in said)
+    assert not any("file type" in text for text in said)

@@ -25,4 +25,4 @@ def test_a_log_that_cannot_be_ended_is_a_warning(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="gigamorph"):
         found = run_stages(Squares(), stages, Run(tmp_path, log=("own_loggers:Gone",)))
     assert len(found.rows) == 2
-    assert caplog.text.count("a log cannot be ended: ConnectionError: no server") == 2
+    assert caplog.text.count("cannot close a log: ConnectionError: no server") == 2

@@ -25,7 +25,7 @@ from gigamorph.engine.train.mask_target import MaskLoss, MaskTarget, dice
 from gigamorph.engine.train.masks import Segmentation
 from gigamorph.engine.train.network import restore_network, target_of
 from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
-from gigamorph.engine.train.run_preview import proposal
+from gigamorph.engine.train.run_preview import preview_lines
 
 MASKS = Labels("masks")
 
@@ -184,7 +184,7 @@ def test_masks_of_0_and_255_are_told_to_be_binary(tmp_path):
     data = training_data(write_table(tmp_path, values=(0, 255)), labels=MASKS, warn=told.append)
     assert data.target == MaskTarget(("background", "1"), binary=True)
     assert MaskTarget.from_plain(data.target.to_plain()) == data.target
-    assert any("255 is taken as class 1" in line for line in told)
+    assert any("255 is read as class 1" in line for line in told)
     item = data.train[0]
     seen = data.target.seen(item["record"], item["image"])
     assert (seen.read(0, seen.shape[0], 0, seen.shape[1]) == (squares(0, (0, 255))[1] > 0)).all()
@@ -231,7 +231,7 @@ def test_the_proposal_plans_a_step_in_which_the_map_is_not_whole():
     images = [{"image": SimpleNamespace(shape=(1, 2048, 2048)), "record": SimpleNamespace(path="i.png")}]
     options = TrainOptions(model="unet", memory_budget=100 * 2**20, batch_norm="frozen")
     net = accelerate(UNet(8, 1, 2, 1), options.memory_budget, batch_norm="frozen")
-    told = list(proposal(net, SimpleNamespace(train=images, target=target), options))
+    told = list(preview_lines(net, SimpleNamespace(train=images, target=target), options))
     assert "2048 x 2048" in told[0] and "tiles of" in told[0]
     with pytest.raises(BudgetError):
         net.train().plan_for((1, 1, 2048, 2048))

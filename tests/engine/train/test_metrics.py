@@ -108,6 +108,4 @@ def test_the_order_of_three_names_is_reported():
     check_names("t.csv", ["0", "1", "2"], "classes", warned.append)
     assert not warned
     check_names("t.csv", ["benign", "cancer", "normal"], "classes", warned.append)
-    assert warned[0].startswith(
-        "the order taken is benign < cancer < normal, by which breasts and exams have the highest"
-    )
+    assert warned[0].startswith("the assumed order is benign < cancer < normal; breasts and exams have the highest")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.train.record import require_same, scale_told
+from gigamorph.engine.train.record import require_same, scale_warning
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ def test_another_grey_scale_than_that_of_the_weights_is_told(tmp_path, mean, std
     path = tmp_path / "best.ckpt"
     record = {"preprocessing": {"normalize": {"mean": [0.157], "std": [0.163]}}}
     torch.save({"state_dict": {"net.w": torch.zeros(1)}, "gigamorph": record}, path)
-    told = scale_told(path, {"normalize": {"mean": mean, "std": std}})
+    told = scale_warning(path, {"normalize": {"mean": mean, "std": std}})
     assert (told is not None) == another
     if told is not None:
-        assert "has learnt on grey values of mean [0.157] and std [0.163]" in told
-    assert scale_told("timm:resnet18", {"normalize": {"mean": mean, "std": std}}) is None
+        assert "was trained with mean [0.157] and std [0.163], but this run has" in told
+    assert scale_warning("timm:resnet18", {"normalize": {"mean": mean, "std": std}}) is None
 
 
 def test_a_run_of_an_older_version_whose_optimizer_took_no_momentum_goes_on():
@@ -39,7 +39,7 @@ def test_a_run_of_an_older_version_whose_optimizer_took_no_momentum_goes_on():
 
     now = {**record(None), "target": {"kind": "classes"}, "images_at_once": 1}
     require_same(record(0.9), now, Path("last.ckpt"))
-    with pytest.raises(GigamorphError, match=r"was begun with optimizer.momentum=0.9, not 0.8"):
+    with pytest.raises(GigamorphError, match=r"was started with optimizer.momentum=0.9, not 0.8"):
         require_same(record(0.9), {**now, **record(0.8)}, Path("last.ckpt"))
 
 
@@ -47,5 +47,5 @@ def test_another_seed_is_told_before_the_split_that_it_draws():
     def record(seed):
         return {"split": {"sha256": str(seed)}, "options": {"seed": seed}}
 
-    with pytest.raises(GigamorphError, match="was begun with seed=0, not 3; resume with the same"):
+    with pytest.raises(GigamorphError, match="was started with seed=0, not 3; resume with the same"):
         require_same(record(0), record(3), Path("last.ckpt"))

@@ -18,7 +18,7 @@ def test_a_number_that_is_infinite_is_named(tmp_path):
         imagecodecs.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8), number, np.uint8))
         rows.append(f"{number}.png,p{number},{split},{'inf' if split == 'val' else number}")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    with pytest.raises(DataError, match=r"t.csv, line 4: label_size 'inf' is not finite; leave it empty where"):
+    with pytest.raises(DataError, match=r"t.csv, line 4: label_size 'inf' is not finite; leave it empty if"):
         training_data(tmp_path / "t.csv", labels=Labels("numbers"))
 
 
@@ -27,8 +27,8 @@ def test_a_number_that_is_infinite_is_named(tmp_path):
     [
         ("finding", (), "has no column label_NAME; it has image_path, patient_id, split, finding"),
         ("label_size", ("mass",), "has no column label_mass; it has image_path, patient_id, split, label_size"),
-        ("label_empty", (), "column label_empty is empty; fill it in where the label is known"),
-        ("label_size,label_empty", ("empty",), "column label_empty is empty; fill it in where the label is known"),
+        ("label_empty", (), "column label_empty is empty; fill in the known labels"),
+        ("label_size,label_empty", ("empty",), "column label_empty is empty; fill in the known labels"),
     ],
 )
 def test_labels_without_a_column_are_told_the_columns(tmp_path, columns, names, message):
@@ -45,13 +45,13 @@ def test_labels_of_a_folder_are_refused_with_how_to_make_a_table(tmp_path):
     with pytest.raises(DataError) as told:
         label_columns(tmp_path, [])
     assert str(told.value) == (
-        f"{tmp_path}: has no column label_NAME, as it is a folder; gigamorph data index makes a table of it"
+        f"{tmp_path}: a folder has no column label_NAME; make a table of it: gigamorph data index"
     )
 
 
 def test_folds_of_a_table_of_test_images_are_one_line():
     records = [Record(Path(f"{n}.png"), n % 2, f"p{n}", split="test") for n in range(4)]
-    with pytest.raises(DataError, match="2 folds need two patients at least that are not in split test; there are 0"):
+    with pytest.raises(DataError, match="2 folds need at least two patients outside split test; there are 0"):
         draw_folds(records, 2, 0)
 
 
@@ -62,7 +62,7 @@ def test_a_table_without_training_images_says_so(tmp_path, normalize):
         imagecodecs.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8), number, np.uint8))
         rows.append(f"{number}.png,p{number},{number % 2},test")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
-    with pytest.raises(DataError, match=r"t.csv: no images are in split train \(4 test\); give it to some patients"):
+    with pytest.raises(DataError, match=r"t.csv: no images are in split train \(4 test\); assign some patients to it"):
         training_data(tmp_path / "t.csv", normalize=normalize)
 
 

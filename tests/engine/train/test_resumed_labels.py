@@ -32,10 +32,13 @@ def labelled(target: Target) -> Data:
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        (Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)), r"begun to learn names \['a', 'b'\], not \['b', 'a'\]"),
-        (Target(("a", "b"), "labels"), "begun to learn kind numbers, not labels"),
+        (
+            Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)),
+            r"started with target names \['a', 'b'\], not \['b', 'a'\]",
+        ),
+        (Target(("a", "b"), "labels"), "started with target kind numbers, not labels"),
         (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.6)), r"their standard deviation\) \[1.0, 0.5\], not"),
-        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "begun to learn views None, not mean"),
+        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "started with target views None, not mean"),
     ],
 )
 def test_a_run_goes_on_with_its_own_labels_alone(now, message, tmp_path):
@@ -53,7 +56,9 @@ def test_a_run_goes_on_only_with_the_values_of_its_labels(tmp_path):
     fit(data, OPTIONS, tmp_path)
     first, *others = data.train.records
     mended = Images([replace(first, labels={**first.labels, "b": 1 - first.labels["b"]}), *others])
-    with pytest.raises(DataError, match="was begun with other labels or frames of the same images; resume with those"):
+    with pytest.raises(
+        DataError, match="was started with different labels or frames of the same images; resume with the same table"
+    ):
         fit(replace(data, train=mended), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     unused = Images([replace(first, labels={**first.labels, "c": 1.0}), *others])
     fit(replace(data, train=unused), replace(OPTIONS, epochs=2), tmp_path, resume=True)
@@ -80,7 +85,7 @@ def test_a_run_goes_on_only_with_images_that_are_read_alike(change, flip, views)
         )
 
     require_same(record({}), record({}), Path("last.ckpt"))
-    with pytest.raises(DataError, match="was begun with other sides, white levels"):
+    with pytest.raises(DataError, match="was started with different sides, white levels"):
         require_same(record({}), record(change), Path("last.ckpt"))
     unread = [{"laterality": "R"}, {"exam_id": "other"}]
     alone = Target(("a", "b"), "labels")

@@ -53,7 +53,7 @@ def test_the_splits_of_a_fold_are_its_own():
 
 def test_folds_of_classes_with_too_few_images_are_one_line():
     few = [Record(Path(f"/a/{n}.dcm"), n % 2, f"p{n}") for n in range(4)]
-    with pytest.raises(DataError, match="3 folds cannot be made: no class has more than 2 images"):
+    with pytest.raises(DataError, match="cannot make 3 folds because no class has more than 2 images"):
         draw_folds(few, 3, 0)
 
 

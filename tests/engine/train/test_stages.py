@@ -211,7 +211,7 @@ def test_patterns_name_parameters_and_modules():
         "head.1.weight",
         "head.1.bias",
     ]
-    with pytest.raises(GigamorphError, match=r"stage 's': 'layer4' names no parameter .* parts are body, head"):
+    with pytest.raises(GigamorphError, match=r"stage 's': 'layer4' matches no parameter .* parts are body, head"):
         trainable_names(net, replace(stage, trainable=("head", "layer4")))
 
 
@@ -225,7 +225,7 @@ def test_decay_is_on_weights_only_and_dropout_is_set():
     assert net.head[0].p == 0.7
     decayed, others = make_optimizer(net, replace(stage, undecayed=("head",))).param_groups
     assert [p.ndim for p in decayed["params"]] == [4] and len(others["params"]) == 7
-    with pytest.raises(GigamorphError, match="'tail' names no parameter"):
+    with pytest.raises(GigamorphError, match="'tail' matches no parameter"):
         make_optimizer(net, replace(stage, undecayed=("tail",)))
 
 
@@ -392,5 +392,5 @@ def test_frozen_parts_and_rates_of_their_own():
         assert found[name]["weight_decay"] == (0.01 if name == "head.1.weight" else 0)
     with pytest.raises(GigamorphError, match="all parameters are frozen"):
         trainable_names(net, replace(stage, frozen=("body", "head")))
-    with pytest.raises(GigamorphError, match=r"'tail' names no parameter of the network, whose parts are body, head"):
+    with pytest.raises(GigamorphError, match=r"'tail' matches no parameter of the network; its parts are body, head"):
         make_optimizer(net, replace(stage, rates=(("tail", 1.0),)))

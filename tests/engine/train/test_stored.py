@@ -23,7 +23,7 @@ from gigamorph.engine.morph.origin import Origin
 from gigamorph.engine.published.layouts.layout import part_of_training as imported
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.head_rows import start_from
-from gigamorph.engine.train.record import scale_told
+from gigamorph.engine.train.record import scale_warning
 from gigamorph.engine.train.stored import stored_state
 from gigamorph.engine.train.target import Target
 
@@ -78,7 +78,7 @@ def stored_with(checkpoint: dict[str, Any], place: tuple[Any, ...], junk: Any, p
 
 def _begin(path: Path) -> None:
     Origin.of_file("lesionnet", path, 1)
-    scale_told(path, {"normalize": {"mean": [0.5], "std": [0.2]}})
+    scale_warning(path, {"normalize": {"mean": [0.5], "std": [0.2]}})
     start_from(create_model("lesionnet"), path, Target(("0", "1")))
 
 

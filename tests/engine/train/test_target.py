@@ -79,7 +79,7 @@ def test_numbers_are_in_units_of_their_spread():
     assert Outputs.from_json(target.outputs.to_json()) == target.outputs
     with pytest.raises(DataError, match="label_age is the same for all 1 training images"):
         target.measured_on(records[:1])
-    with pytest.raises(DataError, match="numbers have none"):
+    with pytest.raises(DataError, match="applies only to classes and labels, not to numbers"):
         target.rarity(records)
 
 
@@ -105,7 +105,7 @@ def test_balanced_drawing_makes_classes_equally_frequent():
 
 
 def test_what_no_loss_has_is_one_line():
-    with pytest.raises(GigamorphError, match=r"file: loss.label_smoothing is 1.0; it is at least 0 and below 1"):
+    with pytest.raises(GigamorphError, match=r"file: loss.label_smoothing must be at least 0 and below 1, not 1.0"):
         parse_config("[loss]\nlabel_smoothing = 1.0", TrainOptions, "file")
     text = to_toml(TrainOptions(stages=(StageOptions(2, "head", freeze=("body",)),), optimizer=Optimizer(lr=0.5)))
     assert "# patience =" in text and "\nlr = 0.5\n" in text

@@ -173,14 +173,14 @@ def test_a_run_from_table_to_tables(
     capsys.readouterr()
     named = ["eval", tmp_path / "p" / "predictions.csv", "--split", "train,val,test", "--resamples", "20"]
     assert commands.run(*named, "--out", tmp_path / "images") == 0
-    assert f"takes an exam's views as one ({views}), which exams.csv has" in " ".join(capsys.readouterr().err.split())
+    assert f"combines the views of an exam ({views}), as in exams.csv" in " ".join(capsys.readouterr().err.split())
     assert commands.run(*named, "--level", "image", "--overwrite", "--out", tmp_path / "images") == 0
-    assert "takes an exam" not in capsys.readouterr().err
+    assert "combines the views" not in capsys.readouterr().err
     assert commands.run("explain", checkpoint, own[exams.patients[0]][0], "--out", tmp_path / "x") == 0
     assert not (tmp_path / "x" / "exams.csv").exists()
     capsys.readouterr()
     assert commands.run("export", checkpoint, "--to", "onnx", "--out", tmp_path / "hub") == 2
-    assert "trained on exams of several views" in capsys.readouterr().err
+    assert "cannot export a network of exams with several views" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The images of a folder one by one, without files that are masks by their names."""
+"""The images of a folder one by one, without files whose names are names of masks."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .mask_names import in_mask_folder, masked
 
 
 @dataclass
-class LeftOut:
-    """Masks that were left out."""
+class LeftOutMasks:
+    """The number of masks that were left out, and the first one."""
 
     count: int = 0
     first: PurePath | None = None
 
     def __str__(self) -> str:
         masks = "1 mask is" if self.count == 1 else f"{self.count} masks are"
-        return f"{masks} left out, by their names, the first {self.first}; for masks, name their own folder"
+        return f"{masks} left out, recognised by name, the first {self.first}; to read masks, pass their folder"
 
 
-def images_alone(files: Callable[[bool], Iterable[Path]], below: Path, left: LeftOut) -> Iterator[Path]:
-    """The files but for masks; all of them where nothing else is there.
+def images_without_masks(files: Callable[[bool], Iterable[Path]], below: Path, left: LeftOutMasks) -> Iterator[Path]:
+    """Iterate over the files without masks, or over all files if all are masks.
 
-    As `masks_among`, in the memory of the names of one folder: a file that is called after an image is its mask if the
-    image lies in the same folder.
+    This is `masks_among` in the memory of the names of one folder: a file named after an image is its mask if the image
+    is in the same folder.
 
     Args:
-        files: gives them anew with each call, and tells what else it leaves out, or does not tell it.
-        below: as of `masks_among`.
-        left: counts what is left out.
+        files: returns an iterator over the files; its argument enables warnings about other files that are left out.
+        below: as in `masks_among`.
+        left: counts the masks that are left out.
     """
 
     @lru_cache(1)
