@@ -71,6 +71,6 @@ def _describe(key: str, value: Any) -> Any:
     if key == "weights":
         name = Path(value).name
         published = f"{name} ({PUBLISHED[name].source})" if name in PUBLISHED else "given"
-        return "random, nothing was trained before" if value == RANDOM else published
+        return "random, without pretraining" if value == RANDOM else published
     is_file = isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
     return "given" if is_file or (key == "unlabelled" and value is not None) else value

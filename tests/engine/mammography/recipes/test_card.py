@@ -46,5 +46,5 @@ def test_weights_are_told_by_their_published_names():
     from gigamorph.engine.mammography.recipes.card import _describe
 
     assert _describe("weights", "/secret/resnet50-0676ba61.pth").startswith("resnet50-0676ba61.pth (https://")
-    assert _describe("weights", "random") == "random, nothing was trained before"
+    assert _describe("weights", "random") == "random, without pretraining"
     assert _describe("models", ({"name": "a", "weights": "w.pt"},)) == "name a, weights given"
