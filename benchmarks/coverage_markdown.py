@@ -19,7 +19,7 @@ CLASSES = {
 MODES = {"eval": "frozen", "live": "live"}  # names on the page
 VERDICTS = {
     "exact": "computed tile by tile, and the same as stock PyTorch",
-    "taken whole": 'the same, with `fallback="whole"`: an op in the middle takes a whole map',
+    "taken whole": 'the same, with `fallback="untiled"`: an op in the middle takes a whole map',
     "refused": "an error that names the module and the line",
     "unclear": "it differs by no more than four times what stock PyTorch itself does when it rounds otherwise, which "
     "is more than 1e-9, so that an error could hide in it",
@@ -157,7 +157,7 @@ def _texts(row: Row) -> list[str]:
 
 
 def _shared(text: str, beyond: bool) -> str:
-    text = text.removesuffix('; or have the map whole: accelerate(..., fallback="whole")')
+    text = re.sub(r'; or [a-z ]+: accelerate\(\.\.\., fallback="\w+"\)$', "", text)
     text = re.sub(r" \(\w+\.py:\d+\)| \(it differs by .*\)", "", text)
     if beyond:
         return text
