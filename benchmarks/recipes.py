@@ -156,7 +156,7 @@ def _format_line(line: dict[str, Any]) -> dict[str, Any]:
         "mean": f"{line['mean']:.4f}",
         "95 % interval": "" if low is None else f"{low:.4f} to {high:.4f}",
         "wins": "" if wins is None else f"{wins} of {line['seeds']}",
-        "holds": "beside" if line["holds"] is None else line["holds"],
+        "holds": "not claimed" if line["holds"] is None else line["holds"],
     }
 
 
