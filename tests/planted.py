@@ -537,7 +537,7 @@ FAULTS = (
     Fault(
         "widened-image-out-of-place",
         "engine/published/images.py",
-        "        x0 = -self.left * self.across - self.beside[0]\n",
+        "        x0 = -self.left * self.across - self.side_columns[0]\n",
         "        x0 = -self.left * self.across\n",
         "tests/engine/published/test_images.py",
         "Heat maps of a published network that widens narrow images are shifted to the right.",
