@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.recipes import RECIPES, get_recipe
-from gigamorph.engine.recipes.claims import LEAST, judge
+from gigamorph.engine.mammography.recipes import RECIPES, get_recipe
+from gigamorph.engine.mammography.recipes.claims import LEAST, judge
 
 ROOT = Path(__file__).parents[1]
 JSON = ROOT / "benchmarks" / "results" / "recipes.json"
@@ -43,8 +44,9 @@ TIMEOUT = 3600  # seconds for one seed
 
 
 def task_of(name: str) -> str:
-    """Return a hash that identifies a recipe's synthetic task with its settings and rule."""
-    return hashlib.sha256((ROOT / "engine" / "recipes" / name / "synthetic.py").read_bytes()).hexdigest()[:12]
+    """Return a hash of a recipe's synthetic task with its settings and rule: the code after the imports."""
+    code = (ROOT / "engine" / "mammography" / "recipes" / name / "synthetic.py").read_text()
+    return hashlib.sha256(re.split(r"^from \S+ import ", code, flags=re.M)[-1].encode()).hexdigest()[:12]
 
 
 def changed() -> str:
@@ -114,10 +116,10 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     for name, text in RECIPES.items():
         own = found.get(name)
         if own is None:
-            lines.append(f"| {_link(name)} | {text} | not measured | | | |")
+            lines.append(f"| [{name}]({name}.md) | {text} | not measured | | | |")
             continue
         seconds = [seed["cpu_seconds"] for seed in own["seeds"].values()]
-        cells = (_link(name), text, own["claim"], _verdict(own))
+        cells = (f"[{name}]({name}.md)", text, own["claim"], _verdict(own))
         lines.append(f"| {' | '.join(cells)} | {len(seconds)} | {sum(seconds) / len(seconds):.0f} s |")
     lines += ["", *SIZES.splitlines(), "", *WEIGHTS.splitlines()]
     for name in RECIPES:
@@ -167,10 +169,6 @@ def _marked(name: str, own: dict[str, Any]) -> list[dict[str, Any]]:
         for seed in own["seeds"].values()
         for row in seed["rows"]
     ]
-
-
-def _link(name: str) -> str:
-    return f"[{name}]({name}.md)"
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:

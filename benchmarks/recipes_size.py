@@ -28,19 +28,19 @@ from gigamorph.engine.accelerate import accelerate, freeze_batch_norm
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.roofline import count
+from gigamorph.engine.mammography.recipes.cae import CaeConfig
+from gigamorph.engine.mammography.recipes.dvme import DvmeConfig
+from gigamorph.engine.mammography.recipes.end2end.config import Config as End2End
+from gigamorph.engine.mammography.recipes.end2end.network import PatchNet, convert, features, width_of
+from gigamorph.engine.mammography.recipes.features import UpTo
+from gigamorph.engine.mammography.recipes.morphhr.config import Config as MorphHR
+from gigamorph.engine.mammography.recipes.morphhr.grow import grow
+from gigamorph.engine.mammography.recipes.siamese import SiameseConfig
+from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.models import create_model
 from gigamorph.engine.morph.files import Grown
 from gigamorph.engine.planning import constants
 from gigamorph.engine.planning.preview import plan
-from gigamorph.engine.recipes.cae import CaeConfig
-from gigamorph.engine.recipes.dvme import DvmeConfig
-from gigamorph.engine.recipes.end2end.config import Config as End2End
-from gigamorph.engine.recipes.end2end.network import PatchNet, convert, features, width_of
-from gigamorph.engine.recipes.features import UpTo
-from gigamorph.engine.recipes.morphhr.config import Config as MorphHR
-from gigamorph.engine.recipes.morphhr.grow import grow
-from gigamorph.engine.recipes.siamese import SiameseConfig
-from gigamorph.engine.recipes.siamese.network import Embedding
 from gigamorph.engine.tiling.memory import available_bytes
 
 ROOT = Path(__file__).parents[1]

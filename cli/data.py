@@ -299,7 +299,7 @@ def convert(
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard need --images")
     table = _read(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     if not file_format and (Path(out) / "run.json").exists():
-        raise click.UsageError(f"{out} holds converted images; their table would be overwritten; give another --out")
+        raise click.UsageError(f"{out} holds converted images; their table would be overwritten; name another --out")
     outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _keep_existing(table.records, source, skip_missing), []
     if file_format:
@@ -323,8 +323,9 @@ def convert(
 
 def _write_tables(out: Path, records: list[Record], table: Table, notes: dict[str, Any]) -> None:
     """Write table.csv, unlabelled.csv and table.json, and print a summary."""
-    from ..engine.datasets.tables import DATA_SETS, write_table
+    from ..engine.datasets.tables import write_table
     from ..engine.files import write_atomically
+    from ..engine.mammography.data_sets import DATA_SETS
 
     labelled = [record for record in records if record.label >= 0]
     unlabelled = [record for record in records if record.label < 0]
@@ -417,7 +418,8 @@ def _read(
     skip_missing: bool = False,
 ) -> Table:
     """Read a public data set if the source is one, else a table or folder of the user."""
-    from ..engine.datasets.tables import DATA_SETS, detect, read_data_set, read_table
+    from ..engine.datasets.tables import read_table
+    from ..engine.mammography.data_sets import DATA_SETS, detect, read_data_set
 
     name = dataset or (detect(source) if Path(source).is_dir() else None)
     if name is None:

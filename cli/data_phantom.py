@@ -69,8 +69,8 @@ def phantom(
 
     Example: gigamorph data phantom --out phantoms --patients 20 --breasts 2 --size 3328x2560
     """
-    from ..engine.datasets.phantom import write_phantoms
     from ..engine.images.parallel import available_cpus
+    from ..engine.mammography.phantom import write_phantoms
     from .counter import Count
 
     images = patients * 2 * breasts

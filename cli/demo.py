@@ -25,8 +25,8 @@ def demo(out: str, seed: int, device: str) -> None:
 
     Example: gigamorph demo --out demo-run
     """
-    from ..engine.demo.report import write_report
-    from ..engine.demo.run import BUDGET, FACTOR, run_demo
+    from ..engine.mammography.demo.report import write_report
+    from ..engine.mammography.demo.run import BUDGET, FACTOR, run_demo
     from ..engine.tiling.memory import format_bytes
     from .progress import ProgressView
 

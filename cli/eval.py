@@ -262,7 +262,7 @@ def _require_new(out: Path, overwrite: bool) -> None:
     from ..engine.errors import GigamorphError
 
     if (out / "metrics.json").exists() and not overwrite:
-        raise GigamorphError(f"{out}: already holds metrics; give another --out, or --overwrite")
+        raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
 
 
 def _remove_old_results(out: str) -> None:

@@ -13,7 +13,7 @@ from ..engine.files import require_writable
 def require_out(out: str | Path, read: Iterable[str | Path]) -> None:
     """Refuse an ``--out`` that is one of the input files ``read``, or that cannot be written."""
     if os.path.realpath(out) in {os.path.realpath(path) for path in read}:
-        raise GigamorphError(f"{out}: is an input and would be overwritten; give another --out")
+        raise GigamorphError(f"{out}: is an input and would be overwritten; name another --out")
     require_writable(out)
 
 
@@ -29,6 +29,6 @@ def require_no_labels(out: str | Path) -> None:
     try:
         found = read_rows(path)
     except DataError as error:
-        raise GigamorphError(f"{out}: exists and is not a table; give another --out") from error
+        raise GigamorphError(f"{out}: exists and is not a table; name another --out") from error
     if any(row.get("label") for row in found.rows):
-        raise GigamorphError(f"{out}: exists, and its labels would be overwritten; give another --out")
+        raise GigamorphError(f"{out}: exists, and its labels would be overwritten; name another --out")

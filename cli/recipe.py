@@ -11,7 +11,7 @@ from . import options
 from .processes import printing_stop
 
 if TYPE_CHECKING:
-    from ..engine.recipes.recipe import Claim
+    from ..engine.mammography.recipes.recipe import Claim
 
 
 def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
 
     Example: gigamorph recipe morphhr --synthetic
     """
-    from ..engine.recipes import RECIPES, default_text, get_recipe
+    from ..engine.mammography.recipes import RECIPES, default_text, get_recipe
     from .table import show_rows
 
     if name == "list":
@@ -56,7 +56,7 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
     if not synthetic:
         click.echo(default_text(name), nl=False)
         return 0
-    from ..engine.recipes.recipe import show_claim
+    from ..engine.mammography.recipes.recipe import show_claim
     from ..engine.train.run import Run
     from .progress import ProgressView
 
@@ -74,7 +74,7 @@ def recipe(name: str, synthetic: bool, seeds: tuple[int, ...], out: str | None, 
 
 
 def _verdict(claim: Claim, folder: Path) -> str:
-    from ..engine.recipes.claims import FEWEST
+    from ..engine.mammography.recipes.claims import FEWEST
 
     seeds = len({row["seed"] for row in claim.rows})
     text = "holds" if claim.holds else "does not hold"

@@ -31,7 +31,7 @@ def require_recipe_options(ctx: click.Context) -> None:
 def begin_recipe(data: str, out: Path, given: dict[str, Any], echo: Printer) -> None:
     """Start the training of a recipe with its own configuration."""
     from ..engine.config import load_config
-    from ..engine.recipes import get_recipe
+    from ..engine.mammography.recipes import get_recipe
 
     count = count_processes(given["devices"], given["split_image"], given["devices_per_image"])
     kind = get_recipe(given["recipe"]).config
@@ -45,8 +45,8 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], echo: Printer) -> 
 
 def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, echo: Printer) -> None:
     """Run a recipe in this process, alone or as one of several; only the first process prints."""
+    from ..engine.mammography.recipes import get_recipe
     from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.recipes import get_recipe
     from ..engine.train.run import Run
     from .progress import ProgressView
     from .table import show_rows

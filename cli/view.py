@@ -68,11 +68,11 @@ def view(
     """
     from ..engine.errors import DataError
     from ..engine.evaluate.read import note_of, table_in
+    from ..engine.mammography.view.evidence import Evidence
+    from ..engine.mammography.view.exams import read_exams
+    from ..engine.mammography.view.server import PageServer
+    from ..engine.mammography.view.site import Site
     from ..engine.models.folder import digest_of
-    from ..engine.view.evidence import Evidence
-    from ..engine.view.exams import read_exams
-    from ..engine.view.server import PageServer
-    from ..engine.view.site import Site
 
     if out is not None and not static:
         raise click.UsageError("--out needs --static")

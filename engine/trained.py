@@ -15,7 +15,7 @@ from .errors import GigamorphError
 from .images.pixels import PixelSource
 from .models.outputs import outputs_of
 from .predict.masks import gives_masks, mask_of, open_segmenter
-from .recipes.networks import open_classifier
+from .published.classifier import open_classifier
 from .tiling.memory import parse_bytes
 from .train.classify import prediction
 from .train.data import Images

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from gigamorph.cli import main as command
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 def gigamorph(*words: object) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from gigamorph import Normalize, accelerate, create_model, open_pixels
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.models.compat import make_torchvision_importable
 
 make_torchvision_importable()  # only where torchvision was built for another torch

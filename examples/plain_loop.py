@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gigamorph import Normalize, accelerate, create_model, open_pixels
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @click.command(help=__doc__)

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 
 import gigamorph
 from gigamorph.cli.main import cli
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 1})

@@ -519,18 +519,18 @@ FAULTS = (
     # -- recipes ---------------------------------------------------------------------------------------------------
     Fault(
         "recipe-split-ignores-its-seed",
-        "engine/recipes/splits.py",
+        "engine/mammography/recipes/splits.py",
         "found = assign_splits(records, fractions=config.fractions, seed=run.seed)\n",
         "found = assign_splits(records, fractions=config.fractions)\n",
-        "tests/engine/recipes/test_splits.py",
+        "tests/engine/mammography/recipes/test_splits.py",
         "Repeats of a recipe with several seeds all measure on the same test patients.",
     ),
     Fault(
         "lower-layers-learn",
-        "engine/recipes/cae/autoencoder.py",
+        "engine/mammography/recipes/cae/autoencoder.py",
         "        with torch.no_grad():\n            below = self(x, index)\n",
         "        below = self(x, index)\n",
-        "tests/engine/recipes/test_cae.py",
+        "tests/engine/mammography/recipes/test_cae.py",
         "Greedy training of an auto-encoder also moves the layers below, which should stay as they are.",
     ),
     # -- published, view, bench, cli -------------------------------------------------------------------------------
@@ -544,10 +544,10 @@ FAULTS = (
     ),
     Fault(
         "dark-borders",
-        "engine/view/pyramid.py",
+        "engine/mammography/view/pyramid.py",
         "        sizes = np.diff(np.append(starts, pixels.shape[axis])).astype(np.float32)\n",
         "        sizes = np.full(len(starts), factor, np.float32)\n",
-        "tests/engine/view/test_view.py",
+        "tests/engine/mammography/view/test_view.py",
         "The viewer darkens the last row and column of an image whose sides the scale does not divide.",
     ),
     Fault(

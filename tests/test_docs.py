@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from gigamorph.cli.main import main
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 # docs/morph.md is run by tests/cli/test_morph.py, which compares what is printed besides.
@@ -30,7 +30,7 @@ NOT_RUN = {
     r"^(make|pip install) ": "sets up an environment, as .ci/run does",
     r"^python (benchmarks/|-m pytest benchmarks)": "benchmarks are run by hand: minutes to hours",
     r"^gigamorph bench ": "measures for minutes; tests/cli/test_bench.py has small ones",
-    r"^gigamorph recipe \w+ --synthetic": "some minutes; tests/engine/recipes has small ones",
+    r"^gigamorph recipe \w+ --synthetic": "some minutes; tests/engine/mammography/recipes has small ones",
     r"dicomweb\+https://pacs/": "needs a hospital's store; tests/cli/test_dicomweb.py asks one of its own",
     r"downloads/|vindr/": "needs a data set that others give; tests/engine/datasets reads copies of its tables",
     r"^gigamorph view (?!.*--static)": "serves until Ctrl-C; tests/cli/test_view.py asks it",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gigamorph.cli.main import main
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

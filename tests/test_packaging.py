@@ -25,9 +25,9 @@ def test_every_package_is_named():
         for file in (ROOT / top).rglob("__init__.py")
     }
     data = {
-        "gigamorph.engine.recipes.configs",
+        "gigamorph.engine.mammography.recipes.configs",
         "gigamorph.engine.report.templates",
-        "gigamorph.engine.view.page",
+        "gigamorph.engine.mammography.view.page",
     }  # else setuptools warns
     assert set(settings["packages"]) == {"gigamorph", *here, *data}
 
@@ -80,7 +80,7 @@ def test_a_wheel_trains_and_loads(tmp_path: Path):
 from pathlib import Path
 import gigamorph
 from gigamorph.cli.main import _run
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 table = write_phantoms("study", patients=6, height=128, width=96)
 options = "--model lesionnet --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out run"

@@ -14,8 +14,8 @@ FAULTS = PLANTED["FAULTS"]
 PACKAGES = (
     "kernels cli engine/bench engine/capture engine/cuda_graphs engine/datasets engine/evaluate engine/execution "
     "engine/explain engine/images engine/lowering engine/models engine/module engine/morph engine/parallel "
-    "engine/planning engine/predict engine/published engine/recipes engine/report engine/tiling engine/train "
-    "engine/view"
+    "engine/planning engine/predict engine/published engine/report engine/tiling engine/train "
+    "engine/mammography/recipes engine/mammography/view"
 ).split()
 
 

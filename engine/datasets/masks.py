@@ -230,7 +230,7 @@ def _stored(path: Path) -> StoredPixels:
         return open_pixels(path, voi="none", flip=False, for_processing=True).stored
     except DataError as error:
         if not path.exists():
-            raise DataError(f"{path}: mask does not exist") from error
+            raise DataError(f"{path}: no such mask") from error
         raise
 
 

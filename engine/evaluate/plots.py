@@ -61,8 +61,8 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
 def _plotted_points(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points of a curve that a plot can resolve: a few thousand of a million thresholds."""
     cells = np.stack([np.round(2000 * true / true[-1]), np.round(2000 * false / false[-1])])
-    kept = np.append((cells[:, 1:] != cells[:, :-1]).any(0), True)
-    return true[kept], false[kept]
+    distinct = np.append((cells[:, 1:] != cells[:, :-1]).any(0), True)
+    return true[distinct], false[distinct]
 
 
 def _steps(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

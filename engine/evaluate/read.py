@@ -306,9 +306,9 @@ def samples_in(path: Path) -> Path:
 
 def note_of(predictions: Path) -> dict[str, Any]:
     """The JSON file of `gigamorph predict` that belongs to its tables; empty for other predictions."""
-    beside = "predictions.csv" if predictions.name in _MERGED else predictions.name
+    table_name = "predictions.csv" if predictions.name in _MERGED else predictions.name
     with contextlib.suppress(OSError, ValueError):
-        note = parse_json(predictions.with_name(beside).with_suffix(".json").read_text())
+        note = parse_json(predictions.with_name(table_name).with_suffix(".json").read_text())
         return note if isinstance(note, dict) else {}
     return {}
 

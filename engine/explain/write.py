@@ -164,8 +164,8 @@ class _Explain(Job):
                 view = _view(row, result, index, classes)
                 own = view.prediction
                 if own.patient and own.exam:
-                    index.know("exam", [own.patient])
-                index.keep([(None, (own.patient, own.exam) if own.patient else None, view)])
+                    index.add_known("exam", [own.patient])
+                index.store_items([(None, (own.patient, own.exam) if own.patient else None, view)])
                 for mark in result["marks"]:
                     yield [
                         row.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import inspect
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..applications import is_layout
 from ..errors import DataError, GigamorphError
 from ..trust import require_trusted, trust_named
 from .bounded import bounded
@@ -190,7 +190,6 @@ def _build_from_timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Modul
 
 
 _FILE_ARGUMENTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-_LAYOUTS = __name__.removesuffix("models.registry") + "published.layouts."
 
 
 @contextlib.contextmanager
@@ -219,10 +218,8 @@ def factory_of(spec: Spec) -> Iterator[Any]:
 
 def _registered(spec: Spec) -> bool:
     """Whether the spec names a network of torchvision's registry, or one of ours that was published with weights."""
-    if spec.kind.startswith(_LAYOUTS):
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(spec.kind)
-        found = getattr(sys.modules.get(spec.kind), spec.name, None)
+    if is_layout(spec.kind):
+        found = getattr(sys.modules[spec.kind], spec.name, None)
         return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == spec.kind
     if f"{spec.kind}.".startswith("torchvision.models."):
         from torchvision import models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from urllib.parse import quote, unquote
 from ..errors import GigamorphError
 from ..parsing import parse_literal
 
+# Networks that 0.2 names in checkpoints and folders by their former modules.
+_MOVED = re.compile(r"^gigamorph\.engine\.(?:published\.(?=layouts\.)|(?=recipes\.))")
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -47,6 +50,7 @@ class Spec:
             )
         path, _, query = rest.partition("?")
         kind, colon, name = path.partition(":")
+        kind = _MOVED.sub("gigamorph.engine.mammography.", kind)
         arguments: dict[str, Any] = {}
         for part in query.split("&") if query else ():
             key, equals, value = part.partition("=")

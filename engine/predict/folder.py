@@ -46,19 +46,20 @@ class RunFolder:
         return self._options.shard_name
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context in which only this process writes to the shard. After an error without results, files are removed.
 
         Raises:
             GigamorphError: naming another process that writes to it, or other content of the folder.
         """
-        made, said = not self.path.exists(), (self.path / "run.json").exists()
+        made, existed = not self.path.exists(), (self.path / "run.json").exists()
         with hold(self.parts / self.shard / "_lock", self.path):
             self.refuse(ours=True)
             try:
                 yield
             except BaseException:
-                if not said and self._options.shard[1] == 1 and not self.begun():  # another shard may be starting
+                # Another shard may be starting.
+                if not existed and self._options.shard[1] == 1 and not self.has_results():
                     with contextlib.suppress(OSError):
                         self._empty(made)
                 raise
@@ -67,10 +68,10 @@ class RunFolder:
         """Remove the files that this process has written, and the folder if it has made it."""
         for path in (self.path / "run.json", self.parts / "_patients.key", self.parts / "_finish"):
             path.unlink(missing_ok=True)
-        for kept in (self.parts, self.quarantine):
-            shutil.rmtree(kept / self.shard, ignore_errors=True)
+        for parent in (self.parts, self.quarantine):
+            shutil.rmtree(parent / self.shard, ignore_errors=True)
             with contextlib.suppress(OSError):  # it existed before, with other content
-                kept.rmdir()
+                parent.rmdir()
         if made:
             self.path.rmdir()
 
@@ -94,7 +95,7 @@ class RunFolder:
                 f"{out}: has results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
                 f"name another --out{self._or_overwrite}"
             )
-        if not options.resume and (options.shard[1] == 1 or self._begun(self.shard)):
+        if not options.resume and (options.shard[1] == 1 or self._has_results(self.shard)):
             raise GigamorphError(
                 f"{out}: already holds {job.made}; continue with --resume, or name another --out{self._or_overwrite}"
             )
@@ -119,7 +120,7 @@ class RunFolder:
         """The content of `run.json`, or None; refuses the folder of another command."""
         job, out = self._job, self.path
         found = _read_description(out / "run.json")
-        if found is None or not self.begun():
+        if found is None or not self.has_results():
             if found is None and job.product and (out / job.product).exists():
                 raise GigamorphError(
                     f"{out / job.product}: already exists, without the run.json of its run; name another --out"
@@ -176,7 +177,7 @@ class RunFolder:
         if not path.exists():
             with contextlib.suppress(FileExistsError):
                 _write_once(path, text.encode())
-        elif not others and not self.begun():  # of a run without results
+        elif not others and not self.has_results():  # of a run without results
             write_atomically(path, lambda p: p.write_text(text), "note")
         found = _read_description(path)
         if found is not None and (found["rows"], found["table"]) != (rows, table):
@@ -193,13 +194,13 @@ class RunFolder:
             _write_once(path, secrets.token_bytes(32), 0o600)
         return path.read_bytes()
 
-    def begun(self) -> bool:
+    def has_results(self) -> bool:
         """Whether any result or failure exists."""
-        return self._begun("*-of-*")
+        return self._has_results("*-of-*")
 
-    def _begun(self, shards: str) -> bool:
+    def _has_results(self, shards: str) -> bool:
         """Whether any result or failure of these shards exists."""
-        found = (path for kept in (self.parts, self.quarantine) for path in kept.glob(f"{shards}/*"))
+        found = (path for parent in (self.parts, self.quarantine) for path in parent.glob(f"{shards}/*"))
         return any(path.name != "_lock" for path in found)
 
     def _locks(self) -> list[Path]:

@@ -264,7 +264,7 @@ class Index:
         for blob, result in self._base.execute("select row, result from rows join results using (key) order by number"):
             yield pickle.loads(blob), pickle.loads(result)
 
-    def keep(self, items: Iterable[tuple[tuple[str, ...] | None, tuple[str, ...] | None, Any]]) -> None:
+    def store_items(self, items: Iterable[tuple[tuple[str, ...] | None, tuple[str, ...] | None, Any]]) -> None:
         """Store items with their breasts and exams; None forms a group of one item."""
 
         def name(group: tuple[str, ...] | None) -> str:
@@ -274,18 +274,18 @@ class Index:
         with self._transaction():
             self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", values)
 
-    def forget(self) -> None:
+    def clear_items(self) -> None:
         """Delete the stored items."""
         self._base.execute("delete from items")
 
-    def know(self, level: Level, patients: Iterable[str]) -> None:
+    def add_known(self, level: Level, patients: Iterable[str]) -> None:
         """Add patients with at least one image of known side (level "breast") or known exam (level "exam")."""
         known = ((level, patient) for patient in patients)
         with self._transaction():
             self._base.executemany("insert or ignore into known values (?, ?)", known)
 
-    def knows(self, level: Level, patient: str) -> bool:
-        """Whether `know` has added the patient."""
+    def is_known(self, level: Level, patient: str) -> bool:
+        """Whether `add_known` has added the patient."""
         return self._one("select count(*) from known where level = ? and patient = ?", level, patient)[0] > 0
 
     def groups(self, level: Level) -> Iterator[list[Any]]:

@@ -118,14 +118,14 @@ class _Predict(PredictJob):
         options, classes, outputs = self._options, self._network.classes, outputs_of(self._network.net)
         numbers = outputs is not None and outputs.numbers
 
-        def said(row: Row, result: Result) -> ImageValues:
+        def image_values(row: Row, result: Result) -> ImageValues:
             found = prediction_of(row, result, index, options.calibration, identifiers=True)
             values = found.log_odds if numbers else found.probabilities
             return ImageValues(result["key"], row, dict(zip(classes, map(float, values), strict=True)), numbers)
 
-        index.forget()
+        index.clear_items()
         for row, result in index.joined(results):
-            index.keep([(None, (study_of(row),), said(row, result))])
+            index.store_items([(None, (study_of(row),), image_values(row, result))])
         for group in index.groups("exam"):
             images = list({one.key: one for one in group}.values())  # an image of several rows once
             content = repr([(one.key, one.values) for one in images])

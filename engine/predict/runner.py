@@ -73,7 +73,7 @@ def run(
         job.look(index, watch)
         if options.overwrite:
             folder.clear()
-        with folder.held():
+        with folder.locked():
             return _Runner(job, folder, options, watch, index)()
 
 
@@ -107,7 +107,7 @@ class _Runner:
         except BaseException:
             # The first error is reported: on a full disk this may fail as well.
             with contextlib.suppress(GigamorphError, OSError, sqlite3.Error):
-                if index.rows <= _PROMPT and options.shard[1] == 1 and folder.begun():
+                if index.rows <= _PROMPT and options.shard[1] == 1 and folder.has_results():
                     self._tables()
             raise
         self._finish()

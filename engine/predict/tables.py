@@ -97,9 +97,9 @@ def _images(
         if outputs is not None and not outputs.exclusive:
             true = [truth_of(row.record, outputs.names) for row, _ in some]
             found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, true, strict=True)]
-        index.know("breast", {one.patient for one in found if one.patient and one.laterality})
-        index.know("exam", {one.patient for one in found if one.patient and one.exam})
-        index.keep((_breast(one), _exam(one), one) for one in found)
+        index.add_known("breast", {one.patient for one in found if one.patient and one.laterality})
+        index.add_known("exam", {one.patient for one in found if one.patient and one.exam})
+        index.store_items((_breast(one), _exam(one), one) for one in found)
         yield from found
 
 
@@ -134,9 +134,9 @@ def placed(
     left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
     for group in index.groups(level):
         one = prediction(group[0])  # all or no items of a group have a side, or an exam
-        if one.patient and not one.exam and index.knows("exam", one.patient):
+        if one.patient and not one.exam and index.is_known("exam", one.patient):
             left_out["exam_id"] += [prediction(item).image for item in group]
-        elif level == "breast" and one.patient and not one.laterality and index.knows("breast", one.patient):
+        elif level == "breast" and one.patient and not one.laterality and index.is_known("breast", one.patient):
             left_out["laterality"].append(one.image)
         else:
             yield group

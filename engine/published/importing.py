@@ -25,8 +25,7 @@ from ..models.spec import Spec
 from ..models.weights import sha256, subtree, unwrapped
 from ..versions import versions_of_results
 from . import pickled
-from .layouts import parts_of
-from .layouts.layout import part_of_training
+from .layout import part_of_training, parts_of
 from .one import Say, Wishes, channels_in, import_state
 from .sources import cached, hub_folder, timm_preprocessing, weights_in
 

@@ -124,7 +124,7 @@ def read_masks(
         without = f"{len(read) - len(records)} of {len(read)} images have no mask and are left out"
         warn(f"{without}; use a mask of zeros for an image without findings")
     counts: dict[Path, np.ndarray] = {}
-    kept = []
+    used = []
     with ThreadPoolExecutor(available_cpus()) as pool:
         for record, found in zip(records, pool.map(lambda one: _survey_or_error(one, names), records), strict=True):
             if isinstance(found, DataError):
@@ -135,8 +135,8 @@ def read_masks(
                 continue
             path = masks_of(record)[0]
             counts[path] = found if path not in counts else counts[path] + found
-            kept.append(record)
-    if not kept:
+            used.append(record)
+    if not used:
         raise DataError(f"{table}: none of the {len(records)} masks can be used")
     classes = classes_of(counts, names)
     there = np.sum(list(counts.values()), 0)
@@ -145,7 +145,7 @@ def read_masks(
             warn(f"no mask contains {number}, the class {name}")
     if classes.binary:
         warn(f"the masks contain only 0 and 255: 255 is read as class 1, {classes.names[1]}")
-    return kept, MaskTarget(classes.names, binary=classes.binary)
+    return used, MaskTarget(classes.names, binary=classes.binary)
 
 
 def _survey_or_error(record: Record, names: Sequence[str]) -> np.ndarray | DataError:
@@ -188,9 +188,9 @@ class MaskLoss:
         loss = self._total(logits, mask) / torch.clamp(judged, min=_ONE)  # type: ignore[call-overload]
         if not self.counted:
             return (loss,)
-        found, kept = logits.detach().argmax(1), mask != IGNORED
+        found, used = logits.detach().argmax(1), mask != IGNORED
         both = [((found == n) & (mask == n)).double().sum() for n in range(self.classes)]
-        given = [((found == n) & kept).double().sum() for n in range(self.classes)]
+        given = [((found == n) & used).double().sum() for n in range(self.classes)]
         return loss, torch.stack([*both, *given, *own]).view(3, self.classes)
 
     def _total(self, logits: Tensor, mask: Tensor) -> Tensor:

@@ -69,6 +69,6 @@ def _after(values: Tensor, before: Tensor, found: Tensor, momentum: float | None
         new = (seen * values + (before[0] + times) * found - before[0] * before) / total
         new = torch.where(times > 0, new, values)
     else:
-        kept = (1 - momentum) ** times
-        new = kept * (values - before) + found
+        factor = (1 - momentum) ** times
+        new = factor * (values - before) + found
     return torch.cat([(seen + times).reshape(1), new[1:]])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gigamorph.engine.recipes import RECIPES
+from gigamorph.engine.mammography.recipes import RECIPES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import recipes

@@ -124,7 +124,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert run("report", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")) == 2
     assert "not results of gigamorph bench" in capsys.readouterr().err
     assert run("step", "--size", "100x100", "--peer", "nobody") == 2
-    assert "none of stock, channels-last" in capsys.readouterr().err
+    assert "choose from stock, channels-last" in capsys.readouterr().err
     assert run("step", "--size", "100") == 2 and "height x width" in capsys.readouterr().err
 
 
@@ -159,7 +159,7 @@ def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_
 
 def test_a_row_that_is_not_declared_is_told(capsys):
     assert run("rows", "--row", 99) == 2
-    assert "there is no row 99; there are 1 to 15" in capsys.readouterr().err
+    assert "unknown row 99; rows are 1 to 15" in capsys.readouterr().err
 
 
 def test_every_set_of_growths_is_kept_once_it_is_measured(monkeypatch, tmp_path):

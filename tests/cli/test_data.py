@@ -107,7 +107,7 @@ def test_ctrl_c_tells_what_the_check_has_found(tmp_path, capsys, monkeypatch):
 def test_check_of_a_public_data_set(tmp_path, capsys):
     lookalikes.vindr_mammo(tmp_path)
     assert run("check", tmp_path) == 0
-    assert "holds VinDr-Mammo (--dataset vindr-mammo)" in capsys.readouterr().out
+    assert "is VinDr-Mammo (--dataset vindr-mammo)" in capsys.readouterr().out
     (tmp_path / "images" / "s1" / "i1.dicom").unlink()
     assert run("check", tmp_path, "--dataset", "vindr-mammo") == 1
     assert "No such file" in capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_split_keeps_the_table_that_it_reads(tmp_path, capsys):
     link.symlink_to(table)
     before = table.read_bytes()
     assert run("split", table, "--out", link) == 2
-    assert capsys.readouterr().err == f"error: {link}: is an input and would be overwritten; give another --out\n"
+    assert capsys.readouterr().err == f"error: {link}: is an input and would be overwritten; name another --out\n"
     assert table.read_bytes() == before
 
 
@@ -177,7 +177,7 @@ def test_split(phantoms, tmp_path, capsys):
     official = (tmp_path / "a.csv").read_text().replace(",val\n", ",train\n")
     (tmp_path / "official.csv").write_text(official)
     assert run("split", tmp_path / "official.csv", "--out", tmp_path / "d.csv", "--fractions", "0.8,0.2,0") == 0
-    assert "the split of the table is kept; val is drawn from train" in capsys.readouterr().out
+    assert "split of the table kept; val drawn from train" in capsys.readouterr().out
     assert run("split", tmp_path / "a.csv", "--out", tmp_path / "e.csv", "--fractions", "0.8,0.2") == 2
 
 
@@ -187,7 +187,10 @@ def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
     few.write_text("\n".join(lines[:9]))  # two patients
     assert run("split", few, "--out", tmp_path / "split.csv") == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "warning: val and test have no patient: of each label there are fewer than 3; say with --fractions" in told
+    assert (
+        "warning: val and test have no patients, because each label has fewer than 3; "
+        "give fewer splits with --fractions"
+    ) in told
     assert run("split", few, "--out", tmp_path / "all.csv", "--fractions", "1,0,0") == 0
     assert not capsys.readouterr().err  # as asked for
 
@@ -195,7 +198,7 @@ def test_a_split_of_too_few_patients_is_told(phantoms, tmp_path, capsys):
 def test_the_folder_of_converted_images_is_no_folder_of_classes(phantoms, tmp_path, capsys):
     assert run("convert", phantoms / "phantoms.csv", "--out", tmp_path / "out", "--images", "png") == 0
     assert commands.run("train", tmp_path / "out", "--out", tmp_path / "run") == 2
-    assert f"use its table,  {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
+    assert f"use its table, {tmp_path / 'out' / 'table.csv'}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_convert_a_public_data_set(tmp_path, capsys):
@@ -224,7 +227,7 @@ def test_convert_tells_of_patients_in_two_official_lists(tmp_path, capsys):
     (tmp_path / "in" / "test_list.txt").write_text("00000001_001.png\n00000002_000.png\n")
     assert run("convert", tmp_path / "in", "--out", tmp_path / "out") == 0
     told = capsys.readouterr().err
-    assert told.startswith("warning: 1 patient is in two splits, as 1 in train and test; train refuses that")
+    assert told.startswith("warning: 1 patient is in two splits, as 1 in train and test; train refuses such tables")
     assert told.count("\n") == 1
 
 
@@ -280,7 +283,7 @@ def test_convert_and_missing_masks(tmp_path, capsys):
         assert run("convert", tmp_path / "t.csv", "--out", out, *format_) == 2
         assert "1 masks do not exist, the first" in capsys.readouterr().err
         assert run("convert", tmp_path / "t.csv", "--out", out, "--skip-missing", *format_) == 0
-        assert "1 masks are missing and left out, the first" in capsys.readouterr().err
+        assert "1 missing masks left out, the first" in capsys.readouterr().err
         assert [finding.mask for r in read_table(out / "table.csv").records for finding in r.findings] == [None]
     assert run("check", tmp_path / "t.csv") == 1
     assert "1 mask: a mask that is missing" in capsys.readouterr().out
@@ -305,7 +308,7 @@ def test_file_names_and_patients(tmp_path, capsys):
         path.rename(folder / f"{number}.png")
     assert run("index", folder, "--out", tmp_path / "j.csv", "--pattern", "x{patient}") == 2
     assert run("index", folder, "--out", tmp_path / "j.csv") == 0
-    assert "warning: of 12 images the patient is not known" in capsys.readouterr().err
+    assert "warning: the patient of 12 images is unknown" in capsys.readouterr().err
     found = rows(tmp_path / "j.csv")
     assert all(row["image_path"] == row["patient_id"] for row in found)
     with (tmp_path / "k.csv").open("w", newline="") as file:
@@ -315,7 +318,7 @@ def test_file_names_and_patients(tmp_path, capsys):
     assert run("split", tmp_path / "k.csv", "--out", tmp_path / "s.csv") == 0
     said = capsys.readouterr()
     assert "no patient is in two splits" not in said.out
-    assert "warning: of 12 images the patient is not known" in said.err
+    assert "warning: the patient of 12 images is unknown" in said.err
 
 
 def test_twelve_bits_in_sixteen(tmp_path, capsys):

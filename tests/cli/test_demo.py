@@ -6,8 +6,8 @@ from commands import run
 
 @pytest.mark.slow
 def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypatch, capsys):
-    from gigamorph.engine.demo import report
-    from gigamorph.engine.demo import run as demo
+    from gigamorph.engine.mammography.demo import report
+    from gigamorph.engine.mammography.demo import run as demo
 
     for module in (demo, report):
         monkeypatch.setattr(module, "HEIGHT", 384)
@@ -29,7 +29,7 @@ def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypa
 
 
 def test_demo_deletes_nothing_but_a_former_demo(tmp_path, monkeypatch, capsys):
-    from gigamorph.engine.demo import run as demo
+    from gigamorph.engine.mammography.demo import run as demo
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

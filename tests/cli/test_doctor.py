@@ -43,13 +43,13 @@ def test_healthy_machines_have_no_problem():
         (
             replace(HEALTHY, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
             "warning",
-            "built for another torch",
+            "was not built for torch",
             "whl/cpu",
         ),
         (
             replace(CUDA, import_errors={"torchvision": "operator torchvision::nms does not exist"}),
             "warning",
-            "built for another torch",
+            "was not built for torch",
             "whl/cu130",
         ),
         (replace(HEALTHY, import_errors={"torchvision": "libX.so"}), "warning", "libX.so", "torchvision"),

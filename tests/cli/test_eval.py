@@ -246,4 +246,4 @@ def test_what_strangers_give(files, tmp_path, capsys):
     assert "8 images" in out and "twice" not in err
     (folder / "predictions.csv").write_text(head + "".join([*lines, lines[2]]))
     assert run("eval", folder, "--resamples", "20", "--out", tmp_path / "twice") == 0
-    assert "warning: 1 of 9 rows are of an image that is there before (2.dcm)" in capsys.readouterr().err
+    assert "warning: 1 of 9 rows repeat an image (2.dcm)" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import torch
 from commands import run
 
 from gigamorph import accelerate
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.models import create_model
 
 
@@ -108,8 +108,8 @@ def test_bad_input_is_one_line(table, checkpoint, tmp_path, capsys):
     path = sorted((table.parent / "images").iterdir())[0]
     np.save(tmp_path / "a.npy", np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64))
     cases = [
-        ([path, "--class", "cancer"], "has no class 'cancer'; there are 0, 1"),
-        ([tmp_path / "a.npy", "--format", "seg"], "is no DICOM file"),
+        ([path, "--class", "cancer"], "unknown class 'cancer'; it has 0, 1"),
+        ([tmp_path / "a.npy", "--format", "seg"], "is not a DICOM file"),
         ([tmp_path / "none.dcm"], "no such file"),
     ]
     for arguments, message in cases:

@@ -18,10 +18,10 @@ from gigamorph import create_model, load
 from gigamorph.cli.import_ import _listed
 from gigamorph.engine.bench.results import Task
 from gigamorph.engine.bench.work import build
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.write import METHODS
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.models.registry import load_weights
 from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 from commands import run
 
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from commands import run
 
 from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.mammography.recipes.claims import Effect, Rule, Synthetic
+from gigamorph.engine.mammography.recipes.recipe import Recipe
 from gigamorph.engine.models import build_model
-from gigamorph.engine.recipes.claims import Effect, Rule, Synthetic
-from gigamorph.engine.recipes.recipe import Recipe
 from gigamorph.engine.trust import VARIABLE
 
 
@@ -39,7 +39,7 @@ def toy(monkeypatch):
     synthetic = Synthetic("it learns", Rule((Effect("auc", "other"),), (("auc", 0.6),)), rows)
     module = ModuleType("toy")
     module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", "Nothing.", Config, train, synthetic)
-    monkeypatch.setitem(sys.modules, "gigamorph.engine.recipes.toy", module)
+    monkeypatch.setitem(sys.modules, "gigamorph.engine.mammography.recipes.toy", module)
     monkeypatch.setitem(recipes.RECIPES, "toy", "A recipe for tests.")
     monkeypatch.setattr(recipes, "default_text", lambda name: "rate = 0.5  # Table 1\n")
     return calls
@@ -71,7 +71,7 @@ def test_exit_code_says_whether_the_claim_holds(toy, tmp_path, capsys):
 
 
 def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, capsys):
-    ran, own = [], sys.modules["gigamorph.engine.recipes.toy"].RECIPE
+    ran, own = [], sys.modules["gigamorph.engine.mammography.recipes.toy"].RECIPE
 
     def rows(run):
         (run.out / "part").mkdir(parents=True)  # a seed that was cut off would refuse to begin again
@@ -80,7 +80,7 @@ def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return own.synthetic.rows(run)
 
-    module = sys.modules["gigamorph.engine.recipes.toy"]
+    module = sys.modules["gigamorph.engine.mammography.recipes.toy"]
     monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))
     command = ["recipe", "toy", "--synthetic", "--out", tmp_path / "a"]
     assert run(*command) == 130
@@ -98,11 +98,11 @@ def test_seeds_that_are_complete_are_not_run_again(toy, tmp_path, monkeypatch, c
 
 
 def test_networks_of_the_synthetic_task_need_no_trust(toy, tmp_path, monkeypatch):
-    module = sys.modules["gigamorph.engine.recipes.toy"]
+    module = sys.modules["gigamorph.engine.mammography.recipes.toy"]
     own = module.RECIPE
 
     def rows(run):
-        build_model("gigamorph.engine.recipes.morphhr.synthetic:SmallNet")
+        build_model("gigamorph.engine.mammography.recipes.morphhr.synthetic:SmallNet")
         return own.synthetic.rows(run)
 
     monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))
@@ -147,7 +147,7 @@ def test_what_goes_to_other_processes_can_be_pickled(toy, tmp_path, monkeypatch)
 
 def test_what_the_configuration_says_is_no_option_too(toy, tmp_path, capsys):
     assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--epochs", 3) == 2
-    assert "--epochs cannot go with --recipe" in " ".join(capsys.readouterr().err.split())
+    assert "--epochs cannot be used with --recipe" in " ".join(capsys.readouterr().err.split())
     assert run("train", tmp_path, "--out", "o", "--config", "x.toml") == 2
     assert run("train", tmp_path, "--recipe", "toy", "--out", "o", "--split-image") == 2
     assert not toy

@@ -14,7 +14,7 @@ import pytest
 from commands import run
 
 from gigamorph.cli.main import _COMMANDS
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 CODES = {"closed": {0}, "ascii": {0}, "full": {2}, "unread": {1, 2}}  # 2: an error output is full as well
 SIZE = ["--size", "128x96"]
@@ -115,7 +115,7 @@ def test_every_command_does_its_work_where_an_output_takes_nothing(
         assert code in ({2} if refused else CODES[out]), (name, code, said)
         assert "Traceback" not in said and "Exception ignored" not in said, (name, said)
         if out == "full" and not refused:
-            assert said.count("error: ") == 1 and "No space left on device; send it elsewhere" in said
+            assert said.count("error: ") == 1 and "No space left on device; redirect it elsewhere" in said
         if file:
             assert (tmp_path / file).exists(), (name, said)
 
@@ -141,7 +141,7 @@ def test_a_shell_that_redirects(redirected: str, code: int) -> None:
     assert done.returncode in ({0, 1} if "head" in redirected else {code})  # the pipe may take all of it
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     if redirected == ">/dev/full":
-        assert done.stderr == "error: the output cannot be written: No space left on device; send it elsewhere\n"
+        assert done.stderr == "error: cannot write the output: No space left on device; redirect it elsewhere\n"
 
 
 def test_a_file_does_not_get_the_number_of_a_closed_output(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from commands import rows, run
 from gigamorph import load
 from gigamorph.cli.train import scores_line
 from gigamorph.cli.train import train as command
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data
@@ -111,7 +111,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "optimizer.lr=fast"], "key 'optimizer.lr' is 'fast', not a number"),
         (["-o", "lr=1"], "unknown key 'lr' (did you mean optimizer.lr?); known keys: model, weights"),
         (["-o", "optimizer=sgd"], "key 'optimizer' is 'sgd', not a table; optimizer.name is a key of it"),
-        (["--batch_size", "8"], "No such option '--batch_size': images go one by one, --accumulate N takes N per"),
+        (
+            ["--batch_size", "8"],
+            "No such option '--batch_size': images are processed one by one; --accumulate N uses N per",
+        ),
         (["--model-ema"], "No such option '--model-ema': -o average=0.999 sets it"),
         (["--dropout", "1"], "No such option '--dropout'. Did you mean '--out'? (gigamorph train --help)"),
         (["-o", "optimizer.options.betas=[0.9]"], "cannot make optimizer 'adamw' with betas=(0.9,): tuple index"),
@@ -121,10 +124,10 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         (["-o", "schedule.name=nothing"], "unknown schedule 'nothing'"),
         (
             ["-o", "schedule.name=OneCycleLR", "-o", "schedule.options.total_steps=2", "-o", "epochs=3"],
-            "schedule 'OneCycleLR': total_steps is 2, the run has 3; leave it out",
+            "schedule 'OneCycleLR': total_steps is 2, but the run has 3; omit it",
         ),
         (["-o", "schedule.name=ReduceLROnPlateau"], "'ReduceLROnPlateau'; set schedule.plateau = EPOCHS instead"),
-        (["-o", "loss.focal=-1"], "loss.focal is -1"),
+        (["-o", "loss.focal=-1"], "loss.focal must be 0 or more, not -1"),
         (["--epochs", "3", "--config", "stages.toml"], "epochs is 3, but each stage has its own epochs; leave it out"),
         (
             ["--epochs", "20", "--config", "stages.toml"],
@@ -371,7 +374,7 @@ def test_labels_of_a_table_are_learnt_predicted_and_measured(phantoms, tmp_path,
     assert "test: MAE per image" in capsys.readouterr().out
     assert run("predict", tmp_path / "n" / "best.ckpt", tmp_path / "t.csv", "--out", tmp_path / "m") == 0
     told = capsys.readouterr()
-    assert "MAE per image" in told.out and "not known" not in told.err  # the column label is none of numbers
+    assert "MAE per image" in told.out and "unknown" not in told.err  # the column label is none of numbers
     assert (
         run("eval", tmp_path / "m" / "exams.csv", "--split", "all", "--resamples", "20", "--out", tmp_path / "f") == 0
     )
@@ -414,7 +417,7 @@ def test_ctrl_c_before_the_first_checkpoint_is_one_line(phantoms, tmp_path, monk
             with monkeypatch.context() as patched:
                 patched.setattr(f"gigamorph.engine.train.{place}", press)
                 assert run("train", phantoms, *FAST, "--quiet", "--out", tmp_path / "run") == 130
-            told = "stopped before the first checkpoint; the same command begins anew\n"
+            told = "stopped before the first checkpoint; the same command starts again\n"
             assert capsys.readouterr().err == told
     finally:
         signal.signal(signal.SIGINT, former)

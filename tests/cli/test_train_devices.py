@@ -15,7 +15,7 @@ from commands import run
 from exactness import errors
 from forked import Forked, devices, gigamorph
 
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--model", "training:live", "--epochs", "3", "--accumulate", "4"]
@@ -139,5 +139,5 @@ def test_more_processes_than_the_memory_has_room_for(phantoms, tmp_path, monkeyp
     monkeypatch.setattr("gigamorph.engine.tiling.memory.available_bytes", lambda: 8 * 2**30)
     assert run("train", phantoms, "--devices", "99", "--out", tmp_path / "run") == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "--devices 99: so many processes take 29.0 GiB before any work, and 8.00 GiB are free" in told
+    assert "--devices 99: these processes need 29.0 GiB at start, but only 8.00 GiB are free" in told
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from exactness import errors
 from forked import Forked, torchrun
 
 from gigamorph.cli.main import main
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 TRAIN = ["--model", "training:normed", "--epochs", "3", "--accumulate", "4"]
 

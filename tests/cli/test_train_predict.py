@@ -19,7 +19,7 @@ from commands import rows, run
 from forked import command as forked
 
 from gigamorph import GigamorphError, load
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
@@ -400,7 +400,10 @@ def test_ctrl_c_and_sigterm_keep_the_results_before(
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--shard", "3/2", "'3/2' is no shard; write 1/4"), ("--max-failures", "120%", "'120%' is no share; write 2%")],
+    [
+        ("--shard", "3/2", "'3/2' is not a shard; write 1/4"),
+        ("--max-failures", "120%", "'120%' is not a share; write 2%"),
+    ],
 )
 def test_a_shard_or_share_that_is_none(tmp_path, capsys, option, value, message):
     assert run("predict", tmp_path / "x.ckpt", tmp_path, option, value, "--out", tmp_path / "out") == 2

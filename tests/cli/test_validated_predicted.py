@@ -5,7 +5,7 @@ import csv
 import pytest
 from commands import rows, run
 
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 LABELS = ["--task", "labels", "--label", "cluster", "--label", "lesion"]
 

@@ -19,12 +19,12 @@ from forked import command as forked
 from hostile import hostile
 from viewed import shown
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables.skipped import made_by
-from gigamorph.engine.view.evidence import Evidence
-from gigamorph.engine.view.exams import read_exams
-from gigamorph.engine.view.server import PageServer
-from gigamorph.engine.view.site import Site
+from gigamorph.engine.mammography.phantom import write_phantoms
+from gigamorph.engine.mammography.view.evidence import Evidence
+from gigamorph.engine.mammography.view.exams import read_exams
+from gigamorph.engine.mammography.view.server import PageServer
+from gigamorph.engine.mammography.view.site import Site
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 chromium = pytest.mark.skipif(not browser.there(), reason="no chromium and chromedriver")
@@ -312,7 +312,7 @@ def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_pa
     tiles = Site.tiles_of
     monkeypatch.setattr(Site, "tiles_of", pressed)
     assert run("view", predicted / "predictions", "--static", "--out", tmp_path) == 130
-    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command goes on"
+    told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command continues"
     assert capsys.readouterr().err.splitlines()[-1] == told
 
 

@@ -14,8 +14,8 @@ from killed import command_killed_in_save, killed_in_write
 
 from gigamorph import GigamorphError
 from gigamorph.engine import files
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.files import require_writable, temporary_name, write_atomically
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @pytest.mark.parametrize(

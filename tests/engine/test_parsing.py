@@ -19,12 +19,12 @@ from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.datasets.tables.cells import escape, is_number, read_rows
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.class_names import in_order
+from gigamorph.engine.mammography.layouts import mammoscreen
 from gigamorph.engine.models.checkpoints import State, read_state
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.spec import Spec
 from gigamorph.engine.morph.recipe import Recipe
 from gigamorph.engine.parsing import parse_json, parse_literal
-from gigamorph.engine.published.layouts import mammoscreen
 
 DEEP = "[" * 100_000 + "]" * 100_000
 LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

@@ -36,7 +36,7 @@ NAMES = {
     "a module of the folder": "evil:Net",
     "a package of the folder": "dl.evil:Net?num_classes=2",
     "what gigamorph imports": "gigamorph.engine.models.own_code:sys",
-    "no network of a layout": "gigamorph.engine.published.layouts.gmic:evil",
+    "no network of a layout": "gigamorph.engine.mammography.layouts.gmic:evil",
     "no network of torchvision": "torchvision.models:evil",
     "beside torchvision's networks": "torchvision.models._utils:_get_torch_home",
     "a file for timm": "timm:resnet18?checkpoint_path={mark}.pth",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gigamorph.cli.main import main
-from gigamorph.engine.datasets.phantom import write_phantoms
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 def run(*args: object) -> int | str | None:

@@ -23,8 +23,8 @@ _SERVER.set_forkserver_preload(
     [
         "gigamorph.cli.train",
         "gigamorph.engine.train.fit",
-        "gigamorph.engine.recipes.dvme",
-        "gigamorph.engine.recipes.siamese",
+        "gigamorph.engine.mammography.recipes.dvme",
+        "gigamorph.engine.mammography.recipes.siamese",
         "gigamorph.engine.bench.work",
         "hypothesis",
         "sklearn.metrics",

@@ -11,14 +11,14 @@ import numpy as np
 
 from gigamorph.engine.datasets.tables import Finding, Record, write_table
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.mammography.recipes import get_recipe
+from gigamorph.engine.mammography.recipes.cae import CaeConfig
+from gigamorph.engine.mammography.recipes.dvme import DvmeConfig, ExtractorConfig
+from gigamorph.engine.mammography.recipes.end2end.config import Block, Model, Sampling
+from gigamorph.engine.mammography.recipes.end2end.config import Config as End2EndConfig
+from gigamorph.engine.mammography.recipes.morphhr.config import Config as MorphHRConfig
+from gigamorph.engine.mammography.recipes.siamese import SiameseConfig
 from gigamorph.engine.parallel.process_group import ProcessGroup
-from gigamorph.engine.recipes import get_recipe
-from gigamorph.engine.recipes.cae import CaeConfig
-from gigamorph.engine.recipes.dvme import DvmeConfig, ExtractorConfig
-from gigamorph.engine.recipes.end2end.config import Block, Model, Sampling
-from gigamorph.engine.recipes.end2end.config import Config as End2EndConfig
-from gigamorph.engine.recipes.morphhr.config import Config as MorphHRConfig
-from gigamorph.engine.recipes.siamese import SiameseConfig
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
@@ -65,7 +65,7 @@ def configs(accumulate: int) -> dict[str, Any]:
             models=(
                 Model(
                     "a",
-                    "gigamorph.engine.recipes.end2end.synthetic:SmallNet",
+                    "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet",
                     "random",
                     blocks=(Block("vgg", 4),),
                     heatmap=True,

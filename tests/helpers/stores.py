@@ -18,8 +18,8 @@ import pydicom
 import pytest
 from dicomweb_client import DICOMfileClient, DICOMwebClient
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.images import dicomweb
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.mammography.recipes.classify import ClassifierTask
 from gigamorph.engine.parallel.process_group import ProcessGroup
-from gigamorph.engine.recipes.classify import ClassifierTask
 from gigamorph.engine.train.data import Data
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import training_data

@@ -10,12 +10,12 @@ import pydicom
 import pytest
 
 from gigamorph.engine.datasets.dataset import open_record
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.preview import preview, thumbnail, write_preview
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.convert import convert_images
 from gigamorph.engine.predict.options import RunOptions
 

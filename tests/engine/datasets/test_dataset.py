@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 
 from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.dataset import ImageDataset, collate
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.batches import as_batch
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, PixelSource, steps_of
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_masks_that_cannot_be_used_are_named(tmp_path):
     record = written(tmp_path, drawn())
     with pytest.raises(DataError, match=r"i\.png: has no mask; add one in the column mask_path"):
         count_values(Record(record.path, -1, "p"))
-    with pytest.raises(DataError, match=r"gone\.png: mask does not exist"):
+    with pytest.raises(DataError, match=r"gone\.png: no such mask"):
         count_values(Record(record.path, -1, "p", findings=(Finding(mask=tmp_path / "gone.png"),)))
     with pytest.raises(DataError, match=r"m\.png: contains 2, which is not a class; classes are 0 no, 1 mass, and 255"):
         count_values(record, ("no", "mass"))

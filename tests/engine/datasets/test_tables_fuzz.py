@@ -9,8 +9,9 @@ import pytest
 from fuzz import DEPTH
 from lookalikes import WRITERS
 
-from gigamorph.engine.datasets.tables import DATA_SETS, Record, read_data_set, read_table
+from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.mammography.data_sets import DATA_SETS, read_data_set
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

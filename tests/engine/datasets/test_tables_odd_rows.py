@@ -6,9 +6,10 @@ import lookalikes
 import pytest
 
 from gigamorph.engine.datasets.convert import Conversion
-from gigamorph.engine.datasets.tables import Finding, Record, read_data_set, read_table, write_table
+from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine
+from gigamorph.engine.mammography.data_sets import read_data_set
 
 VINDR = "study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"
 

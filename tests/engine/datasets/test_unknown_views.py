@@ -15,8 +15,8 @@ from gigamorph.engine.datasets.tables.values import side
 from gigamorph.engine.datasets.unknown_views import unplaced
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.read import read_cases
+from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.predict.run import Options, predict
-from gigamorph.engine.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.train.metrics import Prediction, scores
 
 HEADER = "image_path patient_id exam_id laterality view label log_odds_0 log_odds_1".split()
@@ -82,7 +82,7 @@ def test_where_no_image_of_a_patient_has_a_side_each_stands_for_itself(tmp_path,
 
 def test_a_side_that_is_none_is_refused(tmp_path):
     path = written(tmp_path / "p.csv", {1: {"laterality": "both"}})
-    with pytest.raises(DataError, match="line 3: laterality 'both' must be L or R"):
+    with pytest.raises(DataError, match="line 3: laterality 'both' is neither L nor R"):
         read_cases(path)
 
 

@@ -52,7 +52,7 @@ def test_an_exam_is_its_highest_breast():
     np.testing.assert_array_equal(exams.truth[:, 0], [1, 0, np.nan, 1, 0])
     assert exams.sides == ("L+R", "L", "R", "", "")
     assert exams.labelled().names == ("p_e1", "p_e2", "i5", "i6")
-    with pytest.raises(DataError, match="rows are exams already"):
+    with pytest.raises(DataError, match="rows are already exams"):
         exams.at("breast")
 
 

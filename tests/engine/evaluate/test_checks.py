@@ -61,7 +61,7 @@ def test_classes_are_whole_numbers_that_there_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"places": [[np.nan, 1]]}, "not finite"),
+        ({"places": [[np.nan, 1]]}, "must be finite"),
         ({"scores": [np.nan]}, "must have a score"),
         ({"scores": [1, 2]}, "must have a score"),
         ({"boxes": [[5, 5, 0, 9]]}, "a box is empty"),
@@ -86,5 +86,5 @@ def test_marks_and_lesions_are_numbers(change, message):
     ],
 )
 def test_what_does_not_fit_and_no_rows_at_all_are_refused(measure):
-    with pytest.raises(DataError, match=r"of shape|no rows"):
+    with pytest.raises(DataError, match=r"have shape|no rows"):
         measure()

@@ -228,7 +228,7 @@ def test_sorted_names_of_a_training_are_no_order(note, order, tmp_path, capsys):
 
 def test_an_order_of_other_classes_is_one_line(tmp_path):
     path = graded(tmp_path)
-    with pytest.raises(DataError, match=r"has the classes benign, cancer, normal; name each once in --classes"):
+    with pytest.raises(DataError, match=r"has the classes benign, cancer, normal; list each once in --classes"):
         read_cases(path, classes=["normal", "benign", "benign"])
     two = write(tmp_path / "two.csv", ["image_path", "label", "p_0", "p_1"], [("x", 0, 0.6, 0.4)])
     with pytest.raises(DataError, match="does not have three or more classes; omit --classes"):

@@ -109,7 +109,7 @@ def test_an_image_that_the_table_has_twice_has_one_label(tmp_path):
     """The last one was taken."""
     path = write(tmp_path / "p.csv", f"image_path,p_x\n{tmp_path}/a.png,0.1\n")
     table = write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,0\n")
-    with pytest.raises(DataError, match=r"t\.csv: .*a\.png is there 2 times, with label 0 and 1; keep one"):
+    with pytest.raises(DataError, match=r"t\.csv: .*a\.png occurs 2 times, with label 0 and 1; keep one"):
         read_cases(path, table=table)
     write(tmp_path / "t.csv", "image_path,patient_id,density,label\na.png,q,A,1\na.png,q,B,1\na.png,q,B,\n")
     cases = read_cases(path, table=table)

@@ -14,8 +14,8 @@ from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.explain import activation_map, find_marks, gradient_map
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.mammography.recipes.sized import Size, SizedSource
 from gigamorph.engine.models import create_model
-from gigamorph.engine.recipes.sized import Size, SizedSource
 
 
 def image(height, width, channels=1, seed=0) -> torch.Tensor:

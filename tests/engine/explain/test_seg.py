@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gigamorph import DataError
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.explain.seg import REGION, write_segmentation
 from gigamorph.engine.images.dicom_results import MAY_BE_EMPTY
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
     source = open_pixels(np.random.default_rng(0).random((40, 30), np.float32))
     found = Explanation(source, torch.rand(10, 10))
     np.save(tmp_path / "a.npy", np.zeros((40, 30)))
-    with pytest.raises(DataError, match=r"a\.npy: is no DICOM file"):
+    with pytest.raises(DataError, match=r"a\.npy: is not a DICOM file"):
         write_segmentation(found, tmp_path / "a.npy", tmp_path / "s.dcm", label="x", kind="binary")
     stack = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
     slices = Explanation(open_pixels(stack, frame=1), torch.rand(10, 10))
@@ -93,7 +93,7 @@ def test_what_cannot_have_one_is_said_in_a_line(real_data, phantoms, tmp_path):
     ds = pydicom.dcmread(phantoms[0])
     del ds.StudyInstanceUID
     ds.save_as(tmp_path / "b.dcm")
-    with pytest.raises(DataError, match=r"b\.dcm: cannot have a DICOM SEG: .*; write png or tif") as error:
+    with pytest.raises(DataError, match=r"b\.dcm: a DICOM SEG cannot be created: .*; write png or tif") as error:
         write_segmentation(
             explained(tmp_path / "b.dcm"), tmp_path / "b.dcm", tmp_path / "s.dcm", label="x", kind="binary"
         )

@@ -91,8 +91,8 @@ BAD = {
     "a batch needs at least one image": [],
     "got ndarray as item 1": [A, np.zeros((3, 3))],
     r"as item 0 has shape \(37, 29\); it must be \(C, H, W\)": [A[0, 0], B],
-    r"dtypes torch\.float32, torch\.float64; give one": [A, B.float()],
-    r"dtypes torch\.float32, torch\.float64; give": [A, B.float()[..., :20]],
+    r"dtypes torch\.float32, torch\.float64; pass one": [A, B.float()],
+    r"dtypes torch\.float32, torch\.float64; pass": [A, B.float()[..., :20]],
 }
 
 

@@ -19,10 +19,10 @@ from pydicom.pixels import apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom, read_info
 from gigamorph.engine.images.open import open_pixels
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 Write = Callable[..., Path]
 # Damaged headers make pydicom warn before we raise.
@@ -410,7 +410,7 @@ def test_a_code_stream_with_more_bits_than_the_header_says(write_dicom: Write, s
     pixels = picture(12)
     sound = write_dicom(pixels, syntax, 16, BitsStored=12, HighBit=11)
     np.testing.assert_array_equal(open_dicom(sound).read(0, 37, 0, 53)[0], pixels)
-    with pytest.raises(DataError, match=r"x\.dcm: pixels have 14 bits, BitsStored says 12"):
+    with pytest.raises(DataError, match=r"x\.dcm: pixels have 14 bits, but BitsStored is 12"):
         open_dicom(write_dicom(pixels * 4, syntax, 16, BitsStored=12, HighBit=11)).read(0, 37, 0, 53)
 
 

@@ -18,12 +18,12 @@ from gigamorph.engine.datasets.grey import grey_warnings
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
+from gigamorph.engine.mammography.view.exams import View
 from gigamorph.engine.models.folder import Preprocessing
 from gigamorph.engine.predict.job import opened_with_white
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.published.images import PublishedImages
 from gigamorph.engine.train.inputs import images
-from gigamorph.engine.view.exams import View
 
 GREY = picture(12)
 PREPARED = {"normalize": {"mean": [0.0], "std": [1.0]}, "voi": "none", "flip": "auto", "downsample": 1}

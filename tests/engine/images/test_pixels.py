@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, PixelSource
 from gigamorph.engine.images.tiles import CACHE
+from gigamorph.engine.mammography.phantom import write_phantoms
 
 GREY = np.random.default_rng(0).integers(0, 65536, (151, 117), dtype=np.uint16)
 COLOUR = np.random.default_rng(1).integers(0, 256, (101, 77, 3), dtype=np.uint8)
@@ -366,7 +366,7 @@ def test_a_jpeg_with_something_behind_its_end(tmp_path: Path, behind: bytes) -> 
     np.testing.assert_allclose(source.read(3, 50, 7, 60).numpy(), expected[:, 3:50, 7:60], atol=2e-7)
     for end in (1, 2, 200):
         (tmp_path / "photo.jpg").write_bytes(whole[:-end])
-        with pytest.raises(DataError, match="ends early"):
+        with pytest.raises(DataError, match=r"is truncated \(no end marker"):
             open_pixels(tmp_path / "photo.jpg")
 
 
@@ -404,8 +404,8 @@ def test_shapes_that_are_no_image(shape: tuple[int, ...]) -> None:
         ([[1, 2], [3, 4]], "an array or a tensor, not list"),
         (Image.fromarray(COLOUR), "an array or a tensor, not Image; convert it with np.asarray"),
         (torch.ones(4, 5, dtype=torch.complex64), "<tensor 4x5>: is torch.complex64"),
-        (torch.eye(5).to_sparse(), "<tensor 5x5>: is torch.float32, torch.sparse_coo; give a dense"),
-        (np.ones((4, 5), complex), "<array 4x5>: holds complex128"),
+        (torch.eye(5).to_sparse(), "<tensor 5x5>: is torch.float32, torch.sparse_coo; pass a dense"),
+        (np.ones((4, 5), complex), "<array 4x5>: contains complex128"),
     ],
 )
 def test_objects_that_are_no_image(image: Any, expected: str) -> None:
@@ -534,7 +534,7 @@ def test_truncated_files_are_errors_that_name_the_file(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"hello" * 99, "no DICOM"), (b"\x93NUMPY\x01\0", "damaged .npy")]
+    ("content", "message"), [(b"", "is empty"), (b"hello" * 99, "not a DICOM"), (b"\x93NUMPY\x01\0", "damaged .npy")]
 )
 def test_unknown_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.dcm"
@@ -555,7 +555,7 @@ def test_arrays_that_are_no_pixels(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.zeros((4, 4), complex))
     np.save(tmp_path / "o.npy", np.array([[{}, 1], [2, 3]], dtype=object), allow_pickle=True)
     for name in ("c.npy", "o.npy"):
-        with pytest.raises(DataError, match=rf"{name}: holds"):
+        with pytest.raises(DataError, match=rf"{name}: contains"):
             open_pixels(tmp_path / name)
     with pytest.raises(DataError, match="contains complex128"):
         open_pixels(np.zeros((4, 4), complex))

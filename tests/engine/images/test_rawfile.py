@@ -30,7 +30,7 @@ def test_a_box_is_what_lies_there(stored, data, together):
     top, bottom = sorted(data.draw(st.tuples(*[st.integers(0, height)] * 2)))
     left, right = sorted(data.draw(st.tuples(*[st.integers(0, width)] * 2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rawfile, "_TOGETHER", together)
+        patch.setattr(rawfile, "_READ_BYTES", together)
         found = pixels.read(top, bottom, left, right)
     assert found.dtype == whole.dtype
     assert np.array_equal(found, whole[:, top:bottom, left:right])

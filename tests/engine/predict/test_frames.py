@@ -11,9 +11,9 @@ from gigamorph.engine.evaluate.compare import common
 from gigamorph.engine.evaluate.read import read_cases, read_marks
 from gigamorph.engine.explain import Options as ExplainOptions
 from gigamorph.engine.explain import explain
+from gigamorph.engine.mammography.view.exams import read_exams
+from gigamorph.engine.mammography.view.site import Site
 from gigamorph.engine.predict.run import Options, predict
-from gigamorph.engine.view.exams import read_exams
-from gigamorph.engine.view.site import Site
 
 MADE = {"model": "sha", "checkpoint": "net", "device": "cpu", "workers": 0}
 HOW = ("white", "chest_wall")

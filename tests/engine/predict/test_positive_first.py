@@ -18,13 +18,13 @@ from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.recalibration import Calibration, read_calibration
 from gigamorph.engine.explain import Options as ExplainOptions
 from gigamorph.engine.explain import explain
+from gigamorph.engine.mammography.view import evidence
+from gigamorph.engine.mammography.view.exams import View
 from gigamorph.engine.models.outputs import Outputs
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
 from gigamorph.engine.predict.views import combined
 from gigamorph.engine.train.metrics import Prediction
-from gigamorph.engine.view import evidence
-from gigamorph.engine.view.exams import View
 
 MADE = {"model": "sha", "checkpoint": "net", "device": "cpu", "workers": 0}
 ORDERS = (["normal", "cancer"], ["cancer", "normal"])

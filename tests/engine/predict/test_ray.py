@@ -159,7 +159,7 @@ def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_r
 @pytest.mark.slow
 def test_the_command_starts_a_cluster_of_its_own(tmp_path, monkeypatch, capsys):
     pytest.importorskip("ray")
-    from gigamorph.engine.datasets.phantom import write_phantoms
+    from gigamorph.engine.mammography.phantom import write_phantoms
 
     here = Path(__file__).parents[3]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here / "tests" / "helpers"), *sys.path]))

@@ -28,10 +28,10 @@ from torch import nn
 
 from gigamorph import accelerate
 from gigamorph.engine.datasets.dataset import ImageDataset
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.decoders import Ahead
 from gigamorph.engine.predict.index import Index
 from gigamorph.engine.predict.parts import read_parts

@@ -16,9 +16,9 @@ from training import run_augmented
 
 from gigamorph.engine.datasets import dataset
 from gigamorph.engine.datasets.augment import Augment
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.images.pixels import steps_of
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit
 from gigamorph.engine.train.inputs import images, training_data

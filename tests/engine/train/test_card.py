@@ -50,11 +50,11 @@ def card(**more) -> Card:
 def test_counts_figures_and_limits(tmp_path):
     text = write_card(tmp_path / "card.md", card()).read_text()
     assert "| train | 6 | 3 | 4 | 2 |" in text and "| test | 40 | 20 | 20 | 20 |" in text
-    assert "- view: CC 40, MLO 6" in text and "- density: B 40, not known 6" in text
+    assert "- view: CC 40, MLO 6" in text and "- density: B 40, unknown 6" in text
     cases = card().predictions["test"]
     area = roc_auc_score(cases.truth[:, 0], cases.scores[:, 0])
     assert f"| test | image | malignant | 40 | 20 | {area:.3f} (" in text and "| test | exam |" in text
-    assert "Tested on 20 patients" in text and "each manufacturer is not known" in text
+    assert "Tested on 20 patients" in text and "Performance by manufacturer is unknown" in text
     assert "- lr: 0.001" in text and "- torch: " in text
     assert "Secret" not in text and "/secret" not in text and ".dcm" not in text
 

@@ -206,7 +206,7 @@ def test_a_diverged_run_keeps_what_it_had(data, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.functional.cross_entropy", diverging)
-        message = r"epoch 3, step 1: the loss is nan; .*last\.ckpt has .* and .*best\.ckpt the best epoch, .*lower lr"
+        message = r"epoch 3, step 1: the loss is nan; .*last\.ckpt is .* and .*best\.ckpt is the best epoch, .*lower lr"
         with pytest.raises(GigamorphError, match=message):
             fit(data, OPTIONS, run, report=spoil)
     assert load_checkpoint(run / "best.ckpt")["gigamorph"]["state"]["epoch"] <= 2

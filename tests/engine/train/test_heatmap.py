@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.datasets.dataset import ImageDataset
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, to_original
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
 from gigamorph.engine.train.explanation import Explanation

@@ -2,9 +2,9 @@ import pydicom
 import pytest
 from pydicom.uid import DigitalMammographyXRayImageStorageForProcessing
 
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.pixels import Normalize
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.convert import convert_images
 from gigamorph.engine.train.inputs import images, training_data
 

@@ -127,6 +127,6 @@ def test_a_log_that_cannot_begin_is_one_line_and_one_that_fails_ends_no_run(tmp_
     assert not begun
     with caplog.at_level(logging.WARNING, logger="gigamorph"):
         run_stages(Squares(), stages(), Run(tmp_path / "yes", log=("own_loggers:Failing",)))
-    assert "epoch 2 is not in Failing: ConnectionError: gone" in caplog.text
+    assert "epoch 2 not logged by Failing: ConnectionError: gone" in caplog.text
     assert list(losses(tmp_path / "yes" / "own" / "metrics.csv")) == [1, 3]
     assert len(losses(tmp_path / "yes" / "log.csv")) == 3

@@ -69,7 +69,7 @@ def test_optimizers_that_cannot_be(change, message):
 def test_every_optimizer_of_torch_that_is_named_can_be_found():
     with pytest.raises(GigamorphError) as caught:
         find_optimizer("?")
-    names = str(caught.value).partition("take one of ")[2].partition(", or timm")[0].split(", ")
+    names = str(caught.value).partition("use one of ")[2].partition(", or timm")[0].split(", ")
     assert "muon" not in names
     assert len(names) > 8 and all(find_optimizer(name).__name__.lower() == name for name in names)
 

@@ -112,7 +112,7 @@ def test_images_that_pairs_of_four_processes_share(four, tmp_path):
 
 @pytest.mark.slow
 def test_refusals(four):
-    assert all("begun with 1 images at a time" in text for text in four[0][1])
+    assert all("started with 1 images at a time" in text for text in four[0][1])
     assert all("6 images per optimizer step cannot be distributed to 4 processes" in text for text in four[0][4])
     assert not (four[1] / "odd").exists()
 

@@ -153,9 +153,9 @@ def test_complete_run_is_not_trained_again(whole, tmp_path):
 def test_a_folder_is_not_overwritten_nor_resumed_with_other_settings(whole):
     with pytest.raises(GigamorphError, match="already holds a run"):
         run_stages(Squares(), STAGES, Run(whole[0], seed=4))
-    with pytest.raises(GigamorphError, match="other seed"):
+    with pytest.raises(GigamorphError, match="different seed"):
         run_stages(Squares(), STAGES, Run(whole[0], seed=5, resume=True))
-    with pytest.raises(GigamorphError, match="other stages"):
+    with pytest.raises(GigamorphError, match="different stages"):
         run_stages(Squares(), STAGES[:2], Run(whole[0], seed=4, resume=True))
 
 

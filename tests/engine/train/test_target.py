@@ -166,7 +166,7 @@ def test_balanced_sampling_and_stages_in_a_run(tmp_path):
     fit(data, options, tmp_path / "run")
     rows = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
     assert [row[0] for row in rows[1:]] == ["head", "stage2", "stage2"]
-    with pytest.raises(GigamorphError, match=r"begun with average=0.9, not 0.5"):
+    with pytest.raises(GigamorphError, match=r"started with average=0.9, not 0.5"):
         fit(data, replace(options, average=0.5), tmp_path / "run", resume=True)
-    with pytest.raises(GigamorphError, match=r"begun with optimizer.lr=0.001, not 0.5"):
+    with pytest.raises(GigamorphError, match=r"started with optimizer.lr=0.001, not 0.5"):
         fit(data, replace(options, optimizer=Optimizer(lr=0.5)), tmp_path / "run", resume=True)

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate, load
 from gigamorph.engine.datasets.exams import ExamDataset
-from gigamorph.engine.datasets.phantom import write_phantoms
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.datasets.views import MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
+from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.models.views import VIEWS, Views
 from gigamorph.engine.train.classify import logits_of_items
 from gigamorph.engine.train.target import Target

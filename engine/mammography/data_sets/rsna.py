@@ -1,0 +1,60 @@
+"""RSNA Screening Mammography Breast Cancer Detection (2023): cancer per breast, proven by biopsy."""
+
+from __future__ import annotations
+
+from ...datasets.tables import values
+from ...datasets.tables.schema import Record
+from ...errors import DataError
+from .base import DataSet
+from .files import Files
+
+_LABELS = ("cancer", "biopsy", "invasive", "difficult_negative_case")
+_KEPT = ("site_id", "age", "implant", "machine_id")
+
+
+def read(files: Files) -> list[Record]:
+    """One record per row of train.csv or, if it is missing, of test.csv, which has no labels."""
+    table = files.rows("train.csv", "test.csv")
+    table.require("patient_id", "image_id", "laterality", "view")
+    folder = f"{table.path.name.split('.')[0]}_images"
+    records = []
+    for place, row in zip(table.places, table.rows, strict=True):
+        labels = {name: _truth(row[name], name, f"{table.path}, {place}") for name in _LABELS if row.get(name)}
+        records.append(
+            Record(
+                path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),
+                label=-1,
+                patient_id=row["patient_id"],
+                laterality=values.side(row["laterality"]),
+                view=row["view"].upper(),
+                exam_id=row["patient_id"],
+                density=values.density(row.get("density", "")),
+                birads=values.birads(row.get("BIRADS", "").removesuffix(".0")),
+                labels={name: value for name, value in labels.items() if value is not None},
+                extra={name: row[name] for name in _KEPT if row.get(name)},
+            )
+        )
+    return records
+
+
+def _truth(cell: str, name: str, place: str) -> float | None:
+    try:
+        return values.truth(cell)
+    except ValueError as error:
+        raise DataError(f"{place}: {name} {error}; download the table again") from error
+
+
+DATA_SET = DataSet(
+    name="rsna",
+    title="RSNA 2023",
+    tables=("train.csv", "test.csv"),
+    rules={
+        "cancer": "1 if the breast has a cancer proven by biopsy, 0 if not",
+        "biopsy": "1 if the breast was biopsied, 0 if not",
+        "invasive": "1 if the cancer is invasive, 0 if there is none or it is not",
+        "difficult_negative_case": "1 for a difficult negative, 0 otherwise",
+    },
+    split="none (the competition's test set is hidden)",
+    read=read,
+    columns=("patient_id", "image_id", "laterality", "view"),
+)

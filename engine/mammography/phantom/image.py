@@ -1,0 +1,240 @@
+"""A phantom mammogram: anatomy and lesions from seeds, pixels and masks of any region."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ...datasets.tables.schema import Box
+from ...errors import DataError
+from .shapes import Ellipse, Line, Shape, add, box_of, overlap
+from .texture import normals, power_law
+
+LESIONS = ("cluster", "mass", "asymmetry")
+Kind = Literal["cluster", "mass", "asymmetry"]
+Seed = int | tuple[int, ...]
+
+FULL = 4095  # 12 bits
+_TISSUE, _TEXTURE, _NOISE = 1300.0, 220.0, 10.0  # grey levels: mean of tissue, std of texture and of quantum noise
+_SPECK = (600.0, 1100.0)  # grey levels of a speck above the tissue
+_BLUR = 2.5  # pixels: standard deviation of the blur of specks in images without a cluster
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A lesion, in pixels of the image with its chest wall on the left."""
+
+    kind: Kind
+    box: Box
+    shapes: tuple[Shape, ...] = ()
+    """The shapes that are added to the tissue; empty for a cluster."""
+    outline: tuple[Ellipse, ...] = ()
+    """Ellipses whose union is the mask."""
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """Pixels that are added to the tissue: the specks of a cluster, sharp or blurred."""
+
+    box: Box
+    pixels: np.ndarray
+
+
+class PhantomImage:
+    """A phantom mammogram with its chest wall on the left, as from `open_pixels`; only seeds are in memory.
+
+    A breast on black background has tissue with the power-law texture of real breasts, up to two soft masses and some
+    lines, which are normal, and lesions. An image without a cluster of micro-calcifications (specks of 1 to 3 pixels)
+    has the same cluster *blurred* over about 8 pixels, at the same position and with the same total brightness.
+
+    Args:
+        height, width: in pixels, at least 128 x 96, without an upper limit.
+        seed: of the anatomy that both breasts of a patient share: outline, masses, lines and, to the degree of
+            `symmetry` (0 to 1, the correlation of the two), texture.
+        side: the seed of the rest: texture of this breast only, noise and lesions; by default `seed`.
+        view: "CC", or "MLO" with a pectoral muscle in the upper corner at the chest wall.
+        lesions: their kinds, each at most once.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        *,
+        seed: Seed,
+        side: Seed | None = None,
+        view: str = "CC",
+        lesions: Sequence[Kind] = (),
+        symmetry: float = 1.0,
+    ) -> None:
+        if height < 128 or width < 96:
+            raise DataError(f"a phantom of {height} x {width} is too small for lesions; use 128 x 96 or more")
+        if view not in ("CC", "MLO") or not 0 <= symmetry <= 1 or not set(lesions) <= set(LESIONS):
+            raise DataError(f"phantoms have views CC and MLO, symmetry 0 to 1 and lesions {', '.join(LESIONS)}")
+        if len(set(lesions)) < len(lesions):
+            raise DataError("a phantom has at most one lesion of a kind")
+        self.shape = (height, width)
+        self.symmetry = symmetry
+        own = seed if side is None else side
+        self._keys = _key(seed, 0), _key(own, 1)
+        self._noise_key = _key(own, 2)
+        rng = np.random.default_rng(seed)
+        self._centre = height * rng.uniform(0.45, 0.55)
+        self._semi = height * rng.uniform(0.38, 0.46), width * rng.uniform(0.6, 0.9)
+        # Wavelengths up to a quarter of the image; a longer one would be a single slope across the breast.
+        self._longest = 2 ** max(0, math.floor(math.log2(min(height, width) / 8)))
+        self._muscle = (height * rng.uniform(0.4, 0.6), width * rng.uniform(0.3, 0.45)) if view == "MLO" else None
+        self._shapes = self._normal_shapes(rng)
+        rng = np.random.default_rng([*np.atleast_1d(own), 3])
+        # The cluster is drawn first, so that a seed gives the same breast with and without it.
+        patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
+        self._patches = [patch]
+        self.lesions: tuple[Lesion, ...] = tuple(
+            cluster if kind == "cluster" else self._mass(rng) if kind == "mass" else self._asymmetry(rng)
+            for kind in lesions
+        )
+        self._shapes += [shape for lesion in self.lesions for shape in lesion.shapes]
+        self._boxes = [box_of(shape, height, width) for shape in self._shapes]
+
+    @property
+    def normal_masses(self) -> tuple[Box, ...]:
+        """Soft masses, which are normal anatomy."""
+        return tuple(self._boxes[: self._normal])
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """uint16 (bottom - top, right - left), 12 bit, background 0; pixels do not depend on the region."""
+        region = top, bottom, left, right
+        depth = self._depth(region)
+        if not (depth > 0).any():
+            return np.zeros(depth.shape, np.uint16)
+        image = power_law(self._keys, self.symmetry, self._longest, region)
+        image *= np.float32(_TEXTURE)
+        image += np.float32(_TISSUE)
+        if self._muscle is not None:
+            y = np.arange(top, bottom, dtype=np.float32)[:, None] / np.float32(self._muscle[0])
+            x = np.arange(left, right, dtype=np.float32)[None, :] / np.float32(self._muscle[1])
+            image += np.float32(350) * np.clip((np.float32(1) - y - x) * np.float32(15), 0, 1)
+        for shape, box in zip(self._shapes, self._boxes, strict=True):
+            add(shape, image, region, box)
+        for patch in self._patches:
+            shared = overlap(region, patch.box)
+            if shared is not None:
+                image[shared[0] - top : shared[1] - top, shared[2] - left : shared[3] - left] += patch.pixels[
+                    shared[0] - patch.box[0] : shared[1] - patch.box[0],
+                    shared[2] - patch.box[2] : shared[3] - patch.box[2],
+                ]
+        # Compressed tissue has constant thickness, except for a seam along the skin.
+        image *= np.sqrt(np.clip(depth / np.float32(0.06 * self.shape[1]), 0, 1))
+        noise = normals(self._noise_key, *region)
+        noise *= np.float32(_NOISE)
+        image += noise
+        np.clip(image, 40, FULL, out=image)
+        image[depth <= 0] = 0
+        return np.rint(image).astype(np.uint16)
+
+    def mask(self, lesion: Lesion, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """uint8 (bottom - top, right - left): 255 inside the lesion, 0 outside."""
+        region = top, bottom, left, right
+        inside = np.zeros((bottom - top, right - left), np.float32)
+        for ellipse in lesion.outline:
+            add(ellipse, inside, region, box_of(ellipse, *self.shape))
+        return np.where(inside > 0, np.uint8(255), np.uint8(0))
+
+    def _depth(self, region: Box) -> np.ndarray:
+        """The depth inside the outline, a half ellipse at the left border, in float32 pixels; 0 or less outside."""
+        y = (np.arange(region[0], region[1], dtype=np.float32) - np.float32(self._centre)) / np.float32(self._semi[0])
+        x = np.arange(region[2], region[3], dtype=np.float32) / np.float32(self._semi[1])
+        return (np.float32(1) - np.sqrt((y * y)[:, None] + (x * x)[None, :])) * np.float32(min(self._semi))
+
+    def _normal_shapes(self, rng: np.random.Generator) -> list[Shape]:
+        width = self.shape[1]
+        shapes: list[Shape] = []
+        for _ in range(int(rng.integers(0, 3))):
+            sigma = width * rng.uniform(0.02, 0.05)
+            y, x = self._random_point(rng, 2 * sigma)
+            reach = math.sqrt(8) * sigma
+            shapes.append(Ellipse(y, x, reach, reach, 0, rng.uniform(200, 450), 4))
+        self._normal = len(shapes)
+        for _ in range(int(rng.integers(2, 6))):
+            length = width * rng.uniform(0.1, 0.3)
+            y, x = self._random_point(rng, length / 4)
+            shapes.append(Line(y, x, length, rng.uniform(2, 5), rng.uniform(0, math.pi), rng.uniform(80, 200)))
+        return shapes
+
+    def _random_point(self, rng: np.random.Generator, margin: float) -> tuple[int, int]:
+        """A random point at least `margin` pixels inside the outline and the image, or else the deepest point."""
+        height, width = self.shape
+        for _ in range(200):
+            y, x = int(rng.integers(height)), int(rng.integers(width))
+            depth = (1 - math.hypot((y - self._centre) / self._semi[0], x / self._semi[1])) * min(self._semi)
+            if depth > margin and margin <= x and margin <= y < height - margin:
+                return y, x
+        return round(self._centre), int(margin)
+
+    def _cluster(self, rng: np.random.Generator, *, sharp: bool) -> tuple[_Patch, Lesion]:
+        """8 to 20 specks of 1 to 3 pixels within about 5 mm, or the same specks blurred with the same sum."""
+        radius = int(rng.integers(18, 30))
+        pad = math.ceil(3 * _BLUR)
+        y, x = self._random_point(rng, radius + pad + 4.0)
+        side = 2 * (radius + pad) + 4
+        patch = np.zeros((side, side), np.float32)
+        for _ in range(int(rng.integers(8, 21))):
+            angle, distance = rng.uniform(0, 2 * math.pi), radius * math.sqrt(rng.uniform())
+            top = round(radius + pad + distance * math.sin(angle))
+            left = round(radius + pad + distance * math.cos(angle))
+            rows, columns = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+            if rows * columns == 9:  # the largest specks are round
+                patch[top : top + 3, left + 1] += rng.uniform(*_SPECK)
+                columns, rows, top = 3, 1, top + 1
+            patch[top : top + rows, left : left + columns] += rng.uniform(*_SPECK)
+        if not sharp:
+            steps = np.arange(side)
+            kernel = np.exp(-0.5 * ((steps[:, None] - steps[None, :]) / _BLUR) ** 2).astype(np.float32)
+            kernel /= kernel.sum(0, keepdims=True)  # the blur preserves the sum
+            patch = kernel @ patch @ kernel.T
+        top, left = y - side // 2, x - side // 2
+        height, width = self.shape
+        box = max(top, 0), min(top + side, height), max(left, 0), min(left + side, width)
+        pixels = patch[box[0] - top : box[1] - top, box[2] - left : box[3] - left]
+        disc = Ellipse(y, x, radius + 4.0, radius + 4.0, 0, 1, 1)
+        return _Patch(box, pixels), Lesion("cluster", box, (), (disc,))
+
+    def _mass(self, rng: np.random.Generator) -> Lesion:
+        """A dense mass of three to five lobes with a steep edge, and spicules."""
+        size = self.shape[1] * rng.uniform(0.03, 0.06)
+        y, x = self._random_point(rng, 2 * size)
+        lobes = []
+        for _ in range(int(rng.integers(3, 6))):
+            angle, shift = rng.uniform(0, 2 * math.pi), size * rng.uniform(0.1, 0.5)
+            semi = size * rng.uniform(0.5, 0.8), size * rng.uniform(0.5, 0.8)
+            centre = y + shift * math.sin(angle), x + shift * math.cos(angle)
+            lobes.append(Ellipse(*centre, *semi, rng.uniform(0, math.pi), rng.uniform(200, 350), 1))
+        spicules = []
+        for _ in range(int(rng.integers(6, 13))):
+            angle, length = rng.uniform(0, 2 * math.pi), size * rng.uniform(0.8, 1.4)
+            centre = y + 0.9 * size * math.sin(angle), x + 0.9 * size * math.cos(angle)
+            sigma = max(1.0, 0.04 * size)
+            spicules.append(Line(*centre, length, sigma, angle, rng.uniform(150, 300)))
+        return Lesion("mass", self._bounding_box(lobes), (*lobes, *spicules), tuple(lobes))
+
+    def _asymmetry(self, rng: np.random.Generator) -> Lesion:
+        """A large ill-defined density without a counterpart in the other breast."""
+        semi = self.shape[1] * rng.uniform(0.1, 0.16), self.shape[1] * rng.uniform(0.08, 0.12)
+        y, x = self._random_point(rng, 0.8 * max(semi))
+        density = Ellipse(y, x, *semi, rng.uniform(0, math.pi), rng.uniform(350, 500), 2)
+        return Lesion("asymmetry", self._bounding_box([density]), (density,), (density,))
+
+    def _bounding_box(self, shapes: Sequence[Shape]) -> Box:
+        boxes = [box_of(shape, *self.shape) for shape in shapes]
+        tops, bottoms, lefts, rights = zip(*boxes, strict=True)
+        return min(tops), max(bottoms), min(lefts), max(rights)
+
+
+def _key(seed: Seed, purpose: int) -> int:
+    return int(
+        np.random.SeedSequence([*(int(part) for part in np.atleast_1d(seed)), purpose]).generate_state(1, np.uint64)[0]
+    )

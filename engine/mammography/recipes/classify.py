@@ -1,0 +1,153 @@
+"""Classification of whole images: targets, loss, score, and the training of a network with any backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from ...accelerate import accelerate
+from ...config import to_plain
+from ...datasets.tables import SPLITS, Record, label_columns, read_table
+from ...errors import DataError
+from ...evaluate.cases import Cases
+from ...evaluate.roc import labelwise_auc
+from ...train.classify import logits_of_items
+from ...train.data import Images
+from ...train.image_task import ImageTask
+from ...train.run import Run
+from ...train.target import Target
+from ...train.task import Score
+from ..data_sets.chestxray14 import FINDINGS
+from .splits import Splitting, split_records
+from .tta import PLAIN, predict
+
+
+def auc_of(cases: Cases) -> tuple[float | None, dict[str, float | None]]:
+    """Return the mean area under the ROC curves, and that of each output; None if it is undefined."""
+    mean, each = labelwise_auc(cases.truth, cases.scores)
+    return mean, dict(zip(cases.outputs, each, strict=True))
+
+
+def cross_entropy(cases: Cases) -> float:
+    """Return the mean over images of minus the log probability of the known truth."""
+    known = ~np.isnan(cases.truth)
+    signed = np.where(cases.truth == 1, cases.scores, -cases.scores)
+    if cases.kind == "classes":  # only the true class of each image counts
+        known &= cases.truth == 1
+    return float(np.logaddexp(0, -signed[known]).mean())
+
+
+def read_target(
+    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: Splitting, run: Run
+) -> tuple[dict[str, list[Record]], Target]:
+    """Read a table's records by split, and its target.
+
+    Args:
+        labels: names of label columns (``label_NAME``), for ``kind="labels"``; empty for all of them, or for the 14
+            findings of ChestX-ray14.
+
+    Raises:
+        DataError: the table is wrong, a patient is in two splits, a label does not exist, or training or validation
+            images have only one class.
+    """
+    read = read_table(table, labels=kind == "classes")
+    if kind == "classes":
+        target = Target(tuple(read.classes))
+    else:
+        columns = label_columns(table, read.records, labels)
+        # The data set's table has one more column, which says whether there is any finding.
+        every = FINDINGS if set(FINDINGS) <= set(columns) else tuple(columns)
+        target = Target(tuple(labels) or every, "labels")
+    records = split_records(read.records, config, run, table=table)
+    parts = {name: [r for r in records if r.split == name] for name in SPLITS}
+    require_both(parts, target)
+    return parts, target
+
+
+def require_both(parts: dict[str, list[Record]], target: Target) -> None:
+    """Refuse training or validation images in which some output has only one value."""
+    for split in ("train", "val"):
+        truth = target.truth(parts[split])
+        for name, column in zip(target.names, truth.T if len(truth) else np.empty((len(target.names), 0)), strict=True):
+            values = np.unique(column[~np.isnan(column)])
+            if len(values) < 2:
+                what = _describe_single_value(target, name, values[0]) if len(values) else "no images"
+                raise DataError(
+                    f"split {split} has {what}; add patients of both kinds, or remove the column split if there are "
+                    "several of each"
+                )
+
+
+def _describe_single_value(target: Target, name: str, value: float) -> str:
+    """Describe images in which an output has only one value."""
+    if target.kind == "labels":
+        return f"only images with {name} = {value:g}"
+    if len(target.names) == 2 and not value:
+        name, value = next(other for other in target.names if other != name), 1
+    return f"{'only' if value else 'no'} images of class {name}"
+
+
+def classifier_record(recipe: str, config: Any, target: Target, **more: Any) -> dict[str, Any]:
+    """Return the checkpoint record of a recipe's classifier, for `open_classifier`."""
+    labels = {"target": target.to_plain()} if target.kind == "labels" else {}
+    # Checkpoints are shared: they must not name files or describe patients.
+    plain = to_plain(config, omit=("weights", "start", "patients"))
+    return {"recipe": recipe, "classes": list(target.names), "config": plain, **labels, **more}
+
+
+class ClassifierTask(ImageTask):
+    """A classifier trained on whole images of any size, inside a memory budget.
+
+    Args:
+        module: (N, C, H, W) -> (N, outputs).
+        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves.
+        balanced: see `Target.loss`.
+        batch: number of images per prediction step.
+        split: whether the processes of a group share each image.
+        stop_by_loss: patience uses the mean cross-entropy of the validation images instead of the score.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        train: Images,
+        val: Images,
+        target: Target,
+        *,
+        memory_budget: int | None = None,
+        balanced: bool = False,
+        batch: int = 1,
+        record: Mapping[str, Any] | None = None,
+        split: Any = False,
+        stop_by_loss: bool = False,
+    ) -> None:
+        net = accelerate(module, memory_budget=memory_budget, split=split)
+        super().__init__(module, net, train, val, record or {})
+        self.target, self.balanced, self.batch, self.stop_by_loss = target, balanced, batch, stop_by_loss
+
+    def loss(self, batch: Sequence[Any]) -> Tensor:
+        self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
+        logits = logits_of_items(self.net, batch)
+        truth = self.target.truth([item["record"] for item in batch])
+        return self.target.loss(logits, truth, balanced=self.balanced)
+
+    def score(self) -> Score | float | None:
+        cases = self.predict(self.val)
+        area = auc_of(cases)[0]
+        if area is None or not self.stop_by_loss:
+            return area
+        return Score(area, stop=-cross_entropy(cases))
+
+    def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
+        """Predict for images, averaged over mirrored ones; the network must be in evaluation mode.
+
+        This is a collective of the process group.
+        """
+        own = range(self.group.turn, len(images), self.group.at_once)
+        labels = self.target.kind == "labels"
+        rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
+        return self.target.cases(images.records, np.array(self.group.in_order(list(rows))))

@@ -1,0 +1,200 @@
+"""Training of the recipe on images: embeddings of all extractors, then the protocols on every subset and repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ....config import from_plain
+from ....datasets.augment import Augment
+from ....datasets.dataset import ImageDataset
+from ....datasets.tables import SPLITS, Record, read_table
+from ....errors import DataError
+from ....evaluate import odds
+from ....evaluate.class_names import in_order
+from ....evaluate.read import write_cases
+from ....images.pixels import Normalize
+from ....train.loop import check_stages
+from ....train.run import Run, seed_of
+from ....train.target import Target
+from ..card import recipe_card
+from ..classify import classifier_record
+from ..features import frozen_features
+from ..recipe import begin, finish
+from ..sized import Size, SizedImages
+from ..splits import split_records
+from ..tensors import logits_of
+from ..weights import find_weights
+from .compare import check_parts, compare_heads, folder, summarise
+from .config import DvmeConfig
+from .extractors import Fused, make_extractor
+from .protocols import fit_networks, make_head, make_stage, measure
+from .subsets import draw_subset
+
+
+def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
+    """Run the protocols on a table's images: train on its train split, select on val, measure on test.
+
+    Writes the embeddings, the checkpoints of every training in a separate folder, and ``metrics.json``: rows (one per
+    training), summary (mean and deviation over the folds) and attention (how much each extractor attends to each, over
+    the test images, for the DVME head of the first fold of the largest subset). That head's folder also has a model
+    card and ``test.csv`` (for `gigamorph eval`).
+    Raises:
+        DataError: a patient is in two splits, a class has no training images, val or test has only one class, weights
+            do not fit, or images cannot be read.
+    """
+    read = read_table(table)
+    records = split_records(read.records, config, run, table=table)
+    parts = {name: [r for r in records if r.split == name] for name in SPLITS}
+    labels = {name: [r.label for r in own] for name, own in parts.items()}
+    classes = len(read.classes)
+    if config.metric == "kappa" and classes > 2 and not in_order(read.classes)[1]:
+        names = ", ".join(read.classes)
+        raise DataError(
+            f"{table}: metric kappa needs an order, which the names {names} do not show; number them from 0"
+        )
+    check_parts(labels, classes)
+    for number, own in enumerate(config.extractors):
+        run.say(f"extractor {own.name}")
+        find_weights(own.weights, config.mean, config.std, run)
+        _extractor(config, number, run)  # refuse it before any work
+    check_stages([make_stage(name, config) for name in config.protocols if name.startswith("finetune")], run.group)
+    begin(run, "dvme", config, records)
+    embeddings = _embeddings(config, parts, run)
+    known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}
+    rows, heads = compare_heads(known, classes, config, run)
+    rows += _finetune(config, parts, known["train"][0], Target(tuple(read.classes)), run)
+    metrics: dict[str, Any] = {
+        "classes": read.classes,
+        "images": {name: len(own) for name, own in parts.items()},
+        "metric": config.metric,
+        "rows": rows,
+        "summary": summarise(rows),
+    }
+    if heads:
+        largest = next(size for size in sorted(config.subsets, key=lambda size: -(size or len(parts["train"]))))
+        fused = [extractor.name for extractor in config.extractors if extractor.fused]
+        test = [embeddings["test"][name].to(run.device) for name in fused]
+        metrics["attention"] = {
+            "extractors": fused,
+            "rows_attend_to_columns": heads[largest, 0].head.attention_map(test).tolist(),  # pyright: ignore
+        }
+        logits = logits_of(heads[largest, 0], torch.cat([embeddings["test"][name] for name in fused], 1))
+        log_odds = odds.of_logits(logits.double().cpu().numpy())
+        cases = Target(tuple(read.classes)).cases(parts["test"], log_odds)
+        own = run.part(folder("dvme", "all", largest, 0))
+        write_cases(own.out / "test.csv", cases)
+        recipe_card(
+            own,
+            "dvme",
+            config,
+            parameters=sum(p.numel() for p in heads[largest, 0].parameters()),
+            records=parts,
+            classes=read.classes,
+            predictions={"test": cases},
+        )
+    return finish(run, metrics)
+
+
+def _embeddings(config: DvmeConfig, parts: dict[str, list[Record]], run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return (images, dim) of each split and extractor."""
+    embeddings: dict[str, dict[str, Tensor]] = {name: {} for name in SPLITS}
+    for number, extractor in enumerate(config.extractors):
+        network = _extractor(config, number, run)
+        for name, own in parts.items():
+            found = frozen_features(
+                network,
+                _images(own, config),
+                run.out / "embeddings",
+                size=Size(config.resize, config.crop),
+                batch_size=config.batch_size,
+                memory_budget=run.memory_budget,
+                device=run.device,
+                report=run.report,
+                stage=extractor.name,
+            )
+            embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
+    return embeddings
+
+
+def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """Return the fine-tuned network of a checkpoint's record, and an opener of its images."""
+    config = from_plain(record["config"], DvmeConfig, "checkpoint")
+    chosen = [e for e in config.extractors if e.name in record["extractors"]]
+    extractors = [make_extractor(e.model, config.channels, blocks=e.blocks) for e in chosen]
+    head = make_head(record["protocol"], record["dims"], len(record["classes"]), config)
+
+    def images(records: Sequence[Record]) -> SizedImages:
+        found = SizedImages(
+            records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
+        )
+        found.size = Size(config.resize, config.crop)
+        return found
+
+    return Fused(extractors, head), images
+
+
+def _finetune(
+    config: DvmeConfig, parts: dict[str, list[Record]], embeddings: dict[str, Tensor], target: Target, run: Run
+) -> list[dict[str, Any]]:
+    rows, classes = [], len(target.names)
+    test = _images(parts["test"], config)
+    truth = torch.tensor([record.label for record in parts["test"]])
+    names = [extractor.name for extractor in config.extractors]
+    fused = [extractor.name for extractor in config.extractors if extractor.fused]
+    for size in config.subsets:
+        for fold in range(config.folds):
+            chosen = draw_subset([r.label for r in parts["train"]], classes, size, fold, run.seed)
+            images = _images(
+                [parts["train"][i] for i in chosen], config, Augment.parse(config.augment), run.seed + fold
+            )
+            for protocol in [p for p in config.protocols if p.startswith("finetune")]:
+                for group in [[name] for name in names] if protocol == "finetune" else [fused]:
+                    what = group[0] if protocol == "finetune" else "all"
+                    networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
+                    own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
+                    dims = [embeddings[name].shape[1] for name in group]
+                    task = fit_networks(
+                        protocol,
+                        networks,
+                        dims,
+                        images,
+                        _images(parts["val"], config),
+                        classes,
+                        config,
+                        own,
+                        transformer=bool(set(group) & set(config.transformers)),
+                        record=classifier_record(
+                            "dvme", config, target, protocol=protocol, extractors=group, dims=dims
+                        ),
+                    )
+                    found = measure(config.metric, classes)(truth, task.predict(test))
+                    row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what}
+                    rows.append({**row, "train": len(chosen), "test": found})
+    return rows
+
+
+def _extractor(config: DvmeConfig, number: int, run: Run) -> nn.Module:
+    own = config.extractors[number]
+    torch.manual_seed(seed_of(run.seed, 0, number))  # random weights if there is no file
+    weights = find_weights(own.weights, config.mean, config.std)
+    return make_extractor(own.model, config.channels, weights, own.blocks)
+
+
+def _images(
+    records: Sequence[Record], config: DvmeConfig, augment: Augment | None = None, seed: int = 0
+) -> ImageDataset:
+    return ImageDataset(
+        records,
+        normalize=Normalize(config.mean, config.std),
+        voi=config.voi,
+        channels=config.channels,
+        augment=augment,
+        seed=seed,
+    )

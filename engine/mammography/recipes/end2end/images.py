@@ -1,0 +1,221 @@
+"""Images at the size of the method, their lesions, and patches as pixel sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....datasets.augment import Augment, augmented
+from ....datasets.dataset import ImageDataset, open_record
+from ....datasets.masks import open_inside, read_inside
+from ....datasets.tables import Finding, Record
+from ....datasets.tables.generic import is_absent
+from ....errors import DataError
+from ....files import write_atomically
+from ....images.open import open_pixels
+from ....images.pixels import Normalize, PixelSource, check_region
+from ..sized import Size, SizedImages, read_sized
+from .config import CLASSES, Config
+from .sampler import Lesion, Patch, breast_box, sample
+
+_FULL = 65535
+_SCALE_TOLERANCE = 0.03  # allowed difference in the scales of a mask's sides
+
+
+def open_unmirrored(record: Record, config: Config) -> PixelSource:
+    """Open the image without mirroring, so that findings are at the table's coordinates."""
+    return open_record(record, voi=config.voi, flip=False, channels=config.channels)
+
+
+def write_resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
+    """Write images at the configured size once as 16-bit ``.npy``; at native size, return the records themselves.
+
+    Files are written atomically, so that an interrupted run continues with the missing images.
+    """
+    if not config.resize:
+        return list(records)
+    made = []
+    for number, record in enumerate(records):
+        path = folder / f"{number:06d}.npy"
+        if not path.exists():
+            image = read_sized(open_unmirrored(record, replace(config, channels=1)), Size(config.resize))
+            pixels = (image[0].clamp(0, 1) * _FULL).round().numpy().astype(np.uint16)
+            write_atomically(path, lambda p, pixels=pixels: np.save(p, pixels), "image")
+        made.append(replace(record, path=path, frame=None, white=None))
+    return made
+
+
+def check_findings(records: Sequence[Record]) -> None:
+    """Refuse lesions without a valid location, before any image is read.
+
+    Raises:
+        DataError: a finding has neither mask nor box, its mask is missing or of another shape, or its box is outside
+            the image.
+    """
+    for record in records:
+        boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
+        if boxes:
+            height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
+            for top, bottom, left, right in boxes:
+                if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
+                    raise DataError(
+                        f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
+                        f"outside the image of {height} x {width} pixels; correct it, or remove the finding"
+                    )
+        for finding in record.findings:
+            if finding.pathology and finding.mask is None and finding.box is None:
+                raise _no_location(record)
+            if finding.pathology and finding.mask is not None and is_absent(finding.mask):
+                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
+            if finding.pathology and finding.mask is not None:
+                _check_shape(finding.mask, record)
+
+
+def _check_shape(path: Path, record: Record) -> None:
+    """Refuse a mask that does not cover the whole image; CBIS-DDSM's masks differ by a few rows."""
+    image, mask = open_pixels(record.path, flip=False, frame=record.frame).shape[1:], open_inside(path)[0].shape[1:]
+    down, across = (own / whole for own, whole in zip(mask, image, strict=True))
+    if max(down, across) > (1 + _SCALE_TOLERANCE) * min(down, across):
+        raise DataError(
+            f"{path}: is {mask[0]} x {mask[1]}, its image {image[0]} x {image[1]}, so it does not cover all of it; "
+            "correct the mask, or remove the finding"
+        )
+
+
+def _no_location(record: Record) -> DataError:
+    return DataError(f"{record.path}: a finding has neither mask nor box; add one, or remove the finding")
+
+
+def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
+    """Return the lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
+
+    A finding's mask is its mask file, or else its box. Kinds that begin with calc are calcifications, others masses.
+
+    Raises:
+        DataError: a finding has neither mask nor box, or no part of it is in the image.
+    """
+    found = []
+    for finding in record.findings:
+        if finding.pathology:
+            label = CLASSES.index(
+                ("calc" if finding.kind.startswith("calc") else "mass")
+                + ("_mal" if finding.pathology.startswith("malignant") else "_ben")
+            )
+            mask = _mask(finding, record, shape)
+            if not mask.any():
+                what = f"contains no pixel of a lesion ({CLASSES[label]})"
+                raise DataError(f"{finding.mask or record.path}: {what}; remove the finding")
+            found.append(Lesion(mask, label))
+    return found
+
+
+def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if finding.mask is not None:
+        mask = torch.from_numpy(read_inside(finding.mask))[None, None]
+    elif finding.box is not None:
+        source = open_pixels(record.path, flip=False, frame=record.frame)
+        mask = torch.zeros(1, 1, *source.shape[1:], dtype=torch.bool)
+        mask[..., finding.box[0] : finding.box[1], finding.box[2] : finding.box[3]] = True
+    else:
+        raise _no_location(record)
+    small = F.interpolate(mask.to(torch.uint8), shape, mode="nearest")
+    if not small.any():  # a lesion smaller than a pixel
+        small = F.adaptive_max_pool2d(mask.float(), shape)
+    return small[0, 0].numpy().astype(bool)
+
+
+@dataclass(frozen=True)
+class ImagePatch:
+    """A patch and the number of its image."""
+
+    image: int
+    patch: Patch
+
+
+def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[ImagePatch]:
+    """Sample the patches of images; every image has its own random numbers.
+
+    Args:
+        originals: records with findings in pixels of their files.
+        records: the same images at the configured size.
+    """
+    places = []
+    for number, (original, record) in enumerate(zip(originals, records, strict=True)):
+        source = open_unmirrored(record, replace(config, channels=1))
+        image = source.read(0, source.shape[1], 0, source.shape[2])[0].numpy()
+        rng = np.random.default_rng([seed, number])
+        found = sample(breast_box(image), lesions(original, image.shape), config.sampling, rng)
+        places += [ImagePatch(number, patch) for patch in found]
+    return places
+
+
+class Window:
+    """A square of an image; black beyond its borders."""
+
+    def __init__(self, source: PixelSource, top: int, left: int, side: int) -> None:
+        self.source, self.top, self.left = source, top, left
+        self.shape = (source.shape[0], side, side)
+        self.name = source.name
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        _, height, width = self.source.shape
+        out = torch.zeros(self.shape[0], bottom - top, right - left)
+        y, x = self.top + top, self.left + left
+        overlap = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
+        if overlap[0] < overlap[1] and overlap[2] < overlap[3]:
+            out[:, overlap[0] - y : overlap[1] - y, overlap[2] - x : overlap[3] - x] = self.source.read(*overlap)
+        return out
+
+
+class Patches:
+    """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
+
+    def __init__(
+        self, records: Sequence[Record], places: Sequence[ImagePatch], config: Config, *, augment: bool, seed: int = 0
+    ) -> None:
+        self.records, self.places, self.config, self.seed, self.epoch = records, places, config, seed, 0
+        self.augment = Augment.parse(config.augment) if augment and config.augment else None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        place, side = self.places[index], self.config.sampling.side
+        # All channels are the grey values: only one is augmented, which takes most of the time.
+        source: PixelSource = open_unmirrored(self.records[place.image], replace(self.config, channels=1))
+        source = Window(source, place.patch.top, place.patch.left, side)
+        if self.augment is not None:
+            source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index)
+        grey = source.read(0, side, 0, side)
+        mean, std = (torch.tensor(own)[:, None, None] for own in (self.config.mean, self.config.std))
+        return ((grey - mean) / std).expand(self.config.channels, -1, -1), place.patch.label
+
+
+def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+    """Return the images for the whole-image network, which already have its size."""
+    return ImageDataset(
+        records,
+        normalize=Normalize(config.mean, config.std),
+        voi=config.voi,
+        flip=False,
+        channels=config.channels,
+        augment=Augment.parse(config.augment) if augment and config.augment else None,
+        seed=seed,
+    )
+
+
+def sized_images(records: Sequence[Record], config: Config) -> SizedImages:
+    """Return images of any size, resized for the whole-image network."""
+    images = SizedImages(
+        records, normalize=Normalize(config.mean, config.std), voi=config.voi, flip=False, channels=config.channels
+    )
+    images.size = Size(config.resize)
+    return images

@@ -1,0 +1,182 @@
+"""The definition of a recipe: a published method with its configuration, training, and a synthetic task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...datasets.tables import Finding, Record
+from ...errors import DataError, GigamorphError
+from ...files import write_atomically
+from ...images.rawfile import brief
+from ...parsing import parse_json
+from ...train.data import Images
+from ...train.run import Run
+from ...train.splits import hash_of_reading
+from ...trust import trusted
+from ...versions import versions_of_results
+from .claims import Synthetic, judge
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Result of a synthetic task that tests a paper's claim."""
+
+    claim: str
+    """The paper's sentence, in our words."""
+    rule: str
+    """The condition on `rows` under which the claim holds."""
+    rows: list[dict[str, Any]]
+    """Measurements: plain numbers and texts, one row or more per seed."""
+    judged: list[dict[str, Any]]
+    """The parts of the rule, each with its mean and interval over the seeds; see `judge`."""
+    holds: bool | None
+    """Whether the rows satisfy the rule; None with too few seeds."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published method that can be run."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    config: type
+    """A frozen dataclass whose defaults are the published hyper-parameters; `configs/NAME.toml` lists their sources."""
+    train: Callable[[Path, Any, Run], dict[str, Any]]
+    """(table, config, run) -> metrics as plain values; writes into run.out."""
+    synthetic: Synthetic
+    restore: Callable[[dict[str, Any]], tuple[nn.Module, Callable[[Sequence[Record]], Images]]] | None = None
+    """(record of a checkpoint) -> its classifier of whole images without weights, and an opener of its images."""
+
+
+def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
+    """Write ``recipe.json`` for a new run, or check that the existing one belongs to the run to be resumed.
+
+    Raises:
+        GigamorphError: the folder contains another run, or one that is not to be resumed.
+    """
+    path = run.out / "recipe.json"
+    split = [["/".join(r.path.parts[-2:]), r.patient_id, r.label, r.split] for r in records]
+    truth = [[r.laterality, r.view, r.exam_id, r.labels, [_describe_finding(f) for f in r.findings]] for r in records]
+    note = {
+        "recipe": name,
+        "seed": run.seed,
+        "precision": run.precision,
+        "config": json.loads(json.dumps(asdict(config))),
+        # The file is shared: hashes show whether the data are the same, not who is in them.
+        "split_sha256": hashlib.sha256(json.dumps(split).encode()).hexdigest(),
+        "truth_sha256": hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest(),
+        "reading_sha256": hash_of_reading({"": records}),
+    }
+    exists = path.exists()
+    if exists and not run.resume:
+        raise GigamorphError(f"{run.out}: already contains a run; continue it with --resume or choose another folder")
+    if not exists:
+        if run.resume and (other := next(run.out.rglob("*.ckpt"), None)):
+            raise GigamorphError(
+                f"{other}: exists, but recipe.json, which names its recipe, is missing; choose another folder"
+            )
+        run.group.wait()  # all processes have checked the folder
+        text = json.dumps({**note, "versions": versions_of_results()}, indent=1) + "\n"
+        write_atomically(path, lambda p: p.write_text(text), "run's record")
+        return
+    try:
+        stored = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GigamorphError(f"{path}: cannot be read ({error}); choose another folder") from error
+    if stored.get("split_sha256") != note["split_sha256"]:
+        raise DataError(f"{path}: belongs to other data or another split; resume with the original table")
+    if stored.get("truth_sha256", note["truth_sha256"]) != note["truth_sha256"]:  # older runs do not have it
+        changed = "was begun with other labels, findings, sides, views or exams of the same images"
+        raise DataError(f"{path}: {changed}; resume with the original table")
+    if stored.get("reading_sha256", note["reading_sha256"]) != note["reading_sha256"]:
+        changed = "was begun with other frames, sides or white levels of the same images"
+        raise DataError(f"{path}: {changed}; resume with the original table")
+    for key in ("recipe", "seed", "precision"):
+        if stored.get(key) != note[key]:
+            raise GigamorphError(f"{path}: was begun with {key} {stored.get(key)!r}, not {note[key]!r}; use the same")
+    for key, value in note["config"].items():
+        if stored["config"].get(key) != value:
+            changed = (
+                f"was begun with {key} = {_short(stored['config'].get(key))} in its configuration, not {_short(value)}"
+            )
+            raise GigamorphError(f"{path}: {changed}; resume with the same")
+
+
+def _short(value: Any) -> str:
+    return brief(json.dumps(value))
+
+
+def _describe_finding(finding: Finding) -> list[Any]:
+    mask = finding.mask and finding.mask.name
+    return [finding.kind, finding.pathology, finding.birads, finding.box, finding.outline, mask]
+
+
+def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write ``metrics.json``, and return its content."""
+    metrics = {**metrics, "seed": run.seed, "versions": versions_of_results()}
+    text = json.dumps(metrics, indent=1) + "\n"
+    write_atomically(run.out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    return metrics
+
+
+def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
+    """Run a recipe's synthetic task; write its claim to ``claim.json`` and each seed's rows to ``seed_N/rows.json``.
+
+    A resumed run reuses complete seeds; an interrupted seed, which takes minutes, starts again.
+
+
+    Raises:
+        GigamorphError: the folder already contains a claim, or contains seeds and is not to be resumed.
+    """
+    path = run.out / "claim.json"
+    if path.exists():
+        raise GigamorphError(f"{path}: already exists; choose another folder")
+    seconds, rows = 0.0, list[dict[str, Any]]()
+    for seed in seeds:
+        own = replace(run.part(f"seed_{seed}"), seed=seed)
+        if own.out.exists() and not run.resume:
+            raise GigamorphError(f"{own.out}: already exists; continue with --resume or choose another folder")
+        run.say(f"seed {seed}")
+        found = _rows_of_seed(recipe, own)
+        rows, seconds = rows + found["rows"], seconds + found["seconds"]
+    task = recipe.synthetic
+    holds, judged = judge(task.rule, rows)
+    claim = Claim(task.claim, str(task.rule), rows, judged, holds, seconds)
+    text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text), "claim")
+    return claim
+
+
+def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Return the synthetic task's rows and duration for a seed, from an earlier run if it was complete."""
+    path = run.out / "rows.json"
+    if run.out.exists():
+        found = parse_json(path.read_text()) if path.is_file() else {}
+        if found.get("recipe") != recipe.name:
+            raise GigamorphError(f"{run.out}: does not contain a seed of recipe {recipe.name}; choose another folder")
+        if found["rows"] is not None:
+            return found
+        shutil.rmtree(run.out)
+
+    def store(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
+        found = {"recipe": recipe.name, "rows": rows, "seconds": time.monotonic() - began}
+        write_atomically(path, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"), "rows of a seed")
+        return found
+
+    began = time.monotonic()
+    run.out.mkdir(parents=True)
+    store(None)  # marks the folder as this recipe's
+    with trusted():  # the task uses networks of its own module
+        return store(recipe.synthetic.rows(replace(run, resume=False)))

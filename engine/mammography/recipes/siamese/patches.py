@@ -1,0 +1,209 @@
+"""Patches on a grid of registered pairs, stored in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....errors import DataError
+from ....files import write_atomically
+from ....images.pixels import Normalize, PixelSource, to_original
+from ..features import record_digest
+from .config import SiameseConfig
+from .pairs import Pair, open_side
+from .register import breast_mask, downsampled, resample_to
+
+_FULL = 65535
+_SMALL = 16  # blocks per side of a cell for the share of tissue
+
+
+def sources_of(pair: Pair, config: SiameseConfig) -> tuple[PixelSource, PixelSource]:
+    """Open both breasts of a pair in the geometry of the left one."""
+    normalize = Normalize(config.mean, config.std)
+    left, right = (
+        open_side(record, mirror=config.mirror, normalize=normalize, channels=config.channels, voi=config.voi)
+        for record in (pair.left, pair.right)
+    )
+    return left, resample_to(left, right, config.registration)
+
+
+def cells_of(left: PixelSource, right: PixelSource, config: SiameseConfig) -> NDArray[np.int64]:
+    """Return top and left (n, 2) of the grid's cells that have the required share of tissue in both breasts."""
+    _, height, width = left.shape
+    places = [
+        (top, x)
+        for top in range(0, height - config.patch + 1, config.stride)
+        for x in range(0, width - config.patch + 1, config.stride)
+    ]
+    factor = max(1, config.patch // _SMALL)
+    masks = [_mask(source, factor) for source in (left, right)]
+    side = config.patch // factor
+    found = [
+        (top, x)
+        for top, x in places
+        if min(m[top // factor : top // factor + side, x // factor : x // factor + side].mean() for m in masks)
+        >= config.tissue
+    ]
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def _mask(source: PixelSource, factor: int) -> NDArray[np.bool_]:
+    """Return the breast's mask on an image averaged over blocks, the last of which may be incomplete."""
+    small = downsampled(source, factor)
+    _, height, width = small.shape
+    mask = breast_mask(small.read(0, height, 0, width).mean(0).numpy())
+    return np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """The patches of one pair in a file."""
+
+    pair: Pair
+    path: Path
+    """uint16 (n, 2, h, w), grey values from 0 to 65535, as ``.npy``."""
+    cells: NDArray[np.int64]
+    """(n, 2): top and left."""
+    boxes: NDArray[np.float64]
+    """(2, n, 4): boxes in the files of left and right; left, top, right, bottom."""
+    config: SiameseConfig
+
+    def open(self) -> NDArray[np.uint16]:
+        """Return a memory map, which reads only the requested parts."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    def normalised(self, pixels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Convert pixels (..., h, w) to network inputs: float32 (..., C, h, w)."""
+        mean, std = (np.array(own, np.float32)[:, None, None] for own in (self.config.mean, self.config.std))
+        found = (pixels[..., None, :, :] * np.float32(1 / _FULL) - mean) / std
+        return np.broadcast_to(found, (*pixels.shape[:-2], self.config.channels, *pixels.shape[-2:])).copy()
+
+
+def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
+    """Write the patches of a pair to ``folder``, unless files with the hash of its images and settings exist.
+
+    Raises:
+        DataError: an image cannot be read, or no breast is found in it.
+    """
+    names = ("mean", "std", "voi", "mirror", "registration", "patch", "stride", "tissue", "channels")
+    key = json.dumps(["uint16", *(getattr(config, name) for name in names)])
+    digests = [record_digest(record) for record in (pair.left, pair.right)]
+    path = folder / f"{hashlib.sha256(' '.join([key, *digests]).encode()).hexdigest()}.npy"
+    places = path.with_suffix(".npz")
+    if not places.exists() or not path.exists():
+        left, right = sources_of(pair, config)
+        cells = cells_of(left, right, config)
+        side = config.patch
+        found = np.empty((len(cells), 2, side, side), np.uint16)
+        for index, (top, x) in enumerate(cells.tolist()):
+            for number, source in enumerate((left, right)):
+                # All channels of an image have the same grey values.
+                grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
+                found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
+        boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
+        _save(path, lambda file: np.save(file, found))
+        _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
+    with np.load(places, allow_pickle=False) as stored:
+        return PatchFile(pair, path, stored["cells"], stored["boxes"], config)
+
+
+def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    write_atomically(path, save, "patches")
+
+
+def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
+    """Return (n, 4) left, top, right, bottom of the cells in their file."""
+    top, x = cells[:, 0].astype(np.float64), cells[:, 1].astype(np.float64)
+    return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
+
+
+class PatchPairs(Sequence[NDArray[Any]]):
+    """All patches of pairs in order, float32 (2, C, h, w) each; a patch is read on access."""
+
+    def __init__(self, files: Sequence[PatchFile]) -> None:
+        self.files = [file for file in files if len(file.cells)]
+        if not self.files:
+            raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
+        self._ends = np.cumsum([len(file.cells) for file in self.files]).tolist()
+        self._open: tuple[int, NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.take([index])[0]
+
+    def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Return some of them, (n, 2, C, h, w), read per file for speed."""
+        wanted = [self.where(index) for index in indices]
+        pixels: NDArray[np.uint16] | None = None
+        for number in dict.fromkeys(number for number, _ in wanted):
+            own = [n for n, (file, _) in enumerate(wanted) if file == number]
+            found = self._opened(number)[[wanted[n][1] for n in own]]
+            if pixels is None:
+                pixels = np.empty((len(wanted), *found.shape[1:]), np.uint16)
+            pixels[own] = found
+        assert pixels is not None
+        return self.files[0].normalised(pixels)
+
+    def _opened(self, number: int) -> NDArray[Any]:
+        opened = self._open  # local copy: another thread may change it
+        if opened is None or opened[0] != number:
+            self._open = opened = number, self.files[number].open()
+        return opened[1]
+
+    def where(self, index: int) -> tuple[int, int]:
+        """Return the number of a patch's file, and its index in it."""
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    @property
+    def patients(self) -> list[str]:
+        """Patient of every patch."""
+        return [file.pair.left.patient_id for file in self.files for _ in file.cells]
+
+
+def stacked(pairs: Sequence[Any] | Tensor, indices: Sequence[int]) -> Tensor:
+    """Return some pairs of patches, (n, 2, C, h, w)."""
+    if isinstance(pairs, PatchPairs):
+        return torch.from_numpy(pairs.take(indices))
+    return torch.stack([torch.as_tensor(pairs[index]) for index in indices])
+
+
+class SinglePatches:
+    """Single patches of both breasts, float32 (n, C, h, w), read on access by a slice or a list."""
+
+    def __init__(self, files: Sequence[PatchFile], places: Sequence[tuple[int, int, int]] | None = None) -> None:
+        self.files = files
+        self.places = (
+            [(f, side, cell) for f, file in enumerate(files) for side in range(2) for cell in range(len(file.cells))]
+            if places is None
+            else list(places)
+        )
+        """Per patch: its file, 0 for left and 1 for right, and its cell."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, chosen: slice | Sequence[int]) -> Tensor:
+        places = self.places[chosen] if isinstance(chosen, slice) else [self.places[i] for i in chosen]
+        found = [self.files[f].normalised(self.files[f].open()[cell, side]) for f, side, cell in places]
+        return torch.from_numpy(np.stack(found))
+
+    def take(self, chosen: Sequence[int]) -> SinglePatches:
+        """Return a selection without reading it."""
+        return SinglePatches(self.files, [self.places[i] for i in chosen])

@@ -1,0 +1,76 @@
+"""Classification of data in memory: patches or embeddings of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...train.task import Task
+
+Measure = Callable[[Tensor, Tensor], float | None]
+"""(labels (n,), logits (n, classes)) -> score, larger is better; None if undefined."""
+
+
+class Inputs(Protocol):
+    """A tensor (n, ...), or an object that reads a slice or a list of indices from files."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, chosen: Any, /) -> Tensor: ...
+
+
+class TensorTask(Task):
+    """A network trained by cross-entropy on tensors.
+
+    Args:
+        module: (N, ...) -> (N, classes).
+        inputs, labels: (n, ...) and int64 (n,).
+        val: inputs and labels that select the best epoch.
+        measure: score of their logits; by default the negative loss.
+        vary: random augmentation of a batch of training inputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Inputs,
+        labels: Tensor,
+        val: tuple[Inputs, Tensor] | None = None,
+        measure: Measure | None = None,
+        vary: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.module, self.inputs, self.labels, self.val = module, inputs, labels, val
+        self.measure, self.vary = measure or negative_loss, vary
+
+    def examples(self, epoch: int) -> Sequence[int]:
+        return range(len(self.inputs))
+
+    def loss(self, batch: Sequence[int]) -> Tensor:
+        device = next(self.module.parameters()).device
+        inputs = self.inputs[list(batch)].to(device)
+        logits = self.module(inputs if self.vary is None else self.vary(inputs))
+        return F.cross_entropy(logits.float(), self.labels[list(batch)].to(device))
+
+    def score(self) -> float | None:
+        return None if self.val is None else self.measure(self.val[1], logits_of(self.module, self.val[0]))
+
+
+@torch.no_grad()
+def logits_of(module: nn.Module, inputs: Inputs, batch: int = 256) -> Tensor:
+    """Return float32 outputs on the CPU, in batches; the module must be in evaluation mode."""
+    device = next(module.parameters()).device
+    parts = (inputs[first : first + batch] for first in range(0, len(inputs), batch))
+    return torch.cat([module(part.to(device)).float().cpu() for part in parts])
+
+
+def accuracy(labels: Tensor, logits: Tensor) -> float:
+    """Return the share of rows whose largest logit is the label's."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def negative_loss(labels: Tensor, logits: Tensor) -> float:
+    """Return minus the mean cross-entropy."""
+    return -float(F.cross_entropy(logits, labels))
