@@ -157,7 +157,7 @@ def _texts(row: Row) -> list[str]:
 
 
 def _shared(text: str, beyond: bool) -> str:
-    text = text.removesuffix('; or have the map whole: accelerate(..., fallback="whole")')
+    text = re.sub("; or (have the map whole|compute it untiled): accelerate.*", "", text)
     text = re.sub(r" \(\w+\.py:\d+\)| \(it differs by .*\)", "", text)
     if beyond:
         return text

@@ -249,7 +249,7 @@ class _NodeList:
                     op, f"'{op.name}' cannot run functions of maps by tile; write their ops in Python"
                 ) from None
             if not self.whole:
-                raise UnsupportedError(f'{refusal}; or have the map whole: accelerate(..., fallback="whole")') from None
+                raise UnsupportedError(f'{refusal}; or compute it untiled: accelerate(..., fallback="whole")') from None
             made = Whole(op)
         for node in made if isinstance(made, list) else [made]:
             self._append(op, node)
