@@ -19,21 +19,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 60_865,
-    ("engine", "kernels", "cli", "benchmarks"): 70_646,
+    ("engine", "kernels"): 60_856,
+    ("engine", "kernels", "cli", "benchmarks"): 70_642,
     ("benchmarks",): 5_989,
 }
 WORDS = {
-    r"told|tells": 141,
-    r"anew": 37,
-    r"besides?": 166,
-    r"in silence": 3,
-    r"(by|in) turns": 8,
-    r"taken whole": 13,
+    r"told|tells": 1,
+    r"anew": 1,
+    r"besides?": 35,
+    r"in silence": 0,
+    r"(by|in) turns": 1,
+    r"taken whole": 11,
     r"let go": 0,
-    r"hands? on": 4,
-    r"(is|are) no": 182,
-    r"gone": 5,
+    r"hands? on": 0,
+    r"(is|are) no": 51,
+    r"gone": 0,
 }
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -68,7 +68,7 @@ def test_training_rows_are_no_default(tmp_path, capsys):
         assert run("eval", path, "--out", tmp_path / "out", *options) == 2
         assert "--split train" in capsys.readouterr().err
     assert run("eval", path, "--out", tmp_path / "out", "--split", "tset") == 2
-    assert "train, val, test" in capsys.readouterr().err
+    assert "train, val and test" in capsys.readouterr().err
     unknown = written(tmp_path, {"": 8})
     line, found, _ = measured(unknown, tmp_path, capsys)
     assert line == "measured: 8 rows without a split; nothing is fitted" and found["rows"]["measured"] == {"": 8}

@@ -227,7 +227,7 @@ def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path,
         assert run("explain", tmp_path / name, image, "--out", tmp_path / f"map{name}", "--format", "tif") == 0
     assert rows(tmp_path / "mapfolds" / "marks.csv") == rows(tmp_path / "mapboth" / "marks.csv")
     assert run("export", tmp_path / "folds", "--to", "onnx", "--out", tmp_path / "net.onnx") == 2
-    assert "holds the runs of a cross-validation" in capsys.readouterr().err
+    assert "contains the runs of a cross-validation" in capsys.readouterr().err
     one = tmp_path / "folds" / "fold1"
     assert run("predict", one, image, "--out", tmp_path / "none") == 2
     assert f"is the folder of a run; use its checkpoint, {one / 'best.ckpt'}" in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     command = ["import", "resnet18?width=4", "--weights", tmp_path / "w.pt", "--classes", "no,yes", "--mean", "0.5"]
     assert run(*command, "--size", "96x64", "--out", tmp_path / "net") == 0
     said = capsys.readouterr().out
-    assert "gives no, yes" in said and "takes 1 channel, every pixel, mean [0.5]" in said
+    assert "outputs: no, yes" in said and "1 channel, every pixel, mean [0.5]" in said
     assert "licence not stated" in said
     assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 from commands import run
 
-from gigamorph.engine import recipes
 from gigamorph.engine.errors import GigamorphError
+from gigamorph.engine.mammography import recipes
 from gigamorph.engine.mammography.recipes.claims import Effect, Rule, Synthetic
 from gigamorph.engine.mammography.recipes.recipe import Recipe
 from gigamorph.engine.models import build_model

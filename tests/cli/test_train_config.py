@@ -251,7 +251,7 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     )
     assert run("train", table, *given) == 2 and "already holds a run" in capsys.readouterr().err
     for other, told in (
-        (["--folds", "3"], "was begun with 2 folds, not 3"),
+        (["--folds", "3"], "was started with 2 folds, not 3"),
         (
             ["--weights", tmp_path / "cv" / "fold1" / "best.ckpt"],
             "fold1/last.ckpt: was started from other weights than",
@@ -287,7 +287,7 @@ def test_names_are_looked_up_before_images_are_read(tmp_path, capsys):
         (["--callback", "nowhere:Thing"], "callback 'nowhere:Thing' cannot be imported"),
         (["--freeze", "nothing"], "'nothing' matches no parameter of the network"),
         (["--lr-of", "nothing=1"], "'nothing' matches no parameter of the network"),
-        (["-o", "data.classes=['no', 'yes']"], "label '0' is none of"),
+        (["-o", "data.classes=['no', 'yes']"], "unknown label '0'; the classes are no, yes"),
         ([], "none of the 4 images can be read"),
     ):
         assert run("train", tmp_path / "t.csv", *FAST, "--skip-bad", *options, "--out", tmp_path / "run") == 2

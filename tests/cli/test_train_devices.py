@@ -116,7 +116,7 @@ def test_a_process_that_a_launcher_has_started(phantoms, tmp_path, monkeypatch, 
         monkeypatch.setenv(name, str(value))
     command = ["train", phantoms, *FAST, "--epochs", "1", "--out", tmp_path / "run"]
     assert run(*command, "--devices", "2") == 2
-    assert "--devices 2 in one of 1 processes" in capsys.readouterr().err
+    assert "--devices 2 contradicts the launcher, which started 1" in capsys.readouterr().err
     assert run(*command, "--split-image") == 0
     assert not torch.distributed.is_initialized()
 

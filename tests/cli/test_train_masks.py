@@ -130,7 +130,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(trained, table, tmp_path, ca
     _, mask = squares(0)
     for name, values, said in (
         ("value", np.where(mask == 2, np.uint8(9), mask), "contains 9, which is not a class"),
-        ("size", mask[1:], "correct the mask"),
+        ("size", mask[1:], "correct it"),
     ):
         (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(values))
         other.write_text(f"image_path,mask_path,patient_id\n{table.parent / '0.png'},{name}.png,p\n")

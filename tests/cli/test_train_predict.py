@@ -169,7 +169,7 @@ def test_a_network_that_is_no_classifier_of_these_images(phantoms, tmp_path, mon
         "def net(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))\n"
     )
     for folder, message in (
-        (tmp_path, "gives 1 x 1 for 1 image and 2 classes"),
+        (tmp_path, "outputs 1 x 1 for 1 image and 2 classes"),
         (phantoms.parent, "no module 'one_out"),
     ):
         monkeypatch.chdir(folder)

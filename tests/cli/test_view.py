@@ -100,7 +100,7 @@ def test_evidence_is_of_the_network_that_predicted(predicted, tmp_path, capsys):
     other = tmp_path / "other.ckpt"
     other.write_bytes((predicted / "run" / "last.ckpt").read_bytes() + b"0")
     assert run("view", predicted / "predictions", "--static", "--evidence", other, "--out", tmp_path / "page") == 2
-    assert "another network" in capsys.readouterr().err and not (tmp_path / "page").exists()
+    assert "is not the network of the predictions" in capsys.readouterr().err and not (tmp_path / "page").exists()
 
 
 def test_a_page_that_cannot_be_written_is_one_line(predicted, tmp_path, capsys):

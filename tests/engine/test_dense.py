@@ -272,7 +272,7 @@ def test_a_part_of_the_steps_recomputed(monkeypatch):
         (labels(), lambda z, y: z.flatten(2).sort().values.mean(), "sort"),
         ("mask.png", F.cross_entropy, "not str"),
         (labels(2, CLASSES, 7, 5), lambda z, y: (z * y).sum(), r"\[2, 3, 7, 5\].*\[2, 3, 45, 38\] \(test_dense.py:"),
-        (np.zeros(7), F.cross_entropy, "two image axes"),
+        (np.zeros(7), F.cross_entropy, "two non-empty image axes"),
         (np.zeros((2, 9, 9), int), F.cross_entropy, r"different sizes, \(45, 38\) and \(9, 9\)"),
     ],
 )

@@ -152,7 +152,7 @@ def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("labels", "name"), [(["1"] * 9, "1"), (["0"] * 9, "0"), (["benign"] * 9, "benign")])
 def test_one_label_is_nothing_to_learn(tmp_path: Path, labels: list[str], name: str) -> None:
-    with pytest.raises(DataError, match=f"training images have label {name}; training needs another class"):
+    with pytest.raises(DataError, match=f"training images have label {name}; training needs two classes"):
         training_data(table(tmp_path, labels))
 
 

@@ -81,5 +81,5 @@ def test_a_picture_shows_both_masks_and_where_they_differ(written, tmp_path):
     assert (shown == (predicted[top:bottom, left:right] > 0)).all()
     assert len(detail.collections) >= 1 and whole.lines
     (tmp_path / "small.png").write_bytes(imagecodecs.png_encode(mask[1:]))
-    with pytest.raises(DataError, match="correct the mask"):
+    with pytest.raises(DataError, match="but its image 1100 x 700; correct it"):
         picture_of(record, tmp_path / "small.png", Classes(CLASSES))

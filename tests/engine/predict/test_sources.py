@@ -76,4 +76,4 @@ def test_what_is_left_out_of_a_folder_is_told_once(tmp_path, caplog):
     found = predict(archives.tiny, [tmp_path / "images"], tmp_path / "out", Options("m", workers=0))
     assert found.done == 2
     told = [record.getMessage() for record in caplog.records]
-    assert sum("gigamorph train wrote" in line for line in told) == 1 and sum(".bmp" in line for line in told) == 1
+    assert sum("results of gigamorph train" in line for line in told) == 1 and sum(".bmp" in line for line in told) == 1

@@ -204,10 +204,10 @@ def test_bad_tables_are_refused_and_bad_masks_left_out_with_skip_bad(table, tmp_
     assert sum(map(len, data.parts.values())) == 3 and any("left out:" in line for line in told)
     (tmp_path / "masks" / "1.png").write_bytes(imagecodecs.png_encode(squares(1, (0, 1, 7))[1]))
     named = Labels("masks", classes=("a", "b", "c"))
-    with pytest.raises(DataError, match=r"1\.png: holds 7"):
+    with pytest.raises(DataError, match=r"1\.png: contains 7"):
         training_data(own, labels=named)
     data = training_data(own, labels=named, skip_bad=True, warn=told.append)
-    assert sum(map(len, data.parts.values())) == 2 and any("1.png: holds 7" in line for line in told)
+    assert sum(map(len, data.parts.values())) == 2 and any("1.png: contains 7" in line for line in told)
 
 
 def test_networks_without_a_map_are_refused(table, tmp_path):
