@@ -11,19 +11,19 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 CLASSES = {
-    "a": "nothing but the last pooling looks at the whole image",
-    "b": "statistics of the whole image inside: squeeze-and-excite, group norm, response norm, linear attention",
-    "c": "attention over all positions, in windows, or another mixing of positions somewhere",
-    "fixed": "takes images of one size alone",
+    "a": "only the last pooling reads the whole image",
+    "b": "inner layers use statistics of the image: squeeze-and-excite, group norm, response norm, linear attention",
+    "c": "some layer mixes positions: attention over all positions or in windows, or another form",
+    "fixed": "accepts images of one size only",
 }
 MODES = {"eval": "frozen", "live": "live"}  # names on the page
 VERDICTS = {
-    "exact": "computed tile by tile, and the same as stock PyTorch",
-    "taken whole": 'the same, with `fallback="untiled"`: an op in the middle takes a whole map',
-    "refused": "an error that names the module and the line",
-    "unclear": "it differs by no more than four times what stock PyTorch itself does when it rounds otherwise, which "
-    "is more than 1e-9, so that an error could hide in it",
-    "wrong": "anything else",
+    "exact": "computed tile by tile, and equal to stock PyTorch",
+    "taken whole": 'equal, but only with `fallback="untiled"`: an op in the middle needs an untiled map',
+    "refused": "not computed; the error names the module and the line",
+    "unclear": "the difference is at most four times that between two roundings of stock PyTorch; as that is more "
+    "than 1e-9, it could hide an error",
+    "wrong": "any other result",
 }
 
 LONG = 10  # times stock's step: slower rows are named on the page
@@ -34,7 +34,8 @@ Row = dict[str, Any]
 def page(result: dict[str, Any]) -> str:
     """Return the page; the same JSON gives the same page."""
     rows = result["networks"]
-    return "\n".join([_head(result), _counts(rows), _reading(result), _networks(rows), _remarks(rows)])
+    text = "\n".join([_head(result), _counts(rows), _reading(result), _networks(rows), _remarks(rows)])
+    return text.replace("taken whole", "untiled map")  # the files of results have the older words
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -46,8 +47,8 @@ def _head(result: dict[str, Any]) -> str:
 Written by `python benchmarks/coverage.py --markdown` from `benchmarks/results/coverage_census.json`; do not edit.
 
 {len(names)} networks (timm {result["timm"]}, torchvision {result["torchvision"]}, and small U-Nets and a feature
-pyramid of our own), unmodified, in tiles of {tiles} pixels: outputs, the gradient of every parameter and of the image,
-and every buffer after one training step, against stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
+pyramid of our own), unmodified, in tiles of {tiles} pixels. Outputs, gradients of all parameters and of the image, and
+buffers after one training step are compared with stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
 {_commits(result["networks"])}
 """
 
@@ -95,23 +96,22 @@ Verdicts:
 
 {verdicts}
 
-*Error* is the largest relative error of any output, gradient or buffer in float64, of a network that casts to float32
-itself with these casts made float64. The limit is {result["limit"]:.0e}. Where it is passed, stock PyTorch's own
-rounding decides: its step is repeated with the result of every operation changed in the last bit at random, with maps
-in another memory order, and with its live BatchNorm written out; a tensor may differ by four times what that moves it,
-and never by more than 1e-9.
+*Error* is the largest relative error of any output, gradient or buffer in float64. If a network casts to float32
+itself, these casts are replaced by casts to float64. The limit is {result["limit"]:.0e}. Above it, stock PyTorch's
+own rounding decides: stock's step is repeated with a random change in the last bit of every result, with maps in
+another memory order, and with BatchNorm in training mode written out. A tensor may then differ by four times the
+change that this causes, but never by more than 1e-9.
 
-PyTorch's BatchNorm on the CPU computes wrong gradients for some memory orders of a single image
-(`engine/capture/corrected.py`). Where that happens in stock's step, it is stock that is given contiguous tensors, so
-that it is right; the remark says so. Where stock's rounding is beyond 1e-9 with random statistics, those of a batch
-are tried.
+For some memory orders of a single image, PyTorch's BatchNorm computes wrong gradients on the CPU
+(`engine/capture/corrected.py`). If that happens in stock's step, stock gets contiguous tensors, which makes it correct;
+a remark reports this. If stock's rounding exceeds 1e-9 with random statistics, the statistics of a batch are used.
 
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.
-Below 1 the tiles are nearer to the truth than stock is. {_gradients(result["networks"])}
+Below 1, the tiles are more accurate than stock. {_gradients(result["networks"])}
 
-*time* is a training step's CPU time in float64, as a multiple of stock PyTorch's: the best of some in turns, after
-the recording. {_slowest(result["networks"])} Images are small here and tiles smaller, so that seams are many and the
-halos as large as the tiles; what a step takes at real sizes is in `docs/benchmarks.md`.
+*time* is the CPU time of a training step in float64, after the recording, as a multiple of stock PyTorch's: the
+minimum of several interleaved steps. {_slowest(result["networks"])} Images are small here and tiles even
+smaller, so that halos are as large as tiles; `docs/benchmarks.md` contains times for real sizes.
 """
 
 
@@ -127,16 +127,16 @@ def _slowest(rows: list[Row]) -> str:
     slowest, row = max(timed, key=lambda pair: pair[0])
     median = statistics.median(ratio for ratio, _ in timed)
     long = [f"{row['network']} {ratio:.1f} ({MODES[row['mode']]})" for ratio, row in timed if ratio >= LONG]
-    return f"""Median {median:.1f}; the longest, {slowest:.1f}, is {row["network"]}'s
-with {MODES[row["mode"]]} norms.""" + (f"\nTen times and more: {', '.join(long)}." if long else "")
+    return f"""The median is {median:.1f}; the maximum is {slowest:.1f}, for
+{row["network"]} with {MODES[row["mode"]]} norms.""" + (f"\nTen times and more: {', '.join(long)}." if long else "")
 
 
 def _gradients(rows: list[Row]) -> str:
     ratios = [row["float32"]["gradients"] for row in rows if "float32" in row]
     above, below = sum(ratio > 3 for ratio in ratios), sum(ratio < 1 / 3 for ratio in ratios)
-    return f"""That of the gradients is {statistics.median(ratios):.2f} in the median of
-{len(ratios)} rows, above 3 in {above} and below 1/3 in {below}: it is of one step each, where a single ReLU or maximum
-that rounding turns over, in stock or in the tiles, outweighs all else."""
+    return f"""The corresponding error of the gradients has a median of
+{statistics.median(ratios):.2f} over {len(ratios)} rows; it is above 3 in {above} and below 1/3 in {below}. Each row is
+a single step, and one ReLU or maximum whose choice rounding changes, in stock or in the tiles, dominates the error."""
 
 
 def _numbered(rows: list[Row]) -> dict[str, int]:
@@ -151,13 +151,13 @@ def _texts(row: Row) -> list[str]:
     if "statistics" in row:
         texts.append(f"running statistics {row['statistics']}")
     if "dropout off" in row:
-        texts.append("dropout is switched off on both sides: of whole maps it is drawn tile by tile")
+        texts.append("dropout is off in both, because it is drawn tile by tile")
     beyond = row["verdict"] in ("unclear", "wrong")
     return [_shared(text, beyond) for text in texts if text and not text.startswith("it differs by")]
 
 
 def _shared(text: str, beyond: bool) -> str:
-    text = re.sub(r'; or [a-z ]+: accelerate\(\.\.\., fallback="\w+"\)$', "", text)
+    text = re.sub("; or (have the map whole|(run|compute) it untiled): accelerate.*", "", text)
     text = re.sub(r" \(\w+\.py:\d+\)| \(it differs by .*\)", "", text)
     if beyond:
         return text

@@ -99,7 +99,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     if len(found.errors) > _PRINTED:
         click.echo(f"... and {len(found.errors) - _PRINTED} more", err=True)
     if not found.records:
-        raise DataError(f"{folder}: holds no images")
+        raise DataError(f"{folder}: contains no images; pass the folder of the image files")
     write_table(out, found.records, [])
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})
@@ -400,7 +400,7 @@ def _convert_images(
         click.echo(f"{shard}; table.csv is written when the other shards are done")
         return None
     if not records:
-        raise DataError(f"{source}: cannot read any of its {len(errors)} images")
+        raise DataError(f"{source}: none of its {len(errors)} images can be read; the lines above give the reasons")
     return records, errors
 
 

@@ -36,11 +36,11 @@ def demo(out: str, seed: int, device: str) -> None:
     stock, tiled = result.stock, result.tiled
     times = stock.peak_bytes / tiled.peak_bytes
     click.echo(f"""
-AUC on test patients   native resolution {result.auc_native:.3f}, 1/{FACTOR} of it {result.auc_low:.3f}
+AUC on test patients   native resolution {result.auc_native:.3f}, 1/{FACTOR} resolution {result.auc_low:.3f}
 memory of a step       {format_bytes(tiled.peak_bytes)} of a budget of {format_bytes(BUDGET)}; \
 stock PyTorch takes {format_bytes(stock.peak_bytes)}, {times:.1f} times as much
 time of a step         {tiled.seconds:.2f} s; stock PyTorch {stock.seconds:.2f} s
-time of all            {result.seconds:.0f} s, {result.native_seconds:.0f} s of it at native resolution
+total time             {result.seconds:.0f} s, of which {result.native_seconds:.0f} s at native resolution
 report                 {page}""")
     if tiled.peak_bytes > BUDGET:
-        click.echo("the step took more than its budget: please report this")
+        click.echo("the step exceeded its budget; please report this with the output of gigamorph doctor --report")

@@ -222,7 +222,7 @@ def eval(
         lines = _compare_readers(out, images, with_source(parts.rows), **how)
     elif images.kind == "numbers":
         if other is not None or marks is not None or threshold or by:
-            raise click.UsageError("--compare, --marks, --threshold and --by need classes or labels, not numbers")
+            raise click.UsageError("--compare, --marks, --threshold and --by do not apply to numbers; omit them")
         lines = _measure_numbers(out, images, settings, with_source(parts.rows))
     else:
         notes = with_source(parts.rows, compared_with=other, marks=marks)

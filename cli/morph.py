@@ -21,12 +21,12 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -
     return None if value is None else options.parse_size(ctx, param, value)
 
 
-def _whole(text: str) -> int | tuple[int, ...]:
+def _parse_sizes(text: str) -> int | tuple[int, ...]:
     """Parse ``3``, or one number per image axis, ``3x5``."""
     return tuple(map(int, text.split("x"))) if "x" in text else int(text)
 
 
-def _pairs(value: tuple[str, ...], number: Callable[[str], Any]) -> dict[int | str, Any]:
+def _parse_pairs(value: tuple[str, ...], number: Callable[[str], Any]) -> dict[int | str, Any]:
     """Parse ``layer1.0.conv1.weight:0=96`` as {"layer1.0.conv1.weight:0": 96}; an id becomes an integer."""
     found: dict[int | str, Any] = {}
     for key, equals, text in (part.rpartition("=") for part in value):
@@ -36,8 +36,8 @@ def _pairs(value: tuple[str, ...], number: Callable[[str], Any]) -> dict[int | s
     return found
 
 
-def _factor(value: tuple[str, ...]) -> float | dict[int | str, float]:
-    return float(value[0]) if len(value) == 1 and "=" not in value[0] else _pairs(value, float)
+def _parse_factor(value: tuple[str, ...]) -> float | dict[int | str, float]:
+    return float(value[0]) if len(value) == 1 and "=" not in value[0] else _parse_pairs(value, float)
 
 
 # Type annotation of an argument -> metavar of the option, whether it can be repeated, and its parser.
@@ -48,13 +48,13 @@ _TYPES: dict[str, tuple[str, bool, Callable[[Any], Any]]] = {
     "str | Sequence[str]": ("PATH", True, tuple),
     "Sequence[str]": ("PATH", True, tuple),
     "Sequence[float]": ("A,B,...", False, lambda text: tuple(float(part) for part in text.split(","))),
-    "int | tuple[int, ...]": ("K or KxK", False, _whole),
-    "int | Sequence[int]": ("K or KxK", False, _whole),
-    "tuple[Size, Size]": ("K,K", False, lambda text: tuple(_whole(part) for part in text.split(","))),
-    "tuple[int, int]": ("HxW", False, _whole),
-    "Counts": ("SPACE=WIDTH", True, lambda value: _pairs(value, int)),
-    "Mapping[int | str, int]": ("SPACE=N", True, lambda value: _pairs(value, int)),
-    "float | Mapping[str, float]": ("FACTOR or PATTERN=FACTOR", True, _factor),
+    "int | tuple[int, ...]": ("K or KxK", False, _parse_sizes),
+    "int | Sequence[int]": ("K or KxK", False, _parse_sizes),
+    "tuple[Size, Size]": ("K,K", False, lambda text: tuple(_parse_sizes(part) for part in text.split(","))),
+    "tuple[int, int]": ("HxW", False, _parse_sizes),
+    "Counts": ("SPACE=WIDTH", True, lambda value: _parse_pairs(value, int)),
+    "Mapping[int | str, int]": ("SPACE=N", True, lambda value: _parse_pairs(value, int)),
+    "float | Mapping[str, float]": ("FACTOR or PATTERN=FACTOR", True, _parse_factor),
 }
 
 _size: Any = click.option(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .table import BudgetRow
 
 
-def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
+def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
     """Parse ``cuda:24GiB`` as ("cuda", bytes)."""
     import torch
 
@@ -67,7 +67,7 @@ def _parse_place(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     "--device",
     default="auto",
     show_default=True,
-    callback=_parse_place,
+    callback=_parse_device,
     metavar="auto|cpu|cuda[:MEMORY]",
     help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have.",
 )

@@ -262,7 +262,7 @@ def _build(cls: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
     for own in fields(cls):
         default = own.default if own.default_factory is MISSING else own.default_factory()
         if values.get(own.name) is None and default is MISSING:
-            raise GigamorphError(f"{source}: key '{prefix}{own.name}' is missing")
+            raise GigamorphError(f"{source}: key '{prefix}{own.name}' is missing; add it")
         # A null of YAML or JSON equals an omitted key of TOML; for a key with a default the null could mean "none".
         if own.name in values and values[own.name] is None and default and not is_dataclass(default):
             raise GigamorphError(f"{source}: key '{prefix}{own.name}' is null; omit it for the default {default}")

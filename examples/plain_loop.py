@@ -1,4 +1,4 @@
-"""A training loop in plain PyTorch: the network is accelerated, all else stays as it is."""
+"""A training loop in plain PyTorch: the network is accelerated, everything else is unchanged."""
 
 import csv
 from pathlib import Path

@@ -29,7 +29,7 @@ from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope
 from .channel_affine import affine
 from .choice import run_fastest
 from .dtypes import sum_dtype
-from .live_norm import launch_live_norm, pulls
+from .live_norm import group_sums, launch_live_norm
 from .partial_sums import add_parts
 from .pointwise import act_grad
 from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
@@ -416,6 +416,6 @@ def normalize_act_gradients_reference(
         dx = dx * weight.reshape(-1, 1, 1)
     sums = dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
     if together:
-        a, b = pulls(sums, weight, together).unflatten(1, (-1, 1, 1))
+        a, b = group_sums(sums, weight, together).unflatten(1, (-1, 1, 1))
         dx = dx - rstd.reshape(-1, 1, 1) * (a + xhat * b) / (x.numel() // x.shape[1] * together)
     return dx, dz, *sums

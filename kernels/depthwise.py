@@ -41,7 +41,7 @@ def _check_filter(name: str, weight: Tensor, channels: int) -> None:
         )
 
 
-class Walk(NamedTuple):
+class GridSteps(NamedTuple):
     """Steps between outputs on the input grid, and between values of the input; one of both is 1.
 
     Attributes:
@@ -62,7 +62,7 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    walk: Walk,
+    steps: GridSteps,
     dilation: tuple[int, int],
     *,
     act: str = "none",
@@ -81,7 +81,7 @@ def _launch(
     if not y.numel():
         return
     # The first tile begins where its first tap coincides with a value of the input on the grid.
-    (up_h, up_w), lead_h, lead_w = walk.up, -walk.top % walk.up[0], -walk.left % walk.up[1]
+    (up_h, up_w), lead_h, lead_w = steps.up, -steps.top % steps.up[0], -steps.left % steps.up[1]
     tile = depthwise_tile(x.dtype, channels, oh + lead_h, triton.cdiv(ow + lead_w, up_w))
     rows = triton.cdiv(tile.rows, up_h) * up_h
     held = r if r <= FILTER_ROWS else triton.cdiv(equal_part(r, FILTER_ROWS), up_h) * up_h
@@ -101,16 +101,16 @@ def _launch(
         *Sizes(h, w, oh, ow, channels, lines, segments),
         lead_h,
         lead_w,
-        (lead_h + walk.top) // up_h,
-        (lead_w + walk.left) // up_w,
+        (lead_h + steps.top) // up_h,
+        (lead_w + steps.left) // up_w,
         UP_H=up_h,
         UP_W=up_w,
         S_STEP=up_w // math.gcd(up_w, dilation[1]),
-        FLIPPED=walk.flipped,
+        FLIPPED=steps.flipped,
         ACT=act,
         GATE=gate_act,
         MASK=mask_act,
-        F=Filter(r, s, *walk.down, *dilation),
+        F=Filter(r, s, *steps.down, *dilation),
         B=Block(held, 1, rows, tile.pixels, tile.channels, vector(*maps), accumulator(x.dtype)),
         num_warps=tile.num_warps,
     )
@@ -138,8 +138,8 @@ def forward(
         residual, z: windows of y's size.
     """
     _check_filter("depthwise_forward", weight, x.shape[1])
-    walk = Walk(geometry.stride, (1, 1), geometry.top, geometry.left, False)
-    _launch(x, weight, y, walk, geometry.dilation, act=act, scale=scale, shift=shift, residual=residual, z=z)
+    steps = GridSteps(geometry.stride, (1, 1), geometry.top, geometry.left, False)
+    _launch(x, weight, y, steps, geometry.dilation, act=act, scale=scale, shift=shift, residual=residual, z=z)
 
 
 def dgrad(
@@ -169,8 +169,8 @@ def dgrad(
     top = geometry.dilation_h * (weight.shape[2] - 1) - geometry.top
     left = geometry.dilation_w * (weight.shape[3] - 1) - geometry.left
     slopes = {"gate": gate, "gate_act": gate_act, "mask": mask, "mask_act": mask_act}
-    walk = Walk((1, 1), geometry.stride, top, left, True)
-    _launch(dy, weight, dx, walk, geometry.dilation, residual=addend, **slopes)
+    steps = GridSteps((1, 1), geometry.stride, top, left, True)
+    _launch(dy, weight, dx, steps, geometry.dilation, residual=addend, **slopes)
 
 
 def wgrad(

@@ -52,9 +52,9 @@ def _live_norm_kernel(
     c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
     at = c % share.period
     mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, at, C, TILE.BC, TILE.ACC)
-    pull = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight for single channels
-    shift = pull * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
-    tilt = rstd * pull * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    factor = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight for single channels
+    shift = factor * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    tilt = rstd * factor * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
     plus = None if plus_ptr is None else channel(plus_ptr, at, C, TILE.ACC)
     for step in range(share.steps):
         p = step_pixels(share, step, TILE)
@@ -88,14 +88,14 @@ def launch_live_norm(
     """
     if x.numel():
         s = Stream("normalize_act_gradients", MOST_BLOCK_CHANNELS, x, dy, gate, dx, fold=True)
-        a, b = pulls(sums, weight, together) if together > 1 else sums
+        a, b = group_sums(sums, weight, together) if together > 1 else sums
         vectors, count = dense(mean, rstd, weight, bias, a, b, plus), s.pixels * together
         _live_norm_kernel[s.grid](
             *s.maps, *vectors, count, *s.share, GROUPS=together > 1, ACT=act, TILE=s.tile, num_warps=s.num_warps
         )
 
 
-def pulls(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int) -> Tensor:
+def group_sums(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int) -> Tensor:
     """a and b of each channel's group, (2, C)."""
     both = torch.stack(sums) if weight is None else torch.stack(sums) * weight
     if together == 1:

@@ -104,7 +104,7 @@ class MeasurementFile:
                 self._read()
                 if new.ms and self.find(new.op, new.key, new.ms, new.work) is not None:
                     return
-                begin = b"" if self._ends_whole() else b"\n"  # after a line that was cut off
+                begin = b"" if self._ends_with_newline() else b"\n"  # after a line that was cut off
                 file.write(begin + json.dumps(asdict(new), default=str).encode() + b"\n")
                 file.flush()
                 self._read()
@@ -119,7 +119,7 @@ class MeasurementFile:
             self.rows.setdefault(row.label, []).append(row)
         self.failed.setdefault(row.label, {}).update(row.failed)
 
-    def _ends_whole(self) -> bool:
+    def _ends_with_newline(self) -> bool:
         with open(self.path, "rb") as file:
             if not file.seek(0, os.SEEK_END):
                 return True

@@ -22,7 +22,7 @@ def read(path: Path) -> Results:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); use a JSON file of gigamorph bench") from error
     if isinstance(data, dict) and data.get("format") == FORMAT:
-        return _own(data)
+        return _parse_results(data)
     if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
         from .gpu_results import from_gpu
 
@@ -37,7 +37,7 @@ def read(path: Path) -> Results:
     )
 
 
-def _own(data: dict[str, Any]) -> Results:
+def _parse_results(data: dict[str, Any]) -> Results:
     rows = {name: [_row(kind, row) for row in data.get(name, ())] for name, kind in ROWS.items()}
     return Results(data["what"], data["provenance"], data.get("ceilings", {}), **rows)
 

@@ -309,13 +309,13 @@ def _kernels(runs: Sequence[Results]) -> list[Section]:
                 "op and shape": row.op,
                 "dtype": row.dtype,
                 **{f"{name}, ms": _format(row.ms.get(name), ".3f") for name in names},
-                "floor, ms": _format(floor, ".3f"),
-                "ours: of the floor": _format(share, ".0%"),
+                "roofline bound, ms": _format(floor, ".3f"),
+                "ours: share of the bound": _format(share, ".0%"),
                 "run": str(number),
                 "remarks": row.reason or "",
             }
         )
-    lines = ["The floor is the larger of arithmetic / rate and traffic / bandwidth."]
+    lines = ["The roofline bound is the larger of arithmetic / rate and traffic / bandwidth."]
     return [Section("Kernels", Table.of(cells), lines)] if cells else []
 
 

@@ -201,7 +201,7 @@ class LimitRow:
 
 @dataclass
 class KernelRow:
-    """One op and shape on a GPU: milliseconds of each candidate, and counts for the floor.
+    """One op and shape on a GPU: milliseconds of each candidate, and counts for the roofline bound.
 
     Attributes:
         ms: medians by candidate: "ours", "cudnn", "eager", "compile", ...

@@ -49,7 +49,7 @@ def _cpu(model: str, *image: int, norm: str = "frozen") -> Task:
     return Task(model, image, True, norm, "fp64", "cpu")  # pyright: ignore[reportArgumentType]
 
 
-def _under(task: Task, *caps: float | None) -> tuple[tuple[Task, float | None], ...]:
+def _with_caps(task: Task, *caps: float | None) -> tuple[tuple[Task, float | None], ...]:
     return tuple((task, cap) for cap in caps)
 
 
@@ -67,7 +67,7 @@ ROWS = (
         "ResNet-50, 4 views of 4096 x 3328, live BatchNorm",
         "runs in 24 GiB, 1.3 times as fast as checkpoint",
         _ALL,
-        _under(_gpu("resnet50", 4, 1, 4096, 3328), 24),
+        _with_caps(_gpu("resnet50", 4, 1, 4096, 3328), 24),
         24,
     ),
     Declared(
@@ -75,7 +75,7 @@ ROWS = (
         "VGG16-BN, 4096 x 3328",
         "570 bytes per pixel",
         _ALL,
-        _under(_gpu("timm:vgg16_bn", 1, 1, 4096, 3328), 24, None),
+        _with_caps(_gpu("timm:vgg16_bn", 1, 1, 4096, 3328), 24, None),
         24,
     ),
     Declared(
@@ -84,8 +84,8 @@ ROWS = (
         "twice lightstream's speed at the same cap",
         _STREAMING,
         (
-            *_under(_gpu("resnet18", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
-            *_under(_gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
+            *_with_caps(_gpu("resnet18", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
+            *_with_caps(_gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
         ),
         24,
     ),
@@ -94,7 +94,7 @@ ROWS = (
         "ResNet-34, 16384 x 16384",
         "no overlap computed twice",
         _STREAMING,
-        _under(_gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"), 11, 24, None),
+        _with_caps(_gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"), 11, 24, None),
         24,
     ),
     Declared(
@@ -102,7 +102,7 @@ ROWS = (
         "ResNet-50, 21504 x 21504, live BatchNorm",
         "runs without paging",
         ("gigamorph",),
-        _under(_gpu("resnet50", 1, 3, 21504, 21504), None),
+        _with_caps(_gpu("resnet50", 1, 3, 21504, 21504), None),
         130,
     ),
     Declared(
@@ -110,7 +110,7 @@ ROWS = (
         "ResNet-18, 32768 x 32768",
         "40 GiB, 0.77 s",
         ("gigamorph",),
-        _under(_gpu("resnet18", 1, 3, 32768, 32768), 40, None),
+        _with_caps(_gpu("resnet18", 1, 3, 32768, 32768), 40, None),
         130,
     ),
     Declared(
@@ -118,7 +118,7 @@ ROWS = (
         "ResNet-34, 65536 x 65536, live BatchNorm",
         "one exact step",
         ("gigamorph",),
-        _under(_gpu("resnet34", 1, 1, 65536, 65536), None),
+        _with_caps(_gpu("resnet34", 1, 1, 65536, 65536), None),
         130,
     ),
     Declared(
@@ -126,7 +126,7 @@ ROWS = (
         "a map of more than 2^31 elements: ResNet-18 at 11616 x 11616",
         "right, where stock fails",
         ("stock", "gigamorph"),
-        _under(_gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"), None),
+        _with_caps(_gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"), None),
         80,
     ),
     Declared(
@@ -145,7 +145,7 @@ ROWS = (
         "live BatchNorm: running statistics and all gradients after a step, float64",
         "1e-12, updated once",
         _EXACT,
-        _under(_cpu("resnet18", 2, 3, 113, 97, norm="live"), None),
+        _with_caps(_cpu("resnet18", 2, 3, 113, 97, norm="live"), None),
         tile=64,
     ),
     Declared(
@@ -154,8 +154,8 @@ ROWS = (
         "exact, as fast as stock",
         ("stock", "compile", "lightstream", "gigamorph"),
         (
-            *_under(_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"), 8),
-            *_under(_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"), 8),
+            *_with_caps(_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"), 8),
+            *_with_caps(_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"), 8),
         ),
         24,
     ),
@@ -164,7 +164,7 @@ ROWS = (
         "ResNet-50, 4096 x 4096 in 8 GiB",
         "four times stock's pixels at 1.5 times its time per pixel",
         _ALL,
-        _under(_gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"), 8, None),
+        _with_caps(_gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"), 8, None),
         24,
     ),
     Declared(
@@ -179,7 +179,7 @@ ROWS = (
         "lines changed to convert ResNet-18: one, and a plain loss.backward()",
         "1",
         ("stock", "gigamorph"),
-        _under(_cpu("resnet18", 1, 3, 64, 64), None),
+        _with_caps(_cpu("resnet18", 1, 3, 64, 64), None),
         tile=32,
     ),
 )

@@ -87,8 +87,8 @@ def _install() -> None:
     if _BEFORE_2_13:
         _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
         _before(variables.GetAttrVariable, "call_method", _guard_own_key)
-        _before(variables.AutogradFunctionVariable, "call_apply", _break_at_twins)
-        _before(variables.UserDefinedObjectVariable, attribute, _break_at_truth)
+        _before(variables.AutogradFunctionVariable, "call_apply", _break_at_repeated_tensor)
+        _before(variables.UserDefinedObjectVariable, attribute, _break_at_bool)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # some versions have both
         _on_error(variables.ConstDictVariable, name, of_dynamo("exc").ObservedKeyError, _guard_item)
     _after(getattr(of_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
@@ -244,13 +244,13 @@ def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) 
             _guard(owner, "NOT_PRESENT_IN_GENERIC_DICT", attr=key)
 
 
-def _break_at_twins(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
+def _break_at_repeated_tensor(_variable: Any, _tx: Any, args: Any, *_given: Any) -> None:
     nodes = [one.as_proxy().node for one in args if one.is_tensor()]
     if len(set(nodes)) < len(nodes):
         break_graph("autograd.Function.apply with one tensor twice", "only one of its gradients would be recorded")
 
 
-def _break_at_truth(variable: Any, _tx: Any, name: str) -> None:
+def _break_at_bool(variable: Any, _tx: Any, name: str) -> None:
     if name == "__bool__" and hasattr(type(variable.value), name):
         break_graph("the truth value of an object with __bool__", "its dependencies would not be guarded")
 
@@ -442,7 +442,7 @@ def _keep_cached(kind: Any) -> None:
             return method(variable, tx, args, kwargs)
         given = [_known(one) for one in (*variable.self_args(), *args)]
         named = {name: _known(one) for name, one in kwargs.items()}
-        effects = _effects()
+        effects = _side_effects()
         if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
             break_graph("functools.lru_cache", "the forward may have changed values that the function reads")
         lookup = functools.partial(function, *given, **named)
@@ -505,11 +505,11 @@ def _note_value(builder: Any, value: Any) -> None:
 
 
 def _break_at_view(view: Any, *_given: Any) -> None:
-    if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _effects().id_to_variable.values()):
+    if any(vars(variable).get("_base_vt") is view.dv_dict for variable in _side_effects().id_to_variable.values()):
         break_graph("a stored view of an OrderedDict", "TorchDynamo would make it from a copy")
 
 
-def _note_class(_effects: Any, variable: Any, name: str, value: Any, *_given: Any) -> None:
+def _note_class(_side_effects: Any, variable: Any, name: str, value: Any, *_given: Any) -> None:
     if name == "forward" and type(value).__name__ == "DeletedVariable":
         break_graph("the deletion of a module's forward", "TorchDynamo fails to do it after the call")
     if type(variable).__name__ == "UserDefinedClassVariable":
@@ -618,7 +618,7 @@ def refuse_generators() -> None:
     Raises:
         UnsupportedError: the forward draws from a generator; the message says where it is stored.
     """
-    effects = _effects()
+    effects = _side_effects()
     for variable in effects.id_to_variable.values():
         drawn = type(variable).__name__ == "RandomVariable" and effects.is_modified(variable)
         if drawn and variable.source is not None:
@@ -628,7 +628,7 @@ def refuse_generators() -> None:
             )
 
 
-def _effects() -> Any:
+def _side_effects() -> Any:
     return of_dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
 
 
@@ -671,7 +671,7 @@ class Unguarded:
 
     def note(self) -> None:
         """Store the state on which the graph depends that Dynamo is making."""
-        held = [vars(variable).get("value") for variable in _effects().id_to_variable.values()]
+        held = [vars(variable).get("value") for variable in _side_effects().id_to_variable.values()]
         for one in held:
             if isinstance(one, nn.Module):
                 _open.ordered.extend(hooks for name in _HOOKS if len(hooks := vars(one)[name]) > 1)
@@ -681,7 +681,7 @@ class Unguarded:
             self._metaclasses.update((one, None) for one in inspect.getmro(type(kind)) if one.__flags__ & _HEAP_TYPE)
         self._cached += _open.cached
         self._builtins.update(_open.builtins)
-        _guard_distinct(_effects())
+        _guard_distinct(_side_effects())
         self._before = self._now()
 
     def _now(self) -> Any:

@@ -532,11 +532,11 @@ def nothing_saved() -> Iterator[None]:
     if _autograd._top_saved_tensors_default_hooks(True) is None:
         yield  # further hooks would conflict with `torch.func` and `disable_saved_tensors_hooks`
         return
-    with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+    with torch.autograd.graph.saved_tensors_hooks(_save_nothing, _save_nothing):
         yield
 
 
-def _nothing(_saved: Any) -> Any:
+def _save_nothing(_saved: Any) -> Any:
     return None
 
 

@@ -151,7 +151,7 @@ class GraphBuffers:
         self.outputs: dict[Name, Tensor] = {}
         self._arena, self._end = arena, (0, 0)
 
-    def _room(self, tensor: Tensor) -> Tensor:
+    def _buffer_like(self, tensor: Tensor) -> Tensor:
         strides = _dense_strides(tensor)
         if self._arena is None or not tensor.numel():
             with torch.inference_mode(False):  # written both in and outside inference mode
@@ -165,11 +165,11 @@ class GraphBuffers:
         """Copy tensors to the inputs; names and shapes must be the same each time."""
         for name, tensor in tensors.items():
             if name not in self.inputs:
-                self.inputs[name] = self._room(tensor)
+                self.inputs[name] = self._buffer_like(tensor)
         copy_all((self.inputs[name], tensor) for name, tensor in tensors.items())
 
     def give(self, name: Name, tensor: Tensor) -> None:
         """Copy a result to the outputs; called by captured work."""
         if name not in self.outputs:
-            self.outputs[name] = self._room(tensor)
+            self.outputs[name] = self._buffer_like(tensor)
         self.outputs[name].copy_(tensor)

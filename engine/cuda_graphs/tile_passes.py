@@ -69,11 +69,11 @@ class ReplayedForward:
             if name[0] == "share":
                 shares.setdefault(name[1], []).append(tensor.clone())
             elif name[0] == "stored":
-                pairs.append((gathered.room_in_store(name[1], i, j, tensor), tensor))
+                pairs.append((gathered.stored_view(name[1], i, j, tensor), tensor))
             else:
                 side, value = name
                 rect = outline.place(side, value, outline.leaving[side, value], i, j)
-                pairs.append((gathered.room_in_halo(side, value, rect, i, j, tensor), tensor))
+                pairs.append((gathered.halo_view(side, value, rect, i, j, tensor), tensor))
         copy_all(pairs)
         for number, share in shares.items():
             value = tiled.stage.reductions[number].value

@@ -63,7 +63,7 @@ def by_class(scores: ArrayLike) -> Array:
 def some(values: Array) -> Array:
     """The values; raises `DataError` if there are none."""
     if not len(values):
-        raise DataError("there are no rows to measure")
+        raise DataError("there are no rows to measure; pass at least one")
     return values
 
 

@@ -48,8 +48,8 @@ def common(first: Cases, second: Cases) -> tuple[Cases, Cases]:
     if not rows:
         names = "; ".join(cases.names[0] if len(cases) else "none" for cases in (first, second))
         raise UnpairedError(
-            f"the two predictions have no {first.level} with a label in common ({names}), by name or by patient, exam, "
-            "side and view"
+            f"the two predictions have no {first.level} with a label in common ({names}), by name or by patient, "
+            "exam, side and view; compare predictions of the same images"
         )
     one, two = first.where(rows), second.where([places[keys[row]] for row in rows])
     differ = np.flatnonzero(~np.isclose(one.truth, two.truth, equal_nan=True).all(1))
@@ -106,7 +106,7 @@ def compare(first: Cases, second: Cases, *, count: int = 2000, seed: int = 0) ->
             found[name] = {"undefined": str(error)}
             continue
         if paired["p"] is None:
-            alike = ": the two rank alike" if paired["difference"] == 0 else ""
+            alike = ": both rank the rows equally" if paired["difference"] == 0 else ""
             paired["why"] = f"the variance of the difference is 0{alike}"
         both = [WeightedCurves(truth, each) for each in scores]
         drawn = resamples.values(lambda w, both=both: {str(k): c(w).auc() for k, c in enumerate(both)}, rows)

@@ -207,7 +207,7 @@ def _subgroups(
 def score_of(cases: Cases, settings: Settings) -> float | None:
     """The threshold as a score: log-odds of a probability, if scores are log-odds."""
     if any(value is not None and value != value for value in (settings.threshold, settings.log_odds)):
-        raise DataError("the threshold is not a number (NaN)")
+        raise DataError("the threshold is not a number (NaN); pass a number")
     if settings.log_odds is not None:
         if not cases.probable:
             raise DataError("the scores only rank, they are not log-odds; give the threshold as a score")

@@ -278,7 +278,7 @@ def measure_classes(cases: Cases, resamples: Resamples) -> dict[str, Any]:
     value = quadratic_kappa(labels, predicted, classes) if len(labels) and cases.ordered else None
     found: dict[str, Any] = {"value": value}
     if not cases.ordered:
-        found["why"] = "not defined: the names of the classes tell no order; state it with --classes"
+        found["why"] = "not defined: the class names do not define an order; give it with --classes"
     elif value is None:
         found["why"] = "all rows have one class, and are predicted to have it"
     else:

@@ -34,7 +34,7 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
     for column, name in shown:
         rows = ~np.isnan(cases.truth[:, column])
         curve = WeightedCurves(cases.truth[rows, column], roc.ranks(cases.scores[rows, column]))
-        true, false = _drawn(*(counts[0] for counts in curve(np.ones((1, int(rows.sum())))).counts()))
+        true, false = _plotted_points(*(counts[0] for counts in curve(np.ones((1, int(rows.sum())))).counts()))
         [line] = left.plot(np.append(0, false / false[-1]), np.append(0, true / true[-1]), linewidth=1.8, clip_on=False)
         right.plot(*_steps(true, false), color=line.get_color(), linewidth=1.8, clip_on=False)
         line.set_label(f"{name}: {found[name]['auc']['value']:.3f}")
@@ -58,7 +58,7 @@ def curves_figure(cases: Cases, found: dict[str, Any], seed: int = 0) -> Figure:
     return figure
 
 
-def _drawn(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _plotted_points(true: np.ndarray, false: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The points of a curve that a plot can resolve: a few thousand of a million thresholds."""
     cells = np.stack([np.round(2000 * true / true[-1]), np.round(2000 * false / false[-1])])
     distinct = np.append((cells[:, 1:] != cells[:, :-1]).any(0), True)

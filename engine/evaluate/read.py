@@ -341,7 +341,7 @@ def _read(path: Path) -> Rows:
         for place, row in zip(rows.places, rows.rows, strict=True):
             sides = [side(one) for one in row["laterality"].split("+")]  # exams may have both
             if row["laterality"] and None in sides:
-                raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R")
+                raise DataError(f"{path}, {place}: laterality {row['laterality']!r} is neither L nor R; correct it")
             row["laterality"] = "+".join(filter(None, sides))
     return rows
 
@@ -378,7 +378,7 @@ def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, d
         DataError: if there are no rows, a patient is in two splits, or one of several splits must be chosen.
     """
     if not rows.rows:
-        raise DataError(f"{rows.path}: holds no predictions")
+        raise DataError(f"{rows.path}: holds no predictions; pass a table with at least one row")
     if "split" not in rows.header:
         if split not in (None, "all"):
             raise DataError(f"{rows.path}: has no column split; omit --split, or provide the table with --table")
@@ -403,7 +403,7 @@ def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, d
         reason = "all rows are of split train, on which the network was trained; to measure them anyway, use"
         raise DataError(f"{rows.path}: {reason} --split train")
     if not found:
-        raise DataError(f"{rows.path}: holds no rows of split {split}")
+        raise DataError(f"{rows.path}: holds no rows of split {split}; choose another split")
     order = sorted(there, key=lambda name: (*SPLITS, name).index(name))
     return found, {
         "measured": {name: there[name] for name in order if name in wanted},
@@ -547,5 +547,5 @@ def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:
     except ValueError as error:
         raise DataError(f"{rows.path}, {place}: {column} {no_number(row[column])}") from error
     if np.isnan(value):
-        raise DataError(f"{rows.path}, {place}: {column} is not a number (NaN)")
+        raise DataError(f"{rows.path}, {place}: {column} is not a number (NaN); correct it")
     return value

@@ -209,7 +209,7 @@ def study_of(
         if not np.isnan(scores[at]):
             raise DataError(f"{reading}: this reading occurs twice; remove one")
         if truth[at[2]] == 1 - cases.truth[row, 0]:
-            raise DataError(f"{reading}: its label differs from that of other readings of this case")
+            raise DataError(f"{reading}: its label differs from that of other readings of this case; correct one")
         scores[at], truth[at[2]] = cases.scores[row, 0], cases.truth[row, 0]
     missing = np.argwhere(np.isnan(scores))
     if len(missing):

@@ -35,19 +35,19 @@ def threshold(score: float | None, lower: float | None, probable: bool) -> dict[
         return (below < value or lower is None) and value <= least_called
 
     if not probable:
-        return {"threshold": _short(score, parts)}
+        return {"threshold": _round_down(score, parts)}
 
     def parts_probabilities(p: float) -> bool:
         is_above = lower is None or float(odds.probabilities(below)) < p
         return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(least_called))
 
-    probability = _short(float(odds.probabilities(score)), parts_probabilities)
+    probability = _round_down(float(odds.probabilities(score)), parts_probabilities)
     if score == np.inf:  # any number above the next score is equivalent
         score = below + 1 if np.isfinite(below) else 0.0
-    return {"threshold": probability, "log_odds": _short(score, parts) if np.isfinite(score) else None}
+    return {"threshold": probability, "log_odds": _round_down(score, parts) if np.isfinite(score) else None}
 
 
-def _short(value: float, fits: Callable[[float], bool]) -> float | None:
+def _round_down(value: float, fits: Callable[[float], bool]) -> float | None:
     """The value rounded down to the fewest digits, at least four, that fit."""
     for digits in range(4, 18):
         rounded = float(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(value)))

@@ -133,7 +133,7 @@ class Forward:
                 run_vector_op(staged, step, self.env, self.device)
             self.saved.add(self.env, step.outputs)
 
-    def let_go(self, number: int) -> None:
+    def free_values(self, number: int) -> None:
         """Free the values whose last reader is this step."""
         for value in self.prepared.last_use.get(number, ()):
             self.saved.forget(value, self.env.pop(value, None))
@@ -327,7 +327,7 @@ def step_together(forwards: Sequence[Forward], number: int, again: bool = False)
         for forward in forwards:
             forward.step(number, again)
     for forward in forwards:
-        forward.let_go(number)
+        forward.free_values(number)
 
 
 def _merge(ops: Sequence[VectorOp], forwards: Sequence[Forward]) -> None:

@@ -182,7 +182,7 @@ class Prepared:
         """A description of the order of the steps and of their backward."""
         return repr((self.staged.segments, [type(step).__name__ for step in self.staged.steps]))
 
-    def let_go(self) -> None:
+    def free_captures(self) -> None:
         """Free all captures."""
         self.replays.clear()
         self.whole.clear()

@@ -140,7 +140,7 @@ class Programs:
         """Free the captures of all other programs, because the plan includes the captures of one program only."""
         for other in self:
             if all(other is not one for one in prepared):
-                other.let_go()
+                other.free_captures()
 
 
 def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:

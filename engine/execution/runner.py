@@ -148,7 +148,7 @@ class Runner:
             self.compute(function, call, *args)
         except Opened as opened:
             return opened
-        raise UnsupportedError("the forward computes nothing of its image")
+        raise UnsupportedError("the forward computes nothing from its image; use the image in it")
 
     def serve(self, graph: Graph, flat: Sequence[Any]) -> Sequence[Any]:
         """The outputs of a graph for inputs `flat`."""

@@ -194,10 +194,10 @@ def _without_copies(program: Program, nodes: list[Node | Op]) -> list[Node | Op]
         readers = [other for other in nodes if set(node.outputs) & set(_inputs(other))]
         return not any(isinstance(reader, Op) for reader in readers)
 
-    return [_same(node) if isinstance(node, Op) and is_copy(node) else node for node in nodes]
+    return [_view_op(node) if isinstance(node, Op) and is_copy(node) else node for node in nodes]
 
 
-def _same(op: Op) -> VectorOp:
+def _view_op(op: Op) -> VectorOp:
     (value,) = op.inputs
     return VectorOp(lambda env: (env[value].view_as(env[value]),), (value,), op.outputs)
 

@@ -212,7 +212,7 @@ def factory_of(spec: Spec) -> Iterator[Any]:
     with path:
         factory = imported(what, spec.kind, spec.name)
         if not callable(factory):
-            raise GigamorphError(f"{what} is a {type(factory).__name__}, not a function or class that makes a network")
+            raise GigamorphError(f"{what} is a {type(factory).__name__}, not a function or class; correct its name")
         yield factory
 
 
@@ -251,7 +251,7 @@ def _build_from_factory(spec: Spec, num_classes: int, in_channels: int, folder: 
                 contract = "; it requests pretrained weights, and an import downloads nothing: build it without them"
             raise GigamorphError(f"model {text!r} cannot be built: {first_line(error)}{contract}") from error
     if not isinstance(model, nn.Module):
-        raise GigamorphError(f"model {text!r} returns a {type(model).__name__}, not a torch.nn.Module")
+        raise GigamorphError(f"model {text!r} returns a {type(model).__name__}; it must be a torch.nn.Module")
     return model
 
 

@@ -91,7 +91,7 @@ def image_shape(shape: Any) -> tuple[int, ...]:
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) else ()
     if len(sizes) not in (4, 5) or not all(is_whole(size) and size >= 1 for size in sizes):
-        raise GigamorphError(f"shape {shape!r} is not an image batch (N, C, H, W) or bags of images (B, V, C, H, W)")
+        raise GigamorphError(f"shape must be (N, C, H, W), or (B, V, C, H, W) for bags of images, not {shape!r}")
     return tuple(int(size) for size in sizes)
 
 

@@ -92,7 +92,7 @@ class ChildCheck(Tracer):
         self.records = list(entry.records)
         if entry.name != name:
             raise Mismatch(f"the child runs '{name}' where its parent runs '{entry.name}'", self.latest)
-        if name not in _SIZED and not _same(scalars, entry.scalars):
+        if name not in _SIZED and not _equal_arguments(scalars, entry.scalars):
             raise Mismatch(f"'{name}' has other arguments than in the parent", self.latest)
         return entry
 
@@ -127,7 +127,7 @@ class ChildCheck(Tracer):
         return self._next(AlongChannelsRecord).found
 
     def agree(self, values: list[Any]) -> None:
-        if not _same(values, self._next(ArgumentsRecord).values):
+        if not _equal_arguments(values, self._next(ArgumentsRecord).values):
             raise Mismatch("the op has other arguments than in the parent", self.latest)
 
     def group_count(self, channels: int, groups: int) -> int:
@@ -362,7 +362,7 @@ _SIZED = {*"layer_norm group_norm rms_norm batch_norm instance_norm linear".spli
 _SIZED |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
+def _equal_arguments(a: list[Any], b: list[Any]) -> bool:
     """Return whether plain arguments are equal; `Named` ints count as ints."""
     a = [int(x) if isinstance(x, Named) else x for x in a]
     return len(a) == len(b) and all(type(x) is type(y) and (x == y or (x != x and y != y)) for x, y in zip(a, b))  # noqa: B905

@@ -54,11 +54,11 @@ def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
         mine = _join(moved[path], leaf) if path in moved else ""
         nearby = [n for n in new if n not in unreplaced and n.startswith(f"{path}.") and n.rpartition(".")[2] == leaf]
         if mine not in new:
-            equal = [n for n in nearby if _same(new[n], p)]
+            equal = [n for n in nearby if _shares_values(new[n], p)]
             if len(equal) == 1:
                 heirs[name] = equal[0]
             origins |= dict.fromkeys((n for n in nearby if n not in equal or len(equal) > 1), name)
-        elif _same(new[mine], p):
+        elif _shares_values(new[mine], p):
             heirs[name] = mine
         else:
             # If a weight lost a part of its values but not its shape, other parameters below the path hold the rest.
@@ -95,5 +95,5 @@ def _join(path: str, leaf: str) -> str:
     return f"{path}.{leaf}" if path else leaf
 
 
-def _same(child: Tensor, parent: Tensor) -> bool:
+def _shares_values(child: Tensor, parent: Tensor) -> bool:
     return child.shape == parent.shape and torch.equal(child.to(parent), parent)

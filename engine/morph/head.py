@@ -276,11 +276,11 @@ class OldOutputs(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         outputs = output_tensors(self.network(*args, **kwargs))
         return [
-            y if axis is None else self._old(y, axis, undo)
+            y if axis is None else self._undo_growth(y, axis, undo)
             for y, axis, undo in zip(outputs, self.axes, self.undo, strict=True)
         ]
 
-    def _old(self, y: Tensor, axis: int, undo: Sequence[tuple[int, int | None]]) -> Tensor:
+    def _undo_growth(self, y: Tensor, axis: int, undo: Sequence[tuple[int, int | None]]) -> Tensor:
         p = _probabilities(y, axis) if self.softmax else None
         if p is None and self.split:
             p = y.softmax(axis)

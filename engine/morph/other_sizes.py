@@ -145,7 +145,7 @@ class _Search:
         tried: set[str] = set()
         for comparison in self._one_sided():
             if str(comparison) not in tried:  # many modules make the same comparison
-                self._aim(comparison)
+                self._try_other_outcome(comparison)
             tried.add(str(comparison))
         for side in LARGE if self.base else ():
             self._trace(self._fitting((side,) * len(self.base)), 1)
@@ -157,7 +157,7 @@ class _Search:
                 "other result, so only one branch could be checked; remove the comparison"
             )
 
-    def _aim(self, comparison: _Comparison) -> None:
+    def _try_other_outcome(self, comparison: _Comparison) -> None:
         for lengths, batch in self._aimed(comparison):
             trace = self._trace(self._fitting(lengths), batch)
             if any(c.key == comparison.key and c.outcome != comparison.outcome for c in trace.compared):

@@ -17,14 +17,14 @@ from ..parsing import parse_json
 
 
 @contextlib.contextmanager
-def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> Iterator[None]:
+def hold(path: Path, shown: Path, *, wait: bool = False, needed: bool = True) -> Iterator[None]:
     """Context that holds a lock file. The system releases the lock when the process ends, even after a crash.
 
     It uses record locks, which work over network file systems and which forked processes do not inherit.
 
     Args:
         path: the lock file.
-        told: the path that messages name.
+        shown: the path in messages.
         wait: whether to wait for another holder; otherwise an error is raised.
         needed: whether a file system without locks is an error; otherwise no lock is held there.
 
@@ -35,18 +35,18 @@ def hold(path: Path, told: Path, *, wait: bool = False, needed: bool = True) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise cannot_write(told, error, "name another --out") from error
+        raise cannot_write(shown, error, "name another --out") from error
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise GigamorphError(
-                    f"{told}: {_holder(path)} writes to it; wait for it, or name another --out"
+                    f"{shown}: {_holder(path)} writes to it; wait for it, or name another --out"
                 ) from error
             if needed:
                 raise GigamorphError(
-                    f"{told}: cannot be locked ({os.strerror(error.errno or 0)}); name an --out on a file system with "
+                    f"{shown}: cannot be locked ({os.strerror(error.errno or 0)}); name an --out on a file system with "
                     "locks"
                 ) from error
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}

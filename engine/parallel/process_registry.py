@@ -63,19 +63,19 @@ class Roll:
                     break
                 time.sleep(0.05)
             silent = [rank for rank in others if rank not in ends]
-            told = {rank: self.store.get(f"here/{rank}").decode() for rank in others}
+            nodes = {rank: self.store.get(f"here/{rank}").decode() for rank in others}
             # A process that times out closes its connections, and others see only that.
             late = _is_late(error) or self.store.check(["late"])
         except RuntimeError:
             return f"process 0 of {self._size}, which hosts the store, has ended{_advice(_is_late(error))}"
         failed = [
-            f"process {rank} of {self._size} ({told[rank]}) failed: {text}" for rank, text in ends.items() if text
+            f"process {rank} of {self._size} ({nodes[rank]}) failed: {text}" for rank, text in ends.items() if text
         ]
         if failed:
             return "; ".join(failed)
         if not silent:
             return f"the {self._size} processes have lost each other ({_brief(error)}){_advice(late)}"
-        names = ", ".join(f"process {rank} of {self._size} ({told[rank]})" for rank in silent)
+        names = ", ".join(f"process {rank} of {self._size} ({nodes[rank]})" for rank in silent)
         what = (
             f"gave no answer within {_span(self._timeout)}: it hangs or has far larger images" if late else "has ended"
         )

@@ -34,26 +34,26 @@ _OF_ONE_ROW = frozenset({"topk"})  # these allocate for one row at a time
 
 
 @dataclass(frozen=True)
-class Beside:
+class CallMemory:
     """Bytes of one call in addition to its inputs and outputs.
 
     Attributes:
         forward: peak during its forward.
         kept: bytes saved between its forward and its backward.
         backward: peak during its backward, without its gradients and `kept`.
-        anew: peak of the bytes that its backward allocates, including its gradients.
+        allocated: peak of the bytes that its backward allocates, including its gradients.
     """
 
     forward: int = 0
     kept: int = 0
     backward: int = 0
-    anew: int = 0
+    allocated: int = 0
 
 
-_found: dict[Hashable, Beside] = {}
+_found: dict[Hashable, CallMemory] = {}
 
 
-def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+def call_memory(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> CallMemory:
     """The memory of a call; zero for small calls, and for calls that cannot run without values.
 
     Args:
@@ -64,7 +64,7 @@ def beside(op: Op, values: Sequence[Value], training: bool, wanted: Container[in
     """
     read = max((value_bytes(values[v]) for v in op.inputs), default=0)
     if read < LEAST_BYTES or isinstance(op.func, (CustomFunction, TensorHook)) or not _of_torch(op):
-        return Beside()
+        return CallMemory()
     key = _key(op, values, training, wanted)
     if key is None:
         return _computed(op, values, training, wanted)
@@ -79,9 +79,9 @@ def backward_bytes(staged: StagedProgram, wanted: Container[int]) -> int:
     """Peak of the bytes that autograd allocates for a call between the stages: gradients and temporary memory."""
     values, most = staged.program.values, 0
     for step in staged.steps:
-        if isinstance(step, Op) and (found := beside(step, values, True, wanted)) != Beside():
+        if isinstance(step, Op) and (found := call_memory(step, values, True, wanted)) != CallMemory():
             given = sum(value_bytes(values[v]) for v in step.outputs if v in wanted and values[v].takes_grad)
-            most = max(most, given + found.anew)
+            most = max(most, given + found.allocated)
     return most
 
 
@@ -107,7 +107,7 @@ def _key(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
     return op.func, tuple(told), str(form), op.mutated != (), autocast, training
 
 
-def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> CallMemory:
     try:
         with (
             torch.autograd.set_detect_anomaly(False),
@@ -116,10 +116,10 @@ def _computed(op: Op, values: Sequence[Value], training: bool, wanted: Container
         ):
             return _run(op, values, training, wanted)
     except Exception:  # it depends on values, or its shapes are unknown; PyTorch raises many types of errors for this
-        return Beside()
+        return CallMemory()
 
 
-def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> Beside:
+def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]) -> CallMemory:
     inputs = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=values[v].device) for v in op.inputs}
     for v, tensor in inputs.items():
         tensor.requires_grad_(training and v in wanted and values[v].takes_grad)
@@ -134,14 +134,14 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
         roots = [t for t in made if t.requires_grad]
         leaves = [t for t in inputs.values() if t.requires_grad]
         if not roots or not leaves:
-            return Beside(max(forward, inside), kept)
+            return CallMemory(max(forward, inside), kept)
         grads = [torch.empty_like(t) for t in roots]
         before = meter.peak = meter.alive
         torch.autograd.grad(roots, leaves, grads, retain_graph=True, allow_unused=True)  # frees nothing
-        anew, meter.peak = meter.peak - before, meter.alive
+        allocated, meter.peak = meter.peak - before, meter.alive
         found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         gradients = sum(t.untyped_storage().nbytes() for t in tree_leaves(found) if isinstance(t, Tensor))
-        return Beside(max(forward, inside), kept, max(0, meter.peak - before - gradients), anew)
+        return CallMemory(max(forward, inside), kept, max(0, meter.peak - before - gradients), allocated)
 
 
 def _inside(op: Op, values: Sequence[Value]) -> int:

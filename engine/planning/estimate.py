@@ -297,7 +297,7 @@ class Estimate:
         heaviest = max(range(len(stages)), key=weights.__getitem__)
         first = self._tile_peak(stages[heaviest], weights[heaviest], exact)
         peaks = [first.scaled(tiled.tile, own) for tiled, own in zip(stages, weights, strict=True)]
-        at = [sum((self._at_once.beside[n], strips[n], own.peak)) for n, own in enumerate(peaks)]
+        at = [sum((self._at_once.whole_maps[n], strips[n], own.peak)) for n, own in enumerate(peaks)]
         for n in {heaviest, *sorted(range(len(stages)), key=at.__getitem__)[-constants.COUNTED :]}:
             peaks[n] = self._tile_peak(stages[n], weights[n], exact)
         return peaks

@@ -14,7 +14,7 @@ from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram
-from .calls import Beside, beside
+from .calls import CallMemory, call_memory
 from .interstage import COPIES, LOOKS, brought, takes, value_bytes
 
 _KEEPS_PLACES = COPIES - {"gather"}  # autograd saves only indices of these; see `interstage.COPIES`
@@ -119,7 +119,7 @@ class _Lifetimes:
         """Bytes while each of these steps is computed."""
         times = np.array(now)[:, None]
         kept = self.held & ~self.inner if training else False
-        return _whole(self._bytes((self.made <= times) & ((times <= self.last) | kept)))
+        return _as_integers(self._bytes((self.made <= times) & ((times <= self.last) | kept)))
 
     def backward(self, now: Sequence[int]) -> list[int]:
         """Bytes while the backward of each of these steps is computed."""
@@ -133,7 +133,7 @@ class _Lifetimes:
         dying = self._bytes(value & gone) + self._bytes(grad & ends)
         growing = self._bytes(grad & begins & ~ends)
         steady = self._bytes(value & ~gone) + self._bytes(grad & ~ends & ~begins)
-        return _whole(steady + np.maximum(growing, dying))
+        return _as_integers(steady + np.maximum(growing, dying))
 
     def again(self, part: range) -> int:
         """Bytes after the recomputation of a segment, before its backward."""
@@ -144,7 +144,7 @@ class _Lifetimes:
         return int(self._bytes(value) + self._bytes(grad))
 
 
-def _whole(numbers: np.ndarray) -> list[int]:
+def _as_integers(numbers: np.ndarray) -> list[int]:
     return numbers.astype(np.int64).tolist()
 
 
@@ -194,8 +194,8 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
     fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
     times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
     values = staged.program.values
-    calls = {n: beside(step, values, training, wanted) for n, step in enumerate(steps) if isinstance(step, Op)}
-    calls = {n: one for n, one in calls.items() if one != Beside()}
+    calls = {n: call_memory(step, values, training, wanted) for n, step in enumerate(steps) if isinstance(step, Op)}
+    calls = {n: one for n, one in calls.items() if one != CallMemory()}
     times = sorted({*times, *calls})
     within = {n: part for part in staged.segments for n in part}
 

@@ -39,7 +39,7 @@ class AtOnce:
         for place, held in self._stored:
             at[place] = max(held, at.get(place, 0))
         self.stored = max(at.values())
-        self.beside = [at.get(place, 0) for place in places]  # whole maps while each stage runs
+        self.whole_maps = [at.get(place, 0) for place in places]  # whole maps while each stage runs
 
     def most(self, works: Sequence[int], graphs: Sequence[int] = (), since: int = 0) -> int:
         """The peak over time of whole maps, the running stage and graphs together.

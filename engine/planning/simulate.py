@@ -47,7 +47,7 @@ class Meter(TorchDispatchMode):
         self.peak = 0
         self.seen: set[int] = set()
 
-    def _gone(self, key: int, size: int) -> None:
+    def _on_freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.alive -= size
 
@@ -64,7 +64,7 @@ class Meter(TorchDispatchMode):
         size = storage.nbytes()
         self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._on_freed, key, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -131,7 +131,7 @@ def compute_in_processes(
                 try:
                     kind, key, value, waited = ready.recv()
                 except (EOFError, OSError):
-                    raise _death(processes[ready]) from None
+                    raise _process_error(processes[ready]) from None
                 if kind == "end":
                     working.discard(ready)
                 elif kind == "fault":
@@ -172,7 +172,7 @@ def _start_processes(start: Start, reading: Reading, devices: int, device: str, 
     return processes
 
 
-def _death(process: Any) -> GigamorphError:
+def _process_error(process: Any) -> GigamorphError:
     process.join()
     code = process.exitcode
     how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -299,7 +299,7 @@ class _Masks(PredictJob):
                     of_split = counts.setdefault(row.record.split or "", [np.zeros_like(shape), np.zeros(1, int)])
                     of_split[0] += shape
                     of_split[1] += 1
-                yield [*self._who(row, result, index), *_measures(result, shape, len(names))]
+                yield [*self._leading_cells(row, result, index), *_measures(result, shape, len(names))]
 
         keys = ["image_path", *index.reading, "patient_id", "exam_id", "laterality", "view", "split", "mask"]
         header = [*keys, *(f"share_{name}" for name in names), *(f"dice_{name}" for name in names[1:])]
@@ -313,7 +313,7 @@ class _Masks(PredictJob):
             make = functools.partial(mask_segmentation, row, out / "masks" / result["mask"], self._network.target.names)
             yield Document(f"{result['key']}\0segmentation", row.name, make)
 
-    def _who(self, row: Row, result: Result, index: Index) -> list[str]:
+    def _leading_cells(self, row: Row, result: Result, index: Index) -> list[str]:
         own, patient = row.record, patient_of(row, result, index, self._options.identifiers)
         side, view = own.laterality or result["laterality"], own.view or result["view"]
         reading = reading_of(own)

@@ -102,8 +102,8 @@ def rows_of(
         found = False
         below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
 
-        def files(tell: bool) -> Iterator[Path]:
-            for path in iter_image_files(Path(source), tell):
+        def files(warn: bool) -> Iterator[Path]:
+            for path in iter_image_files(Path(source), warn):
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
@@ -111,7 +111,7 @@ def rows_of(
             found = True
             yield Row(Record(path, -1, _as_utf8(str(path)), patient_known=False))
         if not found:
-            raise DataError(f"{source}: holds no images, nor do its sub-folders")
+            raise DataError(f"{source}: contains no images, also not in its sub-folders; check the path")
     else:
         yield Row(Record(Path(source), -1, _as_utf8(str(source))))
 
@@ -196,7 +196,7 @@ def _urls(url: str, left: LeftOutMasks) -> Iterator[str]:
     protocol = own.partition("://")[0]
     found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
     if not found:
-        raise DataError(f"{url}: holds no images")
+        raise DataError(f"{url}: contains no images; check the URL")
     images = [PurePosixPath(name.strip("/")) for name in found]
     masks = set(masks_among(images, PurePosixPath(path.strip("/"))))
     left.count, left.first = len(masks), min(masks, default=None)

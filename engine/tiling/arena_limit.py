@@ -51,7 +51,7 @@ class ArenaLimit(MemoryLimit):
         # Bytes that are allocated outside the arena after a pass.
         self._calls, self._gradients, self._after = calls, held, 0
         self._trimmed = False
-        self._heed(resident_bytes())
+        self._set_allowance(resident_bytes())
 
     def _spare(self) -> int:
         return self.arena.counts().spare
@@ -59,7 +59,7 @@ class ArenaLimit(MemoryLimit):
     def keep(self) -> None:
         used, counts = resident_bytes(), self.arena.counts()
         self.near = used - counts.spare + 2 * self.work > self.bytes
-        self._heed(used)
+        self._set_allowance(used)
 
     def watch(self, new: int | None = None) -> None:
         if not self.strict:
@@ -67,10 +67,10 @@ class ArenaLimit(MemoryLimit):
         used, counts = resident_bytes(), self.arena.counts()
         most = self.bytes - (new or 0)
         if used - counts.spare > most:
-            used = self._lighten(most)
-        self._heed(used)
+            used = self._reduce_use(most)
+        self._set_allowance(used)
 
-    def _lighten(self, most: int) -> int:
+    def _reduce_use(self, most: int) -> int:
         """Reduce the bytes in use to `most` if possible; returns the resident bytes of this process afterwards."""
         if not self._trimmed:
             trim_heap()
@@ -84,7 +84,7 @@ class ArenaLimit(MemoryLimit):
         super().must_keep(kept)
         self._after = self._gradients
 
-    def _heed(self, used: int, after: int = 0) -> None:
+    def _set_allowance(self, used: int, after: int = 0) -> None:
         """Set how many more bytes the arena may hold.
 
         Args:
@@ -106,9 +106,9 @@ class ArenaLimit(MemoryLimit):
         self._trimmed = False
         if self._calls:
             new_blocks_on_own_pages(False)
-        self._heed(resident_bytes())
+        self._set_allowance(resident_bytes())
         with super().watched():
             yield
-            self._heed(resident_bytes(), self._after + self._calls)
+            self._set_allowance(resident_bytes(), self._after + self._calls)
         if self.strict and self._calls:
             new_blocks_on_own_pages(self._backward_follows())

@@ -46,11 +46,11 @@ class Gathered:
             accumulator = self.accumulators[number]
             accumulator.merge(i, j, accumulator.share(block, tile.shares.get(value), rect), rect, width)
         if value in tiled.stage.stored and not self._takes(value, block):
-            self.room_in_store(value, i, j, block).copy_(block)
+            self.stored_view(value, i, j, block).copy_(block)
         for observer in scan.observers.get(value, ()):
             observer(block, rect)
         for side, own, halo in tile.hands_on(value) if value in tiled.with_halo else ():
-            self.room_in_halo(side, value, halo, i, j, block).copy_(cut(block, axes, own))
+            self.halo_view(side, value, halo, i, j, block).copy_(cut(block, axes, own))
 
     def _takes(self, value: int, block: Tensor) -> bool:
         """Use a block as the stored map if it is the whole map; returns whether it does."""
@@ -65,7 +65,7 @@ class Gathered:
         self.stored[value] = block
         return True
 
-    def room_in_store(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
+    def stored_view(self, value: int, i: int, j: int, like: Tensor) -> Tensor:
         """A view of the stored map for a block of tile (i, j); the first call creates the map.
 
         `like` gives the dtype and the memory order; maps that the network returns have their own memory order.
@@ -77,7 +77,7 @@ class Gathered:
             self.stored[value] = new_map(like, shape, maps.place_of(value), page_pool=scan.page_pool, order=order)
         return cut(self.stored[value], tiled.axes(value), tiled.block(value, i, j))
 
-    def room_in_halo(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:
+    def halo_view(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:
         """A view of a rectangle of a halo that tile (i, j) passes on; the first call creates the halo."""
         tiled, axes = self.scan.tiled, self.scan.tiled.axes(value)
         room = self.below if side == "above" else self.right

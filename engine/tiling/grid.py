@@ -163,14 +163,14 @@ class GridAccumulator(Accumulator):
         total.add_(distance * pixels / both)
         seen.copy_(both)
 
-    def pull(
+    def gradient(
         self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
     ) -> Tensor:
         assert self.total is not None
         whole, own = self.total, [None if grad is None else self.part_of(grad, rect) for grad in grads]
         try:
             self.total = self.part_of(whole, rect)
-            return super().pull(x, own, addend)
+            return super().gradient(x, own, addend)
         finally:
             self.total = whole
 

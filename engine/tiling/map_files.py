@@ -199,7 +199,7 @@ class _TiffFile:
         big = math.prod(size) * self._dtype.itemsize > 2**31
         self._open = partial(tifffile.TiffWriter, path, bigtiff=big)
         self._queue: Queue[np.ndarray | None] = Queue(1)
-        self._bands = self._arriving()
+        self._bands = self._queued_bands()
         self._failed: list[BaseException] = []
         self._thread = Thread(target=self._write)
         self._thread.start()
@@ -219,7 +219,7 @@ class _TiffFile:
         if self._failed:
             raise GigamorphError(f"{self._path}: cannot be written ({self._failed[0]})")
 
-    def _arriving(self) -> Iterator[np.ndarray]:
+    def _queued_bands(self) -> Iterator[np.ndarray]:
         while (band := self._queue.get()) is not None:
             yield band
 

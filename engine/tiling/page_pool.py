@@ -61,7 +61,7 @@ class Pages(mmap.mmap):
         pages.on_disk, pages.readers, pages.whole, pages.clear = on_disk, 0, True, True
         return pages
 
-    def let_go(self, start: int, stop: int) -> None:
+    def release(self, start: int, stop: int) -> None:
         """Return the whole pages between two byte offsets to the system; pages in memory then read as zeros."""
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         if GIVES_BACK and start < stop:
@@ -85,7 +85,7 @@ class ArenaPages:
         """Set all bytes to zero; pages become resident when they are written."""
         self._owner.zero_later(self._start, self._size)
 
-    def let_go(self, start: int, stop: int) -> None:
+    def release(self, start: int, stop: int) -> None:
         """Return the whole pages between two byte offsets to the system."""
         self._owner.discard(self._start + start, stop - start)
 
@@ -135,11 +135,11 @@ def _of_arena(size: int, owner: Arena) -> tuple[ArenaPages, memoryview]:
     with in_arena(torch.device("cpu")):
         block = torch.empty(size, dtype=torch.uint8)
     pages, view = ArenaPages(block, owner), memoryview(block.numpy().data)
-    weakref.finalize(view, _gone, pages).atexit = False  # keeps the pages alive as long as the view
+    weakref.finalize(view, _keep_alive, pages).atexit = False  # keeps the pages alive as long as the view
     return pages, view
 
 
-def _gone(_pages: ArenaPages) -> None:
+def _keep_alive(_pages: ArenaPages) -> None:
     """Does nothing: the finalizer's reference to the pages keeps them alive until the view is freed."""
 
 

@@ -51,7 +51,7 @@ class Prefetch:
             self.stream.wait_stream(torch.cuda.current_stream(device))
         self.ahead = self.stream is not None
         self.now: dict[tuple[int, Rect], Future[tuple[Tensor, Any]] | None] = {}
-        self.next = self._begin()
+        self.next = self._submit_next()
 
     def __enter__(self) -> Prefetch:
         return self
@@ -68,7 +68,7 @@ class Prefetch:
     def advance(self) -> None:
         """Move to the next tile and start reading the one after it."""
         self.now = {rect: begun or self._submit(rect) for rect, begun in self.next.items()}
-        self.next = self._begin()
+        self.next = self._submit_next()
 
     def __call__(self, source: int, rect: Rect) -> Tensor:
         """The pixels of a rectangle of the current tile; raises errors that occurred while reading."""
@@ -82,7 +82,7 @@ class Prefetch:
             pixels.record_stream(stream)
         return pixels
 
-    def _begin(self) -> dict[tuple[int, Rect], Future[tuple[Tensor, Any]] | None]:
+    def _submit_next(self) -> dict[tuple[int, Rect], Future[tuple[Tensor, Any]] | None]:
         return {rect: self._submit(rect) for rect in next(self.tiles, [])}
 
     def _submit(self, rect: tuple[int, Rect]) -> Future[tuple[Tensor, Any]] | None:

@@ -204,7 +204,7 @@ class Recorded:
             sloped = None if gather is None or gather.slope is None else block.detach()
             if value in through:
                 add = partial(tile.add_handed_back, value, sloped)
-                block = result = HandOn.apply(tile.anchor, block, add, value in tile.tiled.anew)  # pyright: ignore
+                block = result = HandOn.apply(tile.anchor, block, add, value in tile.tiled.unshared_gradients)  # pyright: ignore
             else:
                 alone = partial(_handed_back_alone, tile=tile, value=value, block=block.detach(), sloped=sloped)
                 self._add(block, alone)
@@ -268,7 +268,7 @@ class Recorded:
             else:
                 valued = not self.tile.second_pass or value not in self.tile.tiled.unvalued
                 x = block if valued else self._own(value, self.stored[value])
-                total = consumer.accumulator.pull(x, consumer.grads, total, self._rect(value))
+                total = consumer.accumulator.gradient(x, consumer.grads, total, self._rect(value))
         return total
 
     def _with_sum(self, value: int, block: Tensor, total: Tensor | None, grad: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Accumulator:
         self.total = torch.where(distance.isfinite(), torch.add(total, distance, alpha=count / both), total + mean)
         self.seen = both
 
-    def pull(
+    def gradient(
         self, x: Tensor, grads: Sequence[Tensor | None], addend: Tensor | None = None, rect: Rect | None = None
     ) -> Tensor:
         """The gradient of a part `x` of the map from those of mean and variance.
@@ -114,7 +114,7 @@ class Accumulator:
             part = (dmean / count).to(x.dtype).expand_as(x)
             return part if addend is None else part + addend
         if self._by_kernel(x):
-            return self._pull_by_kernel(x, dmean, dvar, addend)
+            return self._gradient_by_kernel(x, dmean, dvar, addend)
         slope = 2 * dvar / count
         pulled = torch.sub(x, self.total.to(slope.dtype)).mul_(slope)
         if dmean is not None:
@@ -128,7 +128,7 @@ class Accumulator:
         plain = block.dim() == 4 and self.reduction.dims == (2, 3) and not self.reduction.precise
         return plain and kernels.enabled(block.device)
 
-    def _pull_by_kernel(self, x: Tensor, dmean: Tensor | None, dvar: Tensor, addend: Tensor | None) -> Tensor:
+    def _gradient_by_kernel(self, x: Tensor, dmean: Tensor | None, dvar: Tensor, addend: Tensor | None) -> Tensor:
         from ...kernels.moments import moments_backward
 
         assert self.total is not None

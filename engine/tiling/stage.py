@@ -46,7 +46,7 @@ class TiledStage:
         self.reread = self.moments & self.unvalued.keys()  # pass 2 reads the stored maps
         self.readers = readers_of(stage)
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
-        self.anew = self._anew()
+        self.unshared_gradients = self._unshared_gradients()
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
         self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by (output, value)
 
@@ -64,7 +64,7 @@ class TiledStage:
             self._schedules[key] = schedule_axis(tile, stage.extent[axis], sources, reads, resident=resident)
         return self._schedules[key]
 
-    def _anew(self) -> set[int]:
+    def _unshared_gradients(self) -> set[int]:
         """Maps whose gradient in a tile is a tensor that shares its memory with no other."""
         found, private = set(self.gathered), private_maps(self.stage)
         for local in reversed(self.stage.locals):

@@ -115,7 +115,7 @@ def let_rows_go(tensor: Tensor, axes: Axes, first: int) -> None:
     row = math.prod(tensor.shape[d] for d in order[position + 1 :]) * tensor.element_size()
     plane = row * tensor.shape[axes[0]]
     for number in range(math.prod(tensor.shape[d] for d in order[:position])):
-        pages.let_go(number * plane + first * row, (number + 1) * plane)
+        pages.release(number * plane + first * row, (number + 1) * plane)
 
 
 def let_files_go(tensors: Iterable[Tensor | None]) -> None:
@@ -123,7 +123,7 @@ def let_files_go(tensors: Iterable[Tensor | None]) -> None:
     for tensor in tensors:
         pages = None if tensor is None else pages_of(tensor)
         if pages is not None and pages.on_disk:
-            pages.let_go(0, len(pages))
+            pages.release(0, len(pages))
 
 
 def add_reader(tensor: Tensor, count: int) -> None:

@@ -77,7 +77,7 @@ def _lines(card: Card) -> list[str]:
         *_section("Training", _facts(card.training)),
         *_section("Data", _data(card)),
         *_section("Results", measured or _results(found, card.resamples)),
-        *(_section("What it goes by", [*map(markdown, card.pictures)]) if card.pictures else ()),
+        *(_section("Image regions that the network uses", [*map(markdown, card.pictures)]) if card.pictures else ()),
         *_section("Intended use and limits", _limits(card, found)),
         *_section("Versions", _facts(versions_of_results())),
     ]

@@ -87,7 +87,7 @@ class Explanation:
     def relative(self) -> Explanation:
         """The map of relevance in [0, 1] that is drawn.
 
-        The excess of a cell is e = max(value - `usual` value, 0). All cells together contribute S to the log-odds z,
+        The excess of a cell is e = max(value - `baseline` value, 0). All cells together contribute S to the log-odds z,
         the sum of e, or after a maximum the largest e. The relevance of a cell is
 
             sigmoid(z - S + S e / max e) - sigmoid(z - S),
@@ -95,7 +95,7 @@ class Explanation:
         so that the strongest cell shows by how much the excess raises the probability, on the same scale for all
         images. For maps that are not contributions to log-odds, the relevance is e / max e.
         """
-        excess = (self.values.detach().double().cpu() - usual(self.values, self.border)).clamp(min=0)
+        excess = (self.values.detach().double().cpu() - baseline(self.values, self.border)).clamp(min=0)
         share = excess / excess.max().clamp(min=torch.finfo(torch.float64).tiny)
         if self.log_odds is not None:
             total = float(excess.sum() if self.adds_up else excess.max())
@@ -104,7 +104,7 @@ class Explanation:
         return replace(self, values=share.float())
 
 
-def usual(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
+def baseline(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
     """The baseline of a map (h, w): its median, at least 0, as float64 (h, w).
 
     Networks may respond to padding all along a border. In the border's rows and columns of cells, the baseline is the

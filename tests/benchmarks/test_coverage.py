@@ -109,7 +109,7 @@ def test_counts_and_remarks_of_the_page() -> None:
     assert "| a | frozen | 1 | 1 | 0 | 0 | 0 | 0 |\n" in text and "| all | live | 1 | 0 | 0 | 0 | 0 | 1 |\n" in text
     assert "No verdict yet with live norms: two." in text
     assert "| one | a | 8 x 9 | exact | 2e-13 | 1.00 | 2.5 | **wrong** [1](#remarks) |  |  |  |\n" in text
-    assert "Median 2.5; the longest, 2.5, is one's\nwith frozen norms." in text
+    assert "The median is 2.5; the maximum is 2.5, for\none with frozen norms." in text
     assert "All 3 rows are of commit c0ffee." in text
     assert text.count("module 'x' fails") == 1 and "Wrong: 1" in text
 

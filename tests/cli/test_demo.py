@@ -15,7 +15,7 @@ def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypa
     monkeypatch.setattr(demo, "PATIENTS", {"train": 4, "val": 2, "test": 4})
     assert run("demo", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
-    assert re.search(r"native resolution [01]\.\d{3}, 1/8 of it [01]\.\d{3}", out)
+    assert re.search(r"native resolution [01]\.\d{3}, 1/8 resolution [01]\.\d{3}", out)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3 and page.count("src=") == 3
     for name in ("roc.png", "memory.png", "evidence.png"):

@@ -26,7 +26,7 @@ def image_files(folder: Path) -> list[Path]:
     return list(iter_image_files(folder))
 
 
-def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
+def iter_image_files(folder: Path, warn: bool = True) -> Iterator[Path]:
     """Iterate over the same files; memory holds the names of one folder and of its parents.
 
     A sub-folder that cannot be listed is yielded in place of its images, and reading it reports the reason. Results of
@@ -34,13 +34,13 @@ def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
 
     Args:
         folder: the folder.
-        tell: whether to log warnings about files and folders that are left out.
+        warn: whether to log warnings about files and folders that are left out.
 
     Raises:
         DataError: if the folder itself cannot be listed.
     """
     unread, converted, others = Counter[str](), list[Path](), False
-    for entry in walk(folder, set(), unread, tell, converted):
+    for entry in walk(folder, set(), unread, warn, converted):
         if isinstance(entry, Path):
             others = True
             yield entry
@@ -48,12 +48,12 @@ def iter_image_files(folder: Path, tell: bool = True) -> Iterator[Path]:
             raise entry.error
         else:
             yield entry.folder
-    if tell:
+    if warn:
         warn_of_unread(folder, unread)
     for made in converted:
         if not others:
-            yield from iter_image_files(made, tell)
-        elif tell:
+            yield from iter_image_files(made, warn)
+        elif warn:
             warn_of_results(made, CONVERTED)
 
 
@@ -66,7 +66,7 @@ class Unlisted:
 
 
 def walk(
-    folder: Path, seen: set[str], unread: Counter[str], tell: bool = True, converted: list[Path] | None = None
+    folder: Path, seen: set[str], unread: Counter[str], warn: bool = True, converted: list[Path] | None = None
 ) -> Iterator[Path | Unlisted]:
     """Iterate over the images below a folder, without folders whose real paths are in `seen`, because links may cycle.
 
@@ -74,7 +74,7 @@ def walk(
         folder: the folder.
         seen: the real paths of visited folders; it grows.
         unread: counts files of other formats by their suffix.
-        tell: whether to log warnings about folders that are left out.
+        warn: whether to log warnings about folders that are left out.
         converted: collects result folders of `gigamorph data convert`; None leaves them out like other results.
     """
     seen.add(os.path.realpath(folder))
@@ -93,8 +93,8 @@ def walk(
                 continue
             if converted is not None and made_by(entry) == CONVERTED:
                 converted.append(entry)
-            elif not (is_left_out(entry) if tell else made_by(entry)):
-                yield from walk(entry, seen, unread, tell, converted)
+            elif not (is_left_out(entry) if warn else made_by(entry)):
+                yield from walk(entry, seen, unread, warn, converted)
         elif directory or suffix_of(entry) in SUFFIXES:
             yield entry
         elif suffix_of(entry) in UNREAD:

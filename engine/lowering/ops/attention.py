@@ -53,14 +53,14 @@ def attention(op: Op, maps: Maps) -> Local | Whole | list[Node]:
     if query in (key, value):  # one tensor is both: a map as queries, a vector as keys
         made_of = query
         op, query = of_another_query(op, maps)
-        before = [_same(op, maps, made_of, query)]
+        before = [_renumbered(op, maps, made_of, query)]
     own, nodes = take_whole(op, maps, [v for v in (key, value) if v in maps])
     own, made = _with_mask(own, maps, rank - 2, rank)
     local = Local(own, {v: maps.pointwise(v) for v in maps.inputs(own)}, ((rank - 2, rank - 2),), replay(own))
     return [*before, *nodes, *made, _random(local, given["dropout_p"])]
 
 
-def _same(op: Op, maps: Maps, value: int, number: int) -> Local:
+def _renumbered(op: Op, maps: Maps, value: int, number: int) -> Local:
     """A map under another number."""
     maps.axes[number] = maps.axes[value]
     if value in maps.flat:

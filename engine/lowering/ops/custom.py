@@ -131,16 +131,16 @@ class _Recording(TorchDispatchMode):
             return result
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not isinstance(result, Tensor) or kwargs.get("device") is not None:  # the recording's
-            raise Refusal(f"'{name}' in a custom function")
+            raise Refusal(f"a custom function calls '{name}', which has no rule there")
         if not all(_view(t) in self.slots for t in given):
             raise Refusal("a custom function uses a tensor that is not among its inputs; pass it as an argument")
         swap = tree_map_only(Tensor, lambda t: self.slots[_view(t)], (args, kwargs))
         if func._schema.is_mutable:
             form = self.form(args[0])
             if self._of_each(func, args, given, result) != form or form.summed:
-                raise Refusal(f"'{name}' in a custom function")
+                raise Refusal(f"a custom function calls '{name}', which has no rule there")
             if _memory(args[0]) in self.others:
-                raise Refusal("a custom function writes to its input")
+                raise Refusal("a custom function writes to its input; clone it first")
             for view in [view for view in self.slots if view[0] == _memory(result)]:
                 del self.slots[view]  # these views see the write, their numbers do not
             self.calls.append(_Call(_OnCopy(func), swap[0], swap[1], self.know(result, form)))
@@ -152,7 +152,7 @@ class _Recording(TorchDispatchMode):
     def _of_each(self, func: Any, args: Sequence[Any], given: Sequence[Tensor], result: Tensor) -> _Form:
         """The form of the result of a call that computes each position by itself; other calls raise `Refusal`."""
         name, forms = func._schema.name, [self.form(t) for t in given]
-        refusal = Refusal(f"'{name}' in a custom function")
+        refusal = Refusal(f"a custom function calls '{name}', which has no rule there")
         axes = next((form.axes for form in forms if form.axes), ())
         if torch.Tag.nondeterministic_seeded in func.tags or not given:
             raise refusal
@@ -185,7 +185,7 @@ class _Recording(TorchDispatchMode):
             axes = tuple(a + sum(d > a for d in over) for a in form.axes if a not in over)
         summed = form.summed or len(axes) < len(form.axes)
         if summed and (name != "aten::sum" or not self.sums):
-            raise Refusal(f"'{name}' over the image in a custom function")
+            raise Refusal(f"a custom function applies '{name}' over the image")
         return _Form(axes, summed)
 
 

@@ -63,8 +63,8 @@ DATA_SET = DataSet(
     tables=(_TABLE,),
     rules={
         "cancer": "1 for images of the breast in which a case (x_case 1) has or will have the cancer "
-        "(x_cancer_laterality; rad_timing says when), 0 for its other breast and for controls; where x_case or the "
-        "side is not known there is no label"
+        "(x_cancer_laterality; rad_timing says when), 0 for its other breast and for controls; no label if x_case "
+        "or the side is unknown"
     },
     split="none",
     read=read,

@@ -81,8 +81,8 @@ DATA_SET = DataSet(
     tables=("INbreast.csv", "INbreast.xls", "INbreast.xlsx"),
     rules={
         "suspicious": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 to 3 (there is no pathology)",
-        "suspicious_without_3": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 and 2; of BI-RADS 3 it is not known, so that "
-        "such images are left out (Shen et al., 2019)",
+        "suspicious_without_3": "1 for BI-RADS 4 to 6, 0 for BI-RADS 1 and 2; images of BI-RADS 3 have no label "
+        "and are left out (Shen et al., 2019)",
     },
     split="none",
     read=read,

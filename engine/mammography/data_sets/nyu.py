@@ -101,6 +101,6 @@ DATA_SET = DataSet(
         "malignant": "1 if the breast has a malignant finding (cancer_label), 0 if not",
         "benign": "1 if the breast has a benign finding (cancer_label), 0 if not",
     },
-    split="none; the list names no patients, so each exam stands for one",
+    split="none; the list names no patients, so each exam counts as one patient",
     read=read,
 )

@@ -27,12 +27,12 @@ class KerasFile:
 
     Attributes:
         layers: the arrays of each layer, with the names of Keras 2 (kernel, bias, gamma, ...).
-        beside: layers on top of a network that is itself one layer of the model; empty if all layers are the model's
-            own.
+        outer_layers: layers on top of a network that is itself one layer of the model; empty if all layers are those
+            of the model.
     """
 
     layers: dict[str, dict[str, Array]]
-    beside: dict[str, dict[str, Array]]
+    outer_layers: dict[str, dict[str, Array]]
 
 
 def read_keras(path: Path) -> KerasFile:

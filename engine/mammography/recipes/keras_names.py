@@ -43,7 +43,7 @@ def keras_state(path: Path, network: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for layer, arrays in found.layers.items():
         state |= _tensors(layer, arrays, _module_of(layer, arrays, found.layers, modules), modules)
-    for layer, arrays in found.beside.items():
+    for layer, arrays in found.outer_layers.items():
         state |= {f"head.{layer}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
     for name in _FIRST:
         if name in state and state[name].shape[1] == 3:

@@ -58,7 +58,7 @@ def test_a_comparison_tells_of_rows_that_are_in_one_prediction_only(cases, tmp_p
 
 def test_comparison_of_equal_rankings_says_why_it_has_no_p(cases):
     found = compare(cases, replace(cases, scores=cases.scores * 2), count=50)["cancer"]
-    assert found["p"] is None and found["difference"] == 0 and "rank alike" in found["why"]
+    assert found["p"] is None and found["difference"] == 0 and "rank the rows equally" in found["why"]
 
 
 def test_comparison_refuses_what_cannot_be_paired(cases):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.program import Op
-from gigamorph.engine.planning.calls import Beside, beside
+from gigamorph.engine.planning.calls import CallMemory, call_memory
 from gigamorph.engine.planning.simulate import Meter
 
 SIDE = 256
@@ -36,13 +36,13 @@ class Net(nn.Module):
         return self.head(self.conv(x))
 
 
-def calls_of(net: Any, side: int) -> tuple[Any, list[Beside]]:
+def calls_of(net: Any, side: int) -> tuple[Any, list[CallMemory]]:
     """What was planned for an image, and what the calls between its stages take."""
     net(torch.rand(1, 1, side, side)).sum().backward()
     (prepared,) = net._runner.programs
     staged, wanted = prepared.staged, prepared.staged.wanted(False)
     steps = (step for step in staged.steps if isinstance(step, Op))
-    return prepared, [beside(step, staged.program.values, True, wanted) for step in steps]
+    return prepared, [call_memory(step, staged.program.values, True, wanted) for step in steps]
 
 
 def allocated(head: Callable[[Tensor], Tensor]) -> int:
@@ -79,4 +79,4 @@ def test_the_numbers_that_kernels_allocate_inside_are_those_of_the_largest_row()
 
 def test_small_calls_count_for_nothing() -> None:
     prepared, found = calls_of(accelerate(Net(HEADS["quantile"])), 32)
-    assert set(found) == {Beside()} and prepared.calls_backward == 0
+    assert set(found) == {CallMemory()} and prepared.calls_backward == 0
