@@ -49,8 +49,16 @@ class ChangedError(GigamorphError, RuntimeError):
     """A tensor that the backward needs was changed in place after the forward, a RuntimeError as in stock PyTorch."""
 
 
-class BudgetError(GigamorphError):
-    """No tile fits the memory budget."""
+class BudgetError(GigamorphError, MemoryError):
+    """No tile fits the memory budget.
+
+    Attributes:
+        needed_bytes: the smallest budget that fits, if it is known.
+    """
+
+    def __init__(self, message: str, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class NoRoomError(BudgetError):

@@ -35,14 +35,16 @@ def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, sh
     limit = format_bytes(request.budget)
     if request.budget < own:
         what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
-        raise NoRoomError(f"no tile fits: {what} {format_enough(own)}, the budget is {limit}; give a larger budget")
+        text = f"no tile fits: {what} {format_enough(own)}, the budget is {limit}; give a larger budget"
+        raise NoRoomError(text, own)
     least = least_bytes(maps, nodes, request)
     if request.budget < least and not shared:
         height, width = maps.size(maps.program.image)
         raise BudgetError(
             f"no tile fits: an image of {height} x {width} needs at least {format_enough(least)} without any tile "
             f"(parameters, copies of them, compiled kernels, outputs), the budget is {limit}; "
-            "give a larger budget"
+            "give a larger budget",
+            least,
         )
 
 

@@ -134,7 +134,8 @@ class _Options:
         return BudgetError(
             f"no tile fits in all {shard.count} processes that share an image of {height} x {width}: one of them needs "
             f"at least {format_enough(least)}, the budget of this one is "
-            f"{format_bytes(self.request.limit(self.device))}; give each a larger budget, or a smaller batch"
+            f"{format_bytes(self.request.limit(self.device))}; give each a larger budget, or a smaller batch",
+            least,
         )
 
 
@@ -224,7 +225,8 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
     return BudgetError(
         f"{what}: an image of {height} x {width} needs at least {format_enough(least.peak_bytes)} "
         f"(tile {least.tile[0]} x {least.tile[1]}, halos {least.halos}), the budget is "
-        f"{format_bytes(request.limit(staged.program.values[image].device))}; give a larger budget or a smaller batch"
+        f"{format_bytes(request.limit(staged.program.values[image].device))}; give a larger budget or a smaller batch",
+        least.peak_bytes,
     )
 
 

@@ -9,7 +9,7 @@ so another option is not to store them at all: each early stage then starts at t
     segments                4, and the maps of one segment in addition to the cuts; less if late, small maps are stored
     early maps not stored   more: a segment of m reductions is computed about m/2 times in each direction
 
-A network of one stage stores nothing. On the CPU it may still be cut into parts: `tile_parts.py`, `packed_parts.py`.
+A network of one stage stores nothing. On the CPU it may still be cut into parts: `cuts.py`.
 
 All strategies may offload their maps: on a GPU to host memory, otherwise to a file. The transfers then add to the cost.
 """
@@ -25,10 +25,9 @@ from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
 from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
+from .cuts import cuts_by_outputs, cuts_by_weights, packed_bytes
 from .interstage import brought, value_bytes
 from .lifetimes import stored_peaks
-from .packed_parts import cuts_by_weights, packed_bytes
-from .tile_parts import cuts_by_outputs
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def naming(image: str) -> Iterator[None]:
     except NoRoomError as error:
         raise GigamorphError(str(error)) from error
     except BudgetError as error:
-        raise BudgetError(f"{image}: {error}") from error
+        raise BudgetError(f"{image}: {error}", error.needed_bytes) from error
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise BudgetError(

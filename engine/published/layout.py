@@ -86,13 +86,9 @@ def parts_of(state: State, layout: str | None = None) -> tuple[str, Sequence[Par
         if layout in (None, name) and module.recognises(state):
             return name, module.parts(state)
     if layout is not None:
-        raise GigamorphError(f"{state.path}: is not in layout {layout}; its names begin with {_first_names(state)}")
+        first = ", ".join(list(dict.fromkeys(name.split(".")[0] for name in state.tensors))[:10])
+        raise GigamorphError(f"{state.path}: is not in layout {layout}; its names begin with {first}")
     raise GigamorphError(
         f"{state.path}: has none of the known layouts ({', '.join(layouts())}); pass it as --weights of the factory "
         "that builds its network, as in gigamorph import timm:resnet50 --weights FILE"
     )
-
-
-def _first_names(state: State) -> str:
-    found = list(dict.fromkeys(name.split(".")[0] for name in state.tensors))
-    return ", ".join(found[:10])

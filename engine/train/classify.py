@@ -68,7 +68,7 @@ def logits_of_items(net: nn.Module, items: Sequence[dict[str, Any]], outputs: Ou
     try:
         rows = net(sources[0] if len(sources) == 1 else sources)
     except BudgetError as error:  # the larger images of a set may not fit
-        raise BudgetError(f"{items[0]['record'].path}: {error}") from error
+        raise BudgetError(f"{items[0]['record'].path}: {error}", error.needed_bytes) from error
     if outputs is None or outputs.views is None:
         return rows
     return torch.cat([outputs.together(part) for part in rows.split([len(sources_of(item)) for item in items])])

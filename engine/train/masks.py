@@ -65,7 +65,7 @@ class Segmentation(TargetTask[Overlap]):
             rows, columns = map_shape(self.net, image)[-2:]
             return dense_loss(self.net, image, Batched(mask_on_grid(mask, (rows, columns))), criterion)
         except BudgetError as error:  # the larger images of a set may not fit
-            raise BudgetError(f"{item['record'].path}: {error}") from error
+            raise BudgetError(f"{item['record'].path}: {error}", error.needed_bytes) from error
 
     def find(self, item: dict[str, Any]) -> Overlap:
         loss, counts = self._computed(item, Loss(), counted=True)  # validation: class weights, but default settings

@@ -59,7 +59,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
         with torch.enable_grad():
             plan = planned.plan_for((1, *shape))
     except BudgetError as error:
-        raise BudgetError(f"{path}: {error}") from error
+        raise BudgetError(f"{path}: {error}", error.needed_bytes) from error
     quick = time.monotonic() - started < _QUICK_PLAN
     log.debug("plan of the largest image\n%s", plan)
     budget = "what is free" if options.budget is None else format_bytes(options.budget)

@@ -226,7 +226,7 @@ def test_numbers(tmp_path, capsys):
     page = (tmp_path / "o" / "report.html").read_text()
     assert "Lin" in page and "Spearman" in page
     assert run("eval", path, "--threshold", "0.5", "--out", tmp_path / "t") == 2
-    assert "not numbers" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "do not apply to numbers; omit them" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_what_strangers_give(files, tmp_path, capsys):

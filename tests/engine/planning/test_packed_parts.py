@@ -14,7 +14,7 @@ from gigamorph import accelerate, create_model, plan
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering import onednn
 from gigamorph.engine.lowering.nodes import sort
-from gigamorph.engine.planning.packed_parts import packed_bytes
+from gigamorph.engine.planning.cuts import packed_bytes
 from gigamorph.engine.planning.strategy import strategies
 
 pytestmark = pytest.mark.skipif(not onednn.runs(), reason="this build of PyTorch has no packed convolutions")

@@ -200,6 +200,7 @@ def test_a_refused_budget_is_told_what_is_enough() -> None:
     least = re.search(r"needs at least ([0-9.]+ [KM]iB)", str(refused.value))
     assert least is not None
     enough = parse_bytes(least[1].replace(" ", ""))  # rounded up
+    assert isinstance(refused.value, MemoryError) and 0 <= enough - refused.value.needed_bytes < 0.01 * enough
     assert plan(net, (512, 512), enough).peak_bytes <= enough
     with pytest.raises(BudgetError):
         plan(net, (512, 512), int(0.97 * enough))
