@@ -100,9 +100,7 @@ def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image
     for name, staged in _candidates(maps, nodes, training):
         yield from weigh(name, staged)
     if kind == "cpu" and len(everything.stages) == 1:
-        for cuts in (
-            cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _cut_values(maps, nodes))
-        ):
+        for cuts in cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _cuttable(maps, nodes)):
             staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
             name = f"the maps between {len(staged.stages)} parts"
             yield from weigh(name, staged, constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training))
@@ -159,10 +157,10 @@ def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
     Maps whose statistics are computed are excluded; the output of their norm is a better cut.
     """
     level = levels(maps, nodes)
-    return list({level[v]: v for v in _cut_values(maps, nodes) if level[v] > 0}.values())
+    return list({level[v]: v for v in _cuttable(maps, nodes) if level[v] > 0}.values())
 
 
-def _cut_values(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+def _cuttable(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
     """Maps on which all later ops depend and whose statistics are not computed, in program order."""
     order = [node for node in nodes if isinstance(node, Local)]
     reduced = {node.value for node in nodes if isinstance(node, Reduction)}
