@@ -7,7 +7,7 @@ times the change of stock PyTorch's result under different rounding (`coverage_j
 float64 is divided by stock PyTorch's own. The verdict is
 
     exact        computed tile by tile
-    taken whole  exact, but only with fallback="whole": some op needs a whole map in the middle
+    taken whole  exact, but only with fallback="untiled": some op needs a whole map in the middle
     refused      with the message
     unclear      differs by no more than stock under different rounding, but by more than 1e-9
     wrong        anything else
@@ -112,10 +112,10 @@ def check(name: str, mode: str) -> dict[str, Any]:
     except GigamorphError as refusal:
         report["message"] = str(refusal)
         try:
-            network = lower(capture(model, tuple(image.shape), image.dtype, "cpu"), "whole")
+            network = lower(capture(model, tuple(image.shape), image.dtype, "cpu"), "untiled")
         except GigamorphError as second:
             return report | {"message": str(second), "verdict": "refused", "seconds": time.perf_counter() - began}
-        fallback = "whole"
+        fallback = "untiled"
     disabled = _disable_dropout(model, network, everywhere=fallback is not None)
     if disabled:
         report["dropout off"] = disabled

@@ -19,7 +19,7 @@ CLASSES = {
 MODES = {"eval": "frozen", "live": "live"}  # names on the page
 VERDICTS = {
     "exact": "computed tile by tile, and equal to stock PyTorch",
-    "taken whole": 'equal, but only with `fallback="whole"`: an op in the middle needs an untiled map',
+    "taken whole": 'equal, but only with `fallback="untiled"`: an op in the middle needs an untiled map',
     "refused": "not computed; the error names the module and the line",
     "unclear": "the difference is at most four times that between two roundings of stock PyTorch; as that is more "
     "than 1e-9, it could hide an error",
@@ -157,7 +157,7 @@ def _texts(row: Row) -> list[str]:
 
 
 def _shared(text: str, beyond: bool) -> str:
-    text = re.sub("; or (have the map whole|compute it untiled): accelerate.*", "", text)
+    text = re.sub("; or (have the map whole|(run|compute) it untiled): accelerate.*", "", text)
     text = re.sub(r" \(\w+\.py:\d+\)| \(it differs by .*\)", "", text)
     if beyond:
         return text

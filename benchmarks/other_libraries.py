@@ -54,7 +54,7 @@ def check(build: Build, live: bool, size: tuple[int, int] = SIZE) -> dict[str, A
     _without_random_numbers(model)
     image = torch.randn(2 if live else 1, 3, *size, dtype=torch.float64)
     found: dict[str, Any] = {}
-    for fallback in (None, "whole"):
+    for fallback in (None, "untiled"):
         fast = lambda twin, fallback=fallback: accelerate(twin, tile=TILE, fallback=fallback)  # noqa: E731
         try:
             found |= judge(model, image, fast, casts=False, limit=LIMIT)

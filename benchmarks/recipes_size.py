@@ -161,7 +161,7 @@ def size(row: Row, shrink: int, measure: bool) -> dict[str, Any]:
 
 
 def _measured(network: nn.Module, image: tuple[int, ...], training: bool) -> float:
-    net = accelerate(network, memory_budget=available_bytes() // 2, fallback="whole")
+    net = accelerate(network, memory_budget=available_bytes() // 2, fallback="untiled")
     x = torch.rand(image)
     began = time.process_time()
     with torch.set_grad_enabled(training):

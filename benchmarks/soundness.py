@@ -17,7 +17,7 @@ separately (`tests/helpers/random_modules/foreign`). Verdicts:
     python benchmarks/soundness.py --modules 20000 [--seed 0] [--workers 2] [--log FILE] [--json FILE] [--shrink]
     python benchmarks/soundness.py --foreign --modules 500 [--only Config] [--log FILE] [--json FILE] [--shrink]
     python benchmarks/soundness.py --opinfo [--only conv] [--log FILE] [--json FILE]
-    python benchmarks/soundness.py --modules 10000 --fallback whole
+    python benchmarks/soundness.py --modules 10000 --fallback untiled
     python benchmarks/soundness.py --seed-of 17 [--shrink]
     python benchmarks/soundness.py --seed-of ConfigRead.vars_of#3 [--shrink]
 
@@ -218,7 +218,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--opinfo", action="store_true", help="PyTorch's samples of its operations")
     parser.add_argument("--foreign", action="store_true", help="Python code as in published networks")
-    parser.add_argument("--fallback", choices=["whole"], help="as in accelerate: allow graph breaks")
+    parser.add_argument("--fallback", choices=["untiled"], help="as in accelerate: allow graph breaks")
     parser.add_argument("--only", default="", help="only operations, or foreign pieces, whose name contains this")
     parser.add_argument("--first", type=int, default=40, help="number of printed reasons")
     parser.add_argument("--json", type=Path)

@@ -26,7 +26,7 @@ from .execution.runner import Call, Opened, Runner
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .lowering.ops import VectorOp
-from .module.arguments import HALO_STORAGE, check_choice, check_network, image_shape, refuse_wrapped, tile_sides
+from .module.arguments import check_choice, check_network, check_storage, image_shape, refuse_wrapped, tile_sides
 from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
 from .module.preconditions import with_preconditions
 from .planning.plan import Plan
@@ -400,7 +400,7 @@ def accelerate(
         batch_norm: ``"frozen"`` holds every BatchNorm in evaluation mode, also after `train()`.
         halos: where the halos between tiles are stored for the backward: ``"device"``, ``"host"``, ``"disk"``, or
             ``"auto"``, the first of these that the budget allows.
-        fallback: ``"whole"`` computes ops that cannot run tile by tile (a mirrored map, causal attention) on their
+        fallback: ``"untiled"`` computes ops that cannot run tile by tile (a mirrored map, causal attention) on their
             whole maps, with the memory that this takes; None refuses these networks.
         split: compute each image on several processes, each of which computes a band of rows. Pass a process group of
             `torch.distributed`, or True for all processes. Every process has the same weights, gets the same images
@@ -419,8 +419,7 @@ def accelerate(
         raise GigamorphError("the model is already accelerated; call accelerate once")
     check_network(model)
     check_choice("batch_norm", batch_norm, ("frozen", None))
-    check_choice("halos", halos, HALO_STORAGE)
-    check_choice("fallback", fallback, ("whole", None))
+    fallback = check_storage(halos, fallback)
     if not isinstance(verify, bool):
         raise GigamorphError(f"verify must be True or False, not {verify!r}")
     load_recorder()

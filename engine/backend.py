@@ -12,7 +12,7 @@ from .capture.graph import Graph
 from .errors import GigamorphError, UnsupportedError
 from .execution.programs import Settings
 from .execution.runner import Runner
-from .module.arguments import HALO_STORAGE, check_choice, tile_sides
+from .module.arguments import check_storage, tile_sides
 from .tiling.memory import parse_bytes
 
 _OPTIONS = ("memory_budget", "tile", "halos", "fallback")
@@ -38,7 +38,7 @@ def gigamorph(
 
     Raises:
         GigamorphError: for unknown options.
-        UnsupportedError: for a graph that ends before the forward does (a graph break), unless `fallback` is "whole".
+        UnsupportedError: for a graph that ends before the forward does (a graph break), unless `fallback` is "untiled".
     """
     if mode is not None:
         raise GigamorphError(f'backend "gigamorph" has no mode {mode!r}; pass options={{"memory_budget": "2GiB"}}')
@@ -47,15 +47,14 @@ def gigamorph(
         if name not in _OPTIONS:
             raise GigamorphError(f'unknown option {name!r} of backend "gigamorph"; choose from {", ".join(_OPTIONS)}')
     budget, halos, fallback = given.get("memory_budget"), given.get("halos", "auto"), given.get("fallback")
-    check_choice("halos", halos, HALO_STORAGE)
-    check_choice("fallback", fallback, ("whole", None))
+    fallback = check_storage(halos, fallback)
     limit = None if budget is None else parse_bytes(budget)
     settings = Settings(limit, tile_sides(given.get("tile")), halos, fallback, None)
     refuse_generators()
     graph = Graph.of(module)
     if graph.piece and settings.fallback is None:
         raise UnsupportedError(
-            f'the forward is not one graph: {graph.piece}; change that line, or pass options={{"fallback": "whole"}}'
+            f'the forward is not one graph: {graph.piece}; change that line, or pass options={{"fallback": "untiled"}}'
         )
     runner = Runner(settings)
     return lambda *inputs: runner.serve(graph, inputs)

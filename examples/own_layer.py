@@ -1,7 +1,7 @@
 """A layer of your own: made of PyTorch's ops it needs nothing from you, and its exactness can be seen.
 
 The forward is recorded as it is. What has a rule is a window, an op per pixel, or a sum over the image; a layer whose
-ops have none is refused with its name, and `accelerate(..., fallback="whole")` takes it on whole maps.
+ops have none is refused with its name, and `accelerate(..., fallback="untiled")` takes it on whole maps.
 """
 
 import torch

@@ -404,7 +404,7 @@ _OUTSIDE = {  # part of a TorchDynamo error about the surroundings of a call -> 
     "disabled it",
 }
 _FROM = "from user code:"  # Dynamo adds it to errors raised during a recording
-_WHOLE = 'or pass fallback="whole" to compute in pieces around it'
+_WHOLE = 'or pass fallback="untiled" to compute in pieces around it'
 _REMEDY = f"; change that line, {_WHOLE}"
 
 
@@ -454,7 +454,7 @@ def _own_error(kind: str, arguments: str, where: str) -> Exception:
         return UnsupportedError(f"{where} raises {kind}: {message}")
     if issubclass(found, AttributeError | NameError | TypeError):  # seldom raised by the network itself
         text = f"{where} raises {kind} in TorchDynamo: {message}"
-        return forward_error(found, f'{text}; if it does not without gigamorph, pass fallback="whole"')
+        return forward_error(found, f'{text}; if it does not without gigamorph, pass fallback="untiled"')
     return forward_error(found, f"{message} ({where})")
 
 

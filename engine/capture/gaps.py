@@ -1,7 +1,7 @@
 """Corrections of TorchDynamo for constructs that it records wrongly; tests/engine/capture has the cases.
 
 A construct that Dynamo records wrongly is corrected here, or breaks the graph (`_break_at_...`). A graph break is
-refused, or runs as plain Python with ``fallback="whole"``. Dynamo does not guard everything on which a recording
+refused, or runs as plain Python with ``fallback="untiled"``. Dynamo does not guard everything on which a recording
 depends: guards are added here, and `Unguarded` compares at each call what Dynamo cannot guard.
 """
 
@@ -474,7 +474,7 @@ def _cached_value(lookup: Callable[[], Any]) -> Any:
         _open.filled.append(lookup.func)
     value, info = lookup(), lookup.func.cache_info()
     if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
-        lookup.func.cache_clear()  # with fallback="whole" the function runs and draws again
+        lookup.func.cache_clear()  # with fallback="untiled" the function runs and draws again
         break_graph("functools.lru_cache", "the function draws random numbers")
     if lookup() is not value or info.currsize == info.maxsize:
         break_graph("functools.lru_cache", f"its cache of {info.maxsize} is full")

@@ -127,7 +127,7 @@ class Runner:
             UnsupportedError: if the function cannot be recorded or computed.
         """
         # Code between the pieces of a broken graph would read the values of tensors without memory.
-        pieces = self.settings.fallback == "whole" and not call.by_region and call.complete is None
+        pieces = self.settings.fallback == "untiled" and not call.by_region and call.complete is None
         key = function, pieces
         if key not in self._compiled:
             self._compiled[key] = Compiled(function, self.serve, pieces)

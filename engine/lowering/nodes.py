@@ -87,7 +87,7 @@ def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node
     """The nodes of the recorded ops, in program order; ops on vectors are unchanged.
 
     Args:
-        fallback: "whole" runs ops without an exact rule in ordinary PyTorch on whole maps.
+        fallback: "untiled" runs ops without an exact rule in ordinary PyTorch on whole maps.
 
     Raises:
         UnsupportedError: naming the module and the remedy, for every op that cannot be computed exactly.
@@ -126,7 +126,7 @@ def _sort(
     program.stands_in, program.apart = {}, set()
     maps = Maps(program, {program.image: (2, 3)})
     maps.axes.update((v, (len(maps.shape(v)) - 2, len(maps.shape(v)) - 1)) for v in program.inputs)
-    tokens, moves, sorting = Tokens(maps), Moves(maps), _NodeList(maps, fallback == "whole", broadcasts)
+    tokens, moves, sorting = Tokens(maps), Moves(maps), _NodeList(maps, fallback == "untiled", broadcasts)
     ops = [own for op in live_ops(program) for own in _with_zeros(op, maps, unread or {})]
     relative = Relative(ops, maps)
     watched = {v for v in program.handed_out() if program.grad and program.values[v].takes_grad}
@@ -249,7 +249,7 @@ class _NodeList:
                     op, f"'{op.name}' cannot run functions of maps by tile; write their ops in Python"
                 ) from None
             if not self.whole:
-                raise UnsupportedError(f'{refusal}; or compute it untiled: accelerate(..., fallback="whole")') from None
+                raise UnsupportedError(f'{refusal}; or run it untiled: accelerate(..., fallback="untiled")') from None
             made = Whole(op)
         for node in made if isinstance(made, list) else [made]:
             self._append(op, node)
@@ -344,7 +344,7 @@ class _WholeMaps:
             raise _refuse(
                 first,
                 f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
-                'accelerate(..., fallback="whole") allows that where the memory does',
+                'accelerate(..., fallback="untiled") allows that where the memory does',
             )
 
 

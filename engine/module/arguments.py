@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,16 @@ def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         known = [f'"{choice}"' if choice else "None" for choice in choices]
         raise GigamorphError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+
+
+def check_storage(halos: Any, fallback: Any) -> Any:
+    """Check `halos` and `fallback`; return the latter, which gigamorph 0.2 called "whole" instead of "untiled"."""
+    check_choice("halos", halos, HALO_STORAGE)
+    if isinstance(fallback, str) and fallback == "whole":
+        warnings.warn('fallback="whole" is now fallback="untiled"', DeprecationWarning, stacklevel=3)
+        fallback = "untiled"
+    check_choice("fallback", fallback, ("untiled", None))
+    return fallback
 
 
 def image_shape(shape: Any) -> tuple[int, ...]:

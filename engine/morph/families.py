@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.overrides import resolve_name
+
+from ..errors import MorphError
 
 # Data movement: these ops run on the labels.
 MOVE = frozenset(
@@ -73,7 +76,7 @@ PRODUCTS = frozenset("matmul mm rmatmul addmm einsum".split())
 TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute".split())
 # Variances; over channels they are a mean of squares if they divide by the count without a correction.
 VARIANCES = frozenset("var std var_mean std_mean".split())
-DECLARED: dict[str, str] = {}  # custom Functions by name -> "elementwise" or "channelwise", see `custom.declare`
+DECLARED: dict[str, str] = {}  # custom Functions by name -> "elementwise" or "channelwise", see `declare`
 NORMS = frozenset("batch_norm instance_norm layer_norm group_norm rms_norm".split())
 
 # Ops that read no values.
@@ -108,3 +111,31 @@ _IN_PLACE = frozenset(
 def reads_no_values(name: str) -> bool:
     """Return whether the op reads only the shape, type or state of a tensor."""
     return name in METADATA or (name.startswith("is_") and name not in ("is_nonzero", "is_same_size"))
+
+
+def declare(function: type[torch.autograd.Function], kind: str) -> None:
+    """Declare how a custom Function maps its inputs, so that channels that pass through it can grow.
+
+    Channels that meet an undeclared Function are frozen. The numeric check of each morph finds a wrong declaration if
+    its random inputs expose it.
+
+    Args:
+        function: the subclass of `torch.autograd.Function` that the forward applies.
+        kind: "elementwise": each element of the single output depends on the elements of the input tensors at the
+            same (broadcast) position. "channelwise": the first tensor is a map (N, C, ...), and the single output has
+            these channels on axis 1. Each output channel depends on that channel of the map and of the other tensors,
+            which are vectors (C).
+
+    Raises:
+        MorphError: `function` is not a subclass of `torch.autograd.Function`, or `kind` is unknown.
+    """
+    if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
+        raise MorphError(f"{function!r} is not a subclass of torch.autograd.Function")
+    if kind not in ("elementwise", "channelwise"):
+        raise MorphError(f"unknown kind {kind!r}; choose from elementwise, channelwise")
+    DECLARED[custom_name(function)] = kind
+
+
+def custom_name(function: type) -> str:
+    """Return the name of the Function in the trace."""
+    return f"{function.__module__}.{function.__qualname__}"

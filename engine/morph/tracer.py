@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import MorphError
 from . import families
-from .custom import custom_name
 from .example import Inputs
-from .families import op_name, reads_no_values
+from .families import custom_name, op_name, reads_no_values
 from .labels import Label
 from .log import Entry
 from .lookup import Table

@@ -93,7 +93,7 @@ def _open_checkpoint(path: str | Path, memory_budget: int | None, device: str) -
         raise
     except Exception as error:  # recipes raise various errors for their keys
         raise DataError(f"{path}: its network cannot be built as recorded ({first_line(error)}); {REMEDY}") from error
-    net, outputs = accelerate(network.to(device), memory_budget, fallback="whole"), target_of(record).outputs
+    net, outputs = accelerate(network.to(device), memory_budget, fallback="untiled"), target_of(record).outputs
     if outputs is not None:
         set_outputs(net, outputs)
     return Classifier(Published(net, str(path)), record["classes"], opened)  # type: ignore[arg-type]

@@ -82,4 +82,4 @@ def _members(folder: Path, about: Description, memory_budget: int | None, device
 
 
 def _accelerated(folder: Path, memory_budget: int | None, device: str) -> Accelerated:
-    return accelerate(open_checked(folder).to(device), memory_budget, fallback="whole").eval()
+    return accelerate(open_checked(folder).to(device), memory_budget, fallback="untiled").eval()

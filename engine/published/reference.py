@@ -77,7 +77,7 @@ def verified(network: nn.Module, reference: Reference, name: str) -> Mapping[str
 
 def _by_tiles(network: nn.Module, image: Tensor, tile: tuple[int, int]) -> Tensor:
     with torch.no_grad():
-        return accelerate(network, tile=tile, fallback="whole")(image)
+        return accelerate(network, tile=tile, fallback="untiled")(image)
 
 
 @contextlib.contextmanager

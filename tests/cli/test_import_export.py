@@ -341,7 +341,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "outputs: no, yes" in said and "1 channel, every pixel, mean [0.5]" in said
     assert "licence not stated" in said
-    assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 of them)"
+    assert _listed([str(i) for i in range(1000)]) == "0, 1, 2, ..., 999 (1000 in total)"
     assert run("export", tmp_path / "net", "--to", "huggingface", "--out", tmp_path / "hub") == 2
     assert "is not one of timm's; export it with --to onnx" in capsys.readouterr().err
     assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2

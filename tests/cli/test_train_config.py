@@ -265,7 +265,7 @@ def test_folds_by_patient_and_their_predictions(phantoms, tmp_path, capsys):
     assert "fold 2 of 2" in capsys.readouterr().out
     (tmp_path / "cv" / "config.toml").unlink()
     assert run("train", table, "--out", tmp_path / "cv", "--resume") == 2
-    assert "contains the runs of a cross-validation" in capsys.readouterr().err
+    assert "holds a cross-validation; give --folds" in capsys.readouterr().err
     assert run("import", tmp_path / "cv", "--out", tmp_path / "ensemble") == 2
     assert "here use the checkpoint of one" in capsys.readouterr().err
     evaluated = ["eval", tmp_path / "cv" / "out_of_fold.csv", "--split", "all", "--resamples", "20"]

@@ -456,3 +456,11 @@ def test_frozen_layers_stay_frozen() -> None:
     before = model[1].running_mean.clone()
     net(torch.randn(1, 1, 40, 40))
     assert torch.equal(before, model[1].running_mean)
+
+
+def test_the_former_name_of_the_fallback_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match='fallback="whole" is now fallback="untiled"'):
+        net = accelerate(nn.Conv2d(1, 2, 3), fallback="whole")
+    assert net._settings.fallback == "untiled"
+    with pytest.raises(GigamorphError, match=r'fallback must be "untiled" or None, not .all.'):
+        accelerate(nn.Conv2d(1, 2, 3), fallback="all")

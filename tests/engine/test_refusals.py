@@ -239,7 +239,7 @@ def said(net: nn.Module, *given: object) -> str:
 
 def agree_whole(net: nn.Module, x: Tensor) -> None:
     """What the refusal proposes: the map whole."""
-    other = accelerate(copy.deepcopy(net), tile=8, fallback="whole")
+    other = accelerate(copy.deepcopy(net), tile=8, fallback="untiled")
     torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
 
 
@@ -347,7 +347,7 @@ def test_an_assignment_to_every_second_row():
     net = Net(Strided()).double()
     x = images(1, 3, 24, 24)
     told = said(net, x)
-    assert "'odd'" in told and "test_refusals.py:" in told and 'fallback="whole"' in told, told
+    assert "'odd'" in told and "test_refusals.py:" in told and 'fallback="untiled"' in told, told
     agree_whole(net, x)
 
 
@@ -364,5 +364,5 @@ def test_observers_of_a_quantization():
     told = said(net, x)
     assert re.match(r"test_refusals\.py:\d+ \(in forward\) in module 'first", told), told
     assert "train the network by tiles before prepare_qat" in told
-    other = accelerate(copy.deepcopy(net), tile=8, fallback="whole")
+    other = accelerate(copy.deepcopy(net), tile=8, fallback="untiled")
     torch.testing.assert_close(other(x), net(x), rtol=1e-4, atol=1e-5)

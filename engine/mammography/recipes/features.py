@@ -168,7 +168,7 @@ def frozen_features(
     meter = Meter(report)
     meter.start(stage, len(paths), done=len(paths) - len(missing))
     with evaluating(network):
-        net = accelerate(network.to(device), memory_budget, fallback="whole")
+        net = accelerate(network.to(device), memory_budget, fallback="untiled")
         net.on_tile = meter.on_tile
         per_batch = 1 if size.native else batch_size
         for first in range(0, len(missing), per_batch):

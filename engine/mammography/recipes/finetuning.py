@@ -40,7 +40,7 @@ class Finetuning(ImageTask):
         batch: int,
         record: Mapping[str, Any],
     ) -> None:
-        super().__init__(module, accelerate(module, run.memory_budget, fallback="whole"), images, val, record)
+        super().__init__(module, accelerate(module, run.memory_budget, fallback="untiled"), images, val, record)
         self.size, self.measure, self.best_by_loss = size, score, not len(val)
         self.batch, self.device = batch, run.device
 

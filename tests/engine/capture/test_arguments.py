@@ -125,7 +125,7 @@ def test_a_list_that_may_be_the_networks_own_is_refused(how):
             features = [self.features(view) for view in (first, second)]
             return sum((self.norm(f) if how == "with a norm" else f).mean((-2, -1)) for f in features)
 
-    views, net = [image(0)[:1], image(1)[:1]], accelerate(Views(), tile=8, fallback="whole")
+    views, net = [image(0)[:1], image(1)[:1]], accelerate(Views(), tile=8, fallback="untiled")
     with pytest.raises(Exception, match=r"its forward indexes single images|expected 4D input") as caught:
         net(views)
     assert "list[Tensor]" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))

@@ -314,9 +314,9 @@ def test_a_graph_that_breaks(
     twin = copy.deepcopy(stock)
     with pytest.raises(UnsupportedError, match=rf"test_dynamo.py:\d+ \(in {middle.__name__}\)") as caught:
         accelerate(twin, tile=9)(image())
-    assert "\n" not in str(caught.value) and 'fallback="whole"' in str(caught.value)
+    assert "\n" not in str(caught.value) and 'fallback="untiled"' in str(caught.value)
     tiles: list[TileEvent] = []
-    ours = accelerate(twin, tile=9, fallback="whole")
+    ours = accelerate(twin, tile=9, fallback="untiled")
     ours.on_tile = tiles.append
     capsys.readouterr()
     agree(stock, ours, twin, [SIZES[0], SIZES[0], *SIZES])
@@ -331,7 +331,7 @@ def test_a_graph_that_breaks(
 
 def test_both_ways_of_a_branch() -> None:
     stock = network(branching).eval()
-    ours = accelerate(copy.deepcopy(stock), tile=9, fallback="whole")
+    ours = accelerate(copy.deepcopy(stock), tile=9, fallback="untiled")
     for number in range(4):
         shift = torch.full((1, 4, 1, 1), float(3 * (-1) ** number), dtype=torch.float64).flatten()
         for net in (stock, ours):
@@ -389,6 +389,6 @@ def test_the_backend_and_a_graph_that_breaks(middle: Callable[[Any, Tensor], Ten
     twin = copy.deepcopy(stock)
     with pytest.raises(Exception, match=r"the forward is not one graph: test_dynamo.py:\d+: .*\"fallback\": \"whole\""):
         torch.compile(twin, backend="gigamorph", options={"tile": 16})(image())
-    options = {"tile": 16, "fallback": "whole"}
+    options = {"tile": 16, "fallback": "untiled"}
     twin = copy.deepcopy(stock)
     agree(stock, torch.compile(twin, backend="gigamorph", options=options), twin)

@@ -364,7 +364,7 @@ def test_exact_or_refused(name: str) -> None:
         refusal = found.pop()
         assert isinstance(refusal, UnsupportedError) and "\n" not in str(refusal)
         assert _same(found, wanted[: len(found)])
-        whole = _seen(case, lambda net: accelerate(net, tile=6, fallback="whole"))
+        whole = _seen(case, lambda net: accelerate(net, tile=6, fallback="untiled"))
         assert _same(whole, wanted), whole
 
 

@@ -86,7 +86,7 @@ def test_hooks_on_modules(hooks, live: bool, image_grad: bool, tile: tuple[int, 
     for net, log in ((stock, logs[0]), (twin, logs[1])):
         for name, register in hooks:
             register(net.get_submodule(name), log)
-    ours = accelerate(twin, tile=tile, fallback="whole")
+    ours = accelerate(twin, tile=tile, fallback="untiled")
     for size in ((33, 29), (21, 40), (33, 29)):
         image = torch.randn(2, 1, *size, dtype=torch.float64)
         found = []
@@ -111,14 +111,14 @@ def test_hooks_in_a_whole_graph_are_refused(register) -> None:
     register(net.down, [])
     with pytest.raises(UnsupportedError, match=r"test_module_hooks.py:\d+ \(in forward\) .* hooks") as caught:
         accelerate(net, tile=9)(torch.randn(1, 1, 20, 20, dtype=torch.float64))
-    assert "\n" not in str(caught.value) and 'fallback="whole"' in str(caught.value)
+    assert "\n" not in str(caught.value) and 'fallback="untiled"' in str(caught.value)
 
 
 def test_a_write_in_place_behind_a_hook_fails_as_in_stock() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)).double()
     net[0].register_full_backward_hook(lambda *_: None)
     image = torch.randn(1, 1, 20, 20, dtype=torch.float64)
-    for each in (net, accelerate(copy.deepcopy(net), tile=8, fallback="whole")):
+    for each in (net, accelerate(copy.deepcopy(net), tile=8, fallback="untiled")):
         with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
             each(image)
 
@@ -144,7 +144,7 @@ def test_the_first_hook_of_a_module_counts_from_the_next_call_on(place: str, kin
 def test_hooks_that_come_and_go() -> None:
     torch.manual_seed(0)
     stock = Net().double()
-    ours = accelerate(copy.deepcopy(stock), tile=16, fallback="whole")
+    ours = accelerate(copy.deepcopy(stock), tile=16, fallback="untiled")
     image = torch.randn(1, 1, 30, 30, dtype=torch.float64)
     for factor in (1.0, 3.0, 0.1):
         grads = []
@@ -176,7 +176,7 @@ def test_what_a_loss_does_not_reach_gets_no_gradient_of_zeros() -> None:
     """AdamW would let parameters with one decay."""
     stock = Aside().double()
     stock.norm.register_full_backward_hook(lambda *_: None)
-    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="whole")):
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")):
         x, y = torch.randn(2, 2, 1, 20, 20, dtype=torch.float64).requires_grad_().unbind()
         y.retain_grad()
         net(x, y).sum().backward()
@@ -204,7 +204,7 @@ def test_hooks_of_modules_that_a_loss_does_not_reach_are_not_called(kind: str) -
         register = getattr(stock.get_submodule(name), f"register_full_backward_{kind}")
         register(lambda _module, *grads, name=name: calls.append((name, grads[-1][0].sum().item())))
     found = []
-    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="whole")):
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")):
         net(torch.ones(1, 1, 20, 20, dtype=torch.float64))[0].sum().backward()
         found.append({name for name, parameter in net.named_parameters() if parameter.grad is not None})
     assert [name for name, _ in calls] == ["c", "c"] and calls[0][1] == pytest.approx(calls[1][1], rel=1e-12)

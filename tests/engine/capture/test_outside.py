@@ -1,7 +1,7 @@
 """What a forward finds outside of its network's attributes: classes, imported files, arrays, generators, iterators.
 
 What changes there between calls is noticed, and what a forward changes there is changed by each call; or it is refused
-with the line, and exact in pieces (`fallback="whole"`).
+with the line, and exact in pieces (`fallback="untiled"`).
 """
 
 import argparse
@@ -263,7 +263,7 @@ def test_what_is_changed_between_calls_is_noticed(name):
     last, change = READ[name]
     torch.manual_seed(0)
     stock = Network(last)
-    options = {"fallback": "whole"} if name in IN_PIECES else {}
+    options = {"fallback": "untiled"} if name in IN_PIECES else {}
     try:
         if options:
             refused(stock)
@@ -382,7 +382,7 @@ def test_what_a_forward_changes_is_changed_by_each_call(name):
     torch.manual_seed(0)
     stock = Network(last)
     twin = copy.deepcopy(stock)
-    options = {"fallback": "whole"} if name in CHANGED_IN_PIECES else {}
+    options = {"fallback": "untiled"} if name in CHANGED_IN_PIECES else {}
     try:
         if options:
             refused(twin)
@@ -475,13 +475,13 @@ def test_what_gives_another_number_in_each_call(name):
     twin = Network(last)
     twin.load_state_dict(stock.state_dict())
     stock.source, twin.source = source(), source()
-    options = {"fallback": "whole"} if name in DRAWN_IN_PIECES else {}
+    options = {"fallback": "untiled"} if name in DRAWN_IN_PIECES else {}
     if options:
         refused(twin)
     agree(outputs(stock), outputs(accelerate(twin, tile=8, **options)))
 
 
-@pytest.mark.parametrize("fallback", [None, "whole"])
+@pytest.mark.parametrize("fallback", [None, "untiled"])
 def test_a_generator_of_pythons_that_lasts_is_refused(fallback):
     """TorchDynamo would give its first number in each call."""
     source, last = DRAWS["Python's"]
@@ -518,7 +518,7 @@ def test_a_generator_of_torch_that_lasts_is_drawn_from_in_each_call(by):
     stock.source = torch.Generator()
     refused(stock)
     found = []
-    for net in (stock, accelerate(Noisy(lambda net, x: x), tile=8, fallback="whole")):
+    for net in (stock, accelerate(Noisy(lambda net, x: x), tile=8, fallback="untiled")):
         net.load_state_dict(stock.state_dict())
         source = torch.Generator().manual_seed(3)
         net.source = source

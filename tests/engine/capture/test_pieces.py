@@ -1,4 +1,4 @@
-"""`fallback="whole"`: what a call of several pieces does once, whatever its recordings come to."""
+"""`fallback="untiled"`: what a call of several pieces does once, whatever its recordings come to."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_more_networks_of_a_class_than_dynamo_stores_recordings_of_a_code(monkey
     for _ in range(9):
         stock = Branching().double()
         ours = copy.deepcopy(stock)
-        assert_same(stock, ours, accelerate(ours, tile=8, fallback="whole")(x), x)
+        assert_same(stock, ours, accelerate(ours, tile=8, fallback="untiled")(x), x)
 
 
 def test_more_values_than_recordings_are_stored_for_do_each_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamo, "GRAPHS", 6)
     stock, x = Branching().double(), image()
     ours = copy.deepcopy(stock)
-    net = accelerate(ours, tile=8, fallback="whole")
+    net = accelerate(ours, tile=8, fallback="untiled")
     for number in range(10):
         stock.scale = ours.scale = float(number)
         assert_same(stock, ours, net(x), x)
@@ -74,7 +74,7 @@ def test_a_piece_that_is_refused_leaves_nothing_of_those_before_it(second: str) 
     ours = Branching(second).double()
     before, random = copy.deepcopy(ours), torch.get_rng_state()
     items = ours.seen
-    net = accelerate(ours, tile=8, fallback="whole")
+    net = accelerate(ours, tile=8, fallback="untiled")
     for height in (20, 23):
         with pytest.raises(UnsupportedError, match=r"inference_mode inside|running statistics.*torch.utils.checkpoint"):
             net(image(height))
@@ -90,7 +90,7 @@ def test_an_array_that_is_read_in_inference_mode_is_refused_in_one_line() -> Non
 
     net = Scaled().double().eval()
     net.array = np.array([0.5, 2.0])
-    stock, ours = copy.deepcopy(net), accelerate(net, tile=8, fallback="whole")
+    stock, ours = copy.deepcopy(net), accelerate(net, tile=8, fallback="untiled")
     torch.testing.assert_close(ours(image()), stock(image()), rtol=1e-12, atol=1e-12)
     with torch.inference_mode(), pytest.raises(UnsupportedError, match="numpy arrays in inference mode"):
         ours(image())
@@ -115,4 +115,4 @@ def test_a_write_through_a_view_of_a_whole_map(written: str) -> None:
                 y.flatten(2).transpose(1, 2)[:, 1] = 2.0
             return self.last(y).mean((2, 3))
 
-    assert_exact(randomize(Writing()).double(), image(), tile=8, fallback="whole")
+    assert_exact(randomize(Writing()).double(), image(), tile=8, fallback="untiled")

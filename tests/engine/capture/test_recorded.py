@@ -2,7 +2,7 @@
 
 Each case runs three training steps and one in evaluation mode, stock and by tiles, with a change in between if it has
 one; outputs, gradients (and whether there are any), buffers and what it keeps must agree in float64. What TorchDynamo
-refuses in a whole graph must agree in pieces (`fallback="whole"`).
+refuses in a whole graph must agree in pieces (`fallback="untiled"`).
 """
 
 import copy
@@ -448,7 +448,7 @@ def test_the_same_as_stock(name):
     stock = network(MIDDLES[name])
     if name in IN_PIECES:
         refused(copy.deepcopy(stock))
-    agree(stock, fallback="whole" if name in IN_PIECES or name == "complex numbers" else None)
+    agree(stock, fallback="untiled" if name in IN_PIECES or name == "complex numbers" else None)
 
 
 # -- a stale recording ----------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def test_a_function_of_pytorch_that_is_replaced(monkeypatch):
     same(fast(x).detach(), stock(x).detach())
 
 
-@pytest.mark.parametrize("fallback", [None, "whole"])
+@pytest.mark.parametrize("fallback", [None, "untiled"])
 def test_a_function_in_the_place_of_the_one_that_it_calls(monkeypatch, fallback):
     """PyTorch hands on what is at the place of its function, so that the other one would act twice."""
     own, net = F.interpolate, nn.Sequential(nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2)).double()
@@ -658,7 +658,7 @@ def test_containers(make):
     torch.manual_seed(0)
     stock = Net().double()
     x = torch.randn(1, 1, 20, 17, dtype=torch.float64)
-    fallback = "whole" if isinstance(stock(x), types.SimpleNamespace) else None
+    fallback = "untiled" if isinstance(stock(x), types.SimpleNamespace) else None
     got, wanted = accelerate(copy.deepcopy(stock), tile=8, fallback=fallback)(x), stock(x)
 
     def compare(a: Any, b: Any) -> None:
@@ -760,7 +760,7 @@ def test_custom_functions_are_exact():
     agree(network(lambda net, x: Custom.apply(x)))
 
 
-@pytest.mark.parametrize("fallback", [None, "whole"])
+@pytest.mark.parametrize("fallback", [None, "untiled"])
 def test_an_error_of_the_forward_changes_nothing(fallback):
     """Hooks keep a feature and raise, and the caller catches: it is the forward's own error, with the line."""
 
@@ -903,7 +903,7 @@ def test_a_profiler_with_stacks_may_look_on():
 @pytest.mark.parametrize("name", REFUSED_IN_ONE_GRAPH)
 def test_refused_in_one_graph(name):
     refused(network(REFUSED_IN_ONE_GRAPH[name]))
-    agree(network(REFUSED_IN_ONE_GRAPH[name]), fallback="whole")
+    agree(network(REFUSED_IN_ONE_GRAPH[name]), fallback="untiled")
 
 
 @pytest.mark.parametrize("name", REFUSED)

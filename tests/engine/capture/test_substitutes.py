@@ -49,7 +49,7 @@ def test_what_a_forward_says(capsys: pytest.CaptureFixture[str], caplog: pytest.
     """At each call, with the sizes and counts of that call; in pieces too."""
     stock, fast = both(says)
     found = []
-    for net in (stock, fast, accelerate(copy.deepcopy(stock), tile=8, fallback="whole")):
+    for net in (stock, fast, accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")):
         caplog.clear()
         with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO, LOG.name):
             warnings.simplefilter("always")

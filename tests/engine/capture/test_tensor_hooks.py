@@ -149,7 +149,7 @@ def test_hooks_of_the_forward(middle: Callable[[Any, Tensor], Tensor], live: boo
     pieces = middle in (*IN_PIECES, of_one_that_is_not_used)
     if pieces:
         refused(copy.deepcopy(stock))
-    ours = accelerate(copy.deepcopy(stock), tile=(7, 9), fallback="whole" if pieces else None)
+    ours = accelerate(copy.deepcopy(stock), tile=(7, 9), fallback="untiled" if pieces else None)
     for _ in range(3):
         x = torch.randn(2, 1, 23, 19, dtype=torch.float64)
         for net in (stock, ours):
@@ -163,7 +163,7 @@ def test_hooks_of_the_forward(middle: Callable[[Any, Tensor], Tensor], live: boo
         assert stock.kept is None or close(ours.kept.grad, stock.kept.grad)
 
 
-@pytest.mark.parametrize("fallback", [None, "whole"])
+@pytest.mark.parametrize("fallback", [None, "untiled"])
 def test_a_hook_that_the_forward_takes_back_is_refused(fallback: str | None) -> None:
     net = accelerate(Net(taken_back).double(), tile=9, fallback=fallback)
     with pytest.raises(UnsupportedError, match=r"test_tensor_hooks.py:\d+ .*hook removal") as caught:
@@ -215,7 +215,7 @@ class Chain(nn.Sequential):
 def test_grad_cam_packages(live: bool) -> None:
     torch.manual_seed(1)
     stock = randomize(Chain()).double().train(live)
-    ours = accelerate(copy.deepcopy(stock), tile=16, fallback="whole")
+    ours = accelerate(copy.deepcopy(stock), tile=16, fallback="untiled")
     alone = copy.deepcopy(stock)
     GradCam(alone, [alone.get_submodule("5")])
     refused(alone)
@@ -295,7 +295,7 @@ def test_hooks_of_maps_that_no_gradient_reaches() -> None:
     stock = Pair().double()
     found = []
     refused(stock)
-    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="whole")):
+    for net in (stock, accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")):
         net(torch.ones(1, 1, 20, 20, dtype=torch.float64))[0].sum().backward()
         found.append([parameter.grad for parameter in net.parameters()])
     assert calls == ["y", "y"] and found[1][2:] == [None, None]
@@ -361,7 +361,7 @@ def test_functions_hold_the_tensors_of_their_call(name: str) -> None:
     torch.manual_seed(0)
     stock = Net(middle).double().eval()
     stock.register_buffer("factor", torch.ones((), dtype=torch.float64))
-    ours = accelerate(copy.deepcopy(stock), tile=9, fallback="whole" if name in HELD_IN_PIECES else None)
+    ours = accelerate(copy.deepcopy(stock), tile=9, fallback="untiled" if name in HELD_IN_PIECES else None)
     if name in HELD_IN_PIECES:
         refused(copy.deepcopy(stock))
     for factor in (1.0, 2.0, 3.0):
@@ -463,7 +463,7 @@ def test_lists_that_hooks_of_branches_fill() -> None:
     """In the order of stock's backward: else they pair one layer's map with another's gradient."""
     torch.manual_seed(0)
     stock = Branches().double()
-    ours = accelerate(copy.deepcopy(stock), tile=12, fallback="whole")
+    ours = accelerate(copy.deepcopy(stock), tile=12, fallback="untiled")
     x = torch.randn(1, 1, 30, 30, dtype=torch.float64)
     cams = [GradCam(net, [net.a, net.b, net.down]) for net in (stock, ours)]
     wanted, got = cams[0](x), cams[1](x)

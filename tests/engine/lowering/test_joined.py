@@ -92,8 +92,8 @@ def test_the_whole_output(function):
 def test_a_mirrored_map_in_the_middle(function):
     """It is taken whole, which has to be allowed."""
     net = Around(lambda x: x + function(x)).double()
-    assert_exact(net, image(), tile=(5, 4), fallback="whole")
-    with pytest.raises(UnsupportedError, match=r'needs the whole map.*fallback="whole"'):
+    assert_exact(net, image(), tile=(5, 4), fallback="untiled")
+    with pytest.raises(UnsupportedError, match=r'needs the whole map.*fallback="untiled"'):
         accelerate(net, tile=8)(image())
 
 

@@ -65,7 +65,7 @@ def test_only_keys_and_values_are_whole():
 
 
 def test_what_looks_in_between_gets_the_calls_as_they_were_recorded():
-    assert_exact(network(between=True), torch.randn(2, 2, 12, 18, dtype=torch.float64), tile=(6, 9), fallback="whole")
+    assert_exact(network(between=True), torch.randn(2, 2, 12, 18, dtype=torch.float64), tile=(6, 9), fallback="untiled")
 
 
 class PaddedWindows(nn.Module):
@@ -135,7 +135,7 @@ def test_a_shift_where_another_op_takes_its_map_whole(height: int, width: int, t
     x = torch.randn(2, 1, 4 * height, 4 * width, dtype=torch.float64)
     with pytest.raises(UnsupportedError, match="sort"):
         accelerate(model, tile=tile)(x)
-    wanted, got = step(model, x), step(accelerate(model, tile=tile, fallback="whole"), x)
+    wanted, got = step(model, x), step(accelerate(model, tile=tile, fallback="untiled"), x)
     assert max(step_errors(wanted, got).values()) < 1e-12
 
 

@@ -131,7 +131,7 @@ def test_unpooling_by_other_places_is_refused(function):
 
 def test_unpooling_of_whole_maps():
     """Bands of rows, whose images do not lie one after the other in memory."""
-    assert_exact(Around(OTHER_PLACES[0]).double(), image(2, 2, 14, 17), tile=(3, 20), fallback="whole")
+    assert_exact(Around(OTHER_PLACES[0]).double(), image(2, 2, 14, 17), tile=(3, 20), fallback="untiled")
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

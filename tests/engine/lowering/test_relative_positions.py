@@ -114,7 +114,7 @@ def test_other_moves_are_right_or_refused(form):
     except UnsupportedError as refusal:
         assert form != "columns"
         assert "needs the whole map" in str(refusal)
-        assert_exact(model, x, tile=4, fallback="whole")
+        assert_exact(model, x, tile=4, fallback="untiled")
     else:
         assert form not in ("rows below", "read in between")
         assert_exact(model, x, tile=4)

@@ -150,7 +150,7 @@ def test_functions(name):
 
 def taken_whole(model: nn.Module, x: Tensor) -> list[str]:
     """Names of the ops that read a stored map in one piece."""
-    network = lower(capture(model, tuple(x.shape), x.dtype, "cpu"), "whole")
+    network = lower(capture(model, tuple(x.shape), x.dtype, "cpu"), "untiled")
     stored = {v for stage in network.stages for v in stage.stored}
     return [step.name for step in network.steps if isinstance(step, Op) and stored & set(step.inputs)]
 
@@ -480,7 +480,7 @@ def test_whole_maps_for_ops_without_a_rule(function):
     net = Around(function).double()
     with pytest.raises(UnsupportedError):
         accelerate(copy.deepcopy(net), tile=5)(image())
-    assert_exact(net, image(), tile=5, fallback="whole")
+    assert_exact(net, image(), tile=5, fallback="untiled")
 
 
 @pytest.mark.parametrize("pooled", [False, True])

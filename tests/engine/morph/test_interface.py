@@ -123,7 +123,7 @@ class Custom(nn.Module):
 
 def test_a_custom_function_that_is_declared(monkeypatch: Any) -> None:
     from gigamorph.engine.morph import families
-    from gigamorph.engine.morph.custom import declare
+    from gigamorph.engine.morph.families import declare
 
     monkeypatch.setattr(families, "DECLARED", {})
     with pytest.raises(MorphError, match="no space can be widened"):

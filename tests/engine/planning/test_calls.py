@@ -58,7 +58,7 @@ def allocated(head: Callable[[Tensor], Tensor]) -> int:
 @pytest.mark.parametrize("name", HEADS)
 def test_as_many_bytes_as_in_stock(name: str) -> None:
     """All that is there at the peak of the backward beside the map: its gradient, and what was not counted before."""
-    prepared, found = calls_of(accelerate(Net(HEADS[name]), fallback="whole"), SIDE)
+    prepared, found = calls_of(accelerate(Net(HEADS[name]), fallback="untiled"), SIDE)
     y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
     with Meter() as meter:
         meter.ignore(y)
