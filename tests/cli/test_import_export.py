@@ -346,7 +346,7 @@ def test_import_tells_what_it_wrote_and_export_what_it_checked(tmp_path, capsys)
     assert "is not one of timm's; export it with --to onnx" in capsys.readouterr().err
     assert run("export", tmp_path / "net", "--to", "huggingface", "--size", "64x64", "--out", tmp_path / "hub") == 2
     assert run("import", tmp_path / "net", tmp_path / "w.pt", "--out", tmp_path / "both") == 2
-    assert "w.pt: is no folder of gigamorph import" in capsys.readouterr().err
+    assert "w.pt: ensembles and --flip need folders of gigamorph import; make one first" in capsys.readouterr().err
 
 
 def test_the_views_of_an_exam_are_explained_together(tmp_path, phantoms, capsys):
