@@ -53,18 +53,13 @@ def join(rows: Rows, own: Rows, table: Path) -> None:
             given = sorted({one[name] for one in found} - {""})
             if row.get(name) and not (images and name in KEYS and given):
                 continue
-            if images and len(given) > 1 and _is_one(name):
+            if images and len(given) > 1 and (name in (*KEYS, "split") or name.startswith("label")):
                 raise DataError(
                     f"{table}: {row['image_path']} occurs {len(found)} times, with {name} {' and '.join(given)}; "
                     "keep one, or for frames, add a column frame to the predictions"
                 )
             row[name] = "+".join(given)
     rows.header.extend(name for name in joined if name not in rows.header)
-
-
-def _is_one(name: str) -> bool:
-    """Whether an image can have only one value in a column."""
-    return name in (*KEYS, "split") or name.startswith("label")
 
 
 class ImageRecords:

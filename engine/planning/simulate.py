@@ -147,10 +147,6 @@ _IN_ORDER_OF = {
 }
 
 
-def _lies_channels_last(tensor: Tensor) -> bool:
-    return suggest_memory_format(tensor) == torch.channels_last
-
-
 class _OnMeta(TorchDispatchMode):
     """Runs every op on meta tensors; other inputs (weights that rules hold) and new tensors are moved to meta."""
 
@@ -163,7 +159,7 @@ class _OnMeta(TorchDispatchMode):
             kwargs = {**kwargs, "device": "meta"}
         result = func(*args, **kwargs)
         places = _IN_ORDER_OF.get(func.overloadpacket.__name__, ())
-        if any(_lies_channels_last(args[place]) for place in places):
+        if any(suggest_memory_format(args[place]) == torch.channels_last for place in places):
             return tree_map_only(Tensor, _channels_last, result)
         return result
 

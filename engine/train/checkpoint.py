@@ -14,7 +14,6 @@ from ..files import write_atomically
 from ..models.checkpoints import is_state
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
-from ..morph.files import ENDING, SUFFIXES, recipe_of
 from .stored import REMEDY, require_record
 
 make_torchvision_importable()
@@ -55,11 +54,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             is missing or has another type or range.
     """
     path = Path(path)
-    if path.name.endswith(ENDING) or (path.suffix in SUFFIXES and path.is_file() and recipe_of(path).morphs):
-        raise DataError(
-            f"{path}: is a file of gigamorph morph, without the original model, classes and preprocessing; train it "
-            "with gigamorph train --init, and use the run's best.ckpt here"
-        )
+    if path.suffix != ".ckpt":
+        from ..morph.files import ENDING, SUFFIXES, recipe_of  # imports all morphs
+
+        if path.name.endswith(ENDING) or (path.suffix in SUFFIXES and path.is_file() and recipe_of(path).morphs):
+            raise DataError(
+                f"{path}: is a file of gigamorph morph, without the original model, classes and preprocessing; train "
+                "it with gigamorph train --init, and use the run's best.ckpt here"
+            )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

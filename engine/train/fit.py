@@ -17,7 +17,6 @@ from ..accelerate import Accelerated
 from ..errors import DataError
 from ..models.classifier import check_classifier
 from ..models.segmenter import check_segmenter
-from ..morph.origin import Origin
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from .card import Card, write_card
@@ -177,8 +176,12 @@ def _with_origin(record: dict[str, Any], data: Data, options: TrainOptions, last
         grown = {"grown": stored["grown"]} if "grown" in stored else {}
         # The code may be newer than the run, so the versions at the start are recorded too.
         return {**record, **grown, "versions_at_start": stored.get("versions_at_start", stored["versions"])}
-    origin = Origin.of_file(options.model, options.weights, data.channels) if options.weights else None
-    return record | ({"grown": origin.record()} if origin else {})
+    if options.weights:
+        from ..morph.origin import Origin  # imports all morphs
+
+        if origin := Origin.of_file(options.model, options.weights, data.channels):
+            return record | {"grown": origin.record()}
+    return record
 
 
 def _task(

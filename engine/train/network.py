@@ -14,7 +14,6 @@ from ..errors import DataError, GigamorphError, MorphError
 from ..models import build_model
 from ..models.bounded import bounded
 from ..models.outputs import Outputs, set_outputs
-from ..morph.origin import Origin
 from .head_rows import start_from
 from .mask_target import MaskTarget
 from .target import Target
@@ -61,6 +60,8 @@ def build_network(
     options, target = record["options"], target_of(record)
     with contextlib.nullcontext() if trained is None else bounded(trained):
         if "grown" in record:
+            from ..morph.origin import Origin  # imports all morphs
+
             model = Origin.from_record(record["grown"]).build(options["model"], target.width)
         else:
             model = build_model(options["model"], target.width, record["channels"])

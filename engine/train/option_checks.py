@@ -14,7 +14,6 @@ from ..models.folder import is_folder
 from ..models.pretrained import TIMM
 from ..models.registry import build_model, factory_of
 from ..models.spec import Spec
-from ..morph.files import recipe_of
 from .loggers import require_callbacks, require_loggers
 from .optimizers import make_optimizer
 from .options import TrainOptions
@@ -87,4 +86,8 @@ def _meta_network(name: str, channels: int) -> nn.Module:
 
 
 def _grown(weights: str | None) -> bool:
-    return weights is not None and Path(weights).is_file() and bool(recipe_of(weights).morphs)
+    if weights is None or not Path(weights).is_file():
+        return False
+    from ..morph.files import recipe_of  # imports all morphs
+
+    return bool(recipe_of(weights).morphs)

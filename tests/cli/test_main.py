@@ -212,3 +212,14 @@ def test_an_error_about_a_long_value_stays_short(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "line 2: white level 'xxx" in line and "4095 for 12 bits" in line
     assert " [...] " in line and len(line) < 2100
+
+
+def test_training_and_prediction_import_neither_morphs_nor_the_application():
+    code = (
+        "import sys, gigamorph.cli.train, gigamorph.engine.train.fit, gigamorph.engine.predict.run\n"
+        "import gigamorph.engine.trained\n"
+        "names = ('gigamorph.engine.morph', 'gigamorph.engine.mammography')\n"
+        "print([name for name in sys.modules if name.startswith(names)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
