@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 60_856,
-    ("engine", "kernels", "cli", "benchmarks"): 70_642,
+    ("engine", "kernels"): 60_845,
+    ("engine", "kernels", "cli", "benchmarks"): 70_631,
     ("benchmarks",): 5_989,
 }
 WORDS = {

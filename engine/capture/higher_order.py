@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .recurrent import LAYERS
+from .replacements import RECURRENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ CALLED: dict[str, Callable[..., Any]] = {
     "Tensor": _made_by_class,
     "new_full": Tensor.new_full,
     "_lower_version_count_by_1": lambda tensor: tensor,
-    **{name: getattr(torch, name) for name in LAYERS},
+    **{name: getattr(torch, name) for name in RECURRENT},
 }
 """Name of a function that Dynamo's graph calls -> function to call instead."""
 

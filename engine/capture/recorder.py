@@ -19,30 +19,15 @@ from .aliases import Step
 from .call_trees import bind, refs, tree_leaves, tree_map
 from .corrected import CORRECTED
 from .higher_order import checkpointed
-from .parts import OF_PARTS, with_weight
 from .program import RANDOM, UNSET, Op, Watched, behind, given, known_values, name_of
-from .quantiles import QUANTILES
-from .recurrent import of_one_step
 from .refusals import REFUSED, data_dependent
+from .replacements import OF_PARTS, QUANTILES, of_one_step, with_weight
 from .synchronized import group_of, shared
 from .values import Values
 
 # Functions that return Python values of tensors. The values are right if they depend only on the network's state.
 _TAKEN = frozenset(
-    {
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "numpy",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "__array__",
-    }
+    "item tolist __bool__ __int__ __float__ __index__ __complex__ numpy is_nonzero equal allclose __array__".split()
 )
 
 
@@ -106,6 +91,9 @@ class Recorder(TorchFunctionMode):
         if func in _FILLED_AT and tensors:
             args, kwargs = self._with_number(_FILLED_AT[func], args, kwargs)
             tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if any(map(self.values.of_inference, tensors)) and not self.entry_inference:
+            args_like, kwargs_like = tree_map(self._stand_in, (args, kwargs))
+            func(*args_like, **kwargs_like)  # raises PyTorch's error if it saves or writes the tensor
         before = [(t, t._version) for t in tensors]
         with self._no_inference():
             result = of_one_step(name, func, args, kwargs)
@@ -139,6 +127,14 @@ class Recorder(TorchFunctionMode):
                 "first (x.to(torch.float64))"
             )
         return {**kwargs, "dtype": floating[0].dtype}
+
+    def _stand_in(self, value: Any) -> Any:
+        """A tensor like `value`; one of inference mode if the network made its memory there."""
+        if not isinstance(value, Tensor):
+            return value
+        with torch.inference_mode(made := self.values.of_inference(value)):
+            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return twin if made else twin.requires_grad_(value.requires_grad).clone()
 
     @contextlib.contextmanager
     def _no_inference(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from .gaps import break_graph, of_dynamo
-from .recurrent import LAYERS, of_one_step
+from .replacements import RECURRENT, of_one_step
 
 SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
 """Functions that are called after the graph if Dynamo's configuration lists them, but not in pieces."""
@@ -72,7 +72,7 @@ def substitutes() -> Iterator[None]:
 def _install() -> None:
     """Add substitutes to Dynamo's handlers; they have no effect without an open context."""
     _substitute(F.batch_norm, batch_norm, _has_symbolic_momentum)
-    for name in LAYERS:
+    for name in RECURRENT:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
     misc = of_dynamo("variables.misc")
     _override(misc.DebuggingVariable, "call_function", _defer)

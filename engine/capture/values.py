@@ -118,6 +118,12 @@ class Values:
         self.program.values[number].trainable = tensor.requires_grad
         return twin
 
+    def of_inference(self, tensor: Tensor) -> bool:
+        """Whether the tensor is, or views, a tensor of the network that was made in inference mode."""
+        alias = self.aliases.of.get(id(tensor))
+        real = self.reals.get(id(tensor if alias is None else alias.memory.root))
+        return real is not None and real.is_inference()
+
     def _unrecorded(self, tensor: Tensor) -> Tensor:
         """Register a tensor that no recorded call made, as `Variable(x)`, which shares the memory of x."""
         known = self.aliases.twin(tensor)
