@@ -50,3 +50,29 @@ def test_arguments_that_share_memory() -> None:
             tiled(batch[:1], before)
     found = [net(twin[:1], twin[1:]) for net, twin in ((Centred(), batch.clone()), (tiled, batch))]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+class Shrinking(nn.Module):
+    """A convolution that halves its weight in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.conv.weight.mul_(0.5)
+        return self.conv(x).square().mean((2, 3))
+
+
+@pytest.mark.parametrize("tile", [9, 64])
+def test_two_forwards_that_write_a_weight_have_the_gradients_of_their_weights(tile: int) -> None:
+    """PyTorch refuses this backward, because the second forward overwrites what the first one saved."""
+    torch.manual_seed(0)
+    net, image = Shrinking(), torch.randn(1, 1, 21, 24, dtype=torch.float64)
+    bias, weight = net.conv.bias.detach(), net.conv.weight.detach().clone()
+    both = [(weight * factor).requires_grad_() for factor in (0.5, 0.25)]
+    sum(torch.conv2d(image, one, bias, padding=1).square().mean((2, 3)).sum() for one in both).backward()
+    fast = accelerate(net, tile=tile)
+    (fast(image) + fast(image)).sum().backward()
+    torch.testing.assert_close(net.conv.weight.grad, both[0].grad + both[1].grad, rtol=1e-12, atol=1e-12)
