@@ -226,7 +226,7 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
         if source is not None and (size := _size(source)) <= LARGEST:
             if whole or staged is not None:
                 source.stored, decoded = DecodedPixels(source, one.row.name), size
-            odd = odd_grey(source)
+            odd = odd_grey(source) if source.shape[0] == 1 else ""  # only grey images are judged
     except Exception as error:
         known = isinstance(error, GigamorphError)
         text = str(error) if known else f"{one.row.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
