@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.utils._pytree import tree_map
 
 from .capture.arguments import is_bag, takes_a_list
 from .capture.graph import Graph
@@ -33,6 +32,7 @@ from .planning.plan import Plan
 from .planning.search import arrange
 from .tiling.memory import parse_bytes
 from .tiling.scan import TileEvent
+from .torch_private import BatchNorm, tree_map
 from .verify import CannotVerify
 from .verify import verify as verify_network
 
@@ -370,7 +370,7 @@ def _column(outputs: Tensor, output: int) -> Tensor:
 def freeze_batch_norm(model: nn.Module) -> None:
     """Put every BatchNorm in evaluation mode, with fixed statistics; its affine parameters still learn."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .accelerate import Accelerated
 from .capture.dynamo import stand_in
@@ -25,6 +24,7 @@ from .images.labels import Criterion, Labels, with_loss
 from .images.pixels import PixelSource
 from .module.preconditions import with_preconditions
 from .tiling.map_files import sink
+from .torch_private import tree_flatten, tree_leaves
 
 Images = Tensor | PixelSource | PixelBatch | Sequence[PixelSource]
 

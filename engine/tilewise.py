@@ -14,7 +14,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import has_torch_function_unary
 
 from .capture.active import is_recorded
@@ -31,6 +30,7 @@ from .lowering.ops.tiles import (
     probe,
     refuse_live_statistics,
 )
+from .torch_private import FakeTensor
 
 
 class Tilewise(nn.Module):
@@ -90,7 +90,7 @@ class Tilewise(nn.Module):
             return embedding(image, mask, self.skipped, self._key, *(t for _, t in named_state(self.module)))
         image, tiles = x if isinstance(x, Tensor) else as_batch(x), self._tiles()
         mask = self._check_mask(tiles, image, mask)
-        if isinstance(image, Tensor) and (has_torch_function_unary(image) or is_fake(image)):
+        if isinstance(image, Tensor) and (has_torch_function_unary(image) or isinstance(image, FakeTensor)):
             whole = None if mask is None else mask.unsqueeze(1)
             return embed_tiles(image, whole, self.skipped, tiles, *(t for _, t in named_state(self.module)))
         own = next(self.module.parameters(), image if isinstance(image, Tensor) else torch.empty(0))

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import kernels
 from ..kernels.choice import override
 from .errors import GigamorphError
+from .torch_private import FakeTensor
 
 # Tried in this order, because some networks accept no odd or no small sizes. Three tiles per axis.
 _SIZES = ((97, 75), (128, 96), (224, 224))

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from .measurements import Measurement, MeasurementFile, Times, label, measurement_file
+from .torch_private import FakeTensor, keep_busy
 
 MODES = ("auto", "stock", "triton")
 TIE = 0.99  # ours must take less than this fraction of stock's time
@@ -194,7 +194,7 @@ def elapsed(run: Callable[[], object]) -> float:
     head = HEAD_START
     while True:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(head)
+        keep_busy(head)
         start.record()
         run()
         end.record()
@@ -256,7 +256,7 @@ def _file(device: int | None) -> MeasurementFile:
 def _may_measure(like: Tensor | None) -> bool:
     return (
         (like is None or like.device.type == "cuda")
-        and detect_fake_mode([like]) is None
+        and not any(isinstance(one, FakeTensor) for one in (like, torch.empty(0)))  # the latter in a FakeTensorMode
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
     )

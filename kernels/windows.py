@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .precision import dot_precision
+from .torch_private import FakeTensor
 from .tuning import has_descriptors, interpreting
 
 # Since Triton 3.7 descriptors round loaded values; before, tensor cores truncated the lower bits of float32.
@@ -132,7 +132,7 @@ def can_describe(*tensors: Tensor | None) -> bool:
             or any(
                 strides[d] * itemsize % 16 or not strides[d] for d in range(len(shape)) if d != last and shape[d] > 1
             )
-            or (tensor.device.type != "meta" and not is_fake(tensor) and tensor.data_ptr() % 16)
+            or (tensor.device.type != "meta" and not isinstance(tensor, FakeTensor) and tensor.data_ptr() % 16)
         ):
             return False
     return True

@@ -1,4 +1,4 @@
-"""The limits that `make lint` holds: code lines per part, and words that must not come back.
+"""What `make lint` holds: limits of code lines and words, and private names of PyTorch and Triton in one place.
 
     python tests/gates.py
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 60_845,
-    ("engine", "kernels", "cli", "benchmarks"): 70_631,
+    ("engine", "kernels"): 61_136,
+    ("engine", "kernels", "cli", "benchmarks"): 70_922,
     ("benchmarks",): 5_989,
 }
 WORDS = {
@@ -71,8 +71,55 @@ def prose(path: Path) -> str:
     return "\n".join(comments + strings)
 
 
+PRIVATE_HERE = {"engine/torch_private.py", "kernels/torch_private.py"}
+LIBRARIES = {"torch", "functorch", "triton"}
+
+
+def private_names(text: str) -> list[tuple[int, str]]:
+    """Line and dotted name of each private name of PyTorch or Triton that a file imports or reads.
+
+    A name is private if a part of it starts with an underscore. Methods of the user's modules and tensors
+    (`module._apply`, `nn.Conv2d._conv_forward`) are attributes of classes, which a network may override.
+    """
+    tree = ast.parse(text)
+    modules: dict[str, str] = {}
+    found: list[tuple[int, str]] = []
+
+    def add(line: int, name: str) -> None:
+        parts = name.split(".")
+        of_class = any(part[:1].isupper() for part in parts[:-1])
+        if parts[0] in LIBRARIES and not of_class and any(re.match("_(?!_)", part) for part in parts):
+            found.append((line, name))
+
+    def dotted(node: ast.expr) -> str:
+        if isinstance(node, ast.Attribute):
+            owner = dotted(node.value)
+            return owner and f"{owner}.{node.attr}"
+        return modules.get(node.id, "") if isinstance(node, ast.Name) else ""
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for one in node.names:
+                modules[one.asname or one.name.split(".")[0]] = one.name if one.asname else one.name.split(".")[0]
+                add(node.lineno, one.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for one in node.names:
+                modules[one.asname or one.name] = f"{node.module}.{one.name}"
+                add(node.lineno, f"{node.module}.{one.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            add(node.lineno, dotted(node))
+    return found
+
+
 def main() -> int:
     too_many = []
+    for path in (path for folder in ("engine", "kernels", "cli") for path in (ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        for line, private in [] if name in PRIVATE_HERE else private_names(path.read_text()):
+            too_many.append(
+                f"{name}:{line} uses {private}; private names belong to {' and '.join(sorted(PRIVATE_HERE))}"
+            )
     for folders, limit in LINES.items():
         count = sum(code_lines(path) for folder in folders for path in (ROOT / folder).rglob("*.py"))
         print(f"{' + '.join(folders)}: {count:,} code lines of {limit:,}")

@@ -19,6 +19,7 @@ from ..capture.recording import record_call
 from ..errors import BudgetError, UnsupportedError
 from ..models.compat import make_torchvision_importable
 from ..planning.simulate import stock_peak
+from ..torch_private import BatchNorm
 from .ordinary import Prepared, autocast, first_tensor, loss_of
 from .results import Task
 
@@ -120,7 +121,7 @@ def norm_parameters(network: nn.Module) -> list[str]:
     return [
         f"{name}.{parameter}"
         for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, BatchNorm)
         for parameter, _ in module.named_parameters()
     ]
 
@@ -139,7 +140,7 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
     names = trunk_names(network)
     trunk = nn.Sequential(OrderedDict((name, network.get_submodule(name)) for name in names))
     for module in trunk.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval().requires_grad_(False)
     head = copy.copy(network)
     head._modules = {name: nn.Identity() if name in names else m for name, m in network._modules.items()}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..torch_private import tree_leaves
 from .results import Task
 
 Step = Callable[[Tensor], Tensor]

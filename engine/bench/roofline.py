@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..models.classifier import taking_images
+from ..torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from .meter import time_call
 from .ordinary import autocast, first_tensor, loss_of
 from .results import Task

@@ -16,6 +16,7 @@ from ..accelerate import accelerate, freeze_batch_norm
 from ..models import build_model
 from ..morph.origin import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
+from ..torch_private import BatchNorm
 from .meter import NvmlPeak, measure
 from .ordinary import loss_of
 from .peers import PEERS, Settings
@@ -41,7 +42,7 @@ def build(task: Task) -> nn.Module:
 def _spread_statistics(network: nn.Module) -> None:
     """Give frozen norms realistic statistics, so that an error in their use is visible."""
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        if isinstance(module, BatchNorm) and module.running_mean is not None:
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..torch_private import memory_of
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Aliases:
 
     def add(self, tensor: Tensor, step: Step | None) -> None:
         """Add a new tensor; `step` made it, if it is a view."""
-        key = tensor.untyped_storage()._cdata
+        key = memory_of(tensor)
         memory = self.memories.get(key)
         if memory is None or step is None or id(step.parent) not in self.of:
             self.memories[key] = memory = Memory(tensor)
@@ -80,14 +81,14 @@ class Aliases:
 
     def parent(self, tensor: Tensor, inputs: list[Tensor]) -> Tensor | None:
         """The input whose memory an output shares."""
-        key = tensor.untyped_storage()._cdata
+        key = memory_of(tensor)
         if key not in self.memories:
             return None
-        return next((t for t in inputs if t.untyped_storage()._cdata == key), None)
+        return next((t for t in inputs if memory_of(t) == key), None)
 
     def twin(self, tensor: Tensor) -> Tensor | None:
         """A known tensor with the same memory and layout."""
-        memory = self.memories.get(tensor.untyped_storage()._cdata)
+        memory = self.memories.get(memory_of(tensor))
         form = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
         for alias in self.of.values() if memory is not None else ():
             t = alias.tensor

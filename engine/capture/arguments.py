@@ -15,11 +15,11 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import GigamorphError
 from ..images.batches import PixelBatch, as_batch
 from ..images.pixels import PixelSource
+from ..torch_private import tree_leaves, tree_map
 from .dynamo import stand_in
 from .refusals import BACKBONE
 

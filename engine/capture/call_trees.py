@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
+
+from .. import torch_private
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
         return [tree_map(function, part) for part in tree]
     if kind is dict:
         return {key: tree_map(function, part) for key, part in tree.items()}
-    return _pytree.tree_map(function, tree)
+    return torch_private.tree_map(function, tree)
 
 
 def tree_leaves(tree: Any) -> list[Any]:
@@ -47,7 +48,7 @@ def tree_leaves(tree: Any) -> list[Any]:
         return [leaf for part in tree for leaf in tree_leaves(part)]
     if kind is dict:
         return [leaf for part in tree.values() for leaf in tree_leaves(part)]
-    return _pytree.tree_leaves(tree)
+    return torch_private.tree_leaves(tree)
 
 
 def refs(tree: Any) -> list[int]:

@@ -22,12 +22,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn, overrides
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, fx, nn
 
 from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
 from ..parsing import parse_literal
+from ..torch_private import (
+    dispatch_modes,
+    dynamo_config,
+    dynamo_error,
+    mark_static,
+    pop_dispatch_mode,
+    pop_function_modes,
+    push_dispatch_mode,
+    push_function_mode,
+    recompile_limit_error,
+    reset_code,
+    stance,
+    tree_leaves,
+)
 from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
@@ -57,7 +69,7 @@ def settings(pieces: bool = False) -> Iterator[None]:
         pieces: whether the graph may break. Numbers taken from tensors break it, and no limit ends a call between two
             pieces.
     """
-    config = torch._dynamo.config
+    config = dynamo_config()
     wanted = {
         "skip_nnmodule_hook_guards": False,  # hooks may be added later
         "skip_no_tensor_aliasing_guards_on_parameters": False,  # weights may be tied later
@@ -79,9 +91,8 @@ def settings(pieces: bool = False) -> Iterator[None]:
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
     # With compilation off, the whole image would run at once, which may not fit in memory.
-    stance = torch._dynamo.eval_frame._stance.stance
-    if config.disable or stance == "force_eager":
-        _warn_once("torch._dynamo.config.disable" if config.disable else f'torch.compiler.set_stance("{stance}")')
+    if config.disable or stance() == "force_eager":
+        _warn_once("torch._dynamo.config.disable" if config.disable else 'torch.compiler.set_stance("force_eager")')
     with (
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
@@ -152,7 +163,7 @@ class Compiled:
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         self._served = None
         if self.pieces and (self._stored >= GRAPHS or Compiled.stored_pieces >= PIECES):
-            torch._dynamo.reset()  # before the call, not between two of its pieces
+            torch.compiler.reset()  # before the call, not between two of its pieces
             self._call, self._stored, Compiled.stored_pieces = None, 0, 0
         try:
             with (
@@ -166,10 +177,10 @@ class Compiled:
                 with _static_sizes(args, kwargs) if self._static else contextlib.nullcontext():
                     try:
                         return self._compiled()(*args, **kwargs)
-                    except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
+                    except recompile_limit_error():
                         self._call = None
                         return self._compiled()(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
+        except dynamo_error() as error:
             raise refusal(error, _network_of(args, kwargs)) from None
         except Exception as error:
             of_dynamo = any(part in str(error) for part in (_FROM, *_OUTSIDE)) or not self.pieces
@@ -185,7 +196,7 @@ class Compiled:
             # Dynamo itself would never free the code and its compiled graphs.
             if self._end is not None:
                 self._end()
-            self._end = weakref.finalize(self, torch._dynamo.eval_frame.reset_code, code)
+            self._end = weakref.finalize(self, reset_code, code)
             self._end.atexit = False
             own = types.FunctionType(code, self.function.__globals__, self.function.__name__)
             own.__kwdefaults__, own.__defaults__ = self.function.__kwdefaults__, self.function.__defaults__
@@ -223,7 +234,7 @@ def _static_sizes(args: Any, kwargs: Any) -> Iterator[None]:
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     before = [set(vars(tensor)) for tensor in tensors]
     for tensor in tensors:
-        torch._dynamo.mark_static(tensor)
+        mark_static(tensor)
     marked = [set(vars(tensor)) - names for tensor, names in zip(tensors, before, strict=True)]
     try:
         yield
@@ -250,7 +261,7 @@ def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
     Raises:
         UnsupportedError: another mode is active.
     """
-    modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
+    modes = dispatch_modes()
     for kind in map(type, modes):
         if not kind.__module__.startswith("torch.") and not getattr(kind, "sees_tiles", False):
             raise UnsupportedError(
@@ -258,34 +269,34 @@ def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
                 "before the call, or set sees_tiles = True in its class if it only counts or logs"
             )
     for _ in modes:
-        _pop_mode()
+        pop_dispatch_mode()
     try:
         yield modes
     finally:
         for mode in modes:
-            _push_mode(mode)
+            push_dispatch_mode(mode)
 
 
 @contextlib.contextmanager
 def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
     for mode in modes:
-        _push_mode(mode)
+        push_dispatch_mode(mode)
     try:
         yield
     finally:
         for _ in modes:
-            _pop_mode()
+            pop_dispatch_mode()
 
 
 @contextlib.contextmanager
 def _function_modes_off() -> Iterator[None]:
     """Disable the caller's `TorchFunctionMode`s, whose effect is already in the graph."""
-    modes = [overrides._pop_mode() for _ in range(overrides._len_torch_function_stack())]
+    modes = pop_function_modes()
     try:
         yield
     finally:
         for mode in reversed(modes):
-            overrides._push_mode(mode)
+            push_function_mode(mode)
 
 
 _GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")

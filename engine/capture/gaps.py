@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import importlib
 import inspect
 import math
 import os
@@ -25,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
+from ..torch_private import dynamo, replace_conv_backend, tree_leaves
 from .graph import dotted
 
 _BEFORE_2_13 = torch.__version__ < "2.13"  # a TorchVersion, which compares as a version
@@ -63,15 +62,11 @@ def gaps_closed() -> Iterator[None]:
         _open.count -= 1
 
 
-def of_dynamo(name: str) -> Any:
-    return importlib.import_module(f"torch._dynamo.{name}")
-
-
 @functools.cache
 def _install() -> None:
     """Wrap functions of Dynamo; the wrappers have no effect outside of recordings of gigamorph."""
-    variables, functions, guards = of_dynamo("variables"), of_dynamo("variables.functions"), of_dynamo("guards")
-    missing = of_dynamo("exc").ObservedAttributeError
+    variables, functions, guards = dynamo("variables"), dynamo("variables.functions"), dynamo("guards")
+    missing = dynamo("exc").ObservedAttributeError
     attribute = "tp_getattro_impl" if hasattr(variables.VariableTracker, "tp_getattro_impl") else "var_getattr"
     for name in (
         "UserDefinedClassVariable",
@@ -90,21 +85,21 @@ def _install() -> None:
         _before(variables.AutogradFunctionVariable, "call_apply", _break_at_repeated_tensor)
         _before(variables.UserDefinedObjectVariable, attribute, _break_at_bool)
     for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # some versions have both
-        _on_error(variables.ConstDictVariable, name, of_dynamo("exc").ObservedKeyError, _guard_item)
-    _after(getattr(of_dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
+        _on_error(variables.ConstDictVariable, name, dynamo("exc").ObservedKeyError, _guard_item)
+    _after(getattr(dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
     _after(variables.UnspecializedNNModuleVariable, attribute, _guard_shadow)
-    _guard_twice(of_dynamo("variables.builder"), guards)
+    _guard_twice(dynamo("variables.builder"), guards)
     _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
-    _after(of_dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
-    _before(of_dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
-    _before(of_dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
+    _after(dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
+    _before(dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
+    _before(dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
     _after(getattr(variables, "OrderedDictVariable", variables.ConstDictVariable), "call_method", _keep_order)
     for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
         _keep_cached(getattr(functions, name))
     _keep_effects(variables.TensorVariable)
     _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
-    _before(of_dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
-    _before(of_dynamo("side_effects").SideEffects, "store_attr", _note_class)
+    _before(dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
+    _before(dynamo("side_effects").SideEffects, "store_attr", _note_class)
     _before(variables.UserDefinedObjectVariable, attribute, _break_at_class)
     _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
     _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
@@ -113,20 +108,20 @@ def _install() -> None:
     _after(variables.UserDefinedObjectVariable, "_check_for_getattr", _as_function)
     _before(variables.SymNodeVariable, attribute, _break_at_class_of_size)
     _before(variables.BuiltinVariable, "_call_min_max_binary", _break_at_extreme)
-    translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
+    translator = dynamo("symbolic_convert").InstructionTranslatorBase
     _before(translator, "load_builtin_from_argval", _note_builtin)
     _before(translator, "COMPARE_OP", _guard_compared)
-    checkpoints = of_dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
+    checkpoints = dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
     _before(checkpoints, "_call_function", _break_at_reentrant)
     for name in ("call_str", "call_repr"):
         _before(variables.BuiltinVariable, name, _break_at_text)
     _before(variables.ExceptionVariable, attribute, _break_at_arguments)
     _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
-    _after(of_dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
-    _without_size_guards()
+    _after(dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
+    replace_conv_backend(_without_size_guards)
     _replace(guards, "profile_guard_manager", 0.0)  # it flushes CPU caches with 32 MiB
-    _replace(of_dynamo("symbolic_convert"), "get_funcname", None)  # it reads whole files (40 MB) for a disabled log
-    _replace(of_dynamo("utils"), "warn_once", None)  # its text is in the refusal, or about Dynamo's options
+    _replace(dynamo("symbolic_convert"), "get_funcname", None)  # it reads whole files (40 MB) for a disabled log
+    _replace(dynamo("utils"), "warn_once", None)  # its text is in the refusal, or about Dynamo's options
     _replace(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
 
 
@@ -192,7 +187,7 @@ def _replace(owner: Any, name: str, constant_result: Any) -> None:
 
 def break_graph(what: str, why: str) -> None:
     """Break the graph at the current instruction."""
-    errors = of_dynamo("exc")
+    errors = dynamo("exc")
     errors.unimplemented(gb_type=what, context="", explanation=why, hints=[])
 
 
@@ -203,11 +198,11 @@ def break_graph(what: str, why: str) -> None:
 def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
     if variable.source is None:
         return
-    guards = of_dynamo("guards")
+    guards = dynamo("guards")
     if "attr" in inspect.signature(guards.GuardBuilder.HASATTR).parameters:
         _guard(variable, "HASATTR", attr=name)
     else:  # before PyTorch 2.13
-        source = of_dynamo("source").AttrSource(variable.source, name)
+        source = dynamo("source").AttrSource(variable.source, name)
         guards.install_guard(source.make_guard(guards.GuardBuilder.HASATTR))
 
 
@@ -231,9 +226,9 @@ def _guard_key(_result: Any, variable: Any, _tx: Any, args: Any) -> None:
 def _guard_literal(variable: Any, _tx: Any, name: str) -> None:
     value = inspect.getattr_static(variable.value, name, None)
     if variable.source is not None and isinstance(value, int | float | complex | str | bytes | enum.Enum):
-        guards = of_dynamo("guards")
+        guards = dynamo("guards")
         kind = guards.GuardBuilder.ID_MATCH if isinstance(value, enum.Enum) else guards.GuardBuilder.CONSTANT_MATCH
-        guards.install_guard(of_dynamo("source").AttrSource(variable.source, name).make_guard(kind))
+        guards.install_guard(dynamo("source").AttrSource(variable.source, name).make_guard(kind))
 
 
 def _guard_own_key(variable: Any, _tx: Any, name: str, args: Any, *_given: Any) -> None:
@@ -299,7 +294,7 @@ def _own_item(self: Any, name: str) -> Any:
 
 
 def _guard(variable: Any, kind: str, **what: Any) -> None:
-    guards = of_dynamo("guards")
+    guards = dynamo("guards")
     guards.install_guard(variable.source.make_guard(functools.partial(getattr(guards.GuardBuilder, kind), **what)))
 
 
@@ -381,16 +376,16 @@ def _guard_sign(_result: Any, builder: Any, guard: Any, *_hint: Any) -> None:
 def _keep_length(variable: Any, builder: Any, value: Any) -> None:
     length = getattr(value, "maxlen", None)
     if length is not None:
-        constant = of_dynamo("variables").ConstantVariable.create
+        constant = dynamo("variables").ConstantVariable.create
         variable.maxlen = constant(length)
-        source = of_dynamo("source").AttrSource(builder.source, "maxlen")
-        guards = of_dynamo("guards")
+        source = dynamo("source").AttrSource(builder.source, "maxlen")
+        guards = dynamo("guards")
         guards.install_guard(source.make_guard(guards.GuardBuilder.EQUALS_MATCH))
 
 
 def _forget_length(effects: Any, *_given: Any) -> None:
     """Remove the maximum length at the end: Dynamo refuses to write a deque with a length, and the items are final."""
-    constant = of_dynamo("variables").ConstantVariable.create
+    constant = dynamo("variables").ConstantVariable.create
     for variable in effects.id_to_variable.values():
         if type(variable).__name__ == "DequeVariable":
             variable.maxlen = constant(None)
@@ -449,7 +444,7 @@ def _keep_cached(kind: Any) -> None:
         value = _cached_value(lookup)
         _open.cached.append((lookup, value))
         name = tx.output.install_global_by_id("cached", value)
-        return of_dynamo("variables").VariableTracker.build(tx, value, of_dynamo("source").GlobalSource(name))
+        return dynamo("variables").VariableTracker.build(tx, value, dynamo("source").GlobalSource(name))
 
     kind.call_function = wrapped
 
@@ -497,7 +492,7 @@ def _note_builtin(tx: Any, name: str) -> None:
 def _note_value(builder: Any, value: Any) -> None:
     """Note or guard a value that Dynamo reads for the first time."""
     if type(value) is object:  # a plain object has nothing but its identity
-        of_dynamo("guards").install_guard(builder.source.make_guard(of_dynamo("guards").GuardBuilder.ID_MATCH))
+        dynamo("guards").install_guard(builder.source.make_guard(dynamo("guards").GuardBuilder.ID_MATCH))
     if isinstance(value, OrderedDict) and len(value) > 1:
         _open.ordered.append(value)
     if type(value).__name__ in ("dict_keys", "dict_values", "dict_items", "odict_keys", "odict_values", "odict_items"):
@@ -596,9 +591,7 @@ def _without_compiler(states: Any) -> Any:
 # layouts of maps by tiles do not depend on it.
 
 
-def _without_size_guards() -> None:
-    select = torch._C._select_conv_backend
-
+def _without_size_guards(select: Any) -> Any:
     @functools.wraps(select)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if _is_on():
@@ -607,7 +600,7 @@ def _without_size_guards() -> None:
             args = (torch.empty_strided(*known, dtype=x.dtype, device=x.device), *rest)
         return select(*args, **kwargs)
 
-    torch._C._select_conv_backend = wrapped  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
 
 
 def refuse_generators() -> None:
@@ -629,7 +622,7 @@ def refuse_generators() -> None:
 
 
 def _side_effects() -> Any:
-    return of_dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
+    return dynamo("symbolic_convert").InstructionTranslator.current_tx().output.side_effects
 
 
 _METHODS = (
@@ -659,7 +652,7 @@ class Unguarded:
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._builtins: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self._before: Any = None
-        slots = getattr(of_dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
+        slots = getattr(dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
         if slots is not None:
             slots.cache_clear()  # it caches special methods of classes, which may have changed
 

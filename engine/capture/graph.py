@@ -20,12 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _autograd
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
+from ..torch_private import (
+    FakeTensorMode,
+    HigherOrderOperator,
+    enable_python_dispatcher,
+    enable_saved_tensors_hooks,
+    saved_tensors_hooks,
+    why_no_saved_tensors_hooks,
+    without_dispatch_modes,
+)
 from .call_trees import tree_leaves
 from .higher_order import CALLED, of_arrays
 from .lines import frames, users
@@ -284,7 +289,7 @@ class Graph:
             _modes_restored(),
             quiet(),
             nothing_saved(),
-            _disable_current_modes(),
+            without_dispatch_modes(),
             values.fake,
             enable_python_dispatcher(),
         ):
@@ -381,7 +386,7 @@ def _callable(step: Instruction) -> Callable[..., Any]:
         return own
     if type(target).__name__ == "numpy_operator_wrapper":
         return of_arrays(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         raise UnsupportedError(
             f"{location(step.module, step.line)} uses the higher-order operator '{name}', which has no rule; write it "
             "as plain PyTorch ops, or move it out of the forward"
@@ -512,7 +517,7 @@ def _modes_restored() -> Iterator[None]:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
     caching = torch.is_autocast_cache_enabled()
-    switched_off = _autograd._saved_tensors_hooks_get_disabled_error_message()
+    switched_off = why_no_saved_tensors_hooks()
     torch.set_autocast_cache_enabled(False)  # the cache would store fake weights
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -520,7 +525,7 @@ def _modes_restored() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(caching)
         if switched_off is None:
-            _autograd._saved_tensors_hooks_enable()
+            enable_saved_tensors_hooks()
         for kind, enabled, dtype in before:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
@@ -529,7 +534,7 @@ def _modes_restored() -> Iterator[None]:
 @contextmanager
 def nothing_saved() -> Iterator[None]:
     """Disable the caller's saved-tensor hooks, because a recording has no backward."""
-    if _autograd._top_saved_tensors_default_hooks(True) is None:
+    if saved_tensors_hooks() is None:
         yield  # further hooks would conflict with `torch.func` and `disable_saved_tensors_hooks`
         return
     with torch.autograd.graph.saved_tensors_hooks(_save_nothing, _save_nothing):

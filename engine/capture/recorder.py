@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
+from ..torch_private import memory_of, without_dispatch_modes
 from .aliases import Step
 from .call_trees import bind, refs, tree_leaves, tree_map
 from .corrected import CORRECTED
@@ -177,7 +177,7 @@ class Recorder(TorchFunctionMode):
                 return func(*own_args, **own_kwargs)
 
         reals = dict(self.values.state())
-        with unset_fake_temporarily():
+        with without_dispatch_modes():
             value = take_of(lambda number: reals[number])
         if value is NotImplemented:
             if not given(program, refs(call)):
@@ -267,7 +267,7 @@ class Recorder(TorchFunctionMode):
         if len(changed) < 2:
             return [*changed, *running]
         written = changed
-        memory = lambda t: t.untyped_storage()._cdata  # noqa: E731
+        memory = lambda t: memory_of(t)  # noqa: E731
         first = [t for t in outputs if any(t is w for w in written)]
         out = kwargs.get("out")
         first += [out] if isinstance(out, Tensor) else list(out or ())

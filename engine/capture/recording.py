@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import UnsupportedError
+from ..torch_private import FakeTensor
 from .call_trees import tree_leaves
 from .dynamo import record, stand_in
 from .graph import Graph, single

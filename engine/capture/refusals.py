@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import (
+from ..errors import UnsupportedError
+from ..torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-
-from ..errors import UnsupportedError
 
 SPARSE = "makes a sparse tensor; make it dense"
 REFUSED = {

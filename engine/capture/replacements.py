@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..torch_private import FakeTensor, TorchDispatchMode
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _BATCH_FIRST = 8  # the last argument of (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, ...)
@@ -62,7 +62,7 @@ class _InRange(TorchDispatchMode):
 
 def _recorded(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def quantile(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with _InRange() if is_fake(input) else contextlib.nullcontext():
+        with _InRange() if isinstance(input, FakeTensor) else contextlib.nullcontext():
             return func(input, *args, **kwargs)
 
     quantile.__name__, quantile.__module__ = func.__name__, "torch"  # rules find it by this name

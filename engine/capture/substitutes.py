@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .gaps import break_graph, of_dynamo
+from ..torch_private import dynamo, dynamo_config
+from .gaps import break_graph
 from .replacements import RECURRENT, of_one_step
 
 SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
@@ -74,24 +75,24 @@ def _install() -> None:
     _substitute(F.batch_norm, batch_norm, _has_symbolic_momentum)
     for name in RECURRENT:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
-    misc = of_dynamo("variables.misc")
+    misc = dynamo("variables.misc")
     _override(misc.DebuggingVariable, "call_function", _defer)
     _override(misc.LoggingLoggerVariable, "call_method", _log)
-    functions = of_dynamo("variables.functions")
+    functions = dynamo("variables.functions")
     _override(functions.SkipFunctionVariable, "call_function", _isinstance)
     _override(misc.NumpyVariable, "call_function", _product)
     torch.compiler.allow_in_graph(new_full)
-    _override(of_dynamo("variables").TensorVariable, "call_method", _filled)
+    _override(dynamo("variables").TensorVariable, "call_method", _filled)
     _override(functions.UserFunctionVariable, "call_function", _captured)
-    _override(of_dynamo("variables").TensorVariable, "as_python_constant", _known)
+    _override(dynamo("variables").TensorVariable, "as_python_constant", _known)
     if sys.version_info < (3, 12):  # since then without a lock
-        kind = of_dynamo("variables").UserDefinedObjectVariable
+        kind = dynamo("variables").UserDefinedObjectVariable
         _override(kind, "tp_getattro_impl" if hasattr(kind, "tp_getattro_impl") else "var_getattr", _property)
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
     torch.compiler.allow_in_graph(other)
-    calls = of_dynamo("variables").TorchInGraphFunctionVariable
+    calls = dynamo("variables").TorchInGraphFunctionVariable
 
     def record(_variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not _on or not applies(args, kwargs):
@@ -107,16 +108,16 @@ def _defer(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         break_graph(f"{function.value.__name__} in the forward", "its arguments are known only in the call")
     given = {name: one.as_python_constant() for name, one in kwargs.items()}
     name = tx.output.install_global("said", functools.partial(function.value, **given))
-    source = of_dynamo("source").GlobalSource(name)
+    source = dynamo("source").GlobalSource(name)
     tx.output.root_tx.debug_locals.append((type(function)(function.value, source=source), list(args)))
-    return of_dynamo("variables").ConstantVariable.create(None)
+    return dynamo("variables").ConstantVariable.create(None)
 
 
 def _log(logger: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     levels = ("debug", "info", "warning", "warn", "error", "critical", "log")
-    if name not in levels or not torch._dynamo.config.reorderable_logging_functions:
+    if name not in levels or not dynamo_config().reorderable_logging_functions:
         return None
-    misc = of_dynamo("variables.misc")
+    misc = dynamo("variables.misc")
     return _defer(misc.DebuggingVariable(getattr(logger.value, name)), tx, args, kwargs)
 
 
@@ -148,14 +149,14 @@ def _isinstance(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """`torch.jit.isinstance` with a class, as Python's `isinstance`."""
     if function.value is not torch.jit.isinstance or not isinstance(args[1].as_python_constant(), type):
         return None
-    return of_dynamo("variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
+    return dynamo("variables").BuiltinVariable(isinstance).call_function(tx, args, kwargs)
 
 
 def _product(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """`numpy.prod` of sizes as a number; Dynamo would make a tensor."""
     if function.value is not np.prod or kwargs or len(args) != 1 or not _is_constant(args[0]):
         return None
-    return of_dynamo("variables").UserFunctionVariable(_times).call_function(tx, args, {})
+    return dynamo("variables").UserFunctionVariable(_times).call_function(tx, args, {})
 
 
 def _times(sizes: Any) -> Any:
@@ -170,7 +171,7 @@ def _property(one: Any, tx: Any, name: str) -> Any:
     found = inspect.getattr_static(type(one.value), name, None)
     if not isinstance(found, functools.cached_property) or name in vars(one.value):
         return None
-    variables = of_dynamo("variables")
+    variables = dynamo("variables")
     given = [one, variables.UserFunctionVariable(found.func), variables.ConstantVariable.create(name)]
     return variables.UserFunctionVariable(_get_or_compute).call_function(tx, given, {})
 
@@ -212,7 +213,7 @@ def _value(node: fx.Node) -> Any:
 @functools.cache
 def _jumps() -> set[Any]:
     """The code objects of Dynamo that handle branches."""
-    translator = of_dynamo("symbolic_convert").InstructionTranslatorBase
+    translator = dynamo("symbolic_convert").InstructionTranslatorBase
     return {vars(translator)[name].__code__ for name in vars(translator) if "JUMP" in name and "_IF_" in name}
 
 
@@ -221,7 +222,7 @@ def _filled(x: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
     fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
     if name != "new_full" or fill is None or not fill.is_tensor():
         return None
-    calls = of_dynamo("variables").TorchInGraphFunctionVariable
+    calls = dynamo("variables").TorchInGraphFunctionVariable
     return calls(new_full).call_function(tx, [x, *args], kwargs)
 
 
@@ -235,4 +236,4 @@ def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     if named != ("transformers.utils.output_capturing", "maybe_install_capturing_hooks"):
         return None
     function.fn(args[0].value)
-    return of_dynamo("variables").ConstantVariable.create(None)
+    return dynamo("variables").ConstantVariable.create(None)

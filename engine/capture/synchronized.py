@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..parallel.processes import world
+from ..torch_private import BatchNorm, resolve_process_group
 from .active import is_recorded
 
 _lock = threading.Lock()
@@ -36,7 +36,7 @@ torch.compiler.allow_in_graph(shared)
 
 def group_of(name: str) -> Any:
     """The process group with this name; None if it has a single process."""
-    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    group = resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -60,9 +60,9 @@ def _forward(self: nn.SyncBatchNorm, input: Tensor) -> Tensor:
         return _open[0](self, input)
     if self.training and _several[0]:
         input = shared(input, _name_of(self.process_group))
-    return _BatchNorm.forward(self, input)
+    return BatchNorm.forward(self, input)
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _name_of(group: Any) -> str:
     return (group or dist.group.WORLD).group_name  # pyright: ignore[reportOptionalMemberAccess]

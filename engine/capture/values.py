@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UnsupportedError
+from ..torch_private import FakeTensorMode, memory_of
 from .aliases import Alias, Aliases, Step, inverse, is_same
 from .call_trees import Ref, refs, tree_map
 from .program import Given, Op, Program, Value, location, order
@@ -102,7 +102,7 @@ class Values:
             return self._unrecorded(tensor)
         if tensor.layout != torch.strided:
             raise UnsupportedError(f"{self.where()} reads a sparse tensor; make it dense")
-        memory = tensor.untyped_storage()._cdata
+        memory = memory_of(tensor)
         if memory in self.written:
             raise UnsupportedError(
                 f"{self.where()} reads a tensor whose memory was written to through another tensor of the network; "
@@ -209,7 +209,7 @@ class Values:
         real = self.reals.get(id(root))
         if real is None:
             return
-        memory = real.untyped_storage()._cdata
+        memory = memory_of(real)
         self.written.add(memory)
         if any(other is not real for other in self.sharing[memory]):
             raise UnsupportedError(

@@ -15,6 +15,7 @@ from ..tiling.record import PassState, Read, Recorded, WindowGrads, run_tile
 from ..tiling.reduce import Consumer, Consumers
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
+from ..torch_private import foreach_zero
 from .buffers import Executor, Name
 from .recording import Bench, Parts, Recording
 from .signature import Outline
@@ -119,7 +120,7 @@ class ReplayedBackward:
         self.bench, self.kinds, self.executor = bench, kinds, executor
         self.kept, self.consumers, self.stored = kept, consumers, stored
         if bench.sums:
-            torch._foreach_zero_(list(bench.sums.values()))
+            foreach_zero(list(bench.sums.values()))
         kept.sums = bench.sums
         step: dict[Name, Tensor] = {("vector", v): vector.detach() for v, vector in kept.vectors.items()}
         self.form: list[tuple[int, int, tuple[bool, ...], bool]] = []  # consumers and their gradients

@@ -13,9 +13,9 @@ from ..module import locks
 from ..module.first_order import first_order, note_memory
 from ..tiling.arena import in_arena
 from ..tiling.stored_maps import add_reader
+from ..torch_private import keeps_graph
 from .forward import Forward, step_together
 from .prepared import Segment
-from .stage_function import keeps_graph
 
 
 class Checkpointed(torch.autograd.Function):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..errors import GigamorphError
 from ..lowering.geometry import Cells
@@ -16,6 +15,7 @@ from ..lowering.receptive_field import ReceptiveField, receptive_fields
 from ..lowering.stages import Stage
 from ..tiling.forward import ForwardPass
 from ..tiling.scan import Observer
+from ..torch_private import tree_leaves
 from .forward import Forward
 from .run import run
 

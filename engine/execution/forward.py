@@ -33,6 +33,7 @@ from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
+from ..torch_private import sequence_number, set_sequence_number
 from .image_batch import ImageTensor, as_uploaded
 from .offloaded import OffloadedTensors
 from .prepared import Prepared
@@ -255,10 +256,10 @@ class Forward:
         nodes: list[Any] = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
         last = -1
         for node in dict.fromkeys(nodes):
-            number: int = max(node._sequence_nr(), last + 1)
-            if number > node._sequence_nr():
-                node._set_sequence_nr(number)
-            last = number
+            own = sequence_number(node)
+            last = max(own, last + 1)
+            if last > own:
+                set_sequence_number(node, last)
 
     def _result(self, value: int) -> Tensor:
         """A value as it is returned; a value whose readers use another tensor gets its own node.

@@ -24,6 +24,7 @@ from ..tiling.forward import ForwardPass
 from ..tiling.scan import Scan
 from ..tiling.spatial import SpatialShard
 from ..tiling.stored_maps import add_reader
+from ..torch_private import function_of, is_used_up, keeps_graph
 from .offloaded import OffloadedTensor, OffloadedTensors
 
 
@@ -209,15 +210,15 @@ def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
         if leaf is not None and is_watched(leaf):
             raise unreached(f"{what} has a hook")
         if isinstance(node, BackwardCFunction):
-            maker: Any = type(node)._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
+            maker: Any = function_of(node)
             if maker in (Folded, Scaled):
                 edges += maker.inputs_of(node, output)
             elif maker in CALLED_WITH_NONE:
                 edges += node.next_functions
-            elif not maker.__module__.startswith(__package__.split(".")[0]):  # pyright: ignore[reportOptionalMemberAccess]
+            elif not maker.__module__.startswith(__name__.split(".")[0]):
                 raise unreached(f"{what} is made by {maker.__name__}")
             continue  # stages check their own inputs
-        if _is_used_up(node):
+        if is_used_up(node):
             raise unreached(f"{what} was made before an earlier backward")
         edges += node.next_functions
 
@@ -227,28 +228,12 @@ def is_watched(leaf: Tensor) -> bool:
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_used_up(node: Any) -> bool:
-    """Whether an earlier backward freed the node's saved tensors."""
-    try:
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                getattr(node, name)
-    except RuntimeError:
-        return True
-    return False
-
-
 def unreached(what: str) -> GigamorphError:
     """The error for a hook or function that the loss does not reach but autograd would call."""
     return GigamorphError(
         f"{what}, and this loss does not reach it: PyTorch would call that with None or zeros; add 0 times an output "
         "that depends on it to the loss, or exclude it from this backward"
     )
-
-
-def keeps_graph() -> bool:
-    """Whether the current backward retains its graph (`retain_graph`), so that another one may follow."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
 
 
 def _sum_over_shards(

@@ -29,8 +29,9 @@ from ..module import locks
 from ..module.first_order import first_order, note_memory
 from ..tiling.halos import copy_all
 from ..tiling.scan import Autocast, Pixels
+from ..torch_private import keeps_graph, saved_tensors_hooks
 from .image_batch import as_uploaded
-from .stage_function import OwnNode, is_watched, keeps_graph, unreached
+from .stage_function import OwnNode, is_watched, unreached
 
 
 class Step(Protocol):
@@ -83,7 +84,7 @@ class WholeStep:
         # If a loss does not reach a parameter, autograd would call its hooks with None.
         hooked = any(is_watched(t) for v, t in state.items() if v not in forward.prepared.always_reached)
         # A checkpoint compares the tensors saved in both forwards; anomaly mode checks every gradient.
-        saved = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+        saved = saved_tensors_hooks()
         looks = saved is not None or torch.is_anomaly_enabled() or forward.observers or forward.on_tile
         return not (moves or hooked or looks)
 

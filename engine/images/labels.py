@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from ..errors import GigamorphError
+from ..torch_private import TreeSpec, tree_unflatten
 from .batches import PixelBatch
 from .pixels import PixelSource
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..capture.program import Ref, Value
+from ..torch_private import foreach_copy
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
 from .stages import Stage, private_maps, readers_of, vector_inputs
@@ -280,5 +281,5 @@ def _like(targets: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     made = [torch.empty_like(t) for t in targets]
     dense = targets[0].is_contiguous()
     rows = rows.contiguous(memory_format=torch.contiguous_format if dense else torch.channels_last)
-    torch._foreach_copy_(made, list(rows.split([len(t) for t in targets])))
+    foreach_copy(made, list(rows.split([len(t) for t in targets])))
     return made

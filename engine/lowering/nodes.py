@@ -8,10 +8,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 
 from ..capture.program import Op, Program, Ref, ancestors, given, location
 from ..errors import UnsupportedError
+from ..torch_private import HigherOrderOperator
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
 from .ops.base import arguments

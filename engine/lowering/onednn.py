@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ...kernels import winograd
 from ...kernels.choice import current_mode
+from ..torch_private import convolution_pointwise, reorder_convolution_weight
 from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, leave_unscaled, put_in_place, scaled
 from .ops import Block, Env, Local
 from .ops.window import split_padding
@@ -39,15 +40,14 @@ _LEAST_FILTERS = 16  # of a convolution of one channel: kernels of packed weight
 @functools.cache
 def runs() -> bool:
     """Whether this build of PyTorch has the ops and they compute correct results on this processor."""
-    ops = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_convolution_pointwise"):
+    if not torch.backends.mkldnn.is_available() or convolution_pointwise is None:
         return False
     settings = [1, 1], [1, 1], [1, 1], 1
     x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (16 * 36, 16 * 16 * 9, 16))
     x, weight = x.reshape(1, 16, 6, 6).contiguous(memory_format=torch.channels_last), weight.reshape(16, 16, 3, 3)
     try:
-        packed = ops._reorder_convolution_weight(weight, *settings)
-        y = ops._convolution_pointwise.binary(x, x, packed, bias, *settings, "add", None, None, [], None)
+        packed = reorder_convolution_weight(weight, *settings)
+        y = convolution_pointwise.binary(x, x, packed, bias, *settings, "add", None, None, [], None)
     except (RuntimeError, TypeError):  # an operator that is registered but not built, or has another signature
         return False
     return torch.allclose(y, F.conv2d(x, weight, bias, padding=1) + x, atol=1e-4)
@@ -55,7 +55,7 @@ def runs() -> bool:
 
 def allowed() -> bool:
     """Whether the process's settings allow oneDNN for float32 convolutions without reduced precision."""
-    enabled: bool = torch._C._get_mkldnn_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+    enabled = bool(torch.backends.mkldnn.enabled)
     precision: str = torch.backends.mkldnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
     return enabled and precision in ("none", "ieee") and current_mode() != "stock"
 
@@ -138,19 +138,17 @@ class _Call:
             padding, stride, dilation, groups = self.settings
             y = F.conv2d(x, weight.plain(), bias, stride, padding, dilation, groups)
             return _activate(y if residual is None else y.add_(residual), act)
-        ops, x = torch.ops.mkldnn, _channels_last(x)
+        x = _channels_last(x)
         if residual is not None and residual.shape[2:].numel() == 1:  # PyTorch 2.11 raises for a sum of one pixel
-            y = ops._convolution_pointwise(x, packed, bias, *self.settings, "none", [], "")
+            y = convolution_pointwise(x, packed, bias, *self.settings, "none", [], "")
             return _activate(y.add_(residual), act)
         if residual is not None:
             residual = _channels_last(residual)
-            y = ops._convolution_pointwise.binary(
-                x, residual, packed, bias, *self.settings, "add", None, None, [], None
-            )
+            y = convolution_pointwise.binary(x, residual, packed, bias, *self.settings, "add", None, None, [], None)
             assert y.shape == residual.shape  # oneDNN would broadcast
             return _activate(y, act)
         fused = act if act in _FUSED else "none"
-        y = ops._convolution_pointwise(x, packed, bias, *self.settings, fused, [], "")
+        y = convolution_pointwise(x, packed, bias, *self.settings, fused, [], "")
         return y if fused == act else _activate(y, act)
 
 
@@ -219,4 +217,4 @@ def _pack(chain: ConvChain, gains: bool, weight: Tensor, *factors: Tensor) -> Te
         return winograd.pack(weight)
     if weight.is_meta:
         return weight
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], chain.stride, chain.dilation, chain.groups)
+    return reorder_convolution_weight(weight, [0, 0], chain.stride, chain.dilation, chain.groups)

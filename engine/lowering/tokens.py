@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..capture.program import Op, Ref, bind
+from ..torch_private import tree_leaves
 from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
 from .ops.contract import labels

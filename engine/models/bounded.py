@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
+from ..torch_private import TorchDispatchMode
 
 _FACTOR = 4  # allows for tables, masks, and tensors from which weights are drawn
 _FREE = 2**27  # values

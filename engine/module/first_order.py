@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ChangedError, UnsupportedError
+from ..torch_private import inside_checkpoint
 from . import locks
 
 _REMEDY = "use first gradients (backward, torch.autograd.grad), or the network itself"
@@ -23,8 +24,7 @@ def refuse_checkpoint() -> None:
     Stock PyTorch changes running statistics again in the recomputation. By tiles they are written at its end, which is
     never reached.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook."):
+    if inside_checkpoint():
         raise UnsupportedError(
             "torch.utils.checkpoint cannot wrap an accelerated network that changes its state (running statistics), "
             "because the backward would change it again; remove the checkpoint, the memory budget replaces it"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import GigamorphError, UnsupportedError
+from ..torch_private import tree_leaves, tree_map
 from . import locks
 
 

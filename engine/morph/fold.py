@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MorphError
 from .attributes import follow_head, get_int, set_int
@@ -17,6 +16,7 @@ from .copying import duplicate
 from .parent_run import Axis
 from .report import Certificate
 from .spaces import Spaces, find_spaces, resize_attributes, skeleton
+from .surgery import CONVS
 from .tensors import Shapes, fill, named_tensors, resized
 from .ties import Folds, Units
 from .tracer import Fault, Mismatch
@@ -217,7 +217,7 @@ def _fit(module: nn.Module, shapes: dict[str, Shapes], wider: bool) -> None:
     if "weight" not in shapes:
         return
     before, after = shapes["weight"]
-    if isinstance(module, _ConvNd):
+    if isinstance(module, (*CONVS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         if module.groups > 1 and not (wider and before[1] > 1 and not module.transposed):
             module.groups = module.groups * after[0] // before[0]
         inside, outside = (0, 1) if module.transposed else (1, 0)

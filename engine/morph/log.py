@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
 
+from ..torch_private import TreeSpec
 from .lookup import Bags, Join, Rows
 
 

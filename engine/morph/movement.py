@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map
 
+from ..torch_private import tree_flatten, tree_map
 from .labels import Label
 
 

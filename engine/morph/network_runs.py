@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from ..errors import MorphError
+from ..torch_private import TorchDispatchMode
 from .copying import view_in_dtype
 from .example import Inputs
 from .precision import full_precision, in_dtype

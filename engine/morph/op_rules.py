@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from ..torch_private import tree_flatten
 from . import families
 from .labels import Label
 from .primitives import LinearCall, Primitives, Shape

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from ..errors import MorphError
+from ..torch_private import tree_map
 from .copying import cast, duplicate
 from .example import Inputs
 from .families import op_name, reads_no_values

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import MorphError
 from ..tiling.memory import format_bytes
+from ..torch_private import DataDependentOutputException
 from .copies import Copies
 from .running import failures
 from .spaces import Space, Spaces, find_spaces

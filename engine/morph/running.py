@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ..errors import GigamorphError, MorphError
+from ..torch_private import tree_flatten
 
 
 def output_leaves(result: Any) -> list[Any]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from ..capture.call_trees import Ref, refs
 from ..capture.program import Op, Program
 from ..capture.recording import capture
 from ..errors import GigamorphError, MorphError
+from ..torch_private import FakeTensor, FakeTensorMode, tree_leaves
 from .running import eval_mode, failures
 
 Shape = tuple[int, int, int, int]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import MorphError
+from ..torch_private import tree_flatten, tree_unflatten, without_torch_functions
 from . import families
 from .example import Inputs
 from .families import custom_name, op_name, reads_no_values
@@ -363,7 +363,7 @@ class Tracer(Primitives, TorchFunctionMode):
         """Follow a custom autograd.Function; without a declaration it counts as an unknown function."""
 
         def func(*args: Any, **kwargs: Any) -> Any:
-            with torch._C.DisableTorchFunction():
+            with without_torch_functions():
                 return apply(*args, **kwargs)
 
         name = custom_name(cls)

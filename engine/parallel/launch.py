@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch import multiprocessing as torch_processes
 
 from ..errors import GigamorphError
+from ..torch_private import dynamo
 from .process_registry import is_lost, meet
 
 PATIENCE = 7200.0
@@ -54,7 +55,7 @@ def process_group(device: str, timeout: float = PATIENCE) -> Iterator[None]:
     global _timeout, _again
     # Imported before the group exists: functions in it take the current group as a default. The group would outlive its
     # end, with threads that may abort the process when they lose the others.
-    import torch._dynamo
+    dynamo("config")
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..capture.call_trees import Ref
 from ..capture.higher_order import CustomFunction, TensorHook
 from ..capture.program import Op, Value, call
 from ..lowering.stages import StagedProgram
 from ..tiling.scan import Autocast
+from ..torch_private import FakeTensorMode, memory_of, tree_flatten, tree_leaves
 from .interstage import value_bytes
 from .simulate import Meter, on_devices
 
@@ -127,8 +126,8 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
     with Meter() as meter, torch.set_grad_enabled(training):
         meter.ignore(inputs)
         made = call(op, inputs)
-        own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made}
-        read = {t.untyped_storage()._cdata for t in inputs.values()}
+        own = {memory_of(t): t.untyped_storage().nbytes() for t in made}
+        read = {memory_of(t) for t in inputs.values()}
         results = sum(size for key, size in own.items() if key not in read)
         kept, forward = max(0, meter.alive - results), max(0, meter.peak - meter.alive)
         roots = [t for t in made if t.requires_grad]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..torch_private import FakeTensorMode, cpu_attention, without_dispatch_modes
 
 
 class AttentionOfTheCPU(TorchFunctionMode):
@@ -41,14 +41,12 @@ def _attention(
     plain = not options.get("enable_gqa") and (attn_mask is None or attn_mask.dtype != torch.bool)
     if not plain or any(not t.is_meta for t in tensors) or not _by_blocks(tensors, dropout_p, is_causal):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale")
-    )[0]
+    return cpu_attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0]
 
 
 def _by_blocks(tensors: list[Tensor], dropout: float, causal: bool) -> bool:
     """Whether the CPU uses its blockwise kernel for these tensors, from the backward node's name for fake tensors."""
-    with _disable_current_modes(), FakeTensorMode(), torch.enable_grad():
+    with without_dispatch_modes(), FakeTensorMode(), torch.enable_grad():
         query, key, value, *masks = (
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu", requires_grad=t.requires_grad)
             for t in tensors

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from ..capture.program import Given, Program
 from ..capture.recording import Recording, record_call
@@ -18,6 +17,7 @@ from ..errors import GigamorphError
 from ..images.labels import Criterion, Labels, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
+from ..torch_private import tree_flatten
 from .plan import Plan
 from .request import Request
 from .search import arrange, arrange_each

@@ -18,10 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..capture.program import Value
 from ..capture.recording import Recording
@@ -32,6 +28,14 @@ from ..tiling.record import PassState, Recorded, consumers_of, run_tile
 from ..tiling.scan import Autocast, Pixels, Scan, StoredMap, cast_dtype
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
+from ..torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    memory_of,
+    suggest_memory_format,
+    tree_leaves,
+    tree_map_only,
+)
 from .interstage import value_bytes
 from .meta_attention import AttentionOfTheCPU
 
@@ -53,7 +57,7 @@ class Meter(TorchDispatchMode):
 
     def ignore(self, *trees: Any) -> None:
         """Exclude existing tensors from the count."""
-        self.seen.update(t.untyped_storage()._cdata for t in tree_leaves(trees) if isinstance(t, Tensor))
+        self.seen.update(memory_of(t) for t in tree_leaves(trees) if isinstance(t, Tensor))
 
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..errors import GigamorphError
 from ..lowering.ops.base import Axes, Rect
+from ..torch_private import foreach_copy
 from .memory import format_bytes
 
 Give = Callable[[tuple[Rect, Tensor]], None]
@@ -104,7 +105,7 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         sources.append(source)
     with torch.no_grad():
         for targets, sources in groups.values():
-            torch._foreach_copy_(targets, sources)
+            foreach_copy(targets, sources)
 
 
 def copies(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:

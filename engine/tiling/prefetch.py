@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..torch_private import without_dispatch_modes, without_torch_functions
 from .halos import Rect
 
 _NAME = "gigamorph-pixels"
@@ -116,8 +116,8 @@ def _no_modes(device: torch.device) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        torch._C.DisableTorchFunction(),
-        _disable_current_modes(),
+        without_torch_functions(),
+        without_dispatch_modes(),
     ):
         yield
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..lowering.ops import Axes
+from ..torch_private import memory_of, why_no_saved_tensors_hooks
 from .halos import Rect, area, cut
 
 _WORTH = 0.75  # a block is freed if a window contains at least this share of it
@@ -64,7 +65,7 @@ class SavedTensors:
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
         """Context in which autograd saves tensors in slots, unless saved-tensor hooks are disabled."""
-        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # pyright: ignore
+        if why_no_saved_tensors_hooks() is not None:
             yield
             return
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
@@ -76,12 +77,12 @@ class SavedTensors:
         if tensor.nbytes < _SMALL:
             return tensor
         slot = _Slot(tensor)
-        self._slots.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(slot))
+        self._slots.setdefault(memory_of(tensor), []).append(weakref.ref(slot))
         return slot
 
     def lies_in(self, block: Tensor, axes: Axes, inside: Rect, window: Tensor, place: Rect) -> None:
         """Note that the rectangle `inside` of a block was copied to the rectangle `place` of a window."""
-        slots = self._slots.pop(block.untyped_storage()._cdata, None)
+        slots = self._slots.pop(memory_of(block), None)
         height, width = block.shape[axes[0]], block.shape[axes[1]]
         if slots is None or area(inside) < _WORTH * height * width:
             return

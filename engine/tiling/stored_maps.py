@@ -13,10 +13,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from ..lowering.ops import Axes
+from ..torch_private import FakeTensor
 from .halos import empty, memory_order, unpermute
 from .page_pool import ArenaPages, PagePool, Pages
 

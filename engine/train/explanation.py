@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..accelerate import Accelerated
 from ..errors import GigamorphError
@@ -21,6 +20,7 @@ from ..evaluate.class_names import positive_number
 from ..images.affine import Affine, Map
 from ..images.pixels import PixelSource, as_stored, to_original
 from ..models.outputs import Outputs, outputs_of
+from ..torch_private import tree_leaves
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..models.classifier import check_classifier
 from ..models.segmenter import check_segmenter
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
+from ..torch_private import BatchNorm
 from .card import Card, write_card
 from .checkpoint import load_checkpoint, write_atomically
 from .classify import Classification
@@ -35,8 +36,6 @@ from .run import Run
 from .run_preview import preview_lines
 
 log = logging.getLogger("gigamorph")
-
-_BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def fit(
             watch.say(f"{last}: not found, so the run starts from the beginning")
     record = _with_origin(make_record(data, options, group), data, options, last if resume else None)
     net = _network(record, data, options, None if resume else options.weights, group)
-    if options.batch_norm == "frozen" and not any(isinstance(m, _BATCH_NORM) for m in net.modules()):
+    if options.batch_norm == "frozen" and not any(isinstance(m, BatchNorm) for m in net.modules()):
         log.warning("batch_norm has no effect: %s has no BatchNorm", options.model)
     if not len(data.val):
         log.warning("there are no validation images: the last epoch is saved as the best")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import GigamorphError
+from ..torch_private import BatchNorm
 
-_NORM = nn.modules.batchnorm._BatchNorm
-_DROPOUT = nn.modules.dropout._DropoutNd
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def train_mode(module: nn.Module, stage: Stage) -> None:
     """Set training mode, with BatchNorm according to the stage; call `freeze` first."""
     module.train()
     for layer in module.modules():
-        if isinstance(layer, _NORM):
+        if isinstance(layer, BatchNorm):
             own = [p.requires_grad for p in layer.parameters(recurse=False)]
             if stage.batch_norm == "eval" or (stage.batch_norm == "trainable" and own and not any(own)):
                 layer.eval()

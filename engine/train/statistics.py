@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..parallel.process_group import ProcessGroup
-
-_NORM = nn.modules.batchnorm._BatchNorm
+from ..torch_private import BatchNorm
 
 
 class RunningStatistics:
@@ -22,7 +21,7 @@ class RunningStatistics:
     """
 
     def __init__(self, net: nn.Module, group: ProcessGroup) -> None:
-        layers = [m for m in net.modules() if isinstance(m, _NORM) and m.running_mean is not None]
+        layers = [m for m in net.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
         self._norms = [m for m in layers if not isinstance(m, nn.SyncBatchNorm)] if group.at_once > 1 else []
         self._group = group
         self._layers: list[Any] = []

@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from ...torch_private import FakeTensor
 
 
 class Constants:

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...capture.program import Op, Ref, bind
+from ...torch_private import TorchDispatchMode, memory_of, tree_leaves, tree_map_only, without_dispatch_modes
 from .base import Axes, Block, Env, Local, Maps, Refusal, Whole, rule
 
 _COPIES = frozenset(f"aten::{name}" for name in "clone detach alias _to_copy ones_like zeros_like".split())
@@ -195,7 +194,7 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return memory_of(tensor)
 
 
 def _run(calls: Sequence[_Call], tensors: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -280,7 +279,7 @@ def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) 
             raise Refusal("another result")
         forward, output, form = seen.calls, seen.number(y), seen.form(y)
         seen.calls, made, seen.sums = [], len(seen.forms), True
-        with _disable_current_modes():
+        with without_dispatch_modes():
             dy = torch.empty(y.shape, dtype=y.dtype, device="meta")
         grad = seen.know(dy, form)
         seen.others = {_memory(tensor) for tensor in seen.alive}

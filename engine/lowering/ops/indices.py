@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ...capture.program import Op, Ref, bind, refs
+from ...torch_private import tree_leaves
 from ..geometry import Access, Gather, Window
 from .base import Block, Env, Local, Maps, Node, Refusal, VectorOp, Whole, arguments, replay, rule
 from .promote import promoted

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn._reduction import legacy_get_string
 
 from ...capture.program import Op, Ref
 from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
@@ -39,9 +38,12 @@ _CLASSES = "input target weight size_average ignore_index reduce reduction label
 
 def _reduction(given: dict[str, Any]) -> str:
     """The reduction of a loss, also from the deprecated arguments."""
-    if given.get("size_average") is not None or given.get("reduce") is not None:
-        return legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
-    return given["reduction"]
+    averages, reduces = given.get("size_average"), given.get("reduce")
+    if averages is None and reduces is None:
+        return given["reduction"]
+    if reduces is not None and not reduces:
+        return "none"
+    return "mean" if averages is None or averages else "sum"
 
 
 def _total(op: Op, maps: Maps, value: int, output: int, count: int = 1) -> Reduction:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from ...capture.program import Op
+from ...torch_private import tree_leaves
 from .base import (
     Axes,
     Block,

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ...capture.program import Op, Ref
+from ...torch_private import tree_map
 from ..geometry import Access, repeated, same
 from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, arguments
 

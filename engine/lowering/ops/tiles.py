@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 from ...capture.program import Op, Watched
 from ...errors import ChangedError, DataError, GigamorphError, UnsupportedError
+from ...torch_private import BatchNorm, FakeTensor
 from ..geometry import Gather
 from .base import Block, Env, Local, Maps, Node, Refusal, need_nchw, rule
 from .promote import promoted
@@ -135,7 +134,7 @@ def refuse_live_statistics(module: nn.Module, name: str = "") -> None:
         UnsupportedError: naming the norm.
     """
     for path, child in module.named_modules():
-        if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
+        if isinstance(child, BatchNorm) and (child.training or child.running_mean is None):
             raise UnsupportedError(
                 f"tilewise: '{'.'.join(p for p in (name, path) if p)}' ({type(child).__name__}) is in training mode, "
                 "so its statistics would depend on the tiles in a batch; put it in evaluation mode (.eval())"
@@ -360,7 +359,7 @@ def embed(
     """
     n, rows, cols = x.shape[0], *tiles.grid(*x.shape[2:])
     length, dtype = result
-    fake = isinstance(x, Tensor) and is_fake(x)
+    fake = isinstance(x, FakeTensor)
     leaf = isinstance(x, Tensor) and x.requires_grad
     made: list[Tensor] = []
     indices: list[TileIndex] = []
@@ -439,8 +438,8 @@ def _batches(
     x: Any, keep: Tensor | None, tiles: Tiles, counts: tuple[int, int, int], convert: Callable[[Tensor], Tensor]
 ) -> Iterator[_Batch]:
     """The tiles to compute in row-major order, `tiles.batch` at a time."""
-    wanted = None if keep is None or is_fake(keep) else _truth(keep)
-    skips_background = tiles.background is not None and not (isinstance(x, Tensor) and is_fake(x))
+    wanted = None if keep is None or isinstance(keep, FakeTensor) else _truth(keep)
+    skips_background = tiles.background is not None and not (isinstance(x, FakeTensor))
 
     version = _version(x)
 
