@@ -46,7 +46,7 @@ from .graph import Graph, quiet
 from .lines import TORCH, frames, module_of, users
 from .refusals import BACKBONE
 from .rollback import Rollback
-from .substitutes import SAYING, substitutes
+from .substitutes import SAYING, install_substitutes
 from .synchronized import synchronized
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
@@ -90,6 +90,7 @@ def settings(pieces: bool = False) -> Iterator[None]:
         "reorderable_logging_functions": set() if pieces else set(SAYING),
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
+    install_substitutes()
     # With compilation off, the whole image would run at once, which may not fit in memory.
     if config.disable or stance() == "force_eager":
         _warn_once("torch._dynamo.config.disable" if config.disable else 'torch.compiler.set_stance("force_eager")')
@@ -98,7 +99,6 @@ def settings(pieces: bool = False) -> Iterator[None]:
         torch.compiler.set_stance("default"),
         gaps_closed(),
         recorded(),
-        substitutes(),
         synchronized(),
     ):
         yield
