@@ -321,6 +321,9 @@ class Graph:
                 self._finish(values, program, output, (first, *twins))
             except Exception as error:
                 refusal = as_refusal(error, values.where())
+                if isinstance(refusal, UnsupportedError):
+                    name = getattr(values.called, "__name__", values.called)
+                    refusal.module, refusal.op = values.module, None if name is None else str(name)
                 raise refusal from (None if refusal is error else error)
             finally:
                 values.forget()
