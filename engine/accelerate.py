@@ -35,6 +35,7 @@ from .tiling.scan import TileEvent
 from .torch_private import BatchNorm, tree_map
 from .verify import CannotVerify
 from .verify import verify as verify_network
+from .versions import warn_of_newer
 
 
 class Accelerated(Delegate):
@@ -422,6 +423,7 @@ def accelerate(
     fallback = check_storage(halos, fallback)
     if not isinstance(verify, bool):
         raise GigamorphError(f"verify must be True or False, not {verify!r}")
+    warn_of_newer()
     load_recorder()
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     net = _class_for(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)

@@ -143,11 +143,9 @@ def patch(path: str, around: Around) -> None:
     Raises:
         UnsupportedError: this PyTorch does not have the function, so recordings could be wrong.
     """
-    owner_path, _, names = path.removesuffix("?").rpartition(".")
-    owner = PrivateName(f"torch._dynamo.{owner_path}", _RECORDING).find_or(None)
-    found = [name for name in names.split("|") if hasattr(owner, name)]
+    owner, found = _found(path)
     if not found and not path.endswith("?"):
-        raise PrivateName(f"torch._dynamo.{path}", _RECORDING).error()
+        raise _name(path).error()
     for name in found:
         wrapped = _wrapped(getattr(owner, name), around)
         is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
@@ -162,7 +160,21 @@ def _wrapped(function: Any, around: Around) -> Any:
     return wrapped
 
 
-_RECORDING = "record forwards without errors"
+def _found(path: str) -> tuple[Any, list[str]]:
+    """The class or module of a path, and those of the path's names that it has."""
+    owner_path, _, names = path.removesuffix("?").rpartition(".")
+    owner = PrivateName(f"torch._dynamo.{owner_path}", "").find_or(None)
+    return owner, [name for name in names.split("|") if hasattr(owner, name)]
+
+
+def _name(path: str) -> PrivateName:
+    return PrivateName(f"torch._dynamo.{path}", "record forwards correctly", "every network is refused")
+
+
+def missing_functions() -> list[PrivateName]:
+    """The functions of Dynamo that a correction wraps and this PyTorch does not have."""
+    paths = [path for path, _ in _corrections() if not path.endswith("?")]
+    return [_name(path) for path in paths if not _found(path)[1]]
 
 
 def _on_error(error: str, then: Callable[..., None]) -> Around:
