@@ -5,8 +5,8 @@ The engine runs as for users; stock is varied. These steps are applied in order,
 1.  Every tensor agrees to the limit. Gradients that are within the limit of the largest gradient on both sides count as
     zero (those of a bias before a norm).
 2.  Networks that cast to float32 round there: on both sides they get float64 instead of float32.
-3.  PyTorch's BatchNorm on the CPU misreads gradients in some memory orders (`engine/capture/corrected.py`): stock gets
-    contiguous ones, but only if that changes stock's own result by more than a thousand times the limit.
+3.  PyTorch's BatchNorm on the CPU misreads gradients in some memory orders (`engine/capture/gradient_fixes.py`): stock
+    gets contiguous ones, but only if that changes stock's own result by more than a thousand times the limit.
 4.  PyTorch's live BatchNorm rounds more than its definition: stock has it written out. Buffers are those of 1 or 3.
 5.  Stock's noise: the change of each of its tensors when the result of every operation, forward and backward, is
     changed randomly in the last bit (Monte Carlo arithmetic: Parker, 1997), when its maps have another memory order

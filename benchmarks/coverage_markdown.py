@@ -103,7 +103,7 @@ another memory order, and with BatchNorm in training mode written out. A tensor 
 change that this causes, but never by more than 1e-9.
 
 For some memory orders of a single image, PyTorch's BatchNorm computes wrong gradients on the CPU
-(`engine/capture/corrected.py`). If that happens in stock's step, stock gets contiguous tensors, which makes it correct;
+(`engine/capture/gradient_fixes.py`). If that happens in stock's step, stock gets contiguous tensors, which is correct;
 a remark reports this. If stock's rounding exceeds 1e-9 with random statistics, the statistics of a batch are used.
 
 *float32* is the error of the outputs in float32, measured against float64, as a multiple of stock PyTorch's own.

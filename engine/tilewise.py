@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from .capture.active import is_recorded
+from .capture.recording_state import is_recorded
 from .errors import GigamorphError
 from .images.batches import PixelBatch, as_batch
 from .images.pixels import PixelSource

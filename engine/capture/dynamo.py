@@ -40,14 +40,14 @@ from ..torch_private import (
     stance,
     tree_leaves,
 )
-from .active import recorded
 from .gaps import Unguarded, gaps_closed, refuse_generators
 from .graph import Graph, quiet
-from .lines import TORCH, frames, module_of, users
+from .recording_state import recorded
 from .refusals import BACKBONE
 from .rollback import Rollback
 from .substitutes import SAYING, install_substitutes
 from .synchronized import synchronized
+from .tracebacks import TORCH, frames, module_of, users
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
 

@@ -33,10 +33,10 @@ from ..torch_private import (
 )
 from .call_trees import tree_leaves
 from .higher_order import CALLED, of_arrays
-from .lines import frames, users
 from .program import Given, Program, Ref, location
 from .recorder import Recorder
 from .refusals import as_refusal
+from .tracebacks import frames, users
 from .values import Values
 
 _CACHED_SHAPES = 4_000  # entries of PyTorch's cache of fake results, of some 2 KB each

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from ..torch_private import memory_of, without_dispatch_modes
 from .aliases import Step
 from .call_trees import bind, refs, tree_leaves, tree_map
-from .corrected import CORRECTED
+from .gradient_fixes import CORRECTED
 from .higher_order import checkpointed
 from .program import RANDOM, UNSET, Op, Watched, behind, given, known_values, name_of
 from .refusals import REFUSED, data_dependent

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..parallel.processes import world
 from ..torch_private import BatchNorm, resolve_process_group
-from .active import is_recorded
+from .recording_state import is_recorded
 
 _lock = threading.Lock()
 _open: list[Any] = []  # per open context, the original forward of SyncBatchNorm

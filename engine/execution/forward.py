@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ..capture.program import Op, bind, call, refs
 from ..cuda_graphs.replay import Replays
-from ..cuda_graphs.whole import WholePasses
+from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram

@@ -11,12 +11,12 @@ import torch
 from ..capture.call_trees import refs
 from ..capture.program import Op
 from ..cuda_graphs import buffers
-from ..cuda_graphs.one_step import is_one_step
 from ..cuda_graphs.replay import Replays
-from ..cuda_graphs.whole import MEMORY_SHARE, WholePasses, can_be_captured
+from ..cuda_graphs.step_checks import is_one_step
+from ..cuda_graphs.whole_passes import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
 from ..lowering.stages import Stage, StagedProgram
-from ..planning.calls import backward_bytes
+from ..planning.call_memory import backward_bytes
 from ..planning.estimate import bytes_in_files
 from ..planning.graph_memory import keeps_graphs
 from ..planning.interstage import brought

@@ -22,10 +22,10 @@ from ..tiling.memory import format_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.page_pool import PagePool
 from ..tiling.scan import TileEvent
-from .begin import begin
 from .forward import Forward
 from .image_batch import ImageBatch, ImageTensor
 from .image_sizes import check_rows
+from .new_forwards import begin
 from .prepared import Prepared
 from .programs import Inputs, Programs, Settings
 from .run import compute

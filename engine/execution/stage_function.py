@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from ..capture.higher_order import CALLED_WITH_NONE
-from ..cuda_graphs.whole import WholePasses
+from ..cuda_graphs.whole_passes import WholePasses
 from ..errors import GigamorphError
 from ..lowering.folding import Folded, Scaled
 from ..lowering.geometry import Access

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from ..cuda_graphs import buffers
-from ..cuda_graphs.one_step import MARGIN, is_one_step
 from ..cuda_graphs.replay import buffer_bytes
-from ..cuda_graphs.whole import MEMORY_SHARE, MOST_TILES
+from ..cuda_graphs.step_checks import MARGIN, is_one_step
+from ..cuda_graphs.whole_passes import MEMORY_SHARE, MOST_TILES
 from ..lowering.stages import Stage, StagedProgram
 from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..cuda_graphs.one_step import MARGIN
+from ..cuda_graphs.step_checks import MARGIN
 from ..tiling.stage import TiledStage
 from .interstage import value_bytes
 from .plan import Plan

@@ -14,7 +14,7 @@ from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
 from ..lowering.stages import Stage, StagedProgram
-from .calls import CallMemory, call_memory
+from .call_memory import CallMemory, call_memory
 from .interstage import COPIES, LOOKS, brought, takes, value_bytes
 
 _KEEPS_PLACES = COPIES - {"gather"}  # autograd saves only indices of these; see `interstage.COPIES`

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .halos import HaloStore, HandOn, Rect, cut
 from .reduce import Accumulator, Consumer, Consumers
-from .saved import SavedTensors
+from .saved_tensors import SavedTensors
 from .scan import Scan
 from .tile import Autograd, Halos, Returned, Tile
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..lowering.ops import Block, Local, SumOf
 from .halos import Compose, Crop, Give, Layout, Rect, area, cut, shift, split
-from .saved import SavedTensors
+from .saved_tensors import SavedTensors
 from .stage import TiledStage
 
 _NONE = (0, 0, 0, 0)  # no padding

@@ -12,7 +12,7 @@ from exactness import randomize
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.cuda_graphs import buffers, one_step
+from gigamorph.engine.cuda_graphs import buffers, step_checks
 from gigamorph.engine.models import create_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -89,7 +89,7 @@ def test_whole_passes_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch, til
     model = randomize(create_model("resnet18", num_classes=8, in_channels=1)).cuda().eval()
     x = torch.rand(1, 1, 768, 768, device="cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(one_step, "MOST_TILES", 0)
+    monkeypatch.setattr(step_checks, "MOST_TILES", 0)
     net = accelerate(copy.deepcopy(model), tile=tile)
     found = [gradients_of_step(net, x, autocast) for _ in range(2)]
     (prepared,) = net._programs

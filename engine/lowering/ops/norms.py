@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.corrected import memory_format
+from ...capture.gradient_fixes import memory_format
 from ...capture.program import Op, Ref
 from ...parallel.processes import Moments, merged
 from .base import (

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import accelerate, dense_loss, plan
-from gigamorph.engine.cuda_graphs import buffers, one_step, recording, replay, signature, whole
+from gigamorph.engine.cuda_graphs import buffers, recording, replay, signature, step_checks, whole_passes
 from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
@@ -84,8 +84,8 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
         plain_load(self, tensors)
 
     monkeypatch.setattr(replay, "Bench", Bench)
-    monkeypatch.setattr(whole, "MOST_TILES", 0)
-    monkeypatch.setattr(one_step, "MOST_TILES", 0)
+    monkeypatch.setattr(whole_passes, "MOST_TILES", 0)
+    monkeypatch.setattr(step_checks, "MOST_TILES", 0)
     monkeypatch.setattr(buffers.GraphBuffers, "load", load)
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: True))

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gigamorph import accelerate, plan
-from gigamorph.engine.cuda_graphs import buffers, one_step
-from gigamorph.engine.cuda_graphs.one_step import MARGIN
-from gigamorph.engine.cuda_graphs.whole import MEMORY_SHARE
+from gigamorph.engine.cuda_graphs import buffers, step_checks
+from gigamorph.engine.cuda_graphs.step_checks import MARGIN
+from gigamorph.engine.cuda_graphs.whole_passes import MEMORY_SHARE
 from gigamorph.engine.errors import ChangedError, GigamorphError
 from gigamorph.engine.execution import prepared
 from gigamorph.engine.planning.estimate import Estimate
@@ -110,7 +110,7 @@ def test_steps_with_an_optimizer(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch, live: bool, tile: tuple[int, int] | None
 ) -> None:
     """Parameters and running statistics are read and written where they lie."""
-    monkeypatch.setattr(one_step, "MOST_TILES", 8)
+    monkeypatch.setattr(step_checks, "MOST_TILES", 8)
     stock = build(live)
     fast = accelerate(copy.deepcopy(stock), tile=tile)
     optimizers = [torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9) for net in (stock, fast)]

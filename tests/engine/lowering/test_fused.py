@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from gigamorph import GigamorphError, accelerate, kernels
 from gigamorph.engine import verify as self_check
 from gigamorph.engine.lowering.fused.conv import FusedConv
-from gigamorph.engine.tiling.saved import SavedTensors
+from gigamorph.engine.tiling.saved_tensors import SavedTensors
 from gigamorph.kernels import choice, conv2d
 
 if not torch.cuda.is_available():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gigamorph import plan
-from gigamorph.engine.cuda_graphs.one_step import MARGIN
+from gigamorph.engine.cuda_graphs.step_checks import MARGIN
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning.plan import Plan
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gigamorph import accelerate
 from gigamorph.engine.capture.program import Op
-from gigamorph.engine.planning.calls import CallMemory, call_memory
+from gigamorph.engine.planning.call_memory import CallMemory, call_memory
 from gigamorph.engine.planning.simulate import Meter
 
 SIDE = 256

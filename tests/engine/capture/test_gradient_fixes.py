@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate
-from gigamorph.engine.capture import corrected
+from gigamorph.engine.capture import gradient_fixes
 
 SHAPES = [(1, 3, 2, 4), (2, 3, 2, 4), (2, 3, 1, 1), (1, 3, 1, 4), (2, 3, 4, 1), (1, 1, 2, 4), (1, 3, 2, 2, 4)]
 
@@ -51,9 +51,9 @@ def instance_norm(function: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
 @pytest.mark.parametrize(
     ("own", "stock", "run"),
     [
-        (corrected.batch_norm, F.batch_norm, batch_norm(False)),
-        (corrected.batch_norm, F.batch_norm, batch_norm(True)),
-        (corrected.instance_norm, F.instance_norm, instance_norm),
+        (gradient_fixes.batch_norm, F.batch_norm, batch_norm(False)),
+        (gradient_fixes.batch_norm, F.batch_norm, batch_norm(True)),
+        (gradient_fixes.instance_norm, F.instance_norm, instance_norm),
     ],
     ids=["frozen batch norm", "live batch norm", "instance norm"],
 )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import PixelSource, accelerate, dense_loss
-from gigamorph.engine.cuda_graphs import buffers, one_step
+from gigamorph.engine.cuda_graphs import buffers, step_checks
 from gigamorph.engine.execution import forward
 from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.tiling.scan import Scan
@@ -92,7 +92,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     executor = Remembered()
     monkeypatch.setattr(buffers, "executor", lambda device: executor if executor.on else None)
     monkeypatch.setattr(Plan, "replayed", property(lambda plan: False))
-    monkeypatch.setattr(one_step, "MOST_TILES", 0)
+    monkeypatch.setattr(step_checks, "MOST_TILES", 0)
     return executor
 
 

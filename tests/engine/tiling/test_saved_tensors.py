@@ -17,7 +17,7 @@ from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import simulate
 from gigamorph.engine.tiling.halos import Rect, cut, shift
-from gigamorph.engine.tiling.saved import SavedTensors
+from gigamorph.engine.tiling.saved_tensors import SavedTensors
 from gigamorph.engine.tiling.stage import TiledStage
 
 
@@ -65,7 +65,7 @@ class Readers(nn.Module):
 @pytest.mark.parametrize("size", [(74, 62), (64, 96)])
 def test_gradients_do_not_change(live: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """However little of a map is worth the bookkeeping."""
-    monkeypatch.setattr("gigamorph.engine.tiling.saved._SMALL", 0)
+    monkeypatch.setattr("gigamorph.engine.tiling.saved_tensors._SMALL", 0)
     torch.manual_seed(0)
     net, x = Readers().double().train(live), torch.randn(2, 2, *size, dtype=torch.float64)
     for tile, budget in ((16, None), (23, None), ((17, 40), "40MiB")):
@@ -102,7 +102,7 @@ def test_a_block_is_put_together_again(inside: Rect, memory_format: torch.memory
 @pytest.mark.parametrize("small", [0, 1 << 40])
 def test_a_graph_that_is_dropped_leaves_nothing(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also before a backward; what holds itself through autograd's nodes would stay for good."""
-    monkeypatch.setattr("gigamorph.engine.tiling.saved._SMALL", small)
+    monkeypatch.setattr("gigamorph.engine.tiling.saved_tensors._SMALL", small)
     kept: list[weakref.ref[Tensor]] = []
     pack = SavedTensors._pack
 
