@@ -111,7 +111,7 @@ Below 1, the tiles are more accurate than stock. {_gradients(result["networks"])
 
 *time* is the CPU time of a training step in float64, after the recording, as a multiple of stock PyTorch's: the
 minimum of several interleaved steps. {_slowest(result["networks"])} Images are small here and tiles even
-smaller, so that halos are as large as tiles; `docs/benchmarks.md` contains times for real sizes.
+smaller, so that halos are as large as tiles; `docs/results.md` contains times for real sizes.
 """
 
 
