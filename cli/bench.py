@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from . import options
 if TYPE_CHECKING:
     from ..engine.bench.results import LimitRow, Results, StepRow, Task
     from ..engine.bench.step import Options
+
+    MakeTask = Callable[..., Task]
 
 
 def _parse_json(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -39,24 +42,21 @@ _peers: Any = click.option(
     metavar="NAME",
     help="Method to compare: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
 )
-_several: Any = click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=["resnet18"],
-    show_default=True,
-    metavar="SPEC",
-    callback=options.named,
-    help="As in gigamorph plan. Repeatable.",
-)
-
-
-def _models(command: Any) -> Any:
-    return _several(options.trust(command))
 
 
 def _task(command: Any) -> Any:
-    """Add the options for the kind of step, the device and the file of results."""
+    """Add the options for the kind of step and the device; the command gets `task`, which makes one of a model."""
+
+    @functools.wraps(command)
+    def wrapper(inference: bool, live: bool, precision: str, channels: int, device: str, **given: Any) -> None:
+        def task(model: str, size: tuple[int, int] = (0, 0)) -> Task:
+            from ..engine.bench.results import Task
+
+            image = (1, options.channels_of(model, channels), *size)
+            return Task(model, image, not inference, "live" if live else "frozen", precision, device)
+
+        command(task=task, **given)
+
     for option in (
         _json,
         options.device,
@@ -71,12 +71,49 @@ def _task(command: Any) -> Any:
         click.option("--live", is_flag=True, help="BatchNorm in training mode, with the image's own statistics."),
         click.option("--inference", is_flag=True, help="Measure predictions instead of training steps."),
     ):
-        command = option(command)
-    return command
+        wrapper = option(wrapper)
+    return wrapper
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(options.parse_size(ctx, param, value) for value in values)
+
+
+def _timed(command: Any) -> Any:
+    """Add the options for models, image sizes and timing; the command gets those of `Options` by their names there."""
+    for option in (
+        click.option(
+            "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's runs, in seconds."
+        ),
+        click.option(
+            "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed runs per peer."
+        ),
+        click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's."),
+        options.memory_budget,
+        click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a run, as in 8GiB."),
+        click.option(
+            "--size",
+            "sizes",
+            multiple=True,
+            required=True,
+            metavar="HxW",
+            callback=_parse_sizes,
+            help="Image size. Repeatable.",
+        ),
+        options.trust,
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            default=["resnet18"],
+            show_default=True,
+            metavar="SPEC",
+            callback=options.named,
+            help="As in gigamorph plan. Repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -87,46 +124,20 @@ def bench() -> None:
     """
 
 
-_sizes: Any = click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    required=True,
-    metavar="HxW",
-    callback=_parse_sizes,
-    help="Image size. Repeatable.",
-)
-
-
 @bench.command()
-@_models
-@_sizes
+@_timed
 @_peers
-@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step, as in 8GiB.")
-@options.memory_budget
-@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed steps per peer.")
-@click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed steps, in seconds."
-)
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each step.")
 @_task
 def step(
     models: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
     peers: tuple[str, ...],
-    cap: int | None,
     memory_budget: int | None,
-    tile: int | None,
-    rounds: int,
-    box: float,
     profile: Path | None,
-    inference: bool,
-    live: bool,
-    precision: str,
-    channels: int,
-    device: str,
+    task: MakeTask,
     path: Path | None,
+    **timing: Any,
 ) -> None:
     """Measure time and peak memory of a step at each size; peers are interleaved, so that other load affects all alike.
 
@@ -137,28 +148,14 @@ def step(
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
     from ..engine.bench.peers import TRAINING
-    from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_selected_peers(peers, TRAINING), rounds, box, cap, memory_budget, tile, folder=profile)
-    tasks = [
-        Task(
-            model,
-            (1, options.channels_of(model, channels), *size),
-            not inference,
-            "live" if live else "frozen",
-            precision,
-            device,
-        )
-        for model in models
-        for size in sizes
-    ]
-    _compare(tasks, chosen, path)
+    chosen = Options(_selected_peers(peers, TRAINING), budget=memory_budget, folder=profile, **timing)
+    _compare([task(model, size) for model in models for size in sizes], chosen, path)
 
 
 @bench.command()
-@_models
-@_sizes
+@_timed
 @click.option(
     "--peer",
     "peers",
@@ -166,26 +163,16 @@ def step(
     metavar="NAME",
     help="Method to compare: stock, compile, onnxruntime, openvino or gigamorph; all by default. Repeatable.",
 )
-@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a prediction, as in 8GiB.")
-@options.memory_budget
-@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed runs per peer.")
-@click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed runs, in seconds."
-)
 @options.channel_count
 @_json
 def infer(
     models: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
     peers: tuple[str, ...],
-    cap: int | None,
     memory_budget: int | None,
-    tile: int | None,
-    rounds: int,
-    box: float,
     channels: int,
     path: Path | None,
+    **timing: Any,
 ) -> None:
     """Compare CPU predictions with ONNX Runtime, OpenVINO and torch.compile, measured as in gigamorph bench step.
 
@@ -198,13 +185,9 @@ def infer(
     from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_selected_peers(peers, INFERENCE), rounds, box, cap, memory_budget, tile)
-    tasks = [
-        Task(model, (1, options.channels_of(model, channels), *size), training=False)
-        for model in models
-        for size in sizes
-    ]
-    _compare(tasks, chosen, path)
+    chosen = Options(_selected_peers(peers, INFERENCE), budget=memory_budget, **timing)
+    images = [(model, (1, options.channels_of(model, channels), *size)) for model in models for size in sizes]
+    _compare([Task(model, image, training=False) for model, image in images], chosen, path)
 
 
 @bench.command()
@@ -220,11 +203,7 @@ def limit(
     memory_budget: int,
     peers: tuple[str, ...],
     longest: float,
-    inference: bool,
-    live: bool,
-    precision: str,
-    channels: int,
-    device: str,
+    task: MakeTask,
     path: Path | None,
 ) -> None:
     """Find by trial the largest square image that trains in a budget, or predicts in it with --inference.
@@ -236,19 +215,11 @@ def limit(
     """
     from ..engine.bench.limit import Search, find
     from ..engine.bench.peers import TRAINING
-    from ..engine.bench.results import Task
 
-    results = _new_results(device)
-    task = Task(
-        model,
-        (1, options.channels_of(model, channels), 0, 0),
-        not inference,
-        "live" if live else "frozen",
-        precision,
-        device,
-    )
+    wanted = task(model)
+    results = _new_results(wanted.device)
     for peer in _selected_peers(peers, TRAINING):
-        row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
+        row = find(wanted, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)
         _show_limit(row)
         _save(results, path)

@@ -100,7 +100,6 @@ class _Morph(click.RichCommand):
     def grow(self, key: str | None = None, **given: Any) -> None:
         """Open and grow the network, save it, and show the report."""
         from ..engine.morph.files import add_morph, check_target, save_network
-        from .morph_table import show_report
         from .progress import StageView
 
         operation = self.operation
@@ -124,7 +123,7 @@ class _Morph(click.RichCommand):
         with StageView("gigamorph.morph"):
             child, report = operation.function(chosen)(parent.network, image, **arguments)
         recipe = save_network(given["out"], add_morph(parent, child, report))
-        show_report(report)
+        click.echo(str(report))
         click.echo(f"written: {given['out']}, {recipe}")
 
 
@@ -195,7 +194,6 @@ def spaces(
     """
     from ..engine.morph.files import open_network
     from ..engine.morph.planner import plan_growth
-    from .morph_table import show_growth
 
     net = open_network(model, source, classes, channels)
     growth = plan_growth(net.network, net.example(size), image)
@@ -203,7 +201,7 @@ def spaces(
         from ..engine.morph.picture import save_picture
 
         save_picture(growth, picture, model)
-    show_growth(growth)
+    click.echo(str(growth))
 
 
 @morph.command()
