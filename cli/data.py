@@ -276,11 +276,8 @@ def convert(
     voi: str,
     for_processing: bool,
     white: Any,
-    resume: bool,
-    max_failures: float | None,
-    retry_failed: bool,
-    shard: tuple[int, int],
     workers: int | None,
+    **run: Any,
 ) -> None:
     """Convert a downloaded public data set into a table for training, and with --images also its images.
 
@@ -295,7 +292,9 @@ def convert(
     from ..engine.images.parallel import available_cpus
     from ..engine.predict.options import RunOptions
 
-    if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
+    if run["max_failures"] is None:
+        del run["max_failures"]
+    if not file_format and run != {"resume": False, "retry_failed": False, "shard": (1, 1)}:
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard need --images")
     table = _read(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     if not file_format and (Path(out) / "run.json").exists():
@@ -303,15 +302,9 @@ def convert(
     outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _keep_existing(table.records, source, skip_missing), []
     if file_format:
-        chosen = RunOptions(
-            "",
-            resume=resume,
-            retry_failed=retry_failed,
-            max_failures=1.0 if max_failures is None else max_failures,
-            shard=shard,
-            workers=workers or available_cpus(),
-        )
-        converted = _convert_images(records, out, file_format, voi, for_processing, white, chosen, source)
+        chosen = RunOptions("", workers=workers or available_cpus(), **{"max_failures": 1.0, **run})
+        how = {"file_format": file_format, "voi": voi, "for_processing": for_processing, "white": white}
+        converted = _convert_images(records, out, source, chosen, **how)
         if converted is None:
             return
         records, errors = converted
@@ -368,30 +361,14 @@ def _warn_of_leaks(records: list[Record]) -> None:
 
 
 def _convert_images(
-    records: list[Record],
-    out: str,
-    file_format: Any,
-    voi: str,
-    for_processing: bool,
-    white: Any,
-    chosen: RunOptions,
-    source: str,
+    records: list[Record], out: str, source: str, chosen: RunOptions, **how: Any
 ) -> tuple[list[Record], list[str]] | None:
     """Return the records of the written images and the errors of others; None while other shards are unfinished."""
     from ..engine.errors import DataError
     from ..engine.predict.convert import convert_images
 
     with runner.watching(False, "cpu") as watch:
-        records, errors, found = convert_images(
-            records,
-            out,
-            file_format=file_format,
-            voi=voi,
-            for_processing=for_processing,
-            white=white,
-            options=chosen,
-            watch=watch,
-        )
+        records, errors, found = convert_images(records, out, options=chosen, watch=watch, **how)
     for error in errors:
         click.echo(f"left out: {error}", err=True)
     if not found.complete:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import rich_click as click
 
 from . import options
@@ -49,19 +51,7 @@ from .numerals import counted
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
 @options.seed
 @options.workers
-def phantom(
-    out: str,
-    patients: int,
-    size: tuple[int, int],
-    breasts: int,
-    lesions: tuple[str, ...],
-    positive: float,
-    symmetry: float,
-    file_format: str,
-    masks: bool,
-    seed: int,
-    workers: int | None,
-) -> None:
+def phantom(out: str, size: tuple[int, int], workers: int | None, **how: Any) -> None:
     """Make phantom mammograms of any size, tile by tile, with known labels, boxes and masks.
 
     The same options give the same bytes. An image without a cluster contains the same cluster blurred, so that the
@@ -73,21 +63,10 @@ def phantom(
     from ..engine.mammography.phantom import write_phantoms
     from .counter import Count
 
-    images = patients * 2 * breasts
+    images = how["patients"] * 2 * how["breasts"]
     with Count("pixels", images * size[0] * size[1]) as count:
         table = write_phantoms(
-            out,
-            patients=patients,
-            height=size[0],
-            width=size[1],
-            seed=seed,
-            breasts=breasts,  # pyright: ignore[reportArgumentType]
-            lesions=lesions,  # pyright: ignore[reportArgumentType]
-            positive=positive,
-            symmetry=symmetry,
-            file_format=file_format,  # pyright: ignore[reportArgumentType]
-            masks=masks,
-            workers=workers or available_cpus(),
-            report=count.add,
+            out, height=size[0], width=size[1], workers=workers or available_cpus(), report=count.add, **how
         )
-    click.echo(f"{counted(images, 'image')} of {counted(patients, 'patient')}, {size[0]} x {size[1]} pixels; {table}")
+    counts = f"{counted(images, 'image')} of {counted(how['patients'], 'patient')}"
+    click.echo(f"{counts}, {size[0]} x {size[1]} pixels; {table}")

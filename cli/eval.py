@@ -149,17 +149,15 @@ def eval(
     by: tuple[str, ...],
     other: str | None,
     marks: str | None,
-    false_marks: tuple[float, ...],
-    iou: float | None,
-    threshold: dict[str, float],
+    threshold: dict[str, Any],
     reader: str | None,
     modality: str | None,
     covariance: Any,
-    rates: tuple[float, ...],
     resamples: int,
     seed: int,
     overwrite: bool,
     as_json: bool,
+    **rates: Any,
 ) -> None:
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
@@ -207,16 +205,7 @@ def eval(
         _warn_of_repeats(images)
         for line in parts.warnings:
             click.echo(f"warning: {line}", err=True)
-    settings = Settings(
-        levels=tuple(levels) or None,
-        rates=rates,
-        by=by,
-        resamples=resamples,
-        seed=seed,
-        false_marks=false_marks,
-        iou=iou,
-        **threshold,
-    )
+    settings = Settings(tuple(levels) or None, by=by, resamples=resamples, seed=seed, **rates, **threshold)
     if reader is not None:
         how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
         lines = _compare_readers(out, images, with_source(parts.rows), **how)

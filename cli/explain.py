@@ -8,7 +8,6 @@ from typing import Any
 import rich_click as click
 
 from . import runner
-from .numerals import counted
 
 
 @click.command()
@@ -68,11 +67,5 @@ def explain(
     chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = explained(run.opener, images, out, chosen, watch)
-    if run.as_json:
-        runner.print_end(found)
-        return
-    marks = ", marks.csv" if method == "activation" and found.complete else ""
-    click.echo(f"{counted(found.done, 'image')} explained, {found.failed} skipped; {Path(out)}{marks}")
-    runner.print_stored(found, chosen.store)
-    if found.failed:
-        click.echo(f"{Path(out) / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
+    marks = ", marks.csv" if method == "activation" else ""
+    runner.print_end(run, Path(out), found, "explained", f"{out}{marks}")

@@ -11,16 +11,8 @@ import rich_click as click
 from . import options
 
 
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else options.parse_size(ctx, param, value)
-
-
 def _parse_resize(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | str | None:
     return value if value in (None, "none") else options.parse_size(ctx, param, value)
-
-
-def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    return None if value is None else options.parse_numbers(ctx, param, value)
 
 
 def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -62,8 +54,8 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     help="One of several heads, in order, as in density=softmax:A,B,C,D. Repeatable.",
 )
 @click.option("--channels", type=click.Choice([1, 3]), help="Image channels; by default those of the weights.")
-@click.option("--mean", callback=_parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
-@click.option("--std", callback=_parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
+@click.option("--mean", callback=options.parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
+@click.option("--std", callback=options.parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
 @click.option("--voi", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.")
 @click.option(
     "--per-image",
@@ -78,7 +70,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 )
 @click.option("--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How images get this size; by default pad.")
 @click.option("--licence", default="", help="Licence of the weights, to be stored with them.")
-@click.option("--size", metavar="HxW", callback=_parse_size, help="Size of the image that checks the import.")
+@click.option("--size", metavar="HxW", callback=options.parse_size, help="Size of the image that checks the import.")
 @options.trust_pickles
 @options.flips("Also average over the mirrored image. Repeatable; every SOURCE must then be a folder.")
 def import_(

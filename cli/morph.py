@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from ..engine.morph.files import Grown
 
 
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else options.parse_size(ctx, param, value)
-
-
 def _parse_sizes(text: str) -> int | tuple[int, ...]:
     """Parse ``3``, or one number per image axis, ``3x5``."""
     return tuple(map(int, text.split("x"))) if "x" in text else int(text)
@@ -60,7 +56,7 @@ _TYPES: dict[str, tuple[str, bool, Callable[[Any], Any]]] = {
 _size: Any = click.option(
     "--size",
     metavar="HxW",
-    callback=_parse_size,
+    callback=options.parse_size,
     help="Size of the images for the checks; by default 64x64, times the factor of every front.",
 )
 _in: Any = click.option("--in", "source", metavar="FILE", help="Weights file; the recipe in it or next to it is used.")
@@ -177,7 +173,9 @@ for _operation in OPERATIONS:
 @options.classes_count
 @options.channel_count
 @_size
-@click.option("--image", metavar="HxW", callback=_parse_size, help="Image size for the costs; --size by default.")
+@click.option(
+    "--image", metavar="HxW", callback=options.parse_size, help="Image size for the costs; --size by default."
+)
 @click.option("--picture", metavar="FILE", help="Also draw the table as a PNG file.")
 def spaces(
     model: str,

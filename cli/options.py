@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from ..engine.datasets.flips import FLIPS
+from ..engine.errors import GigamorphError
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
+    from ..engine.images.levels import White
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+def parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """Return a callback that parses the value of an option if there is one, and turns our errors into click's."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except GigamorphError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+    return callback
+
+
+@parsed
+def parse_size(value: str) -> tuple[int, int]:
     """Parse ``4096x3328`` as (4096, 3328), height first."""
     match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", value.strip())
     if match is None:
-        raise click.BadParameter(f"{value!r} is not a size; write height x width, as in 4096x3328", ctx, param)
+        raise GigamorphError(f"{value!r} is not a size; write height x width, as in 4096x3328")
     return int(match[1]), int(match[2])
 
 
-def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    from ..engine.errors import GigamorphError
+@parsed
+def parse_budget(value: str) -> int:
     from ..engine.tiling.memory import parse_bytes
 
-    try:
-        return parse_bytes(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return parse_bytes(value)
 
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -64,38 +75,29 @@ def flips(text: str) -> Any:
 def parse_numbers(
     ctx: click.Context,
     param: click.Parameter,
-    value: str,
+    value: str | None,
     what: str = "numbers",
     example: str = "0.5 or 0.1,0.2,0.3",
-) -> tuple[float, ...]:
+) -> Any:
+    """Parse a list of numbers as a tuple of floats, None as None."""
     try:
-        return tuple(float(part) for part in value.split(","))
+        return None if value is None else tuple(float(part) for part in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of {what}; write {example}", ctx, param) from error
 
 
-def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
-    if value is None:
-        return None
+@parsed
+def _parse_augment(value: str) -> Augment:
     from ..engine.datasets.augment import Augment
-    from ..engine.errors import GigamorphError
 
-    try:
-        return Augment.parse(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return Augment.parse(value)
 
 
-def _parse_white(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    from ..engine.errors import GigamorphError
+@parsed
+def _parse_white(value: str) -> White:
     from ..engine.images.levels import parse_white
 
-    try:
-        return parse_white(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return parse_white(value)
 
 
 def channels_of(model: str, channels: int) -> int:
