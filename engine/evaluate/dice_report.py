@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from numpy.typing import NDArray
 from ..datasets.tables import Record, read_table
 from ..datasets.tables.cells import Rows
 from ..errors import DataError
-from ..files import write_atomically
 from ..report.figure import class_colour, open_axes, png
-from ..report.page import Table, write_page
+from ..report.page import Table
 from .dice import DICE, SHARE, classes_of_masks, dice_of, patients_of
 from .join import ImageRecords
 from .mask_pictures import picture_of
-from .report import facts_of, format_value
+from .report import format_value, write_results
 
 Array = NDArray[np.float64]
 LISTED, PICTURED = 20, 6
@@ -48,15 +46,11 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
     pictures = {"dice": png(_figure(names, values, means, patients_of(rows)))}
     if table is not None and "mask" in rows.header:
         pictures |= _pictures(rows, order[:PICTURED], Path(table))
-    out = Path(out)
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
-    return write_page(
-        out / "report.html",
+    return write_results(
+        out,
+        found,
         "masks.html",
         pictures,
-        title=found.get("predictions") or "predictions",
-        facts_of=facts_of(found),
         overview=_overview(found),
         patients=found["patients"],
         without=found["rows_without_patient"],

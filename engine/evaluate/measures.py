@@ -16,7 +16,7 @@ from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
 from .checks import classes_of, labels_and_probabilities
-from .curves import WeightedCurves
+from .curves import WeightedCurves, ratio
 from .thresholds import threshold as few_digits
 
 Array = NDArray[np.float64]
@@ -81,23 +81,18 @@ _WITHOUT_VARIANCE = {
 """The AUCs whose variance by DeLong is 0, and the cause."""
 
 
-def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
+def _area(scored: _Scored, fewer: int) -> Measure:
     """The area under the ROC curve, and DeLong's interval.
 
     Args:
         scored: the rows.
         fewer: number of rows of the smaller class.
     """
-    error = roc.delong_error(scored.truth, scored.ranks)
-    area = roc.auc(scored.truth, scored.ranks)
-    found: Measure = {"delong": _listed(roc.interval_of(area, error)), "delong_standard_error": error}
-    if error is None:
-        found["delong_why"] = (
-            "DeLong's variance needs two of each class"
-            if fewer < 2
-            else f"DeLong's variance is 0: {_WITHOUT_VARIANCE[area or 0.0]}"
-        )
-    return area, found
+    found = roc.area_with_interval(scored.truth, scored.ranks)
+    if found["delong_standard_error"] is None:
+        few = "needs two of each class" if fewer < 2 else f"is 0: {_WITHOUT_VARIANCE[found['value'] or 0.0]}"
+        found["delong_why"] = f"DeLong's variance {few}"
+    return found
 
 
 def measure_output(
@@ -128,8 +123,7 @@ def measure_output(
         return {"value": ones[name] if value is None else value, **more, **around[name].listed()}
 
     found["prevalence"] = positives / len(rows)
-    area, delong = _area(scored, min(positives, negatives))
-    found["auc"] = measure("auc", area) | delong
+    found["auc"] = measure("auc") | _area(scored, min(positives, negatives))
     precision = float(average_precision_score(scored.truth, scored.ranks))
     found["average_precision"] = measure("average_precision", precision)
     found["partial_auc"] = [
@@ -196,7 +190,7 @@ class _Scored:
                 values[f"raw partial {over} {rate}"] = area
                 values[f"partial {over} {rate}"] = roc.standardised(area, rate)
         for name, (of, hit) in self.calls.items():
-            values[name] = _ratio(weights @ hit, weights @ of)
+            values[name] = ratio(weights @ hit, weights @ of)
         if self.probable:
             all_ = weights.sum(1)
             safe = weights if all_.all() else np.where(all_[:, None] > 0, weights, 1.0)
@@ -313,11 +307,3 @@ def one_class(rows: int, positives: int, level: str) -> str:
     if not rows:
         return f"no {level} has a label"
     return f"one class only: all {rows} {level}s are {'positive' if positives else 'negative'}"
-
-
-def _ratio(above: Array, below: Array) -> Array:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def _listed(pair: tuple[float, float] | None) -> list[float] | None:
-    return None if pair is None else list(pair)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -511,34 +511,35 @@ def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
             raise DataError(f"{rows.path}: predicts {len(names)} numbers; --label applies only to one")
         columns = [label]
     rows.require(*columns)
-    found = np.full((len(rows.rows), len(columns)), np.nan)
-    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
-        for j, column in enumerate(columns):
-            if row[column]:
-                found[i, j] = _number(row, column, rows, place)
-    return found
+    return _table(
+        rows, columns, lambda row, column, place: _number(row, column, rows, place) if row[column] else np.nan
+    )
 
 
 def _numbers(rows: Rows, columns: Sequence[str], by_name: Mapping[str, float] = _NO_NAMES) -> Array:
     """Labels 1, 0, or NaN for empty cells; `by_name` maps names of classes."""
-    found = np.full((len(rows.rows), len(columns)), np.nan)
-    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
-        for j, column in enumerate(columns):
-            if row[column]:
-                known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
-                if known not in (0, 1):
-                    raise DataError(
-                        f"{rows.path}, {place}: {column} {row[column]!r} must be 1, 0 or empty; for named classes, add "
-                        "a column p_NAME for each"
-                    )
-                found[i, j] = known
-    return found
+
+    def value(row: dict[str, str], column: str, place: str) -> float:
+        if not row[column]:
+            return np.nan
+        known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
+        if known not in (0, 1):
+            raise DataError(
+                f"{rows.path}, {place}: {column} {row[column]!r} must be 1, 0 or empty; for named classes, add a "
+                "column p_NAME for each"
+            )
+        return known
+
+    return _table(rows, columns, value)
 
 
-def _table(rows: Rows, columns: Sequence[str]) -> Array:
-    """The numbers (rows, columns) of columns."""
+def _table(
+    rows: Rows, columns: Sequence[str], value: Callable[[dict[str, str], str, str], float] | None = None
+) -> Array:
+    """The values (rows, columns) of cells; by default their numbers."""
+    value = value or (lambda row, column, place: _number(row, column, rows, place))
     pairs = zip(rows.places, rows.rows, strict=True)
-    return np.array([[_number(row, column, rows, place) for column in columns] for place, row in pairs])
+    return np.array([[value(row, column, place) for column in columns] for place, row in pairs], np.float64)
 
 
 def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:

@@ -96,11 +96,8 @@ def _part(part: Cases, column: int, threshold: float | None, count: int, seed: i
     else:
         resamples = Resamples(part.clusters, count, seed)
         weighted = WeightedCurves(truth, roc.ranks(scores))
-        area, error = roc.auc(truth, scores), roc.delong_error(truth, roc.ranks(scores))
         found["auc"] = {
-            "value": area,
-            "delong": roc.interval_of(area, error),
-            "delong_standard_error": error,
+            **roc.area_with_interval(truth, scores),
             **resamples.spreads(lambda w: {"auc": weighted(w).auc()})["auc"].listed(),
         }
     if threshold is not None:
