@@ -28,7 +28,7 @@ from ..models.outputs import outputs_of
 from ..predict.decoders import Opened
 from ..predict.delivery import Document
 from ..predict.index import Index
-from ..predict.job import Job, Result, Start, Unit, texts
+from ..predict.job import PredictJob, Result, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, Opener, check_numbers, header_columns, naming, open_one
 from ..predict.rows import Row, Work
@@ -108,15 +108,16 @@ def explain(
     return run(_Explain(opener, options), sources, out, options, watch)
 
 
-class _Explain(Job):
+class _Explain(PredictJob):
     kind, made, schema, named = "explain", "explanations", EXPLAINED, "name"
     files = ("marks.csv", "exams.csv", *(f"{{name}}{end}" for end in (".png", ".tif", ".map.tif", *_SEG_ENDS)))
 
-    _classifier: Classifier
+    _options: Options
+    _network: Classifier
     _out: Path
 
     def __init__(self, opener: Opener, options: Options) -> None:
-        self._opener, self._options = opener, options
+        super().__init__(opener, options)
         self.product = "marks.csv" if options.method == "activation" else ""
 
     def described(self) -> dict[str, Any]:
@@ -128,23 +129,20 @@ class _Explain(Job):
         return super().differs(name, before or "the default")
 
     def open(self, options: RunOptions) -> None:
-        self._classifier = self._opener(device=options.device if options.here else "cpu")
-        self.classes = self._classifier.classes
+        super().open(options)
+        self.classes = self._network.classes
         label = self._options.label
         if label is not None and label not in self.classes:
             raise DataError(f"{options.checkpoint}: unknown class {label!r}; it has {', '.join(self.classes)}")
 
     def look(self, index: Index, watch: Watch) -> None:
-        watch.looked(self._classifier, [row.record for row in index.sample(4) if not row.url])
+        watch.looked(self._network, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
         self._out, self._secret = out, secret()
 
-    def unit(self) -> Unit:
-        return ExplanationUnit(self._classifier, self._options, self._out, self._secret)
-
-    def start(self) -> Start:
-        return functools.partial(_start, self._opener, self._options, self._out, self._secret)
+    def compute(self) -> Callable[[Any], Unit]:
+        return functools.partial(ExplanationUnit, options=self._options, out=self._out, secret=self._secret)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """The written DICOM SEGs."""
@@ -180,7 +178,7 @@ class _Explain(Job):
             write_atomically(out / "marks.csv", lambda path: _write_marks(path, frame, marks()), "table")
         else:
             collections.deque(marks(), maxlen=0)
-        outputs = outputs_of(self._classifier.net)
+        outputs = outputs_of(self._network.net)
         # Numbers are not combined like probabilities, and networks of combined views combine them differently.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
@@ -237,10 +235,6 @@ class ExplanationUnit:
             **header_columns(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
-
-
-def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> ExplanationUnit:
-    return ExplanationUnit(opener(device=device), options, out, secret)
 
 
 def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:

@@ -58,7 +58,7 @@ class DeviceSettings:
 
     @property
     def depth(self) -> int:
-        """Number of batches that are requested ahead."""
+        """Number of images that are requested ahead."""
         return self.workers + 2 if self.workers else 1
 
 

@@ -36,7 +36,7 @@ from ..train.stored import preprocessing_of
 from .decoders import Opened
 from .delivery import Document
 from .index import Index
-from .job import PredictJob, Result, Start, Unit, texts
+from .job import PredictJob, Result, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
 from .predictor import Wanted, header_columns, naming
 from .rows import Row, Work
@@ -282,11 +282,8 @@ class _Masks(PredictJob):
             raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
         self._wanted = Wanted(self._options.model, out, secret=None if self._options.identifiers else secret())
 
-    def unit(self) -> Unit:
-        return SegmentationUnit(self._network, self._wanted)
-
-    def start(self) -> Start:
-        return functools.partial(_start, self._opener, self._wanted)
+    def compute(self) -> Callable[[Any], Unit]:
+        return functools.partial(SegmentationUnit, wanted=self._wanted)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         names = self._network.target.names
@@ -347,10 +344,6 @@ def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> D
         ]
     values = np.asarray(pixels.read(0, height, 0, width))[0]
     return segmentation(row.name, header, values, segments, content="Classes of pixels", uid=uid)
-
-
-def _start(opener: MaskOpener, wanted: Wanted, *, device: str) -> SegmentationUnit:
-    return SegmentationUnit(opener(device=device), wanted)
 
 
 def _measures(result: Result, counts: np.ndarray | None, classes: int) -> list[str]:

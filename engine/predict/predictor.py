@@ -107,11 +107,6 @@ class PredictionUnit:
         return predict_image(self._classifier, self._wanted, opened)
 
 
-def start_predicting(opener: Opener, wanted: Wanted, *, device: str) -> PredictionUnit:
-    """A `job.Start` of predictions."""
-    return PredictionUnit(opener(device=device), wanted)
-
-
 def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dict[str, Any]:
     """The result of an image, a row of `RESULTS`; writes its heat map if requested.
 

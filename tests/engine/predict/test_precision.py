@@ -1,5 +1,6 @@
 """Predictions in mixed precision: they are autocast's, wherever they are computed, and the folder keeps them apart."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from commands import rows
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict.devices import DeviceSettings, compute_here
-from gigamorph.engine.predict.predictor import PredictionUnit, Wanted, start_predicting
+from gigamorph.engine.predict.job import started
+from gigamorph.engine.predict.predictor import PredictionUnit, Wanted
 from gigamorph.engine.predict.rows import Row, Work
 from gigamorph.engine.predict.run import Options, predict
 
@@ -54,7 +56,7 @@ def test_other_processes_compute_the_same(table, tmp_path):
     record = read_table(table).records[0]
     found = []
     for unit, precision in (
-        (start_predicting(archives.tiny, wanted, device="cpu"), "bf16"),
+        (started(functools.partial(PredictionUnit, wanted=wanted), archives.tiny, device="cpu"), "bf16"),
         (PredictionUnit(archives.tiny(device="cpu"), wanted), "bf16"),
         (PredictionUnit(archives.tiny(device="cpu"), wanted), "fp32"),
     ):
