@@ -199,12 +199,7 @@ def infer(
 @click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Time limit of a trial, in seconds.")
 @_task
 def limit(
-    model: str,
-    memory_budget: int,
-    peers: tuple[str, ...],
-    longest: float,
-    task: MakeTask,
-    path: Path | None,
+    model: str, memory_budget: int, peers: tuple[str, ...], longest: float, task: MakeTask, path: Path | None
 ) -> None:
     """Find by trial the largest square image that trains in a budget, or predicts in it with --inference.
 

@@ -87,12 +87,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     outputs.require_no_labels(out)
     with Count("headers") as count:
         found = index_folder(
-            folder,
-            identifiers=identifiers,
-            pattern=pattern,
-            workers=workers,
-            on_start=count.start,
-            on_done=count.add,
+            folder, identifiers=identifiers, pattern=pattern, workers=workers, on_start=count.start, on_done=count.add
         )
     for error in found.errors[:_PRINTED]:
         click.echo(f"skipped: {error}", err=True)

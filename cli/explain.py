@@ -22,10 +22,7 @@ from . import runner
     help="activation: what each location adds to the log-odds; gradient: how strongly each pixel changes them.",
 )
 @click.option(
-    "--class",
-    "name",
-    metavar="NAME",
-    help="Class to explain; by default the positive of two, else the most probable.",
+    "--class", "name", metavar="NAME", help="Class to explain; by default the positive of two, else the most probable."
 )
 @click.option(
     "--format",

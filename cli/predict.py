@@ -30,12 +30,7 @@ from . import options, runner
 @options.precision
 @runner.over_images
 def predict(
-    images: tuple[str, ...],
-    out: str,
-    heatmaps: bool,
-    calibration_file: str | None,
-    identifiers: bool,
-    run: runner.Run,
+    images: tuple[str, ...], out: str, heatmaps: bool, calibration_file: str | None, identifiers: bool, run: runner.Run
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which contains model, classes and preprocessing.
 

@@ -79,11 +79,7 @@ _MODEL_OPTIONS = (
     retry_failed,
     shard,
     click.option(
-        "--devices",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Number of GPUs, or of CPU processes.",
+        "--devices", type=click.IntRange(1), default=1, show_default=True, help="Number of GPUs, or of CPU processes."
     ),
     options.flips("Also average the outputs over the mirrored image. Repeatable."),
     click.option("--workers", type=click.IntRange(0), help="Processes per device that prefetch and decode images."),

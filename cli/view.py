@@ -20,11 +20,7 @@ from .numerals import counted
     "--table", type=click.Path(exists=True, dir_okay=False), help="The csv with the predicted images: findings, masks."
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for --static; by default SOURCE/view.")
-@click.option(
-    "--static",
-    is_flag=True,
-    help="Write all missing tiles, so that the page works from files, and exit.",
-)
+@click.option("--static", is_flag=True, help="Write all missing tiles, so that the page works from files, and exit.")
 @click.option(
     "--evidence",
     metavar="CHECKPOINT",

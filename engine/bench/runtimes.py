@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from .ordinary import Prepared
 from .results import Task
 
-NEEDS = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-}
+NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
 def missing(runtime: str, task: Task) -> str | None:

@@ -182,14 +182,7 @@ def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
         return plan(
-            network,
-            task.image,
-            budget,
-            tile=tile,
-            dtype=dtype,
-            device=task.device,
-            training=task.training,
-            halos=halos,
+            network, task.image, budget, tile=tile, dtype=dtype, device=task.device, training=task.training, halos=halos
         )
 
 

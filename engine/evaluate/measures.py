@@ -127,12 +127,7 @@ def measure_output(
     precision = float(average_precision_score(scored.truth, scored.ranks))
     found["average_precision"] = measure("average_precision", precision)
     found["partial_auc"] = [
-        {
-            "over": over,
-            "from": rate,
-            **measure(f"partial {over} {rate}"),
-            "raw": measure(f"raw partial {over} {rate}"),
-        }
+        {"over": over, "from": rate, **measure(f"partial {over} {rate}"), "raw": measure(f"raw partial {over} {rate}")}
         for over in ("specificity", "sensitivity")
         for rate in at
         if rate < 1

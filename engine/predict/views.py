@@ -14,11 +14,7 @@ from ..train.metrics import Prediction, per_breast, per_exam
 
 
 def combined(
-    outputs: Outputs,
-    classes: Sequence[str],
-    calibration: Calibration | None,
-    level: Level,
-    views: Sequence[Prediction],
+    outputs: Outputs, classes: Sequence[str], calibration: Calibration | None, level: Level, views: Sequence[Prediction]
 ) -> Prediction:
     """The prediction of a breast or exam, combined from the network's outputs for its views as in the training.
 
