@@ -317,7 +317,7 @@ def _new_results(device: str) -> Results:
     from ..engine.bench.results import Results
 
     with Child() as child:
-        answer = child.ceilings(device)
+        answer = child.ask("ceilings", device=device)
     ceilings = {name: value for name, value in answer.items() if isinstance(value, float)}
     words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
     if "--json" in words:

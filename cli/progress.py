@@ -65,7 +65,7 @@ class ProgressView:
                     self._bar.remove_task(task)
                 self._bar.add_task(_title(progress), total=max(progress.images, 1), detail="")
         if progress.note:
-            self._console.print(progress.note, highlight=False, soft_wrap=True)
+            self.say(progress.note)
         if self._bar is not None:
             if key != shown or now - self._shown >= _REFRESH_INTERVAL or progress.image == progress.images:
                 self._shown = now
@@ -73,11 +73,7 @@ class ProgressView:
                     self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
         elif not progress.note and now - self._shown >= self._interval:
             self._shown = now
-            self._console.print(
-                f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.say(f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}")
 
     def _detail(self, progress: Progress, now: float) -> str:
         seconds = max(now - self._began, 1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from .process import Answer, Process
@@ -23,18 +22,6 @@ class Child(Process):
     def run(self, steps: int, warm: int = 0) -> Answer:
         """Run steps; see `Work.run`."""
         return self.ask("run", steps=steps, warm=warm)
-
-    def save(self, path: Path) -> Answer:
-        """Store the results of the last step; see `Work.results`."""
-        return self.ask("save", path=str(path))
-
-    def ceilings(self, device: str) -> Answer:
-        """Return the rates of this machine; see `roofline.measure_ceilings`."""
-        return self.ask("ceilings", device=device)
-
-    def profile(self, folder: Path) -> Answer:
-        """Trace one step; see `profile.profile_step`."""
-        return self.ask("profile", folder=str(folder))
 
 
 def measure_in_new_process(
