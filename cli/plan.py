@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
     from ..engine.train.precision import Precision
     from .table import BudgetRow
@@ -189,32 +188,23 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
         rows = [(name, stock // share, rates) for share, name in names.items()]
         source = f"this machine's, measured now: {_rates(rates, sixteen)}"
     else:
+        names: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
         rows = [
-            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), _ceilings(*rate))
+            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(names, rate, strict=True)))
             for name, (gb, *rate) in constants.GPUS.items()
         ]
         source = "those of the manufacturer's data sheets"
     plans = plan_each(net, made.image, [budget for _, budget, _ in rows], device=kind, training=made.training)
-    found = [
-        BudgetRow(name, budget, each, each and _seconds(work, each, rates, sixteen))
-        for (name, budget, rates), each in zip(rows, plans, strict=True)
-    ]
+    found = []
+    for (name, budget, rates), each in zip(rows, plans, strict=True):
+        floor = work.seconds(rates, sixteen)  # of stock PyTorch's step; the plan's work multiplies it
+        found.append(BudgetRow(name, budget, each, floor * each.work if each and floor is not None else None))
     return found, source
-
-
-def _ceilings(gb_per_s: float, fp32: float, sixteen: float) -> dict[str, float]:
-    return {"gb_per_s": gb_per_s, "tflop_per_s fp32": fp32, "tflop_per_s bf16": sixteen}
 
 
 def _rates(rates: dict[str, float], precision: str) -> str:
     arithmetic = rates.get(f"tflop_per_s {precision}")
     return f"{rates['gb_per_s']:.3g} GB/s" + (f", {arithmetic:.3g} TFLOP/s" if arithmetic else "")
-
-
-def _seconds(work: Work, made: Plan, rates: dict[str, float], precision: str) -> float | None:
-    """Return the lower bound of stock PyTorch's step at these rates, times the plan's work."""
-    floor = work.seconds(rates, precision)
-    return None if floor is None else floor * made.work
 
 
 def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:

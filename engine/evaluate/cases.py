@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -82,10 +83,6 @@ class Cases:
     def clusters(self) -> tuple[str, ...]:
         """The patient of each row; rows without a patient form their own clusters."""
         return tuple(f"patient {p}" if p else f"row {name}" for p, name in zip(self.patients, self.names, strict=True))
-
-    def counted_patients(self) -> dict[str, int]:
-        """The numbers of patients and of rows without a patient, each of which counts as a patient in intervals."""
-        return {"patients": len(set(self.patients) - {""}), "rows_without_patient": self.patients.count("")}
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -210,6 +207,11 @@ class Cases:
         expected = odds.probabilities(self.scores) @ np.arange(len(self.outputs))
         best = np.lexsort((*self.scores.T, -expected, members.group))  # independent of the order of rows
         return self.scores[best[members.starts]]
+
+
+def counted_patients(patients: Sequence[str]) -> dict[str, int]:
+    """The numbers of patients and of rows without a patient, each of which counts as a patient in intervals."""
+    return {"patients": len(set(patients) - {""}), "rows_without_patient": patients.count("")}
 
 
 class _Groups:

@@ -16,7 +16,7 @@ from ..report.figure import open_axes, png
 from ..report.page import Table
 from ..versions import versions
 from .bootstrap import Resamples, listed
-from .cases import Cases
+from .cases import Cases, counted_patients
 from .evaluate import Settings, at_levels
 from .report import format_value, write_results
 
@@ -99,7 +99,7 @@ def evaluate_numbers(images: Cases, settings: Settings | None = None) -> dict[st
             raise DataError("no row has a true number; give the table with --table")
         resamples = Resamples(labelled.clusters, settings.resamples, settings.seed)
         outputs = {name: _measure(labelled, column, resamples) for column, name in enumerate(images.outputs)}
-        found["levels"][level] = {"rows": len(labelled), **labelled.counted_patients(), "outputs": outputs}
+        found["levels"][level] = {"rows": len(labelled), **counted_patients(labelled.patients), "outputs": outputs}
     found["versions"] = versions("gigamorph", "numpy", "scipy")
     return found
 

@@ -30,8 +30,8 @@ from ..predict.delivery import Document
 from ..predict.index import Index
 from ..predict.job import PredictJob, Result, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, check_numbers, header_columns, naming, open_one
-from ..predict.rows import Row, Work
+from ..predict.predictor import Classifier, NetworkUnit, Opener, Wanted, check_numbers, naming
+from ..predict.rows import Row
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
@@ -114,7 +114,7 @@ class _Explain(PredictJob):
 
     _options: Options
     _network: Classifier
-    _out: Path
+    _wanted: Wanted
 
     def __init__(self, opener: Opener, options: Options) -> None:
         super().__init__(opener, options)
@@ -139,10 +139,10 @@ class _Explain(PredictJob):
         watch.looked(self._network, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
-        self._out, self._secret = out, secret()
+        self._wanted = Wanted(self._options.model, out, secret=secret())
 
     def compute(self) -> Callable[[Any], Unit]:
-        return functools.partial(ExplanationUnit, options=self._options, out=self._out, secret=self._secret)
+        return functools.partial(ExplanationUnit, options=self._options, wanted=self._wanted)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """The written DICOM SEGs."""
@@ -191,20 +191,16 @@ class _Explain(PredictJob):
         return {}
 
 
-class ExplanationUnit:
-    """The unit (`job.Unit`) of explanation."""
+class ExplanationUnit(NetworkUnit):
+    """The unit of explanation."""
 
-    def __init__(self, classifier: Classifier, options: Options, out: Path, secret: bytes) -> None:
-        classifier.net.eval()
-        self.net, self._classifier, self._options, self._out = classifier.net, classifier, options, out
-        self._secret = secret
-
-    def open(self, record: Record, work: Work) -> dict[str, Any]:
-        return open_one(self._classifier, record, work)
+    def __init__(self, network: Classifier, options: Options, wanted: Wanted) -> None:
+        super().__init__(network, wanted)
+        self._options = options
 
     def __call__(self, opened: Opened) -> Result:
         assert opened.item is not None
-        work, options, classes = opened.work, self._options, self._classifier.classes
+        work, options, classes = opened.work, self._options, self._network.classes
         source, image = opened.item["image"], work.row.name
         heads = outputs_of(self.net)
         output = positive_class(classes, heads) if options.label is None else classes.index(options.label)
@@ -220,19 +216,15 @@ class ExplanationUnit:
                     f"{image}: a DICOM SEG needs a local file or a DICOMweb store; download the image, or write png or "
                     "tif"
                 )
-            _write(found, work.row.place, self._out, work.name, one, classes[which], text)
+            _write(found, work.row.place, self._wanted.out, work.name, one, classes[which], text)
         marks = find_marks(found) if options.method == "activation" else []
         predicted = prediction(opened.item, logits, outputs)
         return {
-            "key": work.key,
-            "model": options.model,
-            "image_path": image,
-            "pixels": source.shape[-2] * source.shape[-1],
+            **self._columns(source, work),
             "name": work.name,
             "class": classes[which],
             "log_odds": list(predicted.log_odds),
             "exclusive": predicted.exclusive,
-            **header_columns(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
 
