@@ -188,9 +188,9 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
         rows = [(name, stock // share, rates) for share, name in names.items()]
         source = f"this machine's, measured now: {_rates(rates, sixteen)}"
     else:
-        names: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
+        kinds: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
         rows = [
-            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(names, rate, strict=True)))
+            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(kinds, rate, strict=True)))
             for name, (gb, *rate) in constants.GPUS.items()
         ]
         source = "those of the manufacturer's data sheets"
