@@ -185,7 +185,7 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
         rates = measure_ceilings(kind, seconds=0.5)
         stock = made.stock_bytes or made.peak_bytes
         names = {1: "stock's memory", 2: "1/2 of it", 4: "1/4 of it", 8: "1/8 of it", 16: "1/16 of it"}
-        rows = [(name, stock // share, rates) for share, name in names.items()]
+        rows: list[tuple[str, int, dict[str, float]]] = [(name, stock // share, rates) for share, name in names.items()]
         source = f"this machine's, measured now: {_rates(rates, sixteen)}"
     else:
         kinds: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
