@@ -62,11 +62,7 @@ def _task(command: Any) -> Any:
         options.device,
         options.channel_count,
         click.option(
-            "--precision",
-            type=click.Choice(["fp32", "bf16"]),
-            default="fp32",
-            show_default=True,
-            help="fp32, or bf16 by autocast.",
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="fp32, or bf16 by autocast."
         ),
         click.option("--live", is_flag=True, help="BatchNorm in training mode, with the image's own statistics."),
         click.option("--inference", is_flag=True, help="Measure predictions instead of training steps."),
@@ -82,12 +78,8 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def _timed(command: Any) -> Any:
     """Add the options for models, image sizes and timing; the command gets those of `Options` by their names there."""
     for option in (
-        click.option(
-            "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's runs, in seconds."
-        ),
-        click.option(
-            "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed runs per peer."
-        ),
+        click.option("--box", type=_seconds, default=60.0, help="Time limit of a peer's runs, in seconds."),
+        click.option("--rounds", type=click.IntRange(1), default=5, help="Most timed runs per peer."),
         click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's."),
         options.memory_budget,
         click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a run, as in 8GiB."),
@@ -106,7 +98,6 @@ def _timed(command: Any) -> Any:
             "models",
             multiple=True,
             default=["resnet18"],
-            show_default=True,
             metavar="SPEC",
             callback=options.named,
             help="As in gigamorph plan. Repeatable.",
@@ -196,7 +187,7 @@ def infer(
     "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step."
 )
 @_peers
-@click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Time limit of a trial, in seconds.")
+@click.option("--longest", type=_seconds, default=120.0, help="Time limit of a trial, in seconds.")
 @_task
 def limit(
     model: str, memory_budget: int, peers: tuple[str, ...], longest: float, task: MakeTask, path: Path | None
@@ -222,7 +213,7 @@ def limit(
 
 
 @bench.command()
-@click.option("--match", default="", help="Measure only ops whose name contains this text.")
+@click.option("--match", default="", show_default=False, help="Measure only ops whose name contains this text.")
 @_json
 def kernels(match: str, path: Path | None) -> None:
     """Compare each kernel with cuDNN, eager PyTorch, torch.compile and its roofline bound, per shape. Needs a GPU.
@@ -238,7 +229,7 @@ def kernels(match: str, path: Path | None) -> None:
 
 
 @bench.command()
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="Number of seeds.")
 @_json
 def morph(seeds: int, path: Path | None) -> None:
     """Measure how long growing a network takes, and how soon it is as good as one trained from scratch.

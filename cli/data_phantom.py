@@ -7,16 +7,15 @@ from typing import Any
 import rich_click as click
 
 from . import options
-from .numerals import counted
+from .messages import counted
 
 
 @click.command()
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and table.")
-@click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
+@click.option("--patients", type=click.IntRange(1), default=60)
 @click.option(
     "--size",
     default="1024x768",
-    show_default=True,
     metavar="HxW",
     callback=options.parse_size,
     help="Image size in pixels; unlimited for tiff.",
@@ -25,7 +24,6 @@ from .numerals import counted
     "--breasts",
     type=click.IntRange(1, 2),
     default=1,
-    show_default=True,
     help="1: CC and MLO of one breast; 2: the four views of an exam, with lesions in one breast.",
 )
 @click.option(
@@ -34,20 +32,13 @@ from .numerals import counted
     multiple=True,
     type=click.Choice(["cluster", "mass", "asymmetry"]),
     default=["cluster"],
-    show_default=True,
     help="Kind of lesion. Repeatable; positive patients get the kinds alternately.",
 )
+@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, help="Share of patients with a lesion.")
 @click.option(
-    "--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of patients with a lesion."
+    "--symmetry", type=click.FloatRange(0, 1), default=0.8, help="Correlation between the textures of the two breasts."
 )
-@click.option(
-    "--symmetry",
-    type=click.FloatRange(0, 1),
-    default=0.8,
-    show_default=True,
-    help="Correlation between the textures of the two breasts.",
-)
-@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
+@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom")
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
 @options.seed
 @options.workers

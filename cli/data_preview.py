@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from . import options, outputs
+from .messages import warn
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
@@ -67,6 +68,6 @@ def preview(
     )
     click.echo(f"{seen.black:.1%} of the pixels are black, {seen.white:.1%} white")
     for warning in seen.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     if out:
         click.echo(f"{out}: {write_preview(source, out)}")

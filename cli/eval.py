@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import DataError, GigamorphError
 from . import options
+from .messages import warn
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
@@ -102,7 +104,6 @@ def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option(
     "--false-marks",
     default="0.125,0.25,0.5,1,2,4,8",
-    show_default=True,
     callback=functools.partial(options.parse_numbers, example="0.125,1,2"),
     help="For --marks: false marks per image at which the share of lesions found is reported.",
 )
@@ -123,18 +124,16 @@ def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None
     "--covariance",
     type=click.Choice(["delong", "jackknife"]),
     default="delong",
-    show_default=True,
     help="For a reader study: covariance of the areas; the jackknife leaves out one patient at a time.",
 )
 @click.option(
     "--rates",
     default="0.8,0.9,0.95",
-    show_default=True,
     callback=_parse_rates,
     help="Specificities at which sensitivity is reported, and vice versa; lower bounds of partial areas.",
 )
-@click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Bootstrap resamples.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--resamples", type=click.IntRange(1), default=2000, help="Bootstrap resamples.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the bootstrap.")
 @click.option("--overwrite", is_flag=True, help="Replace the evaluation in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the summary.")
 def eval(
@@ -204,7 +203,7 @@ def eval(
     if reader is None:
         _warn_of_repeats(images)
         for line in parts.warnings:
-            click.echo(f"warning: {line}", err=True)
+            warn(line)
     settings = Settings(tuple(levels) or None, by=by, resamples=resamples, seed=seed, **rates, **threshold)
     if reader is not None:
         how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
@@ -231,7 +230,7 @@ def _table_to_measure(predictions: Path, levels: tuple[str, ...]) -> Path:
     views = note_of(chosen).get("views")
     if views is not None and chosen.name != "exams.csv" and not below:
         text = f"{chosen}: the network combines the views of an exam ({views}), as in exams.csv; this measures images"
-        click.echo(f"warning: {text}", err=True)
+        warn(text)
     return chosen
 
 
@@ -248,8 +247,6 @@ _WRITTEN = ("metrics.json", "report.html", "calibration.json")
 
 def _require_new(out: Path, overwrite: bool) -> None:
     """Refuse a folder that contains metrics, unless `overwrite`."""
-    from ..engine.errors import GigamorphError
-
     if (out / "metrics.json").exists() and not overwrite:
         raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
 
@@ -275,7 +272,7 @@ def _warn_of_repeats(images: Cases) -> None:
     if repeated:
         first = repeated[0][0]
         repeats = f"{len(repeated)} of {len(images)} rows repeat an image ({first}); every row is measured"
-        click.echo(f"warning: {repeats}", err=True)
+        warn(repeats)
 
 
 def _measure(
@@ -320,7 +317,6 @@ def _has_validation_thresholds(found: dict[str, Any]) -> bool:
 def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[str, Any]) -> tuple[bool, list[str]]:
     """Fit and write a calibration if a known network predicted two classes without calibration; return whether one was
     written, and lines that say why not."""
-    from ..engine.errors import DataError
     from ..engine.evaluate.class_names import positive_number
     from ..engine.evaluate.recalibration import write_calibration
 

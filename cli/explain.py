@@ -18,7 +18,6 @@ from . import runner
     "--method",
     type=click.Choice(["activation", "gradient"]),
     default="activation",
-    show_default=True,
     help="activation: what each location adds to the log-odds; gradient: how strongly each pixel changes them.",
 )
 @click.option(
@@ -30,7 +29,6 @@ from . import runner
     multiple=True,
     type=click.Choice(["png", "tif", "seg", "binary-seg"]),
     default=("png",),
-    show_default=True,
     help="png: over the image; tif: float32 values; seg, binary-seg: DICOM SEG, fractional or binary. Repeatable.",
 )
 @runner.over_images

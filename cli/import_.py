@@ -8,6 +8,7 @@ from typing import Any
 
 import rich_click as click
 
+from ..engine.errors import GigamorphError
 from . import options
 
 
@@ -33,7 +34,13 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     metavar="FILE",
     help="State dict, checkpoint or Hugging Face folder on disk; cache: the weights that timm fetched earlier.",
 )
-@click.option("--prefix", default="", metavar="NAMES", help="Use the weights whose names begin like this, as in model.")
+@click.option(
+    "--prefix",
+    default="",
+    metavar="NAMES",
+    show_default=False,
+    help="Use the weights whose names begin like this, as in model.",
+)
 @click.option(
     "--layout",
     type=click.Choice(["mammoscreen", "rsna-2023", "mammo-clip", "gmic"]),
@@ -69,7 +76,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     help="Resize images to this size; none keeps every pixel, even if the layout has a size.",
 )
 @click.option("--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How images get this size; by default pad.")
-@click.option("--licence", default="", help="Licence of the weights, to be stored with them.")
+@click.option("--licence", default="", show_default=False, help="Licence of the weights, to be stored with them.")
 @click.option("--size", metavar="HxW", callback=options.parse_size, help="Size of the image that checks the import.")
 @options.trust_pickles
 @options.flips("Also average over the mirrored image. Repeatable; every SOURCE must then be a folder.")
@@ -102,7 +109,6 @@ def import_(
     --out net
     """
     from ..engine.datasets.flips import FLIPS
-    from ..engine.errors import GigamorphError
     from ..engine.models.folder import Preprocessing, is_folder, require_no_run
     from ..engine.published.importing import Wishes, import_ensemble, import_network
     from ..engine.trust import trust_named

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import MorphError
 from ..engine.morph.operations import OPERATIONS, Argument, Operation
 from . import options
 
@@ -82,7 +83,7 @@ class _Morph(click.RichCommand):
                 carrier = option(carrier)
             if self.operation.choice:
                 keys = click.Choice([*self.operation.functions])
-                more: Any = {"type": keys, "default": self.operation.default or None, "show_default": True}
+                more: Any = {"type": keys, "default": self.operation.default or None}
                 carrier.params.append(
                     click.Option([f"--{self.operation.choice}", "key"], help="Kind of morph.", **more)
                 )
@@ -231,7 +232,6 @@ def verify(first: str, second: str, model: str, classes: int, channels: int, siz
 
 
 def _open(given: dict[str, Any]) -> Grown:
-    from ..engine.errors import MorphError
     from ..engine.models.folder import is_folder
     from ..engine.morph.files import open_network
 
@@ -245,8 +245,6 @@ def _open(given: dict[str, Any]) -> Grown:
 def _last_layer(net: nn.Module) -> str:
     """Return the path of the classifier: the last linear layer or convolution in the order of the modules."""
     from torch.nn import Conv2d, Linear
-
-    from ..engine.errors import MorphError
 
     names = [name for name, module in net.named_modules() if isinstance(module, (Linear, Conv2d))]
     if not names:

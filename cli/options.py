@@ -131,7 +131,6 @@ trust_pickles: Any = click.option(
 _model: Any = click.option(
     "--model",
     default="resnet18",
-    show_default=True,
     metavar="SPEC",
     callback=named,
     help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or your own module:factory (see gigamorph train), with "
@@ -156,40 +155,27 @@ batch_norm: Any = click.option(
     help="Keep the running statistics of BatchNorm layers: needs less memory and time than those of the whole image.",
 )
 precision: Any = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Autocast type."
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Autocast type."
 )
 device: Any = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     callback=_parse_device,
     help="Device to compute on.",
 )
-channels: Any = click.option(
-    "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Input channels of the model."
-)
-channel_count: Any = click.option(
-    "--channels", type=click.IntRange(1), default=1, show_default=True, help="Input channels of the model."
-)
-classes_count: Any = click.option(
-    "--classes", type=click.IntRange(1), default=2, show_default=True, help="Outputs of the model."
-)
+channels: Any = click.option("--channels", type=click.Choice([1, 3]), default=1, help="Input channels of the model.")
+channel_count: Any = click.option("--channels", type=click.IntRange(1), default=1, help="Input channels of the model.")
+classes_count: Any = click.option("--classes", type=click.IntRange(1), default=2, help="Outputs of the model.")
 mean: Any = click.option(
     "--mean",
     default="0",
-    show_default=True,
     callback=parse_numbers,
     help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel.",
 )
-std: Any = click.option(
-    "--std", default="1", show_default=True, callback=parse_numbers, help="Standard deviation that is scaled to one."
-)
+std: Any = click.option("--std", default="1", callback=parse_numbers, help="Standard deviation that is scaled to one.")
 voi: Any = click.option(
-    "--voi",
-    default="auto",
-    show_default=True,
-    help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.",
+    "--voi", default="auto", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I."
 )
 white: Any = click.option(
     "--white",
@@ -207,5 +193,5 @@ augment: Any = click.option(
     "scale=0.1, shear=5 (degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, "
     "brightness=0.05, noise=0.01.",
 )
-seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
+seed: Any = click.option("--seed", type=click.IntRange(0), default=0, help="Random seed.")
 workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")

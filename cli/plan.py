@@ -43,7 +43,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
     "batch",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Images per step: a batch, or the views of an exam.",
 )
 @options.channel_count
@@ -55,7 +54,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
     "--task",
     type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
-    show_default=True,
     help="As in train: the loss of masks is computed in tiles; for other tasks, the network's output is whole.",
 )
 @click.option("--inference", is_flag=True, help="Plan a prediction instead of a training step.")
@@ -65,7 +63,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option(
     "--device",
     default="auto",
-    show_default=True,
     callback=_parse_device,
     metavar="auto|cpu|cuda[:MEMORY]",
     help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have.",

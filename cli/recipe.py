@@ -27,7 +27,6 @@ def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option(
     "--seeds",
     default="0,1,2",
-    show_default=True,
     metavar="LIST",
     callback=_parse_seeds,
     help="Seeds of data and networks; the task runs once with each.",

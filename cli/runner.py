@@ -15,7 +15,7 @@ import rich_click as click
 
 from . import options
 from .interrupts import Stopped
-from .numerals import counted
+from .messages import counted, warn
 from .progress import ProgressView
 from .train import scores_line
 
@@ -78,16 +78,13 @@ _MODEL_OPTIONS = (
     max_failures,
     retry_failed,
     shard,
-    click.option(
-        "--devices", type=click.IntRange(1), default=1, show_default=True, help="Number of GPUs, or of CPU processes."
-    ),
+    click.option("--devices", type=click.IntRange(1), default=1, help="Number of GPUs, or of CPU processes."),
     options.flips("Also average the outputs over the mirrored image. Repeatable."),
     click.option("--workers", type=click.IntRange(0), help="Processes per device that prefetch and decode images."),
     click.option(
         "--engine",
         type=click.Choice(["embedded", "ray"]),
         default="embedded",
-        show_default=True,
         help="Run on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
     ),
     click.option(
@@ -96,6 +93,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--store",
         default="",
+        show_default=False,
         metavar="URL",
         help="DICOMweb store for the results, sent once at the end, as in dicomweb+https://host/dicom-web.",
     ),
@@ -160,10 +158,6 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_MODEL_OPTIONS):
         wrapper = option(wrapper)
     return wrapper
-
-
-def warn(text: str) -> None:
-    click.echo(f"warning: {text}", err=True)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from typing import Any
 
 import rich_click as click
 
+from ..engine.errors import DataError
 from . import options
 from .counter import Count
 from .interrupts import Stopped
-from .numerals import counted
+from .messages import counted
 
 
 @click.command()
@@ -30,8 +31,14 @@ from .numerals import counted
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Show the images of one split.")
 @click.option("--most", type=click.IntRange(1), metavar="N", help="Show only the N exams with the largest errors.")
 @click.option("--identifiers", is_flag=True, help="Show names of patients and files; by default, exams have numbers.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the server; by default a free one.")
-@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="Port of the server; by default a free one.",
+)
+@click.option("--browser/--no-browser", default=True, help="Open the page.")
 @options.white
 @options.trust
 @options.memory_budget
@@ -62,7 +69,6 @@ def view(
 
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """
-    from ..engine.errors import DataError
     from ..engine.evaluate.read import note_of, table_in
     from ..engine.mammography.view.evidence import Evidence
     from ..engine.mammography.view.exams import read_exams
