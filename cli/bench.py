@@ -303,8 +303,8 @@ def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
 
 def _new_results(device: str) -> Results:
     """Return empty results with the peak rates of this machine."""
-    from ..engine.bench.child import Child
     from ..engine.bench.machine import provenance
+    from ..engine.bench.process import Child
     from ..engine.bench.results import Results
 
     with Child() as child:

@@ -17,10 +17,10 @@ from ..errors import BudgetError, GigamorphError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
-from .child import Child, measure_in_new_process
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
+from .process import Child, measure_in_new_process
 from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
 from .work import build
 

@@ -143,7 +143,7 @@ class _Thresholds:
         self._validation = None if self.own else validation
 
     def of(self, column: int) -> dict[str, Any] | None:
-        """threshold and log_odds as in `thresholds.threshold`, with the source under "from"; None without one."""
+        """threshold and log_odds as in `measures.short_threshold`, with the source under "from"; None without one."""
         settings = self._settings
         if settings.threshold is not None or settings.log_odds is not None:
             return {"threshold": settings.threshold, "log_odds": settings.log_odds, "from": "given"}

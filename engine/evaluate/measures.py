@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
 from .checks import classes_of, labels_and_probabilities
 from .curves import WeightedCurves, ratio
-from .thresholds import threshold as few_digits
 
 Array = NDArray[np.float64]
 Measure = dict[str, Any]
@@ -219,11 +219,11 @@ def _operating_point_values(
             rank = thresholds[place]
             score = float(distinct[int(rank)]) if np.isfinite(rank) else None  # None: above all scores
             lower = float(distinct[int(rank) - 1]) if score is not None and rank > 0 else None
-            yield name, fixed, rate, value, few_digits(score, lower, probable)
+            yield name, fixed, rate, value, short_threshold(score, lower, probable)
 
 
 def threshold_at(cases: Cases, column: int, specificity: float) -> dict[str, Any] | None:
-    """The operating point of an output at a specificity, as `thresholds.threshold`; None if there is only one class."""
+    """The operating point of an output at a specificity, as `short_threshold`; None if there is only one class."""
     known = ~np.isnan(cases.truth[:, column])
     truth, scores = cases.truth[known, column], cases.scores[known, column]
     if not 0 < truth.sum() < len(truth):
@@ -302,3 +302,47 @@ def one_class(rows: int, positives: int, level: str) -> str:
     if not rows:
         return f"no {level} has a label"
     return f"one class only: all {rows} {level}s are {'positive' if positives else 'negative'}"
+
+
+def short_threshold(score: float | None, lower: float | None, probable: bool) -> dict[str, Any]:
+    """A threshold with few digits that calls rows with at least this score, and no others.
+
+    A rounded probability near 1 may be above the row from which it was taken. So a threshold is a number between this
+    row's score and the next lower one, rounded towards the lower score.
+
+    Args:
+        score: the lowest called score; None calls no row.
+        lower: the highest score that is not called, if any.
+        probable: whether scores are log-odds.
+
+    Returns:
+        "threshold": a probability (or a score, if scores only rank); None if no row is called, or no probability
+        separates the two scores. For probabilities also "log_odds"; None if it is minus infinity, which calls all rows.
+    """
+    if score is None:
+        return {"threshold": None} | ({"log_odds": None} if probable else {})
+    below, least_called = -np.inf if lower is None else lower, score
+
+    def parts(value: float) -> bool:
+        return (below < value or lower is None) and value <= least_called
+
+    if not probable:
+        return {"threshold": _round_down(score, parts)}
+
+    def parts_probabilities(p: float) -> bool:
+        is_above = lower is None or float(odds.probabilities(below)) < p
+        return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(least_called))
+
+    probability = _round_down(float(odds.probabilities(score)), parts_probabilities)
+    if score == np.inf:  # any number above the next score is equivalent
+        score = below + 1 if np.isfinite(below) else 0.0
+    return {"threshold": probability, "log_odds": _round_down(score, parts) if np.isfinite(score) else None}
+
+
+def _round_down(value: float, fits: Callable[[float], bool]) -> float | None:
+    """The value rounded down to the fewest digits, at least four, that fit."""
+    for digits in range(4, 18):
+        rounded = float(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(value)))
+        if fits(rounded):
+            return rounded
+    return value if fits(value) else None

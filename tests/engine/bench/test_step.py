@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from gigamorph.engine.bench import step as bench_step
-from gigamorph.engine.bench.child import Child
 from gigamorph.engine.bench.peers import PEERS
+from gigamorph.engine.bench.process import Child
 from gigamorph.engine.bench.results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, Task
 from gigamorph.engine.bench.step import Options, measure
 from gigamorph.engine.bench.work import Work, build
