@@ -50,7 +50,8 @@ class Pretended:
         times = {"seconds": [1.0], "cpu_seconds": [1.5]}
         return {"status": OK, **times, "peak_bytes": peak, "process_bytes": 9000, "nvml_bytes": None}
 
-    def save(self, path):
+    def ask(self, do, path):
+        assert do == "save"
         value = 2.0 if self.peer == "gigamorph" else 1.0
         tensors = {"outputs": {"output": torch.tensor([value])}, "gradients": {"w": torch.ones(1)}, "buffers": {}}
         torch.save(tensors, path)
