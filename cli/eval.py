@@ -29,29 +29,28 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return rates
 
 
-def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, float]:
-    if value is None:
-        return {}
+@options.parsed
+def _parse_threshold(value: str) -> dict[str, float]:
     name, _, number = value.rpartition("=")
     try:
         if name not in ("", "log_odds"):
             raise ValueError(name)
         return {name or "threshold": float(number)}
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
+        raise GigamorphError(f"{value!r} is not a threshold; write 0.31 or log_odds=-0.8") from error
 
 
-def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value in (None, "all"):
-        return value
+@options.parsed
+def _parse_splits(value: str) -> str:
     parts = [part.strip() for part in value.split(",")]
-    if not set(parts) <= {"train", "val", "test"}:
-        raise click.BadParameter(f"{value!r}: write all, or train, val and test with commas between", ctx, param)
+    if value != "all" and not set(parts) <= {"train", "val", "test"}:
+        raise GigamorphError(f"{value!r}: write all, or train, val and test with commas between")
     return ",".join(parts)
 
 
-def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(name.strip() for name in value.split(","))
+@options.parsed
+def _parse_classes(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(","))
 
 
 @click.command()
@@ -148,7 +147,7 @@ def eval(
     by: tuple[str, ...],
     other: str | None,
     marks: str | None,
-    threshold: dict[str, Any],
+    threshold: dict[str, Any] | None,
     reader: str | None,
     modality: str | None,
     covariance: Any,
@@ -193,7 +192,7 @@ def eval(
 
     masks = read_dice(predictions, split)
     if masks is not None:
-        if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, *threshold)):
+        if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, threshold)):
             raise click.UsageError("predicted masks accept only --table, --split, --resamples and --seed")
         lines = _measure_dice(out, masks[0], with_source(masks[1]), table, resamples, seed)
         _print_result(out, lines, as_json)
@@ -204,7 +203,7 @@ def eval(
         _warn_of_repeats(images)
         for line in parts.warnings:
             warn(line)
-    settings = Settings(tuple(levels) or None, by=by, resamples=resamples, seed=seed, **rates, **threshold)
+    settings = Settings(tuple(levels) or None, by=by, resamples=resamples, seed=seed, **rates, **(threshold or {}))
     if reader is not None:
         how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
         lines = _compare_readers(out, images, with_source(parts.rows), **how)

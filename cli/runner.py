@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import GigamorphError
 from . import options
 from .interrupts import Stopped
 from .messages import counted, warn
@@ -36,24 +37,22 @@ SPLITS = {
 """How scores of a split are labelled, in the order of printing."""
 
 
-def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
-    if value is None:
-        return 1, 1
+@options.parsed
+def _parse_shard(value: str) -> tuple[int, int]:
     parts = value.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
-        raise click.BadParameter(f"{value!r} is not a shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
+        raise GigamorphError(f"{value!r} is not a shard; write 1/4, 2/4, 3/4 or 4/4")
     return int(parts[0]), int(parts[1])
 
 
-def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
+@options.parsed
+def _parse_share(value: str) -> float:
     try:
         share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise click.BadParameter(f"{value!r} is not a share; write 2% or 0.02", ctx, param)
+        raise GigamorphError(f"{value!r} is not a share; write 2% or 0.02")
     return share
 
 
@@ -68,6 +67,8 @@ retry_failed: Any = click.option("--retry-failed", is_flag=True, help="With --re
 shard: Any = click.option(
     "--shard",
     metavar="I/N",
+    default="1/1",
+    show_default=False,
     callback=_parse_shard,
     help="Process part I of N, of about equal pixels; all shards write to one folder, on one or more machines.",
 )

@@ -54,11 +54,12 @@ def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     return value if value == "auto" else options.parse_numbers(ctx, param, value)
 
 
-def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:
+@options.parsed
+def _parse_time(value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", value.strip())
     seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
     if not seconds:
-        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30min or 2h", ctx, param)
+        raise GigamorphError(f"{value!r} is not a time; write 90s, 30min or 2h")
     return seconds
 
 

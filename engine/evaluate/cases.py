@@ -108,10 +108,7 @@ class Cases:
             self,
             truth=self.truth[chosen],
             scores=self.scores[chosen],
-            names=pick(self.names),
-            patients=pick(self.patients),
-            exams=pick(self.exams),
-            sides=pick(self.sides),
+            **{name: pick(getattr(self, name)) for name in ("names", "patients", "exams", "sides")},
             columns={name: pick(values) for name, values in self.columns.items()},
         )
 

@@ -14,13 +14,6 @@ from . import plots
 from .cases import Cases
 from .evaluate import at_levels
 
-_NAMES = {
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "positive_predictive_value": "positive predictive value",
-    "negative_predictive_value": "negative predictive value",
-    "called": "share called",
-}
 SOURCES = {
     "date": "date of the predictions",
     "model": "model",
@@ -238,7 +231,8 @@ def _output(output: dict[str, Any]) -> Table:
     for key, measure in output.get("at_threshold", {}).items():
         limit = output["threshold"]
         which = "the threshold given" if limit["from"] == "given" else f"the threshold of {limit['from']}"
-        rows.append([f"{_NAMES[key]} at {which}", format_value(measure), _threshold(limit)])
+        name = "share called" if key == "called" else key.replace("_", " ")
+        rows.append([f"{name} at {which}", format_value(measure), _threshold(limit)])
     for key, text in (("pf1", "probabilistic F1"), ("brier", "Brier score"), ("ece", "expected calibration error")):
         if key in output:
             rows.append([text, format_value(output[key]), ""])
