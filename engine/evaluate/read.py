@@ -209,8 +209,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     found = _read(Path(marks))
     found.require("image_path", "score")
     boxes = {"top", "bottom", "left", "right"} <= set(found.header)
-    if not boxes:
-        found.require("row", "column")
+    position = ("top", "bottom", "left", "right") if boxes else ("row", "column")
+    found.require(*position)
     of_frames = "frame" in found.header and "frame" in images.columns
     frames = images.columns["frame"] if of_frames else ("",) * len(images)
     wanted = {
@@ -226,36 +226,25 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     def key(row: Mapping[str, str]) -> ImageKey:
         return place_of(row["image_path"], Path()), frame_of(row) if of_frames else ""
 
-    places: list[list[tuple[float, float]]] = [[] for _ in wanted]
-    outlines: list[list[list[float]]] = [[] for _ in wanted]
-    scores: list[list[float]] = [[] for _ in wanted]
+    rows: list[list[list[float]]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):
         number = wanted.get(key(row))
-        if number is None:
-            continue  # of another split
-        sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
-        if boxes:
-            outlines[number].append(sides)
-            places[number].append(((sides[0] + sides[1]) / 2, (sides[2] + sides[3]) / 2))
-        else:
-            places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
-        scores[number].append(_number(row, "score", found, place))
+        if number is not None:  # else of another split
+            rows[number].append([_number(row, name, found, place) for name in (*position, "score")])
     lesions, without, there = _lesions(Path(table), wanted, of_frames)
     if found.rows and not there & {key(row) for row in found.rows}:
         raise DataError(
             f"{marks}: none of its {len(found.rows)} marks belongs to an image of {table} (such as "
             f"{found.rows[0]['image_path']}); paths of marks are relative to the working directory"
         )
-    return [
-        Marked(
-            cluster,
-            np.array(lesions[number], np.float64).reshape(-1, 4),
-            np.array(places[number], np.float64).reshape(-1, 2),
-            np.array(scores[number], np.float64),
-            np.array(outlines[number], np.float64).reshape(-1, 4) if boxes else None,
-        )
-        for number, cluster in enumerate(images.clusters)
-    ], without
+
+    def marked(number: int, cluster: str) -> Marked:
+        values = np.array(rows[number], np.float64).reshape(-1, len(position) + 1)
+        places = (values[:, 0:4:2] + values[:, 1:4:2]) / 2 if boxes else values[:, :2]
+        of_image = np.array(lesions[number], np.float64).reshape(-1, 4)
+        return Marked(cluster, of_image, places, values[:, -1], values[:, :4] if boxes else None)
+
+    return [marked(number, cluster) for number, cluster in enumerate(images.clusters)], without
 
 
 def _lesions(
