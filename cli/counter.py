@@ -16,7 +16,7 @@ class Count:
     """
 
     def __init__(self, what: str, total: int = 0, console: Console | None = None, interval: float = 10.0) -> None:
-        self._what, self._total, self._done = what, total, 0
+        self._what, self._total, self.done = what, total, 0
         self._console = console or Console(stderr=True)
         self._interval, self._shown = interval, time.monotonic()
         columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
@@ -37,8 +37,8 @@ class Count:
 
     def add(self, count: int = 1) -> None:
         """Add `count` finished items."""
-        self._done += count
-        self._bar.update(self._task, completed=self._done)
+        self.done += count
+        self._bar.update(self._task, completed=self.done)
         if not self._console.is_terminal and time.monotonic() - self._shown >= self._interval:
             self._shown = time.monotonic()
-            self._console.print(f"{self._what}: {self._done} of {self._total}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._what}: {self.done} of {self._total}", highlight=False, soft_wrap=True)

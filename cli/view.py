@@ -95,18 +95,12 @@ def view(
     if static:
         folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
         page = site.write_page(folder)
-        written = 0
-
-        def done(number: int) -> None:
-            nonlocal written
-            written += 1
-            count.add()
-
+        count = Count("images", len(site.views))
         try:
-            with Count("images", len(site.views)) as count:
-                there = site.write_all(folder, done)
+            with count:
+                there = site.write_all(folder, lambda number: count.add())
         except KeyboardInterrupt as error:
-            shown = f"{page} shows {written} of {len(site.views)} images" if written else "no image was written"
+            shown = f"{page} shows {count.done} of {len(site.views)} images" if count.done else "no image was written"
             click.echo(f"stopped; {shown}, and the same command continues", err=True)
             raise Stopped from error
         click.echo(f"{counts}{f', {there} of them already written' if there else ''}; {page}")
