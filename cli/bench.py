@@ -35,13 +35,14 @@ _json: Any = click.option(
     help="JSON file for the results.",
 )
 _seconds: Any = click.FloatRange(0, min_open=True)
-_peers: Any = click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="NAME",
-    help="Method to compare: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
-)
+
+
+def _peers(names: str) -> Any:
+    text = f"Method to compare: {names}; all by default. Repeatable."
+    return click.option("--peer", "peers", multiple=True, metavar="NAME", help=text)
+
+
+_peers_of_steps = _peers("stock, channels-last, bf16, compile, checkpoint, lightstream or gigamorph")
 
 
 def _task(command: Any) -> Any:
@@ -117,7 +118,7 @@ def bench() -> None:
 
 @bench.command()
 @_timed
-@_peers
+@_peers_of_steps
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each step.")
 @_task
 def step(
@@ -147,13 +148,7 @@ def step(
 
 @bench.command()
 @_timed
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="NAME",
-    help="Method to compare: stock, compile, onnxruntime, openvino or gigamorph; all by default. Repeatable.",
-)
+@_peers("stock, compile, onnxruntime, openvino or gigamorph")
 @options.channel_count
 @_json
 def infer(
@@ -186,7 +181,7 @@ def infer(
 @click.option(
     "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step."
 )
-@_peers
+@_peers_of_steps
 @click.option("--longest", type=_seconds, default=120.0, help="Time limit of a trial, in seconds.")
 @_task
 def limit(
