@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import kernels
+from ..engine.self_test import missing, self_test
 from ..engine.tiling import arena
 from ..engine.tiling.memory import available_bytes, format_bytes
-from ..engine.versions import TESTED, versions
+from ..engine.versions import TESTED, newer, release, versions
 from ..kernels import winograd
 from ..kernels.choice import failures
 from .messages import counted
@@ -51,6 +52,10 @@ class Machine:
     """Why steps on the CPU cannot allocate in an arena; None if they do."""
     winograd_lacks: str | None = None
     """Why convolutions of 3 x 3 on the CPU are not computed by Winograd's filtering; None if they are."""
+    missing_names: tuple[tuple[str, str], ...] = ()
+    """Private names of PyTorch that it does not have, and what happens without each."""
+    difference: str | None = None
+    """What differs from stock PyTorch in the self-test; None if nothing does."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def probe() -> Machine:
         kernels_lack=lacks,
         arena_lacks=arena.missing(),
         winograd_lacks=winograd.missing(),
+        missing_names=tuple((name.path, name.without) for name in missing()),
+        difference=self_test(),
         failed_kernels=tuple(f"{op}: {cause}" for op, causes in failed.items() for cause in causes.values()),
     )
 
@@ -119,6 +126,10 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ("memory", f"{format_bytes(machine.memory)} available"),
         ("CPU steps", "allocate in an arena" if machine.arena_lacks is None else "allocate in the C library's heap"),
         ("CPU 3 x 3", f"oneDNN: {machine.winograd_lacks}" if machine.winograd_lacks else "Winograd's filtering"),
+        (
+            "self-test",
+            "equal to stock PyTorch (float64)" if machine.difference is None else "differs from stock PyTorch",
+        ),
         ("GPU", "; ".join(machine.gpus) or "none that torch can use"),
         ("driver", machine.driver or "nvidia-smi not found"),
     ]
@@ -141,6 +152,7 @@ def problems(machine: Machine) -> list[Problem]:
         *_host_problems(machine),
         *_package_problems(machine),
         *_version_problems(machine),
+        *_pytorch_problems(machine),
     ]
 
 
@@ -219,7 +231,7 @@ def _package_problems(machine: Machine) -> Iterator[Problem]:
     lightning = machine.versions.get("lightning")
     if lightning is None:
         yield Problem("lightning is not installed; training needs it", "pip install 'lightning>=2.6.6'", "error")
-    elif _release(lightning) < _SAFE_LIGHTNING:
+    elif release(lightning) < _SAFE_LIGHTNING:
         yield Problem(
             f"lightning {lightning}: before 2.6.6, checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
             "pip install 'lightning>=2.6.6'",
@@ -238,13 +250,12 @@ def _package_problems(machine: Machine) -> Iterator[Problem]:
 
 def _version_problems(machine: Machine) -> Iterator[Problem]:
     """Yield packages that are newer than the tested versions; their behaviour may have changed."""
-    found = {name: machine.versions.get(name, "") for name in TESTED}
-    newer = {name: TESTED[name] for name, text in found.items() if _release(text)[:2] > _release(TESTED[name].newest)}
-    if newer:
-        full = ", ".join(f"{name} {tested.oldest} to {tested.newest}" for name, tested in newer.items())
-        partial = " and ".join(f"{name} {tested.in_parts}" for name, tested in newer.items())
-        named = " and ".join(f"{name} {found[name]}" for name in newer)
-        former = " ".join(f"'{name}=={tested.newest}.*'" for name, tested in newer.items())
+    found = newer(machine.versions)
+    if found:
+        full = ", ".join(f"{name} {tested.oldest} to {tested.newest}" for name, tested in found.items())
+        partial = " and ".join(f"{name} {tested.in_parts}" for name, tested in found.items())
+        named = " and ".join(f"{name} {machine.versions[name]}" for name in found)
+        former = " ".join(f"'{name}=={tested.newest}.*'" for name, tested in found.items())
         yield Problem(
             f"{named}: newer than the tested versions ({full}; partially tested {partial})",
             "none needed while results are correct: accelerate(network, verify=True) compares a network with ordinary "
@@ -253,15 +264,15 @@ def _version_problems(machine: Machine) -> Iterator[Problem]:
         )
 
 
+def _pytorch_problems(machine: Machine) -> Iterator[Problem]:
+    """Yield what the installed PyTorch does not have, and a failed self-test."""
+    tested = TESTED["torch"]
+    fix = f"install torch {tested.oldest} to {tested.newest}, with which gigamorph is tested, and report this"
+    for path, without in machine.missing_names:
+        yield Problem(f"PyTorch {machine.versions.get('torch', '')} has no {path}: {without}", fix)
+    if machine.difference is not None:
+        yield Problem(f"the self-test fails: {machine.difference}", fix, "error")
+
+
 def _digits(machine: Machine) -> str:
     return (machine.cuda_build or "").replace(".", "")
-
-
-def _release(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)

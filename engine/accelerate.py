@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +11,15 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .capture.arguments import is_bag, takes_a_list
-from .capture.graph import Graph
 from .capture.program import Given, takes_single_images
 from .capture.recording import capture, load_recorder, refuse_unready
 from .errors import GigamorphError
-from .execution.class_activation import Evidence, Score, find_evidence
-from .execution.forward import Forward
-from .execution.programs import Inputs, Settings, check_alike
-from .execution.rows import check_rows
-from .execution.run import run
+from .execution.class_activation import Evidence, Score, column_of, evidence_of_call
+from .execution.image_sizes import outputs_of_sizes
+from .execution.programs import Settings, check_alike
 from .execution.runner import Call, Opened, Runner
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
-from .lowering.ops import VectorOp
 from .module.arguments import check_choice, check_network, check_storage, image_shape, refuse_wrapped, tile_sides
 from .module.delegation import Container, Delegate, ExtraState, has_extra_state, is_container
 from .module.preconditions import with_preconditions
@@ -32,9 +27,10 @@ from .planning.plan import Plan
 from .planning.search import arrange
 from .tiling.memory import parse_bytes
 from .tiling.scan import TileEvent
-from .torch_private import BatchNorm, tree_map
+from .torch_private import BatchNorm
 from .verify import CannotVerify
 from .verify import verify as verify_network
+from .versions import warn_of_newer
 
 
 class Accelerated(Delegate):
@@ -164,7 +160,7 @@ class Accelerated(Delegate):
             if listed:
                 self._refuse_views(batches[0])
             if len(batches) > 1:
-                return self._several_sizes(batches)
+                return outputs_of_sizes(self, batches)
             return self.compute(_forward, self.call(batches[0]))
         return self.compute(_forward, Call.of(self._network, args, kwargs))
 
@@ -194,41 +190,6 @@ class Accelerated(Delegate):
         call = self.call(x)
         self._make_ready(call)
         return self._runner.open(function or _forward, call, self._network)
-
-    def _several_sizes(self, batches: Sequence[Tensor | PixelBatch]) -> Any:
-        """The outputs of image batches of several sizes, concatenated."""
-        first = self.open(batches[0], _rows)
-        if any(isinstance(step, VectorOp) and step.share is not None for step in first.prepared.staged.steps):
-            if self.split is not None:
-                raise GigamorphError(
-                    "BatchNorm in training mode cannot share statistics between images of several sizes with split; "
-                    'pass images of one size, or accelerate(..., batch_norm="frozen")'
-                )
-            others, runner = [self.open(x, _rows) for x in batches[1:]], self._runner
-
-            def compute_together(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
-                graphs, inputs = [*graphs, *(o.graph for o in others)], [*inputs, *(o.inputs for o in others)]
-                prepared = runner.programs.prepare(graphs, inputs, runner.settings)
-                for one in prepared:
-                    check_rows(one.staged.program, prepared[0].staged.program)
-                forwards = runner.begin(call, inputs, prepared)
-                run(forwards)
-                outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
-                return [
-                    torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
-                    for parts in zip(*outputs, strict=True)
-                ]
-
-            call = self.call(batches[0])
-            call.complete = compute_together
-            return self.compute(_rows, call)
-        outputs, together = [], None
-        for x in batches:
-            call = self.call(x)
-            call.together, call.like = together, first.program
-            outputs.append(self.compute(_rows, call))
-            together = call.together
-        return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def compute(self, function: Any, call: Call, *args: Any) -> Any:
         """Evaluate a function of the network by tiles.
@@ -274,7 +235,7 @@ class Accelerated(Delegate):
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
-        return self.evidence_map(x, lambda outputs: _column(outputs, output)).values
+        return self.evidence_map(x, lambda outputs: column_of(outputs, output)).values
 
     @with_preconditions
     def evidence_map(self, x: Tensor | PixelSource | PixelBatch | Sequence[PixelSource], score: Score) -> Evidence:
@@ -288,20 +249,10 @@ class Accelerated(Delegate):
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
         self.need_all_rows("evidence")
-
-        def found(forward: Forward) -> list[Any]:
-            with torch.no_grad():
-                raise _Found(find_evidence(forward, score))
-
         # In a recording without gradients, tensors written in place would not get a gradient.
         with torch.inference_mode(False), torch.enable_grad():
             call = self.call(as_batch(x))
-            call.batch, call.finish = replace(call.batch, training=False, image_grad=False), found
-            try:
-                self.compute(_forward, call)
-            except _Found as evidence:
-                return evidence.result
-        raise AssertionError
+            return evidence_of_call(call, score, lambda: self.compute(_forward, call))
 
     def need_all_rows(self, name: str) -> None:
         """Raise an error that names the caller if images are split over several processes."""
@@ -309,38 +260,8 @@ class Accelerated(Delegate):
             raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again without split")
 
 
-class _Found(Exception):
-    """Carries a result out of a call, which it ends early."""
-
-    def __init__(self, result: Any):
-        super().__init__("found")
-        self.result = result
-
-
 def _forward(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return network(*args, **kwargs)
-
-
-_TREES = dict, list, tuple
-
-
-def _rows(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`_forward` whose outputs can be concatenated; other outputs raise an error during the recording."""
-    result = network(*args, **kwargs)
-    _require_tensors(result)
-    return result
-
-
-def _require_tensors(result: Any) -> None:
-    if isinstance(result, Tensor):
-        return
-    if not isinstance(result, _TREES):
-        raise TypeError(
-            f"outputs of images of several sizes are concatenated, but this network returns {type(result).__name__}; "
-            "call it for each image"
-        )
-    for part in result.values() if isinstance(result, dict) else result:
-        _require_tensors(part)
 
 
 class AcceleratedContainer(Container, Accelerated):
@@ -359,12 +280,6 @@ def _class_for(model: nn.Module) -> type[Accelerated]:
     if is_container(model):
         return AcceleratedContainerWithState if has_extra_state(model) else AcceleratedContainer
     return AcceleratedWithState if has_extra_state(model) else Accelerated
-
-
-def _column(outputs: Tensor, output: int) -> Tensor:
-    if not -outputs.shape[1] <= output < outputs.shape[1]:
-        raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]} outputs")
-    return outputs[:, output]
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -422,6 +337,7 @@ def accelerate(
     fallback = check_storage(halos, fallback)
     if not isinstance(verify, bool):
         raise GigamorphError(f"verify must be True or False, not {verify!r}")
+    warn_of_newer()
     load_recorder()
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     net = _class_for(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)

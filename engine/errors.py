@@ -10,11 +10,20 @@ class GigamorphError(Exception):
     """Base of all errors raised by gigamorph; the command line prints it as one line and exits with 2."""
 
 
-class UnsupportedError(GigamorphError):
-    """The network contains an op that cannot be computed exactly tile by tile."""
+class UnsupportedError(GigamorphError, NotImplementedError):
+    """The network contains an op that cannot be computed exactly tile by tile.
+
+    Attributes:
+        module: path of the module that calls the op, as in `named_modules`; None if it is unknown.
+        op: name of the op, as "conv2d"; None if it is unknown.
+    """
+
+    def __init__(self, message: str, module: str | None = None, op: str | None = None) -> None:
+        super().__init__(message)
+        self.module, self.op = module, op
 
 
-class ForwardError(UnsupportedError):
+class ForwardError(GigamorphError):
     """An error that the network's own forward raises for an image; `forward_error` makes it.
 
     Attributes:
@@ -65,7 +74,7 @@ class NoRoomError(BudgetError):
     """The parameters alone exceed the memory budget, whatever the image is."""
 
 
-class DataError(GigamorphError):
+class DataError(GigamorphError, ValueError):
     """An image, table or weights file cannot be used; the message names the file."""
 
 

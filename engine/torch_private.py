@@ -293,6 +293,8 @@ def is_used_up(node: Any) -> bool:
     """Whether an earlier backward freed the node's saved tensors."""
     try:
         _saved_by(node)
+    except UnsupportedError:
+        raise
     except RuntimeError:
         return True
     return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..errors import BudgetError, UnsupportedError
+from ..errors import BudgetError, ForwardError, UnsupportedError
 from .peers import PEERS
 from .process import measure_in_new_process
 from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
@@ -55,7 +55,7 @@ def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lam
     try:
         row.predicted_side = predicted_side(network, task, peer, search)
         _bisect(row, network, search, say)
-    except UnsupportedError as error:
+    except (UnsupportedError, ForwardError) as error:
         row.status, row.reason = REFUSED, str(error)
     if row.side:
         row.task = _with_side(task, row.side)

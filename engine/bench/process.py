@@ -148,15 +148,15 @@ def status_of(error: BaseException) -> tuple[str, str]:
     """Return status and reason of a step that ended with an error."""
     import torch
 
-    from ..errors import BudgetError, UnsupportedError
+    from ..errors import BudgetError, ForwardError, UnsupportedError
 
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, (BudgetError, torch.OutOfMemoryError, MemoryError)):
         return OUT_OF_MEMORY, text
+    if isinstance(error, (UnsupportedError, ForwardError)):
+        return REFUSED, text
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in _NO_MEMORY):
         return OUT_OF_MEMORY, text
-    if isinstance(error, UnsupportedError):
-        return REFUSED, text
     return FAILED, f"{type(error).__name__}: {text}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BudgetError, GigamorphError, UnsupportedError
+from ..errors import BudgetError, ForwardError, GigamorphError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
@@ -134,8 +134,8 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
         return None
     try:
         choices = settings(row.peer, row.task, network, replace(options, cap=row.cap_bytes))
-    except (BudgetError, UnsupportedError) as error:
-        row.status = REFUSED if isinstance(error, UnsupportedError) else OUT_OF_MEMORY
+    except (BudgetError, UnsupportedError, ForwardError) as error:
+        row.status = OUT_OF_MEMORY if isinstance(error, BudgetError) else REFUSED
         row.reason = str(error)
         return None
     known = _predict(row, network, choices[0])

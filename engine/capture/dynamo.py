@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import GigamorphError, UnsupportedError, by_name, forward_error
+from ..errors import ForwardError, GigamorphError, UnsupportedError, by_name, forward_error
 from ..parsing import parse_literal
 from ..torch_private import (
     dispatch_modes,
@@ -46,7 +46,7 @@ from .graph import Graph, quiet
 from .lines import TORCH, frames, module_of, users
 from .refusals import BACKBONE
 from .rollback import Rollback
-from .substitutes import SAYING, substitutes
+from .substitutes import SAYING, install_substitutes
 from .synchronized import synchronized
 
 Serve = Callable[[Graph, Sequence[Any]], Sequence[Any]]
@@ -90,6 +90,7 @@ def settings(pieces: bool = False) -> Iterator[None]:
         "reorderable_logging_functions": set() if pieces else set(SAYING),
         "inline_torch_dispatch_torch_compile": True,  # see `_dispatch_modes_off`
     }
+    install_substitutes()
     # With compilation off, the whole image would run at once, which may not fit in memory.
     if config.disable or stance() == "force_eager":
         _warn_once("torch._dynamo.config.disable" if config.disable else 'torch.compiler.set_stance("force_eager")')
@@ -98,7 +99,6 @@ def settings(pieces: bool = False) -> Iterator[None]:
         torch.compiler.set_stance("default"),
         gaps_closed(),
         recorded(),
-        substitutes(),
         synchronized(),
     ):
         yield
@@ -142,7 +142,7 @@ class Compiled:
         before = Rollback(_network_of(args, kwargs)) if self.pieces else None
         try:
             return self._call_compiled(*args, **kwargs)
-        except UnsupportedError as error:
+        except (UnsupportedError, ForwardError) as error:
             if before is not None:
                 before.undo()
             if self._static or not self._graphs or self._served is not None:
@@ -150,7 +150,7 @@ class Compiled:
             self._static = True  # Dynamo may support known sizes where it does not support symbolic ones
             try:
                 result = self._call_compiled(*args, **kwargs)
-            except UnsupportedError:
+            except (UnsupportedError, ForwardError):
                 self._static = False
                 if before is not None:
                     before.undo()
@@ -395,7 +395,7 @@ def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
     if "data-dependent" in text and isinstance(getattr(network, "backbone", None), nn.Module):
         return UnsupportedError(f"{where} uses sizes that depend on pixel values, as detectors do (NMS); {BACKBONE}")
     remedy = next((f"; {advice}, {_WHOLE}" for part, advice in _REMEDIES.items() if part in reason), _REMEDY)
-    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {reason}{remedy}")
+    return UnsupportedError(f"{where} cannot be recorded by TorchDynamo: {reason}{remedy}", module or None)
 
 
 _REMEDIES = {
@@ -461,7 +461,7 @@ def _own_error(kind: str, arguments: str, where: str) -> Exception:
     own = by_name(kind)
     if own is not None:  # raised by an op of gigamorph, such as `tilewise`
         return own(message)
-    if issubclass(UnsupportedError, found) or issubclass(found, UnicodeError):
+    if found is Exception or issubclass(found, UnicodeError):
         return UnsupportedError(f"{where} raises {kind}: {message}")
     if issubclass(found, AttributeError | NameError | TypeError):  # seldom raised by the network itself
         text = f"{where} raises {kind} in TorchDynamo: {message}"

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..torch_private import dynamo, replace_conv_backend, tree_leaves
+from ..torch_private import PrivateName, dynamo, replace_conv_backend, tree_leaves
 from .graph import dotted
 
 _BEFORE_2_13 = torch.__version__ < "2.13"  # a TorchVersion, which compares as a version
 _open = threading.local()
 
 
-def _is_on() -> bool:
+def is_on() -> bool:
     """Whether this thread records a network for gigamorph: other users of Dynamo are unaffected."""
     return bool(getattr(_open, "count", 0))
 
@@ -62,127 +62,155 @@ def gaps_closed() -> Iterator[None]:
         _open.count -= 1
 
 
-@functools.cache
-def _install() -> None:
-    """Wrap functions of Dynamo; the wrappers have no effect outside of recordings of gigamorph."""
-    variables, functions, guards = dynamo("variables"), dynamo("variables.functions"), dynamo("guards")
-    missing = dynamo("exc").ObservedAttributeError
-    attribute = "tp_getattro_impl" if hasattr(variables.VariableTracker, "tp_getattro_impl") else "var_getattr"
-    for name in (
+Around = Callable[..., Any]
+"""Called as ``around(method, *args, **kwargs)`` instead of a method of Dynamo."""
+
+READS = "tp_getattro_impl|var_getattr"  # the method that reads an attribute; the second before PyTorch 2.14
+
+
+def _corrections() -> Iterator[tuple[str, Around]]:
+    """Functions of Dynamo and what is called instead, the outermost last; `patch` describes the paths."""
+    classes = (
         "UserDefinedClassVariable",
         "UserDefinedObjectVariable",
         "NNModuleVariable",
         "UnspecializedNNModuleVariable",
         "PythonModuleVariable",
         "UserFunctionVariable",
-    ):
-        _on_error(getattr(variables, name), attribute, missing, _guard_attribute)
-        _after(getattr(variables, name), "call_obj_hasattr", _guard_hasattr)
-    _before(variables.UserDefinedClassVariable, attribute, lambda one, *_given: _open.kinds.add(one.value))
+    )
+    for name in classes:
+        yield f"variables.{name}.{READS}", _on_error("ObservedAttributeError", _guard_attribute)
+        yield f"variables.{name}.call_obj_hasattr", _after(_guard_hasattr)
+    yield f"variables.UserDefinedClassVariable.{READS}", _before(lambda one, *_given: _open.kinds.add(one.value))
     if _BEFORE_2_13:
-        _before(variables.UserDefinedClassVariable, attribute, _guard_literal)
-        _before(variables.GetAttrVariable, "call_method", _guard_own_key)
-        _before(variables.AutogradFunctionVariable, "call_apply", _break_at_repeated_tensor)
-        _before(variables.UserDefinedObjectVariable, attribute, _break_at_bool)
-    for name in ("mp_subscript_impl", "getitem_const_raise_exception_if_absent"):  # some versions have both
-        _on_error(variables.ConstDictVariable, name, dynamo("exc").ObservedKeyError, _guard_item)
-    _after(getattr(dynamo("variables.dicts"), "DunderDictVariable", None), "install_dict_contains_guard", _guard_key)
-    _after(variables.UnspecializedNNModuleVariable, attribute, _guard_shadow)
-    _guard_twice(dynamo("variables.builder"), guards)
-    _after(guards.GuardBuilder, "EQUALS_MATCH", _guard_sign)
-    _after(dynamo("variables.builder").VariableBuilder, "wrap_listlike", _keep_length)
-    _before(dynamo("variables.builder").VariableBuilder, "_wrap", _note_value)
-    _before(dynamo("side_effects").SideEffects, "codegen_update_mutated", _forget_length)
-    _after(getattr(variables, "OrderedDictVariable", variables.ConstDictVariable), "call_method", _keep_order)
-    for name in ("WrapperUserFunctionVariable", "WrapperUserMethodVariable"):
-        _keep_cached(getattr(functions, name))
-    _keep_effects(variables.TensorVariable)
-    _before(functions.LocalGeneratorObjectVariable, "reconstruct", _break_at_generator)
-    _before(dynamo("variables.dicts").DictViewVariable, "reconstruct", _break_at_view)
-    _before(dynamo("side_effects").SideEffects, "store_attr", _note_class)
-    _before(variables.UserDefinedObjectVariable, attribute, _break_at_class)
-    _before(variables.TorchInGraphFunctionVariable, "call_function", _note_caller)
-    _before(variables.UserDefinedClassVariable, "call_function", _break_at_metaclass)
-    _before(variables.TensorVariable, attribute, _break_at_version)
-    _before(variables.UserDefinedObjectVariable, attribute, _guard_delegated)
-    _after(variables.UserDefinedObjectVariable, "_check_for_getattr", _as_function)
-    _before(variables.SymNodeVariable, attribute, _break_at_class_of_size)
-    _before(variables.BuiltinVariable, "_call_min_max_binary", _break_at_extreme)
-    translator = dynamo("symbolic_convert").InstructionTranslatorBase
-    _before(translator, "load_builtin_from_argval", _note_builtin)
-    _before(translator, "COMPARE_OP", _guard_compared)
-    checkpoints = dynamo("variables.higher_order_ops").CheckpointHigherOrderVariable
-    _before(checkpoints, "_call_function", _break_at_reentrant)
-    for name in ("call_str", "call_repr"):
-        _before(variables.BuiltinVariable, name, _break_at_text)
-    _before(variables.ExceptionVariable, attribute, _break_at_arguments)
-    _before(variables.ExceptionVariable, "reconstruct", _break_at_exception)
-    _after(dynamo("variables.torch"), "tracing_state_functions", _without_compiler)
+        yield f"variables.UserDefinedClassVariable.{READS}", _before(_guard_literal)
+        yield "variables.GetAttrVariable.call_method", _before(_guard_own_key)
+        yield "variables.AutogradFunctionVariable.call_apply", _before(_break_at_repeated_tensor)
+        yield f"variables.UserDefinedObjectVariable.{READS}", _before(_break_at_bool)
+    items = "mp_subscript_impl|getitem_const_raise_exception_if_absent"
+    yield f"variables.ConstDictVariable.{items}", _on_error("ObservedKeyError", _guard_item)
+    yield "variables.dicts.DunderDictVariable.install_dict_contains_guard?", _after(_guard_key)  # since PyTorch 2.13
+    yield f"variables.UnspecializedNNModuleVariable.{READS}", _after(_guard_shadow)
+    yield "variables.builder.make_dupe_guard", _guard_twice
+    yield "guards.GuardBuilder.EQUALS_MATCH", _after(_guard_sign)
+    yield "variables.builder.VariableBuilder.wrap_listlike", _after(_keep_length)
+    yield "variables.builder.VariableBuilder._wrap", _before(_note_value)
+    yield "side_effects.SideEffects.codegen_update_mutated", _before(_forget_length)
+    yield "variables.ConstDictVariable.call_method", _after(_keep_order)
+    yield "variables.OrderedDictVariable.call_method?", _after(_keep_order)  # since PyTorch 2.14
+    yield "variables.functions.WrapperUserFunctionVariable.call_function", _keep_cached
+    yield "variables.TensorVariable._method_register_hook|method_register_hook", _keep_effects
+    yield "variables.functions.LocalGeneratorObjectVariable.reconstruct", _before(_break_at_generator)
+    yield "variables.dicts.DictViewVariable.reconstruct", _before(_break_at_view)
+    yield "side_effects.SideEffects.store_attr", _before(_note_class)
+    yield f"variables.UserDefinedObjectVariable.{READS}", _before(_break_at_class)
+    yield "variables.TorchInGraphFunctionVariable.call_function", _before(_note_caller)
+    yield "variables.UserDefinedClassVariable.call_function", _before(_break_at_metaclass)
+    yield f"variables.TensorVariable.{READS}", _before(_break_at_version)
+    yield f"variables.UserDefinedObjectVariable.{READS}", _before(_guard_delegated)
+    yield "variables.UserDefinedObjectVariable._check_for_getattr", _after(_as_function)
+    yield f"variables.SymNodeVariable.{READS}", _before(_break_at_class_of_size)
+    yield "variables.BuiltinVariable._call_min_max_binary", _before(_break_at_extreme)
+    yield "symbolic_convert.InstructionTranslatorBase.load_builtin_from_argval", _before(_note_builtin)
+    yield "symbolic_convert.InstructionTranslatorBase.COMPARE_OP", _before(_guard_compared)
+    yield "variables.higher_order_ops.CheckpointHigherOrderVariable._call_function", _before(_break_at_reentrant)
+    yield "variables.BuiltinVariable.call_str", _before(_break_at_text)
+    yield "variables.BuiltinVariable.call_repr", _before(_break_at_text)
+    yield f"variables.ExceptionVariable.{READS}", _before(_break_at_arguments)
+    yield "variables.ExceptionVariable.reconstruct", _before(_break_at_exception)
+    yield "variables.torch.tracing_state_functions", _after(_without_compiler)
+    yield "guards.profile_guard_manager?", _instead(0.0)  # it flushes CPU caches with 32 MiB
+    yield "symbolic_convert.get_funcname?", _instead(None)  # it reads whole files (40 MB) for a disabled log
+    yield "utils.warn_once?", _instead(None)  # its text is in the refusal, or about Dynamo's options
+    yield "variables.TensorVariable._warn_capture_scalar_outputs?", _instead(None)
+
+
+@functools.cache
+def _install() -> None:
+    for path, around in _corrections():
+        patch(path, around)
     replace_conv_backend(_without_size_guards)
-    _replace(guards, "profile_guard_manager", 0.0)  # it flushes CPU caches with 32 MiB
-    _replace(dynamo("symbolic_convert"), "get_funcname", None)  # it reads whole files (40 MB) for a disabled log
-    _replace(dynamo("utils"), "warn_once", None)  # its text is in the refusal, or about Dynamo's options
-    _replace(variables.TensorVariable, "_warn_capture_scalar_outputs", None)
 
 
-def _on_error(kind: Any, name: str, error: type[Exception], then: Callable[..., None]) -> None:
-    """Call `then` with a method's arguments if the method raises the error."""
-    method = getattr(kind, name, None)
-    if method is None:
-        return
+def patch(path: str, around: Around) -> None:
+    """Call `around` instead of a function of Dynamo, in recordings of this thread.
 
-    @functools.wraps(method)
+    Args:
+        path: path of the function in ``torch._dynamo``; alternatives of its name are separated by ``|``, and a final
+            ``?`` marks a function that not every version has.
+        around: called with the original function and its arguments.
+
+    Raises:
+        UnsupportedError: this PyTorch does not have the function, so recordings could be wrong.
+    """
+    owner, found = _found(path)
+    if not found and not path.endswith("?"):
+        raise _name(path).error()
+    for name in found:
+        wrapped = _wrapped(getattr(owner, name), around)
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
+def _wrapped(function: Any, around: Around) -> Any:
+    @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(function, *args, **kwargs) if is_on() else function(*args, **kwargs)
+
+    return wrapped
+
+
+def _found(path: str) -> tuple[Any, list[str]]:
+    """The class or module of a path, and those of the path's names that it has."""
+    owner_path, _, names = path.removesuffix("?").rpartition(".")
+    owner = PrivateName(f"torch._dynamo.{owner_path}", "").find_or(None)
+    return owner, [name for name in names.split("|") if hasattr(owner, name)]
+
+
+def _name(path: str) -> PrivateName:
+    return PrivateName(f"torch._dynamo.{path}", "record forwards correctly", "every network is refused")
+
+
+def missing_functions() -> list[PrivateName]:
+    """The functions of Dynamo that a correction wraps and this PyTorch does not have."""
+    paths = [path for path, _ in _corrections() if not path.endswith("?")]
+    return [_name(path) for path in paths if not _found(path)[1]]
+
+
+def _on_error(error: str, then: Callable[..., None]) -> Around:
+    """Call `then` with the arguments of a method that raises this error of Dynamo."""
+
+    def around(method: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except error:
-            if _is_on():
-                then(*args)
+        except getattr(dynamo("exc"), error):
+            then(*args)
             raise
 
-    setattr(kind, name, wrapped)
+    return around
 
 
-def _before(kind: Any, name: str, first: Callable[..., None]) -> None:
-    method = getattr(kind, name, None)
-    if method is None:
-        return
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if _is_on():
-            first(*args)
+def _before(first: Callable[..., None]) -> Around:
+    def around(method: Any, *args: Any, **kwargs: Any) -> Any:
+        first(*args)
         return method(*args, **kwargs)
 
-    setattr(kind, name, wrapped)
+    return around
 
 
-def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
+def _after(then: Callable[..., Any]) -> Around:
     """Call `then` with a function's result and arguments; its result, unless None, replaces the result."""
-    function = getattr(owner, name, None)
-    if function is None:
-        return
 
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def around(function: Any, *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        other = then(result, *args) if _is_on() else None
+        other = then(result, *args)
         return result if other is None else other
 
-    setattr(owner, name, wrapped)
+    return around
 
 
-def _replace(owner: Any, name: str, constant_result: Any) -> None:
-    """Return a constant instead of calling a function."""
-    function = getattr(owner, name, None)
-    if function is None:
-        return
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return constant_result if _is_on() else function(*args, **kwargs)
-
-    setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
+def _instead(constant: Any) -> Around:
+    return lambda _function, *_args, **_kwargs: constant
 
 
 def break_graph(what: str, why: str) -> None:
@@ -301,17 +329,12 @@ def _guard(variable: Any, kind: str, **what: Any) -> None:
 # An object that is read through two names, of the network and of a module's globals: Dynamo guards only the first.
 
 
-def _guard_twice(builder: Any, guards: Any) -> None:
-    make = builder.make_dupe_guard
-
-    def make_dupe_guard(source: Any, other: Any) -> Any:
-        found = make(source, other)
-        if found is None and _is_on() and other and other != source:
-            guards.install_guard(other.make_guard(guards.GuardBuilder.ID_MATCH))
-            return guards.GuardBuilder.ID_MATCH
-        return found
-
-    builder.make_dupe_guard = make_dupe_guard
+def _guard_twice(make: Any, source: Any, other: Any) -> Any:
+    found, guards = make(source, other), dynamo("guards")
+    if found is None and other and other != source:
+        guards.install_guard(other.make_guard(guards.GuardBuilder.ID_MATCH))
+        return guards.GuardBuilder.ID_MATCH
+    return found
 
 
 def _guard_compared(tx: Any, instruction: Any) -> None:
@@ -399,54 +422,36 @@ def _keep_order(_result: Any, variable: Any, _tx: Any, name: str, *_args: Any) -
 # After `Tensor.register_hook`, Dynamo writes the forward's side effects to a copy that nothing reads.
 
 
-def _keep_effects(kind: Any) -> None:
-    name = "_method_register_hook" if hasattr(kind, "_method_register_hook") else "method_register_hook"
-    method = getattr(kind, name)
-
-    @functools.wraps(method)
-    def wrapped(variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        before = tx.output.side_effects
-        result = method(variable, tx, *args, **kwargs)
-        if _is_on():
-            tx.output.side_effects = before
-        return result
-
-    setattr(kind, name, wrapped)
+def _keep_effects(method: Any, variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    before = tx.output.side_effects
+    result = method(variable, tx, *args, **kwargs)
+    tx.output.side_effects = before
+    return result
 
 
 # Calls that Dynamo traces in another form.
 
 
-def _keep_cached(kind: Any) -> None:
+def _keep_cached(method: Any, variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """Call a function of functools.lru_cache during the trace, and compare its result again before each call.
 
     Dynamo would trace the function itself. Each call would then make a new tensor, although the forward may write to
     the cached one, or its inputs may have changed.
     """
-    method = vars(kind).get("call_function")
-    if method is None:
-        return
-
-    @functools.wraps(method)
-    def wrapped(variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        function = variable.wrapper_obj
-        home = str(getattr(function, "__module__", "")).partition(".")[0]
-        if (
-            not _is_on() or not hasattr(function, "cache_info") or home in ("torch", "einops")
-        ):  # functions of shapes only
-            return method(variable, tx, args, kwargs)
-        given = [_known(one) for one in (*variable.self_args(), *args)]
-        named = {name: _known(one) for name, one in kwargs.items()}
-        effects = _side_effects()
-        if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
-            break_graph("functools.lru_cache", "the forward may have changed values that the function reads")
-        lookup = functools.partial(function, *given, **named)
-        value = _cached_value(lookup)
-        _open.cached.append((lookup, value))
-        name = tx.output.install_global_by_id("cached", value)
-        return dynamo("variables").VariableTracker.build(tx, value, dynamo("source").GlobalSource(name))
-
-    kind.call_function = wrapped
+    function = variable.wrapper_obj
+    home = str(getattr(function, "__module__", "")).partition(".")[0]
+    if not hasattr(function, "cache_info") or home in ("torch", "einops"):  # functions of shapes only
+        return method(variable, tx, args, kwargs)
+    given = [_known(one) for one in (*variable.self_args(), *args)]
+    named = {name: _known(one) for name, one in kwargs.items()}
+    effects = _side_effects()
+    if any(one.source and effects.is_modified(one) for one in effects.id_to_variable.values()):
+        break_graph("functools.lru_cache", "the forward may have changed values that the function reads")
+    lookup = functools.partial(function, *given, **named)
+    value = _cached_value(lookup)
+    _open.cached.append((lookup, value))
+    name = tx.output.install_global_by_id("cached", value)
+    return dynamo("variables").VariableTracker.build(tx, value, dynamo("source").GlobalSource(name))
 
 
 def _known(variable: Any) -> Any:
@@ -594,7 +599,7 @@ def _without_compiler(states: Any) -> Any:
 def _without_size_guards(select: Any) -> Any:
     @functools.wraps(select)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if _is_on():
+        if is_on():
             x, *rest = args or (kwargs.pop("input"),)
             known = ([n.node.hint if isinstance(n, torch.SymInt) else n for n in of] for of in (x.shape, x.stride()))
             args = (torch.empty_strided(*known, dtype=x.dtype, device=x.device), *rest)

@@ -321,6 +321,9 @@ class Graph:
                 self._finish(values, program, output, (first, *twins))
             except Exception as error:
                 refusal = as_refusal(error, values.where())
+                if isinstance(refusal, UnsupportedError):
+                    name = getattr(values.called, "__name__", values.called)
+                    refusal.module, refusal.op = values.module, None if name is None else str(name)
                 raise refusal from (None if refusal is error else error)
             finally:
                 values.forget()
@@ -343,19 +346,14 @@ class Graph:
     def on(self, device: torch.device) -> Graph:
         """The graph with a device instead of "meta"."""
 
-        def replace_meta(tree: Any) -> Any:
-            kind = type(tree)
-            if kind is tuple or kind is list:
-                return kind([replace_meta(part) for part in tree])
-            if kind is dict:
-                return {key: replace_meta(part) for key, part in tree.items()}
-            if isinstance(tree, Graph):
-                return tree.on(device)
-            same = isinstance(tree, torch.device) and tree.type == "meta"
-            return device if same or (isinstance(tree, str) and tree == "meta") else tree
+        def on_device(leaf: Any) -> Any:
+            if isinstance(leaf, Graph):
+                return leaf.on(device)
+            is_meta = isinstance(leaf, torch.device) and leaf.type == "meta"
+            return device if is_meta or (isinstance(leaf, str) and leaf == "meta") else leaf
 
         steps = (
-            Instruction(step.target, replace_meta(step.args), replace_meta(step.kwargs), step.module, step.line)
+            replace(step, args=_map(on_device, step.args), kwargs=_map(on_device, step.kwargs))
             for step in self.instructions
         )
         return replace(self, instructions=tuple(steps))
@@ -404,20 +402,22 @@ def _callable(step: Instruction) -> Callable[..., Any]:
     return target  # pyright: ignore[reportReturnType]
 
 
-def _with_slots(tree: Any, slots: Mapping[fx.Node, Any]) -> Any:
-    """Arguments of a node with slots instead of nodes, and plain containers."""
-    if isinstance(tree, fx.Node):
-        return slots[tree]
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with `function(leaf)` for every leaf, in plain containers."""
     if isinstance(tree, slice):
-        return slice(*(_with_slots(part, slots) for part in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, torch.Size) or type(tree) is tuple or isinstance(tree, list):
-        kind = list if isinstance(tree, list) else tuple
-        return kind([_with_slots(part, slots) for part in tree])
-    if isinstance(tree, tuple):  # a named tuple
-        return type(tree)(*(_with_slots(part, slots) for part in tree))
+        return slice(*(_map(function, part) for part in (tree.start, tree.stop, tree.step)))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map(function, part) for part in tree))
+    if isinstance(tree, tuple | list):
+        return (list if isinstance(tree, list) else tuple)([_map(function, part) for part in tree])
     if isinstance(tree, dict):
-        return {key: _with_slots(part, slots) for key, part in tree.items()}
-    return tree
+        return {key: _map(function, part) for key, part in tree.items()}
+    return function(tree)
+
+
+def _with_slots(tree: Any, slots: Mapping[fx.Node, Any]) -> Any:
+    """Arguments of a node with slots instead of nodes."""
+    return _map(lambda leaf: slots[leaf] if isinstance(leaf, fx.Node) else leaf, tree)
 
 
 def _may_write(step: Instruction) -> bool:
@@ -428,42 +428,17 @@ def _may_write(step: Instruction) -> bool:
 
 
 def _renamed(tree: Any, names: Mapping[int, int]) -> Any:
-    return _bound(tree, _SlotNames(names))
-
-
-class _SlotNames:
-    """Maps slot numbers to renamed slots, for `_bound`."""
-
-    def __init__(self, names: Mapping[int, int]):
-        self.names = names
-
-    def __getitem__(self, number: int) -> Slot:
-        return Slot(self.names.get(number, number))
+    return _map(lambda leaf: Slot(names.get(leaf.number, leaf.number)) if type(leaf) is Slot else leaf, tree)
 
 
 def _bound(tree: Any, found: Any) -> Any:
-    kind = type(tree)
-    if kind is Slot:
-        return found[tree.number]
-    if kind is tuple or kind is list:
-        return kind([_bound(part, found) for part in tree])
-    if kind is dict:
-        return {key: _bound(part, found) for key, part in tree.items()}
-    if kind is slice:
-        return slice(*(_bound(part, found) for part in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, tuple) and kind is not torch.Size:
-        return kind(*(_bound(part, found) for part in tree))
-    return tree
+    return _map(lambda leaf: found[leaf.number] if type(leaf) is Slot else leaf, tree)
 
 
 def _slots(tree: Any) -> list[int]:
-    if isinstance(tree, slice):
-        tree = (tree.start, tree.stop, tree.step)
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, tuple | list):
-        return [number for part in tree for number in _slots(part)]
-    return [tree.number] if type(tree) is Slot else []
+    found = list[int]()
+    _map(lambda leaf: found.append(leaf.number) if type(leaf) is Slot else None, tree)
+    return found
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -7,14 +7,13 @@ which PyTorch would compute every step of a sequence on fake tensors. Prints, wa
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,13 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..torch_private import dynamo, dynamo_config
-from .gaps import break_graph
+from .gaps import READS, break_graph, is_on, patch
 from .replacements import RECURRENT, of_one_step
 
 SAYING = frozenset({print, warnings.warn, logging.debug, logging.info, logging.warning, logging.error})
 """Functions that are called after the graph if Dynamo's configuration lists them, but not in pieces."""
 
 _SIGNATURE = inspect.signature(F.batch_norm)
-_on: list[None] = []  # one item per open context
 
 
 def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
@@ -58,36 +56,21 @@ def _layer(name: str) -> Callable[..., Any]:
     return layer
 
 
-@contextlib.contextmanager
-def substitutes() -> Iterator[None]:
-    """Use the substitutes for recordings inside the `with` block."""
-    _install()
-    _on.append(None)
-    try:
-        yield
-    finally:
-        _on.pop()
-
-
 @functools.cache
-def _install() -> None:
-    """Add substitutes to Dynamo's handlers; they have no effect without an open context."""
+def install_substitutes() -> None:
+    """Add substitutes to Dynamo's handlers; they have no effect outside of recordings."""
     _substitute(F.batch_norm, batch_norm, _has_symbolic_momentum)
     for name in RECURRENT:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
-    misc = dynamo("variables.misc")
-    _override(misc.DebuggingVariable, "call_function", _defer)
-    _override(misc.LoggingLoggerVariable, "call_method", _log)
-    functions = dynamo("variables.functions")
-    _override(functions.SkipFunctionVariable, "call_function", _isinstance)
-    _override(misc.NumpyVariable, "call_function", _product)
     torch.compiler.allow_in_graph(new_full)
-    _override(dynamo("variables").TensorVariable, "call_method", _filled)
-    _override(functions.UserFunctionVariable, "call_function", _captured)
-    _override(dynamo("variables").TensorVariable, "as_python_constant", _known)
-    if sys.version_info < (3, 12):  # since then without a lock
-        kind = dynamo("variables").UserDefinedObjectVariable
-        _override(kind, "tp_getattro_impl" if hasattr(kind, "tp_getattro_impl") else "var_getattr", _property)
+    for path, other in _SUBSTITUTES.items():
+        patch(path, functools.partial(_call_other, other))
+
+
+def _call_other(other: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call `other`; if it returns None, call the method."""
+    result = other(*args, **kwargs)
+    return method(*args, **kwargs) if result is None else result
 
 
 def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any, Any], bool]) -> None:
@@ -95,7 +78,7 @@ def _substitute(function: Any, other: Callable[..., Any], applies: Callable[[Any
     calls = dynamo("variables").TorchInGraphFunctionVariable
 
     def record(_variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _on or not applies(args, kwargs):
+        if not is_on() or not applies(args, kwargs):
             return None
         return calls(other).call_function(tx, list(args), kwargs)
 
@@ -131,18 +114,6 @@ def _is_constant(variable: Any) -> bool:
     if variable.is_python_constant():  # except for containers, which the forward may still change
         return not isinstance(variable.as_python_constant(), list | dict | set | deque)
     return variable.is_symnode_like()
-
-
-def _override(kind: Any, name: str, other: Callable[..., Any]) -> None:
-    """Call `other` instead of a method during a recording; if it returns None, call the method."""
-    method = getattr(kind, name)
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = other(*args, **kwargs) if _on else None
-        return method(*args, **kwargs) if result is None else result
-
-    setattr(kind, name, wrapped)
 
 
 def _isinstance(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -185,7 +156,7 @@ def _get_or_compute(instance: Any, func: Callable[..., Any], name: str) -> Any:
 
 def _known(x: Any) -> bool | None:
     """The value of a condition on constant tensors or arrays, as of sizes; Dynamo would not branch on it."""
-    asking = sys._getframe(2)
+    asking = sys._getframe(3)
     if not {asking.f_code, asking.f_back.f_code if asking.f_back else None} & _jumps():
         return None
     before = torch.get_rng_state()
@@ -237,3 +208,16 @@ def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         return None
     function.fn(args[0].value)
     return dynamo("variables").ConstantVariable.create(None)
+
+
+_SUBSTITUTES = {
+    "variables.misc.DebuggingVariable.call_function": _defer,
+    "variables.misc.LoggingLoggerVariable.call_method": _log,
+    "variables.functions.SkipFunctionVariable.call_function": _isinstance,
+    "variables.misc.NumpyVariable.call_function": _product,
+    "variables.TensorVariable.call_method": _filled,
+    "variables.functions.UserFunctionVariable.call_function": _captured,
+    "variables.TensorVariable.as_python_constant": _known,
+}
+if sys.version_info < (3, 12):  # since then without a lock
+    _SUBSTITUTES[f"variables.UserDefinedObjectVariable.{READS}"] = _property

@@ -10,6 +10,10 @@ from ..errors import DataError
 Array = NDArray[np.float64]
 
 
+class UndefinedError(DataError):
+    """A measure is undefined for these rows, for example because all have one label."""
+
+
 class NotANumber(DataError):
     """A score or label is NaN, for example after a network's training has diverged."""
 

@@ -102,7 +102,7 @@ def compare(first: Cases, second: Cases, *, count: int = 2000, seed: int = 0) ->
         scores = [roc.ranks(cases.scores[rows, column]) for cases in (one, two)]
         try:
             paired = asdict(roc.paired_delong(truth, *scores))
-        except ValueError as error:
+        except roc.UndefinedError as error:
             found[name] = {"undefined": str(error)}
             continue
         if paired["p"] is None:

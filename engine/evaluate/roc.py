@@ -18,7 +18,7 @@ from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
 from ..errors import DataError
-from .checks import by_class, classes_of, labels_and_scores
+from .checks import UndefinedError, by_class, classes_of, labels_and_scores
 from .curves import WeightedCurves
 
 Array = NDArray[np.float64]
@@ -119,13 +119,13 @@ def delong(labels: ArrayLike, scores: Sequence[ArrayLike]) -> tuple[Array, Array
         scores: k arrays (n,).
 
     Raises:
-        ValueError: for fewer than two positives or negatives, because the variance is undefined.
+        UndefinedError: for fewer than two positives or negatives, because the variance is undefined.
         DataError: see `auc`.
     """
     truth, columns = labels_and_scores(labels, *scores)
     m, n = int(truth.sum()), int((~truth).sum())
     if m < 2 or n < 2:
-        raise ValueError(f"DeLong's variance needs two positives and two negatives, not {m} and {n}")
+        raise UndefinedError(f"DeLong's variance needs two positives and two negatives, not {m} and {n}")
     v10, v01 = components(truth, columns)
     return v10.mean(1), np.atleast_2d(np.cov(v10) / m + np.cov(v01) / n)
 
@@ -146,7 +146,7 @@ def delong_error(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """DeLong's standard error of the AUC; None if undefined or 0 (perfect ranking)."""
     try:
         _, [[variance]] = delong(labels, [scores])
-    except ValueError:
+    except UndefinedError:
         return None
     return float(np.sqrt(variance)) if variance > 0 else None
 
@@ -186,7 +186,7 @@ class Paired:
 
 
 def paired_delong(labels: ArrayLike, first: ArrayLike, second: ArrayLike) -> Paired:
-    """Compare two scores (n,) of the same rows; raises `ValueError` like `delong`."""
+    """Compare two scores (n,) of the same rows; raises `UndefinedError` like `delong`."""
     (a, b), covariance = delong(labels, [first, second])
     difference = float(b - a)
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,42 @@ class Evidence:
     rows: ReceptiveField
     columns: ReceptiveField
     adds_up: bool
+
+
+class _Found(Exception):
+    """Carries a result out of a call, which it ends early."""
+
+    def __init__(self, result: Evidence):
+        super().__init__("found")
+        self.result = result
+
+
+def evidence_of_call(call: Any, score: Score, compute: Callable[[], Any]) -> Evidence:
+    """The evidence for a score of a network's first output, in inference.
+
+    Args:
+        call: a new call of an accelerated network with an image batch.
+        score: differentiable function (N, outputs) -> (N,).
+        compute: computes the call.
+    """
+
+    def finish(forward: Forward) -> list[Any]:
+        with torch.no_grad():
+            raise _Found(find_evidence(forward, score))
+
+    call.batch, call.finish = replace(call.batch, training=False, image_grad=False), finish
+    try:
+        compute()
+    except _Found as found:
+        return found.result
+    raise AssertionError
+
+
+def column_of(outputs: Tensor, output: int) -> Tensor:
+    """A column of (N, outputs); raises an error if it does not exist."""
+    if not -outputs.shape[1] <= output < outputs.shape[1]:
+        raise GigamorphError(f"output {output} does not exist; the network has {outputs.shape[1]} outputs")
+    return outputs[:, output]
 
 
 def find_evidence(forward: Forward, score: Score) -> Evidence:

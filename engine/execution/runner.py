@@ -25,9 +25,9 @@ from ..tiling.scan import TileEvent
 from .begin import begin
 from .forward import Forward
 from .image_batch import ImageBatch, ImageTensor
+from .image_sizes import check_rows
 from .prepared import Prepared
 from .programs import Inputs, Programs, Settings
-from .rows import check_rows
 from .run import compute
 
 log = logging.getLogger(__name__)

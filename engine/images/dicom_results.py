@@ -20,7 +20,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 from pydicom.valuerep import DA
 
-from ..errors import DataError
+from ..errors import DataError, GigamorphError
 from ..versions import OWN
 from .dicom_file import DicomFile, read_header
 from .dicomweb import Instance, is_dicomweb
@@ -137,6 +137,8 @@ def highdicom_errors(image: str | Path, what: str) -> Iterator[None]:
         warnings.simplefilter("ignore")  # warnings may contain the patient's identity
         try:
             yield
+        except GigamorphError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{image}: {what} cannot be created: {reason}") from error

@@ -212,8 +212,9 @@ class Instance(RemoteFile):
 
     @property
     def frames(self) -> int:
+        header = self.header
         try:
-            return int(self.header.get("NumberOfFrames") or 1)
+            return int(header.get("NumberOfFrames") or 1)
         except (TypeError, ValueError) as error:
             raise DataError(f"{self.url}: its store's metadata cannot be read ({one_line(error)})") from error
 

@@ -80,7 +80,7 @@ def _draw_once(program: Program, make: Callable[..., Tensor], like: int, output:
 
 
 def _refuse(op: Op, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{location(op.module, op.line)}: {reason}")
+    return UnsupportedError(f"{location(op.module, op.line)}: {reason}", op.module, op.name)
 
 
 def sort(program: Program, fallback: str | None = None) -> tuple[Maps, list[Node | Op]]:
@@ -249,7 +249,8 @@ class _NodeList:
                     op, f"'{op.name}' cannot run functions of maps by tile; write their ops in Python"
                 ) from None
             if not self.whole:
-                raise UnsupportedError(f'{refusal}; or run it untiled: accelerate(..., fallback="untiled")') from None
+                message = f'{refusal}; or run it untiled: accelerate(..., fallback="untiled")'
+                raise UnsupportedError(message, op.module, op.name) from None
             made = Whole(op)
         for node in made if isinstance(made, list) else [made]:
             self._append(op, node)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from types import MethodType
+import operator
+from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any, Self
 
 from torch import nn
@@ -25,51 +26,20 @@ _SHARED = (
     "_load_state_dict_post_hooks",
 )
 
-# Every method of nn.Module that a network may have overridden, or that changes it.
-_DELEGATED = (
-    "_apply",
-    "_load_from_state_dict",
-    "_register_load_state_dict_pre_hook",
-    "_register_state_dict_hook",
-    "_save_to_state_dict",
-    "add_module",
-    "apply",
-    "bfloat16",
-    "buffers",
-    "children",
-    "cpu",
-    "cuda",
-    "double",
-    "eval",
-    "float",
-    "get_buffer",
-    "get_parameter",
-    "get_submodule",
-    "half",
-    "ipu",
-    "load_state_dict",
-    "mtia",
-    "named_buffers",
-    "named_children",
-    "named_parameters",
-    "parameters",
-    "register_buffer",
-    "register_load_state_dict_post_hook",
-    "register_load_state_dict_pre_hook",
-    "register_module",
-    "register_parameter",
-    "register_state_dict_post_hook",
-    "register_state_dict_pre_hook",
-    "requires_grad_",
-    "set_submodule",
-    "share_memory",
-    "state_dict",
-    "to",
-    "to_empty",
-    "train",
-    "type",
-    "xpu",
-    "zero_grad",
+# Methods that act on the proxy itself: its call and its hooks.
+_OWN = frozenset(
+    "compile extra_repr forward get_extra_state modules named_modules register_backward_hook register_forward_hook "
+    "register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook set_extra_state".split()
+)
+_PRIVATE = frozenset(
+    "_apply _load_from_state_dict _register_load_state_dict_pre_hook _register_state_dict_hook "
+    "_save_to_state_dict".split()
+)
+# Every other method of nn.Module: a network may have overridden it, or it changes the network.
+_DELEGATED = frozenset(
+    name
+    for name, value in vars(nn.Module).items()
+    if isinstance(value, FunctionType) and (name in _PRIVATE or not (name.startswith("_") or name in _OWN))
 )
 
 _DELEGATES_TO = "network's method"  # attribute of a delegating method: the network's function
@@ -211,43 +181,33 @@ class ExtraState:
 
 
 class Container:
-    """Mixin with the methods of a container: length, items, iteration, membership."""
+    """Mixin with the methods of a container: length, items, iteration, membership, sums."""
 
     _network: Any
-
-    def __bool__(self) -> bool:
-        return bool(self._network)
-
-    def __len__(self) -> int:
-        return len(self._network)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._network[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._network[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._network[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._network)
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self._network
-
-    def __add__(self, other: Any) -> Any:
-        return self._network + other
 
     def __iadd__(self, other: Any) -> Self:
         self._network += other
         return self
 
-    def __mul__(self, other: Any) -> Any:
-        return self._network * other
-
-    __rmul__ = __mul__
-
     def __imul__(self, other: Any) -> Self:
         self._network *= other
         return self
+
+
+def _of_container(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: function(self._network, *args)
+
+
+for _name, _function in {
+    "__bool__": bool,
+    "__len__": len,
+    "__iter__": iter,
+    "__contains__": operator.contains,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "__delitem__": operator.delitem,
+    "__add__": operator.add,
+    "__mul__": operator.mul,
+    "__rmul__": operator.mul,
+}.items():
+    setattr(Container, _name, _of_container(_function))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MorphError
+from ..errors import GigamorphError, MorphError
 from ..files import temporary_name
 from ..parsing import parse_json
 from ..tiling.memory import large_blocks_on_own_pages
@@ -244,6 +244,8 @@ def _named(morph: Morph, number: int) -> Iterator[None]:
         yield
     except MorphError as error:
         raise MorphError(f"{where}: {error}") from error
+    except GigamorphError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise MorphError(f"{where} cannot be repeated: {type(error).__name__} {first_line(error)}") from error
 

@@ -69,6 +69,8 @@ def hub_folder(path: Path) -> HubFolder | None:
         return None
     try:
         return _parse_config(path, found)
+    except GigamorphError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{config}: is not in timm's format: {first_line(error)}") from error
 

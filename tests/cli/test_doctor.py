@@ -81,6 +81,18 @@ def test_healthy_machines_have_no_problem():
         (without(HEALTHY, "lightning"), "error", "lightning is not installed", ">=2.6.6"),
         (replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.6.3"}), "error", "malware", ">=2.6.6"),
         (replace(HEALTHY, import_errors={"lightning": "boom"}), "error", "boom", ">=2.6.6"),
+        (
+            replace(HEALTHY, missing_names=(("torch._foreach_copy_", "they are copied one by one"),)),
+            "warning",
+            "has no torch._foreach_copy_: they are copied one by one",
+            "install torch 2.11 to",
+        ),
+        (
+            replace(HEALTHY, difference="the output differs by 1e-03"),
+            "error",
+            "self-test fails: the output differs by 1e-03",
+            "install torch",
+        ),
         (without(HEALTHY, "imagecodecs"), "error", "imagecodecs is missing", "pip install"),
         (replace(HEALTHY, import_errors={"imagecodecs": "x"}), "error", "imagecodecs", "pip install"),
     ],

@@ -26,5 +26,33 @@ def test_an_error_of_the_forward_itself() -> None:
         accelerate(Picky())(torch.zeros(1, 1, 20, 20))
     sent = pickle.loads(pickle.dumps(raised.value))
     for error in (raised.value, sent):
-        assert isinstance(error, UnsupportedError) and isinstance(error, ForwardError) and isinstance(error, KeyError)
+        assert isinstance(error, ForwardError) and isinstance(error, KeyError)
+        assert not isinstance(error, NotImplementedError)
     assert str(sent) == str(raised.value)
+
+
+class Sorts(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.last = how, nn.Conv2d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(x)
+        if self.how == "op":
+            return x.flatten(2).sort(-1)[0][:, :, None]
+        if self.how == "value":
+            return x * x.max().item()
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize(("how", "op"), [("op", "sort"), ("value", "item"), ("break", None)])
+def test_a_refusal_names_module_and_op(how: str, op: str | None) -> None:
+    net = accelerate(nn.Sequential(nn.ReLU(), Sorts(how)), tile=8)
+    with pytest.raises(NotImplementedError) as raised:
+        net(torch.zeros(1, 1, 20, 20))
+    error = raised.value
+    assert isinstance(error, UnsupportedError)
+    assert (error.module, error.op) == ("1", op)
+    sent = pickle.loads(pickle.dumps(error))
+    assert (str(sent), sent.module, sent.op) == (str(error), error.module, error.op)

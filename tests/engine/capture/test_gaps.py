@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gigamorph import UnsupportedError, accelerate
+from gigamorph.engine.capture.gaps import patch
 
 
 class Act(nn.Module):
@@ -419,3 +420,10 @@ def test_attributes_that_are_set_past_setattr_are_the_networks(put: Callable[[nn
     put(fast)
     torch.testing.assert_close(fast(x), net(x), rtol=1e-12, atol=1e-12)
     assert net.number == fast.number == 2.0
+
+
+def test_a_function_that_dynamo_does_not_have_is_refused() -> None:
+    """A correction must not stop working because a release of PyTorch renames what it wraps."""
+    with pytest.raises(UnsupportedError, match=r"no torch\._dynamo\.variables\.TensorVariable\.renamed, which"):
+        patch("variables.TensorVariable.renamed", lambda method, *args: method(*args))
+    patch("variables.TensorVariable.renamed?", lambda method, *args: method(*args))
