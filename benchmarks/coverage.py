@@ -25,8 +25,6 @@ import copy
 import fnmatch
 import itertools
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +37,7 @@ sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
 from coverage_list import CLASSES  # noqa: E402
 from coverage_markdown import PAGE, page  # noqa: E402
 
+from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 
@@ -268,7 +267,8 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.commit = commit()
+        self.source = provenance()
+        self.commit = f"{(self.source['commit'] or '')[:12]}{'-dirty' * self.source['uncommitted_changes']}"
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
         if path.exists():
             self.rows = {(r["network"], r["mode"]): r for r in json.loads(path.read_text())["networks"]}
@@ -277,7 +277,12 @@ class Results:
         self.rows[report["network"], report["mode"]] = report | {"commit": self.commit}
         order = {(name, mode): i for i, (name, mode) in enumerate(itertools.product(CLASSES, MODES))}
         rows = [self.rows[key] for key in sorted(self.rows, key=lambda key: order.get(key, len(order)))]
-        text = json.dumps({**provenance(), "counts": counts(rows), "networks": rows}, indent=1) + "\n"
+        text = (
+            json.dumps(
+                {**self.source, "limit": LIMIT, "dtype": "float64", "counts": counts(rows), "networks": rows}, indent=1
+            )
+            + "\n"
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text)
 
@@ -304,28 +309,6 @@ def _line(number: int, total: int, report: dict[str, Any]) -> str:
             report.get("notes", ""),
         ]
     ).rstrip()
-
-
-def commit() -> str:
-    """Return the commit of the running code, with "-dirty" if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def provenance() -> dict[str, Any]:
-    """Return the versions of the packages that affect the numbers."""
-    import timm
-    import torch
-    import torchvision
-
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "limit": LIMIT,
-        "dtype": "float64",
-    }
 
 
 def main() -> int:

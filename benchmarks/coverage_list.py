@@ -22,14 +22,7 @@ TIMM = """
 TORCHVISION = """
     googlenet shufflenet_v2_x0_5 squeezenet1_1 mnasnet0_5 alexnet convnext_tiny resnet18 densenet121 inception_v3
 """.split()
-CLASS_A = [
-    *TIMM,
-    *(f"tv:{name}" for name in TORCHVISION),
-    "tvs:fcn_resnet50",
-    "own:unet_t",
-    "own:unet_i",
-    "own:fpn",
-]
+CLASS_A = [*TIMM, *(f"tv:{name}" for name in TORCHVISION), "tvs:fcn_resnet50", "own:unet_t", "own:unet_i", "own:fpn"]
 CLASS_B = """
     resnet50_gn seresnet50 ecaresnet26t resnetrs50 resnetv2_50x1_bit resnetv2_50d_gn resnetv2_50d_evos resnetv2_50d_frn
     gcresnet33ts regnety_002 regnetz_005 regnetv_040 regnetz_b16 rdnet_tiny convnextv2_atto efficientnet_b0

@@ -271,9 +271,7 @@ def main() -> None:
     finally:
         for worker in workers:
             worker.stop()
-    lines = summary(report.data)  # adds derived figures to the rows
-    report.write()
-    print("\n".join(lines))
+    print("\n".join(summary(report.data)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Two series: square images (stock; ours with tile 512; ours with a third of stock's memory as its budget), and images of
 fixed height and growing width at tile 512, where only the halos may need more memory. Each figure is that of three
-steps in a separate process (`gigamorph.engine.bench.child`), because the heap grows until the second or third.
+steps in a separate process (`gigamorph.engine.bench.process`), because the heap grows until the second or third.
 
 glibc raises the threshold above which it maps blocks directly from the system as the program runs, and caches freed
 blocks below it: resident memory is then well above the bytes in use, for stock and for ours. `--mmap-threshold 4000000`

@@ -10,8 +10,9 @@ length. Time is that of one CPU core without the evaluations, so other load on t
 Before the training continues, the benchmark checks that no loss jumps and that gradients reach all new weights; it
 stops at a network that fails either check.
 
-    python benchmarks/morph_training.py --json benchmarks/results/morph_training.json \\
-        --plot benchmarks/results/morph_training.png
+The data are scikit-learn's digits, enlarged, at random positions with noise.
+
+    python benchmarks/morph_training.py --json benchmarks/results/morph_training.json
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import morph_digits
 import torch
-from morph_digits import Digits, Net
-from morph_training_report import RIVALS, differences, draw, summary
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,12 +45,90 @@ WIDTH = 4
 EPOCHS = (30, 30)  # epochs of the parent, and of the networks that continue from it
 EVERY = 3  # epochs between evaluations
 BATCH, RATE, DECAY = 60, 3e-3, 1e-2
+GROWN = ("widened", "deepened")
+RIVALS = ("from scratch, same epochs", "from scratch, same time", "from scratch, time of growing alone")
 SAME_EPOCHS, SAME_TIME, GROWING_ALONE = RIVALS  # the first one measures the time of an epoch
-EXAMPLE = torch.zeros(4, 1, morph_digits.SIDE, morph_digits.SIDE)
+CONTROL = "parent, trained on"
+SIDE = 24  # pixels of an image; a digit has 16
+NOISE = 0.35  # standard deviation; grey levels are 0 to 1
+TEST = 597  # number of test digits, out of 1,797
+VIEWS = 3  # number of test images per test digit
+EXAMPLE = torch.zeros(4, 1, SIDE, SIDE)
 JUMP = 1e-5  # limit of the relative change of a loss by a morph; float32 rounding causes about 1e-7
 
 Step = tuple[nn.Module, Report]
 Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Training digits (N, 1, 16, 16), and test images (M, 1, 24, 24) that are the same in every run."""
+
+    digits: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load() -> Digits:
+    """Load the data set from scikit-learn; the split and the test images do not depend on the run's seed."""
+    data: Any = load_digits()
+    digits = F.interpolate(torch.tensor(data.images)[:, None].float() / 16, scale_factor=2, mode="bilinear")
+    labels = torch.tensor(data.target)
+    generator = torch.Generator().manual_seed(12345)
+    order = torch.randperm(len(digits), generator=generator)
+    test, train = order[:TEST].repeat(VIEWS), order[TEST:]
+    return Digits(digits[train], labels[train], place(digits[test], generator), labels[test])
+
+
+def place(digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Place each digit (N, 1, 16, 16) at a random position of an image (N, 1, 24, 24), and add noise."""
+    room = SIDE - digits.shape[-1] + 1
+    images = torch.zeros(len(digits), 1, SIDE, SIDE)
+    corners = torch.randint(room, (len(digits), 2), generator=generator)
+    for image, digit, (y, x) in zip(images, digits, corners.tolist(), strict=True):
+        image[:, y : y + digit.shape[-2], x : x + digit.shape[-1]] = digit
+    return images + NOISE * torch.randn(images.shape, generator=generator)
+
+
+def initialise(conv: nn.Conv2d) -> None:
+    """Apply He initialisation, as for all networks of the benchmark, because not all convolutions have a BatchNorm."""
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+class Block(nn.Module):
+    """Residual block relu(x + norm(conv(relu(norm(conv(x))))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+        more = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+        self.body = nn.Sequential(*layers, nn.ReLU(), *more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+class Net(nn.Module):
+    """A residual network of three stages of stride 2: (N, 1, 24, 24) -> (N, 10)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stages = nn.Sequential()
+        channels = 1
+        for out in (width, 2 * width, 4 * width):
+            first = nn.Conv2d(channels, out, 3, 2, 1, bias=False)
+            self.stages.append(nn.Sequential(first, nn.BatchNorm2d(out), nn.ReLU(), Block(out)))
+            channels = out
+        self.fc = nn.Linear(channels, 10)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                initialise(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stages(x).mean((2, 3)))
 
 
 @dataclass
@@ -75,7 +153,7 @@ def run(seeds: Sequence[int] = SEEDS, epochs: tuple[int, int] = EPOCHS, echo: Ca
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        data = morph_digits.load()
+        data = load()
         sets = [_one_seed(seed, epochs, data, echo) for seed in seeds]
     finally:
         torch.set_num_threads(threads)
@@ -103,7 +181,7 @@ def train(
     for epoch in range(epochs):
         began, total = time.process_time(), 0.0
         generator = torch.Generator().manual_seed(1_000_003 * seed + first + epoch)
-        images = morph_digits.place(data.digits, generator)
+        images = place(data.digits, generator)
         order = torch.randperm(len(images), generator=generator)
         net.train()
         for number, picked in enumerate(order.split(BATCH)[:batches]):
@@ -143,7 +221,7 @@ def from_scratch(child: nn.Module, seed: int) -> nn.Module:
         if isinstance(module, PAct):
             nn.init.ones_(module.a)
         elif isinstance(module, nn.Conv2d):
-            morph_digits.initialise(module)
+            initialise(module)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
     return net
@@ -210,7 +288,7 @@ def check(parent: nn.Module, child: nn.Module, data: Digits, seed: int) -> Run:
         RuntimeError: a loss jumps, a new tensor gets no gradient, or copies of a channel stay tied.
     """
     generator = torch.Generator().manual_seed(seed)
-    images, labels = morph_digits.place(data.digits[:BATCH], generator), data.labels[:BATCH]
+    images, labels = place(data.digits[:BATCH], generator), data.labels[:BATCH]
     losses: dict[str, list[float]] = {"test": [evaluate(net, data)[0] for net in (parent, child)]}
     losses["train"] = [F.cross_entropy(copy.deepcopy(net).train()(images), labels).item() for net in (parent, child)]
     found: Run = {"losses": losses}
@@ -253,17 +331,54 @@ def tied_rows(weight: Tensor) -> int:
     return len(rows) - len(torch.unique(rows, dim=0))
 
 
+# -- report ------------------------------------------------------------------------------------------------------
+
+
+def summary(sets: Sequence[Run]) -> Run:
+    """Return the mean final state of each run, and the differences of grown networks to rivals with their range."""
+    keys = ("seconds", "epoch", "test_loss", "test_accuracy")
+    ends = {
+        name: {key: statistics.fmean(s["curves"][name][-1][key] for s in sets) for key in keys}
+        for name in sets[0]["curves"]
+    }
+    gaps: Run = {}
+    for name in GROWN:
+        for rival in (*(f"{name}, {rival}" for rival in RIVALS), CONTROL):
+            for key in ("test_accuracy", "test_loss"):
+                values = [s["curves"][name][-1][key] - s["curves"][rival][-1][key] for s in sets]
+                range_ = {"mean": statistics.fmean(values), "least": min(values), "most": max(values)}
+                gaps.setdefault(f"{name} - {rival.removeprefix(f'{name}, ')}", {})[key] = range_
+    checks = [check for s in sets for check in s["checks"].values()]
+    first = {name: statistics.fmean(s["curves"][name][1]["test_loss"] for s in sets) for name in (*GROWN, CONTROL)}
+    return {
+        "ends": ends,
+        "differences": gaps,
+        "first_evaluation": first,
+        "largest_jump": max(check["jump"] for check in checks),
+        "least_share_with_gradient": min(check["share_with_gradient"] for check in checks),
+    }
+
+
+def differences(result: Run) -> list[str]:
+    """Return one line per comparison."""
+    lines = []
+    for name, gap in result["summary"]["differences"].items():
+        accuracy, loss = gap["test_accuracy"], gap["test_loss"]
+        lines.append(
+            f"{name}: accuracy {accuracy['mean']:+.2%} ({accuracy['least']:+.2%} to {accuracy['most']:+.2%}), "
+            f"loss {loss['mean']:+.3f} ({loss['least']:+.3f} to {loss['most']:+.3f})"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     result = run()
     print("\n".join(differences(result)))
     if options.json:
         options.json.write_text(json.dumps(result | {"provenance": provenance()}, indent=1) + "\n")
-    if options.plot:
-        draw(result, options.plot)
 
 
 if __name__ == "__main__":

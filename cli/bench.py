@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from . import options
 if TYPE_CHECKING:
     from ..engine.bench.results import LimitRow, Results, StepRow, Task
     from ..engine.bench.step import Options
+
+    MakeTask = Callable[..., Task]
 
 
 def _parse_json(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -32,51 +35,77 @@ _json: Any = click.option(
     help="JSON file for the results.",
 )
 _seconds: Any = click.FloatRange(0, min_open=True)
-_peers: Any = click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="NAME",
-    help="Method to compare: stock, channels-last, bf16, compile, checkpoint, lightstream, gigamorph; all by default.",
-)
-_several: Any = click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=["resnet18"],
-    show_default=True,
-    metavar="SPEC",
-    callback=options.named,
-    help="As in gigamorph plan. Repeatable.",
-)
 
 
-def _models(command: Any) -> Any:
-    return _several(options.trust(command))
+def _peers(names: str) -> Any:
+    text = f"Method to compare: {names}; all by default. Repeatable."
+    return click.option("--peer", "peers", multiple=True, metavar="NAME", help=text)
+
+
+_peers_of_steps = _peers("stock, channels-last, bf16, compile, checkpoint, lightstream or gigamorph")
 
 
 def _task(command: Any) -> Any:
-    """Add the options for the kind of step, the device and the file of results."""
+    """Add the options for the kind of step and the device; the command gets `task`, which makes one of a model."""
+
+    @functools.wraps(command)
+    def wrapper(inference: bool, live: bool, precision: str, channels: int, device: str, **given: Any) -> None:
+        def task(model: str, size: tuple[int, int] = (0, 0)) -> Task:
+            from ..engine.bench.results import Task
+
+            image = (1, options.channels_of(model, channels), *size)
+            return Task(model, image, not inference, "live" if live else "frozen", precision, device)
+
+        command(task=task, **given)
+
     for option in (
         _json,
         options.device,
         options.channel_count,
         click.option(
-            "--precision",
-            type=click.Choice(["fp32", "bf16"]),
-            default="fp32",
-            show_default=True,
-            help="fp32, or bf16 by autocast.",
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="fp32, or bf16 by autocast."
         ),
         click.option("--live", is_flag=True, help="BatchNorm in training mode, with the image's own statistics."),
         click.option("--inference", is_flag=True, help="Measure predictions instead of training steps."),
     ):
-        command = option(command)
-    return command
+        wrapper = option(wrapper)
+    return wrapper
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(options.parse_size(ctx, param, value) for value in values)
+
+
+def _timed(command: Any) -> Any:
+    """Add the options for models, image sizes and timing; the command gets those of `Options` by their names there."""
+    for option in (
+        click.option("--box", type=_seconds, default=60.0, help="Time limit of a peer's runs, in seconds."),
+        click.option("--rounds", type=click.IntRange(1), default=5, help="Most timed runs per peer."),
+        click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's."),
+        options.memory_budget,
+        click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a run, as in 8GiB."),
+        click.option(
+            "--size",
+            "sizes",
+            multiple=True,
+            required=True,
+            metavar="HxW",
+            callback=_parse_sizes,
+            help="Image size. Repeatable.",
+        ),
+        options.trust,
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            default=["resnet18"],
+            metavar="SPEC",
+            callback=options.named,
+            help="As in gigamorph plan. Repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -87,46 +116,20 @@ def bench() -> None:
     """
 
 
-_sizes: Any = click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    required=True,
-    metavar="HxW",
-    callback=_parse_sizes,
-    help="Image size. Repeatable.",
-)
-
-
 @bench.command()
-@_models
-@_sizes
-@_peers
-@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step, as in 8GiB.")
-@options.memory_budget
-@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed steps per peer.")
-@click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed steps, in seconds."
-)
+@_timed
+@_peers_of_steps
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each step.")
 @_task
 def step(
     models: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
     peers: tuple[str, ...],
-    cap: int | None,
     memory_budget: int | None,
-    tile: int | None,
-    rounds: int,
-    box: float,
     profile: Path | None,
-    inference: bool,
-    live: bool,
-    precision: str,
-    channels: int,
-    device: str,
+    task: MakeTask,
     path: Path | None,
+    **timing: Any,
 ) -> None:
     """Measure time and peak memory of a step at each size; peers are interleaved, so that other load affects all alike.
 
@@ -137,55 +140,25 @@ def step(
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
     from ..engine.bench.peers import TRAINING
-    from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_selected_peers(peers, TRAINING), rounds, box, cap, memory_budget, tile, folder=profile)
-    tasks = [
-        Task(
-            model,
-            (1, options.channels_of(model, channels), *size),
-            not inference,
-            "live" if live else "frozen",
-            precision,
-            device,
-        )
-        for model in models
-        for size in sizes
-    ]
-    _compare(tasks, chosen, path)
+    chosen = Options(_selected_peers(peers, TRAINING), budget=memory_budget, folder=profile, **timing)
+    _compare([task(model, size) for model in models for size in sizes], chosen, path)
 
 
 @bench.command()
-@_models
-@_sizes
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="NAME",
-    help="Method to compare: stock, compile, onnxruntime, openvino or gigamorph; all by default. Repeatable.",
-)
-@click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a prediction, as in 8GiB.")
-@options.memory_budget
-@click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Most timed runs per peer.")
-@click.option(
-    "--box", type=_seconds, default=60.0, show_default=True, help="Time limit of a peer's timed runs, in seconds."
-)
+@_timed
+@_peers("stock, compile, onnxruntime, openvino or gigamorph")
 @options.channel_count
 @_json
 def infer(
     models: tuple[str, ...],
     sizes: tuple[tuple[int, int], ...],
     peers: tuple[str, ...],
-    cap: int | None,
     memory_budget: int | None,
-    tile: int | None,
-    rounds: int,
-    box: float,
     channels: int,
     path: Path | None,
+    **timing: Any,
 ) -> None:
     """Compare CPU predictions with ONNX Runtime, OpenVINO and torch.compile, measured as in gigamorph bench step.
 
@@ -198,13 +171,9 @@ def infer(
     from ..engine.bench.results import Task
     from ..engine.bench.step import Options
 
-    chosen = Options(_selected_peers(peers, INFERENCE), rounds, box, cap, memory_budget, tile)
-    tasks = [
-        Task(model, (1, options.channels_of(model, channels), *size), training=False)
-        for model in models
-        for size in sizes
-    ]
-    _compare(tasks, chosen, path)
+    chosen = Options(_selected_peers(peers, INFERENCE), budget=memory_budget, **timing)
+    images = [(model, (1, options.channels_of(model, channels), *size)) for model in models for size in sizes]
+    _compare([Task(model, image, training=False) for model, image in images], chosen, path)
 
 
 @bench.command()
@@ -212,20 +181,11 @@ def infer(
 @click.option(
     "--memory-budget", required=True, metavar="SIZE", callback=options.parse_budget, help="Memory limit of a step."
 )
-@_peers
-@click.option("--longest", type=_seconds, default=120.0, show_default=True, help="Time limit of a trial, in seconds.")
+@_peers_of_steps
+@click.option("--longest", type=_seconds, default=120.0, help="Time limit of a trial, in seconds.")
 @_task
 def limit(
-    model: str,
-    memory_budget: int,
-    peers: tuple[str, ...],
-    longest: float,
-    inference: bool,
-    live: bool,
-    precision: str,
-    channels: int,
-    device: str,
-    path: Path | None,
+    model: str, memory_budget: int, peers: tuple[str, ...], longest: float, task: MakeTask, path: Path | None
 ) -> None:
     """Find by trial the largest square image that trains in a budget, or predicts in it with --inference.
 
@@ -236,19 +196,11 @@ def limit(
     """
     from ..engine.bench.limit import Search, find
     from ..engine.bench.peers import TRAINING
-    from ..engine.bench.results import Task
 
-    results = _new_results(device)
-    task = Task(
-        model,
-        (1, options.channels_of(model, channels), 0, 0),
-        not inference,
-        "live" if live else "frozen",
-        precision,
-        device,
-    )
+    wanted = task(model)
+    results = _new_results(wanted.device)
     for peer in _selected_peers(peers, TRAINING):
-        row = find(task, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
+        row = find(wanted, peer, Search(memory_budget, longest=longest), lambda found: click.echo(f"  tried {found}"))
         results.limits.append(row)
         _show_limit(row)
         _save(results, path)
@@ -256,7 +208,7 @@ def limit(
 
 
 @bench.command()
-@click.option("--match", default="", help="Measure only ops whose name contains this text.")
+@click.option("--match", default="", show_default=False, help="Measure only ops whose name contains this text.")
 @_json
 def kernels(match: str, path: Path | None) -> None:
     """Compare each kernel with cuDNN, eager PyTorch, torch.compile and its roofline bound, per shape. Needs a GPU.
@@ -272,7 +224,7 @@ def kernels(match: str, path: Path | None) -> None:
 
 
 @bench.command()
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="Number of seeds.")
 @_json
 def morph(seeds: int, path: Path | None) -> None:
     """Measure how long growing a network takes, and how soon it is as good as one trained from scratch.
@@ -346,12 +298,12 @@ def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
 
 def _new_results(device: str) -> Results:
     """Return empty results with the peak rates of this machine."""
-    from ..engine.bench.child import Child
     from ..engine.bench.machine import provenance
+    from ..engine.bench.process import Child
     from ..engine.bench.results import Results
 
     with Child() as child:
-        answer = child.ceilings(device)
+        answer = child.ask("ceilings", device=device)
     ceilings = {name: value for name, value in answer.items() if isinstance(value, float)}
     words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
     if "--json" in words:

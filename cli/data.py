@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import DataError
 from . import options, outputs, runner
 from .data_phantom import phantom
 from .data_preview import preview
 from .interrupts import Stopped
-from .numerals import counted
+from .messages import counted, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,18 +82,12 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     """
     from ..engine.datasets.index import index_folder
     from ..engine.datasets.tables import write_table
-    from ..engine.errors import DataError
     from .counter import Count
 
     outputs.require_no_labels(out)
     with Count("headers") as count:
         found = index_folder(
-            folder,
-            identifiers=identifiers,
-            pattern=pattern,
-            workers=workers,
-            on_start=count.start,
-            on_done=count.add,
+            folder, identifiers=identifiers, pattern=pattern, workers=workers, on_start=count.start, on_done=count.add
         )
     for error in found.errors[:_PRINTED]:
         click.echo(f"skipped: {error}", err=True)
@@ -111,10 +106,9 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
         view = ", ".join(part for part in (first.laterality, first.view) if part)
         click.echo(f"file names read as {found.pattern}: {first.path.name} is of patient {first.patient_id}, {view}")
     if len(known) < len(found.records):
-        click.echo(
-            f"warning: the patient of {len(found.records) - len(known)} images is unknown; fill in patient_id, or give "
-            "the pattern of the file names with --pattern",
-            err=True,
+        warn(
+            f"the patient of {len(found.records) - len(known)} images is unknown; fill in patient_id, or give "
+            "the pattern of the file names with --pattern"
         )
     views = Counter(f"{record.laterality or '?'} {record.view or '?'}" for record in found.records)
     click.echo(", ".join(f"{count} {name}" for name, count in views.most_common(8)))
@@ -189,7 +183,6 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
 @click.option(
     "--fractions",
     default="0.7,0.15,0.15",
-    show_default=True,
     callback=_parse_fractions,
     help="Shares of the patients for train, val and test.",
 )
@@ -222,10 +215,9 @@ def split(table: str, out: str, fractions: tuple[float, float, float], seed: int
         _warn_of_empty_splits(records, fractions)
     unknown = sum(not record.patient_known for record in records)
     if unknown:
-        click.echo(
-            f"warning: the patient of {unknown} images is unknown; each counts as its own patient, so one patient may "
-            f"be in two splits; fill in patient_id",
-            err=True,
+        warn(
+            f"the patient of {unknown} images is unknown; each counts as its own patient, so one patient may "
+            f"be in two splits; fill in patient_id"
         )
         click.echo(out)
     else:
@@ -239,10 +231,9 @@ def _warn_of_empty_splits(records: Sequence[Record], fractions: tuple[float, flo
     empty = [name for name in wanted if name not in present]
     if empty:
         have = "has" if len(empty) == 1 else "have"
-        click.echo(
-            f"warning: {' and '.join(empty)} {have} no patients, because each label has fewer than {len(wanted)}; give "
-            "fewer splits with --fractions, as in 0.5,0.5,0, or train with --folds",
-            err=True,
+        warn(
+            f"{' and '.join(empty)} {have} no patients, because each label has fewer than {len(wanted)}; give "
+            "fewer splits with --fractions, as in 0.5,0.5,0, or train with --folds"
         )
 
 
@@ -276,11 +267,8 @@ def convert(
     voi: str,
     for_processing: bool,
     white: Any,
-    resume: bool,
-    max_failures: float | None,
-    retry_failed: bool,
-    shard: tuple[int, int],
     workers: int | None,
+    **run: Any,
 ) -> None:
     """Convert a downloaded public data set into a table for training, and with --images also its images.
 
@@ -295,7 +283,9 @@ def convert(
     from ..engine.images.parallel import available_cpus
     from ..engine.predict.options import RunOptions
 
-    if not file_format and (resume or retry_failed or max_failures is not None or shard != (1, 1)):
+    if run["max_failures"] is None:
+        del run["max_failures"]
+    if not file_format and run != {"resume": False, "retry_failed": False, "shard": (1, 1)}:
         raise click.UsageError("--resume, --retry-failed, --max-failures and --shard need --images")
     table = _read(source, dataset, check_files=not skip_missing, labels=True, label=label, skip_missing=skip_missing)
     if not file_format and (Path(out) / "run.json").exists():
@@ -303,15 +293,9 @@ def convert(
     outputs.require_out(Path(out) / "table.csv", [source])
     records, errors = _keep_existing(table.records, source, skip_missing), []
     if file_format:
-        chosen = RunOptions(
-            "",
-            resume=resume,
-            retry_failed=retry_failed,
-            max_failures=1.0 if max_failures is None else max_failures,
-            shard=shard,
-            workers=workers or available_cpus(),
-        )
-        converted = _convert_images(records, out, file_format, voi, for_processing, white, chosen, source)
+        chosen = RunOptions("", workers=workers or available_cpus(), **{"max_failures": 1.0, **run})
+        how = {"file_format": file_format, "voi": voi, "for_processing": for_processing, "white": white}
+        converted = _convert_images(records, out, source, chosen, **how)
         if converted is None:
             return
         records, errors = converted
@@ -360,38 +344,20 @@ def _warn_of_leaks(records: list[Record]) -> None:
 
     if found := leaks(records):
         first, splits = next(iter(found.items()))
-        click.echo(
-            f"warning: {len(found)} patient{'s are' if len(found) > 1 else ' is'} in two splits, as {first} in "
-            f"{' and '.join(splits)}; train refuses such tables: put all images of a patient in one split",
-            err=True,
+        warn(
+            f"{len(found)} patient{'s are' if len(found) > 1 else ' is'} in two splits, as {first} in "
+            f"{' and '.join(splits)}; train refuses such tables: put all images of a patient in one split"
         )
 
 
 def _convert_images(
-    records: list[Record],
-    out: str,
-    file_format: Any,
-    voi: str,
-    for_processing: bool,
-    white: Any,
-    chosen: RunOptions,
-    source: str,
+    records: list[Record], out: str, source: str, chosen: RunOptions, **how: Any
 ) -> tuple[list[Record], list[str]] | None:
     """Return the records of the written images and the errors of others; None while other shards are unfinished."""
-    from ..engine.errors import DataError
     from ..engine.predict.convert import convert_images
 
     with runner.watching(False, "cpu") as watch:
-        records, errors, found = convert_images(
-            records,
-            out,
-            file_format=file_format,
-            voi=voi,
-            for_processing=for_processing,
-            white=white,
-            options=chosen,
-            watch=watch,
-        )
+        records, errors, found = convert_images(records, out, options=chosen, watch=watch, **how)
     for error in errors:
         click.echo(f"left out: {error}", err=True)
     if not found.complete:
@@ -438,7 +404,6 @@ def _read(
 def _keep_existing(records: list[Record], source: str, skip_missing: bool) -> list[Record]:
     """Return the records without their missing masks; raise an error if masks are missing and not `skip_missing`."""
     from ..engine.datasets.tables import missing_masks, without_masks
-    from ..engine.errors import DataError
 
     absent = missing_masks(records)
     if not absent:

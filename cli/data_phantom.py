@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import rich_click as click
 
 from . import options
-from .numerals import counted
+from .messages import counted
 
 
 @click.command()
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for images, masks and table.")
-@click.option("--patients", type=click.IntRange(1), default=60, show_default=True)
+@click.option("--patients", type=click.IntRange(1), default=60)
 @click.option(
     "--size",
     default="1024x768",
-    show_default=True,
     metavar="HxW",
     callback=options.parse_size,
     help="Image size in pixels; unlimited for tiff.",
@@ -23,7 +24,6 @@ from .numerals import counted
     "--breasts",
     type=click.IntRange(1, 2),
     default=1,
-    show_default=True,
     help="1: CC and MLO of one breast; 2: the four views of an exam, with lesions in one breast.",
 )
 @click.option(
@@ -32,36 +32,17 @@ from .numerals import counted
     multiple=True,
     type=click.Choice(["cluster", "mass", "asymmetry"]),
     default=["cluster"],
-    show_default=True,
     help="Kind of lesion. Repeatable; positive patients get the kinds alternately.",
 )
+@click.option("--positive", type=click.FloatRange(0, 1), default=0.5, help="Share of patients with a lesion.")
 @click.option(
-    "--positive", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of patients with a lesion."
+    "--symmetry", type=click.FloatRange(0, 1), default=0.8, help="Correlation between the textures of the two breasts."
 )
-@click.option(
-    "--symmetry",
-    type=click.FloatRange(0, 1),
-    default=0.8,
-    show_default=True,
-    help="Correlation between the textures of the two breasts.",
-)
-@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom", show_default=True)
+@click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom")
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
 @options.seed
 @options.workers
-def phantom(
-    out: str,
-    patients: int,
-    size: tuple[int, int],
-    breasts: int,
-    lesions: tuple[str, ...],
-    positive: float,
-    symmetry: float,
-    file_format: str,
-    masks: bool,
-    seed: int,
-    workers: int | None,
-) -> None:
+def phantom(out: str, size: tuple[int, int], workers: int | None, **how: Any) -> None:
     """Make phantom mammograms of any size, tile by tile, with known labels, boxes and masks.
 
     The same options give the same bytes. An image without a cluster contains the same cluster blurred, so that the
@@ -73,21 +54,10 @@ def phantom(
     from ..engine.mammography.phantom import write_phantoms
     from .counter import Count
 
-    images = patients * 2 * breasts
+    images = how["patients"] * 2 * how["breasts"]
     with Count("pixels", images * size[0] * size[1]) as count:
         table = write_phantoms(
-            out,
-            patients=patients,
-            height=size[0],
-            width=size[1],
-            seed=seed,
-            breasts=breasts,  # pyright: ignore[reportArgumentType]
-            lesions=lesions,  # pyright: ignore[reportArgumentType]
-            positive=positive,
-            symmetry=symmetry,
-            file_format=file_format,  # pyright: ignore[reportArgumentType]
-            masks=masks,
-            workers=workers or available_cpus(),
-            report=count.add,
+            out, height=size[0], width=size[1], workers=workers or available_cpus(), report=count.add, **how
         )
-    click.echo(f"{counted(images, 'image')} of {counted(patients, 'patient')}, {size[0]} x {size[1]} pixels; {table}")
+    counts = f"{counted(images, 'image')} of {counted(how['patients'], 'patient')}"
+    click.echo(f"{counts}, {size[0]} x {size[1]} pixels; {table}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from . import options, outputs
+from .messages import warn
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
@@ -27,15 +28,11 @@ if TYPE_CHECKING:
 def preview(
     image: str,
     out: str | None,
-    channels: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    voi: str,
-    frame: int | None,
-    for_processing: bool,
-    white: Any,
     augment: Augment | None,
     seed: int,
+    **reading: Any,
 ) -> None:
     """Show an image exactly as the network gets it, and every step of its preprocessing.
 
@@ -56,15 +53,7 @@ def preview(
     if out:
         outputs.require_out(out, [image])
     normalize = Normalize(mean, std)
-    source = open_pixels(
-        image,
-        normalize=None if augment else normalize,
-        voi=voi,
-        channels=channels,
-        frame=frame,
-        for_processing=for_processing,
-        white=white,
-    )
+    source = open_pixels(image, normalize=None if augment else normalize, **reading)
     if augment:
         source = NormalizedSource(augmented(source, augment, seed=seed, epoch=0, index=0), normalize)
     seen = measure(source)
@@ -79,6 +68,6 @@ def preview(
     )
     click.echo(f"{seen.black:.1%} of the pixels are black, {seen.white:.1%} white")
     for warning in seen.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning)
     if out:
         click.echo(f"{out}: {write_preview(source, out)}")

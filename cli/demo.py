@@ -9,13 +9,9 @@ from . import options
 
 @click.command()
 @click.option(
-    "--out",
-    default="demo-run",
-    show_default=True,
-    type=click.Path(file_okay=False),
-    help="Folder; an earlier demo in it is replaced.",
+    "--out", default="demo-run", type=click.Path(file_okay=False), help="Folder; an earlier demo in it is replaced."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @options.device
 def demo(out: str, seed: int, device: str) -> None:
     """Train on phantom mammograms inside a memory budget that stock PyTorch exceeds, and write a report.

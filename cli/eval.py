@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import DataError, GigamorphError
 from . import options
+from .messages import warn
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
@@ -27,29 +29,28 @@ def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tupl
     return rates
 
 
-def _parse_threshold(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, float]:
-    if value is None:
-        return {}
+@options.parsed
+def _parse_threshold(value: str) -> dict[str, float]:
     name, _, number = value.rpartition("=")
     try:
         if name not in ("", "log_odds"):
             raise ValueError(name)
         return {name or "threshold": float(number)}
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a threshold; write 0.31 or log_odds=-0.8", ctx, param) from error
+        raise GigamorphError(f"{value!r} is not a threshold; write 0.31 or log_odds=-0.8") from error
 
 
-def _parse_splits(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value in (None, "all"):
-        return value
+@options.parsed
+def _parse_splits(value: str) -> str:
     parts = [part.strip() for part in value.split(",")]
-    if not set(parts) <= {"train", "val", "test"}:
-        raise click.BadParameter(f"{value!r}: write all, or train, val and test with commas between", ctx, param)
+    if value != "all" and not set(parts) <= {"train", "val", "test"}:
+        raise GigamorphError(f"{value!r}: write all, or train, val and test with commas between")
     return ",".join(parts)
 
 
-def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(name.strip() for name in value.split(","))
+@options.parsed
+def _parse_classes(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(","))
 
 
 @click.command()
@@ -102,7 +103,6 @@ def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None
 @click.option(
     "--false-marks",
     default="0.125,0.25,0.5,1,2,4,8",
-    show_default=True,
     callback=functools.partial(options.parse_numbers, example="0.125,1,2"),
     help="For --marks: false marks per image at which the share of lesions found is reported.",
 )
@@ -123,18 +123,16 @@ def _parse_classes(ctx: click.Context, param: click.Parameter, value: str | None
     "--covariance",
     type=click.Choice(["delong", "jackknife"]),
     default="delong",
-    show_default=True,
     help="For a reader study: covariance of the areas; the jackknife leaves out one patient at a time.",
 )
 @click.option(
     "--rates",
     default="0.8,0.9,0.95",
-    show_default=True,
     callback=_parse_rates,
     help="Specificities at which sensitivity is reported, and vice versa; lower bounds of partial areas.",
 )
-@click.option("--resamples", type=click.IntRange(1), default=2000, show_default=True, help="Bootstrap resamples.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--resamples", type=click.IntRange(1), default=2000, help="Bootstrap resamples.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the bootstrap.")
 @click.option("--overwrite", is_flag=True, help="Replace the evaluation in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of the summary.")
 def eval(
@@ -149,17 +147,15 @@ def eval(
     by: tuple[str, ...],
     other: str | None,
     marks: str | None,
-    false_marks: tuple[float, ...],
-    iou: float | None,
-    threshold: dict[str, float],
+    threshold: dict[str, Any] | None,
     reader: str | None,
     modality: str | None,
     covariance: Any,
-    rates: tuple[float, ...],
     resamples: int,
     seed: int,
     overwrite: bool,
     as_json: bool,
+    **rates: Any,
 ) -> None:
     """Measure predictions: ROC with DeLong's and patient-clustered intervals, precision, operating points, calibration.
 
@@ -196,7 +192,7 @@ def eval(
 
     masks = read_dice(predictions, split)
     if masks is not None:
-        if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, *threshold)):
+        if any(one is not None for one in (label, score, classes, other, marks, reader, *levels, *by, threshold)):
             raise click.UsageError("predicted masks accept only --table, --split, --resamples and --seed")
         lines = _measure_dice(out, masks[0], with_source(masks[1]), table, resamples, seed)
         _print_result(out, lines, as_json)
@@ -206,17 +202,8 @@ def eval(
     if reader is None:
         _warn_of_repeats(images)
         for line in parts.warnings:
-            click.echo(f"warning: {line}", err=True)
-    settings = Settings(
-        levels=tuple(levels) or None,
-        rates=rates,
-        by=by,
-        resamples=resamples,
-        seed=seed,
-        false_marks=false_marks,
-        iou=iou,
-        **threshold,
-    )
+            warn(line)
+    settings = Settings(tuple(levels) or None, by=by, resamples=resamples, seed=seed, **rates, **(threshold or {}))
     if reader is not None:
         how: dict[str, Any] = {"reader": reader, "modality": modality, "covariance": covariance}
         lines = _compare_readers(out, images, with_source(parts.rows), **how)
@@ -242,7 +229,7 @@ def _table_to_measure(predictions: Path, levels: tuple[str, ...]) -> Path:
     views = note_of(chosen).get("views")
     if views is not None and chosen.name != "exams.csv" and not below:
         text = f"{chosen}: the network combines the views of an exam ({views}), as in exams.csv; this measures images"
-        click.echo(f"warning: {text}", err=True)
+        warn(text)
     return chosen
 
 
@@ -259,8 +246,6 @@ _WRITTEN = ("metrics.json", "report.html", "calibration.json")
 
 def _require_new(out: Path, overwrite: bool) -> None:
     """Refuse a folder that contains metrics, unless `overwrite`."""
-    from ..engine.errors import GigamorphError
-
     if (out / "metrics.json").exists() and not overwrite:
         raise GigamorphError(f"{out}: already holds metrics; name another --out, or give --overwrite")
 
@@ -286,7 +271,7 @@ def _warn_of_repeats(images: Cases) -> None:
     if repeated:
         first = repeated[0][0]
         repeats = f"{len(repeated)} of {len(images)} rows repeat an image ({first}); every row is measured"
-        click.echo(f"warning: {repeats}", err=True)
+        warn(repeats)
 
 
 def _measure(
@@ -331,7 +316,6 @@ def _has_validation_thresholds(found: dict[str, Any]) -> bool:
 def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[str, Any]) -> tuple[bool, list[str]]:
     """Fit and write a calibration if a known network predicted two classes without calibration; return whether one was
     written, and lines that say why not."""
-    from ..engine.errors import DataError
     from ..engine.evaluate.class_names import positive_number
     from ..engine.evaluate.recalibration import write_calibration
 

@@ -8,7 +8,6 @@ from typing import Any
 import rich_click as click
 
 from . import runner
-from .numerals import counted
 
 
 @click.command()
@@ -19,14 +18,10 @@ from .numerals import counted
     "--method",
     type=click.Choice(["activation", "gradient"]),
     default="activation",
-    show_default=True,
     help="activation: what each location adds to the log-odds; gradient: how strongly each pixel changes them.",
 )
 @click.option(
-    "--class",
-    "name",
-    metavar="NAME",
-    help="Class to explain; by default the positive of two, else the most probable.",
+    "--class", "name", metavar="NAME", help="Class to explain; by default the positive of two, else the most probable."
 )
 @click.option(
     "--format",
@@ -34,7 +29,6 @@ from .numerals import counted
     multiple=True,
     type=click.Choice(["png", "tif", "seg", "binary-seg"]),
     default=("png",),
-    show_default=True,
     help="png: over the image; tif: float32 values; seg, binary-seg: DICOM SEG, fractional or binary. Repeatable.",
 )
 @runner.over_images
@@ -68,11 +62,5 @@ def explain(
     chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = explained(run.opener, images, out, chosen, watch)
-    if run.as_json:
-        runner.print_end(found)
-        return
-    marks = ", marks.csv" if method == "activation" and found.complete else ""
-    click.echo(f"{counted(found.done, 'image')} explained, {found.failed} skipped; {Path(out)}{marks}")
-    runner.print_stored(found, chosen.store)
-    if found.failed:
-        click.echo(f"{Path(out) / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
+    marks = ", marks.csv" if method == "activation" else ""
+    runner.print_end(run, Path(out), found, "explained", f"{out}{marks}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import rich_click as click
 
 from . import options
-from .import_ import _parse_size
 
 
 @click.command()
 @click.argument("source", type=click.Path())
 @click.option("--to", required=True, type=click.Choice(["huggingface", "onnx"]), help="Format to write.")
 @click.option("--out", required=True, type=click.Path(), help="Folder, or .onnx file.")
-@click.option("--size", metavar="HxW", callback=_parse_size, help="ONNX for single images of this fixed size.")
+@click.option("--size", metavar="HxW", callback=options.parse_size, help="ONNX for single images of this fixed size.")
 @options.trust
 def export(source: str, to: str, out: str, size: tuple[int, int] | None) -> None:
     """Write the network of a checkpoint of gigamorph train or a folder of gigamorph import.

@@ -8,19 +8,12 @@ from typing import Any
 
 import rich_click as click
 
+from ..engine.errors import GigamorphError
 from . import options
-
-
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else options.parse_size(ctx, param, value)
 
 
 def _parse_resize(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | str | None:
     return value if value in (None, "none") else options.parse_size(ctx, param, value)
-
-
-def _parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    return None if value is None else options.parse_numbers(ctx, param, value)
 
 
 def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -41,7 +34,13 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     metavar="FILE",
     help="State dict, checkpoint or Hugging Face folder on disk; cache: the weights that timm fetched earlier.",
 )
-@click.option("--prefix", default="", metavar="NAMES", help="Use the weights whose names begin like this, as in model.")
+@click.option(
+    "--prefix",
+    default="",
+    metavar="NAMES",
+    show_default=False,
+    help="Use the weights whose names begin like this, as in model.",
+)
 @click.option(
     "--layout",
     type=click.Choice(["mammoscreen", "rsna-2023", "mammo-clip", "gmic"]),
@@ -62,8 +61,8 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     help="One of several heads, in order, as in density=softmax:A,B,C,D. Repeatable.",
 )
 @click.option("--channels", type=click.Choice([1, 3]), help="Image channels; by default those of the weights.")
-@click.option("--mean", callback=_parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
-@click.option("--std", callback=_parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
+@click.option("--mean", callback=options.parse_numbers, metavar="NUMBERS", help="Grey value taken as zero, 0 to 1.")
+@click.option("--std", callback=options.parse_numbers, metavar="NUMBERS", help="Spread that is scaled to one.")
 @click.option("--voi", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.")
 @click.option(
     "--per-image",
@@ -77,8 +76,8 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     help="Resize images to this size; none keeps every pixel, even if the layout has a size.",
 )
 @click.option("--fit", type=click.Choice(["pad", "widen", "stretch"]), help="How images get this size; by default pad.")
-@click.option("--licence", default="", help="Licence of the weights, to be stored with them.")
-@click.option("--size", metavar="HxW", callback=_parse_size, help="Size of the image that checks the import.")
+@click.option("--licence", default="", show_default=False, help="Licence of the weights, to be stored with them.")
+@click.option("--size", metavar="HxW", callback=options.parse_size, help="Size of the image that checks the import.")
 @options.trust_pickles
 @options.flips("Also average over the mirrored image. Repeatable; every SOURCE must then be a folder.")
 def import_(
@@ -110,7 +109,6 @@ def import_(
     --out net
     """
     from ..engine.datasets.flips import FLIPS
-    from ..engine.errors import GigamorphError
     from ..engine.models.folder import Preprocessing, is_folder, require_no_run
     from ..engine.published.importing import Wishes, import_ensemble, import_network
     from ..engine.trust import trust_named

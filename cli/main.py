@@ -12,6 +12,7 @@ from typing import Any
 import rich_click as click
 from click import exceptions
 
+from ..engine.errors import GigamorphError
 from ..engine.versions import OWN
 from .interrupts import Commands, interrupt_recorded
 from .streams import guarded
@@ -46,7 +47,7 @@ class LazyCommand(click.RichCommand):
         return command.make_context(info_name, args, parent=parent, **extra)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(OWN)
 def cli() -> None:
     """Train and run ordinary ConvNets on gigapixel images, exactly, in the memory you have.
@@ -103,8 +104,6 @@ def _exit_code(args: list[str] | None, was_interrupted: Callable[[], bool]) -> i
     except Exception as error:
         if was_interrupted():
             return _stopped()
-        from ..engine.errors import GigamorphError
-
         if not isinstance(error, GigamorphError):
             raise
         print(f"error: {_one_line(str(error))}", file=sys.stderr)

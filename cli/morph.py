@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import MorphError
 from ..engine.morph.operations import OPERATIONS, Argument, Operation
 from . import options
 
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..engine.morph.files import Grown
-
-
-def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else options.parse_size(ctx, param, value)
 
 
 def _parse_sizes(text: str) -> int | tuple[int, ...]:
@@ -60,7 +57,7 @@ _TYPES: dict[str, tuple[str, bool, Callable[[Any], Any]]] = {
 _size: Any = click.option(
     "--size",
     metavar="HxW",
-    callback=_parse_size,
+    callback=options.parse_size,
     help="Size of the images for the checks; by default 64x64, times the factor of every front.",
 )
 _in: Any = click.option("--in", "source", metavar="FILE", help="Weights file; the recipe in it or next to it is used.")
@@ -86,7 +83,7 @@ class _Morph(click.RichCommand):
                 carrier = option(carrier)
             if self.operation.choice:
                 keys = click.Choice([*self.operation.functions])
-                more: Any = {"type": keys, "default": self.operation.default or None, "show_default": True}
+                more: Any = {"type": keys, "default": self.operation.default or None}
                 carrier.params.append(
                     click.Option([f"--{self.operation.choice}", "key"], help="Kind of morph.", **more)
                 )
@@ -100,7 +97,6 @@ class _Morph(click.RichCommand):
     def grow(self, key: str | None = None, **given: Any) -> None:
         """Open and grow the network, save it, and show the report."""
         from ..engine.morph.files import add_morph, check_target, save_network
-        from .morph_table import show_report
         from .progress import StageView
 
         operation = self.operation
@@ -124,7 +120,7 @@ class _Morph(click.RichCommand):
         with StageView("gigamorph.morph"):
             child, report = operation.function(chosen)(parent.network, image, **arguments)
         recipe = save_network(given["out"], add_morph(parent, child, report))
-        show_report(report)
+        click.echo(str(report))
         click.echo(f"written: {given['out']}, {recipe}")
 
 
@@ -178,7 +174,9 @@ for _operation in OPERATIONS:
 @options.classes_count
 @options.channel_count
 @_size
-@click.option("--image", metavar="HxW", callback=_parse_size, help="Image size for the costs; --size by default.")
+@click.option(
+    "--image", metavar="HxW", callback=options.parse_size, help="Image size for the costs; --size by default."
+)
 @click.option("--picture", metavar="FILE", help="Also draw the table as a PNG file.")
 def spaces(
     model: str,
@@ -195,7 +193,6 @@ def spaces(
     """
     from ..engine.morph.files import open_network
     from ..engine.morph.planner import plan_growth
-    from .morph_table import show_growth
 
     net = open_network(model, source, classes, channels)
     growth = plan_growth(net.network, net.example(size), image)
@@ -203,7 +200,7 @@ def spaces(
         from ..engine.morph.picture import save_picture
 
         save_picture(growth, picture, model)
-    show_growth(growth)
+    click.echo(str(growth))
 
 
 @morph.command()
@@ -235,7 +232,6 @@ def verify(first: str, second: str, model: str, classes: int, channels: int, siz
 
 
 def _open(given: dict[str, Any]) -> Grown:
-    from ..engine.errors import MorphError
     from ..engine.models.folder import is_folder
     from ..engine.morph.files import open_network
 
@@ -249,8 +245,6 @@ def _open(given: dict[str, Any]) -> Grown:
 def _last_layer(net: nn.Module) -> str:
     """Return the path of the classifier: the last linear layer or convolution in the order of the modules."""
     from torch.nn import Conv2d, Linear
-
-    from ..engine.errors import MorphError
 
     names = [name for name, module in net.named_modules() if isinstance(module, (Linear, Conv2d))]
     if not names:

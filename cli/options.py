@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from ..engine.datasets.flips import FLIPS
+from ..engine.errors import GigamorphError
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
+    from ..engine.images.levels import White
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+def parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """Return a callback that parses the value of an option if there is one, and turns our errors into click's."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except GigamorphError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+    return callback
+
+
+@parsed
+def parse_size(value: str) -> tuple[int, int]:
     """Parse ``4096x3328`` as (4096, 3328), height first."""
     match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", value.strip())
     if match is None:
-        raise click.BadParameter(f"{value!r} is not a size; write height x width, as in 4096x3328", ctx, param)
+        raise GigamorphError(f"{value!r} is not a size; write height x width, as in 4096x3328")
     return int(match[1]), int(match[2])
 
 
-def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    from ..engine.errors import GigamorphError
+@parsed
+def parse_budget(value: str) -> int:
     from ..engine.tiling.memory import parse_bytes
 
-    try:
-        return parse_bytes(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return parse_bytes(value)
 
 
 def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -64,38 +75,29 @@ def flips(text: str) -> Any:
 def parse_numbers(
     ctx: click.Context,
     param: click.Parameter,
-    value: str,
+    value: str | None,
     what: str = "numbers",
     example: str = "0.5 or 0.1,0.2,0.3",
-) -> tuple[float, ...]:
+) -> Any:
+    """Parse a list of numbers as a tuple of floats, None as None."""
     try:
-        return tuple(float(part) for part in value.split(","))
+        return None if value is None else tuple(float(part) for part in value.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of {what}; write {example}", ctx, param) from error
 
 
-def _parse_augment(ctx: click.Context, param: click.Parameter, value: str | None) -> Augment | None:
-    if value is None:
-        return None
+@parsed
+def _parse_augment(value: str) -> Augment:
     from ..engine.datasets.augment import Augment
-    from ..engine.errors import GigamorphError
 
-    try:
-        return Augment.parse(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return Augment.parse(value)
 
 
-def _parse_white(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    from ..engine.errors import GigamorphError
+@parsed
+def _parse_white(value: str) -> White:
     from ..engine.images.levels import parse_white
 
-    try:
-        return parse_white(value)
-    except GigamorphError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+    return parse_white(value)
 
 
 def channels_of(model: str, channels: int) -> int:
@@ -129,7 +131,6 @@ trust_pickles: Any = click.option(
 _model: Any = click.option(
     "--model",
     default="resnet18",
-    show_default=True,
     metavar="SPEC",
     callback=named,
     help="lesionnet, resnet18, resnet34, resnet50, timm:NAME, or your own module:factory (see gigamorph train), with "
@@ -154,40 +155,27 @@ batch_norm: Any = click.option(
     help="Keep the running statistics of BatchNorm layers: needs less memory and time than those of the whole image.",
 )
 precision: Any = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Autocast type."
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Autocast type."
 )
 device: Any = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     callback=_parse_device,
     help="Device to compute on.",
 )
-channels: Any = click.option(
-    "--channels", type=click.Choice([1, 3]), default=1, show_default=True, help="Input channels of the model."
-)
-channel_count: Any = click.option(
-    "--channels", type=click.IntRange(1), default=1, show_default=True, help="Input channels of the model."
-)
-classes_count: Any = click.option(
-    "--classes", type=click.IntRange(1), default=2, show_default=True, help="Outputs of the model."
-)
+channels: Any = click.option("--channels", type=click.Choice([1, 3]), default=1, help="Input channels of the model.")
+channel_count: Any = click.option("--channels", type=click.IntRange(1), default=1, help="Input channels of the model.")
+classes_count: Any = click.option("--classes", type=click.IntRange(1), default=2, help="Outputs of the model.")
 mean: Any = click.option(
     "--mean",
     default="0",
-    show_default=True,
     callback=parse_numbers,
     help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel.",
 )
-std: Any = click.option(
-    "--std", default="1", show_default=True, callback=parse_numbers, help="Standard deviation that is scaled to one."
-)
+std: Any = click.option("--std", default="1", callback=parse_numbers, help="Standard deviation that is scaled to one.")
 voi: Any = click.option(
-    "--voi",
-    default="auto",
-    show_default=True,
-    help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I.",
+    "--voi", default="auto", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I."
 )
 white: Any = click.option(
     "--white",
@@ -205,5 +193,5 @@ augment: Any = click.option(
     "scale=0.1, shear=5 (degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, "
     "brightness=0.05, noise=0.01.",
 )
-seed: Any = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
+seed: Any = click.option("--seed", type=click.IntRange(0), default=0, help="Random seed.")
 workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")

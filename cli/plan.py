@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
     from ..engine.train.precision import Precision
     from .table import BudgetRow
@@ -44,7 +43,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
     "batch",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Images per step: a batch, or the views of an exam.",
 )
 @options.channel_count
@@ -56,7 +54,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
     "--task",
     type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
-    show_default=True,
     help="As in train: the loss of masks is computed in tiles; for other tasks, the network's output is whole.",
 )
 @click.option("--inference", is_flag=True, help="Plan a prediction instead of a training step.")
@@ -66,7 +63,6 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option(
     "--device",
     default="auto",
-    show_default=True,
     callback=_parse_device,
     metavar="auto|cpu|cuda[:MEMORY]",
     help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have.",
@@ -186,35 +182,26 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
         rates = measure_ceilings(kind, seconds=0.5)
         stock = made.stock_bytes or made.peak_bytes
         names = {1: "stock's memory", 2: "1/2 of it", 4: "1/4 of it", 8: "1/8 of it", 16: "1/16 of it"}
-        rows = [(name, stock // share, rates) for share, name in names.items()]
+        rows: list[tuple[str, int, dict[str, float]]] = [(name, stock // share, rates) for share, name in names.items()]
         source = f"this machine's, measured now: {_rates(rates, sixteen)}"
     else:
+        kinds: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
         rows = [
-            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), _ceilings(*rate))
+            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(kinds, rate, strict=True)))
             for name, (gb, *rate) in constants.GPUS.items()
         ]
         source = "those of the manufacturer's data sheets"
     plans = plan_each(net, made.image, [budget for _, budget, _ in rows], device=kind, training=made.training)
-    found = [
-        BudgetRow(name, budget, each, each and _seconds(work, each, rates, sixteen))
-        for (name, budget, rates), each in zip(rows, plans, strict=True)
-    ]
+    found = []
+    for (name, budget, rates), each in zip(rows, plans, strict=True):
+        floor = work.seconds(rates, sixteen)  # of stock PyTorch's step; the plan's work multiplies it
+        found.append(BudgetRow(name, budget, each, floor * each.work if each and floor is not None else None))
     return found, source
-
-
-def _ceilings(gb_per_s: float, fp32: float, sixteen: float) -> dict[str, float]:
-    return {"gb_per_s": gb_per_s, "tflop_per_s fp32": fp32, "tflop_per_s bf16": sixteen}
 
 
 def _rates(rates: dict[str, float], precision: str) -> str:
     arithmetic = rates.get(f"tflop_per_s {precision}")
     return f"{rates['gb_per_s']:.3g} GB/s" + (f", {arithmetic:.3g} TFLOP/s" if arithmetic else "")
-
-
-def _seconds(work: Work, made: Plan, rates: dict[str, float], precision: str) -> float | None:
-    """Return the lower bound of stock PyTorch's step at these rates, times the plan's work."""
-    floor = work.seconds(rates, precision)
-    return None if floor is None else floor * made.work
 
 
 def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:

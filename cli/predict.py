@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
 from . import options, runner
-from .numerals import counted
-from .predict_masks import predict_masks
-from .train import scores_line
-
-if TYPE_CHECKING:
-    from ..engine.predict.options import Summary
-    from ..engine.predict.run import Options
-
-_LEAST_FOR_RATE = 100
-"""Least number of images for which the rate is printed."""
 
 
 @click.command()
@@ -39,13 +30,7 @@ _LEAST_FOR_RATE = 100
 @options.precision
 @runner.over_images
 def predict(
-    images: tuple[str, ...],
-    out: str,
-    heatmaps: bool,
-    calibration_file: str | None,
-    identifiers: bool,
-    precision: Any,
-    run: runner.Run,
+    images: tuple[str, ...], out: str, heatmaps: bool, calibration_file: str | None, identifiers: bool, run: runner.Run
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which contains model, classes and preprocessing.
 
@@ -80,48 +65,28 @@ def predict(
     With all folds: gigamorph predict run table.csv --out predictions
     """
     from ..engine.evaluate.recalibration import read_calibration
-    from ..engine.predict.masks import gives_masks
+    from ..engine.predict.job import opened_with_white
+    from ..engine.predict.masks import MaskOptions, gives_masks, open_segmenter, predict_masks
     from ..engine.predict.run import Options
     from ..engine.predict.run import predict as predicted
 
-    if gives_masks(run.checkpoint):
-        if heatmaps or calibration_file is not None:
-            raise click.UsageError("--heatmaps and --calibration do not support checkpoints of masks; omit them")
-        if run.options["flips"]:
-            raise click.UsageError("--flip averages probabilities of images and does not support masks; omit it")
-        predict_masks(images, Path(out), identifiers, precision, run)
-        return
+    masks = gives_masks(run.checkpoint)
+    if masks and (heatmaps or calibration_file is not None):
+        raise click.UsageError("--heatmaps and --calibration do not support checkpoints of masks; omit them")
+    if masks and run.options["flips"]:
+        raise click.UsageError("--flip averages probabilities of images and does not support masks; omit it")
     calibration = None
     if calibration_file is not None:
-        calibration = read_calibration(
-            calibration_file, run.opener(device="cpu").classes, run.options["model"], run.options["flips"]
-        )
-    own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration, "precision": precision}
-    chosen = Options(**own, **run.options)
-    with runner.watching(run.as_json, chosen.device) as watch:
-        found = predicted(run.opener, images, out, chosen, watch)
-    if run.as_json:
-        runner.print_end(found)
-    else:
-        _print_summary(chosen, Path(out), found)
-
-
-def _print_summary(options: Options, out: Path, found: Summary) -> None:
-    """Print the summary of a run."""
-    if not found.complete:
-        shard = f"shard {options.shard[0]}/{options.shard[1]}: " if options.shard[1] > 1 else ""
-        done = f"{shard}{counted(found.done, 'image')} predicted, {found.failed} skipped; {out / 'parts'}"
-        click.echo(f"{done}; predictions.csv is written when the other shards are done")
-        return
-    tables = f"{out / 'predictions.csv'}, breasts.csv, exams.csv"
-    click.echo(f"{counted(found.done, 'image')} predicted, {found.failed} skipped; {tables}")
-    runner.print_stored(found, options.store)
-    if found.failed:
-        click.echo(f"{out / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
-    if found.computed >= _LEAST_FOR_RATE:
-        rate = found.computed / max(found.seconds, 1e-9)
-        click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
-    for split, note in runner.SPLITS.items():
-        measured = found.scores.get(split, {})
-        if any(measured.get(name) is not None for name in ("auc_image", "mae_image")):
-            click.echo(f"{note}: {scores_line(measured)}")
+        classes = run.opener(device="cpu").classes
+        calibration = read_calibration(calibration_file, classes, run.options["model"], run.options["flips"])
+    with runner.watching(run.as_json, run.options["device"]) as watch:
+        if masks:
+            opener: Any = functools.partial(open_segmenter, run.checkpoint, memory_budget=run.memory_budget)
+            opener = functools.partial(opened_with_white, opener, run.options["white"])
+            found = predict_masks(opener, images, out, MaskOptions(identifiers=identifiers, **run.options), watch)
+            files = f"{Path(out) / 'masks'}, predictions.csv"
+        else:
+            own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration}
+            found = predicted(run.opener, images, out, Options(**own, **run.options), watch)
+            files = f"{Path(out) / 'predictions.csv'}, breasts.csv, exams.csv"
+    runner.print_end(run, Path(out), found, "predicted", files)

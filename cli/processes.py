@@ -12,6 +12,7 @@ from typing import Any
 import rich_click as click
 
 from .interrupts import Stopped
+from .messages import warn
 
 _BYTES_PER_PROCESS = 300 * 2**20  # memory of a process after importing PyTorch and Lightning
 
@@ -47,7 +48,7 @@ class Printer:
         """Print a warning once, because the folds of a cross-validation repeat it."""
         if text not in self._warned:
             self._warned.add(text)
-            click.echo(f"warning: {text}", err=True)
+            warn(text)
 
 
 def count_processes(devices: int | None, split_image: bool | int, per_image: int | None) -> int:

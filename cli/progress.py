@@ -32,24 +32,16 @@ class ProgressView:
         self._key: tuple[str, int] | None = None
         self._began, self._shown = time.monotonic(), 0.0
         self._first = 0
-        self._bar: Bar | None = None
+        texts = TextColumn("{task.description:<14}"), TextColumn("{task.fields[detail]}")
+        columns = texts[0], BarColumn(bar_width=None), texts[1], TimeElapsedColumn()
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
 
     def __enter__(self) -> ProgressView:
-        if self._console.is_terminal:
-            self._bar = Bar(
-                TextColumn("{task.description:<14}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
@@ -60,24 +52,19 @@ class ProgressView:
         now = time.monotonic()
         if key != self._key:
             self._key, self._began, self._shown, self._first = key, now, now, progress.image
-            if self._bar is not None:
-                for task in self._bar.task_ids:
-                    self._bar.remove_task(task)
-                self._bar.add_task(_title(progress), total=max(progress.images, 1), detail="")
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(_title(progress), total=max(progress.images, 1), detail="")
         if progress.note:
-            self._console.print(progress.note, highlight=False, soft_wrap=True)
-        if self._bar is not None:
+            self.say(progress.note)
+        if self._console.is_terminal:
             if key != shown or now - self._shown >= _REFRESH_INTERVAL or progress.image == progress.images:
                 self._shown = now
                 for task in self._bar.task_ids:
                     self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
         elif not progress.note and now - self._shown >= self._interval:
             self._shown = now
-            self._console.print(
-                f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.say(f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}")
 
     def _detail(self, progress: Progress, now: float) -> str:
         seconds = max(now - self._began, 1e-6)
@@ -91,7 +78,7 @@ class ProgressView:
         if done > 0:
             left = seconds / done * (progress.images - progress.image - progress.part)
             parts.append(f"{_clock(left)} left in this stage")
-        return ", ".join(parts[1:] if self._bar is None else parts)
+        return ", ".join(parts if self._console.is_terminal else parts[1:])
 
 
 class StageView(logging.Handler):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
+from ..engine.errors import GigamorphError
 from . import options
 from .processes import printing_stop
 
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from ..engine.mammography.recipes.recipe import Claim
 
 
-def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+@options.parsed
+def _parse_seeds(value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise click.BadParameter(f"{value!r}; write different whole numbers, as in 0,1,2", ctx, param)
+        raise GigamorphError(f"{value!r}; write different whole numbers, as in 0,1,2")
     return tuple(int(part) for part in parts)
 
 
@@ -27,7 +29,6 @@ def _parse_seeds(ctx: click.Context, param: click.Parameter, value: str) -> tupl
 @click.option(
     "--seeds",
     default="0,1,2",
-    show_default=True,
     metavar="LIST",
     callback=_parse_seeds,
     help="Seeds of data and networks; the task runs once with each.",

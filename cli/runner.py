@@ -7,15 +7,18 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.errors import GigamorphError
 from . import options
 from .interrupts import Stopped
+from .messages import counted, warn
 from .progress import ProgressView
+from .train import scores_line
 
 if TYPE_CHECKING:
     from ..engine.datasets.tables import Record
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from ..engine.predict.predictor import Opener
     from ..engine.train.progress import Progress
 
+_LEAST_FOR_RATE = 100
+"""Least number of images for which the rate is printed."""
 SPLITS = {
     "test": "test",
     "val": "val (chose the epoch)",
@@ -32,24 +37,22 @@ SPLITS = {
 """How scores of a split are labelled, in the order of printing."""
 
 
-def _parse_shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
-    if value is None:
-        return 1, 1
+@options.parsed
+def _parse_shard(value: str) -> tuple[int, int]:
     parts = value.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 1 <= int(parts[0]) <= int(parts[1]):
-        raise click.BadParameter(f"{value!r} is not a shard; write 1/4, 2/4, 3/4 or 4/4", ctx, param)
+        raise GigamorphError(f"{value!r} is not a shard; write 1/4, 2/4, 3/4 or 4/4")
     return int(parts[0]), int(parts[1])
 
 
-def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
+@options.parsed
+def _parse_share(value: str) -> float:
     try:
         share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise click.BadParameter(f"{value!r} is not a share; write 2% or 0.02", ctx, param)
+        raise GigamorphError(f"{value!r} is not a share; write 2% or 0.02")
     return share
 
 
@@ -64,6 +67,8 @@ retry_failed: Any = click.option("--retry-failed", is_flag=True, help="With --re
 shard: Any = click.option(
     "--shard",
     metavar="I/N",
+    default="1/1",
+    show_default=False,
     callback=_parse_shard,
     help="Process part I of N, of about equal pixels; all shards write to one folder, on one or more machines.",
 )
@@ -74,20 +79,13 @@ _MODEL_OPTIONS = (
     max_failures,
     retry_failed,
     shard,
-    click.option(
-        "--devices",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Number of GPUs, or of CPU processes.",
-    ),
+    click.option("--devices", type=click.IntRange(1), default=1, help="Number of GPUs, or of CPU processes."),
     options.flips("Also average the outputs over the mirrored image. Repeatable."),
     click.option("--workers", type=click.IntRange(0), help="Processes per device that prefetch and decode images."),
     click.option(
         "--engine",
         type=click.Choice(["embedded", "ray"]),
         default="embedded",
-        show_default=True,
         help="Run on this machine, or with --devices actors on a Ray cluster (pip install 'gigamorph[ray]').",
     ),
     click.option(
@@ -96,6 +94,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--store",
         default="",
+        show_default=False,
         metavar="URL",
         help="DICOMweb store for the results, sent once at the end, as in dicomweb+https://host/dicom-web.",
     ),
@@ -130,24 +129,17 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a run over images to a command with the argument ``checkpoint``; it gets them as `run`."""
 
     @functools.wraps(command)
-    def wrapper(
-        checkpoint: str,
-        skip_bad: bool,
-        max_failures: float | None,
-        engine: str,
-        address: str | None,
-        as_json: bool,
-        memory_budget: int | None,
-        **given: Any,
-    ) -> None:
+    def wrapper(checkpoint: str, skip_bad: bool, as_json: bool, memory_budget: int | None, **given: Any) -> None:
         from ..engine.models.folder import digest_of
         from ..engine.models.folds import fold_checkpoints
         from ..engine.predict.job import opened_with_white
+        from ..engine.predict.options import RunOptions
         from ..engine.published.classifier import open_predictor
         from ..engine.published.folds import look_at_folds
         from ..engine.train.checkpoint import load_checkpoint
 
-        if address is not None and engine != "ray":
+        chosen = {field.name: given.pop(field.name) for field in fields(RunOptions) if field.name in given}
+        if chosen["address"] is not None and chosen["engine"] != "ray":
             raise click.UsageError("--address needs --engine ray")
         if not Path(checkpoint).is_dir():
             load_checkpoint(checkpoint)  # reports errors before a folder is made or images are searched
@@ -155,28 +147,11 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
             summary = look_at_folds(checkpoint)
             if not as_json:
                 click.echo(summary)
-        if given["overwrite"] and (given["resume"] or given["shard"][1] > 1):
+        if chosen["overwrite"] and (chosen["resume"] or chosen["shard"][1] > 1):
             raise click.UsageError("--overwrite removes a run and all its shards; omit --resume and --shard")
-        names = (
-            "resume",
-            "overwrite",
-            "retry_failed",
-            "shard",
-            "devices",
-            "device",
-            "workers",
-            "flips",
-            "store",
-            "white",
-        )
-        chosen = {
-            "model": digest_of(checkpoint),
-            "checkpoint": Path(checkpoint).name,
-            "max_failures": 1.0 if skip_bad and max_failures is None else max_failures,
-            "engine": engine,
-            "address": address,
-            **{name: given.pop(name) for name in names},
-        }
+        if skip_bad and chosen["max_failures"] is None:
+            chosen["max_failures"] = 1.0
+        chosen |= {"model": digest_of(checkpoint), "checkpoint": Path(checkpoint).name}
         opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
         opener = functools.partial(opened_with_white, opener, chosen["white"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
@@ -184,10 +159,6 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(_MODEL_OPTIONS):
         wrapper = option(wrapper)
     return wrapper
-
-
-def warn(text: str) -> None:
-    click.echo(f"warning: {text}", err=True)
 
 
 @contextmanager
@@ -222,27 +193,45 @@ def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence
         warn(text)
 
 
-def print_end(found: Summary) -> None:
-    """Print the event ``end``, the last JSON line."""
-    _print_event(
-        "end",
-        images=found.images,
-        done=found.done,
-        failed=found.failed,
-        computed=found.computed,
-        complete=found.complete,
-        seconds=round(found.seconds, 3),
-        images_per_second=round(found.computed / max(found.seconds, 1e-9), 4),
-        idle=round(found.idle, 4),
-        stored=found.stored,
-        scores=found.scores,
-    )
+def print_end(run: Run, out: Path, found: Summary, done: str, files: str) -> None:
+    """Print the result of a run: lines of text, or the event ``end``, the last JSON line.
 
-
-def print_stored(found: Summary, store: str) -> None:
-    """Print how many instances were sent to the DICOMweb store, if one is given."""
-    if store and found.complete:
-        click.echo(f"{found.stored} instances stored in {store}")
+    Args:
+        done: what was done with each image.
+        files: the files in `out`; those of an unfinished run are its parts.
+    """
+    if run.as_json:
+        _print_event(
+            "end",
+            images=found.images,
+            done=found.done,
+            failed=found.failed,
+            computed=found.computed,
+            complete=found.complete,
+            seconds=round(found.seconds, 3),
+            images_per_second=round(found.computed / max(found.seconds, 1e-9), 4),
+            idle=round(found.idle, 4),
+            stored=found.stored,
+            scores=found.scores,
+        )
+        return
+    shard = ""
+    if not found.complete:
+        number, shards = run.options["shard"]
+        shard = f"shard {number}/{shards}: " if shards > 1 else ""
+        files = f"{out / 'parts'}; the tables are written when the other shards are done"
+    click.echo(f"{shard}{counted(found.done, 'image')} {done}, {found.failed} skipped; {files}")
+    if run.options["store"] and found.complete:
+        click.echo(f"{found.stored} instances stored in {run.options['store']}")
+    if found.failed:
+        click.echo(f"{out / 'quarantine.csv'} lists the reasons; --resume --retry-failed tries them again")
+    if found.computed >= _LEAST_FOR_RATE:
+        rate = found.computed / max(found.seconds, 1e-9)
+        click.echo(f"{rate:.3g} images/s; the device waited for images {found.idle:.1%} of the time")
+    for split, note in SPLITS.items():
+        measured = found.scores.get(split, {})
+        if "dice" in measured or any(measured.get(name) is not None for name in ("auc_image", "mae_image")):
+            click.echo(f"{note}: {scores_line(measured)}")
 
 
 class _Lines:

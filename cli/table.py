@@ -45,10 +45,7 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
         name = f"stock PyTorch ({plan.stock_bytes / plan.peak_bytes:.1f} times the peak)"
         sums.append((name, plan.stock_bytes, "red"))
     largest = max(size for _, size, _ in [*parts, *sums])
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    table = _table("", ">", "", show_header=False)
     console.print("at the moment of the peak:")
     for group in (parts, sums):
         for name, size, style in group:
@@ -60,6 +57,14 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
         table.caption = f"work {plan.work:.2f} times that of stock PyTorch{kept}"
         table.caption_justify = "left"
     print_whole(console, table)
+
+
+def _table(*columns: str, **options: Any) -> Table:
+    """Return a table without lines; columns whose name begins with > are right-aligned."""
+    table = Table(box=None, pad_edge=False, **options)
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    return table
 
 
 def print_whole(console: Console, table: Table) -> None:
@@ -82,10 +87,7 @@ class BudgetRow:
 def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None = None) -> None:
     """Print the cost of a step under several budgets, and the smallest sufficient budget."""
     console = console or Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("budget", "peak", "tile", "work", "at best"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("", ">budget", ">peak", ">tile", ">work", ">at best")
     for row in rows:
         cells = ("does not fit", "", "", "")
         if row.plan is not None:
@@ -133,12 +135,10 @@ def _shown(value: Any) -> str:
 def show_choices(choices: Sequence[Choice], console: Console | None = None) -> None:
     """Print the chosen kernels with the measured times, largest gain first."""
     console = console or Console(highlight=False)
-    table = Table(title="kernels, as measured on this GPU", box=None, title_justify="left", pad_edge=False)
-    for name in ("op", "channels and settings"):
-        table.add_column(name, overflow="fold")
-    for name in ("pixels", "stock ms", "ours ms", "ours / stock"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("runs", no_wrap=True)
+    names = ("op", "channels and settings", ">pixels", ">stock ms", ">ours ms", ">ours / stock", "runs")
+    table = _table(*names, title="kernels, as measured on this GPU", title_justify="left")
+    for column in table.columns[:2]:
+        column.no_wrap, column.overflow = False, "fold"
     for choice in sorted(choices, key=lambda c: c.ratio):
         ours = min(ms for name, ms in choice.ms.items() if name != "stock")
         style = "" if choice.chosen == "stock" else "green"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from click.core import ParameterSource
 
+from ..engine.errors import GigamorphError
 from . import options
 from .foreign_options import TrainCommand
-from .numerals import counted
+from .messages import counted
 from .processes import Printer, count_processes, is_first_process, is_restarted, printing_stop, start
 from .train_recipe import begin_recipe, require_recipe_options
 
@@ -53,11 +54,12 @@ def _parse_scale(ctx: click.Context, param: click.Parameter, value: str) -> Any:
     return value if value == "auto" else options.parse_numbers(ctx, param, value)
 
 
-def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float:
+@options.parsed
+def _parse_time(value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)?", value.strip())
     seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
     if not seconds:
-        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30min or 2h", ctx, param)
+        raise GigamorphError(f"{value!r} is not a time; write 90s, 30min or 2h")
     return seconds
 
 
@@ -93,7 +95,6 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     "--task",
     type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
     default="classes",
-    show_default=True,
     help="classes: one of several classes; labels: any of the columns label_NAME; ordinal: ordered classes; numbers: "
     "values of label_NAME; masks: a class for each pixel, in the files of mask_path.",
 )
@@ -109,14 +110,11 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
 @click.option(
     "--mean",
     default="0",
-    show_default=True,
     callback=_parse_scale,
     help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel. auto for --mean "
     "and --std measures both on a sample of the training images.",
 )
-@click.option(
-    "--std", default="1", show_default=True, callback=_parse_scale, help="Standard deviation that maps to one; or auto."
-)
+@click.option("--std", default="1", callback=_parse_scale, help="Standard deviation that maps to one; or auto.")
 @options.voi
 @options.for_processing
 @options.white
@@ -125,7 +123,6 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     "--downsample",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Average this many pixels in both directions, as a baseline with lower resolution.",
 )
 @click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out unreadable ones.")
@@ -135,8 +132,8 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     metavar="N",
     help="Cross-validation by patient: N runs, in fold1 ...; predict accepts OUT as the mean of their networks.",
 )
-@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--epochs", type=click.IntRange(1), default=20)
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, help="Learning rate.")
 @click.option(
     "--lr-of",
     "rates",
@@ -145,12 +142,12 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     callback=_parse_rates,
     help="Learning rate of some modules, as in classifier=1e-3. Repeatable; the last match counts.",
 )
-@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True)
-@click.option("--accumulate", type=click.IntRange(1), default=8, show_default=True, help="Images per optimizer step.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
+@click.option("--accumulate", type=click.IntRange(1), default=8, help="Images per optimizer step.")
 @options.precision
 @click.option("--class-weights", is_flag=True, help="Weigh classes in the loss by the inverse of their frequency.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after this many epochs without a better validation AUC.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @options.device
 @click.option(
     "--devices",
@@ -169,7 +166,6 @@ def _parse_time(ctx: click.Context, param: click.Parameter, value: str) -> float
     "--timeout",
     metavar="TIME",
     default="2h",
-    show_default=True,
     callback=_parse_time,
     help="Time limit for waiting on other processes, as in 90s, 30min or 2h; the error names the missing process.",
 )
@@ -303,7 +299,6 @@ def _train(
 ) -> None:
     """Train in this process, alone or as one of several; only the first process prints."""
     from ..engine.config import to_toml
-    from ..engine.errors import GigamorphError
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.predict.tables import write_csv
@@ -371,8 +366,6 @@ def _stop_message(out: Path, of_folds: bool = False) -> str:
 
 
 def _require_no_folds(out: Path) -> None:
-    from ..engine.errors import GigamorphError
-
     if (out / "fold1").is_dir():
         raise GigamorphError(f"{out}: holds a cross-validation; give --folds, or name another folder")
 
@@ -381,7 +374,6 @@ def _train_folds(
     table: str, config: TrainConfig, out: Path, resume: bool, echo: Printer, count: int, device: str
 ) -> None:
     """Train the folds one after the other, and summarise them."""
-    from ..engine.errors import GigamorphError
     from ..engine.train.folds import summarise
 
     folds = config.data.folds
@@ -408,7 +400,6 @@ def _train_folds(
 
 def _require_same_folds(out: Path, folds: int) -> None:
     """Refuse to resume with another number of folds, which would assign patients to other folds."""
-    from ..engine.errors import GigamorphError
     from ..engine.train.config import read_saved
 
     if (out / SAVED).is_file():

@@ -8,10 +8,11 @@ from typing import Any
 
 import rich_click as click
 
+from ..engine.errors import DataError
 from . import options
 from .counter import Count
 from .interrupts import Stopped
-from .numerals import counted
+from .messages import counted
 
 
 @click.command()
@@ -20,11 +21,7 @@ from .numerals import counted
     "--table", type=click.Path(exists=True, dir_okay=False), help="The csv with the predicted images: findings, masks."
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for --static; by default SOURCE/view.")
-@click.option(
-    "--static",
-    is_flag=True,
-    help="Write all missing tiles, so that the page works from files, and exit.",
-)
+@click.option("--static", is_flag=True, help="Write all missing tiles, so that the page works from files, and exit.")
 @click.option(
     "--evidence",
     metavar="CHECKPOINT",
@@ -34,8 +31,14 @@ from .numerals import counted
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Show the images of one split.")
 @click.option("--most", type=click.IntRange(1), metavar="N", help="Show only the N exams with the largest errors.")
 @click.option("--identifiers", is_flag=True, help="Show names of patients and files; by default, exams have numbers.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the server; by default a free one.")
-@click.option("--browser/--no-browser", default=True, show_default=True, help="Open the page.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="Port of the server; by default a free one.",
+)
+@click.option("--browser/--no-browser", default=True, help="Open the page.")
 @options.white
 @options.trust
 @options.memory_budget
@@ -66,7 +69,6 @@ def view(
 
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """
-    from ..engine.errors import DataError
     from ..engine.evaluate.read import note_of, table_in
     from ..engine.mammography.view.evidence import Evidence
     from ..engine.mammography.view.exams import read_exams
@@ -93,18 +95,12 @@ def view(
     if static:
         folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"
         page = site.write_page(folder)
-        written = 0
-
-        def done(number: int) -> None:
-            nonlocal written
-            written += 1
-            count.add()
-
+        count = Count("images", len(site.views))
         try:
-            with Count("images", len(site.views)) as count:
-                there = site.write_all(folder, done)
+            with count:
+                there = site.write_all(folder, lambda number: count.add())
         except KeyboardInterrupt as error:
-            shown = f"{page} shows {written} of {len(site.views)} images" if written else "no image was written"
+            shown = f"{page} shows {count.done} of {len(site.views)} images" if count.done else "no image was written"
             click.echo(f"stopped; {shown}, and the same command continues", err=True)
             raise Stopped from error
         click.echo(f"{counts}{f', {there} of them already written' if there else ''}; {page}")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..errors import BudgetError, ForwardError, UnsupportedError
-from .child import measure_in_new_process
 from .peers import PEERS
+from .process import measure_in_new_process
 from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
 from .step import Options, planned, settings
 from .work import build

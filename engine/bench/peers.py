@@ -143,14 +143,6 @@ def _no_lightstream(task: Task) -> str | None:
     return None
 
 
-def _onnxruntime(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    return onnxruntime_step(network, task)
-
-
-def _openvino(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    return openvino_step(network, task)
-
-
 def _gigamorph(network: nn.Module, task: Task, settings: Settings) -> Prepared:
     return ordinary(accelerate(network, **settings), task)
 
@@ -164,8 +156,8 @@ PEERS = {
         Peer("compile", "torch.compile", _compile, _no_compiler, channels_last=True, compiles=True),
         Peer("checkpoint", "checkpoint per block", _checkpoint, _no_gradients),
         Peer("lightstream", "lightstream", _lightstream, _no_lightstream),
-        Peer("onnxruntime", "ONNX Runtime", _onnxruntime, partial(missing, "onnxruntime")),
-        Peer("openvino", "OpenVINO", _openvino, partial(missing, "openvino")),
+        Peer("onnxruntime", "ONNX Runtime", onnxruntime_step, partial(missing, "onnxruntime")),
+        Peer("openvino", "OpenVINO", openvino_step, partial(missing, "openvino")),
         Peer("gigamorph", "gigamorph", _gigamorph),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -53,12 +53,7 @@ def memory_figure(rows: Sequence[StepRow], title: str) -> Figure:
     cap = max(caps) / 1e9 if caps else None
     ends: list[tuple[float, float, str, str]] = []
     top = max((row.peak_bytes or 0) / 1e9 for row in rows)
-    for peer, line in _by_peer(rows):
-        x, y = _points(line, lambda row: row.peak_bytes and row.peak_bytes / 1e9)
-        if not x:
-            continue
-        axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
-        end = _end(line, max(x))
+    for peer, x, y, end in _draw_lines(axes, rows, lambda row: row.peak_bytes and row.peak_bytes / 1e9):
         if end is not None:
             height = cap or y[-1] * end.task.megapixels / x[-1]
             top = max(top, height)
@@ -85,12 +80,7 @@ def throughput_figure(rows: Sequence[StepRow], title: str) -> Figure:
         return _bar_plot(rows, title, lambda row: row.mpx_per_s or 0, "Mpx/s", "megapixels per second")
     figure, axes = panel(8.2, 4.8, title)
     ends = []
-    for peer, line in _by_peer(rows):
-        x, y = _points(line, lambda row: row.mpx_per_s)
-        if not x:
-            continue
-        axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
-        end = _end(line, max(x))
+    for peer, x, y, end in _draw_lines(axes, rows, lambda row: row.mpx_per_s):
         text = f"{label(peer)}, {_digits(y[-1])} Mpx/s"
         if end is not None:
             axes.plot([x[-1]], [y[-1]], "x", color=colour(peer), markersize=11, markeredgewidth=3)
@@ -158,21 +148,21 @@ def _bars(bars: Sequence[tuple[str, float, str]], title: str) -> tuple[Figure, A
     return figure, axes
 
 
-def _by_peer(rows: Sequence[StepRow]) -> Iterable[tuple[str, list[StepRow]]]:
-    """Yield peers with their rows by size; gigamorph last, so that its line is on top."""
-    peers = sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph")  # stable sort
-    for peer in peers:
-        yield peer, sorted((row for row in rows if row.peer == peer), key=lambda row: row.task.megapixels)
+def _draw_lines(
+    axes: Axes, rows: Sequence[StepRow], value: Callable[[StepRow], float | None]
+) -> Iterator[tuple[str, list[float], list[float], StepRow | None]]:
+    """Draw the line of each peer; yield peer, megapixels, values, and the row at which it ran out of memory after them.
 
-
-def _points(rows: Sequence[StepRow], value: Callable[[StepRow], float | None]) -> tuple[list[float], list[float]]:
-    good = [(row.task.megapixels, value(row)) for row in rows if row.status in (OK, WRONG)]
-    return [x for x, y in good if y], [y for _, y in good if y]
-
-
-def _end(rows: Sequence[StepRow], last: float) -> StepRow | None:
-    """Return the row at which a peer ran out of memory, after its last point."""
-    return next((row for row in rows if row.status == OUT_OF_MEMORY and row.task.megapixels > last), None)
+    gigamorph is last, so that its line is on top.
+    """
+    for peer in sorted(dict.fromkeys(row.peer for row in rows), key=lambda peer: peer == "gigamorph"):  # stable sort
+        line = sorted((row for row in rows if row.peer == peer), key=lambda row: row.task.megapixels)
+        points = [(row.task.megapixels, found) for row in line if row.status in (OK, WRONG) and (found := value(row))]
+        if points:
+            x, y = [list(of) for of in zip(*points, strict=True)]
+            axes.plot(x, y, "o-", color=colour(peer), linewidth=2.6 if peer == "gigamorph" else 1.6, markersize=5)
+            short = (row for row in line if row.status == OUT_OF_MEMORY and row.task.megapixels > x[-1])
+            yield peer, x, y, next(short, None)
 
 
 def _finish(axes: Axes, rows: Sequence[StepRow], ends: list[tuple[float, float, str, str]], what: str) -> None:

@@ -6,6 +6,7 @@ some module; the server lives as long as the process, so that requests can use r
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, Task
 
 Answer = dict[str, Any]
 _RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -93,6 +94,37 @@ class Process:
         if "alloc" in last.lower() or "memory" in last.lower():
             return {"status": OUT_OF_MEMORY, "reason": last[:300]}
         return {"status": FAILED, "reason": f"the process ended with code {code}: {last[:300]}"}
+
+
+class Child(Process):
+    """A process that runs one peer's steps; see `Process`, and `Server` in `work.py`."""
+
+    def __init__(self, longest: float = 600.0, lean: bool = False):
+        super().__init__(f"{__package__}.work", longest, lean)
+
+    def start(self, task: Task, peer: str, settings: dict[str, Any], cap: int | None) -> Answer:
+        """Prepare a peer's network."""
+        return self.ask("start", task=dataclasses.asdict(task), peer=peer, settings=settings, cap=cap)
+
+    def run(self, steps: int, warm: int = 0) -> Answer:
+        """Run steps; see `Work.run`."""
+        return self.ask("run", steps=steps, warm=warm)
+
+
+def measure_in_new_process(
+    task: Task,
+    peer: str,
+    settings: dict[str, Any],
+    steps: int,
+    *,
+    cap: int | None = None,
+    longest: float = 600.0,
+    lean: bool = False,
+) -> Answer:
+    """Run steps of a peer in a new process; see `Child` and `Work.run`."""
+    with Child(longest, lean) as child:
+        answer = child.start(task, peer, settings, cap)
+        return child.run(steps) if answer["status"] == OK else answer
 
 
 def serve(name: str) -> None:

@@ -17,14 +17,7 @@ from typing import Any
 from ..files import write_atomically
 
 FORMAT = "gigamorph-bench 1"
-OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = (
-    "ok",
-    "out of memory",
-    "wrong",
-    "refused",
-    "failed",
-    "not run",
-)
+OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = ("ok", "out of memory", "wrong", "refused", "failed", "not run")
 EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream, capped at gigamorph's memory
 
 

@@ -5,6 +5,7 @@ Networks and sizes are those of mammography and pathology, and the largest that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,7 @@ GIB = 2**30
 _ALL = ("stock", "compile", "checkpoint", "gigamorph")
 _STREAMING = ("stock", "checkpoint", "lightstream", "gigamorph")
 _EXACT = ("stock", "checkpoint", "gigamorph")
+_BOTH, _OURS = ("stock", "gigamorph"), ("gigamorph",)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Declared:
     """One row of the list.
 
     Attributes:
-        tasks: pairs of a task and its cap in GiB; None: all memory.
+        tasks: each is measured with each cap.
+        caps: GiB of memory; None: all memory.
         gpu: GiB of GPU memory that it needs; 0: it runs on the CPU.
         host: GiB of memory that it needs on the CPU.
         tile: gigamorph's tile in pixels.
@@ -35,22 +38,19 @@ class Declared:
     text: str
     aim: str
     peers: tuple[str, ...]
-    tasks: tuple[tuple[Task, float | None], ...]
+    tasks: tuple[Task, ...]
+    caps: tuple[float | None, ...] = (None,)
     gpu: int = 0
     host: int = 4
     tile: int | None = None
 
 
-def _gpu(model: str, *image: int, norm: str = "live", training: bool = True) -> Task:
-    return Task(model, image, training, norm, "bf16", "cuda")  # pyright: ignore[reportArgumentType]
+def _gpu(model: str, *image: int, norm: str = "live", training: bool = True) -> tuple[Task, ...]:
+    return (Task(model, image, training, norm, "bf16", "cuda"),)  # pyright: ignore[reportArgumentType]
 
 
-def _cpu(model: str, *image: int, norm: str = "frozen") -> Task:
-    return Task(model, image, True, norm, "fp64", "cpu")  # pyright: ignore[reportArgumentType]
-
-
-def _with_caps(task: Task, *caps: float | None) -> tuple[tuple[Task, float | None], ...]:
-    return tuple((task, cap) for cap in caps)
+def _cpu(model: str, *image: int, norm: str = "frozen") -> tuple[Task, ...]:
+    return (Task(model, image, True, norm, "fp64", "cpu"),)  # pyright: ignore[reportArgumentType]
 
 
 ROWS = (
@@ -59,34 +59,28 @@ ROWS = (
         "ResNet-18, 3328 x 2560 x 1, batch 1 and 4, bf16, live BatchNorm",
         "as fast as torch.compile in 0.56 of stock's memory",
         _ALL,
-        tuple((_gpu("resnet18", n, 1, 3328, 2560), None) for n in (1, 4)),
-        24,
+        _gpu("resnet18", 1, 1, 3328, 2560) + _gpu("resnet18", 4, 1, 3328, 2560),
+        gpu=24,
     ),
     Declared(
         2,
         "ResNet-50, 4 views of 4096 x 3328, live BatchNorm",
         "runs in 24 GiB, 1.3 times as fast as checkpoint",
         _ALL,
-        _with_caps(_gpu("resnet50", 4, 1, 4096, 3328), 24),
+        _gpu("resnet50", 4, 1, 4096, 3328),
+        (24,),
         24,
     ),
     Declared(
-        3,
-        "VGG16-BN, 4096 x 3328",
-        "570 bytes per pixel",
-        _ALL,
-        _with_caps(_gpu("timm:vgg16_bn", 1, 1, 4096, 3328), 24, None),
-        24,
+        3, "VGG16-BN, 4096 x 3328", "570 bytes per pixel", _ALL, _gpu("timm:vgg16_bn", 1, 1, 4096, 3328), (24, None), 24
     ),
     Declared(
         4,
         "ResNet-18 and -34, 8192 x 8192",
         "twice lightstream's speed at the same cap",
         _STREAMING,
-        (
-            *_with_caps(_gpu("resnet18", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
-            *_with_caps(_gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"), 4, 8, 24),
-        ),
+        _gpu("resnet18", 1, 3, 8192, 8192, norm="frozen") + _gpu("resnet34", 1, 3, 8192, 8192, norm="frozen"),
+        (4, 8, 24),
         24,
     ),
     Declared(
@@ -94,49 +88,47 @@ ROWS = (
         "ResNet-34, 16384 x 16384",
         "no overlap computed twice",
         _STREAMING,
-        _with_caps(_gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"), 11, 24, None),
+        _gpu("resnet34", 1, 3, 16384, 16384, norm="frozen"),
+        (11, 24, None),
         24,
     ),
     Declared(
         6,
         "ResNet-50, 21504 x 21504, live BatchNorm",
         "runs without paging",
-        ("gigamorph",),
-        _with_caps(_gpu("resnet50", 1, 3, 21504, 21504), None),
-        130,
+        _OURS,
+        _gpu("resnet50", 1, 3, 21504, 21504),
+        gpu=130,
     ),
     Declared(
-        7,
-        "ResNet-18, 32768 x 32768",
-        "40 GiB, 0.77 s",
-        ("gigamorph",),
-        _with_caps(_gpu("resnet18", 1, 3, 32768, 32768), 40, None),
-        130,
+        7, "ResNet-18, 32768 x 32768", "40 GiB, 0.77 s", _OURS, _gpu("resnet18", 1, 3, 32768, 32768), (40, None), 130
     ),
     Declared(
         8,
         "ResNet-34, 65536 x 65536, live BatchNorm",
         "one exact step",
-        ("gigamorph",),
-        _with_caps(_gpu("resnet34", 1, 1, 65536, 65536), None),
-        130,
+        _OURS,
+        _gpu("resnet34", 1, 1, 65536, 65536),
+        gpu=130,
     ),
     Declared(
         9,
         "a map of more than 2^31 elements: ResNet-18 at 11616 x 11616",
         "right, where stock fails",
-        ("stock", "gigamorph"),
-        _with_caps(_gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"), None),
-        80,
+        _BOTH,
+        _gpu("resnet18", 1, 1, 11616, 11616, norm="frozen"),
+        gpu=80,
     ),
     Declared(
         10,
         "exactness: sizes that are odd, prime, not square, smaller than a tile; batch 1 and 2; float64",
         "1e-12",
         _EXACT,
-        tuple(
-            (_cpu("resnet18", n, 3, *size), None)
-            for n, *size in ((1, 128, 128), (1, 113, 97), (2, 96, 161), (1, 40, 48))
+        (
+            *_cpu("resnet18", 1, 3, 128, 128),
+            *_cpu("resnet18", 1, 3, 113, 97),
+            *_cpu("resnet18", 2, 3, 96, 161),
+            *_cpu("resnet18", 1, 3, 40, 48),
         ),
         tile=64,
     ),
@@ -145,7 +137,7 @@ ROWS = (
         "live BatchNorm: running statistics and all gradients after a step, float64",
         "1e-12, updated once",
         _EXACT,
-        _with_caps(_cpu("resnet18", 2, 3, 113, 97, norm="live"), None),
+        _cpu("resnet18", 2, 3, 113, 97, norm="live"),
         tile=64,
     ),
     Declared(
@@ -154,9 +146,10 @@ ROWS = (
         "exact, as fast as stock",
         ("stock", "compile", "lightstream", "gigamorph"),
         (
-            *_with_caps(_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"), 8),
-            *_with_caps(_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"), 8),
+            *_gpu("resnet50", 1, 1, 2944, 1920, training=False, norm="frozen"),
+            *_gpu("resnet50", 1, 1, 8192, 8192, training=False, norm="frozen"),
         ),
+        (8,),
         24,
     ),
     Declared(
@@ -164,22 +157,23 @@ ROWS = (
         "ResNet-50, 4096 x 4096 in 8 GiB",
         "four times stock's pixels at 1.5 times its time per pixel",
         _ALL,
-        _with_caps(_gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"), 8, None),
+        _gpu("resnet50", 1, 3, 4096, 4096, norm="frozen"),
+        (8, None),
         24,
     ),
     Declared(
         14,
         "start-up: seconds to the first step",
         "1 s more than the step",
-        ("stock", "gigamorph"),
-        ((Task("resnet18", (1, 3, 512, 512)), None),),
+        _BOTH,
+        (Task("resnet18", (1, 3, 512, 512)),),
     ),
     Declared(
         15,
         "lines changed to convert ResNet-18: one, and a plain loss.backward()",
         "1",
-        ("stock", "gigamorph"),
-        _with_caps(_cpu("resnet18", 1, 3, 64, 64), None),
+        _BOTH,
+        _cpu("resnet18", 1, 3, 64, 64),
         tile=32,
     ),
 )
@@ -214,10 +208,10 @@ def run(
         row = DeclaredRow(declared.number, declared.text, declared.aim, NOT_RUN, missing(declared))
         outcome = Outcome(row)
         if row.reason is None:
-            for task, cap in declared.tasks:
-                options = Options(declared.peers, 3, 20.0, None if cap is None else int(cap * GIB), tile=declared.tile)
+            for task, cap in itertools.product(declared.tasks, declared.caps):
+                options = Options(declared.peers, 3, 20.0, tile=declared.tile)
                 if cap is not None:
-                    options = replace(options, budget=0.9 * cap * GIB)
+                    options = replace(options, cap=int(cap * GIB), budget=0.9 * cap * GIB)
                 outcome.steps += measure(task, options, ceilings, say)
             ours = [step for step in outcome.steps if step.peer == "gigamorph"]
             bad = next((step for step in ours if step.status != OK), None)

@@ -7,6 +7,7 @@ import io
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,7 @@ from torch import Tensor, nn
 from .ordinary import Prepared
 from .results import Task
 
-NEEDS = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-}
+NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
 def missing(runtime: str, task: Task) -> str | None:
@@ -30,7 +28,7 @@ def missing(runtime: str, task: Task) -> str | None:
     return f"{', '.join(absent)} not installed; pip install 'gigamorph[peers]'" if absent else None
 
 
-def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
+def onnxruntime_step(network: nn.Module, task: Task, settings: dict[str, Any]) -> Prepared:
     """Build a step with ONNX Runtime's CPU provider."""
     import onnxruntime
 
@@ -48,7 +46,7 @@ def onnxruntime_step(network: nn.Module, task: Task) -> Prepared:
     return network, infer
 
 
-def openvino_step(network: nn.Module, task: Task) -> Prepared:
+def openvino_step(network: nn.Module, task: Task, settings: dict[str, Any]) -> Prepared:
     """Build a step with OpenVINO's CPU plugin in float32; by default it uses bf16 if the processor can."""
     import openvino  # pyright: ignore[reportMissingImports]  (extra [peers])
 

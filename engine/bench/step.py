@@ -17,10 +17,10 @@ from ..errors import BudgetError, ForwardError, GigamorphError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
-from .child import Child, measure_in_new_process
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
+from .process import Child, measure_in_new_process
 from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
 from .work import build
 
@@ -39,8 +39,8 @@ class Options:
         box: maximal seconds of one peer's timed steps at a size. At least one step is timed, unless the untimed first
             step took longer than the box: then its time counts (except for peers that compile).
         cap: maximal bytes of a step, for all peers; None: free memory.
-        budget: maximal bytes of gigamorph and lightstream's tile; a share of stock's bytes if below 1. None: what
-            gigamorph's default tile needs, and for lightstream the best tile in 0.75 of stock's bytes.
+        budget: maximal bytes of gigamorph and lightstream's tile. None: what gigamorph's default tile needs, and for
+            lightstream the best tile in 0.75 of stock's bytes.
         tile: gigamorph's tile in pixels; None: chosen by the plan.
         longest: maximal seconds of one step.
         folder: target of each peer's profile; None: no profiles.
@@ -88,14 +88,14 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
                 continue
             cells.append((row, cell))
             path = folder / f"{name}.pt"
-            if _store_status(row, cell.save(path)) and reference is not None:
+            if _store_status(row, cell.ask("save", path=str(path))) and reference is not None:
                 _compare(row, network, path, *reference)
             elif row.status == OK:
                 reference = name, path
         _run_alternately(cells, options)
         for row, cell in cells:
             if options.folder is not None and row.seconds:
-                cell.profile(options.folder / f"{task} {row.peer}".replace(" ", "_"))
+                cell.ask("profile", folder=str(options.folder / f"{task} {row.peer}".replace(" ", "_")))
             say(row)
     return rows
 
@@ -163,15 +163,13 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
     if peer == EQUAL_MEMORY:
         assert options.cap is not None
         return [{"tile": tile_within(network, task, options.cap)}]
-    if peer == "lightstream" or (budget is not None and budget < 1):
-        stock = planned(network, task, None, options.tile).stock_bytes
-        assert stock is not None
-        share = budget if budget is not None and budget < 1 else _TILE_SHARE
-        budget = budget if budget is not None and budget >= 1 else share * stock
     if peer == "gigamorph":
         return [{"memory_budget": None if budget is None else int(budget), "tile": options.tile}]
     if peer == "lightstream":
-        assert budget is not None
+        if budget is None:
+            stock = planned(network, task, None, options.tile).stock_bytes
+            assert stock is not None
+            budget = _TILE_SHARE * stock
         return [{"tile": tile} for tile in tiles_to_try(network, task, int(min(budget, options.cap or budget)))]
     return [{}]
 
@@ -182,14 +180,7 @@ def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
         return plan(
-            network,
-            task.image,
-            budget,
-            tile=tile,
-            dtype=dtype,
-            device=task.device,
-            training=task.training,
-            halos=halos,
+            network, task.image, budget, tile=tile, dtype=dtype, device=task.device, training=task.training, halos=halos
         )
 
 

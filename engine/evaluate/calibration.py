@@ -58,11 +58,6 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> 
     )
 
 
-def in_bin(probabilities: Array) -> NDArray[np.int64]:
-    """The index of the bin of equal width, of `BINS`, for each probability; the last one includes 1."""
-    return np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
-
-
 def expected_error(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """ECE of rows (n,)."""
     truth, p = labels_and_probabilities(labels, probabilities)
@@ -74,7 +69,7 @@ class Binned:
 
     def __init__(self, truth: Array, probabilities: Array) -> None:
         self._left = truth - probabilities
-        bins = in_bin(probabilities)
+        bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)  # the last one includes 1
         self._starts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
         self._bins = np.eye(BINS)[bins[self._starts]]
 

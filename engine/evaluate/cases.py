@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -83,10 +84,6 @@ class Cases:
         """The patient of each row; rows without a patient form their own clusters."""
         return tuple(f"patient {p}" if p else f"row {name}" for p, name in zip(self.patients, self.names, strict=True))
 
-    def counted_patients(self) -> dict[str, int]:
-        """The numbers of patients and of rows without a patient, each of which counts as a patient in intervals."""
-        return {"patients": len(set(self.patients) - {""}), "rows_without_patient": self.patients.count("")}
-
     @property
     def labels(self) -> NDArray[np.int64]:
         """The class of each row, -1 where unknown; for "binary" 0 or 1. Not for "labels"."""
@@ -111,10 +108,7 @@ class Cases:
             self,
             truth=self.truth[chosen],
             scores=self.scores[chosen],
-            names=pick(self.names),
-            patients=pick(self.patients),
-            exams=pick(self.exams),
-            sides=pick(self.sides),
+            **{name: pick(getattr(self, name)) for name in ("names", "patients", "exams", "sides")},
             columns={name: pick(values) for name, values in self.columns.items()},
         )
 
@@ -210,6 +204,11 @@ class Cases:
         expected = odds.probabilities(self.scores) @ np.arange(len(self.outputs))
         best = np.lexsort((*self.scores.T, -expected, members.group))  # independent of the order of rows
         return self.scores[best[members.starts]]
+
+
+def counted_patients(patients: Sequence[str]) -> dict[str, int]:
+    """The numbers of patients and of rows without a patient, each of which counts as a patient in intervals."""
+    return {"patients": len(set(patients) - {""}), "rows_without_patient": patients.count("")}
 
 
 class _Groups:

@@ -125,7 +125,7 @@ class Curves:
         [_, positive] = self.rows
         passed = self.negatives[:, positive.below] + self.negatives[:, positive.upto]
         pairs = self.all_positives * self.all_negatives
-        return _ratio(np.einsum("ij,ij->i", self.of_positives, passed) / 2, pairs[:, 0])
+        return ratio(np.einsum("ij,ij->i", self.of_positives, passed) / 2, pairs[:, 0])
 
     def average_precision(self) -> Array:
         """Average precision (b,): sum over thresholds of (step of recall) x precision."""
@@ -133,7 +133,7 @@ class Curves:
         true = self.all_positives - self.positives[:, positive.first]
         above = true + self.all_negatives - self.negatives[:, positive.below]
         precision = np.divide(true, above, out=np.zeros_like(true), where=above > 0)
-        return _ratio(np.einsum("ij,ij->i", self.of_positives, precision), self.all_positives[:, 0])
+        return ratio(np.einsum("ij,ij->i", self.of_positives, precision), self.all_positives[:, 0])
 
     def sensitivity_at(self, specificity: float) -> Array:
         """The highest sensitivity (b,) of a threshold with at least this specificity."""
@@ -142,7 +142,7 @@ class Curves:
         upto = self.rows[0].upto
         below = np.where(k > 0, upto[np.maximum(k - 1, 0)], 0) if len(upto) else k
         missed = self.positives[np.arange(len(k)), below]
-        found = 1 - _ratio(missed, self.all_positives[:, 0])
+        found = 1 - ratio(missed, self.all_positives[:, 0])
         return np.where(self.all_negatives[:, 0] > 0, found, np.nan)
 
     def specificity_at(self, sensitivity: float) -> Array:
@@ -171,13 +171,13 @@ class Curves:
         missed = self.positives[:, negative.below[begin:]] + self.positives[:, negative.upto[begin:]]
         counted = self.of_negatives[:, begin:] * (np.arange(begin, len(negative.scores)) >= last)
         whole = np.einsum("ij,ij->i", counted, total - missed / 2)
-        return _ratio(whole + (part * (top + rise / 2))[:, 0], (total * self.all_negatives)[:, 0])
+        return ratio(whole + (part * (top + rise / 2))[:, 0], (total * self.all_negatives)[:, 0])
 
     def rates(self, grid: Sequence[float] | Array) -> Array:
         """Sensitivity (b, len(grid)) at false positive rates, linearly interpolated between points of each curve."""
         _, _, top, rise = self._cut((1 - np.asarray(grid, np.float64)) * self.all_negatives)
         defined = (self.all_negatives > 0) & (self.all_positives > 0)
-        return np.where(defined, _ratio(top + rise, np.broadcast_to(self.all_positives, top.shape)), np.nan)
+        return np.where(defined, ratio(top + rise, np.broadcast_to(self.all_positives, top.shape)), np.nan)
 
     def _cut(self, below: Array) -> tuple[Places, Array, Array, Array]:
         """The point of the ROC curve below which the given weight of negatives (b, g) lies.
@@ -204,5 +204,6 @@ class Curves:
         return last, part, self.all_positives - passed, (passed - self.positives[row, negative.below[k]]) * share
 
 
-def _ratio(above: Array, below: Array) -> Array:
+def ratio(above: Array, below: Array) -> Array:
+    """The ratio of arrays; NaN where the denominator is 0."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)

@@ -12,6 +12,7 @@ from ..datasets.tables.cells import Rows, is_number
 from ..errors import DataError
 from ..versions import versions
 from .bootstrap import Array, Resamples, listed
+from .cases import counted_patients
 from .class_names import in_order
 from .read import note_of, read_rows_of
 from .report import format_value, no_interval
@@ -104,24 +105,21 @@ def evaluate_dice(rows: Rows, *, resamples: int = 2000, seed: int = 0) -> dict[s
         found, around = means(np.ones((1, len(values)))), Resamples(clusters, resamples, seed).spreads(means)
         return {name: listed(one[0], around[name], _UNDEFINED) for name, one in found.items()}
 
-    patients = [row.get("patient_id", "") for row in rows.rows]
     return {
         "kind": "masks",
         "outputs": names,
         "images": {name: int(count) for name, count in zip(names, there.sum(0), strict=True)},
-        "patients": len(set(patients) - {""}),
-        "rows_without_patient": patients.count(""),
+        **counted_patients([row.get("patient_id", "") for row in rows.rows]),
         **measured(there.astype(np.float64)),
         "per_patient": measured(there / np.maximum(of_patient[own], 1)),
-        "quartiles": {name: _quartiles(values[there[:, n], n]) for n, name in enumerate(names)},
+        "quartiles": {
+            name: np.quantile(values[there[:, n], n], [0.25, 0.5, 0.75]).tolist() if there[:, n].any() else None
+            for n, name in enumerate(names)
+        },
         "resamples": resamples,
         "seed": seed,
         "versions": versions("gigamorph", "numpy"),
     }
-
-
-def _quartiles(values: Array) -> list[float] | None:
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) else None
 
 
 def dice_headline(found: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from ..errors import DataError
 from ..versions import versions
 from . import froc, odds
 from .bootstrap import Resamples
-from .cases import LEVELS, Cases, Level
+from .cases import LEVELS, Cases, Level, counted_patients
 from .compare import UnpairedError, compare
 from .measures import measure_classes, measure_mean, measure_output, threshold_at
 from .subgroups import subgroups
@@ -143,7 +143,7 @@ class _Thresholds:
         self._validation = None if self.own else validation
 
     def of(self, column: int) -> dict[str, Any] | None:
-        """threshold and log_odds as in `thresholds.threshold`, with the source under "from"; None without one."""
+        """threshold and log_odds as in `measures.short_threshold`, with the source under "from"; None without one."""
         settings = self._settings
         if settings.threshold is not None or settings.log_odds is not None:
             return {"threshold": settings.threshold, "log_odds": settings.log_odds, "from": "given"}
@@ -174,7 +174,7 @@ def _at_level(cases: Cases, settings: Settings, chosen: _Thresholds) -> dict[str
     found: dict[str, Any] = {
         "rule": LEVELS[cases.level],
         "rows": len(cases),
-        **cases.counted_patients(),
+        **counted_patients(cases.patients),
         "outputs": outputs,
     }
     if len(cases.outputs) > 1:

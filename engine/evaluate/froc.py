@@ -96,15 +96,11 @@ def events(images: Sequence[Marked], iou: float | None = None) -> Events:
     score, found, image, marks = [], [], [], 0
     for number, one in enumerate(images):
         inside = one.hits(iou)
-        for hits in inside:
-            if hits.any():
-                score.append(float(one.scores[hits].max()))
-                found.append(True)
-                image.append(number)
-        false = one.scores[~inside.any(0)]
-        score += false.tolist()
-        found += [False] * len(false)
-        image += [number] * len(false)
+        best = [float(one.scores[hits].max()) for hits in inside if hits.any()]
+        false = one.scores[~inside.any(0)].tolist()
+        score += best + false
+        found += [True] * len(best) + [False] * len(false)
+        image += [number] * (len(best) + len(false))
         marks += len(one.scores)
     order = np.argsort(-np.array(score, np.float64), kind="stable")
     return Events(

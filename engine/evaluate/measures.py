@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
 from .checks import classes_of, labels_and_probabilities
-from .curves import WeightedCurves
-from .thresholds import threshold as few_digits
+from .curves import WeightedCurves, ratio
 
 Array = NDArray[np.float64]
 Measure = dict[str, Any]
@@ -81,23 +81,18 @@ _WITHOUT_VARIANCE = {
 """The AUCs whose variance by DeLong is 0, and the cause."""
 
 
-def _area(scored: _Scored, fewer: int) -> tuple[float | None, Measure]:
+def _area(scored: _Scored, fewer: int) -> Measure:
     """The area under the ROC curve, and DeLong's interval.
 
     Args:
         scored: the rows.
         fewer: number of rows of the smaller class.
     """
-    error = roc.delong_error(scored.truth, scored.ranks)
-    area = roc.auc(scored.truth, scored.ranks)
-    found: Measure = {"delong": _listed(roc.interval_of(area, error)), "delong_standard_error": error}
-    if error is None:
-        found["delong_why"] = (
-            "DeLong's variance needs two of each class"
-            if fewer < 2
-            else f"DeLong's variance is 0: {_WITHOUT_VARIANCE[area or 0.0]}"
-        )
-    return area, found
+    found = roc.area_with_interval(scored.truth, scored.ranks)
+    if found["delong_standard_error"] is None:
+        few = "needs two of each class" if fewer < 2 else f"is 0: {_WITHOUT_VARIANCE[found['value'] or 0.0]}"
+        found["delong_why"] = f"DeLong's variance {few}"
+    return found
 
 
 def measure_output(
@@ -128,17 +123,11 @@ def measure_output(
         return {"value": ones[name] if value is None else value, **more, **around[name].listed()}
 
     found["prevalence"] = positives / len(rows)
-    area, delong = _area(scored, min(positives, negatives))
-    found["auc"] = measure("auc", area) | delong
+    found["auc"] = measure("auc") | _area(scored, min(positives, negatives))
     precision = float(average_precision_score(scored.truth, scored.ranks))
     found["average_precision"] = measure("average_precision", precision)
     found["partial_auc"] = [
-        {
-            "over": over,
-            "from": rate,
-            **measure(f"partial {over} {rate}"),
-            "raw": measure(f"raw partial {over} {rate}"),
-        }
+        {"over": over, "from": rate, **measure(f"partial {over} {rate}"), "raw": measure(f"raw partial {over} {rate}")}
         for over in ("specificity", "sensitivity")
         for rate in at
         if rate < 1
@@ -196,7 +185,7 @@ class _Scored:
                 values[f"raw partial {over} {rate}"] = area
                 values[f"partial {over} {rate}"] = roc.standardised(area, rate)
         for name, (of, hit) in self.calls.items():
-            values[name] = _ratio(weights @ hit, weights @ of)
+            values[name] = ratio(weights @ hit, weights @ of)
         if self.probable:
             all_ = weights.sum(1)
             safe = weights if all_.all() else np.where(all_[:, None] > 0, weights, 1.0)
@@ -230,11 +219,11 @@ def _operating_point_values(
             rank = thresholds[place]
             score = float(distinct[int(rank)]) if np.isfinite(rank) else None  # None: above all scores
             lower = float(distinct[int(rank) - 1]) if score is not None and rank > 0 else None
-            yield name, fixed, rate, value, few_digits(score, lower, probable)
+            yield name, fixed, rate, value, short_threshold(score, lower, probable)
 
 
 def threshold_at(cases: Cases, column: int, specificity: float) -> dict[str, Any] | None:
-    """The operating point of an output at a specificity, as `thresholds.threshold`; None if there is only one class."""
+    """The operating point of an output at a specificity, as `short_threshold`; None if there is only one class."""
     known = ~np.isnan(cases.truth[:, column])
     truth, scores = cases.truth[known, column], cases.scores[known, column]
     if not 0 < truth.sum() < len(truth):
@@ -315,9 +304,45 @@ def one_class(rows: int, positives: int, level: str) -> str:
     return f"one class only: all {rows} {level}s are {'positive' if positives else 'negative'}"
 
 
-def _ratio(above: Array, below: Array) -> Array:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+def short_threshold(score: float | None, lower: float | None, probable: bool) -> dict[str, Any]:
+    """A threshold with few digits that calls rows with at least this score, and no others.
+
+    A rounded probability near 1 may be above the row from which it was taken. So a threshold is a number between this
+    row's score and the next lower one, rounded towards the lower score.
+
+    Args:
+        score: the lowest called score; None calls no row.
+        lower: the highest score that is not called, if any.
+        probable: whether scores are log-odds.
+
+    Returns:
+        "threshold": a probability (or a score, if scores only rank); None if no row is called, or no probability
+        separates the two scores. For probabilities also "log_odds"; None if it is minus infinity, which calls all rows.
+    """
+    if score is None:
+        return {"threshold": None} | ({"log_odds": None} if probable else {})
+    below, least_called = -np.inf if lower is None else lower, score
+
+    def parts(value: float) -> bool:
+        return (below < value or lower is None) and value <= least_called
+
+    if not probable:
+        return {"threshold": _round_down(score, parts)}
+
+    def parts_probabilities(p: float) -> bool:
+        is_above = lower is None or float(odds.probabilities(below)) < p
+        return parts(float(odds.of_probabilities(p))) and is_above and p <= float(odds.probabilities(least_called))
+
+    probability = _round_down(float(odds.probabilities(score)), parts_probabilities)
+    if score == np.inf:  # any number above the next score is equivalent
+        score = below + 1 if np.isfinite(below) else 0.0
+    return {"threshold": probability, "log_odds": _round_down(score, parts) if np.isfinite(score) else None}
 
 
-def _listed(pair: tuple[float, float] | None) -> list[float] | None:
-    return None if pair is None else list(pair)
+def _round_down(value: float, fits: Callable[[float], bool]) -> float | None:
+    """The value rounded down to the fewest digits, at least four, that fit."""
+    for digits in range(4, 18):
+        rounded = float(Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(value)))
+        if fits(rounded):
+            return rounded
+    return value if fits(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from ..errors import DataError
-from ..files import write_atomically
 from ..report.figure import open_axes, png
-from ..report.page import Table, write_page
+from ..report.page import Table
 from ..versions import versions
 from .bootstrap import Resamples, listed
-from .cases import Cases
+from .cases import Cases, counted_patients
 from .evaluate import Settings, at_levels
-from .report import facts_of, format_value
+from .report import format_value, write_results
 
 Array = NDArray[np.float64]
 _ROUNDING = 1e-12
@@ -101,7 +99,7 @@ def evaluate_numbers(images: Cases, settings: Settings | None = None) -> dict[st
             raise DataError("no row has a true number; give the table with --table")
         resamples = Resamples(labelled.clusters, settings.resamples, settings.seed)
         outputs = {name: _measure(labelled, column, resamples) for column, name in enumerate(images.outputs)}
-        found["levels"][level] = {"rows": len(labelled), **labelled.counted_patients(), "outputs": outputs}
+        found["levels"][level] = {"rows": len(labelled), **counted_patients(labelled.patients), "outputs": outputs}
     found["versions"] = versions("gigamorph", "numpy", "scipy")
     return found
 
@@ -141,9 +139,6 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
     Raises:
         GigamorphError: if a file cannot be written.
     """
-    out = Path(out)
-    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
     pictures, levels = {}, []
     for level, cases in at_levels(images, list(found["levels"])).items():
         outputs = found["levels"][level]["outputs"]
@@ -152,15 +147,7 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
             picture = f"{level}_{''.join(c if c.isalnum() else '_' for c in name)}"
             pictures[picture] = png(_figure(cases.labelled(), images.outputs.index(name), name, outputs[name]))
         levels.append((level, _measures({name: outputs[name] for name in shown})))
-    return write_page(
-        out / "report.html",
-        "numbers.html",
-        pictures,
-        title=found.get("predictions") or "predictions",
-        facts_of=facts_of(found),
-        levels=levels,
-        resamples=found["resamples"],
-    )
+    return write_results(out, found, "numbers.html", pictures, levels=levels, resamples=found["resamples"])
 
 
 def _measures(outputs: dict[str, dict[str, Any]]) -> Table:

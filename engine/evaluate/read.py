@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,8 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     found = _read(Path(marks))
     found.require("image_path", "score")
     boxes = {"top", "bottom", "left", "right"} <= set(found.header)
-    if not boxes:
-        found.require("row", "column")
+    position = ("top", "bottom", "left", "right") if boxes else ("row", "column")
+    found.require(*position)
     of_frames = "frame" in found.header and "frame" in images.columns
     frames = images.columns["frame"] if of_frames else ("",) * len(images)
     wanted = {
@@ -226,36 +226,25 @@ def read_marks(marks: str | Path, table: str | Path, images: Cases) -> tuple[lis
     def key(row: Mapping[str, str]) -> ImageKey:
         return place_of(row["image_path"], Path()), frame_of(row) if of_frames else ""
 
-    places: list[list[tuple[float, float]]] = [[] for _ in wanted]
-    outlines: list[list[list[float]]] = [[] for _ in wanted]
-    scores: list[list[float]] = [[] for _ in wanted]
+    rows: list[list[list[float]]] = [[] for _ in wanted]
     for place, row in zip(found.places, found.rows, strict=True):
         number = wanted.get(key(row))
-        if number is None:
-            continue  # of another split
-        sides = [_number(row, name, found, place) for name in (("top", "bottom", "left", "right") if boxes else ())]
-        if boxes:
-            outlines[number].append(sides)
-            places[number].append(((sides[0] + sides[1]) / 2, (sides[2] + sides[3]) / 2))
-        else:
-            places[number].append((_number(row, "row", found, place), _number(row, "column", found, place)))
-        scores[number].append(_number(row, "score", found, place))
+        if number is not None:  # else of another split
+            rows[number].append([_number(row, name, found, place) for name in (*position, "score")])
     lesions, without, there = _lesions(Path(table), wanted, of_frames)
     if found.rows and not there & {key(row) for row in found.rows}:
         raise DataError(
             f"{marks}: none of its {len(found.rows)} marks belongs to an image of {table} (such as "
             f"{found.rows[0]['image_path']}); paths of marks are relative to the working directory"
         )
-    return [
-        Marked(
-            cluster,
-            np.array(lesions[number], np.float64).reshape(-1, 4),
-            np.array(places[number], np.float64).reshape(-1, 2),
-            np.array(scores[number], np.float64),
-            np.array(outlines[number], np.float64).reshape(-1, 4) if boxes else None,
-        )
-        for number, cluster in enumerate(images.clusters)
-    ], without
+
+    def marked(number: int, cluster: str) -> Marked:
+        values = np.array(rows[number], np.float64).reshape(-1, len(position) + 1)
+        places = (values[:, 0:4:2] + values[:, 1:4:2]) / 2 if boxes else values[:, :2]
+        of_image = np.array(lesions[number], np.float64).reshape(-1, 4)
+        return Marked(cluster, of_image, places, values[:, -1], values[:, :4] if boxes else None)
+
+    return [marked(number, cluster) for number, cluster in enumerate(images.clusters)], without
 
 
 def _lesions(
@@ -511,34 +500,35 @@ def _measured(rows: Rows, label: str | None, names: Sequence[str]) -> Array:
             raise DataError(f"{rows.path}: predicts {len(names)} numbers; --label applies only to one")
         columns = [label]
     rows.require(*columns)
-    found = np.full((len(rows.rows), len(columns)), np.nan)
-    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
-        for j, column in enumerate(columns):
-            if row[column]:
-                found[i, j] = _number(row, column, rows, place)
-    return found
+    return _table(
+        rows, columns, lambda row, column, place: _number(row, column, rows, place) if row[column] else np.nan
+    )
 
 
 def _numbers(rows: Rows, columns: Sequence[str], by_name: Mapping[str, float] = _NO_NAMES) -> Array:
     """Labels 1, 0, or NaN for empty cells; `by_name` maps names of classes."""
-    found = np.full((len(rows.rows), len(columns)), np.nan)
-    for i, (place, row) in enumerate(zip(rows.places, rows.rows, strict=True)):
-        for j, column in enumerate(columns):
-            if row[column]:
-                known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
-                if known not in (0, 1):
-                    raise DataError(
-                        f"{rows.path}, {place}: {column} {row[column]!r} must be 1, 0 or empty; for named classes, add "
-                        "a column p_NAME for each"
-                    )
-                found[i, j] = known
-    return found
+
+    def value(row: dict[str, str], column: str, place: str) -> float:
+        if not row[column]:
+            return np.nan
+        known = by_name.get(row[column], by_name.get(whole(row[column]), number(row[column])))
+        if known not in (0, 1):
+            raise DataError(
+                f"{rows.path}, {place}: {column} {row[column]!r} must be 1, 0 or empty; for named classes, add a "
+                "column p_NAME for each"
+            )
+        return known
+
+    return _table(rows, columns, value)
 
 
-def _table(rows: Rows, columns: Sequence[str]) -> Array:
-    """The numbers (rows, columns) of columns."""
+def _table(
+    rows: Rows, columns: Sequence[str], value: Callable[[dict[str, str], str, str], float] | None = None
+) -> Array:
+    """The values (rows, columns) of cells; by default their numbers."""
+    value = value or (lambda row, column, place: _number(row, column, rows, place))
     pairs = zip(rows.places, rows.rows, strict=True)
-    return np.array([[_number(row, column, rows, place) for column in columns] for place, row in pairs])
+    return np.array([[value(row, column, place) for column in columns] for place, row in pairs], np.float64)
 
 
 def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:

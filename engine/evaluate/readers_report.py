@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
-from ..report.page import Table, write_page
+from ..report.page import Table
 from .readers import Analysis, Estimate, ReaderStudy
-from .report import facts_of, format_p
+from .report import format_p, write_results
 
 _KINDS = {
     "random_readers_random_cases": "new readers and new cases",
@@ -31,17 +29,13 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
     Raises:
         GigamorphError: if a file cannot be written.
     """
-    out = Path(out)
-    text = json.dumps(asdict(study) | dict(source), indent=1, allow_nan=False) + "\n"
-    write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
     readers = list(next(iter(study.areas.values())))
     rows = [[reader, *(f"{of[reader]:.3f}" for of in study.areas.values())] for reader in readers]
-    return write_page(
-        out / "report.html",
+    return write_results(
+        out,
+        asdict(study) | dict(source),
         "readers.html",
         {},
-        title=source.get("predictions") or "readings",
-        facts_of=facts_of(source),
         counts=f"{len(readers)} readers, {study.cases} cases, {study.positives} positive",
         covariance={"delong": "DeLong's", "jackknife": "the jackknife's"}[study.covariance],
         analyses=[(words, _table(analysis)) for words, analysis in _analyses(study)],

@@ -14,13 +14,6 @@ from . import plots
 from .cases import Cases
 from .evaluate import at_levels
 
-_NAMES = {
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "positive_predictive_value": "positive predictive value",
-    "negative_predictive_value": "negative predictive value",
-    "called": "share called",
-}
 SOURCES = {
     "date": "date of the predictions",
     "model": "model",
@@ -44,10 +37,25 @@ def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
     Raises:
         GigamorphError: if a file cannot be written.
     """
+    return write_results(out, found, "evaluation.html", _pictures(images, found), **_content(found))
+
+
+def write_results(
+    out: str | Path, found: Mapping[str, Any], template: str, pictures: Mapping[str, bytes], **content: Any
+) -> Path:
+    """Write ``metrics.json``, the pictures and ``report.html``; returns the page's path.
+
+    Args:
+        out: the folder.
+        found: the results, with the sources under the keys of `SOURCES`.
+        template: of the page; it gets `content`, the title and the sources.
+        pictures: PNG files by name without ``.png``.
+    """
     out = Path(out)
     text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
-    return write_page(out / "report.html", "evaluation.html", _pictures(images, found), **_content(found))
+    title = found.get("predictions") or "predictions"
+    return write_page(out / "report.html", template, pictures, title=title, facts_of=facts_of(found), **content)
 
 
 def rows_line(rows: Mapping[str, Any]) -> str:
@@ -144,8 +152,6 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     """The variables of the page's template."""
     froc = found.get("froc")
     return {
-        "title": found.get("predictions") or "predictions",
-        "facts_of": facts_of(found),
         "overview": _overview(found),
         "compared": _compared(found),
         "levels": [_level(level, one) for level, one in found["levels"].items()],
@@ -225,7 +231,8 @@ def _output(output: dict[str, Any]) -> Table:
     for key, measure in output.get("at_threshold", {}).items():
         limit = output["threshold"]
         which = "the threshold given" if limit["from"] == "given" else f"the threshold of {limit['from']}"
-        rows.append([f"{_NAMES[key]} at {which}", format_value(measure), _threshold(limit)])
+        name = "share called" if key == "called" else key.replace("_", " ")
+        rows.append([f"{name} at {which}", format_value(measure), _threshold(limit)])
     for key, text in (("pf1", "probabilistic F1"), ("brier", "Brier score"), ("ece", "expected calibration error")):
         if key in output:
             rows.append([text, format_value(output[key]), ""])

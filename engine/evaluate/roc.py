@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -161,6 +161,13 @@ def interval_of(area: float | None, error: float | None) -> tuple[float, float] 
     if error is None or area is None:
         return None
     return max(0.0, area - _Z95 * error), min(1.0, area + _Z95 * error)
+
+
+def area_with_interval(truth: Array, scores: Array) -> dict[str, Any]:
+    """The AUC of rows (n,) with DeLong's interval and standard error, which are None without `delong_error`."""
+    area, error = auc(truth, scores), delong_error(truth, ranks(scores))
+    interval = interval_of(area, error)
+    return {"value": area, "delong": interval and list(interval), "delong_standard_error": error}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..datasets.tables.values import number
 from ..errors import DataError
 from . import roc
 from .bootstrap import Resamples
-from .cases import Cases
+from .cases import Cases, counted_patients
 from .curves import WeightedCurves
 from .measures import one_class
 
@@ -90,17 +90,14 @@ def subgroups(
 def _part(part: Cases, column: int, threshold: float | None, count: int, seed: int) -> dict[str, Any]:
     truth, scores = part.truth[:, column], part.scores[:, column]
     positives = int(truth.sum())
-    found: dict[str, Any] = {"rows": len(part), **part.counted_patients(), "positives": positives}
+    found: dict[str, Any] = {"rows": len(part), **counted_patients(part.patients), "positives": positives}
     if not 0 < positives < len(part):
         found["undefined"] = one_class(len(part), positives, part.level)
     else:
         resamples = Resamples(part.clusters, count, seed)
         weighted = WeightedCurves(truth, roc.ranks(scores))
-        area, error = roc.auc(truth, scores), roc.delong_error(truth, roc.ranks(scores))
         found["auc"] = {
-            "value": area,
-            "delong": roc.interval_of(area, error),
-            "delong_standard_error": error,
+            **roc.area_with_interval(truth, scores),
             **resamples.spreads(lambda w: {"auc": weighted(w).auc()})["auc"].listed(),
         }
     if threshold is not None:

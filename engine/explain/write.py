@@ -28,10 +28,10 @@ from ..models.outputs import outputs_of
 from ..predict.decoders import Opened
 from ..predict.delivery import Document
 from ..predict.index import Index
-from ..predict.job import Job, Result, Start, Unit, texts
+from ..predict.job import PredictJob, Result, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
-from ..predict.predictor import Classifier, Opener, check_numbers, header_columns, naming, open_one
-from ..predict.rows import Row, Work
+from ..predict.predictor import Classifier, NetworkUnit, Opener, Wanted, check_numbers, naming
+from ..predict.rows import Row
 from ..predict.runner import run
 from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
@@ -108,15 +108,16 @@ def explain(
     return run(_Explain(opener, options), sources, out, options, watch)
 
 
-class _Explain(Job):
+class _Explain(PredictJob):
     kind, made, schema, named = "explain", "explanations", EXPLAINED, "name"
     files = ("marks.csv", "exams.csv", *(f"{{name}}{end}" for end in (".png", ".tif", ".map.tif", *_SEG_ENDS)))
 
-    _classifier: Classifier
-    _out: Path
+    _options: Options
+    _network: Classifier
+    _wanted: Wanted
 
     def __init__(self, opener: Opener, options: Options) -> None:
-        self._opener, self._options = opener, options
+        super().__init__(opener, options)
         self.product = "marks.csv" if options.method == "activation" else ""
 
     def described(self) -> dict[str, Any]:
@@ -128,23 +129,20 @@ class _Explain(Job):
         return super().differs(name, before or "the default")
 
     def open(self, options: RunOptions) -> None:
-        self._classifier = self._opener(device=options.device if options.here else "cpu")
-        self.classes = self._classifier.classes
+        super().open(options)
+        self.classes = self._network.classes
         label = self._options.label
         if label is not None and label not in self.classes:
             raise DataError(f"{options.checkpoint}: unknown class {label!r}; it has {', '.join(self.classes)}")
 
     def look(self, index: Index, watch: Watch) -> None:
-        watch.looked(self._classifier, [row.record for row in index.sample(4) if not row.url])
+        watch.looked(self._network, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
-        self._out, self._secret = out, secret()
+        self._wanted = Wanted(self._options.model, out, secret=secret())
 
-    def unit(self) -> Unit:
-        return ExplanationUnit(self._classifier, self._options, self._out, self._secret)
-
-    def start(self) -> Start:
-        return functools.partial(_start, self._opener, self._options, self._out, self._secret)
+    def compute(self) -> Callable[[Any], Unit]:
+        return functools.partial(ExplanationUnit, options=self._options, wanted=self._wanted)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """The written DICOM SEGs."""
@@ -180,7 +178,7 @@ class _Explain(Job):
             write_atomically(out / "marks.csv", lambda path: _write_marks(path, frame, marks()), "table")
         else:
             collections.deque(marks(), maxlen=0)
-        outputs = outputs_of(self._classifier.net)
+        outputs = outputs_of(self._network.net)
         # Numbers are not combined like probabilities, and networks of combined views combine them differently.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
@@ -193,20 +191,16 @@ class _Explain(Job):
         return {}
 
 
-class ExplanationUnit:
-    """The unit (`job.Unit`) of explanation."""
+class ExplanationUnit(NetworkUnit):
+    """The unit of explanation."""
 
-    def __init__(self, classifier: Classifier, options: Options, out: Path, secret: bytes) -> None:
-        classifier.net.eval()
-        self.net, self._classifier, self._options, self._out = classifier.net, classifier, options, out
-        self._secret = secret
-
-    def open(self, record: Record, work: Work) -> dict[str, Any]:
-        return open_one(self._classifier, record, work)
+    def __init__(self, network: Classifier, options: Options, wanted: Wanted) -> None:
+        super().__init__(network, wanted)
+        self._options = options
 
     def __call__(self, opened: Opened) -> Result:
         assert opened.item is not None
-        work, options, classes = opened.work, self._options, self._classifier.classes
+        work, options, classes = opened.work, self._options, self._network.classes
         source, image = opened.item["image"], work.row.name
         heads = outputs_of(self.net)
         output = positive_class(classes, heads) if options.label is None else classes.index(options.label)
@@ -222,25 +216,17 @@ class ExplanationUnit:
                     f"{image}: a DICOM SEG needs a local file or a DICOMweb store; download the image, or write png or "
                     "tif"
                 )
-            _write(found, work.row.place, self._out, work.name, one, classes[which], text)
+            _write(found, work.row.place, self._wanted.out, work.name, one, classes[which], text)
         marks = find_marks(found) if options.method == "activation" else []
         predicted = prediction(opened.item, logits, outputs)
         return {
-            "key": work.key,
-            "model": options.model,
-            "image_path": image,
-            "pixels": source.shape[-2] * source.shape[-1],
+            **self._columns(source, work),
             "name": work.name,
             "class": classes[which],
             "log_odds": list(predicted.log_odds),
             "exclusive": predicted.exclusive,
-            **header_columns(source, self._secret),
             "marks": [mark._asdict() for mark in marks],
         }
-
-
-def _start(opener: Opener, options: Options, out: Path, secret: bytes, *, device: str) -> ExplanationUnit:
-    return ExplanationUnit(opener(device=device), options, out, secret)
 
 
 def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:

@@ -114,7 +114,7 @@ class _Convert(Job):
         return ConversionUnit(self._conversion)
 
     def start(self) -> Start:
-        return functools.partial(_start, self._conversion)
+        return functools.partial(ConversionUnit, self._conversion)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         own = self._conversion
@@ -137,7 +137,7 @@ class ConversionUnit:
 
     net = None
 
-    def __init__(self, conversion: Conversion) -> None:
+    def __init__(self, conversion: Conversion, *, device: str = "cpu") -> None:
         self._conversion = conversion
 
     def open(self, record: Record, work: Work) -> dict[str, Any]:
@@ -157,7 +157,3 @@ class ConversionUnit:
     def __call__(self, opened: Opened) -> Result:
         assert opened.item is not None
         return opened.item["result"]
-
-
-def _start(conversion: Conversion, *, device: str) -> ConversionUnit:
-    return ConversionUnit(conversion)

@@ -39,8 +39,6 @@ from .rows import Work, fetch
 
 LARGEST = 2**28
 """Maximum stored bytes of an image that is decoded ahead; larger images are read by region."""
-# Quickly read images are sent to a process in batches, which take at most these seconds and have at most this size.
-_BRIEF, _MOST = 0.02, 32
 
 Open = Callable[[Record, Work], dict[str, Any]]
 """See `job.Unit.open`."""
@@ -58,12 +56,8 @@ class Opened:
     """Folder of a downloaded copy that the item still reads."""
     fault: str = ""
     """The traceback of an unexpected error."""
-    bytes: int = 0
-    """Bytes that were decoded ahead."""
     odd: str = ""
     """`odd_grey` of the image; empty for images larger than `LARGEST`."""
-    seconds: float = 0.0
-    """Duration of reading."""
 
     def close(self) -> None:
         """Delete the downloaded copy, after the image is done."""
@@ -77,7 +71,7 @@ class Ahead:
     Args:
         open_image: opens a record of the work.
         workers: processes; 0 opens each image on demand in this process, and decodes it when it is read.
-        depth: number of batches that are requested ahead.
+        depth: number of images that are requested ahead.
         staging: folder for downloaded files.
 
     Attributes:
@@ -88,7 +82,6 @@ class Ahead:
         self._open, self._depth, self._staging = open_image, depth, staging
         self._workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
         self._pool: ProcessPoolExecutor | None = None
-        self._batch = 1
         self.waited = 0.0
 
     def __enter__(self) -> Ahead:
@@ -114,29 +107,24 @@ class Ahead:
                 yield opened
             return
         work = iter(work)
-        pending: deque[tuple[list[Work], Future[list[Opened]]]] = deque()
+        pending: deque[tuple[Work, Future[Opened]]] = deque()
         while True:
-            some = []
             # Waiting for more work while some is pending could deadlock with a sender that waits for results.
-            while len(pending) < self._depth and len(some) < self._batch and (more() or not (some or pending)):
-                one = next(work, None)
-                if one is None:
-                    break
-                some.append(one)
-            if some:
-                pending.append((some, self._submit(some)))
+            one = next(work, None) if more() or not pending else None
+            if one is not None:
+                pending.append((one, self._submit(one)))
             elif not pending:
                 return
-            if len(pending) >= self._depth or not some:
-                yield from self._next(pending)
+            if len(pending) >= self._depth or one is None:
+                yield self._next(pending)
 
-    def _submit(self, some: list[Work]) -> Future[list[Opened]]:
+    def _submit(self, one: Work) -> Future[Opened]:
         if self._pool is None:
             self._pool = self._new_pool(self._workers)
         try:
-            return self._pool.submit(_in_worker, some)
+            return self._pool.submit(_in_worker, one)
         except BrokenProcessPool as error:  # a worker has just crashed; earlier futures fail as well
-            crashed: Future[list[Opened]] = Future()
+            crashed: Future[Opened] = Future()
             crashed.set_exception(error)
             return crashed
 
@@ -147,29 +135,27 @@ class Ahead:
             workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=given
         )
 
-    def _next(self, pending: deque[tuple[list[Work], Future[list[Opened]]]]) -> list[Opened]:
+    def _next(self, pending: deque[tuple[Work, Future[Opened]]]) -> Opened:
         began = time.monotonic()
-        some, future = pending.popleft()
+        one, future = pending.popleft()
         try:
             found = future.result()
         except BrokenProcessPool:
-            # A crash cancels all pending work: this batch is repeated one by one, the others are resubmitted.
+            # A crash cancels all pending work: this image is repeated alone, the others are resubmitted.
             assert self._pool is not None
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-            found = [self._open_separately(one) for one in some]
-            waiting = [others for others, _ in pending]
+            found = self._open_separately(one)
+            waiting = [other for other, _ in pending]
             pending.clear()
-            pending.extend((others, self._submit(others)) for others in waiting)
+            pending.extend((other, self._submit(other)) for other in waiting)
         self.waited += time.monotonic() - began
-        slowest = max(opened.seconds for opened in found)
-        self._batch = min(max(1, int(_BRIEF / max(slowest, 1e-6))), 2 * self._batch, _MOST)
         return found
 
     def _open_separately(self, one: Work) -> Opened:
         with self._new_pool(1) as pool:
             try:
-                return pool.submit(_in_worker, [one]).result()[0]
+                return pool.submit(_in_worker, one).result()
             except BrokenProcessPool:
                 said = "reading it ended the process; the file is damaged or memory is too small; download it again"
                 return Opened(one, error=DataError(f"{one.row.name}: {said}"))
@@ -198,16 +184,10 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _in_worker(some: list[Work]) -> list[Opened]:
+def _in_worker(one: Work) -> Opened:
     assert _given is not None
     open_image, staging = _given
-    found, room = [], LARGEST
-    for one in some:
-        began = time.monotonic()
-        opened = _opened(open_image, one, staging, whole=room > 0)
-        found.append(replace(opened, seconds=time.monotonic() - began))
-        room -= opened.bytes
-    return found
+    return _opened(open_image, one, staging, whole=True)
 
 
 def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opened:
@@ -222,10 +202,10 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             record = replace(record, path=remote)
         item = open_image(record, one)
         source = stored_source(item["image"])
-        decoded, odd = 0, ""
-        if source is not None and (size := _size(source)) <= LARGEST:
+        decoded, odd = False, ""
+        if source is not None and _size(source) <= LARGEST:
             if whole or staged is not None:
-                source.stored, decoded = DecodedPixels(source, one.row.name), size
+                source.stored, decoded = DecodedPixels(source, one.row.name), True
             odd = odd_grey(source) if source.shape[0] == 1 else ""  # only grey images are judged
     except Exception as error:
         known = isinstance(error, GigamorphError)
@@ -235,7 +215,7 @@ def _opened(open_image: Open, one: Work, staging: Path, *, whole: bool) -> Opene
             text = text.replace(str(record.path), one.row.url)
         kind = type(error) if known else DataError
         return Opened(one, error=kind(text), fault="" if known else traceback.format_exc())
-    opened = Opened(one, item, staged=staged, bytes=decoded, odd=odd)
+    opened = Opened(one, item, staged=staged, odd=odd)
     if decoded:
         opened.close()
     return opened

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import BudgetError, DataError, GigamorphError
+from ..train.precision import AUTOCAST, Precision
 from .decoders import Ahead, Opened, end_with
 from .job import Result, Start, Unit
 from .rows import Work
@@ -38,28 +39,32 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How each device reads images ahead.
+class DeviceSettings:
+    """How each device reads images ahead, and computes.
 
     Attributes:
-        workers: processes; 0 reads in the computing process.
+        workers: reading processes; 0 reads in the computing process.
         staging: folder for downloaded files.
         forgiving: whether an unexpected error of reading is recorded as that image's failure; otherwise it is raised.
+        device: "cpu" or "cuda".
+        precision: "bf16" and "fp16" use autocast.
     """
 
     workers: int
     staging: Path
     forgiving: bool
+    device: str = "cpu"
+    precision: Precision = "fp32"
 
     @property
     def depth(self) -> int:
-        """Number of batches that are requested ahead."""
+        """Number of images that are requested ahead."""
         return self.workers + 2 if self.workers else 1
 
 
 def compute_here(
     unit: Unit,
-    reading: Reading,
+    settings: DeviceSettings,
     work: Iterator[Work],
     before: Callable[[Opened], object] = lambda opened: None,
     more: Callable[[], bool] = lambda: True,
@@ -68,21 +73,22 @@ def compute_here(
 
     Args:
         unit: computes an image.
-        reading: how images are read.
+        settings: of the device.
         work: the images.
         before: called with each image before it is computed.
         more: see `Ahead`.
     """
-    waited = 0.0
-    with Ahead(unit.open, reading.workers, reading.depth, reading.staging) as ahead:
+    waited, dtype = 0.0, AUTOCAST.get(settings.precision)
+    with Ahead(unit.open, settings.workers, settings.depth, settings.staging) as ahead:
         for opened in ahead(work, more):
-            if opened.fault and not reading.forgiving:
+            if opened.fault and not settings.forgiving:
                 raise RuntimeError(f"{opened.work.row.name}: reading it failed:\n{opened.fault}")
             result, error = None, opened.error
             if error is None:
                 before(opened)
                 try:
-                    result = unit(opened)
+                    with torch.autocast(settings.device, dtype) if dtype else nullcontext():
+                        result = unit(opened)
                 except (DataError, BudgetError) as own:
                     error = own
                 finally:
@@ -92,16 +98,15 @@ def compute_here(
 
 
 def compute_in_processes(
-    start: Start, reading: Reading, work: Iterator[Work], devices: int, device: str
+    start: Start, settings: DeviceSettings, work: Iterator[Work], devices: int
 ) -> Generator[Outcome, None, None]:
     """Compute in a process per device; yields outcomes in the order of completion.
 
     Args:
         start: makes the unit of a process.
-        reading: how images are read.
+        settings: of each process; device "cuda" takes a GPU per process.
         work: the images.
         devices: number of processes.
-        device: "cpu", or "cuda" for a GPU per process.
 
     Raises:
         GigamorphError: if a process raised it, or died.
@@ -110,7 +115,7 @@ def compute_in_processes(
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, threads // devices)
-    processes = _start_processes(start, reading, devices, device, threads)
+    processes = _start_processes(start, settings, devices, threads)
     given: dict[Connection, dict[str, Work]] = {pipe: {} for pipe in processes}
 
     def give(pipe: Connection) -> None:
@@ -122,7 +127,7 @@ def compute_in_processes(
 
     working = set(processes)
     try:
-        for _ in range(reading.depth + 2):
+        for _ in range(settings.depth + 2):
             for pipe in processes:
                 give(pipe)
         while working:
@@ -152,7 +157,7 @@ def compute_in_processes(
             pipe.close()
 
 
-def _start_processes(start: Start, reading: Reading, devices: int, device: str, threads: int) -> dict[Connection, Any]:
+def _start_processes(start: Start, settings: DeviceSettings, devices: int, threads: int) -> dict[Connection, Any]:
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     # A terminal sends Ctrl-C to all processes: the children inherit that it is ignored, and this process ends them.
@@ -161,7 +166,7 @@ def _start_processes(start: Start, reading: Reading, devices: int, device: str, 
     try:
         for number in range(devices):
             here, there = context.Pipe()
-            own = there, start, reading, number, device, threads, os.getpid()
+            own = there, start, settings, number, threads, os.getpid()
             process = context.Process(target=_device, args=own, name=f"device {number}")
             process.start()
             there.close()
@@ -180,23 +185,15 @@ def _process_error(process: Any) -> GigamorphError:
     return GigamorphError(f"the process of {process.name} {how}{hint}; results so far are stored, --resume continues")
 
 
-def _device(
-    pipe: Connection,
-    start: Start,
-    reading: Reading,
-    number: int,
-    device: str,
-    threads: int,
-    parent: int,
-) -> None:
+def _device(pipe: Connection, start: Start, settings: DeviceSettings, number: int, threads: int, parent: int) -> None:
     end_with(parent)
     torch.set_num_threads(threads)
     last: tuple[str, str, Any, float] = ("end", "", None, 0.0)
     try:
-        if device == "cuda":
+        if settings.device == "cuda":
             torch.cuda.set_device(number)
         given = iter(pipe.recv, None)
-        for outcome in compute_here(start(device=device), reading, given, more=pipe.poll):
+        for outcome in compute_here(start(device=settings.device), settings, given, more=pipe.poll):
             failed = outcome.error is not None
             value = outcome.error if failed else outcome.result
             pipe.send(("error" if failed else "result", outcome.work.key, value, outcome.waited))

@@ -170,8 +170,7 @@ class Index:
                 heapq.heapreplace(loads, (load + pixels, count + 1, shard))
                 yield number, shard
 
-        with self._transaction():
-            self._base.executemany("insert into shares values (?, ?)", shares())
+        self._insert("insert into shares values (?, ?)", shares())
         self._base.execute("update images set shard = shares.shard from shares where shares.number = images.number")
 
     def add_done(self, results: Iterable[tuple[str, str | None]]) -> None:
@@ -184,8 +183,7 @@ class Index:
 
     def add_stored(self, keys: Iterable[str]) -> None:
         """Add the keys of documents that a store has."""
-        with self._transaction():
-            self._base.executemany("insert or ignore into stored values (?)", ((key,) for key in keys))
+        self._insert("insert or ignore into stored values (?)", ((key,) for key in keys))
 
     def is_stored(self, key: str) -> bool:
         """Whether a store has a document."""
@@ -194,8 +192,7 @@ class Index:
     def add_failed(self, failures: Iterable[dict[str, Any]]) -> None:
         """Add failed images; the last reason replaces earlier ones."""
         values = ((failure["key"], failure["image_path"], failure["reason"]) for failure in failures)
-        with self._transaction():
-            self._base.executemany("insert or replace into failed values (?, ?, ?)", values)
+        self._insert("insert or replace into failed values (?, ?, ?)", values)
 
     def name_files(self, wanted: Callable[[Row], str]) -> None:
         """Name the files of images without a result, as `wanted`, with -2, -3, ... if a name is taken."""
@@ -271,8 +268,7 @@ class Index:
             return f"\0{next(self._single)}" if group is None else "\0".join(group)
 
         values = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
-        with self._transaction():
-            self._base.executemany("insert into items (breast, exam, item) values (?, ?, ?)", values)
+        self._insert("insert into items (breast, exam, item) values (?, ?, ?)", values)
 
     def clear_items(self) -> None:
         """Delete the stored items."""
@@ -281,8 +277,7 @@ class Index:
     def add_known(self, level: Level, patients: Iterable[str]) -> None:
         """Add patients with at least one image of known side (level "breast") or known exam (level "exam")."""
         known = ((level, patient) for patient in patients)
-        with self._transaction():
-            self._base.executemany("insert or ignore into known values (?, ?)", known)
+        self._insert("insert or ignore into known values (?, ?)", known)
 
     def is_known(self, level: Level, patient: str) -> bool:
         """Whether `add_known` has added the patient."""
@@ -364,6 +359,10 @@ class Index:
         self._base.execute("savepoint together")
         yield
         self._base.execute("release together")
+
+    def _insert(self, query: str, values: Iterable[tuple[object, ...]]) -> None:
+        with self._transaction():
+            self._base.executemany(query, values)
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...]:
         return self._base.execute(query, values).fetchone()

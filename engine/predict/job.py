@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -156,8 +157,13 @@ def opened_with_white(opener: Callable[..., Any], white: White | None, *, device
     return replace(found, open_images=lambda records: found.open_images(with_white(records, white)))
 
 
+def started(compute: Callable[[Any], Unit], opener: Callable[..., Any], *, device: str) -> Unit:
+    """A `Start` of a job with a network."""
+    return compute(opener(device=device))
+
+
 class PredictJob(Job):
-    """Base class of the jobs of `gigamorph predict`.
+    """Base class of jobs with a network, and the properties of those of `gigamorph predict`.
 
     Args:
         opener: opens the network, which has `open_images` and `trained_on` like
@@ -184,6 +190,16 @@ class PredictJob(Job):
         if network.trained_on <= index.rows <= 2 * network.trained_on:
             index.resolve(lambda records: network.open_images(records).records)
         watch.looked(network, [row.record for row in index.sample(4) if not row.url])
+
+    def compute(self) -> Callable[[Any], Unit]:
+        """The factory of units from an opened network; must be picklable."""
+        raise NotImplementedError
+
+    def unit(self) -> Unit:
+        return self.compute()(self._network)
+
+    def start(self) -> Start:
+        return functools.partial(started, self.compute(), self._opener)
 
     def write_note(self, out: Path, **more: Any) -> None:
         """Write predictions.json, which describes the network and the settings of the predictions."""

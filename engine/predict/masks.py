@@ -36,10 +36,10 @@ from ..train.stored import preprocessing_of
 from .decoders import Opened
 from .delivery import Document
 from .index import Index
-from .job import PredictJob, Result, Start, Unit, texts
+from .job import PredictJob, Result, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import Wanted, header_columns, naming
-from .rows import Row, Work
+from .predictor import NetworkUnit, Wanted, naming
+from .rows import Row
 from .runner import run
 from .tables import patient_of, write_csv
 
@@ -123,60 +123,45 @@ def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) 
     )
 
 
-class SegmentationUnit:
-    """The unit (`job.Unit`) of mask prediction."""
-
-    def __init__(self, segmenter: Segmenter, wanted: Wanted) -> None:
-        segmenter.net.eval()
-        self.net, self._segmenter, self._wanted = segmenter.net, segmenter, wanted
-
-    def open(self, record: Record, work: Work) -> dict[str, Any]:
-        return {**self._segmenter.open_images([record])[0], "record": work.row.record}
+class SegmentationUnit(NetworkUnit):
+    """The unit of mask prediction."""
 
     def __call__(self, opened: Opened) -> Result:
-        return draw(self._segmenter, self._wanted, opened)
+        """Write an image's mask in the size and orientation of its file; returns a row of `MASKS`.
 
+        Blocks of the map are first written to a temporary file next to the mask.
 
-def draw(segmenter: Segmenter, wanted: Wanted, opened: Opened) -> Result:
-    """Write an image's mask in the size and orientation of its file; returns a row of `MASKS`.
-
-    Blocks of the map are first written to a temporary file next to the mask.
-
-    Raises:
-        DataError: naming the image, if it or the table's mask cannot be read, or its mask cannot be written.
-        BudgetError: naming the image, if none of its tiles fits.
-    """
-    item, work = opened.item, opened.work
-    assert item is not None
-    source, record = item["image"], work.row.record
-    own = segmenter.target.stored(record, source) if masks_of(record) else None
-    raw = temporary_name(wanted.out / "masks" / f"{work.name}.npy")
-    try:
-        with naming(work.row.name):
-            write_map(segmenter.net, source, raw)
-        mask = mask_as_stored(ArrayMask(np.load(raw, mmap_mode="r")), source)
-        target = wanted.out / "masks" / overlay_name(work.name, (1, *mask.shape))
-        with whole_or_absent(target) as part:
-            if target.suffix == ".png":
-                write_png(part, mask.shape, mask.read)
-            else:
-                write_tiff(part, mask.shape, np.dtype(np.uint8), mask.read)
-        area, counts = _pixel_counts(mask, own, len(segmenter.target.names))
-    except OSError as error:
-        raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
-    finally:
-        raw.unlink(missing_ok=True)
-    return {
-        "key": work.key,
-        "model": wanted.model,
-        "image_path": work.row.name,
-        **header_columns(source, wanted.secret),
-        "pixels": source.shape[-2] * source.shape[-1],
-        "name": work.name,
-        "mask": target.name,
-        "area": area.tolist(),
-        "counts": None if counts is None else counts.ravel().tolist(),
-    }
+        Raises:
+            DataError: naming the image, if it or the table's mask cannot be read, or its mask cannot be written.
+            BudgetError: naming the image, if none of its tiles fits.
+        """
+        item, work, segmenter, wanted = opened.item, opened.work, self._network, self._wanted
+        assert item is not None
+        source, record = item["image"], work.row.record
+        own = segmenter.target.stored(record, source) if masks_of(record) else None
+        raw = temporary_name(wanted.out / "masks" / f"{work.name}.npy")
+        try:
+            with naming(work.row.name):
+                write_map(segmenter.net, source, raw)
+            mask = mask_as_stored(ArrayMask(np.load(raw, mmap_mode="r")), source)
+            target = wanted.out / "masks" / overlay_name(work.name, (1, *mask.shape))
+            with whole_or_absent(target) as part:
+                if target.suffix == ".png":
+                    write_png(part, mask.shape, mask.read)
+                else:
+                    write_tiff(part, mask.shape, np.dtype(np.uint8), mask.read)
+            area, counts = _pixel_counts(mask, own, len(segmenter.target.names))
+        except OSError as error:
+            raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
+        finally:
+            raw.unlink(missing_ok=True)
+        return {
+            **self._columns(source, work),
+            "name": work.name,
+            "mask": target.name,
+            "area": area.tolist(),
+            "counts": None if counts is None else counts.ravel().tolist(),
+        }
 
 
 class ArrayMask:
@@ -282,11 +267,8 @@ class _Masks(PredictJob):
             raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
         self._wanted = Wanted(self._options.model, out, secret=None if self._options.identifiers else secret())
 
-    def unit(self) -> Unit:
-        return SegmentationUnit(self._network, self._wanted)
-
-    def start(self) -> Start:
-        return functools.partial(_start, self._opener, self._wanted)
+    def compute(self) -> Callable[[Any], Unit]:
+        return functools.partial(SegmentationUnit, wanted=self._wanted)
 
     def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
         names = self._network.target.names
@@ -347,10 +329,6 @@ def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> D
         ]
     values = np.asarray(pixels.read(0, height, 0, width))[0]
     return segmentation(row.name, header, values, segments, content="Classes of pixels", uid=uid)
-
-
-def _start(opener: MaskOpener, wanted: Wanted, *, device: str) -> SegmentationUnit:
-    return SegmentationUnit(opener(device=device), wanted)
 
 
 def _measures(result: Result, counts: np.ndarray | None, classes: int) -> list[str]:

@@ -17,7 +17,7 @@ from ..datasets.tables import Record
 from ..errors import BudgetError, DataError, GigamorphError, NoRoomError
 from ..evaluate.recalibration import Calibration
 from ..images.derived import header_of
-from ..images.pixels import as_stored
+from ..images.pixels import PixelSource, as_stored
 from ..models.outputs import outputs_of
 from ..train.classify import prediction
 from ..train.data import Images
@@ -88,77 +88,74 @@ class Wanted:
     secret: bytes | None = None
 
 
-def open_one(classifier: Classifier, record: Record, work: Work) -> dict[str, Any]:
-    """The item of a record, with the record of the table."""
-    return {**classifier.open_images([record])[0], "record": work.row.record}
+class NetworkUnit:
+    """Base class of the units (`job.Unit`) of an opened network, which has `net` and `open_images`."""
 
-
-class PredictionUnit:
-    """The unit (`job.Unit`) of prediction."""
-
-    def __init__(self, classifier: Classifier, wanted: Wanted) -> None:
-        classifier.net.eval()
-        self.net, self._classifier, self._wanted = classifier.net, classifier, wanted
+    def __init__(self, network: Any, wanted: Wanted) -> None:
+        network.net.eval()
+        self.net, self._network, self._wanted = network.net, network, wanted
 
     def open(self, record: Record, work: Work) -> dict[str, Any]:
-        return open_one(self._classifier, record, work)
+        """The item of a record, with the record of the table."""
+        return {**self._network.open_images([record])[0], "record": work.row.record}
+
+    def _columns(self, source: PixelSource, work: Work) -> dict[str, Any]:
+        """The columns that the results of all jobs have."""
+        return {
+            "key": work.key,
+            "model": self._wanted.model,
+            "image_path": work.row.name,
+            "pixels": source.shape[-2] * source.shape[-1],
+            **header_columns(source, self._wanted.secret),
+        }
+
+
+class PredictionUnit(NetworkUnit):
+    """The unit of prediction."""
 
     def __call__(self, opened: Opened) -> dict[str, Any]:
-        return predict_image(self._classifier, self._wanted, opened)
+        """The result of an image, a row of `RESULTS`; writes its heat map if requested.
 
-
-def start_predicting(opener: Opener, wanted: Wanted, *, device: str) -> PredictionUnit:
-    """A `job.Start` of predictions."""
-    return PredictionUnit(opener(device=device), wanted)
-
-
-def predict_image(classifier: Classifier, wanted: Wanted, opened: Opened) -> dict[str, Any]:
-    """The result of an image, a row of `RESULTS`; writes its heat map if requested.
-
-    Raises:
-        DataError: naming the image, if it cannot be read.
-        BudgetError: naming the image, if none of its tiles fits.
-    """
-    item, work = opened.item, opened.work
-    assert item is not None
-    net, source = classifier.net, item["image"]
-    with naming(work.row.name):
-        if wanted.heatmaps:
-            explained, logits, which = explain_class(net, source, positive_class(classifier.classes, outputs_of(net)))
-        else:
-            with torch.no_grad():
-                explained, logits, which = None, net(source)[0], 0
-    check_numbers(logits, work.row.name)
-    outputs = outputs_of(net)
-    found = prediction(item, logits, outputs)
-    record, header = work.row.record, header_of(source)
-    result = {
-        "key": work.key,
-        "model": wanted.model,
-        "image_path": work.row.name,
-        "patient_id": record.patient_id,
-        **header_columns(source, wanted.secret),
-        "exam_id": record.exam_id or "",
-        "header_exam": pseudonym(header.study_uid, wanted.secret) if getattr(header, "study_uid", None) else None,
-        "split": found.split,
-        "label": found.label,
-        "log_odds": list(found.log_odds),
-        "exclusive": found.exclusive,
-        "row": logits.tolist() if outputs is not None and outputs.views is not None else None,
-        "pixels": source.shape[-2] * source.shape[-1],
-        "heatmap": None,
-        "odd": opened.odd or None,
-    }
-    if explained is not None:
-        log_odds = found.log_odds[which]
-        if wanted.calibration is not None:
-            log_odds = wanted.calibration.both(found.log_odds)[which]
-            explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=log_odds)
-        name = overlay_name(work.name, as_stored(source).shape)
-        text = caption(classifier.classes[which], log_odds, found.numbers)
-        write_overlay(explained, wanted.out / "heatmaps" / name, stored=True, caption=text)
-        result["heatmap"] = work.name
-    return result
+        Raises:
+            DataError: naming the image, if it cannot be read.
+            BudgetError: naming the image, if none of its tiles fits.
+        """
+        item, work, classes, wanted = opened.item, opened.work, self._network.classes, self._wanted
+        assert item is not None
+        net, source = self.net, item["image"]
+        with naming(work.row.name):
+            if wanted.heatmaps:
+                explained, logits, which = explain_class(net, source, positive_class(classes, outputs_of(net)))
+            else:
+                with torch.no_grad():
+                    explained, logits, which = None, net(source)[0], 0
+        check_numbers(logits, work.row.name)
+        outputs = outputs_of(net)
+        found = prediction(item, logits, outputs)
+        record, header = work.row.record, header_of(source)
+        result = {
+            **self._columns(source, work),
+            "patient_id": record.patient_id,
+            "exam_id": record.exam_id or "",
+            "header_exam": pseudonym(header.study_uid, wanted.secret) if getattr(header, "study_uid", None) else None,
+            "split": found.split,
+            "label": found.label,
+            "log_odds": list(found.log_odds),
+            "exclusive": found.exclusive,
+            "row": logits.tolist() if outputs is not None and outputs.views is not None else None,
+            "heatmap": None,
+            "odd": opened.odd or None,
+        }
+        if explained is not None:
+            log_odds = found.log_odds[which]
+            if wanted.calibration is not None:
+                log_odds = wanted.calibration.both(found.log_odds)[which]
+                explained = replace(explained, values=explained.values * wanted.calibration.slope, log_odds=log_odds)
+            name = overlay_name(work.name, as_stored(source).shape)
+            text = caption(classes[which], log_odds, found.numbers)
+            write_overlay(explained, wanted.out / "heatmaps" / name, stored=True, caption=text)
+            result["heatmap"] = work.name
+        return result
 
 
 @contextlib.contextmanager

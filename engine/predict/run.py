@@ -14,9 +14,9 @@ from ..evaluate.recalibration import Calibration
 from ..models.outputs import outputs_of
 from .delivery import Document
 from .index import Index
-from .job import PredictJob, Result, Start, Unit
+from .job import PredictJob, Result, Unit
 from .options import RunOptions, Scores, Summary, Watch
-from .predictor import RESULTS, Classifier, Opener, PredictionUnit, Wanted, start_predicting
+from .predictor import RESULTS, Classifier, Opener, PredictionUnit, Wanted
 from .rows import Row
 from .runner import run
 from .tables import prediction_of, write_odd, write_tables
@@ -105,11 +105,8 @@ class _Predict(PredictJob):
         by = None if options.identifiers else secret()
         self._wanted = Wanted(options.model, out, options.heatmaps, options.calibration, by)
 
-    def unit(self) -> Unit:
-        return PredictionUnit(self._network, self._wanted)
-
-    def start(self) -> Start:
-        return functools.partial(start_predicting, self._opener, self._wanted)
+    def compute(self) -> Callable[[Any], Unit]:
+        return functools.partial(PredictionUnit, wanted=self._wanted)
 
     def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """A structured report for each study."""

@@ -6,7 +6,6 @@ A `Job` defines the computation for each image.
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 import sqlite3
 import tempfile
@@ -23,13 +22,12 @@ from ..parallel.launch import need_gpus
 from .by_ray import compute_by_ray
 from .decoders import Opened
 from .delivery import deliver
-from .devices import Outcome, Reading, compute_here, compute_in_processes
+from .devices import DeviceSettings, Outcome, compute_here, compute_in_processes
 from .folder import RunFolder
 from .index import Index
 from .job import FAILURES, Job, Result
 from .options import RunOptions, Summary, Watch
 from .parts import Parts, read_parts, read_results
-from .precision import in_precision, start_in_precision
 from .rows import Row, Work
 from .tables import write_failures
 
@@ -126,14 +124,14 @@ class _Runner:
         staging = temporary_name(Path(tempfile.gettempdir()) / "gigamorph")  # an unpredictable name
         staging.mkdir(mode=0o700)
         workers = default_workers(options) if options.workers is None else options.workers
-        reading = Reading(workers, staging, forgiving=options.max_failures is not None)
+        settings = DeviceSettings(workers, staging, options.max_failures is not None, options.device, options.precision)
         results = Parts(folder.parts / folder.shard, self._job.schema)
         failures = Parts(folder.quarantine / folder.shard, FAILURES)
         done = self._summary.done + self._summary.failed
         meter.start(self._job.kind, self._summary.images, done=done)
         began = time.monotonic()
         try:
-            with _errors_thrown_into(self._outcomes(reading, found)) as outcomes:
+            with _errors_thrown_into(self._outcomes(settings, found)) as outcomes:
                 for outcome in outcomes:
                     self._summary.waited += outcome.waited
                     self._record(outcome, results, failures)
@@ -148,15 +146,12 @@ class _Runner:
         for parts in (results, failures):
             parts.pack()
 
-    def _outcomes(self, reading: Reading, work: Iterator[Work]) -> Generator[Outcome, None, None]:
+    def _outcomes(self, settings: DeviceSettings, work: Iterator[Work]) -> Generator[Outcome, None, None]:
         options, meter = self._options, self._watch.meter
         if not options.here:
-            start = functools.partial(start_in_precision, self._job.start(), options.precision)
-            given = start, reading, work, options.devices, options.device
-            if options.engine == "ray":
-                return compute_by_ray(*given, options.address, self._folder.path)
-            return compute_in_processes(*given)
-        unit = in_precision(self._job.unit(), options.precision, options.device)
+            given = self._job.start(), settings, work, options.devices
+            return compute_by_ray(*given, options.address) if options.engine == "ray" else compute_in_processes(*given)
+        unit = self._job.unit()
         if unit.net is not None:
             unit.net.on_tile = meter.on_tile
 
@@ -166,7 +161,7 @@ class _Runner:
             if image is not None:
                 meter.image(image.shape[-2] * image.shape[-1])
 
-        return compute_here(unit, reading, work, before)
+        return compute_here(unit, settings, work, before)
 
     def _record(self, outcome: Outcome, results: Parts, failures: Parts) -> None:
         if outcome.error is not None:

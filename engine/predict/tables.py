@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..datasets.tables import reading_of
 from ..datasets.tables.cells import escape
 from ..datasets.unknown_views import unplaced_line
@@ -23,7 +25,6 @@ from ..train.classify import truth_of
 from ..train.metrics import Prediction, per_breast, per_exam, scores
 from .index import Index, Level
 from .rows import Row
-from .views import combined
 
 MEASURED = 200_000
 """Maximum number of labelled images that are measured here; use `gigamorph eval` on the table for more."""
@@ -119,6 +120,26 @@ def _grouped(
             yield from merged(batch, classes)
             batch = []
     yield from merged(batch, classes)
+
+
+def combined(
+    outputs: Outputs, classes: Sequence[str], calibration: Calibration | None, level: Level, views: Sequence[Prediction]
+) -> Prediction:
+    """The prediction of a breast or exam, combined from the network's outputs for its views as in the training.
+
+    Args:
+        outputs: of the network, with `views`.
+        classes: names of the outputs.
+        calibration: of two classes.
+        level: "breast" or "exam".
+        views: predictions of the views of one breast or exam, each with its row.
+    """
+    [found] = (per_breast if level == "breast" else per_exam)(views, classes)
+    rows = torch.tensor([view.row for view in views], dtype=torch.float64)
+    log_odds = outputs.log_odds(outputs.together(rows))[0].tolist()
+    if calibration is not None:
+        log_odds = calibration.both(log_odds)
+    return replace(found, log_odds=tuple(log_odds), level=level)
 
 
 def placed(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_results import everything
 
-from gigamorph.engine.bench import child, limit, step
+from gigamorph.engine.bench import limit, process, step
 from gigamorph.engine.bench.read import read
 from gigamorph.engine.bench.results import OK, LimitRow, StepRow, Try
 
@@ -15,9 +15,9 @@ run = functools.partial(commands.run, "bench")
 
 @pytest.fixture(autouse=True)
 def no_ceilings(monkeypatch):
-    monkeypatch.setattr(child.Child, "__init__", lambda self, longest=0: None)
-    monkeypatch.setattr(child.Child, "__exit__", lambda self, *error: None)
-    monkeypatch.setattr(child.Child, "ceilings", lambda self, device: {"status": "ok", "gb_per_s": 20.0})
+    monkeypatch.setattr(process.Child, "__init__", lambda self, longest=0: None)
+    monkeypatch.setattr(process.Child, "__exit__", lambda self, *error: None)
+    monkeypatch.setattr(process.Child, "ask", lambda self, do, device: {"status": "ok", "gb_per_s": 20.0})
 
 
 def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_every_set_of_growths_is_kept_once_it_is_measured(monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("given", [("step", "--size", "9x9"), ("limit", "--memory-budget", "1MiB"), ("rows",)])
 def test_where_no_results_can_be_written_is_told_before_they_are_measured(given, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(child.Child, "ceilings", lambda self, device: pytest.fail("measured"))
+    monkeypatch.setattr(process.Child, "ask", lambda self, do, device: pytest.fail("measured"))
     (tmp_path / "file").write_text("")
     assert run(*given, "--json", tmp_path / "file" / "out.json") == 2
     assert "out.json: the file cannot be written: Not a directory; choose a writable folder" in capsys.readouterr().err

@@ -89,8 +89,8 @@ def test_ctrl_c_tells_what_the_check_has_found(tmp_path, capsys, monkeypatch):
     table.write_text("image_path,label\n" + "".join(f"{name}.png,{name}\n" for name in "abcd"))
 
     def add(self, count=1):
-        self._done += count
-        if self._done == 3:
+        self.done += count
+        if self.done == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Count, "add", add)

@@ -4,13 +4,11 @@ import json
 import re
 import shlex
 import sys
-from io import StringIO
 from pathlib import Path
 
 import commands
 import pytest
 import torch
-from rich.console import Console
 
 import gigamorph
 from gigamorph.cli.morph import morph
@@ -325,20 +323,6 @@ def test_every_example_in_a_help_runs(operation, folder):
         assert grow("widen", "a", "w", "--factor", 2) == 0
         source = "w"
     assert grow(operation.name, source, "b", *operation.example.split()) == 0
-
-
-def test_a_terminal_gets_tables(folder):
-    from gigamorph.cli.morph_table import show_growth, show_report
-    from gigamorph.engine.morph.planner import plan_growth
-    from gigamorph.engine.morph.widen import widen
-
-    net, image = tiny(2, 1), torch.randn(1, 1, 64, 64)
-    console = Console(file=StringIO(), force_terminal=True, width=160, highlight=False)
-    show_report(widen(net, image, factor=2)[1], console)
-    show_growth(plan_growth(net, image), console)
-    text = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())
-    assert re.search(r"parameters +[\d,]+ +[\d,]+ +3\.\d\d", text) and "certificate: 0 of" in text
-    assert "[an output of the network]" in text and "train mode" in text
 
 
 @pytest.mark.slow

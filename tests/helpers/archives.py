@@ -93,6 +93,6 @@ def ray_actors() -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             text = path.read_bytes()
-            if text.startswith(b"ray::") and b"MapWorker" in text:
+            if text.startswith(b"ray::") and b"_Actor" in text:
                 found.append(int(path.parent.name))
     return found

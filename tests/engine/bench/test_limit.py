@@ -9,8 +9,8 @@ from torch import nn
 
 from gigamorph import BudgetError, accelerate
 from gigamorph.engine.bench import limit
-from gigamorph.engine.bench.child import measure_in_new_process
 from gigamorph.engine.bench.limit import Search, find
+from gigamorph.engine.bench.process import measure_in_new_process
 from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, LimitRow, Task, Try
 
 TASK = Task("lesionnet", (1, 1, 0, 0))

@@ -58,3 +58,16 @@ def test_the_committed_results_of_growing_are_read():
     found = read(Path(__file__).parents[3] / "benchmarks" / "results" / "morph_training.json")
     assert {row.how for row in found.morphs} >= {"widened", "deepened", "widened, from scratch, same epochs"}
     assert all(row.curve and (row.seconds is None or row.seconds > 0) for row in found.morphs)
+
+
+def test_a_step_on_a_gpu_that_differs_from_stock_is_wrong(tmp_path):
+    step = {"seconds": [1.0], "warm_up_seconds": 1.0, "peak_bytes": 10, "left_bytes": 0, "image_bytes": 1}
+    steps = {
+        "resnet18 train 64 ours": {**step, "loss": 1.0},
+        "resnet18 train 64 channels_last": {**step, "loss": 2.0},
+    }
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"ceilings": {}, "checks": {}, "ops": {}, "skipped": [], "steps": steps}))
+    found = {row.peer: (row.status, row.reason) for row in read(path).steps}
+    assert found["channels-last"] == ("ok", None)
+    assert found["gigamorph"] == ("wrong", "loss or gradients differ from channels-last's by 5.0e-01")

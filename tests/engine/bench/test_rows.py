@@ -28,7 +28,7 @@ def pretended(monkeypatch):
 def test_the_list_has_fifteen_rows_in_order():
     assert [row.number for row in rows.ROWS] == list(range(1, 16))
     assert all("gigamorph" in row.peers and row.tasks and row.text and row.aim for row in rows.ROWS)
-    assert all((task.device == "cuda") == (row.gpu > 0) for row in rows.ROWS for task, _ in row.tasks)
+    assert all((task.device == "cuda") == (row.gpu > 0) for row in rows.ROWS for task in row.tasks)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

@@ -12,8 +12,7 @@ from gigamorph.engine.datasets.masks import Classes
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.dice import evaluate_dice, read_dice
-from gigamorph.engine.evaluate.dice_report import write_dice_report
-from gigamorph.engine.evaluate.mask_pictures import picture_of
+from gigamorph.engine.evaluate.dice_report import picture_of, write_dice_report
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate
+from gigamorph.engine.evaluate.measures import short_threshold as threshold
 from gigamorph.engine.evaluate.report import _threshold
-from gigamorph.engine.evaluate.thresholds import threshold
 
 
 def cases_of(labels, scores, **more) -> Cases:

@@ -13,9 +13,9 @@ from commands import rows
 
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.predict.decoders import Opened
-from gigamorph.engine.predict.precision import in_precision, start_in_precision
-from gigamorph.engine.predict.predictor import PredictionUnit, Wanted, start_predicting
+from gigamorph.engine.predict.devices import DeviceSettings, compute_here
+from gigamorph.engine.predict.job import started
+from gigamorph.engine.predict.predictor import PredictionUnit, Wanted
 from gigamorph.engine.predict.rows import Row, Work
 from gigamorph.engine.predict.run import Options, predict
 
@@ -53,14 +53,17 @@ def test_they_are_the_networks_under_autocast(table, tmp_path):
 def test_other_processes_compute_the_same(table, tmp_path):
     """What they are given, called here."""
     wanted = Wanted("m", tmp_path)
-    units = (
-        start_in_precision(functools.partial(start_predicting, archives.tiny, wanted), "bf16", device="cpu"),
-        in_precision(PredictionUnit(archives.tiny(device="cpu"), wanted), "bf16", "cpu"),
-        PredictionUnit(archives.tiny(device="cpu"), wanted),
-    )
     record = read_table(table).records[0]
-    work = Work("key", Row(record))
-    there, here, plain = (unit(Opened(work, unit.open(record, work)))["log_odds"] for unit in units)
+    found = []
+    for unit, precision in (
+        (started(functools.partial(PredictionUnit, wanted=wanted), archives.tiny, device="cpu"), "bf16"),
+        (PredictionUnit(archives.tiny(device="cpu"), wanted), "bf16"),
+        (PredictionUnit(archives.tiny(device="cpu"), wanted), "fp32"),
+    ):
+        settings = DeviceSettings(0, tmp_path, False, "cpu", precision)
+        [outcome] = compute_here(unit, settings, iter([Work("key", Row(record))]))
+        found.append(outcome.result["log_odds"])
+    there, here, plain = found
     assert there == here != plain
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -15,8 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import archives
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -24,6 +21,7 @@ from gigamorph.cli.main import main
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict import by_ray
+from gigamorph.engine.predict.devices import DeviceSettings, Outcome
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.rows import Row, Work
 from gigamorph.engine.predict.run import Options, predict
@@ -53,46 +51,51 @@ class TaskError(RayError):
     """A stand-in for what an actor has raised."""
 
 
-def rounds(monkeypatch, tmp_path, *endings):
-    """The outcomes of five images where Ray's rounds end so: after so many batches of two, with such an error."""
-    given = archives.make_archive(tmp_path / "images", 5).parent
-    work = [Work(str(n), Row(Record(given / f"{n:04d}.npy", -1, f"p{n}"))) for n in range(5)]
-    ended = iter(endings)
-    listings = []
+def dealt(monkeypatch, tmp_path, *endings):
+    """The outcomes of ten images with an actor whose calls end so: with results, or with such an error."""
+    given = archives.make_archive(tmp_path / "images", 10).parent
+    work = [Work(str(n), Row(Record(given / f"{n:04d}.npy", -1, f"p{n}"))) for n in range(10)]
+    ended, calls = iter(endings), []
 
-    def data(ray, listed, *_):
-        count, error = next(ended)
-        left = [pickle.loads(one) for one in pq.read_table(listed).column("work").to_pylist()]
-        listings.append([one.key for one in left])
-        for one in left[: 2 * count]:
-            yield pa.table({"outcome": pa.array([pickle.dumps((one.key, one.key, None, 0.0), 5)], pa.binary())})
-        if error is not None:
+    def get(call):
+        if call.given and (error := next(ended)) is not None:
             raise error("an actor has died")
+        return [Outcome(one, {"key": one.key}) for one in call.given]
 
+    class Call:
+        def __init__(self, some):
+            calls.append("".join(one.key for one in some))
+            self.given = some
+
+    actor = SimpleNamespace(compute=SimpleNamespace(remote=Call, options=lambda **_: SimpleNamespace(remote=Call)))
     fake = SimpleNamespace(
-        exceptions=SimpleNamespace(RayError=RayError, RayTaskError=TaskError), is_initialized=lambda: True
+        exceptions=SimpleNamespace(RayError=RayError, RayTaskError=TaskError),
+        is_initialized=lambda: True,
+        remote=lambda **_: lambda kind: SimpleNamespace(remote=lambda *_: actor),
+        wait=lambda given: (given[:1], given[1:]),
+        get=get,
     )
     monkeypatch.setattr(by_ray, "_ray", lambda: fake)
-    monkeypatch.setattr(by_ray, "_data", data)
-    return listings, by_ray.compute_by_ray(None, None, iter(work), 2, "cpu", None, tmp_path)  # pyright: ignore
+    settings = DeviceSettings(0, tmp_path, True)
+    return calls, by_ray.compute_by_ray(None, settings, iter(work), 1, None)  # pyright: ignore
 
 
-def test_where_a_death_ends_rays_work_the_rest_is_dealt_anew(monkeypatch, tmp_path):
-    listings, found = rounds(monkeypatch, tmp_path, (1, RayError), (0, RayError), (1, RayError), (1, None))
-    assert [one.work.key for one in found] == list("01234")
-    assert listings == [list("01234"), list("234"), list("234"), list("4")]
+def test_images_of_a_dead_actor_are_computed_again(monkeypatch, tmp_path):
+    calls, found = dealt(monkeypatch, tmp_path, RayError, RayError, None, RayError, RayError, None)
+    assert sorted(one.work.key for one in found) == list("0123456789")
+    assert calls == ["", "01234567", "89", "", "89012345", "67", "", "67", "", "67"]
 
 
-def test_rounds_that_bring_nothing_and_errors_of_actors_end_the_run(monkeypatch, tmp_path):
+def test_deaths_without_results_and_errors_of_actors_end_the_run(monkeypatch, tmp_path):
     done = []
-    listings, found = rounds(monkeypatch, tmp_path, (1, RayError), *3 * [(0, RayError)])
+    calls, found = dealt(monkeypatch, tmp_path, None, *3 * [RayError])
     with pytest.raises(GigamorphError, match=r"^Ray: .*an actor has died; results so far are stored"):
         done.extend(one.work.key for one in found)
-    assert len(listings) == 4 and not list(tmp_path.glob(".work-*"))
-    listings, found = rounds(monkeypatch, tmp_path, (1, TaskError))
+    assert done == list("01234567") and calls[3:] == ["", "89", "", "89"]
+    calls, found = dealt(monkeypatch, tmp_path, TaskError)
     with pytest.raises(GigamorphError, match=r"^Ray: "):
         list(found)
-    assert len(listings) == 1
+    assert calls == ["", "01234567", "89"]
 
 
 @pytest.fixture
@@ -147,7 +150,6 @@ def test_an_actor_and_a_node_are_killed_and_the_rows_are_those_of_the_embedded_r
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     keys = [row["key"] for rows in read_parts(tmp_path / "out" / "parts") for row in rows]
     assert len(set(keys)) == len(keys) == COUNT - 1
-    assert not list((tmp_path / "out").glob(".work-*"))
     # An image that kills whoever computes it ends the run, with what else is done, and in one line.
     with pytest.raises(GigamorphError, match=r"^Ray: .*; results so far are stored, --resume continues$"):
         predict(archives.deadly, [table], tmp_path / "deadly", options)

@@ -1,6 +1,13 @@
-"""Counts with the right plural."""
+"""Counts with the right plural, and warnings."""
 
 from __future__ import annotations
+
+import rich_click as click
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    click.echo(f"warning: {text}", err=True)
 
 
 def counted(number: int, thing: str) -> str:
