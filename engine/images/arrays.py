@@ -6,16 +6,11 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .affine import Affine
-from .stored import full_range
+from .stored import StoredPixels, full_range
 
 
-class ArrayPixels:
+class ArrayPixels(StoredPixels):
     """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
-
-    table = None
-    self_describing = False
-    to_original = Affine()
 
     def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
         self.values, self.dtype = values, values.dtype
@@ -26,9 +21,6 @@ class ArrayPixels:
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
         return self.values[:, top:bottom, left:right]
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
 
 
 def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:

@@ -18,13 +18,13 @@ from pydicom.uid import UID
 
 from ..errors import DataError
 from . import grayscale
-from .affine import Affine
 from .dicom_file import DicomFile, StoredFrames, locate_frames, read_header, without_validation
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
 from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
 from .rawfile import RawPixels, brief, one_line, warn_once
 from .slide import SlidePixels
+from .stored import StoredPixels
 
 _SQUARE = 0.001
 """The maximum relative difference of the sides of a square pixel."""
@@ -96,7 +96,7 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
         raise DataError(f"{path}: frame {frame} does not exist; the file has 0 to {info.frames - 1}")
 
 
-class DicomPixels:
+class DicomPixels(StoredPixels):
     """Stored pixels (`stored.StoredPixels`) of a frame of a DICOM file; created by `open_dicom`."""
 
     self_describing = True
@@ -145,11 +145,6 @@ class DicomPixels:
         bits = f"{frames.bits} of {frames.frame.bits_allocated} bits"
         which = f", frame {self.frame} of {frames.count}" if frames.count > 1 else ""
         return (f"DICOM, {name}, {bits}{which}", *self._grey().steps)
-
-    @property
-    def to_original(self) -> Affine:
-        """The identity."""
-        return Affine()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Unsigned bit patterns (1, rows, columns), indices into `table`."""

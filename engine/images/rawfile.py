@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from .affine import Affine
 from .arrays import channels_first
-from .stored import full_range
+from .stored import StoredPixels, full_range
 
 _LONGEST = 160
 _log = logging.getLogger("gigamorph")
@@ -54,11 +53,8 @@ class FileBytes:
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -96,7 +92,7 @@ class FileBytes:
         return bytes(data)
 
 
-class RawPixels:
+class RawPixels(StoredPixels):
     """A C-ordered array at a byte offset of a file, as stored pixels (`stored.StoredPixels`).
 
     Args:
@@ -107,10 +103,6 @@ class RawPixels:
         order: the permutation to (channels, height, width) or (height, width); by default that of `channels_first`.
         full: the value of white; by default that of the dtype.
     """
-
-    table = None
-    self_describing = False
-    to_original = Affine()
 
     def __init__(
         self,
@@ -140,9 +132,6 @@ class RawPixels:
         ranges = [wanted[self.order.index(axis)] for axis in range(len(self.order))]
         box = self._read_box(ranges).transpose(self.order)
         return box if box.ndim == 3 else box[None]
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
 
     def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
         """A box of the stored array, with one file read per contiguous run.

@@ -114,11 +114,8 @@ class RemoteFile:
         file = cls(url)
         return file if file.is_dir() or file._supports_ranges() else None
 
-    def __getstate__(self) -> str:
-        return self.url
-
-    def __setstate__(self, url: str) -> None:
-        self.__init__(url)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
 
     def __str__(self) -> str:
         return self.url

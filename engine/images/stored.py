@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,56 +11,33 @@ from torch import Tensor
 from .affine import Affine
 
 
-class StoredPixels(Protocol):
-    """The interface of a file format for `ImageSource`: stored values of a region, in their own dtype."""
+class StoredPixels:
+    """A reader of a file format for `ImageSource`, which returns stored values of a region; a base class."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """The file."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype | torch.dtype:
-        """The dtype of the stored values."""
-        ...
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """The steps from the file to grey values, in order, without data that identify a patient."""
-        ...
-
-    @property
-    def to_original(self) -> Affine:
-        """The map from the stored image's coordinates to those of the file."""
-        ...
-
-    @property
-    def full(self) -> float:
-        """The grey value of white: a stored value, or an entry of `table` if there is one."""
-        ...
-
-    @property
-    def table(self) -> np.ndarray | None:
-        """The grey value of each stored value, or None if stored values are grey values."""
-        ...
-
-    @property
-    def self_describing(self) -> bool:
-        """Whether the file defines white and the side of the chest wall, as DICOM does."""
-        ...
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    name: str
+    """The file."""
+    dtype: Any
+    """The numpy or torch dtype of the stored values."""
+    steps: tuple[str, ...]
+    """The steps from the file to grey values, in order, without data that identify a patient."""
+    full: float
+    """The grey value of white: a stored value, or an entry of `table` if there is one."""
+    table: np.ndarray | None = None
+    """The grey value of each stored value, or None if stored values are grey values."""
+    to_original = Affine()
+    """The map from the stored image's coordinates to those of the file."""
+    self_describing = False
+    """Whether the file defines white and the side of the chest wall, as DICOM does."""
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
         """Stored values of a region, (channels, bottom - top, right - left)."""
-        ...
+        raise NotImplementedError
 
     def flips(self) -> tuple[bool, bool]:
         """(left-right, up-down): the mirroring to the canonical orientation, if the file defines it."""
-        ...
+        return False, False
 
 
 def integer_dtype(dtype: np.dtype | torch.dtype) -> np.dtype | None:

@@ -12,9 +12,8 @@ import tifffile
 
 from ..errors import DataError
 from . import codecs
-from .affine import Affine
 from .rawfile import FileBytes, RawPixels, one_line
-from .tiles import TileGrid
+from .tiles import TiledPixels, TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _ALPHA = {1, 2}  # ExtraSamples: associated, unassociated alpha; 0 is unspecified data
@@ -29,7 +28,7 @@ def _only_alpha(page: tifffile.TiffPage, channels: int) -> bool:
     return sum(int(kind) in _ALPHA for kind in page.extrasamples) >= extra
 
 
-class TiffPixels:
+class TiffPixels(TiledPixels):
     """Stored pixels (`stored.StoredPixels`) of a plane of a TIFF file, at full resolution; alpha is dropped.
 
     Args:
@@ -37,9 +36,6 @@ class TiffPixels:
         frame: the plane of the file's first image, from 0: a page, or a focal plane, time or channel of OME-TIFF;
             required if there are several. Thumbnails, labels and lower resolutions are other images and ignored.
     """
-
-    to_original = Affine()
-    self_describing = False
 
     def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name = str(path)
@@ -55,11 +51,8 @@ class TiffPixels:
         except Exception as error:  # tifffile raises errors of all kinds for a damaged directory
             raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "frame": self.frame}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["frame"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.frame)
 
     def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
         if not tif.series:
@@ -127,7 +120,6 @@ class TiffPixels:
         self.full = float(2**page.bitspersample - 1) if page.dtype.kind == "u" else 1.0
         if page.dtype.kind == "i":
             self.full = float(np.iinfo(page.dtype).max)
-        self.table = None
         if page.photometric == _MINISWHITE:
             if page.dtype.kind not in "ub" or page.dtype.itemsize > 2:
                 raise DataError(f"{self.path}: white-is-zero with {page.dtype}; save it with black as zero")
@@ -173,13 +165,10 @@ class TiffPixels:
         self._grid = TileGrid(size)
         _ = page.decode, page.jpegtables  # both read the open file once and are cached
 
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
-
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         if self._raw is not None:
             return self._raw.read(top, bottom, left, right)[: self.shape[0]]
-        return self._grid.read(self, top, bottom, left, right)
+        return super().read(top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of a tile or strip."""

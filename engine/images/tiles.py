@@ -13,11 +13,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from .stored import StoredPixels
 
 _Key = tuple[int, tuple[int, int]]
 
@@ -93,23 +94,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class Tiled(Protocol):
-    """The interface of a file format that is read tile by tile."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def name(self) -> str: ...
-
-    def tile(self, row: int, column: int) -> np.ndarray:
-        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
-        ...
-
-
 class TileGrid:
     """A reader of regions of an image (channels, height, width) stored in tiles of `size` (rows, columns)."""
 
@@ -118,7 +102,10 @@ class TileGrid:
         self.owner = next(_owners)
         weakref.finalize(self, cache.drop, self.owner)
 
-    def read(self, image: Tiled, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.size,)
+
+    def read(self, image: TiledPixels, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """A region as a new array (channels, bottom - top, right - left); all calls must have the same `image`."""
         out = np.empty((image.shape[0], bottom - top, right - left), image.dtype)
         if not out.size:
@@ -146,13 +133,26 @@ class TileGrid:
         height, width = self.size
         return itertools.product(range(top // height, -(-bottom // height)), range(left // width, -(-right // width)))
 
-    def _tile(self, image: Tiled, row: int, column: int) -> np.ndarray:
+    def _tile(self, image: TiledPixels, row: int, column: int) -> np.ndarray:
         key = (self.owner, (row, column))
         tile = self.cache.get(key)
         if tile is None:
             tile = image.tile(row, column)
             self.cache.put(key, tile)
         return tile
+
+
+class TiledPixels(StoredPixels):
+    """Stored pixels of a file format that is read tile by tile; a base class."""
+
+    _grid: TileGrid
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        return self._grid.read(self, top, bottom, left, right)
+
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
+        raise NotImplementedError
 
 
 def _run_all(task: Callable[[tuple[int, int]], None], indices: list[tuple[int, int]]) -> None:

@@ -11,17 +11,16 @@ import numpy as np
 
 from ..errors import DataError
 from . import codecs
-from .affine import Affine
 from .arrays import channels_first
 from .rawfile import one_line
 from .stored import full_range
-from .tiles import TileGrid
+from .tiles import TiledPixels, TileGrid
 
 # Files that mark a folder as a zarr array or group, of version 3 and 2.
 MARKS = ("zarr.json", ".zarray", ".zgroup")
 
 
-class ZarrPixels:
+class ZarrPixels(TiledPixels):
     """Stored pixels (`stored.StoredPixels`) of a zarr array, or of the full resolution of an OME-Zarr image.
 
     An array of two or three axes has a layout of `open_pixels`. In other arrays and OME-Zarr images, the last two axes
@@ -30,10 +29,6 @@ class ZarrPixels:
 
     Chunks that were never written contain the array's fill value.
     """
-
-    table = None
-    self_describing = False
-    to_original = Affine()
 
     def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name, self.path, self.frame = str(path), path, frame
@@ -54,11 +49,8 @@ class ZarrPixels:
         except Exception as error:  # zarr raises errors of all kinds for damaged metadata
             raise DataError(f"{path}: damaged zarr metadata ({one_line(error)}); fetch it again") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "frame": self.frame}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["frame"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.frame)
 
     def _describe(self, axes: list[str] | None) -> None:
         array, shape = self._array, tuple(self._array.shape)
@@ -104,12 +96,6 @@ class ZarrPixels:
         for axis in reversed(others):
             left, index[axis] = divmod(left, shape[axis])
         return ((0, 1, 2) if colour else (0, 1)), index
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        return self._grid.read(self, top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of the chunks at a chunk row and column."""
