@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
-from .cells import is_number, no_number, read_rows
+from .cells import EXCEL, is_number, no_number, read_rows, stream_rows
 from .folders import Unlisted, image_files, walk
 from .mask_names import masks_among, names_masks
+from .parquet import PARQUET
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 from .skipped import CONVERTED, is_left_out, log, made_by, warn_of_unread
 
+TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)
+"""Suffixes of tables."""
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},
     "training": "train",
@@ -100,6 +103,35 @@ def read_table(
     if check_files:
         _refuse_missing(path, records)
     return Table(records, names, masks=masks)
+
+
+def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str]) -> Iterator[tuple[str, Record]]:
+    """Iterate over (cell image_path, record) of the rows of a csv, Parquet or Excel file; records as in `read_table`.
+
+    In contrast to `read_table`, an image may be in several rows, and files need not exist.
+
+    Args:
+        path: the file.
+        classes: the class names; a label becomes the index of its class, or -1. None reads no labels.
+        unknown: counts the labels that are not classes.
+
+    Raises:
+        DataError: names the file and line of a problem; also during iteration.
+    """
+    found, rows = stream_rows(path)
+    header, needed = columns_of(path, found, False, None)
+    numbers = {name: number for number, name in enumerate(classes or ())}
+    for place, cells in rows:
+        row = dict(zip(header, cells.values(), strict=True))
+        for name in needed:
+            if not row[name]:
+                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or remove the row")
+        label = -1
+        if classes is not None and row.get("label"):
+            label = numbers.get(whole(row["label"]), -1)
+            if label < 0:
+                unknown[row["label"]] += 1
+        yield row["image_path"], to_record(path, place, row, label)
 
 
 def labels_of(path: Path, table: Table) -> list[str]:
