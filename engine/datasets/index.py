@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..images.header import DicomInfo, read_info
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
+from ..images.rawfile import reading
 from .names import NamePattern, find_pattern
 from .tables.folders import image_files
 from .tables.mask_names import masks_among
@@ -130,13 +131,11 @@ def _read(path: Path) -> Record:
 
 def is_dicom(path: Path) -> bool:
     """Whether the file has the DICOM prefix; `DataError` if it cannot be read."""
-    try:
+    with reading(path):
         if path.exists() and not path.is_file():
             return False
         with path.open("rb") as file:
             return file.read(132)[128:] == DICOM_MARK
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _dicom_record(path: Path, info: DicomInfo) -> Record:

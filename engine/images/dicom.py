@@ -22,7 +22,7 @@ from .dicom_file import DicomFile, StoredFrames, locate_frames, read_header, wit
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
 from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
-from .rawfile import RawPixels, brief, one_line, warn_once
+from .rawfile import RawPixels, brief, library_errors, warn_once
 from .slide import SlidePixels
 from .stored import StoredPixels
 
@@ -50,7 +50,7 @@ def _open_dataset(
     ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: int | None, for_processing: bool
 ) -> DicomPixels | SlidePixels:
     info = describe(ds, path)
-    try:
+    with library_errors(f"{path}: malformed DICOM header", "correct it or fetch it again"):
         if info.for_processing and not for_processing:
             raise DataError(
                 f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or allow "
@@ -61,10 +61,6 @@ def _open_dataset(
             return SlidePixels(ds, info, locate(), voi=voi, plane=frame)
         _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
         return DicomPixels(ds, info, locate(), voi=voi, frame=frame or 0)
-    except DataError:
-        raise
-    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
-        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
 
 
 def _warn_of_contradictions(ds: Dataset, path: Path) -> None:

@@ -33,7 +33,7 @@ from pydicom.uid import (
 
 from ..errors import DataError
 from . import codecs
-from .rawfile import FileBytes, one_line, warn_once
+from .rawfile import FileBytes, library_errors, reading, warn_once
 
 # The number of bytes that are inflated for a header; headers of images have kilobytes.
 _INFLATED_HEADER = 16 * 2**20
@@ -78,12 +78,10 @@ class DicomFile(io.BufferedReader):
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise DataError(f"{path}: is not a regular file; pass an image")
         self.path = path
-        try:
+        with reading(path):
             self._bytes: Any = path.open("rb", buffering=0)
             super().__init__(self._bytes)
             self.size = self.seek(0, 2)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         self.seek(0)
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -101,19 +99,13 @@ class DicomFile(io.BufferedReader):
 
 def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase]:
     """The data set before the pixels, and the stream positioned at the pixel data element."""
-    try:
+    with library_errors(f"{path}: damaged or truncated DICOM header", "fetch the file again"):
         stream = _inflated_header(file, path)
         ds = dcmread(stream, stop_before_pixels=True, force=stream is not file)
         if stream is not file:
             ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         missing = [key for key in ("Rows", "Columns", "BitsAllocated", "BitsStored") if ds.get(key) is None]
         index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
-    except DataError:
-        raise
-    except Exception as error:  # a damaged header raises errors of all kinds
-        raise DataError(
-            f"{path}: damaged or truncated DICOM header ({one_line(error)}); fetch the file again"
-        ) from error
     if missing and index:
         raise DataError(f"{path}: is a DICOMDIR, the index of a medium, not an image; pass the folder of its images")
     if missing:
@@ -272,17 +264,13 @@ class StoredFrames:
 
     def _by_pydicom(self, index: int) -> np.ndarray:
         codecs.check_size(self.frame.nbytes, self.path.stat().st_size, str(self.path))
-        try:
+        with library_errors(f"{self.path}: pixel data cannot be decoded", "convert it"):
             with DicomFile(self.path) as file:
                 ds, _ = read_header(file, self.path)
             # Keep all bits: pydicom would interpret signs and unused bits, which the table does here.
             ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
             ds.NumberOfFrames, ds.PixelData = 1, encapsulate([self._data(index)], has_bot=False)
             return pixel_array(ds, raw=True)
-        except DataError:
-            raise
-        except Exception as error:  # missing plugin, damaged data: pydicom raises errors of all kinds
-            raise DataError(f"{self.path}: pixel data cannot be decoded ({one_line(error)}); convert it") from error
 
 
 def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> StoredFrames:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import DataError
-from .rawfile import brief, one_line
+from .rawfile import brief, library_errors, one_line
 from .remote import RemoteFile
 
 if TYPE_CHECKING:
@@ -203,20 +203,13 @@ class Instance(RemoteFile):
             if tag == _LUT_DATA:
                 raise DataError(f"{self.url}: its store returns the grey scale by reference; download the file")
 
-        try:
+        with library_errors(f"{self.url}: its store's metadata cannot be read", "download the file"):
             return Dataset.from_json(own, bulk_data_uri_handler=refuse_lut)
-        except DataError:
-            raise
-        except Exception as error:  # pydicom raises errors of many kinds
-            raise DataError(f"{self.url}: its store's metadata cannot be read ({one_line(error)})") from error
 
     @property
     def frames(self) -> int:
-        header = self.header
-        try:
-            return int(header.get("NumberOfFrames") or 1)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{self.url}: its store's metadata cannot be read ({one_line(error)})") from error
+        with library_errors(f"{self.url}: its store's metadata cannot be read", "download the file"):
+            return int(self.header.get("NumberOfFrames") or 1)
 
     def frame(self, number: int) -> bytes:
         """The bytes of a frame, from 1: as stored, otherwise uncompressed, otherwise in the store's preferred form."""
@@ -255,11 +248,8 @@ class Instance(RemoteFile):
             if self._data is None:
                 found = ask_store(self.url, self.service, lambda client: client.retrieve_instance(*self._uids))
                 file = io.BytesIO()
-                try:
-                    with without_validation():
-                        found.save_as(file, enforce_file_format=True)
-                except Exception as error:  # pydicom raises errors of many kinds
-                    raise DataError(f"{self.url}: is damaged in its store ({one_line(error)})") from error
+                with library_errors(f"{self.url}: is damaged in its store", "correct it there"), without_validation():
+                    found.save_as(file, enforce_file_format=True)
                 self._data = file.getbuffer()
             return self._data
 

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from ..errors import DataError
 from . import mammography
 from .dicom_file import DicomFile, read_header, without_validation
-from .rawfile import one_line
+from .rawfile import library_errors
 
 MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
 UNDECLARED = "not declared"  # the photometric interpretation of a header without one
@@ -71,7 +71,8 @@ def read_info(path: str | Path) -> DicomInfo:
 
 def describe(ds: Dataset, path: Path) -> DicomInfo:
     """The data of a parsed header; `DataError` for invalid elements."""
-    try:
+    # pydicom converts elements on access.
+    with library_errors(f"{path}: malformed DICOM header", "correct it or fetch it again"):
         laterality, view = mammography.side_and_view(ds)
         sop_class = str(ds.get("SOPClassUID", ""))
         matrix = ds.get("TotalPixelMatrixRows"), ds.get("TotalPixelMatrixColumns")
@@ -97,8 +98,6 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             manufacturer=_text(ds.get("Manufacturer")),
             matrix=(int(matrix[0]), int(matrix[1])) if all(matrix) else None,  # pyright: ignore[reportArgumentType]
         )
-    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
-        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
     if info.rows < 1 or info.columns < 1 or info.frames < 1:
         raise DataError(f"{path}: damaged header ({info.frames} frames of {info.rows} x {info.columns} pixels)")
     return info

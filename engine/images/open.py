@@ -15,6 +15,7 @@ from .arrays import ArrayPixels, channels_first
 from .dicomweb import Instance, remote_file
 from .levels import White
 from .pixels import ImageSource, Normalize
+from .rawfile import reading
 from .remote import RemoteFile, is_url
 from .stored import StoredPixels
 
@@ -81,7 +82,7 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
-    try:  # each call fails for a folder without permission, or for a name that is too long
+    with reading(path):  # each call fails for a folder without permission, or for a name that is too long
         if path.is_dir():
             from .zarrs import MARKS, ZarrPixels
 
@@ -92,8 +93,6 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
             raise DataError(f"{path}: is not a regular file; pass an image")
         with path.open("rb") as file:
             head = file.read(132)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         from .tiff import TiffPixels
 

@@ -12,7 +12,7 @@ import tifffile
 
 from ..errors import DataError
 from . import codecs
-from .rawfile import FileBytes, RawPixels, one_line
+from .rawfile import FileBytes, RawPixels, library_errors
 from .tiles import TiledPixels, TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
@@ -41,15 +41,13 @@ class TiffPixels(TiledPixels):
         self.name = str(path)
         self.path = path
         self.frame = frame
-        try:
+        with (
+            library_errors(f"{path}: damaged TIFF", "fetch the file again"),
             # Other files of a multi-file image are found for local files only.
-            with tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif:
-                self._choose(tif, frame)
-                self._describe()
-        except DataError:
-            raise
-        except Exception as error:  # tifffile raises errors of all kinds for a damaged directory
-            raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
+            tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif,
+        ):
+            self._choose(tif, frame)
+            self._describe()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.frame)
@@ -188,12 +186,8 @@ class TiffPixels(TiledPixels):
         data = self._bytes.read(int(self._offsets[index]), count) if count else None
         if data is not None:
             self._check(data, index)
-        try:
+        with library_errors(f"{self.path}: segment {index} is damaged", "fetch the file again"):
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: segment {index} is damaged ({one_line(error)}); fetch the file again"
-            ) from error
         if decoded is None:  # a segment that was never written has the fill value
             decoded = np.full(shape, page.nodata, page.dtype)
         if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders return a byte per bit

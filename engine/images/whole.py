@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import DataError
 from . import codecs
-from .rawfile import one_line
+from .rawfile import library_errors, reading
 from .stored import StoredPixels
 
 # Channels without alpha, which is dropped, by the colour type in the header.
@@ -38,10 +38,8 @@ class WholeFile(StoredPixels):
         self.path = path
         self._pixels: np.ndarray | None = None
         self._lock = threading.Lock()
-        try:
+        with reading(path):
             self._describe()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         codecs.check_size(math.prod(self.shape) * self.dtype.itemsize, path.stat().st_size, self.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,16 +70,8 @@ class WholeFile(StoredPixels):
         return codecs.most_encoded(math.prod(self.shape) * self.dtype.itemsize)
 
     def _decoded(self) -> np.ndarray:
-        try:
+        with library_errors(f"{self.path}: damaged or truncated image", "fetch the file again"), reading(self.path):
             pixels = self._decode()
-        except DataError:
-            raise
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: damaged or truncated image ({one_line(error)}); fetch the file again"
-            ) from error
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         pixels = pixels[:, :, : self.shape[0]].transpose(2, 0, 1)
         if pixels.shape != self.shape or pixels.dtype != self.dtype:

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DataError
 from . import codecs
 from .arrays import channels_first
-from .rawfile import one_line
+from .rawfile import library_errors
 from .stored import full_range
 from .tiles import TiledPixels, TileGrid
 
@@ -36,7 +36,7 @@ class ZarrPixels(TiledPixels):
             import zarr
         except ImportError as error:
             raise DataError(f"{path}: is a zarr array; pip install 'zarr>=3' to read it") from error
-        try:
+        with library_errors(f"{path}: damaged zarr metadata", "fetch it again"):
             # A path and not text, because the name "zip::a" would be a URL.
             found: Any = zarr.open(path if isinstance(path, Path) else str(path), mode="r")
             array, axes = (found, None) if isinstance(found, zarr.Array) else _full_resolution(found, path)
@@ -44,10 +44,6 @@ class ZarrPixels(TiledPixels):
 
             self._array = bounded(array)
             self._describe(axes)
-        except DataError:
-            raise
-        except Exception as error:  # zarr raises errors of all kinds for damaged metadata
-            raise DataError(f"{path}: damaged zarr metadata ({one_line(error)}); fetch it again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.frame)
@@ -103,12 +99,8 @@ class ZarrPixels(TiledPixels):
         for axis, number, step in zip(self._axes[-2:], (row, column), self._size, strict=True):
             index[axis] = slice(number * step, (number + 1) * step)
         self._check_chunks(index)
-        try:
+        with library_errors(f"{self.path}: chunk {row}, {column} is damaged", "fetch it again"):
             values = np.asarray(self._array[tuple(index)])
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: chunk {row}, {column} is damaged ({one_line(error)}); fetch it again"
-            ) from error
         values = values.transpose(self._order)
         return values if values.ndim == 3 else values[None]
 
