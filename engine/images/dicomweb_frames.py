@@ -23,8 +23,9 @@ from pydicom.uid import (
 
 from ..errors import DataError
 from . import codecs
-from .dicom_file import StoredFrames, without_validation
+from .dicom_file import StoredFrames, frame_of, without_validation
 from .dicomweb import Instance
+from .rawfile import library_errors
 
 _SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 0xF7: JPEGLSLossless}
 
@@ -79,36 +80,14 @@ def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
         DataError: if the store's metadata is incomplete, or frames cannot be downloaded separately.
     """
     ds = instance.header
-    with without_validation():
-        try:
-            allocated, stored = int(ds.BitsAllocated), int(ds.BitsStored)
-            samples, high = int(ds.get("SamplesPerPixel", 1)), int(ds.get("HighBit", stored - 1))
-            photometric = str(ds.get("PhotometricInterpretation", ""))
-            frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
-            planar, signed = int(ds.get("PlanarConfiguration") or 0), bool(ds.get("PixelRepresentation", 0))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{instance}: its store's metadata lacks the size; download the file") from error
-    if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
-        raise DataError(f"{instance}: {stored} bits of {allocated}, high bit {high}, is not supported; convert it")
+    with without_validation(), library_errors(f"{instance}: its store's metadata lacks the size", "download the file"):
+        frame = frame_of(ds, instance)
     first = instance.frame(1)
     syntax = syntax_of(first, frame, f"{instance}/frames/1")
     lossy = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
-    if lossy and (codecs.jpeg_bits(first) < stored or str(ds.get("LossyImageCompression", "")) == "00"):
+    if lossy and (codecs.jpeg_bits(first) < int(ds.BitsStored) or str(ds.get("LossyImageCompression", "")) == "00"):
         raise DataError(f"{instance}: its store sends frames with additional lossy compression; download the file")
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
-    frames = StoreFrames(
-        path=cast(Path, instance),
-        syntax=str(syntax),
-        frame=frame,
-        count=instance.frames,
-        planar=samples > 1 and planar == 1 and not syntax.is_encapsulated,
-        shift=high + 1 - stored,
-        bits=stored,
-        signed=signed,
-        offset=None,
-        deflated=None,
-        swapped=False,
-        ranges=None,
-    )
-    return ds, frames
+    with library_errors(f"{instance}: its store's metadata cannot be read", "download the file"):
+        return ds, StoreFrames.of(ds, cast(Path, instance), frame, syntax)

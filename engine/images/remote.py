@@ -34,8 +34,20 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
-def with_retries(url: str, call: Callable[[], T]) -> T:
+def _judge(url: str, error: Exception) -> tuple[DataError, bool]:
+    final = isinstance(error, _FINAL) and _status(error) < 500
+    return DataError(f"{url}: cannot be fetched ({describe_error(error)})"), not final
+
+
+def with_retries(
+    url: str, call: Callable[[], T], judge: Callable[[str, Exception], tuple[DataError, bool]] = _judge
+) -> T:
     """The result of a network call, after at most three tries.
+
+    Args:
+        url: for messages.
+        call: the call.
+        judge: (url, error of the call) -> the error to raise, and whether another try may succeed.
 
     Raises:
         DataError: if the file cannot be fetched, with the reason; or that of the call.
@@ -46,8 +58,9 @@ def with_retries(url: str, call: Callable[[], T]) -> T:
         except DataError:
             raise
         except Exception as error:
-            if not left or (isinstance(error, _FINAL) and _status(error) < 500):
-                raise DataError(f"{url}: cannot be fetched ({describe_error(error)})") from error
+            final, may_succeed = judge(url, error)
+            if not left or not may_succeed:
+                raise final from error
             time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
     raise AssertionError
 
