@@ -39,9 +39,9 @@ from torch import nn
 from gigamorph import accelerate
 from gigamorph.cli.main import cli
 from gigamorph.engine.datasets.dataset import ImageDataset
-from gigamorph.engine.images.arrays import ArrayPixels
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import ImageSource
+from gigamorph.engine.images.stored import ArrayPixels
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict import parts, runner
 from gigamorph.engine.predict.parts import read_parts

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..engine.bench.roofline import Work
     from ..engine.planning.plan import Plan
-    from ..engine.train.precision import Precision
+    from ..engine.train.options import Precision
     from .table import BudgetRow
 
 
@@ -108,8 +108,7 @@ def plan(
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
     from ..engine.train.mask_target import WithLoss
-    from ..engine.train.options import Loss
-    from ..engine.train.precision import AUTOCAST
+    from ..engine.train.options import AUTOCAST, Loss
     from .table import show_budgets, show_plan
 
     kind, memory = device

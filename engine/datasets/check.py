@@ -17,9 +17,8 @@ from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
 from .dataset import ImageDataset
-from .grey import odd_range, unlike_kinds
+from .grey import label_by_kind_warning, odd_range, unlike_kinds
 from .index import is_dicom
-from .kinds import label_by_kind_warning
 from .splits import leaks
 from .tables.schema import Record
 

@@ -12,8 +12,8 @@ from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.rawfile import reading
 from .names import NamePattern, find_pattern
+from .tables.file_names import masks_among
 from .tables.folders import image_files
-from .tables.mask_names import masks_among
 from .tables.schema import Record
 
 DICOM_MARK = b"DICM"

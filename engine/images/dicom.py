@@ -21,15 +21,13 @@ from . import grayscale
 from .dicom_file import DicomFile, StoredFrames, locate_frames, read_header, without_validation
 from .dicomweb import Instance
 from .dicomweb_frames import locate_in_store
-from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
+from .header import UNDECLARED, DicomInfo, describe
 from .rawfile import RawPixels, brief, library_errors, warn_once
 from .slide import SlidePixels
 from .stored import StoredPixels
 
 _SQUARE = 0.001
 """The maximum relative difference of the sides of a square pixel."""
-
-__all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
 
 
 def open_dicom(

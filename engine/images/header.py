@@ -1,7 +1,8 @@
-"""Image data in a DICOM header, without the pixels."""
+"""Image data in DICOM headers, without the pixels; the headers of many files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydicom.dataset import Dataset
 from ..errors import DataError
 from . import mammography
 from .dicom_file import DicomFile, read_header, without_validation
+from .parallel import run_parallel
 from .rawfile import library_errors
 
 MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
@@ -106,3 +108,21 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
 def _text(value: Any) -> str | None:
     """The value as text in one line; None if it is empty."""
     return " ".join(str(value).split()) or None if value is not None else None
+
+
+def read_headers(
+    paths: Sequence[Path], *, workers: int | None = None, on_done: Callable[[], object] | None = None
+) -> list[DicomInfo | DataError]:
+    """`dicom.read_info` of each file, in the order of `paths`; the error for a file that cannot be read.
+
+    Args:
+        paths: the files.
+        workers: the number of processes, as in `run_parallel`.
+        on_done: called after each file.
+    """
+    found: list[DicomInfo | DataError] = [DataError("not read")] * len(paths)
+    for index, result in run_parallel(read_info, paths, workers=workers, chunk=64):
+        found[index] = result
+        if on_done is not None:
+            on_done()
+    return found

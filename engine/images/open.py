@@ -11,13 +11,12 @@ import numpy as np
 from torch import Tensor, strided
 
 from ..errors import DataError
-from .arrays import ArrayPixels, channels_first
 from .dicomweb import Instance, remote_file
 from .levels import White
 from .pixels import ImageSource, Normalize
 from .rawfile import reading
 from .remote import RemoteFile, is_url
-from .stored import StoredPixels
+from .stored import ArrayPixels, StoredPixels, channels_first
 
 
 def open_pixels(

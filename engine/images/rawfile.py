@@ -20,8 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from .arrays import channels_first
-from .stored import StoredPixels, full_range
+from .stored import StoredPixels, channels_first, full_range
 
 _LONGEST = 160
 _log = logging.getLogger("gigamorph")

@@ -1,4 +1,4 @@
-"""The interface of readers of file formats: stored values, and the meaning of their dtype."""
+"""Stored values of files and arrays: the base class of their readers, the meaning of their dtype, arrays in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .affine import Affine
 
 
@@ -61,3 +62,29 @@ def full_range(dtype: np.dtype | torch.dtype) -> float:
     if isinstance(dtype, torch.dtype):
         return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
     return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
+
+
+class ArrayPixels(StoredPixels):
+    """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
+
+    def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
+        self.values, self.dtype = values, values.dtype
+        self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
+        self.name = name
+        self.full = full_range(values.dtype)
+        self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        return self.values[:, top:bottom, left:right]
+
+
+def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The permutation from this shape to (channels, height, width); `DataError` if there is none."""
+    if len(shape) == 2 and all(shape):
+        return (0, 1)
+    if len(shape) == 3 and all(shape):
+        if shape[0] in (1, 3):
+            return (0, 1, 2)
+        if shape[2] in (1, 3):
+            return (2, 0, 1)
+    raise DataError(f"{name}: shape {shape} must be (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")

@@ -11,9 +11,8 @@ import numpy as np
 
 from ..errors import DataError
 from . import codecs
-from .arrays import channels_first
 from .rawfile import library_errors
-from .stored import full_range
+from .stored import channels_first, full_range
 from .tiles import TiledPixels, TileGrid
 
 # Files that mark a folder as a zarr array or group, of version 3 and 2.

@@ -30,9 +30,8 @@ from torch import Tensor
 from ..datasets.grey import odd_grey
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
-from ..images.derived import stored_source
 from ..images.dicomweb import remote_file
-from ..images.pixels import ImageSource
+from ..images.pixels import ImageSource, stored_source
 from ..images.rawfile import one_line
 from ..images.stored import StoredPixels
 from .rows import Work, fetch

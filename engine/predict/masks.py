@@ -31,7 +31,7 @@ from ..train.heatmap import overlay_name
 from ..train.inputs import images
 from ..train.mask_target import MaskTarget, dice, dice_scores
 from ..train.network import restore_network, target_of
-from ..train.splits import with_splits
+from ..train.record import with_splits
 from ..train.stored import preprocessing_of
 from .decoders import Opened
 from .delivery import Document

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..datasets.tables import Record
-from ..train.precision import AUTOCAST, Precision
+from ..train.options import AUTOCAST, Precision
 from .decoders import Opened
 from .job import Result, Start, Unit
 from .rows import Work

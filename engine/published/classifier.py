@@ -20,7 +20,7 @@ from ..train.checkpoint import load_checkpoint
 from ..train.data import Images
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
-from ..train.splits import with_splits
+from ..train.record import with_splits
 from ..train.stored import REMEDY, preprocessing_of
 from .ensemble import Ensemble, Member, Published
 from .folds import open_folds

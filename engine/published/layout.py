@@ -28,7 +28,7 @@ class Part:
         ignored: beginnings of names, after the prefix, that it does not use.
         licence: as its authors state it.
         size: of the image for the check.
-        training: identifies the images of the training, for `gigamorph.engine.train.splits.with_splits`.
+        training: identifies the images of the training, for `gigamorph.engine.train.record.with_splits`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Callbacks around the batches of a stage: scores and log rows of epochs, checkpoints, Ctrl-C."""
+"""Callbacks around the batches of a stage: scores and log rows of epochs, checkpoints, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import csv
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,6 @@ from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
-from .interrupt import Interrupt, InterruptedTraining
 from .loggers import log_row, numbers_of
 from .module import StageModule, remedy, resume_hint
 from .run import seed_of
@@ -221,3 +223,44 @@ def _in_evaluation(trainer: pl.Trainer, module: StageModule, number: int, call: 
     torch.manual_seed(seed_of(module.run.seed, module.state.epoch, 2**31 + number))
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return call()
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedTraining(Exception):
+    """Training was stopped by Ctrl-C, after the checkpoint was written."""
+
+
+class Interrupt:
+    """Whether Ctrl-C or SIGTERM has been received; only the main thread can handle them."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._former: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Context in which a first Ctrl-C only sets `asked`.
+
+        Raises:
+            KeyboardInterrupt: instead of `InterruptedTraining`, or of Lightning's `SystemExit` at a second Ctrl-C.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._former = {one: signal.getsignal(one) or signal.SIG_DFL for one in _SIGNALS}
+        for one in self._former:
+            signal.signal(one, self._ask)
+        try:
+            yield
+        except (InterruptedTraining, SystemExit) as error:
+            raise KeyboardInterrupt from error
+        finally:  # Lightning leaves Ctrl-C ignored after an interruption
+            self._restore_handlers()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for one, handler in self._former.items():
+            signal.signal(one, handler)

@@ -25,8 +25,7 @@ from .checkpoint import load_checkpoint, write_atomically
 from .classify import Classification
 from .data import Data, samples_of
 from .loop import Trained, run_stages
-from .mask_target import MaskTarget
-from .masks import Overlap, Segmentation, scored_lines
+from .mask_target import MaskTarget, Overlap, Segmentation, scored_lines
 from .metrics import Prediction, as_cases
 from .network import build_network
 from .options import TrainOptions

@@ -21,13 +21,12 @@ from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..parallel.lock import hold
 from ..parallel.process_group import ProcessGroup
-from .callbacks import Epochs
+from .callbacks import Epochs, Interrupt
 from .checkpoint import AtomicCheckpointIO, load_checkpoint
-from .interrupt import Interrupt
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
 from .optimizers import find_optimizer, make_optimizer
-from .precision import LIGHTNING
+from .options import LIGHTNING
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of

@@ -16,11 +16,10 @@ from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
 from .cells import EXCEL, is_number, no_number, read_rows, stream_rows
-from .folders import Unlisted, image_files, walk
-from .mask_names import masks_among, names_masks
+from .file_names import masks_among, names_masks
+from .folders import CONVERTED, Unlisted, image_files, is_left_out, log, made_by, walk, warn_of_unread
 from .parquet import PARQUET
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
-from .skipped import CONVERTED, is_left_out, log, made_by, warn_of_unread
 
 TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)
 """Suffixes of tables."""

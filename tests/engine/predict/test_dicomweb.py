@@ -27,7 +27,7 @@ from gigamorph.engine.images.remote import RemoteFile
 from gigamorph.engine.predict.masks import Classes, MaskOptions, Segmenter, predict_masks
 from gigamorph.engine.predict.run import Options, predict
 from gigamorph.engine.train.mask_target import MaskTarget
-from gigamorph.engine.train.splits import with_splits
+from gigamorph.engine.train.record import with_splits
 
 HERE = Options("m" * 64, "best.ckpt", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
