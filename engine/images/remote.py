@@ -7,11 +7,12 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+from fsspec.spec import AbstractBufferedFile
 
 from ..errors import DataError
 from .rawfile import one_line
@@ -110,7 +111,7 @@ class RemoteFile:
         self._process = 0
         self._size: int | None = None
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: Any = None
 
     @classmethod
     def by_region(cls, url: str) -> RemoteFile | None:
@@ -173,23 +174,21 @@ class RemoteFile:
         return self.read_range(0, self.size) if self.size <= SMALL else self.fetch(0, self.size)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Cached bytes from `start` to `end`, or to the end of the block."""
+        """The bytes from `start` to `end`, or to the end of the file; blocks are cached."""
+        from fsspec.caching import BlockCache
+
         size = self.size
         end = min(end, size)
-        if start >= end:
-            return b""
         block = size if size <= SMALL else BLOCK
         if end - start >= block < size:
             return self.fetch(start, end)
-        number = start // block
         with self._lock:  # two threads must not fetch the same block
-            found = self._blocks.pop(number, None)
-            if found is None:
-                found = self.fetch(number * block, min((number + 1) * block, size))
-            self._blocks[number] = found
-            while len(self._blocks) > _HELD:
-                self._blocks.popitem(last=False)
-        return found[start - number * block : end - number * block]
+            if self._blocks is None:
+                self._blocks = BlockCache(block, self._fetch_block, size, _HELD)
+            return self._blocks._fetch(start, end)
+
+    def _fetch_block(self, start: int, end: int) -> bytes:
+        return self.fetch(start, min(end, self.size))
 
     def fetch(self, start: int, end: int) -> bytes:
         """Fetch the bytes from `start` to `end`, without the cache."""
@@ -227,36 +226,12 @@ class RemoteFile:
         return self._system
 
 
-class _Reader(io.RawIOBase):
+class _Reader(AbstractBufferedFile):
     """A stream over a remote file."""
 
     def __init__(self, file: RemoteFile) -> None:
-        super().__init__()
-        self.name = str(file)
-        self._file, self._position = file, 0
+        super().__init__(None, file.url, cache_type="none", size=file.size)
+        self.name, self._file = file.url, file
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        target = memoryview(buffer).cast("B")
-        done = 0
-        while done < len(target):  # fill the buffer, as unbuffered local files do
-            data = self._file.read_range(self._position, self._position + len(target) - done)
-            if not data:
-                break
-            target[done : done + len(data)] = data
-            done += len(data)
-            self._position += len(data)
-        return done
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._file.read_range(start, end)

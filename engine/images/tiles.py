@@ -11,13 +11,14 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from .parallel import available_cpus
 from .stored import StoredPixels
 
 _Key = tuple[int, tuple[int, int]]
@@ -70,28 +71,10 @@ class TileCache:
 CACHE = TileCache(256 * 2**20)
 
 _owners = itertools.count()
-_threads: ThreadPoolExecutor | None = None
-_threads_lock = threading.Lock()
 
 
-def _pool() -> ThreadPoolExecutor:
-    """The thread pool for decoding."""
-    global _threads
-    with _threads_lock:
-        if _threads is None:
-            _threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "gigamorph-tiles")
-        return _threads
-
-
-def _after_fork() -> None:
-    """Reset threads and locks in a forked process, which lacks the parent's threads but keeps their locks."""
-    global _threads, _threads_lock
-    _threads, _threads_lock = None, threading.Lock()
-    CACHE.__init__(CACHE.limit)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that a forked process lacks
+    os.register_at_fork(after_in_child=lambda: CACHE.__init__(CACHE.limit))
 
 
 class TileGrid:
@@ -126,7 +109,11 @@ class TileGrid:
 
         indices = list(self._overlapping(top, bottom, left, right))
         missing = [index for index in indices if self.cache.get((self.owner, index)) is None]
-        _run_all(paste, indices) if len(missing) > 1 else [paste(index) for index in indices]
+        if len(missing) < 2:
+            list(map(paste, indices))
+        else:
+            with ThreadPoolExecutor(min(8, available_cpus()), "gigamorph-tiles") as pool:
+                list(pool.map(paste, indices))
         return out
 
     def _overlapping(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int]]:
@@ -153,16 +140,3 @@ class TiledPixels(StoredPixels):
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
         raise NotImplementedError
-
-
-def _run_all(task: Callable[[tuple[int, int]], None], indices: list[tuple[int, int]]) -> None:
-    """Run a task for all indices in threads; the first error is raised after all threads have finished."""
-    futures = [_pool().submit(task, index) for index in indices]
-    errors = []
-    for future in futures:
-        if errors:
-            future.cancel()
-        if not future.cancelled() and (error := future.exception()) is not None:
-            errors.append(error)
-    if errors:
-        raise errors[0]
