@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import distributed as dist
 
 from ..errors import GigamorphError
 from ..evaluate.checks import NotANumber
-from ..files import write_atomically
+from ..files import write_rows
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
@@ -108,7 +106,7 @@ class Epochs(Callback):
                 self._save(trainer, module, "best.ckpt")
         pl_module.log_dict(numbers_of(row), logger=False)  # for users' callbacks (trainer.callback_metrics)
         if group.leads:
-            write_log(module.run.out / "log.csv", state.rows)
+            write_rows(module.run.out / "log.csv", state.rows, "log")
             _log(trainer, state.rows[-1])
             if time.monotonic() - self._drawn > DRAW_EVERY:
                 self._draw(module)
@@ -189,18 +187,6 @@ class EndOfEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epochs.save_epoch(trainer, _stage_of(pl_module))
-
-
-def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per epoch; the file is replaced atomically."""
-
-    def table(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, table, "log")
 
 
 def _log(trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
