@@ -109,15 +109,15 @@ def _named(record: Record, pattern: NamePattern, *, always: bool) -> Record | No
     if record.patient_known and not always:
         return record
     found = pattern.match(record.path)
-    if found is None or found.patient is None:
+    if found is None or (patient := found["patient"]) is None:
         return None
     return replace(
         record,
-        patient_id=found.patient,
+        patient_id=patient,
         patient_known=True,
-        exam_id=found.exam or found.patient,
-        laterality=found.laterality or record.laterality,
-        view=found.view or record.view,
+        exam_id=found.get("exam") or patient,
+        laterality=found.get("laterality") or record.laterality,
+        view=found.get("view") or record.view,
     )
 
 

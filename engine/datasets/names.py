@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
@@ -38,16 +37,6 @@ COMMON = (
 """Patterns that are tried if none is given; the first that fits every name is used."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """The fields in a file name; None for a field that the pattern lacks."""
-
-    patient: str | None = None
-    exam: str | None = None
-    laterality: str | None = None
-    view: str | None = None
-
-
 class NamePattern:
     """A pattern of file names, as ``{patient}_{laterality}-{view}``, without the ending of the file.
 
@@ -75,17 +64,18 @@ class NamePattern:
         self._expression = re.compile(expression, re.IGNORECASE)
         self._depth = text.count("/") + 1
 
-    def match(self, path: Path) -> Named | None:
-        """The fields in a path; None if it does not fit the pattern."""
+    def match(self, path: Path) -> dict[str, str | None] | None:
+        """The fields in a path, without those that the pattern lacks; None if it does not fit the pattern."""
         parts = [*path.parts[:-1], path.stem][-self._depth :]
         found = self._expression.fullmatch("/".join(parts))
         if found is None:
             return None
-        data = found.groupdict()
-        view = data.get("view")
-        return Named(
-            data["patient"], data.get("exam"), values.side(data.get("laterality") or ""), view.upper() if view else None
-        )
+        fields: dict[str, str | None] = found.groupdict()
+        if side := fields.get("laterality"):
+            fields["laterality"] = values.side(side)
+        if view := fields.get("view"):
+            fields["view"] = view.upper()
+        return fields
 
 
 def find_pattern(paths: Sequence[Path]) -> NamePattern | None:

@@ -107,16 +107,12 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
                 f"{path}: was started with target {name} {_MEANINGS.get(name, '')}{value}, not {now}; resume with the "
                 "same labels and table"
             )
-    truth = record["split"]["truth_sha256"]
-    if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions lack it
-        what = "masks" if record["target"]["kind"] == "masks" else "labels"
-        raise DataError(
-            f"{path}: was started with different {what} or frames of the same images; resume with the same table"
-        )
-    reading = record["split"]["reading_sha256"]
-    if stored["split"].get("reading_sha256", reading) != reading:
-        what = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
-        raise DataError(f"{path}: was started with different {what} of the same images; resume with the same table")
+    truth = "masks" if record["target"]["kind"] == "masks" else "labels"
+    reading = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
+    for key, what in (("truth_sha256", f"{truth} or frames"), ("reading_sha256", reading)):
+        now = record["split"][key]
+        if stored["split"].get(key, now) != now:  # checkpoints of older versions lack it
+            raise DataError(f"{path}: was started with different {what} of the same images; resume with the same table")
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was started with {stored.get('images_at_once', 1)} images at a time, one per device, not "
