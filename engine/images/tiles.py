@@ -31,17 +31,7 @@ class TileCache:
         self.limit = limit
         self._lock = threading.Lock()
         self._tiles: OrderedDict[_Key, np.ndarray] = OrderedDict()
-        self._bytes = 0
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the cached tiles."""
-        return self._bytes
-
-    def keys(self, owner: int) -> list[tuple[int, int]]:
-        """(row, column) of the cached tiles of an image, the least recently used first."""
-        with self._lock:
-            return [index for image, index in self._tiles if image == owner]
+        self.nbytes = 0
 
     def get(self, key: _Key) -> np.ndarray | None:
         """The tile, or None."""
@@ -57,15 +47,15 @@ class TileCache:
         with self._lock:
             if key not in self._tiles:
                 self._tiles[key] = tile
-                self._bytes += tile.nbytes
-            while self._bytes > self.limit:
-                self._bytes -= self._tiles.popitem(last=False)[1].nbytes
+                self.nbytes += tile.nbytes
+            while self.nbytes > self.limit:
+                self.nbytes -= self._tiles.popitem(last=False)[1].nbytes
 
     def drop(self, owner: int) -> None:
         """Remove the tiles of an image."""
         with self._lock:
             for key in [key for key in self._tiles if key[0] == owner]:
-                self._bytes -= self._tiles.pop(key).nbytes
+                self.nbytes -= self._tiles.pop(key).nbytes
 
 
 CACHE = TileCache(256 * 2**20)

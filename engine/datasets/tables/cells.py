@@ -54,16 +54,15 @@ class _NotUtf8Error(DataError):
     """A csv file is in another encoding."""
 
 
-def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
+def read_rows(path: Path, *, sheet: str | None = None) -> Rows:
     """All rows of a csv (also .gz), Parquet, .xlsx or .xls file; empty rows and columns without a name are dropped.
 
-    Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8, or
-    UTF-16 with a byte order mark. Line breaks within a cell become blanks. Integers of Excel sheets lose their ".0".
+    Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8,
+    UTF-16 with a byte order mark, or cp1252. Line breaks within a cell become blanks. Integers of Excel sheets lose their ".0".
 
     Args:
         path: the file.
         sheet: the sheet of an Excel file; the first one by default.
-        fallback: the encoding of csv files that are not UTF-8; None raises an error.
 
     Raises:
         DataError: names the file and the line.
@@ -72,9 +71,7 @@ def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "c
         header, found = stream_rows(path, sheet=sheet)
         pairs = list(found)
     except _NotUtf8Error:
-        if fallback is None:
-            raise
-        header, found = stream_rows(path, encoding=fallback)
+        header, found = stream_rows(path, encoding="cp1252")
         pairs = list(found)
     return Rows(path, header, [row for _, row in pairs], [place for place, _ in pairs])
 

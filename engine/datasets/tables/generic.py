@@ -15,7 +15,7 @@ from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
-from .cells import EXCEL, is_number, no_number, read_rows, stream_rows
+from .cells import EXCEL, is_number, no_number, stream_rows
 from .file_names import masks_among, names_masks
 from .folders import CONVERTED, Unlisted, image_files, is_left_out, log, made_by, walk, warn_of_unread
 from .parquet import PARQUET
@@ -78,7 +78,7 @@ def read_table(
     elif path.is_dir():
         rows = _folder_rows(path)
     elif path.is_file():
-        rows = _csv_rows(path, labels, label)
+        rows = list(_csv_rows(path, labels, label))
     else:
         raise DataError(f"{path}: no such file or folder")
     if not rows:
@@ -117,14 +117,8 @@ def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str
     Raises:
         DataError: names the file and line of a problem; also during iteration.
     """
-    found, rows = stream_rows(path)
-    header, needed = columns_of(path, found, False, None)
     numbers = {name: number for number, name in enumerate(classes or ())}
-    for place, cells in rows:
-        row = dict(zip(header, cells.values(), strict=True))
-        for name in needed:
-            if not row[name]:
-                raise DataError(f"{path}, {place}: {name} is empty; fill it in, or remove the row")
+    for place, row in _csv_rows(path, False, None):
         label = -1
         if classes is not None and row.get("label"):
             label = numbers.get(whole(row["label"]), -1)
@@ -158,7 +152,7 @@ def label_columns(path: str | Path, records: Sequence[Record], wanted: Sequence[
     column = LABEL_PREFIX + (absent or ["NAME"])[0]
     if Path(path).is_dir():
         raise DataError(f"{path}: a folder has no column {column}; make a table of it: gigamorph data index")
-    header = read_rows(Path(path), fallback=None).header
+    header = stream_rows(Path(path))[0]
     if empty := [name for name in header if name == column or (not absent and name.startswith(LABEL_PREFIX))]:
         raise DataError(f"{path}: column {empty[0]} is empty; fill in the known labels")
     raise DataError(f"{path}: has no column {column}; it has {', '.join(header)}")
@@ -238,18 +232,18 @@ def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None
     return header, needed
 
 
-def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, dict[str, str]]]:
+def _csv_rows(path: Path, labels: bool, label: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     """(line for messages, row) of each line below the header; names and cells are stripped."""
-    table = read_rows(path, fallback=None)
-    header, needed = columns_of(path, table.header, labels, label)
-    rows = [dict(zip(header, row.values(), strict=True)) for row in table.rows]
-    for place, row in zip(table.places, rows, strict=True):
+    found, rows = stream_rows(path)
+    header, needed = columns_of(path, found, labels, label)
+    for place, cells in rows:
+        row = dict(zip(header, cells.values(), strict=True))
         for name in needed:
             if not row[name] or (name == "patient_id" and _known_cell(row, name) is None):
                 raise DataError(f"{path}, {place}: {name} is {row[name] or 'empty'}; fill it in, or remove the row")
         if labels:
             row["label"] = whole(row["label"] if label is None else row[LABEL_PREFIX + label])
-    return list(zip(table.places, rows, strict=True))
+        yield place, row
 
 
 def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
