@@ -18,6 +18,9 @@ from .rawfile import reading
 from .remote import RemoteFile, is_url
 from .stored import ArrayPixels, StoredPixels, channels_first
 
+# Files that mark a folder as a zarr array or group, of version 3 and 2.
+_ZARR = ("zarr.json", ".zarray", ".zgroup")
+
 
 def open_pixels(
     image: str | Path | RemoteFile | np.ndarray | Tensor,
@@ -83,9 +86,9 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
     with reading(path):  # each call fails for a folder without permission, or for a name that is too long
         if path.is_dir():
-            from .zarrs import MARKS, ZarrPixels
+            if any((path / mark).is_file() for mark in _ZARR):
+                from .zarrs import ZarrPixels
 
-            if any((path / mark).is_file() for mark in MARKS):
                 return ZarrPixels(path, frame)
             os.listdir(path)  # raises the error of a folder without permission
         if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer

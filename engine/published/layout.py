@@ -11,8 +11,8 @@ from ..errors import GigamorphError
 from ..models.checkpoints import State
 from ..models.folder import Preprocessing
 from ..models.outputs import Outputs
+from ..train.checkpoint import preprocessing_of, record_of
 from ..train.network import outputs_of_record
-from ..train.stored import preprocessing_of, record_of
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ..models.folder import folder_of, read_description, require_logits
 from ..models.outputs import Outputs, set_outputs
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
+from .checkpoint import read_record
 from .mask_target import MaskTarget
-from .stored import read_record
 from .target import Target
 
 

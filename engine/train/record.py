@@ -25,11 +25,11 @@ from ..images.parallel import available_cpus
 from ..models.folder import digest_of
 from ..parallel.process_group import ProcessGroup
 from ..versions import versions_of_results
+from .checkpoint import read_record, scale_of
 from .data import Data
 from .folds import draw_folds
 from .network import target_of
 from .options import TrainOptions
-from .stored import read_record, scale_of
 from .target import Target
 
 # Options that do not change the result.

@@ -14,8 +14,7 @@ from typing import Any
 from ...errors import DataError
 from ...files import write_atomically
 from ...images.levels import White
-from .cells import EXCEL, escape
-from .parquet import PARQUET
+from .cells import EXCEL, PARQUET, escape
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"

@@ -14,8 +14,8 @@ from image_files import EXPLICIT, JPEG, encode, picture, write_dicom, write_slid
 from gigamorph import DataError, open_pixels
 from gigamorph.engine.images import dicomweb
 from gigamorph.engine.images.codecs import Frame
+from gigamorph.engine.images.dicom import syntax_of
 from gigamorph.engine.images.dicomweb import Instance, ask_store, parse_location, search, service_of
-from gigamorph.engine.images.dicomweb_frames import syntax_of
 
 
 def whole(source):
