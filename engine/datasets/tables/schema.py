@@ -105,6 +105,10 @@ class Record:
     chest_wall: str | None = None
     """The side of the chest wall in the file, left or right; None if header and pixels determine it."""
 
+    def __str__(self) -> str:
+        """The file, for messages."""
+        return str(self.path)
+
 
 @dataclass(frozen=True)
 class Table:
