@@ -35,7 +35,7 @@ from .dicomweb import Instance
 from .header import UNDECLARED, DicomInfo, describe
 from .rawfile import RawPixels, brief, library_errors, warn_once
 from .slide import SlidePixels
-from .stored import StoredPixels
+from .stored import StoredPixels, chosen_plane
 
 _SQUARE = 0.001
 """The maximum relative difference of the sides of a square pixel."""
@@ -94,11 +94,7 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
         raise DataError(f"{path}: is {brief(info.photometric)}, but must be grey: MONOCHROME1 or MONOCHROME2")
     if samples != 1:
         raise DataError(f"{path}: is {info.photometric} with {samples} samples per pixel, not 1; correct the header")
-    if frame is None and info.frames > 1:
-        choice = f"0 to {info.frames - 1}: frame=0, or the column frame of a table"
-        raise DataError(f"{path}: has {info.frames} frames; choose one, {choice}")
-    if frame is not None and not 0 <= frame < info.frames:
-        raise DataError(f"{path}: frame {frame} does not exist; the file has 0 to {info.frames - 1}")
+    chosen_plane(frame, info.frames, str(path), "frames")
 
 
 class DicomPixels(StoredPixels):

@@ -10,11 +10,13 @@ from ..errors import DataError
 from . import grayscale
 from .dicom_file import StoredFrames
 from .header import DicomInfo
+from .stored import chosen_plane
 from .tiles import TiledPixels, TileGrid
 
 _RGB = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 # A sparse slide with less than this part of its matrix has a damaged header.
 _SPARSEST = 1e-4
+_PLANES = "focal planes and optical paths"
 
 
 class SlidePixels(TiledPixels):
@@ -86,7 +88,7 @@ def _tile_frames(
         count, rest = divmod(info.frames, down * across)
         if rest or not count:
             raise DataError(f"{name}: {info.frames} frames do not fill {down} x {across} tiles; fetch the whole slide")
-        chosen = _plane(plane, count, name)
+        chosen = chosen_plane(plane, count, name, _PLANES, "plane")
         return chosen * down * across, chosen, count
     if info.frames * info.rows * info.columns < _SPARSEST * info.matrix[0] * info.matrix[1]:
         raise DataError(f"{name}: {info.frames} frames are too few for {down} x {across} tiles; the header is damaged")
@@ -102,13 +104,5 @@ def _tile_frames(
         path = (group.get("OpticalPathIdentificationSequence") or [Dataset()])[0].get("OpticalPathIdentifier")
         depth = float(position.get("ZOffsetInSlideCoordinateSystem") or 0)
         planes.setdefault((str(path or ""), depth), {})[row // info.rows, column // info.columns] = number
-    chosen = _plane(plane, len(planes), name)
+    chosen = chosen_plane(plane, len(planes), name, _PLANES, "plane")
     return planes[sorted(planes)[chosen]], chosen, len(planes)
-
-
-def _plane(plane: int | None, planes: int, name: str) -> int:
-    if plane is None and planes > 1:
-        raise DataError(f"{name}: has {planes} focal planes and optical paths; choose one (frame=0 to {planes - 1})")
-    if plane is not None and not 0 <= plane < planes:
-        raise DataError(f"{name}: plane {plane} does not exist; the slide has 0 to {planes - 1}")
-    return plane or 0

@@ -41,6 +41,22 @@ class StoredPixels:
         return False, False
 
 
+def chosen_plane(frame: int | None, count: int, name: str, what: str, unit: str = "frame") -> int:
+    """The index of one of `count` images in a file; `DataError` if it does not exist, or none of several is chosen.
+
+    Args:
+        frame: the index from 0, or None.
+        count: the number of images.
+        name: the file.
+        what, unit: the names of several images and of one, for messages.
+    """
+    if frame is None and count > 1:
+        raise DataError(f"{name}: has {count} {what}; choose one (frame=0 to {count - 1}, or column frame of a table)")
+    if frame is not None and not 0 <= frame < count:
+        raise DataError(f"{name}: {unit} {frame} does not exist; the file has 0 to {count - 1}")
+    return frame or 0
+
+
 def integer_dtype(dtype: np.dtype | torch.dtype) -> np.dtype | None:
     """uint8 or uint16 in native byte order; None for other dtypes."""
     name = str(dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ import tifffile
 from ..errors import DataError
 from . import codecs
 from .rawfile import FileBytes, RawPixels, library_errors
+from .stored import chosen_plane
 from .tiles import TiledPixels, TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
@@ -58,15 +59,12 @@ class TiffPixels(TiledPixels):
         whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
         series = next(whole, tif.series[0]).levels[0]
         self._planes = len(series)
-        if frame is None and self._planes > 1:
-            raise DataError(f"{self.path}: has {self._planes} planes; choose one (frame=0 to {self._planes - 1})")
-        if frame is not None and not 0 <= frame < self._planes:
-            raise DataError(f"{self.path}: frame {frame} does not exist; the file has 0 to {self._planes - 1}")
+        chosen = chosen_plane(frame, self._planes, self.name, "planes")
         page = series.keyframe
         if series.dataoffset is not None:  # a contiguous block, perhaps with one directory for all planes
-            offsets, counts = (series.dataoffset + (frame or 0) * page.nbytes,), (page.nbytes,)
+            offsets, counts = (series.dataoffset + chosen * page.nbytes,), (page.nbytes,)
         else:
-            own = series[frame or 0]
+            own = series[chosen]
             if own is None:
                 raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
             offsets, counts = own.dataoffsets, own.databytecounts

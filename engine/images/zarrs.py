@@ -26,7 +26,7 @@ from zarr.codecs import ShardingCodec
 from ..errors import DataError
 from . import codecs
 from .rawfile import library_errors
-from .stored import channels_first, full_range
+from .stored import channels_first, chosen_plane, full_range
 from .tiles import TiledPixels, TileGrid
 
 
@@ -88,12 +88,8 @@ class ZarrPixels(TiledPixels):
         colour = [axis for axis, name in enumerate(axes) if name == "c" and shape[axis] == 3]
         others = [axis for axis in range(len(shape) - 2) if axis not in colour]
         planes = math.prod(shape[axis] for axis in others)
-        if self.frame is None and planes > 1:
-            raise DataError(f"{self.path}: has {planes} planes; choose one (frame=0 to {planes - 1})")
-        if self.frame is not None and not 0 <= self.frame < planes:
-            raise DataError(f"{self.path}: frame {self.frame} does not exist; the image has 0 to {planes - 1}")
+        left = chosen_plane(self.frame, planes, self.name, "planes")
         index: list[int | slice] = [slice(None)] * len(shape)
-        left = self.frame or 0
         for axis in reversed(others):
             left, index[axis] = divmod(left, shape[axis])
         return ((0, 1, 2) if colour else (0, 1)), index
