@@ -15,7 +15,6 @@ from .dicom_file import DicomFile, read_header, without_validation
 from .parallel import run_parallel
 from .rawfile import library_errors
 
-MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
 UNDECLARED = "not declared"  # the photometric interpretation of a header without one
 # Mammography, breast projections, digital X-ray.
 _FOR_PROCESSING = {"1.2.840.10008.5.1.4.1.1.1.2.1", "1.2.840.10008.5.1.4.1.1.13.1.5", "1.2.840.10008.5.1.4.1.1.1.1.1"}
@@ -33,7 +32,6 @@ class DicomInfo:
     frames: int
     bits_stored: int
     transfer_syntax: str
-    sop_class: str
     modality: str | None
     patient_id: str | None = field(repr=False)
     study_uid: str | None = field(repr=False)
@@ -84,7 +82,6 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             frames=int(ds.get("NumberOfFrames") or 1),
             bits_stored=int(ds.BitsStored),
             transfer_syntax=str(ds.file_meta.TransferSyntaxUID),
-            sop_class=sop_class,
             modality=_text(ds.get("Modality")),
             patient_id=_text(ds.get("PatientID")),
             study_uid=_text(ds.get("StudyInstanceUID")),
